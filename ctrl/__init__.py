@@ -1,0 +1,1 @@
+"""Exploratory continuous-time control: SDEs, policies, path-space likelihoods, martingale losses."""

@@ -1,0 +1,94 @@
+"""Prompt alignment by a small CIFAR-10 classifier that ships with the library.
+
+Two classifiers are shipped, trained on disjoint halves of CIFAR-10's training set: ``"reward"`` is what
+fine-tuning may maximise, ``"judge"`` only judges. Nothing is ever judged by the reward that trained it.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffusion_envs.cifar10.data import CLASSES
+
+WIDTHS = (48, 96, 160)
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gelu(x + self.branch(x))
+
+
+def _halve(width_in: int, width_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(width_in, width_out, 3, padding=1, bias=False),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(width_out),
+        nn.GELU(),
+    )
+
+
+class CifarClassifier(nn.Module):
+    """Ten-class convolutional network, 0.81 M parameters.
+
+    Pictures of another size are resized to 32 x 32 (bilinear, antialiased), so it can look at the output
+    of any pipeline.
+    """
+
+    def __init__(self, widths: tuple[int, int, int] = WIDTHS) -> None:
+        super().__init__()
+        low, middle, high = widths
+        self.stem = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(12, low, 3, padding=1, bias=False),
+            nn.BatchNorm2d(low),
+            nn.GELU(),
+        )
+        self.middle = nn.Sequential(_halve(low, middle), _Residual(middle))
+        self.high = nn.Sequential(_halve(middle, high), _Residual(high))
+        self.head = nn.Linear(high, len(CLASSES))
+
+    def features(self, images: Float[Tensor, "n 3 h w"]) -> list[Tensor]:
+        """Feature maps at 16, 8 and 4 pixels a side, for perceptual losses."""
+        if images.shape[-2:] != (32, 32):
+            images = functional.interpolate(images, (32, 32), mode="bilinear", antialias=True)
+        low = self.stem((images - 0.5) / 0.25)
+        middle = self.middle(low)
+        return [low, middle, self.high(middle)]
+
+    def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 10"]:
+        """Logits of the ten classes for pictures with values in [0, 1]."""
+        return self.head(self.features(images)[-1].amax((2, 3)))
+
+
+def load_classifier(source: Literal["reward", "judge"] | Path) -> CifarClassifier:
+    """A shipped classifier by name, or one from a safetensors file; frozen, in float32."""
+    if isinstance(source, Path):
+        path = source
+    elif source in ("reward", "judge"):
+        shipped = (
+            resources.files("diffusion_envs.tiny") / "weights" / f"classifier_{source}.safetensors"
+        )
+        path = Path(str(shipped))
+    else:
+        raise ValueError(f"source must be 'reward', 'judge' or a Path, got {source!r}")
+    network = CifarClassifier()
+    network.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,138 @@
+"""Minimise a loss: the one loop behind everything that this package trains from scratch.
+
+It resumes from its newest checkpoint, keeps an exponential moving average of the weights, shows a progress
+bar, and runs on one process or, under ``accelerate launch``, on several whose gradients are averaged. On CPUs
+several single-threaded processes beat one process with several threads.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Generator, Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ctrl.noise import stream
+from diffusion_envs.training import checkpoint
+
+Loss = Callable[[nn.ModuleDict, Generator], dict[str, Tensor]]
+"""(modules, random stream of this step and process) -> named scalars; "loss" is minimised."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to minimise: AdamW, linear warm-up, cosine decay to zero, gradient norm at most 1."""
+
+    updates: int
+    learning_rate: float
+    batch: int  # samples a process and update
+    warmup: float = 0.03  # share of the updates
+    weight_decay: float = 0.01
+    average: float = 0.999  # decay of the moving average of the weights, per update
+    seconds_between_checkpoints: float = 120.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of an update."""
+        warm = max(1, round(self.warmup * self.updates))
+        rise = min(1.0, (step + 1) / warm)
+        fall = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, self.updates - warm)))
+        return self.learning_rate * rise * fall
+
+
+def fit(
+    modules: nn.ModuleDict,
+    loss: Loss,
+    recipe: Recipe,
+    *,
+    folder: Path,
+    seed: int,
+    name: str,
+    on_checkpoint: Callable[[int, nn.ModuleDict], None] | None = None,
+) -> nn.ModuleDict:
+    """Minimise ``loss`` over the parameters of ``modules`` that want a gradient.
+
+    Args:
+        modules: what is trained (and whatever else the loss needs, frozen).
+        loss: called once an update, under bfloat16 autocast.
+        recipe: length, rate, batch.
+        folder: of the checkpoints; training goes on from the newest.
+        seed: of the run; step and process are hashed into the stream that ``loss`` gets.
+        name: of the run, shown beside the progress bar.
+        on_checkpoint: called with the averaged weights whenever a checkpoint is written.
+
+    Returns:
+        The modules with averaged weights.
+
+    Raises:
+        FloatingPointError: the gradient is not finite; the weights are untouched and the newest
+            checkpoint remains.
+    """
+    accelerator = Accelerator()
+    modules.to(accelerator.device)
+    parameters = [p for p in modules.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
+    averaged = AveragedModel(
+        modules, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True
+    )
+    first = 0
+    if resumed := checkpoint.latest(folder):
+        modules.load_state_dict(resumed.state["modules"])
+        optimiser.load_state_dict(resumed.state["optimiser"])
+        averaged.load_state_dict(resumed.state["averaged"])
+        first = resumed.step
+    saved = time.monotonic()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    with Progress(*columns, disable=not accelerator.is_main_process) as progress:
+        bar = progress.add_task(name, total=recipe.updates, completed=first, numbers="")
+        for step in range(first, recipe.updates):
+            generator = stream(seed, name, step, accelerator.process_index)
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.rate(step)
+            optimiser.zero_grad()
+            with torch.autocast(accelerator.device.type, torch.bfloat16):
+                numbers = loss(modules, generator)
+            numbers["loss"].backward()
+            if accelerator.num_processes > 1:
+                _average_gradients(parameters, accelerator)
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"{name}: gradient norm is {norm} at step {step}")
+            optimiser.step()
+            # Early weights are far off: let the average forget them faster at the start.
+            averaged.multi_avg_fn = get_ema_multi_avg_fn(
+                min(recipe.average, (1 + step) / (10 + step))
+            )
+            averaged.update_parameters(modules)
+            shown = "  ".join(f"{k} {v.detach():.4f}" for k, v in numbers.items())
+            progress.update(bar, advance=1, numbers=shown)
+            due = time.monotonic() - saved > recipe.seconds_between_checkpoints
+            if accelerator.is_main_process and (due or step + 1 == recipe.updates):
+                state = {
+                    "modules": modules.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "averaged": averaged.state_dict(),
+                }
+                checkpoint.save(folder, step + 1, state)
+                print(f"{name} {step + 1}/{recipe.updates}: {shown}", flush=True)
+                if on_checkpoint:
+                    on_checkpoint(step + 1, averaged.module)
+                saved = time.monotonic()
+    return averaged.module
+
+
+def _average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

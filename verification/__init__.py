@@ -1,0 +1,1 @@
+"""Every theorem checked on problems whose answers are known exactly."""
