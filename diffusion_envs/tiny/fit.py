@@ -1,7 +1,7 @@
 """Minimise a loss: the one loop behind everything that this package trains from scratch.
 
 It resumes from its newest checkpoint, keeps an exponential moving average of the weights, shows a progress
-bar, and runs on one process or, under ``accelerate launch``, on several whose gradients are averaged. On CPUs
+bar, and runs on one process or, under ``torchrun``, on several whose gradients are averaged. On CPUs
 several single-threaded processes beat one process with several threads.
 """
 
@@ -72,7 +72,7 @@ def fit(
         FloatingPointError: the gradient is not finite; the weights are untouched and the newest
             checkpoint remains.
     """
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     modules.to(accelerator.device)
     parameters = [p for p in modules.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)

@@ -1,0 +1,197 @@
+"""Train the tiny model's UNet and text encoder together, on the autoencoder's latents."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Generator, Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ctrl.noise import stream
+from diffusion_envs.cifar10.data import CLASSES, load
+from diffusion_envs.rewards.classifier import load_classifier
+from diffusion_envs.tiny.captions import LENGTH, caption, with_article, write_tokenizer
+from diffusion_envs.tiny.fit import Recipe, fit
+from diffusion_envs.training.tracking import grid
+
+RECIPE = Recipe(updates=11000, learning_rate=6e-4, batch=64, average=0.9995)
+UNCAPTIONED = 0.12  # share of pictures trained without a caption, for classifier-free guidance
+SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023, arXiv 2303.09556)
+
+
+def scheduler() -> DDIMScheduler:
+    """Stable Diffusion 1.5's own schedule and sampler settings."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The untrained UNet: 3.5 M parameters, cross-attention at both levels."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=(64, 112),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The untrained text encoder: two layers, 128 wide."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            projection_dim=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor, batch: int = 250) -> Tensor:
+    """Scaled latents of pictures (bytes), float32."""
+    parts = [
+        vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in images.split(batch)
+    ]
+    return torch.cat(parts) * vae.config.scaling_factor
+
+
+def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -> None:
+    """Train UNet and text encoder and write the whole pipeline to ``output/model``.
+
+    Samples and the judge's verdict on them are written at every checkpoint, to ``output/samples``.
+    """
+    folder = output / "model"
+    write_tokenizer(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+    cache = output / "training" / "latents.pt"
+    labels = load(data, "train").labels
+    if cache.is_file():
+        latents = torch.load(cache, weights_only=True)
+    else:
+        images = load(data, "train").images
+        latents = torch.stack([encode(vae, images), encode(vae, images.flip(-1))])
+        torch.save(latents, cache)
+    alpha_bar = scheduler().alphas_cumprod
+    weights = (SNR_CAP * (1 - alpha_bar) / alpha_bar).clamp(max=1)
+
+    def loss(modules: nn.ModuleDict, generator: Generator) -> dict[str, Tensor]:
+        device = next(modules.parameters()).device
+        n = recipe.batch
+        rows = torch.randint(len(labels), (n,), generator=generator)
+        mirrored = torch.randint(2, (n,), generator=generator)
+        clean = latents[mirrored, rows].float()
+        dropped = torch.rand(n, generator=generator) < UNCAPTIONED
+        captions = [
+            "" if skip else caption(label, generator)
+            for label, skip in zip(labels[rows].tolist(), dropped.tolist(), strict=True)
+        ]
+        timesteps = torch.randint(1000, (n,), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        level = alpha_bar[timesteps].view(-1, 1, 1, 1)
+        noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
+        unique = sorted(set(captions))
+        tokens = tokenizer(
+            unique, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+        ).input_ids
+        context = modules["text_encoder"](tokens.to(device))[0]
+        context = context[[unique.index(text) for text in captions]]
+        predicted = modules["unet"](noisy.to(device), timesteps.to(device), context).sample
+        errors = (predicted.float() - noise.to(device)).square().flatten(1).mean(1)
+        weighted = (errors * weights[timesteps].to(device)).mean()
+        return {"loss": weighted, "mse": errors.detach().mean()}
+
+    def pipeline(modules: nn.ModuleDict) -> StableDiffusionPipeline:
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=modules["text_encoder"].eval(),
+            tokenizer=tokenizer,
+            unet=modules["unet"].eval(),
+            scheduler=scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    judge = load_classifier(output / "classifier_judge.safetensors")
+
+    def report(step: int, modules: nn.ModuleDict) -> None:
+        if next(modules.parameters()).device.type == "cpu":
+            pipe = pipeline(modules)
+        else:
+            pipe = pipeline(nn.ModuleDict({k: _copy_to_cpu(m) for k, m in modules.items()}))
+        pipe.set_progress_bar_config(disable=True)
+        prompts = [with_article(f"a photo of a {name}") for name in CLASSES for _ in range(6)]
+        images = sample(pipe, prompts, steps=25, guidance=4.0, eta=1.0, seed=seed)
+        wanted = torch.arange(10).repeat_interleave(6)
+        share = (judge(images).argmax(-1) == wanted).float().mean()
+        print(f"denoiser {step}: judge agrees with the prompt on {share:.2f} of 60", flush=True)
+        (output / "samples").mkdir(exist_ok=True)
+        grid(images, prompts).save(output / "samples" / f"step-{step:06d}.png")
+
+    initial = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
+    fitted = fit(
+        initial,
+        loss,
+        recipe,
+        folder=output / "training" / "denoiser",
+        seed=seed,
+        name="denoiser",
+        on_checkpoint=report,
+    )
+    pipe = pipeline(fitted.cpu())
+    pipe.to(torch.float16).save_pretrained(folder)
+
+
+def _copy_to_cpu(module: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(module).cpu()
+
+
+@torch.no_grad()
+def sample(
+    pipe: StableDiffusionPipeline,
+    prompts: list[str],
+    *,
+    steps: int,
+    guidance: float,
+    eta: float,
+    seed: int,
+) -> Tensor:
+    """Pictures ``[n, 3, 32, 32]`` in [0, 1] by plain diffusers; one stream a picture."""
+    pipe.set_progress_bar_config(disable=True)
+    generators = [stream(seed, "sample", k) for k in range(len(prompts))]
+    parts = [
+        pipe(
+            prompts[k : k + 50],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            eta=eta,
+            generator=generators[k : k + 50],
+            output_type="pt",
+        ).images
+        for k in range(0, len(prompts), 50)
+    ]
+    return torch.cat(parts).float()
