@@ -1,0 +1,98 @@
+"""Advantages by a rate, and surrogates whose trust region does not depend on the step.
+
+Sources  [SaA] Zhao, Chen, Zhang, Yao & Tang 2025, "Score as Action", arXiv 2502.01819.
+         [S16] Schulman et al. 2016, generalised advantage estimation, arXiv 1506.02438.
+         [S17] Schulman et al. 2017, proximal policy optimisation, arXiv 1707.06347.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def temporal_differences(
+    values: Float[Tensor, "paths nodes"],
+    rewards: Float[Tensor, "paths steps"],
+    step_sizes: Float[Tensor, " steps"],
+    discount: float = 0.0,
+) -> Float[Tensor, "paths steps"]:
+    """delta_k = exp(-discount h_k) V_{k+1} - V_k + r_k, the integrand of [SaA] Theorem 4.1 over a step.
+
+    Args:
+        values: V at every node; the last column is the terminal reward.
+        rewards: the running reward integrated over each step (not its rate).
+        step_sizes: h_k, time.
+        discount: a rate, 1/time.
+
+    Raises:
+        ValueError: the shapes do not fit one another.
+    """
+    paths, steps = rewards.shape
+    if values.shape != (paths, steps + 1) or step_sizes.shape != (steps,):
+        raise ValueError(
+            f"values must be [{paths}, {steps + 1}] and step_sizes [{steps}] to fit rewards, got "
+            f"{list(values.shape)} and {list(step_sizes.shape)}"
+        )
+    return torch.exp(-discount * step_sizes) * values[:, 1:] - values[:, :-1] + rewards
+
+
+def continuous_gae(
+    values: Float[Tensor, "paths nodes"],
+    rewards: Float[Tensor, "paths steps"],
+    step_sizes: Float[Tensor, " steps"],
+    rate: float,
+    discount: float = 0.0,
+) -> Float[Tensor, "paths steps"]:
+    """Generalised advantages with forgetting by a rate: A_k = sum_l exp(-(discount + rate) time) delta_l.
+
+    ``rate`` plays the role of [S16]'s lambda = exp(-rate h), so that refining the grid does not change the
+    estimator. 0 gives the return minus V (unbiased whatever V is), infinity the one-step
+    temporal difference (least variance; its bias is that of V).
+
+    Args:
+        values: V at every node, reward; the last column is the terminal reward.
+        rewards: the running reward integrated over each step, reward.
+        step_sizes: h_k, time.
+        rate: of forgetting, 1/time; non-negative, may be infinite.
+        discount: a rate, 1/time.
+
+    Returns:
+        One advantage per path and step, in reward (integrated over the step, not a rate).
+
+    Raises:
+        ValueError: ``rate`` is negative or NaN, or the shapes do not fit.
+    """
+    if not rate >= 0:
+        raise ValueError(f"rate must be at least 0 (it may be infinite), got {rate}")
+    deltas = temporal_differences(values, rewards, step_sizes, discount)
+    if math.isinf(rate):
+        return deltas
+    keep = torch.exp(-(discount + rate) * step_sizes)
+    advantages = [deltas[:, -1]]
+    for k in range(deltas.shape[1] - 2, -1, -1):
+        advantages.append(deltas[:, k] + keep[k] * advantages[-1])
+    return torch.stack(advantages[::-1], dim=1)
+
+
+def clipped_surrogate(
+    log_ratio: Float[Tensor, " rows"],
+    advantage: Float[Tensor, " rows"],
+    half_width: Float[Tensor, " rows"],
+) -> Float[Tensor, " rows"]:
+    """min(ratio A, clip(ratio) A) of [S17], with the clip on the log-ratio of a whole step.
+
+    Args:
+        log_ratio: log density of the step's decision, new over old policy, summed over coordinates.
+        advantage: of that decision, reward.
+        half_width: trusted |log_ratio| of each row, nats. A step of size h has a log-ratio of spread
+            proportional to sqrt(h), so a range that is to mean the same on every grid scales so too.
+
+    Returns:
+        The surrogate gain of each row, reward. At equal policies its gradient is that of
+        log_ratio times advantage.
+    """
+    ratio = log_ratio.exp()
+    trusted = torch.minimum(torch.maximum(log_ratio, -half_width), half_width).exp()
+    return torch.minimum(ratio * advantage, trusted * advantage)

@@ -1,0 +1,214 @@
+"""Score as Action: continuous-time policy gradient in two views, and the recipe that was published.
+
+Objective    J(th) = E_th[ r(X_T) ] - kl_weight * KL(P_th || P_pre), the KL of paths ([SaA] Theorem 3.1).
+Gradient     E int grad log pi(a_t | t, X_t) (dV(t, X_t) + running reward dt) ([SaA] Theorem 4.1).
+The action is the score. Its randomness can be put in two places, which give two estimators of one gradient:
+
+  transitions  the score is a function of the state, the decision is the next state, its randomness the SDE's
+               own noise: grad log p(x_{k+1} | x_k). Needs a sampler with a density.
+  drawn        the score is drawn from N(mean, action_std^2) and held over the step: grad log pi(a_k | x_k).
+               Any solver will do; variance grows as the exploration shrinks.
+
+Sources      [SaA] Zhao, Chen, Zhang, Yao & Tang 2025, "Score as Action", arXiv 2502.01819.
+             The published recipe: the settings of the authors' released Stable Diffusion 1.5 run.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ctrl import DeterministicPolicy, GaussianPolicy, Policy
+from ctrl.policy_gradient import clipped_surrogate, continuous_gae
+from diffusion_envs.objectives.protocol import Rollout, Rows
+
+
+def _positive(**settings: float) -> None:
+    for name, value in settings.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a positive finite number, got {value}")
+
+
+def _not_negative(**settings: float) -> None:
+    for name, value in settings.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def path_kl_rate(rows: Rows) -> Float[Tensor, " rows"]:
+    """Path KL of each row's step from the pretrained model, nats; carries the gradient of the mean."""
+    gap = (rows.mean - rows.reference_score).square().flatten(1).sum(1)
+    return 0.5 * rows.kl_factor * rows.step_size * gap
+
+
+def transition_log_ratio(rows: Rows) -> Float[Tensor, " rows"]:
+    """log p_th(x_{k+1} | x_k) - log p_old(x_{k+1} | x_k), summed over coordinates, nats."""
+    shift = (rows.mean - rows.old_mean).flatten(1) * (rows.score_gain / rows.std)[:, None]
+    return (shift * rows.noise.flatten(1) - 0.5 * shift.square()).sum(1)
+
+
+def drawn_log_ratio(rows: Rows) -> Float[Tensor, " rows"]:
+    """log pi_th(a_k | x_k) - log pi_old(a_k | x_k) of a Gaussian policy, summed, nats."""
+    shift = (rows.mean - rows.old_mean).flatten(1) / rows.action_std[:, None]
+    drawn = (rows.action - rows.old_mean).flatten(1) / rows.action_std[:, None]
+    return (shift * drawn - 0.5 * shift.square()).sum(1)
+
+
+@dataclass(frozen=True)
+class _ContinuousTime:
+    """What the two views share: KL-regularised advantages and a step-independent trust region."""
+
+    kl_weight: float = 0.01  # reward per nat of path KL from the pretrained model
+    gae_rate: float = 0.5  # forgetting of temporal differences, per unit of int g^2 dt
+    clip: float = 0.5  # trusted spread of the whole path's log-ratio, nats; shared by sqrt(step)
+    clip_per_pixel: float | None = None  # the older convention: on the mean over coordinates
+    learning_rate: float = 1e-3  # of the adapter, AdamW
+
+    needs_density: ClassVar[bool] = True
+    needs_reward_gradient: ClassVar[bool] = False
+    needs_preferences: ClassVar[bool] = False
+    needs_value: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _not_negative(kl_weight=self.kl_weight, gae_rate=self.gae_rate)
+        _positive(clip=self.clip, learning_rate=self.learning_rate)
+        if not math.isfinite(self.kl_weight):
+            raise ValueError(f"kl_weight must be finite, got {self.kl_weight}")
+        if self.clip_per_pixel is not None:
+            _positive(clip_per_pixel=self.clip_per_pixel)
+
+    def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
+        """Continuous GAE of reward minus KL cost, centred over the paths at every step.
+
+        Centring subtracts (up to the factor 1 - 1/paths) the mean of the *other* paths, a baseline.
+        """
+        assert rollout.values is not None  # needs_value
+        rewards = -self.kl_weight * rollout.costs
+        gains = continuous_gae(rollout.values, rewards, rollout.step_sizes, self.gae_rate)
+        return gains - gains.mean(0)
+
+    def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
+        """clip * sqrt(share of the step in the horizon), or clip_per_pixel * coordinates."""
+        if self.clip_per_pixel is not None:
+            return torch.full_like(rows.step_size, self.clip_per_pixel * rows.mean[0].numel())
+        return self.clip * (rows.step_size / rows.horizon).sqrt()
+
+
+@dataclass(frozen=True)
+class ScoreAsAction(_ContinuousTime):
+    """Continuous-time policy gradient where the decision is the next state (theory: view B)."""
+
+    def policy(
+        self, mean: Callable[[Tensor, Tensor], Tensor], sigma: Callable[[Tensor], Tensor]
+    ) -> Policy:
+        """The network's score itself."""
+        return DeterministicPolicy(mean)
+
+    def action_std(self, sigma: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
+        """Zero: the score is not drawn."""
+        return torch.zeros_like(sigma)
+
+    def log_ratio(self, rows: Rows) -> Float[Tensor, " rows"]:
+        """Of the transition."""
+        return transition_log_ratio(rows)
+
+    def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
+        """-(clipped ratio * advantage) + kl_weight * path KL, one number per row, reward."""
+        gain = clipped_surrogate(self.log_ratio(rows), rows.advantage, self.half_width(rows))
+        return self.kl_weight * path_kl_rate(rows) - gain
+
+
+@dataclass(frozen=True)
+class ScoreAsActionSampled(_ContinuousTime):
+    """Continuous-time policy gradient where the decision is a drawn score, held (theory: view A).
+
+    The score is drawn with standard deviation ``exploration / sigma``, which is ``exploration`` in units of
+    predicted noise. The KL cost is charged on the mean, not on the drawn score (the two differ
+    by a constant of the policy's spread, theory of exploratory control).
+    """
+
+    exploration: float = 0.3  # spread of the drawn score, in units of predicted noise
+    needs_density: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(exploration=self.exploration)
+
+    def policy(
+        self, mean: Callable[[Tensor, Tensor], Tensor], sigma: Callable[[Tensor], Tensor]
+    ) -> Policy:
+        """Gaussian around the network's score."""
+        return GaussianPolicy(mean, lambda t: self.action_std(sigma(t)))
+
+    def action_std(self, sigma: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
+        """exploration / sigma."""
+        return self.exploration / sigma
+
+    def log_ratio(self, rows: Rows) -> Float[Tensor, " rows"]:
+        """Of the drawn score."""
+        return drawn_log_ratio(rows)
+
+    def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
+        """-(clipped ratio * advantage) + kl_weight * path KL, one number per row, reward."""
+        gain = clipped_surrogate(self.log_ratio(rows), rows.advantage, self.half_width(rows))
+        return self.kl_weight * path_kl_rate(rows) - gain
+
+
+@dataclass(frozen=True)
+class ScoreAsActionReleased:
+    """The recipe of the authors' released run: PPO with a one-step value difference, no KL.
+
+    Advantages V(x_{k+1}) - V(x_k), standardised over the paths at every step and clipped; ratio and clip on
+    the mean log-density over coordinates. It weights the times of the theorem's integral unequally, and its trust region depends
+    on resolution and step: here for comparison.
+    """
+
+    clip_per_pixel: float = 1.5e-5
+    advantage_clip: float = 5.0
+    learning_rate: float = 5e-5
+
+    needs_density: ClassVar[bool] = True
+    needs_reward_gradient: ClassVar[bool] = False
+    needs_preferences: ClassVar[bool] = False
+    needs_value: ClassVar[bool] = True
+    kl_weight: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        _positive(
+            clip_per_pixel=self.clip_per_pixel,
+            advantage_clip=self.advantage_clip,
+            learning_rate=self.learning_rate,
+        )
+
+    def policy(
+        self, mean: Callable[[Tensor, Tensor], Tensor], sigma: Callable[[Tensor], Tensor]
+    ) -> Policy:
+        """The network's score itself."""
+        return DeterministicPolicy(mean)
+
+    def action_std(self, sigma: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
+        """Zero: the score is not drawn."""
+        return torch.zeros_like(sigma)
+
+    def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
+        """Value differences, standardised per step over the paths, clipped."""
+        assert rollout.values is not None  # needs_value
+        gains = rollout.values.diff(dim=1)
+        spread = gains.std(0) + 1e-8  # the released code's guard against a constant reward
+        return ((gains - gains.mean(0)) / spread).clamp(-self.advantage_clip, self.advantage_clip)
+
+    def log_ratio(self, rows: Rows) -> Float[Tensor, " rows"]:
+        """Of the transition, the mean over coordinates instead of the sum."""
+        return transition_log_ratio(rows) / rows.mean[0].numel()
+
+    def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
+        """The clip on the mean log-ratio."""
+        return torch.full_like(rows.step_size, self.clip_per_pixel)
+
+    def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
+        """-(clipped ratio * advantage), one number per row."""
+        return -clipped_surrogate(self.log_ratio(rows), rows.advantage, self.half_width(rows))

@@ -1,0 +1,98 @@
+"""Noise-predicting networks as policies: the score is the action.
+
+A UNet predicts epsilon, x0 or v of a noised state; classifier-free guidance combines its conditional and
+unconditional predictions; the result, as a score, is the mean of a policy. The pretrained model is the same
+network with its adapter switched off, so no second copy is held.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
+
+_TO_SCORE = {
+    "epsilon": score_from_epsilon,
+    "sample": score_from_x0,
+    "v_prediction": score_from_v,
+}
+
+
+@dataclass
+class GuidedScore:
+    """A text-conditional UNet, with classifier-free guidance, as a function from state to score.
+
+    Attributes:
+        unet: with its adapter attached.
+        alphas_cumprod: of the model's schedule, one entry a timestep.
+        prediction_type: "epsilon", "sample" or "v_prediction", as in diffusers.
+        guidance: scale; 1 is none (and costs one network call instead of two).
+        unconditional: embedding of the empty prompt, [tokens, width].
+        batch: most rows that one call of the network gets when no gradient is asked for.
+        precision: dtype of the network's arithmetic; scores come back in float32.
+        calls: evaluations of the network so far, one per row and guidance branch.
+    """
+
+    unet: UNet2DConditionModel
+    alphas_cumprod: Float[Tensor, " timesteps"]
+    prediction_type: str
+    guidance: float
+    unconditional: Float[Tensor, "tokens width"]
+    batch: int = 64
+    precision: torch.dtype = torch.float32
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in _TO_SCORE:
+            raise ValueError(
+                f"prediction_type must be one of {sorted(_TO_SCORE)}, got {self.prediction_type!r}"
+            )
+
+    def __call__(
+        self,
+        states: Float[Tensor, " rows *event"],
+        timesteps: Int64[Tensor, " rows"],
+        context: Float[Tensor, "rows tokens width"],
+    ) -> Float[Tensor, " rows *event"]:
+        """Guided scores of noisy states, float32, on the states' device."""
+        if torch.is_grad_enabled() or len(states) <= self.batch:
+            return self._score(states, timesteps, context)
+        chunks = (part.split(self.batch) for part in (states, timesteps, context))
+        return torch.cat([self._score(*chunk) for chunk in zip(*chunks, strict=True)])
+
+    def _score(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        rows = len(states)
+        if self.guidance == 1:
+            predicted = self._predict(states, timesteps, context)
+        else:
+            empty = self.unconditional.to(context).expand_as(context)
+            both = self._predict(
+                torch.cat([states, states]),
+                torch.cat([timesteps, timesteps]),
+                torch.cat([empty, context]),
+            )
+            without, with_prompt = both.split(rows)
+            predicted = without + self.guidance * (with_prompt - without)
+        alpha_bar = self.alphas_cumprod.to(states)[timesteps].view(-1, *[1] * (states.ndim - 1))
+        to_score = _TO_SCORE[self.prediction_type]
+        return to_score(states, predicted, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+    def _predict(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        self.calls += len(states)
+        reduced = self.precision != torch.float32
+        with torch.autocast(states.device.type, self.precision, enabled=reduced):
+            return self.unet(states, timesteps, encoder_hidden_states=context).sample.float()
+
+    @contextmanager
+    def pretrained(self) -> Iterator[None]:
+        """Within this context the adapter is off: the score is the pretrained model's."""
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()

@@ -1,0 +1,91 @@
+"""The value of a noisy state: V(t, x, c) = c_skip(t) r(x0_hat, c) + c_out(t) F(t, x, c).
+
+The first term is the reward itself, applied to the denoised image; the second a small trained network. With
+c_skip = cos(pi s / 2) and c_out = sin(pi s / 2) at noising time s in [0, 1] the terminal condition
+V = r holds exactly at the data end, whatever the network says.
+
+Source  "Score as Action" (arXiv 2502.01819), section on the value network; in the Gaussian case the residual
+        c_out F has a closed form (``diffusion_envs.gaussian``).
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def skip_weights(
+    noising_time: Float[Tensor, " *shape"],
+) -> tuple[Float[Tensor, " *shape"], Float[Tensor, " *shape"]]:
+    """(c_skip, c_out) at noising times in [0, 1]: cosine and sine of a quarter turn."""
+    angle = 0.5 * math.pi * noising_time
+    return angle.cos(), angle.sin()
+
+
+class ResidualValue(nn.Module):
+    """F(t, x, c): a small convolutional network on noisy states, in units of reward.
+
+    Its output is ``location + scale * network``; the two are set once, by ``calibrate``, from the first
+    rewards seen, so that rewards of any size are learned at the same rate.
+
+    Args:
+        channels: of the state, for events [channels, height, width].
+        context: width of the condition vector (the mean of the prompt's embedding).
+        width: of the hidden layers.
+        generator: draws the initial weights.
+    """
+
+    def __init__(
+        self, channels: int, context: int, *, generator: torch.Generator, width: int = 64
+    ) -> None:
+        super().__init__()
+        self.register_buffer("location", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("frequencies", 2 * math.pi * torch.arange(1.0, 5.0) / 4)
+        self.condition = nn.Linear(context + 2 * 4 + 1, width)
+        self.enter = nn.Conv2d(channels, width, 3, padding=1)
+        self.deepen = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.middle = nn.Conv2d(width, width, 3, padding=1)
+        self.hidden = nn.Linear(width, width)
+        self.leave = nn.Linear(width, 1)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+                nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.leave.weight)
+
+    def calibrate(self, rewards: Float[Tensor, " n"]) -> None:
+        """Set location and scale from rewards, once, before training."""
+        self.location.copy_(rewards.mean())
+        if len(rewards) > 1 and (spread := rewards.std()) > 0:
+            self.scale.copy_(spread)
+
+    def forward(
+        self,
+        noising_time: Float[Tensor, " n"],
+        states: Float[Tensor, "n channels h w"],
+        context: Float[Tensor, "n context"],
+    ) -> Float[Tensor, " n"]:
+        """F at each state, in reward."""
+        phases = noising_time[:, None] * self.frequencies
+        times = torch.cat([noising_time[:, None], phases.sin(), phases.cos()], dim=1)
+        shift = self.condition(torch.cat([context, times], dim=1))[:, :, None, None]
+        x = functional.silu(self.enter(states) + shift)
+        x = functional.silu(self.deepen(x) + shift)
+        x = functional.silu(self.middle(x) + x).mean((2, 3))
+        return self.location + self.scale * self.leave(functional.silu(self.hidden(x)))[:, 0]
+
+
+def martingale_loss(
+    values: Float[Tensor, "paths nodes"],
+    returns: Float[Tensor, "paths nodes"],
+    step_sizes: Float[Tensor, " steps"],
+) -> Float[Tensor, " paths"]:
+    """Jia & Zhou's martingale loss (JMLR 2022a): int |G_t - V(t, X_t)|^2 dt along each path.
+
+    Minimised where M_t = V(t, X_t) + accrued reward is closest to a martingale, that is by the projection of the
+    true value function. G is the realised return to go, evaluated at the left of each step.
+    """
+    return ((returns - values)[:, :-1].square() * step_sizes).sum(1)
