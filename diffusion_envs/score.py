@@ -46,6 +46,7 @@ class GuidedScore:
     batch: int = 64
     precision: torch.dtype = torch.float32
     calls: int = 0
+    _adapter_off: bool = False
 
     def __post_init__(self) -> None:
         if self.prediction_type not in _TO_SCORE:
@@ -91,8 +92,13 @@ class GuidedScore:
     @contextmanager
     def pretrained(self) -> Iterator[None]:
         """Within this context the adapter is off: the score is the pretrained model's."""
+        if self._adapter_off:
+            yield
+            return
         self.unet.disable_adapters()
+        self._adapter_off = True
         try:
             yield
         finally:
             self.unet.enable_adapters()
+            self._adapter_off = False

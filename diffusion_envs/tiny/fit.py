@@ -7,18 +7,18 @@ several single-threaded processes beat one process with several threads.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ctrl.noise import stream
-from diffusion_envs.training import checkpoint
+from diffusion_envs.training import checkpoint, parallel
+from diffusion_envs.training.progress import bar
 
 Loss = Callable[[nn.ModuleDict, Generator], dict[str, Tensor]]
 """(modules, random stream of this step and process) -> named scalars; "loss" is minimised."""
@@ -44,6 +44,17 @@ class Recipe:
         return self.learning_rate * rise * fall
 
 
+@contextmanager
+def initial_weights(seed: int) -> Iterator[None]:
+    """Within this context layers draw their initial weights from ``seed``: equal on every process.
+
+    torch's layers draw from the global stream; it is put back afterwards.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 def fit(
     modules: nn.ModuleDict,
     loss: Loss,
@@ -57,7 +68,8 @@ def fit(
     """Minimise ``loss`` over the parameters of ``modules`` that want a gradient.
 
     Args:
-        modules: what is trained (and whatever else the loss needs, frozen).
+        modules: what is trained (and whatever else the loss needs, frozen); built within
+            ``initial_weights``.
         loss: called once an update, under bfloat16 autocast.
         recipe: length, rate, batch.
         folder: of the checkpoints; training goes on from the newest.
@@ -72,7 +84,7 @@ def fit(
         FloatingPointError: the gradient is not finite; the weights are untouched and the newest
             checkpoint remains.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = parallel.start()
     modules.to(accelerator.device)
     parameters = [p for p in modules.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
@@ -86,15 +98,8 @@ def fit(
         averaged.load_state_dict(resumed.state["averaged"])
         first = resumed.step
     saved = time.monotonic()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
-    with Progress(*columns, disable=not accelerator.is_main_process) as progress:
-        bar = progress.add_task(name, total=recipe.updates, completed=first, numbers="")
+    main = accelerator.is_main_process
+    with bar(name, recipe.updates, done=first, shown=main) as advance:
         for step in range(first, recipe.updates):
             generator = stream(seed, name, step, accelerator.process_index)
             for group in optimiser.param_groups:
@@ -103,8 +108,7 @@ def fit(
             with torch.autocast(accelerator.device.type, torch.bfloat16):
                 numbers = loss(modules, generator)
             numbers["loss"].backward()
-            if accelerator.num_processes > 1:
-                _average_gradients(parameters, accelerator)
+            parallel.average_gradients(parameters, accelerator)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"{name}: gradient norm is {norm} at step {step}")
@@ -115,9 +119,9 @@ def fit(
             )
             averaged.update_parameters(modules)
             shown = "  ".join(f"{k} {v.detach():.4f}" for k, v in numbers.items())
-            progress.update(bar, advance=1, numbers=shown)
+            advance(shown)
             due = time.monotonic() - saved > recipe.seconds_between_checkpoints
-            if accelerator.is_main_process and (due or step + 1 == recipe.updates):
+            if main and (due or step + 1 == recipe.updates):
                 state = {
                     "modules": modules.state_dict(),
                     "optimiser": optimiser.state_dict(),
@@ -129,10 +133,3 @@ def fit(
                     on_checkpoint(step + 1, averaged.module)
                 saved = time.monotonic()
     return averaged.module
-
-
-def _average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))

@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from diffusion_envs.cifar10.data import load
 from diffusion_envs.rewards.classifier import CifarClassifier, load_classifier
-from diffusion_envs.tiny.fit import Recipe, fit
+from diffusion_envs.tiny.fit import Recipe, fit, initial_weights
 from diffusion_envs.tiny.train_classifier import accuracy
 
-RECIPE = Recipe(updates=4000, learning_rate=1.5e-3, batch=64, average=0.998)
+RECIPE = Recipe(updates=1800, learning_rate=1.5e-3, batch=64, average=0.998)
 FEATURE_WEIGHT = 0.005  # per unit of feature distance, beside the mean squared error of pixels
 KL_WEIGHT = 5e-7  # per nat a picture: the evidence bound at a noise of 31 dB
 
@@ -95,7 +95,8 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
             flush=True,
         )
 
-    vae = build()
+    with initial_weights(seed):
+        vae = build()
     modules = nn.ModuleDict({"vae": vae, "features": perceptual})
     folder = output / "training" / "autoencoder"
     fitted = fit(

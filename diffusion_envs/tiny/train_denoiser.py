@@ -11,7 +11,7 @@ from ctrl.noise import stream
 from diffusion_envs.cifar10.data import CLASSES, load
 from diffusion_envs.rewards.classifier import load_classifier
 from diffusion_envs.tiny.captions import LENGTH, caption, with_article, write_tokenizer
-from diffusion_envs.tiny.fit import Recipe, fit
+from diffusion_envs.tiny.fit import Recipe, fit, initial_weights
 from diffusion_envs.training.tracking import grid
 
 RECIPE = Recipe(updates=11000, learning_rate=6e-4, batch=64, average=0.9995)
@@ -70,9 +70,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor, batch: int = 250) -> Tensor:
     """Scaled latents of pictures (bytes), float32."""
-    parts = [
-        vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in images.split(batch)
-    ]
+    parts = [vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in images.split(batch)]
     return torch.cat(parts) * vae.config.scaling_factor
 
 
@@ -150,7 +148,10 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
         (output / "samples").mkdir(exist_ok=True)
         grid(images, prompts).save(output / "samples" / f"step-{step:06d}.png")
 
-    initial = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
+    with initial_weights(seed):
+        initial = nn.ModuleDict(
+            {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)}
+        )
     fitted = fit(
         initial,
         loss,

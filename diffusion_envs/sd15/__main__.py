@@ -1,0 +1,305 @@
+"""Command line: names become objects here, at the edge, and nowhere else.
+
+python -m diffusion_envs.sd15 --model tiny --reward jpeg-compressibility --output runs/demo
+python -m diffusion_envs.sd15 --resume runs/demo
+python -m diffusion_envs.sd15 evaluate runs/demo --steps 10 25 50 100 --samplers ddim dpm++
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from diffusion_envs import objectives, rewards, samplers
+from diffusion_envs.cifar10.data import CLASSES
+from diffusion_envs.training.loop import NonFiniteError, PreflightError, Schedule
+
+REWARDS: dict[str, Callable[[], rewards.Reward]] = {
+    "prompt-alignment": lambda: rewards.PromptAlignment("reward"),
+    "jpeg-compressibility": rewards.JpegCompressibility,
+    "jpeg-incompressibility": rewards.JpegIncompressibility,
+    "red": lambda: rewards.Colour("red"),
+    "green": lambda: rewards.Colour("green"),
+    "blue": lambda: rewards.Colour("blue"),
+}
+JUDGES: dict[str, dict[str, Callable[[], rewards.Reward]]] = {
+    "prompt-alignment": {"judge": lambda: rewards.PromptAlignment("judge")},
+}
+OBJECTIVES = {
+    "score-as-action": objectives.ScoreAsAction,
+    "score-as-action-sampled": objectives.ScoreAsActionSampled,
+    "score-as-action-released": objectives.ScoreAsActionReleased,
+}
+CLASS_PROMPTS = tuple(f"a photo of a{'n' if name[0] in 'aeiou' else ''} {name}" for name in CLASSES)
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Fine-tune a Stable Diffusion model with a reward.
+
+    Attributes:
+        model: "tiny", a folder in diffusers' layout, or a hub id.
+        reward: prompt-alignment, jpeg-compressibility, jpeg-incompressibility, red, green, blue, or your
+            own as my_module:my_function.
+        prompts: what to ask for; the ten CIFAR-10 classes if not given.
+        output: folder of the run.
+        resume: folder of a run to go on with; every other option is then taken from it, except updates,
+            which may grow.
+        objective: score-as-action, score-as-action-sampled or score-as-action-released.
+        kl_weight: reward per nat of path KL; the objective's own if not given.
+        gae_rate: forgetting of temporal differences, per unit of int g^2 dt; the objective's own if
+            not given.
+        learning_rate: of the adapter; the objective's own if not given.
+        eta: stochasticity of DDIM; 1 is the SDE, 0 the ODE (which has no density).
+        steps: of the sampler.
+        updates: of the policy.
+        guidance: classifier-free guidance scale; 1 is none.
+        schedule: how much of everything an update uses.
+        lora_rank: of the adapter.
+        lora_targets: names of the layers that get one.
+        evaluation_samples: held-out samples, before and after.
+        checkpoint_every: updates.
+        picture_every: updates.
+        precision: of the network.
+        resolution: pixels a side; the model's own if not given.
+        gradient_checkpointing: recompute activations: less memory, more time.
+        device: cpu or cuda; what there is if not given.
+        seed: of all randomness.
+        wandb: log to Weights & Biases too.
+    """
+
+    model: str = "tiny"
+    reward: str = "prompt-alignment"
+    prompts: tuple[str, ...] = CLASS_PROMPTS
+    output: Path | None = None
+    resume: Path | None = None
+    objective: str = "score-as-action"
+    kl_weight: float | None = None
+    gae_rate: float | None = None
+    learning_rate: float | None = None
+    eta: float = 1.0
+    steps: int = 20
+    updates: int = 50
+    guidance: float = 3.0
+    schedule: Annotated[Schedule, tyro.conf.arg(name="")] = field(default_factory=Schedule)
+    lora_rank: int = 8
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    evaluation_samples: int = 64
+    checkpoint_every: int = 1
+    picture_every: int = 10
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    resolution: int | None = None
+    gradient_checkpointing: bool = False
+    device: Literal["cpu", "cuda"] | None = None
+    seed: int = 0
+    wandb: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """How a fine-tuned model does at other step counts and samplers, paired with the pretrained one.
+
+    Attributes:
+        run: folder of a finished run.
+        steps: step counts to try.
+        samplers: ddim (with the run's eta), ddim-ode (eta 0), and diffusers' dpm++, unipc, heun and euler.
+        samples: held-out samples of each.
+    """
+
+    run: tyro.conf.Positional[Path]
+    steps: tuple[int, ...] = (10, 25, 50, 100)
+    samplers: tuple[str, ...] = ("ddim",)
+    samples: int = 64
+
+
+def _named(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    """The entry of a table, or an error that suggests the nearest."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{kind} must be one of {', '.join(table)}, got {name!r}{hint}")
+
+
+def _reward(name: str) -> rewards.Reward:
+    if ":" in name:
+        sys.path.insert(0, os.getcwd())  # a user's module beside them
+        return rewards.load(name)
+    try:
+        return _named("reward", name, REWARDS)()
+    except ValueError as error:
+        raise ValueError(f"{error} (or your own, as my_module:my_function)") from None
+
+
+def _objective(options: Finetune) -> objectives.Objective:
+    kind = _named("objective", options.objective, OBJECTIVES)
+    known = {f.name for f in dataclasses.fields(kind)}
+    given = {
+        name: value
+        for name in ("kl_weight", "gae_rate", "learning_rate")
+        if (value := getattr(options, name)) is not None
+    }
+    if unknown := sorted(given.keys() - known):
+        raise ValueError(f"objective {options.objective} has no setting {', '.join(unknown)}")
+    return kind(**given)
+
+
+def _resumed(options: Finetune) -> Finetune:
+    """The options that the run to resume was started with."""
+    assert options.resume is not None
+    config = options.resume / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"resume needs a run, but {options.resume} holds no config.json")
+    try:
+        stored = json.loads(config.read_text())["command"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{config} is damaged: {error}") from error
+    if stored is None:
+        raise ValueError(
+            f"{options.resume} was not started from the command line; resume it in Python"
+        )
+    changed = {
+        f.name
+        for f in dataclasses.fields(options)
+        if f.name not in ("resume", "updates")
+        and getattr(options, f.name) != getattr(Finetune(), f.name)
+    }
+    if changed:
+        raise ValueError(
+            f"resume takes every option from the run; leave out {', '.join(sorted(changed))}"
+        )
+    stored["schedule"] = Schedule(**stored["schedule"])
+    for name in ("prompts", "lora_targets"):
+        stored[name] = tuple(stored[name])
+    if options.updates != Finetune().updates:
+        stored["updates"] = max(options.updates, stored["updates"])
+    return Finetune(**stored | {"output": options.resume, "resume": options.resume})
+
+
+def run_finetune(options: Finetune) -> None:
+    """Fine-tune, and say in words how it went."""
+    from diffusion_envs.sd15.finetune import finetune
+
+    if options.resume is not None:
+        options = _resumed(options)
+    if options.output is None:
+        raise ValueError("output must name the folder of the run, for example --output runs/demo")
+    command = json.loads(json.dumps(dataclasses.asdict(options) | {"output": None, "resume": None}))
+    result = finetune(
+        model=options.model,
+        reward=_reward(options.reward),
+        prompts=options.prompts,
+        output=options.output,
+        objective=_objective(options),
+        sampler=samplers.DDIM(eta=options.eta),
+        steps=options.steps,
+        updates=options.updates,
+        guidance=options.guidance,
+        schedule=options.schedule,
+        lora_rank=options.lora_rank,
+        lora_targets=options.lora_targets,
+        judges={name: make() for name, make in JUDGES.get(options.reward, {}).items()},
+        evaluation_samples=options.evaluation_samples,
+        checkpoint_every=options.checkpoint_every,
+        picture_every=options.picture_every,
+        precision=options.precision,
+        resolution=options.resolution,
+        gradient_checkpointing=options.gradient_checkpointing,
+        device=options.device,
+        seed=options.seed,
+        resume=options.resume is not None,
+        wandb=options.wandb,
+        command=command,
+    )
+    table = Table(title=f"{options.reward}, {options.evaluation_samples} held-out samples")
+    for heading in ("", "before", "after", "paired difference", "standard errors"):
+        table.add_column(heading)
+    gain = result.reward_gain
+    table.add_row("reward", str(result.reward_before), str(result.reward), str(gain), _errors(gain))
+    for name, judged in result.judge_gains.items():
+        table.add_row(name, "", "", str(judged), _errors(judged))
+    console = Console()
+    console.print(table)
+    console.print(f"path KL from the pretrained model: {result.path_kl} nats")
+    console.print(f"adapter:  {result.lora}  (pipe.load_lora_weights({str(result.folder)!r}))")
+    console.print(f"pictures: {result.folder / 'samples'}")
+    console.print(f"report:   {result.report}")
+
+
+def _errors(estimate: Any) -> str:
+    error = estimate.standard_error
+    return f"{estimate.mean / error:+.1f}" if error > 0 else "-"
+
+
+def run_evaluate(options: Evaluate) -> None:
+    """Measure step and solver transfer of a finished run; print, plot and store it."""
+    from diffusion_envs.sd15.transfer import transfer
+
+    config = options.run / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"run must be the folder of a run, but {config} does not exist")
+    finetuned = _resumed(Finetune(resume=options.run))
+    rows = transfer(
+        options.run,
+        finetuned,
+        reward=_reward(finetuned.reward),
+        steps=options.steps,
+        samplers=options.samplers,
+        samples=options.samples,
+    )
+    table = Table(
+        title=f"Transfer of {options.run}, {options.samples} held-out samples, paired seeds"
+    )
+    for heading in ("sampler", "steps", "before", "after", "paired difference"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(
+            row.sampler, str(row.steps), str(row.before), str(row.after), str(row.difference)
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"stored in {options.run / 'transfer.json'}; plotted in {options.run / 'report.html'}"
+    )
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; the verdict is the exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    program = "python -m diffusion_envs.sd15"
+    options: Finetune | Evaluate
+    if arguments[:1] == ["evaluate"]:
+        options = tyro.cli(Evaluate, args=arguments[1:], prog=f"{program} evaluate")
+    else:
+        options = tyro.cli(Finetune, args=arguments, prog=program)
+    try:
+        run_evaluate(options) if isinstance(options, Evaluate) else run_finetune(options)
+    except KeyboardInterrupt:
+        if isinstance(options, Finetune):
+            folder = options.resume or options.output
+            print(f"\nstopped; go on with: {program} --resume {folder}", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, PreflightError, NonFiniteError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,93 @@
+"""Putting a run together: pipeline, adapter, sampler and reward become one environment."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from diffusion_envs import rewards, samplers
+from diffusion_envs.schedule import DDPMTable
+from diffusion_envs.score import GuidedScore
+from diffusion_envs.sd15 import pipeline
+from diffusion_envs.training.environment import Environment
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded pipeline with its adapter, as an environment."""
+
+    pipe: StableDiffusionPipeline
+    environment: Environment
+    parameters: list[nn.Parameter]  # of the adapter
+    table: DDPMTable  # the noise schedule
+
+
+def build(
+    *,
+    model: str | Path,
+    reward: rewards.Reward,
+    prompts: Sequence[str],
+    sampler: samplers.DDIM,
+    steps: int,
+    guidance: float,
+    batch: int,
+    lora_rank: int,
+    lora_targets: Sequence[str],
+    precision: str,
+    resolution: int | None,
+    device: torch.device,
+    seed: int,
+) -> Model:
+    """Load ``model``, attach a fresh adapter, and bind sampler, prompts and reward to it.
+
+    The arguments are those of ``finetune``, which documents them.
+
+    Raises:
+        ValueError: an argument is out of range, or does not fit the model.
+        FileNotFoundError: the model is not there.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {sorted(PRECISIONS)}, got {precision!r}")
+    if not (guidance >= 0 and guidance < float("inf")):
+        raise ValueError(f"guidance must be a finite number of at least 0, got {guidance}")
+    pipe = pipeline.load_pipeline(model, precision=PRECISIONS[precision], device=device)
+    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    own = pipe.unet.config.sample_size * factor
+    side = own if resolution is None else resolution
+    smallest = factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    if side < smallest or side % smallest:
+        raise ValueError(f"resolution must be a positive multiple of {smallest}, got {resolution}")
+    context = pipeline.embed_prompts(pipe, list(prompts))
+    empty = pipeline.embed_prompts(pipe, [""])[0]
+    parameters = pipeline.attach_lora(
+        pipe.unet, rank=lora_rank, targets=tuple(lora_targets), seed=seed
+    )
+    table = DDPMTable.from_diffusers(pipe.scheduler)
+    score = GuidedScore(
+        unet=pipe.unet,
+        alphas_cumprod=pipe.scheduler.alphas_cumprod,
+        prediction_type=pipe.scheduler.config.prediction_type,
+        guidance=guidance,
+        unconditional=empty,
+        batch=batch,
+        precision=PRECISIONS[precision],
+    )
+    environment = Environment(
+        score=score,
+        sampler=sampler.bind(table, steps),
+        decode=partial(pipeline.decode, pipe.vae, batch=batch),
+        reward=reward,
+        prompts=list(prompts),
+        context=context,
+        event=(pipe.unet.config.in_channels, side // factor, side // factor),
+        seed=seed,
+        device=device,
+    )
+    return Model(pipe, environment, parameters, table)

@@ -1,0 +1,156 @@
+"""A text-to-image model as an environment: roll-outs, rewards, and what they cost.
+
+Costs are counted in three currencies: reward queries, network calls (one per row and guidance branch),
+seconds. Noise is drawn from streams named by the global index of a sample, so a sample is the same in any
+batch and on any process.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+import ctrl
+from ctrl.noise import normals_by_sample
+from diffusion_envs import rewards
+from diffusion_envs.denoising import kl_weight, path_kl_per_step, tweedie_mean
+from diffusion_envs.objectives import Rollout
+from diffusion_envs.samplers import BoundDDIM
+from diffusion_envs.score import GuidedScore
+
+Mean = Callable[[Tensor, Tensor], Tensor]  # (time, states) -> score
+Level = Callable[[Tensor], Tensor]  # time -> sigma
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A roll-out with its pictures, for the loop's eyes."""
+
+    rollout: Rollout
+    images: Float[Tensor, "paths 3 height width"]
+    denoised_rewards: Float[Tensor, "paths nodes"] | None  # r(x0_hat) at every node
+    prompts: list[str]
+
+
+@dataclass
+class Environment:
+    """A generation SDE driven by a network's score, and the reward that judges its images.
+
+    Attributes:
+        score: the network; its adapter is the policy.
+        sampler: transitions on a grid.
+        decode: latents to pictures in [0, 1].
+        reward: judges the pictures.
+        prompts: what to ask for.
+        context: the prompts' embeddings, [prompts, tokens, width].
+        event: shape of a latent.
+        seed: of the run.
+        device: of the network.
+        reward_queries: so far.
+    """
+
+    score: GuidedScore
+    sampler: BoundDDIM
+    decode: Callable[[Tensor], Tensor]
+    reward: rewards.Reward
+    prompts: Sequence[str]
+    context: Float[Tensor, "prompts tokens width"]
+    event: tuple[int, ...]
+    seed: int
+    device: torch.device
+    reward_queries: int = field(default=0)
+
+    @property
+    def problem(self) -> ctrl.ControlProblem:
+        """Generation as a control problem: terminal reward only, the action is the score."""
+        return ctrl.ControlProblem(self.sampler.sde, horizon=float(self.sampler.grid.nodes[-1]))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        policy: Callable[[Mean, Level], ctrl.Policy],
+        samples: range,
+        condition: Int64[Tensor, " paths"],
+        *,
+        stream: str,
+        denoised: bool = False,
+    ) -> Sample:
+        """Roll out one path for every global sample index.
+
+        Args:
+            policy: how to act, given the network's score and the noise level at a time.
+            samples: global indices; each names its own noise.
+            condition: index of each path's prompt.
+            stream: names the noise, so that evaluation never sees training's.
+            denoised: also reward the denoised image at every node (as the value network needs).
+        """
+        sampler, steps = self.sampler, len(self.sampler.timesteps)
+        context = self.context[condition].to(self.device)
+        start = self._normals(self.event, stream, "start", samples)
+        normals = self._normals((steps, *self.event), stream, "transition", samples)
+        drawn = self._normals((steps, *self.event), stream, "action", samples)
+        means: list[Tensor] = []
+
+        def mean(t: Tensor, states: Tensor) -> Tensor:
+            timestep = sampler.timesteps[len(means)].to(self.device)
+            means.append(self.score(states, timestep.expand(len(states)), context))
+            return means[-1]
+
+        widths = sampler.grid.steps.to(normals).sqrt().view(1, -1, *[1] * len(self.event))
+        paths = ctrl.simulate(
+            self.problem,
+            policy(mean, lambda t: sampler.sigma[len(means) - 1].to(normals)),
+            start,
+            sampler.grid,
+            solver=sampler,
+            noise=ctrl.Noise(increments=normals * widths, actions=drawn),
+            keep=("states", "actions"),
+        )
+        timesteps = sampler.timesteps.to(self.device)
+        before = paths.states[:, :-1]
+        with self.score.pretrained():
+            reference = self.score(
+                before.flatten(0, 1),
+                timesteps.repeat(len(start)),
+                context.repeat_interleave(steps, 0),
+            ).view_as(before)
+        scores = torch.stack(means, dim=1)
+        images = self.decode(paths.states[:, -1])
+        prompts = [self.prompts[k] for k in condition.tolist()]
+        achieved = self._judge(images, prompts)
+        denoised_rewards = None
+        if denoised:
+            alpha, sigma = (
+                level[:-1].to(scores).view(1, -1, *[1] * len(self.event))
+                for level in (sampler.alpha, sampler.sigma_nodes)
+            )
+            guesses = tweedie_mean(before, scores, alpha, sigma).flatten(0, 1)
+            repeated = [prompt for prompt in prompts for _ in range(steps)]
+            judged = self._judge(self.decode(guesses), repeated).view(-1, steps)
+            denoised_rewards = torch.cat([judged, achieved[:, None]], dim=1)
+        rollout = Rollout(
+            states=paths.states,
+            means=scores,
+            actions=paths.actions,
+            noises=normals,
+            reference_scores=reference,
+            costs=path_kl_per_step(
+                scores, reference, sampler.integrated_g2.to(scores), eta=sampler.eta
+            ),
+            values=None,
+            rewards=achieved,
+            step_sizes=sampler.integrated_g2.to(scores),
+            condition=condition,
+        )
+        return Sample(rollout, images, denoised_rewards, prompts)
+
+    def _judge(self, images: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
+        self.reward_queries += len(images)
+        return rewards.score(self.reward, images, prompts).to(self.device)
+
+    def _normals(self, shape: tuple[int, ...], stream: str, what: str, samples: range) -> Tensor:
+        return normals_by_sample(
+            shape, seed=self.seed, name=(stream, what), samples=samples, device=self.device
+        )

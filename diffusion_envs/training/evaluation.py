@@ -1,0 +1,69 @@
+"""Judging a fine-tuned model on held-out seeds, paired with the pretrained one."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ctrl import DeterministicPolicy
+from diffusion_envs import rewards
+from diffusion_envs.training.environment import Environment
+
+HELD_OUT = "held-out"  # the stream's name: training never draws from it
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One number per held-out sample, in the order of their index."""
+
+    rewards: Float[Tensor, " n"]
+    judged: Mapping[str, Float[Tensor, " n"]]  # by name of a reward that was not trained on
+    path_kl: Float[Tensor, " n"]  # nats
+    images: Float[Tensor, "n 3 height width"]
+    prompts: list[str]
+
+
+def evaluate(
+    environment: Environment,
+    samples: int,
+    *,
+    judges: Mapping[str, rewards.Reward] | None = None,
+    batch: int = 32,
+    pretrained: bool = False,
+) -> Evaluation:
+    """Sample held-out seeds and judge them; costs are not counted.
+
+    Args:
+        environment: with the sampler to evaluate.
+        samples: how many; sample i has prompt i modulo the number of prompts, and its own noise,
+            the same for every model, step count and eta of one seed.
+        judges: rewards that only judge, by name.
+        batch: samples rolled out at once.
+        pretrained: evaluate the model without its adapter.
+    """
+    spent = environment.reward_queries, environment.score.calls
+    parts = []
+    with environment.score.pretrained() if pretrained else nullcontext():
+        for first in range(0, samples, batch):
+            indices = range(first, min(first + batch, samples))
+            condition = torch.tensor([i % len(environment.prompts) for i in indices])
+            parts.append(
+                environment.sample(
+                    lambda mean, _: DeterministicPolicy(mean), indices, condition, stream=HELD_OUT
+                )
+            )
+    environment.reward_queries, environment.score.calls = spent
+    images = torch.cat([part.images.cpu() for part in parts])
+    prompts = [prompt for part in parts for prompt in part.prompts]
+    return Evaluation(
+        rewards=torch.cat([part.rollout.rewards.cpu() for part in parts]),
+        judged={
+            name: rewards.score(judge, images, prompts) for name, judge in (judges or {}).items()
+        },
+        path_kl=torch.cat([part.rollout.costs.sum(1).cpu() for part in parts]),
+        images=images,
+        prompts=prompts,
+    )
