@@ -11,10 +11,12 @@ would collide after some 77 000 streams. Streams therefore fill all 624 words of
 """
 
 import hashlib
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 _WORDS = 624  # of the Mersenne Twister's state
@@ -94,3 +96,85 @@ def normals_by_sample(
     return (
         torch.stack(rows).to(device) if rows else torch.empty(0, *shape, device=device, dtype=dtype)
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """All randomness of a simulation, as tensors.
+
+    Attributes:
+        increments: W(t + h) - W(t) for every path and step, sqrt(time).
+        actions: standard normals that the policy's actions are drawn with, if it draws them.
+        weights: of the paths, non-negative, summing to 1, where they are not equal (quadrature).
+    """
+
+    increments: Float[Tensor, "paths steps *noise"]
+    actions: Float[Tensor, "paths steps *action"] | None = None
+    weights: Float[Tensor, " paths"] | None = None
+
+    def __post_init__(self) -> None:
+        paths, steps = self.increments.shape[:2]
+        if self.actions is not None and self.actions.shape[:2] != (paths, steps):
+            raise ValueError(
+                f"actions must begin with [{paths}, {steps}], as increments do, got "
+                f"{list(self.actions.shape)}"
+            )
+        if self.weights is not None and self.weights.shape != (paths,):
+            raise ValueError(f"weights must be [{paths}], got {list(self.weights.shape)}")
+        for name in ("increments", "actions", "weights"):
+            value = getattr(self, name)
+            if value is not None and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name} must be finite")
+
+
+def gauss_hermite(
+    step_sizes: Float[Tensor, " steps"],
+    *,
+    nodes: int,
+    noise: tuple[int, ...] = (1,),
+    action: tuple[int, ...] | None = None,
+) -> Noise:
+    """Quadrature nodes in place of random numbers: every expectation of a polynomial is exact.
+
+    The paths are the tensor product of Gauss-Hermite rules, one for each normal variable of a whole path; the
+    weighted mean of a function of them is its expectation, exactly so for polynomials of degree
+    up to 2 nodes - 1 in each variable.
+
+    Args:
+        step_sizes: of the grid, time.
+        nodes: of each rule.
+        noise: shape of one increment.
+        action: shape of one action's noise, if actions are drawn.
+
+    Raises:
+        ValueError: the product would have more than 10 million paths.
+    """
+    steps = len(step_sizes)
+    width = int(np.prod(noise))
+    action_width = int(np.prod(action)) if action is not None else 0
+    variables = steps * (width + action_width)
+    if nodes < 1 or nodes**variables > 10_000_000:
+        raise ValueError(
+            f"nodes ** variables must be between 1 and 10 million, got {nodes} ** {variables}"
+        )
+    points, masses = np.polynomial.hermite_e.hermegauss(nodes)
+    points = torch.as_tensor(points, dtype=step_sizes.dtype)
+    masses = torch.as_tensor(masses / masses.sum(), dtype=step_sizes.dtype)
+    which = torch.cartesian_prod(*[torch.arange(nodes)] * variables).view(-1, variables)
+    normals, weights = points[which], masses[which].prod(1)
+    split = normals.view(-1, steps, width + action_width)
+    brownian = split[..., :width] * step_sizes.sqrt()[:, None]
+    drawn = None if action is None else split[..., width:].reshape(-1, steps, *action)
+    return Noise(brownian.reshape(-1, steps, *noise), drawn, weights)
+
+
+def antithetic(noise: Noise) -> Noise:
+    """Every path followed by its mirror image: all normals with the opposite sign."""
+
+    def mirrored(value: Tensor | None) -> Tensor | None:
+        return None if value is None else torch.stack([value, -value], dim=1).flatten(0, 1)
+
+    increments = mirrored(noise.increments)
+    assert increments is not None
+    weights = None if noise.weights is None else noise.weights.repeat_interleave(2) / 2
+    return Noise(increments, mirrored(noise.actions), weights)

@@ -1,0 +1,43 @@
+"""What is to be controlled, and for which reward."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ctrl.sde import ControlledSDE
+
+RunningReward = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(time [], states [paths, *event], actions [paths, *action]) -> [paths], reward/time."""
+TerminalReward = Callable[[Tensor], Tensor]
+"""states [paths, *event] -> [paths], reward."""
+
+
+@dataclass(frozen=True)
+class ControlProblem:
+    """Maximise E[ int_0^T e^{-discount t} (r(t, X, a) + temperature * entropy) dt + e^{-discount T} r(X_T) ].
+
+    Attributes:
+        sde: the dynamics.
+        horizon: T, time; may be infinite.
+        running_reward: per unit of time; none if not given.
+        terminal_reward: paid once, at T; none if not given.
+        discount: a rate, 1/time.
+        temperature: reward per nat of the policy's entropy and unit of time.
+    """
+
+    sde: ControlledSDE
+    horizon: float
+    running_reward: RunningReward | None = None
+    terminal_reward: TerminalReward | None = None
+    discount: float = 0.0
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.horizon > 0:
+            raise ValueError(f"horizon must be positive, got {self.horizon}")
+        for name in ("discount", "temperature"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
