@@ -19,7 +19,7 @@ from ctrl.sde import ControlledSDE
 def controls(
     sde: ControlledSDE, policy: Policy, reference: Policy, paths: Paths
 ) -> Float[Tensor, "paths steps noise"]:
-    """u at the left end of every step: the drift's shift in units of the noise, 1/sqrt(time).
+    """The control u at the left end of every step: the drift's shift in units of the noise, 1/sqrt(time).
 
     Raises:
         ValueError: the diffusion is singular where the drifts differ.
@@ -52,7 +52,7 @@ def path_kl(
 def log_ratio(
     sde: ControlledSDE, policy: Policy, reference: Policy, paths: Paths
 ) -> Float[Tensor, " paths"]:
-    """log dP / dP_ref of each path: int u . dW + 1/2 int |u|^2 dt, nats ([KS91] Theorem 3.5.1).
+    """The log-density dP / dP_ref of each path: int u . dW + 1/2 int |u|^2 dt, nats ([KS91] Theorem 3.5.1).
 
     On every path it equals the difference of the Euler scheme's transition log-densities.
 

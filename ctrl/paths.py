@@ -78,7 +78,7 @@ class Paths:
 def ito_sum(
     integrand: Float[Tensor, "paths steps *noise"], increments: Float[Tensor, "paths steps *noise"]
 ) -> Float[Tensor, " paths"]:
-    """int f . dW along each path, the integrand at the left end of each step."""
+    """Ito integral int f . dW along each path, the integrand at the left end of each step."""
     if integrand.shape != increments.shape:
         raise ValueError(
             f"integrand must have the increments' shape {list(increments.shape)}, got "
@@ -88,7 +88,7 @@ def ito_sum(
 
 
 def time_integral(rates: Float[Tensor, "paths steps"], grid: TimeGrid) -> Float[Tensor, " paths"]:
-    """int f dt along each path, f at the left end of each step (error O(h))."""
+    """Time integral int f dt along each path, f at the left end of each step (error O(h))."""
     if rates.shape[1] != len(grid.steps):
         raise ValueError(
             f"rates must be [paths, {len(grid.steps)}] to fit the grid, got {list(rates.shape)}"

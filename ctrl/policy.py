@@ -69,17 +69,17 @@ class GaussianPolicy:
         return torch.as_tensor(self.std(t) if callable(self.std) else self.std)
 
     def act(self, mean: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
-        """mean + std * noise."""
+        """The mean plus std * noise."""
         assert noise is not None  # simulate gives it to policies that are random
         return mean + self.std_at(t).to(mean) * noise
 
     def log_prob(
         self,
         t: Tensor,
-        states: Float[Tensor, "paths *event"],
-        actions: Float[Tensor, "paths *action"],
+        states: Float[Tensor, " paths *event"],
+        actions: Float[Tensor, " paths *action"],
     ) -> Float[Tensor, " paths"]:
-        """log density of actions, summed over coordinates, nats."""
+        """Log-density of actions, summed over coordinates, nats."""
         std = self.std_at(t).to(actions)
         z = ((actions - self.mean(t, states)) / std).flatten(1)
         return -(0.5 * z.square() + std.log() + 0.5 * math.log(2 * math.pi)).sum(1)

@@ -69,8 +69,8 @@ class ControlledSDE:
         return (self.noise_dim,)
 
     def spread(
-        self, t: Tensor, states: Float[Tensor, "paths *event"], increment: Tensor
-    ) -> Float[Tensor, "paths *event"]:
+        self, t: Tensor, states: Float[Tensor, " paths *event"], increment: Tensor
+    ) -> Float[Tensor, " paths *event"]:
         """sigma(t, X) dW."""
         sigma = self.diffusion(t, states)
         if self.noise == "diagonal":
@@ -81,7 +81,7 @@ class ControlledSDE:
         return torch.einsum("pij,pj->pi", sigma, increment)
 
     def whiten(
-        self, t: Tensor, states: Float[Tensor, "paths *event"], shift: Tensor
+        self, t: Tensor, states: Float[Tensor, " paths *event"], shift: Tensor
     ) -> Float[Tensor, "paths noise"]:
         """The u that solves sigma(t, X) u = shift: a drift's change in units of the noise.
 

@@ -19,7 +19,7 @@ KEEP = ("states", "actions", "increments")
 def simulate(
     problem: ControlProblem,
     policy: Policy,
-    start: Float[Tensor, "paths *event"],
+    start: Float[Tensor, " paths *event"],
     grid: TimeGrid,
     solver: Solver | None = None,
     *,
@@ -106,7 +106,7 @@ def _roll_out(
     sde = problem.sde
     fused = type(solver) is EulerMaruyama and not torch.is_grad_enabled()
     plain = fused and sde.noise == "diagonal"
-    nodes = grid.nodes.to(start)  # differences are taken in the grid's own precision, below
+    times = grid.nodes.to(start)  # for drift and policy; step sizes keep the grid's precision
     sizes = grid.steps.tolist()
     steps = len(sizes)
     buffer = start.new_empty(steps + 1, *start.shape) if fused else None
@@ -118,7 +118,7 @@ def _roll_out(
     states, x = [start], start
     actions: list[Tensor] = []
     for k, h in enumerate(sizes):
-        t = nodes[k]
+        t = times[k]
         mean = policy.mean(t, x)
         action = policy.act(mean, t, _action_noise(policy, mean, k, noise, generator))
         if "actions" in keep:
@@ -132,7 +132,7 @@ def _roll_out(
             into = start.new_empty(shape[0], *shape[2:]) if into is None else into
             increment = into.normal_(std=math.sqrt(h), generator=generator)
         if not fused or buffer is None:
-            x = solver.step(sde, t, t + h, x, action, increment)
+            x = solver.step(sde, grid.nodes[k], grid.nodes[k + 1], x, action, increment)
             states.append(x)
             continue
         after = buffer[k + 1]

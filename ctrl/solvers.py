@@ -1,5 +1,6 @@
 """One-step maps, and which of them have a transition density."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -11,7 +12,7 @@ from ctrl.sde import ControlledSDE
 
 @runtime_checkable
 class Solver(Protocol):
-    """A one-step map; a diffusion sampler is one too."""
+    """A one-step map; a diffusion sampler is one too. Times come in the grid's own precision."""
 
     def step(
         self,
@@ -51,8 +52,9 @@ class EulerMaruyama:
         increment: Tensor,
     ) -> Tensor:
         """One step."""
-        moved = states + (t1 - t0) * sde.drift(t0, states, action)
-        return moved + sde.spread(t0, states, increment)
+        t = t0.to(states)
+        moved = states + float(t1 - t0) * sde.drift(t, states, action)
+        return moved + sde.spread(t, states, increment)
 
     def transition(
         self, sde: ControlledSDE, t0: Tensor, t1: Tensor, states: Tensor, action: Tensor
@@ -64,9 +66,9 @@ class EulerMaruyama:
         """
         if sde.noise != "diagonal":
             raise ValueError(f"transition needs diagonal noise, the sde's is {sde.noise}")
-        h = t1 - t0
-        sigma = torch.as_tensor(sde.diffusion(t0, states), dtype=states.dtype, device=states.device)
-        return states + h * sde.drift(t0, states, action), sigma * h.sqrt()
+        t, h = t0.to(states), float(t1 - t0)
+        sigma = torch.as_tensor(sde.diffusion(t, states), dtype=states.dtype, device=states.device)
+        return states + h * sde.drift(t, states, action), sigma * math.sqrt(h)
 
 
 def require_transition(solver: Solver) -> TransitionSolver:

@@ -18,9 +18,9 @@ def _each_step(
     sde: ControlledSDE, solver: Solver, policy: Policy, paths: Paths
 ) -> list[tuple[Tensor, Tensor]]:
     gaussian = require_transition(solver)
-    nodes = paths.grid.nodes.to(paths.states)
+    nodes, times = paths.grid.nodes, paths.grid.nodes.to(paths.states)
     return [
-        gaussian.transition(sde, nodes[k], nodes[k + 1], x, policy.mean(nodes[k], x))
+        gaussian.transition(sde, nodes[k], nodes[k + 1], x, policy.mean(times[k], x))
         for k, x in enumerate(paths.states[:, :-1].unbind(1))
     ]
 

@@ -14,7 +14,7 @@ from diffusion_envs.tiny.captions import LENGTH, caption, with_article, write_to
 from diffusion_envs.tiny.fit import Recipe, fit, initial_weights
 from diffusion_envs.training.tracking import grid
 
-RECIPE = Recipe(updates=11000, learning_rate=6e-4, batch=64, average=0.9995)
+RECIPE = Recipe(updates=3600, learning_rate=1e-3, batch=64, average=0.999)
 UNCAPTIONED = 0.12  # share of pictures trained without a caption, for classifier-free guidance
 SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023, arXiv 2303.09556)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import ctrl
 from ctrl.noise import normals_by_sample
 from diffusion_envs import rewards
-from diffusion_envs.denoising import kl_weight, path_kl_per_step, tweedie_mean
+from diffusion_envs.denoising import path_kl_per_step, tweedie_mean
 from diffusion_envs.objectives import Rollout
 from diffusion_envs.samplers import BoundDDIM
 from diffusion_envs.score import GuidedScore
@@ -65,7 +65,7 @@ class Environment:
     @property
     def problem(self) -> ctrl.ControlProblem:
         """Generation as a control problem: terminal reward only, the action is the score."""
-        return ctrl.ControlProblem(self.sampler.sde, horizon=float(self.sampler.grid.nodes[-1]))
+        return ctrl.ControlProblem(self.sampler.sde, horizon=self.sampler.table.horizon)
 
     @torch.no_grad()
     def sample(
@@ -124,7 +124,7 @@ class Environment:
         if denoised:
             alpha, sigma = (
                 level[:-1].to(scores).view(1, -1, *[1] * len(self.event))
-                for level in (sampler.alpha, sampler.sigma_nodes)
+                for level in (sampler.alpha, sampler.sigma)
             )
             guesses = tweedie_mean(before, scores, alpha, sigma).flatten(0, 1)
             repeated = [prompt for prompt in prompts for _ in range(steps)]
@@ -137,7 +137,7 @@ class Environment:
             noises=normals,
             reference_scores=reference,
             costs=path_kl_per_step(
-                scores, reference, sampler.integrated_g2.to(scores), eta=sampler.eta
+                scores, reference, sampler.integrated_g2.to(scores), factor=sampler.kl_factor
             ),
             values=None,
             rewards=achieved,

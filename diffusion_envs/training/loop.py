@@ -114,6 +114,12 @@ class Trainer:
             raise ValueError(
                 f"train_steps ({schedule.train_steps}) must be at most the sampler's steps ({steps})"
             )
+        if objective.needs_density and not environment.sampler.has_density:
+            raise ValueError(
+                f"{type(objective).__name__} needs a transition density, and a step of this sampler has none "
+                "(standard deviation 0): use eta > 0 and a scheduler with set_alpha_to_one=False, or an "
+                "objective that draws its actions (ScoreAsActionSampled)"
+            )
         if schedule.samples < 2:
             raise ValueError(f"samples must be at least 2 to compare them, got {schedule.samples}")
         self.environment, self.objective, self.schedule = environment, objective, schedule
@@ -319,7 +325,7 @@ class Trainer:
             score_gain=at(sampler.score_gain),
             std=at(sampler.std),
             action_std=self.objective.action_std(at(sampler.sigma)),
-            kl_factor=environment.kl_factor,
+            kl_factor=sampler.kl_factor,
         )
 
     # -- value network ----------------------------------------------------------------------------

@@ -19,7 +19,9 @@ _TILE = 96  # pixels a side of a small picture in a grid; larger pictures keep t
 _CAPTION = 14  # pixels of height
 
 
-def grid(images: Float[Tensor, "n 3 h w"], captions: Sequence[str], columns: int = 8) -> Image.Image:
+def grid(
+    images: Float[Tensor, "n 3 h w"], captions: Sequence[str], columns: int = 8
+) -> Image.Image:
     """Pictures with values in [0, 1] side by side, each with its caption below.
 
     Small pictures are enlarged by whole factors without smoothing, so that pixels stay visible.
@@ -28,7 +30,9 @@ def grid(images: Float[Tensor, "n 3 h w"], captions: Sequence[str], columns: int
         ValueError: there is not one caption for each picture, or no picture.
     """
     if len(images) != len(captions) or not len(images):
-        raise ValueError(f"captions must be one for each picture, got {len(captions)}, {len(images)}")
+        raise ValueError(
+            f"captions must be one for each picture, got {len(captions)}, {len(images)}"
+        )
     height, width = images.shape[-2:]
     factor = max(1, _TILE // width)
     columns = min(columns, len(images))
