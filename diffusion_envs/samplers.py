@@ -1,13 +1,11 @@
-"""Samplers: DDIM with its transition density, and any diffusers scheduler as a black box.
+"""Samplers: DDIM with its transition density.
 
 Sources  [DDIM] Song, Meng & Ermon 2021, arXiv 2010.02502, equations 12 and 16.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -175,25 +173,3 @@ def transition_kl(
         raise ValueError("transitions have no density: use DDIM with eta > 0")
     gap = (score - reference_score).square().flatten(2).sum(2)
     return 0.5 * gap * (sampler.score_gain / sampler.std).square().to(gap)
-
-
-def black_box(
-    scheduler: Any,
-    steps: int,
-    predict: Callable[[Tensor, Tensor], Tensor],
-    start: Float[Tensor, " paths *event"],
-) -> Float[Tensor, " paths *event"]:
-    """Sample with any diffusers scheduler: its steps need not be known, and have no density.
-
-    Args:
-        scheduler: deterministic, on the model's own schedule.
-        steps: to ask the scheduler for.
-        predict: (states, timestep) -> the network's prediction.
-        start: standard normals.
-    """
-    scheduler.set_timesteps(steps)
-    states = start * float(scheduler.init_noise_sigma)
-    for timestep in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(states, timestep)
-        states = scheduler.step(predict(scaled, timestep), timestep, states).prev_sample
-    return states

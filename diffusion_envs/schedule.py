@@ -1,162 +1,332 @@
-"""Noise schedules: signal and noise as functions of noising time s; s = 0 is data.
+"""Noise schedules: how much signal and noise is left at a noising time.
 
-Forward (noising) process dY = f(s, Y) ds + g(s) dB with f = -g^2 y / 2 (variance preserving): Y_s is
-alpha(s) Y_0 plus noise of standard deviation sigma(s), alpha^2 + sigma^2 = 1, and
-int_{s0}^{s1} g^2 ds = log alpha(s0)^2 - log alpha(s1)^2 exactly. DDPM's "alpha-bar" is alpha^2.
+Setting      dY = k(s) Y ds + g(s) dB,  Y_s = alpha(s) Y_0 + sigma(s) eps,  s in [0, horizon]; s = 0 is data.
+             k = d log alpha / ds;  g^2 = d sigma^2 / ds - 2 k sigma^2;  log SNR = 2 log(alpha / sigma).
+             Variance preserving: k = -beta / 2, g^2 = beta, alpha^2 = exp(-B), B(s) = int_0^s beta.
+Conventions  Functions of a tensor of times, elementwise. RL time runs the other way (``denoising``).
+Sources      [S21] Song et al. 2021, score-based generative modeling through SDEs, arXiv 2011.13456.
+             [ND21] Nichol & Dhariwal 2021, improved DDPM, arXiv 2102.09672.
+             [L22] Liu, Gong & Liu 2022, rectified flow, arXiv 2209.03003.
 """
 
 import math
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Times = Float[Tensor, " *shape"]
+_ROUNDING = 1e-3  # of a timestep: how far round-off may carry a time past a node of a table
+
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A variance-preserving schedule; everything else follows from ``log_alpha_bar``."""
+    """Signal, noise and their dynamics as functions of noising time."""
 
-    horizon: float  # largest noising time
-
-    def log_alpha_bar(self, s: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-        """log alpha(s)^2."""
+    @property
+    def horizon(self) -> float:
+        """Largest noising time."""
         ...
 
-    def g2(self, s: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-        """g(s)^2 = beta(s), 1/time."""
+    def alpha(self, s: Times) -> Times:
+        """Signal left: E[Y_s | Y_0] = alpha Y_0."""
+        ...
+
+    def sigma(self, s: Times) -> Times:
+        """Standard deviation of Y_s given Y_0."""
+        ...
+
+    def drift_coefficient(self, s: Times) -> Times:
+        """k: the noising drift is k(s) y; 1/time."""
+        ...
+
+    def g2(self, s: Times) -> Times:
+        """Squared diffusion, state^2/time."""
+        ...
+
+    def log_snr(self, s: Times) -> Times:
+        """Log of the signal-to-noise ratio alpha^2 / sigma^2."""
+        ...
+
+    def integrated_g2(self, s0: Times, s1: Times) -> Times:
+        """Int of g^2 from s0 to s1, exact; positive if s0 < s1."""
         ...
 
 
-def alpha(schedule: Schedule, s: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-    """Signal at noising time s."""
-    return (0.5 * schedule.log_alpha_bar(s)).exp()
+def _check_positive(**settings: float) -> None:
+    for name, value in settings.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a positive finite number, got {value}")
 
 
-def sigma(schedule: Schedule, s: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-    """Standard deviation of the noise at noising time s."""
-    return (-torch.expm1(schedule.log_alpha_bar(s))).sqrt()
+class _VariancePreserving(ABC):
+    """alpha^2 + sigma^2 = 1: everything follows from beta and its integral."""
 
+    @abstractmethod
+    def g2(self, s: Times) -> Times:
+        """beta."""
 
-def log_snr(schedule: Schedule, s: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-    """log (alpha^2 / sigma^2)."""
-    level = schedule.log_alpha_bar(s)
-    return level - (-torch.expm1(level)).log()
+    @abstractmethod
+    def integrated_beta(self, s: Times) -> Times:
+        """B(s) = int_0^s beta = -log(alpha^2)."""
 
+    def alpha(self, s: Times) -> Times:
+        """exp(-B / 2)."""
+        return (-0.5 * self.integrated_beta(s)).exp()
 
-def integrated_g2(
-    schedule: Schedule, s0: Float[Tensor, " *shape"], s1: Float[Tensor, " *shape"]
-) -> Float[Tensor, " *shape"]:
-    """int_{s0}^{s1} g^2 ds, exactly."""
-    return schedule.log_alpha_bar(s0) - schedule.log_alpha_bar(s1)
+    def sigma(self, s: Times) -> Times:
+        """sqrt(1 - exp(-B)), without cancellation near the data."""
+        return (-(-self.integrated_beta(s)).expm1()).sqrt()
+
+    def drift_coefficient(self, s: Times) -> Times:
+        """-beta / 2."""
+        return -0.5 * self.g2(s)
+
+    def log_snr(self, s: Times) -> Times:
+        """-log(exp(B) - 1)."""
+        return -self.integrated_beta(s).expm1().log()
+
+    def integrated_g2(self, s0: Times, s1: Times) -> Times:
+        """B(s1) - B(s0) = log(alpha(s0)^2 / alpha(s1)^2)."""
+        return self.integrated_beta(s1) - self.integrated_beta(s0)
 
 
 @dataclass(frozen=True)
-class VPLinear:
-    """beta rises linearly from ``beta_start`` to ``beta_end`` over [0, horizon]; equal values: constant."""
+class VPLinear(_VariancePreserving):
+    """beta grows linearly from ``beta_start`` to ``beta_end`` ([S21] appendix B); equal ends: constant."""
 
-    beta_start: float = 0.1
+    beta_start: float = 0.1  # 1/time
     beta_end: float = 20.0
     horizon: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("beta_start", "beta_end", "horizon"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be positive and finite, got {value}")
+        _check_positive(beta_start=self.beta_start, beta_end=self.beta_end, horizon=self.horizon)
 
-    def log_alpha_bar(self, s: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-        """-int_0^s beta."""
-        slope = (self.beta_end - self.beta_start) / self.horizon
-        return -(self.beta_start * s + 0.5 * slope * s.square())
+    def g2(self, s: Times) -> Times:
+        """beta_start + slope s."""
+        return self.beta_start + (self.beta_end - self.beta_start) / self.horizon * s
 
-    def g2(self, s: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-        """beta(s)."""
-        return self.beta_start + (self.beta_end - self.beta_start) * s / self.horizon
+    def integrated_beta(self, s: Times) -> Times:
+        """beta_start s + slope s^2 / 2."""
+        return self.beta_start * s + 0.5 * (self.beta_end - self.beta_start) / self.horizon * s**2
+
+
+@dataclass(frozen=True)
+class Cosine(_VariancePreserving):
+    """alpha = cos of an angle that grows linearly ([ND21] eq. 17), scaled to 1 at the data.
+
+    alpha would reach 0, and beta infinity, at s = 1; so the horizon lies before it.
+    """
+
+    offset: float = 0.008
+    horizon: float = 0.999
+
+    def __post_init__(self) -> None:
+        _check_positive(offset=self.offset, horizon=self.horizon)
+        if not self.horizon < 1:
+            raise ValueError(
+                f"horizon must be below 1, where no signal is left, got {self.horizon}"
+            )
+
+    def _angle(self, s: Times) -> Times:
+        return 0.5 * math.pi * (s + self.offset) / (1 + self.offset)
+
+    def g2(self, s: Times) -> Times:
+        """-d log(alpha^2) / ds = pi / (1 + offset) tan(angle)."""
+        return math.pi / (1 + self.offset) * self._angle(s).tan()
+
+    def integrated_beta(self, s: Times) -> Times:
+        """-2 log(cos(angle(s)) / cos(angle(0)))."""
+        return -2 * (self._angle(s).cos().log() - self._angle(torch.zeros_like(s)).cos().log())
+
+
+@dataclass(frozen=True)
+class VE:
+    """Variance exploding ([S21] eq. 30): no drift, sigma^2 = low^2 ((high / low)^(2s) - 1).
+
+    That is the kernel of the SDE started at s = 0, exactly ([S21] eq. 29 for it); others drop the
+    1, which reads the data as already noised by ``low``.
+    """
+
+    low: float = 0.01  # state
+    high: float = 50.0
+    horizon: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive(low=self.low, horizon=self.horizon)
+        if not self.low < self.high < math.inf:
+            raise ValueError(f"high must be finite and above low = {self.low}, got {self.high}")
+
+    @property
+    def _rate(self) -> float:
+        return 2 * math.log(self.high / self.low)
+
+    def alpha(self, s: Times) -> Times:
+        """One."""
+        return torch.ones_like(s)
+
+    def sigma(self, s: Times) -> Times:
+        """low sqrt(exp(rate s) - 1)."""
+        return self.low * (self._rate * s).expm1().sqrt()
+
+    def drift_coefficient(self, s: Times) -> Times:
+        """Zero."""
+        return torch.zeros_like(s)
+
+    def g2(self, s: Times) -> Times:
+        """d sigma^2 / ds."""
+        return self.low**2 * self._rate * (self._rate * s).exp()
+
+    def log_snr(self, s: Times) -> Times:
+        """-2 log sigma."""
+        return -2 * self.sigma(s).log()
+
+    def integrated_g2(self, s0: Times, s1: Times) -> Times:
+        """sigma(s1)^2 - sigma(s0)^2, without cancellation."""
+        return self.low**2 * (self._rate * s0).exp() * (self._rate * (s1 - s0)).expm1()
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """alpha = 1 - s, sigma = s ([L22]), as the SDE with these marginals; the horizon lies before 1."""
+
+    horizon: float = 0.999
+
+    def __post_init__(self) -> None:
+        _check_positive(horizon=self.horizon)
+        if not self.horizon < 1:
+            raise ValueError(
+                f"horizon must be below 1, where no signal is left, got {self.horizon}"
+            )
+
+    def alpha(self, s: Times) -> Times:
+        """1 - s."""
+        return 1 - s
+
+    def sigma(self, s: Times) -> Times:
+        """The time itself."""
+        return s
+
+    def drift_coefficient(self, s: Times) -> Times:
+        """-1 / (1 - s)."""
+        return -1 / (1 - s)
+
+    def g2(self, s: Times) -> Times:
+        """2 s / (1 - s)."""
+        return 2 * s / (1 - s)
+
+    def log_snr(self, s: Times) -> Times:
+        """2 log((1 - s) / s)."""
+        return 2 * ((-s).log1p() - s.log())
+
+    def integrated_g2(self, s0: Times, s1: Times) -> Times:
+        """[-2 s - 2 log(1 - s)] between s0 and s1."""
+        return 2 * (s0 - s1) + 2 * ((-s0).log1p() - (-s1).log1p())
 
 
 @dataclass(frozen=True, eq=False)
-class DDPMTable:
-    """The table of a DDPM-type model as a continuous schedule on [0, 1].
+class DDPMTable(_VariancePreserving):
+    """A trained model's table of alpha^2 ("alpha-bar"), in continuous time.
 
-    Timestep i of n stands at s = (i + 1) / n. Between entries log alpha-bar is interpolated linearly, so beta is
-    piecewise constant and the integral of g^2 over a step is log(abar_{k+1} / abar_k). At s = 0
-    alpha-bar is 1; a model whose final alpha-bar is that of timestep 0 simply stops at s = 1 / n.
+    Forward step i of the table leads from s = i / timesteps to s = (i + 1) / timesteps, so timestep i of the network
+    sits at s = (i + 1) / timesteps, and s = 0 is clean data. Between nodes log(alpha^2) is linear:
+    beta is piecewise constant, and its integral over any step is log(alpha_bar(s0) / alpha_bar(s1)) exactly.
 
     Attributes:
-        alphas_cumprod: alpha-bar by timestep, decreasing, in (0, 1).
-        final_is_one: whether sampling ends at alpha-bar 1 ("set_alpha_to_one").
-        steps_offset: of diffusers' "leading" spacing.
-        spacing: of the timesteps: "leading" or "trailing".
+        alphas_cumprod: alpha^2 of each timestep, strictly decreasing in (0, 1).
+        final: alpha^2 where sampling ends: ``alphas_cumprod[0]`` (diffusers' set_alpha_to_one=False, as
+            Stable Diffusion has it), or 1 (True), where the last step has no noise, hence no density.
+        timestep_spacing: which timesteps a sampler of few steps visits: "leading" or "trailing".
+        steps_offset: added to the timesteps of "leading".
     """
 
     alphas_cumprod: Float[Tensor, " timesteps"]
-    final_is_one: bool = False
-    steps_offset: int = 1
-    spacing: str = "leading"
-    horizon: float = field(default=1.0, init=False)
+    final: float
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
 
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
         if table.ndim != 1 or len(table) < 2:
-            raise ValueError(f"alphas_cumprod must be [at least 2], got {list(table.shape)}")
-        if not bool(((table > 0) & (table < 1)).all() and (table.diff() < 0).all()):
-            raise ValueError("alphas_cumprod must decrease strictly within (0, 1)")
-        if self.spacing not in ("leading", "trailing"):
-            raise ValueError(f"spacing must be 'leading' or 'trailing', got {self.spacing!r}")
+            raise ValueError(
+                "alphas_cumprod must have one dimension and two entries or more, "
+                f"got {list(table.shape)}"
+            )
+        if not (bool((table > 0).all()) and bool((table < 1).all())):
+            raise ValueError(
+                f"alphas_cumprod must lie in (0, 1), got values from {table.min():g} to "
+                f"{table.max():g}; at 0 (rescale_betas_zero_snr) predicted noise says nothing about the image"
+            )
+        if not bool((table.diff() < 0).all()):
+            raise ValueError("alphas_cumprod must decrease strictly: noise grows with the timestep")
+        if self.final not in (1.0, float(table[0])):
+            raise ValueError(
+                f"final must be alphas_cumprod[0] = {float(table[0])} or 1, got {self.final}"
+            )
+        if isinstance(self.steps_offset, bool) or not isinstance(self.steps_offset, int):
+            raise TypeError(f"steps_offset must be an int, got {self.steps_offset!r}")
+        if self.steps_offset < 0:
+            raise ValueError(f"steps_offset must be at least 0, got {self.steps_offset}")
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> Self:
-        """The table of any diffusers scheduler that has one.
+        """The table of a diffusers scheduler, whatever sampler it stands for.
 
         Raises:
-            ValueError: the scheduler has no table, or clips its samples (then steps are not Gaussian).
+            TypeError: ``scheduler`` has no ``alphas_cumprod``.
+            ValueError: it clips its predictions, which a Gaussian transition cannot express.
         """
-        if getattr(scheduler, "alphas_cumprod", None) is None:
-            raise ValueError(f"{type(scheduler).__name__} has no table of alphas_cumprod")
-        config = scheduler.config
-        if config.get("clip_sample", False) or config.get("thresholding", False):
-            raise ValueError("the scheduler must not clip its samples; set clip_sample=False")
-        spacing = config.get("timestep_spacing", "leading")
+        table = getattr(scheduler, "alphas_cumprod", None)
+        if not isinstance(table, Tensor):
+            raise TypeError(
+                f"scheduler must be a diffusers scheduler with alphas_cumprod, got {type(scheduler).__name__}; "
+                "flow-matching models have none"
+            )
+        for option in ("clip_sample", "thresholding"):
+            if scheduler.config.get(option, False):
+                raise ValueError(
+                    f"the scheduler has {option}=True, and clipped transitions are not Gaussian; "
+                    f'set "{option}": false in its scheduler_config.json'
+                )
+        to_one = scheduler.config.get("set_alpha_to_one", True)  # diffusers' own default
+        table = table.detach().double().cpu()
         return cls(
-            scheduler.alphas_cumprod.double(),
-            final_is_one=bool(config.get("set_alpha_to_one", False)),
-            steps_offset=int(config.get("steps_offset", 0)),
-            spacing=spacing if spacing == "trailing" else "leading",
+            alphas_cumprod=table,
+            final=1.0 if to_one else float(table[0]),
+            timestep_spacing=scheduler.config.get("timestep_spacing", "leading"),
+            steps_offset=scheduler.config.get("steps_offset", 0),
         )
 
-    def log_alpha_bar(self, s: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-        """Linear between the entries."""
-        table = torch.cat([s.new_zeros(1), self.alphas_cumprod.to(s).log()])
-        place = s * (len(table) - 1)
-        low = place.floor().long().clamp(0, len(table) - 2)
-        share = place - low
-        return table[low] * (1 - share) + table[low + 1] * share
+    @property
+    def horizon(self) -> float:
+        """One: the last timestep."""
+        return 1.0
 
-    def g2(self, s: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-        """Piecewise constant; at an entry, the value towards data (where a step of sampling goes)."""
-        table = torch.cat([s.new_zeros(1), self.alphas_cumprod.to(s).log()])
-        place = (s * (len(table) - 1)).ceil().long().clamp(1, len(table) - 1)
-        return (table[place - 1] - table[place]) * (len(table) - 1)
+    @cached_property
+    def _nodes(self) -> Float[Tensor, " nodes"]:
+        """B at s = 0, 1/timesteps, ..., 1."""
+        return torch.cat([self.alphas_cumprod.new_zeros(1), -self.alphas_cumprod.log()])
 
-    def timesteps(self, steps: int) -> tuple[int, ...]:
-        """The timesteps of a sampler of so many steps, largest first, as diffusers chooses them.
-
-        Raises:
-            ValueError: ``steps`` is not between 1 and what the table can give.
-        """
+    def _interval(self, s: Times) -> Tensor:
+        """Index of the piece (i, i + 1] / timesteps that holds s: at a node, the one towards the data."""
         count = len(self.alphas_cumprod)
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= count:
-            raise ValueError(f"steps must be an integer from 1 to {count}, got {steps!r}")
-        if self.spacing == "trailing":
-            marks = torch.arange(count, 0, -count / steps, dtype=torch.float64)[:steps]
-            return tuple(int(m) - 1 for m in marks.round())
-        ratio = count // steps
-        found = tuple(k * ratio + self.steps_offset for k in reversed(range(steps)))
-        if found[0] >= count:
-            raise ValueError(
-                f"steps = {steps} with steps_offset {self.steps_offset} passes the table's end; use at most "
-                f"{count // (ratio + 1)} steps"
-            )
-        return found
+        return (s * count - _ROUNDING).ceil().long().sub(1).clamp(0, count - 1)
+
+    def g2(self, s: Times) -> Times:
+        """Slope of B over the timestep that holds s; at a node, of the timestep towards the data."""
+        slopes = len(self.alphas_cumprod) * self._nodes.diff()
+        return slopes.to(s)[self._interval(s)]
+
+    def integrated_beta(self, s: Times) -> Times:
+        """-log(alpha^2), linear between the table's entries."""
+        nodes, piece = self._nodes.to(s), self._interval(s)
+        within = s * len(self.alphas_cumprod) - piece
+        return nodes[piece] + within * (nodes[piece + 1] - nodes[piece])
+
+    def times(self, timesteps: Tensor) -> Float[Tensor, " *shape"]:
+        """Noising times of the network's timesteps, float64."""
+        return (timesteps.double() + 1) / len(self.alphas_cumprod)

@@ -6,6 +6,7 @@ from Tiny Images", 2009.
 """
 
 import io
+import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,6 +28,24 @@ CLASSES = (
     "ship",
     "truck",
 )
+
+
+SYNONYMS = {"airplane": ("airplane", "plane"), "automobile": ("automobile", "car")}
+
+
+def class_of(prompt: str) -> int | None:
+    """The one class that a prompt names (singular, plural or synonym), or None.
+
+    None also where it names two: then it has no one class.
+    """
+    words = set(re.findall(r"[a-z]+", prompt.lower()))
+    found = {
+        label
+        for label, name in enumerate(CLASSES)
+        for noun in SYNONYMS.get(name, (name,))
+        if noun in words or noun + "s" in words
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 class LabelledImages(NamedTuple):

@@ -1,0 +1,18 @@
+"""Rewards: any callable (images in [0, 1], prompts) -> one number for each image."""
+
+from diffusion_envs.rewards.classifier import PromptAlignment
+from diffusion_envs.rewards.colour import Colour
+from diffusion_envs.rewards.contract import Reward, RewardError, load, reward_name, score
+from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+
+__all__ = [
+    "Colour",
+    "JpegCompressibility",
+    "JpegIncompressibility",
+    "PromptAlignment",
+    "Reward",
+    "RewardError",
+    "load",
+    "reward_name",
+    "score",
+]

@@ -5,10 +5,11 @@ fine-tuning may maximise, ``"judge"`` only judges. Nothing is ever judged by the
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion_envs.cifar10.data import CLASSES
+from diffusion_envs.cifar10.data import CLASSES, class_of
 
 WIDTHS = (48, 96, 160)
 
@@ -92,3 +93,36 @@ def load_classifier(source: Literal["reward", "judge"] | Path) -> CifarClassifie
     network = CifarClassifier()
     network.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     return network.eval().requires_grad_(False)
+
+
+_loaded = cache(load_classifier)
+
+
+@dataclass(frozen=True)
+class PromptAlignment:
+    """Log-probability, by a classifier, of the class that the prompt names; differentiable.
+
+    Attributes:
+        classifier: "reward", "judge", or a safetensors file with the weights of a ``CifarClassifier``.
+    """
+
+    classifier: str | Path = "reward"
+    differentiable: ClassVar[bool] = True
+
+    def __call__(
+        self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]
+    ) -> Float[Tensor, " n"]:
+        """Nats, at most 0.
+
+        Raises:
+            ValueError: a prompt does not name exactly one CIFAR-10 class.
+        """
+        classes = [class_of(prompt) for prompt in prompts]
+        for prompt, label in zip(prompts, classes, strict=True):
+            if label is None:
+                raise ValueError(
+                    f"prompt {prompt!r} must name exactly one of the classes {', '.join(CLASSES)}"
+                )
+        network = _loaded(self.classifier).to(images.device)
+        wanted = torch.tensor(classes, device=images.device)
+        return network(images.float()).log_softmax(-1).gather(1, wanted[:, None])[:, 0]

@@ -2,7 +2,7 @@
 
 python -m diffusion_envs.sd15 --model tiny --reward jpeg-compressibility --output runs/demo
 python -m diffusion_envs.sd15 --resume runs/demo
-python -m diffusion_envs.sd15 evaluate runs/demo --steps 10 25 50 100 --samplers ddim dpm++
+python -m diffusion_envs.sd15 evaluate runs/demo --steps 10 25 50 100 --samplers ddim ddim-ode
 """
 
 import dataclasses
@@ -19,8 +19,6 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 from rich.table import Table
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.cifar10.data import CLASSES
@@ -109,12 +107,12 @@ class Finetune:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """How a fine-tuned model does at other step counts and samplers, paired with the pretrained one.
+    """How a fine-tuned model does at other step counts, paired with the pretrained one.
 
     Attributes:
         run: folder of a finished run.
         steps: step counts to try.
-        samplers: ddim (with the run's eta), ddim-ode (eta 0), and diffusers' dpm++, unipc, heun and euler.
+        samplers: ddim (with the run's eta) and ddim-ode (eta 0).
         samples: held-out samples of each.
     """
 
@@ -244,19 +242,35 @@ def _errors(estimate: Any) -> str:
 
 
 def run_evaluate(options: Evaluate) -> None:
-    """Measure step and solver transfer of a finished run; print, plot and store it."""
+    """Measure step transfer of a finished run; print, plot and store it."""
+    from diffusion_envs.sd15.build import build
     from diffusion_envs.sd15.transfer import transfer
+    from diffusion_envs.training import parallel
 
-    config = options.run / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"run must be the folder of a run, but {config} does not exist")
-    finetuned = _resumed(Finetune(resume=options.run))
+    if not (options.run / "config.json").is_file():
+        raise FileNotFoundError(f"run must be the folder of a run, but {options.run} holds none")
+    run = _resumed(Finetune(resume=options.run))
+    kinds = {"ddim": samplers.DDIM(run.eta), "ddim-ode": samplers.DDIM(0.0)}
+    built = build(
+        model=run.model,
+        reward=_reward(run.reward),
+        prompts=run.prompts,
+        sampler=samplers.DDIM(run.eta),
+        steps=run.steps,
+        guidance=run.guidance,
+        batch=run.schedule.batch,
+        lora_rank=run.lora_rank,
+        lora_targets=run.lora_targets,
+        precision=run.precision,
+        resolution=run.resolution,
+        device=parallel.start().device,
+        seed=run.seed,
+    )
     rows = transfer(
         options.run,
-        finetuned,
-        reward=_reward(finetuned.reward),
+        built,
         steps=options.steps,
-        samplers=options.samplers,
+        samplers=[_named("samplers", name, kinds) for name in options.samplers],
         samples=options.samples,
     )
     table = Table(
@@ -279,9 +293,22 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def _quiet_libraries() -> None:
+    """Leave the terminal to our own progress bar."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 def main(arguments: list[str]) -> int:
     """Run one command; the verdict is the exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
+    _quiet_libraries()
     program = "python -m diffusion_envs.sd15"
     options: Finetune | Evaluate
     if arguments[:1] == ["evaluate"]:

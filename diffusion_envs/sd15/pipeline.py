@@ -48,7 +48,7 @@ def load_pipeline(
         _check_folder(source)
         pipe = StableDiffusionPipeline.from_pretrained(
             source,
-            torch_dtype=precision,
+            dtype=precision,
             local_files_only=True,
             safety_checker=None,
             feature_extractor=None,
@@ -83,7 +83,7 @@ def _from_hub(model: str, precision: torch.dtype) -> StableDiffusionPipeline:
     try:
         return StableDiffusionPipeline.from_pretrained(
             model,
-            torch_dtype=precision,
+            dtype=precision,
             use_safetensors=True,
             safety_checker=None,
             feature_extractor=None,

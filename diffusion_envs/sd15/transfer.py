@@ -3,20 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ctrl import Estimate
-from diffusion_envs import rewards, samplers
-from diffusion_envs.sd15.build import Model, build
+from diffusion_envs.samplers import DDIM
+from diffusion_envs.sd15.build import Model
 from diffusion_envs.training import checkpoint
 from diffusion_envs.training.evaluation import evaluate
 from diffusion_envs.training.report import write_report
 from diffusion_envs.training.run_folder import write_json
-
-if TYPE_CHECKING:
-    from diffusion_envs.sd15.__main__ import Finetune
 
 
 @dataclass(frozen=True)
@@ -35,29 +32,55 @@ class Row:
         return {"sampler": self.sampler, "steps": self.steps, **estimates}
 
 
-def load_run(
-    folder: Path, options: "Finetune", reward: rewards.Reward, device: torch.device
-) -> Model:
-    """The fine-tuned model of a run, from its newest checkpoint."""
-    built = build(
-        model=options.model,
-        reward=reward,
-        prompts=options.prompts,
-        sampler=samplers.DDIM(eta=options.eta),
-        steps=options.steps,
-        guidance=options.guidance,
-        batch=options.schedule.batch,
-        lora_rank=options.lora_rank,
-        lora_targets=options.lora_targets,
-        precision=options.precision,
-        resolution=options.resolution,
-        device=device,
-        seed=options.seed,
-    )
+def transfer(
+    folder: str | Path,
+    built: Model,
+    *,
+    steps: Sequence[int],
+    samplers: Sequence[DDIM],
+    samples: int,
+    batch: int = 32,
+) -> list[Row]:
+    """Judge a finished run at other step counts; write ``transfer.json`` and the report anew.
+
+    Every row uses the same held-out seeds. The stochastic sampler's noise is drawn step by step, so rows of other
+    step counts share the starting noise only.
+
+    Args:
+        folder: of the run.
+        built: the model of the run, as ``build`` makes it from the run's settings.
+        steps: step counts to try.
+        samplers: DDIM at one or several eta, 0 included.
+        samples: held-out samples of each.
+        batch: samples rolled out at once.
+
+    Raises:
+        FileNotFoundError: the run has no checkpoint yet.
+        ValueError: a step count is out of range.
+    """
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, got {samples}")
+    folder = Path(folder)
+    grids = [(kind, n, kind.bind(built.table, n)) for kind in samplers for n in steps]
+    load_adapter(folder, built)
+    rows = []
+    for kind, n, bound in grids:
+        environment = replace(built.environment, sampler=bound)
+        before = evaluate(environment, samples, batch=batch, pretrained=True).rewards
+        after = evaluate(environment, samples, batch=batch).rewards
+        gain = Estimate.of(after - before)
+        name = f"DDIM eta {kind.eta:g}"
+        rows.append(Row(name, n, Estimate.of(before), Estimate.of(after), gain))
+    write_json(folder / "transfer.json", [row.as_dict() for row in rows])
+    write_report(folder)
+    return rows
+
+
+def load_adapter(folder: Path, built: Model) -> None:
+    """Put the adapter of a run's newest checkpoint into a freshly built model."""
     found = checkpoint.latest(folder / "checkpoints")
     if found is None:
         raise FileNotFoundError(f"run {folder} has no checkpoint yet; let it finish or resume it")
     with torch.no_grad():
         for parameter, tensor in zip(built.parameters, found.state["adapter"], strict=True):
             parameter.copy_(tensor)
-    return built

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from torch import Generator
 
-from diffusion_envs.cifar10.data import CLASSES
+from diffusion_envs.cifar10.data import CLASSES, SYNONYMS
 
-SYNONYMS = {"airplane": ("airplane", "plane"), "automobile": ("automobile", "car")}
 TEMPLATES = (
     "a photo of a {}",
     "a picture of a {}",
@@ -35,21 +34,6 @@ def caption(label: int, generator: Generator) -> str:
 def with_article(text: str) -> str:
     """The same words with "an" before a vowel."""
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
-
-
-def class_of(prompt: str) -> int | None:
-    """The one CIFAR-10 class that a prompt names (singular, plural or synonym), or None.
-
-    None also where it names two: then it has no one class.
-    """
-    words = set(re.findall(r"[a-z]+", prompt.lower()))
-    found = {
-        label
-        for label, name in enumerate(CLASSES)
-        for noun in SYNONYMS.get(name, (name,))
-        if noun in words or noun + "s" in words
-    }
-    return found.pop() if len(found) == 1 else None
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -82,7 +82,7 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
     folder = output / "model"
     write_tokenizer(folder / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval()
     cache = output / "training" / "latents.pt"
     labels = load(data, "train").labels
     if cache.is_file():

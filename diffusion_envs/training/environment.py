@@ -137,7 +137,10 @@ class Environment:
             noises=normals,
             reference_scores=reference,
             costs=path_kl_per_step(
-                scores, reference, sampler.integrated_g2.to(scores), factor=sampler.kl_factor
+                scores,
+                reference,
+                sampler.integrated_g2.to(scores),
+                factor=sampler.kl_factor if sampler.eta > 0 else 0.0,
             ),
             values=None,
             rewards=achieved,
