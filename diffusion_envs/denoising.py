@@ -1,13 +1,15 @@
-"""Generation as a controlled SDE whose action is the score, and the price of leaving a pretrained one.
+"""Generation as a controlled SDE whose action is the score, and what leaving a model costs.
 
-Setting      Noising time s, RL time t = start - s: t = 0 is noise. For any eta >= 0
-                dX = (-k X + (1 + eta^2) / 2 g^2 a) dt + eta g dW,   k, g at noising time s
-             has the marginals of the noising process if the action a is their score: eta = 1 is its
+Setting      RL time t = horizon - s: t = 0 is noise, the end is data. With the noising process's
+             drift k(s) y and diffusion g(s), for every eta >= 0,
+                dX = (-k X + (1 + eta^2) / 2 g^2 a) dt + eta g dW
+             has the noising process's marginals if the action a is their score: eta = 1 is its
              time reversal, eta = 0 the probability flow.
-Conventions  alpha and sigma broadcast against states: 0-dimensional or with as many dimensions.
-             Natural logarithms. A prediction is what a network was trained on: epsilon, x0, or
+Conventions  A prediction is what a network was trained on: epsilon, x0, or
              v = alpha epsilon - sigma x0, of the state x = alpha x0 + sigma epsilon.
-Sources      [S21] Song et al. 2021, arXiv 2011.13456. [SaA] "Score as Action", arXiv 2502.01819.
+             alpha and sigma have no dimensions, or as many as the states.
+Sources      [S21] Song et al. 2021, score-based generative modeling through SDEs, arXiv 2011.13456.
+             [SaA] Zhao et al. 2025, "Score as Action", arXiv 2502.01819.
              [SH22] Salimans & Ho 2022 (v prediction), arXiv 2202.00512.
 """
 
@@ -18,131 +20,106 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import ctrl
+from ctrl import ControlledSDE
 from diffusion_envs.schedule import Schedule
 
-Score = Callable[[Tensor, Tensor], Tensor]  # (RL time, states [paths, *event]) -> same
+Score = Callable[[Tensor, Tensor], Tensor]
+"""(RL time [], states [paths, *event]) -> [paths, *event], 1/state."""
+State = Float[Tensor, "*state"]
+Level = Float[Tensor, "*#state"]
 
 
-def check_eta(eta: float) -> None:
-    """Refuse an eta that is not a finite number of at least 0."""
-    if isinstance(eta, bool) or not isinstance(eta, int | float):
-        raise TypeError(f"eta must be a number, got {eta!r}")
-    if not (eta >= 0 and math.isfinite(eta)):
-        raise ValueError(f"eta must be finite and at least 0, got {eta}")
+def _noising_time(schedule: Schedule, t: Tensor | float, states: Tensor) -> Tensor:
+    return schedule.horizon - torch.as_tensor(t, dtype=states.dtype, device=states.device)
 
 
-def _clock(schedule: Schedule, start: float | None) -> Callable[[Tensor | float, Tensor], Tensor]:
-    """(RL time, states) -> noising time, in the dtype and on the device of the states."""
-    first = schedule.horizon if start is None else start
-    if not 0 < first <= schedule.horizon:
-        raise ValueError(
-            f"start must be a noising time in (0, {schedule.horizon}], the schedule's range, got {start}"
-        )
-    return lambda t, states: first - torch.as_tensor(t, dtype=states.dtype, device=states.device)
-
-
-def generation_sde(
-    schedule: Schedule, eta: float = 1.0, *, start: float | None = None
-) -> ctrl.ControlledSDE:
-    """The generation SDE of the eta family, in RL time ([S21] eq. 6 and 13 are eta = 1 and 0).
+def generation_sde(schedule: Schedule, eta: float = 1.0) -> ControlledSDE:
+    """The generation SDE of the eta family ([S21] equation 6 is eta = 1, equation 13 eta = 0).
 
     Args:
         schedule: of the noise.
-        eta: stochasticity; 1 reverses the noising SDE, 0 is the probability flow.
-        start: noising time of t = 0; the schedule's horizon if not given.
-
-    Returns:
-        drift(t, x, a) = -k x + (1 + eta^2) / 2 g^2 a, diffusion(t, x) = eta g.
+        eta: stochasticity, at least 0.
 
     Raises:
-        ValueError: ``eta`` or ``start`` is out of range.
+        ValueError: ``eta`` is negative or not finite.
     """
-    check_eta(eta)
-    noising_time = _clock(schedule, start)
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta must be at least 0 and finite, got {eta}")
 
-    def drift(t: Tensor, states: Tensor, action: Tensor) -> Tensor:
-        s = noising_time(t, states)
-        return (
-            -schedule.drift_coefficient(s) * states + 0.5 * (1 + eta**2) * schedule.g2(s) * action
+    def drift(t: Tensor, x: Tensor, score: Tensor) -> Tensor:
+        s = _noising_time(schedule, t, x)
+        return 0.5 * (1 + eta**2) * schedule.g2(s) * score - schedule.drift_coefficient(s) * x
+
+    def diffusion(t: Tensor, x: Tensor) -> Tensor:
+        return eta * schedule.g2(_noising_time(schedule, t, x)).sqrt()
+
+    return ControlledSDE(drift, diffusion)
+
+
+def kl_factor(eta: float) -> float:
+    """((1 + eta^2) / (2 eta))^2: the eta family's path KL over that of eta = 1 at equal scores.
+
+    Raises:
+        ValueError: ``eta`` is 0: the laws of two ODEs are mutually singular and have no KL.
+    """
+    if not 0 < eta < math.inf:
+        raise ValueError(
+            f"eta must be positive for a path KL, got {eta}; use an SDE sampler, eta > 0"
         )
-
-    def diffusion(t: Tensor, states: Tensor) -> Tensor:
-        return eta * schedule.g2(noising_time(t, states)).sqrt()
-
-    return ctrl.ControlledSDE(drift=drift, diffusion=diffusion)
-
-
-def kl_weight(eta: float) -> float:
-    """((1 + eta^2) / (2 eta))^2: path KL of the eta family in units of that of eta = 1; infinite at 0."""
-    check_eta(eta)
-    return math.inf if eta == 0 else ((1 + eta**2) / (2 * eta)) ** 2
+    return ((1 + eta**2) / (2 * eta)) ** 2
 
 
 def path_kl_per_step(
     score: Float[Tensor, "paths steps *event"],
     reference_score: Float[Tensor, "paths steps *event"],
     integrated_g2: Float[Tensor, " steps"],
-    eta: float = 1.0,
+    *,
+    factor: float = 1.0,
 ) -> Float[Tensor, "paths steps"]:
-    """Path KL of every step, kl_weight(eta) / 2 |score - reference|^2 int g^2 dt, nats ([SaA] Thm 3.1).
+    """Path KL of every step, nats: factor / 2 |score - reference|^2 int g^2 dt ([SaA] Theorem 3.1).
 
-    The scores are held over the step, g^2 is integrated exactly; the mean over paths sampled under
-    ``score`` of the sum over steps is the KL of the path laws up to O(largest step).
+    The scores are held over a step, g^2 is integrated exactly. Summed over steps and averaged over
+    paths sampled under ``score`` this is KL(P_th || P_pre) of the path laws, up to O(largest step).
 
     Args:
-        score: of the sampling policy, at the left of each step.
+        score: of the policy, at the left end of each step.
         reference_score: of the pretrained model, at the same states.
-        integrated_g2: int g^2 dt of each step, ``log(alpha_bar_{k+1} / alpha_bar_k)`` if variance preserving.
-        eta: of the sampler. At 0 the laws are singular: infinite wherever the scores differ.
+        integrated_g2: int g^2 dt over each step: log(abar_{k+1} / abar_k).
+        factor: ``kl_factor(eta)``.
 
     Raises:
         ValueError: the shapes do not fit.
     """
-    if score.shape != reference_score.shape or integrated_g2.shape != score.shape[1:2]:
+    if score.shape != reference_score.shape or score.shape[1:2] != integrated_g2.shape:
         raise ValueError(
-            "score and reference_score must have one shape [paths, steps, ...] and integrated_g2 one entry "
-            f"per step, got {list(score.shape)}, {list(reference_score.shape)} and "
-            f"{list(integrated_g2.shape)}"
+            f"scores must be [paths, steps, *event] alike with {len(integrated_g2)} steps, got "
+            f"{list(score.shape)} and {list(reference_score.shape)}"
         )
-    energy = (score - reference_score).square().flatten(2).sum(2) * integrated_g2
-    weight = kl_weight(eta)
-    if math.isinf(weight):
-        return torch.where(energy == 0, energy, torch.full_like(energy, math.inf))
-    return 0.5 * weight * energy
+    gap = (score - reference_score).square().flatten(2).sum(2)
+    return 0.5 * factor * integrated_g2 * gap
 
 
 def kl_running_reward(
-    schedule: Schedule,
-    reference: Score,
-    weight: float,
-    eta: float = 1.0,
-    *,
-    start: float | None = None,
+    schedule: Schedule, reference: Score, weight: float, eta: float = 1.0
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """-weight * (path KL per unit of time), as a running reward (t, x, a) -> [paths]; reward/time.
+    """-weight * (path KL per unit of time): a running reward (t, x, a) -> [paths], reward/time.
 
     Args:
         schedule: of the noise.
-        reference: the pretrained score, of (RL time, states).
+        reference: the pretrained score.
         weight: reward per nat.
         eta: of the sampler, positive.
-        start: noising time of t = 0; the schedule's horizon if not given.
 
     Raises:
-        ValueError: ``eta`` is 0 (the KL is infinite), ``weight`` is negative or not finite.
+        ValueError: ``weight`` is negative or not finite, or ``eta`` is 0.
     """
-    if not (weight >= 0 and math.isfinite(weight)):
-        raise ValueError(f"weight must be finite and at least 0, got {weight}")
-    if math.isinf(factor := kl_weight(eta)):
-        raise ValueError(
-            "eta must be positive for a KL cost: at eta = 0 sampling is deterministic and the path KL infinite"
-        )
-    noising_time = _clock(schedule, start)
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight must be at least 0 and finite, got {weight}")
+    factor = kl_factor(eta)
 
-    def running_reward(t: Tensor, states: Tensor, action: Tensor) -> Tensor:
-        gap = (action - reference(t, states)).square().flatten(1).sum(1)
-        return -0.5 * weight * factor * schedule.g2(noising_time(t, states)) * gap
+    def running_reward(t: Tensor, x: Tensor, score: Tensor) -> Tensor:
+        gap = (score - reference(t, x)).square().flatten(1).sum(1)
+        return -0.5 * weight * factor * schedule.g2(_noising_time(schedule, t, x)) * gap
 
     return running_reward
 
@@ -151,19 +128,19 @@ def _check_levels(states: Tensor, *levels: Tensor) -> None:
     for level in levels:
         if level.ndim not in (0, states.ndim):
             raise ValueError(
-                f"alpha and sigma must be 0-dimensional or have the {states.ndim} dimensions of the states "
-                f"{list(states.shape)}, got {list(level.shape)}; use .view(-1, 1, ...) for one level per row"
+                f"alpha and sigma must have no dimensions, or the {states.ndim} of states "
+                f"{list(states.shape)}; got {list(level.shape)}: for one level a row use "
+                ".view(-1, 1, ...)"
             )
 
 
-State = Float[Tensor, "*state"]
-Level = Float[Tensor, "*#state"]
-
-
 def tweedie_mean(states: State, score: State, alpha: Level, sigma: Level) -> State:
-    """E[Y_0 | Y_s = x] = (x + sigma^2 score) / alpha: the denoised state (x0_hat)."""
+    """E[Y_0 | Y_s = x] = (x + sigma^2 score) / alpha, the denoised state (Tweedie's formula)."""
     _check_levels(states, alpha, sigma)
-    return (states + sigma**2 * score) / alpha
+    return (states + sigma.square() * score) / alpha
+
+
+x0_from_score = tweedie_mean
 
 
 def score_from_epsilon(states: State, epsilon: State, alpha: Level, sigma: Level) -> State:
@@ -173,15 +150,15 @@ def score_from_epsilon(states: State, epsilon: State, alpha: Level, sigma: Level
 
 
 def score_from_x0(states: State, x0: State, alpha: Level, sigma: Level) -> State:
-    """(alpha x0 - x) / sigma^2: the inverse of ``tweedie_mean``."""
+    """(alpha x0 - x) / sigma^2."""
     _check_levels(states, alpha, sigma)
-    return (alpha * x0 - states) / sigma**2
+    return (alpha * x0 - states) / sigma.square()
 
 
 def score_from_v(states: State, v: State, alpha: Level, sigma: Level) -> State:
-    """-epsilon / sigma with epsilon = (alpha v + sigma x) / (alpha^2 + sigma^2) ([SH22] appendix D)."""
+    """-(alpha v + sigma x) / (sigma (alpha^2 + sigma^2)) ([SH22] appendix D)."""
     _check_levels(states, alpha, sigma)
-    return -(alpha * v + sigma * states) / (sigma * (alpha**2 + sigma**2))
+    return -(alpha * v + sigma * states) / (sigma * (alpha.square() + sigma.square()))
 
 
 def epsilon_from_score(states: State, score: State, alpha: Level, sigma: Level) -> State:
@@ -192,8 +169,5 @@ def epsilon_from_score(states: State, score: State, alpha: Level, sigma: Level) 
 
 def v_from_score(states: State, score: State, alpha: Level, sigma: Level) -> State:
     """Alpha epsilon - sigma x0."""
-    denoised = tweedie_mean(states, score, alpha, sigma)
-    return -alpha * sigma * score - sigma * denoised
-
-
-x0_from_score = tweedie_mean
+    epsilon = epsilon_from_score(states, score, alpha, sigma)
+    return alpha * epsilon - sigma * tweedie_mean(states, score, alpha, sigma)

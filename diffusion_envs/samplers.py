@@ -1,19 +1,26 @@
-"""Samplers: DDIM with its transition density.
+"""Samplers: DDIM with its transition density, and any diffusers scheduler as a black box.
 
 Sources  [DDIM] Song, Meng & Ermon 2021, arXiv 2010.02502, equations 12 and 16.
 """
 
+import copy
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ctrl import ControlledSDE, TimeGrid
 from diffusion_envs.denoising import generation_sde, kl_factor
 from diffusion_envs.schedule import DDPMTable
+
+State = Float[Tensor, "rows *event"]
+Steps = Int64[Tensor, " rows"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class DDIM:
 
     @property
     def has_density(self) -> bool:
-        """Whether transitions have one: eta > 0."""
+        """Whether transitions have one: eta > 0 (and, once bound, no noiseless last step)."""
         return self.eta > 0
 
     def bind(self, table: DDPMTable, steps: int) -> "BoundDDIM":
@@ -40,9 +47,14 @@ class DDIM:
 
 @dataclass(frozen=True, eq=False)
 class BoundDDIM:
-    """DDIM on a schedule: a ``ctrl.TransitionSolver`` on its own time grid; the action is the score.
+    """DDIM on a schedule: a ``ctrl.TransitionSolver`` on its own grid; the action is the score.
 
-    Step k leads from ``timesteps[k]`` towards data. All tables are float64, [steps] or [nodes].
+    Step k leads from ``timesteps[k]`` towards data, by
+        x' = state_gain[k] x + score_gain[k] score + std[k] z,   z standard normal.
+    All tables are float64 on the CPU, [steps] or [nodes]. The numbers are those of diffusers'
+    ``DDIMScheduler.step``, except for "trailing" spacing with a step count that does not divide the
+    table: there diffusers steps to another noise level than that of its next timestep, while here a
+    step always ends where the next begins.
     """
 
     eta: float
@@ -50,10 +62,12 @@ class BoundDDIM:
     steps: int
 
     def __post_init__(self) -> None:
+        DDIM(self.eta)  # refuses what is no eta
         if not bool((self.alpha_bar.diff() > 0).all()):
             raise ValueError(
-                "the sampler's last step does not move: its timestep and the final alpha-bar are one; use "
-                "steps_offset=1 or set_alpha_to_one=True"
+                "the sampler's last step does not move: its timestep already has the final "
+                "alpha-bar; use set_alpha_to_one=True or, with leading spacing, steps_offset=1, "
+                "with trailing spacing fewer steps"
             )
 
     @cached_property
@@ -64,26 +78,27 @@ class BoundDDIM:
     @cached_property
     def noising_times(self) -> Float[Tensor, " nodes"]:
         """s in [0, 1] at every node, decreasing."""
-        count = len(self.table.alphas_cumprod)
-        last = 0.0 if self.table.final_is_one else 1 / count
-        return torch.cat([(self.timesteps.double() + 1) / count, torch.tensor([last]).double()])
+        entered = (self.timesteps.double() + 1) / len(self.table.alphas_cumprod)
+        return torch.cat([entered, entered.new_tensor([self.table.last_noising_time(self.steps)])])
+
+    @cached_property
+    def _log_alpha_bar(self) -> Float[Tensor, " nodes"]:
+        return -self.table.integrated_beta(self.noising_times)
 
     @cached_property
     def alpha_bar(self) -> Float[Tensor, " nodes"]:
         """alpha^2 at every node."""
-        last = 1.0 if self.table.final_is_one else float(self.table.alphas_cumprod[0])
-        entries = self.table.alphas_cumprod.double().cpu()[self.timesteps]
-        return torch.cat([entries, torch.tensor([last]).double()])
+        return self._log_alpha_bar.exp()
 
     @cached_property
     def alpha(self) -> Float[Tensor, " nodes"]:
         """Signal at every node."""
-        return self.alpha_bar.sqrt()
+        return self.table.alpha(self.noising_times)
 
     @cached_property
     def sigma(self) -> Float[Tensor, " nodes"]:
         """Noise level at every node."""
-        return (1 - self.alpha_bar).sqrt()
+        return self.table.sigma(self.noising_times)
 
     @cached_property
     def grid(self) -> TimeGrid:
@@ -98,24 +113,25 @@ class BoundDDIM:
     @cached_property
     def integrated_g2(self) -> Float[Tensor, " steps"]:
         """int g^2 dt over every step: log(abar_{k+1} / abar_k)."""
-        return self.alpha_bar.log().diff()
+        return self._log_alpha_bar.diff()
 
     @cached_property
     def std(self) -> Float[Tensor, " steps"]:
         """Standard deviation of every transition ([DDIM] equation 16)."""
-        before, after = self.alpha_bar[:-1], self.alpha_bar[1:]
-        return self.eta * ((1 - after) / (1 - before) * (1 - before / after)).sqrt()
+        kept = -torch.expm1(-self.integrated_g2)  # 1 - abar_k / abar_{k+1}
+        return self.eta * self.sigma[1:] / self.sigma[:-1] * kept.sqrt()
 
     @cached_property
     def state_gain(self) -> Float[Tensor, " steps"]:
         """d(mean of the next state) / d(state) at a fixed score."""
-        return self.alpha[1:] / self.alpha[:-1]
+        return (0.5 * self.integrated_g2).exp()
 
     @cached_property
     def score_gain(self) -> Float[Tensor, " steps"]:
         """d(mean of the next state) / d(score)."""
-        towards = (1 - self.alpha_bar[1:] - self.std.square()).clamp(min=0).sqrt()
-        return self.state_gain * self.sigma[:-1].square() - towards * self.sigma[:-1]
+        # the root is of a number that is never negative, but for round-off where it is 0
+        direct = (self.sigma[1:].square() - self.std.square()).clamp(min=0).sqrt()
+        return self.state_gain * self.sigma[:-1].square() - direct * self.sigma[:-1]
 
     @property
     def has_density(self) -> bool:
@@ -127,18 +143,100 @@ class BoundDDIM:
         """Of the path KL at this eta."""
         return kl_factor(self.eta)
 
+    # -- rows of any steps ------------------------------------------------------------------------
+
+    def mean(self, step: Steps, states: State, score: State) -> State:
+        """Mean of the next state of each row, whose step is ``step[row]`` ([DDIM] equation 12)."""
+        return self._at(self.state_gain, step, states) * states + (
+            self._at(self.score_gain, step, states) * score
+        )
+
+    def noise(self, step: Steps, states: State, next_states: State, score: State) -> State:
+        """The standard normal that led from a state to the next one under a score.
+
+        Raises:
+            ValueError: the sampler has no density.
+        """
+        self._require_density()
+        gap = next_states - self.mean(step, states, score)
+        return gap / self._at(self.std, step, states)
+
+    def log_ratio(
+        self, step: Steps, noise: State, score: State, old_score: State
+    ) -> Float[Tensor, " rows"]:
+        """log p(x' | x, score) - log p(x' | x, old_score), summed over coordinates, nats.
+
+        Args:
+            step: of each row.
+            noise: standard normal that led to x' under ``old_score``.
+            score: of the policy in question.
+            old_score: of the policy that sampled.
+
+        Raises:
+            ValueError: the sampler has no density.
+        """
+        shift = self._whitened(step, score - old_score)
+        return (shift * noise - 0.5 * shift.square()).flatten(1).sum(1)
+
+    def transition_kl(
+        self, step: Steps, score: State, reference_score: State
+    ) -> Float[Tensor, " rows"]:
+        """KL of each row's transition from the reference's, |difference of means|^2 / (2 std^2).
+
+        In nats. Summed along paths and averaged over them it is the path KL of the discrete chain,
+        exactly; ``denoising.path_kl_per_step`` is that of the SDE which the chain approximates.
+
+        Raises:
+            ValueError: the sampler has no density.
+        """
+        return 0.5 * self._whitened(step, score - reference_score).square().flatten(1).sum(1)
+
+    def _whitened(self, step: Tensor, shift: Tensor) -> Tensor:
+        """A shift of the score, as a shift of the next state in units of its standard deviation."""
+        self._require_density()
+        return self._at(self.score_gain / self.std, step, shift) * shift
+
+    @staticmethod
+    def _at(table: Tensor, step: Tensor, like: Tensor) -> Tensor:
+        return table.to(like)[step].view(-1, *[1] * (like.ndim - 1))
+
+    def _require_density(self) -> None:
+        if self.eta == 0:
+            raise ValueError(
+                "DDIM with eta = 0 is deterministic: its transitions have no density; use eta > 0"
+            )
+        if not self.has_density:
+            raise ValueError(
+                "the last transition ends at alpha-bar 1, without noise, and has no density; set "
+                '"set_alpha_to_one": false and "steps_offset": 1 in scheduler_config.json '
+                "(DDPMTable(..., final_is_one=False, steps_offset=1))"
+            )
+
+    # -- ctrl.TransitionSolver --------------------------------------------------------------------
+
     def _index(self, t0: Tensor) -> int:
         """The step that begins at RL time t0."""
         gaps = (self.grid.nodes[:-1] - float(t0)).abs()
         k = int(gaps.argmin())
-        if gaps[k] > 0.25 / len(self.table.alphas_cumprod):
-            raise ValueError(f"time {float(t0):g} is not a node of this sampler's grid")
+        if not gaps[k] < 0.25 / len(self.table.alphas_cumprod):
+            raise ValueError(
+                f"time {float(t0):g} begins no step of this sampler; simulate on its own grid"
+            )
         return k
 
     def transition(
         self, sde: ControlledSDE, t0: Tensor, t1: Tensor, states: Tensor, action: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the next state ([DDIM] equation 12); the action is the score."""
+        """Mean and standard deviation of the next state; the action is the score.
+
+        Raises:
+            ValueError: ``t0`` begins no step, or ``action`` has not the states' shape.
+        """
+        if action.shape != states.shape:
+            raise ValueError(
+                f"action must be a score of the states' shape {list(states.shape)}, "
+                f"got {list(action.shape)}"
+            )
         k = self._index(t0)
         mean = float(self.state_gain[k]) * states + float(self.score_gain[k]) * action
         return mean, self.std[k].to(states)
@@ -157,19 +255,76 @@ class BoundDDIM:
         return mean + std * (increment / math.sqrt(float(t1 - t0)))
 
 
-def transition_kl(
-    sampler: BoundDDIM,
-    score: Float[Tensor, "paths steps *event"],
-    reference_score: Float[Tensor, "paths steps *event"],
-) -> Float[Tensor, "paths steps"]:
-    """KL of every transition from the reference's, nats: |difference of means|^2 / (2 std^2).
+@dataclass(frozen=True, eq=False)
+class BlackBox:
+    """Any diffusers scheduler (DPM-Solver++, UniPC, Heun, ...), to evaluate with: no density."""
 
-    Their sum is the exact path KL of the discrete chain.
+    scheduler: Any
+    steps: int
 
-    Raises:
-        ValueError: the sampler has no density.
-    """
-    if not sampler.has_density:
-        raise ValueError("transitions have no density: use DDIM with eta > 0")
-    gap = (score - reference_score).square().flatten(2).sum(2)
-    return 0.5 * gap * (sampler.score_gain / sampler.std).square().to(gap)
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be an integer of at least 1, got {self.steps!r}")
+        if not callable(getattr(self.scheduler, "set_timesteps", None)):
+            raise TypeError(
+                f"scheduler must be a diffusers scheduler, got {type(self.scheduler).__name__}"
+            )
+
+    @property
+    def has_density(self) -> bool:
+        """Never: what a step does is the scheduler's own affair."""
+        return False
+
+    def log_ratio(self, *_: Any) -> NoReturn:
+        """Refused.
+
+        Raises:
+            TypeError: always; the message names the remedy.
+        """
+        raise TypeError(
+            f"{type(self.scheduler).__name__} is a black box and has no transition density; "
+            "sample with DDIM(eta > 0), or treat drawn scores as the decision"
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        predict: Callable[[Tensor, Tensor], Tensor],
+        start: Float[Tensor, " paths *event"],
+        generator: Generator | list[Generator] | None = None,
+    ) -> Float[Tensor, " paths *event"]:
+        """Samples, from standard normals.
+
+        Args:
+            predict: (scaled states, timestep []) -> the network's prediction, of the kind that the
+                scheduler's ``prediction_type`` says. Some schedulers ask at fractional timesteps.
+            start: standard normals.
+            generator: for schedulers that draw noise, one or one a path.
+
+        Raises:
+            ValueError: the scheduler draws noise, and there is no generator.
+        """
+        scheduler = copy.deepcopy(self.scheduler)  # schedulers remember their steps
+        scheduler.set_timesteps(self.steps, device=start.device)
+        extra = {}
+        if "generator" in inspect.signature(scheduler.step).parameters:
+            extra["generator"] = generator
+        if generator is None and _draws_noise(scheduler):
+            raise ValueError(
+                f"generator must be given: {type(scheduler).__name__} draws noise as it samples"
+            )
+        states = start * float(scheduler.init_noise_sigma)
+        for timestep in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(states, timestep)
+            states = scheduler.step(
+                predict(scaled, timestep), timestep, states, **extra
+            ).prev_sample
+        return states
+
+
+def _draws_noise(scheduler: Any) -> bool:
+    """Whether a scheduler's steps are random, as far as its name and settings tell."""
+    name, kind = type(scheduler).__name__, str(scheduler.config.get("algorithm_type", ""))
+    return kind.startswith("sde") or any(
+        word in name for word in ("Ancestral", "SDE", "DDPM", "LCM", "TCD")
+    )

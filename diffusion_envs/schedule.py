@@ -1,9 +1,9 @@
 """Noise schedules: how much signal and noise is left at a noising time.
 
-Setting      dY = k(s) Y ds + g(s) dB,  Y_s = alpha(s) Y_0 + sigma(s) eps,  s in [0, horizon]; s = 0 is data.
-             k = d log alpha / ds;  g^2 = d sigma^2 / ds - 2 k sigma^2;  log SNR = 2 log(alpha / sigma).
+Setting      dY = k(s) Y ds + g(s) dB,  Y_s = alpha(s) Y_0 + sigma(s) eps,  s in [0, horizon];
+             s = 0 is data.  k = d log alpha / ds,  g^2 = d sigma^2 / ds - 2 k sigma^2.
              Variance preserving: k = -beta / 2, g^2 = beta, alpha^2 = exp(-B), B(s) = int_0^s beta.
-Conventions  Functions of a tensor of times, elementwise. RL time runs the other way (``denoising``).
+Conventions  Functions of a tensor of times, elementwise. RL time (``denoising``) runs backwards.
 Sources      [S21] Song et al. 2021, score-based generative modeling through SDEs, arXiv 2011.13456.
              [ND21] Nichol & Dhariwal 2021, improved DDPM, arXiv 2102.09672.
              [L22] Liu, Gong & Liu 2022, rectified flow, arXiv 2209.03003.
@@ -11,7 +11,7 @@ Sources      [S21] Song et al. 2021, score-based generative modeling through SDE
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -97,7 +97,7 @@ class _VariancePreserving(ABC):
 
 @dataclass(frozen=True)
 class VPLinear(_VariancePreserving):
-    """beta grows linearly from ``beta_start`` to ``beta_end`` ([S21] appendix B); equal ends: constant."""
+    """beta grows linearly over [0, horizon] ([S21] appendix B); with equal ends it is constant."""
 
     beta_start: float = 0.1  # 1/time
     beta_end: float = 20.0
@@ -192,7 +192,7 @@ class VE:
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """alpha = 1 - s, sigma = s ([L22]), as the SDE with these marginals; the horizon lies before 1."""
+    """alpha = 1 - s, sigma = s ([L22]), as the SDE with these marginals; it ends before s = 1."""
 
     horizon: float = 0.999
 
@@ -230,43 +230,38 @@ class RectifiedFlow:
 
 @dataclass(frozen=True, eq=False)
 class DDPMTable(_VariancePreserving):
-    """A trained model's table of alpha^2 ("alpha-bar"), in continuous time.
+    """A trained model's table of alpha^2 ("alpha-bar"), in continuous time on [0, 1].
 
-    Forward step i of the table leads from s = i / timesteps to s = (i + 1) / timesteps, so timestep i of the network
-    sits at s = (i + 1) / timesteps, and s = 0 is clean data. Between nodes log(alpha^2) is linear:
-    beta is piecewise constant, and its integral over any step is log(alpha_bar(s0) / alpha_bar(s1)) exactly.
+    Forward step i of n leads from s = i / n to s = (i + 1) / n, so timestep i of the network stands
+    at s = (i + 1) / n, and s = 0 is clean data. Between nodes log(alpha^2) is linear: beta is
+    piecewise constant, its integral over any step log(alpha_bar(s0) / alpha_bar(s1)) exactly.
 
     Attributes:
-        alphas_cumprod: alpha^2 of each timestep, strictly decreasing in (0, 1).
-        final: alpha^2 where sampling ends: ``alphas_cumprod[0]`` (diffusers' set_alpha_to_one=False, as
-            Stable Diffusion has it), or 1 (True), where the last step has no noise, hence no density.
-        timestep_spacing: which timesteps a sampler of few steps visits: "leading" or "trailing".
-        steps_offset: added to the timesteps of "leading".
+        alphas_cumprod: alpha^2 by timestep, strictly decreasing in (0, 1).
+        final_is_one: sampling ends at s = 0, where alpha^2 = 1 and the last transition has no
+            noise, hence no density (diffusers' set_alpha_to_one); if false at s = 1 / n, as Stable
+            Diffusion does.
+        steps_offset: added to the timesteps of "leading" spacing.
+        spacing: which timesteps a sampler of few steps visits, "leading" or "trailing".
     """
 
     alphas_cumprod: Float[Tensor, " timesteps"]
-    final: float
-    timestep_spacing: str = "leading"
-    steps_offset: int = 0
+    final_is_one: bool = False
+    steps_offset: int = 1
+    spacing: str = "leading"
+    horizon: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
         if table.ndim != 1 or len(table) < 2:
+            raise ValueError(f"alphas_cumprod must be [at least 2], got {list(table.shape)}")
+        if not bool(((table > 0) & (table < 1)).all() and (table.diff() < 0).all()):
             raise ValueError(
-                "alphas_cumprod must have one dimension and two entries or more, "
-                f"got {list(table.shape)}"
+                "alphas_cumprod must decrease strictly within (0, 1); a table that ends at 0 "
+                "(rescale_betas_zero_snr) has no score at its last timestep"
             )
-        if not (bool((table > 0).all()) and bool((table < 1).all())):
-            raise ValueError(
-                f"alphas_cumprod must lie in (0, 1), got values from {table.min():g} to "
-                f"{table.max():g}; at 0 (rescale_betas_zero_snr) predicted noise says nothing about the image"
-            )
-        if not bool((table.diff() < 0).all()):
-            raise ValueError("alphas_cumprod must decrease strictly: noise grows with the timestep")
-        if self.final not in (1.0, float(table[0])):
-            raise ValueError(
-                f"final must be alphas_cumprod[0] = {float(table[0])} or 1, got {self.final}"
-            )
+        if self.spacing not in ("leading", "trailing"):
+            raise ValueError(f"spacing must be 'leading' or 'trailing', got {self.spacing!r}")
         if isinstance(self.steps_offset, bool) or not isinstance(self.steps_offset, int):
             raise TypeError(f"steps_offset must be an int, got {self.steps_offset!r}")
         if self.steps_offset < 0:
@@ -274,59 +269,85 @@ class DDPMTable(_VariancePreserving):
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> Self:
-        """The table of a diffusers scheduler, whatever sampler it stands for.
+        """The table of any diffusers scheduler that has one, as its DDIM would read it.
+
+        "linspace" spacing is read as "leading": with it the steps of diffusers' DDIM do not meet.
 
         Raises:
-            TypeError: ``scheduler`` has no ``alphas_cumprod``.
-            ValueError: it clips its predictions, which a Gaussian transition cannot express.
+            ValueError: the scheduler has no table, or clips its predictions.
         """
         table = getattr(scheduler, "alphas_cumprod", None)
         if not isinstance(table, Tensor):
-            raise TypeError(
-                f"scheduler must be a diffusers scheduler with alphas_cumprod, got {type(scheduler).__name__}; "
-                "flow-matching models have none"
+            raise ValueError(
+                f"{type(scheduler).__name__} has no table of alphas_cumprod; it must be the "
+                "scheduler of a model trained with one (DDIM, DDPM, PNDM, DPM++, ...), not of flow "
+                "matching"
             )
+        config = scheduler.config
         for option in ("clip_sample", "thresholding"):
-            if scheduler.config.get(option, False):
+            if config.get(option, False):
                 raise ValueError(
-                    f"the scheduler has {option}=True, and clipped transitions are not Gaussian; "
-                    f'set "{option}": false in its scheduler_config.json'
+                    f"the scheduler must not clip: {option} is true, and a clipped transition is "
+                    f'not Gaussian; set "{option}": false in scheduler_config.json'
                 )
-        to_one = scheduler.config.get("set_alpha_to_one", True)  # diffusers' own default
-        table = table.detach().double().cpu()
+        spacing = config.get("timestep_spacing", "leading")
         return cls(
-            alphas_cumprod=table,
-            final=1.0 if to_one else float(table[0]),
-            timestep_spacing=scheduler.config.get("timestep_spacing", "leading"),
-            steps_offset=scheduler.config.get("steps_offset", 0),
+            table.detach().double().cpu(),
+            final_is_one=bool(config.get("set_alpha_to_one", True)),  # diffusers' default
+            steps_offset=int(config.get("steps_offset", 0)),
+            spacing=spacing if spacing == "trailing" else "leading",
         )
-
-    @property
-    def horizon(self) -> float:
-        """One: the last timestep."""
-        return 1.0
 
     @cached_property
     def _nodes(self) -> Float[Tensor, " nodes"]:
-        """B at s = 0, 1/timesteps, ..., 1."""
+        """B at s = 0, 1 / n, ..., 1."""
         return torch.cat([self.alphas_cumprod.new_zeros(1), -self.alphas_cumprod.log()])
 
-    def _interval(self, s: Times) -> Tensor:
-        """Index of the piece (i, i + 1] / timesteps that holds s: at a node, the one towards the data."""
+    def _piece(self, s: Times) -> Tensor:
+        """Index i of the piece (i / n, (i + 1) / n] that holds s."""
         count = len(self.alphas_cumprod)
         return (s * count - _ROUNDING).ceil().long().sub(1).clamp(0, count - 1)
 
     def g2(self, s: Times) -> Times:
-        """Slope of B over the timestep that holds s; at a node, of the timestep towards the data."""
+        """Piecewise constant; at a node, the value towards data (where a step of sampling goes)."""
         slopes = len(self.alphas_cumprod) * self._nodes.diff()
-        return slopes.to(s)[self._interval(s)]
+        return slopes.to(s)[self._piece(s)]
 
     def integrated_beta(self, s: Times) -> Times:
         """-log(alpha^2), linear between the table's entries."""
-        nodes, piece = self._nodes.to(s), self._interval(s)
-        within = s * len(self.alphas_cumprod) - piece
-        return nodes[piece] + within * (nodes[piece + 1] - nodes[piece])
+        nodes, piece = self._nodes.to(s), self._piece(s)
+        share = s * len(self.alphas_cumprod) - piece
+        return nodes[piece] * (1 - share) + nodes[piece + 1] * share
 
-    def times(self, timesteps: Tensor) -> Float[Tensor, " *shape"]:
-        """Noising times of the network's timesteps, float64."""
-        return (timesteps.double() + 1) / len(self.alphas_cumprod)
+    def timesteps(self, steps: int) -> tuple[int, ...]:
+        """The timesteps of a sampler of so many steps, largest first, as diffusers chooses them.
+
+        Raises:
+            ValueError: ``steps`` is not between 1 and what the table can give.
+        """
+        count = len(self.alphas_cumprod)
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= count:
+            raise ValueError(f"steps must be an integer from 1 to {count}, got {steps!r}")
+        if self.spacing == "trailing":
+            marks = torch.arange(count, 0, -count / steps, dtype=torch.float64)[:steps]
+            return tuple(int(mark) - 1 for mark in marks.round())
+        ratio = count // steps
+        largest = (steps - 1) * ratio + self.steps_offset
+        if largest >= count:
+            raise ValueError(
+                f"steps = {steps} with steps_offset = {self.steps_offset} would begin at timestep "
+                f"{largest}, beyond the table's last, {count - 1}; use fewer steps, or "
+                "steps_offset = 0"
+            )
+        return tuple(range(largest, self.steps_offset - 1, -ratio))
+
+    def last_noising_time(self, steps: int) -> float:
+        """Where a sampler of so many steps ends, as in diffusers: the end of the table.
+
+        With "leading" spacing and timesteps one apart, the offset leaves an entry before it.
+        """
+        count = len(self.alphas_cumprod)
+        beyond = self.timesteps(steps)[-1] - count // steps
+        if self.spacing == "leading" and beyond >= 0:
+            return (beyond + 1) / count
+        return 0.0 if self.final_is_one else 1 / count
