@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -18,7 +17,7 @@ class Estimate:
     n: int
 
     @classmethod
-    def of(cls, values: Float[Tensor, " n"], weights: Float[Tensor, " n"] | None = None) -> Self:
+    def of(cls, values: Float[Tensor, " n"], weights: Float[Tensor, " n"] | None = None) -> "Estimate":
         """The estimate of an expectation from one value per path.
 
         Args:

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
 
@@ -28,7 +27,7 @@ class GuidedScore:
     """A text-conditional UNet, with classifier-free guidance, as a function from state to score.
 
     Attributes:
-        unet: with its adapter attached.
+        unet: a diffusers UNet2DConditionModel with its adapter attached.
         alphas_cumprod: of the model's schedule, one entry a timestep.
         prediction_type: "epsilon", "sample" or "v_prediction", as in diffusers.
         guidance: scale; 1 is none (and costs one network call instead of two).
@@ -38,7 +37,7 @@ class GuidedScore:
         calls: evaluations of the network so far, one per row and guidance branch.
     """
 
-    unet: UNet2DConditionModel
+    unet: nn.Module
     alphas_cumprod: Float[Tensor, " timesteps"]
     prediction_type: str
     guidance: float
