@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -268,7 +268,7 @@ class DDPMTable(_VariancePreserving):
             raise ValueError(f"steps_offset must be at least 0, got {self.steps_offset}")
 
     @classmethod
-    def from_diffusers(cls, scheduler: Any) -> Self:
+    def from_diffusers(cls, scheduler: Any) -> "DDPMTable":
         """The table of any diffusers scheduler that has one, as its DDIM would read it.
 
         "linspace" spacing is read as "leading": with it the steps of diffusers' DDIM do not meet.

@@ -198,10 +198,10 @@ def _check(arguments: Mapping[str, Any]) -> None:
     objective, sampler = arguments["objective"], arguments["sampler"]
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an objective, got {objective!r}")
-    if objective.needs_density and not sampler.has_density:
+    if not sampler.has_density:
         raise ValueError(
-            f"{type(objective).__name__} needs a sampler with a transition density, and {sampler} has none: "
-            "use DDIM with eta > 0, or an objective that draws its actions (ScoreAsActionSampled)"
+            f"{sampler} is an ODE: its transitions have no density, and the path KL between two ODEs is "
+            "infinite; train with eta > 0 (the result can be evaluated at eta = 0)"
         )
     if objective.needs_reward_gradient and not getattr(
         arguments["reward"], "differentiable", False

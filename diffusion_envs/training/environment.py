@@ -5,6 +5,7 @@ seconds. Noise is drawn from streams named by the global index of a sample, so a
 batch and on any process.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -136,18 +137,20 @@ class Environment:
             actions=paths.actions,
             noises=normals,
             reference_scores=reference,
-            costs=path_kl_per_step(
-                scores,
-                reference,
-                sampler.integrated_g2.to(scores),
-                factor=sampler.kl_factor if sampler.eta > 0 else 0.0,
-            ),
+            costs=self._costs(scores, reference),
             values=None,
             rewards=achieved,
             step_sizes=sampler.integrated_g2.to(scores),
             condition=condition,
         )
         return Sample(rollout, images, denoised_rewards, prompts)
+
+    def _costs(self, scores: Tensor, reference: Tensor) -> Float[Tensor, "paths steps"]:
+        """Path KL of every step, nats; infinite for an ODE, whose laws are mutually singular."""
+        if self.sampler.eta == 0:
+            return scores.new_full(scores.shape[:2], math.inf)
+        widths = self.sampler.integrated_g2.to(scores)
+        return path_kl_per_step(scores, reference, widths, factor=self.sampler.kl_factor)
 
     def _judge(self, images: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
         self.reward_queries += len(images)

@@ -388,16 +388,19 @@ class Trainer:
         paths, steps = rollout.costs.shape
         rows = torch.cartesian_prod(torch.arange(min(paths, 4)), torch.arange(steps))
         advantages = rollout.costs.new_zeros(paths, steps)
+        # Roll-out and update evaluate the network in batches of other sizes. Relative rounding of a
+        # score shifts a decision by that share of the score's own shift, in units of its spread.
+        relative = 1e-5 if self.environment.score.precision == torch.float32 else 3e-2
+        worst, allowed = 0.0, 0.0
         with torch.no_grad():
-            pieces = [
-                self.objective.log_ratio(self._rows(rollout, advantages, piece))
-                for piece in rows.split(self.schedule.batch)
-            ]
-        worst = torch.cat(pieces).abs().max().item()
-        # Rounding of one score is ~1e-6 of its size in float32, 1e-2 in bfloat16; the log-ratio sums
-        # its product with unit noise over coordinates, so their root times that is the scale.
-        rounding = 1e-5 if self.environment.score.precision == torch.float32 else 2e-2
-        allowed = rounding * math.sqrt(math.prod(self.environment.event))
+            for piece in rows.split(self.schedule.batch):
+                seen = self._rows(rollout, advantages, piece)
+                size = seen.old_mean.flatten(1).norm(dim=1)
+                spread = torch.where(
+                    seen.action_std > 0, seen.action_std, seen.std / seen.score_gain
+                )
+                worst = max(worst, self.objective.log_ratio(seen).abs().max().item())
+                allowed = max(allowed, relative * (size / spread.abs()).max().item())
         if not worst <= allowed:
             raise PreflightError(
                 f"before the first update the log-ratio of new to old policy must be 0 up to {allowed:.2g}, "
@@ -405,7 +408,7 @@ class Trainer:
                 "or train mode, reduced precision with different batch sizes, an adapter that was changed"
             )
         nats = rollout.costs.sum(1).max().item()
-        if not 0 <= nats <= allowed**2:
+        if not 0 <= nats <= max(1e-6, allowed**2):
             raise PreflightError(
                 f"a fresh adapter must equal the pretrained model, but its path KL is {nats:.3g} nats"
             )

@@ -58,7 +58,9 @@ def test_transition_log_ratio_is_the_ratio_of_densities_of_the_next_state(genera
     expected = (new - old).flatten(1).sum(1)
     torch.testing.assert_close(ScoreAsAction().log_ratio(r), expected, rtol=1e-10, atol=1e-10)
     mean_over_pixels = ScoreAsActionReleased().log_ratio(r)
-    torch.testing.assert_close(mean_over_pixels, expected / math.prod(EVENT), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        mean_over_pixels, expected / math.prod(EVENT), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_drawn_log_ratio_is_the_ratio_of_the_policies_densities(generator):

@@ -1,0 +1,300 @@
+"""Fine-tuning end to end on the embedded model: resume, export, preflight, bad input."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ctrl.noise import normals_by_sample
+from diffusion_envs import objectives, rewards, samplers, sd15
+from diffusion_envs.sd15.build import ATTENTION, build
+from diffusion_envs.sd15.pipeline import tiny_folder
+from diffusion_envs.sd15.transfer import load_adapter, transfer
+from diffusion_envs.training.evaluation import HELD_OUT, evaluate
+from diffusion_envs.training.loop import PreflightError, Schedule
+
+pytestmark = pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
+
+PROMPTS = ["a photo of a cat", "a photo of a ship"]
+SMALL = {
+    "prompts": PROMPTS,
+    "steps": 3,
+    "updates": 3,
+    "schedule": Schedule(samples=4, batch=8, value_epochs=1),
+    "lora_rank": 2,
+    "evaluation_samples": 4,
+    "picture_every": 2,
+    "progress": False,
+    "device": "cpu",
+}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The log without what depends on the clock."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "memory")} for line in found]
+
+
+class Interrupted:
+    """A reward during whose n-th call the user presses Ctrl-C."""
+
+    def __init__(self, at: int) -> None:
+        self.calls, self.at = 0, at
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return rewards.Colour("red")(images, prompts)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    sd15.finetune(reward=Interrupted(at=-1), output=folder, **SMALL)
+    return folder
+
+
+# One evaluation is 1 reward call, an update 2: the cut points fall before the first update, inside
+# the first, and inside the third.
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_an_interrupted_run_resumes_to_the_same_numbers_bit_for_bit(finished, tmp_path, at):
+    folder = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        sd15.finetune(reward=Interrupted(at), output=folder, **SMALL)
+    torch.rand(7)  # the global stream must not matter
+    sd15.finetune(reward=Interrupted(at=-1), output=folder, resume=True, **SMALL)
+    assert lines(folder) == lines(finished)
+    name = "pytorch_lora_weights.safetensors"
+    whole, cut = load_file(finished / name), load_file(folder / name)
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    one, other = (json.loads((f / "summary.json").read_text()) for f in (finished, folder))
+    assert one == other
+
+
+def test_a_run_leaves_everything_that_it_promises(finished):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "pytorch_lora_weights.safetensors",
+        "samples/step-000000.png",
+        "samples/step-000002.png",
+        "samples/step-000003.png",
+        "checkpoints/step-000003/manifest.json",
+    ):
+        assert (finished / name).stat().st_size > 0, name
+    assert list((finished / "tensorboard").iterdir())
+    log = lines(finished)
+    assert [line["update"] for line in log] == [1, 2, 3]
+    assert log[0]["path_kl"]["mean"] == pytest.approx(0, abs=1e-6)  # a fresh adapter
+    assert log[-1]["path_kl"]["mean"] > 0
+    # 4 samples: 4 images and 4 x 3 denoised ones an update; guided sampling, reference and training
+    assert [line["reward_queries"] for line in log] == [16, 32, 48]
+    rows = 4 * 3 * 2
+    assert log[0]["network_calls"] == 3 * rows + rows  # and the preflight's
+    assert log[1]["network_calls"] - log[0]["network_calls"] == 3 * rows
+
+
+def test_plain_diffusers_makes_the_fine_tuned_images(finished):
+    pipe = StableDiffusionPipeline.from_pretrained(
+        tiny_folder(), dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(finished, weight_name="pytorch_lora_weights.safetensors")
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    latents = normals_by_sample((4, 8, 8), seed=0, name=(HELD_OUT, "start"), samples=range(2))
+    settings = {"guidance_scale": 3.0, "num_inference_steps": 3, "eta": 0.0, "output_type": "pt"}
+    theirs = pipe(PROMPTS, latents=latents, **settings).images
+    built = small_model(samplers.DDIM(0.0))
+    untouched = evaluate(built.environment, 2).images
+    load_adapter(finished, built)
+    ours = evaluate(built.environment, 2).images
+    # float32 networks called with other batch shapes agree to about 1e-6 a call
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert (
+        ours - untouched
+    ).abs().max() > 1e-3  # the adapter matters, so the agreement means something
+
+
+def small_model(sampler: samplers.DDIM):
+    return build(
+        model="tiny",
+        reward=rewards.Colour("red"),
+        prompts=PROMPTS,
+        sampler=sampler,
+        steps=3,
+        guidance=3.0,
+        batch=8,
+        lora_rank=2,
+        lora_targets=ATTENTION,
+        precision="float32",
+        resolution=None,
+        device=torch.device("cpu"),
+        seed=0,
+    )
+
+
+def test_transfer_judges_other_step_counts_and_the_ode(finished):
+    built = small_model(samplers.DDIM(1.0))
+    rows = transfer(
+        finished, built, steps=[2, 5], samplers=[samplers.DDIM(1.0), samplers.DDIM(0.0)], samples=4
+    )
+    assert [(row.sampler, row.steps) for row in rows] == [
+        ("DDIM eta 1", 2),
+        ("DDIM eta 1", 5),
+        ("DDIM eta 0", 2),
+        ("DDIM eta 0", 5),
+    ]
+    assert len(json.loads((finished / "transfer.json").read_text())) == 4
+    assert "DDIM eta 0" in (finished / "report.html").read_text()
+
+
+def test_a_sample_is_the_same_in_any_batch():
+    environment = small_model(samplers.DDIM(1.0)).environment
+    whole = evaluate(environment, 6, batch=6)
+    parts = evaluate(environment, 6, batch=4)
+    torch.testing.assert_close(whole.images, parts.images, rtol=0, atol=1e-4)  # as above
+
+
+@pytest.mark.parametrize(
+    "objective", [objectives.ScoreAsActionSampled(), objectives.ScoreAsActionReleased()]
+)
+def test_the_other_objectives_run_in_the_same_loop(objective, tmp_path):
+    run = sd15.finetune(
+        reward=rewards.JpegCompressibility(),
+        objective=objective,
+        output=tmp_path / "run",
+        **SMALL | {"updates": 1},
+    )
+    assert run.path_kl.mean > 0
+
+
+def test_training_on_an_ode_is_refused_before_anything_is_written(tmp_path):
+    for objective in (objectives.ScoreAsAction(), objectives.ScoreAsActionSampled()):
+        with pytest.raises(ValueError, match="density"):
+            sd15.finetune(
+                reward=rewards.Colour(),
+                objective=objective,
+                sampler=samplers.DDIM(0.0),
+                output=tmp_path / "no",
+                **SMALL,
+            )
+    assert not (tmp_path / "no").exists()
+
+
+def test_time_subsampling_is_unbiased():
+    """The gradient with one step a path, averaged over all choices, is that with all steps."""
+    from diffusion_envs.training import parallel
+    from diffusion_envs.training.loop import Trainer
+
+    built = small_model(samplers.DDIM(1.0))
+    trainer = Trainer(
+        built.environment,
+        objectives.ScoreAsAction(),
+        replace(SMALL["schedule"], samples=2),
+        built.parameters,
+        accelerator=parallel.start(),
+    )
+    rollout = trainer._sample().rollout
+    advantages = trainer.objective.advantages(rollout)
+
+    def gradient(which: Tensor) -> Tensor:
+        for parameter in built.parameters:
+            parameter.grad = None
+        losses = trainer.objective.loss(trainer._rows(rollout, advantages, which))
+        (losses.sum() * 3 / len(which)).backward()
+        return torch.cat([p.grad.flatten() for p in built.parameters if p.grad is not None])
+
+    paths = torch.arange(2)
+    every = gradient(torch.cartesian_prod(paths, torch.arange(3)))
+    singles = [gradient(torch.stack([paths, torch.full((2,), k)], dim=1)) for k in range(3)]
+    mean = torch.stack(singles).mean(0)
+    assert every.abs().max() > 0
+    torch.testing.assert_close(mean, every, rtol=1e-3, atol=float(1e-4 * every.abs().max()))
+
+
+def test_preflight_refuses_an_adapter_that_is_not_fresh(tmp_path, monkeypatch):
+    from diffusion_envs.sd15 import pipeline
+
+    attach = pipeline.attach_lora
+
+    def spoiled(*args: Any, **settings: Any) -> list[torch.nn.Parameter]:
+        parameters = attach(*args, **settings)
+        for parameter in parameters:
+            parameter.data.fill_(0.05)
+        return parameters
+
+    monkeypatch.setattr(pipeline, "attach_lora", spoiled)
+    with pytest.raises(PreflightError, match="path KL"):
+        sd15.finetune(reward=rewards.Colour(), output=tmp_path / "run", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": []}, "prompts"),
+        ({"prompts": [""]}, "prompts"),
+        ({"prompts": ["a cat " * 40]}, "tokens"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 2000}, "steps"),
+        ({"updates": -1}, "updates"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"lora_rank": 0}, "lora_rank"),
+        ({"lora_targets": ["nothing"]}, "nothing"),
+        ({"evaluation_samples": 1}, "evaluation_samples"),
+        ({"precision": "float8"}, "precision"),
+        ({"precision": "float16"}, "float16"),
+        ({"resolution": 20}, "resolution"),
+        ({"model": ""}, "model"),
+        ({"judges": {"same": rewards.Colour("red")}}, "judge"),
+        ({"schedule": Schedule(samples=4, train_steps=9)}, "train_steps"),
+    ],
+)
+def test_bad_arguments_are_named_and_nothing_is_written(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        sd15.finetune(reward=rewards.Colour("red"), output=tmp_path / "run", **SMALL | change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_are_one_string_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="list of strings"):
+        sd15.finetune(
+            reward=rewards.Colour(), output=tmp_path, **SMALL | {"prompts": "a photo of a cat"}
+        )
+
+
+def test_a_reward_that_fails_stops_the_run_and_keeps_it(tmp_path):
+    def bad(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.full((len(images),), float("nan"))
+
+    with pytest.raises(rewards.RewardError, match="bad must be finite"):
+        sd15.finetune(reward=bad, output=tmp_path / "run", **SMALL)
+    assert (tmp_path / "run" / "config.json").is_file()
+
+
+def test_folders_of_other_runs_are_never_overwritten(finished, tmp_path):
+    before = (finished / "metrics.jsonl").read_text()
+    with pytest.raises(FileExistsError, match="another run"):
+        sd15.finetune(reward=rewards.Colour(), output=finished, **SMALL)
+    with pytest.raises(ValueError, match="guidance"):
+        sd15.finetune(reward=Interrupted(-1), output=finished, resume=True, **SMALL, guidance=1.5)
+    with pytest.raises(FileNotFoundError, match="resume"):
+        sd15.finetune(reward=rewards.Colour(), output=tmp_path / "none", resume=True, **SMALL)
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_folders_that_are_not_pipelines_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="lacks"):
+        sd15.finetune(reward=rewards.Colour(), model=tmp_path, output=tmp_path / "run", **SMALL)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        sd15.finetune(reward=rewards.Colour(), model="./nowhere", output=tmp_path / "run", **SMALL)
