@@ -1,0 +1,1 @@
+"""Measurements: ratios in one run, with the state of the machine."""

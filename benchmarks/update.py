@@ -1,0 +1,138 @@
+"""How much slower is a fine-tuning update than its network calls alone?
+
+Counts the calls of UNet, VAE and reward in one update of the tiny model (sampling, reference, denoised rewards, update with
+gradients, value network), then times the same calls of the same shapes alone, interleaved in one run, in processor time.
+Prints one JSON line; the aim is a ratio of at most 1.3.
+
+    python -m benchmarks.update
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_envs import objectives, rewards, samplers
+from diffusion_envs.sd15.build import ATTENTION, build
+from diffusion_envs.training import parallel
+from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.training.run_folder import versions
+
+STEPS, SAMPLES, RUNS = 10, 32, 5
+
+
+def main() -> None:
+    """Measure and print."""
+    torch.set_num_threads(1)
+    reward = rewards.PromptAlignment("reward")
+    built = build(
+        model="tiny",
+        reward=reward,
+        prompts=["a photo of a cat", "a photo of a ship"],
+        sampler=samplers.DDIM(),
+        steps=STEPS,
+        guidance=2.0,
+        batch=64,
+        lora_rank=8,
+        lora_targets=ATTENTION,
+        precision="float32",
+        resolution=None,
+        device=torch.device("cpu"),
+        seed=0,
+    )
+    trainer = Trainer(
+        built.environment,
+        objectives.ScoreAsAction(),
+        Schedule(samples=SAMPLES),
+        built.parameters,
+        accelerator=parallel.start(),
+    )
+    calls: list[tuple[str, Callable[[], Any]]] = []
+    _record(built.pipe.unet, built.pipe.vae, reward, built, calls)
+    trainer.step()  # the preflight belongs to the first update only
+    calls.clear()
+    trainer.step()
+    replay = [make for _, make in calls]
+    whole, alone = [], []
+    for _ in range(RUNS):
+        recorded = len(calls)
+        started = time.process_time()
+        trainer.step()
+        whole.append(time.process_time() - started)
+        del calls[recorded:]
+        started = time.process_time()
+        for call in replay:
+            call()
+        alone.append(time.process_time() - started)
+    ratios = [a / b for a, b in zip(whole, alone, strict=True)]
+    counts: dict[str, int] = {}
+    for name, _ in calls:
+        counts[name] = counts.get(name, 0) + 1
+    print(
+        json.dumps(
+            {
+                "ratio_median": round(statistics.median(ratios), 3),
+                "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+                "update_cpu_seconds": round(statistics.median(whole), 2),
+                "network_cpu_seconds": round(statistics.median(alone), 2),
+                "calls": counts,
+                "images": SAMPLES,
+                "steps": STEPS,
+                "runs": RUNS,
+                "threads": 1,
+                "versions": versions(),
+            }
+        )
+    )
+
+
+def _record(
+    unet: Any, vae: Any, reward: Any, built: Any, calls: list[tuple[str, Callable[[], Any]]]
+) -> None:
+    """Note every network call of an update as something that can be called again."""
+    call_unet, call_decode = unet.forward, vae.decode
+
+    def forward(states: Tensor, timesteps: Tensor, **settings: Any) -> Any:
+        with_gradient = torch.is_grad_enabled()
+        context = settings["encoder_hidden_states"]
+        adapter_off = built.environment.score._adapter_off
+
+        def again() -> None:
+            with torch.set_grad_enabled(with_gradient):
+                if adapter_off:
+                    unet.disable_adapters()
+                out = call_unet(states.detach(), timesteps, encoder_hidden_states=context).sample
+                if adapter_off:
+                    unet.enable_adapters()
+                if with_gradient:
+                    out.backward(torch.ones_like(out))
+
+        calls.append(("unet with gradient" if with_gradient else "unet", again))
+        return call_unet(states, timesteps, **settings)
+
+    def decode(latents: Tensor, **settings: Any) -> Any:
+        def again() -> None:
+            with torch.no_grad():
+                call_decode(latents)
+
+        calls.append(("vae", again))
+        return call_decode(latents, **settings)
+
+    def judge(images: Tensor, prompts: list[str]) -> Tensor:
+        def again() -> None:
+            with torch.no_grad():
+                reward(images, prompts)
+
+        calls.append(("reward", again))
+        return reward(images, prompts)
+
+    unet.forward, vae.decode = forward, decode
+    built.environment.reward = judge
+
+
+if __name__ == "__main__":
+    main()
