@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -329,8 +330,9 @@ class DDPMTable(_VariancePreserving):
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= count:
             raise ValueError(f"steps must be an integer from 1 to {count}, got {steps!r}")
         if self.spacing == "trailing":
-            marks = torch.arange(count, 0, -count / steps, dtype=torch.float64)[:steps]
-            return tuple(int(mark) - 1 for mark in marks.round())
+            # numpy's arange and rounding, as in diffusers: elsewhere ties fall otherwise
+            marks = np.arange(count, 0, -count / steps).round()[:steps]
+            return tuple(int(mark) - 1 for mark in marks)
         ratio = count // steps
         largest = (steps - 1) * ratio + self.steps_offset
         if largest >= count:

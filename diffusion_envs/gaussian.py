@@ -1,0 +1,252 @@
+"""Exactly solvable diffusion models: Gaussian data, and rewards that are quadratic.
+
+Setting      Data N(m, S), noised N(alpha m, v) with v = alpha^2 S + sigma^2; its score is affine.
+             Rewards r(x) = -x'Qx/2 + l'x + const, paid at the end; kl_weight per nat of path KL.
+Conventions  Noising times s; a sampler runs from larger to smaller ones; eta as in ``denoising``.
+             Leading dimensions are batches. For round-off's sake, float64.
+Sources      Bayes' rule and Ito's formula. That the KL-regularised optimum tilts the data:
+             Uehara et al. 2024, fine-tuning as entropy-regularised control, arXiv 2402.15194.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffusion_envs.schedule import Schedule
+
+Vector = Float[Tensor, "*batch dim"]
+Matrix = Float[Tensor, "*batch dim dim"]
+
+
+def _quadratic_form(matrix: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("...i,...ij,...j->...", x, matrix, x)
+
+
+def _apply(matrix: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("...ij,...j->...i", matrix, x)
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """N(mean, covariance)."""
+
+    mean: Vector
+    covariance: Matrix
+
+    def __post_init__(self) -> None:
+        if self.covariance.shape != (*self.mean.shape, self.mean.shape[-1]):
+            raise ValueError(
+                f"covariance must be [*batch, dim, dim] to fit mean {list(self.mean.shape)}, got "
+                f"{list(self.covariance.shape)}"
+            )
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors (columns) of the covariance."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        if not bool((values >= 0).all()):
+            raise ValueError(
+                "covariance must be positive semidefinite and without NaN, got eigenvalues "
+                f"{values.tolist()}"
+            )
+        return values, vectors
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """x -> -x' curvature x / 2 + slope' x + constant: rewards and values."""
+
+    curvature: Matrix
+    slope: Vector
+    constant: Float[Tensor, "*batch"]
+
+    def __call__(self, x: Vector) -> Float[Tensor, "*batch"]:
+        """Its value at x."""
+        linear = (self.slope * x).sum(-1)
+        return -0.5 * _quadratic_form(self.curvature, x) + linear + self.constant
+
+    def gradient(self, x: Vector) -> Vector:
+        """Its gradient at x."""
+        return self.slope - _apply(self.curvature, x)
+
+    def expectation(self, law: Gaussian) -> Float[Tensor, "*batch"]:
+        """E[self(X)], X of the given law."""
+        spread = torch.einsum("...ij,...ji->...", self.curvature, law.covariance)
+        return self(law.mean) - 0.5 * spread
+
+    def before(self, step: "Affine") -> "Quadratic":
+        """x -> E[self(X')], X' one step after x."""
+        carried = self.slope - _apply(self.curvature, step.shift)
+        spread = torch.einsum("...ij,...ji->...", self.curvature, step.covariance)
+        return Quadratic(
+            step.matrix.mT @ self.curvature @ step.matrix,
+            _apply(step.matrix.mT, carried),
+            self(step.shift) - 0.5 * spread,
+        )
+
+    def __add__(self, other: "Quadratic") -> "Quadratic":
+        return Quadratic(
+            self.curvature + other.curvature,
+            self.slope + other.slope,
+            self.constant + other.constant,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """A Gaussian step: X' = matrix X + shift + N(0, covariance)."""
+
+    matrix: Matrix
+    shift: Vector
+    covariance: Matrix
+
+    def after(self, law: Gaussian) -> Gaussian:
+        """The law of X' if X has the given one."""
+        return Gaussian(
+            _apply(self.matrix, law.mean) + self.shift,
+            self.matrix @ law.covariance @ self.matrix.mT + self.covariance,
+        )
+
+    def __getitem__(self, index: int) -> "Affine":
+        return Affine(self.matrix[index], self.shift[index], self.covariance[index])
+
+
+# -- the pretrained model -------------------------------------------------------------------------
+
+
+def _noised_spectrum(data: Gaussian, schedule: Schedule, s: Tensor) -> Tensor:
+    """Eigenvalues of the noised covariance, [*times, dim]."""
+    alpha, sigma = schedule.alpha(s)[..., None], schedule.sigma(s)[..., None]
+    return alpha.square() * data.spectrum[0] + sigma.square()
+
+
+def _with_spectrum(data: Gaussian, values: Tensor) -> Tensor:
+    """The matrix that has the data's eigenvectors and these eigenvalues."""
+    vectors = data.spectrum[1]
+    return (vectors * values[..., None, :]) @ vectors.mT
+
+
+def marginal(data: Gaussian, schedule: Schedule, s: Float[Tensor, "*times"]) -> Gaussian:
+    """Law of the data noised to s."""
+    mean = schedule.alpha(s)[..., None] * data.mean
+    return Gaussian(mean, _with_spectrum(data, _noised_spectrum(data, schedule, s)))
+
+
+def score_coefficients(
+    data: Gaussian, schedule: Schedule, s: Float[Tensor, "*times"]
+) -> tuple[Float[Tensor, "*times dim dim"], Float[Tensor, "*times dim"]]:
+    """(matrix, shift) of the score x -> matrix x + shift of the data noised to s."""
+    matrix = _with_spectrum(data, -1 / _noised_spectrum(data, schedule, s))
+    return matrix, -_apply(matrix, schedule.alpha(s)[..., None] * data.mean)
+
+
+def score(
+    data: Gaussian, schedule: Schedule, s: Float[Tensor, ""], x: Float[Tensor, "paths dim"]
+) -> Float[Tensor, "paths dim"]:
+    """Score of the data noised to s, 1/state."""
+    matrix, shift = score_coefficients(data, schedule, s)
+    return _apply(matrix, x) + shift
+
+
+def transition(
+    data: Gaussian,
+    schedule: Schedule,
+    s_from: Float[Tensor, "*times"],
+    s_to: Float[Tensor, "*times"],
+    eta: float = 1.0,
+) -> Affine:
+    """The generation SDE's exact transition under the exact score; eta = 0: probability flow.
+
+    Along each eigenvector of S the matrix is
+        (alpha_from / alpha_to)^(eta^2) (v_to / v_from)^((1 + eta^2) / 2),
+    and mean and covariance are what carries one marginal to the other. With ``s_to`` = 0 and
+    eta = 1 it is the posterior of the data, whose mean is Tweedie's.
+    """
+    first, last = (_noised_spectrum(data, schedule, s) for s in (s_from, s_to))
+    signal = (schedule.alpha(s_from) / schedule.alpha(s_to))[..., None]
+    values = signal ** (eta**2) * (last / first) ** ((1 + eta**2) / 2)
+    matrix = _with_spectrum(data, values)
+    carried = _apply(matrix, schedule.alpha(s_from)[..., None] * data.mean)
+    return Affine(
+        matrix,
+        schedule.alpha(s_to)[..., None] * data.mean - carried,
+        _with_spectrum(data, last - values.square() * first),
+    )
+
+
+def shift_response(
+    data: Gaussian, schedule: Schedule, s_from: Float[Tensor, ""], s_to: Float[Tensor, ""]
+) -> Float[Tensor, "dim dim"]:
+    """d(mean at s_to) / dc if score + c is played from s_from on; eta = 1, variance preserving.
+
+    Along an eigenvector of S with eigenvalue w it is the integral of F g^2, by da = -beta a / 2 ds
+        (v_to / alpha_to) int_{alpha_from}^{alpha_to} 2 da / (1 + (w - 1) a^2).
+    """
+    values = data.spectrum[0]
+    root = (values - 1).abs().sqrt()
+    safe = torch.where(root == 0, torch.ones_like(root), root)
+
+    def primitive(a: Tensor) -> Tensor:
+        inside = torch.where(values > 1, (safe * a).atan(), (root * a).atanh()) / safe
+        return 2 * torch.where(root == 0, a * torch.ones_like(root), inside)
+
+    low, high = schedule.alpha(s_from), schedule.alpha(s_to)
+    gain = _noised_spectrum(data, schedule, s_to) / high
+    return _with_spectrum(data, gain * (primitive(high) - primitive(low)))
+
+
+# -- the KL-regularised optimum -------------------------------------------------------------------
+
+
+def tilt(data: Gaussian, reward: Quadratic, kl_weight: float) -> Gaussian:
+    """The law proportional to data * exp(reward / kl_weight).
+
+    Raises:
+        ValueError: ``kl_weight`` is not positive, or the tilt cannot be normalised.
+    """
+    if not 0 < kl_weight < math.inf:
+        raise ValueError(f"kl_weight must be positive and finite, got {kl_weight}")
+    values, vectors = data.spectrum
+    root = (vectors * values.sqrt()) @ vectors.mT
+    inner = torch.eye(len(values)).to(values) + root @ reward.curvature @ root / kl_weight
+    if not bool((torch.linalg.eigvalsh(inner) > 0).all()):
+        raise ValueError(
+            "the tilt has no finite mass, the reward grows faster than the data's tails fall; "
+            f"raise kl_weight, got {kl_weight}"
+        )
+    covariance = root @ torch.linalg.solve(inner, root)
+    # S^{-1} m without inverting S: m* = m + S* gradient(m) / kl_weight
+    mean = data.mean + _apply(covariance, reward.gradient(data.mean)) / kl_weight
+    return Gaussian(mean, 0.5 * (covariance + covariance.mT))
+
+
+def optimal_value(
+    data: Gaussian,
+    schedule: Schedule,
+    reward: Quadratic,
+    kl_weight: float,
+    s: Float[Tensor, ""],
+    s_end: Float[Tensor, ""],
+) -> Quadratic:
+    """V* at s: kl_weight log E[exp(reward(X_end) / kl_weight)] under the pretrained model, eta = 1.
+
+    The optimal score is score + gradient V* / kl_weight, that of the noised tilt if ``s_end`` is 0.
+    """
+    step = transition(data, schedule, s, s_end)
+    curvature, slope = reward.curvature / kl_weight, reward.slope / kl_weight
+    inner = torch.eye(len(slope)).to(slope) + step.covariance @ curvature
+    solved = torch.linalg.inv(inner)
+    bent = curvature @ solved
+    ahead = Quadratic(  # in the mean of X_end given x
+        kl_weight * bent,
+        kl_weight * _apply(solved.mT, slope),
+        reward.constant
+        + kl_weight
+        * 0.5
+        * (_quadratic_form(solved @ step.covariance, slope) - torch.linalg.slogdet(inner)[1]),
+    )
+    return ahead.before(Affine(step.matrix, step.shift, torch.zeros_like(step.covariance)))
