@@ -1,0 +1,1 @@
+"""Training: what a run does, leaves and survives."""

@@ -1,0 +1,110 @@
+"""The architecture: one ordered list of all modules; each may import only what stands before it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("ctrl", "diffusion_envs", "verification")
+
+# From the ground up. A package's name stands for its __init__, which comes after what it re-exports.
+MODULES = """
+ctrl.estimate ctrl.sde ctrl.problem ctrl.policy ctrl.noise ctrl.paths ctrl.solvers ctrl.simulate
+ctrl.girsanov ctrl.transitions ctrl.policy_gradient ctrl
+diffusion_envs
+diffusion_envs.schedule diffusion_envs.denoising diffusion_envs.samplers diffusion_envs.gaussian
+diffusion_envs.linear_policy diffusion_envs.score diffusion_envs.value
+diffusion_envs.cifar10.data diffusion_envs.cifar10
+diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
+diffusion_envs.rewards.classifier diffusion_envs.rewards
+diffusion_envs.objectives.protocol diffusion_envs.objectives.score_as_action
+diffusion_envs.objectives
+diffusion_envs.training.checkpoint diffusion_envs.training.parallel
+diffusion_envs.training.progress diffusion_envs.training.run_folder
+diffusion_envs.training.tracking diffusion_envs.training.report
+diffusion_envs.training.environment diffusion_envs.training.loop
+diffusion_envs.training.evaluation diffusion_envs.training
+diffusion_envs.tiny.captions diffusion_envs.tiny.fit diffusion_envs.tiny.train_classifier
+diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser
+diffusion_envs.tiny diffusion_envs.tiny.measure diffusion_envs.tiny.__main__
+diffusion_envs.sd15.pipeline diffusion_envs.sd15.build diffusion_envs.sd15.transfer
+diffusion_envs.sd15.finetune diffusion_envs.sd15 diffusion_envs.sd15.__main__
+verification
+""".split()
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(source: str, module: str, is_package: bool) -> set[str]:
+    """Every one of our modules that this source imports, at any depth of its functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                parents = parents[: len(parents) - node.level + is_package]
+                base = ".".join([*parents, base] if base else parents)
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                found.add(whole if whole in MODULES else base)
+    return {name for name in found if name.split(".")[0] in PACKAGES}
+
+
+def violations(source: str, module: str, is_package: bool = False) -> set[str]:
+    """What this source imports without being allowed to."""
+    place = MODULES.index(module)
+    return {
+        name
+        for name in imported(source, module, is_package)
+        if name not in MODULES[:place] and name != module
+    }
+
+
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_modules_import_only_what_stands_before_them(path):
+    module = module_name(path)
+    assert module in MODULES, f"{module} has no place in the architecture"
+    assert not violations(path.read_text(), module, path.name == "__init__.py")
+
+
+def test_nothing_in_the_list_is_imaginary():
+    assert set(MODULES) == {module_name(path) for path in FILES}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import diffusion_envs.score",
+        "import ctrl.girsanov as g",
+        "from ctrl import girsanov",
+        "from ctrl.girsanov import path_kl",
+        "from . import girsanov",
+        "from .girsanov import path_kl",
+        "def f():\n    from diffusion_envs.training import loop",
+        "if True:\n    import verification",
+    ],
+)
+def test_planted_violations_are_seen(line):
+    assert violations(line, "ctrl.solvers")
+
+
+def test_importing_ctrl_is_light():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, ctrl; heavy = {'diffusers', 'transformers', 'matplotlib', 'peft', 'torchsde'}; "
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
