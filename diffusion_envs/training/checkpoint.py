@@ -1,14 +1,17 @@
-"""Checkpoints that survive crashes, full disks and bit rot: safetensors, JSON and a manifest of digests.
+"""Checkpoints that survive crashes, full disks and bit rot: tensors, JSON, a manifest of digests.
 
-One folder a step. It is written under a temporary name, every file is synchronised to disk, and it is
-renamed into place last, so a crash at any moment leaves the previous checkpoint as the newest. Nothing
-is pickled. ``latest`` is found by looking, not stored.
+One folder a step. It is written under a temporary name, every file is synchronised to disk, and it
+is renamed into place last, so a crash at any moment leaves the previous checkpoint as the newest.
+Nothing is pickled. ``latest`` is found by looking, not stored. Every field of the manifest is
+checked on loading, so no flipped bit of a checkpoint goes unseen.
 
 ```
 checkpoints/step-000010/
   tensors.safetensors      every tensor, under a flat name
   state.json               everything else
   manifest.json            format version, step, and size and SHA-256 of the two files
+checkpoints/step-000010.partial     being written, or abandoned by a crash: never read
+checkpoints/step-000010.replaced    the former step 10, until its successor stands
 ```
 """
 
@@ -16,13 +19,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,9 +51,14 @@ class Checkpoint:
 def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Replace every tensor in nested containers by a reference, collecting them by flat name."""
     if isinstance(value, Tensor):
+        while name in tensors:  # {"a.b": x} and {"a": {"b": y}} flatten alike
+            name += "~"
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"~tensor": name}
     if isinstance(value, Mapping):
+        for k in value:
+            if not isinstance(k, str | int):
+                raise TypeError(f"keys of a checkpoint are strings or integers; {name} has {k!r}")
         items = [[k, _split(v, f"{name}.{k}", tensors)] for k, v in value.items()]
         if all(isinstance(k, str) and not k.startswith("~") for k, _ in items):
             return dict(items)
@@ -78,6 +87,20 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {k: _join(v, tensors) for k, v in value.items()}
 
 
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints in ``folder``, whole or damaged, oldest first."""
+    found = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in folder.glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def _restore_replaced(folder: Path) -> None:
+    """Put back a checkpoint that a crash caught between leaving and its successor's arrival."""
+    for path in folder.glob("step-*.replaced"):
+        if not path.with_suffix("").exists():
+            with suppress(OSError):  # another process was faster
+                path.rename(path.with_suffix(""))
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -92,24 +115,31 @@ def _synchronise(path: Path) -> None:
 
 
 def save(folder: str | Path, step: int, state: Any, *, keep: int = 2) -> Path:
-    """Write ``folder/step-NNNNNN`` and drop all but the newest ``keep`` valid checkpoints.
+    """Write ``folder/step-NNNNNN`` and drop older checkpoints but the newest ``keep - 1``.
+
+    Tensors are copied: shared, expanded and strided ones are stored whole, and come back as
+    tensors of their own. Checkpoints of later steps stay as they are.
 
     Args:
         folder: the run's checkpoint folder; made if need be.
-        step: of the run; the next update to do.
-        state: nested dicts, lists and tuples of tensors, numbers, strings and None.
+        step: of the run: updates done.
+        state: nested dicts, lists and tuples of tensors, numbers, strings and None; keys are
+            strings or integers.
         keep: how many checkpoints stay, at least 1.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are
             untouched and the partial one is removed.
         TypeError: ``state`` holds something that is neither tensor, number, string nor container.
+        ValueError: ``step`` or ``keep`` is not such a number.
     """
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"step must be an integer of at least 0, got {step!r}")
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     folder = Path(folder)
     final = folder / f"step-{step:06d}"
-    partial = folder / f"step-{step:06d}.partial"
+    partial, replaced = final.with_suffix(".partial"), final.with_suffix(".replaced")
     tensors: dict[str, Tensor] = {}
     tree = _split(state, "state", tensors)
     try:
@@ -121,21 +151,26 @@ def save(folder: str | Path, step: int, state: Any, *, keep: int = 2) -> Path:
             name: {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)}
             for name in ("tensors.safetensors", "state.json")
         }
-        manifest = {"format": FORMAT, "step": step, "torch": torch.__version__, "files": files}
+        manifest = {"format": FORMAT, "step": step, "files": files}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in [*partial.iterdir(), partial]:
             _synchronise(path)
-        shutil.rmtree(final, ignore_errors=True)
+        _restore_replaced(folder)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         partial.rename(final)
         _synchronise(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
+        _restore_replaced(folder)
         raise CheckpointError(
-            f"could not write the checkpoint of step {step} to {folder}: {error}. Earlier checkpoints are "
-            "untouched; free space or choose another output folder, then resume"
+            f"could not write the checkpoint of step {step} to {folder}: {error}. Earlier "
+            "checkpoints are untouched; free space or choose another output folder, then resume"
         ) from error
-    for old in sorted(folder.glob("step-[0-9]*[0-9]"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    older = [path for found, path in _steps(folder) if found < step]
+    for path in [replaced, *older[: len(older) - (keep - 1)]]:
+        shutil.rmtree(path, ignore_errors=True)
     return final
 
 
@@ -148,22 +183,23 @@ def load(path: str | Path) -> Checkpoint:
     path = Path(path)
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        version, files, step = manifest["format"], manifest["files"], manifest["step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        version, step = manifest["format"], manifest["step"]
+        files = {name: (f["bytes"], f["sha256"]) for name, f in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path / 'manifest.json'} is missing or unreadable: {error}"
         ) from error
     if version != FORMAT:
         raise CheckpointError(f"{path} has format {version}; this version reads format {FORMAT}")
-    if set(files) != {"tensors.safetensors", "state.json"} or path.name != f"step-{step:06d}":
+    if set(files) != {"tensors.safetensors", "state.json"} or path.name != f"step-{step:0>6}":
         raise CheckpointError(f"{path / 'manifest.json'} does not describe this checkpoint")
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if (size := file.stat().st_size) != expected["bytes"]:
-            raise CheckpointError(f"{file} has {size} bytes instead of {expected['bytes']}")
-        if _digest(file) != expected["sha256"]:
+        if (found := file.stat().st_size) != size:
+            raise CheckpointError(f"{file} has {found} bytes instead of {size}")
+        if _digest(file) != digest:
             raise CheckpointError(f"{file} was altered: its SHA-256 is not the manifest's")
     tensors = load_file(path / "tensors.safetensors")
     return Checkpoint(step, _join(json.loads((path / "state.json").read_text()), tensors), path)
@@ -176,7 +212,8 @@ def latest(folder: str | Path) -> Checkpoint | None:
         CheckpointError: there are checkpoints, but none is valid.
     """
     damage: CheckpointError | None = None
-    for path in sorted(Path(folder).glob("step-[0-9]*[0-9]"), reverse=True):
+    _restore_replaced(Path(folder))
+    for _, path in reversed(_steps(Path(folder))):
         try:
             return load(path)
         except CheckpointError as error:
