@@ -156,7 +156,7 @@ def test_the_gradient_of_the_log_ratio_is_that_of_the_transition(generator):
 
 
 def test_the_chains_kl_nears_the_path_kl_away_from_the_data_end(generator):
-    """Transition KL over path KL of a step tends to 1 where steps are short beside the noise left."""
+    """Transition over path KL of a step tends to 1 where a step is short beside the noise left."""
     score, reference = normals(generator, 2, 4, 1, 3)
     gaps = []
     for steps in (100, 200, 400):
