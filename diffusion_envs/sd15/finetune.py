@@ -225,7 +225,7 @@ def _before(
     batch: int,
 ) -> Evaluation:
     """The pretrained model on held-out seeds: from the run's folder, or made and put there."""
-    path = folder / "evaluation-before.safetensors"
+    path = folder / "evaluation" / "before.safetensors"  # only the adapter lies at the top
     prompts = [
         built.environment.prompts[i % len(built.environment.prompts)] for i in range(samples)
     ]
@@ -241,6 +241,7 @@ def _before(
     made = evaluate(built.environment, samples, judges=judges, batch=batch, pretrained=True)
     tensors = {"rewards": made.rewards, "path_kl": made.path_kl, "images": made.images}
     tensors |= {f"judged.{name}": value for name, value in made.judged.items()}
+    path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
     partial.replace(path)

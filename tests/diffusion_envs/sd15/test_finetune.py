@@ -110,7 +110,7 @@ def test_plain_diffusers_makes_the_fine_tuned_images(finished):
         tiny_folder(), dtype=torch.float32, safety_checker=None, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(finished, weight_name="pytorch_lora_weights.safetensors")
+    pipe.load_lora_weights(str(finished))
     assert isinstance(pipe.scheduler, DDIMScheduler)
     latents = normals_by_sample((4, 8, 8), seed=0, name=(HELD_OUT, "start"), samples=range(2))
     settings = {"guidance_scale": 3.0, "num_inference_steps": 3, "eta": 0.0, "output_type": "pt"}
