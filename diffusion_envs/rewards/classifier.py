@@ -1,7 +1,8 @@
 """Prompt alignment by a small CIFAR-10 classifier that ships with the library.
 
-Two classifiers are shipped, trained on disjoint halves of CIFAR-10's training set: ``"reward"`` is what
-fine-tuning may maximise, ``"judge"`` only judges. Nothing is ever judged by the reward that trained it.
+Two classifiers are shipped, trained on disjoint halves of CIFAR-10's training set: ``"reward"`` is
+what fine-tuning may maximise, ``"judge"`` only judges. Nothing is ever judged by the reward that
+trained it.
 """
 
 from collections.abc import Sequence
@@ -49,8 +50,8 @@ def _halve(width_in: int, width_out: int) -> nn.Sequential:
 class CifarClassifier(nn.Module):
     """Ten-class convolutional network, 0.81 M parameters.
 
-    Pictures of another size are resized to 32 x 32 (bilinear, antialiased), so it can look at the output
-    of any pipeline.
+    Pictures of another size are resized to 32 x 32 (bilinear, antialiased), so it can look at the
+    output of any pipeline.
     """
 
     def __init__(self, widths: tuple[int, int, int] = WIDTHS) -> None:
@@ -103,11 +104,21 @@ class PromptAlignment:
     """Log-probability, by a classifier, of the class that the prompt names; differentiable.
 
     Attributes:
-        classifier: "reward", "judge", or a safetensors file with the weights of a ``CifarClassifier``.
+        classifier: "reward", "judge", or a safetensors file with the weights of a
+            ``CifarClassifier``; read when it is first called.
     """
 
     classifier: str | Path = "reward"
     differentiable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.classifier, Path):
+            if not self.classifier.is_file():
+                raise ValueError(f"classifier must be a file, but {self.classifier} is none")
+        elif self.classifier not in ("reward", "judge"):
+            raise ValueError(
+                f"classifier must be 'reward', 'judge' or a Path, got {self.classifier!r}"
+            )
 
     def __call__(
         self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]
@@ -118,11 +129,11 @@ class PromptAlignment:
             ValueError: a prompt does not name exactly one CIFAR-10 class.
         """
         classes = [class_of(prompt) for prompt in prompts]
-        for prompt, label in zip(prompts, classes, strict=True):
-            if label is None:
-                raise ValueError(
-                    f"prompt {prompt!r} must name exactly one of the classes {', '.join(CLASSES)}"
-                )
+        if None in classes:
+            prompt = prompts[classes.index(None)]
+            raise ValueError(
+                f"prompt {prompt!r} must name exactly one of the classes {', '.join(CLASSES)}"
+            )
         network = _loaded(self.classifier).to(images.device)
         wanted = torch.tensor(classes, device=images.device)
         return network(images.float()).log_softmax(-1).gather(1, wanted[:, None])[:, 0]

@@ -1,12 +1,16 @@
 """The contract of a reward, and the one place where rewards are called.
 
-A reward is any callable (images [n, 3, h, w] in [0, 1], prompts) -> [n], larger is better. It may declare
-``differentiable = True``. Whatever else it does is caught here, so nothing unusable reaches the weights.
+A reward is any callable (images [n, 3, h, w] in [0, 1], prompts) -> [n], larger is better. It
+leaves the images as they are, and may declare ``differentiable = True``. Whatever else it does is
+caught here, so nothing unusable reaches the weights.
 """
 
 import difflib
+import functools
 import importlib
-from collections.abc import Callable, Sequence
+import numbers
+import pkgutil
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,8 @@ class RewardError(ValueError):
 
 def reward_name(reward: Reward) -> str:
     """For messages: the function's or the class's name."""
+    if isinstance(reward, functools.partial):
+        return reward_name(reward.func)
     return getattr(reward, "__name__", type(reward).__name__)
 
 
@@ -32,47 +38,80 @@ def score(
 ) -> Float[Tensor, " n"]:
     """Rewards of images, float32 on the CPU, checked.
 
-    Tensors, numpy arrays and lists of numbers are accepted, in any real dtype.
+    Tensors, numpy arrays and lists of numbers are accepted, in any real dtype. Nothing is
+    broadcast: ``[n, 1]`` is refused as ``[1]`` is.
 
     Raises:
         RewardError: the reward raised; or did not return one finite real number for each image; or
             returned a tensor that needs a gradient.
-        ValueError: there is not one prompt for each image.
+        ValueError: there is no image, not one prompt for each, or a value outside [0, 1].
     """
     name, n = reward_name(reward), len(images)
-    if len(prompts) != n:
-        raise ValueError(f"prompts must be one for each of {n} images, got {len(prompts)}")
+    if not n or len(prompts) != n:
+        raise ValueError(
+            f"images must be at least one, with one prompt for each, got {n} images and "
+            f"{len(prompts)} prompts"
+        )
+    low, high = (bound.item() for bound in images.aminmax())
+    if not (low >= 0 and high <= 1):  # not (...): NaN is outside too
+        raise ValueError(
+            f"images must have values in [0, 1], got {low:g} to {high:g}; if they are not numbers, "
+            "the model overflowed: use float32 or bfloat16"
+        )
     try:
         returned = reward(images, list(prompts))
     except Exception as error:  # whatever a user's function raises
-        raise RewardError(f"reward {name} raised {type(error).__name__}: {error}") from error
-    rule = f"reward {name} must return one number for each image, [{n}]"
-    if isinstance(returned, Tensor):
-        if returned.requires_grad:
-            raise RewardError(
-                f"reward {name} returned a tensor that needs a gradient; detach it, or freeze the reward's "
-                "network with requires_grad_(False)"
-            )
-        values = returned.detach().cpu()
-    elif isinstance(returned, np.ndarray | list | tuple):
-        try:
-            values = torch.as_tensor(np.asarray(returned, dtype=np.float64))
-        except (TypeError, ValueError) as error:
-            raise RewardError(f"{rule}; got {returned!r:.80}") from error
-    else:
-        raise RewardError(f"{rule}; got {type(returned).__name__} {returned!r:.80}")
+        raise RewardError(
+            f"reward {name} raised {type(error).__name__} on images {list(images.shape)}: {error}; "
+            f"try it alone: reward(torch.rand({n}, *{list(images.shape[1:])}), prompts)"
+        ) from error
+    rule = f"reward {name} must return one real number for each image, [{n}]"
+    values = _as_tensor(returned, name, rule)
     if values.shape != (n,):
-        raise RewardError(f"{rule}; got shape {list(values.shape)}")
-    if values.is_complex():
-        raise RewardError(f"{rule}; got complex numbers")
+        raise RewardError(
+            f"{rule}; got shape {list(values.shape)}: flatten or average it so that it is [{n}]"
+        )
     small = values.float()
     if bad := (~torch.isfinite(small)).nonzero().flatten().tolist():
         k = bad[0]
         raise RewardError(
-            f"reward {name} must be finite in float32; sample {k} ({prompts[k]!r}) got {values[k].item()}, "
-            f"{len(bad)} of {n} samples are affected"
+            f"reward {name} must be finite in float32 for every image; sample {k} ({prompts[k]!r}) "
+            f"got {values[k].item()}, {len(bad)} of {n} samples are affected: return a lowest "
+            "finite reward where it has no answer"
         )
     return small
+
+
+def _as_tensor(returned: Any, name: str, rule: str) -> Tensor:
+    """What a reward returned as a real tensor on the CPU; words and objects are never numbers."""
+    if isinstance(returned, Tensor):
+        if returned.requires_grad:
+            raise RewardError(
+                f"reward {name} returned a tensor that needs a gradient; detach it, or compute it "
+                "under torch.no_grad()"
+            )
+        if returned.is_complex():
+            raise RewardError(f"{rule}; got complex numbers: take the real part or the modulus")
+        return returned.cpu()
+    if isinstance(returned, np.ndarray):
+        if returned.dtype.kind not in "fiub":
+            raise RewardError(f"{rule}; got a numpy array of {returned.dtype}: convert it to float")
+        return torch.from_numpy(returned.astype(np.float64))
+    if not isinstance(returned, list | tuple):
+        raise RewardError(
+            f"{rule}; got {type(returned).__name__} {returned!r:.80}: return a tensor"
+        )
+    for k, value in enumerate(returned):
+        if isinstance(value, Tensor) and not value.ndim:
+            value = _as_tensor(value, name, rule).item()
+        if not isinstance(value, numbers.Real | np.bool_):
+            raise RewardError(
+                f"{rule}; sample {k} got {type(value).__name__} {value!r:.80}: return a number"
+            )
+    try:
+        return torch.tensor([float(value) for value in returned], dtype=torch.float64)
+    except OverflowError as error:
+        raise RewardError(f"{rule}; got an integer too large for any float: {error}") from error
 
 
 def load(spec: str) -> Reward:
@@ -89,14 +128,29 @@ def load(spec: str) -> Reward:
         raise ValueError(f"reward must be given as my_module:my_function, got {spec!r}")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"reward {spec!r}: cannot import {module_name}: {error}") from error
-    found = getattr(module, attribute, None)
-    if found is None:
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+    except Exception as error:  # whatever a user's module raises
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == module_name:
+            hint = _nearest(module_name, (found.name for found in pkgutil.iter_modules()))
+        raise ValueError(
+            f"reward {spec!r}: cannot import {module_name}: {type(error).__name__}: {error}{hint}"
+        ) from error
+    if not hasattr(module, attribute):
+        hint = _nearest(attribute, dir(module))
         raise ValueError(f"reward {spec!r}: {module_name} has no {attribute!r}{hint}")
-    made = found() if isinstance(found, type) else found
+    found = getattr(module, attribute)
+    try:
+        made = found() if isinstance(found, type) else found
+    except Exception as error:  # whatever a user's class raises
+        raise ValueError(
+            f"reward {spec!r}: a class must be made without arguments, but {attribute}() raised "
+            f"{type(error).__name__}: {error}; name a function or a ready object instead"
+        ) from error
     if not callable(made):
-        raise ValueError(f"reward {spec!r} must be callable, got {made!r}")
+        raise ValueError(f"reward {spec!r} must be callable, got {made!r:.80}")
     return made
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,8 +1,9 @@
 """JPEG size as a reward: no network, no download, not differentiable.
 
-Pictures are rounded to 8 bits. The size is that of the compressed picture without its header, which is the
-file size of a one-pixel picture: at 32 x 32 the header is more than half of the file and would
-make the reward's range look small. Sizes depend on the libjpeg that pillow was built with.
+Pictures are rounded to 8 bits, ties to even, and stored by pillow with its default subsampling of
+colour. What counts is the compressed picture alone, the bytes after the start-of-scan segment: the
+623 bytes of tables before it are the same for every picture, and at 32 x 32 more than half of the
+file. A given picture, quality and libjpeg give the same size every time; another libjpeg may not.
 
 Source  DDPO (Black et al. 2023, arXiv 2305.13301), quality 95, kilobytes.
 """
@@ -10,7 +11,6 @@ Source  DDPO (Black et al. 2023, arXiv 2305.13301), quality 95, kilobytes.
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -18,21 +18,18 @@ from PIL import Image
 from torch import Tensor
 
 
-def _file_size(image: Image.Image, quality: int) -> int:
+def _compressed_bytes(image: Image.Image, quality: int) -> int:
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality)
-    return buffer.tell()
-
-
-@cache
-def _header(quality: int) -> int:
-    return _file_size(Image.new("RGB", (1, 1)), quality)
+    file = buffer.getvalue()
+    scan = file.rindex(b"\xff\xda")  # start of scan; compressed data escape every 0xff, so the last
+    return len(file) - scan - 2 - int.from_bytes(file[scan + 2 : scan + 4], "big")
 
 
 def kilobytes(images: Float[Tensor, "n 3 h w"], quality: int) -> Float[Tensor, " n"]:
-    """JPEG size of each picture beyond the header, 1000 bytes."""
+    """Compressed size of each picture without the file's header, in 1000 bytes."""
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    sizes = [_file_size(Image.fromarray(p), quality) - _header(quality) for p in pixels]
+    sizes = [_compressed_bytes(Image.fromarray(picture), quality) for picture in pixels]
     return torch.tensor(sizes, dtype=torch.float32) / 1000
 
 

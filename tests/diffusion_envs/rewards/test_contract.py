@@ -1,0 +1,241 @@
+import functools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusion_envs import rewards
+from diffusion_envs.rewards import RewardError, score
+
+IMAGES = torch.linspace(0, 1, 3 * 3 * 4 * 5).view(3, 3, 4, 5)
+PROMPTS = ["a cat", "a ship", "a frog"]
+NUMBERS = [0.5, -2.0, 7.0]
+
+
+def giving(value):
+    def my_reward(images, prompts):
+        return value
+
+    return my_reward
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        torch.tensor(NUMBERS),
+        torch.tensor(NUMBERS, dtype=torch.float64),
+        torch.tensor(NUMBERS, dtype=torch.bfloat16),
+        torch.tensor([[0.5], [-2.0], [7.0]])[:, 0],
+        torch.nn.Parameter(torch.tensor(NUMBERS)).detach(),
+        np.array(NUMBERS),
+        np.array(NUMBERS, dtype=np.float16),
+        np.array([*NUMBERS[::-1]])[::-1],
+        NUMBERS,
+        tuple(NUMBERS),
+        [torch.tensor(x) for x in NUMBERS],
+        [np.float32(x) for x in NUMBERS],
+    ],
+)
+def test_every_form_of_real_numbers_becomes_float32_on_the_cpu(returned):
+    found = score(giving(returned), IMAGES, PROMPTS)
+    assert found.dtype is torch.float32
+    assert found.device.type == "cpu"
+    assert found.tolist() == NUMBERS
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        torch.tensor([3, -1, 0]),
+        torch.tensor([3, -1, 0], dtype=torch.int8),
+        np.array([3, -1, 0]),
+        [3, -1, 0],
+    ],
+)
+def test_integers_become_float32(returned):
+    found = score(giving(returned), IMAGES, PROMPTS)
+    assert found.dtype is torch.float32
+    assert found.tolist() == [3, -1, 0]
+
+
+BAD = {
+    "none": (None, "got NoneType None"),
+    "string": ("good", "got str 'good'"),
+    "one number": (3.0, "got float 3.0"),
+    "dictionary": ({"reward": NUMBERS}, "got dict"),
+    "generator": ((x for x in NUMBERS), "got generator"),
+    "list of words": (["1", "2", "3"], "sample 0 got str '1'"),
+    "a hole": ([0.5, None, 7.0], "sample 1 got NoneType None"),
+    "nested": ([[0.5], [1.0], [2.0]], r"sample 0 got list \[0.5\]"),
+    "complex list": ([0.5, 1j, 7.0], "sample 1 got complex 1j"),
+    "complex": (torch.tensor([1j, 2j, 3j]), "got complex numbers"),
+    "complex array": (np.array([1j, 2j, 3j]), "got a numpy array of complex128"),
+    "array of words": (np.array(["1", "2", "3"]), "got a numpy array of <U1"),
+    "objects": (np.array([1, None, 2], dtype=object), "got a numpy array of object"),
+    "vast": ([1, 10**400, 2], "integer too large"),
+    "column": (torch.ones(3, 1), r"got shape \[3, 1\]"),
+    "row": (torch.ones(1, 3), r"got shape \[1, 3\]"),
+    "scalar": (torch.tensor(1.0), r"got shape \[\]"),
+    "short": (torch.ones(2), r"got shape \[2\]"),
+    "one for all": (torch.ones(1), r"got shape \[1\]"),
+    "long list": ([1.0] * 4, r"got shape \[4\]"),
+    "empty": ([], r"got shape \[0\]"),
+    "column array": (np.ones((3, 1)), r"got shape \[3, 1\]"),
+}
+
+
+@pytest.mark.parametrize(("returned", "message"), BAD.values(), ids=BAD)
+def test_what_is_not_one_number_for_each_image_is_refused_by_name(returned, message):
+    rule = r"reward my_reward must return one real number for each image, \[3\]"
+    with pytest.raises(RewardError, match=rf"{rule}; .*{message}"):
+        score(giving(returned), IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e39, -1e300])
+@pytest.mark.parametrize("form", [lambda x: torch.tensor(x, dtype=torch.float64), np.array, list])
+def test_a_value_that_float32_cannot_hold_is_refused_with_its_sample(bad, form):
+    with pytest.raises(
+        RewardError, match=r"my_reward must be finite .* sample 1 \('a ship'\)"
+    ) as e:
+        score(giving(form([1.0, bad, 2.0])), IMAGES, PROMPTS)
+    assert f"got {bad}" in str(e.value)
+    assert "1 of 3 samples" in str(e.value)
+
+
+@given(values=st.lists(st.floats(), min_size=3, max_size=3))
+def test_what_passes_is_finite_and_rounded_to_float32(values):
+    expected = torch.tensor(values, dtype=torch.float64).float()
+    if torch.isfinite(expected).all():
+        assert torch.equal(score(giving(values), IMAGES, PROMPTS), expected)
+    else:
+        with pytest.raises(RewardError, match="must be finite"):
+            score(giving(values), IMAGES, PROMPTS)
+
+
+def test_an_exception_is_named_and_chained():
+    def my_reward(images, prompts):
+        raise KeyError("no such word")
+
+    with pytest.raises(RewardError, match="reward my_reward raised KeyError on images") as caught:
+        score(my_reward, IMAGES, PROMPTS)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_an_interrupt_is_not_taken_for_a_failure_of_the_reward():
+    def my_reward(images, prompts):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(my_reward, IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, list])
+def test_a_tensor_that_needs_a_gradient_is_refused_with_the_remedy(wrap):
+    weight = torch.ones(3, requires_grad=True)
+
+    def my_reward(images, prompts):
+        with torch.enable_grad():
+            return wrap(2 * weight)
+
+    with pytest.raises(RewardError, match=r"my_reward .* needs a gradient; detach it"):
+        score(my_reward, IMAGES, PROMPTS)
+
+
+def test_rewards_run_without_gradients():
+    weight = torch.ones(3, requires_grad=True)
+    assert score(lambda images, prompts: 2 * weight, IMAGES, PROMPTS).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, math.nan, math.inf])
+def test_images_outside_zero_to_one_are_refused(value):
+    images = IMAGES.clone()
+    images[1, 2, 3, 4] = value
+    with pytest.raises(ValueError, match=r"images must have values in \[0, 1\]"):
+        score(giving(NUMBERS), images, PROMPTS)
+
+
+@pytest.mark.parametrize(("images", "prompts"), [(IMAGES, PROMPTS[:2]), (IMAGES[:0], [])])
+def test_there_must_be_one_prompt_for_each_image(images, prompts):
+    with pytest.raises(ValueError, match="with one prompt for each"):
+        score(giving(NUMBERS), images, prompts)
+
+
+def test_names_are_those_of_the_function_or_class():
+    assert rewards.reward_name(giving(1)) == "my_reward"
+    assert rewards.reward_name(rewards.Colour("red")) == "Colour"
+    assert rewards.reward_name(functools.partial(giving(1), prompts=[])) == "my_reward"
+
+
+# -- a user's own ----------------------------------------------------------------------------------
+
+MODULE = """
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+class Contrast:
+    def __call__(self, images, prompts):
+        return images.std((1, 2, 3))
+
+class Needs:
+    def __init__(self, scale):
+        pass
+
+number = 3
+nothing = None
+"""
+
+
+@pytest.fixture
+def my_rewards(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards_here.py").write_text(MODULE)
+    (tmp_path / "my_broken_rewards.py").write_text("1 / 0")
+    (tmp_path / "my_importing_rewards.py").write_text("import nowhere_to_be_found")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("my_rewards_here", "my_broken_rewards", "my_importing_rewards"):
+        sys.modules.pop(name, None)
+
+
+def test_a_function_and_a_class_are_loaded_by_name(my_rewards):
+    for name, expected in (
+        ("brightness", IMAGES.mean((1, 2, 3))),
+        ("Contrast", IMAGES.std((1, 2, 3))),
+    ):
+        assert torch.equal(
+            score(rewards.load(f"my_rewards_here:{name}"), IMAGES, PROMPTS), expected
+        )
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("brightness", "must be given as my_module:my_function, got 'brightness'"),
+        (":brightness", "must be given as my_module:my_function"),
+        ("my_rewards_here:", "must be given as my_module:my_function"),
+        ("my_reward_here:brightness", "cannot import.*did you mean 'my_rewards_here'"),
+        ("my_rewards_here:brightnes", "has no 'brightnes'; did you mean 'brightness'"),
+        ("my_rewards_here:number", "must be callable, got 3"),
+        ("my_rewards_here:nothing", "must be callable, got None"),
+        (
+            "my_rewards_here:Needs",
+            r"must be made without arguments, but Needs\(\) raised TypeError",
+        ),
+        ("my_broken_rewards:any", "cannot import my_broken_rewards: ZeroDivisionError"),
+        ("my_importing_rewards:any", "No module named 'nowhere_to_be_found'"),
+    ],
+)
+def test_a_wrong_name_says_what_is_wrong(my_rewards, spec, message):
+    with pytest.raises(ValueError, match=message):
+        rewards.load(spec)
+
+
+def test_importing_rewards_loads_no_heavy_library():
+    heavy = "('diffusers', 'transformers', 'matplotlib', 'pyarrow', 'pandas')"
+    code = f"import sys, diffusion_envs.rewards; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
