@@ -1,7 +1,9 @@
-"""How fast is ``ctrl.simulate`` beside torchsde's Euler, a plain torch loop, and drawing the normals alone?
+"""How fast is ``ctrl.simulate`` beside torchsde, a plain loop, and its normals alone?
 
-Ornstein-Uhlenbeck, 4096 paths of dimension 8, 200 steps, float32, one thread. All cases alternate within each round, in
-processor time; ratios are within a round. Prints one JSON line a case. Memory is the growth of the peak resident set
+Ornstein-Uhlenbeck, 4096 paths of dimension 8, 200 steps, float32, one thread. All cases alternate
+within each round, in
+processor time; ratios are within a round. Prints one JSON line a case. Memory is the growth of the
+peak resident set
 while the case runs alone in a fresh process.
 
     python -m benchmarks.simulate

@@ -1,4 +1,4 @@
-"""Exploratory continuous-time control: SDEs, policies, path-space likelihoods, advantages by a rate.
+"""Exploratory continuous-time control: SDEs, policies, path likelihoods, advantages by a rate.
 
 Three nouns (problem, policy, paths) and pure functions of them.
 """

@@ -17,12 +17,15 @@ class Estimate:
     n: int
 
     @classmethod
-    def of(cls, values: Float[Tensor, " n"], weights: Float[Tensor, " n"] | None = None) -> "Estimate":
+    def of(
+        cls, values: Float[Tensor, " n"], weights: Float[Tensor, " n"] | None = None
+    ) -> "Estimate":
         """The estimate of an expectation from one value per path.
 
         Args:
             values: independent samples.
-            weights: non-negative weights that sum to 1, such as quadrature weights: then the mean is
+            weights: non-negative weights that sum to 1, such as quadrature weights: then the mean
+            is
                 a weighted sum, exact rather than estimated, and its standard error is 0.
 
         Raises:

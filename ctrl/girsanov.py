@@ -1,7 +1,9 @@
 """Path-space likelihood ratios and divergences of controlled SDEs.
 
-Setting      dX = b(t, X, a) dt + sigma(t, X) dW, the same sigma and initial law under both policies; a is the
-             mean action of a policy. u = sigma^{-1} (b(t, X, a) - b(t, X, a_ref)), in units of the noise.
+Setting      dX = b(t, X, a) dt + sigma(t, X) dW, the same sigma and initial law under both
+policies; a is the
+             mean action of a policy. u = sigma^{-1} (b(t, X, a) - b(t, X, a_ref)), in units of the
+             noise.
 Conventions  paths sampled under the policy, not the reference; natural logarithms.
 Sources      [SaA] "Score as Action", arXiv 2502.01819, Theorem 3.1.
              [KS91] Karatzas & Shreve, Brownian Motion and Stochastic Calculus, 3.5.
@@ -19,7 +21,7 @@ from ctrl.sde import ControlledSDE
 def controls(
     sde: ControlledSDE, policy: Policy, reference: Policy, paths: Paths
 ) -> Float[Tensor, "paths steps noise"]:
-    """The control u at the left end of every step: the drift's shift in units of the noise, 1/sqrt(time).
+    """u at the left end of every step: the drift's shift in units of noise, 1/sqrt(time).
 
     Raises:
         ValueError: the diffusion is singular where the drifts differ.
@@ -38,7 +40,8 @@ def path_kl(
 ) -> Float[Tensor, " paths"]:
     """KL(P || P_ref) = E[ 1/2 int |u|^2 dt ], one value per path, nats ([SaA] Theorem 3.1).
 
-    The mean over paths sampled under ``policy`` is unbiased for the KL of the Euler scheme on the paths' grid,
+    The mean over paths sampled under ``policy`` is unbiased for the KL of the Euler scheme on the
+    paths' grid,
     which differs from the continuous-time KL by O(largest step). Of its two unbiased forms this is
     the running one; the other, ``log_ratio``, has the same mean and more variance.
 
@@ -52,7 +55,7 @@ def path_kl(
 def log_ratio(
     sde: ControlledSDE, policy: Policy, reference: Policy, paths: Paths
 ) -> Float[Tensor, " paths"]:
-    """The log-density dP / dP_ref of each path: int u . dW + 1/2 int |u|^2 dt, nats ([KS91] Theorem 3.5.1).
+    """log dP/dP_ref of each path: int u . dW + 1/2 int |u|^2 dt, nats ([KS91] 3.5.1).
 
     On every path it equals the difference of the Euler scheme's transition log-densities.
 

@@ -2,12 +2,16 @@
 
 A stream is a ``torch.Generator`` that depends on nothing but its name: a run seed and any number of
 strings and integers (what the numbers are for, the global index of a sample, the step). Streams of
-different names are independent, so a result cannot depend on batch layout, on the order of queries or
-on the number of processes. Names are hashed, never added: ``seed + rank`` would make seed 41 on rank 1
+different names are independent, so a result cannot depend on batch layout, on the order of queries
+or
+on the number of processes. Names are hashed, never added: ``seed + rank`` would make seed 41 on
+rank 1
 replay seed 42 on rank 0.
 
-On the CPU ``torch.Generator.manual_seed`` keeps only the low 32 bits of a seed, so that hashed names
-would collide after some 77 000 streams. Streams therefore fill all 624 words of the Mersenne Twister.
+On the CPU ``torch.Generator.manual_seed`` keeps only the low 32 bits of a seed, so that hashed
+names
+would collide after some 77 000 streams. Streams therefore fill all 624 words of the Mersenne
+Twister.
 """
 
 import hashlib
@@ -39,7 +43,8 @@ def _state_template() -> tuple[bytes, int]:
     offset = state.find(words.tobytes())
     if offset < 0:
         raise RuntimeError(
-            f"torch {torch.__version__} lays out its CPU generator in a way that named streams do not "
+            f"torch {torch.__version__} lays out its CPU generator in a way that named streams do "
+            f"not "
             "know; please report this with the version"
         )
     return state, offset
@@ -136,7 +141,8 @@ def gauss_hermite(
 ) -> Noise:
     """Quadrature nodes in place of random numbers: every expectation of a polynomial is exact.
 
-    The paths are the tensor product of Gauss-Hermite rules, one for each normal variable of a whole path; the
+    The paths are the tensor product of Gauss-Hermite rules, one for each normal variable of a
+    whole path; the
     weighted mean of a function of them is its expectation, exactly so for polynomials of degree
     up to 2 nodes - 1 in each variable.
 

@@ -1,6 +1,7 @@
 """Policies: what to do at (t, x), drawn from explicit noise.
 
-In this view of an action (view A) the policy draws it and the dynamics hold it over a step; its density is the
+In this view of an action (view A) the policy draws it and the dynamics hold it over a step; its
+density is the
 policy's. Where the decision is the next state (view B), see ``ctrl.transitions``.
 """
 

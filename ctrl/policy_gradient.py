@@ -18,7 +18,7 @@ def temporal_differences(
     step_sizes: Float[Tensor, " steps"],
     discount: float = 0.0,
 ) -> Float[Tensor, "paths steps"]:
-    """delta_k = exp(-discount h_k) V_{k+1} - V_k + r_k, the integrand of [SaA] Theorem 4.1 over a step.
+    """exp(-discount h_k) V_{k+1} - V_k + r_k: [SaA] Theorem 4.1's integrand over a step.
 
     Args:
         values: V at every node; the last column is the terminal reward.
@@ -45,9 +45,10 @@ def continuous_gae(
     rate: float,
     discount: float = 0.0,
 ) -> Float[Tensor, "paths steps"]:
-    """Generalised advantages with forgetting by a rate: A_k = sum_l exp(-(discount + rate) time) delta_l.
+    """Generalised advantages: A_k = sum_l exp(-(discount + rate) (t_l - t_k)) delta_l.
 
-    ``rate`` plays the role of [S16]'s lambda = exp(-rate h), so that refining the grid does not change the
+    ``rate`` plays the role of [S16]'s lambda = exp(-rate h), so that refining the grid does not
+    change the
     estimator. 0 gives the return minus V (unbiased whatever V is), infinity the one-step
     temporal difference (least variance; its bias is that of V).
 
@@ -86,8 +87,10 @@ def clipped_surrogate(
     Args:
         log_ratio: log density of the step's decision, new over old policy, summed over coordinates.
         advantage: of that decision, reward.
-        half_width: trusted |log_ratio| of each row, nats. A step of size h has a log-ratio of spread
-            proportional to sqrt(h), so a range that is to mean the same on every grid scales so too.
+        half_width: trusted |log_ratio| of each row, nats. A step of size h has a log-ratio of
+        spread
+            proportional to sqrt(h), so a range that is to mean the same on every grid scales so
+            too.
 
     Returns:
         The surrogate gain of each row, reward. At equal policies its gradient is that of

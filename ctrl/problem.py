@@ -16,7 +16,7 @@ TerminalReward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ControlProblem:
-    """Maximise E[ int_0^T e^{-discount t} (r(t, X, a) + temperature * entropy) dt + e^{-discount T} r(X_T) ].
+    """Maximise E[ int_0^T e^{-d t} (r(t, X, a) + temperature entropy) dt + e^{-d T} r(X_T) ].
 
     Attributes:
         sde: the dynamics.

@@ -29,7 +29,8 @@ class ControlledSDE:
     Attributes:
         drift: b, in state/time.
         diffusion: sigma, in state/sqrt(time). A number, or what ``noise`` says.
-        noise: "diagonal": one Brownian motion for each coordinate, sigma [paths, *event] or a number;
+        noise: "diagonal": one Brownian motion for each coordinate, sigma [paths, *event] or a
+        number;
             "scalar": one for all coordinates of a path, sigma [paths, *event] or a number;
             "general": noise_dim of them, events are vectors, sigma [paths, dim, noise_dim].
         noise_dim: number of Brownian motions; needed, and allowed, for "general" only.
@@ -47,7 +48,8 @@ class ControlledSDE:
             raise ValueError(f"noise must be one of {NOISE_TYPES}, got {self.noise!r}")
         if (self.noise == "general") != (self.noise_dim is not None):
             raise ValueError(
-                f"noise_dim must be given for general noise, and only then; got {self.noise_dim} for "
+                f"noise_dim must be given for general noise, and only then; got {self.noise_dim} "
+                f"for "
                 f"{self.noise}"
             )
         if self.noise_dim is not None and self.noise_dim < 1:
@@ -86,7 +88,8 @@ class ControlledSDE:
         """The u that solves sigma(t, X) u = shift: a drift's change in units of the noise.
 
         Raises:
-            ValueError: no such u exists: the diffusion is singular in the direction of ``shift``, and
+            ValueError: no such u exists: the diffusion is singular in the direction of ``shift``,
+            and
                 the laws have no likelihood ratio (their KL is infinite).
         """
         sigma = self.diffusion(t, states)
@@ -117,6 +120,7 @@ class ControlledSDE:
 
 
 _SINGULAR = (
-    "the diffusion is singular at t = {:g} in a direction in which the drifts differ: the laws have no "
+    "the diffusion is singular at t = {:g} in a direction in which the drifts differ: the laws "
+    "have no "
     "likelihood ratio and their KL is infinite; change only drifts that the noise can reach"
 )

@@ -47,7 +47,8 @@ def simulate(
         The paths.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; a state became infinite or NaN; both or neither of
+        ValueError: shapes, dtypes or devices do not fit; a state became infinite or NaN; both or
+        neither of
             ``noise`` and ``generator`` are given.
         TypeError: ``start`` is not floating point.
     """
@@ -72,7 +73,8 @@ def simulate(
         finite = torch.isfinite(paths.states).flatten(2).all(2).all(0)
         node = int((~finite).nonzero()[0])
         raise ValueError(
-            f"states are not finite from node {node} (t = {grid.nodes[node]:g}) on: drift, diffusion, policy "
+            f"states are not finite from node {node} (t = {grid.nodes[node]:g}) on: drift, "
+            f"diffusion, policy "
             "or start are too large for the step; refine the grid or bound them"
         )
     return paths
@@ -81,13 +83,15 @@ def simulate(
 def _check(noise: Noise, shape: tuple[int, ...], start: Tensor) -> None:
     if noise.increments.shape != shape:
         raise ValueError(
-            f"increments must be {list(shape)} to fit start and grid, got {list(noise.increments.shape)}"
+            f"increments must be {list(shape)} to fit start and grid, got "
+            f"{list(noise.increments.shape)}"
         )
     for name in ("increments", "actions", "weights"):
         value = getattr(noise, name)
         if value is not None and (value.dtype != start.dtype or value.device != start.device):
             raise ValueError(
-                f"{name} must be {start.dtype} on {start.device}, as start is, got {value.dtype} on "
+                f"{name} must be {start.dtype} on {start.device}, as start is, got {value.dtype} "
+                f"on "
                 f"{value.device}"
             )
 
@@ -176,7 +180,8 @@ def _action_noise(
         raise ValueError("noise must hold actions: the policy draws its actions")
     if noise.actions.shape[2:] != mean.shape[1:]:
         raise ValueError(
-            f"noise.actions must be [paths, steps, *{list(mean.shape[1:])}] to fit the policy's actions, got "
+            f"noise.actions must be [paths, steps, *{list(mean.shape[1:])}] to fit the policy's "
+            f"actions, got "
             f"{list(noise.actions.shape)}"
         )
     return noise.actions[:, k]

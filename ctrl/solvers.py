@@ -34,7 +34,7 @@ class TransitionSolver(Solver, Protocol):
     def transition(
         self, sde: ControlledSDE, t0: Tensor, t1: Tensor, states: Tensor, action: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mean [paths, *event] and standard deviation (a number or [paths, *event]) of the next state."""
+        """Mean [paths, *event] and standard deviation ([] or [paths, *event]) of the next."""
         ...
 
 
@@ -80,6 +80,7 @@ def require_transition(solver: Solver) -> TransitionSolver:
     if isinstance(solver, TransitionSolver):
         return solver
     raise TypeError(
-        f"{type(solver).__name__} has no transition density; use EulerMaruyama or a DDIM with eta > 0, or "
+        f"{type(solver).__name__} has no transition density; use EulerMaruyama or a DDIM with eta "
+        f"> 0, or "
         "treat drawn actions as the decision (GaussianPolicy.log_prob)"
     )

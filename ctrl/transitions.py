@@ -1,4 +1,4 @@
-"""Transitions as decisions (view B): the next state is what is decided, its randomness the noise of the SDE.
+"""Transitions as decisions (view B): the next state is decided, by the noise of the SDE.
 
 Needs a solver with a transition density. Log-densities are sums over coordinates, never means.
 """
@@ -45,7 +45,7 @@ def log_prob(
 def transition_kl(
     sde: ControlledSDE, solver: Solver, policy: Policy, reference: Policy, paths: Paths
 ) -> Float[Tensor, "paths steps"]:
-    """KL(p(. | x_k) || p_ref(. | x_k)) of every step, nats; their sum is the chain's exact path KL."""
+    """KL(p(. | x_k) || p_ref(. | x_k)) of every step, nats; they add up to the chain's KL."""
     pairs = zip(
         _each_step(sde, solver, policy, paths),
         _each_step(sde, solver, reference, paths),

@@ -1,1 +1,1 @@
-"""Diffusion models as control problems: the score is the action, a reward judges the final image."""
+"""Diffusion models as control problems: the score is the action, a reward judges the image."""

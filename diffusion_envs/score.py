@@ -1,7 +1,9 @@
 """Noise-predicting networks as policies: the score is the action.
 
-A UNet predicts epsilon, x0 or v of a noised state; classifier-free guidance combines its conditional and
-unconditional predictions; the result, as a score, is the mean of a policy. The pretrained model is the same
+A UNet predicts epsilon, x0 or v of a noised state; classifier-free guidance combines its
+conditional and
+unconditional predictions; the result, as a score, is the mean of a policy. The pretrained model is
+the same
 network with its adapter switched off, so no second copy is held.
 """
 

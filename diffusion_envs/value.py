@@ -1,10 +1,12 @@
 """The value of a noisy state: V(t, x, c) = c_skip(t) r(x0_hat, c) + c_out(t) F(t, x, c).
 
-The first term is the reward itself, applied to the denoised image; the second a small trained network. With
+The first term is the reward itself, applied to the denoised image; the second a small trained
+network. With
 c_skip = cos(pi s / 2) and c_out = sin(pi s / 2) at noising time s in [0, 1] the terminal condition
 V = r holds exactly at the data end, whatever the network says.
 
-Source  "Score as Action" (arXiv 2502.01819), section on the value network; in the Gaussian case the residual
+Source  "Score as Action" (arXiv 2502.01819), section on the value network; in the Gaussian case
+the residual
         c_out F has a closed form (``diffusion_envs.gaussian``).
 """
 
@@ -27,7 +29,8 @@ def skip_weights(
 class ResidualValue(nn.Module):
     """F(t, x, c): a small convolutional network on noisy states, in units of reward.
 
-    Its output is ``location + scale * network``; the two are set once, by ``calibrate``, from the first
+    Its output is ``location + scale * network``; the two are set once, by ``calibrate``, from the
+    first
     rewards seen, so that rewards of any size are learned at the same rate.
 
     Args:
@@ -85,7 +88,8 @@ def martingale_loss(
 ) -> Float[Tensor, " paths"]:
     """Jia & Zhou's martingale loss (JMLR 2022a): int |G_t - V(t, X_t)|^2 dt along each path.
 
-    Minimised where M_t = V(t, X_t) + accrued reward is closest to a martingale, that is by the projection of the
+    Minimised where M_t = V(t, X_t) + accrued reward is closest to a martingale, that is by the
+    projection of the
     true value function. G is the realised return to go, evaluated at the left of each step.
     """
     return ((returns - values)[:, :-1].square() * step_sizes).sum(1)

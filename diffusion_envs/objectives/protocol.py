@@ -1,8 +1,10 @@
 """What an objective is, and what it is shown: a roll-out to judge, then rows of it to learn from.
 
-An objective is a frozen dataclass of hyperparameters with two pure functions. ``advantages`` sees a whole
+An objective is a frozen dataclass of hyperparameters with two pure functions. ``advantages`` sees
+a whole
 roll-out once, before the weights move; ``loss`` sees rows, each one step of one path, and carries
-the gradient. What it needs is declared, so that a sampler or a reward that cannot serve is refused at the start.
+the gradient. What it needs is declared, so that a sampler or a reward that cannot serve is refused
+at the start.
 """
 
 from collections.abc import Callable
@@ -36,7 +38,7 @@ class Rollout:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Single steps of paths, and the current policy's score there. Only ``mean`` carries a gradient."""
+    """Single steps of paths with the current policy's score; only ``mean`` carries a gradient."""
 
     mean: Float[Tensor, " rows *event"]  # current policy
     old_mean: Float[Tensor, " rows *event"]  # the policy that sampled
@@ -85,5 +87,5 @@ class Objective(Protocol):
         ...
 
     def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
-        """Negative surrogate objective of each row; their mean times the steps estimates the path's."""
+        """Negative surrogate objective of each row; mean times steps estimates a path's."""
         ...

@@ -1,6 +1,7 @@
 """Stable Diffusion as an environment: fine-tune it with ``finetune``, or from the command line.
 
-``finetune`` and ``Run`` are imported when they are first used: diffusers and transformers are heavy.
+``finetune`` and ``Run`` are imported when they are first used: diffusers and transformers are
+heavy.
 """
 
 from typing import Any

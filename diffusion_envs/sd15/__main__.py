@@ -49,11 +49,13 @@ class Finetune:
 
     Attributes:
         model: "tiny", a folder in diffusers' layout, or a hub id.
-        reward: prompt-alignment, jpeg-compressibility, jpeg-incompressibility, red, green, blue, or your
+        reward: prompt-alignment, jpeg-compressibility, jpeg-incompressibility, red, green, blue,
+        or your
             own as my_module:my_function.
         prompts: what to ask for; the ten CIFAR-10 classes if not given.
         output: folder of the run.
-        resume: folder of a run to go on with; every other option is then taken from it, except updates,
+        resume: folder of a run to go on with; every other option is then taken from it, except
+        updates,
             which may grow.
         objective: score-as-action, score-as-action-sampled or score-as-action-released.
         kl_weight: reward per nat of path KL; the objective's own if not given.

@@ -70,7 +70,8 @@ def finetune(
 ) -> Run:
     """Fine-tune ``model`` so that its images earn more ``reward``, near its pretrained self.
 
-    The run can be stopped at any moment and resumed with the same arguments and ``resume=True``: on one
+    The run can be stopped at any moment and resumed with the same arguments and ``resume=True``:
+    on one
     machine, with the same versions and thread count, to the same numbers bit for bit.
 
     Args:
@@ -200,7 +201,8 @@ def _check(arguments: Mapping[str, Any]) -> None:
         raise TypeError(f"objective must be an objective, got {objective!r}")
     if not sampler.has_density:
         raise ValueError(
-            f"{sampler} is an ODE: its transitions have no density, and the path KL between two ODEs is "
+            f"{sampler} is an ODE: its transitions have no density, and the path KL between two "
+            f"ODEs is "
             "infinite; train with eta > 0 (the result can be evaluated at eta = 0)"
         )
     if objective.needs_reward_gradient and not getattr(

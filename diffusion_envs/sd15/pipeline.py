@@ -1,4 +1,4 @@
-"""Loading a Stable Diffusion pipeline, attaching a LoRA adapter, and exporting it for plain diffusers."""
+"""Loading a Stable Diffusion pipeline, attaching a LoRA adapter, exporting it for diffusers."""
 
 import os
 from importlib import resources
@@ -35,7 +35,8 @@ def load_pipeline(
         device: where the networks go.
 
     Raises:
-        FileNotFoundError: ``model`` is a folder that lacks parts, or neither a folder nor to be had from
+        FileNotFoundError: ``model`` is a folder that lacks parts, or neither a folder nor to be
+        had from
             the hub; the message says what is missing.
         ValueError: ``model`` is empty, or float16 is asked for on a CPU.
     """
@@ -92,8 +93,10 @@ def _from_hub(model: str, precision: torch.dtype) -> StableDiffusionPipeline:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()
         raise FileNotFoundError(
-            f"model {model!r} is neither 'tiny' nor a local folder, and it could not be loaded from the hub: "
-            f"{reason[0] if reason else type(error).__name__}. Without a network, download the repository "
+            f"model {model!r} is neither 'tiny' nor a local folder, and it could not be loaded "
+            f"from the hub: "
+            f"{reason[0] if reason else type(error).__name__}. Without a network, download the "
+            f"repository "
             "where there is one and pass its folder"
         ) from error
 
@@ -135,7 +138,7 @@ def attach_lora(
 
 
 def export_lora(unet: UNet2DConditionModel, folder: Path) -> Path:
-    """Write the adapter to ``folder/pytorch_lora_weights.safetensors``, for ``pipe.load_lora_weights``."""
+    """Write ``folder/pytorch_lora_weights.safetensors``, for ``pipe.load_lora_weights``."""
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
     layers = {name: tensor.detach().cpu().contiguous() for name, tensor in layers.items()}
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)

@@ -43,7 +43,8 @@ def transfer(
 ) -> list[Row]:
     """Judge a finished run at other step counts; write ``transfer.json`` and the report anew.
 
-    Every row uses the same held-out seeds. The stochastic sampler's noise is drawn step by step, so rows of other
+    Every row uses the same held-out seeds. The stochastic sampler's noise is drawn step by step,
+    so rows of other
     step counts share the starting noise only.
 
     Args:

@@ -3,12 +3,15 @@
     python -m diffusion_envs.tiny train --data ../shared/data/cifar10 --output DIR
     python -m diffusion_envs.tiny measure --data ../shared/data/cifar10 --output docs
 
-``train`` makes everything that ``diffusion_envs/tiny/weights`` holds, in order: the two classifiers, the autoencoder, then UNet
+``train`` makes everything that ``diffusion_envs/tiny/weights`` holds, in order: the two
+classifiers, the autoencoder, then UNet
 and text encoder. Every stage resumes from its newest checkpoint. On several CPU cores use one
-single-threaded process a core: ``OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m diffusion_envs.tiny train ...``.
+single-threaded process a core: ``OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m
+diffusion_envs.tiny train ...``.
 """
 
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +65,7 @@ def main(arguments: list[str]) -> int:
         args=arguments,
         prog="python -m diffusion_envs.tiny",
     )
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if isinstance(options, Measure):
             measured = measure(options.data, options.output, options.samples, options.seed)

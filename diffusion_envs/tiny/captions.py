@@ -1,4 +1,4 @@
-"""Captions of CIFAR-10 pictures, and a CLIP tokenizer whose small vocabulary has their words whole."""
+"""Captions of CIFAR-10 pictures, and a CLIP tokenizer with a small vocabulary for them."""
 
 import json
 import re
@@ -23,7 +23,7 @@ LENGTH = 32  # tokens a prompt, begin and end included
 
 
 def caption(label: int, generator: Generator) -> str:
-    """A caption of a picture of this class, its wording drawn at random; the plain one half the time."""
+    """A caption of a picture of this class, in random wording; the plain one half the time."""
     noun_index, template_index = torch.randint(0, 2**30, (2,), generator=generator).tolist()
     nouns = SYNONYMS.get(CLASSES[label], (CLASSES[label],))
     noun = nouns[noun_index % len(nouns)]
@@ -39,7 +39,8 @@ def with_article(text: str) -> str:
 def write_tokenizer(folder: Path) -> None:
     """Write ``vocab.json`` and ``merges.txt`` of a byte-level BPE, in CLIP's format.
 
-    Every word of the captions is one token; any other text is spelled in bytes, so all of it encodes.
+    Every word of the captions is one token; any other text is spelled in bytes, so all of it
+    encodes.
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 

@@ -1,10 +1,13 @@
 """Minimise a loss: the one loop behind everything that this package trains from scratch.
 
-It resumes from its newest checkpoint, keeps an exponential moving average of the weights, shows a progress
-bar, and runs on one process or, under ``torchrun``, on several whose gradients are averaged. On CPUs
+It resumes from its newest checkpoint, keeps an exponential moving average of the weights, shows a
+progress
+bar, and runs on one process or, under ``torchrun``, on several whose gradients are averaged. On
+CPUs
 several single-threaded processes beat one process with several threads.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +22,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ctrl.noise import stream
 from diffusion_envs.training import checkpoint, parallel
 from diffusion_envs.training.progress import bar
+
+_log = logging.getLogger(__name__)
 
 Loss = Callable[[nn.ModuleDict, Generator], dict[str, Tensor]]
 """(modules, random stream of this step and process) -> named scalars; "loss" is minimised."""
@@ -128,7 +133,7 @@ def fit(
                     "averaged": averaged.state_dict(),
                 }
                 checkpoint.save(folder, step + 1, state)
-                print(f"{name} {step + 1}/{recipe.updates}: {shown}", flush=True)
+                _log.info(f"{name} {step + 1}/{recipe.updates}: {shown}")
                 if on_checkpoint:
                     on_checkpoint(step + 1, averaged.module)
                 saved = time.monotonic()

@@ -1,5 +1,6 @@
 """Train the tiny model's autoencoder: 32 x 32 pictures to 8 x 8 x 4 latents and back."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from diffusion_envs.cifar10.data import load
 from diffusion_envs.rewards.classifier import CifarClassifier, load_classifier
 from diffusion_envs.tiny.fit import Recipe, fit, initial_weights
 from diffusion_envs.tiny.train_classifier import accuracy
+
+_log = logging.getLogger(__name__)
 
 RECIPE = Recipe(updates=1800, learning_rate=1.5e-3, batch=64, average=0.998)
 FEATURE_WEIGHT = 0.005  # per unit of feature distance, beside the mean squared error of pixels
@@ -89,10 +92,9 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
 
     def report(step: int, modules: nn.ModuleDict) -> None:
         decoded = reconstruct(modules["vae"], held_out)
-        print(
+        _log.info(
             f"autoencoder {step}: test PSNR {psnr(held_out, decoded):.2f} dB, judge's accuracy on "
-            f"reconstructions {accuracy(judge, decoded, labels):.3f}",
-            flush=True,
+            f"reconstructions {accuracy(judge, decoded, labels):.3f}"
         )
 
     with initial_weights(seed):

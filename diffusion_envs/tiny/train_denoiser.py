@@ -1,5 +1,6 @@
 """Train the tiny model's UNet and text encoder together, on the autoencoder's latents."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from diffusion_envs.rewards.classifier import load_classifier
 from diffusion_envs.tiny.captions import LENGTH, caption, with_article, write_tokenizer
 from diffusion_envs.tiny.fit import Recipe, fit, initial_weights
 from diffusion_envs.training.tracking import grid
+
+_log = logging.getLogger(__name__)
 
 RECIPE = Recipe(updates=3600, learning_rate=1e-3, batch=64, average=0.999)
 UNCAPTIONED = 0.12  # share of pictures trained without a caption, for classifier-free guidance
@@ -144,7 +147,7 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
         images = sample(pipe, prompts, steps=25, guidance=4.0, eta=1.0, seed=seed)
         wanted = torch.arange(10).repeat_interleave(6)
         share = (judge(images).argmax(-1) == wanted).float().mean()
-        print(f"denoiser {step}: judge agrees with the prompt on {share:.2f} of 60", flush=True)
+        _log.info(f"denoiser {step}: judge agrees with the prompt on {share:.2f} of 60")
         (output / "samples").mkdir(exist_ok=True)
         grid(images, prompts).save(output / "samples" / f"step-{step:06d}.png")
 

@@ -1,6 +1,7 @@
 """The one training loop: sample, judge, improve; whatever the objective, whatever the model.
 
-``Trainer`` holds what changes during a run and knows no objective by name. ``Trainer.updates`` is an iterator:
+``Trainer`` holds what changes during a run and knows no objective by name. ``Trainer.updates`` is
+an iterator:
 logging, pictures, checkpoints and stopping belong to its caller. All noise comes from streams
 named by sample, step and update, so the trainer's state is its weights and two counters.
 """
@@ -43,7 +44,8 @@ class Schedule:
         samples: images an update, over all processes.
         epochs: passes over a roll-out before the next is sampled.
         minibatches: optimiser steps a pass; samples are split among them.
-        train_steps: steps of each path that carry a gradient, drawn without replacement; the others'
+        train_steps: steps of each path that carry a gradient, drawn without replacement; the
+        others'
             share is made up by weight, so the gradient stays unbiased. None for all.
         batch: rows (sample, step) that go through the network at once; memory, not mathematics.
         max_gradient_norm: larger gradients are scaled down to it.
@@ -107,17 +109,21 @@ class Trainer:
         share = accelerator.num_processes * schedule.minibatches
         if schedule.samples % share:
             raise ValueError(
-                f"samples ({schedule.samples}) must be a multiple of processes x minibatches ({share})"
+                f"samples ({schedule.samples}) must be a multiple of processes x minibatches "
+                f"({share})"
             )
         steps = len(environment.sampler.timesteps)
         if schedule.train_steps is not None and schedule.train_steps > steps:
             raise ValueError(
-                f"train_steps ({schedule.train_steps}) must be at most the sampler's steps ({steps})"
+                f"train_steps ({schedule.train_steps}) must be at most the sampler's steps "
+                f"({steps})"
             )
         if objective.needs_density and not environment.sampler.has_density:
             raise ValueError(
-                f"{type(objective).__name__} needs a transition density, and a step of this sampler has none "
-                "(standard deviation 0): use eta > 0 and a scheduler with set_alpha_to_one=False, or an "
+                f"{type(objective).__name__} needs a transition density, and a step of this "
+                f"sampler has none "
+                "(standard deviation 0): use eta > 0 and a scheduler with set_alpha_to_one=False, "
+                "or an "
                 "objective that draws its actions (ScoreAsActionSampled)"
             )
         if schedule.samples < 2:
@@ -182,7 +188,7 @@ class Trainer:
     # -- one update -------------------------------------------------------------------------------
 
     def updates(self, total: int) -> Iterator[dict[str, Any]]:
-        """Improve until ``total`` updates are done; yield each one's numbers for the caller to log."""
+        """Improve until ``total`` updates are done; yield each one's numbers."""
         while self.update < total:
             yield self.step()
 
@@ -265,7 +271,8 @@ class Trainer:
                 for piece in which.split(schedule.batch):
                     rows = self._rows(rollout, advantages, piece)
                     losses = self.objective.loss(rows)
-                    # rows are a uniform draw from paths x steps: mean x steps estimates the path's sum
+                    # rows are a uniform draw from paths x steps: mean x steps estimates the path's
+                    # sum
                     (losses.sum() * steps / len(which)).backward()
                     with torch.no_grad():
                         log_ratio = self.objective.log_ratio(rows).detach()
@@ -275,7 +282,8 @@ class Trainer:
                 norm = nn.utils.clip_grad_norm_(self.parameters, schedule.max_gradient_norm)
                 if not torch.isfinite(norm):
                     raise NonFiniteError(
-                        f"the gradient's norm is {norm.item()} at update {self.update + 1}; no weight "
+                        f"the gradient's norm is {norm.item()} at update {self.update + 1}; no "
+                        f"weight "
                         "was changed. Lower learning_rate or guidance, or use float32"
                     )
                 self.optimiser.step()
@@ -403,14 +411,18 @@ class Trainer:
                 allowed = max(allowed, relative * (size / spread.abs()).max().item())
         if not worst <= allowed:
             raise PreflightError(
-                f"before the first update the log-ratio of new to old policy must be 0 up to {allowed:.2g}, "
-                f"but is {worst:.3g}: roll-out and update see different networks. Usual causes: dropout "
-                "or train mode, reduced precision with different batch sizes, an adapter that was changed"
+                f"before the first update the log-ratio of new to old policy must be 0 up to "
+                f"{allowed:.2g}, "
+                f"but is {worst:.3g}: roll-out and update see different networks. Usual causes: "
+                f"dropout "
+                "or train mode, reduced precision with different batch sizes, an adapter that was "
+                "changed"
             )
         nats = rollout.costs.sum(1).max().item()
         if not 0 <= nats <= max(1e-6, allowed**2):
             raise PreflightError(
-                f"a fresh adapter must equal the pretrained model, but its path KL is {nats:.3g} nats"
+                f"a fresh adapter must equal the pretrained model, but its path KL is {nats:.3g} "
+                f"nats"
             )
 
     def _over_processes(self, count: int) -> int:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def start() -> Accelerator:
-    """The processes of this run: one, or those that ``accelerate launch`` or ``torchrun`` started."""
+    """The processes of this run: one, or those that ``accelerate`` or ``torchrun`` started."""
     return Accelerator(cpu=not torch.cuda.is_available())
 
 

@@ -31,7 +31,7 @@ _CURRENCIES = {
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``folder/report.html`` from what the run has left so far; missing parts are said to be missing.
+    """Write ``folder/report.html`` from what the run has left so far, and say what is missing.
 
     Raises:
         FileNotFoundError: ``folder`` holds no run.
@@ -52,7 +52,8 @@ def write_report(folder: str | Path) -> Path:
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(folder.name)}: fine-tuning report</title><style>{_STYLE}</style></head>"
+        f"<title>{html.escape(folder.name)}: fine-tuning "
+        f"report</title><style>{_STYLE}</style></head>"
         f"<body><h1>{html.escape(folder.name)}</h1>{''.join(parts)}</body></html>\n"
     )
     partial = folder / "report.html.partial"
@@ -88,7 +89,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = 
         + "</tr>"
         for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table>{inside}</table></div>'
 
 
 def _headline(summary: dict[str, Any] | None) -> str:
@@ -194,7 +196,8 @@ def _transfer(rows: list[dict[str, Any]] | None) -> str:
     title = "<h2>Transfer to other step counts</h2>"
     if not rows:
         return (
-            f"{title}<p>Not measured yet: <code>python -m diffusion_envs.sd15 evaluate RUN --steps 10 25 "
+            f"{title}<p>Not measured yet: <code>python -m diffusion_envs.sd15 evaluate RUN "
+            f"--steps 10 25 "
             "50 100</code>.</p>"
         )
     from matplotlib.figure import Figure

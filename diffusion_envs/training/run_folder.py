@@ -102,7 +102,8 @@ def open_run(
         if folder.is_dir() and any(folder.iterdir()):
             what = "another run" if config.is_file() else "other files"
             raise FileExistsError(
-                f"output {folder} holds {what}; choose a new folder, or resume the run with --resume {folder} "
+                f"output {folder} holds {what}; choose a new folder, or resume the run with "
+                f"--resume {folder} "
                 "(resume=True)"
             )
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
-"""What a run leaves for the eye: metrics as JSON lines and TensorBoard events, and grids of pictures."""
+"""What a run leaves for the eye: JSON lines, TensorBoard events, and grids of pictures."""
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -10,13 +11,16 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ctrl.estimate import Estimate
 
-_TILE = 96  # pixels a side of a small picture in a grid; larger pictures keep their size
-_CAPTION = 14  # pixels of height
+_SMALL, _LARGE = 112, 256  # pixels a side: smaller pictures are enlarged, larger ones reduced
+_GAP = 6  # pixels around a picture
+_LINE = 13  # pixels a line of caption
+_CAPTION_LINES = 2
+_log = logging.getLogger(__name__)
 
 
 def grid(
@@ -24,52 +28,107 @@ def grid(
 ) -> Image.Image:
     """Pictures with values in [0, 1] side by side, each with its caption below.
 
-    Small pictures are enlarged by whole factors without smoothing, so that pixels stay visible.
+    Small pictures are enlarged by whole factors without smoothing, so that pixels stay visible;
+    large ones are reduced to 256 pixels.
 
     Raises:
-        ValueError: there is not one caption for each picture, or no picture.
+        ValueError: there is not one caption for each picture, no picture, or no column.
     """
     if len(images) != len(captions) or not len(images):
         raise ValueError(
-            f"captions must be one for each picture, got {len(captions)}, {len(images)}"
+            f"captions must be one for each of at least one picture, got {len(captions)} for "
+            f"{len(images)}"
         )
-    height, width = images.shape[-2:]
-    factor = max(1, _TILE // width)
-    columns = min(columns, len(images))
-    rows = math.ceil(len(images) / columns)
-    tile = (width * factor + 4, height * factor + _CAPTION + 4)
-    sheet = Image.new("RGB", (columns * tile[0], rows * tile[1]), "white")
-    draw = ImageDraw.Draw(sheet)
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    for k, (picture, caption) in enumerate(zip(pixels, captions, strict=True)):
-        left, top = (k % columns) * tile[0] + 2, (k // columns) * tile[1] + 2
-        enlarged = np.repeat(np.repeat(picture, factor, 0), factor, 1)
-        sheet.paste(Image.fromarray(enlarged), (left, top))
-        letters = max(4, width * factor // 6)
-        text = caption if len(caption) <= letters else "…" + caption[1 - letters :]
-        draw.text((left, top + height * factor), text, fill="black")
+    tiles = [_resized(picture) for picture in pixels]
+    width, height = tiles[0].size
+    font = ImageFont.load_default(size=11)
+    columns = min(columns, len(tiles))
+    cell = (width + _GAP, height + _CAPTION_LINES * _LINE + _GAP)
+    sheet = Image.new(
+        "RGB", (columns * cell[0] + _GAP, math.ceil(len(tiles) / columns) * cell[1] + _GAP), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for k, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
+        left, top = k % columns * cell[0] + _GAP, k // columns * cell[1] + _GAP
+        sheet.paste(tile, (left, top))
+        for row, line in enumerate(_wrapped(caption, font, width)):
+            draw.text((left, top + height + row * _LINE), line, font=font, fill="#333")
     return sheet
 
 
-def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, Estimate):
-        return value.as_dict()
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"metric {name} must be finite, got {value}")
-    return value
+def _resized(picture: np.ndarray) -> Image.Image:
+    tile = Image.fromarray(picture)
+    if max(tile.size) > _LARGE:
+        shrink = _LARGE / max(tile.size)
+        return tile.resize([max(1, round(side * shrink)) for side in tile.size], Image.LANCZOS)
+    factor = max(1, _SMALL // max(tile.size))
+    return tile.resize([side * factor for side in tile.size], Image.NEAREST)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines no wider than a picture; what does not fit ends in an ellipsis."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > _CAPTION_LINES:
+        lines = [*lines[: _CAPTION_LINES - 1], " ".join(lines[_CAPTION_LINES - 1 :])]
+    return [_cut(line, font, width) for line in lines]
+
+
+def _cut(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "…") > width:
+        line = line[:-1]
+    return line + "…"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``; a last line that a crash cut short is left out.
+
+    Raises:
+        ValueError: another line is damaged.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    read = []
+    for number, line in enumerate(
+        lines[:-1], start=1
+    ):  # what follows the last newline was cut short
+        try:
+            numbers = json.loads(line)
+            read.append(numbers | {"update": int(numbers["update"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is damaged ({error}); take the line out to go on without it"
+            ) from error
+    if lines[-1]:
+        _log.warning("%s: its last line was cut short and is left out", path)
+    return read
 
 
 class Tracker:
     """Writes ``metrics.jsonl``, ``tensorboard/`` and ``samples/`` of a run.
 
-    On resuming, lines of updates that will be done again are dropped first, so that the log of a resumed run
-    is that of an uninterrupted one.
+    On resuming, lines of updates that will be done again are dropped first, so that the log of a
+    resumed run is that of an uninterrupted one.
 
     Args:
         folder: of the run.
         first_update: updates already done.
         wandb: log to Weights & Biases too.
         enabled: False on all processes but the main one: then nothing is written.
+
+    Raises:
+        ValueError: ``metrics.jsonl`` is damaged, or Weights & Biases is not installed.
     """
 
     def __init__(
@@ -79,20 +138,15 @@ class Tracker:
         self._wandb: Any = None
         if not enabled:
             return
+        service = _weights_and_biases() if wandb else None
         from torch.utils.tensorboard import SummaryWriter
 
-        self._path = folder / "metrics.jsonl"
-        _keep_lines_until(self._path, first_update)
-        self._file = self._path.open("a")
+        path = folder / "metrics.jsonl"
+        self._last = _keep_lines_until(path, first_update)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update + 1)
+        self._file = path.open("a", encoding="utf-8")
         (folder / "samples").mkdir(exist_ok=True)
-        if wandb:
-            try:
-                import wandb as service  # pyright: ignore[reportMissingImports]  # an extra
-            except ImportError as error:
-                raise ValueError(
-                    "wandb is not installed: pip install ctrl-diffusion[wandb]"
-                ) from error
+        if service is not None:
             self._wandb = service.init(project="ctrl", name=folder.name, dir=str(folder))
 
     def __enter__(self) -> "Tracker":
@@ -114,39 +168,67 @@ class Tracker:
     def log(self, numbers: Mapping[str, Any]) -> None:
         """One line of an update.
 
+        Args:
+            numbers: estimates, numbers, or None for what was not measured; ``"update"`` among them.
+
         Raises:
-            ValueError: a number is not finite.
+            ValueError: a number is not finite, or the update is not later than the last one.
+            TypeError: a value is neither number nor estimate.
         """
         if not self.enabled:
             return
         plain = {name: _plain(name, value) for name, value in numbers.items()}
+        update = numbers["update"]
+        if update <= self._last:
+            raise ValueError(
+                f"update must be later than {self._last}, already logged; got {update}"
+            )
         self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
+        self._last = update
         flat = {n: v.mean if isinstance(v, Estimate) else v for n, v in numbers.items()}
+        flat = {name: value for name, value in flat.items() if value is not None}
         for name, value in flat.items():
-            self._board.add_scalar(name, value, numbers["update"])
+            self._board.add_scalar(name, value, update)
         if self._wandb is not None:
-            self._wandb.log(flat, step=numbers["update"])
+            self._wandb.log(flat, step=update)
 
     def pictures(
         self, update: int, images: Float[Tensor, "n 3 h w"], captions: Sequence[str]
     ) -> None:
         """A grid of pictures, the same prompts and seeds each time."""
         if self.enabled:
-            grid(images, captions).save(self.folder / "samples" / f"step-{update:06d}.png")
+            path = self.folder / "samples" / f"step-{update:06d}.png"
+            partial = path.with_suffix(".partial")
+            grid(images, captions).save(partial, format="PNG")
+            os.replace(partial, path)
 
 
-def _keep_lines_until(path: Path, update: int) -> None:
-    """Drop lines of later updates, and a last line that a crash cut short."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["update"] <= update:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Estimate):
+        if not math.isfinite(value.mean) or math.isnan(value.standard_error):
+            raise ValueError(f"metric {name} must be finite, got {value!r}")
+        return value.as_dict()
+    if value is not None and not isinstance(value, int | float):
+        raise TypeError(f"metric {name} must be a number or an Estimate, got {value!r:.80}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"metric {name} must be finite, got {value}")
+    return value
+
+
+def _keep_lines_until(path: Path, update: int) -> int:
+    """Drop lines of later updates, and a last line that a crash cut short; the last update kept."""
+    kept = [line for line in read_metrics(path) if line["update"] <= update]
+    if path.is_file():
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+    return kept[-1]["update"] if kept else 0
+
+
+def _weights_and_biases() -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]  # an extra
+    except ImportError as error:
+        raise ValueError("wandb is not installed: pip install ctrl-diffusion[wandb]") from error
+    return wandb

@@ -71,7 +71,8 @@ def test_path_kl_is_exactly_that_of_the_euler_scheme():
     paths = sample(GRID, start, noise)
     kl = girsanov.path_kl(sde(), POLICY, REFERENCE, paths)
     exact = euler_kl(GRID, MEAN, SPREAD**2)
-    # Quadratic in the noise, so the rule is exact. The mildest wrong variant (drift read at the right
+    # Quadratic in the noise, so the rule is exact. The mildest wrong variant (drift read at the
+    # right
     # end of a step) is 3 % off, twelve orders above round-off.
     assert ctrl.Estimate.of(kl, paths.weights).mean == pytest.approx(exact, rel=1e-12)
 

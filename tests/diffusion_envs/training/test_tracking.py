@@ -1,0 +1,209 @@
+import json
+import logging
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ctrl import Estimate
+from diffusion_envs.training.tracking import Tracker, grid, read_metrics
+
+
+def numbers(update):
+    return {
+        "update": update,
+        "reward": Estimate(0.1 * update, 0.03, 16),
+        "path_kl": Estimate(1e-17 * update, 1 / 3, 16),
+        "seconds": 1.7 * update,
+        "memory": 2**33 + update,
+        "value_loss": None,
+    }
+
+
+def log(folder, updates, first_update=0):
+    with Tracker(folder, first_update=first_update) as tracker:
+        for update in updates:
+            tracker.log(numbers(update))
+
+
+def test_estimates_are_written_with_their_errors(tmp_path):
+    log(tmp_path, [1])
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "update": 1,
+        "reward": {"mean": 0.1, "standard_error": 0.03, "n": 16},
+        "path_kl": {"mean": 1e-17, "standard_error": 1 / 3, "n": 16},
+        "seconds": 1.7,
+        "memory": 2**33 + 1,
+        "value_loss": None,
+    }
+
+
+def test_the_unknown_error_of_one_sample_is_null(tmp_path):
+    with Tracker(tmp_path) as tracker:
+        tracker.log({"update": 1, "reward": Estimate.of(torch.tensor([2.5]))})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["reward"] == {
+        "mean": 2.5,
+        "standard_error": None,
+        "n": 1,
+    }
+
+
+def test_each_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    with Tracker(tmp_path) as tracker:
+        for update in (1, 2):
+            tracker.log(numbers(update))
+            assert len(read_metrics(tmp_path / "metrics.jsonl")) == update
+
+
+@pytest.mark.parametrize("last", range(6))
+@pytest.mark.parametrize("cut", [0, 1, 17, -1])
+def test_the_log_of_a_resumed_run_is_that_of_an_uninterrupted_one(tmp_path, last, cut):
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    log(tmp_path / "whole", range(1, 6))
+    log(tmp_path / "resumed", range(1, 6))
+    path = tmp_path / "resumed" / "metrics.jsonl"
+    path.write_text(path.read_text() + json.dumps({"update": 6, "seconds": 3})[:cut])  # a crash
+    log(tmp_path / "resumed", range(last + 1, 6), first_update=last)
+    assert path.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert not list(path.parent.glob("*.partial"))
+
+
+def test_resuming_a_run_that_logged_nothing_starts_a_log(tmp_path):
+    log(tmp_path, [4], first_update=3)
+    assert [line["update"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4]
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"reward": 1}', '{"update": "x"}', ""])
+def test_a_damaged_line_in_the_middle_is_named_not_dropped(tmp_path, damage):
+    log(tmp_path, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    first, _, third = path.read_text().splitlines()
+    path.write_text(f"{first}\n{damage}\n{third}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged"):
+        Tracker(tmp_path, first_update=3)
+    assert path.read_text() == f"{first}\n{damage}\n{third}\n"
+
+
+def test_a_last_line_cut_short_is_left_out_with_a_warning(tmp_path, caplog):
+    log(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-9])
+    with caplog.at_level(logging.WARNING):
+        assert [line["update"] for line in read_metrics(path)] == [1]
+    assert "its last line was cut short" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "bad", [math.nan, math.inf, -math.inf, Estimate(math.nan, 1.0, 2), Estimate(1.0, math.nan, 2)]
+)
+def test_what_is_not_finite_is_refused_by_name_and_not_written(tmp_path, bad):
+    with Tracker(tmp_path) as tracker:
+        with pytest.raises(ValueError, match="metric ratio_max must be finite"):
+            tracker.log({"update": 1, "ratio_max": bad})
+        tracker.log(numbers(1))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize("bad", ["0.3", torch.tensor(0.3), [1.0], np.float32(1)])
+def test_what_is_not_a_number_is_refused_by_name(tmp_path, bad):
+    with Tracker(tmp_path) as tracker, pytest.raises(TypeError, match="metric loss must be a num"):
+        tracker.log({"update": 1, "loss": bad})
+
+
+def test_an_update_is_logged_once(tmp_path):
+    with Tracker(tmp_path) as tracker:
+        tracker.log(numbers(2))
+        with pytest.raises(ValueError, match="update must be later than 2, already logged; got 2"):
+            tracker.log(numbers(2))
+
+
+def test_tensorboard_reads_the_same_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log(tmp_path, [1, 2, 3])
+    log(tmp_path, [2, 3, 4], first_update=1)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    found = [(event.step, event.value) for event in board.Scalars("reward")]
+    assert found == [(k, pytest.approx(0.1 * k, rel=1e-7)) for k in (1, 2, 3, 4)]  # float32
+    assert "value_loss" not in board.Tags()["scalars"]
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with Tracker(tmp_path, enabled=False) as tracker:
+        tracker.log(numbers(1))
+        tracker.pictures(0, torch.zeros(1, 3, 8, 8), ["a cat"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_weights_and_biases_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=r"pip install ctrl-diffusion\[wandb\]"):
+        Tracker(tmp_path, wandb=True)
+    assert not list(tmp_path.iterdir())
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def test_pixels_of_small_pictures_stay_exact_and_in_order(generator):
+    images = torch.randint(0, 256, (5, 3, 32, 32), generator=generator) / 255
+    sheet = np.asarray(grid(images, ["a cat"] * 5, columns=3))
+    factor, gap, line = 3, 6, 26  # 96 pixels a side; two lines of caption
+    for k, image in enumerate(images):
+        left, top = k % 3 * (96 + gap) + gap, k // 3 * (96 + line + gap) + gap
+        tile = sheet[top : top + 96, left : left + 96]
+        expected = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        for row in range(factor):
+            for column in range(factor):
+                assert np.array_equal(tile[row::factor, column::factor], expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((32, 32), (96, 96)), ((512, 512), (256, 256)), ((512, 256), (256, 128))]
+)
+def test_pictures_are_shown_at_a_size_to_see(size, shown):
+    sheet = grid(torch.zeros(2, 3, *size), ["", ""], columns=1)
+    columns = (np.asarray(sheet) == 0).all(2)
+    assert (int(columns.any(1).sum()), int(columns.any(0).sum())) == (2 * shown[0], shown[1])
+
+
+def test_each_caption_stands_under_its_own_picture():
+    sheet = np.asarray(grid(torch.ones(3, 3, 32, 32), ["", "a photo of a small horse", ""]))
+    ink = (sheet < 128).all(2).any(0)  # columns of the sheet that hold dark letters
+    inked = ink.nonzero()[0]
+    assert inked.min() >= 6 + 102
+    assert inked.max() < 6 + 2 * 102
+
+
+def test_a_caption_too_long_for_its_picture_stays_in_its_place():
+    for words in ("word " * 40, "w" * 200):
+        sheet = np.asarray(grid(torch.ones(2, 3, 32, 32), [words, ""]))
+        ink = (sheet < 128).all(2).any(0)
+        assert ink.nonzero()[0].max() < 6 + 102
+
+
+def test_the_grid_of_a_step_is_a_png(tmp_path):
+    with Tracker(tmp_path) as tracker:
+        tracker.pictures(20, torch.rand(3, 3, 32, 32), ["a cat", "a ship", "ein Schiff, größer"])
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-000020.png"]
+    with Image.open(tmp_path / "samples" / "step-000020.png") as picture:
+        assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("images", "captions", "columns", "message"),
+    [
+        (2, ["a"], 8, "captions must be one for each of at least one picture, got 1 for 2"),
+        (0, [], 8, "got 0 for 0"),
+        (1, ["a"], 0, "columns must be at least 1, got 0"),
+    ],
+)
+def test_a_grid_needs_pictures_with_captions(images, captions, columns, message):
+    with pytest.raises(ValueError, match=message):
+        grid(torch.zeros(images, 3, 4, 4), captions, columns=columns)
