@@ -147,9 +147,9 @@ def _roll_out(
             continue
         after = buffer[k + 1]
         sigma = sde.diffusion(t, x) if plain else None
-        if plain and isinstance(sigma, float | int):
+        if isinstance(sigma, float | int):
             torch.add(x, increment, alpha=sigma, out=after)
-        elif plain:
+        elif sigma is not None:
             torch.addcmul(x, sigma, increment, out=after)
         else:
             torch.add(x, sde.spread(t, x, increment), out=after)

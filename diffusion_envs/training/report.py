@@ -1,25 +1,47 @@
-"""A self-contained report of a run: one HTML file, nothing fetched, pictures inside."""
+"""A self-contained report of a run: one HTML file, nothing fetched, pictures inside.
+
+Words and tables are here, plots in ``plots.py``. Whatever the run has not left yet is said to be missing.
+"""
 
 import base64
 import html
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion_envs.training import plots
+from diffusion_envs.training.tracking import read_metrics
+
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --card: #fff; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-table { border-collapse: collapse; } th, td { text-align: left; padding: .3rem .8rem .3rem 0;
-  border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; } .cards { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { margin: 0; background: var(--card); color: #222; padding: .7rem; border-radius: .5rem;
-  border: 1px solid var(--line); flex: 1 1 24rem; box-sizing: border-box; max-width: 100%; }
-figure img { width: 100%; height: auto; display: block; } figcaption { font-size: .9rem; }
-.headline { font-size: 1.3rem; } .muted { opacity: .75; } code { overflow-wrap: anywhere; }
+:root { color-scheme: light dark; --ink: #1c2024; --soft: #60676f; --page: #f7f8f9; --card: #fff;
+  --line: #dfe3e6; --good: #14713d; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a2a9b0; --page: #16181b;
+  --card: #202327; --line: #383d43; --good: #7ad39b; --bad: #ff9d94; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page);
+  margin: 0 auto; max-width: 80rem; padding: 1.5rem clamp(.8rem, 3vw, 2.5rem) 4rem; }
+h1 { font-size: 1.7rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 2.8rem 0 .8rem; } p { max-width: 46rem; }
+.muted, figcaption { color: var(--soft); font-size: .92rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 1rem;
+  margin: 1.5rem 0; }
+.tile, figure, .scroll { background: var(--card); border: 1px solid var(--line);
+  border-radius: .7rem; margin: 0; }
+.tile { padding: .9rem 1.1rem; } .tile b { display: block; font-size: 1.7rem; line-height: 1.25;
+  font-variant-numeric: tabular-nums; } .good { color: var(--good); } .bad { color: var(--bad); }
+.tile small { font-size: 1rem; font-weight: normal; color: var(--soft); white-space: nowrap; }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+.pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+figure { padding: .8rem; } figure img { display: block; width: 100%; height: auto;
+  border-radius: .35rem; background: #fff; } figcaption { margin-top: .5rem; }
+.scroll { overflow-x: auto; padding: .3rem 1.1rem; margin-top: 1rem; }
+table { border-collapse: collapse; width: 100%; font-size: .95rem; }
+th, td { text-align: left; padding: .45rem 1.2rem .45rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; } tbody tr:last-child > * { border-bottom: 0; }
+thead th { color: var(--soft); font-weight: 600; } tbody th { font-weight: 500; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+code { font-size: .88em; overflow-wrap: anywhere; }
 """
 
 _CURRENCIES = {
@@ -28,33 +50,36 @@ _CURRENCIES = {
     "network_calls": "network calls",
     "seconds": "seconds",
 }
+_CURVES = {"reward": "reward", "path_kl": "path KL, nats", "transition_kl": "transition KL, nats"}
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``folder/report.html`` from what the run has left so far, and say what is missing.
+    """Write ``folder/report.html`` from what the run has left so far.
 
     Raises:
         FileNotFoundError: ``folder`` holds no run.
+        ValueError: one of the run's files is damaged; it is named.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"folder must hold a run, but {folder} has no config.json")
-    config = json.loads((folder / "config.json").read_text())
+    config = _json(folder / "config.json")
     summary, transfer = _json(folder / "summary.json"), _json(folder / "transfer.json")
-    metrics = _metrics(folder / "metrics.jsonl")
+    metrics = read_metrics(folder / "metrics.jsonl")
+    name = html.escape(folder.resolve().name)
     parts = [
+        f"<header><h1>{name}</h1>{_subtitle(config, metrics)}</header>",
         _headline(summary),
         _pictures(folder / "samples"),
         _curves(metrics),
         _transfer(transfer),
-        _settings(config),
+        _settings(config, summary),
     ]
     page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(folder.name)}: fine-tuning "
-        f"report</title><style>{_STYLE}</style></head>"
-        f"<body><h1>{html.escape(folder.name)}</h1>{''.join(parts)}</body></html>\n"
+        f"<title>{name}: fine-tuning report</title><style>{_STYLE}</style></head>"
+        f"<body>{''.join(parts)}</body></html>\n"
     )
     partial = folder / "report.html.partial"
     partial.write_text(page, encoding="utf-8")
@@ -62,59 +87,57 @@ def write_report(folder: str | Path) -> Path:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+# -- words ---------------------------------------------------------------------------------------
 
 
-def _number(estimate: dict[str, Any]) -> str:
+def _number(estimate: Mapping[str, Any], sign: str = "") -> str:
+    """The mean to the second digit of its standard error, and the error."""
+    mean, error = estimate["mean"], estimate["standard_error"]
+    if not error:
+        return f"{mean:{sign}.4g}"
+    digits = plots.decimals(error)
+    return f"{mean:{sign}.{digits}f} &pm; {error:.{digits}f}"
+
+
+def _in_errors(estimate: Mapping[str, Any]) -> str:
     error = estimate["standard_error"]
-    spread = "" if error is None else f" &pm; {error:.2g}"
-    return f"{estimate['mean']:.4g}{spread}"
+    return f"{estimate['mean'] / error:+.1f}" if error else "-"
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
     kind = ' class="number"' if numbers else ""
-    first, *others = heads
-    head = f'<th scope="col">{first}</th>' + "".join(
-        f'<th scope="col"{kind}>{h}</th>' for h in others
+    head = "".join(
+        f'<th scope="col"{kind if column else ""}>{text}</th>' for column, text in enumerate(heads)
     )
     body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>'
-        + "".join(f"<td{kind}>{c}</td>" for c in row[1:])
-        + "</tr>"
-        for row in rows
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td{kind}>{cell}</td>" for cell in cells)}</tr>'
+        for first, *cells in rows
     )
-    inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table>{inside}</table></div>'
-
-
-def _headline(summary: dict[str, Any] | None) -> str:
-    if summary is None:
-        return "<p>This run is not finished: there is no evaluation yet.</p>"
-    rewards = {"reward": summary["reward"]}
-    rewards |= {f"judge: {name}": value for name, value in summary.get("judges", {}).items()}
-    rows = []
-    for name, value in rewards.items():
-        gain = value["difference"]
-        error = gain["standard_error"]
-        errors = f"{gain['mean'] / error:+.1f}" if error else "-"
-        numbers = [_number(value[part]) for part in ("before", "after", "difference")]
-        rows.append([html.escape(name), *numbers, errors])
-    heads = ["held-out samples", "before", "after", "paired difference", "in standard errors"]
     return (
-        _table(heads, rows)
-        + f"<p>Path KL from the pretrained model: <b>{_number(summary['path_kl'])}</b> nats. "
-        f'<span class="muted">{summary["reward"]["after"]["n"]} samples, the same seeds before and '
-        "after; &pm; is one standard error.</span></p>"
+        '<div class="scroll" tabindex="0"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _image(data: bytes, kind: str, alt: str, caption: str) -> str:
+def _figure(data: bytes, kind: str, alt: str, caption: str) -> str:
     inside = base64.b64encode(data).decode()
     return (
         f'<figure><img src="data:image/{kind};base64,{inside}" alt="{html.escape(alt)}">'
@@ -122,130 +145,146 @@ def _image(data: bytes, kind: str, alt: str, caption: str) -> str:
     )
 
 
-def _pictures(folder: Path) -> str:
-    found = sorted(folder.glob("step-*.png"))
-    if not found:
-        return "<h2>Pictures</h2><p>None yet.</p>"
-    shown = [found[0]] if len(found) == 1 else [found[0], found[-1]]
-    figures = [
-        _image(
-            path.read_bytes(),
-            "png",
-            f"Grid of generated pictures after {int(path.stem[5:])} updates",
-            f"after {int(path.stem[5:])} updates"
-            if int(path.stem[5:])
-            else "before: the pretrained model",
-        )
-        for path in shown
+# -- parts ---------------------------------------------------------------------------------------
+
+
+def _subtitle(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    settings = config.get("settings", {})
+    named = {what: settings.get(what) for what in ("model", "reward", "objective")}
+    words = [
+        f"{what} <b>{html.escape(value['name'] if isinstance(value, dict) else str(value))}</b>"
+        for what, value in named.items()
+        if value is not None
     ]
+    if metrics:
+        last = metrics[-1]
+        words.append(f"{last['update']} updates")
+        words += [
+            f"{last[c]:,} {_CURRENCIES[c]}"
+            for c in ("reward_queries", "network_calls")
+            if c in last
+        ]
+        if "seconds" in last:
+            words.append(_span(last["seconds"]))
+    return f'<p class="muted">{" &middot; ".join(words)}</p>'
+
+
+def _headline(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return "<p>This run is not finished: there is no evaluation on held-out seeds yet.</p>"
+    judged = {"reward": summary.get("reward")}
+    judged |= {"judge": summary.get("judge")}
+    judged |= {f"judge: {name}": value for name, value in summary.get("judges", {}).items()}
+    judged = {name: value for name, value in judged.items() if value}
+    tiles, rows = [], []
+    for name, value in judged.items():
+        before, after, gain = (value[part] for part in ("before", "after", "difference"))
+        tiles.append(_tile(f"{name}, paired gain", gain, f"{_in_errors(gain)} standard errors"))
+        numbers = [_number(before), _number(after), _number(gain, "+"), _in_errors(gain)]
+        rows.append([html.escape(name), *numbers, str(gain["n"])])
+    for name, label in (("path_kl", "path KL"), ("transition_kl", "transition KL")):
+        if name in summary:
+            text = "nats away from the pretrained model"
+            tiles.append(_tile(label, summary[name], text, gain=False))
+    heads = ["", "before", "after", "paired difference", "in standard errors", "samples"]
     return (
-        "<h2>Before and after</h2><p>The same prompts and seeds in the same places.</p>"
-        f'<div class="cards">{"".join(figures)}</div>'
+        f'<div class="tiles">{"".join(tiles)}</div>{_table(heads, rows)}'
+        '<p class="muted">On held-out seeds, the same before and after; &pm; is one standard error. '
+        "A judge was not trained on.</p>"
     )
 
 
-def _curves(metrics: list[dict[str, Any]]) -> str:
-    if not metrics:
-        return "<h2>Curves</h2><p>No update is done yet.</p>"
+def _tile(name: str, estimate: Mapping[str, Any], below: str, gain: bool = True) -> str:
+    mean, error = estimate["mean"], estimate["standard_error"]
+    clear = gain and error and abs(mean) > 3 * error
+    kind = (' class="good"' if mean > 0 else ' class="bad"') if clear else ""
+    value, *spread = _number(estimate, "+" if gain else "").split(" ", 1)
+    small = f" <small>{spread[0]}</small>" if spread else ""
+    return (
+        f'<div class="tile"><span class="muted">{html.escape(name)}</span><b{kind}>{value}{small}</b>'
+        f'<span class="muted">{below}</span></div>'
+    )
+
+
+def _pictures(folder: Path) -> str:
+    found = {int(path.stem[5:]): path for path in sorted(folder.glob("step-*.png"))}
+    if not found:
+        return "<h2>Before and after</h2><p>No pictures yet.</p>"
     figures = []
-    for quantity, unit in (("reward", "reward"), ("path_kl", "path KL, nats")):
-        for currency, label in _CURRENCIES.items():
-            if quantity == "path_kl" and currency != "update":
-                continue
-            figures.append(
-                _image(
-                    _plot(metrics, quantity, currency, label, unit),
-                    "svg+xml",
-                    f"{unit} of the training samples against {label}",
-                    f"{unit} against {label}; the band is one standard error either side",
-                )
-            )
-    return f'<h2>Training</h2><div class="cards">{"".join(figures)}</div>'
-
-
-def _plot(
-    metrics: list[dict[str, Any]], quantity: str, currency: str, label: str, unit: str
-) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3), layout="constrained")
-    axes = figure.subplots()
-    x = [line[currency] for line in metrics]
-    y = [line[quantity]["mean"] for line in metrics]
-    e = [line[quantity]["standard_error"] or 0 for line in metrics]
-    axes.fill_between(
-        x,
-        [a - b for a, b in zip(y, e, strict=True)],
-        [a + b for a, b in zip(y, e, strict=True)],
-        alpha=0.25,
-        linewidth=0,
+    for update in dict.fromkeys((min(found), max(found))):
+        words = f"after {update} updates" if update else "before: the pretrained model"
+        alt = f"Grid of generated pictures with their prompts, {words}"
+        figures.append(_figure(found[update].read_bytes(), "png", alt, words))
+    return (
+        '<h2>Before and after</h2><p class="muted">The same prompts and seeds in the same places.</p>'
+        f'<div class="cards pair">{"".join(figures)}</div>'
     )
-    axes.plot(x, y, marker="." if len(x) < 60 else None)
-    axes.set(xlabel=label, ylabel=unit)
-    axes.grid(alpha=0.3)
-    return _svg(figure)
 
 
-def _svg(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
+    if not metrics:
+        return "<h2>Training</h2><p>No update is done yet.</p>"
+    figures = []
+    for quantity, label in _CURVES.items():
+        for currency, spent in _CURRENCIES.items():
+            lines = [line for line in metrics if line.get(quantity) and currency in line]
+            if not lines:
+                continue
+            first, last = (_number(lines[k][quantity]).replace("&pm;", "±") for k in (0, -1))
+            alt = f"{label} of the training samples against {spent}: from {first} to {last}"
+            svg = plots.curve([(line[currency], line[quantity]) for line in lines], spent, label)
+            figures.append(_figure(svg, "svg+xml", alt, f"{label} against {spent}"))
+    return (
+        '<h2>Training</h2><p class="muted">Means over the training samples of an update; bands are 95 % '
+        f'intervals.</p><div class="cards">{"".join(figures)}</div>'
+    )
 
 
-def _transfer(rows: list[dict[str, Any]] | None) -> str:
-    title = "<h2>Transfer to other step counts</h2>"
+def _transfer(rows: Sequence[Mapping[str, Any]] | None) -> str:
+    title = "<h2>Transfer to other samplers and step counts</h2>"
     if not rows:
-        return (
-            f"{title}<p>Not measured yet: <code>python -m diffusion_envs.sd15 evaluate RUN "
-            f"--steps 10 25 "
-            "50 100</code>.</p>"
-        )
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for name in dict.fromkeys(row["sampler"] for row in rows):
-        mine = [row for row in rows if row["sampler"] == name]
-        axes.errorbar(
-            [row["steps"] for row in mine],
-            [row["difference"]["mean"] for row in mine],
-            [1.96 * row["difference"]["standard_error"] for row in mine],
-            marker="o",
-            capsize=3,
-            label=name,
-        )
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set(xlabel="steps", ylabel="gain in reward", xscale="log")
-    axes.legend()
+        command = "python -m diffusion_envs.sd15 evaluate RUN --steps 10 25 50 100"
+        return f"{title}<p>Not measured yet: <code>{command}</code>.</p>"
     cells = [
         [
             html.escape(row["sampler"]),
             str(row["steps"]),
-            *(_number(row[part]) for part in ("before", "after", "difference")),
+            *(_number(row[part]) for part in ("before", "after")),
+            _number(row["difference"], "+"),
+            _in_errors(row["difference"]),
         ]
         for row in rows
     ]
-    plot = _image(
-        _svg(figure),
+    heads = ["sampler", "steps", "before", "after", "paired difference", "in standard errors"]
+    levels = _figure(
+        plots.transfer(rows, ("before", "after"), "reward"),
         "svg+xml",
-        "Gain in reward against the number of sampling steps",
-        "paired gain with 95 % intervals",
+        "Reward before and after against sampling steps; the table below has the numbers",
+        "reward before (open, dashed) and after (filled), with 95 % intervals",
     )
-    table = _table(["sampler", "steps", "before", "after", "paired difference"], cells)
-    return f'{title}<div class="cards">{plot}</div>{table}'
+    gains = _figure(
+        plots.transfer(rows, ("difference",), "gain in reward"),
+        "svg+xml",
+        "Paired gain in reward against sampling steps; the table below has the numbers",
+        "paired gain, with 95 % intervals",
+    )
+    return f'{title}<div class="cards">{levels}{gains}</div>{_table(heads, cells)}'
 
 
-def _settings(config: dict[str, Any]) -> str:
-    def rows(part: dict[str, Any]) -> list[list[str]]:
+def _settings(config: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
+    def rows(part: Mapping[str, Any]) -> list[list[str]]:
         return [
             [html.escape(k), f"<code>{html.escape(json.dumps(v, ensure_ascii=False))}</code>"]
             for k, v in part.items()
         ]
 
-    known = config["versions"] | {"commit": config.get("commit")}
+    settings = dict(config.get("settings", {}))
+    if summary and "prompts" not in settings and "prompts" in summary:
+        settings["prompts"] = summary["prompts"]
+    known = config.get("versions", {}) | {"commit": config.get("commit")}
     return (
         "<h2>Settings</h2>"
-        + _table(["setting", "value"], rows(config["settings"]), numbers=False)
+        + _table(["setting", "value"], rows(settings), numbers=False)
         + "<h2>Versions</h2>"
         + _table(["of", "version"], rows(known), numbers=False)
     )
