@@ -15,6 +15,7 @@ Sources      [S21] Song et al. 2021, score-based generative modeling through SDE
 
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -25,8 +26,8 @@ from diffusion_envs.schedule import Schedule
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """(RL time [], states [paths, *event]) -> [paths, *event], 1/state."""
-State = Float[Tensor, "*state"]
-Level = Float[Tensor, "*#state"]
+State: TypeAlias = Float[Tensor, "*state"]
+Level: TypeAlias = Float[Tensor, "*#state"]
 
 
 def _noising_time(schedule: Schedule, t: Tensor | float, states: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Sources      Bayes' rule and Ito's formula. That the KL-regularised optimum tilt
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from diffusion_envs.schedule import Schedule
 
-Vector = Float[Tensor, "*batch dim"]
-Matrix = Float[Tensor, "*batch dim dim"]
+Vector: TypeAlias = Float[Tensor, "*batch dim"]
+Matrix: TypeAlias = Float[Tensor, "*batch dim dim"]
 
 
 def _quadratic_form(matrix: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
@@ -19,8 +19,8 @@ from ctrl import ControlledSDE, TimeGrid
 from diffusion_envs.denoising import generation_sde, kl_factor
 from diffusion_envs.schedule import DDPMTable
 
-State = Float[Tensor, "rows *event"]
-Steps = Int64[Tensor, " rows"]
+State: TypeAlias = Float[Tensor, " rows *event"]
+Steps: TypeAlias = Int64[Tensor, " rows"]
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Times = Float[Tensor, " *shape"]
+Times: TypeAlias = Float[Tensor, " *shape"]
 _ROUNDING = 1e-3  # of a timestep: how far round-off may carry a time past a node of a table
 
 
