@@ -23,7 +23,7 @@ diffusion_envs.objectives.protocol diffusion_envs.objectives.score_as_action
 diffusion_envs.objectives
 diffusion_envs.training.checkpoint diffusion_envs.training.parallel
 diffusion_envs.training.progress diffusion_envs.training.run_folder
-diffusion_envs.training.tracking diffusion_envs.training.report
+diffusion_envs.training.tracking diffusion_envs.training.plots diffusion_envs.training.report
 diffusion_envs.training.environment diffusion_envs.training.loop
 diffusion_envs.training.evaluation diffusion_envs.training
 diffusion_envs.tiny.captions diffusion_envs.tiny.fit diffusion_envs.tiny.train_classifier

@@ -1,6 +1,6 @@
 """A self-contained report of a run: one HTML file, nothing fetched, pictures inside.
 
-Words and tables are here, plots in ``plots.py``. Whatever the run has not left yet is said to be missing.
+Words and tables are here, plots in ``plots.py``. Of what the run has not left yet, it says so.
 """
 
 import base64
@@ -31,7 +31,9 @@ h2 { font-size: 1.25rem; margin: 2.8rem 0 .8rem; } p { max-width: 46rem; }
 .tile { padding: .9rem 1.1rem; } .tile b { display: block; font-size: 1.7rem; line-height: 1.25;
   font-variant-numeric: tabular-nums; } .good { color: var(--good); } .bad { color: var(--bad); }
 .tile small { font-size: 1rem; font-weight: normal; color: var(--soft); white-space: nowrap; }
-.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+h3 { font-size: 1rem; font-weight: 600; margin: 1.4rem 0 .6rem; }
+.cards { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 16.5rem), 1fr)); }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
 figure { padding: .8rem; } figure img { display: block; width: 100%; height: auto;
   border-radius: .35rem; background: #fff; } figcaption { margin-top: .5rem; }
@@ -50,7 +52,7 @@ _CURRENCIES = {
     "network_calls": "network calls",
     "seconds": "seconds",
 }
-_CURVES = {"reward": "reward", "path_kl": "path KL, nats", "transition_kl": "transition KL, nats"}
+_CURVES = {"reward": "reward", "path_kl": "path KL (nats)", "transition_kl": "transition KL (nats)"}
 
 
 def write_report(folder: str | Path) -> Path:
@@ -99,15 +101,16 @@ def _json(path: Path) -> Any:
 def _number(estimate: Mapping[str, Any], sign: str = "") -> str:
     """The mean to the second digit of its standard error, and the error."""
     mean, error = estimate["mean"], estimate["standard_error"]
-    if not error:
-        return f"{mean:{sign}.4g}"
-    digits = plots.decimals(error)
-    return f"{mean:{sign}.{digits}f} &pm; {error:.{digits}f}"
+    digits = plots.decimals(error) if error else None
+    text = (
+        f"{mean:{sign}.4g}" if digits is None else f"{mean:{sign}.{digits}f} ± {error:.{digits}f}"
+    )
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _in_errors(estimate: Mapping[str, Any]) -> str:
-    error = estimate["standard_error"]
-    return f"{estimate['mean'] / error:+.1f}" if error else "-"
+    mean, error = estimate["mean"], estimate["standard_error"]
+    return f"{mean / error:+.1f}".replace("-", "\N{MINUS SIGN}") if error else "?"
 
 
 def _span(seconds: float) -> str:
@@ -127,10 +130,10 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = 
     head = "".join(
         f'<th scope="col"{kind if column else ""}>{text}</th>' for column, text in enumerate(heads)
     )
-    body = "".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td{kind}>{cell}</td>" for cell in cells)}</tr>'
-        for first, *cells in rows
-    )
+    body = ""
+    for first, *others in rows:
+        cells = "".join(f"<td{kind}>{cell}</td>" for cell in others)
+        body += f'<tr><th scope="row">{first}</th>{cells}</tr>'
     return (
         '<div class="scroll" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -174,7 +177,8 @@ def _headline(summary: Mapping[str, Any] | None) -> str:
         return "<p>This run is not finished: there is no evaluation on held-out seeds yet.</p>"
     judged = {"reward": summary.get("reward")}
     judged |= {"judge": summary.get("judge")}
-    judged |= {f"judge: {name}": value for name, value in summary.get("judges", {}).items()}
+    for name, value in summary.get("judges", {}).items():
+        judged[name if name == "judge" else f"judge: {name}"] = value
     judged = {name: value for name, value in judged.items() if value}
     tiles, rows = [], []
     for name, value in judged.items():
@@ -189,20 +193,20 @@ def _headline(summary: Mapping[str, Any] | None) -> str:
     heads = ["", "before", "after", "paired difference", "in standard errors", "samples"]
     return (
         f'<div class="tiles">{"".join(tiles)}</div>{_table(heads, rows)}'
-        '<p class="muted">On held-out seeds, the same before and after; &pm; is one standard error. '
-        "A judge was not trained on.</p>"
+        '<p class="muted">On held-out seeds, the same before and after; ± is one standard error. '
+        "Nothing was trained on a judge.</p>"
     )
 
 
 def _tile(name: str, estimate: Mapping[str, Any], below: str, gain: bool = True) -> str:
     mean, error = estimate["mean"], estimate["standard_error"]
     clear = gain and error and abs(mean) > 3 * error
-    kind = (' class="good"' if mean > 0 else ' class="bad"') if clear else ""
+    kind = ' class="good"' if clear and mean > 0 else ' class="bad"' if clear else ""
     value, *spread = _number(estimate, "+" if gain else "").split(" ", 1)
     small = f" <small>{spread[0]}</small>" if spread else ""
     return (
-        f'<div class="tile"><span class="muted">{html.escape(name)}</span><b{kind}>{value}{small}</b>'
-        f'<span class="muted">{below}</span></div>'
+        f'<div class="tile"><span class="muted">{html.escape(name)}</span>'
+        f'<b{kind}>{value}{small}</b><span class="muted">{below}</span></div>'
     )
 
 
@@ -216,7 +220,8 @@ def _pictures(folder: Path) -> str:
         alt = f"Grid of generated pictures with their prompts, {words}"
         figures.append(_figure(found[update].read_bytes(), "png", alt, words))
     return (
-        '<h2>Before and after</h2><p class="muted">The same prompts and seeds in the same places.</p>'
+        "<h2>Before and after</h2>"
+        '<p class="muted">The same prompts and seeds in the same places.</p>'
         f'<div class="cards pair">{"".join(figures)}</div>'
     )
 
@@ -224,19 +229,22 @@ def _pictures(folder: Path) -> str:
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     if not metrics:
         return "<h2>Training</h2><p>No update is done yet.</p>"
-    figures = []
+    parts = []
     for quantity, label in _CURVES.items():
+        figures = []
         for currency, spent in _CURRENCIES.items():
             lines = [line for line in metrics if line.get(quantity) and currency in line]
             if not lines:
                 continue
-            first, last = (_number(lines[k][quantity]).replace("&pm;", "±") for k in (0, -1))
+            first, last = (_number(lines[k][quantity]) for k in (0, -1))
             alt = f"{label} of the training samples against {spent}: from {first} to {last}"
             svg = plots.curve([(line[currency], line[quantity]) for line in lines], spent, label)
-            figures.append(_figure(svg, "svg+xml", alt, f"{label} against {spent}"))
+            figures.append(_figure(svg, "svg+xml", alt, f"against {spent}"))
+        if figures:
+            parts.append(f'<h3>{label}</h3><div class="cards">{"".join(figures)}</div>')
     return (
-        '<h2>Training</h2><p class="muted">Means over the training samples of an update; bands are 95 % '
-        f'intervals.</p><div class="cards">{"".join(figures)}</div>'
+        '<h2>Training</h2><p class="muted">Means over the training samples of an update; bands are '
+        f"95 % intervals.</p>{''.join(parts)}"
     )
 
 

