@@ -190,6 +190,7 @@ def _resumed(options: Finetune) -> Finetune:
 
 def run_finetune(options: Finetune) -> None:
     """Fine-tune, and say in words how it went."""
+    _quiet_libraries()
     from diffusion_envs.sd15.finetune import finetune
 
     if options.resume is not None:
@@ -245,6 +246,7 @@ def _errors(estimate: Any) -> str:
 
 def run_evaluate(options: Evaluate) -> None:
     """Measure step transfer of a finished run; print, plot and store it."""
+    _quiet_libraries()
     from diffusion_envs.sd15.build import build
     from diffusion_envs.sd15.transfer import transfer
     from diffusion_envs.training import parallel
@@ -310,15 +312,15 @@ def _quiet_libraries() -> None:
 def main(arguments: list[str]) -> int:
     """Run one command; the verdict is the exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
-    _quiet_libraries()
     program = "python -m diffusion_envs.sd15"
-    options: Finetune | Evaluate
-    if arguments[:1] == ["evaluate"]:
-        options = tyro.cli(Evaluate, args=arguments[1:], prog=f"{program} evaluate")
-    else:
-        options = tyro.cli(Finetune, args=arguments, prog=program)
+    options: Finetune | Evaluate | None = None
     try:
-        run_evaluate(options) if isinstance(options, Evaluate) else run_finetune(options)
+        if arguments[:1] == ["evaluate"]:
+            options = tyro.cli(Evaluate, args=arguments[1:], prog=f"{program} evaluate")
+            run_evaluate(options)
+        else:
+            options = tyro.cli(Finetune, args=arguments, prog=program)
+            run_finetune(options)
     except KeyboardInterrupt:
         if isinstance(options, Finetune):
             folder = options.resume or options.output
