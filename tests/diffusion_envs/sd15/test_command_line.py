@@ -13,8 +13,6 @@ SMALL = [
     *("--steps", "2", "--updates", "1", "--samples", "2", "--evaluation-samples", "2"),
     *("--lora-rank", "1", "--device", "cpu"),
 ]
-    ["--steps", "2", "--updates", "1", "--samples", "2", "--evaluation-samples", "2", "--lora-rank", "1", "--device", "cpu"]
-)  # a command line
 
 
 def run(*arguments: str | Path) -> int:
