@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean, standard error and number of independent samples; prints as ``0.3615(12)``."""
+    """Mean, standard error and number of independent samples; prints as ``0.3615(12)``.
+
+    The standard error is infinite where one sample does not tell it, and 0 where the mean is exact.
+    """
 
     mean: float
     standard_error: float
@@ -22,11 +25,12 @@ class Estimate:
     ) -> "Estimate":
         """The estimate of an expectation from one value per path.
 
+        Two runs on the same noise are compared by the estimate of their paired differences.
+
         Args:
             values: independent samples.
-            weights: non-negative weights that sum to 1, such as quadrature weights: then the mean
-            is
-                a weighted sum, exact rather than estimated, and its standard error is 0.
+            weights: quadrature weights, non-negative, summing to 1: then the mean is a weighted
+                sum, exact rather than estimated, and its standard error is 0.
 
         Raises:
             ValueError: there are no values, one is not finite, or the weights do not fit.
@@ -40,9 +44,9 @@ class Estimate:
             error = sample.std().item() / math.sqrt(len(sample)) if len(sample) > 1 else math.inf
             return cls(sample.mean().item(), error, len(sample))
         total = weights.detach().double()
-        if total.shape != sample.shape or bool((total < 0).any()):
-            raise ValueError("weights must be non-negative, one for each value")
-        if abs(total.sum().item() - 1) > 1e-6:
+        if total.shape != sample.shape or not bool((total >= 0).all()):
+            raise ValueError(f"weights must be [{len(sample)}] and non-negative")
+        if not abs(total.sum().item() - 1) <= 1e-5:  # float32 weights miss 1 by round-off
             raise ValueError(f"weights must sum to 1, they sum to {total.sum().item():g}")
         return cls((total * sample).sum().item(), 0.0, len(sample))
 
@@ -56,6 +60,6 @@ class Estimate:
             return f"{self.mean:.4g}(?)"
         if self.standard_error == 0:
             return f"{self.mean:.6g}"
-        digits = max(0, 1 - math.floor(math.log10(self.standard_error)))
-        shown = round(self.standard_error * 10**digits)
-        return f"{self.mean:.{digits}f}({shown})"
+        exponent = int(f"{self.standard_error:.1e}".split("e")[1])  # of the error, to two digits
+        digits = max(0, 1 - exponent)
+        return f"{self.mean:.{digits}f}({self.standard_error * 10**digits:.0f})"

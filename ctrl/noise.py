@@ -3,18 +3,16 @@
 A stream is a ``torch.Generator`` that depends on nothing but its name: a run seed and any number of
 strings and integers (what the numbers are for, the global index of a sample, the step). Streams of
 different names are independent, so a result cannot depend on batch layout, on the order of queries
-or
-on the number of processes. Names are hashed, never added: ``seed + rank`` would make seed 41 on
-rank 1
-replay seed 42 on rank 0.
+or on the number of processes. Names are hashed, never added: ``seed + rank`` would make seed 41 on
+rank 1 replay seed 42 on rank 0.
 
 On the CPU ``torch.Generator.manual_seed`` keeps only the low 32 bits of a seed, so that hashed
-names
-would collide after some 77 000 streams. Streams therefore fill all 624 words of the Mersenne
+names would collide after some 77 000 streams. Streams therefore fill all 624 words of the Mersenne
 Twister.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -44,8 +42,7 @@ def _state_template() -> tuple[bytes, int]:
     if offset < 0:
         raise RuntimeError(
             f"torch {torch.__version__} lays out its CPU generator in a way that named streams do "
-            f"not "
-            "know; please report this with the version"
+            "not know; please report this with the version"
         )
     return state, offset
 
@@ -118,6 +115,10 @@ class Noise:
     weights: Float[Tensor, " paths"] | None = None
 
     def __post_init__(self) -> None:
+        if self.increments.ndim < 2:
+            raise ValueError(
+                f"increments must be [paths, steps, *noise], got {list(self.increments.shape)}"
+            )
         paths, steps = self.increments.shape[:2]
         if self.actions is not None and self.actions.shape[:2] != (paths, steps):
             raise ValueError(
@@ -130,6 +131,43 @@ class Noise:
             value = getattr(self, name)
             if value is not None and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} must be finite")
+        if self.weights is not None:
+            total, least = self.weights.double().sum().item(), self.weights.min().item()
+            if least < 0 or abs(total - 1) > 1e-5:  # float32 weights miss 1 by round-off
+                raise ValueError(
+                    f"weights must be non-negative and sum to 1, they sum to {total:g} and the "
+                    f"least is {least:g}"
+                )
+
+
+def brownian_increments(
+    step_sizes: Float[Tensor, " steps"],
+    paths: int,
+    noise: tuple[int, ...] = (1,),
+    *,
+    generator: torch.Generator,
+) -> Float[Tensor, "paths steps *noise"]:
+    """W(t + h) - W(t) of independent Brownian motions, sqrt(time).
+
+    They are the increments that ``simulate`` draws from the same generator for a deterministic
+    policy: give them to it as ``Noise`` to use them twice.
+
+    Args:
+        step_sizes: of the grid, time; the increments take its dtype and device.
+        paths: how many.
+        noise: shape of one increment (``ControlledSDE.noise_shape``).
+        generator: to draw from, on the device of ``step_sizes``.
+
+    Raises:
+        ValueError: ``paths`` or a step size is not positive.
+    """
+    if paths < 1:
+        raise ValueError(f"paths must be at least 1, got {paths}")
+    _check_step_sizes(step_sizes)
+    drawn = step_sizes.new_empty(len(step_sizes), paths, *noise)  # time-major, as paths are stored
+    for row, width in zip(drawn, step_sizes.sqrt().tolist(), strict=True):
+        row.normal_(generator=generator).mul_(width)
+    return drawn.movedim(0, 1)
 
 
 def gauss_hermite(
@@ -141,37 +179,37 @@ def gauss_hermite(
 ) -> Noise:
     """Quadrature nodes in place of random numbers: every expectation of a polynomial is exact.
 
-    The paths are the tensor product of Gauss-Hermite rules, one for each normal variable of a
-    whole path; the
-    weighted mean of a function of them is its expectation, exactly so for polynomials of degree
-    up to 2 nodes - 1 in each variable.
+    The paths are the tensor product of Gauss-Hermite rules, one for each normal variable of a whole
+    path; the weighted mean of a function of them is its expectation, exactly so for polynomials of
+    degree up to 2 nodes - 1 in each variable.
 
     Args:
-        step_sizes: of the grid, time.
+        step_sizes: of the grid, time; the noise takes its dtype and device.
         nodes: of each rule.
         noise: shape of one increment.
         action: shape of one action's noise, if actions are drawn.
 
     Raises:
-        ValueError: the product would have more than 10 million paths.
+        ValueError: the product would have more than 10 million paths, or a step size is not
+            positive.
     """
-    steps = len(step_sizes)
-    width = int(np.prod(noise))
-    action_width = int(np.prod(action)) if action is not None else 0
-    variables = steps * (width + action_width)
+    _check_step_sizes(step_sizes)
+    steps, width = len(step_sizes), math.prod(noise)
+    variables = steps * (width + (0 if action is None else math.prod(action)))
     if nodes < 1 or nodes**variables > 10_000_000:
         raise ValueError(
             f"nodes ** variables must be between 1 and 10 million, got {nodes} ** {variables}"
         )
     points, masses = np.polynomial.hermite_e.hermegauss(nodes)
-    points = torch.as_tensor(points, dtype=step_sizes.dtype)
-    masses = torch.as_tensor(masses / masses.sum(), dtype=step_sizes.dtype)
-    which = torch.cartesian_prod(*[torch.arange(nodes)] * variables).view(-1, variables)
-    normals, weights = points[which], masses[which].prod(1)
-    split = normals.view(-1, steps, width + action_width)
+    points = torch.as_tensor(points).to(step_sizes)
+    masses = torch.as_tensor(masses / masses.sum()).to(step_sizes)
+    rule = torch.arange(nodes, device=step_sizes.device)
+    which = torch.cartesian_prod(*[rule] * variables).view(-1, variables)
+    weights = masses[which].prod(1)
+    split = points[which].view(len(which), steps, -1)
     brownian = split[..., :width] * step_sizes.sqrt()[:, None]
-    drawn = None if action is None else split[..., width:].reshape(-1, steps, *action)
-    return Noise(brownian.reshape(-1, steps, *noise), drawn, weights)
+    drawn = None if action is None else split[..., width:].reshape(len(which), steps, *action)
+    return Noise(brownian.reshape(len(which), steps, *noise), drawn, weights)
 
 
 def antithetic(noise: Noise) -> Noise:
@@ -184,3 +222,10 @@ def antithetic(noise: Noise) -> Noise:
     assert increments is not None
     weights = None if noise.weights is None else noise.weights.repeat_interleave(2) / 2
     return Noise(increments, mirrored(noise.actions), weights)
+
+
+def _check_step_sizes(step_sizes: Float[Tensor, " steps"]) -> None:
+    if step_sizes.ndim != 1 or not len(step_sizes):
+        raise ValueError(f"step_sizes must be [at least 1], got {list(step_sizes.shape)}")
+    if not bool(((step_sizes > 0) & torch.isfinite(step_sizes)).all()):
+        raise ValueError(f"step_sizes must be positive and finite, got {step_sizes.tolist()}")

@@ -48,8 +48,7 @@ def continuous_gae(
     """Generalised advantages: A_k = sum_l exp(-(discount + rate) (t_l - t_k)) delta_l.
 
     ``rate`` plays the role of [S16]'s lambda = exp(-rate h), so that refining the grid does not
-    change the
-    estimator. 0 gives the return minus V (unbiased whatever V is), infinity the one-step
+    change the estimator. 0 gives the return minus V (unbiased whatever V is), infinity the one-step
     temporal difference (least variance; its bias is that of V).
 
     Args:
@@ -88,14 +87,21 @@ def clipped_surrogate(
         log_ratio: log density of the step's decision, new over old policy, summed over coordinates.
         advantage: of that decision, reward.
         half_width: trusted |log_ratio| of each row, nats. A step of size h has a log-ratio of
-        spread
-            proportional to sqrt(h), so a range that is to mean the same on every grid scales so
-            too.
+            spread proportional to sqrt(h), so a range that is to mean the same on every grid
+            scales so too.
 
     Returns:
         The surrogate gain of each row, reward. At equal policies its gradient is that of
         log_ratio times advantage.
+
+    Raises:
+        ValueError: the shapes differ.
     """
+    if not log_ratio.shape == advantage.shape == half_width.shape:
+        raise ValueError(
+            "log_ratio, advantage and half_width must have one shape, got "
+            f"{list(log_ratio.shape)}, {list(advantage.shape)} and {list(half_width.shape)}"
+        )
     ratio = log_ratio.exp()
     trusted = torch.minimum(torch.maximum(log_ratio, -half_width), half_width).exp()
     return torch.minimum(ratio * advantage, trusted * advantage)

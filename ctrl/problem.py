@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import Tensor
 
@@ -35,8 +36,20 @@ class ControlProblem:
     temperature: float = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sde, ControlledSDE):
+            raise TypeError(f"sde must be a ControlledSDE, got {type(self.sde).__name__}")
+        for name in ("running_reward", "terminal_reward"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise TypeError(f"{name} must be a function (or None), got {value!r}")
+        for name in ("horizon", "discount", "temperature"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number, got {value!r}")
         if not self.horizon > 0:
             raise ValueError(f"horizon must be positive, got {self.horizon}")
+        if self.terminal_reward is not None and math.isinf(self.horizon):
+            raise ValueError("horizon must be finite where a terminal reward is paid, got inf")
         for name in ("discount", "temperature"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):

@@ -53,7 +53,7 @@ class EulerMaruyama:
     ) -> Tensor:
         """One step."""
         t = t0.to(states)
-        moved = states + float(t1 - t0) * sde.drift(t, states, action)
+        moved = states + float(t1 - t0) * sde.drift_at(t, states, action)
         return moved + sde.spread(t, states, increment)
 
     def transition(
@@ -65,10 +65,15 @@ class EulerMaruyama:
             ValueError: the noise is not diagonal, so the next state's coordinates are dependent.
         """
         if sde.noise != "diagonal":
-            raise ValueError(f"transition needs diagonal noise, the sde's is {sde.noise}")
+            raise ValueError(
+                f"sde must have diagonal noise, got {sde.noise}: the next state's coordinates are "
+                "dependent; use girsanov.log_ratio, which takes any noise"
+            )
         t, h = t0.to(states), float(t1 - t0)
-        sigma = torch.as_tensor(sde.diffusion(t, states), dtype=states.dtype, device=states.device)
-        return states + h * sde.drift(t, states, action), sigma * math.sqrt(h)
+        sigma = torch.as_tensor(
+            sde.diffusion_at(t, states), dtype=states.dtype, device=states.device
+        )
+        return states + h * sde.drift_at(t, states, action), sigma.abs() * math.sqrt(h)
 
 
 def require_transition(solver: Solver) -> TransitionSolver:
@@ -80,7 +85,6 @@ def require_transition(solver: Solver) -> TransitionSolver:
     if isinstance(solver, TransitionSolver):
         return solver
     raise TypeError(
-        f"{type(solver).__name__} has no transition density; use EulerMaruyama or a DDIM with eta "
-        f"> 0, or "
-        "treat drawn actions as the decision (GaussianPolicy.log_prob)"
+        f"{type(solver).__name__} has no transition density; use EulerMaruyama or a DDIM with "
+        "eta > 0, or treat drawn actions as the decision (GaussianPolicy.log_prob)"
     )

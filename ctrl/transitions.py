@@ -1,12 +1,15 @@
 """Transitions as decisions (view B): the next state is decided, by the noise of the SDE.
 
-Needs a solver with a transition density. Log-densities are sums over coordinates, never means.
+Needs a solver with a transition density. Log-densities are sums over coordinates, never means, in
+nats; the policy's mean action stands in the transition, as it does in the dynamics on average.
 """
+
+import math
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import Normal
 
 from ctrl.paths import Paths
 from ctrl.policy import Policy
@@ -14,42 +17,105 @@ from ctrl.sde import ControlledSDE
 from ctrl.solvers import Solver, require_transition
 
 
-def _each_step(
-    sde: ControlledSDE, solver: Solver, policy: Policy, paths: Paths
-) -> list[tuple[Tensor, Tensor]]:
-    gaussian = require_transition(solver)
-    nodes, times = paths.grid.nodes, paths.grid.nodes.to(paths.states)
-    return [
-        gaussian.transition(sde, nodes[k], nodes[k + 1], x, policy.mean(times[k], x))
-        for k, x in enumerate(paths.states[:, :-1].unbind(1))
-    ]
-
-
 def log_prob(
     sde: ControlledSDE, solver: Solver, policy: Policy, paths: Paths
 ) -> Float[Tensor, "paths steps"]:
-    """log p(x_{k+1} | x_k) of the policy's mean action, nats.
+    """log p(x_{k+1} | x_k) of every step.
+
+    Args:
+        sde: the dynamics.
+        solver: whose transition it is, normally the one that sampled the paths.
+        policy: whose mean action is held over each step.
+        paths: states at every node.
 
     Raises:
         TypeError: the solver has no transition density.
+        ValueError: a transition is deterministic and so has no density.
     """
-    each = [
-        Normal(mean, std.expand_as(mean)).log_prob(after).flatten(1).sum(1)
-        for (mean, std), after in zip(
-            _each_step(sde, solver, policy, paths), paths.states[:, 1:].unbind(1), strict=True
-        )
-    ]
+    each = []
+    for after, (mean, std) in zip(_after(paths), _laws(sde, solver, policy, paths), strict=True):
+        z = (after - mean) / std
+        each.append(-_sum(0.5 * z.square() + std.log() + 0.5 * math.log(2 * math.pi)))
+    return torch.stack(each, dim=1)
+
+
+def log_ratio(
+    sde: ControlledSDE, solver: Solver, policy: Policy, reference: Policy, paths: Paths
+) -> Float[Tensor, "paths steps"]:
+    """log p(x_{k+1} | x_k) - log p_ref(x_{k+1} | x_k) of every step.
+
+    Not computed as a difference of the two, whose leading digits cancel: it is exactly zero where
+    the two transitions are equal, in any precision. Over Euler-Maruyama steps it adds up to
+    ``girsanov.log_ratio``.
+
+    Args:
+        sde: the dynamics.
+        solver: whose transition it is, normally the one that sampled the paths.
+        policy: in the numerator.
+        reference: in the denominator.
+        paths: states at every node.
+
+    Raises:
+        TypeError: the solver has no transition density.
+        ValueError: a transition is deterministic and so has no density.
+    """
+    laws = _laws(sde, solver, policy, paths)
+    reference_laws = _laws(sde, solver, reference, paths)
+    each = []
+    for after, (mean, std), (mean_ref, std_ref) in zip(
+        _after(paths), laws, reference_laws, strict=True
+    ):
+        z, shift, scale = (after - mean) / std, (mean - mean_ref) / std_ref, std / std_ref
+        widening = 0.5 * (scale.square() - 1) * z.square() - scale.log()
+        each.append(_sum(shift * (scale * z + 0.5 * shift) + widening))
     return torch.stack(each, dim=1)
 
 
 def transition_kl(
     sde: ControlledSDE, solver: Solver, policy: Policy, reference: Policy, paths: Paths
 ) -> Float[Tensor, "paths steps"]:
-    """KL(p(. | x_k) || p_ref(. | x_k)) of every step, nats; they add up to the chain's KL."""
-    pairs = zip(
-        _each_step(sde, solver, policy, paths),
-        _each_step(sde, solver, reference, paths),
-        strict=True,
-    )
-    each = [0.5 * ((m - m_ref) / std).flatten(1).square().sum(1) for (m, std), (m_ref, _) in pairs]
+    """KL(p(. | x_k) || p_ref(. | x_k)) of every step; the chain's KL is the mean of their sums.
+
+    Args:
+        sde: the dynamics.
+        solver: whose transition it is, normally the one that sampled the paths.
+        policy: under which the paths were sampled.
+        reference: the law that the KL is from.
+        paths: states at every node.
+
+    Raises:
+        TypeError: the solver has no transition density.
+        ValueError: a transition is deterministic and so has no density.
+    """
+    laws = _laws(sde, solver, policy, paths)
+    reference_laws = _laws(sde, solver, reference, paths)
+    each = []
+    for (mean, std), (mean_ref, std_ref) in zip(laws, reference_laws, strict=True):
+        scale = std / std_ref
+        widening = 0.5 * (scale.square() - 1) - scale.log()
+        each.append(_sum(0.5 * ((mean - mean_ref) / std_ref).square() + widening))
     return torch.stack(each, dim=1)
+
+
+def _laws(
+    sde: ControlledSDE, solver: Solver, policy: Policy, paths: Paths
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mean and standard deviation of every next state, both [paths, *event]."""
+    gaussian = require_transition(solver)
+    nodes, times = paths.grid.nodes, paths.grid.nodes.to(paths.states)
+    for k, x in enumerate(paths.states[:, :-1].unbind(1)):
+        mean, std = gaussian.transition(sde, nodes[k], nodes[k + 1], x, policy.mean(times[k], x))
+        if not bool((std > 0).all()):
+            raise ValueError(
+                f"the transition from t = {nodes[k]:g} has no density: its standard deviation is "
+                "not positive everywhere; give the sde or the sampler noise (eta > 0)"
+            )
+        yield mean, std.expand_as(mean)
+
+
+def _after(paths: Paths) -> tuple[Tensor, ...]:
+    return paths.states[:, 1:].unbind(1)
+
+
+def _sum(values: Tensor) -> Float[Tensor, " paths"]:
+    return values.reshape(len(values), -1).sum(1)

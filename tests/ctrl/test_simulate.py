@@ -45,7 +45,7 @@ def test_euler_maruyama_is_its_recursion(kind, gaps, paths, differentiable):
     shape = (paths, len(gaps), *sde.noise_shape((2,)))
     noise = ctrl.Noise(torch.randn(shape, dtype=torch.float64, generator=g))
     got = ctrl.simulate(
-        ctrl.ControlProblem(sde, 1.0),
+        ctrl.ControlProblem(sde, 3.0),
         POLICY,
         start,
         grid,
