@@ -1,15 +1,14 @@
-"""Grids, integrals, returns, estimates, problems and policies."""
+"""Grids, paths, integrals along them, rewards and returns."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributions import Normal
 
 import ctrl
-from ctrl.policy_gradient import clipped_surrogate, continuous_gae
 
 
 @pytest.mark.parametrize(
@@ -37,47 +36,6 @@ def test_integer_grids_and_bad_steps_are_refused():
         ctrl.uniform_grid(0.0, 3)
 
 
-@given(
-    rate=st.floats(0.1, 3.0),
-    discount=st.floats(0.0, 1.5),
-    gaps=st.lists(st.floats(0.05, 0.7), min_size=2, max_size=5),
-)
-def test_gae_is_the_exponentially_weighted_sum_of_differences(rate, discount, gaps):
-    g = torch.Generator().manual_seed(1)
-    h = torch.tensor(gaps, dtype=torch.float64)
-    values = torch.randn(3, len(gaps) + 1, dtype=torch.float64, generator=g)
-    rewards = torch.randn(3, len(gaps), dtype=torch.float64, generator=g)
-    got = continuous_gae(values, rewards, h, rate, discount)
-    times = torch.cat([h.new_zeros(1), h.cumsum(0)])
-    for k in range(len(gaps)):
-        expected = torch.zeros(3, dtype=torch.float64)
-        for j in range(k, len(gaps)):
-            delta = math.exp(-discount * gaps[j]) * values[:, j + 1] - values[:, j] + rewards[:, j]
-            expected += torch.exp(-(discount + rate) * (times[j] - times[k])) * delta
-        torch.testing.assert_close(got[:, k], expected, rtol=1e-10, atol=1e-10)
-
-
-def test_gae_refuses_bad_rates_and_shapes():
-    values, rewards, h = torch.zeros(2, 4), torch.zeros(2, 3), torch.ones(3)
-    for rate in (-0.1, math.nan):
-        with pytest.raises(ValueError, match="rate"):
-            continuous_gae(values, rewards, h, rate)
-    with pytest.raises(ValueError, match="values"):
-        continuous_gae(values[:, :3], rewards, h, 1.0)
-
-
-def test_clipped_surrogate_is_a_lower_bound_that_touches_at_equality():
-    log_ratio = torch.linspace(-1, 1, 41, dtype=torch.float64)
-    width = torch.full_like(log_ratio, 0.2)
-    for sign in (1.0, -1.0):
-        advantage = torch.full_like(log_ratio, sign)
-        got = clipped_surrogate(log_ratio, advantage, width)
-        assert bool((got <= log_ratio.exp() * advantage + 1e-12).all())
-        assert got[20].item() == pytest.approx(sign)
-        flat = got[-1] - got[-5] if sign > 0 else got[0] - got[4]
-        assert abs(flat.item()) < 1e-12  # beyond the trusted range nothing is gained
-
-
 def test_returns_to_go_discount_every_step():
     problem = ctrl.ControlProblem(
         ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 1.0),
@@ -96,66 +54,91 @@ def test_returns_to_go_discount_every_step():
     torch.testing.assert_close(ctrl.returns_to_go(problem, paths), expected, rtol=1e-12, atol=0)
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
-def test_estimates_are_means_with_their_standard_error(values):
-    tensor = torch.tensor(values, dtype=torch.float64)
-    estimate = ctrl.Estimate.of(tensor)
-    assert estimate.mean == pytest.approx(sum(values) / len(values), rel=1e-9, abs=1e-9)
-    spread = float(tensor.std()) / math.sqrt(len(values))
-    assert estimate.standard_error == pytest.approx(spread, rel=1e-9, abs=1e-9)
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8))
+def test_grids_are_refused_exactly_where_they_do_not_increase(nodes):
+    tensor = torch.tensor(nodes, dtype=torch.float64)
+    if all(a < b for a, b in itertools.pairwise(nodes)):
+        grid = ctrl.TimeGrid(tensor)
+        assert len(grid.steps) == len(nodes) - 1
+        assert bool((grid.steps > 0).all())
+    else:
+        with pytest.raises(ValueError, match="nodes must increase strictly"):
+            ctrl.TimeGrid(tensor)
 
 
-def test_estimates_print_value_and_error():
-    assert str(ctrl.Estimate(0.36152, 0.0012, 100)) == "0.3615(12)"
-    assert str(ctrl.Estimate(-12.34, 2.5, 10)) == "-12.3(25)"
-    assert str(ctrl.Estimate(0.5, 0.0, 3)) == "0.5"
+def test_wrong_types_of_grids_are_named():
+    with pytest.raises(TypeError, match="nodes"):
+        ctrl.TimeGrid([0.0, 1.0])  # type: ignore[arg-type]
+    for horizon in ("1", math.nan, math.inf, -1.0):
+        with pytest.raises((ValueError, TypeError), match="horizon"):
+            ctrl.uniform_grid(horizon, 3)  # type: ignore[arg-type]
+    with pytest.raises((ValueError, TypeError), match="steps"):
+        ctrl.uniform_grid(1.0, 2.5)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf, 1.0]])
-def test_estimates_refuse_nothing_and_nan(values):
-    with pytest.raises(ValueError, match="values"):
-        ctrl.Estimate.of(torch.tensor(values))
+def test_a_grid_too_fine_for_its_precision_is_refused():
+    with pytest.raises(ValueError, match="increase strictly"):
+        ctrl.TimeGrid(1000 + torch.linspace(0, 1e-4, 11))
 
 
-def test_gaussian_policy_density_and_entropy():
-    policy = ctrl.GaussianPolicy(lambda t, x: 2 * x, std=0.3)
-    x = torch.tensor([[0.1, -0.4]], dtype=torch.float64)
-    a = torch.tensor([[0.5, 0.2]], dtype=torch.float64)
-    law = Normal(2 * x, 0.3)
-    t = torch.tensor(0.0)
-    torch.testing.assert_close(policy.log_prob(t, x, a), law.log_prob(a).sum(1))
-    torch.testing.assert_close(policy.entropy(t, x), law.entropy().sum(1))
+def test_integrals_along_a_path_read_the_left_end(generator):
+    grid = ctrl.TimeGrid(torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64))
+    rates = torch.tensor([[2.0, 5.0], [-1.0, 4.0]], dtype=torch.float64)
+    found = ctrl.time_integral(rates, grid)
+    torch.testing.assert_close(found, torch.tensor([0.6 + 3.5, -0.3 + 2.8]).double())
+    w = torch.randn(2, 2, 3, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(ctrl.ito_sum(2 * w, w), 2 * w.square().sum((1, 2)))
+    with pytest.raises((ValueError, TypeError), match="rates"):
+        ctrl.time_integral(rates[:, :1], grid)
+    with pytest.raises((ValueError, TypeError), match="integrand"):
+        ctrl.ito_sum(w[:, :, :1], w)
+
+
+GRID = ctrl.TimeGrid(torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64))
+STATES = torch.tensor([[[1.5], [-0.4], [0.9]], [[0.2], [0.7], [1.1]]], dtype=torch.float64)
+PATHS = ctrl.Paths(STATES, STATES[:, :2], None, GRID)
 
 
 @pytest.mark.parametrize(
-    ("make", "name"),
+    ("change", "name"),
     [
-        (lambda: ctrl.GaussianPolicy(lambda t, x: x, std=0.0), "std"),
-        (lambda: ctrl.GaussianPolicy(lambda t, x: x, std=math.nan), "std"),
-        (lambda: ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 1.0, "white"), "noise"),
-        (lambda: ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 1.0, "general"), "noise_dim"),
-        (lambda: ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 1.0, noise_dim=2), "noise_dim"),
+        ({"states": STATES[:, :2]}, "states"),
+        ({"actions": STATES}, "actions"),
+        ({"actions": STATES[:1, :2]}, "actions"),
+        ({"increments": STATES}, "increments"),
+        ({"weights": torch.ones(3).double()}, "weights"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_paths_whose_parts_do_not_fit_are_refused(change, name):
+    whole = {"states": STATES, "actions": None, "increments": None, "grid": GRID}
+    with pytest.raises((ValueError, TypeError), match=name):
+        ctrl.Paths(**whole | change)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"running_reward": lambda t, x, a: x}, r"running_reward must return \[2\]"),
+        ({"running_reward": lambda t, x, a: x[:, 0] / 0}, "running_reward must be finite"),
+        ({"terminal_reward": lambda x: x}, r"terminal_reward must return \[2\]"),
+        ({"terminal_reward": lambda x: x.mean()}, r"terminal_reward must return \[2\]"),
+        ({"terminal_reward": lambda x: x[:, 0] * math.nan}, "terminal_reward must be finite"),
+        ({"terminal_reward": lambda x: x[:, 0], "horizon": 2.0}, "end at the horizon 2"),
+        ({"temperature": 0.1}, "temperature"),
     ],
 )
-def test_bad_policies_and_dynamics_are_refused(make, name):
-    with pytest.raises((ValueError, TypeError), match=name):
-        make()
-
-
-def test_bad_problems_are_refused():
+def test_rewards_that_broadcast_or_are_paid_elsewhere_are_refused(settings, message):
     sde = ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 1.0)
-    for settings in ({"horizon": 0.0}, {"horizon": 1.0, "discount": -1.0}):
-        with pytest.raises(ValueError, match=list(settings)[-1]):
-            ctrl.ControlProblem(sde, **settings)
+    problem = ctrl.ControlProblem(**{"sde": sde, "horizon": 1.0} | settings)
+    with pytest.raises(ValueError, match=message):
+        ctrl.returns_to_go(problem, PATHS)
 
 
-def test_solvers_without_density_say_so():
-    class Blind:
-        def step(self, sde, t0, t1, states, action, increment):
-            return states
-
-    paths = ctrl.Paths(torch.zeros(2, 3, 1), None, None, ctrl.uniform_grid(1.0, 2))
+def test_running_rewards_need_the_actions():
     sde = ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 1.0)
-    policy = ctrl.DeterministicPolicy(lambda t, x: x)
-    with pytest.raises(TypeError, match="density"):
-        ctrl.transitions.log_prob(sde, Blind(), policy, paths)
+    blind = ctrl.Paths(STATES, None, None, GRID)
+    assert not ctrl.running_rewards(ctrl.ControlProblem(sde, 1.0), blind).any()
+    problem = ctrl.ControlProblem(sde, 1.0, running_reward=lambda t, x, a: a[:, 0])
+    with pytest.raises(ValueError, match="actions"):
+        ctrl.running_rewards(problem, blind)

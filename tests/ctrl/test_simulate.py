@@ -159,6 +159,108 @@ def test_antithetic_paths_mirror_each_other(generator):
     torch.testing.assert_close(paths.states[0::2], -paths.states[1::2])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("random", [False, True])
+def test_gradients_flow_through_drawn_noise_too(kind, random):
+    """The same generator draws the same path with a graph; its gradient is that of differences."""
+    grid = ctrl.TimeGrid(torch.tensor([0.0, 0.2, 0.25, 0.9], dtype=torch.float64))
+    start = torch.tensor([[0.4, -0.7], [1.1, 0.3]], dtype=torch.float64)
+
+    def end(gain: Tensor, differentiable: bool) -> Tensor:
+        def mean(t: Tensor, x: Tensor) -> Tensor:
+            return gain * torch.sin(x)
+
+        policy = ctrl.GaussianPolicy(mean, 0.3) if random else ctrl.DeterministicPolicy(mean)
+        paths = ctrl.simulate(
+            ctrl.ControlProblem(model(kind), 1.0),
+            policy,
+            start,
+            grid,
+            generator=torch.Generator().manual_seed(3),
+            differentiable=differentiable,
+        )
+        assert paths.actions is not None
+        return (paths.states.square().sum() + paths.actions.sum()).double()
+
+    gain = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    end(gain, differentiable=True).backward()
+    step = 1e-4  # central differences: error of order step^2 = 1e-8, round-off of 1e-12
+    difference = (end(gain + step, False) - end(gain - step, False)) / (2 * step)
+    torch.testing.assert_close(gain.grad, difference.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("keep", [("states",), ("states", "actions", "increments")])
+def test_brownian_increments_are_what_simulate_draws(kind, keep):
+    sde, problem = model(kind), ctrl.ControlProblem(model(kind), 1.0)
+    grid = ctrl.uniform_grid(1.0, 3)
+    start = torch.full((7, 2), 0.4, dtype=torch.float64)
+    drawn = ctrl.simulate(
+        problem, POLICY, start, grid, generator=torch.Generator().manual_seed(5), keep=keep
+    )
+    increments = ctrl.noise.brownian_increments(
+        grid.steps, 7, sde.noise_shape((2,)), generator=torch.Generator().manual_seed(5)
+    )
+    given = ctrl.simulate(problem, POLICY, start, grid, noise=ctrl.Noise(increments), keep=keep)
+    torch.testing.assert_close(drawn.states, given.states, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("event", [(), (1,), (4, 8, 8)], ids=str)
+@pytest.mark.parametrize("noise", ["diagonal", "scalar"])
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_events_of_any_shape_are_simulated_coordinate_by_coordinate(event, noise, differentiable):
+    sde = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.2 + 0.1 * x, noise)
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(3, *event, generator=g)
+    increments = 0.5 * torch.randn(3, 5, *sde.noise_shape(event), generator=g)
+    grid = ctrl.uniform_grid(1.25, 5)
+
+    def roll_out(start: Tensor, increments: Tensor) -> ctrl.Paths:
+        return ctrl.simulate(
+            ctrl.ControlProblem(sde, 1.25),
+            POLICY,
+            start,
+            grid,
+            noise=ctrl.Noise(increments),
+            differentiable=differentiable,
+        )
+
+    paths = roll_out(start, increments)
+    assert paths.states.shape == (3, 6, *event)
+    flat = roll_out(
+        start.reshape(3, -1), increments.reshape(3, 5, -1) if noise == "diagonal" else increments
+    )
+    torch.testing.assert_close(paths.states.reshape(3, 6, -1), flat.states)
+    assert paths.actions is not None
+    assert flat.actions is not None
+    torch.testing.assert_close(paths.actions.reshape(3, 5, -1), flat.actions)
+
+
+def test_any_object_with_a_step_is_a_solver(generator):
+    class Heun:
+        """Deterministic, of second order: it must see both of the step's ends."""
+
+        def step(self, sde, t0, t1, states, action, increment):
+            first = sde.drift(t0, states, action)
+            second = sde.drift(t1, states + (t1 - t0) * first, action)
+            return states + 0.5 * (t1 - t0) * (first + second)
+
+    sde = ctrl.ControlledSDE(lambda t, x, a: t * x, lambda t, x: 0.0)
+    start = torch.tensor([[0.7]], dtype=torch.float64)
+    errors = []
+    for steps in (50, 100):
+        paths = ctrl.simulate(
+            ctrl.ControlProblem(sde, 1.0),
+            POLICY,
+            start,
+            ctrl.uniform_grid(1.0, steps),
+            Heun(),
+            generator=generator,
+        )
+        errors.append(paths.states[0, -1, 0].item() - 0.7 * math.exp(0.5))
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)  # second order, O(h) corrections
+
+
 PROBLEM = ctrl.ControlProblem(ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 0.5), 1.0)
 START, GRID = torch.ones(2, 3), ctrl.uniform_grid(1.0, 4)
 
@@ -176,6 +278,18 @@ START, GRID = torch.ones(2, 3), ctrl.uniform_grid(1.0, 4)
             "float32",
         ),
         ({"keep": ("stats",)}, ValueError, "keep"),
+        ({"keep": "states"}, ValueError, "keep"),
+        ({"grid": ctrl.uniform_grid(1.5, 4)}, ValueError, "horizon"),
+        ({"grid": [0.0, 1.0]}, TypeError, "grid"),
+        ({"policy": lambda t, x: x}, TypeError, "policy"),
+        ({"solver": ctrl.EulerMaruyama}, TypeError, "solver"),
+        ({"solver": "euler"}, TypeError, "solver"),
+        ({"problem": None}, TypeError, "problem"),
+        ({"start": [[1.0]]}, TypeError, "start"),
+        ({"policy": ctrl.DeterministicPolicy(lambda t, x: 0.0)}, TypeError, "mean"),
+        ({"policy": ctrl.DeterministicPolicy(lambda t, x: x[0])}, ValueError, "mean"),
+        ({"policy": ctrl.DeterministicPolicy(lambda t, x: x[:, :1])}, ValueError, "drift"),
+        ({"policy": ctrl.DeterministicPolicy(lambda t, x: x.double())}, ValueError, "drift"),
         ({"start": torch.ones(2, 3).long()}, TypeError, "start"),
         ({"start": torch.ones(0, 3)}, ValueError, "start"),
         ({"start": torch.full((2, 3), math.nan)}, ValueError, "start must be finite"),
@@ -192,3 +306,53 @@ def test_bad_input_is_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         ctrl.simulate(**arguments | change)
+
+
+def test_actions_that_are_not_finite_are_refused_though_no_state_shows_them():
+    problem = ctrl.ControlProblem(ctrl.ControlledSDE(lambda t, x, a: -x, lambda t, x: 0.5), 1.0)
+    policy = ctrl.DeterministicPolicy(lambda t, x: x / (t - 0.5))
+    with pytest.raises(ValueError, match=r"actions are not finite from node 2 \(t = 0\.5\)"):
+        ctrl.simulate(problem, policy, START, GRID, generator=torch.Generator())
+
+
+def test_large_finite_states_are_not_taken_for_infinite_ones():
+    sde = ctrl.ControlledSDE(lambda t, x, a: 0 * x, lambda t, x: 0.0)
+    start = torch.full((2, 3), 3e38)  # their sum overflows
+    paths = ctrl.simulate(
+        ctrl.ControlProblem(sde, 1.0), POLICY, start, GRID, generator=torch.Generator()
+    )
+    assert torch.equal(paths.states[:, -1], start)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x[:, :1], lambda x: x.double(), lambda x: x[:1]],
+    ids=["dim", "type", "row"],
+)
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_solvers_that_return_other_states_are_refused(change, differentiable):
+    class Careless:
+        def step(self, sde, t0, t1, states, action, increment):
+            return change(states)
+
+    with pytest.raises(ValueError, match=r"solver\.step must return"):
+        ctrl.simulate(
+            PROBLEM,
+            POLICY,
+            START,
+            GRID,
+            Careless(),
+            generator=torch.Generator(),
+            differentiable=differentiable,
+        )
+
+
+@pytest.mark.gpu
+def test_paths_on_cuda_are_those_on_the_cpu(generator):
+    start = torch.randn(5, 4, 8, 8, generator=generator)
+    increments = 0.5 * torch.randn(5, 4, 4, 8, 8, generator=generator)
+    here = ctrl.simulate(PROBLEM, POLICY, start, GRID, noise=ctrl.Noise(increments))
+    there = ctrl.simulate(PROBLEM, POLICY, start.cuda(), GRID, noise=ctrl.Noise(increments.cuda()))
+    torch.testing.assert_close(there.states.cpu(), here.states)
+    with pytest.raises(ValueError, match="generator"):
+        ctrl.simulate(PROBLEM, POLICY, start.cuda(), GRID, generator=torch.Generator())

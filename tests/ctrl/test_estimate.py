@@ -1,0 +1,54 @@
+"""Means with their standard errors: values, printing, refusals."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ctrl
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
+def test_estimates_are_means_with_their_standard_error(values):
+    tensor = torch.tensor(values, dtype=torch.float64)
+    estimate = ctrl.Estimate.of(tensor)
+    assert estimate.mean == pytest.approx(sum(values) / len(values), rel=1e-9, abs=1e-9)
+    spread = float(tensor.std()) / math.sqrt(len(values))
+    assert estimate.standard_error == pytest.approx(spread, rel=1e-9, abs=1e-9)
+
+
+def test_estimates_print_value_and_error():
+    assert str(ctrl.Estimate(0.36152, 0.0012, 100)) == "0.3615(12)"
+    assert str(ctrl.Estimate(-12.34, 2.5, 10)) == "-12.3(25)"
+    assert str(ctrl.Estimate(0.5, 0.0, 3)) == "0.5"
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf, 1.0]])
+def test_estimates_refuse_nothing_and_nan(values):
+    with pytest.raises(ValueError, match="values"):
+        ctrl.Estimate.of(torch.tensor(values))
+
+
+def test_an_error_that_rounds_up_keeps_two_digits():
+    assert str(ctrl.Estimate(0.36152, 0.0996, 9)) == "0.36(10)"
+    assert str(ctrl.Estimate(1234.5, 250.0, 9)) == "1234(250)"
+
+
+def test_one_sample_has_no_known_error():
+    estimate = ctrl.Estimate.of(torch.tensor([1.5]))
+    assert estimate.standard_error == math.inf
+    assert str(estimate) == "1.5(?)"
+    assert estimate.as_dict() == {"mean": 1.5, "standard_error": None, "n": 1}
+
+
+def test_quadrature_weights_make_an_exact_mean():
+    values, weights = torch.tensor([1.0, 4.0]), torch.tensor([0.25, 0.75])
+    assert ctrl.Estimate.of(values, weights) == ctrl.Estimate(3.25, 0.0, 2)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.6], [-0.5, 1.5], [math.nan, 0.5], [1.0]])
+def test_bad_weights_are_refused(weights):
+    with pytest.raises((ValueError, TypeError), match="weights"):
+        ctrl.Estimate.of(torch.tensor([1.0, 2.0]), torch.tensor(weights))
