@@ -10,27 +10,40 @@ from ctrl.paths import (
     Paths,
     TimeGrid,
     ito_sum,
+    regularised_rewards,
     returns_to_go,
     running_rewards,
     time_integral,
     uniform_grid,
 )
-from ctrl.policy import DeterministicPolicy, GaussianPolicy, Policy
+from ctrl.policy import (
+    DeterministicPolicy,
+    GaussianPolicy,
+    MultivariateGaussianPolicy,
+    Policy,
+    RandomPolicy,
+    policy_kl,
+)
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
 from ctrl.simulate import simulate
-from ctrl.solvers import EulerMaruyama, Solver, TransitionSolver
+from ctrl.solvers import BlackBox, EulerMaruyama, Heun, Milstein, Solver, TransitionSolver
 
 __all__ = [
+    "BlackBox",
     "ControlProblem",
     "ControlledSDE",
     "DeterministicPolicy",
     "Estimate",
     "EulerMaruyama",
     "GaussianPolicy",
+    "Heun",
+    "Milstein",
+    "MultivariateGaussianPolicy",
     "Noise",
     "Paths",
     "Policy",
+    "RandomPolicy",
     "Solver",
     "TimeGrid",
     "TransitionSolver",
@@ -38,6 +51,8 @@ __all__ = [
     "ito_sum",
     "noise",
     "policy_gradient",
+    "policy_kl",
+    "regularised_rewards",
     "returns_to_go",
     "running_rewards",
     "simulate",

@@ -1,4 +1,7 @@
-"""Time grids, sampled paths, and integrals along them."""
+"""Time grids, sampled paths, and integrals along them.
+
+Sources  [JZ22b] Jia & Zhou 2022, policy gradient and actor-critic, JMLR 23.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.policy import Policy, RandomPolicy
 from ctrl.problem import ControlProblem
 
 
@@ -72,6 +76,8 @@ class Paths:
         increments: W(t + h) - W(t), sqrt(time).
         grid: the nodes.
         weights: of the paths, where they are not equal.
+        rewards: running reward of every step, integrated over it, where the simulator pays it
+            rather than the problem.
     """
 
     states: Float[Tensor, "paths nodes *event"]
@@ -79,11 +85,12 @@ class Paths:
     increments: Float[Tensor, "paths steps *noise"] | None
     grid: TimeGrid
     weights: Float[Tensor, " paths"] | None = None
+    rewards: Float[Tensor, "paths steps"] | None = None
 
     def __post_init__(self) -> None:
         paths, nodes = len(self.states), len(self.grid.nodes)
         begins = {"states": (paths, nodes), "weights": (paths,)}
-        begins |= dict.fromkeys(("actions", "increments"), (paths, nodes - 1))
+        begins |= dict.fromkeys(("actions", "increments", "rewards"), (paths, nodes - 1))
         for name, begin in begins.items():
             value = getattr(self, name)
             if value is not None and tuple(value.shape[: len(begin)]) != begin:
@@ -91,6 +98,40 @@ class Paths:
                     f"{name} must begin with {list(begin)} to fit the states and the grid, got "
                     f"{list(value.shape)}"
                 )
+
+
+def kept_actions(paths: Paths) -> Float[Tensor, "paths steps *action"]:
+    """The actions of the paths.
+
+    Raises:
+        ValueError: they were not kept.
+    """
+    if paths.actions is None:
+        raise ValueError('paths must have kept their actions: simulate(..., keep=("actions", ...))')
+    return paths.actions
+
+
+def over_steps(
+    function: Callable[..., Tensor], paths: Paths, *more: Float[Tensor, "paths steps *one"]
+) -> Float[Tensor, "paths steps *result"]:
+    """function(t, x, ...) at the left end of every step.
+
+    All steps at once where ``torch.func.vmap`` can, which a roll-out's rewards gain a factor of two
+    from; one after the other where it cannot (control flow that depends on values).
+
+    Args:
+        function: of (t [], states [paths, *event], one slice [paths, *one] of each of ``more``).
+        paths: whose states and times it is given.
+        more: what else, for every step; the actions, say.
+    """
+    times = paths.grid.nodes[:-1].to(paths.states)
+    along = (paths.states[:, :-1], *more)
+    try:
+        vectorised = torch.func.vmap(function, in_dims=(0, *[1] * len(along)), out_dims=1)
+        return vectorised(times, *along)
+    except RuntimeError:  # not vectorisable; a real fault is raised again by the loop
+        moments = zip(times, *[each.unbind(1) for each in along], strict=True)
+        return torch.stack([function(*moment) for moment in moments], dim=1)
 
 
 def ito_sum(
@@ -125,44 +166,81 @@ def time_integral(rates: Float[Tensor, "paths steps"], grid: TimeGrid) -> Float[
 def running_rewards(problem: ControlProblem, paths: Paths) -> Float[Tensor, "paths steps"]:
     """Running reward of every step, integrated over it (left end), undiscounted, reward.
 
+    It is the reward that the paths were paid, where their simulator pays it.
+
     Raises:
         ValueError: the paths have not kept their actions, or the reward is not one finite number
             for each path.
     """
-    steps = paths.grid.steps.to(paths.states)
     reward = problem.running_reward
+    if paths.rewards is not None:
+        if reward is not None:
+            raise ValueError(
+                "problem.running_reward must be None for paths that were paid by their simulator "
+                "(paths.rewards), or the reward would be counted twice or dropped"
+            )
+        return paths.rewards
+    steps = paths.grid.steps.to(paths.states)
     if reward is None:
         return paths.states.new_zeros(len(paths.states), len(steps))
-    if paths.actions is None:
-        raise ValueError('paths must have kept their actions: simulate(..., keep=("actions", ...))')
-    times = paths.grid.nodes[:-1].to(paths.states)
-    moments = zip(times, paths.states[:, :-1].unbind(1), paths.actions.unbind(1), strict=True)
-    each = [_paid("running_reward", reward, paths, *moment) for moment in moments]
-    return torch.stack(each, dim=1) * steps
+
+    def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        return _one_a_path("running_reward", reward(t, x, a), len(x))
+
+    return _finite("running_reward", over_steps(rate, paths, kept_actions(paths))) * steps
 
 
-def returns_to_go(problem: ControlProblem, paths: Paths) -> Float[Tensor, "paths nodes"]:
+def regularised_rewards(
+    problem: ControlProblem, paths: Paths, policy: Policy | None
+) -> Float[Tensor, "paths steps"]:
+    """Running reward with the entropy's share, -temperature log pi(a_k | t_k, x_k) h_k.
+
+    The expectation of the second over a_k is the temperature's worth of entropy ([JZ22b] p).
+
+    Raises:
+        ValueError: the temperature is not 0 and ``policy`` is not one that draws its actions.
+    """
+    rewards = running_rewards(problem, paths)
+    if not problem.temperature:
+        return rewards
+    if not isinstance(policy, RandomPolicy):
+        given = "none" if policy is None else type(policy).__name__
+        raise ValueError(
+            f"policy must be one that draws its actions and knows their density, got {given}: "
+            f"problem.temperature = {problem.temperature:g} pays for its entropy"
+        )
+    log_prob = over_steps(policy.log_prob, paths, kept_actions(paths))
+    return rewards - problem.temperature * log_prob * paths.grid.steps.to(rewards)
+
+
+def ends_at_horizon(problem: ControlProblem, grid: TimeGrid) -> bool:
+    """Whether the last node is the horizon, where the terminal reward is paid."""
+    return abs(float(grid.nodes[-1]) - problem.horizon) <= 1e-6 * problem.horizon  # float32 grids
+
+
+def returns_to_go(
+    problem: ControlProblem, paths: Paths, policy: Policy | None = None
+) -> Float[Tensor, "paths nodes"]:
     """Discounted reward from every node to the horizon, in that node's money.
+
+    Args:
+        problem: which pays.
+        paths: with their actions.
+        policy: that drew the actions; needed where the problem rewards its entropy.
 
     Raises:
         ValueError: the grid does not end where the terminal reward is paid; a reward is not one
-            finite number for each path; or the problem rewards entropy, which paths do not show.
+            finite number for each path; or the policy is missing.
     """
-    if problem.temperature:
-        raise ValueError(
-            f"problem.temperature must be 0, got {problem.temperature:g}: the entropy is the "
-            "policy's, not the paths'; pay for it in running_reward"
-        )
-    rewards = running_rewards(problem, paths)
+    rewards = regularised_rewards(problem, paths, policy)
     terminal = rewards.new_zeros(len(rewards))
     if problem.terminal_reward is not None:
-        end = float(paths.grid.nodes[-1])
-        if abs(end - problem.horizon) > 1e-6 * problem.horizon:  # grids may be float32
+        if not ends_at_horizon(problem, paths.grid):
             raise ValueError(
                 f"grid must end at the horizon {problem.horizon:g}, where the terminal reward is "
-                f"paid, got {end:g}"
+                f"paid, got {float(paths.grid.nodes[-1]):g}"
             )
-        terminal = _paid("terminal_reward", problem.terminal_reward, paths, paths.states[:, -1])
+        terminal = terminal_rewards(problem, paths.states[:, -1])
     keep = torch.exp(-problem.discount * paths.grid.steps.to(rewards))
     returns = [terminal]
     for k in range(rewards.shape[1] - 1, -1, -1):
@@ -170,12 +248,29 @@ def returns_to_go(problem: ControlProblem, paths: Paths) -> Float[Tensor, "paths
     return torch.stack(returns[::-1], dim=1)
 
 
-def _paid(
-    name: str, reward: Callable[..., Tensor], paths: Paths, *arguments: Tensor
+def terminal_rewards(
+    problem: ControlProblem, states: Float[Tensor, " paths *event"]
 ) -> Float[Tensor, " paths"]:
-    value = reward(*arguments)
-    if value.shape != (len(paths.states),):
-        raise ValueError(f"{name} must return [{len(paths.states)}], got {list(value.shape)}")
-    if bad := int((~torch.isfinite(value)).sum()):
+    """Terminal reward of the states at the horizon; 0 where the problem pays none.
+
+    Raises:
+        ValueError: the reward is not one finite number for each path.
+    """
+    if problem.terminal_reward is None:
+        return states.new_zeros(len(states))
+    value = problem.terminal_reward(states)
+    return _finite("terminal_reward", _one_a_path("terminal_reward", value, len(states)))
+
+
+def _one_a_path(name: str, value: Tensor, paths: int) -> Tensor:
+    if value.shape != (paths,):
+        raise ValueError(
+            f"{name} must return [{paths}], one number a path, got {list(value.shape)}"
+        )
+    return value
+
+
+def _finite(name: str, value: Tensor) -> Tensor:
+    if bad := int((~torch.isfinite(value)).reshape(len(value), -1).any(1).sum()):
         raise ValueError(f"{name} must be finite, but it is not on {bad} of {len(value)} paths")
     return value

@@ -4,7 +4,6 @@ In this view of an action (view A) the policy draws it and the dynamics hold it 
 density is the policy's. Where the decision is the next state (view B), see ``ctrl.transitions``.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
@@ -13,6 +12,13 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MultivariateNormal,
+    Normal,
+    kl_divergence,
+)
 
 Mean = Callable[[Tensor, Tensor], Tensor]
 """(time [], states [paths, *event]) -> [paths, *action]."""
@@ -36,6 +42,23 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class RandomPolicy(Policy, Protocol):
+    """A policy that draws its actions and has their density."""
+
+    def distribution(self, t: Tensor, states: Tensor) -> Distribution:
+        """The law of the action of every path: batch shape [paths], event shape [*action]."""
+        ...
+
+    def log_prob(self, t: Tensor, states: Tensor, actions: Tensor) -> Tensor:
+        """Log-density of actions, [paths], nats."""
+        ...
+
+    def entropy(self, t: Tensor, states: Tensor) -> Tensor:
+        """Differential entropy, [paths], nats."""
+        ...
+
+
 @dataclass(frozen=True)
 class DeterministicPolicy:
     """a = mean(t, x)."""
@@ -51,39 +74,44 @@ class DeterministicPolicy:
         return mean
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GaussianPolicy:
-    """a ~ N(mean(t, x), std(t)^2 I).
+    """a ~ N(mean(t, x), diag(std(t)^2)).
 
     Attributes:
         mean: of the action.
-        std: a positive number, or a function of time that returns one (a number or a tensor []).
+        std: a positive number, or one for each coordinate, [*action]; or a function of time that
+            returns either.
     """
 
     mean: Mean
-    std: float | Callable[[Tensor], Tensor | float]
+    std: float | Tensor | Callable[[Tensor], Tensor | float]
     is_random: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         _check_mean(self.mean)
         if callable(self.std):
             return
-        if isinstance(self.std, bool) or not isinstance(self.std, Real):
-            raise TypeError(f"std must be a number or a function of time, got {self.std!r}")
-        if not (self.std > 0 and math.isfinite(self.std)):
+        if isinstance(self.std, bool) or not isinstance(self.std, Real | Tensor):
+            raise TypeError(f"std must be a number, a tensor or a function, got {self.std!r}")
+        std = torch.as_tensor(self.std)
+        if not bool(((std > 0) & torch.isfinite(std)).all()):
             raise ValueError(f"std must be positive and finite (or a function), got {self.std}")
 
-    def std_at(self, t: Tensor, like: Tensor | None = None) -> Float[Tensor, ""]:
+    def std_at(self, t: Tensor, like: Tensor | None = None) -> Float[Tensor, "*action"]:
         """The standard deviation at a time, in the dtype and on the device of ``like`` (or of t).
 
         Raises:
-            ValueError: it is not one number.
+            ValueError: it is neither one number nor one for each coordinate.
         """
         value = self.std(t) if callable(self.std) else self.std
-        like = t if like is None else like
-        std = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-        if std.ndim:
-            raise ValueError(f"std must be one number at a time, got {list(std.shape)}")
+        kind = t if like is None else like
+        std = torch.as_tensor(value, dtype=kind.dtype, device=kind.device)
+        if std.ndim and like is not None and std.shape != like.shape[1:]:
+            raise ValueError(
+                f"std must be one number or {list(like.shape[1:])}, as actions are, got "
+                f"{list(std.shape)}"
+            )
         return std
 
     def act(self, mean: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
@@ -92,10 +120,21 @@ class GaussianPolicy:
         Raises:
             ValueError: there is no noise, or it has not the mean's shape.
         """
-        if noise is None or noise.shape != mean.shape:
-            given = "none" if noise is None else str(list(noise.shape))
-            raise ValueError(f"noise must be {list(mean.shape)}, as the mean is, got {given}")
-        return mean + self.std_at(t, mean) * noise
+        return mean + self.std_at(t, mean) * _checked_noise(mean, noise)
+
+    def distribution(self, t: Tensor, states: Float[Tensor, " paths *event"]) -> Distribution:
+        """The law of the action of every path.
+
+        Raises:
+            ValueError: std is not positive and finite at ``t``.
+        """
+        mean = self.mean(t, states)
+        std = self.std_at(t, mean)
+        if not bool(((std > 0) & torch.isfinite(std)).all()):
+            raise ValueError(
+                f"std must be positive and finite, at t = {float(t):g} it is {std.tolist()}"
+            )
+        return Independent(Normal(mean, std, validate_args=False), mean.ndim - 1)
 
     def log_prob(
         self,
@@ -108,14 +147,7 @@ class GaussianPolicy:
         Raises:
             ValueError: ``actions`` have not the mean's shape, or std is not positive at ``t``.
         """
-        mean = self.mean(t, states)
-        if actions.shape != mean.shape:
-            raise ValueError(
-                f"actions must be {list(mean.shape)}, as the mean is, got {list(actions.shape)}"
-            )
-        std = self._positive_std(t, actions)
-        z = ((actions - mean) / std).reshape(len(mean), -1)
-        return -(0.5 * z.square() + std.log() + 0.5 * math.log(2 * math.pi)).sum(1)
+        return _log_prob(self.distribution(t, states), actions)
 
     def entropy(self, t: Tensor, states: Float[Tensor, " paths *event"]) -> Float[Tensor, " paths"]:
         """Differential entropy, nats; may be negative.
@@ -123,17 +155,113 @@ class GaussianPolicy:
         Raises:
             ValueError: std is not positive at ``t``.
         """
-        coordinates = self.mean(t, states).reshape(len(states), -1)
-        each = 0.5 * math.log(2 * math.pi * math.e) + self._positive_std(t, coordinates).log()
-        return (each * coordinates.shape[1]).expand(len(coordinates))
+        return self.distribution(t, states).entropy()
 
-    def _positive_std(self, t: Tensor, like: Tensor) -> Float[Tensor, ""]:
-        std = self.std_at(t, like)
-        if not bool((std > 0) & torch.isfinite(std)):
+
+@dataclass(frozen=True, eq=False)
+class MultivariateGaussianPolicy:
+    """a ~ N(mean(t, x), L(t) L(t)'), its coordinates dependent.
+
+    Attributes:
+        mean: of the action, [paths, dim].
+        scale_tril: L, lower triangular with a positive diagonal, [dim, dim]; or a function of time.
+    """
+
+    mean: Mean
+    scale_tril: Tensor | Callable[[Tensor], Tensor]
+    is_random: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        _check_mean(self.mean)
+        if isinstance(self.scale_tril, Tensor):
+            _check_scale(self.scale_tril)
+        elif not callable(self.scale_tril):
+            raise TypeError(f"scale_tril must be a tensor or a function, got {self.scale_tril!r}")
+
+    def scale_at(self, t: Tensor, like: Tensor) -> Float[Tensor, "dim dim"]:
+        """L at a time, in the dtype and on the device of ``like``.
+
+        Raises:
+            ValueError: it is not lower triangular with a positive diagonal, of the actions' size.
+        """
+        scale = self.scale_tril
+        if callable(scale):
+            scale = scale(t)
+            _check_scale(scale)
+        if like.ndim != 2 or len(scale) != like.shape[1]:
             raise ValueError(
-                f"std must be positive and finite, at t = {float(t):g} it is {float(std):g}"
+                f"scale_tril is {list(scale.shape)} and does not fit actions {list(like.shape)}"
             )
-        return std
+        return scale.to(like)
+
+    def act(self, mean: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
+        """The mean plus L noise.
+
+        Raises:
+            ValueError: there is no noise, or it has not the mean's shape.
+        """
+        return mean + _checked_noise(mean, noise) @ self.scale_at(t, mean).T
+
+    def distribution(self, t: Tensor, states: Float[Tensor, " paths *event"]) -> Distribution:
+        """The law of the action of every path."""
+        mean = self.mean(t, states)
+        return MultivariateNormal(mean, scale_tril=self.scale_at(t, mean), validate_args=False)
+
+    def log_prob(
+        self,
+        t: Tensor,
+        states: Float[Tensor, " paths *event"],
+        actions: Float[Tensor, "paths dim"],
+    ) -> Float[Tensor, " paths"]:
+        """Log-density of actions, nats.
+
+        Raises:
+            ValueError: ``actions`` have not the mean's shape.
+        """
+        return _log_prob(self.distribution(t, states), actions)
+
+    def entropy(self, t: Tensor, states: Float[Tensor, " paths *event"]) -> Float[Tensor, " paths"]:
+        """Differential entropy, nats; may be negative."""
+        return self.distribution(t, states).entropy()
+
+
+def policy_kl(
+    policy: RandomPolicy,
+    reference: RandomPolicy,
+    t: Tensor,
+    states: Float[Tensor, " paths *event"],
+) -> Float[Tensor, " paths"]:
+    """KL(pi(. | t, x) || pi_ref(. | t, x)) of every path's action, nats.
+
+    Of the actions that the policies draw (view A), not of the paths: ``girsanov.path_kl`` is that,
+    and does not see the spread of the actions.
+    """
+    return kl_divergence(policy.distribution(t, states), reference.distribution(t, states))
+
+
+def _checked_noise(mean: Tensor, noise: Tensor | None) -> Tensor:
+    if noise is None or noise.shape != mean.shape:
+        given = "none" if noise is None else str(list(noise.shape))
+        raise ValueError(f"noise must be {list(mean.shape)}, as the mean is, got {given}")
+    return noise
+
+
+def _log_prob(law: Distribution, actions: Tensor) -> Tensor:
+    shape = law.batch_shape + law.event_shape
+    if actions.shape != shape:
+        raise ValueError(
+            f"actions must be {list(shape)}, as the mean is, got {list(actions.shape)}"
+        )
+    return law.log_prob(actions)
+
+
+def _check_scale(scale: Tensor) -> None:
+    if scale.ndim != 2 or scale.shape[0] != scale.shape[1]:
+        raise ValueError(f"scale_tril must be [dim, dim], got {list(scale.shape)}")
+    if not bool(torch.isfinite(scale).all()) or bool((scale.diagonal() <= 0).any()):
+        raise ValueError("scale_tril must be finite, with a positive diagonal")
+    if bool(scale.triu(1).any()):
+        raise ValueError("scale_tril must be lower triangular")
 
 
 def _check_mean(mean: Mean) -> None:

@@ -1,14 +1,23 @@
-"""Controlled stochastic differential equations, in the sense of Ito.
+"""Controlled stochastic differential equations, in the sense of Ito or of Stratonovich.
 
-    dX = b(t, X, a) dt + sigma(t, X) dW
+    Ito             dX = b(t, X, a) dt + sigma(t, X) dW
+    Stratonovich    dX = b(t, X, a) dt + sigma(t, X) o dW
 
-The control enters the drift; the diffusion is control-free, so that the laws of two policies are
-equivalent and have a likelihood ratio (``ctrl.girsanov``).
+The same X solves both where b_ito = b_stratonovich + 1/2 sum_j (d sigma_j / dx) sigma_j, sigma_j
+the column of the j-th Brownian motion ([KP92] section 4.9).
+
+The control enters the drift, and the diffusion only where that is asked for: with a control-free
+diffusion the laws of two policies are equivalent and have a likelihood ratio (``ctrl.girsanov``).
+
+Per-path parameters (a batch of problems) need nothing special: coefficients may be closures over
+tensors whose rows are the paths.
+
+Sources  [KP92] Kloeden & Platen, Numerical Solution of Stochastic Differential Equations.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -18,8 +27,11 @@ Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(time [], states [paths, *event], actions [paths, *action]) -> [paths, *event], state/time."""
 Diffusion = Callable[[Tensor, Tensor], Tensor | float]
 """(time [], states [paths, *event]) -> number, [paths, *event] or [paths, dim, noise_dim]."""
+ControlledDiffusion = Callable[[Tensor, Tensor, Tensor], Tensor | float]
+"""The same of (time, states, actions [paths, *action]), where the control enters the diffusion."""
 
 NOISE_TYPES = ("diagonal", "scalar", "general")
+CALCULI = ("ito", "stratonovich")
 
 
 @dataclass(frozen=True)
@@ -33,18 +45,25 @@ class ControlledSDE:
             number or [paths, *event]; "scalar": one for all coordinates, sigma the same; "general":
             noise_dim of them, states [paths, dim], sigma [paths, dim, noise_dim].
         noise_dim: number of Brownian motions; needed, and allowed, for "general" only.
+        calculus: the sense of sigma dW, "ito" or "stratonovich". A solver takes the sense that it
+            is made for and refuses the other; ``to_ito`` and ``to_stratonovich`` convert.
+        controls_diffusion: whether ``diffusion`` takes the action too, as sigma(t, x, a).
     """
 
     drift: Drift
-    diffusion: Diffusion
+    diffusion: Diffusion | ControlledDiffusion
     noise: Literal["diagonal", "scalar", "general"] = "diagonal"
     noise_dim: int | None = None
+    calculus: Literal["ito", "stratonovich"] = "ito"
+    controls_diffusion: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.drift) or not callable(self.diffusion):
             raise TypeError("drift and diffusion must be functions of (t, x, a) and of (t, x)")
         if self.noise not in NOISE_TYPES:
             raise ValueError(f"noise must be one of {NOISE_TYPES}, got {self.noise!r}")
+        if self.calculus not in CALCULI:
+            raise ValueError(f"calculus must be one of {CALCULI}, got {self.calculus!r}")
         if (self.noise == "general") != (self.noise_dim is not None):
             raise ValueError(
                 f"noise_dim must be given for general noise, and only then; got {self.noise_dim} "
@@ -85,14 +104,14 @@ class ControlledSDE:
         return value
 
     def diffusion_at(
-        self, t: Tensor, states: Float[Tensor, " paths *event"]
+        self, t: Tensor, states: Float[Tensor, " paths *event"], actions: Tensor | None = None
     ) -> float | Float[Tensor, "..."]:
-        """sigma(t, X), state/sqrt(time), in a shape that ``noise`` allows.
+        """sigma(t, X), or sigma(t, X, a), state/sqrt(time), in a shape that ``noise`` allows.
 
         Raises:
-            ValueError: the diffusion has another shape.
+            ValueError: the diffusion has another shape, or is controlled and no action was given.
         """
-        value = self.diffusion(t, states)
+        value = self._raw_diffusion(t, states, actions)
         shape = value.shape if isinstance(value, Tensor) else ()
         general = (*states.shape, self.noise_dim)
         allowed = (general,) if self.noise == "general" else ((), tuple(states.shape))
@@ -103,11 +122,22 @@ class ControlledSDE:
             )
         return value
 
+    def _raw_diffusion(self, t: Tensor, states: Tensor, actions: Tensor | None) -> Tensor | float:
+        if not self.controls_diffusion:
+            return cast(Diffusion, self.diffusion)(t, states)
+        if actions is None:
+            raise ValueError("actions must be given: they control this diffusion")
+        return cast(ControlledDiffusion, self.diffusion)(t, states, actions)
+
     def spread(
-        self, t: Tensor, states: Float[Tensor, " paths *event"], increment: Tensor
+        self,
+        t: Tensor,
+        states: Float[Tensor, " paths *event"],
+        increment: Tensor,
+        actions: Tensor | None = None,
     ) -> Float[Tensor, " paths *event"]:
         """sigma(t, X) dW."""
-        sigma = self.diffusion_at(t, states)
+        sigma = self.diffusion_at(t, states, actions)
         if self.noise == "diagonal":
             return sigma * increment
         if self.noise == "scalar":
@@ -115,8 +145,85 @@ class ControlledSDE:
         assert isinstance(sigma, Tensor)
         return torch.einsum("pij,pj->pi", sigma, increment)
 
+    def columns(
+        self, t: Tensor, states: Float[Tensor, "paths dim"], actions: Tensor | None = None
+    ) -> Float[Tensor, "paths dim noise"]:
+        """sigma as a matrix, one column for each Brownian motion, whatever ``noise`` is."""
+        sigma = torch.as_tensor(self.diffusion_at(t, states, actions)).to(states)
+        if self.noise == "general":
+            return sigma
+        sigma = sigma.expand_as(states)
+        return torch.diag_embed(sigma) if self.noise == "diagonal" else sigma.unsqueeze(-1)
+
+    def noise_drift(
+        self, t: Tensor, states: Float[Tensor, " paths *event"], actions: Tensor | None = None
+    ) -> Float[Tensor, " paths *event"]:
+        """sum_j (d sigma_j / dx) sigma_j, state/time: twice what Ito and Stratonovich differ by.
+
+        By forward-mode differentiation, so ``diffusion`` must be made of differentiable torch
+        operations.
+
+        Raises:
+            ValueError: diagonal noise whose sigma_i depends on another coordinate than x_i.
+        """
+        sigma = self.diffusion_at(t, states, actions)
+        if not isinstance(sigma, Tensor) or sigma.ndim == 0:
+            return torch.zeros_like(states)
+
+        def along(direction: Tensor) -> Tensor:
+            def diffusion(x: Tensor) -> Tensor:
+                return torch.as_tensor(self._raw_diffusion(t, x, actions))
+
+            return cast(Tensor, torch.func.jvp(diffusion, (states,), (direction,))[1])
+
+        if self.noise == "general":
+            each = zip(sigma.unbind(-1), range(sigma.shape[-1]), strict=True)
+            return torch.stack([along(column)[..., j] for column, j in each]).sum(0)
+        found = along(sigma)
+        if self.noise == "diagonal":
+            # of a diagonal Jacobian J: J (sigma w) = w (J sigma) for every w
+            w = torch.linspace(1, 2, max(1, states[0].numel())).to(states).view(states.shape[1:])
+            missed = (along(sigma * w) - w * found).abs().max()
+            if bool(missed > 1e3 * torch.finfo(states.dtype).eps * found.abs().max()):
+                raise ValueError(
+                    "diffusion of diagonal noise must give coordinate i from x_i alone where its "
+                    "derivative is needed; write it as general noise, [paths, dim, noise_dim]"
+                )
+        return found
+
+    def require_calculus(self, calculus: str, solver: str) -> None:
+        """Refuse an equation in the other sense.
+
+        Raises:
+            ValueError: the sense is not ``calculus``; the message names the conversion.
+        """
+        if self.calculus != calculus:
+            raise ValueError(
+                f"{solver} solves {calculus} equations, and sde.calculus is {self.calculus!r}; "
+                f"give it sde.to_{calculus}(), or choose another solver"
+            )
+
+    def to_ito(self) -> "ControlledSDE":
+        """The Ito equation with the same solution."""
+        return self if self.calculus == "ito" else self._converted("ito", 0.5)
+
+    def to_stratonovich(self) -> "ControlledSDE":
+        """The Stratonovich equation with the same solution."""
+        return self if self.calculus == "stratonovich" else self._converted("stratonovich", -0.5)
+
+    def _converted(self, calculus: Literal["ito", "stratonovich"], share: float) -> "ControlledSDE":
+        def drift(t: Tensor, states: Tensor, actions: Tensor) -> Tensor:
+            correction = self.noise_drift(t, states, actions)
+            return self.drift_at(t, states, actions) + share * correction
+
+        return replace(self, drift=drift, calculus=calculus)
+
     def whiten(
-        self, t: Tensor, states: Float[Tensor, " paths *event"], shift: Tensor
+        self,
+        t: Tensor,
+        states: Float[Tensor, " paths *event"],
+        shift: Tensor,
+        actions: Tensor | None = None,
     ) -> Float[Tensor, "paths noise"]:
         """The least u that solves sigma(t, X) u = shift: a drift's change in units of the noise.
 
@@ -125,7 +232,7 @@ class ControlledSDE:
                 and the laws have no likelihood ratio (their KL is infinite); or it is not finite.
         """
         sigma = torch.as_tensor(
-            self.diffusion_at(t, states), dtype=states.dtype, device=states.device
+            self.diffusion_at(t, states, actions), dtype=states.dtype, device=states.device
         )
         if not bool(torch.isfinite(sigma).all()):
             raise ValueError(f"diffusion must be finite, but at t = {float(t):g} it is not")

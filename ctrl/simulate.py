@@ -12,7 +12,7 @@ from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
-from ctrl.solvers import EulerMaruyama, Solver
+from ctrl.solvers import BlackBox, EulerMaruyama, InPlaceSolver, Solver
 
 KEEP = ("states", "actions", "increments")
 
@@ -28,6 +28,7 @@ def simulate(
     generator: Generator | None = None,
     keep: Sequence[str] = KEEP,
     differentiable: bool = False,
+    out: Paths | None = None,
 ) -> Paths:
     """Sample paths of the controlled SDE under a policy.
 
@@ -40,9 +41,13 @@ def simulate(
         grid: the nodes, within the problem's horizon.
         solver: one-step map; ``EulerMaruyama()`` if not given.
         noise: explicit increments (and action noise), or
-        generator: to draw them from; exactly one of the two.
-        keep: what to keep of "states", "actions", "increments". States are always whole.
+        generator: to draw them from; exactly one of the two, except that a ``BlackBox`` brings its
+            own noise and takes a generator only for a policy that draws its actions.
+        keep: what to keep of "states", "actions", "increments". States are always whole; a
+            ``BlackBox`` shows no increments.
         differentiable: keep the graph, so that gradients flow through the path.
+        out: earlier paths of the same shapes that are no longer needed: their memory is used again,
+            which spares large roll-outs the operating system's cost of fresh pages.
 
     Returns:
         The paths. Without a graph their memory is that of what is kept, and a few states.
@@ -57,23 +62,48 @@ def simulate(
     _check_start(start)
     if (end := float(grid.nodes[-1])) > problem.horizon * (1 + 1e-6):  # grids may be float32
         raise ValueError(f"grid must end by the horizon {problem.horizon:g}, got {end:g}")
-    shape = (len(start), len(grid.steps), *problem.sde.noise_shape(tuple(start.shape[1:])))
     with_graph = differentiable and torch.is_grad_enabled()
-    if noise is not None and generator is None:
-        source = _Given(noise, shape, start)
-    elif generator is not None and noise is None:
-        source = _Drawn(generator, shape, start, buffered="increments" in keep and not with_graph)
-    else:
-        raise ValueError("give exactly one of noise and generator")
-    roll_out = _roll_out_with_graph if with_graph else _roll_out_in_place
+    if with_graph and out is not None:
+        raise ValueError(
+            "out must be None for a differentiable roll-out, whose graph owns its memory"
+        )
+    source = _source(problem.sde, policy, start, grid, solver, noise, generator)
     with torch.set_grad_enabled(with_graph):
-        paths = roll_out(problem.sde, policy, start, grid, solver, source, keep)
+        if with_graph:
+            paths = _roll_out_with_graph(problem.sde, policy, start, grid, solver, source, keep)
+        else:
+            paths = _roll_out_in_place(problem.sde, policy, start, grid, solver, source, keep, out)
     _check_finite(paths)
     return paths
 
 
+def _source(
+    sde: ControlledSDE,
+    policy: Policy,
+    start: Tensor,
+    grid: TimeGrid,
+    solver: Solver,
+    noise: Noise | None,
+    generator: Generator | None,
+) -> "_Given | _Drawn | _Silent":
+    if isinstance(solver, BlackBox):
+        if noise is not None:
+            raise ValueError("noise must be None: a BlackBox brings its own; give a generator")
+        if generator is None and policy.is_random:
+            raise ValueError("generator must be given: the policy draws its actions")
+        return _Silent(generator)
+    shape = (len(start), len(grid.steps), *sde.noise_shape(tuple(start.shape[1:])))
+    if noise is not None and generator is None:
+        return _Given(noise, shape, start)
+    if generator is not None and noise is None:
+        return _Drawn(generator, shape, start)
+    raise ValueError("give exactly one of noise and generator")
+
+
 class _Given:
     """Noise that the caller brings."""
+
+    shows_noise = True
 
     def __init__(self, noise: Noise, shape: tuple[int, ...], start: Tensor) -> None:
         if noise.increments.shape != shape:
@@ -88,11 +118,12 @@ class _Given:
                     f"{name} must be {start.dtype} on {start.device}, as start is, got "
                     f"{value.dtype} on {value.device}"
                 )
-        self.noise, self.weights, self.increments = noise, noise.weights, noise.increments
+        self.noise, self.weights, self.shape = noise, noise.weights, shape
 
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
-        """W(t + h) - W(t) of step k."""
-        return self.noise.increments[:, k]
+        """W(t + h) - W(t) of step k, in ``into`` if that is given."""
+        given = self.noise.increments[:, k]
+        return given if into is None else into.copy_(given)
 
     def for_action(self, k: int, mean: Tensor) -> Tensor:
         """Standard normals for the actions of step k."""
@@ -110,28 +141,42 @@ class _Drawn:
     """Noise from a generator, drawn as it is needed."""
 
     weights = None
+    shows_noise = True
 
-    def __init__(
-        self, generator: Generator, shape: tuple[int, ...], start: Tensor, buffered: bool
-    ) -> None:
-        if generator.device.type != start.device.type:
-            raise ValueError(
-                f"generator must be on {start.device}, as start is, got {generator.device}"
-            )
-        paths, steps, *noise = shape
-        self.generator, self.row, self.like = generator, (paths, *noise), start
-        self.buffer = start.new_empty(steps, paths, *noise) if buffered else None
-        self.increments = None if self.buffer is None else self.buffer.movedim(0, 1)
+    def __init__(self, generator: Generator, shape: tuple[int, ...], start: Tensor) -> None:
+        _check_generator(generator, start)
+        self.generator, self.shape, self.like = generator, shape, start
 
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
-        """W(t + h) - W(t) of step k, in the kept buffer, else in ``into``, else in new memory."""
-        into = into if self.buffer is None else self.buffer[k]
-        into = self.like.new_empty(self.row) if into is None else into
+        """W(t + h) - W(t) of step k, in ``into`` if that is given."""
+        row = self.shape[:1] + self.shape[2:]
+        into = self.like.new_empty(row) if into is None else into
         # normal_(std=...) is twice as slow as normal_() and a product
         return into.normal_(generator=self.generator).mul_(math.sqrt(h))
 
     def for_action(self, k: int, mean: Tensor) -> Tensor:
         """Standard normals for the actions of step k."""
+        return torch.empty_like(mean).normal_(generator=self.generator)
+
+
+class _Silent:
+    """No Brownian noise: the simulator has its own."""
+
+    weights = None
+    shows_noise = False
+    shape = ()
+
+    def __init__(self, generator: Generator | None) -> None:
+        self.generator = generator
+
+    def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
+        """Nothing."""
+        return torch.empty(0)
+
+    def for_action(self, k: int, mean: Tensor) -> Tensor:
+        """Standard normals for the actions of step k."""
+        assert self.generator is not None
+        _check_generator(self.generator, mean)
         return torch.empty_like(mean).normal_(generator=self.generator)
 
 
@@ -141,35 +186,60 @@ def _roll_out_in_place(
     start: Tensor,
     grid: TimeGrid,
     solver: Solver,
-    source: _Given | _Drawn,
+    source: _Given | _Drawn | _Silent,
     keep: Sequence[str],
+    out: Paths | None,
 ) -> Paths:
     """Every step is written into its row of one buffer; nothing is stacked."""
-    states = start.new_empty(len(grid.nodes), *start.shape)
+    steps = len(grid.nodes) - 1
+    states = _buffer(out, "states", (steps + 1, *start.shape), start)
     states[0] = start
     actions: Tensor | None = None  # one buffer, once the first action has shown its shape
-    euler = type(solver) is EulerMaruyama
+    increments: Tensor | None = None
+    if "increments" in keep and source.shows_noise:
+        row = source.shape[:1] + source.shape[2:]
+        increments = _buffer(out, "increments", (steps, *row), start)
+    in_place = isinstance(solver, InPlaceSolver)
+    # normals that fit and are not kept are drawn into the path's own next row
+    spare = in_place and sde.noise == "diagonal"
     for k, t, h in _left_ends(grid, start):
         x, after = states[k], states[k + 1]
         action = _act(policy, t, x, source, k)
-        if euler:
-            # normals that fit and are not kept are drawn into the path's own next row
-            increment = source.increment(k, h, after if sde.noise == "diagonal" else None)
-            _euler_maruyama(after, sde, t, h, x, action, increment)
+        into = increments[k] if increments is not None else after if spare else None
+        increment = source.increment(k, h, into)
+        if in_place:
+            solver.step_into(after, sde, grid.nodes[k], grid.nodes[k + 1], x, action, increment)
         else:
-            after.copy_(_step(solver, sde, grid, k, x, action, source.increment(k, h, None)))
+            after.copy_(_step(solver, sde, grid, k, x, action, increment))
         if "actions" in keep:
-            actions = (
-                action.new_empty(len(states) - 1, *action.shape) if actions is None else actions
-            )
+            if actions is None:
+                actions = _buffer(out, "actions", (steps, *action.shape), action)
             actions[k] = action
     return Paths(
         states=states.movedim(0, 1),
         actions=None if actions is None else actions.movedim(0, 1),
-        increments=source.increments if "increments" in keep else None,
+        increments=None if increments is None else increments.movedim(0, 1),
         grid=grid,
         weights=source.weights,
     )
+
+
+def _buffer(out: Paths | None, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Time-major memory: of earlier paths, or fresh."""
+    if out is None:
+        return like.new_empty(shape)
+    earlier = getattr(out, name)
+    if earlier is None:
+        return like.new_empty(shape)
+    memory = earlier.movedim(1, 0)
+    fits = memory.shape == shape and memory.dtype == like.dtype and memory.device == like.device
+    if not fits or not memory.is_contiguous() or memory.requires_grad:
+        raise ValueError(
+            f"out.{name} must be {[shape[1], shape[0], *shape[2:]]} in {like.dtype} on "
+            f"{like.device}, made by simulate without a graph, got {list(earlier.shape)} in "
+            f"{earlier.dtype} on {earlier.device}"
+        )
+    return memory
 
 
 def _roll_out_with_graph(
@@ -178,19 +248,21 @@ def _roll_out_with_graph(
     start: Tensor,
     grid: TimeGrid,
     solver: Solver,
-    source: _Given | _Drawn,
+    source: _Given | _Drawn | _Silent,
     keep: Sequence[str],
 ) -> Paths:
     """Every step is a new tensor: what the graph has saved must not be written to again."""
     states, actions, increments = [start], list[Tensor](), list[Tensor]()
+    shown = "increments" in keep and source.shows_noise
     for k, t, h in _left_ends(grid, start):
         actions.append(_act(policy, t, states[k], source, k))
-        increments.append(source.increment(k, h, None))
-        states.append(_step(solver, sde, grid, k, states[k], actions[k], increments[k]))
+        increment = source.increment(k, h, None)
+        states.append(_step(solver, sde, grid, k, states[k], actions[k], increment))
+        increments.append(increment)
     return Paths(
         states=torch.stack(states, dim=1),
         actions=torch.stack(actions, dim=1) if "actions" in keep else None,
-        increments=torch.stack(increments, dim=1) if "increments" in keep else None,
+        increments=torch.stack(increments, dim=1) if shown else None,
         grid=grid,
         weights=source.weights,
     )
@@ -202,7 +274,7 @@ def _left_ends(grid: TimeGrid, start: Tensor) -> Iterator[tuple[int, Tensor, flo
     return zip(range(len(times)), times, grid.steps.tolist(), strict=True)
 
 
-def _act(policy: Policy, t: Tensor, x: Tensor, source: _Given | _Drawn, k: int) -> Tensor:
+def _act(policy: Policy, t: Tensor, x: Tensor, source: _Given | _Drawn | _Silent, k: int) -> Tensor:
     mean = policy.mean(t, x)
     if not isinstance(mean, Tensor):
         raise TypeError(f"policy.mean must return a tensor, got {type(mean).__name__}")
@@ -212,26 +284,6 @@ def _act(policy: Policy, t: Tensor, x: Tensor, source: _Given | _Drawn, k: int) 
             f"{list(mean.shape)}"
         )
     return policy.act(mean, t, source.for_action(k, mean) if policy.is_random else None)
-
-
-def _euler_maruyama(
-    after: Tensor,
-    sde: ControlledSDE,
-    t: Tensor,
-    h: float,
-    x: Tensor,
-    action: Tensor,
-    increment: Tensor,
-) -> None:
-    """``EulerMaruyama.step`` into ``after``, which may hold the increment of diagonal noise."""
-    sigma = sde.diffusion_at(t, x) if sde.noise == "diagonal" else None
-    if sigma is None:
-        torch.add(x, sde.spread(t, x, increment), out=after)
-    elif isinstance(sigma, Tensor):
-        torch.addcmul(x, sigma, increment, out=after)
-    else:
-        torch.add(x, increment, alpha=sigma, out=after)
-    after.add_(sde.drift_at(t, x, action), alpha=h)
 
 
 def _step(
@@ -268,6 +320,11 @@ def _check_types(
         raise TypeError(f"solver must be an object with a step, got {solver!r}")
     if isinstance(keep, str) or not set(keep) <= set(KEEP):
         raise ValueError(f"keep must be a tuple of names out of {KEEP}, got {keep!r}")
+
+
+def _check_generator(generator: Generator, like: Tensor) -> None:
+    if generator.device.type != like.device.type:
+        raise ValueError(f"generator must be on {like.device}, as start is, got {generator.device}")
 
 
 def _check_start(start: Tensor) -> None:

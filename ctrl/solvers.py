@@ -1,6 +1,13 @@
-"""One-step maps, and which of them have a transition density."""
+"""One-step maps, and which of them have a transition density.
+
+Between two nodes the action is held. Orders are those of a general, smooth equation; strong means
+the error of the path, weak that of expectations.
+
+Sources  [KP92] Kloeden & Platen, Numerical Solution of Stochastic Differential Equations.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -28,6 +35,24 @@ class Solver(Protocol):
 
 
 @runtime_checkable
+class InPlaceSolver(Solver, Protocol):
+    """A solver that can write its step into memory that is already there."""
+
+    def step_into(
+        self,
+        after: Tensor,
+        sde: ControlledSDE,
+        t0: Tensor,
+        t1: Tensor,
+        states: Tensor,
+        action: Tensor,
+        increment: Tensor,
+    ) -> None:
+        """``step`` into ``after``, which may be the increment's own memory for diagonal noise."""
+        ...
+
+
+@runtime_checkable
 class TransitionSolver(Solver, Protocol):
     """A solver whose step is Gaussian: step = mean + std * increment / sqrt(t1 - t0)."""
 
@@ -40,7 +65,7 @@ class TransitionSolver(Solver, Protocol):
 
 @dataclass(frozen=True)
 class EulerMaruyama:
-    """X + b h + sigma dW: strong order 1/2 (1 for additive noise), weak order 1."""
+    """X + b h + sigma dW (Ito): strong order 1/2, 1 for additive noise; weak order 1."""
 
     def step(
         self,
@@ -52,9 +77,32 @@ class EulerMaruyama:
         increment: Tensor,
     ) -> Tensor:
         """One step."""
+        sde.require_calculus("ito", "EulerMaruyama")
         t = t0.to(states)
         moved = states + float(t1 - t0) * sde.drift_at(t, states, action)
-        return moved + sde.spread(t, states, increment)
+        return moved + sde.spread(t, states, increment, action)
+
+    def step_into(
+        self,
+        after: Tensor,
+        sde: ControlledSDE,
+        t0: Tensor,
+        t1: Tensor,
+        states: Tensor,
+        action: Tensor,
+        increment: Tensor,
+    ) -> None:
+        """One step, in three calls for diagonal noise."""
+        sde.require_calculus("ito", "EulerMaruyama")
+        t = t0.to(states)
+        sigma = sde.diffusion_at(t, states, action) if sde.noise == "diagonal" else None
+        if sigma is None:
+            torch.add(states, sde.spread(t, states, increment, action), out=after)
+        elif isinstance(sigma, Tensor):
+            torch.addcmul(states, sigma, increment, out=after)
+        else:
+            torch.add(states, increment, alpha=sigma, out=after)
+        after.add_(sde.drift_at(t, states, action), alpha=float(t1 - t0))
 
     def transition(
         self, sde: ControlledSDE, t0: Tensor, t1: Tensor, states: Tensor, action: Tensor
@@ -64,6 +112,7 @@ class EulerMaruyama:
         Raises:
             ValueError: the noise is not diagonal, so the next state's coordinates are dependent.
         """
+        sde.require_calculus("ito", "EulerMaruyama")
         if sde.noise != "diagonal":
             raise ValueError(
                 f"sde must have diagonal noise, got {sde.noise}: the next state's coordinates are "
@@ -71,9 +120,130 @@ class EulerMaruyama:
             )
         t, h = t0.to(states), float(t1 - t0)
         sigma = torch.as_tensor(
-            sde.diffusion_at(t, states), dtype=states.dtype, device=states.device
+            sde.diffusion_at(t, states, action), dtype=states.dtype, device=states.device
         )
         return states + h * sde.drift_at(t, states, action), sigma.abs() * math.sqrt(h)
+
+
+@dataclass(frozen=True)
+class Milstein:
+    """X + b h + sigma dW + (d sigma / dx) sigma (dW^2 - h) / 2 (Ito): strong and weak order 1.
+
+    For diagonal noise (sigma_i of x_i alone, which is checked) and for a single Brownian motion;
+    others need Levy areas ([KP92] 10.3), which increments do not tell. The derivative is taken by
+    forward-mode differentiation.
+    """
+
+    def step(
+        self,
+        sde: ControlledSDE,
+        t0: Tensor,
+        t1: Tensor,
+        states: Tensor,
+        action: Tensor,
+        increment: Tensor,
+    ) -> Tensor:
+        """One step.
+
+        Raises:
+            ValueError: a Stratonovich equation, several Brownian motions that mix, or diagonal
+                noise whose sigma_i depends on another coordinate.
+        """
+        t, h = t0.to(states), float(t1 - t0)
+        moved = states + h * sde.drift_at(t, states, action)
+        moved = moved + sde.spread(t, states, increment, action)
+        return moved + self._correction(sde, t, h, states, action, increment)
+
+    def step_into(
+        self,
+        after: Tensor,
+        sde: ControlledSDE,
+        t0: Tensor,
+        t1: Tensor,
+        states: Tensor,
+        action: Tensor,
+        increment: Tensor,
+    ) -> None:
+        """One step, into ``after``."""
+        correction = self._correction(sde, t0.to(states), float(t1 - t0), states, action, increment)
+        EulerMaruyama().step_into(after, sde, t0, t1, states, action, increment)
+        after.add_(correction)
+
+    @staticmethod
+    def _correction(
+        sde: ControlledSDE, t: Tensor, h: float, states: Tensor, action: Tensor, increment: Tensor
+    ) -> Tensor:
+        sde.require_calculus("ito", "Milstein")
+        if sde.noise == "general" and sde.noise_dim != 1:
+            raise ValueError(
+                f"Milstein needs diagonal or scalar noise, got {sde.noise_dim} Brownian motions of "
+                "general noise, which need Levy areas; use EulerMaruyama, or Heun on "
+                "sde.to_stratonovich()"
+            )
+        excess = 0.5 * (increment.square() - h)
+        if sde.noise != "diagonal":
+            excess = excess.view(-1, *[1] * (states.ndim - 1))
+        return sde.noise_drift(t, states, action) * excess
+
+
+@dataclass(frozen=True)
+class Heun:
+    """X + (b + b') h / 2 + (sigma + sigma') dW / 2, primes at the Euler step (Stratonovich).
+
+    Strong order 1 for diagonal noise, a single Brownian motion and any that commute, 1/2 otherwise;
+    weak order 1, 2 for additive noise. Nothing is differentiated.
+    """
+
+    def step(
+        self,
+        sde: ControlledSDE,
+        t0: Tensor,
+        t1: Tensor,
+        states: Tensor,
+        action: Tensor,
+        increment: Tensor,
+    ) -> Tensor:
+        """One step.
+
+        Raises:
+            ValueError: an Ito equation.
+        """
+        sde.require_calculus("stratonovich", "Heun")
+        t, end, h = t0.to(states), t1.to(states), float(t1 - t0)
+        here = h * sde.drift_at(t, states, action) + sde.spread(t, states, increment, action)
+        there = states + here
+        over_there = h * sde.drift_at(end, there, action)
+        return states + 0.5 * (here + over_there + sde.spread(end, there, increment, action))
+
+
+@dataclass(frozen=True)
+class BlackBox:
+    """Any simulator: its paths have states and actions, and no noise to show.
+
+    Attributes:
+        function: (t0, t1, states [paths, *event], action [paths, *action]) -> states at t1. It
+            brings its own randomness. The problem's sde is not looked at.
+    """
+
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(
+                f"function must be (t0, t1, states, action) -> states, got {self.function!r}"
+            )
+
+    def step(
+        self,
+        sde: ControlledSDE,
+        t0: Tensor,
+        t1: Tensor,
+        states: Tensor,
+        action: Tensor,
+        increment: Tensor,
+    ) -> Tensor:
+        """One call of the simulator; ``sde`` and ``increment`` are not used."""
+        return self.function(t0, t1, states, action)
 
 
 def require_transition(solver: Solver) -> TransitionSolver:

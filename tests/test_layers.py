@@ -11,8 +11,13 @@ PACKAGES = ("ctrl", "diffusion_envs", "verification")
 # From the ground up. A package's name stands for its __init__, which comes after what it
 # re-exports.
 MODULES = """
-ctrl.estimate ctrl.sde ctrl.problem ctrl.policy ctrl.noise ctrl.paths ctrl.solvers ctrl.simulate
-ctrl.girsanov ctrl.transitions ctrl.policy_gradient ctrl
+ctrl.estimate ctrl.sde ctrl.problem ctrl.policy ctrl.exploration ctrl.noise ctrl.paths
+ctrl.solvers ctrl.torchsde_solver ctrl.simulate ctrl.girsanov ctrl.transitions ctrl.value
+ctrl.q_learning ctrl.policy_gradient ctrl.martingale ctrl.linear ctrl.lq ctrl.hjb ctrl.pendulum
+ctrl.problems
+ctrl.agents.policy_evaluation ctrl.agents.actor_critic ctrl.agents.q_learning ctrl.agents.cppo
+ctrl.agents.policy_iteration ctrl.agents
+ctrl.gym ctrl.plots ctrl
 diffusion_envs
 diffusion_envs.schedule diffusion_envs.denoising diffusion_envs.samplers diffusion_envs.gaussian
 diffusion_envs.linear_policy diffusion_envs.score diffusion_envs.value

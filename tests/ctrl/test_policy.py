@@ -85,6 +85,6 @@ def test_shapes_that_would_broadcast_are_refused():
     for noise in (None, torch.zeros(2, 3)):
         with pytest.raises(ValueError, match="noise"):
             policy.act(x[:, :1], t, noise)
-    wide = ctrl.GaussianPolicy(lambda t, x: x, std=lambda t: torch.full((3,), 0.2))
+    wide = ctrl.GaussianPolicy(lambda t, x: x, std=lambda t: torch.full((2,), 0.2))
     with pytest.raises((ValueError, TypeError), match="std"):
         wide.act(x, t, x)

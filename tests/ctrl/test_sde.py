@@ -108,7 +108,7 @@ def test_ill_conditioned_is_not_singular(seed, condition):
     expected = ((shift @ left) / values) @ right.T  # right (1 / values) left' shift
     # relative to the whole vector, a solve errs by round-off times the condition number
     gap = (u - expected).norm(dim=1) / expected.norm(dim=1)
-    assert gap.max() < 100 * 2.3e-16 * condition
+    assert gap.max() < 100 * 2.3e-16 * max(condition, 1 / 0.3)
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "scalar", "general"])
