@@ -6,6 +6,7 @@ Setting      dX = b(t, X, a) dt + sigma(t, X) dW, the same sigma and initial law
 Conventions  paths sampled under the policy, not the reference; natural logarithms.
 Sources      [SaA] "Score as Action", arXiv 2502.01819, Theorem 3.1.
              [KS91] Karatzas & Shreve, Brownian Motion and Stochastic Calculus, 3.5.
+             [K92] Kong 1992, a note on importance sampling, University of Chicago TR 348.
 """
 
 import torch
@@ -35,8 +36,11 @@ def controls(
     each = []
     for k, t in enumerate(nodes):
         x = paths.states[:, k]
-        shift = sde.drift_at(t, x, policy.mean(t, x)) - sde.drift_at(t, x, reference.mean(t, x))
-        each.append(sde.whiten(t, x, shift))
+        a, a_ref = policy.mean(t, x), reference.mean(t, x)
+        if sde.controls_diffusion:
+            _require_equal_diffusions(sde, t, x, a, a_ref)
+        shift = sde.drift_at(t, x, a) - sde.drift_at(t, x, a_ref)
+        each.append(sde.whiten(t, x, shift, a))
     found = torch.stack(each, dim=1)
     finite = torch.isfinite(found).all(2).all(0)
     if not bool(finite.all()):
@@ -46,6 +50,19 @@ def controls(
             "or the diffusion is too small for this precision"
         )
     return found
+
+
+def _require_equal_diffusions(
+    sde: ControlledSDE, t: Tensor, x: Tensor, a: Tensor, a_ref: Tensor
+) -> None:
+    one, other = sde.columns(t, x, a), sde.columns(t, x, a_ref)
+    gap = (one @ one.mT - other @ other.mT).abs().max()
+    if not bool(gap <= 1e-6 * other.square().sum((1, 2)).max()):
+        raise ValueError(
+            f"the two policies move the diffusion at t = {float(t):g}, by {float(gap):g} in sigma "
+            "sigma': laws with different diffusions have no likelihood ratio and their KL is "
+            "infinite; compare policies that differ in the drift alone"
+        )
 
 
 def path_kl(
@@ -106,3 +123,68 @@ def log_ratio(
     u = controls(sde, policy, reference, paths)
     brownian = paths.increments.reshape(u.shape)
     return ito_sum(u, brownian) + time_integral(0.5 * u.square().sum(-1), paths.grid)
+
+
+def terminal_kl_bound(
+    sde: ControlledSDE,
+    policy: Policy,
+    reference: Policy,
+    paths: Paths,
+    initial_kl: float = 0.0,
+) -> Float[Tensor, " paths"]:
+    """An upper bound on KL(p_T || p_ref,T), one value per path, nats ([SaA] Theorem 3.1).
+
+    Terminal states are a function of the path, so their KL is at most the path's (data processing);
+    with different initial laws their KL is added. The gap is the KL of the two paths given where
+    they end; it is positive unless the likelihood ratio is a function of X_T alone.
+    ``ctrl.linear`` has the exact gap of linear equations.
+
+    Args:
+        sde: the dynamics, shared by both policies.
+        policy: under which the paths were sampled.
+        reference: the law that the KL is from.
+        paths: states at every node.
+        initial_kl: KL of the initial laws, nats.
+
+    Raises:
+        ValueError: as ``path_kl``; or ``initial_kl`` is negative or not finite.
+    """
+    if not 0 <= initial_kl < float("inf"):
+        raise ValueError(f"initial_kl must be at least 0 and finite, got {initial_kl}")
+    return path_kl(sde, policy, reference, paths) + initial_kl
+
+
+def importance_weights(
+    log_ratio: Float[Tensor, " paths"], weights: Float[Tensor, " paths"] | None = None
+) -> Float[Tensor, " paths"]:
+    """Weights that turn paths of a policy into paths of the reference; they sum to 1.
+
+    dP_ref/dP = exp(-log_ratio), self-normalised: a weighted mean is biased by O(1/paths). Look at
+    ``effective_sample_size`` before you trust one.
+
+    Args:
+        log_ratio: log dP/dP_ref of every path, nats.
+        weights: that the paths have already (quadrature), non-negative.
+
+    Raises:
+        ValueError: a value is NaN or minus infinity, or the weights do not fit.
+    """
+    if bool(torch.isnan(log_ratio).any()) or bool(torch.isneginf(log_ratio).any()):
+        raise ValueError("log_ratio must be numbers, plus infinity allowed (weight 0)")
+    if weights is None:
+        return torch.softmax(-log_ratio, 0)
+    if weights.shape != log_ratio.shape or bool((weights < 0).any()):
+        raise ValueError(f"weights must be {list(log_ratio.shape)} and non-negative")
+    return torch.softmax(weights.log() - log_ratio, 0)
+
+
+def effective_sample_size(weights: Float[Tensor, " paths"]) -> float:
+    """1 / sum w^2 of weights that sum to 1: how many equal paths say as much ([K92]).
+
+    Raises:
+        ValueError: the weights are negative, not finite or do not sum to 1.
+    """
+    total = weights.double().sum().item()
+    if not bool((weights >= 0).all()) or not abs(total - 1) <= 1e-5:  # float32 round-off
+        raise ValueError(f"weights must be non-negative and sum to 1, they sum to {total:g}")
+    return 1 / weights.double().square().sum().item()

@@ -120,17 +120,27 @@ def over_steps(
     from; one after the other where it cannot (control flow that depends on values).
 
     Args:
-        function: of (t [], states [paths, *event], one slice [paths, *one] of each of ``more``).
+        function: of (t [], states [paths, *event], one slice [paths, *one] of each of ``more``);
+            without side effects.
         paths: whose states and times it is given.
         more: what else, for every step; the actions, say.
     """
     times = paths.grid.nodes[:-1].to(paths.states)
-    along = (paths.states[:, :-1], *more)
+    return _along(function, times, paths.states[:, :-1], *more)
+
+
+def over_nodes(
+    function: Callable[[Tensor, Tensor], Tensor], paths: Paths
+) -> Float[Tensor, "paths nodes *result"]:
+    """function(t, x) at every node, the last one too; else as ``over_steps``."""
+    return _along(function, paths.grid.nodes.to(paths.states), paths.states)
+
+
+def _along(function: Callable[..., Tensor], times: Tensor, *rows: Tensor) -> Tensor:
     try:
-        vectorised = torch.func.vmap(function, in_dims=(0, *[1] * len(along)), out_dims=1)
-        return vectorised(times, *along)
+        return torch.func.vmap(function, in_dims=(0, *[1] * len(rows)), out_dims=1)(times, *rows)
     except RuntimeError:  # not vectorisable; a real fault is raised again by the loop
-        moments = zip(times, *[each.unbind(1) for each in along], strict=True)
+        moments = zip(times, *[each.unbind(1) for each in rows], strict=True)
         return torch.stack([function(*moment) for moment in moments], dim=1)
 
 
@@ -185,9 +195,9 @@ def running_rewards(problem: ControlProblem, paths: Paths) -> Float[Tensor, "pat
         return paths.states.new_zeros(len(paths.states), len(steps))
 
     def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
-        return _one_a_path("running_reward", reward(t, x, a), len(x))
+        return one_a_path("running_reward", reward(t, x, a), len(x))
 
-    return _finite("running_reward", over_steps(rate, paths, kept_actions(paths))) * steps
+    return all_finite("running_reward", over_steps(rate, paths, kept_actions(paths))) * steps
 
 
 def regularised_rewards(
@@ -259,10 +269,15 @@ def terminal_rewards(
     if problem.terminal_reward is None:
         return states.new_zeros(len(states))
     value = problem.terminal_reward(states)
-    return _finite("terminal_reward", _one_a_path("terminal_reward", value, len(states)))
+    return all_finite("terminal_reward", one_a_path("terminal_reward", value, len(states)))
 
 
-def _one_a_path(name: str, value: Tensor, paths: int) -> Tensor:
+def one_a_path(name: str, value: Tensor, paths: int) -> Float[Tensor, " paths"]:
+    """``value``, refused where it is not one number a path.
+
+    Raises:
+        ValueError: it has another shape.
+    """
     if value.shape != (paths,):
         raise ValueError(
             f"{name} must return [{paths}], one number a path, got {list(value.shape)}"
@@ -270,7 +285,12 @@ def _one_a_path(name: str, value: Tensor, paths: int) -> Tensor:
     return value
 
 
-def _finite(name: str, value: Tensor) -> Tensor:
+def all_finite(name: str, value: Tensor) -> Tensor:
+    """``value``, refused where it is not finite.
+
+    Raises:
+        ValueError: it is infinite or NaN somewhere.
+    """
     if bad := int((~torch.isfinite(value)).reshape(len(value), -1).any(1).sum()):
         raise ValueError(f"{name} must be finite, but it is not on {bad} of {len(value)} paths")
     return value
