@@ -3,8 +3,18 @@
 Three nouns (problem, policy, paths) and pure functions of them.
 """
 
-from ctrl import girsanov, noise, policy_gradient, transitions
+from ctrl import (
+    girsanov,
+    martingale,
+    noise,
+    policy_gradient,
+    q_learning,
+    transitions,
+    trust_region,
+    value,
+)
 from ctrl.estimate import Estimate
+from ctrl.martingale import LinearValue
 from ctrl.noise import Noise
 from ctrl.paths import (
     Paths,
@@ -28,6 +38,7 @@ from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
 from ctrl.simulate import simulate
 from ctrl.solvers import BlackBox, EulerMaruyama, Heun, Milstein, Solver, TransitionSolver
+from ctrl.value import Value
 
 __all__ = [
     "BlackBox",
@@ -38,6 +49,7 @@ __all__ = [
     "EulerMaruyama",
     "GaussianPolicy",
     "Heun",
+    "LinearValue",
     "Milstein",
     "MultivariateGaussianPolicy",
     "Noise",
@@ -47,16 +59,21 @@ __all__ = [
     "Solver",
     "TimeGrid",
     "TransitionSolver",
+    "Value",
     "girsanov",
     "ito_sum",
+    "martingale",
     "noise",
     "policy_gradient",
     "policy_kl",
+    "q_learning",
     "regularised_rewards",
     "returns_to_go",
     "running_rewards",
     "simulate",
     "time_integral",
     "transitions",
+    "trust_region",
     "uniform_grid",
+    "value",
 ]

@@ -1,107 +1,353 @@
-"""Advantages by a rate, and surrogates whose trust region does not depend on the step.
+"""The policy gradient in continuous time: its estimators, advantages and trust regions.
+
+    grad V(0, x) = E int e^{-discount t} grad log pi(a_t) (dV + (r - temperature log pi
+                                                           - discount V) dt)   ([SaA] Theorem 4.1,
+                 = E int e^{-discount t} grad log pi(a_t) (q - temperature log pi) dt  [JZ22b] 2)
+
+Four estimators have this mean: with the return in place of dV (most variance, no value needed), the
+temporal difference, the q-rate, and the derivative of the q-rate in the action (pathwise; least).
+Each is one number a path whose *gradient* is the estimator: call ``backward`` on the (weighted)
+mean, or ``torch.autograd.grad``. The number itself means nothing. With the value of the
+continuous-time problem on a grid they are biased by O(h).
+
+What counts as the decision is an argument, a named thing:
+    ``DrawnActions()``      (view A) the policy draws a score and holds it; any solver.
+    ``Transitions(solver)`` (view B) the next state is decided, by the noise of the SDE; solvers
+                            with a transition density. The spread of the policy drops out.
+The return's variance grows like the number of steps in view A and not in view B.
 
 Sources  [SaA] Zhao, Chen, Zhang, Yao & Tang 2025, "Score as Action", arXiv 2502.01819.
-         [S16] Schulman et al. 2016, generalised advantage estimation, arXiv 1506.02438.
-         [S17] Schulman et al. 2017, proximal policy optimisation, arXiv 1707.06347.
+         [JZ22b] Jia & Zhou 2022, policy gradient and actor-critic, JMLR 23.
+         [ZTY] Zhao, Tang & Yao 2023, policy optimisation in continuous time, NeurIPS 36.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl import transitions
+from ctrl.advantages import continuous_gae, temporal_differences
+from ctrl.paths import Paths, kept_actions, over_steps, regularised_rewards, returns_to_go
+from ctrl.policy import DeterministicPolicy, Policy, RandomPolicy
+from ctrl.problem import ControlProblem
+from ctrl.q_learning import q_rate
+from ctrl.solvers import Solver, require_transition
+from ctrl.trust_region import clipped_surrogate, penalised_surrogate
+from ctrl.value import Value, discount_factors, values
 
-def temporal_differences(
-    values: Float[Tensor, "paths nodes"],
-    rewards: Float[Tensor, "paths steps"],
-    step_sizes: Float[Tensor, " steps"],
-    discount: float = 0.0,
+__all__ = [
+    "Decisions",
+    "DrawnActions",
+    "Transitions",
+    "clipped_surrogate",
+    "continuous_gae",
+    "pathwise_gradient",
+    "penalised_surrogate",
+    "performance_difference",
+    "q_rate_gradient",
+    "return_gradient",
+    "surrogate",
+    "temporal_difference_gradient",
+    "temporal_differences",
+]
+
+
+class Decisions(Protocol):
+    """What the policy decides at every step."""
+
+    def log_prob(
+        self, problem: ControlProblem, policy: Policy, paths: Paths
+    ) -> Float[Tensor, "paths steps"]:
+        """Log-density of the decision of every step, nats; the gradient goes through it."""
+        ...
+
+    def advantages(
+        self, problem: ControlProblem, policy: Policy, value: Value, paths: Paths
+    ) -> Float[Tensor, "paths steps"]:
+        """First-order worth of every decision beyond the policy's average, reward."""
+        ...
+
+
+@dataclass(frozen=True)
+class DrawnActions:
+    """View A: the actions that the policy drew; (q - temperature log pi) h is their worth."""
+
+    def log_prob(
+        self, problem: ControlProblem, policy: Policy, paths: Paths
+    ) -> Float[Tensor, "paths steps"]:
+        """log pi(a_k | t_k, X_k).
+
+        Raises:
+            TypeError: the policy does not draw its actions.
+        """
+        return over_steps(_random(policy).log_prob, paths, kept_actions(paths))
+
+    def advantages(
+        self, problem: ControlProblem, policy: Policy, value: Value, paths: Paths
+    ) -> Float[Tensor, "paths steps"]:
+        """(q(t_k, X_k, a_k) - temperature log pi(a_k)) h_k."""
+        random = _random(policy)
+
+        def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+            q = q_rate(problem, value, t, x, a)
+            if not problem.temperature:
+                return q
+            return q - problem.temperature * random.log_prob(t, x, a)
+
+        return over_steps(rate, paths, kept_actions(paths)) * paths.grid.steps.to(paths.states)
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """View B: the next states; grad V . (X_{k+1} - E X_{k+1}) is their worth, to first order.
+
+    Attributes:
+        solver: whose transition density counts, the one that made the paths.
+    """
+
+    solver: Solver
+
+    def __post_init__(self) -> None:
+        require_transition(self.solver)
+
+    def log_prob(
+        self, problem: ControlProblem, policy: Policy, paths: Paths
+    ) -> Float[Tensor, "paths steps"]:
+        """log p(X_{k+1} | X_k).
+
+        Raises:
+            ValueError: the problem rewards entropy, which the next state does not have.
+        """
+        if problem.temperature:
+            raise ValueError(
+                f"problem.temperature must be 0, got {problem.temperature:g}: where the next state "
+                "is the decision, the spread of the actions drops out; use DrawnActions()"
+            )
+        return transitions.log_prob(problem.sde, self.solver, policy, paths)
+
+    def advantages(
+        self, problem: ControlProblem, policy: Policy, value: Value, paths: Paths
+    ) -> Float[Tensor, "paths steps"]:
+        """grad V(t_k, X_k) . (X_{k+1} - E[X_{k+1} | X_k])."""
+        gaussian, nodes = require_transition(self.solver), paths.grid.nodes
+        each = []
+        for k, x in enumerate(paths.states[:, :-1].unbind(1)):
+            t = nodes[k].to(x)
+            action = policy.mean(t, x)
+            mean, _ = gaussian.transition(problem.sde, nodes[k], nodes[k + 1], x, action)
+            surprise = paths.states[:, k + 1] - mean
+            each.append(_directional(value, t, x, surprise))
+        return torch.stack(each, dim=1)
+
+
+def _directional(value: Value, t: Tensor, x: Tensor, direction: Tensor) -> Tensor:
+    def at(y: Tensor) -> Tensor:
+        return value(t, y)
+
+    return torch.func.jvp(at, (x,), (direction,))[1]
+
+
+def return_gradient(
+    problem: ControlProblem,
+    policy: Policy,
+    paths: Paths,
+    baseline: Value | None = None,
+    decisions: Decisions | None = None,
+) -> Float[Tensor, " paths"]:
+    """grad log pi times the return to go less a baseline, summed over steps.
+
+    Args:
+        problem: which pays.
+        policy: that made the paths; the gradient is in what it depends on.
+        paths: to the horizon, with what the decisions need.
+        baseline: a function of (t, x), any; the value function takes away most variance.
+        decisions: ``DrawnActions()`` if not given.
+
+    Raises:
+        ValueError: the paths do not fit the problem; TypeError: nor the policy the decisions.
+    """
+    log_prob = _log_prob(decisions, problem, policy, paths)
+    ahead = returns_to_go(problem, paths, policy)[:, :-1]
+    if baseline is not None:
+        ahead = ahead - values(baseline, problem, paths)[:, :-1]
+    return _summed(problem, paths, log_prob, ahead)
+
+
+def temporal_difference_gradient(
+    problem: ControlProblem,
+    policy: Policy,
+    value: Value,
+    paths: Paths,
+    decisions: Decisions | None = None,
+    *,
+    rate: float = math.inf,
+) -> Float[Tensor, " paths"]:
+    """grad log pi times dV + (r - temperature log pi - discount V) dt ([SaA] Theorem 4.1).
+
+    Args:
+        problem: which pays.
+        policy: that made the paths; the gradient is in what it depends on.
+        value: V of the policy, exact or learned.
+        paths: with what the decisions need.
+        decisions: ``DrawnActions()`` if not given.
+        rate: of ``continuous_gae``, 1/time; infinite for the one-step difference.
+    """
+    log_prob = _log_prob(decisions, problem, policy, paths)
+    along, h = values(value, problem, paths), paths.grid.steps.to(paths.states)
+    rewards = regularised_rewards(problem, paths, policy)
+    advantages = continuous_gae(along, rewards, h, rate, problem.discount)
+    return _summed(problem, paths, log_prob, advantages)
+
+
+def q_rate_gradient(
+    problem: ControlProblem,
+    policy: Policy,
+    value: Value,
+    paths: Paths,
+    decisions: Decisions | None = None,
+) -> Float[Tensor, " paths"]:
+    """grad log pi times (q - temperature log pi) dt ([SaA] Theorem 4.1, [JZ22b] Theorem 2).
+
+    Args:
+        problem: which pays, and whose dynamics q needs.
+        policy: that made the paths; the gradient is in what it depends on.
+        value: V of the policy; differentiable by ``torch.func.jvp``.
+        paths: with what the decisions need.
+        decisions: ``DrawnActions()`` if not given.
+    """
+    chosen = decisions or DrawnActions()
+    log_prob = chosen.log_prob(problem, policy, paths)
+    advantages = chosen.advantages(problem, policy, value, paths)
+    return _summed(problem, paths, log_prob, advantages)
+
+
+def pathwise_gradient(
+    problem: ControlProblem, policy: Policy, value: Value, paths: Paths
+) -> Float[Tensor, " paths"]:
+    """(d a / d theta)' grad_a (q - temperature log pi) dt, the states held ([SaA] Theorem 4.1).
+
+    For a terminal reward this is E int g^2 (d mu / d theta)' grad V dt. Actions are written as mean
+    plus spread times the noise that made them, which is kept.
+
+    Args:
+        problem: which pays, and whose dynamics q needs.
+        policy: Gaussian or deterministic; the gradient is in what it depends on.
+        value: V of the policy; differentiable by ``torch.func.jvp``.
+        paths: with their actions.
+    """
+
+    def one(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        fixed = a.detach().requires_grad_()
+        with torch.enable_grad():
+            worth = q_rate(problem, value, t, x.detach(), fixed)
+            if problem.temperature:
+                worth = worth - problem.temperature * _random(policy).log_prob(t, x, fixed)
+            (slope,) = torch.autograd.grad(worth.sum(), fixed)
+        again = _reparametrised(policy, t, x, a.detach())
+        return (slope.detach() * again).reshape(len(x), -1).sum(1)
+
+    times = paths.grid.nodes[:-1].to(paths.states)
+    moments = zip(times, paths.states[:, :-1].unbind(1), kept_actions(paths).unbind(1), strict=True)
+    rates = torch.stack([one(*moment) for moment in moments], dim=1)
+    h = paths.grid.steps.to(rates)
+    return (discount_factors(problem, paths) * rates * h).sum(1)
+
+
+def _reparametrised(policy: Policy, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+    """The action as a function of what the policy depends on, its noise held."""
+    mean = policy.mean(t, x)
+    if isinstance(policy, DeterministicPolicy):
+        return mean
+    if not isinstance(policy, RandomPolicy):
+        raise TypeError(f"policy must be Gaussian or deterministic, got {type(policy).__name__}")
+    # act is affine in the noise, so the noise is recovered by solving for it
+    zero, flat = torch.zeros_like(mean), mean[0].numel()
+    unit = torch.eye(flat).to(mean).view(flat, 1, *mean.shape[1:])
+    columns = torch.stack(
+        [(policy.act(zero, t, e.expand_as(mean)))[0].reshape(-1) for e in unit], dim=1
+    ).detach()
+    noise = torch.linalg.solve(columns, (a - mean).detach().reshape(len(x), -1).T).T
+    return policy.act(mean, t, noise.view_as(mean))
+
+
+def performance_difference(
+    problem: ControlProblem,
+    value: Value,
+    new_policy: Policy,
+    new_paths: Paths,
+) -> Float[Tensor, " paths"]:
+    """V^{new}(0, x) - V(0, x) = E^{new} int e^{-discount t} (q - temperature log pi_new) dt.
+
+    ([SaA] Lemma 4.2, [ZTY] Theorem 2.) One value a path.
+
+    Args:
+        problem: which pays.
+        value: V of the *old* policy; q is its q-rate.
+        new_policy: the other policy, deterministic or random.
+        new_paths: of the *new* policy, from the same initial law, with their actions.
+    """
+    rates = _regularised_q(problem, value, new_policy, new_paths)
+    return (discount_factors(problem, new_paths) * rates * new_paths.grid.steps.to(rates)).sum(1)
+
+
+def surrogate(
+    problem: ControlProblem,
+    value: Value,
+    policy: RandomPolicy,
+    new_policy: RandomPolicy,
+    paths: Paths,
+) -> Float[Tensor, " paths"]:
+    """L(new) - V = E^{old} int e^{-discount t} E_{a ~ new}[ q - temperature log pi_new ] dt.
+
+    The performance difference with the old policy's states ([SaA] Theorem 4.4); the new actions are
+    the old ones, reweighted by the ratio of densities.
+
+    Args:
+        problem: which pays.
+        value: V of the old policy.
+        policy: the old one, that made the paths.
+        new_policy: the other one.
+        paths: of the old policy, with their actions.
+    """
+    actions = kept_actions(paths)
+    new, old = (over_steps(each.log_prob, paths, actions) for each in (new_policy, policy))
+    rates = _regularised_q(problem, value, new_policy, paths)
+    ratio = (new - old.detach()).exp()
+    return (discount_factors(problem, paths) * ratio * rates * paths.grid.steps.to(rates)).sum(1)
+
+
+def _regularised_q(
+    problem: ControlProblem, value: Value, policy: Policy, paths: Paths
 ) -> Float[Tensor, "paths steps"]:
-    """exp(-discount h_k) V_{k+1} - V_k + r_k: [SaA] Theorem 4.1's integrand over a step.
+    def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        q = q_rate(problem, value, t, x, a)
+        if not problem.temperature:
+            return q
+        return q - problem.temperature * _random(policy).log_prob(t, x, a)
 
-    Args:
-        values: V at every node; the last column is the terminal reward.
-        rewards: the running reward integrated over each step (not its rate).
-        step_sizes: h_k, time.
-        discount: a rate, 1/time.
+    return over_steps(rate, paths, kept_actions(paths))
 
-    Raises:
-        ValueError: the shapes do not fit one another.
-    """
-    paths, steps = rewards.shape
-    if values.shape != (paths, steps + 1) or step_sizes.shape != (steps,):
-        raise ValueError(
-            f"values must be [{paths}, {steps + 1}] and step_sizes [{steps}] to fit rewards, got "
-            f"{list(values.shape)} and {list(step_sizes.shape)}"
+
+def _random(policy: Policy) -> RandomPolicy:
+    if not isinstance(policy, RandomPolicy):
+        raise TypeError(
+            f"policy must draw its actions and know their density, got {type(policy).__name__}; "
+            "use a GaussianPolicy, or Transitions(solver) for a deterministic one"
         )
-    return torch.exp(-discount * step_sizes) * values[:, 1:] - values[:, :-1] + rewards
+    return policy
 
 
-def continuous_gae(
-    values: Float[Tensor, "paths nodes"],
-    rewards: Float[Tensor, "paths steps"],
-    step_sizes: Float[Tensor, " steps"],
-    rate: float,
-    discount: float = 0.0,
-) -> Float[Tensor, "paths steps"]:
-    """Generalised advantages: A_k = sum_l exp(-(discount + rate) (t_l - t_k)) delta_l.
-
-    ``rate`` plays the role of [S16]'s lambda = exp(-rate h), so that refining the grid does not
-    change the estimator. 0 gives the return minus V (unbiased whatever V is), infinity the one-step
-    temporal difference (least variance; its bias is that of V).
-
-    Args:
-        values: V at every node, reward; the last column is the terminal reward.
-        rewards: the running reward integrated over each step, reward.
-        step_sizes: h_k, time.
-        rate: of forgetting, 1/time; non-negative, may be infinite.
-        discount: a rate, 1/time.
-
-    Returns:
-        One advantage per path and step, in reward (integrated over the step, not a rate).
-
-    Raises:
-        ValueError: ``rate`` is negative or NaN, or the shapes do not fit.
-    """
-    if not rate >= 0:
-        raise ValueError(f"rate must be at least 0 (it may be infinite), got {rate}")
-    deltas = temporal_differences(values, rewards, step_sizes, discount)
-    if math.isinf(rate):
-        return deltas
-    keep = torch.exp(-(discount + rate) * step_sizes)
-    advantages = [deltas[:, -1]]
-    for k in range(deltas.shape[1] - 2, -1, -1):
-        advantages.append(deltas[:, k] + keep[k] * advantages[-1])
-    return torch.stack(advantages[::-1], dim=1)
+def _log_prob(
+    decisions: Decisions | None, problem: ControlProblem, policy: Policy, paths: Paths
+) -> Tensor:
+    return (decisions or DrawnActions()).log_prob(problem, policy, paths)
 
 
-def clipped_surrogate(
-    log_ratio: Float[Tensor, " rows"],
-    advantage: Float[Tensor, " rows"],
-    half_width: Float[Tensor, " rows"],
-) -> Float[Tensor, " rows"]:
-    """min(ratio A, clip(ratio) A) of [S17], with the clip on the log-ratio of a whole step.
-
-    Args:
-        log_ratio: log density of the step's decision, new over old policy, summed over coordinates.
-        advantage: of that decision, reward.
-        half_width: trusted |log_ratio| of each row, nats. A step of size h has a log-ratio of
-            spread proportional to sqrt(h), so a range that is to mean the same on every grid
-            scales so too.
-
-    Returns:
-        The surrogate gain of each row, reward. At equal policies its gradient is that of
-        log_ratio times advantage.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if not log_ratio.shape == advantage.shape == half_width.shape:
-        raise ValueError(
-            "log_ratio, advantage and half_width must have one shape, got "
-            f"{list(log_ratio.shape)}, {list(advantage.shape)} and {list(half_width.shape)}"
-        )
-    ratio = log_ratio.exp()
-    trusted = torch.minimum(torch.maximum(log_ratio, -half_width), half_width).exp()
-    return torch.minimum(ratio * advantage, trusted * advantage)
+def _summed(
+    problem: ControlProblem, paths: Paths, log_prob: Tensor, advantages: Tensor
+) -> Float[Tensor, " paths"]:
+    return (discount_factors(problem, paths) * log_prob * advantages.detach()).sum(1)

@@ -78,6 +78,12 @@ def martingale_increments(
     return keep * along[:, 1:] - along[:, :-1] + rewards - average_reward * h
 
 
+def discount_factors(problem: ControlProblem, paths: Paths) -> Float[Tensor, " steps"]:
+    """e^{-discount (t_k - t_0)}: what a reward of each step is worth at the first node."""
+    nodes = paths.grid.nodes[:-1]
+    return torch.exp(-problem.discount * (nodes - nodes[0])).to(paths.states)
+
+
 def generator(
     sde: ControlledSDE,
     value: Value,
@@ -102,9 +108,12 @@ def generator(
     drift = sde.drift_at(t, states, actions)
     transport = torch.func.jvp(value, (t, states), (torch.ones_like(t), drift))[1]
 
+    def at(x: Tensor) -> Tensor:
+        return value(t, x)
+
     def curvature(direction: Tensor) -> Tensor:
         def slope(x: Tensor) -> Tensor:
-            return torch.func.jvp(lambda y: value(t, y), (x,), (direction,))[1]
+            return torch.func.jvp(at, (x,), (direction,))[1]
 
         return torch.func.jvp(slope, (states,), (direction,))[1]
 
