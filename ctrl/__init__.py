@@ -14,6 +14,7 @@ from ctrl import (
     value,
 )
 from ctrl.estimate import Estimate
+from ctrl.exploration import exploratory_sde
 from ctrl.martingale import LinearValue
 from ctrl.noise import Noise
 from ctrl.paths import (
@@ -60,6 +61,7 @@ __all__ = [
     "TimeGrid",
     "TransitionSolver",
     "Value",
+    "exploratory_sde",
     "girsanov",
     "ito_sum",
     "martingale",

@@ -23,7 +23,7 @@ Sources  [SaA] Zhao, Chen, Zhang, Yao & Tang 2025, "Score as Action", arXiv 2502
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -56,6 +56,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class Decisions(Protocol):
     """What the policy decides at every step."""
 

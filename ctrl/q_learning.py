@@ -18,11 +18,11 @@ Sources  [JZ23] Jia & Zhou 2023, q-learning in continuous time, JMLR 24.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.exploration import drawn_actions
 from ctrl.martingale import TestFunctions, moments
 from ctrl.paths import Paths, all_finite, kept_actions, one_a_path, over_steps, running_rewards
 from ctrl.policy import MultivariateGaussianPolicy, RandomPolicy
@@ -125,31 +125,11 @@ class ConsistentQ:
     def __call__(self, t: Tensor, states: Tensor, actions: Tensor) -> Tensor:
         """q(t, x, a) less its mean under the policy, plus the entropy's share, reward/time."""
         mean = self.policy.mean(t, states)
-        points, weights = _gauss_hermite(self.nodes, mean)
-
-        def at(z: Tensor) -> Tensor:
-            a = self.policy.act(mean, t, z.expand_as(mean))
-            return self.q(t, states, a)
-
-        average = weights @ torch.stack([at(z) for z in points])
+        average = torch.zeros_like(mean.flatten(1)[:, 0])
+        for weight, action in drawn_actions(self.policy, t, mean, self.nodes):
+            average = average + weight * self.q(t, states, action)
         entropy = self.policy.entropy(t, states)
         return self.q(t, states, actions) - average - self.temperature * entropy
-
-
-def _gauss_hermite(nodes: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Points [n, *action] and weights [n] of the standard normal's product rule."""
-    shape = like.shape[1:]
-    points, masses = np.polynomial.hermite_e.hermegauss(nodes)
-    if nodes ** shape.numel() > 100_000:
-        raise ValueError(
-            f"nodes ** action coordinates must be at most 100000, got {nodes} ** {shape.numel()}; "
-            "use fewer nodes, or GibbsQ, which needs none"
-        )
-    rule = torch.as_tensor(points).to(like)
-    mass = torch.as_tensor(masses / masses.sum()).to(like)
-    which = torch.cartesian_prod(*[torch.arange(nodes, device=like.device)] * shape.numel())
-    which = which.view(-1, shape.numel())
-    return rule[which].view(-1, *shape), mass[which].prod(1)
 
 
 def gibbs_policy(
