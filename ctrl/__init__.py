@@ -4,6 +4,7 @@ Three nouns (problem, policy, paths) and pure functions of them.
 """
 
 from ctrl import (
+    agents,
     girsanov,
     martingale,
     noise,
@@ -61,6 +62,7 @@ __all__ = [
     "TimeGrid",
     "TransitionSolver",
     "Value",
+    "agents",
     "exploratory_sde",
     "girsanov",
     "ito_sum",

@@ -3,6 +3,7 @@
 Sources  [JZ22b] Jia & Zhou 2022, policy gradient and actor-critic, JMLR 23.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -225,7 +226,8 @@ def regularised_rewards(
 
 def ends_at_horizon(problem: ControlProblem, grid: TimeGrid) -> bool:
     """Whether the last node is the horizon, where the terminal reward is paid."""
-    return abs(float(grid.nodes[-1]) - problem.horizon) <= 1e-6 * problem.horizon  # float32 grids
+    gap = abs(float(grid.nodes[-1]) - problem.horizon)
+    return math.isfinite(problem.horizon) and gap <= 1e-6 * problem.horizon  # float32 grids
 
 
 def returns_to_go(
