@@ -1,57 +1,307 @@
-"""Advantages by a rate against their defining sum; the surrogate's bounds."""
+"""Estimators against the exact gradient of the discrete problem, on quadrature noise."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ctrl.policy_gradient import clipped_surrogate, continuous_gae
+import ctrl
+from ctrl import policy_gradient as pg
+from tests.ctrl import lq_chain as lq
+
+ROUND_OFF = {"rtol": 1e-11, "atol": 1e-12}  # of 5 ** 6 weighted paths
 
 
-@given(
-    rate=st.floats(0.1, 3.0),
-    discount=st.floats(0.0, 1.5),
-    gaps=st.lists(st.floats(0.05, 0.7), min_size=2, max_size=5),
+def exact_gradient(parameters, **settings):
+    return torch.autograd.grad(lq.performance(lq.values(*parameters, **settings)), parameters)
+
+
+def gradient(each, paths, parameters):
+    return torch.autograd.grad(paths.weights @ each, parameters, retain_graph=True)
+
+
+def assert_same(found, expected, **tolerance):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    theta = lq.parameters()
+    problem, policy = lq.problem(), lq.policy(*theta)
+    value = lq.value_function(lq.values(*theta))
+    return theta, problem, policy, value, lq.paths(problem, policy)
+
+
+def test_no_tested_gradient_is_near_zero(setting):
+    """Otherwise a wrong factor could not be seen."""
+    assert all(abs(g) > 0.02 for g in exact_gradient(setting[0]))
+
+
+@pytest.mark.parametrize("estimator", ["return", "return less V", "difference", "gae"])
+def test_drawn_actions_give_the_exact_gradient_of_the_chain(setting, estimator):
+    theta, problem, policy, value, paths = setting
+    each = {
+        "return": lambda: pg.return_gradient(problem, policy, paths),
+        "return less V": lambda: pg.return_gradient(problem, policy, paths, value),
+        "difference": lambda: pg.temporal_difference_gradient(problem, policy, value, paths),
+        "gae": lambda: pg.temporal_difference_gradient(problem, policy, value, paths, rate=1.3),
+    }[estimator]()
+    assert_same(gradient(each, paths, theta), exact_gradient(theta), **ROUND_OFF)
+
+
+def wrong_entropy(problem, policy, value, paths):
+    return pg.temporal_difference_gradient(replace(problem, temperature=0.0), policy, value, paths)
+
+
+def wrong_discount(problem, policy, value, paths):
+    return pg.temporal_difference_gradient(replace(problem, discount=0.0), policy, value, paths)
+
+
+def score_at_the_next_state(problem, policy, value, paths):
+    moved = replace(paths, states=torch.cat([paths.states[:, 1:], paths.states[:, -1:]], 1))
+    log_prob = pg.DrawnActions().log_prob(problem, policy, moved)
+    dm = ctrl.martingale.increments(value, problem, paths, policy).detach()
+    return (ctrl.value.discount_factors(problem, paths) * log_prob * dm).sum(1)
+
+
+def no_outer_discount(problem, policy, value, paths):
+    dm = ctrl.martingale.increments(value, problem, paths, policy).detach()
+    return (pg.DrawnActions().log_prob(problem, policy, paths) * dm).sum(1)
+
+
+@pytest.mark.parametrize(
+    "wrong", [wrong_entropy, wrong_discount, score_at_the_next_state, no_outer_discount]
 )
-def test_gae_is_the_exponentially_weighted_sum_of_differences(rate, discount, gaps):
-    g = torch.Generator().manual_seed(1)
-    h = torch.tensor(gaps, dtype=torch.float64)
-    values = torch.randn(3, len(gaps) + 1, dtype=torch.float64, generator=g)
-    rewards = torch.randn(3, len(gaps), dtype=torch.float64, generator=g)
-    got = continuous_gae(values, rewards, h, rate, discount)
-    times = torch.cat([h.new_zeros(1), h.cumsum(0)])
-    for k in range(len(gaps)):
-        expected = torch.zeros(3, dtype=torch.float64)
-        for j in range(k, len(gaps)):
-            delta = math.exp(-discount * gaps[j]) * values[:, j + 1] - values[:, j] + rewards[:, j]
-            expected += torch.exp(-(discount + rate) * (times[j] - times[k])) * delta
-        torch.testing.assert_close(got[:, k], expected, rtol=1e-10, atol=1e-10)
+def test_the_comparison_rejects_wrong_variants(setting, wrong):
+    theta, problem, policy, value, paths = setting
+    found = gradient(wrong(problem, policy, value, paths), paths, theta)
+    gaps = [abs(float(f - e)) for f, e in zip(found, exact_gradient(theta), strict=True)]
+    assert max(gaps) > 1e-3
 
 
-def test_gae_refuses_bad_rates_and_shapes():
-    values, rewards, h = torch.zeros(2, 4), torch.zeros(2, 3), torch.ones(3)
-    for rate in (-0.1, math.nan):
-        with pytest.raises(ValueError, match="rate"):
-            continuous_gae(values, rewards, h, rate)
-    with pytest.raises(ValueError, match="values"):
-        continuous_gae(values[:, :3], rewards, h, 1.0)
+def test_an_action_dependent_baseline_is_biased_and_one_of_the_state_is_not(setting):
+    theta, problem, policy, value, paths = setting
+    shifted = pg.return_gradient(problem, policy, paths, lambda t, x: 3 + x[:, 0] * t)
+    # the baseline is pinned to the terminal reward at the horizon only, which no decision follows
+    assert_same(gradient(shifted, paths, theta), exact_gradient(theta), **ROUND_OFF)
 
 
-def test_clipped_surrogate_is_a_lower_bound_that_touches_at_equality():
-    log_ratio = torch.linspace(-1, 1, 41, dtype=torch.float64)
-    width = torch.full_like(log_ratio, 0.2)
-    for sign in (1.0, -1.0):
-        advantage = torch.full_like(log_ratio, sign)
-        got = clipped_surrogate(log_ratio, advantage, width)
-        assert bool((got <= log_ratio.exp() * advantage + 1e-12).all())
-        assert got[20].item() == pytest.approx(sign)
-        flat = got[-1] - got[-5] if sign > 0 else got[0] - got[4]
-        assert abs(flat.item()) < 1e-12  # beyond the trusted range nothing is gained
+def test_transitions_give_the_exact_gradient_of_the_chain():
+    """View B, deterministic policy: its chain is the mean action's."""
+    theta = lq.parameters(log_std=-40.0)[:2]  # no spread
+    silent = torch.tensor(-40.0, dtype=torch.float64)
+    settings = {"temperature": 0.0}
+    coefficients = lq.values(*theta, silent, **settings)
+    expected = torch.autograd.grad(lq.performance(coefficients), theta)
+    problem = lq.problem(temperature=0.0)
+    policy = ctrl.DeterministicPolicy(lambda t, x: theta[0] * x + theta[1])
+    noise = ctrl.noise.gauss_hermite(lq.GRID.steps, nodes=6)
+    start = torch.full((len(noise.increments), 1), lq.START, dtype=torch.float64)
+    paths = ctrl.simulate(problem, policy, start, lq.GRID, noise=noise)
+    view = pg.Transitions(ctrl.EulerMaruyama())
+    value = lq.value_function(coefficients)
+    drift_gradient = pg.temporal_difference_gradient(problem, policy, value, paths, view)
+    # the action's own cost is paid whatever the next state is: its slope is the path's
+    own_cost = (
+        ctrl.value.discount_factors(problem, paths)
+        * lq.GRID.steps
+        * -0.5
+        * lq.N
+        * torch.stack([policy.mean(None, x)[:, 0] for x in paths.states[:, :-1].unbind(1)], 1) ** 2
+    ).sum(1)
+    found = gradient(drift_gradient + own_cost, paths, theta)
+    assert_same(found, expected, **ROUND_OFF)
+    total = pg.return_gradient(problem, policy, paths, decisions=view)
+    assert_same(gradient(total + own_cost, paths, theta), expected, **ROUND_OFF)
 
 
-def test_clipped_surrogate_refuses_shapes_that_would_broadcast():
-    rows = torch.zeros(4)
-    with pytest.raises((ValueError, TypeError)):  # the shape check of the test run may come first
-        clipped_surrogate(rows, rows[:, None].expand(4, 4).sum(1, keepdim=True), rows)
+def terminal_problem():
+    """No running reward, no entropy: the setting of Score as Action."""
+    sde = ctrl.ControlledSDE(lambda t, x, a: lq.A * x + lq.B * a, lambda t, x: lq.S)
+    return ctrl.ControlProblem(sde, 0.9, terminal_reward=lambda x: -0.5 * lq.H * x[:, 0].square())
+
+
+def terminal_value(gain, offset):
+    """Exact V(t, x) of the continuous-time problem, closed loop dX = (cX + d)dt + S dW."""
+    c, d = lq.A + lq.B * gain, lq.B * offset
+
+    def value(t, x):
+        left = 0.9 - t
+        f = torch.exp(torch.as_tensor(c * left))
+        mean = f * x[:, 0] + d / c * (f - 1)
+        return -0.5 * lq.H * (mean.square() + lq.S**2 * (f.square() - 1) / (2 * c))
+
+    return value
+
+
+def continuous_gradient(gain, offset):
+    """d/d(gain, offset) of V(0, START) by differentiating the closed form."""
+    theta = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (gain, offset)]
+    x = torch.full((1, 1), lq.START, dtype=torch.float64)
+    value = terminal_value(*theta)(torch.zeros((), dtype=torch.float64), x)
+    return torch.autograd.grad(value.sum(), theta)
+
+
+@pytest.mark.parametrize("view", ["drawn", "transitions", "pathwise"])
+def test_q_rates_tend_to_the_gradient_of_the_continuous_problem_at_order_one(view):
+    """[SaA] Theorem 4.1 with the exact V; left-point sums err by O(h)."""
+    gain, offset = -0.6, 0.45
+    expected = continuous_gradient(gain, offset)
+    problem, value = terminal_problem(), terminal_value(gain, offset)
+    gaps = []
+    for steps in (1, 2, 4) if view != "drawn" else (1, 2, 3):
+        theta = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (gain, offset)]
+        mean = lambda t, x: theta[0] * x + theta[1]  # noqa: B023, E731
+        grid = ctrl.uniform_grid(0.9, steps)
+        drawn = view == "drawn"
+        policy = ctrl.GaussianPolicy(mean, 0.3) if drawn else ctrl.DeterministicPolicy(mean)
+        noise = ctrl.noise.gauss_hermite(
+            grid.steps, nodes=4 if drawn else 5, action=(1,) if drawn else None
+        )
+        start = torch.full((len(noise.increments), 1), lq.START, dtype=torch.float64)
+        paths = ctrl.simulate(problem, policy, start, grid, noise=noise)
+        if view == "pathwise":
+            each = pg.pathwise_gradient(problem, policy, value, paths)
+        else:
+            named = pg.DrawnActions() if drawn else pg.Transitions(ctrl.EulerMaruyama())
+            each = pg.q_rate_gradient(problem, policy, value, paths, named)
+        found = gradient(each, paths, theta)
+        gaps.append([abs(float(f - e)) for f, e in zip(found, expected, strict=True)])
+    first, last = gaps[0], gaps[-1]
+    refinement = 3 if view == "drawn" else 4
+    for coarse, fine in zip(first, last, strict=True):
+        assert 0.6 * refinement < coarse / fine < 1.9 * refinement
+
+
+def test_pathwise_and_likelihood_ratio_agree_where_q_is_quadratic():
+    """With entropy and a spread: E grad log pi (q - temperature log pi), either way."""
+    theta = lq.parameters()
+    problem, policy = lq.problem(), lq.policy(*theta)
+    paths = lq.paths(problem, policy)
+
+    def value(t, x):  # any smooth function
+        return (0.3 + t) * x[:, 0].square() - 0.4 * x[:, 0]
+
+    by_ratio = gradient(pg.q_rate_gradient(problem, policy, value, paths), paths, theta)
+    by_path = gradient(pg.pathwise_gradient(problem, policy, value, paths), paths, theta)
+    assert_same(by_ratio, by_path, **ROUND_OFF)
+    assert all(abs(g) > 0.01 for g in by_ratio)
+
+
+@pytest.mark.parametrize(("view", "growth"), [("drawn", 4.0), ("transitions", 1.0)])
+def test_variance_of_the_return_estimator_grows_with_the_steps_only_for_drawn_actions(view, growth):
+    """theory: like N in view A (16 against 4 steps: about 4), bounded in view B."""
+    spreads = []
+    for steps in (4, 16):
+        gain = torch.tensor(-0.6, dtype=torch.float64, requires_grad=True)
+        mean = lambda t, x: gain * x  # noqa: B023, E731
+        policy = (
+            ctrl.GaussianPolicy(mean, 0.5) if view == "drawn" else ctrl.DeterministicPolicy(mean)
+        )
+        generator = torch.Generator().manual_seed(1)
+        start = torch.full((20_000, 1), lq.START, dtype=torch.float64)
+        problem, grid = terminal_problem(), ctrl.uniform_grid(0.9, steps)
+        paths = ctrl.simulate(problem, policy, start, grid, generator=generator)
+        # per-path slope in the gain: log pi is quadratic in it, so a difference is exact
+        final = problem.terminal_reward(paths.states[:, -1])
+        named = pg.DrawnActions() if view == "drawn" else pg.Transitions(ctrl.EulerMaruyama())
+
+        def log_prob(shift, mean_std=0.5, paths=paths, named=named, problem=problem):
+            moved = lambda t, x: (gain.detach() + shift) * x  # noqa: E731
+            policy = (
+                ctrl.GaussianPolicy(moved, mean_std)
+                if isinstance(named, pg.DrawnActions)
+                else ctrl.DeterministicPolicy(moved)
+            )
+            return named.log_prob(problem, policy, paths).sum(1)
+
+        slope = (log_prob(1e-3) - log_prob(-1e-3)) / 2e-3
+        spreads.append(float((slope * final).var()))
+    # 20 000 paths tell a variance to a few per cent; the two growths differ by a factor of 3
+    assert 0.6 * growth < spreads[1] / spreads[0] < 1.5 * growth
+
+
+def test_performance_difference_is_lemma_4_2():
+    """V' - V = E' int q dt; exact in continuous time, O(h) on a grid."""
+    old, new = (-0.6, 0.45), (-0.9, 0.1)
+    problem, value = terminal_problem(), terminal_value(*old)
+    x = torch.full((1, 1), lq.START, dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64)
+    expected = float(terminal_value(*new)(zero, x) - value(zero, x))
+    policy = ctrl.DeterministicPolicy(lambda t, x: new[0] * x + new[1])
+    gaps = []
+    for steps in (2, 4, 8):
+        grid = ctrl.uniform_grid(0.9, steps)
+        noise = ctrl.noise.gauss_hermite(grid.steps, nodes=3)  # quadratic in every normal
+        start = torch.full((len(noise.increments), 1), lq.START, dtype=torch.float64)
+        paths = ctrl.simulate(problem, policy, start, grid, noise=noise)
+        each = pg.performance_difference(problem, value, policy, paths)
+        gaps.append(float(paths.weights @ each) - expected)
+    assert abs(expected) > 0.05
+    assert abs(gaps[2]) < 0.25 * abs(expected)
+    assert 1.7 < gaps[1] / gaps[2] < 2.3
+
+
+def test_the_surrogate_equals_the_performance_difference_to_first_order():
+    problem, value = terminal_problem(), terminal_value(-0.6, 0.45)
+    grid = ctrl.uniform_grid(0.9, 3)
+    noise = ctrl.noise.gauss_hermite(grid.steps, nodes=5, action=(1,))
+    start = torch.full((len(noise.increments), 1), lq.START, dtype=torch.float64)
+    old = ctrl.GaussianPolicy(lambda t, x: -0.6 * x + 0.45, 0.4)
+    paths = ctrl.simulate(problem, old, start, grid, noise=noise)
+
+    def gap(size):
+        new = ctrl.GaussianPolicy(lambda t, x: -0.6 * x + 0.45 + size * (0.7 - 0.4 * x), 0.4)
+        there = ctrl.simulate(problem, new, start, grid, noise=noise)
+        surrogate = float(paths.weights @ pg.surrogate(problem, value, old, new, paths))
+        return float(
+            there.weights @ pg.performance_difference(problem, value, new, there)
+        ) - surrogate
+
+    # second order: halving the change quarters the gap (quadrature of the ratio errs below 1e-6)
+    assert gap(0.1) / gap(0.05) == pytest.approx(4, rel=0.1)
+
+
+def test_entropy_needs_drawn_actions():
+    theta = lq.parameters()
+    problem, policy = lq.problem(), lq.policy(*theta)
+    paths = lq.paths(problem, policy, nodes=2)
+    with pytest.raises(ValueError, match="temperature"):
+        pg.return_gradient(problem, policy, paths, decisions=pg.Transitions(ctrl.EulerMaruyama()))
+    deterministic = ctrl.DeterministicPolicy(lambda t, x: x)
+    with pytest.raises((TypeError, ValueError), match="policy"):
+        pg.return_gradient(lq.problem(temperature=0.0), deterministic, paths)
+    with pytest.raises(TypeError, match="transition density"):
+        pg.Transitions(ctrl.Milstein())
+
+
+def test_multivariate_actions_are_reparametrised_exactly():
+    scale = torch.tensor([[0.5, 0.0], [-0.2, 0.3]], dtype=torch.float64, requires_grad=True)
+    gain = torch.tensor([[0.4, -0.1], [0.2, 0.6]], dtype=torch.float64, requires_grad=True)
+    policy = ctrl.MultivariateGaussianPolicy(lambda t, x: x @ gain.T, lambda t: scale)
+    sde = ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 0.3)
+    problem = ctrl.ControlProblem(
+        sde, 0.5, lambda t, x, a: -(a.square().sum(1) + a.prod(1)), temperature=0.2
+    )
+    grid = ctrl.TimeGrid(torch.tensor([0.0, 0.5], dtype=torch.float64))
+    noise = ctrl.noise.gauss_hermite(grid.steps, nodes=4, noise=(2,), action=(2,))
+    start = torch.tensor([[0.7, -0.4]], dtype=torch.float64).expand(len(noise.increments), 2)
+    paths = ctrl.simulate(problem, policy, start, grid, noise=noise)
+    value = lambda t, x: -x.square().sum(1)  # noqa: E731
+    found = [
+        gradient(each, paths, [gain, scale])
+        for each in (
+            pg.q_rate_gradient(problem, policy, value, paths),
+            pg.pathwise_gradient(problem, policy, value, paths),
+        )
+    ]
+    assert_same([found[0][0], found[0][1].tril()], [found[1][0], found[1][1].tril()], **ROUND_OFF)
+
+
+def test_infinite_rate_is_the_one_step_difference(setting):
+    theta, problem, policy, value, paths = setting
+    one = pg.temporal_difference_gradient(problem, policy, value, paths)
+    other = pg.temporal_difference_gradient(problem, policy, value, paths, rate=math.inf)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
