@@ -67,7 +67,7 @@ def exploratory_sde(
 
         def root(t: Tensor, states: Tensor, mean: Tensor) -> Tensor:
             squares = [
-                weight * torch.as_tensor(sde.diffusion_at(t, states, a)).to(states).square()
+                weight * (torch.ones_like(states) * sde.diffusion_at(t, states, a)).square()
                 for weight, a in drawn(t, mean)
             ]
             return torch.stack(squares).sum(0).sqrt()

@@ -149,7 +149,9 @@ class ControlledSDE:
         self, t: Tensor, states: Float[Tensor, "paths dim"], actions: Tensor | None = None
     ) -> Float[Tensor, "paths dim noise"]:
         """sigma as a matrix, one column for each Brownian motion, whatever ``noise`` is."""
-        sigma = torch.as_tensor(self.diffusion_at(t, states, actions)).to(states)
+        sigma = torch.as_tensor(
+            self.diffusion_at(t, states, actions), dtype=states.dtype, device=states.device
+        )
         if self.noise == "general":
             return sigma
         sigma = sigma.expand_as(states)

@@ -126,7 +126,9 @@ def _columns(
     sde: ControlledSDE, t: Tensor, states: Tensor, actions: Tensor
 ) -> Float[Tensor, " motions paths *event"]:
     """What each Brownian motion moves the states by, one direction a motion."""
-    sigma = torch.as_tensor(sde.diffusion_at(t, states, actions)).to(states)
+    sigma = torch.as_tensor(
+        sde.diffusion_at(t, states, actions), dtype=states.dtype, device=states.device
+    )
     if sde.noise == "general":
         return sigma.movedim(-1, 0)
     sigma = sigma.expand_as(states)

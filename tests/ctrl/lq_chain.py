@@ -1,7 +1,7 @@
 """A scalar exploratory LQ problem on a grid, solved exactly by hand: no line shared with ctrl.
 
-    X' = X + (A X + B a) h + S dW,  a ~ N(K X + k, s^2) held over the step
-    reward rate -(M x^2 + N a^2) / 2 - temperature log pi, terminal -H x^2 / 2, discount
+X' = X + (A X + B a) h + S dW,  a ~ N(K X + k, s^2) held over the step
+reward rate -(M x^2 + N a^2) / 2 - temperature log pi, terminal -H x^2 / 2, discount
 """
 
 import math
@@ -33,7 +33,9 @@ def policy(gain, offset, log_std):
 
 
 def parameters(gain=-0.6, offset=0.25, log_std=-0.4):
-    return [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (gain, offset, log_std)]
+    return [
+        torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (gain, offset, log_std)
+    ]
 
 
 def values(gain, offset, log_std, nodes=NODES, temperature=TEMPERATURE, discount=DISCOUNT):

@@ -256,9 +256,9 @@ def test_the_surrogate_equals_the_performance_difference_to_first_order():
         new = ctrl.GaussianPolicy(lambda t, x: -0.6 * x + 0.45 + size * (0.7 - 0.4 * x), 0.4)
         there = ctrl.simulate(problem, new, start, grid, noise=noise)
         surrogate = float(paths.weights @ pg.surrogate(problem, value, old, new, paths))
-        return float(
-            there.weights @ pg.performance_difference(problem, value, new, there)
-        ) - surrogate
+        return (
+            float(there.weights @ pg.performance_difference(problem, value, new, there)) - surrogate
+        )
 
     # second order: halving the change quarters the gap (quadrature of the ratio errs below 1e-6)
     assert gap(0.1) / gap(0.05) == pytest.approx(4, rel=0.1)
