@@ -87,8 +87,8 @@ class Learner:
 
     def parameters(self) -> tuple[float, float, float]:
         """Gain, offset and variance of the policy."""
-        gain, offset = self.psi.tolist()
-        return gain, offset, math.exp(2 * float(self.log_std))
+        gain, offset = self.psi.detach().tolist()
+        return gain, offset, math.exp(2 * float(self.log_std.detach()))
 
 
 def run(method: str, seed: int) -> dict[str, object]:

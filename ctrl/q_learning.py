@@ -209,16 +209,20 @@ def _digits(like: Tensor) -> float:
 def martingale_loss(
     value: Value, q: QRate, problem: ControlProblem, paths: Paths
 ) -> Float[Tensor, " paths"]:
-    """int |M_T - M_t|^2 dt of every path, reward^2 time ([JZ23] equation 34). Offline.
+    """int |M_T - M_t|^2 dt of every path, reward^2 time ([JZ23] equation 34). Offline, on-policy.
 
     sum_k h_k e^{-2 discount t_k} (terminal reward and (r - q) dt from k on, less V_k)^2. The
-    gradient goes through V and q; the paths may be of any policy.
+    gradient goes through V and q.
+
+    It is stationary at the true pair only along paths of the policy that q's constraint is for:
+    M_T depends on q, and d_psi q at a later time is then uncorrelated with M up to it, because
+    E_pi[d_psi q] = 0. Off-policy it trades bias for variance; use ``orthogonality_loss``.
 
     Args:
         value: V.
         q: that satisfies its constraint by construction (``GibbsQ``, ``ConsistentQ``).
         problem: of finite horizon.
-        paths: with their actions, to the horizon.
+        paths: of q's own policy, with their actions, to the horizon.
 
     Raises:
         ValueError: the horizon is infinite, or a number is not finite.

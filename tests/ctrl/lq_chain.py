@@ -39,28 +39,28 @@ def parameters(gain=-0.6, offset=0.25, log_std=-0.4):
 
 
 def values(gain, offset, log_std, nodes=NODES, temperature=TEMPERATURE, discount=DISCOUNT):
-    """Coefficients (p, l, c) of V_k = p x^2 / 2 + l x + c at every node, by backward recursion."""
+    """Coefficients (p, e, c) of V_k = p x^2 / 2 + e x + c at every node, by backward recursion."""
     s2 = (2 * log_std).exp()
     zero = torch.zeros((), dtype=torch.float64)
-    p, l, c = zero - H, zero, zero
-    found = [(p, l, c)]
+    p, e, c = zero - H, zero, zero
+    found = [(p, e, c)]
     for h in nodes.diff().flip(0):
         keep = torch.exp(-discount * h)
         f, b = 1 + h * (A + B * gain), h * B * offset  # mean of X'
         spread = S**2 * h + (h * B) ** 2 * s2
         entropy = 0.5 * math.log(2 * math.pi * math.e) + log_std
         new_p = keep * p * f**2 - h * (M + N * gain**2)
-        new_l = keep * (p * f * b + l * f) - h * N * gain * offset
-        new_c = keep * (p * (b**2 + spread) / 2 + l * b + c)
+        new_e = keep * (p * f * b + e * f) - h * N * gain * offset
+        new_c = keep * (p * (b**2 + spread) / 2 + e * b + c)
         new_c = new_c + h * (temperature * entropy - N * (offset**2 + s2) / 2)
-        p, l, c = new_p, new_l, new_c
-        found.append((p, l, c))
+        p, e, c = new_p, new_e, new_c
+        found.append((p, e, c))
     return found[::-1]
 
 
 def performance(coefficients, start=START):
-    p, l, c = coefficients[0]
-    return p * start**2 / 2 + l * start + c
+    p, e, c = coefficients[0]
+    return p * start**2 / 2 + e * start + c
 
 
 def value_function(coefficients, nodes=NODES):
@@ -68,8 +68,8 @@ def value_function(coefficients, nodes=NODES):
     rows = [tuple(v.detach() for v in row) for row in coefficients]
 
     def value(t, x):
-        p, l, c = rows[int((nodes - t).abs().argmin())]
-        return p * x[:, 0].square() / 2 + l * x[:, 0] + c
+        p, e, c = rows[int((nodes - t).abs().argmin())]
+        return p * x[:, 0].square() / 2 + e * x[:, 0] + c
 
     return value
 

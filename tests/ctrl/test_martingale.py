@@ -323,6 +323,6 @@ def test_bad_input_is_refused(chain):
         mg.cgtd_loss(mg.features_along(basis), value, problem_, paths, policy, weighting="no")
     with pytest.raises(ValueError, match="tests"):
         mg.orthogonality(lambda p: p.states, value, problem_, paths, policy)
+    nan = lambda p: torch.full_like(p.actions, float("nan"))  # noqa: E731
     with pytest.raises(ValueError, match="finite"):
-        nan = lambda p: torch.full_like(p.actions, float("nan"))  # noqa: E731
         mg.orthogonality(nan, value, problem_, paths, policy)

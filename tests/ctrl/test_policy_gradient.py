@@ -82,7 +82,7 @@ def test_the_comparison_rejects_wrong_variants(setting, wrong):
 
 
 def test_an_action_dependent_baseline_is_biased_and_one_of_the_state_is_not(setting):
-    theta, problem, policy, value, paths = setting
+    theta, problem, policy, _, paths = setting
     shifted = pg.return_gradient(problem, policy, paths, lambda t, x: 3 + x[:, 0] * t)
     # the baseline is pinned to the terminal reward at the horizon only, which no decision follows
     assert_same(gradient(shifted, paths, theta), exact_gradient(theta), **ROUND_OFF)
@@ -195,8 +195,7 @@ def test_variance_of_the_return_estimator_grows_with_the_steps_only_for_drawn_ac
     """theory: like N in view A (16 against 4 steps: about 4), bounded in view B."""
     spreads = []
     for steps in (4, 16):
-        gain = torch.tensor(-0.6, dtype=torch.float64, requires_grad=True)
-        mean = lambda t, x: gain * x  # noqa: B023, E731
+        mean = lambda t, x: -0.6 * x  # noqa: E731
         policy = (
             ctrl.GaussianPolicy(mean, 0.5) if view == "drawn" else ctrl.DeterministicPolicy(mean)
         )
@@ -209,7 +208,7 @@ def test_variance_of_the_return_estimator_grows_with_the_steps_only_for_drawn_ac
         named = pg.DrawnActions() if view == "drawn" else pg.Transitions(ctrl.EulerMaruyama())
 
         def log_prob(shift, mean_std=0.5, paths=paths, named=named, problem=problem):
-            moved = lambda t, x: (gain.detach() + shift) * x  # noqa: E731
+            moved = lambda t, x: (shift - 0.6) * x  # noqa: E731
             policy = (
                 ctrl.GaussianPolicy(moved, mean_std)
                 if isinstance(named, pg.DrawnActions)
@@ -301,7 +300,7 @@ def test_multivariate_actions_are_reparametrised_exactly():
 
 
 def test_infinite_rate_is_the_one_step_difference(setting):
-    theta, problem, policy, value, paths = setting
+    _, problem, policy, value, paths = setting
     one = pg.temporal_difference_gradient(problem, policy, value, paths)
     other = pg.temporal_difference_gradient(problem, policy, value, paths, rate=math.inf)
     torch.testing.assert_close(one, other, rtol=0, atol=0)
