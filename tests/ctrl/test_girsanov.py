@@ -195,3 +195,94 @@ def test_log_ratio_needs_the_increments(generator):
     )
     with pytest.raises(ValueError, match="increments"):
         girsanov.log_ratio(sde(), POLICY, REFERENCE, paths)
+
+
+# --- bounds, weights, and what has no likelihood ratio
+
+
+def ornstein_uhlenbeck(sigma=0.5):
+    return ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: sigma)
+
+
+def linear_paths(steps=3, nodes=6):
+    sde = ornstein_uhlenbeck()
+    problem = ctrl.ControlProblem(sde, 1.0)
+    policy = ctrl.DeterministicPolicy(lambda t, x: 0.4 - 0.9 * x)
+    reference = ctrl.DeterministicPolicy(lambda t, x: -0.2 * x)
+    grid = ctrl.uniform_grid(0.6, steps)
+    noise = ctrl.noise.gauss_hermite(grid.steps, nodes=nodes)
+    start = torch.full((len(noise.increments), 1), 0.7, dtype=torch.float64)
+    return sde, policy, reference, ctrl.simulate(problem, policy, start, grid, noise=noise)
+
+
+def test_terminal_kl_is_below_its_bound_by_the_exact_gap():
+    """Terminal laws of the Euler chain are Gaussian: their KL by moment recursion."""
+    sde, policy, reference, paths = linear_paths()
+    bound = float(paths.weights @ ctrl.girsanov.terminal_kl_bound(sde, policy, reference, paths))
+    (m1, v1), (m0, v0) = (
+        chain_moments(gain, offset, 0.2, 3) for gain, offset in ((-0.9, 0.4), (-0.2, 0.0))
+    )
+    terminal = 0.5 * (v1 / v0 - 1 - math.log(v1 / v0) + (m1 - m0) ** 2 / v0)
+    assert 0.5 * bound < terminal < bound
+    with_start = ctrl.girsanov.terminal_kl_bound(sde, policy, reference, paths, 0.3)
+    assert float(paths.weights @ with_start) == pytest.approx(bound + 0.3, rel=1e-12)
+    for bad in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="initial_kl"):
+            ctrl.girsanov.terminal_kl_bound(sde, policy, reference, paths, bad)
+
+
+def chain_moments(gain, offset, h, steps, mean=0.7, variance=0.0):
+    for _ in range(steps):
+        mean, variance = (
+            mean + h * (gain * mean + offset),
+            (1 + h * gain) ** 2 * variance + 0.25 * h,
+        )
+    return mean, variance
+
+
+def test_importance_weights_turn_paths_of_the_policy_into_paths_of_the_reference():
+    sde, policy, reference, paths = linear_paths(nodes=12)
+    log_ratio = ctrl.girsanov.log_ratio(sde, policy, reference, paths)
+    weights = ctrl.girsanov.importance_weights(log_ratio, paths.weights)
+    mean, variance = chain_moments(-0.2, 0.0, 0.2, 3)
+    final = paths.states[:, -1, 0]
+    # the ratio is an exponential of a quadratic: 12 nodes resolve it to 1e-6
+    assert float(weights @ final) == pytest.approx(mean, abs=1e-5)
+    assert float(weights @ final.square()) == pytest.approx(mean**2 + variance, abs=1e-5)
+    assert float(weights.sum()) == pytest.approx(1, abs=1e-12)
+
+
+def test_effective_sample_size_counts_equal_paths():
+    assert ctrl.girsanov.effective_sample_size(torch.full((8,), 1 / 8)) == pytest.approx(8)
+    one = torch.zeros(5, dtype=torch.float64)
+    one[2] = 1
+    assert ctrl.girsanov.effective_sample_size(one) == pytest.approx(1)
+    for bad in (torch.tensor([0.5, 0.4]), torch.tensor([1.5, -0.5]), torch.tensor([math.nan, 1.0])):
+        with pytest.raises(ValueError, match="weights"):
+            ctrl.girsanov.effective_sample_size(bad)
+
+
+def test_importance_weights_survive_huge_ratios_and_refuse_nan():
+    found = ctrl.girsanov.importance_weights(torch.tensor([-2000.0, 3000.0, math.inf]))
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.0, 0.0]))
+    for bad in (math.nan, -math.inf):
+        with pytest.raises(ValueError, match="log_ratio"):
+            ctrl.girsanov.importance_weights(torch.tensor([0.0, bad]))
+    with pytest.raises((ValueError, TypeError)):
+        ctrl.girsanov.importance_weights(torch.zeros(3), torch.full((2,), 0.5))
+
+
+def test_policies_that_move_the_diffusion_have_no_likelihood_ratio():
+    sde = ctrl.ControlledSDE(
+        lambda t, x, a: a, lambda t, x, a: 0.3 + a.square(), controls_diffusion=True
+    )
+    _, policy, reference, paths = linear_paths(nodes=2)
+    with pytest.raises(ValueError, match="diffusion"):
+        ctrl.girsanov.path_kl(sde, policy, reference, paths)
+    # the square of the action does not see its sign: equal diffusions, different drifts
+    mirrored = ctrl.DeterministicPolicy(lambda t, x: -(0.4 - 0.9 * x))
+    shift = 2 * (0.4 - 0.9 * paths.states[:, :-1, 0])
+    sigma = 0.3 + (0.4 - 0.9 * paths.states[:, :-1, 0]).square()
+    expected = (0.5 * (shift / sigma).square() * paths.grid.steps).sum(1)
+    found = ctrl.girsanov.path_kl(sde, policy, mirrored, paths)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ctrl
+from tests.ctrl import lq_chain as lq
 
 
 @pytest.mark.parametrize(
@@ -142,3 +144,78 @@ def test_running_rewards_need_the_actions():
     problem = ctrl.ControlProblem(sde, 1.0, running_reward=lambda t, x, a: a[:, 0])
     with pytest.raises(ValueError, match="actions"):
         ctrl.running_rewards(problem, blind)
+
+
+# --- all steps at once, observed rewards, entropy
+
+
+def chain():
+    theta = lq.parameters()
+    problem, policy = lq.problem(), lq.policy(*theta)
+    return problem, policy, lq.paths(problem, policy, nodes=2)
+
+
+def test_all_steps_at_once_is_one_step_after_the_other():
+    _, _, paths = chain()
+
+    def vectorisable(t, x, a):
+        return t * x[:, 0] + a[:, 0]
+
+    def branching(t, x, a):
+        return vectorisable(t, x, a) if float(t) >= 0 else x[:, 0]  # a value decides: no vmap
+
+    one = ctrl.paths.over_steps(vectorisable, paths, paths.actions)
+    other = ctrl.paths.over_steps(branching, paths, paths.actions)
+    torch.testing.assert_close(one, other, rtol=1e-15, atol=1e-15)
+    nodes = ctrl.paths.over_nodes(lambda t, x: t * x[:, 0], paths)
+    torch.testing.assert_close(nodes, paths.grid.nodes * paths.states[..., 0])
+
+
+def test_a_fault_of_the_callers_function_is_raised_not_swallowed():
+    _, _, paths = chain()
+    for fault in (ValueError("mine"), RuntimeError("mine"), KeyError("mine")):
+
+        def broken(t, x, a, fault=fault):
+            raise fault
+
+        with pytest.raises(type(fault), match="mine"):
+            ctrl.paths.over_steps(broken, paths, paths.actions)
+
+
+def test_observed_rewards_replace_the_problems_and_are_never_added_to_them():
+    problem, _, paths = chain()
+    paid = replace(paths, rewards=torch.ones(len(paths.states), 3, dtype=torch.float64))
+    unpaid = replace(problem, running_reward=None, temperature=0.0)
+    assert ctrl.running_rewards(unpaid, paid) is paid.rewards
+    with pytest.raises(ValueError, match="running_reward"):
+        ctrl.running_rewards(problem, paid)
+    with pytest.raises((ValueError, TypeError)):
+        replace(paths, rewards=torch.ones(len(paths.states), 2, dtype=torch.float64))
+
+
+def test_entropy_is_paid_by_the_log_density_of_what_was_drawn():
+    problem, policy, paths = chain()
+    plain = ctrl.running_rewards(problem, paths)
+    found = ctrl.regularised_rewards(problem, paths, policy)
+    k = 1
+    share = policy.log_prob(paths.grid.nodes[k], paths.states[:, k], paths.actions[:, k])
+    by_hand = plain[:, k] - lq.TEMPERATURE * share * paths.grid.steps[k]
+    torch.testing.assert_close(found[:, k], by_hand, rtol=1e-13, atol=1e-14)
+    for nobody in (None, ctrl.DeterministicPolicy(lambda t, x: x)):
+        with pytest.raises(ValueError, match="policy"):
+            ctrl.regularised_rewards(problem, paths, nobody)
+
+
+def test_the_mean_return_is_the_value_of_the_chain():
+    theta = lq.parameters()
+    problem, policy = lq.problem(), lq.policy(*theta)
+    paths = lq.paths(problem, policy)
+    found = float((paths.weights @ ctrl.returns_to_go(problem, paths, policy)[:, 0]).detach())
+    expected = float(lq.performance(lq.values(*theta)).detach())
+    assert found == pytest.approx(expected, rel=1e-12)  # 5 ** 6 weighted paths
+
+
+def test_an_endless_problem_never_ends():
+    endless = replace(lq.problem(), horizon=math.inf, terminal_reward=None)
+    assert not ctrl.paths.ends_at_horizon(endless, lq.GRID)
+    assert ctrl.paths.ends_at_horizon(lq.problem(), lq.GRID)

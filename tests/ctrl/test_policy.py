@@ -88,3 +88,72 @@ def test_shapes_that_would_broadcast_are_refused():
     wide = ctrl.GaussianPolicy(lambda t, x: x, std=lambda t: torch.full((2,), 0.2))
     with pytest.raises((ValueError, TypeError), match="std"):
         wide.act(x, t, x)
+
+
+# --- one standard deviation a coordinate, covariances, KL
+
+
+def test_a_std_for_each_coordinate_is_the_product_of_normals():
+    std = torch.tensor([0.3, 1.7], dtype=torch.float64)
+    policy = ctrl.GaussianPolicy(lambda t, x: 0.5 * x, std)
+    x = torch.tensor([[0.4, -1.0], [2.0, 0.1]], dtype=torch.float64)
+    a = torch.tensor([[0.1, 0.9], [-0.3, 0.2]], dtype=torch.float64)
+    t = torch.tensor(0.0, dtype=torch.float64)
+    law = torch.distributions.Normal(0.5 * x, std)
+    torch.testing.assert_close(policy.log_prob(t, x, a), law.log_prob(a).sum(1))
+    torch.testing.assert_close(policy.entropy(t, x), law.entropy().sum(1))
+    torch.testing.assert_close(policy.act(0.5 * x, t, a), 0.5 * x + std * a)
+
+
+def test_a_covariance_is_that_of_the_actions():
+    scale = torch.tensor([[0.5, 0.0], [-0.2, 0.3]], dtype=torch.float64)
+    policy = ctrl.MultivariateGaussianPolicy(lambda t, x: x, scale)
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    t = torch.tensor(0.0, dtype=torch.float64)
+    noise = ctrl.noise.gauss_hermite(torch.ones(1, dtype=torch.float64), nodes=3, noise=(2,))
+    z = noise.increments[:, 0]
+    drawn = policy.act(x.expand_as(z), t, z)
+    second = torch.einsum("p,pi,pj->ij", noise.weights, drawn, drawn)
+    torch.testing.assert_close(second, scale @ scale.T, rtol=1e-13, atol=1e-14)
+    inverse, a = torch.linalg.inv(scale @ scale.T), torch.tensor([[0.4, -0.1]]).double()
+    by_hand = -0.5 * torch.einsum("pi,ij,pj->p", a, inverse, a)
+    by_hand = by_hand - math.log(2 * math.pi) - scale.diagonal().log().sum()
+    torch.testing.assert_close(policy.log_prob(t, x, a), by_hand, rtol=1e-13, atol=0)
+
+
+def test_policy_kl_is_the_mean_of_the_log_ratio():
+    t = torch.tensor(0.0, dtype=torch.float64)
+    x = torch.tensor([[0.4, -1.0]], dtype=torch.float64)
+    scale = torch.tensor([[0.5, 0.0], [-0.2, 0.3]], dtype=torch.float64)
+    one = ctrl.MultivariateGaussianPolicy(lambda t, x: 0.5 * x, scale)
+    other = ctrl.MultivariateGaussianPolicy(lambda t, x: -0.2 * x, 2 * torch.eye(2).double())
+    noise = ctrl.noise.gauss_hermite(torch.ones(1, dtype=torch.float64), nodes=4, noise=(2,))
+    wide = x.expand(len(noise.increments), 2)
+    a = one.act(0.5 * wide, t, noise.increments[:, 0])
+    mean = noise.weights @ (one.log_prob(t, wide, a) - other.log_prob(t, wide, a))
+    torch.testing.assert_close(ctrl.policy_kl(one, other, t, x)[0], mean, rtol=1e-12, atol=0)
+    assert float(ctrl.policy_kl(one, one, t, x)) == pytest.approx(0, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        torch.tensor([[1.0, 0.5], [0.0, 1.0]]),
+        torch.tensor([[-1.0, 0.0], [0.0, 1.0]]),
+        torch.tensor([[math.nan, 0.0], [0.0, 1.0]]),
+        torch.ones(2, 3),
+        torch.ones(2),
+    ],
+)
+def test_what_is_no_cholesky_factor_is_refused(scale):
+    with pytest.raises((ValueError, TypeError)):
+        ctrl.MultivariateGaussianPolicy(lambda t, x: x, scale)
+
+
+def test_scales_that_do_not_fit_the_actions_are_refused():
+    policy = ctrl.MultivariateGaussianPolicy(lambda t, x: x, torch.eye(3))
+    with pytest.raises(ValueError, match="scale_tril"):
+        policy.act(torch.zeros(4, 2), torch.tensor(0.0), torch.zeros(4, 2))
+    for std in (torch.tensor([0.1, -0.2]), torch.tensor([0.1, math.nan])):
+        with pytest.raises(ValueError, match="std"):
+            ctrl.GaussianPolicy(lambda t, x: x, std)

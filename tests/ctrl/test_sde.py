@@ -118,3 +118,79 @@ def test_diffusions_that_are_not_finite_are_refused(kind, bad):
     sde = ctrl.ControlledSDE(drift, lambda t, x: sigma, kind, 1 if kind == "general" else None)
     with pytest.raises(ValueError, match=r"diffusion must be finite, but at t = 0\.4"):
         sde.whiten(T, torch.zeros(2, 1), torch.ones(2, 1))
+
+
+# --- calculus, controlled diffusions, conversions
+
+
+def stratonovich(diffusion, **settings):
+    return ctrl.ControlledSDE(drift, diffusion, calculus="stratonovich", **settings)
+
+
+@pytest.mark.parametrize("noise", ["diagonal", "scalar", "general", "controlled"])
+def test_conversion_adds_half_of_the_noise_drift(noise):
+    """Against the Jacobian of every column, taken by reverse mode."""
+    g = torch.Generator().manual_seed(3)
+    x, a = (torch.randn(4, 2, dtype=torch.float64, generator=g) for _ in range(2))
+    mix = torch.randn(2, 2, 3, dtype=torch.float64, generator=g)
+    own = lambda t, x, *a: 0.3 + 0.2 * x.square() + t * x  # noqa: E731
+    diffusion, kind, motions, controlled = {
+        "diagonal": (own, "diagonal", None, False),
+        "scalar": (lambda t, x: x.flip(1) * x, "scalar", None, False),
+        "general": (lambda t, x: torch.einsum("pi,ijk->pjk", x.sin(), mix), "general", 3, False),
+        "controlled": (lambda t, x, a: own(t, x) * a, "diagonal", None, True),
+    }[noise]
+    settings = {"noise": kind, "noise_dim": motions, "controls_diffusion": controlled}
+    sde = stratonovich(diffusion, **settings)
+
+    def column(j, x):
+        return sde.columns(T, x, a)[..., j]
+
+    correction = torch.zeros_like(x)
+    for j in range(sde.columns(T, x, a).shape[-1]):
+        jacobian = torch.autograd.functional.jacobian(lambda y, j=j: column(j, y).sum(0), x)
+        correction += torch.einsum("ipk,pk->pi", jacobian, column(j, x))
+    torch.testing.assert_close(sde.noise_drift(T, x, a), correction, rtol=1e-12, atol=1e-12)
+    ito = sde.to_ito()
+    assert ito.calculus == "ito"
+    assert ito.to_ito() is ito
+    difference = ito.drift_at(T, x, a) - sde.drift_at(T, x, a)
+    torch.testing.assert_close(difference, 0.5 * correction, rtol=1e-12, atol=1e-12)
+    back = ito.to_stratonovich()
+    torch.testing.assert_close(
+        back.drift_at(T, x, a), sde.drift_at(T, x, a), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_a_diffusion_that_is_a_number_or_free_of_the_state_needs_no_correction():
+    x = torch.ones(3, 2, dtype=torch.float64)
+    for diffusion in (lambda t, x: 0.4, lambda t, x: torch.full_like(x, 0.4)):
+        sde = stratonovich(diffusion)
+        torch.testing.assert_close(sde.noise_drift(T, x), torch.zeros_like(x))
+
+
+def test_diagonal_noise_that_mixes_coordinates_is_refused_where_its_derivative_is_needed():
+    sde = stratonovich(lambda t, x: 0.3 + x.flip(1))
+    with pytest.raises(ValueError, match="general noise"):
+        sde.to_ito().drift_at(T, torch.rand(3, 2).double(), torch.zeros(3, 2).double())
+
+
+def test_the_other_calculus_is_refused_with_its_conversion():
+    with pytest.raises(ValueError, match="to_ito"):
+        stratonovich(lambda t, x: 0.3).require_calculus("ito", "EulerMaruyama")
+    with pytest.raises((ValueError, TypeError)):
+        ctrl.ControlledSDE(drift, lambda t, x: 0.3, calculus="marcus")
+
+
+def test_a_controlled_diffusion_needs_its_action():
+    sde = ctrl.ControlledSDE(drift, lambda t, x, a: a * x, controls_diffusion=True)
+    x = torch.full((3, 1), 2.0)
+    torch.testing.assert_close(sde.diffusion_at(T.float(), x, 3 * x), 6 * x)
+    with pytest.raises(ValueError, match="actions"):
+        sde.diffusion_at(T.float(), x)
+
+
+def test_numbers_keep_the_precision_of_the_states():
+    sde = ctrl.ControlledSDE(drift, lambda t, x: 0.6)
+    columns = sde.columns(T, torch.zeros(1, 2, dtype=torch.float64))
+    assert columns[0, 0, 0].item() == 0.6

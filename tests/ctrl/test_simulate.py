@@ -1,6 +1,8 @@
 """Roll-outs: the fused loop against the plain recursion, explicit noise, bad input."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -356,3 +358,173 @@ def test_paths_on_cuda_are_those_on_the_cpu(generator):
     torch.testing.assert_close(there.states.cpu(), here.states)
     with pytest.raises(ValueError, match="generator"):
         ctrl.simulate(PROBLEM, POLICY, start.cuda(), GRID, generator=torch.Generator())
+
+
+# --- other solvers, black boxes, memory that is used again
+
+
+def geometric(calculus="ito", diffusion=None):
+    return ctrl.ControlledSDE(
+        lambda t, x, a: 0.3 * x + a, diffusion or (lambda t, x: 0.5 * x), calculus=calculus
+    )
+
+
+HOLD = ctrl.DeterministicPolicy(lambda t, x: -0.1 * x)
+
+
+@pytest.mark.parametrize("solver", [ctrl.EulerMaruyama(), ctrl.Milstein(), ctrl.Heun()])
+@pytest.mark.parametrize("keep", [("states",), ("states", "increments")])
+def test_in_place_and_with_a_graph_are_the_same_numbers(solver, keep):
+    calculus = "stratonovich" if isinstance(solver, ctrl.Heun) else "ito"
+    problem = ctrl.ControlProblem(geometric(calculus), 1.0)
+    start = torch.linspace(0.5, 2, 6, dtype=torch.float64).view(3, 2)
+    grid = ctrl.uniform_grid(1.0, 5)
+    one, other = (
+        ctrl.simulate(
+            problem, HOLD, start, grid, solver, keep=keep, differentiable=graph,
+            generator=torch.Generator().manual_seed(7),
+        )
+        for graph in (False, True)
+    )  # fmt: skip
+    torch.testing.assert_close(one.states, other.states, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("noise", ["diagonal", "scalar", "general"])
+def test_milstein_adds_half_sigma_dsigma_of_the_excess(noise):
+    x = torch.tensor([[0.5], [1.4]], dtype=torch.float64)
+    dw = torch.tensor([[0.3], [-0.2]], dtype=torch.float64)
+    diffusion, motions = (lambda t, x: 0.5 * x), None
+    if noise == "general":
+        diffusion, motions = (lambda t, x: (0.5 * x).unsqueeze(-1)), 1
+    sde = ctrl.ControlledSDE(lambda t, x, a: 0.3 * x, diffusion, noise, motions)
+    increment = dw[:, 0] if noise == "scalar" else dw
+    t0, t1 = (torch.tensor(v, dtype=torch.float64) for v in (0.2, 0.3))
+    found = ctrl.Milstein().step(sde, t0, t1, x, x, increment)
+    h = float(t1 - t0)
+    by_hand = x + 0.3 * x * h + 0.5 * x * dw + 0.5 * 0.5 * 0.5 * x * (dw.square() - h)
+    torch.testing.assert_close(found, by_hand, rtol=1e-14, atol=0)
+
+
+def test_heun_averages_both_ends():
+    sde = ctrl.ControlledSDE(
+        lambda t, x, a: t * x + a, lambda t, x: x.square(), calculus="stratonovich"
+    )
+    x, a = torch.tensor([[0.5]]).double(), torch.tensor([[0.7]]).double()
+    dw, h = torch.tensor([[0.3]]).double(), 0.1
+    t0 = torch.tensor(0.2, dtype=torch.float64)
+    t1 = t0 + h
+    there = x + (t0 * x + a) * h + x**2 * dw
+    by_hand = x + 0.5 * ((t0 * x + a) + (t1 * there + a)) * h + 0.5 * (x**2 + there**2) * dw
+    found = ctrl.Heun().step(sde, t0, t1, x, a, dw)
+    torch.testing.assert_close(found, by_hand, rtol=1e-14, atol=0)
+
+
+def test_a_solver_refuses_the_other_calculus_and_noise_it_cannot_take():
+    problem = ctrl.ControlProblem(geometric(), 1.0)
+    start, grid = torch.ones(2, 2).double(), ctrl.uniform_grid(1.0, 2)
+    g = torch.Generator()
+    with pytest.raises(ValueError, match="to_stratonovich"):
+        ctrl.simulate(problem, HOLD, start, grid, ctrl.Heun(), generator=g)
+    other = ctrl.ControlProblem(geometric("stratonovich"), 1.0)
+    for solver in (ctrl.EulerMaruyama(), ctrl.Milstein()):
+        with pytest.raises(ValueError, match="to_ito"):
+            ctrl.simulate(other, HOLD, start, grid, solver, generator=g)
+    mixing = ctrl.ControlledSDE(
+        lambda t, x, a: a, lambda t, x: torch.ones(len(x), 2, 2).double(), "general", 2
+    )
+    with pytest.raises(ValueError, match="Levy"):
+        ctrl.simulate(
+            ctrl.ControlProblem(mixing, 1.0), HOLD, start, grid, ctrl.Milstein(), generator=g
+        )
+
+
+def test_a_black_box_has_states_and_actions_and_shows_no_noise():
+    calls = []
+
+    def simulator(t0, t1, states, action):
+        calls.append((float(t0), float(t1)))
+        return states + (t1 - t0) * action
+
+    problem = ctrl.ControlProblem(geometric(), 1.0)
+    start, grid = torch.ones(3, 2, dtype=torch.float64), ctrl.uniform_grid(1.0, 4)
+    paths = ctrl.simulate(problem, HOLD, start, grid, ctrl.BlackBox(simulator))
+    assert paths.increments is None
+    assert calls == [(0.25 * k, 0.25 * (k + 1)) for k in range(4)]
+    torch.testing.assert_close(paths.states[:, -1], start * (1 - 0.025) ** 4)
+    random = ctrl.GaussianPolicy(HOLD.mean, 0.3)
+    with pytest.raises(ValueError, match="generator"):
+        ctrl.simulate(problem, random, start, grid, ctrl.BlackBox(simulator))
+    drawn = ctrl.simulate(
+        problem, random, start, grid, ctrl.BlackBox(simulator),
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert drawn.actions.std() > 0.1
+    noise = ctrl.Noise(torch.zeros(3, 4, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="noise"):
+        ctrl.simulate(problem, HOLD, start, grid, ctrl.BlackBox(simulator), noise=noise)
+    with pytest.raises((TypeError, ValueError)):
+        ctrl.BlackBox(3)
+    short = ctrl.BlackBox(lambda t0, t1, states, action: states[:1])
+    with pytest.raises(ValueError, match=r"solver\.step"):
+        ctrl.simulate(problem, HOLD, start, grid, short)
+
+
+def test_memory_of_earlier_paths_is_used_again_and_gives_the_same_numbers():
+    problem = ctrl.ControlProblem(geometric(), 1.0)
+    start, grid = torch.ones(4, 3), ctrl.uniform_grid(1.0, 6)
+    fresh = ctrl.simulate(problem, HOLD, start, grid, generator=torch.Generator().manual_seed(2))
+    expected = [part.clone() for part in (fresh.states, fresh.actions, fresh.increments)]
+    old = ctrl.simulate(problem, HOLD, start, grid, generator=torch.Generator().manual_seed(9))
+    again = ctrl.simulate(
+        problem, HOLD, start, grid, generator=torch.Generator().manual_seed(2), out=old
+    )
+    for one, other, kept in zip(
+        (again.states, again.actions, again.increments),
+        expected,
+        (old.states, old.actions, old.increments),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+        assert one.data_ptr() == kept.data_ptr()
+    with pytest.raises(ValueError, match=r"out\.states"):
+        ctrl.simulate(problem, HOLD, start[:2], grid, generator=torch.Generator(), out=old)
+    with pytest.raises(ValueError, match="out"):
+        ctrl.simulate(
+            problem, HOLD, start, grid, generator=torch.Generator(), out=old, differentiable=True
+        )
+
+
+def test_each_path_may_have_its_own_parameters():
+    """A batch of problems is a closure over rows."""
+    rates = torch.tensor([[0.1], [0.5], [-0.3]], dtype=torch.float64)
+    sde = ctrl.ControlledSDE(lambda t, x, a: rates * x, lambda t, x: 0.0)
+    paths = ctrl.simulate(
+        ctrl.ControlProblem(sde, 1.0), HOLD, torch.ones(3, 1).double(), ctrl.uniform_grid(1.0, 8),
+        generator=torch.Generator(),
+    )  # fmt: skip
+    torch.testing.assert_close(paths.states[:, -1], (1 + rates / 8) ** 8)
+
+
+def test_compiled_steps_and_losses_are_the_same_numbers():
+    """In a process of its own: shape checks at run time, as in tests, cannot be compiled."""
+    code = """
+import torch, ctrl
+x, dw = torch.rand(4, 2).double(), torch.rand(4, 2).double()
+t0, t1 = (torch.tensor(v, dtype=torch.float64) for v in (0.0, 0.1))
+for solver in (ctrl.EulerMaruyama(), ctrl.Milstein(), ctrl.Heun()):
+    calculus = "stratonovich" if isinstance(solver, ctrl.Heun) else "ito"
+    sde = ctrl.ControlledSDE(
+        lambda t, x, a: 0.3 * x + a, lambda t, x: 0.5 * x, calculus=calculus
+    )
+    compiled = torch.compile(solver.step, backend="aot_eager")
+    torch.testing.assert_close(compiled(sde, t0, t1, x, x, dw), solver.step(sde, t0, t1, x, x, dw))
+surrogate = torch.compile(
+    ctrl.policy_gradient.clipped_surrogate, backend="aot_eager", fullgraph=True
+)
+rows = torch.linspace(-1, 1, 5)
+half = torch.full((5,), 0.2)
+expected = ctrl.policy_gradient.clipped_surrogate(rows, rows, half)
+torch.testing.assert_close(surrogate(rows, rows, half), expected)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,129 @@
+"""The four bounds on problems whose gap is known: inequality, second order, and tightness."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import ctrl
+from ctrl import trust_region as tr
+
+# dX = (a - K X) dt + S dW, X_0 ~ N(M0, P0); old action C0, new C0 + shift. Reward r(X_T).
+K, S, M0, P0, T = 0.8, 0.6, 0.4, 0.5, 1.3
+GRID = ctrl.uniform_grid(T, 20_000)  # left-point integrals err by O(h): below 1e-4 of each
+TIMES = GRID.nodes[:-1]
+LEFT = T - TIMES
+
+
+def moments(action):
+    mean = M0 * torch.exp(-K * TIMES) + action / K * (1 - torch.exp(-K * TIMES))
+    variance = S**2 / (2 * K) + (P0 - S**2 / (2 * K)) * torch.exp(-2 * K * TIMES)
+    return mean, variance
+
+
+def path_kl(shift):
+    return shift**2 * TIMES / (2 * S**2)
+
+
+def integral(rates):
+    return float((rates * GRID.steps).sum())
+
+
+def quadratic_gap(shift, action=0.3, q=1.1):
+    """r = -q x^2 / 2: h_t = V'(x) shift, V' = -q f (f x + action (1 - f) / K), f = e^{-K left}."""
+    f = torch.exp(-K * LEFT)
+    slope = -q * f**2 * shift  # of h_t in x
+    old, variance = moments(action)
+    new, _ = moments(action + shift)
+    return integral(slope * (new - old)), slope.abs(), variance, new - old
+
+
+@pytest.mark.parametrize("shift", [0.05, 0.4, -0.9])
+def test_bounds_for_unbounded_rewards_hold_and_are_of_second_order(shift):
+    gap, lipschitz, variance, moved = quadratic_gap(shift)
+    bounds = {
+        "transport": tr.transport(lipschitz, variance, path_kl(shift), GRID),
+        "wasserstein": tr.wasserstein(lipschitz, moved.abs(), GRID),
+        "chi square": tr.chi_square(
+            lipschitz.square() * variance, torch.expm1(moved.square() / variance), GRID
+        ),
+    }
+    for name, bound in bounds.items():
+        assert float(bound) >= abs(gap) * (1 - 1e-12), name
+    # a shift of a Gaussian: W1 is the distance of the means, and h is linear: equality
+    assert float(bounds["wasserstein"]) == pytest.approx(abs(gap), rel=1e-12)
+    small, half = quadratic_gap(0.02)[0], quadratic_gap(0.01)[0]
+    assert small / half == pytest.approx(4, rel=1e-9)
+
+
+def test_the_constants_cannot_be_halved_everywhere():
+    """Transport and chi square come within a factor of 2 somewhere; half of either fails there."""
+    gap, lipschitz, variance, moved = quadratic_gap(0.1)
+    chi = tr.chi_square(lipschitz.square() * variance, torch.expm1(moved.square() / variance), GRID)
+    assert float(chi) / 2 < abs(gap)
+    # deterministic start, no restoring force: the mean moves as far as the KL allows
+    times = GRID.nodes[1:-1]
+    grid = ctrl.TimeGrid(GRID.nodes[1:])
+    kl, spread = 0.1**2 * times / (2 * S**2), S**2 * times
+    bound = tr.transport(torch.ones_like(times), spread, kl, grid)
+    exact = float((0.1 * times * grid.steps).sum())
+    assert float(bound) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("shift", [0.05, 0.3, 1.0])
+def test_pinskers_bound_for_a_bounded_reward(shift):
+    """r = cos(w x): V = cos(w (f x + ...)) e^{-w^2 C / 2}, so h is bounded and all is closed."""
+    action, w = 0.3, 1.7
+    f = torch.exp(-K * LEFT)
+    offset = action * (1 - f) / K
+    damping = torch.exp(-0.5 * w**2 * S**2 * (1 - f**2) / (2 * K))
+    size = (w * f * damping * shift).abs()  # h = -size sign sin(w (f x + offset))
+
+    def mean_h(law):
+        mean, variance = law
+        phase = w * (f * mean + offset)
+        return (
+            -w * f * damping * shift * torch.sin(phase) * torch.exp(-0.5 * w**2 * f**2 * variance)
+        )
+
+    gap = integral(mean_h(moments(action + shift)) - mean_h(moments(action)))
+    bound = tr.bounded(2 * size, path_kl(shift), GRID)
+    assert float(bound) >= abs(gap) > 0
+    assert gap / shift**2 != 0
+    finer = tr.bounded(size, path_kl(shift / 2), GRID)  # half the shift: a quarter of the bound
+    assert float(bound) == pytest.approx(4 * float(finer), rel=1e-9)
+
+
+def test_batches_and_single_steps():
+    grid = ctrl.uniform_grid(1.0, 1)
+    one = torch.full((3, 2, 1), 0.5, dtype=torch.float64)
+    assert tr.wasserstein(one, one, grid).shape == (3, 2)
+    np.testing.assert_allclose(tr.wasserstein(one, one, grid), 0.25)
+
+
+def test_bad_input_is_refused():
+    grid = ctrl.uniform_grid(1.0, 2)
+    good = torch.ones(2, dtype=torch.float64)
+    for bad in (-good, good * math.nan):
+        with pytest.raises(ValueError, match="path_kl"):
+            tr.bounded(good, bad, grid)
+    with pytest.raises((ValueError, TypeError)):
+        tr.bounded(good, good[:1], grid)
+    with pytest.raises(ValueError, match="steps"):
+        tr.wasserstein(torch.ones(3), torch.ones(3), grid)
+    rows = torch.zeros(4)
+    with pytest.raises(ValueError, match="kl"):
+        tr.penalised_surrogate(rows, rows, rows - 0.1, 1.0)
+    with pytest.raises(ValueError, match="penalty"):
+        tr.penalised_surrogate(rows, rows, rows, math.nan)
+
+
+def test_penalised_surrogate_is_the_formula_and_has_a_finite_slope_at_equal_policies():
+    log_ratio = torch.tensor([0.2, -0.1], dtype=torch.float64)
+    advantage, kl = torch.tensor([1.5, -0.4]).double(), torch.tensor([0.04, 0.09]).double()
+    found = tr.penalised_surrogate(log_ratio, advantage, kl, 0.7)
+    torch.testing.assert_close(found, log_ratio.exp() * advantage - 0.7 * kl.sqrt())
+    theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    tr.penalised_surrogate(theta, advantage, theta.square(), 0.7).sum().backward()
+    assert bool(torch.isfinite(theta.grad).all())
