@@ -1,0 +1,327 @@
+"""Linear SDEs: their Gaussian laws at a time, and divergences of these and of their paths.
+
+    dX = (A X + b) dt + G dW,  X_0 ~ N(m, P)
+
+Functions of float64 tensors; leading dimensions are a batch, shared or broadcast; differentiable in
+every argument. No matrix need be invertible unless that is said.
+
+Sources  [VL78] Van Loan 1978, computing integrals involving the matrix exponential, IEEE TAC 23.
+         [KS91] Karatzas & Shreve, Brownian Motion and Stochastic Calculus, 3.5 (Girsanov).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ctrl.linear.lq import broadcast_batches, kron, require_symmetric, times
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """N(mean, covariance)."""
+
+    mean: Float[Tensor, "... dim"]
+    covariance: Float[Tensor, "... dim dim"]
+
+
+@dataclass(frozen=True, eq=False)
+class Transition:
+    """X_t | X_0 = x ~ N(F x + f, C)."""
+
+    F: Float[Tensor, "*batch dim dim"]
+    f: Float[Tensor, "*batch dim"]
+    C: Float[Tensor, "*batch dim dim"]
+
+    def of(self, start: Gaussian) -> Gaussian:
+        """The law of X_t for a Gaussian start."""
+        spread = self.F @ start.covariance @ self.F.mT + self.C
+        return Gaussian(times(self.F, start.mean) + self.f, spread)
+
+    def then(self, later: "Transition") -> "Transition":
+        """This transition and a later one in a row."""
+        moved = later.of(Gaussian(self.f, self.C))
+        return Transition(later.F @ self.F, moved.mean, moved.covariance)
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """x -> matrix x + vector."""
+
+    matrix: Float[Tensor, "... dim dim"]
+    vector: Float[Tensor, "... dim"]
+
+    def __call__(self, x: Float[Tensor, "*paths dim"]) -> Float[Tensor, "*paths dim"]:
+        """Its value at every x."""
+        return times(self.matrix, x) + self.vector
+
+
+def transition(
+    A: Float[Tensor, "*A dim dim"],
+    b: Float[Tensor, "*b dim"],
+    G: Float[Tensor, "*G dim noise"],
+    time: float | Float[Tensor, " *time"],
+) -> Transition:
+    """The transition of dX = (A X + b) dt + G dW over ``time`` ([VL78]).
+
+    F = e^{A t}, f = int_0^t e^{A s} b ds, C = int_0^t e^{A s} G G' e^{A' s} ds: one exponential of
+    a block matrix over t / 2^k, where nothing overflows, then doubled k times, which only adds.
+
+    Args:
+        A: drift matrix, 1/time; may be singular.
+        b: constant drift, state/time.
+        G: diffusion, state/sqrt(time).
+        time: duration, at least 0.
+
+    Raises:
+        ValueError: shapes that do not fit, numbers that are not finite, or a negative time.
+    """
+    given = require_float64(A=A, b=b, G=G, time=scalar(time, A))
+    dim, noise = given["A"].shape[-1], given["G"].shape[-1]
+    events = {"A": (dim, dim), "b": (dim,), "G": (dim, noise), "time": ()}
+    full = broadcast_batches(given, events)
+    _require_duration(full["time"])
+    return _transition(full["A"], full["b"], full["G"], full["time"])
+
+
+def _transition(A: Tensor, b: Tensor, G: Tensor, t: Tensor) -> Transition:
+    size = float((A.abs().sum(-1).amax(-1) * t).detach().max()) if A.numel() else 0.0
+    doublings = max(0, math.ceil(math.log2(size)) + 1) if size > 0 else 0
+    h = (t / 2**doublings)[..., None, None]
+    dim, column = A.shape[-1], torch.zeros_like(b).unsqueeze(-1)
+    upper = torch.cat([A, G @ G.mT, b.unsqueeze(-1)], dim=-1)
+    lower = torch.cat([torch.zeros_like(A), -A.mT, column], dim=-1)
+    last = torch.zeros_like(upper[..., :1, :])
+    grown = torch.linalg.matrix_exp(torch.cat([upper, lower, last], dim=-2) * h)
+    F, f = grown[..., :dim, :dim], grown[..., :dim, -1]
+    one = Transition(F, f, grown[..., :dim, dim : 2 * dim] @ F.mT)
+    for _ in range(doublings):
+        one = one.then(one)
+    return Transition(one.F, one.f, 0.5 * (one.C + one.C.mT))
+
+
+def gaussian_moments(
+    A: Float[Tensor, "*A dim dim"],
+    b: Float[Tensor, "*b dim"],
+    G: Float[Tensor, "*G dim noise"],
+    start: Gaussian,
+    time: float | Float[Tensor, " *time"],
+) -> Gaussian:
+    """Mean and covariance at ``time`` of dX = (A X + b) dt + G dW from a Gaussian start.
+
+    Args:
+        A: drift matrix, 1/time; may be singular.
+        b: constant drift.
+        G: diffusion.
+        start: the law of X_0; its covariance may be singular.
+        time: duration, at least 0.
+
+    Raises:
+        ValueError: as ``transition``; or the start does not fit.
+    """
+    found = transition(A, b, G, time)
+    _check_gaussian("start", start, A.shape[-1])
+    return found.of(start)
+
+
+def linear_path_kl(
+    law: Affine,
+    reference: Affine,
+    G: Float[Tensor, "*G dim noise"],
+    start: Gaussian,
+    time: float | Float[Tensor, " *time"],
+) -> Float[Tensor, " *batch"]:
+    """KL of the path on [0, time] of one linear SDE from that of another, nats ([KS91] 3.5.1).
+
+    1/2 int_0^t E |G^+ ((A_1 - A_0) X + b_1 - b_0)|^2 ds under the first law: the last entry of one
+    matrix exponential, of the linear equations of E[z z'], z = (X, 1), and of the integral.
+
+    Args:
+        law: the drift A_1 x + b_1, under which the expectation is.
+        reference: the drift A_0 x + b_0.
+        G: diffusion of both.
+        start: the law of X_0, of both.
+        time: duration, at least 0.
+
+    Raises:
+        ValueError: as ``transition``; or the drifts differ where there is no noise, so that the KL
+            is infinite.
+    """
+    given = require_float64(
+        A1=law.matrix, b1=law.vector, A0=reference.matrix, b0=reference.vector, G=G,
+        mean=start.mean, covariance=start.covariance, time=scalar(time, G),
+    )  # fmt: skip
+    n, noise = given["G"].shape[-2:]
+    matrix, vector = (n, n), (n,)
+    events = {"A1": matrix, "b1": vector, "A0": matrix, "b0": vector, "G": (n, noise)}
+    events |= {"mean": vector, "covariance": matrix, "time": ()}
+    full = broadcast_batches(given, events)
+    _require_duration(full["time"])
+    require_symmetric("covariance", full["covariance"])
+    return _path_kl(*full.values())
+
+
+def _path_kl(
+    A1: Tensor, b1: Tensor, A0: Tensor, b0: Tensor, G: Tensor, m: Tensor, P: Tensor, t: Tensor
+) -> Float[Tensor, " *batch"]:
+    shift = torch.cat([A1 - A0, (b1 - b0).unsqueeze(-1)], dim=-1)  # of z = (x, 1)
+    u = torch.linalg.pinv(G) @ shift  # controls, in units of the noise
+    missed = (G @ u - shift).detach().abs().amax((-2, -1))
+    if bool((missed > 1e-9 * shift.detach().abs().amax((-2, -1))).any()):
+        raise ValueError(
+            "G must have noise wherever the drifts differ, or the laws are singular and the KL is "
+            f"infinite; {float(missed.max()):g} of the difference has none"
+        )
+    lift = torch.nn.functional.pad  # from x to z
+    drift = lift(torch.cat([A1, b1.unsqueeze(-1)], dim=-1), (0, 0, 0, 1))
+    z = torch.cat([m, torch.ones_like(m[..., :1])], dim=-1)
+    second = z.unsqueeze(-1) * z.unsqueeze(-2) + lift(P, (0, 1, 0, 1))
+    eye = torch.eye(z.shape[-1]).to(z).expand_as(drift)
+    moments = kron(drift, eye) + kron(eye, drift)  # d/dt E[z z'], but for the noise
+    spread = lift(G @ G.mT, (0, 1, 0, 1)).flatten(-2)
+    energy = 0.5 * (u.mT @ u).flatten(-2)
+    upper = torch.cat([moments, torch.zeros_like(spread[..., None]), spread[..., None]], dim=-1)
+    middle = lift(energy, (0, 2)).unsqueeze(-2)
+    block = torch.cat([upper, middle, torch.zeros_like(middle)], dim=-2)
+    grown = torch.linalg.matrix_exp(block * t[..., None, None])[..., -2, :]
+    return (grown[..., :-2] * second.flatten(-2)).sum(-1) + grown[..., -1]
+
+
+def gaussian_kl(law: Gaussian, reference: Gaussian) -> Float[Tensor, " *batch"]:
+    """KL(law || reference) of Gaussian laws, nats.
+
+    From the eigenvalues of S_0^{-1} S_1 - 1, so that it keeps its digits where the laws are close.
+
+    Args:
+        law: N(m_1, S_1).
+        reference: N(m_0, S_0).
+
+    Raises:
+        ValueError: shapes that do not fit, or a covariance that is not positive definite.
+    """
+    given = require_float64(
+        mean=law.mean, covariance=law.covariance,
+        reference_mean=reference.mean, reference_covariance=reference.covariance,
+    )  # fmt: skip
+    n = given["mean"].shape[-1]
+    events = {"mean": (n,), "covariance": (n, n)}
+    events |= {"reference_" + name: event for name, event in events.items()}
+    m1, S1, m0, S0 = broadcast_batches(given, events).values()
+    for name, matrix in (("covariance", S1), ("reference_covariance", S0)):
+        require_symmetric(name, matrix)
+        if bool((torch.linalg.cholesky_ex(matrix.detach()).info != 0).any()):
+            raise ValueError(f"{name} must be positive definite, or the KL is infinite")
+    root = torch.linalg.cholesky(S0)
+    gap = torch.linalg.solve_triangular(root, S1 - S0, upper=False)
+    gap = torch.linalg.solve_triangular(root, gap.mT, upper=False)
+    excess = torch.linalg.eigvalsh(0.5 * (gap + gap.mT))
+    shift = torch.linalg.solve_triangular(root, (m1 - m0).unsqueeze(-1), upper=False).squeeze(-1)
+    return 0.5 * (excess - torch.log1p(excess) + shift.square()).sum(-1)
+
+
+def ornstein_uhlenbeck_path_kl(
+    pull: Float[Tensor, " *batch"],
+    shift: Float[Tensor, " *batch"],
+    reference_pull: Float[Tensor, " *batch"],
+    reference_shift: Float[Tensor, " *batch"],
+    noise: Float[Tensor, " *batch"],
+    mean: Float[Tensor, " *batch"],
+    variance: Float[Tensor, " *batch"],
+    time: float | Float[Tensor, " *batch"],
+) -> Float[Tensor, " *batch"]:
+    """KL of the path of dX = (-pull X + shift) dt + noise dW from one with other drift, nats.
+
+    ``linear_path_kl`` in one dimension; a pull of zero (Brownian motion) or less is no exception.
+
+    Args:
+        pull: k_1, 1/time, of the law under which the expectation is.
+        shift: c_1, state/time.
+        reference_pull: k_0.
+        reference_shift: c_0.
+        noise: state/sqrt(time), of both.
+        mean: of X_0, of both.
+        variance: of X_0, of both.
+        time: duration.
+
+    Raises:
+        ValueError: as ``linear_path_kl``.
+    """
+    return linear_path_kl(
+        _scalar_drift(pull, shift),
+        _scalar_drift(reference_pull, reference_shift),
+        noise[..., None, None],
+        _scalar_gaussian(mean, variance),
+        time,
+    )
+
+
+def ornstein_uhlenbeck_terminal_kl(
+    pull: Float[Tensor, " *batch"],
+    shift: Float[Tensor, " *batch"],
+    reference_pull: Float[Tensor, " *batch"],
+    reference_shift: Float[Tensor, " *batch"],
+    noise: Float[Tensor, " *batch"],
+    mean: Float[Tensor, " *batch"],
+    variance: Float[Tensor, " *batch"],
+    time: float | Float[Tensor, " *batch"],
+) -> Float[Tensor, " *batch"]:
+    """KL of the law of X at ``time``, nats; at most ``ornstein_uhlenbeck_path_kl``.
+
+    Args:
+        pull: k_1, 1/time, of the law under which the expectation is.
+        shift: c_1, state/time.
+        reference_pull: k_0.
+        reference_shift: c_0.
+        noise: state/sqrt(time), of both.
+        mean: of X_0, of both.
+        variance: of X_0, of both.
+        time: duration.
+
+    Raises:
+        ValueError: a law at ``time`` has no variance.
+    """
+    start, G = _scalar_gaussian(mean, variance), noise[..., None, None]
+    one, other = _scalar_drift(pull, shift), _scalar_drift(reference_pull, reference_shift)
+    return gaussian_kl(
+        gaussian_moments(one.matrix, one.vector, G, start, time),
+        gaussian_moments(other.matrix, other.vector, G, start, time),
+    )
+
+
+def require_float64(**given: Tensor) -> dict[str, Tensor]:
+    """The same, refused where one is not a float64 tensor.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.float64:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a float64 tensor, got {kind}")
+    return given
+
+
+def _require_duration(time: Tensor) -> None:
+    if bool((time < 0).any()):
+        raise ValueError(f"time must not be negative, got {time.tolist()}")
+
+
+def _check_gaussian(name: str, law: Gaussian, dim: int) -> None:
+    given = require_float64(mean=law.mean, covariance=law.covariance)
+    broadcast_batches(given, {"mean": (dim,), "covariance": (dim, dim)})
+    require_symmetric(f"{name}.covariance", law.covariance)
+
+
+def scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor."""
+    return value if isinstance(value, Tensor) else like.new_tensor(float(value))
+
+
+def _scalar_drift(pull: Tensor, shift: Tensor) -> Affine:
+    return Affine(-pull[..., None, None], shift.unsqueeze(-1))
+
+
+def _scalar_gaussian(mean: Tensor, variance: Tensor) -> Gaussian:
+    return Gaussian(mean.unsqueeze(-1), variance[..., None, None])

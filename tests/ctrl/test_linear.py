@@ -1,0 +1,474 @@
+"""Linear SDEs, Gaussian laws and KL control: against scipy's integrators and quadrature."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.linalg
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from ctrl import linear
+from ctrl.linear import Affine, Gaussian
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # of scipy's integrator at its tightest, 1e-13
+
+
+def tensor(values) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def positive(seed: int, dim: int, condition: float = 10.0) -> Tensor:
+    """Symmetric, with eigenvalues from 1 down to 1 / condition."""
+    basis = torch.linalg.qr(draw(seed, dim, dim)).Q
+    spread = torch.logspace(0, -math.log10(condition), dim, dtype=torch.float64)
+    found = basis @ torch.diag(spread) @ basis.T
+    return 0.5 * (found + found.T)
+
+
+def integrated(A: Tensor, b: Tensor, G: Tensor, time: float) -> tuple[Tensor, Tensor, Tensor]:
+    """F' = A F, f' = A f + b, C' = A C + C A' + G G', by scipy."""
+    n, A, b, Q = len(b), A.numpy(), b.numpy(), (G @ G.T).numpy()
+
+    def rate(t, y):
+        F, f, C = y[: n * n].reshape(n, n), y[n * n : n * n + n], y[n * n + n :].reshape(n, n)
+        return np.concatenate([(A @ F).ravel(), A @ f + b, (A @ C + C @ A.T + Q).ravel()])
+
+    start = np.concatenate([np.eye(n).ravel(), np.zeros(n + n * n)])
+    y = scipy.integrate.solve_ivp(
+        rate, (0, time), start, method="DOP853", rtol=1e-13, atol=1e-13
+    ).y[:, -1]
+    parts = y[: n * n].reshape(n, n), y[n * n : n * n + n], y[n * n + n :].reshape(n, n)
+    return tuple(torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
+
+
+SEEDS, DIMS = st.integers(0, 2**31), st.integers(1, 4)
+
+
+@given(SEEDS, DIMS, st.floats(0.05, 3))
+def test_transition_solves_the_moment_equations(seed, dim, time):
+    A, b, G = draw(seed, dim, dim), draw(seed + 1, dim), draw(seed + 2, dim, 2)
+    found = linear.transition(A, b, G, time)
+    for one, other in zip((found.F, found.f, found.C), integrated(A, b, G, time), strict=True):
+        scale = float(other.abs().max()) + 1  # unstable A: entries of hundreds
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10 * scale)
+
+
+def test_transition_of_brownian_motion_with_drift():
+    b, G = tensor([0.3, -1.2]), tensor([[0.5], [2.0]])
+    found = linear.transition(torch.zeros(2, 2, dtype=torch.float64), b, G, 1.7)
+    torch.testing.assert_close(found.F, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(found.f, 1.7 * b, rtol=1e-14, atol=0)
+    torch.testing.assert_close(found.C, 1.7 * G @ G.T, rtol=1e-14, atol=0)
+
+
+def test_stiff_transition_is_the_stationary_law():
+    # 1e4 relaxation times of the fastest direction: e^{-A t} alone would overflow
+    A = -tensor([[1000.0, 300.0], [0.0, 2.0]])
+    b, G = tensor([1.0, 2.0]), tensor([[0.7, 0.0], [0.2, 1.0]])
+    found = linear.transition(A, b, G, 20.0)
+    stationary = scipy.linalg.solve_continuous_lyapunov(A.numpy(), -(G @ G.T).numpy())
+    torch.testing.assert_close(found.C, torch.from_numpy(stationary), rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(found.f, -torch.linalg.solve(A, b), rtol=1e-11, atol=1e-14)
+
+
+@given(SEEDS, DIMS)
+def test_transitions_in_a_row_are_one(seed, dim):
+    A, b, G = draw(seed, dim, dim), draw(seed + 1, dim), draw(seed + 2, dim, dim)
+    whole = linear.transition(A, b, G, 1.0)
+    both = linear.transition(A, b, G, 0.3).then(linear.transition(A, b, G, 0.7))
+    for name in ("F", "f", "C"):
+        one, other = getattr(both, name), getattr(whole, name)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * float(1 + other.abs().max()))
+
+
+def test_no_time_moves_nothing():
+    found = linear.transition(draw(0, 3, 3), draw(1, 3), draw(2, 3, 2), 0.0)
+    assert torch.equal(found.F, torch.eye(3, dtype=torch.float64))
+    assert not bool(found.f.any())
+    assert not bool(found.C.any())
+
+
+def test_a_batch_is_its_members():
+    A, b, G = draw(0, 2, 5, 3, 3), draw(1, 5, 3), draw(2, 3, 2)
+    time = torch.linspace(0.1, 2, 5, dtype=torch.float64)
+    start = Gaussian(draw(3, 3), positive(4, 3))
+    found = linear.gaussian_moments(A, b, G, start, time)
+    reference = Affine(0.5 * A[0, 0], -b[1])
+    G_full = draw(5, 3, 3)
+    kl = linear.linear_path_kl(Affine(A, b), reference, G_full, start, time)
+    for i in range(2):
+        for j in range(5):
+            one = linear.gaussian_moments(A[i, j], b[j], G, start, float(time[j]))
+            torch.testing.assert_close(found.mean[i, j], one.mean, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(
+                found.covariance[i, j], one.covariance, rtol=1e-11, atol=1e-11
+            )
+            alone = linear.linear_path_kl(
+                Affine(A[i, j], b[j]), reference, G_full, start, float(time[j])
+            )
+            torch.testing.assert_close(kl[i, j], alone, rtol=1e-10, atol=1e-12)
+
+
+def test_moments_are_those_of_the_transition():
+    A, b, G = draw(0, 3, 3), draw(1, 3), draw(2, 3, 1)
+    m, P = draw(3, 3), positive(4, 3)
+    F, f, C = integrated(A, b, G, 0.8)
+    found = linear.gaussian_moments(A, b, G, Gaussian(m, P), 0.8)
+    torch.testing.assert_close(found.mean, F @ m + f, **CLOSE)
+    torch.testing.assert_close(found.covariance, F @ P @ F.T + C, **CLOSE)
+
+
+# ---- divergences
+
+
+def closed_form_path_kl(k1, c1, k0, c0, noise, m0, P0, T):
+    """The textbook form, which divides by k1."""
+    mu, stationary = c1 / k1, noise**2 / (2 * k1)
+    e1, e2 = (1 - math.exp(-k1 * T)) / k1, (1 - math.exp(-2 * k1 * T)) / (2 * k1)
+    first = mu * T + (m0 - mu) * e1
+    second = mu**2 * T + 2 * mu * (m0 - mu) * e1 + (m0 - mu) ** 2 * e2
+    variance = stationary * T + (P0 - stationary) * e2
+    dk, dc = k1 - k0, c1 - c0
+    return (dk**2 * (variance + second) - 2 * dk * dc * first + dc**2 * T) / (2 * noise**2)
+
+
+PULLS, SHIFTS = st.floats(0.2, 3), st.floats(-2, 2)
+
+
+LAWS = (SHIFTS, PULLS, SHIFTS, st.floats(0.3, 2), SHIFTS, st.floats(0, 1), st.floats(0.1, 3))
+
+
+@given(st.tuples(PULLS, *LAWS))
+def test_ornstein_uhlenbeck_path_kl_is_the_closed_form(numbers):
+    found = linear.ornstein_uhlenbeck_path_kl(*[tensor(number) for number in numbers])
+    expected = closed_form_path_kl(*numbers)
+    assert float(found) == pytest.approx(expected, rel=1e-10, abs=1e-11)
+
+
+@given(st.tuples(st.floats(-1, 3), *LAWS))
+def test_terminal_kl_is_at_most_the_path_kl(numbers):
+    given = [tensor(number) for number in numbers]
+    terminal = linear.ornstein_uhlenbeck_terminal_kl(*given)
+    path = linear.ornstein_uhlenbeck_path_kl(*given)
+    assert 0 <= float(terminal) <= float(path) + 1e-12 * (1 + float(path))
+
+
+def test_known_divergences_of_two_ornstein_uhlenbeck_laws():
+    # k 1.3 -> 0 by the limit of small k, from the closed form at 1e-3 and its expansion
+    given = [tensor(each) for each in (0.0, 0.35, 0.4, 0.1, 0.7, 0.6, 0.09, 0.9)]
+    found = linear.ornstein_uhlenbeck_path_kl(*given)
+    # E X_s = .6 + .35 s, Var X_s = .09 + .49 s; u = (.4 X + .25) / .7
+    expected = scipy.integrate.quad(
+        lambda s: ((0.4 * (0.6 + 0.35 * s) + 0.25) ** 2 + 0.16 * (0.09 + 0.49 * s)) / (2 * 0.49),
+        0,
+        0.9,
+    )[0]
+    assert float(found) == pytest.approx(expected, rel=1e-13)
+
+
+@given(SEEDS, DIMS)
+def test_path_kl_is_the_integral_of_the_energy(seed, dim):
+    A1, A0 = draw(seed, dim, dim) - torch.eye(dim), draw(seed + 1, dim, dim)
+    b1, b0, G = draw(seed + 2, dim), draw(seed + 3, dim), positive(seed + 4, dim, 5.0)
+    m, P = draw(seed + 5, dim), positive(seed + 6, dim)
+    A, b, Q = A1.numpy(), b1.numpy(), (G @ G.T).numpy()
+    u = np.linalg.solve(G.numpy(), np.column_stack([(A1 - A0).numpy(), (b1 - b0).numpy()]))
+
+    def rate(t, y):
+        mean, cov = y[:dim], y[dim:-1].reshape(dim, dim)
+        energy = np.trace(u[:, :-1] @ cov @ u[:, :-1].T) + np.sum(
+            (u[:, :-1] @ mean + u[:, -1]) ** 2
+        )
+        return np.concatenate([A @ mean + b, (A @ cov + cov @ A.T + Q).ravel(), [energy / 2]])
+
+    start = np.concatenate([m.numpy(), P.numpy().ravel(), [0.0]])
+    expected = scipy.integrate.solve_ivp(
+        rate, (0, 0.9), start, method="DOP853", rtol=1e-13, atol=1e-13
+    ).y[-1, -1]
+    found = linear.linear_path_kl(Affine(A1, b1), Affine(A0, b0), G, Gaussian(m, P), 0.9)
+    assert float(found) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_path_kl_counts_only_directions_with_noise():
+    # a position driven by a noisy speed: the drifts differ in the speed alone
+    G = tensor([[0.0], [0.5]])
+    A1, A0 = tensor([[0.0, 1.0], [-2.0, -0.3]]), tensor([[0.0, 1.0], [0.0, -0.3]])
+    zero, start = torch.zeros(2, dtype=torch.float64), Gaussian(tensor([1.0, 0.0]), positive(0, 2))
+    found = linear.linear_path_kl(Affine(A1, zero), Affine(A0, zero), G, start, 1e-6)
+    rate = 0.5 * 4 * (1 + float(start.covariance[0, 0])) / 0.25
+    assert float(found) == pytest.approx(1e-6 * rate, rel=1e-5)  # first order in the duration
+    with pytest.raises(ValueError, match="infinite"):
+        linear.linear_path_kl(
+            Affine(A1, zero), Affine(A0 + tensor([[0.0, 0.1], [0, 0]]), zero), G, start, 1.0
+        )
+
+
+@given(SEEDS, DIMS)
+def test_gaussian_kl_is_that_of_torch(seed, dim):
+    one = Gaussian(draw(seed, dim), positive(seed + 1, dim, 100.0))
+    other = Gaussian(draw(seed + 2, dim), positive(seed + 3, dim, 100.0))
+    expected = kl_divergence(
+        MultivariateNormal(one.mean, one.covariance),
+        MultivariateNormal(other.mean, other.covariance),
+    )
+    torch.testing.assert_close(linear.gaussian_kl(one, other), expected, rtol=1e-10, atol=1e-10)
+    assert float(linear.gaussian_kl(one, one)) == 0
+
+
+def test_gaussian_kl_keeps_its_digits_between_close_laws():
+    small = 1e-7
+    one = Gaussian(tensor([0.3]), tensor([[1 + small]]))
+    other = Gaussian(tensor([0.3]), tensor([[1.0]]))
+    # small^2 / 4 to first order; the usual formula, tr - d - logdet, has no digit of it
+    assert float(linear.gaussian_kl(one, other)) == pytest.approx(small**2 / 4, rel=1e-6)
+
+
+# ---- KL control
+
+
+def quadrature_tilt(m: float, s: float, Q: float, slope: float, b: float, c: float):
+    """log Z, mean and variance of exp(r / b) N(m, s), by numerical integration."""
+
+    def weight(x: float, power: int) -> float:
+        density = math.exp(-((x - m) ** 2) / (2 * s)) / math.sqrt(2 * math.pi * s)
+        return x**power * density * math.exp((-Q * x**2 / 2 + slope * x + c) / b)
+
+    # the exact centre, so that the integrator sees the peak
+    v = 1 / (1 / s + Q / b)
+    centre, width = v * (m / s + slope / b), 12 * math.sqrt(v)
+    z, first, second = (
+        scipy.integrate.quad(
+            weight, centre - width, centre + width, (k,), epsabs=0, epsrel=1e-12, limit=200,
+            points=[centre],
+        )[0]
+        for k in range(3)
+    )  # fmt: skip
+    return math.log(z), first / z, second / z - (first / z) ** 2
+
+
+@pytest.mark.parametrize("Q", [0.7, 0.0, -0.5])
+def test_tilt_is_the_reweighted_law(Q):
+    law = Gaussian(tensor([0.4]), tensor([[0.6]]))
+    found = linear.tilt(law, tensor([[Q]]), tensor([0.9]), 0.8, 0.25)
+    log_z, mean, variance = quadrature_tilt(0.4, 0.6, Q, 0.9, 0.8, 0.25)
+    assert float(found.log_normaliser) == pytest.approx(log_z, rel=1e-9)
+    assert float(found.law.mean) == pytest.approx(mean, rel=1e-9)
+    assert float(found.law.covariance) == pytest.approx(variance, rel=1e-8)
+
+
+@given(SEEDS, DIMS, st.floats(1, 1e4), st.floats(0.2, 3))
+def test_tilt_completes_the_square(seed, dim, condition, b):
+    m, S = draw(seed, dim), positive(seed + 1, dim, condition)
+    Q, slope = 0.2 * draw(seed + 2, dim, dim), draw(seed + 3, dim)
+    Q = Q @ Q.T
+    found = linear.tilt(Gaussian(m, S), Q, slope, b)
+    precision = np.linalg.inv(S.numpy()) + Q.numpy() / b
+    spread = np.linalg.inv(precision)
+    mean = spread @ (np.linalg.solve(S.numpy(), m.numpy()) + slope.numpy() / b)
+    bound = 1e-13 * condition  # what inverting S loses
+    torch.testing.assert_close(
+        found.law.covariance, torch.from_numpy(spread), rtol=10 * bound, atol=10 * bound
+    )
+    torch.testing.assert_close(
+        found.law.mean, torch.from_numpy(mean), rtol=100 * bound, atol=100 * bound
+    )
+
+
+@given(SEEDS, DIMS, st.floats(0.2, 3))
+def test_log_normaliser_is_the_best_reward_less_kl(seed, dim, b):
+    law = Gaussian(draw(seed, dim), positive(seed + 1, dim))
+    Q, slope = positive(seed + 2, dim), draw(seed + 3, dim)
+    found = linear.tilt(law, Q, slope, b, -0.4)
+
+    def objective(candidate: Gaussian) -> float:
+        m, S = candidate.mean, candidate.covariance
+        reward = -0.5 * (m @ Q @ m + (Q * S).sum()) + slope @ m - 0.4
+        return float(reward - b * linear.gaussian_kl(candidate, law))
+
+    best = objective(found.law)
+    assert best == pytest.approx(b * float(found.log_normaliser), rel=1e-11, abs=1e-11)
+    assert objective(Gaussian(found.law.mean + 0.01, found.law.covariance)) < best
+    assert objective(Gaussian(found.law.mean, 1.01 * found.law.covariance)) < best
+
+
+def test_a_direction_without_variance_is_not_tilted():
+    law = Gaussian(tensor([0.4, -0.2]), tensor([[0.6, 0.0], [0.0, 0.0]]))
+    Q = tensor([[0.7, 0.3], [0.3, -50.0]])
+    found = linear.tilt(law, Q, tensor([0.9, 5.0]), 0.8)
+    # given x_2 = -.2 the reward of x_1 has the slope .9 - .3 (-.2)
+    log_z, mean, variance = quadrature_tilt(0.4, 0.6, 0.7, 0.96, 0.8, 25 * 0.04 + 5 * -0.2)
+    assert float(found.log_normaliser) == pytest.approx(log_z, rel=1e-9)
+    torch.testing.assert_close(found.law.mean, tensor([mean, -0.2]), rtol=1e-9, atol=0)
+    expected = tensor([[variance, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(found.law.covariance, expected, rtol=1e-8, atol=1e-15)
+
+
+def test_tilts_without_a_normaliser_are_refused():
+    law = Gaussian(tensor([0.4]), tensor([[0.5]]))
+    edge = -0.8 / 0.5  # S^{-1} + Q / b = 0
+    linear.tilt(law, tensor([[edge + 1e-6]]), tensor([0.0]), 0.8)
+    for Q in (edge, edge - 1):
+        with pytest.raises(ValueError, match="larger kl_weight"):
+            linear.tilt(law, tensor([[Q]]), tensor([0.0]), 0.8)
+
+
+@given(SEEDS, DIMS, st.floats(0.3, 3))
+def test_kl_optimal_value_solves_its_hamilton_jacobi_bellman_equation(seed, dim, b):
+    A, shift, G = 0.5 * draw(seed, dim, dim), draw(seed + 1, dim), draw(seed + 2, dim, dim)
+    Q, slope, x = positive(seed + 3, dim), draw(seed + 4, dim), draw(seed + 5, 3, dim)
+
+    def value(t: Tensor) -> linear.Quadratic:
+        return linear.kl_optimal_value(linear.transition(A, shift, G, 1 - t), Q, slope, b, 0.3)
+
+    t = tensor(0.4)
+    now, rate = torch.func.jvp(lambda t: value(t)(x), (t,), (torch.ones_like(t),))
+    V = value(t)
+    gradient, drift = V.gradient(x), linear.kl_optimal_drift(V, G, b)
+    spread = G @ G.T
+    residual = (
+        rate
+        + (gradient * (x @ A.T + shift)).sum(-1)
+        + 0.5 * (spread * V.hessian).sum()
+        + ((gradient @ spread) * gradient).sum(-1) / (2 * b)
+    )
+    scale = float(now.abs().max() + gradient.square().max() * (1 + spread.abs().max()) + 1)
+    torch.testing.assert_close(residual, torch.zeros_like(residual), rtol=0, atol=1e-11 * scale)
+    torch.testing.assert_close(drift(x), gradient @ spread / b, rtol=1e-12, atol=1e-12 * scale)
+    end = value(tensor(1.0))(x)
+    reward = -0.5 * ((x @ Q) * x).sum(-1) + x @ slope + 0.3
+    torch.testing.assert_close(end, reward, rtol=1e-13, atol=1e-13)
+
+
+def test_expected_value_at_the_start_is_the_tilts_log_normaliser():
+    # of a base law that forgets its start the terminal law is the tilt, and V is constant
+    forgetful = linear.Transition(
+        torch.zeros(2, 2, dtype=torch.float64), draw(0, 2), positive(1, 2)
+    )
+    Q, slope = positive(2, 2), draw(3, 2)
+    value = linear.kl_optimal_value(forgetful, Q, slope, 0.7)
+    tilted = linear.tilt(Gaussian(forgetful.f, forgetful.C), Q, slope, 0.7)
+    assert not bool(value.hessian.any())
+    torch.testing.assert_close(value.constant, 0.7 * tilted.log_normaliser, rtol=1e-14, atol=0)
+
+
+# ---- derivatives
+
+
+def sym(matrix: Tensor) -> Tensor:
+    return 0.5 * (matrix + matrix.mT)
+
+
+def spd(matrix: Tensor) -> Tensor:
+    return matrix @ matrix.mT + 0.3 * torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+def test_derivatives_in_every_argument(dim):
+    A, A0, G, L, L0 = (draw(k, dim, dim).requires_grad_() for k in range(5))
+    b, b0, m, m0, slope = (draw(k, dim).requires_grad_() for k in range(5, 10))
+    time, weight = tensor(0.7).requires_grad_(), tensor(1.3).requires_grad_()
+
+    def moments(A, b, G, m, L, time):
+        found = linear.gaussian_moments(A, b, G, Gaussian(m, spd(L)), time)
+        return found.mean, found.covariance
+
+    def path(A, b, A0, b0, G, m, L, time):
+        start = Gaussian(m, spd(L))
+        return linear.linear_path_kl(Affine(A, b), Affine(A0, b0), spd(G), start, time)
+
+    def between(m, L, m0, L0):
+        return linear.gaussian_kl(Gaussian(m, spd(L)), Gaussian(m0, spd(L0)))
+
+    def tilted(m, L, L0, slope, weight):
+        found = linear.tilt(Gaussian(m, spd(L)), 0.1 * sym(L0), slope, 3 + weight, weight)
+        return found.law.mean, found.law.covariance, found.log_normaliser
+
+    gradcheck = torch.autograd.gradcheck
+    assert gradcheck(moments, (A, b, G, m, L, time))
+    assert gradcheck(path, (A, b, A0, b0, G, m, L, time))
+    assert gradcheck(between, (m, L, m0, L0))
+    assert gradcheck(tilted, (m, L, L0, slope, weight))
+
+
+def test_derivatives_at_a_pull_of_zero_and_at_equal_laws():
+    numbers = [tensor([each]).requires_grad_() for each in (0.0, 0.3, 0.5, 0.1, 0.7, 0.6, 0.2, 0.9)]
+    assert torch.autograd.gradcheck(linear.ornstein_uhlenbeck_path_kl, numbers)
+    assert torch.autograd.gradcheck(linear.ornstein_uhlenbeck_terminal_kl, numbers)
+    m = draw(0, 2).requires_grad_()
+    same = Gaussian(m, torch.eye(2, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(linear.gaussian_kl(same, Gaussian(0 * m, same.covariance)), m)
+    torch.testing.assert_close(gradient, m.detach())
+
+
+# ---- what is refused
+
+EYE, ZERO2 = torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+GOOD = {"A": -EYE, "b": ZERO2, "G": EYE, "time": 1.0}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"A": torch.eye(3, dtype=torch.float64)},
+        {"A": torch.ones(2, 3, dtype=torch.float64)},
+        {"A": EYE.float()},
+        {"A": torch.eye(2, dtype=torch.int64)},
+        {"A": EYE * math.nan},
+        {"b": torch.zeros(3, dtype=torch.float64)},
+        {"b": torch.zeros((), dtype=torch.float64)},
+        {"G": torch.ones(2, dtype=torch.float64)},
+        {"G": EYE * math.inf},
+        {"time": -0.1},
+        {"time": math.nan},
+        {"A": torch.zeros(4, 2, 2, dtype=torch.float64), "b": torch.zeros(3, 2).double()},
+    ],
+    ids=str,
+)
+def test_bad_linear_sdes_are_refused(bad):
+    given = GOOD | bad
+    with pytest.raises((ValueError, TypeError)):
+        linear.transition(**given)
+    time = given.pop("time")
+    with pytest.raises((ValueError, TypeError)):
+        linear.gaussian_moments(**given, start=Gaussian(ZERO2, EYE), time=time)
+
+
+def test_bad_laws_and_weights_are_refused():
+    good = Gaussian(ZERO2, EYE)
+    lopsided = Gaussian(ZERO2, tensor([[1.0, 0.5], [0.0, 1.0]]))
+    flat = Gaussian(ZERO2, torch.zeros(2, 2, dtype=torch.float64))
+    negative = Gaussian(ZERO2, -EYE)
+    for bad in (lopsided, flat, negative):
+        with pytest.raises(ValueError, match="covariance"):
+            linear.gaussian_kl(bad, good)
+        with pytest.raises(ValueError, match="covariance"):
+            linear.gaussian_kl(good, bad)
+    for bad in (lopsided, negative):
+        with pytest.raises(ValueError, match="covariance"):
+            linear.tilt(bad, EYE, ZERO2, 1.0)
+    for weight in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="kl_weight"):
+            linear.tilt(good, EYE, ZERO2, weight)
+    with pytest.raises(ValueError, match="Q"):
+        linear.tilt(good, lopsided.covariance, ZERO2, 1.0)
+
+
+def test_an_empty_batch_stays_empty():
+    none = torch.zeros(0, 2, 2, dtype=torch.float64)
+    assert linear.transition(none, ZERO2, EYE, 1.0).C.shape == (0, 2, 2)
+
+
+def test_expanded_and_transposed_tensors_are_as_good():
+    A = draw(0, 2, 2)
+    plain = linear.transition(A.T.contiguous().expand(3, 2, 2).contiguous(), ZERO2, EYE, 1.0)
+    odd = linear.transition(A.T.expand(3, 2, 2), ZERO2, EYE, 1.0)
+    assert torch.equal(plain.C, odd.C)
