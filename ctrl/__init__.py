@@ -38,7 +38,7 @@ from ctrl.policy import (
 )
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
-from ctrl.simulate import simulate
+from ctrl.simulate import simulate, simulate_end
 from ctrl.solvers import BlackBox, EulerMaruyama, Heun, Milstein, Solver, TransitionSolver
 from ctrl.value import Value
 
@@ -75,6 +75,7 @@ __all__ = [
     "returns_to_go",
     "running_rewards",
     "simulate",
+    "simulate_end",
     "time_integral",
     "transitions",
     "trust_region",

@@ -60,8 +60,7 @@ def simulate(
     solver = solver or EulerMaruyama()
     _check_types(problem, policy, grid, solver, keep)
     _check_start(start)
-    if (end := float(grid.nodes[-1])) > problem.horizon * (1 + 1e-6):  # grids may be float32
-        raise ValueError(f"grid must end by the horizon {problem.horizon:g}, got {end:g}")
+    _check_end(problem, grid)
     with_graph = differentiable and torch.is_grad_enabled()
     if with_graph and out is not None:
         raise ValueError(
@@ -75,6 +74,73 @@ def simulate(
             paths = _roll_out_in_place(problem.sde, policy, start, grid, solver, source, keep, out)
     _check_finite(paths)
     return paths
+
+
+def simulate_end(
+    problem: ControlProblem,
+    policy: Policy,
+    start: Float[Tensor, " paths *event"],
+    grid: TimeGrid,
+    solver: Solver | None = None,
+    *,
+    noise: Noise | None = None,
+    generator: Generator | None = None,
+    differentiable: bool = False,
+) -> Float[Tensor, " paths *event"]:
+    """States at the last node: ``simulate`` in constant memory, with the same numbers.
+
+    Args:
+        problem: as in ``simulate``.
+        policy: as in ``simulate``.
+        start: as in ``simulate``.
+        grid: as in ``simulate``.
+        solver: as in ``simulate``.
+        noise: as in ``simulate``.
+        generator: as in ``simulate``.
+        differentiable: keep the graph (whose memory grows with the steps).
+
+    Raises:
+        ValueError: as ``simulate``, but that the first node of a fault is not told.
+        TypeError: as ``simulate``.
+    """
+    solver = solver or EulerMaruyama()
+    _check_types(problem, policy, grid, solver, ())
+    _check_start(start)
+    _check_end(problem, grid)
+    source = _source(problem.sde, policy, start, grid, solver, noise, generator)
+    with_graph = differentiable and torch.is_grad_enabled()
+    with torch.set_grad_enabled(with_graph):
+        end = _last_states(problem.sde, policy, start, grid, solver, source, with_graph)
+    if not bool(torch.isfinite(end).all()):
+        raise ValueError(
+            "states are not finite at the last node; simulate(...) tells from which node on"
+        )
+    return end
+
+
+def _last_states(
+    sde: ControlledSDE,
+    policy: Policy,
+    start: Tensor,
+    grid: TimeGrid,
+    solver: Solver,
+    source: "_Given | _Drawn | _Silent",
+    with_graph: bool,
+) -> Tensor:
+    """Two rows of memory, taken in turns; a new tensor for every step where a graph is kept."""
+    in_place = isinstance(solver, InPlaceSolver) and not with_graph
+    spare = in_place and sde.noise == "diagonal"
+    x, after = start, torch.empty_like(start) if in_place else None
+    for k, t, h in _left_ends(grid, start):
+        action = _act(policy, t, x, source, k)
+        increment = source.increment(k, h, after if spare else None)
+        if isinstance(solver, InPlaceSolver) and after is not None:
+            nodes = grid.nodes
+            solver.step_into(after, sde, nodes[k], nodes[k + 1], x, action, increment)
+            x, after = after, (x if k else torch.empty_like(start))
+        else:
+            x = _step(solver, sde, grid, k, x, action, increment)
+    return x
 
 
 def _source(
@@ -325,6 +391,11 @@ def _check_types(
 def _check_generator(generator: Generator, like: Tensor) -> None:
     if generator.device.type != like.device.type:
         raise ValueError(f"generator must be on {like.device}, as start is, got {generator.device}")
+
+
+def _check_end(problem: ControlProblem, grid: TimeGrid) -> None:
+    if (end := float(grid.nodes[-1])) > problem.horizon * (1 + 1e-6):  # grids may be float32
+        raise ValueError(f"grid must end by the horizon {problem.horizon:g}, got {end:g}")
 
 
 def _check_start(start: Tensor) -> None:

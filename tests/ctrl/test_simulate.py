@@ -528,3 +528,28 @@ torch.testing.assert_close(surrogate(rows, rows, half), expected)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("solver", [ctrl.EulerMaruyama(), ctrl.Milstein(), ctrl.Heun()])
+def test_the_end_alone_is_the_end_of_the_whole(solver, graph):
+    calculus = "stratonovich" if isinstance(solver, ctrl.Heun) else "ito"
+    problem = ctrl.ControlProblem(geometric(calculus), 1.0)
+    start, grid = torch.linspace(0.5, 2, 6).view(3, 2), ctrl.uniform_grid(1.0, 5)
+    before = start.clone()
+    whole = ctrl.simulate(
+        problem, HOLD, start, grid, solver, generator=torch.Generator().manual_seed(3)
+    )
+    end = ctrl.simulate_end(
+        problem, HOLD, start, grid, solver,
+        generator=torch.Generator().manual_seed(3), differentiable=graph,
+    )  # fmt: skip
+    torch.testing.assert_close(end, whole.states[:, -1], rtol=1e-6, atol=1e-6)  # float32
+    assert torch.equal(start, before)
+
+
+def test_an_end_that_is_not_finite_is_refused():
+    problem = ctrl.ControlProblem(geometric(diffusion=lambda t, x: x**9), 1.0)
+    start, grid = torch.full((2, 1), 1e9), ctrl.uniform_grid(1.0, 9)
+    with pytest.raises(ValueError, match="finite"):
+        ctrl.simulate_end(problem, HOLD, start, grid, generator=torch.Generator())
