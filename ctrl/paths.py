@@ -117,8 +117,8 @@ def over_steps(
 ) -> Float[Tensor, "paths steps *result"]:
     """function(t, x, ...) at the left end of every step.
 
-    All steps at once where ``torch.func.vmap`` can, which a roll-out's rewards gain a factor of two
-    from; one after the other where it cannot (control flow that depends on values).
+    Many steps at once where ``torch.func.vmap`` can; one after the other where it cannot (control
+    flow that depends on values).
 
     Args:
         function: of (t [], states [paths, *event], one slice [paths, *one] of each of ``more``);
@@ -137,9 +137,16 @@ def over_nodes(
     return _along(function, paths.grid.nodes.to(paths.states), paths.states)
 
 
+_CHUNK = 2**22  # bytes of states at a time: what a step makes of them should stay in cache
+
+
 def _along(function: Callable[..., Tensor], times: Tensor, *rows: Tensor) -> Tensor:
+    widest = max(row[:, 0].numel() * row.element_size() for row in rows)
+    chunk = max(1, _CHUNK // max(1, widest))
+    in_dims = (0, *[1] * len(rows))
     try:
-        return torch.func.vmap(function, in_dims=(0, *[1] * len(rows)), out_dims=1)(times, *rows)
+        at_once = torch.func.vmap(function, in_dims, out_dims=1, chunk_size=chunk)
+        return at_once(times, *rows)
     except RuntimeError:  # not vectorisable; a real fault is raised again by the loop
         moments = zip(times, *[each.unbind(1) for each in rows], strict=True)
         return torch.stack([function(*moment) for moment in moments], dim=1)

@@ -120,7 +120,10 @@ class GaussianPolicy:
         Raises:
             ValueError: there is no noise, or it has not the mean's shape.
         """
-        return mean + self.std_at(t, mean) * _checked_noise(mean, noise)
+        noise = _checked_noise(mean, noise)
+        if isinstance(self.std, Real):
+            return torch.add(mean, noise, alpha=float(self.std))
+        return mean + self.std_at(t, mean) * noise
 
     def distribution(self, t: Tensor, states: Float[Tensor, " paths *event"]) -> Distribution:
         """The law of the action of every path.

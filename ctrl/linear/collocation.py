@@ -12,7 +12,6 @@ Sources  [CN63] Clenshaw & Norton 1963, the solution of nonlinear ordinary diffe
          Chebyshev series, Computer Journal 6.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -140,19 +139,19 @@ def panels(
 
 def _picard(
     rate: Rate, times: Tensor, start: Tensor, integration: Tensor
-) -> tuple[Float[Tensor, "nodes *batch dim"], float]:
-    """y at the points of a panel, and the sweeps it took (infinitely many: not found)."""
+) -> tuple[Float[Tensor, "nodes *batch dim"], int]:
+    """y at the points of a panel, and the sweeps it took (more than SWEEPS: not found)."""
     y = start.expand(len(times), *start.shape)
     for sweep in range(1, SWEEPS + 1):
         after = start + torch.tensordot(integration, rate(times, y), 1)
         change = (after - y).detach().abs().amax((0, -1))
         size, y = _size(after), after
         if not bool(torch.isfinite(size).all()):
-            return y, math.inf
+            return y, SWEEPS + 1
         if bool((change <= CONVERGED * size).all()):
             # once more for the derivatives, which lag behind
             return start + torch.tensordot(integration, rate(times, y), 1), sweep
-    return y, math.inf
+    return y, SWEEPS + 1
 
 
 def _size(y: Float[Tensor, "nodes *batch dim"]) -> Float[Tensor, "*batch"]:
