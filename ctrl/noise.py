@@ -12,7 +12,9 @@ Twister.
 """
 
 import hashlib
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -98,6 +100,71 @@ def normals_by_sample(
     return (
         torch.stack(rows).to(device) if rows else torch.empty(0, *shape, device=device, dtype=dtype)
     )
+
+
+_BLOCK = 256  # paths that share a stream
+_WIDE = 2048  # numbers in a row of one path from which on every path has a stream of its own
+_CHUNK = 16  # steps drawn at once
+
+
+@dataclass(frozen=True)
+class PathStreams:
+    """Noise that belongs to paths: give it to ``simulate`` in place of a generator.
+
+    What drives path ``first_path + i`` depends on (seed, name, that index, the step) alone: not on
+    how paths are split into batches or processes, nor on what was asked for before. Consecutive
+    blocks of 256 paths share a stream (one path each where a row of it has 2048 numbers or more),
+    so splitting costs most at block boundaries. Increments and actions have streams of their own,
+    and so have the two precisions. The numbers are drawn on the CPU and moved, so devices agree.
+
+    Attributes:
+        seed: of the run.
+        name: of the roll-out, strings and integers; two of the same name are the same noise.
+        first_path: global index of the first path of the batch.
+    """
+
+    seed: int
+    name: tuple[str | int, ...]
+    first_path: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, tuple):
+            raise TypeError(f"name must be a tuple of str and int, got {self.name!r}")
+        if isinstance(self.first_path, bool) or not isinstance(self.first_path, int):
+            raise TypeError(f"first_path must be an int, got {self.first_path!r}")
+        if self.first_path < 0:
+            raise ValueError(f"first_path must be at least 0, got {self.first_path}")
+        stream(self.seed, *self.name)  # a bad seed or name is refused here
+
+    def rows(self, kind: str, paths: int, like: Tensor) -> Iterator[Tensor]:
+        """Standard normals of one step after the other, without end, [paths, *event].
+
+        Each is valid until the next is asked for.
+
+        Args:
+            kind: what for; a part of the streams' names.
+            paths: how many, from ``first_path`` on.
+            like: [any, *event], whose shape, dtype and device they have.
+        """
+        event = like.shape[1:]
+        width = event.numel()
+        block = _BLOCK if width < _WIDE else 1
+        first, last = self.first_path // block, (self.first_path + paths - 1) // block
+        precision = str(like.dtype)
+        generators = [
+            stream(self.seed, *self.name, kind, precision, index)
+            for index in range(first, last + 1)
+        ]
+        # torch draws in groups of 16 numbers, so a row must be made of whole groups
+        padded = -(-block * width // 16) * 16
+        drawn = torch.empty(_CHUNK, padded, dtype=like.dtype)
+        chunk = torch.empty(_CHUNK, len(generators), block * width, dtype=like.dtype)
+        begin = self.first_path - first * block
+        while True:
+            for index, generator in enumerate(generators):
+                chunk[:, index] = drawn.normal_(generator=generator)[:, : block * width]
+            moved = chunk.view(_CHUNK, -1, *event)[:, begin : begin + paths].to(like.device)
+            yield from moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +289,91 @@ def antithetic(noise: Noise) -> Noise:
     assert increments is not None
     weights = None if noise.weights is None else noise.weights.repeat_interleave(2) / 2
     return Noise(increments, mirrored(noise.actions), weights)
+
+
+def coarsen(
+    increments: Float[Tensor, "paths fine *noise"],
+    fine_nodes: Float[Tensor, " fine_nodes"],
+    coarse_nodes: Float[Tensor, " coarse_nodes"],
+) -> Float[Tensor, "paths coarse *noise"]:
+    """The same Brownian paths on fewer nodes: increments summed over each coarse step.
+
+    Args:
+        increments: on the fine nodes, sqrt(time).
+        fine_nodes: times, increasing.
+        coarse_nodes: some of them, with the first and the last.
+
+    Raises:
+        ValueError: a coarse node is not a fine one, the ends differ, or the shapes do not fit.
+    """
+    _check_fine(increments, fine_nodes, "fine_nodes")
+    ends = _places(coarse_nodes, fine_nodes)
+    sums = [increments[:, a:b].sum(1) for a, b in itertools.pairwise(ends)]
+    return torch.stack(sums, dim=1)
+
+
+def refine(
+    increments: Float[Tensor, "paths coarse *noise"],
+    coarse_nodes: Float[Tensor, " coarse_nodes"],
+    fine_nodes: Float[Tensor, " fine_nodes"],
+    *,
+    generator: torch.Generator,
+) -> Float[Tensor, "paths fine *noise"]:
+    """The same Brownian paths on more nodes: a Brownian bridge in every coarse step.
+
+    Given the remaining increment R over the remaining time s of a coarse step, the next fine
+    increment over time h is N(R h / s, h (s - h) / s). ``coarsen`` undoes it.
+
+    Args:
+        increments: on the coarse nodes, sqrt(time).
+        coarse_nodes: times, increasing.
+        fine_nodes: times that include the coarse ones, with the same ends.
+        generator: of the bridge's normals, on the increments' device.
+
+    Raises:
+        ValueError: a coarse node is not a fine one, the ends differ, or the shapes do not fit.
+    """
+    _check_fine(increments, coarse_nodes, "coarse_nodes")
+    ends = _places(coarse_nodes, fine_nodes)
+    times = fine_nodes.double().tolist()
+    fine: list[Tensor] = []
+    for k, (a, b) in enumerate(itertools.pairwise(ends)):
+        left = increments[:, k]
+        for j in range(a, b - 1):
+            rest, h = times[b] - times[j], times[j + 1] - times[j]
+            normal = torch.empty_like(left).normal_(generator=generator)
+            one = left * (h / rest) + normal * math.sqrt(h * (rest - h) / rest)
+            fine.append(one)
+            left = left - one
+        fine.append(left)
+    return torch.stack(fine, dim=1)
+
+
+def _check_fine(increments: Tensor, nodes: Tensor, name: str) -> None:
+    if increments.ndim < 2 or nodes.ndim != 1 or increments.shape[1] != len(nodes) - 1:
+        raise ValueError(
+            f"increments must be [paths, {len(nodes) - 1}, ...] to fit {name}, got "
+            f"{list(increments.shape)}"
+        )
+
+
+def _places(coarse: Tensor, fine: Tensor) -> list[int]:
+    """Index of every coarse node among the fine ones."""
+    for name, nodes in (("coarse_nodes", coarse), ("fine_nodes", fine)):
+        if nodes.ndim != 1 or len(nodes) < 2 or not bool((nodes.diff() > 0).all()):
+            raise ValueError(f"{name} must be at least two increasing times, got {nodes.tolist()}")
+    slack = 1e-6 * float(fine.diff().min())  # nodes of two grids may differ by round-off
+    gaps = (coarse.double()[:, None] - fine.double()[None]).abs()
+    nearest, places = gaps.min(1)
+    if bool((nearest > slack).any()):
+        k = int((nearest > slack).nonzero()[0])
+        raise ValueError(
+            f"coarse_nodes must be among fine_nodes, but coarse_nodes[{k}] = {coarse[k]:g} is not"
+        )
+    found = [int(place) for place in places]
+    if found[0] != 0 or found[-1] != len(fine) - 1:
+        raise ValueError("coarse_nodes and fine_nodes must begin and end together")
+    return found
 
 
 def _check_step_sizes(step_sizes: Float[Tensor, " steps"]) -> None:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from ctrl.noise import Noise
+from ctrl.noise import Noise, PathStreams
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
@@ -25,7 +25,7 @@ def simulate(
     solver: Solver | None = None,
     *,
     noise: Noise | None = None,
-    generator: Generator | None = None,
+    generator: Generator | PathStreams | None = None,
     keep: Sequence[str] = KEEP,
     differentiable: bool = False,
     out: Paths | None = None,
@@ -41,8 +41,9 @@ def simulate(
         grid: the nodes, within the problem's horizon.
         solver: one-step map; ``EulerMaruyama()`` if not given.
         noise: explicit increments (and action noise), or
-        generator: to draw them from; exactly one of the two, except that a ``BlackBox`` brings its
-            own noise and takes a generator only for a policy that draws its actions.
+        generator: to draw them from, or ``noise.PathStreams``, whose paths do not depend on the
+            batch; exactly one of noise and generator, except that a ``BlackBox`` brings its own
+            noise and takes a generator only for a policy that draws its actions.
         keep: what to keep of "states", "actions", "increments". States are always whole; a
             ``BlackBox`` shows no increments.
         differentiable: keep the graph, so that gradients flow through the path.
@@ -84,7 +85,7 @@ def simulate_end(
     solver: Solver | None = None,
     *,
     noise: Noise | None = None,
-    generator: Generator | None = None,
+    generator: Generator | PathStreams | None = None,
     differentiable: bool = False,
 ) -> Float[Tensor, " paths *event"]:
     """States at the last node: ``simulate`` in constant memory, with the same numbers.
@@ -124,7 +125,7 @@ def _last_states(
     start: Tensor,
     grid: TimeGrid,
     solver: Solver,
-    source: "_Given | _Drawn | _Silent",
+    source: "_Source",
     with_graph: bool,
 ) -> Tensor:
     """Two rows of memory, taken in turns; a new tensor for every step where a graph is kept."""
@@ -150,8 +151,8 @@ def _source(
     grid: TimeGrid,
     solver: Solver,
     noise: Noise | None,
-    generator: Generator | None,
-) -> "_Given | _Drawn | _Silent":
+    generator: Generator | PathStreams | None,
+) -> "_Source":
     if isinstance(solver, BlackBox):
         if noise is not None:
             raise ValueError("noise must be None: a BlackBox brings its own; give a generator")
@@ -161,7 +162,9 @@ def _source(
     shape = (len(start), len(grid.steps), *sde.noise_shape(tuple(start.shape[1:])))
     if noise is not None and generator is None:
         return _Given(noise, shape, start)
-    if generator is not None and noise is None:
+    if isinstance(generator, PathStreams) and noise is None:
+        return _Streamed(generator, shape, start)
+    if isinstance(generator, Generator) and noise is None:
         return _Drawn(generator, shape, start)
     raise ValueError("give exactly one of noise and generator")
 
@@ -225,6 +228,29 @@ class _Drawn:
         return torch.empty_like(mean).normal_(generator=self.generator)
 
 
+class _Streamed:
+    """Noise that belongs to paths, whatever batch they are in."""
+
+    weights = None
+    shows_noise = True
+
+    def __init__(self, streams: PathStreams, shape: tuple[int, ...], start: Tensor) -> None:
+        self.streams, self.shape = streams, shape
+        like = start.new_empty(shape[0], *shape[2:])
+        self.brownian = streams.rows("increments", shape[0], like)
+        self.drawn: Iterator[Tensor] | None = None
+
+    def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
+        """W(t + h) - W(t) of step k, in ``into`` if that is given."""
+        return torch.mul(next(self.brownian), math.sqrt(h), out=into)
+
+    def for_action(self, k: int, mean: Tensor) -> Tensor:
+        """Standard normals for the actions of step k."""
+        if self.drawn is None:
+            self.drawn = self.streams.rows("actions", len(mean), mean)
+        return next(self.drawn)
+
+
 class _Silent:
     """No Brownian noise: the simulator has its own."""
 
@@ -232,8 +258,9 @@ class _Silent:
     shows_noise = False
     shape = ()
 
-    def __init__(self, generator: Generator | None) -> None:
+    def __init__(self, generator: Generator | PathStreams | None) -> None:
         self.generator = generator
+        self.drawn: Iterator[Tensor] | None = None
 
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
         """Nothing."""
@@ -241,9 +268,16 @@ class _Silent:
 
     def for_action(self, k: int, mean: Tensor) -> Tensor:
         """Standard normals for the actions of step k."""
+        if isinstance(self.generator, PathStreams):
+            if self.drawn is None:
+                self.drawn = self.generator.rows("actions", len(mean), mean)
+            return next(self.drawn)
         assert self.generator is not None
         _check_generator(self.generator, mean)
         return torch.empty_like(mean).normal_(generator=self.generator)
+
+
+_Source = _Given | _Drawn | _Streamed | _Silent
 
 
 def _roll_out_in_place(
@@ -252,7 +286,7 @@ def _roll_out_in_place(
     start: Tensor,
     grid: TimeGrid,
     solver: Solver,
-    source: _Given | _Drawn | _Silent,
+    source: _Source,
     keep: Sequence[str],
     out: Paths | None,
 ) -> Paths:
@@ -314,7 +348,7 @@ def _roll_out_with_graph(
     start: Tensor,
     grid: TimeGrid,
     solver: Solver,
-    source: _Given | _Drawn | _Silent,
+    source: _Source,
     keep: Sequence[str],
 ) -> Paths:
     """Every step is a new tensor: what the graph has saved must not be written to again."""
@@ -340,7 +374,7 @@ def _left_ends(grid: TimeGrid, start: Tensor) -> Iterator[tuple[int, Tensor, flo
     return zip(range(len(times)), times, grid.steps.tolist(), strict=True)
 
 
-def _act(policy: Policy, t: Tensor, x: Tensor, source: _Given | _Drawn | _Silent, k: int) -> Tensor:
+def _act(policy: Policy, t: Tensor, x: Tensor, source: _Source, k: int) -> Tensor:
     mean = policy.mean(t, x)
     if not isinstance(mean, Tensor):
         raise TypeError(f"policy.mean must return a tensor, got {type(mean).__name__}")

@@ -28,8 +28,8 @@ def descend(loss: Float[Tensor, ""], *optimisers: Optimizer) -> None:
     finite = [torch.isfinite(slope).all() for slope in slopes]
     if not bool(torch.stack([torch.isfinite(loss.detach()), *finite]).all()):
         raise FloatingPointError(
-            f"the loss ({float(loss.detach()):g}) or its gradient is not finite; no step was taken. "
-            "Lower the learning rate, refine the grid or bound the rewards"
+            f"the loss ({float(loss.detach()):g}) or its gradient is not finite; no step was "
+            "taken. Lower the learning rate, refine the grid or bound the rewards"
         )
     for parameter, slope in zip(learned, slopes, strict=True):
         parameter.grad = slope

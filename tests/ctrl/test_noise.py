@@ -1,8 +1,12 @@
 """Named streams: what a number depends on, and on what it does not."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+import ctrl
 from ctrl.noise import (
     Noise,
     antithetic,
@@ -139,3 +143,144 @@ def test_quadrature_noise_takes_any_shape():
     assert noise.actions is not None
     assert noise.actions.shape == (16, 1, 2, 1, 1)
     assert gauss_hermite(steps, nodes=2, noise=()).increments.shape == (2, 1)
+
+
+# --- noise that belongs to paths
+
+
+def rolled(paths, first, steps=21, width=3, dtype=torch.float32, random=True):
+    sde = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.5)
+    policy = (
+        ctrl.GaussianPolicy(lambda t, x: 0.1 * x, 0.3)
+        if random
+        else ctrl.DeterministicPolicy(lambda t, x: 0.1 * x)
+    )
+    return ctrl.simulate(
+        ctrl.ControlProblem(sde, 10.0), policy, torch.zeros(paths, width, dtype=dtype),
+        ctrl.uniform_grid(0.1 * steps, steps),
+        generator=ctrl.noise.PathStreams(7, ("test", 3), first),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("split", [1, 7, 8, 15, 16, 32, 256, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_paths_do_not_depend_on_how_they_are_batched(split, dtype):
+    total = 600 if split > 8 else 40
+    whole = rolled(total, 0, dtype=dtype)
+    parts = [
+        rolled(min(split, total - begin), begin, dtype=dtype) for begin in range(0, total, split)
+    ]
+    for name in ("states", "actions", "increments"):
+        together = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(together, getattr(whole, name)), name
+
+
+def test_paths_do_not_depend_on_the_process():
+    code = (
+        "import torch, ctrl; s = ctrl.noise.PathStreams(7, ('test', 3), 250);"
+        "rows = s.rows('increments', 9, torch.empty(1, 3));"
+        "print(*[next(rows).clone()[k % 9, 1].item().hex() for k in range(40)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rows = ctrl.noise.PathStreams(7, ("test", 3), 250).rows("increments", 9, torch.empty(1, 3))
+    here = [next(rows).clone()[k % 9, 1].item().hex() for k in range(40)]
+    assert done.stdout.split() == here
+
+
+def test_a_longer_run_begins_with_the_shorter_one_and_events_may_be_wide():
+    short, long = rolled(5, 0, steps=20), rolled(5, 0, steps=50)
+    h = (0.1 * 20 / 20) ** 0.5
+    torch.testing.assert_close(short.increments / h, long.increments[:, :20] / h)
+    for width in (2047, 2048, 2050):  # one stream a path from 2048 numbers on
+        whole = rolled(3, 0, steps=2, width=width)
+        assert torch.equal(rolled(1, 2, steps=2, width=width).increments, whole.increments[2:])
+
+
+def test_every_path_step_and_kind_has_its_own_normals():
+    paths = rolled(700, 0, steps=40, width=2, dtype=torch.float64)
+    brownian = paths.increments / 0.1**0.5
+    drawn = (paths.actions - 0.1 * paths.states[:, :-1]) / 0.3
+    flat = brownian.flatten()
+    assert len(flat.unique()) == flat.numel()
+    n = flat.numel()
+    # means, variances and correlations of n = 56 000 normals within 6 standard errors
+    for values in (brownian, drawn):
+        assert abs(float(values.mean())) < 6 / n**0.5
+        assert abs(float(values.var()) - 1) < 6 * (2 / n) ** 0.5
+    assert abs(float((brownian * drawn).mean())) < 6 / n**0.5
+    assert abs(float((brownian[:-256] * brownian[256:]).mean())) < 6 / n**0.5
+    assert abs(float((brownian[:, :-16] * brownian[:, 16:]).mean())) < 6 / n**0.5
+    other = ctrl.noise.PathStreams(7, ("test", 4)).rows("increments", 700, paths.states[:, 0])
+    assert abs(float((brownian[:, 0] * next(other)).mean())) < 6 / 1400**0.5
+
+
+def test_a_black_box_draws_its_actions_from_the_paths_streams_too():
+    policy = ctrl.GaussianPolicy(lambda t, x: x, 0.3)
+    problem = ctrl.ControlProblem(ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 0.1), 1.0)
+    box = ctrl.BlackBox(lambda t0, t1, x, a: x + (t1 - t0).to(x) * a)
+
+    def run(paths, first):
+        return ctrl.simulate(
+            problem, policy, torch.zeros(paths, 2), ctrl.uniform_grid(1.0, 3), box,
+            generator=ctrl.noise.PathStreams(1, ("box",), first),
+        )  # fmt: skip
+
+    assert torch.equal(run(10, 0).actions[4:], run(6, 4).actions)
+
+
+@pytest.mark.parametrize(
+    "bad", [("a", (), 0), (1, "name", 0), (1, (1.5,), 0), (1, (), -1), (1, (), 0.5), (True, (), 0)]
+)
+def test_bad_names_of_streams_are_refused(bad):
+    with pytest.raises((TypeError, ValueError)):
+        ctrl.noise.PathStreams(*bad)
+
+
+# --- the same path on another grid
+
+COARSE = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+FINE = torch.tensor([0.0, 0.1, 0.25, 0.3, 0.55, 0.9, 1.0], dtype=torch.float64)
+
+
+def test_coarsening_undoes_refining():
+    g = torch.Generator().manual_seed(0)
+    coarse = torch.randn(5, 2, 3, dtype=torch.float64, generator=g)
+    fine = ctrl.noise.refine(coarse, COARSE, FINE, generator=g)
+    assert fine.shape == (5, 6, 3)
+    torch.testing.assert_close(
+        ctrl.noise.coarsen(fine, FINE, COARSE), coarse, rtol=1e-13, atol=1e-14
+    )
+
+
+def test_a_refined_path_is_brownian():
+    many, g = 200_000, torch.Generator().manual_seed(1)
+    start = COARSE.diff().sqrt() * torch.randn(many, 2, dtype=torch.float64, generator=g)
+    scaled = ctrl.noise.refine(start, COARSE, FINE, generator=g) / FINE.diff().sqrt()
+    covariance = scaled.T @ scaled / many
+    # 6 standard errors of a covariance of 200 000 samples (variance at most 2)
+    assert float((covariance - torch.eye(6).double()).abs().max()) < 6 * (2 / many) ** 0.5
+
+
+def test_nodes_that_do_not_fit_are_refused():
+    g, fine = torch.Generator(), torch.zeros(2, 6, dtype=torch.float64)
+    stray = torch.tensor([0.0, 0.31, 1.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"coarse_nodes\[1\] = 0.31"):
+        ctrl.noise.coarsen(fine, FINE, stray)
+    with pytest.raises(ValueError, match="end together"):
+        ctrl.noise.coarsen(fine, FINE, FINE[:4])
+    with pytest.raises(ValueError, match="increments"):
+        ctrl.noise.coarsen(fine[:, :3], FINE, COARSE)
+    with pytest.raises(ValueError, match="increasing"):
+        ctrl.noise.refine(torch.zeros(2, 2).double(), COARSE, FINE.flip(0), generator=g)
+
+
+def test_antithetic_quadrature_keeps_its_expectation():
+    noise = ctrl.noise.gauss_hermite(torch.tensor([0.4, 0.2]).double(), nodes=3, action=(1,))
+    both = ctrl.noise.antithetic(noise)
+    for moment in (1, 2, 3):
+        for one, other in ((noise, both),):
+            torch.testing.assert_close(
+                torch.einsum("p,pkd->kd", one.weights, one.increments**moment),
+                torch.einsum("p,pkd->kd", other.weights, other.increments**moment),
+                rtol=1e-13, atol=1e-14,
+            )  # fmt: skip
