@@ -12,7 +12,7 @@ Sources  [CN63] Clenshaw & Norton 1963, the solution of nonlinear ordinary diffe
          Chebyshev series, Computer Journal 6.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ DEGREE = 16
 SWEEPS = 20  # a panel that needs more is halved
 CONVERGED = 1e-14  # last change of a sweep, relative to the largest entry of y on the panel
 RESOLVED = 1e-13  # last two coefficients of the polynomial, likewise
-NARROWEST = 1e-9  # panel, relative to the time reached or to the first panel tried
+NARROWEST = 1e-9  # panel, relative to the horizon
 
 _POINTS = -np.cos(np.pi * np.arange(DEGREE + 1) / DEGREE)  # from -1 to 1
 _TO_COEFFICIENTS = np.linalg.inv(chebyshev.chebvander(_POINTS, DEGREE))
@@ -46,18 +46,8 @@ class FiniteEscapeError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Panel:
-    """A polynomial on [begin, end]: sum_k coefficients[k] T_k, T_k Chebyshev on that interval."""
-
-    begin: float
-    end: float
-    coefficients: Float[Tensor, "terms *batch dim"]
-    last: Float[Tensor, "*batch dim"]
-
-
-@dataclass(frozen=True, eq=False)
 class Trajectory:
-    """y(t) at any time, by panels that follow each other.
+    """y(t) at any time: sum_k coefficients[panel, k] T_k, T_k Chebyshev on the panel.
 
     Attributes:
         breaks: where the panels begin and end.
@@ -95,46 +85,27 @@ def integrate(rate: Rate, start: Float[Tensor, "*batch dim"], horizon: float) ->
     Raises:
         FiniteEscapeError: there is no solution up to the horizon.
     """
-    found = list(panels(rate, start, horizon))
-    breaks = [0.0, *[panel.end for panel in found]]
-    coefficients = torch.stack([panel.coefficients for panel in found])
-    return Trajectory(coefficients.detach().new_tensor(breaks), coefficients)
-
-
-def panels(
-    rate: Rate, start: Float[Tensor, "*batch dim"], horizon: float, first: float | None = None
-) -> Iterator[Panel]:
-    """The solution, panel after panel.
-
-    Args:
-        rate: as for ``integrate``.
-        start: y(0).
-        horizon: time; may be infinite.
-        first: width of the panel to try first, time; the whole horizon if not given.
-
-    Raises:
-        FiniteEscapeError: a panel has become too narrow.
-    """
     points, to_coefficients, integration = (
         start.detach().new_tensor(each) for each in (_POINTS, _TO_COEFFICIENTS, _INTEGRATION)
     )
-    first = horizon if first is None else first
-    begin, width, y = 0.0, first, start
-    while begin < horizon:
+    breaks, panels = [0.0], list[Tensor]()
+    width, y = horizon, start
+    while (begin := breaks[-1]) < horizon:
         end = begin + width if begin + width < horizon * (1 - 1e-12) else horizon
         half = 0.5 * (end - begin)
-        times = begin + half * (points + 1)
-        found, sweeps = _picard(rate, times, y, half * integration)
+        found, sweeps = _picard(rate, begin + half * (points + 1), y, half * integration)
         coefficients = torch.tensordot(to_coefficients, found, 1)
         tail = coefficients[-2:].detach().abs().amax((0, -1))
         if sweeps > SWEEPS or not bool((tail <= RESOLVED * _size(found)).all()):
             width = half
-            if width < NARROWEST * max(begin, first):
+            if width < NARROWEST * horizon:
                 raise FiniteEscapeError(begin)
             continue
-        yield Panel(begin, end, coefficients, found[-1])
-        begin, y = end, found[-1]
+        breaks.append(end)
+        panels.append(coefficients)
+        y = found[-1]
         width = 2 * half if sweeps > SWEEPS // 2 else 4 * half
+    return Trajectory(start.detach().new_tensor(breaks), torch.stack(panels))
 
 
 def _picard(

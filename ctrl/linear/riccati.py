@@ -19,13 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.linear.collocation import FiniteEscapeError, Rate, Trajectory, integrate, panels
+from ctrl.linear.collocation import FiniteEscapeError, Rate, Trajectory, integrate
 from ctrl.linear.lq import (
     Law,
     LinearGaussian,
     LinearQuadratic,
     Quadratic,
-    curvature,
     greedy,
     improve_lq,
     kron,
@@ -38,7 +37,6 @@ from ctrl.paths import TimeGrid
 from ctrl.policy import DeterministicPolicy, MultivariateGaussianPolicy
 
 NEWTON_STEPS = 60  # quadratic convergence takes under ten once it has set in
-SEARCH = 400  # panels of the Riccati flow in which to find a policy that stabilises
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +213,7 @@ def evaluate_lq_discounted(lq: LinearQuadratic, law: LinearGaussian) -> Stationa
     """
     _require_discounted(lq)
     check_law(lq, law)
+    _require_decay(lq, law, "gain must keep")
     value, rate = _stationary(lq, law)
     constant = rate / lq.rates[0]
     return Stationary(lq, Quadratic(value.hessian, value.slope, constant), law)
@@ -228,6 +227,7 @@ def evaluate_lq_ergodic(lq: LinearQuadratic, law: LinearGaussian) -> Stationary:
     """
     _require_undiscounted(lq)
     check_law(lq, law)
+    _require_decay(lq, law, "gain must keep")
     value, average = _stationary(lq, law)
     return Stationary(lq, value, law, average)
 
@@ -295,11 +295,11 @@ def _solution(lq: LinearQuadratic, times: Tensor, rate: Rate) -> FiniteHorizon:
     if nodes.dtype != torch.float64:
         raise TypeError(f"times must be float64, got {nodes.dtype}")
     try:
-        to_go = integrate(rate, _flat(lq.terminal), float(nodes[-1] - nodes[0]))
+        to_go = integrate(rate, _flat(lq.terminal), float((nodes[-1] - nodes[0]).detach()))
     except FiniteEscapeError as escape:
         raise ValueError(
-            f"the value must be finite back to t = {float(nodes[0]):g}, but it explodes near t = "
-            f"{float(nodes[-1]) - escape.time:.6g} (or the problem is too stiff): shorten the "
+            f"the value must be finite back to t = {nodes[0].item():g}, but it explodes near t = "
+            f"{nodes[-1].item() - escape.time:.6g} (or the problem is too stiff): shorten the "
             "horizon, or make the cost of the action larger or that of the state smaller"
         ) from escape
     return FiniteHorizon(lq, nodes, to_go)
@@ -320,12 +320,6 @@ def _growth(lq: LinearQuadratic, law: LinearGaussian) -> Tensor:
 
 def _stationary(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Quadratic, Tensor]:
     """The value of a policy but for its constant, and the rate that is left, reward/time."""
-    growth = _growth(lq, law)
-    if not bool((growth < 0).all()):
-        raise ValueError(
-            "gain must keep exp(-discount t) E|X_t|^2 from growing, or the policy has no finite "
-            f"value; it grows like exp({float(growth.max()):g} t)"
-        )
     operator, A = _second_moments(lq, law)
     n = A.shape[-1]
     zero = Quadratic(torch.zeros_like(A), torch.zeros_like(A[..., 0]), A.new_zeros(A.shape[:-2]))
@@ -341,59 +335,67 @@ def _stationary(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Quadratic, Te
 def _optimal_law(lq: LinearQuadratic) -> LinearGaussian:
     """Newton's iteration to its end; its last two steps are differentiable, and enough so.
 
-    A policy's error moves its value in second order, so each step from the optimum doubles the
-    number of derivatives that are right: the law has the first, the value of it the first three.
+    A policy's error moves its value, and so the next policy, in second order: after one step from
+    the optimum the first derivatives of the policy are right, after two the first three.
     """
     with torch.no_grad():
-        law = _stabilising(lq)
-        moved = math.inf
+        law, moved = _stabilising(lq), math.inf
         for _ in range(NEWTON_STEPS):
-            value, _ = _stationary(lq, law)
-            after = improve_lq(lq, value)
-            size = after.gain.abs().amax() + after.offset.abs().amax() + 1e-300
+            after = _improved(lq, law)
             change = (after.gain - law.gain).abs().amax() + (after.offset - law.offset).abs().amax()
-            before, moved, law = moved, float(change / size), after
+            size = after.gain.abs().amax() + after.offset.abs().amax() + 1e-300
+            before, moved, law = moved, float((change / size).detach()), after
             if moved < 1e-15 or (moved < 1e-6 and moved >= before):
                 break
-    return improve_lq(lq, _stationary(lq, law)[0])
+        else:
+            raise ValueError(
+                "the costs must have an optimal policy, but policy iteration does not converge: "
+                "make the cost of the state or of the action larger, or the discount"
+            )
+    return _improved(lq, _improved(lq, law))
+
+
+def _improved(lq: LinearQuadratic, law: LinearGaussian) -> LinearGaussian:
+    after = improve_lq(lq, _stationary(lq, law)[0])
+    _require_decay(lq, after, "the costs must have an optimal policy that keeps")
+    return after
+
+
+def _require_decay(lq: LinearQuadratic, law: LinearGaussian, demand: str) -> None:
+    growth = _growth(lq, law)
+    if not bool((growth < 0).all()):
+        raise ValueError(
+            f"{demand} exp(-discount t) E|X_t|^2 from growing, or the value is not finite; it "
+            f"grows like exp({growth.max().item():.3g} t)"
+        )
 
 
 def _stabilising(lq: LinearQuadratic) -> LinearGaussian:
-    """Some policy with a finite value: the Gibbs policy after enough of the Riccati flow from -1.
+    """Some policy under which exp(-discount t) E|X_t|^2 decays.
 
-    The terminal cost |x|^2/2 makes the flow see states that cost nothing.
+    Found for |x|^2 + |a|^2 as the cost, and for a discount so large that no action is needed; the
+    discount is lowered as far as the policy allows, and the policy improved, in turn.
     """
-    n = lq.A.shape[-1]
-    start = Quadratic(-torch.eye(n).to(lq.A).expand_as(lq.A), lq.p * 0, lq.rates[0] * 0)
-    require_concave(lq, start)
-
-    def rate(t: Tensor, y: Tensor) -> Tensor:
-        value = _unflat(y, lq)
-        return _flat(value_rate(lq, value, greedy(lq, value)))
-
-    law = greedy(lq, start)
-    if bool((_growth(lq, law) < 0).all()):
-        return law
-    scale = float(_second_moments(lq, law)[0].abs().sum(-1).max())
-    least = math.inf
-    try:
-        flow = panels(rate, _flat(start), math.inf, first=1 / scale)
-        for _, panel in zip(range(SEARCH), flow, strict=False):
-            value = _unflat(panel.last, lq)
-            if not bool((torch.linalg.eigvalsh(curvature(lq, value.hessian)) > 0).all()):
-                break
-            law = greedy(lq, value)
-            least = min(least, float((growth := _growth(lq, law)).max()))
-            if bool((growth < 0).all()):
-                return law
-    except FiniteEscapeError:
-        pass
-    raise ValueError(
-        "the problem must have a linear policy that keeps exp(-discount t) E|X_t|^2 from growing "
-        f"and a finite value, but none was found (the best grows like exp({least:.3g} t)): (A, B) "
-        "is not stabilisable, the noise C is too large, or a cost is negative; a larger discount "
-        "helps"
-    )
+    eyes = [torch.eye(matrix.shape[-1]).to(matrix).expand_as(matrix) for matrix in (lq.M, lq.N)]
+    law = LinearGaussian(0 * lq.R, 0 * lq.l, 0 * lq.N)
+    growth = _growth(lq, law)
+    size = _second_moments(lq, law)[0].abs().sum(-1).amax(-1)
+    size = torch.where(size > 0, size, 1)
+    extra, closest = growth + size, 1e-6 * size  # any closer, and the policies explode
+    while not bool((growth < 0).all()):
+        if bool(((growth >= 0) & (extra - growth < closest)).any()):
+            raise ValueError(
+                "the problem must have a linear policy that keeps exp(-discount t) E|X_t|^2 from "
+                f"growing, but under the best it grows like exp({growth.max().item():.3g} t): (A, "
+                "B) is not stabilisable, or the noise C is too large; a larger discount helps"
+            )
+        extra = torch.where(growth < 0, 0, growth + 0.1 * (extra - growth))
+        easier = LinearQuadratic(
+            lq.A, lq.B, 0 * lq.sigma, *eyes, C=lq.C, D=lq.D, discount=lq.rates[0] + extra
+        )
+        law = greedy(easier, _stationary(easier, law)[0])
+        growth = _growth(lq, law)
+    return law
 
 
 def _require_discounted(lq: LinearQuadratic) -> None:

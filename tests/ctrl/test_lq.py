@@ -1,0 +1,267 @@
+"""The linear-quadratic problem: its dynamics and rewards by hand, its rates by autodiff."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ctrl
+from ctrl.linear import LinearGaussian, LinearQuadratic, Quadratic, improve_lq
+from ctrl.linear.lq import value_rate
+from ctrl.q_learning import q_rate
+
+
+def tensor(values) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random_lq(
+    seed: int,
+    dim: int,
+    actions: int = 2,
+    *,
+    condition: float = 10.0,
+    discount: float = 0.3,
+    temperature: float = 0.2,
+    moved: float = 0.3,
+) -> LinearQuadratic:
+    """Every coefficient there is; M - R'N^{-1}R stays positive."""
+    g = torch.Generator().manual_seed(seed)
+    noise = 2
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=g)
+
+    def positive(size: int) -> Tensor:
+        basis = torch.linalg.qr(draw(size, size)).Q
+        spread = torch.logspace(0, -math.log10(condition), size, dtype=torch.float64)
+        found = basis @ torch.diag(spread) @ basis.T
+        return 0.5 * (found + found.T)
+
+    return LinearQuadratic(
+        A=draw(dim, dim) / dim**0.5,
+        B=draw(dim, actions),
+        sigma=draw(dim, noise),
+        M=positive(dim),
+        N=positive(actions),
+        R=0.1 / condition * draw(actions, dim),
+        p=draw(dim),
+        l=draw(actions),
+        H=positive(dim),
+        h=draw(dim),
+        f=draw(dim),
+        C=moved * draw(noise, dim, dim) / dim**0.5,
+        D=moved * draw(noise, dim, actions),
+        discount=discount,
+        temperature=temperature,
+    )
+
+
+def random_quadratic(seed: int, dim: int) -> Quadratic:
+    g = torch.Generator().manual_seed(seed)
+    root = torch.randn(dim, dim, dtype=torch.float64, generator=g)
+    slope = torch.randn(dim, dtype=torch.float64, generator=g)
+    return Quadratic(-(root @ root.T), slope, tensor(0.7))
+
+
+def points(seed: int, *shape: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=g)
+
+
+SEEDS, DIMS, ACTIONS = st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 3)
+T = tensor(0.3)
+
+
+@given(SEEDS, DIMS, ACTIONS)
+def test_dynamics_and_rewards_are_those_written_down(seed, dim, actions):
+    lq = random_lq(seed, dim, actions)
+    problem = lq.problem(1.5)
+    x, a = points(seed, 3, dim), points(seed + 1, 3, actions)
+    drift, sigma = problem.sde.drift_at(T, x, a), problem.sde.diffusion_at(T, x, a)
+    reward, terminal = problem.running_reward(T, x, a), problem.terminal_reward(x)
+    for i in range(3):
+        torch.testing.assert_close(drift[i], lq.A @ x[i] + lq.B @ a[i] + lq.f)
+        for j in range(2):
+            column = lq.C[j] @ x[i] + lq.D[j] @ a[i] + lq.sigma[:, j]
+            torch.testing.assert_close(sigma[i, :, j], column)
+        cost = 0.5 * x[i] @ lq.M @ x[i] + a[i] @ lq.R @ x[i] + 0.5 * a[i] @ lq.N @ a[i]
+        torch.testing.assert_close(reward[i], -(cost + lq.p @ x[i] + lq.l @ a[i]))
+        torch.testing.assert_close(terminal[i], -(0.5 * x[i] @ lq.H @ x[i] + lq.h @ x[i]))
+    assert (problem.discount, problem.temperature) == (0.3, 0.2)
+
+
+@given(SEEDS, DIMS, ACTIONS)
+def test_value_rate_is_the_expected_q_rate_and_the_entropy(seed, dim, actions):
+    lq, value = random_lq(seed, dim, actions), random_quadratic(seed, dim)
+    root = points(seed + 1, actions, actions).tril(-1) + torch.eye(actions)
+    law = LinearGaussian(points(seed + 2, actions, dim), points(seed + 3, actions), root @ root.T)
+    x = points(seed + 4, 3, dim)
+    # q is quadratic in the action: its mean over mu +- sqrt(k) L e_j is exact
+    spread = actions**0.5 * torch.cat([root.T, -root.T])
+    problem = lq.problem(1.0)
+    q = [q_rate(problem, lambda t, x: value(x), T, x, law.mean(x) + one) for one in spread]
+    entropy = torch.distributions.MultivariateNormal(law.offset, law.covariance).entropy()
+    expected = torch.stack(q).mean(0) + 0.2 * entropy
+    scale = float(torch.stack(q).abs().max()) + 1
+    found = value_rate(lq, value, law)(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * scale)
+
+
+@given(SEEDS, DIMS, ACTIONS)
+def test_improved_policy_is_the_gibbs_policy(seed, dim, actions):
+    # q - temperature log pi does not depend on the action, nor on which V it came from
+    lq, value = random_lq(seed, dim, actions), random_quadratic(seed, dim)
+    law = improve_lq(lq, value)
+    policy, x = law.policy(), points(seed, 3, dim)
+    problem = lq.problem(1.0)
+    a = [law.mean(x) + points(seed + k, 3, actions) for k in range(3)]
+    left = torch.stack(
+        [
+            q_rate(problem, lambda t, x: value(x), T, x, each) - 0.2 * policy.log_prob(T, x, each)
+            for each in a
+        ]
+    )
+    scale = float(left.abs().max()) + 10
+    torch.testing.assert_close(left[1:], left[:1].expand(2, -1), rtol=0, atol=1e-11 * scale)
+
+
+def test_without_temperature_the_improved_policy_is_deterministic():
+    lq = random_lq(0, 2, temperature=0.0)
+    law = improve_lq(lq, random_quadratic(0, 2))
+    assert not bool(law.covariance.any())
+    assert isinstance(law.policy(), ctrl.DeterministicPolicy)
+    warm = improve_lq(random_lq(0, 2), random_quadratic(0, 2))
+    assert torch.equal(law.gain, warm.gain)
+
+
+def test_improvement_without_a_best_action_is_refused():
+    lq = random_lq(0, 2)
+    value = Quadratic(100 * torch.eye(2, dtype=torch.float64), tensor([0.0, 0.0]), tensor(0.0))
+    with pytest.raises(ValueError, match="positive definite"):
+        improve_lq(lq, value)
+
+
+def test_a_quadratic_and_its_gradient():
+    value = random_quadratic(3, 3)
+    x = points(4, 5, 3)
+    expected = [0.5 * one @ value.hessian @ one + value.slope @ one + 0.7 for one in x]
+    torch.testing.assert_close(value(x), torch.stack(expected))
+    slope = torch.func.vmap(torch.func.grad(value))(x)
+    torch.testing.assert_close(value.gradient(x), slope)
+
+
+def test_paths_keep_their_precision():
+    lq = random_lq(0, 2)
+    problem, policy = lq.problem(1.0), improve_lq(lq, random_quadratic(0, 2)).policy()
+    start = torch.zeros(4, 2, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    paths = ctrl.simulate(problem, policy, start, ctrl.uniform_grid(1.0, 5), generator=generator)
+    assert paths.states.dtype == paths.actions.dtype == torch.float32
+    assert ctrl.returns_to_go(problem, paths, policy).dtype == torch.float32
+
+
+def test_noise_is_controlled_only_where_the_action_moves_it():
+    assert random_lq(0, 2).sde.controls_diffusion
+    still = random_lq(0, 2, moved=0.0).sde
+    assert not still.controls_diffusion
+    assert still.diffusion_at(T, points(0, 3, 2)).shape == (3, 2, 2)
+
+
+def test_coefficients_of_a_batch_belong_to_the_rows():
+    one = random_lq(0, 2)
+    A = torch.stack([one.A, 2 * one.A, -one.A])
+    many = LinearQuadratic(A, one.B, one.sigma, one.M, one.N)
+    x, a = points(0, 3, 2), points(1, 3, 2)
+    drift = many.sde.drift_at(T, x, a)
+    for i in range(3):
+        torch.testing.assert_close(drift[i], A[i] @ x[i] + one.B @ a[i])
+    assert many.M.shape == (3, 2, 2)
+    assert many.h.shape == (3, 2)
+
+
+GOOD = {
+    "A": torch.eye(2, dtype=torch.float64),
+    "B": torch.ones(2, 1, dtype=torch.float64),
+    "sigma": torch.ones(2, 3, dtype=torch.float64),
+    "M": torch.eye(2, dtype=torch.float64),
+    "N": torch.eye(1, dtype=torch.float64),
+}
+BAD = [
+    ("A", torch.ones(2, 3)),
+    ("A", torch.ones(2)),
+    ("A", math.nan * torch.ones(2, 2)),
+    ("B", torch.ones(3, 1)),
+    ("sigma", torch.ones(3, 3)),
+    ("sigma", math.inf * torch.ones(2, 3)),
+    ("M", torch.tensor([[1.0, 0.3], [0.0, 1.0]])),
+    ("M", torch.eye(3)),
+    ("N", torch.eye(2)),
+    ("N", torch.ones(1)),
+    ("R", torch.ones(2, 1)),
+    ("p", torch.ones(1)),
+    ("l", torch.ones(2)),
+    ("H", torch.tensor([[1.0, 0.3], [0.0, 1.0]])),
+    ("h", torch.ones(2, 2, 2, 3)),
+    ("f", torch.tensor(1.0)),
+    ("C", torch.ones(2, 2, 2)),
+    ("D", torch.ones(3, 1, 2)),
+    ("discount", torch.tensor(-0.1)),
+    ("temperature", torch.tensor(math.nan)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda each: str(each)[:30])
+def test_bad_coefficients_are_refused(name, value):
+    LinearQuadratic(**GOOD)
+    with pytest.raises((ValueError, TypeError), match=name):
+        LinearQuadratic(**GOOD | {name: value.double()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("name", GOOD)
+def test_other_precisions_are_refused(name, dtype):
+    with pytest.raises((ValueError, TypeError), match=name):
+        LinearQuadratic(**GOOD | {name: GOOD[name].to(dtype)})
+
+
+def test_batches_that_do_not_fit_are_refused():
+    A, M = GOOD["A"].expand(3, 2, 2), GOOD["M"].expand(2, 2, 2)
+    with pytest.raises(ValueError, match="batch"):
+        LinearQuadratic(**GOOD | {"A": A, "M": M})
+
+
+def test_bad_states_are_refused():
+    value = random_quadratic(0, 2)
+    for shape in ((), (3,), (2, 1)):
+        with pytest.raises((ValueError, TypeError), match="x"):
+            value(torch.zeros(shape, dtype=torch.float64))
+    many = Quadratic(value.hessian.expand(3, 2, 2), value.slope.expand(3, 2), tensor([0.0] * 3))
+    with pytest.raises(ValueError, match="one row for each"):
+        many(torch.zeros(4, 2, dtype=torch.float64))
+
+
+def test_a_batch_of_problems_has_no_single_discount_or_policy():
+    both = LinearQuadratic(**GOOD, discount=tensor([0.1, 0.2]))
+    with pytest.raises(ValueError, match="discount"):
+        both.problem()
+    warm = LinearQuadratic(**GOOD, discount=tensor([0.1, 0.1]), temperature=0.1)
+    zero = Quadratic(0 * warm.M, 0 * warm.p, 0 * warm.p[:, 0])
+    with pytest.raises(ValueError, match="one problem"):
+        improve_lq(warm, zero).policy()
+
+
+def test_an_endless_problem_pays_nothing_at_its_end():
+    assert LinearQuadratic(**GOOD).problem().terminal_reward is None
+    with pytest.raises(ValueError, match="horizon"):
+        LinearQuadratic(**GOOD, H=GOOD["M"]).problem()
+
+
+def test_every_default_is_zero():
+    lq = LinearQuadratic(**GOOD)
+    names = itertools.chain("RplHhfCD", ("discount", "temperature"))
+    assert not any(bool(getattr(lq, name).any()) for name in names)
