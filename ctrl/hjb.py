@@ -1,0 +1,377 @@
+"""The Hamilton-Jacobi-Bellman equation of one or two state coordinates, by finite differences.
+
+    d_t v + gam log int exp(H(t, x, a, v_x, v_xx) / gam) da - delta v = 0      gam > 0
+    d_t v + max_a H - delta v = 0                                              gam = 0
+    H = b . v_x + 1/2 tr(sigma sigma' v_xx) + r,   v(T, x) = terminal reward
+
+([WZZ20] equation 13). The optimal policy is Gibbs, exp(H / gam) over its integral; for gam = 0 the
+maximum over the nodes of the action grid, which costs O(distance of the nodes^2) of the value.
+
+Space: a controlled Markov chain (``ctrl.markov_chain``), of order 2 where the noise is strong
+enough for its spacing. Time: implicit. What remains is one nonlinear system for each time, which
+policy iteration solves; on it, that is Newton's method: quadratic, and monotone from any start.
+
+Sources  [KD01] Kushner & Dupuis 2001, numerical methods for stochastic control problems in
+         continuous time, 2nd edition, chapters 5 and 6.
+         [WZZ20] Wang, Zariphopoulou & Zhou 2020, reinforcement learning in continuous time and
+         space: a stochastic control approach, JMLR 21.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ctrl.action_grid import ActionGrid, gauss_legendre, trapezoid
+from ctrl.bellman import Improvement, PolicyIteration, Solved, backward, gibbs, greedy
+from ctrl.exploration import drawn_actions
+from ctrl.markov_chain import MarkovChain, markov_chain
+from ctrl.policy import DeterministicPolicy, GaussianPolicy, Policy, RandomPolicy
+from ctrl.problem import ControlProblem
+from ctrl.state_grid import Axis, GridFunction, grid_points
+
+__all__ = [
+    "ActionGrid",
+    "Axis",
+    "GridFunction",
+    "Solution",
+    "evaluate_discounted",
+    "evaluate_finite_horizon",
+    "gauss_legendre",
+    "solve_discounted",
+    "solve_finite_horizon",
+    "trapezoid",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What solves the HJB equation on a grid; the functions are ``GridFunction`` of (t, x).
+
+    Attributes:
+        value: V, reward, [paths]; its ``table`` is [times, *nodes].
+        mean_action: of the optimal policy, [paths, *action].
+        action_std: its standard deviation, of each coordinate, [paths, *action].
+        end_mass: probability that it gives to the outermost action nodes, [paths]. Where that is
+            not small, the answer is that of actions bounded as the action grid is.
+        residual: largest violation of the discrete equation, reward/time.
+        iterations: policy iterations, the most that one time took.
+    """
+
+    value: GridFunction
+    mean_action: GridFunction
+    action_std: GridFunction
+    end_mass: GridFunction
+    residual: float
+    iterations: int
+
+    def policy(self) -> DeterministicPolicy | GaussianPolicy:
+        """The optimal policy, to be simulated: its mean, and its standard deviation if not 0.
+
+        Raises:
+            ValueError: the standard deviation depends on the state (by more than 5 %), for which
+                there is no policy; ``mean_action`` is the drift of the exploratory dynamics where
+                the drift is affine in the action.
+        """
+        if not bool(self.action_std.table.any()):
+            return DeterministicPolicy(self.mean_action)
+        inside = self.action_std.table  # at a wall the drift is cut off, and with it the policy
+        for i, axis in enumerate(self.action_std.axes):
+            inside = inside if axis.periodic else inside.narrow(i + 1, 1, axis.nodes - 2)
+        flat = inside.flatten(1, len(self.action_std.axes))  # [times, points, *action]
+        std = flat.mean(1)
+        if bool(((flat - std.unsqueeze(1)).abs() > 0.05 * std.unsqueeze(1)).any()):
+            raise ValueError(
+                "the optimal policy's standard deviation depends on the state, from "
+                f"{float(flat.min()):g} to {float(flat.max()):g}; simulate "
+                "DeterministicPolicy(solution.mean_action); or take a finer grid, or a wider one "
+                "of actions if end_mass is large, if it should not"
+            )
+        return GaussianPolicy(
+            self.mean_action, GridFunction((), self.action_std.times, std).at_time
+        )
+
+
+def solve_discounted(
+    problem: ControlProblem,
+    axes: tuple[Axis, ...],
+    actions: ActionGrid,
+    *,
+    differences: Literal["monotone", "central"] = "monotone",
+    tolerance: float = 1e-9,
+    iterations: int = 100,
+) -> Solution:
+    """Without end and discounted: delta v = gam log int exp(H / gam) da, at all times the same.
+
+    Args:
+        problem: of infinite horizon, its coefficients the same at all times, its SDE Ito.
+        axes: the grid of the states [paths, dim], dim 1 or 2. A reflecting wall keeps the process
+            on the grid, which moves the value near it: take axes wider than what is needed.
+        actions: over which the policy is optimised.
+        differences: "monotone", or "central" (``ctrl.markov_chain.markov_chain``).
+        tolerance: largest last change of v, in units of 1 + max |v|.
+        iterations: allowed before giving up.
+
+    Raises:
+        ValueError: the problem is not of this kind; it has not as many coordinates as ``axes``; a
+            coefficient is not finite or has a wrong shape; the noises are correlated too strongly
+            for the grid; one action node has most of the mass of the Gibbs policy, so that the
+            action grid is too coarse.
+        RuntimeError: no convergence.
+    """
+    _check(problem, axes, differences)
+    if not math.isinf(problem.horizon):
+        raise ValueError(
+            f"horizon must be infinite, got {problem.horizon}; solve_finite_horizon is for others"
+        )
+    if problem.discount == 0:
+        raise ValueError("discount must be positive where the horizon is infinite, got 0")
+    with torch.no_grad():
+        each = actions.nodes.unsqueeze(1)
+        chain, later = (
+            markov_chain(problem, axes, t, each, monotone=differences == "monotone")
+            for t in (0.0, 1.0)
+        )
+        _check_constant(chain, later)
+        start = chain.rewards.new_zeros(chain.rewards.shape[1])
+        found = PolicyIteration(tolerance, iterations).solve(
+            chain, _best(problem, actions), problem.discount, torch.zeros_like(start), start
+        )
+        return _solution(problem, axes, actions, torch.zeros(1), iter([found]))
+
+
+def solve_finite_horizon(
+    problem: ControlProblem,
+    axes: tuple[Axis, ...],
+    actions: ActionGrid,
+    *,
+    steps: int,
+    order: Literal[1, 2] = 2,
+    differences: Literal["monotone", "central"] = "monotone",
+    tolerance: float = 1e-9,
+    iterations: int = 100,
+) -> Solution:
+    """Back from the terminal reward in equal implicit steps.
+
+    Args:
+        problem: of finite horizon, its SDE Ito.
+        axes: as for ``solve_discounted``.
+        actions: over which the policy is optimised.
+        steps: in time.
+        order: of the error in time. 1: backward Euler, which keeps a monotone scheme monotone. 2:
+            the backward differentiation formula of two steps (the first by backward Euler), stable
+            for steps of any size but monotone for none: take 1 for a rough terminal reward.
+        differences: "monotone", or "central" (``ctrl.markov_chain.markov_chain``).
+        tolerance: as for ``solve_discounted``.
+        iterations: allowed at each time.
+
+    Raises:
+        ValueError: as for ``solve_discounted``, or ``steps`` or ``order`` is not allowed.
+        RuntimeError: no convergence.
+    """
+    _check(problem, axes, differences)
+    with torch.no_grad():
+        each = actions.nodes.unsqueeze(1)
+        method, improve = PolicyIteration(tolerance, iterations), _best(problem, actions)
+
+        def at(t: float) -> tuple[MarkovChain, Improvement]:
+            monotone = differences == "monotone"
+            return markov_chain(problem, axes, t, each, monotone=monotone), improve
+
+        times = _times(problem, steps, order)
+        found = backward(at, times, _terminal(problem, axes), problem.discount, method, order)
+        return _solution(problem, axes, actions, times, found)
+
+
+def evaluate_discounted(
+    problem: ControlProblem,
+    policy: Policy,
+    axes: tuple[Axis, ...],
+    *,
+    action_nodes: int = 8,
+    differences: Literal["monotone", "central"] = "monotone",
+) -> GridFunction:
+    """The value of a given policy, entropy included, without end and discounted.
+
+    Args:
+        problem: as for ``solve_discounted``.
+        policy: deterministic or Gaussian, the same at all times.
+        axes: as for ``solve_discounted``.
+        action_nodes: of the Gauss-Hermite rule for each coordinate of a random action.
+        differences: as for ``solve_discounted``.
+
+    Raises:
+        ValueError: as for ``solve_discounted``.
+    """
+    _check(problem, axes, differences)
+    if not math.isinf(problem.horizon) or problem.discount == 0:
+        raise ValueError(
+            "horizon must be infinite and discount positive, got "
+            f"{problem.horizon} and {problem.discount}"
+        )
+    with torch.no_grad():
+        monotone = differences == "monotone"
+        chain, mean = _given(problem, policy, axes, 0.0, action_nodes, monotone)
+        zero = chain.rewards.new_zeros(chain.rewards.shape[1])
+        best, mass = mean(chain.hamiltonian(zero))
+        v = chain.resolvent(mass, problem.discount, best)
+        return _function(axes, torch.zeros(1), [v])
+
+
+def evaluate_finite_horizon(
+    problem: ControlProblem,
+    policy: Policy,
+    axes: tuple[Axis, ...],
+    *,
+    steps: int,
+    order: Literal[1, 2] = 2,
+    action_nodes: int = 8,
+    differences: Literal["monotone", "central"] = "monotone",
+) -> GridFunction:
+    """The value of a given policy, entropy included, over a finite horizon.
+
+    Args:
+        problem: as for ``solve_finite_horizon``.
+        policy: deterministic or Gaussian.
+        axes: as for ``solve_discounted``.
+        steps: in time.
+        order: in time, as for ``solve_finite_horizon``.
+        action_nodes: of the Gauss-Hermite rule for each coordinate of a random action.
+        differences: as for ``solve_discounted``.
+
+    Raises:
+        ValueError: as for ``solve_finite_horizon``.
+    """
+    _check(problem, axes, differences)
+    with torch.no_grad():
+
+        def at(t: float) -> tuple[MarkovChain, Improvement]:
+            return _given(problem, policy, axes, t, action_nodes, differences == "monotone")
+
+        times = _times(problem, steps, order)
+        found = backward(
+            at, times, _terminal(problem, axes), problem.discount, PolicyIteration(1e-9, 5), order
+        )
+        return _function(axes, times, [one.v for one in found])
+
+
+def _times(problem: ControlProblem, steps: int, order: int) -> Float[Tensor, " times"]:
+    if math.isinf(problem.horizon):
+        raise ValueError("horizon must be finite; solve_discounted is for infinite ones")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an integer, at least 1, got {steps!r}")
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order!r}")
+    return torch.linspace(0, problem.horizon, steps + 1, dtype=torch.float64)
+
+
+def _given(
+    problem: ControlProblem,
+    policy: Policy,
+    axes: tuple[Axis, ...],
+    t: float,
+    action_nodes: int,
+    monotone: bool,
+) -> tuple[MarkovChain, Improvement]:
+    """The chain of a policy's own actions, and their mean."""
+    points = grid_points(axes)
+    time = points.new_tensor(t)
+    mean = policy.mean(time, points)
+    entropy = points.new_zeros(len(points))
+    rule = [(1.0, mean)]
+    if policy.is_random:
+        if not isinstance(policy, RandomPolicy):
+            raise TypeError(f"policy must have a density, got {type(policy).__name__}")
+        rule = list(drawn_actions(policy, time, mean, action_nodes))
+        entropy = policy.entropy(time, points)
+    weights = points.new_tensor([weight for weight, _ in rule]).unsqueeze(1)
+    actions = torch.stack([action for _, action in rule])
+    chain = markov_chain(problem, axes, t, actions, monotone=monotone)
+    bonus = problem.temperature * entropy
+    return chain, lambda H: ((weights * H).sum(0) + bonus, weights.expand_as(H))
+
+
+def _best(problem: ControlProblem, actions: ActionGrid) -> Improvement:
+    if problem.temperature == 0:
+        return greedy
+    return gibbs(actions.weights, problem.temperature)
+
+
+def _terminal(problem: ControlProblem, axes: tuple[Axis, ...]) -> Float[Tensor, " points"]:
+    points = grid_points(axes)
+    if problem.terminal_reward is None:
+        return points.new_zeros(len(points))
+    v = problem.terminal_reward(points)
+    if v.shape != points.shape[:1] or not bool(torch.isfinite(v).all()):
+        raise ValueError(
+            f"terminal_reward must return [{len(points)}] finite numbers, one for each state, got "
+            f"{list(v.shape)}"
+        )
+    return v.to(points)
+
+
+def _solution(
+    problem: ControlProblem,
+    axes: tuple[Axis, ...],
+    actions: ActionGrid,
+    times: Tensor,
+    found: Iterator[Solved],
+) -> Solution:
+    ends = actions.ends().to(torch.float64)
+    v: list[Tensor] = []
+    moments: list[tuple[Tensor, Tensor]] = []
+    end_mass: list[Tensor] = []
+    residual, iterations = 0.0, 0
+    for one in found:
+        largest = float(one.mass.max())
+        if problem.temperature > 0 and largest > 0.6:
+            raise ValueError(
+                f"actions must resolve the Gibbs policy, but one node has {largest:.2g} of its "
+                "mass (at most 0.6): take more nodes, or temperature 0"
+            )
+        v.append(one.v)
+        moments.append(actions.moments(one.mass))
+        end_mass.append(ends @ one.mass)
+        residual, iterations = max(residual, one.residual), max(iterations, one.iterations)
+    return Solution(
+        value=_function(axes, times, v),
+        mean_action=_function(axes, times, [mean for mean, _ in moments]),
+        action_std=_function(axes, times, [std for _, std in moments]),
+        end_mass=_function(axes, times, end_mass),
+        residual=residual,
+        iterations=iterations,
+    )
+
+
+def _function(axes: tuple[Axis, ...], times: Tensor, rows: list[Tensor]) -> GridFunction:
+    """Of what was solved from the last time to the first."""
+    table = torch.stack(rows[::-1])
+    shape = [axis.nodes for axis in axes]
+    return GridFunction(axes, times, table.view(len(rows), *shape, *table.shape[2:]))
+
+
+def _check(
+    problem: ControlProblem,
+    axes: tuple[Axis, ...],
+    differences: str,
+) -> None:
+    if not isinstance(problem, ControlProblem):
+        raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}")
+    if not 1 <= len(axes) <= 2 or not all(isinstance(axis, Axis) for axis in axes):
+        raise ValueError(f"axes must be one or two of Axis, got {axes}")
+    if differences not in ("monotone", "central"):
+        raise ValueError(f"differences must be 'monotone' or 'central', got {differences!r}")
+    problem.sde.require_calculus("ito", "the HJB solver")
+
+
+def _check_constant(chain: MarkovChain, later: MarkovChain) -> None:
+    same = chain.rates.shape == later.rates.shape and torch.equal(chain.rates, later.rates)
+    if not same or not torch.equal(chain.rewards, later.rewards):
+        raise ValueError(
+            "drift, diffusion and running_reward must be the same at all times where the horizon "
+            "is infinite, but they differ between t = 0 and t = 1"
+        )

@@ -1,0 +1,164 @@
+"""The Markov chain on a grid that approximates a controlled diffusion ([KD01] chapter 5).
+
+    L^a v(x) = b . grad v + 1/2 tr(sigma sigma' Hess v)  ~  sum_y rate(x, y, a) (v(y) - v(x))
+
+over neighbours y of x. With non-negative rates the scheme is monotone, so that it converges to the
+(viscosity) solution of the control problem. Along a coordinate with spacing h the differences are
+
+    central, order 2                 where the noise allows it: sigma^2 >= |b| h
+    with the least artificial noise that keeps the rates non-negative elsewhere: sigma^2 is replaced
+    by |b| h, which is upwind differencing, order 1, where there is no noise at all.
+
+Correlated noise goes along the diagonals of a cell; which is monotone only where the covariance is
+diagonally dominant in units of the spacings.
+
+Sources  [KD01] Kushner & Dupuis 2001, numerical methods for stochastic control problems in
+         continuous time, 2nd edition.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sparse  # pyright: ignore[reportMissingTypeStubs]  # scipy has none
+import scipy.sparse.linalg as splinalg  # pyright: ignore[reportMissingTypeStubs]  # nor here
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ctrl.problem import ControlProblem
+from ctrl.state_grid import Axis, grid_points, neighbours
+
+_ROWS = 2**18  # states and actions that are evaluated at once: tens of megabytes
+
+
+@dataclass(frozen=True, eq=False)
+class MarkovChain:
+    """Rates and rewards of every action at every point of a grid.
+
+    Attributes:
+        neighbours: index of the point that each move leads to, [moves, points].
+        rates: of each move, 1/time, [moves, actions, points].
+        rewards: running reward, reward/time, [actions, points].
+    """
+
+    neighbours: Tensor
+    rates: Float[Tensor, "moves actions points"]
+    rewards: Float[Tensor, "actions points"]
+
+    def hamiltonian(self, v: Float[Tensor, " points"]) -> Float[Tensor, "actions points"]:
+        """r + L^a v, reward/time."""
+        found = self.rewards.clone()
+        for neighbour, rate in zip(self.neighbours, self.rates, strict=True):
+            found.addcmul_(rate, v[neighbour] - v)
+        return found
+
+    def resolvent(
+        self,
+        mass: Float[Tensor, "actions points"],
+        rate: float,
+        source: Float[Tensor, " points"],
+    ) -> Float[Tensor, " points"]:
+        """The solution v of rate v - L v = source, L averaged over actions with ``mass``."""
+        moves, points = self.neighbours.shape
+        averaged = (self.rates * mass).sum(1)  # [moves, points]
+        here = np.arange(points)
+        values = np.concatenate([-averaged.numpy().ravel(), rate + averaged.sum(0).numpy()])
+        rows = np.concatenate([np.tile(here, moves), here])
+        columns = np.concatenate([self.neighbours.numpy().ravel(), here])
+        matrix = sparse.csc_matrix((values, (rows, columns)), shape=(points, points))
+        return torch.from_numpy(splinalg.splu(matrix).solve(source.numpy()))
+
+
+def markov_chain(
+    problem: ControlProblem,
+    axes: tuple[Axis, ...],
+    t: float,
+    actions: Float[Tensor, " actions #points *action"],
+    *,
+    monotone: bool = True,
+) -> MarkovChain:
+    """The chain of a problem at one time.
+
+    Args:
+        problem: whose functions are called on [rows, dim] states and [rows, *action] actions.
+        axes: of the grid, one or two.
+        t: time.
+        actions: at each point, or for all points, float64.
+        monotone: whether artificial noise keeps the rates non-negative. Central differences
+            without it are of order 2 everywhere, and may oscillate where the solution has
+            layers of the width of a cell.
+
+    Raises:
+        ValueError: drift, diffusion or reward has a wrong shape or is not finite, or the noise is
+            correlated too strongly for a monotone scheme on this grid.
+    """
+    points = grid_points(axes)
+    actions = actions.expand(actions.shape[0], len(points), *actions.shape[2:])
+    at_once = max(1, _ROWS // len(points))
+    parts = [_coefficients(problem, t, points, some) for some in actions.split(at_once)]
+    drift, covariance, rewards = (torch.cat(part) for part in zip(*parts, strict=True))
+    moves, rates = _rates(axes, drift, covariance, monotone)
+    return MarkovChain(torch.stack([neighbours(axes, move) for move in moves]), rates, rewards)
+
+
+def _coefficients(
+    problem: ControlProblem, t: float, points: Tensor, actions: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """b [actions, points, dim], sigma sigma' [.., dim, dim] and r [..]."""
+    many, (n, dim) = len(actions), points.shape
+    time = points.new_tensor(t)
+    x = points.expand(many, n, dim).reshape(-1, dim)
+    a = actions.reshape(many * n, *actions.shape[2:])
+    b = problem.sde.drift_at(time, x, a)
+    sigma = problem.sde.columns(time, x, a).to(x)
+    r = x.new_zeros(len(x))
+    if problem.running_reward is not None:
+        r = problem.running_reward(time, x, a)
+        if r.shape != x.shape[:1]:
+            raise ValueError(
+                f"running_reward must return [{len(x)}], one for each state, got {list(r.shape)}"
+            )
+    for name, found in (("drift", b), ("diffusion", sigma), ("running_reward", r)):
+        if not bool(torch.isfinite(found).all()):
+            raise ValueError(f"{name} must be finite on the grid, at t = {t:g} it is not")
+    covariance = sigma @ sigma.mT
+    return b.view(many, n, dim), covariance.view(many, n, dim, dim), r.to(x).view(many, n)
+
+
+def _rates(
+    axes: tuple[Axis, ...], drift: Tensor, covariance: Tensor, monotone: bool
+) -> tuple[list[tuple[int, ...]], Tensor]:
+    """Moves, and their rates [moves, actions, points]."""
+    moves: list[tuple[int, ...]] = []
+    rates: list[Tensor] = []
+    diagonal = covariance.new_zeros(covariance.shape[:2])
+    if len(axes) == 2:
+        cross = covariance[..., 0, 1] / (2 * axes[0].spacing * axes[1].spacing)
+        diagonal = cross.abs()
+        if bool(diagonal.any()):
+            # v_xy along the diagonal of a cell on which the two noises agree in sign
+            moves += [(1, 1), (-1, -1), (1, -1), (-1, 1)]
+            rates += 2 * [cross.clamp(min=0)] + 2 * [(-cross).clamp(min=0)]
+    shape = [axis.nodes for axis in axes]
+    for i, axis in enumerate(axes):
+        h = axis.spacing
+        noise = covariance[..., i, i] / (2 * h * h)
+        spread = noise - diagonal
+        if bool((spread < -1e-12 * noise.abs().max()).any()):
+            raise ValueError(
+                "the noises of the two coordinates are correlated too strongly for a monotone "
+                f"scheme: the covariance must have |c_01| <= c_{i}{i} h_{1 - i} / h_{i} for "
+                "spacings h; choose spacings in the ratio of the noises"
+            )
+        spread, pull = spread.clamp(min=0), drift[..., i] / (2 * h)
+        full = torch.maximum(spread, pull.abs()) if monotone else spread
+        for sign in (1, -1):
+            rate = (full + sign * pull).unflatten(1, shape).clone()
+            if not axis.periodic:
+                inner, outer = (0, -1)[::sign]  # noise is mirrored and outward drift ends at a wall
+                inward = torch.maximum(2 * spread, 2 * sign * pull).unflatten(1, shape)
+                rate.select(i + 1, inner).copy_(inward.select(i + 1, inner))
+                rate.select(i + 1, outer).zero_()
+            moves.append(tuple(sign if j == i else 0 for j in range(len(axes))))
+            rates.append(rate.flatten(1))
+    return moves, torch.stack(rates)
