@@ -42,6 +42,7 @@ from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
 from ctrl.simulate import simulate, simulate_end
 from ctrl.solvers import BlackBox, EulerMaruyama, Heun, Milstein, Solver, TransitionSolver
+from ctrl.torchsde_solver import TorchSDE
 from ctrl.value import Value
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "RandomPolicy",
     "Solver",
     "TimeGrid",
+    "TorchSDE",
     "TransitionSolver",
     "Value",
     "agents",
