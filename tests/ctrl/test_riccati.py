@@ -100,7 +100,7 @@ def riccati_by_scipy(lq: LinearQuadratic, horizon: float):
 # ---- finite horizon
 
 
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(SEEDS, DIMS, st.floats(1, 1e4), st.sampled_from([0.0, 0.2]))
 def test_finite_horizon_solves_the_riccati_equation(seed, dim, condition, temperature):
     lq = random_lq(seed, dim, condition=condition, temperature=temperature)
@@ -114,7 +114,7 @@ def test_finite_horizon_solves_the_riccati_equation(seed, dim, condition, temper
     torch.testing.assert_close(values.hessian[-1], -lq.H, rtol=0, atol=1e-14)
 
 
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(SEEDS, DIMS, st.floats(0.2, 1.3))
 def test_optimal_policy_is_the_gibbs_policy_of_the_q_rate(seed, dim, time):
     # q = temperature log pi: the exploratory Hamilton-Jacobi-Bellman equation, at any (t, x, a)
@@ -252,12 +252,12 @@ def test_optimal_policy_has_the_optimal_value_and_others_less(seed, dim):
 
 def test_policy_iteration_over_a_finite_horizon_converges_quadratically():
     lq = random_lq(3, 2)
-    best = linear.solve_lq(lq, NODES).values
-    now = linear.evaluate_lq(lq, random_law(0, 2), NODES)
+    best = linear.solve_lq(lq, NODES[2:]).values
+    now = linear.evaluate_lq(lq, random_law(0, 2), NODES[2:])
     errors = []
     for _ in range(7):
         errors.append(float((now.values.hessian - best.hessian).abs().max()))
-        now = linear.evaluate_lq(lq, now.law_at, NODES)
+        now = linear.evaluate_lq(lq, now.law_at, NODES[2:])
     assert errors[-1] < 1e-12
     fast = [after / before**2 for before, after in itertools.pairwise(errors)
             if 1e-10 < after < 0.1]  # fmt: skip
@@ -289,6 +289,7 @@ def scalar_formulas(A, B, C, D, M, N, R, P, L, rho, lam):
 UNIT = st.floats(-1, 1)
 
 
+@settings(max_examples=25)
 @given(UNIT, st.floats(0.3, 1.5), UNIT, UNIT, UNIT, UNIT, UNIT, st.floats(0.2, 2))
 def test_discounted_scalar_problem_is_the_published_one(A, B, C, D, R, P, L, rho):
     M, N, lam = 1.5, 0.8, 0.3
@@ -312,7 +313,7 @@ def test_discounted_scalar_problem_is_the_published_one(A, B, C, D, R, P, L, rho
         assert float(one) == pytest.approx(other, rel=1e-9, abs=1e-10)
 
 
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(SEEDS, DIMS, st.floats(1, 1e6))
 def test_discounted_value_is_that_of_the_algebraic_riccati_equation(seed, dim, condition):
     lq = endless(random_lq(seed, dim, condition=condition, moved=0.0))
@@ -326,7 +327,7 @@ def test_discounted_value_is_that_of_the_algebraic_riccati_equation(seed, dim, c
     torch.testing.assert_close(found, torch.from_numpy(-P), rtol=0, atol=1e-9 * scale)
 
 
-@settings(max_examples=10)
+@settings(max_examples=7)
 @given(SEEDS, DIMS)
 def test_stationary_solutions_solve_the_hamilton_jacobi_bellman_equation(seed, dim):
     lq = endless(random_lq(seed, dim, discount=1.0))
@@ -589,6 +590,18 @@ def test_a_value_that_explodes_is_refused_where_it_does():
         linear.solve_lq(rewarded, tensor([0.0, 2.0]))
     with pytest.raises(ValueError, match="cost"):
         linear.solve_lq_ergodic(rewarded)
+
+
+def test_noise_that_comes_to_reward_large_actions_is_refused():
+    # S = T - t, whatever the action: N - D^2 S is negative more than a unit of time before the end
+    lq = LinearQuadratic(
+        **ONE | {name: tensor([[0.0]]) for name in ("A", "B", "sigma")} | {"M": tensor([[-1.0]])},
+        D=tensor([[[1.0]]]),
+    )
+    value = linear.solve_lq(lq, tensor([0.0, 0.9])).values.hessian[0]
+    assert float(value) == pytest.approx(0.9, rel=1e-13)
+    with pytest.raises(ValueError, match="before the horizon"):
+        linear.solve_lq(lq, tensor([0.0, 2.0]))
 
 
 def test_discounts_of_the_wrong_kind_are_refused():
