@@ -1,0 +1,166 @@
+"""Pictures of paths, values and policies; needs the extra ``plots``.
+
+Every function draws into the axes that it is given, or into a new figure, and returns the axes:
+``axes.figure.savefig(...)``. Nothing global is touched, so it works without a display.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ctrl.paths import Paths
+from ctrl.policy import Policy
+from ctrl.value import Value
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plot_paths(
+    paths: Paths, *, coordinate: int = 0, show: int = 30, axes: "Axes | None" = None
+) -> "Axes":
+    """Some paths of one coordinate, and the mean of all with the band that holds 90 % of them.
+
+    Args:
+        paths: to draw; events are flattened.
+        coordinate: of the flattened state.
+        show: how many paths are drawn as lines.
+        axes: to draw into; new ones if not given.
+
+    Raises:
+        ValueError: there is no such coordinate, or ``show`` is negative.
+    """
+    states = paths.states.detach().reshape(*paths.states.shape[:2], -1)
+    if not 0 <= coordinate < states.shape[2]:
+        raise ValueError(f"coordinate must be in 0 .. {states.shape[2] - 1}, got {coordinate}")
+    if show < 0:
+        raise ValueError(f"show must be at least 0, got {show}")
+    axes = _axes(axes)
+    times, one = paths.grid.nodes.cpu().numpy(), states[..., coordinate].double().cpu()
+    if paths.weights is None:
+        low, high = torch.quantile(one, torch.tensor([0.05, 0.95], dtype=one.dtype), dim=0)
+        axes.fill_between(times, low.numpy(), high.numpy(), color="tab:blue", alpha=0.15, lw=0)
+        mean = one.mean(0)
+    else:
+        mean = paths.weights.detach().double().cpu() @ one
+    for path in one[:show]:
+        axes.plot(times, path.numpy(), color="tab:blue", alpha=0.35, linewidth=0.7)
+    axes.plot(times, mean.numpy(), color="black", linewidth=1.6, label="mean")
+    axes.set(xlabel="time", ylabel=f"state {coordinate}", xlim=(times[0], times[-1]))
+    axes.legend(frameon=False)
+    return axes
+
+
+def plot_value(
+    value: Value,
+    states: Tensor | tuple[Tensor, Tensor],
+    times: Sequence[float] = (0.0,),
+    *,
+    axes: "Axes | None" = None,
+) -> "Axes":
+    """V over one coordinate at several times, or over two at one time.
+
+    Args:
+        value: V.
+        states: points [n] of a scalar state, or two axes [n], [m] of a state of two coordinates.
+        times: at which; one only for two coordinates.
+        axes: to draw into; new ones if not given.
+
+    Raises:
+        ValueError: there are several times for two coordinates, or none at all.
+    """
+    if not times:
+        raise ValueError("times must not be empty")
+    axes = _axes(axes)
+    if isinstance(states, Tensor):
+        for share, time in zip(_shades(len(times)), times, strict=True):
+            found = value(states.new_tensor(time), states.unsqueeze(1)).detach()
+            label = f"t = {time:g}"
+            axes.plot(_array(states), _array(found), color=_colour(share), label=label)
+        axes.set(xlabel="state", ylabel="value (reward)")
+        axes.legend(frameon=False)
+        return axes
+    if len(times) > 1:
+        raise ValueError(f"times must be one for two coordinates, got {list(times)}")
+    first, second = states
+    points = torch.cartesian_prod(first, second)
+    found = value(first.new_tensor(times[0]), points).detach().view(len(first), len(second))
+    shown = axes.contourf(_array(first), _array(second), _array(found.T), levels=24)
+    bar = axes.figure.colorbar(shown, ax=axes)
+    bar.set_label("value (reward)")
+    axes.set(xlabel="state 0", ylabel="state 1", title=f"t = {times[0]:g}")
+    return axes
+
+
+def plot_policy(
+    policy: Policy,
+    states: Tensor,
+    times: Sequence[float] = (0.0,),
+    *,
+    coordinate: int = 0,
+    axes: "Axes | None" = None,
+) -> "Axes":
+    """Mean action over a scalar state, with a band of one standard deviation where it is random.
+
+    Args:
+        policy: to draw.
+        states: points [n].
+        times: at which; a line each.
+        coordinate: of the action.
+        axes: to draw into; new ones if not given.
+
+    Raises:
+        ValueError: there are no times, or the action has no such coordinate.
+    """
+    if not times:
+        raise ValueError("times must not be empty")
+    axes = _axes(axes)
+    points = states.unsqueeze(1)
+    for share, time in zip(_shades(len(times)), times, strict=True):
+        t = states.new_tensor(time)
+        mean = policy.mean(t, points).detach()
+        if mean.ndim != 2 or not 0 <= coordinate < mean.shape[1]:
+            raise ValueError(
+                f"coordinate must be one of an action vector's, got {coordinate} for actions "
+                f"{list(mean.shape[1:])}"
+            )
+        line = _array(mean[:, coordinate])
+        axes.plot(_array(states), line, color=_colour(share), label=f"t = {time:g}")
+        if policy.is_random:
+            # act is affine in its noise: the variance is the sum over unit normals
+            spread = torch.zeros_like(mean)
+            for j in range(mean.shape[1]):
+                unit = torch.zeros_like(mean)
+                unit[:, j] = 1
+                spread = spread + (policy.act(mean, t, unit).detach() - mean).square()
+            width = _array(spread[:, coordinate].sqrt())
+            axes.fill_between(
+                _array(states), line - width, line + width, color=_colour(share), alpha=0.15, lw=0
+            )
+    axes.set(xlabel="state", ylabel=f"action {coordinate} (mean, one standard deviation)")
+    axes.legend(frameon=False)
+    return axes
+
+
+def _axes(axes: "Axes | None") -> "Axes":
+    if axes is not None:
+        return axes
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(6.0, 3.8), layout="constrained").subplots()
+
+
+def _array(values: Tensor) -> Any:
+    return values.detach().double().cpu().numpy()
+
+
+def _shades(count: int) -> list[float]:
+    return [0.1 + 0.75 * k / max(1, count - 1) for k in range(count)]
+
+
+def _colour(share: float) -> Any:
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"](share)
