@@ -74,8 +74,8 @@ class Solution:
 
         Raises:
             ValueError: the standard deviation depends on the state (by more than 5 %), for which
-                there is no policy; ``mean_action`` is the drift of the exploratory dynamics where
-                the drift is affine in the action.
+                is no ready policy. Where the drift is affine in the action and the diffusion not
+                controlled, DeterministicPolicy(mean_action) gives the states the same law.
         """
         if not bool(self.action_std.table.any()):
             return DeterministicPolicy(self.mean_action)
@@ -87,9 +87,9 @@ class Solution:
         if bool(((flat - std.unsqueeze(1)).abs() > 0.05 * std.unsqueeze(1)).any()):
             raise ValueError(
                 "the optimal policy's standard deviation depends on the state, from "
-                f"{float(flat.min()):g} to {float(flat.max()):g}; simulate "
-                "DeterministicPolicy(solution.mean_action); or take a finer grid, or a wider one "
-                "of actions if end_mass is large, if it should not"
+                f"{float(flat.min()):g} to {float(flat.max()):g}; if it should not, take a finer "
+                "grid, or actions further out where end_mass is large; if it should, simulate "
+                "DeterministicPolicy(solution.mean_action)"
             )
         return GaussianPolicy(
             self.mean_action, GridFunction((), self.action_std.times, std).at_time
@@ -281,6 +281,11 @@ def _given(
     points = grid_points(axes)
     time = points.new_tensor(t)
     mean = policy.mean(time, points)
+    if mean.ndim < 1 or len(mean) != len(points):
+        raise ValueError(
+            f"policy.mean must return [{len(points)}, *action], one action for each state, got "
+            f"{list(mean.shape)}"
+        )
     entropy = points.new_zeros(len(points))
     rule = [(1.0, mean)]
     if policy.is_random:
@@ -354,11 +359,7 @@ def _function(axes: tuple[Axis, ...], times: Tensor, rows: list[Tensor]) -> Grid
     return GridFunction(axes, times, table.view(len(rows), *shape, *table.shape[2:]))
 
 
-def _check(
-    problem: ControlProblem,
-    axes: tuple[Axis, ...],
-    differences: str,
-) -> None:
+def _check(problem: ControlProblem, axes: tuple[Axis, ...], differences: str) -> None:
     if not isinstance(problem, ControlProblem):
         raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}")
     if not 1 <= len(axes) <= 2 or not all(isinstance(axis, Axis) for axis in axes):

@@ -127,7 +127,7 @@ class GridFunction:
             raise ValueError(f"t must be one time in [{first:g}, {last:g}], got {t}")
         position = (now.clamp(first, last) - first) / (self.times[1] - self.times[0]).to(now)
         k = min(int(position), len(self.times) - 2)
-        return torch.lerp(self.table[k], self.table[k + 1], float(position) - k)
+        return torch.lerp(self.table[k], self.table[k + 1], (position - k).to(self.table))
 
 
 def _between(axis: Axis, i: int, x: Float[Tensor, " paths"]) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,6 +28,12 @@ def test_the_trapezoid_rule_is_spectral_for_a_density_that_vanishes_at_the_ends(
     assert float(spread) == pytest.approx(std, abs=1e-13)
 
 
+def test_the_trapezoid_rule_integrates_linear_functions():
+    grid = trapezoid(-1.0, 2.0, 4)
+    assert float(grid.weights.sum()) == pytest.approx(3, abs=1e-14)
+    assert float(grid.weights @ grid.nodes[:, 0]) == pytest.approx(1.5, abs=1e-14)
+
+
 def test_ends_are_the_outermost_nodes_of_every_coordinate():
     assert trapezoid(0.0, 1.0, 4).ends().tolist() == [True, False, False, True]
     square = trapezoid(torch.zeros(2), torch.ones(2), 4)

@@ -568,6 +568,8 @@ def test_bad_arguments_are_refused():
         hjb.solve_finite_horizon(ENDLESS, CIRCLE, IDLE, steps=3)
     with pytest.raises(ValueError, match="horizon must be infinite"):
         hjb.evaluate_discounted(ENDING, DeterministicPolicy(lambda t, x: x), CIRCLE)
+    with pytest.raises(ValueError, match=r"policy.mean must return"):
+        hjb.evaluate_discounted(ENDLESS, DeterministicPolicy(lambda t, x: x[:1]), CIRCLE)
     nan_end = ControlProblem(STILL, 1.0, terminal_reward=lambda x: x[:, 0].log())
     with pytest.raises(ValueError, match="terminal_reward"):
         hjb.solve_finite_horizon(nan_end, CIRCLE, IDLE, steps=3)
@@ -581,6 +583,14 @@ def test_an_action_grid_that_does_not_resolve_the_policy_is_refused():
 def test_too_few_iterations_raise_with_the_residual():
     with pytest.raises(RuntimeError, match="violated by"):
         hjb.solve_discounted(Scalar(0.0).problem(), WIDE, trapezoid(-8.0, 8.0, 41), iterations=2)
+
+
+def test_a_loose_tolerance_shows_in_the_residual():
+    problem, actions = Scalar(0.0).problem(), trapezoid(-8.0, 8.0, 41)
+    loose = hjb.solve_discounted(problem, WIDE, actions, tolerance=1.0)
+    tight = hjb.solve_discounted(problem, WIDE, actions)
+    assert loose.iterations < tight.iterations
+    assert loose.residual > 1e-6 > tight.residual
 
 
 def test_one_step_and_scalar_actions_are_enough():

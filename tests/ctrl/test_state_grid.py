@@ -80,6 +80,15 @@ def test_the_slope_is_that_of_the_cell():
     torch.testing.assert_close(slope, torch.tensor([[1.0], [5.0]], dtype=torch.float64))
 
 
+def test_the_slope_in_time_is_that_of_the_step():
+    function = GridFunction(AXES, TIMES, draw(3, 4, 5, 4))
+    x = grid_points(AXES)[[0, 7]]
+    at, one = torch.tensor(1.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    _, slope = torch.func.jvp(lambda t: function(t, x), (at,), (one,))
+    exact = (function.table[2] - function.table[1]).reshape(-1)[[0, 7]] / 0.5
+    torch.testing.assert_close(slope, exact, rtol=0, atol=1e-13)
+
+
 def test_outside_of_the_grid_is_refused():
     function = GridFunction(AXES, TIMES, draw(3, 4, 5, 4))
     inside = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
