@@ -176,7 +176,10 @@ class ControlledSDE:
             def diffusion(x: Tensor) -> Tensor:
                 return torch.as_tensor(self._raw_diffusion(t, x, actions))
 
-            return cast(Tensor, torch.func.jvp(diffusion, (states,), (direction,))[1])
+            return cast(
+                Tensor,
+                torch.func.jvp(diffusion, (states.contiguous(),), (direction.contiguous(),))[1],
+            )
 
         if self.noise == "general":
             each = zip(sigma.unbind(-1), range(sigma.shape[-1]), strict=True)

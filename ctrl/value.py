@@ -105,7 +105,8 @@ def generator(
         actions: a.
     """
     sde = sde.to_ito()
-    drift = sde.drift_at(t, states, actions)
+    states = states.contiguous()  # forward mode cannot differentiate at an expanded tensor
+    drift = sde.drift_at(t, states, actions).contiguous()
     transport = torch.func.jvp(value, (t, states), (torch.ones_like(t), drift))[1]
 
     def at(x: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ def generator(
         return torch.func.jvp(slope, (states,), (direction,))[1]
 
     columns = _columns(sde, t, states, actions)
-    spread = torch.func.vmap(curvature)(columns).sum(0)
+    spread = torch.func.vmap(curvature)(columns.contiguous()).sum(0)
     return one_a_path("value", transport + 0.5 * spread, len(states))
 
 

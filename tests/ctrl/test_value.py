@@ -128,3 +128,13 @@ def test_bad_values_are_refused():
         values(lambda t, x: x[:, 0] / 0, problem, made)
     with pytest.raises((ValueError, TypeError)):
         martingale_increments(value, problem, made, torch.zeros(3, 1, dtype=torch.float64))
+
+
+def test_expanded_and_strided_states_are_like_any_other():
+    sde = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.3 + 0.1 * x, "scalar")
+    x, a = points(2)
+    for one in (x[:1].expand(5, 2), torch.stack([x, x], dim=2)[..., 0]):
+        whole = one.clone(memory_format=torch.contiguous_format)
+        torch.testing.assert_close(
+            generator(sde, value, T, one, a), generator(sde, value, T, whole, a)
+        )
