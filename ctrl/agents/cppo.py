@@ -81,11 +81,10 @@ def cppo(
     for _ in range(updates):
         paths = sample()
         for _ in range(critic_updates):
-            error = (
-                ctd0(value, problem, paths, policy(module))
-                if critic_loss is None
-                else (critic_loss(paths))
-            )
+            if critic_loss is None:
+                error = ctd0(value, problem, paths, policy(module))
+            else:
+                error = critic_loss(paths)
             descend(expectation(error, paths), critic)
         old = policy(copy.deepcopy(module).requires_grad_(False))
         with torch.no_grad():
