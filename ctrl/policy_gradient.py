@@ -91,15 +91,8 @@ class DrawnActions:
         self, problem: ControlProblem, policy: Policy, value: Value, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
         """(q(t_k, X_k, a_k) - temperature log pi(a_k)) h_k."""
-        random = _random(policy)
-
-        def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
-            q = q_rate(problem, value, t, x, a)
-            if not problem.temperature:
-                return q
-            return q - problem.temperature * random.log_prob(t, x, a)
-
-        return over_steps(rate, paths, kept_actions(paths)) * paths.grid.steps.to(paths.states)
+        rates = _regularised_q(problem, value, _random(policy), paths)
+        return rates * paths.grid.steps.to(rates)
 
 
 @dataclass(frozen=True)
