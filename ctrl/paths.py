@@ -99,6 +99,23 @@ class Paths:
                     f"{name} must begin with {list(begin)} to fit the states and the grid, got "
                     f"{list(value.shape)}"
                 )
+            if value is not None and name != "weights":
+                self._require_finite(name, value.detach())
+        if self.weights is not None:
+            all_finite("weights", self.weights)
+
+    def _require_finite(self, name: str, values: Tensor) -> None:
+        # a sum of finite numbers may overflow, so it only acquits
+        if bool(torch.isfinite(values.sum())):
+            return
+        whole = torch.isfinite(values).reshape(*values.shape[:2], -1).all(2).all(0)
+        if not bool(whole.all()):
+            k = int((~whole).nonzero()[0])
+            raise ValueError(
+                f"{name} are not finite from node {k} (t = {self.grid.nodes[k]:g}) on: drift, "
+                "diffusion, policy or start are too large for the step; refine the grid or bound "
+                "them"
+            )
 
 
 def kept_actions(paths: Paths) -> Float[Tensor, "paths steps *action"]:

@@ -73,7 +73,6 @@ def simulate(
             paths = _roll_out_with_graph(problem.sde, policy, start, grid, solver, source, keep)
         else:
             paths = _roll_out_in_place(problem.sde, policy, start, grid, solver, source, keep, out)
-    _check_finite(paths)
     return paths
 
 
@@ -440,18 +439,3 @@ def _check_start(start: Tensor) -> None:
         raise ValueError(f"start must be [paths, *event] with paths, got {list(start.shape)}")
     if not bool(torch.isfinite(start).all()):
         raise ValueError("start must be finite")
-
-
-def _check_finite(paths: Paths) -> None:
-    for name, values in (("states", paths.states), ("actions", paths.actions)):
-        # a sum of finite numbers may overflow, so it only acquits
-        if values is None or bool(torch.isfinite(values.detach().sum())):
-            continue
-        whole = torch.isfinite(values).reshape(*values.shape[:2], -1).all(2).all(0)
-        if bool(whole.all()):
-            continue
-        k = int((~whole).nonzero()[0])
-        raise ValueError(
-            f"{name} are not finite from node {k} (t = {paths.grid.nodes[k]:g}) on: drift, "
-            "diffusion, policy or start are too large for the step; refine the grid or bound them"
-        )
