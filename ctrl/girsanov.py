@@ -169,6 +169,11 @@ def importance_weights(
     Raises:
         ValueError: a value is NaN or minus infinity, or the weights do not fit.
     """
+    if log_ratio.ndim != 1 or not len(log_ratio) or not log_ratio.is_floating_point():
+        raise ValueError(
+            f"log_ratio must be [paths], floating point, got {log_ratio.dtype} "
+            f"{list(log_ratio.shape)}"
+        )
     if bool(torch.isnan(log_ratio).any()) or bool(torch.isneginf(log_ratio).any()):
         raise ValueError("log_ratio must be numbers, plus infinity allowed (weight 0)")
     if weights is None:

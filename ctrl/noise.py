@@ -355,6 +355,13 @@ def _check_fine(increments: Tensor, nodes: Tensor, name: str) -> None:
             f"increments must be [paths, {len(nodes) - 1}, ...] to fit {name}, got "
             f"{list(increments.shape)}"
         )
+    if not increments.is_floating_point() or not len(increments):
+        raise TypeError(
+            f"increments must be floating point, of at least one path, got {increments.dtype} "
+            f"{list(increments.shape)}"
+        )
+    if not bool(torch.isfinite(increments).all()):
+        raise ValueError("increments must be finite")
 
 
 def _places(coarse: Tensor, fine: Tensor) -> list[int]:
@@ -362,7 +369,7 @@ def _places(coarse: Tensor, fine: Tensor) -> list[int]:
     for name, nodes in (("coarse_nodes", coarse), ("fine_nodes", fine)):
         if nodes.ndim != 1 or len(nodes) < 2 or not bool((nodes.diff() > 0).all()):
             raise ValueError(f"{name} must be at least two increasing times, got {nodes.tolist()}")
-    slack = 1e-6 * float(fine.diff().min())  # nodes of two grids may differ by round-off
+    slack = 1e-6 * float(fine.detach().diff().min())  # nodes of two grids may differ by round-off
     gaps = (coarse.double()[:, None] - fine.double()[None]).abs()
     nearest, places = gaps.min(1)
     if bool((nearest > slack).any()):

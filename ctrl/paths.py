@@ -99,7 +99,13 @@ class Paths:
                     f"{name} must begin with {list(begin)} to fit the states and the grid, got "
                     f"{list(value.shape)}"
                 )
-            if value is not None and name != "weights":
+            if value is None:
+                continue
+            if not value.is_floating_point():
+                raise TypeError(f"{name} must be floating point, got {value.dtype}")
+            if name in ("weights", "rewards") and value.ndim != len(begin):
+                raise ValueError(f"{name} must be {list(begin)}, got {list(value.shape)}")
+            if name != "weights":
                 self._require_finite(name, value.detach())
         if self.weights is not None:
             all_finite("weights", self.weights)

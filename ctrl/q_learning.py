@@ -50,8 +50,14 @@ def q_rate(
         actions: a.
 
     Raises:
-        ValueError: V or the reward is not one number a path.
+        ValueError: there is not one action for each state, or V or the reward is not one number a
+            path.
     """
+    if actions.ndim < 1 or len(actions) != len(states) or not len(states):
+        raise ValueError(
+            f"actions must begin with {len(states)}, one for each of at least one state, got "
+            f"{list(actions.shape)}"
+        )
     rate = generator(problem.sde, value, t, states, actions)
     if problem.discount:
         rate = rate - problem.discount * value(t, states)
