@@ -4,31 +4,39 @@ torchsde is called from node to node: across an output time it would interpolate
 the wrong law. The action is held, and in between the solver is free.
 
 A step needs more randomness than W(t1) - W(t0) where it is divided or needs areas of the Brownian
-path. That is drawn from a stream named by the increment itself (its bytes, t0 and t1), so a step
-is a function of its arguments: the same noise gives the same states, in any order.
+path. That is drawn from a stream named by the increments themselves (those of the whole batch, t0
+and t1), so a step is a function of its arguments: the same noise gives the same states, in any
+order. A path's interior changes with its batch, though, and quadrature nodes are nodes for the
+increments alone.
 
 torchsde 0.2.6 is no longer developed; nothing else in this library touches it.
 
 Sources  [R10] Roessler 2010, Runge-Kutta methods for the strong approximation of solutions of
          stochastic differential equations, SIAM J. Numer. Anal. 48 (srk).
-         [LWCD20] Li, Wong, Chen & Duvenaud 2020, scalable gradients for stochastic differential
+         [LWCD20] Li, Wong, Chen & Duvenaud 2020, Scalable gradients for stochastic differential
          equations, AISTATS (adjoint).
+         [KFLL21] Kidger, Foster, Li & Lyons 2021, Efficient and accurate gradients for neural
+         SDEs, NeurIPS (reversible Heun).
+         [FLO20] Foster, Lyons & Oberhauser 2020, An optimal polynomial approximation of Brownian
+         motion, SIAM J. Numer. Anal. 58 (space-time areas).
 """
 
 import difflib
 import hashlib
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ctrl.noise import stream
+from ctrl.noise import refine, stream
 from ctrl.sde import ControlledSDE
 
-# calculus, and what of the Brownian path a step needs beside its increment
+# calculus, and what a step asks of the Brownian path beside its increment
 _METHODS = {
     "euler": ("ito", "none"),
     "milstein": ("ito", "none"),
@@ -39,29 +47,34 @@ _METHODS = {
     "reversible_heun": ("stratonovich", "none"),
     "log_ode": ("stratonovich", "foster"),
 }
-_LEAST = 2**-12  # shortest adaptive step, of the interval
 _COMMUTATIVE = ("milstein", "srk")  # refuse several Brownian motions that mix coordinates
+_BACKWARD = {"ito": ("euler", "milstein"), "stratonovich": ("euler_heun", "heun", "midpoint")}
+_LEAST = 2**-12  # shortest adaptive step, of the interval
 
 
 @dataclass(frozen=True)
 class TorchSDE:
-    """A method of torchsde.
+    """A method of torchsde, between two nodes at a time.
 
     Attributes:
-        method: "srk" (strong order 1.5, diagonal or scalar noise; the best fixed-step method here),
-            "euler" (1/2) or "milstein" (1) for Ito equations; "heun", "midpoint",
-            "reversible_heun" (1), "euler_heun" (1) or "log_ode" (1) for Stratonovich ones. Orders
-            of "heun", "midpoint" and so on are 1/2 for general noise that does not commute.
-        dt: length of a step, time; the whole interval between two nodes if not given. Where steps
-            are adaptive, the first.
+        method: for Ito equations "euler" (strong order 1/2), "milstein" (1) or "srk" ([R10], 1.5,
+            the best fixed-step method here), the last two for diagonal or scalar noise; for
+            Stratonovich equations "euler_heun", "heun", "midpoint", "reversible_heun" ([KFLL21];
+            restarted at every step, where it is "heun") or "log_ode": order 1 for diagonal and
+            scalar noise, 1/2 for general noise that does not commute. All have weak order 1 at
+            least.
+        dt: longest step, time: the interval between two nodes is divided evenly. One step if not
+            given. Where steps are adaptive, the first.
         adaptive: choose steps by step doubling. One step size serves all paths, and the tolerance
             is not the error: at equal error a fixed "srk" is faster on smooth equations.
         rtol: relative tolerance of adaptive steps.
         atol: absolute tolerance of adaptive steps, state.
-        adjoint: gradients by the stochastic adjoint ([LWCD20]), which stores the states at the
-            nodes alone. For Ito methods it is off by O(h); it saves memory, not time.
-        parameters: that the adjoint differentiates in, beside states and action.
-        adjoint_method: of the backward pass; torchsde's choice if not given.
+        adjoint: gradients by a second equation backwards in time ([LWCD20]), which stores the
+            states at the steps' ends and nothing in between. They are off by O(h), except those of
+            "reversible_heun", which are exact; it saves memory, not time.
+        parameters: leaves that drift and diffusion depend on, for the adjoint to differentiate in
+            (beside states and action).
+        adjoint_method: of the backward equation; torchsde's choice if not given.
     """
 
     method: str = "srk"
@@ -87,12 +100,29 @@ class TorchSDE:
                 "adaptive must be False for 'euler': step doubling does not converge at order 1/2; "
                 "use 'srk' or 'milstein'"
             )
-        if self.adjoint and self.method in ("srk", "log_ode") and self.adjoint_method is None:
-            object.__setattr__(self, "adjoint_method", "milstein" if self.method == "srk" else None)
+        self._check_adjoint()
+
+    def _check_adjoint(self) -> None:
+        if not self.adjoint and (self.parameters or self.adjoint_method):
+            raise ValueError(
+                "parameters and adjoint_method are for adjoint=True; without it every gradient is "
+                "kept"
+            )
+        if self.adjoint and self.adaptive:
+            raise ValueError(
+                "adaptive must be False with adjoint=True: the way back does not know the steps; "
+                "divide them evenly by dt"
+            )
         if any(not parameter.is_leaf for parameter in self.parameters):
             raise ValueError("parameters must be leaves: what an optimiser holds")
-        if self.parameters and not self.adjoint:
-            raise ValueError("parameters are for adjoint=True; without it every gradient is kept")
+        allowed = _BACKWARD[_METHODS[self.method][0]]
+        if self.method == "reversible_heun":
+            allowed = ("adjoint_reversible_heun",)
+        if self.adjoint_method is not None and self.adjoint_method not in allowed:
+            raise ValueError(
+                f"adjoint_method must be one of {allowed} for {self.method!r}, got "
+                f"{self.adjoint_method!r}"
+            )
 
     def step(
         self,
@@ -106,104 +136,162 @@ class TorchSDE:
         """States at t1, along a Brownian path with this increment.
 
         Raises:
-            ValueError: the equation's calculus or noise is not the method's; or adaptive steps
-                became too short.
+            ValueError: the equation's calculus or noise is not the method's; adaptive steps became
+                too short, or met numbers that are not finite; or the adjoint would miss a gradient,
+                because drift or diffusion depend on leaves that are not in ``parameters``.
         """
-        self._check(sde)
+        self._check_noise(sde)
         begin, end = t0.double(), t1.double()
-        flat, held = states.reshape(len(states), -1), action.reshape(len(action), -1)
-        columns = _columns_of(sde, increment)
-        by_adjoint = self.adjoint and torch.is_grad_enabled()
-        if by_adjoint:  # the action as a part of the state that does not move
-            equation = _WithAction(sde, states.shape, action.shape)
-            flat = torch.cat([flat, held], dim=1)
-            if sde.noise == "diagonal":
-                columns = torch.cat([columns, torch.zeros_like(held)], dim=1)
-        else:
-            equation = _Equation(sde, states.shape, action)
-        brownian = self._brownian(begin, end, columns)
-        with warnings.catch_warnings():
-            # torchsde accepts a failing step at its least size with a warning alone
-            warnings.filterwarnings("error", message="Hitting minimum")
-            try:
-                integrate = self._by_adjoint if by_adjoint else self._integrate
-                after = integrate(equation, begin, end, flat, brownian)
-            except UserWarning:
-                raise ValueError(
-                    f"adaptive steps became too short between t = {float(t0):g} and {float(t1):g}; "
-                    "loosen rtol and atol, refine the grid, or use fixed steps"
-                ) from None
-        if not torch.is_grad_enabled():
-            after = after.detach()  # milstein leaves its own graph behind
-        moved = after[:, : states[0].numel()].to(states.dtype)
-        return moved.reshape_as(states)
+        flat, columns = states.reshape(len(states), -1), _columns_of(sde, increment)
 
-    def _check(self, sde: ControlledSDE) -> None:
-        calculus, _ = _METHODS[self.method]
-        sde.require_calculus(calculus, f"TorchSDE({self.method!r})")
-        if sde.noise == "general":
-            if self.method in _COMMUTATIVE:
-                raise ValueError(
-                    f"{self.method!r} needs diagonal or scalar noise, got general noise; use "
-                    "'euler', or 'heun' on sde.to_stratonovich()"
-                )
+        def advance(x: Tensor, a: Tensor) -> Tensor:
+            equation = _Equation(sde, states.shape, a)
             if self.adaptive:
-                raise ValueError(
-                    "adaptive must be False for general noise: step doubling is biased where it "
-                    "does not commute"
-                )
+                return self._adaptively(equation, begin, end, x, columns)
+            for left, right, path in self._pieces(begin, end, columns):
+                x = self._once(equation, left, right, x, path)
+            return x
 
-    def _brownian(self, begin: Tensor, end: Tensor, increment: Tensor) -> Any:
-        area = _METHODS[self.method][1]
-        whole = not self.adaptive and (self.dt is None or self.dt >= float(end - begin))
-        if whole and area == "none":
-            return _Increment(increment)
-        interior = _interior(begin, end, increment)
-        width = math.sqrt(float(end - begin) / 12)  # of the space-time area
-        space_time = width * torch.randn(
-            increment.shape, generator=interior, dtype=increment.dtype
-        ).to(increment.device)
-        if whole and area == "space-time":
-            return _Increment(increment, float(end - begin) * (0.5 * increment + space_time))
-        import torchsde  # pyright: ignore[reportMissingTypeStubs]  # it has none
+        if not torch.is_grad_enabled():
+            # milstein leaves its own graph behind
+            return advance(flat, action).detach().reshape_as(states)
+        if self.adjoint:
+            _refuse_strangers(_Equation(sde, states.shape, action), begin, flat, self.parameters)
+            after = cast(Tensor, _Alone.apply(advance, flat, action, *self.parameters))
+            return after.reshape_as(states)
+        return advance(flat, action).reshape_as(states)
 
-        return torchsde.BrownianInterval(
-            t0=begin, t1=end, size=tuple(increment.shape), dtype=increment.dtype,
-            device=increment.device, dt=self.dt, levy_area_approximation=area,
-            W=increment, H=None if area == "none" else space_time,
-            entropy=int(torch.randint(2**62, (), generator=interior)),
-        )  # fmt: skip
+    def _check_noise(self, sde: ControlledSDE) -> None:
+        sde.require_calculus(_METHODS[self.method][0], f"TorchSDE({self.method!r})")
+        if sde.noise == "general" and self.method in _COMMUTATIVE:
+            raise ValueError(
+                f"{self.method!r} needs diagonal or scalar noise, got general noise; use 'euler', "
+                "or 'heun' on sde.to_stratonovich()"
+            )
+        if sde.noise == "general" and self.adaptive:
+            raise ValueError(
+                "adaptive must be False for general noise: step doubling is biased where it does "
+                "not commute; divide steps evenly by dt"
+            )
+        if sde.noise != "diagonal" and self.adjoint_method == "milstein":
+            raise ValueError(
+                f"adjoint_method 'milstein' needs diagonal noise, got {sde.noise} noise; use "
+                "'euler'"
+            )
 
-    def _integrate(
-        self, equation: Any, begin: Tensor, end: Tensor, states: Tensor, brownian: Any
+    def _pieces(
+        self, begin: Tensor, end: Tensor, increment: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        """Steps of equal length, each with its piece of the Brownian path."""
+        area, length = _METHODS[self.method][1], float(end - begin)
+        count = 1 if self.dt is None else max(1, math.ceil(length / self.dt - 1e-9))
+        if count == 1 and area == "none":
+            yield begin, end, _Piece(increment)
+            return
+        interior = stream(_name_of(begin, end, increment), "interior of a step")
+        nodes, parts = [begin, end], [increment]
+        if count > 1:
+            even = torch.linspace(float(begin), float(end), count + 1, dtype=torch.float64)
+            drawn = increment[:, None].cpu()  # where the stream is
+            fine = refine(drawn, even[[0, -1]], even, generator=interior)
+            nodes, parts = list(even), list(fine.to(increment.device).unbind(1))
+        for left, right, part in zip(nodes, nodes[1:], parts, strict=False):
+            h = float(right - left)
+            if area == "none":
+                yield left, right, _Piece(part)
+            elif area == "space-time":  # int (W - W(left)) dt given the increment ([FLO20])
+                normal = torch.empty(part.shape, dtype=part.dtype).normal_(generator=interior)
+                integral = normal.mul_(h * math.sqrt(h / 12)).to(part).add_(part, alpha=0.5 * h)
+                yield left, right, _Piece(part, integral)
+            else:
+                entropy = int(torch.randint(2**62, (), generator=interior))
+                yield left, right, _tree(left, right, part, area, entropy)
+
+    def _once(
+        self, equation: "_Equation", left: Tensor, right: Tensor, states: Tensor, path: Any
     ) -> Tensor:
+        if self.adjoint and torch.is_grad_enabled():
+            return self._by_adjoint(equation, left, right, states, path)
+        solver = self._solver(equation, left, right, path)
+        return solver.step(left, right, states, solver.init_extra_solver_state(left, states))[0]
+
+    def _solver(self, equation: "_Equation", left: Tensor, right: Tensor, path: Any) -> Any:
         # the solver object itself: sdeint would evaluate drift and diffusion once more a node to
         # look at their shapes, which are checked here already
         from torchsde._core import base_sde, methods  # pyright: ignore[reportMissingTypeStubs]
 
-        h = float(end - begin)
-        dt = h if self.dt is None else min(self.dt, h)
-        solver = methods.select(self.method, equation.sde_type)(
-            sde=base_sde.ForwardSDE(equation), bm=brownian, dt=dt, adaptive=self.adaptive,
-            rtol=self.rtol, atol=self.atol, dt_min=_LEAST * h, options={},
+        h = float(right - left)
+        # made by type itself: torchsde's metaclass inspects every attribute of every instance,
+        # which costs more than a step of "euler"
+        return type.__call__(
+            methods.select(self.method, equation.sde_type),
+            sde=base_sde.ForwardSDE(equation), bm=path, dt=min(self.dt or h, h),
+            adaptive=self.adaptive, rtol=self.rtol, atol=self.atol, dt_min=_LEAST * h, options={},
         )  # fmt: skip
+
+    def _adaptively(
+        self, equation: "_Equation", begin: Tensor, end: Tensor, states: Tensor, increment: Tensor
+    ) -> Tensor:
+        area, entropy = _METHODS[self.method][1], _name_of(begin, end, increment)
+        solver = self._solver(equation, begin, end, _tree(begin, end, increment, area, entropy))
         extra = solver.init_extra_solver_state(begin, states)
-        if not self.adaptive and dt == h:
-            return solver.step(begin, end, states, extra)[0]
-        return solver.integrate(states, torch.stack([begin, end]), extra)[0][-1]
+        with warnings.catch_warnings():
+            # torchsde accepts a failing step at its least size with a warning alone
+            warnings.filterwarnings("error", message="Hitting minimum")
+            try:
+                return solver.integrate(states, torch.stack([begin, end]), extra)[0][-1]
+            except (UserWarning, AssertionError) as fault:
+                what = "not finite" if isinstance(fault, AssertionError) else "too short"
+                raise ValueError(
+                    f"adaptive steps became {what} between t = {float(begin):g} and "
+                    f"{float(end):g}; loosen rtol and atol, refine the grid, or use fixed steps"
+                ) from None
 
     def _by_adjoint(
-        self, equation: Any, begin: Tensor, end: Tensor, states: Tensor, brownian: Any
+        self, equation: "_Equation", left: Tensor, right: Tensor, states: Tensor, path: Any
     ) -> Tensor:
         import torchsde  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
-        h = float(end - begin)
+        # dt beyond the interval: where left + h < right by round-off, torchsde would take one more
+        # step, of length 1e-17, and use the increment twice
         return torchsde.sdeint_adjoint(
-            equation, states, torch.stack([begin, end]), bm=brownian, method=self.method,
-            dt=h if self.dt is None else min(self.dt, h), adaptive=self.adaptive,
-            rtol=self.rtol, atol=self.atol, dt_min=_LEAST * h,
-            adjoint_method=self.adjoint_method, adjoint_params=self.parameters,
+            cast(Any, equation), states, torch.stack([left, right]), bm=path, method=self.method,
+            dt=(1 + 1e-6) * float(right - left), adjoint_method=self.adjoint_method,
+            adjoint_params=(*self.parameters, equation.action),
         )[-1]  # fmt: skip
+
+
+class _Alone(torch.autograd.Function):
+    """A function of states and action whose graph is kept apart from what these came from.
+
+    torchsde's adjoint differentiates in its parameters at every step backwards. Were the action
+    given to it with its graph, that would lead on to earlier steps, and through them to all others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Any, states: Tensor, action: Tensor, *parameters: Tensor
+    ) -> Any:
+        """The function's value."""
+        inputs = [
+            value.detach().requires_grad_(value.is_floating_point()) for value in (states, action)
+        ]
+        with torch.enable_grad():
+            ctx.value = function(*inputs)
+        ctx.inputs = (*inputs, *parameters)
+        return ctx.value.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
+        """Its vector-Jacobian products."""
+        wanted = [value for value in ctx.inputs if value.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                ctx.value, wanted, grad_outputs, retain_graph=True, allow_unused=True
+            )
+        )
+        return None, *(next(found) if value.requires_grad else None for value in ctx.inputs)
 
 
 class _Equation:
@@ -227,37 +315,11 @@ class _Equation:
             return sigma
         if not isinstance(sigma, Tensor):
             sigma = torch.full_like(x, sigma)
-        elif sigma.ndim == 0:
-            sigma = sigma.expand_as(x)
+        sigma = sigma.expand_as(x)
         return sigma.reshape_as(y) if self.sde.noise == "diagonal" else sigma.reshape(*y.shape, 1)
 
 
-class _WithAction:
-    """The same for states [X, a], in which a stands still, so that its gradient is a state's."""
-
-    def __init__(self, sde: ControlledSDE, shape: torch.Size, action: torch.Size) -> None:
-        self.sde, self.shape, self.action = sde, shape, action
-        self.noise_type, self.sde_type = sde.noise, sde.calculus
-
-    def _at(self, y: Tensor) -> tuple[_Equation, Tensor, Tensor]:
-        width = self.shape[1:].numel()
-        x, a = y[:, :width], y[:, width:]
-        return _Equation(self.sde, self.shape, a.reshape(self.action)), x, a
-
-    def f(self, t: Tensor, y: Tensor) -> Tensor:
-        """b(t, X, a), and 0."""
-        equation, x, a = self._at(y)
-        return torch.cat([equation.f(t, x), torch.zeros_like(a)], dim=1)
-
-    def g(self, t: Tensor, y: Tensor) -> Tensor:
-        """sigma(t, X, a), and 0."""
-        equation, x, a = self._at(y)
-        sigma = equation.g(t, x)
-        still = a if sigma.ndim == 2 else a.unsqueeze(2).expand(-1, -1, sigma.shape[2])
-        return torch.cat([sigma, torch.zeros_like(still)], dim=1)
-
-
-class _Increment:
+class _Piece:
     """A Brownian path of which only one increment is known, and its time integral if need be."""
 
     def __init__(self, increment: Tensor, integral: Tensor | None = None) -> None:
@@ -272,6 +334,16 @@ class _Increment:
         return (self.increment, self.integral) if return_U else self.increment
 
 
+def _tree(begin: Tensor, end: Tensor, increment: Tensor, area: str, entropy: int) -> Any:
+    """A Brownian path that can be asked anywhere, by torchsde."""
+    import torchsde  # pyright: ignore[reportMissingTypeStubs]  # it has none
+
+    return torchsde.BrownianInterval(
+        t0=begin, t1=end, size=tuple(increment.shape), dtype=increment.dtype,
+        device=increment.device, levy_area_approximation=area, W=increment, entropy=entropy,
+    )  # fmt: skip
+
+
 def _columns_of(sde: ControlledSDE, increment: Tensor) -> Tensor:
     """Increments as [paths, motions]."""
     return (
@@ -282,11 +354,38 @@ def _columns_of(sde: ControlledSDE, increment: Tensor) -> Tensor:
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32}
 
 
-def _interior(begin: Tensor, end: Tensor, increment: Tensor) -> torch.Generator:
-    """The stream that this increment names: by its first numbers and two sums over all bits."""
+def _name_of(begin: Tensor, end: Tensor, increment: Tensor) -> int:
+    """A random stream's name for these arguments: the first numbers, two sums over all bits."""
     exact = increment.detach().cpu()
     exact = exact if exact.dtype in _BITS else exact.float()
     bits = exact.contiguous().flatten().view(_BITS[exact.dtype]).long()
-    name = (bits[:256].tolist(), int(bits.sum()), int(bits.square().sum()))
+    name = (bits[:256].tolist(), int(bits.sum()), int(bits @ bits))
     digest = hashlib.sha256(repr((name, float(begin), float(end))).encode()).digest()
-    return stream(int.from_bytes(digest[:16], "little"), "interior of a step")
+    return int.from_bytes(digest[:16], "little")
+
+
+def _refuse_strangers(
+    equation: _Equation, t: Tensor, states: Tensor, parameters: tuple[Tensor, ...]
+) -> None:
+    """Refuse coefficients whose gradient the adjoint would leave out without a word.
+
+    Raises:
+        ValueError: drift or diffusion depend on leaves that are not in ``parameters``.
+    """
+    alone = _Equation(equation.sde, equation.shape, equation.action.detach())
+    y = states.detach().reshape(len(states), -1)
+    known = {id(parameter) for parameter in parameters}
+    waiting, seen = [alone.f(t, y).grad_fn, alone.g(t, y).grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # of a node that accumulates a gradient
+        if leaf is not None and id(leaf) not in known:
+            raise ValueError(
+                f"parameters must hold every leaf of drift and diffusion, but a tensor "
+                f"{list(leaf.shape)} that needs a gradient is not there; add it, or use "
+                "adjoint=False"
+            )
+        waiting.extend(before for before, _ in node.next_functions)
