@@ -247,7 +247,7 @@ class _Streamed:
         """Standard normals for the actions of step k."""
         if self.drawn is None:
             self.drawn = self.streams.rows("actions", len(mean), mean)
-        return next(self.drawn)
+        return next(self.drawn).clone()  # a graph or the action may hold on to it
 
 
 class _Silent:
@@ -270,7 +270,7 @@ class _Silent:
         if isinstance(self.generator, PathStreams):
             if self.drawn is None:
                 self.drawn = self.generator.rows("actions", len(mean), mean)
-            return next(self.drawn)
+            return next(self.drawn).clone()
         assert self.generator is not None
         _check_generator(self.generator, mean)
         return torch.empty_like(mean).normal_(generator=self.generator)

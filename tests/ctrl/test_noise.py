@@ -228,6 +228,70 @@ def test_a_black_box_draws_its_actions_from_the_paths_streams_too():
     assert torch.equal(run(10, 0).actions[4:], run(6, 4).actions)
 
 
+def test_a_graph_longer_than_a_chunk_has_the_gradient_of_the_given_noise():
+    steps, grid = 40, ctrl.uniform_grid(1.0, 40)
+    sde = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.5)
+    problem, start = ctrl.ControlProblem(sde, 1.0), torch.zeros(5, 2, dtype=torch.float64)
+    streams = ctrl.noise.PathStreams(7, ("graph",))
+
+    def normals(kind):
+        rows = streams.rows(kind, 5, start)
+        return torch.stack([next(rows).clone() for _ in range(steps)], 1)
+
+    scale = grid.steps.sqrt()[:, None]
+    given = Noise(normals("increments") * scale, normals("actions"))
+
+    def gradient(**source):
+        std = torch.tensor([0.3, 0.4], dtype=torch.float64, requires_grad=True)
+        policy = ctrl.GaussianPolicy(lambda t, x: 0.1 * x, std)
+        paths = ctrl.simulate(problem, policy, start, grid, differentiable=True, **source)
+        return torch.autograd.grad(paths.states.square().sum(), std)[0]
+
+    torch.testing.assert_close(
+        gradient(generator=streams), gradient(noise=given), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_a_kept_row_of_action_noise_is_not_written_over():
+    class NoiseItself:
+        is_random = True
+
+        def mean(self, t, x):
+            return x
+
+        def act(self, mean, t, noise):
+            return noise
+
+    sde = ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 0.5)
+    start, grid = torch.zeros(5, 2), ctrl.uniform_grid(1.0, 40)
+    for solver in (ctrl.EulerMaruyama(), ctrl.BlackBox(lambda t0, t1, x, a: x + a)):
+        actions = ctrl.simulate(
+            ctrl.ControlProblem(sde, 1.0), NoiseItself(), start, grid, solver,
+            generator=ctrl.noise.PathStreams(7, ("kept",)), differentiable=True,
+        ).actions  # fmt: skip
+        assert len(actions.unique()) == actions.numel()
+
+
+def test_the_bridge_has_the_conditional_mean_and_covariance_of_brownian_motion(monkeypatch):
+    # refine is linear in the coarse increments and its normals: read both matrices off unit vectors
+    def refined(coarse, normals):
+        left = iter(normals.tolist())
+        monkeypatch.setattr(torch.Tensor, "normal_", lambda x, generator: x.fill_(next(left)))
+        fine = ctrl.noise.refine(coarse[None], COARSE, FINE, generator=torch.Generator())
+        monkeypatch.undo()
+        return fine[0]
+
+    eye = torch.eye(4, dtype=torch.float64)
+    mean = torch.stack([refined(row, 0 * eye[0]) for row in eye[:2, :2]], 1)
+    spread = torch.stack([refined(0 * eye[0, :2], row) for row in eye], 1)
+    # conditioning the Gaussian N(0, diag h) on its sums over the coarse steps
+    h, sums = FINE.diff().diag(), torch.zeros(2, 6, dtype=torch.float64)
+    sums[0, :3], sums[1, 3:] = 1, 1
+    gain = h @ sums.T @ torch.linalg.inv(sums @ h @ sums.T)
+    torch.testing.assert_close(mean, gain, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(spread @ spread.T, h - gain @ sums @ h, rtol=1e-13, atol=1e-15)
+
+
 @pytest.mark.parametrize(
     "bad", [("a", (), 0), (1, "name", 0), (1, (1.5,), 0), (1, (), -1), (1, (), 0.5), (True, (), 0)]
 )
