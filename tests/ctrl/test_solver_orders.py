@@ -8,13 +8,15 @@ exactly along one Brownian path that is refined.
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import ctrl
+from ctrl.torchsde_solver import _Piece
 
 STILL = ctrl.DeterministicPolicy(lambda t, x: torch.zeros_like(x))
 ITO = ctrl.ControlledSDE(lambda t, x, a: 0.5 * x.sin() - 0.2 + a, lambda t, x: 0.5 + 0.3 * x.cos())
@@ -39,14 +41,23 @@ def interpolated(values, x):
 def expectation(solver, sde, steps, widen=lambda h: h**0.5):
     """E payoff(X_T) from x = 0.8."""
     h = HORIZON / steps
-    t0 = torch.zeros((), dtype=torch.float64)
     x = POINTS.repeat_interleave(RULE)[:, None]
     dw = (widen(h) * NORMALS).repeat(NODES)[:, None]
-    after = solver.step(sde, t0, t0 + h, x, torch.zeros_like(x), dw).detach()
+    return backwards(moved(solver, sde, h, x, dw), MASSES, steps)
+
+
+def moved(solver, sde, h, x, dw):
+    """One production step from x."""
+    t0 = torch.zeros((), dtype=torch.float64)
+    return solver.step(sde, t0, t0 + h, x, torch.zeros_like(x), dw).detach()
+
+
+def backwards(after, masses, steps):
+    """E payoff(X_T) from x = 0.8, the step mapping every POINT to ``after`` with these masses."""
     values = payoff(POINTS)
     # the step does not depend on time, so neither does the matrix that maps values to values
     waves = torch.fft.fftfreq(NODES, 1 / NODES, dtype=torch.float64)
-    basis = (torch.exp(1j * after.view(NODES, RULE, 1) * waves) * MASSES[:, None]).sum(1)
+    basis = (torch.exp(1j * after.view(NODES, -1, 1) * waves) * masses[:, None]).sum(1)
     for _ in range(steps):
         values = (basis @ (torch.fft.fft(values) / NODES)).real
     return float(interpolated(values, torch.tensor([0.8], dtype=torch.float64))[0])
@@ -158,9 +169,74 @@ def test_moments_of_a_linear_step_by_hand(name):
     assert float(noise.weights @ end.square()) == pytest.approx(square, rel=1e-12)
 
 
+# --- srk, which asks for the integral of the path too
+
+
+@dataclass(frozen=True)
+class WithIntegral(ctrl.TorchSDE):
+    """srk on prescribed pairs of W and int (W - W(t0)) dt, in place of a drawn integral."""
+
+    integral: Any = None
+
+    def _pieces(self, begin, end, increment):
+        yield begin, end, _Piece(increment, self.integral)
+
+
+FEW, FEW_MASSES = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(12))
+FIRST, SECOND = torch.cartesian_prod(FEW, FEW).T
+PAIR_MASSES = torch.outer(FEW_MASSES, FEW_MASSES).flatten() / FEW_MASSES.sum() ** 2
+
+
+def pairs(h, width=1.0):
+    """Quadrature nodes of (W, int W dt) over h: the integral is h (W / 2 + N(0, h / 12))."""
+    w = h**0.5 * FIRST
+    return w, h * (0.5 * w + width * (h / 12) ** 0.5 * SECOND)
+
+
+def srk_expectation(steps, width=1.0):
+    h = HORIZON / steps
+    w, integral = (value.repeat(NODES)[:, None] for value in pairs(h, width))
+    x = POINTS.repeat_interleave(len(FIRST))[:, None]
+    return backwards(
+        moved(WithIntegral("srk", integral=integral), ITO, h, x, w), PAIR_MASSES, steps
+    )
+
+
+def test_srk_has_everybodys_limit_and_needs_areas_of_the_right_width(limit):
+    # measured: 2.7e-5 at 8 steps, 3.0e-7 at 64, where Euler-Maruyama's error is above 1e-4
+    assert abs(srk_expectation(8) - limit) < 5e-5
+    assert abs(srk_expectation(64) - limit) < 1e-6
+    assert abs(srk_expectation(64, width=1.1) - limit) > 5e-6  # negative controls
+    assert abs(srk_expectation(64, width=0.0) - limit) > 2e-5
+
+
+def test_srk_has_weak_order_one_and_a_half_for_a_linear_equation():
+    """Moments of one step, by quadrature, miss exp(m h) by h^(order + 1)."""
+    mu, sigma = 0.7, 0.9
+    sde = ctrl.ControlledSDE(lambda t, x, a: mu * x, lambda t, x: sigma * x)
+
+    def gaps(h):
+        w, integral = (value[:, None] for value in pairs(h))
+        x = torch.ones_like(w)
+        end = moved(WithIntegral("srk", integral=integral), sde, h, x, w)[:, 0]
+        mean, square = float(PAIR_MASSES @ end), float(PAIR_MASSES @ end.square())
+        return mean - math.exp(mu * h), square - math.exp((2 * mu + sigma**2) * h)
+
+    found = np.array([gaps(2.0**-k) for k in range(4, 9)])
+    mean, square = found.T
+    # the mean is that of a third-order method for ordinary equations; the next term is O(h)
+    assert abs(np.log2(mean[1] / mean[2]) - 4) < 0.02
+    # the square's terms are h^(5/2), h^3, h^(7/2): the second is eliminated
+    left = square[:-1] - 8 * square[1:]
+    assert abs(np.log2(left[-2] / left[-1]) - 2.5) < 0.02
+
+
 # --- strong order along one path
 
 MU, SIGMA, PATHS, GROUPS = 0.3, 0.5, 6000, 12
+SWIFT = ctrl.ControlledSDE(
+    lambda t, x, a: 1.5 * x.sin() - 0.2, lambda t, x: 0.5 + 0.3 * x.cos()
+)  # whose drift bends the path within a step
 GEOMETRIC = ctrl.ControlledSDE(lambda t, x, a: MU * x, lambda t, x: SIGMA * x)
 STRONG = {
     "EulerMaruyama": (ctrl.EulerMaruyama(), GEOMETRIC, 0.5),
@@ -189,21 +265,90 @@ def increments():
     ]
 
 
+def slope(squares):
+    """Local strong order from mean squares of groups of paths at two levels; standard error."""
+    slopes = 0.5 * torch.log2(squares[0] / squares[1])
+    return float(slopes.mean()), float(slopes.std()) / len(slopes) ** 0.5
+
+
+def strong_order(solver, sde, increments):
+    """At the fine end."""
+    start = torch.ones(PATHS, 1, dtype=torch.float64)
+    problem, squares = ctrl.ControlProblem(sde, 1.0), []
+    for grid, dw in increments[-2:]:
+        noise = ctrl.Noise(dw.contiguous())
+        end = ctrl.simulate_end(problem, STILL, start, grid, solver, noise=noise)
+        exact = torch.exp(MU - SIGMA**2 / 2 + SIGMA * dw.sum(1))
+        squares.append((end - exact).square().view(GROUPS, -1).mean(1))
+    return slope(squares)
+
+
 @pytest.mark.parametrize("name", STRONG)
 def test_strong_order(name, increments):
     solver, sde, order = STRONG[name]
-    start = torch.ones(PATHS, 1, dtype=torch.float64)
-    problem = ctrl.ControlProblem(sde, 1.0)
-    squares = []
-    for grid, dw in increments:
-        end = ctrl.simulate_end(
-            problem, STILL, start, grid, solver, noise=ctrl.Noise(dw.contiguous())
-        )
-        exact = torch.exp(MU - SIGMA**2 / 2 + SIGMA * dw.sum(1))
-        squares.append((end - exact).square().view(GROUPS, -1).mean(1))
-    slopes = 0.5 * torch.log2(squares[-2] / squares[-1])  # of every group, at the fine end
-    error = float(slopes.std()) / GROUPS**0.5
+    found, error = strong_order(solver, sde, increments)
     # groups of 500 paths tell the slope to 0.01 to 0.03; half a unit separates orders, and at 64
     # steps the next order moves a slope by less than 0.05
     assert error < 0.04
-    assert abs(float(slopes.mean()) - order) < 0.05 + 4 * error, (slopes.mean(), error)
+    assert abs(found - order) < 0.05 + 4 * error, (found, error)
+
+
+@dataclass(frozen=True)
+class WrongMilstein:
+    """Milstein's correction with a wrong factor: 0 drops it, -1 flips its sign."""
+
+    factor: float
+
+    def step(self, *arguments):
+        euler = ctrl.EulerMaruyama().step(*arguments)
+        return euler + self.factor * (ctrl.Milstein().step(*arguments) - euler)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 0.5, 1.1])
+def test_wrong_corrections_are_not_of_strong_order_one(factor, increments):
+    found, error = strong_order(WrongMilstein(factor), GEOMETRIC, increments)
+    assert abs(found - 1) > 0.05 + 4 * error
+
+
+def test_two_paths_that_are_not_one_have_no_order(increments):
+    grid, dw = increments[-1]
+    other = [increments[-2], (grid, dw.flip(0))]
+    start = torch.ones(PATHS, 1, dtype=torch.float64)
+    problem, squares = ctrl.ControlProblem(GEOMETRIC, 1.0), []
+    exact = torch.exp(MU - SIGMA**2 / 2 + SIGMA * dw.sum(1))
+    for grid, dw in other:
+        noise = ctrl.Noise(dw.contiguous())
+        end = ctrl.simulate_end(problem, STILL, start, grid, ctrl.Milstein(), noise=noise)
+        squares.append((end - exact).square().view(GROUPS, -1).mean(1))
+    assert slope(squares)[0] < 0
+
+
+@pytest.mark.parametrize(("coupled", "order"), [(True, 1.5), (False, 1.0)])
+def test_srk_has_strong_order_one_and_a_half_with_the_paths_own_integrals(coupled, order):
+    """And 1 with integrals drawn anew on every grid, as they are when increments alone are known."""
+    fine, paths = 512, 3000
+    g, h = torch.Generator().manual_seed(7), 1 / 512
+    z = torch.randn(2, fine, paths, 1, dtype=torch.float64, generator=g)
+    w = h**0.5 * z[0]
+    integral = h * (0.5 * w + (h / 12) ** 0.5 * z[1])
+
+    def end(w, integral):
+        h, x = 1 / len(w), torch.full((paths, 1), 0.8, dtype=torch.float64)
+        for one, area in zip(w, integral, strict=True):
+            x = moved(WithIntegral("srk", integral=area), SWIFT, h, x, one)
+        return x
+
+    def error(steps):
+        blocks = w.unflatten(0, (steps, -1))
+        before = blocks.cumsum(1) - blocks
+        sums = blocks.sum(1)
+        whole = (integral.unflatten(0, (steps, -1)) + before * h).sum(1)
+        if not coupled:
+            normal = torch.randn(sums.shape, dtype=torch.float64, generator=g)
+            whole = (0.5 * sums + (1 / steps / 12) ** 0.5 * normal) / steps
+        return (end(sums, whole) - finest).square().view(GROUPS, -1).mean(1)
+
+    finest = end(w, integral)
+    found, uncertainty = slope([error(16), error(32)])
+    assert uncertainty < 0.06
+    assert abs(found - order) < 0.05 + 4 * uncertainty, (found, uncertainty)
