@@ -124,6 +124,26 @@ def test_substeps_follow_the_given_increment():
         )
 
 
+def test_substeps_are_a_brownian_bridge():
+    """Of dX_1 = X_2 dt, dX_2 = dW two Euler steps show W in the middle."""
+    sde = ctrl.ControlledSDE(
+        lambda t, x, a: torch.stack([x[:, 1], 0 * x[:, 1]], dim=1),
+        lambda t, x: torch.tensor([0.0, 1.0], dtype=x.dtype).expand_as(x),
+    )
+    many, h = 200_000, 0.7
+    grid = ctrl.TimeGrid(torch.tensor([0.0, h], dtype=torch.float64))
+    path = ctrl.simulate(
+        ctrl.ControlProblem(sde, 1.0), HOLD, torch.zeros(many, 2, dtype=torch.float64), grid,
+        ctrl.TorchSDE("euler", dt=h / 2), generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    middle, end = path.states[:, 1, 0] / (h / 2), path.states[:, 1, 1]
+    torch.testing.assert_close(end, path.increments[:, 0, 1], rtol=1e-12, atol=1e-13)
+    bridge = middle - 0.5 * end  # N(0, h / 4), whatever the end
+    share = 6 * (2 / many) ** 0.5  # 6 standard errors of a second moment
+    assert float(bridge.square().mean()) == pytest.approx(h / 4, rel=share)
+    assert abs(float((bridge * end).mean())) < 6 * h / 2 / many**0.5
+
+
 def test_drift_is_called_once_a_step_and_the_action_is_held():
     calls = []
 
@@ -135,38 +155,149 @@ def test_drift_is_called_once_a_step_and_the_action_is_held():
     states(sde, ctrl.TorchSDE("euler"))
     assert [t for t, _ in calls] == [0.0, 0.3, 0.5]
     calls.clear()
+    states(sde, ctrl.TorchSDE("euler", dt=9.0))
+    assert len(calls) == 3  # a step ends at a node
+    calls.clear()
     states(sde, ctrl.TorchSDE("euler", dt=0.1))
+    # intervals of 0.3, 0.2 and 0.6, divided evenly and without a last step of 1e-17
+    times = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+    assert [t for t, _ in calls] == pytest.approx(times, abs=1e-12)
     assert len({id(a) for _, a in calls}) == 3  # one action a node, however many steps
 
 
-def test_adjoint_gradients_agree_with_backpropagation():
-    gain = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
-    policy_gain = torch.tensor(-0.2, dtype=torch.float64, requires_grad=True)
-    policy = ctrl.DeterministicPolicy(lambda t, x: policy_gain * x)
+def test_adaptive_steps_come_closer_with_the_tolerance():
+    sde = ctrl.ControlledSDE(lambda t, x, a: 0.5 * x, lambda t, x: 0.8 * x)
+    grid = ctrl.uniform_grid(1.0, 1)
+    dw = torch.randn(256, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    exact = torch.exp(0.5 - 0.32 + 0.8 * dw[:, 0])
 
-    def gradients(solver, calculus, steps):
+    def error(tolerance):
+        solver = ctrl.TorchSDE(adaptive=True, rtol=tolerance, atol=tolerance)
+        start = torch.ones(256, 1, dtype=torch.float64)
+        problem = ctrl.ControlProblem(sde, 1.0)
+        end = ctrl.simulate_end(problem, HOLD, start, grid, solver, noise=ctrl.Noise(dw))
+        return float((end - exact).square().mean().sqrt())
+
+    coarse, fine = error(1e-2), error(1e-4)
+    assert fine < coarse / 4  # measured: 1.6e-2 and 1.1e-3
+    assert fine < 30 * 1e-4  # a tolerance of one step, missed at the end by a factor of 11
+
+
+# --- the adjoint
+
+WIDE = ctrl.TimeGrid(
+    torch.tensor(
+        [0.0, 0.008594329022030113, 0.0511017761061, 0.1942134, 0.595738654997689],
+        dtype=torch.float64,
+    )
+)
+
+
+def gradients(solver, calculus, grid, noise="diagonal", controlled=False):
+    """Of E |X_T|^2 in drift, diffusion, policy and start; ``solver`` is made of the leaves."""
+    gain, spread, feedback = (
+        torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.4, 0.3, -0.2)
+    )
+
+    def sigma(t, x, *a):
+        value = 0.2 + spread * x + (0.3 * a[0] if a else 0.0)
+        return value if noise != "general" else torch.stack([value, 0.4 * x.flip(1)], dim=2)
+
+    def controlled_sigma(t, x, a):
+        return sigma(t, x, a)
+
+    sde = ctrl.ControlledSDE(
+        lambda t, x, a: gain * x.sin() + a, controlled_sigma if controlled else sigma, noise,
+        2 if noise == "general" else None, calculus, controls_diffusion=controlled,
+    )  # fmt: skip
+    start = torch.linspace(0.3, 1.5, 128, dtype=torch.float64).view(64, 2).requires_grad_()
+    paths = ctrl.simulate(
+        ctrl.ControlProblem(sde, 1.0), ctrl.DeterministicPolicy(lambda t, x: feedback * x), start,
+        grid, solver((gain, spread)), generator=torch.Generator().manual_seed(5),
+        differentiable=True,
+    )  # fmt: skip
+    leaves = (gain, spread, feedback, start)
+    return torch.autograd.grad(paths.states[:, -1].square().mean(), leaves)
+
+
+def gap(method, calculus, grid, **equation):
+    """Greatest relative difference of the adjoint's gradients from backpropagation's."""
+    kept = gradients(lambda _: ctrl.TorchSDE(method), calculus, grid, **equation)
+    found = gradients(
+        lambda leaves: ctrl.TorchSDE(method, adjoint=True, parameters=leaves),
+        calculus, grid, **equation,
+    )  # fmt: skip
+    return max(float((f - k).abs().max() / k.abs().max()) for f, k in zip(found, kept, strict=True))
+
+
+@pytest.mark.parametrize("noise", ["diagonal", "scalar", "general"])
+@pytest.mark.parametrize("controlled", [False, True])
+def test_the_adjoint_of_reversible_heun_is_backpropagation(noise, controlled):
+    """On steps with -t1 + (t1 - t0) < -t0 in floating point too: no increment is used twice."""
+    nodes = WIDE.nodes
+    assert (-nodes[1:] + nodes.diff() < -nodes[:-1]).any()
+    assert gap("reversible_heun", "stratonovich", WIDE, noise=noise, controlled=controlled) < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("method", "calculus"),
+    [("euler", "ito"), ("milstein", "ito"), ("srk", "ito"), ("midpoint", "stratonovich")],
+)
+@pytest.mark.parametrize("controlled", [False, True])
+def test_the_error_of_other_adjoints_falls_with_the_step(method, calculus, controlled):
+    coarse, fine = (
+        gap(method, calculus, ctrl.uniform_grid(1.0, steps), controlled=controlled)
+        for steps in (8, 64)
+    )
+    # of order 1/2 at least: 8 times the steps, an error 2.8 times less
+    assert fine < coarse / 2
+    assert coarse < 0.1
+
+
+def test_gradients_are_difference_quotients():
+    """By a central difference, whose own error is of the order of 1e-9."""
+    grid = ctrl.TimeGrid(torch.tensor([0.0, 0.2, 0.5, 0.9], dtype=torch.float64))
+    start = torch.linspace(0.3, 1.5, 12, dtype=torch.float64).view(6, 2)
+
+    def value(gain, settings):
         sde = ctrl.ControlledSDE(
-            lambda t, x, a: gain * x + a, lambda t, x: 0.3 + 0.2 * x, calculus=calculus
-        )
-        start = torch.full((64, 1), 0.7, dtype=torch.float64, requires_grad=True)
+            lambda t, x, a: gain * x.sin() + a, lambda t, x: 0.2 + gain * 0.3 * x,
+            calculus="stratonovich",
+        )  # fmt: skip
         paths = ctrl.simulate(
-            ctrl.ControlProblem(sde, 1.0), policy, start, ctrl.uniform_grid(1.0, steps), solver,
+            ctrl.ControlProblem(sde, 1.0), HOLD, start, grid, ctrl.TorchSDE(**settings),
             generator=torch.Generator().manual_seed(5), differentiable=True,
         )  # fmt: skip
-        loss = paths.states[:, -1].square().mean()
-        return torch.autograd.grad(loss, (gain, policy_gain, start))
+        return paths.states[:, -1].square().mean()
 
-    def gap(method, calculus, steps):
-        kept = gradients(ctrl.TorchSDE(method), calculus, steps)
-        adjoint = ctrl.TorchSDE(method, adjoint=True, parameters=(gain,))
-        found = gradients(adjoint, calculus, steps)
-        return max(
-            float((f - k).abs().max() / k.abs().max()) for f, k in zip(found, kept, strict=True)
-        )
+    at, step = torch.tensor(0.4, dtype=torch.float64, requires_grad=True), 1e-5
+    for settings in (
+        {"method": "reversible_heun", "adjoint": True, "parameters": (at,)},
+        {"method": "reversible_heun", "adjoint": True, "parameters": (at,), "dt": 0.05},
+        {"method": "log_ode", "dt": 0.1},
+    ):
+        plain = {name: settings[name] for name in ("method", "dt") if name in settings}
+        with torch.no_grad():
+            slope = (value(at + step, plain) - value(at - step, plain)) / (2 * step)
+        found = torch.autograd.grad(value(at, settings), at)[0]
+        torch.testing.assert_close(found, slope, rtol=1e-7, atol=1e-9)
 
-    assert gap("midpoint", "stratonovich", 32) < 0.05
-    coarse, fine = gap("milstein", "ito", 16), gap("milstein", "ito", 64)
-    assert fine < 0.6 * coarse < 0.2  # the adjoint's own error falls with the step
+
+def test_the_adjoint_refuses_to_lose_a_gradient():
+    layer = torch.nn.Linear(2, 2, dtype=torch.float64)
+    sde = ctrl.ControlledSDE(lambda t, x, a: layer(x) + a, lambda t, x: 0.3)
+    start = torch.ones(4, 2, dtype=torch.float64)
+    problem, noise = ctrl.ControlProblem(sde, 2.0), torch.ones(4, 3, 2, dtype=torch.float64)
+    for given in ((), (layer.weight,)):
+        solver = ctrl.TorchSDE("euler", adjoint=True, parameters=given)
+        with pytest.raises(ValueError, match="parameters must hold every leaf"):
+            ctrl.simulate(
+                problem, HOLD, start, GRID, solver, noise=ctrl.Noise(noise), differentiable=True
+            )
+    whole = ctrl.TorchSDE("euler", adjoint=True, parameters=tuple(layer.parameters()))
+    ctrl.simulate(problem, HOLD, start, GRID, whole, noise=ctrl.Noise(noise), differentiable=True)
+    # without a graph nothing can be lost
+    ctrl.simulate(problem, HOLD, start, GRID, solver, noise=ctrl.Noise(noise))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +312,14 @@ def test_adjoint_gradients_agree_with_backpropagation():
         ({"atol": math.inf}, "atol"),
         ({"method": "euler", "adaptive": True}, "adaptive"),
         ({"parameters": (torch.zeros(1),)}, "adjoint"),
+        ({"adjoint_method": "midpoint"}, "adjoint"),
+        ({"adjoint": True, "adaptive": True}, "divide them evenly"),
+        ({"method": "heun", "adjoint": True, "adjoint_method": "milstein"}, "adjoint_method"),
+        ({"method": "srk", "adjoint": True, "adjoint_method": "srk"}, "adjoint_method"),
+        (
+            {"method": "reversible_heun", "adjoint": True, "adjoint_method": "heun"},
+            "adjoint_reversible_heun",
+        ),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
@@ -196,6 +335,11 @@ def test_what_torchsde_would_get_wrong_is_refused():
         states(geometric(), ctrl.TorchSDE("heun"))
     with pytest.raises(ValueError, match="to_ito"):
         states(geometric("stratonovich"), ctrl.TorchSDE("srk"))
+    with pytest.raises(ValueError, match="diagonal noise"):
+        states(
+            geometric(noise="scalar"),
+            ctrl.TorchSDE("euler", adjoint=True, adjoint_method="milstein"),
+        )
 
 
 def test_an_adaptive_step_that_fails_is_an_error_not_a_warning():
@@ -204,10 +348,29 @@ def test_an_adaptive_step_that_fails_is_an_error_not_a_warning():
         states(stiff, ctrl.TorchSDE("milstein", adaptive=True, rtol=1e-9, atol=1e-12))
 
 
-def test_states_that_blow_up_are_refused():
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_states_that_blow_up_are_refused(adaptive):
     explosive = ctrl.ControlledSDE(lambda t, x, a: x**9 * 1e9, lambda t, x: 0.5)
+    with pytest.raises(ValueError, match=r"finite|too short"):
+        states(explosive, ctrl.TorchSDE("srk", adaptive=adaptive))
+    undefined = ctrl.ControlledSDE(lambda t, x, a: x * math.nan, lambda t, x: 0.5)
     with pytest.raises(ValueError, match="finite"):
-        states(explosive, ctrl.TorchSDE("srk"))
+        states(undefined, ctrl.TorchSDE("srk", adaptive=adaptive))
+
+
+@pytest.mark.parametrize("settings", [{}, {"dt": 0.1}, {"adaptive": True}])
+def test_the_layout_of_memory_does_not_matter(settings):
+    """Strided increments and expanded states give what contiguous ones do; one path is enough."""
+    sde, solver = geometric(), ctrl.TorchSDE(**settings)
+    g = torch.Generator().manual_seed(0)
+    wide = torch.randn(3, 4, 5, dtype=torch.float64, generator=g)
+    strided, x = wide[:, :2, 3], torch.tensor([[0.4, 0.9]], dtype=torch.float64).expand(3, 2)
+    t0, t1 = GRID.nodes[:2]
+    one = solver.step(sde, t0, t1, x, x, strided)
+    other = solver.step(sde, t0, t1, x.clone(), x.clone(), strided.clone())
+    assert torch.equal(one, other)
+    alone = solver.step(sde, t0, t1, x[:1, :1], x[:1, :1], strided[:1, :1])
+    assert alone.shape == (1, 1)
 
 
 def test_nothing_keeps_a_graph_unasked():
