@@ -6,8 +6,9 @@ the wrong law. The action is held, and in between the solver is free.
 A step needs more randomness than W(t1) - W(t0) where it is divided or needs areas of the Brownian
 path. That is drawn from a stream named by the increments themselves (those of the whole batch, t0
 and t1), so a step is a function of its arguments: the same noise gives the same states, in any
-order. A path's interior changes with its batch, though, and quadrature nodes are nodes for the
-increments alone.
+order. But a path's interior changes with its batch and with the grid: quadrature is exact, and
+coarse and fine runs on one refined path are coupled to the method's own order, only for the methods
+that need increments alone ("srk" and "log_ode" do not; with "srk" such runs differ by O(h)).
 
 torchsde 0.2.6 is no longer developed; nothing else in this library touches it.
 
@@ -69,9 +70,11 @@ class TorchSDE:
             is not the error: at equal error a fixed "srk" is faster on smooth equations.
         rtol: relative tolerance of adaptive steps.
         atol: absolute tolerance of adaptive steps, state.
-        adjoint: gradients by a second equation backwards in time ([LWCD20]), which stores the
-            states at the steps' ends and nothing in between. They are off by O(h), except those of
-            "reversible_heun", which are exact; it saves memory, not time.
+        adjoint: gradients by a second equation backwards in time ([LWCD20]), off by O(h) except for
+            "reversible_heun", whose are exact. It stores the states at the steps' ends alone: with
+            a small network as drift and 200 steps 0.1 GiB in place of 0.9 ("euler"), 1.8
+            ("midpoint") or 8.4 ("srk"), but 1.1 for "reversible_heun". It took 1.3 to 2 times as
+            long for "euler", no longer for "midpoint", a fifth for "srk".
         parameters: leaves that drift and diffusion depend on, for the adjoint to differentiate in
             (beside states and action).
         adjoint_method: of the backward equation; torchsde's choice if not given.
@@ -358,7 +361,7 @@ def _name_of(begin: Tensor, end: Tensor, increment: Tensor) -> int:
     """A random stream's name for these arguments: the first numbers, two sums over all bits."""
     exact = increment.detach().cpu()
     exact = exact if exact.dtype in _BITS else exact.float()
-    bits = exact.contiguous().flatten().view(_BITS[exact.dtype]).long()
+    bits = exact.flatten().view(_BITS[exact.dtype]).long()
     name = (bits[:256].tolist(), int(bits.sum()), int(bits @ bits))
     digest = hashlib.sha256(repr((name, float(begin), float(end))).encode()).digest()
     return int.from_bytes(digest[:16], "little")

@@ -295,7 +295,18 @@ def test_the_adjoint_refuses_to_lose_a_gradient():
                 problem, HOLD, start, GRID, solver, noise=ctrl.Noise(noise), differentiable=True
             )
     whole = ctrl.TorchSDE("euler", adjoint=True, parameters=tuple(layer.parameters()))
-    ctrl.simulate(problem, HOLD, start, GRID, whole, noise=ctrl.Noise(noise), differentiable=True)
+    paths = ctrl.simulate(
+        problem, HOLD, start, GRID, whole, noise=ctrl.Noise(noise), differentiable=True
+    )
+    loss = paths.states.square().mean()
+    once = torch.autograd.grad(loss, layer.weight, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss, layer.weight)[0], once)
+    spread = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    noisy = ctrl.ControlProblem(ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: spread * x), 2.0)
+    with pytest.raises(ValueError, match="parameters must hold every leaf"):
+        ctrl.simulate(
+            noisy, HOLD, start, GRID, solver, noise=ctrl.Noise(noise), differentiable=True
+        )
     # without a graph nothing can be lost
     ctrl.simulate(problem, HOLD, start, GRID, solver, noise=ctrl.Noise(noise))
 
@@ -348,6 +359,13 @@ def test_an_adaptive_step_that_fails_is_an_error_not_a_warning():
         states(stiff, ctrl.TorchSDE("milstein", adaptive=True, rtol=1e-9, atol=1e-12))
 
 
+def test_adaptive_steps_that_cannot_meet_their_tolerance_are_an_error():
+    """Milstein's local error at the least step is of the order of 1e-4."""
+    solver = ctrl.TorchSDE("milstein", adaptive=True, rtol=1e-8, atol=1e-8)
+    with pytest.raises(ValueError, match=r"too short between t = 0 and 0\.3"):
+        states(geometric(), solver)
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_states_that_blow_up_are_refused(adaptive):
     explosive = ctrl.ControlledSDE(lambda t, x, a: x**9 * 1e9, lambda t, x: 0.5)
@@ -376,6 +394,53 @@ def test_the_layout_of_memory_does_not_matter(settings):
 def test_nothing_keeps_a_graph_unasked():
     path = states(geometric(), ctrl.TorchSDE("milstein"))
     assert not path.requires_grad
+    x, (t0, t1) = torch.ones(3, 2, dtype=torch.float64), GRID.nodes[:2]
+    with torch.no_grad():
+        after = ctrl.TorchSDE("milstein").step(geometric(), t0, t1, x, x, x)
+    assert not after.requires_grad
+
+
+def test_interior_randomness_is_named_by_all_arguments():
+    sde, solver = geometric(), ctrl.TorchSDE("srk")
+    g = torch.Generator().manual_seed(0)
+    x, increment = torch.randn(2, 300, 2, dtype=torch.float64, generator=g)
+    time = torch.tensor([0.0, 0.25, 0.5], dtype=torch.float64)
+
+    def first(t0, t1, increment):
+        """The first path, which is not touched by what changes."""
+        return solver.step(sde, t0, t1, x, 0 * x, increment)[0]
+
+    usual = first(time[1], time[2], increment)
+    other, balanced = increment.clone(), increment.clone()
+    other[299, 1] += 1e-9
+    balanced.view(torch.int64)[298:, 1] += torch.tensor([1, -1])  # the last bits: the sum stays
+    assert not torch.equal(first(time[1], time[2], other), usual)
+    assert not torch.equal(first(time[1], time[2], balanced), usual)
+    sde = ctrl.ControlledSDE(lambda t, x, a: x, lambda t, x: 0.5)  # does not look at the time
+    shifted = first(time[0], time[1], increment)
+    assert not torch.equal(first(time[1], time[2], increment), shifted)
+
+
+def test_coefficients_see_times_and_constants_as_our_own_solvers_show_them():
+    seen = []
+
+    def drift(t, x, a):
+        seen.append(t.dtype)
+        return a - x
+
+    def diffusion(t, x):
+        seen.append(t.dtype)
+        return torch.tensor(0.5)
+
+    start = torch.ones(4, 2)
+    found = states(ctrl.ControlledSDE(drift, diffusion), ctrl.TorchSDE("milstein"), start)
+    assert set(seen) == {torch.float32}
+    number = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.5)
+    torch.testing.assert_close(found, states(number, ctrl.EulerMaruyama(), start))
+    scalar = ctrl.ControlledSDE(drift, diffusion, "scalar")
+    torch.testing.assert_close(
+        states(scalar, ctrl.TorchSDE("euler"), start), states(scalar, ctrl.EulerMaruyama(), start)
+    )
 
 
 def test_importing_ctrl_does_not_import_torchsde():
