@@ -155,14 +155,12 @@ class TorchSDE:
                 x = self._once(equation, left, right, x, path)
             return x
 
-        if not torch.is_grad_enabled():
-            # milstein leaves its own graph behind
-            return advance(flat, action).detach().reshape_as(states)
-        if self.adjoint:
+        if self.adjoint and torch.is_grad_enabled():
             _refuse_strangers(_Equation(sde, states.shape, action), begin, flat, self.parameters)
-            after = cast(Tensor, _Alone.apply(advance, flat, action, *self.parameters))
-            return after.reshape_as(states)
-        return advance(flat, action).reshape_as(states)
+            flat = cast(Tensor, _Alone.apply(advance, flat, action, *self.parameters))
+        else:
+            flat = advance(flat, action)
+        return flat.reshape_as(states)
 
     def _check_noise(self, sde: ControlledSDE) -> None:
         sde.require_calculus(_METHODS[self.method][0], f"TorchSDE({self.method!r})")
@@ -244,9 +242,12 @@ class TorchSDE:
             try:
                 return solver.integrate(states, torch.stack([begin, end]), extra)[0][-1]
             except (UserWarning, AssertionError) as fault:
-                what = "not finite" if isinstance(fault, AssertionError) else "too short"
+                faults = {"Hitting minimum": "too short", "Found nans": "not finite"}
+                what = [word for text, word in faults.items() if text in str(fault)]
+                if not what:
+                    raise  # of drift or diffusion
                 raise ValueError(
-                    f"adaptive steps became {what} between t = {float(begin):g} and "
+                    f"adaptive steps became {what[0]} between t = {float(begin):g} and "
                     f"{float(end):g}; loosen rtol and atol, refine the grid, or use fixed steps"
                 ) from None
 

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -359,6 +360,15 @@ def test_an_adaptive_step_that_fails_is_an_error_not_a_warning():
         states(stiff, ctrl.TorchSDE("milstein", adaptive=True, rtol=1e-9, atol=1e-12))
 
 
+def test_what_a_drift_says_is_not_taken_for_a_failing_step():
+    def drift(t, x, a):
+        warnings.warn("the drift's own", UserWarning, stacklevel=1)
+        return a - x
+
+    with pytest.raises(UserWarning, match="the drift's own"):
+        states(ctrl.ControlledSDE(drift, lambda t, x: 0.5), ctrl.TorchSDE(adaptive=True))
+
+
 def test_adaptive_steps_that_cannot_meet_their_tolerance_are_an_error():
     """Milstein's local error at the least step is of the order of 1e-4."""
     solver = ctrl.TorchSDE("milstein", adaptive=True, rtol=1e-8, atol=1e-8)
@@ -441,6 +451,25 @@ def test_coefficients_see_times_and_constants_as_our_own_solvers_show_them():
     torch.testing.assert_close(
         states(scalar, ctrl.TorchSDE("euler"), start), states(scalar, ctrl.EulerMaruyama(), start)
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("calculus", "settings"),
+    [
+        ("ito", {"method": "srk"}),
+        ("ito", {"method": "milstein", "dt": 0.1}),
+        ("stratonovich", {"method": "heun", "dt": 0.1}),
+    ],
+)
+def test_devices_agree(calculus, settings):
+    sde, solver = geometric(calculus), ctrl.TorchSDE(**settings)
+    g = torch.Generator().manual_seed(0)
+    x, increment = torch.randn(2, 6, 2, dtype=torch.float64, generator=g)
+    t0, t1 = GRID.nodes[:2]
+    here = solver.step(sde, t0, t1, x, 0 * x, increment)
+    there = solver.step(sde, t0, t1, x.cuda(), 0 * x.cuda(), increment.cuda())
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-12, atol=1e-13)
 
 
 def test_importing_ctrl_does_not_import_torchsde():
