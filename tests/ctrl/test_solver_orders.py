@@ -142,12 +142,12 @@ def test_wrong_variants_have_another_limit(wrong, effect, limit):
 # --- exact moments of one step of geometric Brownian motion
 
 
-@pytest.mark.parametrize("name", ["EulerMaruyama", "Milstein", "Heun"])
+@pytest.mark.parametrize("name", ["EulerMaruyama", "Milstein", "Heun", "euler", "milstein", "heun"])
 def test_moments_of_a_linear_step_by_hand(name):
     mu, sigma = 0.3, 0.5
     ito = ctrl.ControlledSDE(lambda t, x, a: mu * x, lambda t, x: sigma * x)
-    solver = OURS[name][0]
-    sde = ito.to_stratonovich() if name == "Heun" else ito
+    solver = (OURS | THEIRS)[name][0]
+    sde = ito.to_stratonovich() if name in ("Heun", "heun") else ito
     grid = ctrl.TimeGrid(torch.tensor([0.0, 0.2, 0.5], dtype=torch.float64))
     noise = ctrl.noise.gauss_hermite(grid.steps, nodes=6)
     start = torch.full((len(noise.increments), 1), 1.3, dtype=torch.float64)
@@ -156,7 +156,7 @@ def test_moments_of_a_linear_step_by_hand(name):
     mean, square = 1.3, 1.3**2
     for h in (0.2, 0.3):
         v = sigma**2 * h
-        if name == "Heun":  # R = 1 + A + A^2 / 2, A ~ N(m, v)
+        if name in ("Heun", "heun"):  # R = 1 + A + A^2 / 2, A ~ N(m, v)
             m = (mu - sigma**2 / 2) * h
             second, third = m**2 + v, m**3 + 3 * m * v
             fourth = m**4 + 6 * m**2 * v + 3 * v**2
@@ -164,7 +164,7 @@ def test_moments_of_a_linear_step_by_hand(name):
             square *= 1 + 2 * m + 2 * second + third + fourth / 4
         else:
             mean *= 1 + mu * h
-            square *= (1 + mu * h) ** 2 + v + (v**2 / 2 if name == "Milstein" else 0)
+            square *= (1 + mu * h) ** 2 + v + (v**2 / 2 if name in ("Milstein", "milstein") else 0)
     assert float(noise.weights @ end) == pytest.approx(mean, rel=1e-13)
     assert float(noise.weights @ end.square()) == pytest.approx(square, rel=1e-12)
 
