@@ -162,7 +162,7 @@ class ControlledSDE:
     ) -> Float[Tensor, " paths *event"]:
         """sum_j (d sigma_j / dx) sigma_j, state/time: twice what Ito and Stratonovich differ by.
 
-        By forward-mode differentiation, so ``diffusion`` must be made of differentiable torch
+        By automatic differentiation, so ``diffusion`` must be made of differentiable torch
         operations.
 
         Raises:
@@ -172,28 +172,38 @@ class ControlledSDE:
         if not isinstance(sigma, Tensor) or sigma.ndim == 0:
             return torch.zeros_like(states)
 
-        def along(direction: Tensor) -> Tensor:
-            def diffusion(x: Tensor) -> Tensor:
-                return torch.as_tensor(self._raw_diffusion(t, x, actions))
+        def diffusion(x: Tensor) -> Tensor:
+            return torch.as_tensor(self._raw_diffusion(t, x, actions))
 
-            return cast(
-                Tensor,
-                torch.func.jvp(diffusion, (states.contiguous(),), (direction.contiguous(),))[1],
-            )
-
-        if self.noise == "general":
-            each = zip(sigma.unbind(-1), range(sigma.shape[-1]), strict=True)
-            return torch.stack([along(column)[..., j] for column, j in each]).sum(0)
-        found = along(sigma)
+        states = states.contiguous()  # forward mode cannot differentiate at an expanded tensor
         if self.noise == "diagonal":
-            # of a diagonal Jacobian J: J (sigma w) = w (J sigma) for every w
-            w = torch.linspace(1, 2, max(1, states[0].numel())).to(states).view(states.shape[1:])
-            missed = (along(sigma * w) - w * found).abs().max()
-            if bool(missed > 1e3 * torch.finfo(states.dtype).eps * found.abs().max()):
-                raise ValueError(
-                    "diffusion of diagonal noise must give coordinate i from x_i alone where its "
-                    "derivative is needed; write it as general noise, [paths, dim, noise_dim]"
-                )
+            return sigma * self._own_derivative(diffusion, states)
+
+        def along(direction: Tensor) -> Tensor:
+            return cast(Tensor, torch.func.jvp(diffusion, (states,), (direction.contiguous(),))[1])
+
+        if self.noise == "scalar":
+            return along(sigma)
+        each = zip(sigma.unbind(-1), range(sigma.shape[-1]), strict=True)
+        return torch.stack([along(column)[..., j] for column, j in each]).sum(0)
+
+    @staticmethod
+    def _own_derivative(
+        diffusion: Callable[[Tensor], Tensor], states: Float[Tensor, " paths *event"]
+    ) -> Float[Tensor, " paths *event"]:
+        """d sigma_i / d x_i: the column sums of a Jacobian J that must be diagonal."""
+        sigma, pull = cast(
+            tuple[Tensor, Callable[[Tensor], tuple[Tensor]]], torch.func.vjp(diffusion, states)
+        )
+        found = pull(torch.ones_like(sigma))[0]
+        # of a diagonal Jacobian: J' w = w (J' 1) for every w
+        w = torch.linspace(1, 2, max(1, states[0].numel())).to(states).view(states.shape[1:])
+        missed = (pull(w.expand_as(sigma).contiguous())[0] - w * found).abs().max()
+        if bool(missed > 1e3 * torch.finfo(states.dtype).eps * found.abs().max()):
+            raise ValueError(
+                "diffusion of diagonal noise must give coordinate i from x_i alone where its "
+                "derivative is needed; write it as general noise, [paths, dim, noise_dim]"
+            )
         return found
 
     def require_calculus(self, calculus: str, solver: str) -> None:

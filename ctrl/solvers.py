@@ -130,8 +130,8 @@ class Milstein:
     """X + b h + sigma dW + (d sigma / dx) sigma (dW^2 - h) / 2 (Ito): strong and weak order 1.
 
     For diagonal noise (sigma_i of x_i alone, which is checked) and for a single Brownian motion;
-    others need Levy areas ([KP92] 10.3), which increments do not tell. The derivative is taken by
-    forward-mode differentiation.
+    others need Levy areas ([KP92] 10.3), which increments do not tell. The derivative is taken
+    automatically.
     """
 
     def step(

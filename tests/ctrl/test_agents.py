@@ -233,3 +233,19 @@ def test_online_agents_approach_the_ergodic_optimum(method):
     reached = ergodic_lq.average_reward(*learner.parameters())
     # after a hundredth of the benchmark's time half of the gap is closed
     assert ergodic_lq.AVERAGE - reached < 0.5 * (ergodic_lq.AVERAGE - first)
+
+
+@pytest.mark.parametrize(("target", "factors"), [(1e-6, 2.0), (1e6, 0.5)])
+def test_cppo_raises_its_penalty_above_the_target_and_lowers_it_below(target, factors):
+    module = torch.nn.Linear(1, 1, bias=False).double()
+    log_std = torch.tensor(-0.4, dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64)
+    policy_of = lambda m: lq.policy(m.weight[0, 0], zero, log_std)  # noqa: E731
+    value = TableValue()
+    loop = agents.cppo(
+        lq.problem(), module, policy_of, value,
+        lambda: spread_start(lq.problem(), policy_of(module)),
+        torch.optim.SGD(module.parameters(), lr=0.05),
+        torch.optim.SGD(value.parameters(), lr=0.05), 2, target=target, penalty=1.0, factor=2.0,
+    )  # fmt: skip
+    assert [penalty for _, penalty in loop] == [factors, factors**2]

@@ -326,3 +326,19 @@ def test_bad_input_is_refused(chain):
     nan = lambda p: torch.full_like(p.actions, float("nan"))  # noqa: E731
     with pytest.raises(ValueError, match="finite"):
         mg.orthogonality(nan, value, problem_, paths, policy)
+
+
+def test_gradient_td_weights_its_moments_as_it_says():
+    """m' m / 2, and m' (E int xi xi' dt)^{-1} m / 2, by hand."""
+    paths = sampled(UNEVEN)
+    tests = mg.features_along(features)
+    value = mg.LinearValue(features, torch.tensor([0.3, -0.1, 0.2], dtype=torch.float64))
+    mean = paths.weights @ mg.orthogonality(tests, value, problem(), paths)
+    xi = tests(paths)
+    outer = torch.einsum("pki,pkj->pkij", xi, xi) * UNEVEN.steps[:, None, None]
+    covariance = (paths.weights[:, None, None] * outer.sum(1)).sum(0)
+    plain = mg.cgtd_loss(tests, value, problem(), paths)
+    weighted = mg.cgtd_loss(tests, value, problem(), paths, weighting="covariance")
+    torch.testing.assert_close(plain, 0.5 * mean @ mean, rtol=1e-12, atol=0)
+    inverse = torch.linalg.inv(covariance)
+    torch.testing.assert_close(weighted, 0.5 * mean @ inverse @ mean, rtol=1e-9, atol=0)

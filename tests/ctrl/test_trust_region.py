@@ -127,3 +127,13 @@ def test_penalised_surrogate_is_the_formula_and_has_a_finite_slope_at_equal_poli
     theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     tr.penalised_surrogate(theta, advantage, theta.square(), 0.7).sum().backward()
     assert bool(torch.isfinite(theta.grad).all())
+
+
+def test_every_bound_is_its_formula():
+    """On one step of length 0.7, with constants without symmetry."""
+    grid = ctrl.TimeGrid(torch.tensor([0.2, 0.9], dtype=torch.float64))
+    a, b, c = (torch.tensor([v], dtype=torch.float64) for v in (1.3, 0.45, 0.08))
+    assert float(tr.bounded(a, c, grid)) == pytest.approx(0.7 * 1.3 * math.sqrt(0.04))
+    assert float(tr.transport(a, b, c, grid)) == pytest.approx(0.7 * 1.3 * math.sqrt(0.072))
+    assert float(tr.wasserstein(a, b, grid)) == pytest.approx(0.7 * 1.3 * 0.45)
+    assert float(tr.chi_square(b, c, grid)) == pytest.approx(0.7 * math.sqrt(0.036))

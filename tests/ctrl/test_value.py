@@ -138,3 +138,11 @@ def test_expanded_and_strided_states_are_like_any_other():
         torch.testing.assert_close(
             generator(sde, value, T, one, a), generator(sde, value, T, whole, a)
         )
+
+
+def test_money_is_worth_what_has_passed_since_the_first_node():
+    """Of a grid that does not begin at 0 too."""
+    problem, made = paths()
+    late = replace(made, grid=ctrl.TimeGrid(made.grid.nodes + 0.4))
+    factors = ctrl.value.discount_factors(problem, late)
+    torch.testing.assert_close(factors, torch.exp(-0.7 * made.grid.nodes[:-1]))
