@@ -38,7 +38,8 @@ diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser
 diffusion_envs.tiny diffusion_envs.tiny.measure diffusion_envs.tiny.__main__
 diffusion_envs.sd15.pipeline diffusion_envs.sd15.build diffusion_envs.sd15.transfer
 diffusion_envs.sd15.finetune diffusion_envs.sd15 diffusion_envs.sd15.__main__
-verification verification.statistics
+verification verification.statistics verification.planting verification.claim
+verification.tolerances verification.running
 """.split()  # noqa: SIM905  # a list literal of fifty strings reads worse
 
 
@@ -74,6 +75,16 @@ def violations(source: str, module: str, is_package: bool = False) -> set[str]:
         if name not in MODULES[:place] and name != module
     }
 
+
+# Pieces of one kind that do not know each other: they are found, not listed.
+PIECES = {
+    "verification.closed_form": "verification.problems verification.cubature",
+    "verification.claims": "verification.report verification.__main__",
+}
+for package, after in PIECES.items():
+    found = sorted(p.stem for p in (ROOT / package.replace(".", "/")).glob("*.py"))
+    MODULES += [f"{package}.{stem}" for stem in found if stem != "__init__"]
+    MODULES += [package, *after.split()]
 
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -1,0 +1,269 @@
+"""What a claim is, and what it means that one holds.
+
+A claim is a statement with its source, a body that measures how far the code is from it, and at
+least three wrong variants: the same code with one mistake planted (``planting``). The body is run
+on the right code and on every variant. The claim holds where every deviation is within its
+tolerance on the right code, and every variant is rejected by at least one of the checks.
+
+Tolerances are measured, never chosen (``tolerances``): the geometric mean of what the right code
+shows and of the smallest effect that the check is to see, with room on both sides.
+
+Routes, from the strongest:
+    proof        an identity of symbols; the deviation is what is left of the difference
+    pathwise     two formulas agree on every single path
+    expectation  exact expectations: quadrature or recursions through production code
+    bound        an inequality; the deviation is by how much it is violated
+    limit        convergence: an extrapolated limit or a local order
+    sampled      a sequential test on random numbers with both error rates stated
+"""
+
+import hashlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verification.planting import Edit
+
+ROUTES = ("proof", "pathwise", "expectation", "bound", "limit", "sampled")
+_FEWEST_VARIANTS = 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a body runs: it takes its numbers' type and device, and its generators, from here.
+
+    Attributes:
+        dtype: of all tensors.
+        device: of all tensors.
+        full: whether there is time for what takes more than a second.
+        seed: of all random numbers.
+    """
+
+    dtype: torch.dtype = torch.float64
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    full: bool = False
+    seed: int = 0
+
+    def tensor(self, value: Any) -> Tensor:
+        """A number, list, array or tensor as a tensor of this setting."""
+        return torch.as_tensor(value, dtype=self.dtype, device=self.device)
+
+    def generator(self, name: str) -> torch.Generator:
+        """The random numbers of this name: the same for every variant of a claim."""
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        generator = torch.Generator(self.device)
+        generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return generator
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured deviation.
+
+    Attributes:
+        name: what is compared, in words; the same for every variant.
+        route: one of ``ROUTES``.
+        deviation: at least 0, relative to the scale of what is claimed; NaN where anything was
+            not a number.
+    """
+
+    name: str
+    route: str
+    deviation: float
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A mean that is to be decided by a sequential test (``statistics.decide``).
+
+    Attributes:
+        name: what is averaged.
+        stream: batches [n] of independent samples.
+        claimed: their mean, according to the claim.
+        variance: a bound on their variance, from theory or from a pilot with a margin.
+        scale: what deviations are relative to.
+    """
+
+    name: str
+    stream: Iterable[Tensor]
+    claimed: float
+    variance: float
+    scale: float
+    route: str = "sampled"
+
+
+Numbers = Tensor | np.ndarray | float | list[float] | tuple[float, ...]
+Body = Callable[[Setting], Iterator[Check | Sampled]]
+
+
+def pathwise(name: str, got: Numbers, want: Numbers, scale: float | None = None) -> Check:
+    """Two formulas on the same paths."""
+    return Check(name, "pathwise", _deviation(name, got, want, scale))
+
+
+def expectation(name: str, got: Numbers, want: Numbers, scale: float | None = None) -> Check:
+    """An exact expectation (quadrature, recursion) through production code, and its answer."""
+    return Check(name, "expectation", _deviation(name, got, want, scale))
+
+
+def limit(name: str, got: Numbers, want: Numbers, scale: float | None = None) -> Check:
+    """An extrapolated limit, or a local order: what is left is an error of approximation."""
+    return Check(name, "limit", _deviation(name, got, want, scale))
+
+
+def proof(name: str, left: Numbers, scale: float = 1.0) -> Check:
+    """What is left of an identity's difference: exactly 0 where it is proven."""
+    return Check(name, "proof", _deviation(name, left, np.zeros(np.shape(_array(left))), scale))
+
+
+def bound(name: str, smaller: Numbers, larger: Numbers, scale: float | None = None) -> Check:
+    """smaller <= larger; the deviation is the largest excess."""
+    a, b = _array(smaller), _array(larger)
+    size = float(np.abs(b).max()) if scale is None else scale
+    over = np.maximum(a - b, 0.0)  # NaN stays
+    return Check(name, "bound", _deviation(name, over, np.zeros(over.shape), size))
+
+
+def sampled(
+    name: str, stream: Iterable[Tensor], claimed: float, variance: float, scale: float | None = None
+) -> Sampled:
+    """The mean of a stream of independent samples, by a sequential test."""
+    size = abs(claimed) if scale is None else scale
+    return Sampled(name, stream, claimed, variance, _usable(name, size))
+
+
+def _deviation(name: str, got: Numbers, want: Numbers, scale: float | None) -> float:
+    a, b = _array(got), _array(want)
+    if a.shape != b.shape:
+        raise ValueError(f"{name!r} compares shapes {list(a.shape)} and {list(b.shape)}")
+    if not np.isfinite(b).all():
+        return math.nan
+    size = _usable(name, float(np.abs(b).max()) if scale is None else scale)
+    return float(np.abs(a - b).max() / size)  # NaN and infinity stay
+
+
+def _usable(name: str, scale: float) -> float:
+    if not 0 < scale < math.inf:
+        raise ValueError(
+            f"{name!r} has scale {scale}: choose constants that keep it away from 0, or give one"
+        )
+    return scale
+
+
+def _array(value: Numbers) -> np.ndarray:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
+    return np.asarray(value, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A mistake that the claim must reject.
+
+    Attributes:
+        name: the mistake, in words.
+        edits: that plant it.
+        full: only where ``Setting.full`` is there a check that sees it.
+        raises: the error with which the code itself refuses the mistake, if it does.
+    """
+
+    name: str
+    edits: tuple[Edit, ...]
+    full: bool = False
+    raises: type[Exception] | None = None
+
+
+def wrong(
+    name: str,
+    target: str,
+    old: str,
+    new: str,
+    *,
+    full: bool = False,
+    raises: type[Exception] | None = None,
+) -> Wrong:
+    """A mistake in one place: in ``target``, ``new`` for ``old`` (see ``planting.Edit``)."""
+    return Wrong(name, (Edit(target, old, new),), full, raises)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that is checked, with the mistakes that the check is known to see.
+
+    Attributes:
+        name: of the body, with hyphens.
+        statement: the result, with its formula.
+        source: paper and theorem or equation.
+        wrongs: at least three.
+        body: setting -> checks.
+        single: whether it is meaningful in float32 too.
+        why_double: if not, why.
+        file: of the body, relative to the package.
+    """
+
+    name: str
+    statement: str
+    source: str
+    wrongs: tuple[Wrong, ...]
+    body: Body
+    why_double: str | None
+    file: str
+
+    @property
+    def single(self) -> bool:
+        """Whether the body is meaningful in float32 too."""
+        return self.why_double is None
+
+
+CLAIMS: dict[str, Claim] = {}
+
+
+def claim(
+    *, statement: str, source: str, wrongs: Iterable[Wrong], why_double: str | None = None
+) -> Callable[[Body], Body]:
+    """Register a claim: its body is the decorated generator function.
+
+    Args:
+        statement: the result, with its formula.
+        source: paper and theorem or equation.
+        wrongs: at least three mistakes that the body's checks reject.
+        why_double: where float32 cannot show anything: the reason.
+
+    Raises:
+        ValueError: fewer than three mistakes, two of one name, a name taken, or no words.
+    """
+    listed = tuple(wrongs)
+
+    def register(body: Body) -> Body:
+        name = body.__name__.replace("_", "-")
+        names = [w.name for w in listed]
+        if len(listed) < _FEWEST_VARIANTS:
+            raise ValueError(
+                f"claim {name} has {len(listed)} wrong variants: a check that is not shown to fail "
+                f"proves nothing, at least {_FEWEST_VARIANTS} are needed"
+            )
+        if len(set(names)) < len(names):
+            raise ValueError(f"claim {name} has two wrong variants of one name: {names}")
+        if name in CLAIMS and CLAIMS[name].body.__module__ != body.__module__:
+            raise ValueError(f"there is a claim {name} already, in {CLAIMS[name].file}")
+        if not statement.strip() or not source.strip():
+            raise ValueError(f"claim {name} must have a statement and a source")
+        file = body.__module__.replace(".", "/") + ".py"
+        CLAIMS[name] = Claim(
+            name,
+            inspect.cleandoc(statement),
+            source,
+            listed,
+            body,
+            why_double,
+            file,
+        )
+        return body
+
+    return register

@@ -1,0 +1,138 @@
+"""Wrong formulas, planted into the code that users run.
+
+A variant is an edit of one function's source: a piece of its text, found there exactly once, is
+replaced, the function is compiled anew and its code object exchanged. Whoever holds the function,
+under whatever name and however it was imported, then runs the wrong formula; on leaving, the right
+one is back. So what is shown to be rejected is the production code itself with one mistake in it,
+and an edit that no longer fits the source cannot go unnoticed: it does not load.
+"""
+
+import functools
+import importlib
+import inspect
+import linecache
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import CodeType, FunctionType, ModuleType
+
+
+class PlantingError(ValueError):
+    """An edit does not fit the source that it is meant for."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One piece of a function's source, and what a mistaken author would have written.
+
+    Attributes:
+        target: dotted name of a function, method or property, as "ctrl.girsanov.path_kl".
+        old: text that stands in its source exactly once.
+        new: text in its place.
+    """
+
+    target: str
+    old: str
+    new: str
+
+    def code(self) -> CodeType:
+        """The function compiled with the mistake.
+
+        Raises:
+            PlantingError: the target is no Python function, or ``old`` is not there exactly once.
+        """
+        function = _function(self.target)
+        right = function.__code__
+        module = inspect.getmodule(function)
+        assert module is not None
+        source, first, last = _source(function)
+        body = "".join(source[first:last])
+        if body.count(self.old) != 1 or self.old == self.new:
+            raise PlantingError(
+                f"{self.old!r} must stand exactly once in {self.target} (and differ from what "
+                f"replaces it), but stands there {body.count(self.old)} times"
+            )
+        text = "".join([*source[:first], body.replace(self.old, self.new), *source[last:]])
+        whole = compile(text, right.co_filename, "exec", dont_inherit=True)
+        found = [
+            code
+            for code in _inner(whole)
+            if code.co_qualname == right.co_qualname and code.co_firstlineno - 1 == first
+        ]
+        if len(found) != 1 or found[0].co_freevars != right.co_freevars:
+            raise PlantingError(f"{self.target} cannot be compiled by itself")
+        return found[0]
+
+    def lines(self) -> tuple[str, str]:
+        """The lines of source that differ, right and wrong, for a reader."""
+        source, first, last = _source(_function(self.target))
+        body = "".join(source[first:last])
+        at = body.index(self.old)
+        start = body.rfind("\n", 0, at) + 1
+        end = body.find("\n", at + len(self.old))
+        right = body[start : end if end >= 0 else len(body)]
+        wrong = right.replace(self.old, self.new)
+        return inspect.cleandoc(right), inspect.cleandoc(wrong)
+
+
+@contextmanager
+def planted(*edits: Edit) -> Iterator[None]:
+    """Run with these mistakes in the code; the right code is back at the end, come what may.
+
+    Raises:
+        PlantingError: an edit does not fit, or two of them change one function.
+    """
+    codes = [(_function(edit.target), edit.code()) for edit in edits]
+    if len({id(function) for function, _ in codes}) < len(codes):
+        raise PlantingError("edits must be of different functions: join those of one function")
+    with ExitStack() as undo:
+        for function, wrong in codes:
+            undo.callback(setattr, function, "__code__", function.__code__)
+            function.__code__ = wrong
+        yield
+
+
+def _source(function: FunctionType) -> tuple[list[str], int, int]:
+    """Lines of its file, and where in them the function begins and ends."""
+    linecache.checkcache(function.__code__.co_filename)
+    lines, first = inspect.findsource(function.__code__)
+    first = function.__code__.co_firstlineno - 1
+    return lines, first, first + len(inspect.getblock(lines[first:]))
+
+
+def _function(target: str) -> FunctionType:
+    """What a dotted name stands for, under its decorators."""
+    parts = target.split(".")
+    found: object = None
+    for length in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            try:
+                found = (
+                    getattr(found, part)
+                    if isinstance(found, ModuleType)
+                    else inspect.getattr_static(found, part)
+                )
+            except AttributeError:
+                raise PlantingError(f"there is no {target}: no {part} in {found!r}") from None
+        break
+    if isinstance(found, property):
+        found = found.fget
+    elif isinstance(found, functools.cached_property):
+        found = found.func
+    elif isinstance(found, staticmethod | classmethod):
+        found = found.__func__
+    found = inspect.unwrap(found) if callable(found) else found
+    if not isinstance(found, FunctionType):
+        raise PlantingError(f"{target} is no function written in Python, but {found!r}")
+    return found
+
+
+def _inner(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _inner(constant)

@@ -1,0 +1,264 @@
+"""Running claims: the right code, then every wrong variant, and what follows from both."""
+
+import math
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from verification.claim import Check, Claim, Sampled, Setting, Wrong
+from verification.planting import PlantingError, planted
+from verification.statistics import Verdict, decide, samples_needed
+from verification.tolerances import Tolerance, derive
+
+_PILOT = 200_000  # samples that measure a sampled check's effects
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A check on the right code, held against its tolerance.
+
+    Attributes:
+        name: of the check.
+        route: one of ``claim.ROUTES``.
+        deviation: relative; of a sampled check that of its mean.
+        tolerance: from the table; None where this precision shows nothing.
+        verdict: PASS, FAIL or INCONCLUSIVE.
+        n: samples that were used, if sampled.
+        log_evidence: as ``statistics.Decision``, if sampled.
+        needed: samples that would decide, if these did not.
+        note: why, in words, where there is more to say.
+    """
+
+    name: str
+    route: str
+    deviation: float
+    tolerance: float | None
+    verdict: Verdict
+    n: int | None = None
+    log_evidence: tuple[float, float, float] | None = None
+    needed: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """What became of a wrong variant.
+
+    Attributes:
+        name: of the variant.
+        rejected: whether some check failed.
+        by: the check whose deviation is the largest multiple of its tolerance.
+        deviation: of that check.
+        tolerance: of that check.
+        note: how, where it was not by a deviation.
+    """
+
+    name: str
+    rejected: bool
+    by: str = ""
+    deviation: float = math.nan
+    tolerance: float = math.nan
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything about one claim in one run."""
+
+    claim: Claim
+    verdict: Verdict
+    checks: tuple[Measured, ...]
+    wrongs: tuple[Rejection, ...]
+    seconds: float
+    error: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the right code passed and every variant was rejected."""
+        return (
+            self.verdict is Verdict.PASS
+            and not self.error
+            and all(found.rejected for found in self.wrongs)
+        )
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Error rates of each sequential test, and the most samples it may use."""
+
+    false_fail: float = 1e-6
+    false_pass: float = 1e-6
+    most: int = 2_000_000
+
+
+def run(
+    claim: Claim,
+    setting: Setting,
+    tolerances: Mapping[str, Tolerance],
+    rates: Rates | None = None,
+    plant: bool = True,
+) -> Outcome:
+    """One claim: its checks on the right code, and on every variant.
+
+    Args:
+        claim: to run.
+        setting: type, device, seed, and whether there is time.
+        tolerances: of its checks, in this precision.
+        rates: of its sequential tests.
+        plant: whether to run the variants too.
+    """
+    rates = rates or Rates()
+    began = time.perf_counter()
+    try:
+        checks = tuple(_judged(check, tolerances, setting, rates) for check in claim.body(setting))
+        error = "" if checks else "the claim has no checks"
+    except Exception:
+        checks, error = (), traceback.format_exc(limit=-3)
+    verdicts = [check.verdict for check in checks]
+    if error or Verdict.FAIL in verdicts:
+        verdict = Verdict.FAIL
+    elif Verdict.INCONCLUSIVE in verdicts or not any(c.tolerance for c in checks):
+        verdict = Verdict.INCONCLUSIVE
+    else:
+        verdict = Verdict.PASS
+    wrongs = tuple(
+        _rejection(claim, wrong, setting, tolerances, rates)
+        for wrong in claim.wrongs
+        if plant and (setting.full or not wrong.full)
+    )
+    return Outcome(claim, verdict, checks, wrongs, time.perf_counter() - began, error)
+
+
+def _judged(
+    check: Check | Sampled, tolerances: Mapping[str, Tolerance], setting: Setting, rates: Rates
+) -> Measured:
+    line = tolerances.get(check.name)
+    if line is None:
+        deviation = check.deviation if isinstance(check, Check) else math.nan
+        if setting.dtype == torch.float64:
+            note = "no tolerance was measured: python -m verification --measure"
+            return Measured(check.name, check.route, deviation, None, Verdict.FAIL, note=note)
+        bad = not math.isfinite(deviation) and isinstance(check, Check)
+        verdict = Verdict.FAIL if bad else Verdict.PASS
+        note = "not judged: no variant stands out from this precision's round-off"
+        return Measured(check.name, check.route, deviation, None, verdict, note=note)
+    if isinstance(check, Check):
+        passed = check.deviation <= line.tolerance  # NaN does not pass
+        verdict = Verdict.PASS if passed else Verdict.FAIL
+        return Measured(check.name, check.route, check.deviation, line.tolerance, verdict)
+    decision = decide(
+        check.stream,
+        check.claimed,
+        tolerance=line.tolerance * check.scale,
+        variance=check.variance,
+        false_fail=rates.false_fail,
+        false_pass=rates.false_pass,
+        most=rates.most,
+    )
+    return Measured(
+        check.name,
+        check.route,
+        abs(decision.mean - check.claimed) / check.scale,
+        line.tolerance,
+        decision.verdict,
+        decision.n,
+        decision.log_evidence,
+        decision.needed,
+        decision.reason,
+    )
+
+
+def _rejection(
+    claim: Claim,
+    wrong: Wrong,
+    setting: Setting,
+    tolerances: Mapping[str, Tolerance],
+    rates: Rates,
+) -> Rejection:
+    best = Rejection(wrong.name, False)
+    try:
+        with planted(*wrong.edits):
+            for check in claim.body(setting):
+                if check.name not in tolerances:
+                    continue
+                found = _judged(check, tolerances, setting, rates)
+                assert found.tolerance is not None
+                failed = found.verdict is Verdict.FAIL
+                ratio = found.deviation / found.tolerance
+                if failed and (not best.rejected or not ratio <= best.deviation / best.tolerance):
+                    best = Rejection(wrong.name, True, check.name, found.deviation, found.tolerance)
+                elif not best.rejected and not ratio <= best.deviation / best.tolerance:
+                    best = Rejection(
+                        wrong.name, False, check.name, found.deviation, found.tolerance
+                    )
+    except PlantingError as error:
+        return Rejection(wrong.name, False, note=str(error))
+    except Exception as error:
+        if wrong.raises is not None and isinstance(error, wrong.raises):
+            return Rejection(wrong.name, True, note=f"refused: {type(error).__name__}: {error}")
+        if not best.rejected:
+            return Rejection(wrong.name, False, note=traceback.format_exc(limit=-2))
+    return best
+
+
+def measure(claim: Claim, setting: Setting) -> tuple[dict[str, Tolerance], list[str]]:
+    """The lines of the tolerance table of one claim, and complaints (``tolerances.derive``)."""
+    quick_names = frozenset(check.name for check in claim.body(replace(setting, full=False)))
+    full = replace(setting, full=True)
+    right: dict[str, tuple[str, float]] = {}
+    for check in claim.body(full):
+        if check.name in right:
+            return {}, [f"two checks are called {check.name!r}"]
+        right[check.name] = (check.route, _size(check, standard_error=True))
+    found: dict[str, dict[str, float]] = {}
+    refused: set[str] = set()
+    complaints: list[str] = []
+    for wrong in claim.wrongs:
+        effects: dict[str, float] = {}
+        try:
+            with planted(*wrong.edits):
+                for check in claim.body(full):
+                    effects[check.name] = _size(check)
+        except PlantingError as error:
+            complaints.append(f"variant {wrong.name!r}: {error}")
+        except Exception as error:
+            if wrong.raises is not None and isinstance(error, wrong.raises):
+                refused.add(wrong.name)
+            elif not effects:
+                complaints.append(
+                    f"variant {wrong.name!r} breaks the code: {type(error).__name__}: {error}"
+                )
+        else:
+            if wrong.raises is not None:
+                complaints.append(f"variant {wrong.name!r} is not refused with {wrong.raises}")
+        found[wrong.name] = effects
+    full_only = frozenset(wrong.name for wrong in claim.wrongs if wrong.full)
+    table, more = derive(right, found, setting.dtype, frozenset(refused), quick_names, full_only)
+    return table, complaints + more
+
+
+def _size(check: Check | Sampled, standard_error: bool = False) -> float:
+    if isinstance(check, Check):
+        return check.deviation
+    values = torch.cat(list(_at_most(check.stream, _PILOT))).double()
+    if standard_error:
+        return float(values.std() / math.sqrt(len(values))) / check.scale
+    return abs(float(values.mean()) - check.claimed) / check.scale
+
+
+def _at_most(stream: Iterator[Tensor] | object, most: int) -> Iterator[Tensor]:
+    n = 0
+    for batch in stream:  # type: ignore[attr-defined]
+        yield batch.detach().flatten()
+        n += batch.numel()
+        if n >= most:
+            return
+
+
+def samples_for(line: Tolerance, check: Sampled) -> int:
+    """About how many samples this check takes to pass on right code."""
+    return samples_needed(line.tolerance * check.scale, check.variance)
