@@ -1,56 +1,214 @@
-"""``python -m verification``: every claim on this machine, a table, a report, an exit code."""
+"""Every claim on this machine: a table, ``verification.json``, a report, an exit code.
 
+python -m verification                    every claim, and every mistake that it must reject
+python -m verification --full             the slow checks too
+python -m verification --claim path-kl    one claim, with all its checks and variants
+"""
+
+import difflib
 import fcntl
+import fnmatch
+import json
+import secrets
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
 from verification import claims as _claims  # noqa: F401  # registers them
-from verification import tolerances
+from verification import record, report, tolerances
 from verification.claim import CLAIMS, Setting
-from verification.running import measure, run
+from verification.running import Outcome, Rates, measure, run
+from verification.statistics import Verdict
 
 
-def _measure(names: list[str]) -> int:
+@dataclass(frozen=True)
+class Options:
+    """Check every theorem, and that every check can fail.
+
+    Attributes:
+        names: claims to run, or patterns such as "policy-*"; all, if none is given.
+        claim: the same, as an option.
+        full: the slow checks too (nightly: under 20 minutes).
+        output: folder for verification.json and report.html.
+        precision: of all tensors; claims that need float64 are left out in float32.
+        device: cpu or cuda.
+        seed: of the sequential tests' random numbers.
+        fresh: a new seed instead, which is recorded.
+        most: samples that a sequential test may use.
+        list: print the claims and stop.
+        measure: measure the tolerances of these claims anew and write them to the table.
+        document: write the outcome to this Markdown file too.
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    claim: tuple[str, ...] = ()
+    full: bool = False
+    output: Path = Path("runs/verification")
+    precision: Literal["float64", "float32"] = "float64"
+    device: str = "cpu"
+    seed: int = 0
+    fresh: bool = False
+    most: int = 2_000_000
+    list: bool = False
+    measure: bool = False
+    document: Path | None = None
+
+
+class UnknownClaimError(ValueError):
+    """No claim has this name, or matches this pattern."""
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The claims that these names and patterns stand for, in the order of the files.
+
+    Raises:
+        UnknownClaimError: a name that nothing has; the nearest are suggested.
+    """
+    if not names:
+        return list(CLAIMS)
+    found: set[str] = set()
+    for name in names:
+        matching = fnmatch.filter(CLAIMS, name)
+        if not matching:
+            near = difflib.get_close_matches(name, CLAIMS, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else "see --list"
+            raise UnknownClaimError(f"there is no claim {name!r}: {hint}")
+        found |= set(matching)
+    return [name for name in CLAIMS if name in found]
+
+
+def main(options: Options) -> int:
+    """Run what was asked for; 0 where every claim holds and every mistake is rejected."""
+    console = Console()
+    torch.set_num_threads(1)
+    try:
+        names = chosen([*options.names, *options.claim])
+    except UnknownClaimError as error:
+        console.print(str(error), style="red", markup=False)
+        return 2
+    if options.list:
+        for name in names:
+            console.print(f"{name}  [dim]{CLAIMS[name].source}[/]")
+        return 0
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        console.print("device cuda: this machine has none that torch can use", style="red")
+        return 2
+    if options.measure:
+        return _measure(names, options, console)
+    dtype = getattr(torch, options.precision)
+    if dtype == torch.float32:
+        names = [name for name in names if CLAIMS[name].single]
+    if not names:
+        console.print("no claim is left to run: an empty run verifies nothing", style="red")
+        return 2
+    seed = secrets.randbits(31) if options.fresh else options.seed
+    setting = Setting(dtype, torch.device(options.device), options.full, seed)
+    lines = tolerances.load().get(options.precision, {})
+    false_fail = 1e-8 if options.fresh else 1e-6  # nightly runs add up (see statistics)
+    rates = Rates(false_fail=false_fail, most=options.most)
+    began = time.perf_counter()
+    outcomes = [
+        run(CLAIMS[name], setting, lines.get(name, {}), rates)
+        for name in track(names, "claims", console=console, transient=True)
+    ]
+    found = record.of(outcomes, setting, rates, time.perf_counter() - began)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "verification.json").write_text(json.dumps(found, indent=1) + "\n")
+    page = options.output / "report.html"
+    page.write_text(report.page(found), encoding="utf-8")
+    if options.document is not None:
+        options.document.write_text(report.document(found), encoding="utf-8")
+    for outcome in outcomes:
+        if len(outcomes) == 1 or not outcome.holds:
+            _details(outcome, console)
+    console.print(_table(outcomes))
+    held = sum(outcome.holds for outcome in outcomes)
+    rejected = sum(w.rejected for outcome in outcomes for w in outcome.wrongs)
+    variants = sum(len(outcome.wrongs) for outcome in outcomes)
+    console.print(
+        f"{held} of {len(outcomes)} claims hold, {rejected} of {variants} wrong variants rejected, "
+        f"{found['seconds']:.0f} s. {page}",
+        style="green" if held == len(outcomes) else "bold red",
+        highlight=False,
+    )
+    return 0 if held == len(outcomes) else 1
+
+
+def _table(outcomes: Sequence[Outcome]) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("claim", "routes"):
+        table.add_column(name)
+    for name in ("checks", "deviation / tolerance", "variants", "seconds"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for outcome in outcomes:
+        ratios = [c.deviation / c.tolerance for c in outcome.checks if c.tolerance]
+        worst = max(ratios, default=float("nan"))
+        rejected = sum(w.rejected for w in outcome.wrongs)
+        verdict = "holds" if outcome.holds else outcome.verdict.value
+        if outcome.verdict is Verdict.PASS and not outcome.holds:
+            verdict = "accepts a mistake"
+        table.add_row(
+            outcome.claim.name,
+            ", ".join(dict.fromkeys(check.route for check in outcome.checks)),
+            str(len(outcome.checks)),
+            f"{worst:.0e}",
+            f"{rejected}/{len(outcome.wrongs)}",
+            f"{outcome.seconds:.1f}",
+            f"[{'green' if outcome.holds else 'bold red'}]{verdict}[/]",
+        )
+    return table
+
+
+def _details(outcome: Outcome, console: Console) -> None:
+    def line(text: str, good: bool) -> None:
+        console.print(text, style=None if good else "red", markup=False, highlight=False)
+
+    line(f"{outcome.claim.name}  ({outcome.claim.source})", True)
+    line(outcome.claim.statement, True)
+    for check in outcome.checks:
+        limit = "none" if check.tolerance is None else f"{check.tolerance:.1e}"
+        more = f"; about {check.needed} samples would decide" if check.needed else ""
+        text = f"  {check.verdict.value}: {check.name}: {check.deviation:.1e}, tolerance {limit}"
+        line(f"{text} {check.note}{more}".rstrip(), check.verdict is Verdict.PASS)
+    for found in outcome.wrongs:
+        how = found.note
+        if found.by:
+            how = f"{found.deviations[found.by]:.1e} by {found.by!r} {found.note}".rstrip()
+        line(
+            f"  {'rejected' if found.rejected else 'ACCEPTED'}: {found.name}: {how}", found.rejected
+        )
+    if outcome.error:
+        line(outcome.error, False)
+
+
+def _measure(names: Sequence[str], options: Options, console: Console) -> int:
+    """Measure right code and variants, write the table; the number of complaints in float64."""
     bad = 0
     for precision in ("float64", "float32"):
         for name in names:
-            claim = CLAIMS[name]
-            if precision == "float32" and not claim.single:
+            if precision == "float32" and not CLAIMS[name].single:
                 continue
-            setting = replace(Setting(), dtype=getattr(torch, precision))
-            lines, complaints = measure(claim, setting)
-            with Path(str(tolerances.TABLE) + ".lock").open("w") as lock:
+            lines, complaints = measure(CLAIMS[name], Setting(dtype=getattr(torch, precision)))
+            with Path(f"{tolerances.TABLE}.lock").open("w") as lock:  # others may measure too
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 table = tolerances.load()
                 table.setdefault(precision, {})[name] = lines
                 tolerances.save(table)
             for complaint in complaints:
-                print(f"{precision} {name}: {complaint}")
+                console.print(f"{precision} {name}: {complaint}", markup=False, highlight=False)
                 bad += precision == "float64"
-    return bad
+    return min(bad, 1)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    chosen = [a for a in sys.argv[1:] if not a.startswith("-")] or list(CLAIMS)
-    if "--measure" in sys.argv:
-        sys.exit(min(_measure(chosen), 1))
-    setting = Setting(full="--full" in sys.argv)
-    table = tolerances.load()["float64"]
-    worst = 0
-    for name in chosen:
-        found = run(CLAIMS[name], setting, table.get(name, {}))
-        worst |= not found.holds
-        print(f"{name}: {'holds' if found.holds else 'FAILS'}  {found.seconds:.2f} s {found.error}")
-        for check in found.checks:
-            print(
-                f"  {check.verdict.name} {check.name}: {check.deviation:.1e} / {check.tolerance} {check.note}"
-            )
-        for w in found.wrongs:
-            print(
-                f"  {'rejected' if w.rejected else 'ACCEPTED'} {w.name}: {w.deviation:.1e} / {w.tolerance:.1e} by {w.by!r} {w.note}"
-            )
-    sys.exit(worst)
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

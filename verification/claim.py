@@ -71,11 +71,13 @@ class Check:
         route: one of ``ROUTES``.
         deviation: at least 0, relative to the scale of what is claimed; NaN where anything was
             not a number.
+        curve: step sizes and errors, to draw, where the check is about convergence.
     """
 
     name: str
     route: str
     deviation: float
+    curve: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,24 @@ def expectation(name: str, got: Numbers, want: Numbers, scale: float | None = No
     return Check(name, "expectation", _deviation(name, got, want, scale))
 
 
-def limit(name: str, got: Numbers, want: Numbers, scale: float | None = None) -> Check:
-    """An extrapolated limit, or a local order: what is left is an error of approximation."""
-    return Check(name, "limit", _deviation(name, got, want, scale))
+def limit(
+    name: str,
+    got: Numbers,
+    want: Numbers,
+    scale: float | None = None,
+    curve: Iterable[tuple[float, float]] = (),
+) -> Check:
+    """An extrapolated limit, or a local order: what is left is an error of approximation.
+
+    Args:
+        name: what converges.
+        got: the limit or order found.
+        want: the limit or order claimed.
+        scale: what the deviation is relative to; the size of ``want`` if not given.
+        curve: pairs of step size and error, for the report's plot.
+    """
+    points = tuple((float(h), abs(float(e))) for h, e in curve)
+    return Check(name, "limit", _deviation(name, got, want, scale), points)
 
 
 def proof(name: str, left: Numbers, scale: float = 1.0) -> Check:

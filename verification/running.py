@@ -4,7 +4,7 @@ import math
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Measured:
         log_evidence: as ``statistics.Decision``, if sampled.
         needed: samples that would decide, if these did not.
         note: why, in words, where there is more to say.
+        curve: step sizes and errors, where the check is about convergence.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Measured:
     log_evidence: tuple[float, float, float] | None = None
     needed: int | None = None
     note: str = ""
+    curve: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,14 @@ class Rejection:
         name: of the variant.
         rejected: whether some check failed.
         by: the check whose deviation is the largest multiple of its tolerance.
-        deviation: of that check.
-        tolerance: of that check.
+        deviations: of every check that has a tolerance.
         note: how, where it was not by a deviation.
     """
 
     name: str
     rejected: bool
     by: str = ""
-    deviation: float = math.nan
-    tolerance: float = math.nan
+    deviations: Mapping[str, float] = field(default_factory=dict[str, float])
     note: str = ""
 
 
@@ -149,7 +149,9 @@ def _judged(
     if isinstance(check, Check):
         passed = check.deviation <= line.tolerance  # NaN does not pass
         verdict = Verdict.PASS if passed else Verdict.FAIL
-        return Measured(check.name, check.route, check.deviation, line.tolerance, verdict)
+        return Measured(
+            check.name, check.route, check.deviation, line.tolerance, verdict, curve=check.curve
+        )
     decision = decide(
         check.stream,
         check.claimed,
@@ -179,30 +181,33 @@ def _rejection(
     tolerances: Mapping[str, Tolerance],
     rates: Rates,
 ) -> Rejection:
-    best = Rejection(wrong.name, False)
+    found: list[Measured] = []
     try:
         with planted(*wrong.edits):
-            for check in claim.body(setting):
-                if check.name not in tolerances:
-                    continue
-                found = _judged(check, tolerances, setting, rates)
-                assert found.tolerance is not None
-                failed = found.verdict is Verdict.FAIL
-                ratio = found.deviation / found.tolerance
-                if failed and (not best.rejected or not ratio <= best.deviation / best.tolerance):
-                    best = Rejection(wrong.name, True, check.name, found.deviation, found.tolerance)
-                elif not best.rejected and not ratio <= best.deviation / best.tolerance:
-                    best = Rejection(
-                        wrong.name, False, check.name, found.deviation, found.tolerance
-                    )
+            found.extend(
+                _judged(check, tolerances, setting, rates)
+                for check in claim.body(setting)
+                if check.name in tolerances
+            )
     except PlantingError as error:
         return Rejection(wrong.name, False, note=str(error))
     except Exception as error:
         if wrong.raises is not None and isinstance(error, wrong.raises):
-            return Rejection(wrong.name, True, note=f"refused: {type(error).__name__}: {error}")
-        if not best.rejected:
-            return Rejection(wrong.name, False, note=traceback.format_exc(limit=-2))
-    return best
+            note = f"refused with {type(error).__name__}: {error}"
+            return Rejection(wrong.name, True, note=note)
+        return Rejection(wrong.name, False, note=traceback.format_exc(limit=-2))
+    if not found:
+        return Rejection(wrong.name, False, note="no check has a tolerance")
+    deviations = {check.name: check.deviation for check in found}
+    failed = [check for check in found if check.verdict is Verdict.FAIL]
+    by = max(failed or found, key=_excess)
+    return Rejection(wrong.name, bool(failed), by.name, deviations)
+
+
+def _excess(check: Measured) -> float:
+    """How many times its tolerance a check is off; not a number is more than any."""
+    assert check.tolerance is not None
+    return math.inf if math.isnan(check.deviation) else check.deviation / check.tolerance
 
 
 def measure(claim: Claim, setting: Setting) -> tuple[dict[str, Tolerance], list[str]]:

@@ -1,0 +1,88 @@
+"""What drawn actions average to, by moments of polynomials; and the chains that draw them.
+
+Scalar   dX = (A X + B a) dt + (C X + D a + G a^2) dW, drift + E a^2;  a ~ N(m X + n, s^2)
+Plane    dX = (a_1 a_2, X_1 + a_2) dt + (F X + J a) dW, one Brownian motion; a ~ N(mean, L L')
+
+Laws are compared through moments 1, x, .., x^4, which a polynomial generator maps to themselves.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+
+ORDER = 4  # of the highest moment
+NORMAL = np.array([1.0, 0.0, 1.0, 0.0, 3.0, 0.0, 15.0, 0.0, 105.0])  # moments of N(0, 1)
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """The numbers of the scalar problem; no two of them equal, none 0 or 1."""
+
+    A: float = -0.7
+    B: float = 0.9
+    C: float = 0.3
+    D: float = 0.8
+    E: float = 0.35
+    G: float = -0.25
+    m: float = -0.6
+    n: float = 0.2
+    s: float = 0.45
+    start: float = 0.4
+    horizon: float = 0.5
+    noise: float = 0.55  # where the diffusion is control-free
+
+
+def averaged_drift(p: Scalar, x: np.ndarray) -> np.ndarray:
+    """E[A x + B a + E a^2]."""
+    mean = p.m * x + p.n
+    return p.A * x + p.B * mean + p.E * (mean**2 + p.s**2)
+
+
+def averaged_square(p: Scalar, x: np.ndarray) -> np.ndarray:
+    """E[(C x + D a + G a^2)^2], by the first four moments of a normal variable."""
+    mean, c = p.m * x + p.n, p.C * x
+    second, third = mean**2 + p.s**2, mean**3 + 3 * mean * p.s**2
+    fourth = mean**4 + 6 * mean**2 * p.s**2 + 3 * p.s**4
+    linear = c**2 + 2 * c * p.D * mean + (p.D**2 + 2 * c * p.G) * second
+    return linear + 2 * p.D * p.G * third + p.G**2 * fourth
+
+
+def generator(p: Scalar, controlled: bool = True) -> np.ndarray:
+    """The averaged generator (E = G = 0) on 1, x, .., x^4: row k holds what x^k is mapped to."""
+    drift, shift = p.A + p.B * p.m, p.B * p.n
+    slope, level = p.C + p.D * p.m, p.D * p.n
+    square = [level**2 + p.D**2 * p.s**2, 2 * slope * level, slope**2]
+    if not controlled:
+        square = [p.noise**2, 0.0, 0.0]
+    found = np.zeros((ORDER + 1, ORDER + 1))
+    for k in range(1, ORDER + 1):
+        found[k, k] += k * drift
+        found[k, k - 1] += k * shift
+        for j, each in enumerate(square):
+            if k >= 2:
+                found[k, k - 2 + j] += k * (k - 1) / 2 * each
+    return found
+
+
+def moments(p: Scalar, controlled: bool = True) -> np.ndarray:
+    """E X_T^k, k = 1 .. 4, of the averaged SDE from the start."""
+    start = p.start ** np.arange(ORDER + 1)
+    return (scipy.linalg.expm(p.horizon * generator(p, controlled)) @ start)[1:]
+
+
+def chain_moments(p: Scalar, steps: np.ndarray) -> np.ndarray:
+    """E X^k, k = 1 .. 4, of the Euler chain that draws an action at every node (E = G = 0).
+
+    By the step's own polynomial: given the action's normal w, X' = u + sigma sqrt(h) z.
+    """
+    found = p.start ** np.arange(ORDER + 1)
+    for h in steps[:1]:
+        found = _step(p, float(h)) @ found
+    return found[1:]
+
+
+def excess_variance_rate(p: Scalar) -> float:
+    """lim (Var of the drawing chain - Var of the mean's chain) / h: B^2 s^2 int e^{2 k u} du."""
+    k = p.A + p.B * p.m
+    return p.B**2 * p.s**2 * np.expm1(2 * k * p.horizon) / (2 * k)

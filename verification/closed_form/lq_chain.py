@@ -1,0 +1,170 @@
+"""A scalar exploratory LQ problem: its Euler chain and its continuous-time value, by hand.
+
+    dX = (drift_slope X + push a) dt + (noise + noise_slope X + noise_push a) dW
+    a ~ N(gain X + offset, e^{2 log_std}), held over a step
+    reward rate -(state_cost X^2 + action_cost a^2) / 2 - temperature log pi(a)
+    terminal reward -terminal_cost X^2 / 2;  discount, a rate
+
+Values are V = p x^2 / 2 + e x + c. Parameters are theta = (gain, offset, log_std). All recursions
+are analytic in theta, so derivatives are complex steps: exact to round-off.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+THETA = np.array([-0.6, 0.25, -0.4])
+_STEP = 1e-30
+
+
+@dataclass(frozen=True)
+class LQChain:
+    """The numbers of the problem; no two of them equal, none 0 or 1."""
+
+    drift_slope: float = -0.7
+    push: float = 0.9
+    noise: float = 0.6
+    noise_slope: float = 0.25
+    noise_push: float = -0.45
+    state_cost: float = 0.8
+    action_cost: float = 0.5
+    terminal_cost: float = 1.3
+    discount: float = 0.35
+    temperature: float = 0.2
+    start: float = 0.75
+
+
+def gradient(function: Callable[[np.ndarray], complex], theta: np.ndarray) -> np.ndarray:
+    """d function / d theta, by a complex step in every coordinate."""
+    steps = 1j * _STEP * np.eye(len(theta))
+    return np.array([np.imag(function(theta + step)) / _STEP for step in steps])
+
+
+def chain_value(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    """(p, e, c) of V at every node of the chain, [nodes, 3]: backward recursion."""
+    gain, offset, log_std = theta
+    variance = np.exp(2 * log_std)
+    sigma, slope = p.noise + p.noise_push * offset, p.noise_slope + p.noise_push * gain
+    square, linear, constant = -p.terminal_cost, 0.0, 0.0
+    found = [(square, linear, constant)]
+    for h in np.diff(nodes)[::-1]:
+        keep = np.exp(-p.discount * h)
+        f, b = 1 + h * (p.drift_slope + p.push * gain), h * p.push * offset  # E X' = f x + b
+        spread = h * sigma**2 + variance * (h * p.noise_push**2 + h**2 * p.push**2)
+        cost = p.action_cost * (offset**2 + variance) / 2
+        constant = keep * (square * (b**2 + spread) / 2 + linear * b + constant)
+        constant = constant + h * (p.temperature * _entropy(log_std) - cost)
+        linear = keep * (square * (f * b + h * slope * sigma) + linear * f)
+        linear = linear - h * p.action_cost * gain * offset
+        square = keep * square * (f**2 + h * slope**2)
+        square = square - h * (p.state_cost + p.action_cost * gain**2)
+        found.append((square, linear, constant))
+    return np.array(found[::-1])
+
+
+def performance(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> complex:
+    """V(0, start) of the chain, backward."""
+    square, linear, constant = chain_value(p, theta, nodes)[0]
+    return square * p.start**2 / 2 + linear * p.start + constant
+
+
+def state_moments(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    """(E X, E X^2) at every node of the chain, [nodes, 2]: forward recursion."""
+    gain, offset, log_std = theta
+    variance = np.exp(2 * log_std)
+    sigma, slope = p.noise + p.noise_push * offset, p.noise_slope + p.noise_push * gain
+    mean, square = p.start, p.start**2
+    found = [(mean, square)]
+    for h in np.diff(nodes):
+        f, b = 1 + h * (p.drift_slope + p.push * gain), h * p.push * offset
+        moved = f**2 * square + 2 * f * b * mean + b**2 + variance * (h * p.push) ** 2
+        spread = slope**2 * square + 2 * slope * sigma * mean + sigma**2
+        mean, square = f * mean + b, moved + h * (spread + variance * p.noise_push**2)
+        found.append((mean, square))
+    return np.array(found)
+
+
+def forward_performance(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> complex:
+    """V(0, start) of the chain, from the moments of its states."""
+    gain, offset, log_std = theta
+    moments, total = state_moments(p, theta, nodes), 0.0
+    for (mean, square), t, h in zip(moments, nodes, np.diff(nodes), strict=False):
+        action = gain**2 * square + 2 * gain * offset * mean + offset**2 + np.exp(2 * log_std)
+        paid = p.temperature * _entropy(log_std)
+        paid = paid - (p.state_cost * square + p.action_cost * action) / 2
+        total = total + np.exp(-p.discount * (t - nodes[0])) * h * paid
+    end = np.exp(-p.discount * (nodes[-1] - nodes[0]))
+    return total - end * p.terminal_cost * moments[-1, 1] / 2
+
+
+def value_series(p: LQChain, theta: np.ndarray, terms: int = 30) -> np.ndarray:
+    """(p, e, c) of V(t, x) in continuous time, in powers of the time that is left, [terms, 3].
+
+    The backward equations are linear with constant coefficients, so the series converge always.
+    """
+    gain, offset, log_std = theta
+    variance = np.exp(2 * log_std)
+    sigma, slope = p.noise + p.noise_push * offset, p.noise_slope + p.noise_push * gain
+    pull, shift = p.drift_slope + p.push * gain, p.push * offset
+    paid = p.temperature * _entropy(log_std) - p.action_cost * (offset**2 + variance) / 2
+    series = np.zeros((terms, 3), dtype=np.result_type(theta, float))
+    series[0, 0] = -p.terminal_cost
+    for j in range(terms - 1):
+        first = float(j == 0)
+        square, linear, constant = series[j]
+        d_square = (2 * pull + slope**2 - p.discount) * square
+        d_square -= first * (p.state_cost + p.action_cost * gain**2)
+        d_linear = (pull - p.discount) * linear + (shift + slope * sigma) * square
+        d_linear -= first * p.action_cost * gain * offset
+        d_constant = -p.discount * constant + shift * linear
+        d_constant += (sigma**2 + variance * p.noise_push**2) * square / 2 + first * paid
+        series[j + 1] = np.array([d_square, d_linear, d_constant]) / (j + 1)
+    return series
+
+
+def series_at(series: np.ndarray, left: float) -> np.ndarray:
+    """(p, e, c) with this much time left."""
+    return np.polynomial.polynomial.polyval(left, series)
+
+
+def continuous_performance(p: LQChain, theta: np.ndarray, horizon: float) -> complex:
+    """V(0, start) in continuous time."""
+    square, linear, constant = series_at(value_series(p, theta), horizon)
+    return square * p.start**2 / 2 + linear * p.start + constant
+
+
+def q_rate_gradient(
+    p: LQChain, theta: np.ndarray, nodes: np.ndarray, values: np.ndarray
+) -> np.ndarray:
+    """sum h_k e^{-discount t_k} E[ grad log pi (q - temperature log pi) ] along the chain, [3].
+
+    By Stein's identity: E[(a - mu) f(a)] / s^2 = E f'(a), E[((a - mu)^2 / s^2 - 1) f] = s^2 E f''.
+
+    Args:
+        p: the problem.
+        theta: of the policy.
+        nodes: times of the chain.
+        values: (p, e, c) of the value function that q is made of, at every node.
+    """
+    gain, offset, log_std = theta
+    total = np.zeros(3)
+    moments = state_moments(p, theta, nodes)
+    for (mean, square), (curve, tilt, _), t, h in zip(
+        moments, values, nodes, np.diff(nodes), strict=False
+    ):
+        bend = curve * p.noise_push**2 - p.action_cost  # q'' in the action
+        # q' at the mean action is slope x + constant
+        slope = curve * (p.push + p.noise_push * p.noise_slope) + bend * gain
+        constant = p.push * tilt + curve * p.noise_push * p.noise + bend * offset
+        each = (
+            slope * square + constant * mean,
+            slope * mean + constant,
+            np.exp(2 * log_std) * bend + p.temperature,
+        )
+        total += np.exp(-p.discount * (t - nodes[0])) * h * np.array(each)
+    return total
+
+
+def _entropy(log_std: complex) -> complex:
+    return 0.5 * np.log(2 * np.pi * np.e) + log_std
