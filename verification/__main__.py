@@ -39,7 +39,8 @@ class Options:
         claim: the same, as an option.
         full: the slow checks too (nightly: under 20 minutes).
         output: folder for verification.json and report.html.
-        precision: of all tensors; claims that need float64 are left out in float32.
+        precision: of all tensors. In float32 claims that need float64 are left out, and only the
+            right code is run.
         device: cpu or cuda.
         seed: of the sequential tests' random numbers.
         fresh: a new seed instead, which is recorded.
@@ -117,7 +118,7 @@ def main(options: Options) -> int:
     rates = Rates(false_fail=false_fail, most=options.most)
     began = time.perf_counter()
     outcomes = [
-        run(CLAIMS[name], setting, lines.get(name, {}), rates)
+        run(CLAIMS[name], setting, lines.get(name, {}), rates, plant=dtype == torch.float64)
         for name in track(names, "claims", console=console, transient=True)
     ]
     found = record.of(outcomes, setting, rates, time.perf_counter() - began)

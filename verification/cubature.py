@@ -24,6 +24,45 @@ def gaussian_start(
     return start, ctrl.Noise(both.increments[:, 1:], weights=both.weights)
 
 
+def degree_five(
+    grid: ctrl.TimeGrid, mean: float, std: float, *, draws: bool
+) -> tuple[Tensor, ctrl.Noise, Tensor]:
+    """As ``gaussian_start``, with 2 n^2 + 1 paths for n normals: exact for polynomials of degree 5.
+
+    Stroud's rule for n independent normals: the origin with mass 2 / (n + 2), sqrt(n + 2) times
+    plus or minus a unit vector with (4 - n) / (2 (n + 2)^2), and sqrt(n / 2 + 1) times a sum or
+    difference of two of them with (n + 2)^-2. Masses may be negative (``ctrl.Noise`` refuses them,
+    so they go into the ``Paths``), and add up to at most 3 in absolute value.
+
+    Args:
+        grid: of the paths.
+        mean: of the start.
+        std: of the start.
+        draws: whether the policy draws its actions, of one coordinate.
+
+    Returns:
+        Start states [paths, 1], noise, and the masses of the paths.
+    """
+    steps = len(grid.steps)
+    n = 1 + steps * (2 if draws else 1)
+    unit = torch.eye(n).to(grid.nodes)
+    i, j = torch.triu_indices(n, n, 1, device=unit.device)
+    one = (n + 2) ** 0.5 * torch.cat([unit, -unit])
+    pairs = [a * unit[i] + b * unit[j] for a in (1, -1) for b in (1, -1)]
+    two = (n / 2 + 1) ** 0.5 * torch.cat(pairs)
+    points = torch.cat([torch.zeros_like(unit[:1]), one, two])
+    masses = torch.cat(
+        [
+            unit.new_full((1,), 2 / (n + 2)),
+            unit.new_full((2 * n,), (4 - n) / (2 * (n + 2) ** 2)),
+            unit.new_full((len(two),), 1 / (n + 2) ** 2),
+        ]
+    )
+    brownian = points[:, 1 : steps + 1, None] * grid.steps.sqrt()[:, None]
+    drawn = points[:, steps + 1 :, None] if draws else None
+    return mean + std * points[:, :1], ctrl.Noise(brownian, drawn), masses
+
+
 def mean(values: Tensor, paths: ctrl.Paths) -> Tensor:
     """The exact expectation of what has one value per path: a weighted sum over the first axis."""
     assert paths.weights is not None

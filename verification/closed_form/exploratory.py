@@ -72,17 +72,46 @@ def moments(p: Scalar, controlled: bool = True) -> np.ndarray:
 
 
 def chain_moments(p: Scalar, steps: np.ndarray) -> np.ndarray:
-    """E X^k, k = 1 .. 4, of the Euler chain that draws an action at every node (E = G = 0).
-
-    By the step's own polynomial: given the action's normal w, X' = u + sigma sqrt(h) z.
-    """
+    """E X^k, k = 1 .. 4, of the Euler chain that draws an action at every node (E = G = 0)."""
     found = p.start ** np.arange(ORDER + 1)
-    for h in steps[:1]:
+    for h in steps:
         found = _step(p, float(h)) @ found
     return found[1:]
+
+
+def _step(p: Scalar, h: float) -> np.ndarray:
+    """Row k: E[X'^k | x] as a polynomial in x, where X' = u(w) + sigma(w) sqrt(h) z."""
+    points = np.linspace(-1.0, 1.0, ORDER + 1)
+    rows = []
+    for x in points:
+        mean = p.m * x + p.n
+        u = np.polynomial.Polynomial([x + h * (p.A * x + p.B * mean), h * p.B * p.s])
+        sigma = np.polynomial.Polynomial([p.C * x + p.D * mean, p.D * p.s])
+        each = [1 + 0 * u, u, u**2 + h * sigma**2, u**3 + 3 * h * u * sigma**2]
+        each.append(u**4 + 6 * h * u**2 * sigma**2 + 3 * h**2 * sigma**4)
+        rows.append([one.coef @ NORMAL[: len(one.coef)] for one in each])
+    powers = points[:, None] ** np.arange(ORDER + 1)
+    return np.linalg.solve(powers, np.array(rows)).T
 
 
 def excess_variance_rate(p: Scalar) -> float:
     """lim (Var of the drawing chain - Var of the mean's chain) / h: B^2 s^2 int e^{2 k u} du."""
     k = p.A + p.B * p.m
     return p.B**2 * p.s**2 * np.expm1(2 * k * p.horizon) / (2 * k)
+
+
+@dataclass(frozen=True)
+class Plane:
+    """The numbers of the problem in the plane."""
+
+    F: tuple[tuple[float, float], ...] = ((0.3, -0.2), (0.5, 0.7))
+    J: tuple[tuple[float, float], ...] = ((0.9, 0.4), (-0.3, 0.6))
+    L: tuple[tuple[float, float], ...] = ((0.5, 0.0), (-0.2, 0.3))
+
+
+def plane_averages(p: Plane, x: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Averaged drift [points, 2] and covariance [points, 2, 2]."""
+    F, J, spread = np.array(p.F), np.array(p.J), np.array(p.L) @ np.array(p.L).T
+    drift = np.stack([mean[:, 0] * mean[:, 1] + spread[0, 1], x[:, 0] + mean[:, 1]], axis=1)
+    centre = x @ F.T + mean @ J.T
+    return drift, centre[:, :, None] * centre[:, None, :] + J @ spread @ J.T

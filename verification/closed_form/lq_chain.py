@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-THETA = np.array([-0.6, 0.25, -0.4])
+THETA = np.array([0.4, 0.25, -0.4])
 _STEP = 1e-30
 
 

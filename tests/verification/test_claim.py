@@ -1,0 +1,271 @@
+"""What a claim demands of its author, and what its run says, shown on claims made here."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import verification.claims  # noqa: F401  # registers them
+from verification import claim as claims
+from verification.claim import (
+    CLAIMS,
+    Claim,
+    Setting,
+    bound,
+    claim,
+    expectation,
+    pathwise,
+    proof,
+    sampled,
+    wrong,
+)
+from verification.running import Rates, measure, run
+from verification.statistics import Verdict
+from verification.tolerances import Tolerance, derive, load, room
+
+SETTING = Setting()
+
+
+def half_square(x):
+    """The production code of this file."""
+    return 0.5 * x * x
+
+
+def draws(generator, shift):
+    while True:
+        yield shift + torch.randn(4096, dtype=torch.float64, generator=generator)
+
+
+HERE = f"{__name__}.half_square"
+
+
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch):
+    monkeypatch.setattr(claims, "CLAIMS", dict(CLAIMS))
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _this())
+
+
+def _this():
+    import types
+
+    module = types.ModuleType(__name__)
+    module.half_square = half_square
+    return module
+
+
+WRONGS = [
+    wrong("no 1/2", HERE, "0.5 * x", "x"),
+    wrong("off by 1 %", HERE, "0.5 *", "0.505 *"),
+    wrong("sign", HERE, "return 0.5", "return -0.5"),
+]
+
+
+def made(body, wrongs=WRONGS, **more) -> Claim:
+    claim(statement="s", source="s", wrongs=wrongs, **more)(body)
+    return claims.CLAIMS[body.__name__.replace("_", "-")]
+
+
+def body_of_squares(setting):
+    x = setting.tensor([0.3, 1.7])
+    yield pathwise("squares", half_square(x), np.array([0.3, 1.7]) ** 2 / 2)
+
+
+def test_right_code_passes_and_every_mistake_is_rejected():
+    one = made(body_of_squares)
+    table, complaints = measure(one, SETTING)
+    assert not complaints
+    line = table["squares"]
+    assert line.effect == pytest.approx(0.01, rel=1e-6)
+    assert line.variant == "off by 1 %"
+    assert line.right * 1e3 <= line.tolerance <= line.effect / 1e3
+    found = run(one, SETTING, table)
+    assert found.holds
+    assert found.verdict is Verdict.PASS
+    assert [w.rejected for w in found.wrongs] == [True] * 3
+
+
+def test_a_mistake_that_nothing_sees_is_a_complaint_and_is_accepted():
+    def blind_to_sign(setting):
+        x = setting.tensor([0.3])
+        yield expectation("size", half_square(x).abs(), [0.045])
+
+    one = made(blind_to_sign)
+    table, complaints = measure(one, SETTING)
+    assert len(complaints) == 1
+    assert "'sign' is seen by no check" in complaints[0]
+    found = run(one, SETTING, table)
+    assert not found.holds
+    assert found.verdict is Verdict.PASS
+    assert [w.rejected for w in found.wrongs] == [True, True, False]
+
+
+def test_a_check_that_cannot_fail_is_a_complaint_and_gets_no_tolerance():
+    def vacuous(setting):
+        yield from body_of_squares(setting)
+        yield bound("at least 0", [-1.0], [half_square(3.0) ** 2])
+
+    table, complaints = measure(made(vacuous), SETTING)
+    assert list(table) == ["squares"]
+    assert "'at least 0' cannot fail" in complaints[0]
+    found = run(made(vacuous), SETTING, table)
+    assert found.verdict is Verdict.FAIL
+    assert "no tolerance" in found.checks[1].note
+
+
+def test_wrong_code_fails_with_its_deviation():
+    def off(setting):
+        x = setting.tensor([0.3])
+        yield pathwise("squares", half_square(x) * (1 + 1e-3), [0.045])
+
+    table, _ = measure(made(body_of_squares), SETTING)
+    found = run(made(off), SETTING, table)
+    assert found.verdict is Verdict.FAIL
+    assert found.checks[0].deviation == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_fails_at_once(value):
+    def broken(setting):
+        yield pathwise("squares", [value], [0.045])
+
+    lines = {"squares": Tolerance("pathwise", 1e-16, 1e-2, "v", 1e9)}
+    assert run(made(broken), SETTING, lines, plant=False).verdict is Verdict.FAIL
+    assert measure(made(broken), SETTING)[1]
+
+
+def test_a_body_that_raises_fails_and_the_error_is_told():
+    def raises(setting):
+        yield pathwise("squares", [1.0, 2.0], [1.0])
+
+    found = run(made(raises), SETTING, {}, plant=False)
+    assert found.verdict is Verdict.FAIL
+    assert "compares shapes [2] and [1]" in found.error
+
+
+def test_a_claim_without_checks_proves_nothing():
+    def empty(setting):
+        yield from ()
+
+    found = run(made(empty), SETTING, {}, plant=False)
+    assert found.verdict is Verdict.FAIL
+    assert "no checks" in found.error
+
+
+def test_a_mistake_that_the_code_refuses_counts_only_if_that_is_said():
+    def strict(setting):
+        y = half_square(3.0)
+        if y < 0:
+            raise ValueError("negative")
+        yield pathwise("square", [y], [4.5])
+
+    table, complaints = measure(made(strict), SETTING)
+    assert "breaks the code" in complaints[0]
+    assert not run(made(strict), SETTING, table).holds
+    said = [*WRONGS[:2], wrong("sign", HERE, "return 0.5", "return -0.5", raises=ValueError)]
+    table, complaints = measure(made(strict, said), SETTING)
+    assert not complaints
+    found = run(made(strict, said), SETTING, table)
+    assert found.holds
+    assert "refused with ValueError: negative" in found.wrongs[2].note
+    # and one that is said to be refused, but is not, is a complaint
+    said[0] = wrong("no 1/2", HERE, "0.5 * x", "x", raises=ValueError)
+    assert "is not refused" in measure(made(strict, said), SETTING)[1][0]
+
+
+def means(setting):
+    shift = half_square(0.6)
+    stream = draws(setting.generator("means"), shift)
+    yield sampled("mean", stream, 0.18, variance=1.0)
+
+
+def test_a_sampled_check_decides_and_rejects():
+    wrongs = [
+        wrong("no 1/2", HERE, "0.5 * x", "x"),
+        wrong("twice", HERE, "0.5 *", "1.1 *"),
+        wrong("sign", HERE, "return 0.5", "return -0.5"),
+    ]
+    one = made(means, wrongs)
+    table, complaints = measure(one, SETTING)
+    assert not complaints
+    assert table["mean"].tolerance == pytest.approx(table["mean"].effect / 2, rel=0.05)
+    found = run(one, SETTING, table)
+    assert found.holds
+    assert found.checks[0].n > 1000
+    assert found.checks[0].log_evidence is not None
+
+
+def test_too_few_samples_are_inconclusive_and_a_failure_with_the_number_that_would_do():
+    lines = {"mean": Tolerance("sampled", 0.01, 0.18, "v", 0.09)}
+    found = run(made(means), SETTING, lines, Rates(most=50), plant=False)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert not found.holds
+    assert found.checks[0].needed > 1000
+
+
+def test_the_same_variants_get_the_same_random_numbers():
+    one, two = Setting(seed=3).generator("a"), Setting(seed=3).generator("a")
+    assert torch.equal(torch.randn(3, generator=one), torch.randn(3, generator=two))
+    other = torch.randn(3, generator=Setting(seed=4).generator("a"))
+    assert not torch.equal(torch.randn(3, generator=one), other)
+
+
+def test_fewer_than_three_mistakes_do_not_load():
+    with pytest.raises(ValueError, match="at least 3"):
+        made(body_of_squares, WRONGS[:2])
+    with pytest.raises(ValueError, match="two wrong variants of one name"):
+        made(body_of_squares, [*WRONGS, WRONGS[0]])
+    with pytest.raises(ValueError, match="statement and a source"):
+        claim(statement=" ", source="s", wrongs=WRONGS)(body_of_squares)
+
+
+def test_a_scale_of_zero_is_refused():
+    with pytest.raises(ValueError, match="away from 0"):
+        pathwise("zero", [0.0], [0.0])
+
+
+def test_deviations():
+    assert pathwise("n", [1.0, 2.2], [1.0, 2.0]).deviation == pytest.approx(0.1)
+    assert pathwise("n", [1.5], [1.0], scale=5.0).deviation == pytest.approx(0.1)
+    assert bound("n", [1.0, 2.0], [1.0, 4.0]).deviation == 0
+    assert bound("n", [1.0, 6.0], [1.0, 4.0]).deviation == pytest.approx(0.5)
+    assert math.isnan(bound("n", [math.nan], [1.0]).deviation)
+    assert math.isnan(pathwise("n", [1.0], [math.nan]).deviation)
+    assert proof("n", 0.0).deviation == 0
+
+
+def test_tolerances_lie_between_right_and_wrong_with_room():
+    right = {"a": ("pathwise", 0.0), "b": ("limit", 1e-3), "c": ("sampled", 1e-3)}
+    wrong = {
+        "small": {"a": 1e-8, "b": 0.02, "c": 0.004},
+        "large": {"a": 1.0, "b": 0.5, "c": 0.1},
+    }
+    table, complaints = derive(right, wrong, torch.float64)
+    assert not complaints
+    assert table["a"].tolerance == pytest.approx(math.sqrt(2.2e-16 * 1e-8), rel=0.05)
+    assert table["a"].variant == "small"  # 1e-8 is 1e7 units of round-off, so it is to be seen
+    assert table["b"].variant == "large"  # 0.02 is but 20 times the error of approximation
+    assert table["b"].tolerance == pytest.approx(math.sqrt(1e-3 * 0.5), rel=0.05)
+    assert table["c"].tolerance == 0.05
+    assert derive({"a": ("pathwise", 1e-3)}, wrong, torch.float64)[1]
+
+
+def test_the_table_keeps_the_rule_and_belongs_to_the_claims_that_there_are():
+    for precision, table in load().items():
+        assert set(table) <= set(CLAIMS), "the table has lines of claims that are gone"
+        for name, checks in table.items():
+            for check, line in checks.items():
+                where = f"{precision} {name}: {check}"
+                free = room(line.route, getattr(torch, precision))
+                assert line.variant in {w.name for w in CLAIMS[name].wrongs}, where
+                unit = torch.finfo(getattr(torch, precision)).eps
+                least = max(line.right, unit)
+                # two digits are kept of each
+                assert line.tolerance <= 1.1 * line.effect / (2 if free == 3 else free), where
+                assert line.tolerance >= 0.9 * free * least, where
