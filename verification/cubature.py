@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import ctrl
+from verification.closed_form.vp_gaussian import Transition
 
 
 def gaussian_start(
@@ -74,3 +75,38 @@ def point_start(noise: ctrl.Noise, state: list[float]) -> Tensor:
     assert noise.increments is not None
     one = noise.increments.new_tensor(state)
     return one.expand(len(noise.increments), -1).contiguous()
+
+
+def affine_end(
+    problem: ctrl.ControlProblem,
+    policy: ctrl.Policy,
+    grid: ctrl.TimeGrid,
+    like: Tensor,
+    solver: ctrl.Solver | None = None,
+) -> Transition:
+    """What a linear scheme does from the first node to the last: X_end = F x + f + N(0, C).
+
+    Read off ``ctrl.simulate_end``: a path from 0, one from every basis state, and one for every
+    normal variable of a path, those of drawn actions included. Exact only if the scheme is linear.
+
+    Args:
+        problem: whose sde is simulated, with one Brownian motion for each coordinate.
+        policy: linear in the state.
+        grid: the nodes.
+        like: a state, [dim].
+        solver: of the scheme.
+    """
+    dim, steps = len(like), len(grid.steps)
+    noises = steps * dim
+    start = like.new_zeros(1 + dim + noises * (1 + policy.is_random), dim)
+    start[1 : 1 + dim] = torch.eye(dim).to(like)
+    normals = like.new_zeros(len(start), noises)
+    normals[1 + dim : 1 + dim + noises] = torch.eye(noises).to(like)
+    increments = normals.view(-1, steps, dim) * grid.steps.sqrt().to(like)[:, None]
+    drawn = normals.roll(noises, 0).view(-1, steps, dim) if policy.is_random else None
+    end = ctrl.simulate_end(
+        problem, policy, start, grid, solver, noise=ctrl.Noise(increments, drawn)
+    )
+    moved = (end[1:] - end[:1]).double().cpu().numpy()
+    F, spread = moved[:dim].T, moved[dim:].T
+    return Transition(F, end[0].double().cpu().numpy(), spread @ spread.T)

@@ -1,0 +1,178 @@
+"""Time reversal: generation with the exact score is the noising process, seen backwards.
+
+For dY = k Y ds + g dB with Y_0 ~ data and t = horizon - s, the SDE
+    dX = (-k X + g^2 grad log p_s(X)) dt + g dW,   X_0 ~ p_horizon,
+has the law of Y backwards: not only its marginals, also its transitions. The scheme's own answer
+on a coarse grid is compared with the same recursion in numpy, which sees mistakes that vanish as
+steps shrink; the limit with the closed form, which sees the others.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ctrl
+from diffusion_envs import gaussian, linear_policy
+from diffusion_envs.gaussian import Gaussian
+from diffusion_envs.schedule import VE, Schedule, VPLinear
+from verification.claim import Check, Setting, Wrong, claim, expectation, limit, wrong
+from verification.closed_form.samplers import Nodes, euler_steps, extrapolated, whole
+from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, Normal, Transition, VPGaussian
+from verification.cubature import affine_end
+from verification.planting import Edit
+
+MODEL = VPGaussian(MEAN, COVARIANCE, 0.4, 2.6, 1.1)  # alpha_T = .44: the start is far from N(0, I)
+DATA = Normal(MEAN, COVARIANCE)
+UNEVEN = (0.0, 0.13, 0.4, 0.55, 0.9)  # RL time
+LOW, HIGH = 0.3, 2.2  # of the variance-exploding schedule
+
+
+def model(setting: Setting) -> Gaussian:
+    """The data, for production code."""
+    return Gaussian(setting.tensor(MEAN), setting.tensor(COVARIANCE))
+
+
+def start(data: Gaussian, schedule: Schedule, s: Tensor) -> Gaussian:
+    """Law of the first state: the data's, noised to s."""
+    return gaussian.marginal(data, schedule, s)
+
+
+def generated(setting: Setting, schedule: Schedule, nodes: Tensor) -> tuple[Transition, Normal]:
+    """Transition and law at the last node of production's Euler chain with the exact score."""
+    data = model(setting)
+    zero = torch.zeros_like(data.mean)
+    score = linear_policy.linear_score(data, schedule, torch.zeros_like(data.covariance), zero)
+    reward = gaussian.Quadratic(0 * data.covariance, zero, zero.sum())
+    problem = linear_policy.problem(data, schedule, reward)
+    step = affine_end(problem, ctrl.DeterministicPolicy(score), ctrl.TimeGrid(nodes), zero)
+    law = start(data, schedule, setting.tensor(schedule.horizon))
+    numbers = (v.double().cpu().numpy() for v in (law.mean, law.covariance))
+    return step, step.of(Normal(*numbers))
+
+
+def exploding_nodes() -> Nodes:
+    """The variance-exploding schedule where the uneven grid needs it, by its formulas."""
+    s = 1.0 - np.array(UNEVEN)
+    ratio = (HIGH / LOW) ** (2 * s)
+    rate = 2 * np.log(HIGH / LOW)
+    return Nodes(s, 1 + 0 * s, LOW * np.sqrt(ratio - 1), 0 * s, LOW**2 * rate * ratio)
+
+
+_DRIFT = "diffusion_envs.denoising.generation_sde"
+
+
+@claim(
+    statement="""
+        The time reversal of dY = k Y ds + g dB is dX = (-k X + g^2 grad log p) dt + g dW from the
+        noised law p_T: its marginals and its transitions are those of Y backwards. Started from
+        N(0, I) at a finite horizon it is not.
+        """,
+    source="Anderson 1982; Song et al. 2021, arXiv 2011.13456, equation 6",
+    wrongs=[
+        wrong("g for g^2", _DRIFT, "schedule.g2(s) * score", "schedule.g2(s).sqrt() * score"),
+        wrong("half g^2 with full noise", _DRIFT, "0.5 * (1 + eta**2)", "0.5"),
+        wrong("drift of the noising process not reversed", _DRIFT, "score - sch", "score + sch"),
+        wrong("noise dropped", _DRIFT, "return eta * schedule", "return 0 * schedule"),
+        wrong("g^2 for g in the noise", _DRIFT, "(schedule, t, x)).sqrt()", "(schedule, t, x))"),
+        wrong("sign of the score", "diffusion_envs.gaussian.score_coefficients", "-1 /", "1 /"),
+        wrong("score off by 1 %", "diffusion_envs.gaussian.score_coefficients", "-1 /", "-1.01 /"),
+        wrong(
+            "sigma for sigma^2",
+            "diffusion_envs.gaussian._noised_spectrum",
+            "+ sigma.square()",
+            "+ sigma",
+        ),
+        wrong(
+            "alpha for alpha-bar",
+            "diffusion_envs.gaussian._noised_spectrum",
+            "alpha.square()",
+            "alpha",
+        ),
+        wrong(
+            "alpha-bar for alpha",
+            "diffusion_envs.schedule._VariancePreserving.alpha",
+            "-0.5 *",
+            "-1.0 *",
+        ),
+        wrong(
+            "variance-exploding drift in a variance-preserving process",
+            "diffusion_envs.schedule._VariancePreserving.drift_coefficient",
+            "-0.5 * self.g2(s)",
+            "0.0 * self.g2(s)",
+        ),
+        wrong(
+            "variance-preserving drift in a variance-exploding process",
+            "diffusion_envs.schedule.VE.drift_coefficient",
+            "torch.zeros_like(s)",
+            "-0.5 * self.g2(s)",
+        ),
+        wrong(
+            "noise variance of another variance-exploding process",
+            "diffusion_envs.schedule.VE.sigma",
+            ".expm1()",
+            ".exp()",
+        ),
+        Wrong(
+            "time index not reversed",
+            (
+                Edit("diffusion_envs.denoising._noising_time", "schedule.horizon -", ""),
+                Edit("diffusion_envs.linear_policy.linear_score", "schedule.horizon -", ""),
+            ),
+        ),
+        wrong(
+            "time index of the score not reversed",
+            "diffusion_envs.linear_policy.linear_score",
+            "schedule.horizon -",
+            "",
+        ),
+        Wrong(
+            "reverse time shifted by one step",
+            (
+                Edit("ctrl.simulate._left_ends", "grid.nodes[:-1]", "grid.nodes[1:]"),
+                Edit("ctrl.solvers.EulerMaruyama.step_into", "t = t0", "t = t1"),
+            ),
+        ),
+        wrong(
+            "stationary start",
+            "verification.claims.time_reversal.start",
+            "gaussian.marginal(data, schedule, s)",
+            "Gaussian(0 * data.mean, torch.eye(2).to(data.mean))",
+        ),
+    ],
+)
+def time_reversal(setting: Setting) -> Iterator[Check]:
+    """Euler chains against the same recursion in numpy; their limit against the closed form."""
+    schedule = VPLinear(MODEL.beta_start, MODEL.beta_end, MODEL.horizon)
+    nodes = torch.tensor(UNEVEN, dtype=torch.float64)
+    step, law = generated(setting, schedule, nodes)
+    want = whole(euler_steps(DATA, Nodes.of(MODEL, MODEL.horizon - np.array(UNEVEN))))
+    noised = MODEL.noised(MODEL.horizon)
+    yield expectation("four uneven steps: mean", law.mean, want.of(noised).mean)
+    yield expectation("four uneven steps: covariance", law.covariance, want.of(noised).covariance)
+    yield expectation("four uneven steps: slope of the transition", step.F, want.F)
+
+    exploding = exploding_nodes()
+    step, law = generated(setting, VE(LOW, HIGH), nodes)
+    want = whole(euler_steps(DATA, exploding)).of(
+        Normal(MEAN, COVARIANCE + LOW**2 * ((HIGH / LOW) ** 2 - 1) * np.eye(2))
+    )
+    yield expectation("variance exploding, four uneven steps: mean", law.mean, want.mean)
+    yield expectation(
+        "variance exploding, four uneven steps: covariance", law.covariance, want.covariance
+    )
+
+    ends = [
+        generated(setting, schedule, torch.linspace(0, MODEL.horizon, n + 1, dtype=torch.float64))
+        for n in (20, 40, 80, 160)
+    ]
+    exact = MODEL.transition(MODEL.horizon, 0.0)
+    mean = extrapolated([law.mean for _, law in ends])
+    yield limit("many steps: mean of the data", mean, MEAN)
+    covariance = extrapolated([law.covariance for _, law in ends])
+    yield limit("many steps: covariance of the data", covariance, COVARIANCE)
+    slope = extrapolated([step.F for step, _ in ends])
+    yield limit("many steps: slope of the posterior", slope, exact.F)
+    spread = extrapolated([step.C for step, _ in ends])
+    yield limit("many steps: covariance of the posterior", spread, exact.C)

@@ -1,0 +1,96 @@
+"""Samplers of Gaussian data, step by step: what a chain does, and what is left as steps shrink.
+
+A noising schedule is given by its numbers at the nodes, s_0 > s_1 > ... (noise to data):
+    alpha, sigma      Y_s = alpha Y_0 + sigma eps
+    k, g2             dY = k Y ds + sqrt(g2) dB
+Data N(mean, covariance); score of Y_s:  -(alpha^2 covariance + sigma^2)^{-1} (x - alpha mean)
+
+    Euler-Maruyama    X' = X + h (-k X + (1 + eta^2) / 2 g2 score) + eta sqrt(g2 h) z
+    DDIM              X' = alpha' x0 + sqrt(sigma'^2 - c^2) eps + c z, x0 and eps predicted from X,
+                      c = eta (sigma' / sigma) sqrt(1 - (alpha / alpha')^2)
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
+
+import numpy as np
+
+from verification.closed_form.vp_gaussian import Normal, Transition, VPGaussian
+
+EULER_GAMMA = 0.5772156649015329
+
+
+@dataclass(frozen=True, eq=False)
+class Nodes:
+    """A schedule's numbers at the nodes of a sampler, largest noising time first, all [nodes]."""
+
+    s: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    k: np.ndarray
+    g2: np.ndarray
+
+    @classmethod
+    def of(cls, model: VPGaussian, s: Iterable[float]) -> "Nodes":
+        """Those of a variance-preserving model."""
+        times = np.array(list(s), dtype=np.float64)
+        beta = np.array([model.beta(u) for u in times])
+        alpha = np.array([model.alpha(u) for u in times])
+        sigma = np.array([model.sigma(u) for u in times])
+        return cls(times, alpha, sigma, -0.5 * beta, beta)
+
+
+def uniform(model: VPGaussian, steps: int) -> Nodes:
+    """So many equal steps from the horizon to the data."""
+    return Nodes.of(model, np.linspace(model.horizon, 0.0, steps + 1))
+
+
+def euler_steps(
+    data: Normal, nodes: Nodes, eta: float = 1.0, shift: np.ndarray | float = 0.0
+) -> Iterator[Transition]:
+    """Each step of Euler-Maruyama under score + shift."""
+    unit = np.eye(len(data.mean))
+    for j, h in enumerate(-np.diff(nodes.s)):
+        alpha, sigma, k, g2 = (v[j] for v in (nodes.alpha, nodes.sigma, nodes.k, nodes.g2))
+        precision = np.linalg.inv(alpha**2 * data.covariance + sigma**2 * unit)
+        push = 0.5 * (1 + eta**2) * g2 * h
+        yield Transition(
+            (1 - k * h) * unit - push * precision,
+            push * (alpha * precision @ data.mean + shift),
+            eta**2 * g2 * h * unit,
+        )
+
+
+def ddim_steps(
+    data: Normal, nodes: Nodes, eta: float, shift: np.ndarray | float = 0.0
+) -> Iterator[Transition]:
+    """Each step of DDIM under score + shift, by way of the predictions x0 and eps."""
+    unit = np.eye(len(data.mean))
+    for j in range(len(nodes.s) - 1):
+        a, after = nodes.alpha[j], nodes.alpha[j + 1]
+        noise, noise_after = nodes.sigma[j], nodes.sigma[j + 1]
+        precision = np.linalg.inv(a**2 * data.covariance + noise**2 * unit)
+        # eps = -sigma score, as an affine function of x; then x0 = (x - sigma eps) / alpha
+        eps = noise * precision, -noise * (a * precision @ data.mean + shift)
+        x0 = (unit - noise * eps[0]) / a, -noise * eps[1] / a
+        c = eta * noise_after / noise * np.sqrt(1 - (a / after) ** 2)
+        direct = np.sqrt(max(noise_after**2 - c**2, 0.0))
+        yield Transition(
+            after * x0[0] + direct * eps[0], after * x0[1] + direct * eps[1], c**2 * unit
+        )
+
+
+def whole(steps: Iterable[Transition]) -> Transition:
+    """All steps in a row."""
+    return reduce(Transition.then, steps)
+
+
+def extrapolated(values: list[np.ndarray]) -> np.ndarray:
+    """The limit of errors a/N + b/N^2 + ..., from values at N, 2N, 4N, ... (Richardson)."""
+    table = [np.asarray(value, dtype=np.float64) for value in values]
+    for order in range(1, len(values)):
+        factor = 2.0**order
+        table = [(factor * fine - coarse) / (factor - 1) for coarse, fine in pairwise(table)]
+    return table[0]
