@@ -1,0 +1,275 @@
+"""The martingale characterisation of values (Jia & Zhou 2022a), on chains with a known value.
+
+The Euler chain of an exploratory linear-quadratic problem has an exact value, by backward
+recursion. Along its paths the conditions of Propositions 1 and 2 hold exactly, at any step size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.polynomial import Polynomial
+from torch import Tensor
+
+import ctrl
+from ctrl import martingale as mg
+from verification.claim import Check, Setting, claim, expectation, pathwise, wrong
+from verification.closed_form import exploratory_chain as exact
+from verification.cubature import degree_five, mean
+from verification.problems import HORIZON, NODES, grid
+
+C, POLICY = exact.ExploratoryChain(), exact.Feedback()
+ERROR = Polynomial([0.3, -0.2, 0.15])  # of a value that is wrong
+NAMES = ("1", "x", "x^2", "x eps", "eps^2 - 1")
+
+
+def problem() -> ctrl.ControlProblem:
+    """The exploratory linear-quadratic problem."""
+    sde = ctrl.ControlledSDE(lambda t, x, a: C.drift * x + C.control * a, lambda t, x: C.noise)
+    return ctrl.ControlProblem(
+        sde,
+        HORIZON,
+        lambda t, x, a: -0.5 * (C.state_cost * x[:, 0] ** 2 + C.action_cost * a[:, 0] ** 2),
+        lambda x: C.terminal_slope * x[:, 0] - 0.5 * C.terminal_cost * x[:, 0] ** 2,
+        C.discount,
+        C.temperature,
+    )
+
+
+def gaussian(policy: exact.Feedback) -> ctrl.GaussianPolicy:
+    """The policy as a user would write it."""
+    return ctrl.GaussianPolicy(lambda t, x: policy.gain * x + policy.offset, policy.std)
+
+
+def sampled(setting: Setting, policy: exact.Feedback = POLICY) -> ctrl.Paths:
+    """Paths whose weighted means are expectations, of polynomials up to degree 5."""
+    start, noise, weights = degree_five(grid(setting), C.mean, C.spread, draws=True)
+    paths = ctrl.simulate(problem(), gaussian(policy), start, grid(setting), noise=noise)
+    return replace(paths, weights=weights)
+
+
+def exact_value(setting: Setting) -> ctrl.value.Value:
+    """V at the nodes before the end; what J(T, .) is should not matter."""
+    along = exact.values(C, POLICY, np.array(NODES))
+    table = setting.tensor(np.array([v.coef for v in along]))
+    table[-1] += 0.2
+    nodes = setting.tensor(NODES)
+
+    def value(t: Tensor, x: Tensor) -> Tensor:
+        constant, slope, curvature = table[(nodes - t).abs().argmin()]
+        return constant + slope * x[:, 0] + curvature * x[:, 0] ** 2
+
+    return value
+
+
+def basis(paths: ctrl.Paths) -> Tensor:
+    """1, x, x^2, x eps, eps^2 - 1, eps the noise of the action before: the past alone."""
+    x, a = paths.states[:, :-1, 0], paths.actions[..., 0]
+    eps = (a - POLICY.gain * x - POLICY.offset) / POLICY.std
+    first = torch.zeros_like(x[:, :1])
+    before = torch.cat([first, eps[:, :-1]], dim=1)
+    spread = torch.cat([first, eps[:, :-1] ** 2 - 1], dim=1)
+    return torch.stack([torch.ones_like(x), x, x**2, x * before, spread], dim=2)
+
+
+def discounts(paths: ctrl.Paths) -> Tensor:
+    """e^{-discount t} at the left end of every step."""
+    return torch.exp(-C.discount * paths.grid.nodes[:-1])
+
+
+def earned(paths: ctrl.Paths) -> Tensor:
+    """Discounted reward, entropy and terminal reward of every path, written out."""
+    x, a, last = paths.states[:, :-1, 0], paths.actions[..., 0], paths.states[:, -1, 0]
+    eps = (a - POLICY.gain * x - POLICY.offset) / POLICY.std
+    log_prob = -0.5 * eps**2 - np.log(POLICY.std * np.sqrt(2 * np.pi))
+    rate = -0.5 * (C.state_cost * x**2 + C.action_cost * a**2) - C.temperature * log_prob
+    terminal = C.terminal_slope * last - 0.5 * C.terminal_cost * last**2
+    running = (discounts(paths) * rate * paths.grid.nodes.diff()).sum(1)
+    return running + np.exp(-C.discount * HORIZON) * terminal
+
+
+def refused(function: mg.TestFunctions, value: ctrl.value.Value, paths: ctrl.Paths) -> float:
+    """1 if the library refuses this test function, else 0."""
+    try:
+        mg.orthogonality(function, value, problem(), paths, gaussian(POLICY))
+    except ValueError:
+        return 1.0
+    return 0.0
+
+
+@claim(
+    statement="""
+        J is the value of the policy if and only if E int e^{-discount t} xi dM = 0 for all adapted
+        xi, dM = e^{-discount h} J(t + h, X') - J(t, X) + (r - temperature log pi) h, with J(T, .)
+        the terminal reward. Of 1, x, x^2, x eps, eps^2 - 1 (eps: the noise of the action before)
+        the last sees only what changes J's curvature in x: neither an offset nor any mistake about
+        the entropy; the others see all. A zero is no scale: a discount of the test functions that
+        is missing is seen by none, so the moments of a wrong J are checked for their size too. It
+        is false that any xi will do: X(t + h) gives -0.028 for the true value here, 24 % of it, and
+        the step's own action gives what the policy gradient is made of.
+        """,
+    source="Jia & Zhou 2022a, JMLR 23, Propositions 1 and 2",
+    wrongs=[
+        wrong(
+            "curvature of V + 1 %",
+            "verification.claims.martingale.exact_value",
+            "+ curvature * ",
+            "+ 1.01 * curvature * ",
+        ),
+        wrong(
+            "V off by 0.01",
+            "verification.claims.martingale.exact_value",
+            "return constant +",
+            "return 0.01 + constant +",
+        ),
+        wrong(
+            "discount missing",
+            "ctrl.value.martingale_increments",
+            "-problem.discount * h",
+            "-0.0 * h",
+        ),
+        wrong(
+            "discount doubled",
+            "ctrl.value.martingale_increments",
+            "-problem.discount * h",
+            "-2 * problem.discount * h",
+        ),
+        wrong(
+            "1 - discount h for exp(-discount h)",
+            "ctrl.value.martingale_increments",
+            "torch.exp(-problem.discount * h)",
+            "1 - problem.discount * h",
+        ),
+        wrong(
+            "reward discounted over its own step",
+            "ctrl.value.martingale_increments",
+            "+ rewards -",
+            "+ keep * rewards -",
+        ),
+        wrong(
+            "entropy's sign",
+            "ctrl.paths.regularised_rewards",
+            "rewards - problem.temperature",
+            "rewards + problem.temperature",
+        ),
+        wrong(
+            "entropy missing",
+            "ctrl.paths.regularised_rewards",
+            "rewards - problem.temperature",
+            "rewards - 0 * problem.temperature",
+        ),
+        wrong(
+            "entropy's dt missing",
+            "ctrl.paths.regularised_rewards",
+            "* log_prob * paths.grid.steps.to(rewards)",
+            "* log_prob",
+        ),
+        wrong(
+            "reward of the next step",
+            "ctrl.paths.running_rewards",
+            "over_steps(rate, paths, kept_actions(paths))",
+            "over_steps(rate, paths, kept_actions(paths)).roll(-1, 1)",
+        ),
+        wrong(
+            "sqrt(dt) for dt in the reward",
+            "ctrl.paths.running_rewards",
+            "kept_actions(paths))) * steps",
+            "kept_actions(paths))) * steps.sqrt()",
+        ),
+        wrong(
+            "uneven grid taken for an even one, in the reward",
+            "ctrl.paths.running_rewards",
+            "steps = paths.grid.steps.to(paths.states)",
+            "steps = paths.grid.steps.to(paths.states).mean().expand(paths.states.shape[1] - 1)",
+        ),
+        wrong(
+            "uneven grid taken for an even one, in the discount",
+            "ctrl.value.martingale_increments",
+            "h = paths.grid.steps.to(along)",
+            "h = paths.grid.steps.to(along).mean().expand(along.shape[1] - 1)",
+        ),
+        wrong(
+            "V not pinned to the terminal reward",
+            "ctrl.value.values",
+            "if not ends_at_horizon(problem, paths.grid)",
+            "if True",
+        ),
+        wrong(
+            "terminal reward of the state before the end",
+            "ctrl.value.values",
+            "paths.states[:, -1])",
+            "paths.states[:, -2])",
+        ),
+        wrong(
+            "discount of test functions missing",
+            "ctrl.martingale.moments",
+            "discount_factors(problem, paths) * increments",
+            "increments",
+        ),
+        wrong(
+            "discount of test functions one step late",
+            "ctrl.value.discount_factors",
+            "nodes = paths.grid.nodes[:-1]",
+            "nodes = paths.grid.nodes[1:]",
+        ),
+        wrong(
+            "test functions at the right end of a step",
+            "ctrl.martingale.features_along",
+            "[:, :-1]",
+            "[:, 1:]",
+            raises=ValueError,
+        ),
+        wrong(
+            "test functions see their own step's action",
+            "verification.claims.martingale.basis",
+            "before = torch.cat([first, eps[:, :-1]], dim=1)",
+            "before = eps",
+            raises=ValueError,
+        ),
+        wrong(
+            "whether test functions look ahead is not asked",
+            "ctrl.martingale.require_adapted",
+            "if bool(moved.any())",
+            "if False",
+        ),
+        wrong(
+            "the action of the step counts as its past",
+            "ctrl.martingale.orthogonality",
+            "sees_action=False",
+            "sees_action=True",
+        ),
+    ],
+)
+def martingale_characterisation(setting: Setting) -> Iterator[Check]:
+    """Propositions 1 and 2: zero for the true value, known sizes for a wrong one."""
+    paths, value, policy = sampled(setting), exact_value(setting), gaussian(POLICY)
+    nodes, size = np.array(NODES), abs(exact.values(C, POLICY, np.array(NODES))[0](C.mean))
+    moments = mean(mg.orthogonality(basis, value, problem(), paths, policy), paths)
+    for name, moment in zip(NAMES, moments, strict=True):
+        yield expectation(f"E int xi dM = 0, xi = {name}", moment, 0.0, size)
+    state = mg.features_along(lambda t, x: torch.cat([x**0, x, x**2], dim=1))
+    again = mean(mg.orthogonality(state, value, problem(), paths, policy), paths)
+    yield expectation("E int xi dM = 0, xi of (t, x) by features_along", again, [0.0] * 3, size)
+
+    def off(t: Tensor, x: Tensor) -> Tensor:
+        """The true value plus an error."""
+        c = setting.tensor(ERROR.coef)
+        return value(t, x) + c[0] + c[1] * x[:, 0] + c[2] * x[:, 0] ** 2
+
+    found = mean(mg.orthogonality(basis, off, problem(), paths, policy), paths)
+    known = exact.moments_of_a_wrong_value(C, POLICY, nodes, ERROR)
+    yield expectation("E int xi dM of a wrong value has its known size", found, known)
+    # whatever J is, M_T - M_0 is what was earned less J(0, X_0)
+    dm = mg.increments(off, problem(), paths, policy)
+    whole = mg.moments(state, dm, problem(), paths, sees_action=False)[:, 0]
+    left = earned(paths) - off(grid(setting).nodes[0], paths.states[:, 0])
+    yield pathwise("M_T - M_0, against what was earned, on every path", whole, left)
+    # what is not adapted: refused, and for a reason
+    ahead = mg.increments(value, problem(), paths, policy) * paths.states[:, 1:, 0]
+    found = mean((discounts(paths) * ahead).sum(1), paths)
+    known = exact.look_ahead(C, POLICY, nodes)
+    yield expectation("E int xi dM of the true value, xi = X(t + h), is not 0", found, known)
+    tries = [lambda p: p.states[:, 1:], lambda p: p.actions, lambda p: p.increments]
+    answers = [refused(function, value, paths) for function in [*tries, basis]]
+    yield expectation("what is not adapted is refused", answers, [1.0, 1.0, 1.0, 0.0])

@@ -1,0 +1,169 @@
+"""A scalar exploratory linear-quadratic problem on a grid: values, q-rates, and their mistakes.
+
+    X' = X + h (drift X + control a) + noise dW,    a ~ N(gain X + offset, std^2) held over a step
+    reward   -(state_cost X^2 + action_cost a^2) / 2 - temperature log pi  per unit of time,
+             terminal_slope X - terminal_cost X^2 / 2 at the end;  discounted continuously
+    start    N(mean, spread^2)
+
+Everything is a polynomial of normals, so expectations follow from three rules:
+    E p(X') given X     = p(m) + v/2 p''(m), m and v its mean and variance, for p of degree 3
+    E[eps f(eps)]       = E f'(eps)                (Stein), eps a standard normal
+    E[(eps^2 - 1) f]    = E f''(eps)
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.polynomial import Polynomial
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """A Gaussian policy N(gain x + offset, std^2)."""
+
+    gain: float = -0.6
+    offset: float = 0.25
+    std: float = 0.67
+
+    def mean(self) -> Polynomial:
+        """Its mean, of x."""
+        return Polynomial([self.offset, self.gain])
+
+    def entropy(self) -> float:
+        """Differential, nats."""
+        return 0.5 * math.log(2 * math.pi * math.e * self.std**2)
+
+
+@dataclass(frozen=True)
+class ExploratoryChain:
+    """The numbers of the problem; no two equal, none 0 or 1."""
+
+    drift: float = -0.7
+    control: float = 0.9
+    noise: float = 0.55
+    state_cost: float = 0.8
+    action_cost: float = 0.5
+    terminal_slope: float = 0.4
+    terminal_cost: float = 1.3
+    discount: float = 0.3
+    temperature: float = 0.2
+    mean: float = 0.7
+    spread: float = 0.45
+
+    def after(self, policy: Feedback, h: float) -> tuple[Polynomial, float]:
+        """Mean of X' as a polynomial of X, and its variance."""
+        mean = Polynomial([0, 1 + h * self.drift]) + h * self.control * policy.mean()
+        return mean, self.noise**2 * h + (h * self.control * policy.std) ** 2
+
+
+def expected(p: Polynomial, mean: Polynomial | float, variance: float) -> Polynomial | float:
+    """E p(Y) of Y ~ N(mean, variance), p of degree 5 at most."""
+    return p(mean) + variance / 2 * p.deriv(2)(mean) + variance**2 / 8 * p.deriv(4)(mean)
+
+
+def reward(c: ExploratoryChain, policy: Feedback) -> Polynomial:
+    """Mean running reward with the entropy's share, of x, reward/time."""
+    square = policy.mean() ** 2 + policy.std**2
+    cost = c.state_cost * Polynomial([0, 0, 1]) + c.action_cost * square
+    return c.temperature * policy.entropy() - cost / 2
+
+
+def values(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> list[Polynomial]:
+    """V of every node by backward recursion."""
+    found = [Polynomial([0, c.terminal_slope, -c.terminal_cost / 2])]
+    for h in np.diff(nodes)[::-1]:
+        later = expected(found[-1], *c.after(policy, h))
+        found.append(np.exp(-c.discount * h) * later + h * reward(c, policy))
+    return found[::-1]
+
+
+def stationary(
+    c: ExploratoryChain, policy: Feedback, h: float, discount: float
+) -> tuple[Polynomial, float]:
+    """V = keep E V(X') + (reward - average) h for equal steps without end, V(0) = 0 if ergodic.
+
+    Returns:
+        V, and the average reward (0 where there is a discount).
+    """
+    keep, gain = np.exp(-discount * h), reward(c, policy).coef
+    mean, variance = c.after(policy, h)
+    b, f = mean.coef
+    curved = h * gain[2] / (1 - keep * f**2)
+    sloped = (h * gain[1] + keep * 2 * curved * f * b) / (1 - keep * f)
+    constant = h * gain[0] + keep * (curved * (b**2 + variance) + sloped * b)
+    if discount:
+        return Polynomial([constant / (1 - keep), sloped, curved]), 0.0
+    return Polynomial([0, sloped, curved]), float(constant / h)
+
+
+def state_laws(
+    c: ExploratoryChain, policy: Feedback, nodes: np.ndarray
+) -> list[tuple[float, float]]:
+    """Mean and variance of X at every node."""
+    found = [(c.mean, c.spread**2)]
+    for h in np.diff(nodes):
+        mean, variance = c.after(policy, h)
+        m, v = found[-1]
+        found.append((float(mean(m)), float(mean.coef[1] ** 2 * v + variance)))
+    return found
+
+
+def rates(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> np.ndarray:
+    """q of every step, (E[e^{-discount h} V' | x, a] - V) / h + r, without the entropy.
+
+    Returns:
+        Its coefficients [steps, 6] of 1, x, x^2, a, a x, a^2.
+    """
+    found, along = [], values(c, policy, nodes)
+    for k, h in enumerate(np.diff(nodes)):
+        constant, slope, curvature = np.exp(-c.discount * h) * along[k + 1].coef
+        f, b = 1 + h * c.drift, h * c.control  # X' = f x + b a + noise dW
+        later = [
+            constant + curvature * c.noise**2 * h,
+            slope * f,
+            curvature * f**2,
+            slope * b,
+            curvature * 2 * f * b,
+            curvature * b**2,
+        ]
+        here = [*along[k].coef, 0, 0, 0]
+        paid = [0, 0, -c.state_cost / 2, 0, 0, -c.action_cost / 2]
+        found.append((np.array(later) - np.array(here)) / h + np.array(paid))
+    return np.array(found)
+
+
+def moments_of_a_wrong_value(
+    c: ExploratoryChain, policy: Feedback, nodes: np.ndarray, error: Polynomial
+) -> np.ndarray:
+    """E int e^{-discount t} xi dM for J = V + error before the end, and J = V at the end.
+
+    Returns:
+        For xi = 1, x, x^2, x eps, eps^2 - 1, where eps is the noise of the action of the step
+        before (at the first step the last two are 0).
+    """
+    laws, steps, x = state_laws(c, policy, nodes), np.diff(nodes), Polynomial([0, 1])
+    total = np.zeros(5)
+    for k, h in enumerate(steps):
+        gap = -error
+        if k < len(steps) - 1:
+            gap = gap + np.exp(-c.discount * h) * expected(error, *c.after(policy, h))
+        found = [expected(p * gap, *laws[k]) for p in (x**0, x, x**2)]
+        pushed = steps[k - 1] * c.control * policy.std if k else 0.0  # d x_k / d eps
+        found.append(pushed * expected((x * gap).deriv(), *laws[k]))
+        found.append(pushed**2 * expected(gap.deriv(2), *laws[k]))
+        total += np.exp(-c.discount * (nodes[k] - nodes[0])) * np.array(found)
+    return total
+
+
+def look_ahead(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> float:
+    """sum_k e^{-discount t_k} E[X_{k+1} dM_k] of the true value: what not being adapted gives."""
+    laws, along, total = state_laws(c, policy, nodes), values(c, policy, nodes), 0.0
+    for k, h in enumerate(np.diff(nodes)):
+        mean, variance = c.after(policy, h)
+        # Cov(X', V(X')) = variance E V'(X');  Cov(X', -cost a^2 / 2) = -b std^2 cost E a
+        with_value = variance * np.exp(-c.discount * h) * along[k + 1].deriv()(mean(laws[k][0]))
+        pushed = h * c.control * policy.std**2
+        with_reward = -h * c.action_cost * pushed * policy.mean()(laws[k][0])
+        total += np.exp(-c.discount * (nodes[k] - nodes[0])) * (with_value + with_reward)
+    return float(total)
