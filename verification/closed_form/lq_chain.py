@@ -166,5 +166,28 @@ def q_rate_gradient(
     return total
 
 
+def transition_gradient(
+    p: LQChain, theta: np.ndarray, nodes: np.ndarray, values: np.ndarray
+) -> np.ndarray:
+    """sum h_k e^{-discount t_k} E[ push V'(t_k, X_k) (X_k, 1) ] along the chain, [2]."""
+    total, moments = np.zeros(2), state_moments(p, theta, nodes)
+    for (mean, square), (curve, tilt, _), t, h in zip(
+        moments, values, nodes, np.diff(nodes), strict=False
+    ):
+        slope = np.array([curve * square + tilt * mean, curve * mean + tilt])
+        total = total + np.exp(-p.discount * (t - nodes[0])) * h * p.push * slope
+    return total
+
+
+def own_slope(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    """d / d(gain, offset) of what the actions cost, the states held, [2]."""
+    (gain, offset, _), moments = theta, state_moments(p, theta, nodes)
+    total = np.zeros(2)
+    for (mean, square), t, h in zip(moments, nodes, np.diff(nodes), strict=False):
+        slope = np.array([gain * square + offset * mean, gain * mean + offset])
+        total = total - np.exp(-p.discount * (t - nodes[0])) * h * p.action_cost * slope
+    return total
+
+
 def _entropy(log_std: complex) -> complex:
     return 0.5 * np.log(2 * np.pi * np.e) + log_std

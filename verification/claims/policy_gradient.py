@@ -1,0 +1,497 @@
+"""Theorem 4.1 of "Score as Action": the policy gradient, both views of an action.
+
+A scalar exploratory LQ problem with controlled noise, discount and entropy, on an uneven grid. Its
+Euler chain has an exact gradient (complex steps through a recursion), and every normal variable of
+a path gets Gauss-Hermite nodes, so the estimators' means must equal it to round-off.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ctrl
+from ctrl import policy_gradient as pg
+from ctrl.value import Value
+from verification.claim import Check, Setting, claim, expectation, limit, wrong
+from verification.closed_form import lq_chain
+from verification.closed_form.lq_chain import THETA, LQChain
+from verification.cubature import mean, point_start
+
+P = LQChain()
+NODES = np.array([0.0, 0.3, 0.5, 0.9])  # uneven
+HORIZON = 0.9
+# view B: the next state is decided, so neither the action's cost nor its spread has a part
+TRANSITIONS = replace(P, noise_slope=0.0, noise_push=0.0, temperature=0.0)
+SILENT = np.array([THETA[0], THETA[1], -40.0])  # a spread of 4e-18 is none
+
+
+def problem(p: LQChain) -> ctrl.ControlProblem:
+    """The problem as a user writes it."""
+
+    def diffusion(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        return p.noise + p.noise_slope * x + p.noise_push * a
+
+    def reward(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        return -0.5 * (p.state_cost * x.square() + p.action_cost * a.square()).squeeze(1)
+
+    sde = ctrl.ControlledSDE(
+        lambda t, x, a: p.drift_slope * x + p.push * a,
+        diffusion if p.noise_push or p.noise_slope else lambda t, x: p.noise,
+        controls_diffusion=bool(p.noise_push or p.noise_slope),
+    )
+    return ctrl.ControlProblem(
+        sde,
+        HORIZON,
+        reward,
+        lambda x: -0.5 * p.terminal_cost * x.square().squeeze(1),
+        p.discount,
+        p.temperature,
+    )
+
+
+def parameters(setting: Setting) -> list[Tensor]:
+    """Gain, offset and log-std, to be differentiated."""
+    return [setting.tensor(float(value)).requires_grad_() for value in THETA]
+
+
+def policy(gain: Tensor, offset: Tensor, log_std: Tensor) -> ctrl.GaussianPolicy:
+    """a ~ N(gain x + offset, e^{2 log_std})."""
+    return ctrl.GaussianPolicy(lambda t, x: gain * x + offset, lambda t: log_std.exp())
+
+
+def deterministic(gain: Tensor, offset: Tensor) -> ctrl.DeterministicPolicy:
+    """a = gain x + offset."""
+    return ctrl.DeterministicPolicy(lambda t, x: gain * x + offset)
+
+
+def chain_value(setting: Setting, p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> Value:
+    """V of the chain at its nodes; at the horizon, where V is pinned, anything."""
+    rows = lq_chain.chain_value(p, theta, nodes)
+    rows[-1] = 0.4
+    times, coefficients = setting.tensor(nodes), setting.tensor(rows)
+
+    def value(t: Tensor, x: Tensor) -> Tensor:
+        square, linear, constant = coefficients[(times - t).abs().argmin()].unbind()
+        return (square * x.square() / 2 + linear * x + constant).squeeze(1)
+
+    return value
+
+
+def continuous_value(setting: Setting, p: LQChain, theta: np.ndarray) -> Value:
+    """V of the continuous-time problem."""
+    series = setting.tensor(lq_chain.value_series(p, theta))
+
+    def value(t: Tensor, x: Tensor) -> Tensor:
+        total = torch.zeros_like(series[0])
+        for row in series.flip(0):
+            total = total * (HORIZON - t) + row
+        square, linear, constant = total.unbind()
+        return (square * x.square() / 2 + linear * x + constant).squeeze(1)
+
+    return value
+
+
+def drawn_paths(
+    setting: Setting, p: LQChain, theta: list[Tensor], nodes: np.ndarray, rule: int = 3
+) -> ctrl.Paths:
+    """Quadrature paths of the drawn actions: every variable enters to the fourth degree at most."""
+    grid = ctrl.TimeGrid(setting.tensor(nodes))
+    noise = ctrl.noise.gauss_hermite(grid.steps, nodes=rule, action=(1,))
+    return ctrl.simulate(
+        problem(p), policy(*theta), point_start(noise, [p.start]), grid, noise=noise
+    )
+
+
+def silent_paths(
+    setting: Setting, p: LQChain, theta: list[Tensor], nodes: np.ndarray, rule: int = 3
+) -> ctrl.Paths:
+    """Quadrature paths of the mean action."""
+    grid = ctrl.TimeGrid(setting.tensor(nodes))
+    noise = ctrl.noise.gauss_hermite(grid.steps, nodes=rule)
+    start = point_start(noise, [p.start])
+    return ctrl.simulate(problem(p), deterministic(*theta[:2]), start, grid, noise=noise)
+
+
+def gradient(each: Tensor, paths: ctrl.Paths, theta: list[Tensor]) -> Tensor:
+    """The mean of an estimator, as users take it: one backward pass."""
+    return torch.stack(torch.autograd.grad(mean(each, paths), theta))
+
+
+DISCOUNT_IN_RETURN = wrong(
+    "discount inside the return missing",
+    "ctrl.paths.returns_to_go",
+    "-problem.discount * ",
+    "-0.0 * ",
+)
+DISCOUNT_IN_DIFFERENCE = wrong(
+    "discount inside the temporal difference missing",
+    "ctrl.advantages.temporal_differences",
+    "torch.exp(-discount * step_sizes) * values[:, 1:]",
+    "values[:, 1:]",
+)
+OUTER_DISCOUNT = wrong(
+    "outer discount missing", "ctrl.value.discount_factors", "-problem.discount * ", "-0.0 * "
+)
+FIRST_ORDER_DISCOUNT = wrong(
+    "1 - discount h for exp(-discount h)",
+    "ctrl.advantages.temporal_differences",
+    "torch.exp(-discount * step_sizes)",
+    "(1 - discount * step_sizes)",
+)
+TERMINAL = wrong(
+    "terminal reward missing",
+    "ctrl.paths.returns_to_go",
+    "terminal = terminal_rewards(problem, paths.states[:, -1])",
+    "pass",
+)
+PINNED = wrong(
+    "value at the horizon not the terminal reward",
+    "ctrl.value.values",
+    "if not ends_at_horizon(problem, paths.grid):",
+    "if True:",
+)
+STEP_IN_REWARD = wrong(
+    "dt missing in the reward",
+    "ctrl.paths.running_rewards",
+    "kept_actions(paths))) * steps",
+    "kept_actions(paths)))",
+)
+SCORE_SIGN = wrong(
+    "sign of the score", "ctrl.policy_gradient._summed", "paths) * log_prob", "paths) * -log_prob"
+)
+RETURN_FROM_NEXT = wrong(
+    "return from the next node on, the step's own reward left out",
+    "ctrl.policy_gradient.return_gradient",
+    "policy)[:, :-1]",
+    "policy)[:, 1:]",
+)
+LATE_DIFFERENCE = wrong(
+    "value of step i for i + 1",
+    "ctrl.advantages.temporal_differences",
+    "* values[:, 1:]",
+    "* values[:, :-1]",
+)
+
+
+@claim(
+    statement="""
+        grad V(0, x) = E sum e^{-discount t} grad log pi(a_t) A_t, the actions drawn from the policy
+        (view A), for A the discounted return to go, with or without V subtracted, for the temporal
+        difference dV + (r - temperature log pi - discount V) dt, and for its exponentially
+        forgetting sums at any rate: exactly, on any grid, if V is that of the chain. Discount and
+        entropy count twice each: outside and inside of A. A gradient in the policy's mean alone
+        sees no mistake in the entropy, so the spread is tested too.
+        """,
+    source='"Score as Action", arXiv 2502.01819, Theorem 4.1, Lemma 2.2; Jia & Zhou 2022, policy '
+    "gradient and actor-critic, Theorem 2",
+    wrongs=[
+        wrong(
+            "entropy's sign",
+            "ctrl.paths.regularised_rewards",
+            "rewards - problem.temperature",
+            "rewards + problem.temperature",
+        ),
+        wrong(
+            "entropy dropped",
+            "ctrl.paths.regularised_rewards",
+            "if not problem.temperature:",
+            "if True:",
+        ),
+        SCORE_SIGN,
+        wrong(
+            "score divided by s for s^2",
+            "ctrl.policy_gradient.DrawnActions.log_prob",
+            "kept_actions(paths))",
+            "kept_actions(paths)) * policy.std_at(paths.grid.nodes[0]).detach()",
+        ),
+        wrong(
+            "score halved",
+            "ctrl.policy_gradient.DrawnActions.log_prob",
+            "return over_steps",
+            "return 0.5 * over_steps",
+        ),
+        wrong(
+            "chain rule of log s missing",
+            "verification.claims.policy_gradient.policy",
+            "lambda t: log_std.exp()",
+            "lambda t: log_std.detach().exp() + log_std - log_std.detach()",
+        ),
+        wrong(
+            "score at the next state",
+            "ctrl.policy_gradient.DrawnActions.log_prob",
+            "over_steps(_random(policy).log_prob, paths, kept_actions(paths))",
+            "torch.stack([policy.log_prob(t, paths.states[:, k + 1], paths.actions[:, k]) "
+            "for k, t in enumerate(paths.grid.nodes[:-1])], dim=1)",
+        ),
+        DISCOUNT_IN_RETURN,
+        DISCOUNT_IN_DIFFERENCE,
+        FIRST_ORDER_DISCOUNT,
+        OUTER_DISCOUNT,
+        TERMINAL,
+        PINNED,
+        STEP_IN_REWARD,
+        LATE_DIFFERENCE,
+        wrong(
+            "baseline depends on the action",
+            "ctrl.policy_gradient.return_gradient",
+            "problem, paths)[:, :-1]",
+            "problem, paths)[:, :-1] * kept_actions(paths)[..., 0]",
+        ),
+        wrong(
+            "baseline of the next node, which depends on the action",
+            "ctrl.policy_gradient.return_gradient",
+            "problem, paths)[:, :-1]",
+            "problem, paths)[:, 1:]",
+        ),
+        RETURN_FROM_NEXT,
+        wrong(
+            "gradient flows into the advantage",
+            "ctrl.policy_gradient._summed",
+            "advantages.detach()",
+            "advantages",
+        ),
+        wrong(
+            "mean over steps instead of the sum",
+            "ctrl.policy_gradient._summed",
+            ".sum(1)",
+            ".mean(1)",
+        ),
+        wrong(
+            "the chain's value off by 1 %",
+            "verification.claims.policy_gradient.chain_value",
+            "square * x.square() / 2",
+            "1.01 * square * x.square() / 2",
+        ),
+    ],
+)
+def policy_gradient(setting: Setting) -> Iterator[Check]:
+    """Returns and temporal differences of drawn actions, against the chain's exact gradient."""
+    theta = parameters(setting)
+    stated, chosen = problem(P), policy(*theta)
+    value = chain_value(setting, P, THETA, NODES)
+    paths = drawn_paths(setting, P, theta, NODES)
+    backward = lq_chain.gradient(lambda th: lq_chain.performance(P, th, NODES), THETA)
+    forward = lq_chain.gradient(lambda th: lq_chain.forward_performance(P, th, NODES), THETA)
+    found = gradient(pg.return_gradient(stated, chosen, paths), paths, theta)
+    yield expectation("return, against the derivative of a backward recursion", found, backward)
+    yield expectation("return, against the derivative of the states' moments", found, forward)
+    each = pg.return_gradient(stated, chosen, paths, value)
+    yield expectation("return less V", gradient(each, paths, theta), backward)
+    each = pg.temporal_difference_gradient(stated, chosen, value, paths)
+    yield expectation("temporal difference", gradient(each, paths, theta), backward)
+    each = pg.temporal_difference_gradient(stated, chosen, value, paths, rate=1.3)
+    yield expectation(
+        "temporal differences, forgotten slowly", gradient(each, paths, theta), forward
+    )
+
+
+@claim(
+    statement="""
+        grad V(0, x) = E int e^{-discount t} grad log pi(a_t) (q - temperature log pi) dt
+        = E int e^{-discount t} (d a / d theta)' grad_a (q - temperature log pi) dt
+        with q = L^a V + r - discount V. On a grid both sums are, for any value function, moments
+        of the states times Stein's identities, exactly; with V of the continuous-time problem they
+        tend to its gradient, and are biased by O(h) before.
+        """,
+    source='"Score as Action", arXiv 2502.01819, Theorem 4.1; Jia & Zhou 2022, policy gradient and '
+    "actor-critic, Theorem 2",
+    wrongs=[
+        wrong(
+            "entropy's sign",
+            "ctrl.policy_gradient._regularised_q",
+            "return q - problem.temperature",
+            "return q + problem.temperature",
+        ),
+        wrong(
+            "entropy dropped",
+            "ctrl.policy_gradient._regularised_q",
+            "if not problem.temperature:",
+            "if True:",
+        ),
+        wrong(
+            "entropy dropped in the pathwise form",
+            "ctrl.policy_gradient.pathwise_gradient",
+            "if problem.temperature:",
+            "if False:",
+        ),
+        SCORE_SIGN,
+        wrong(
+            "score halved",
+            "ctrl.policy_gradient.DrawnActions.log_prob",
+            "return over_steps",
+            "return 0.5 * over_steps",
+        ),
+        wrong(
+            "second-order term of q missing",
+            "ctrl.value.generator",
+            "transport + 0.5 * spread",
+            "transport",
+        ),
+        wrong(
+            "second-order term of q without 1/2",
+            "ctrl.value.generator",
+            "0.5 * spread",
+            "spread",
+        ),
+        wrong(
+            "value of step i + 1 for i",
+            "ctrl.paths.over_steps",
+            "paths.grid.nodes[:-1]",
+            "paths.grid.nodes[1:]",
+        ),
+        wrong(
+            "state at the right end of a step",
+            "ctrl.paths.over_steps",
+            "paths.states[:, :-1]",
+            "paths.states[:, 1:]",
+        ),
+        wrong(
+            "running reward left out of q",
+            "ctrl.q_learning.q_rate",
+            "rate = rate + one_a_path",
+            "rate = rate + 0 * one_a_path",
+        ),
+        OUTER_DISCOUNT,
+        wrong(
+            "dt missing",
+            "ctrl.policy_gradient.DrawnActions.advantages",
+            "return rates * paths.grid.steps.to(rates)",
+            "return rates",
+        ),
+        wrong(
+            "noise of the action not held in the pathwise form",
+            "ctrl.policy_gradient._reparametrised",
+            "return policy.act(mean, t, noise.view_as(mean))",
+            "return mean + 0 * policy.act(mean, t, noise.view_as(mean))",
+        ),
+        wrong(
+            "diffusion of an average action, so that q is linear in the action",
+            "ctrl.value._columns",
+            "sde.diffusion_at(t, states, actions)",
+            "sde.diffusion_at(t, states, actions.mean(0).expand_as(actions))",
+        ),
+    ],
+)
+def policy_gradient_with_q_rates(setting: Setting) -> Iterator[Check]:
+    """q-rates and their derivative in the action, on a grid and in the limit."""
+    theta = parameters(setting)
+    stated, chosen = problem(P), policy(*theta)
+    value, series = continuous_value(setting, P, THETA), lq_chain.value_series(P, THETA)
+
+    def by_ratio(nodes: np.ndarray) -> Tensor:
+        paths = drawn_paths(setting, P, theta, nodes)
+        each = pg.q_rate_gradient(stated, chosen, value, paths)
+        return gradient(each, paths, theta)
+
+    along = np.array([lq_chain.series_at(series, HORIZON - t) for t in NODES])
+    exact = lq_chain.q_rate_gradient(P, THETA, NODES, along)
+    yield expectation("q-rates on a grid, against Stein's identities", by_ratio(NODES), exact)
+    paths = drawn_paths(setting, P, theta, NODES)
+    by_path = gradient(pg.pathwise_gradient(stated, chosen, value, paths), paths, theta)
+    yield expectation("pathwise form on a grid, against Stein's identities", by_path, exact)
+    true = lq_chain.gradient(lambda th: lq_chain.continuous_performance(P, th, HORIZON), THETA)
+    one, two, three = [by_ratio(np.linspace(0, HORIZON, steps + 1)) for steps in (1, 2, 3)]
+    to_zero = (one - 8 * two + 9 * three) / 2  # the parabola in h through all three, at 0
+    yield limit("q-rates, steps to 0: the continuous gradient", to_zero, true)
+
+
+@claim(
+    statement="""
+        Where the next state is the decision (view B), E sum e^{-discount t} grad log p(X_{k+1}|X_k)
+        A_k, with A the return to go, the temporal difference, or grad V . (X_{k+1} - E X_{k+1}),
+        is the gradient of the deterministic policy's chain as far as the next states carry it. A
+        running reward of the action itself has a slope of its own, E sum e^{-discount t} h grad_a r
+        d mu / d theta, which these estimators do not contain: without it they are not the gradient.
+        """,
+    source='"Score as Action", arXiv 2502.01819, Theorem 4.1, with the decisions of its algorithm '
+    "(the transitions of DDPO)",
+    wrongs=[
+        SCORE_SIGN,
+        DISCOUNT_IN_RETURN,
+        DISCOUNT_IN_DIFFERENCE,
+        OUTER_DISCOUNT,
+        TERMINAL,
+        STEP_IN_REWARD,
+        LATE_DIFFERENCE,
+        wrong(
+            "factor 1/2 of the normal density dropped",
+            "ctrl.transitions.log_prob",
+            "0.5 * z.square()",
+            "z.square()",
+        ),
+        wrong(
+            "divided by s for s^2",
+            "ctrl.transitions.log_prob",
+            "0.5 * z.square()",
+            "0.5 * z.square() * std",
+        ),
+        wrong(
+            "transition of the step after",
+            "ctrl.transitions._laws",
+            "in enumerate(paths.states[:, :-1]",
+            "in enumerate(paths.states[:, 1:]",
+        ),
+        wrong(
+            "sqrt(h) missing in the transition",
+            "ctrl.solvers.EulerMaruyama.transition",
+            "sigma.abs() * math.sqrt(h)",
+            "sigma.abs()",
+        ),
+        wrong(
+            "last transition left out",
+            "ctrl.policy_gradient._summed",
+            "log_prob * advantages.detach()).sum(1)",
+            "log_prob * advantages.detach())[:, :-1].sum(1)",
+        ),
+        wrong(
+            "slope of V at the next state",
+            "ctrl.policy_gradient.Transitions.advantages",
+            "_directional(value, t, x, surprise)",
+            "_directional(value, t, paths.states[:, k + 1], surprise)",
+        ),
+        wrong(
+            "increment not centred, and V at the next time",
+            "ctrl.policy_gradient.Transitions.advantages",
+            "_directional(value, t, x, surprise)",
+            "_directional(value, nodes[k + 1].to(x), x, surprise)",
+        ),
+        wrong(
+            "surprise of twice the size",
+            "ctrl.policy_gradient.Transitions.advantages",
+            "paths.states[:, k + 1] - mean",
+            "2 * (paths.states[:, k + 1] - mean)",
+        ),
+        wrong(
+            "the action's own slope in the answer",
+            "verification.closed_form.lq_chain.own_slope",
+            "total = total - ",
+            "total = total - 0 * ",
+        ),
+    ],
+)
+def policy_gradient_of_transitions(setting: Setting) -> Iterator[Check]:
+    """All estimators of view B, on a chain of three steps."""
+    p, theta = TRANSITIONS, parameters(setting)[:2]
+    stated, chosen = problem(p), deterministic(*theta)
+    value = chain_value(setting, p, SILENT, NODES)
+    paths, view = silent_paths(setting, p, theta, NODES), pg.Transitions(ctrl.EulerMaruyama())
+    backward = lq_chain.gradient(lambda th: _silent_performance(p, th), SILENT[:2])
+    exact = backward - lq_chain.own_slope(p, SILENT, NODES)
+    each = pg.return_gradient(stated, chosen, paths, decisions=view)
+    yield expectation("return", gradient(each, paths, theta), exact)
+    each = pg.return_gradient(stated, chosen, paths, value, view)
+    yield expectation("return less V", gradient(each, paths, theta), exact)
+    each = pg.temporal_difference_gradient(stated, chosen, value, paths, view)
+    yield expectation("temporal difference", gradient(each, paths, theta), exact)
+    smooth, series = continuous_value(setting, p, SILENT), lq_chain.value_series(p, SILENT)
+    along = np.array([lq_chain.series_at(series, HORIZON - t) for t in NODES])
+    slopes = lq_chain.transition_gradient(p, SILENT, NODES, along)
+    each = pg.q_rate_gradient(stated, chosen, smooth, paths, view)
+    yield expectation("q-rates on a grid", gradient(each, paths, theta), slopes)
+
+
+def _silent_performance(p: LQChain, theta: np.ndarray) -> complex:
+    return lq_chain.performance(p, np.array([*theta, SILENT[2]]), NODES)
