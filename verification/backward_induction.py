@@ -10,6 +10,7 @@ round-off, of which orders and limits can be read off.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def backwards(
     count = len(values)
     x = points(count, values)
     waves = torch.fft.fftfreq(count, 1 / count, dtype=values.dtype)
-    for t0, t1 in reversed(list(zip(nodes[:-1], nodes[1:], strict=True))):
+    for t0, t1 in reversed(list(pairwise(nodes))):
         noise, weights = draws((t1 - t0).reshape(1))
         where = x.repeat_interleave(len(weights))[:, None]
         found = after(t0, t1, where, noise.repeat(count, *[1] * (noise.ndim - 1))).detach()
@@ -73,17 +74,14 @@ def expectation(
 def extrapolated(values: list[float], power: int = 1) -> float:
     """Richardson's limit of values at steps h, h / 2, h / 4, ...; errors h^power, h^(power+1).."""
     for order in range(power, power + len(values) - 1):
-        values = [
-            (2**order * fine - coarse) / (2**order - 1)
-            for coarse, fine in zip(values[:-1], values[1:], strict=True)
-        ]
+        values = [(2**order * fine - coarse) / (2**order - 1) for coarse, fine in pairwise(values)]
     return values[0]
 
 
-def local_order(values: list[float]) -> float:
-    """Of errors at steps h, h / 2, h / 4, h / 8: at the two finest pairs, extrapolated to 0."""
-    gaps = [coarse - fine for coarse, fine in zip(values[:-1], values[1:], strict=True)]
-    orders = [
-        math.log2(abs(coarse / fine)) for coarse, fine in zip(gaps[:-1], gaps[1:], strict=True)
-    ]
-    return 2 * orders[-1] - orders[-2]
+def local_order(values: list[float], limit: float) -> float:
+    """The order of errors at steps h, h / 2, h / 4, ...: of pairs, extrapolated to h = 0.
+
+    Around a wrong limit errors do not go to 0, and their order does.
+    """
+    errors = [abs(value - limit) for value in values]
+    return extrapolated([math.log2(coarse / fine) for coarse, fine in pairwise(errors)])

@@ -31,7 +31,7 @@ class Circle:
     swing: float = 0.3
     growth: float = 0.45
     peak: float = 1.4
-    centre: float = 0.8
+    centre: float = 4.3
     horizon: float = 0.5
 
 
