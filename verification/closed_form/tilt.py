@@ -1,0 +1,151 @@
+"""Control paid by its KL, Gaussian data and a quadratic reward: the optimum, by other routes.
+
+    maximise E[r(X_T)] - b KL(P || P_pre),   r(x) = -x'Qx/2 + l'x + c,   b = kl_weight
+
+The tilt             dP* proportional to exp(r / b) dP_pre: completed squares, in precisions
+V* by Bayes          exp(V*(s, x) / b) = E[exp(r(Y_0) / b) | Y_s = x] = Z p*_s(x) / p_s(x), with p_s
+                     and p*_s the data and the tilt noised to s: no transition, no control
+V* by Riccati        the HJB equation's coefficients, integrated backwards from the data end
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.integrate import solve_ivp
+
+from verification.closed_form.vp_gaussian import Normal, Transition, VPGaussian
+
+
+class Quadratic(NamedTuple):
+    """x -> -x'Qx/2 + l'x + c."""
+
+    Q: np.ndarray
+    l: np.ndarray  # noqa: E741  # the reward's name
+    c: float
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Its value at x [..., dim]."""
+        return -0.5 * np.einsum("...i,ij,...j", x, self.Q, x) + x @ self.l + self.c
+
+    def expectation(self, law: Normal) -> float:
+        """Its mean under a law."""
+        return float(self(law.mean) - 0.5 * np.trace(self.Q @ law.covariance))
+
+    def variance(self, law: Normal) -> float:
+        """Its variance under a normal law: tr(QSQS)/2 + |S^{1/2} gradient at the mean|^2."""
+        spread, slope = self.Q @ law.covariance, self.l - self.Q @ law.mean
+        return float(0.5 * np.trace(spread @ spread) + slope @ law.covariance @ slope)
+
+
+def tilt(law: Normal, reward: Quadratic, b: float) -> tuple[Normal, float]:
+    """exp(reward / b) law, normalised, and the logarithm of its normaliser."""
+    precision = np.linalg.inv(law.covariance)
+    tilted = np.linalg.inv(precision + reward.Q / b)
+    mean = tilted @ (precision @ law.mean + reward.l / b)
+    square = mean @ np.linalg.solve(tilted, mean) - law.mean @ precision @ law.mean
+    logdet = np.linalg.slogdet(tilted)[1] - np.linalg.slogdet(law.covariance)[1]
+    return Normal(mean, tilted), float(0.5 * (square + logdet) + reward.c / b)
+
+
+def log_density(law: Normal) -> Quadratic:
+    """The logarithm of a normal density."""
+    precision = np.linalg.inv(law.covariance)
+    constant = len(law.mean) * np.log(2 * np.pi) + np.linalg.slogdet(law.covariance)[1]
+    square = law.mean @ precision @ law.mean
+    return Quadratic(precision, precision @ law.mean, float(-0.5 * (constant + square)))
+
+
+def optimal_value(p: VPGaussian, reward: Quadratic, b: float, s: float) -> Quadratic:
+    """V* at noising time s, by Bayes: b (log Z + log p*_s - log p_s)."""
+    tilted, log_z = tilt(Normal(p.mean, p.covariance), reward, b)
+    after, before = log_density(p.with_data(tilted).noised(s)), log_density(p.noised(s))
+    return Quadratic(
+        b * (after.Q - before.Q), b * (after.l - before.l), b * (log_z + after.c - before.c)
+    )
+
+
+def riccati_value(p: VPGaussian, reward: Quadratic, b: float, s: float) -> Quadratic:
+    """V* at noising time s: d_s V = drift . grad V + g^2/2 Lap V + g^2/(2b) |grad V|^2."""
+    n = len(p.mean)
+
+    def rate(u: float, v: np.ndarray) -> np.ndarray:
+        Q, slope = v[: n * n].reshape(n, n), v[n * n : -1]
+        (A, a), g2 = p.drift(u), p.beta(u)
+        curved = A.T @ Q + Q @ A - g2 / b * Q @ Q
+        sloped = A.T @ slope - Q @ a - g2 / b * Q @ slope
+        level = a @ slope - 0.5 * g2 * np.trace(Q) + 0.5 * g2 / b * slope @ slope
+        return np.concatenate([curved.ravel(), sloped, [level]])
+
+    start = np.concatenate([reward.Q.ravel(), reward.l, [reward.c]])
+    end = solve_ivp(rate, (0, s), start, method="DOP853", rtol=1e-12, atol=1e-13).y[:, -1]
+    return Quadratic(end[: n * n].reshape(n, n), end[n * n : -1], float(end[-1]))
+
+
+def optimum_from(p: VPGaussian, reward: Quadratic, b: float, s: float) -> Transition:
+    """The optimal process from s to the data: every conditional law, tilted by itself."""
+    base = p.posterior(s)
+    spread = np.linalg.inv(np.linalg.inv(base.C) + reward.Q / b)
+    kept = spread @ np.linalg.inv(base.C)
+    return Transition(kept @ base.F, kept @ base.f + spread @ reward.l / b, spread)
+
+
+def optimal_path_kl(p: VPGaussian, reward: Quadratic, b: float, start: Normal) -> float:
+    """KL of the optimal paths from the pretrained ones: 1/2 int g^2 E|grad V* / b|^2, nats."""
+    tilted, _ = tilt(Normal(p.mean, p.covariance), reward, b)
+    optimum, total = p.with_data(tilted), 0.0
+    nodes, weights = np.polynomial.legendre.leggauss(80)
+    for s, weight in zip(0.5 * p.horizon * (nodes + 1), 0.5 * p.horizon * weights, strict=True):
+        law, value = optimum.transition(p.horizon, s).of(start), optimal_value(p, reward, b, s)
+        slope = value.l - value.Q @ law.mean
+        square = slope @ slope + np.trace(value.Q @ law.covariance @ value.Q)
+        total += weight * p.beta(s) * square / (2 * b**2)
+    return float(total)
+
+
+def linear_riccati(
+    A: np.ndarray, a: np.ndarray, G: np.ndarray, reward: Quadratic, b: float, to_go: float
+) -> Quadratic:
+    """V* of dX = (A X + a) dt + G dW, with so much time to go, by the Riccati equation."""
+    n, D = len(a), G @ G.T
+
+    def rate(_: float, v: np.ndarray) -> np.ndarray:
+        Q, slope = v[: n * n].reshape(n, n), v[n * n : -1]
+        curved = A.T @ Q + Q @ A - Q @ D @ Q / b
+        sloped = A.T @ slope - Q @ a - Q @ D @ slope / b
+        level = a @ slope - 0.5 * np.trace(D @ Q) + 0.5 * slope @ D @ slope / b
+        return np.concatenate([curved.ravel(), sloped, [level]])
+
+    start = np.concatenate([reward.Q.ravel(), reward.l, [reward.c]])
+    end = solve_ivp(rate, (0, to_go), start, method="DOP853", rtol=1e-12, atol=1e-13).y[:, -1]
+    return Quadratic(end[: n * n].reshape(n, n), end[n * n : -1], float(end[-1]))
+
+
+def log_average(
+    A: np.ndarray,
+    a: np.ndarray,
+    G: np.ndarray,
+    reward: Quadratic,
+    b: float,
+    to_go: float,
+    x: np.ndarray,
+) -> np.ndarray:
+    """b log E[exp(r(X_T) / b) | x] by sums over Gauss-Hermite nodes of X_T, for rows of x."""
+    n, D = len(a), G @ G.T
+
+    def rate(_: float, v: np.ndarray) -> np.ndarray:
+        mean, C = v[: n * len(x)].reshape(len(x), n), v[n * len(x) :].reshape(n, n)
+        return np.concatenate([(mean @ A.T + a).ravel(), (A @ C + C @ A.T + D).ravel()])
+
+    start = np.concatenate([x.ravel(), np.zeros(n * n)])
+    end = solve_ivp(rate, (0, to_go), start, method="DOP853", rtol=1e-12, atol=1e-13).y[:, -1]
+    mean, C = end[: n * len(x)].reshape(len(x), n), end[n * len(x) :].reshape(n, n)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    z = np.stack(np.meshgrid(*[nodes] * n, indexing="ij"), axis=-1).reshape(-1, n)
+    mass = np.prod(np.stack(np.meshgrid(*[weights / weights.sum()] * n), axis=-1), -1).ravel()
+    ends = mean[:, None] + z @ np.linalg.cholesky(C).T
+    return b * np.log(np.exp(reward(ends) / b) @ mass)
+
+
+# No zero, no one, no equal numbers. Q has a negative eigenvalue, but the tilt exists.
+REWARD = Quadratic(np.array([[0.9, 0.35], [0.35, -0.25]]), np.array([0.6, -0.4]), 0.23)
+KL_WEIGHT = 0.7
