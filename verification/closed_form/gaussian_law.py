@@ -1,0 +1,65 @@
+"""Gaussian laws of several variables: parts, conditional laws, and their divergences.
+
+Written with the textbook's block formulas, on dense matrices. The chain rule
+    KL(joint) = KL(given) + E KL(rest | given)
+is not used: both sides are computed, each from its own definition.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Law:
+    """N(mean, covariance)."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    def of(self, *indices: int) -> "Law":
+        """The law of some of the variables."""
+        chosen = [index % len(self.mean) for index in indices]
+        return Law(self.mean[chosen], self.covariance[np.ix_(chosen, chosen)])
+
+
+def kl(law: Law, reference: Law) -> float:
+    """KL(law || reference), nats."""
+    precision = np.linalg.inv(reference.covariance)
+    gap = law.mean - reference.mean
+    spread = np.trace(precision @ law.covariance) - len(gap)
+    volume = np.linalg.slogdet(reference.covariance)[1] - np.linalg.slogdet(law.covariance)[1]
+    return float(0.5 * (spread + gap @ precision @ gap + volume))
+
+
+def conditional(law: Law, given: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slope, constant and covariance of the other variables given one."""
+    given %= len(law.mean)
+    rest = [index for index in range(len(law.mean)) if index != given]
+    across = law.covariance[rest, given]
+    slope = across / law.covariance[given, given]
+    left = law.covariance[np.ix_(rest, rest)] - np.outer(slope, across)
+    return slope, law.mean[rest] - slope * law.mean[given], left
+
+
+def conditional_kl(law: Law, reference: Law, given: int) -> float:
+    """E KL(others | one), the one distributed as under ``law``, nats."""
+    slope, constant, covariance = conditional(law, given)
+    reference_slope, reference_constant, reference_covariance = conditional(reference, given)
+    mean, variance = law.mean[given], law.covariance[given, given]
+    steeper = slope - reference_slope
+    apart = constant - reference_constant + steeper * mean
+    precision = np.linalg.inv(reference_covariance)
+    same_means = kl(Law(0 * apart, covariance), Law(0 * apart, reference_covariance))
+    return same_means + 0.5 * float(
+        apart @ precision @ apart + variance * (steeper @ precision @ steeper)
+    )
+
+
+def log_density(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """log N(x; mean, covariance) of every row, nats; covariance [dim, dim] or one a row."""
+    gap = x - mean
+    whole = np.broadcast_to(covariance, (*gap.shape, gap.shape[-1]))
+    weighed = np.linalg.solve(whole, gap[..., None])[..., 0]
+    volume = np.linalg.slogdet(2 * np.pi * whole)[1]
+    return -0.5 * ((gap * weighed).sum(-1) + volume)
