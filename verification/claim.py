@@ -21,7 +21,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -71,12 +71,17 @@ class Check:
         route: one of ``ROUTES``.
         deviation: at least 0, relative to the scale of what is claimed; NaN where anything was
             not a number.
+        values: what was found and what is claimed, by two routes; of several numbers the pair
+            that is furthest apart.
+        count: how many numbers were compared.
         curve: step sizes and errors, to draw, where the check is about convergence.
     """
 
     name: str
     route: str
     deviation: float
+    values: tuple[float, float] = (math.nan, math.nan)
+    count: int = 1
     curve: tuple[tuple[float, float], ...] = ()
 
 
@@ -106,12 +111,12 @@ Body = Callable[[Setting], Iterator[Check | Sampled]]
 
 def pathwise(name: str, got: Numbers, want: Numbers, scale: float | None = None) -> Check:
     """Two formulas on the same paths."""
-    return Check(name, "pathwise", _deviation(name, got, want, scale))
+    return _compared(name, "pathwise", got, want, scale)
 
 
 def expectation(name: str, got: Numbers, want: Numbers, scale: float | None = None) -> Check:
     """An exact expectation (quadrature, recursion) through production code, and its answer."""
-    return Check(name, "expectation", _deviation(name, got, want, scale))
+    return _compared(name, "expectation", got, want, scale)
 
 
 def limit(
@@ -131,20 +136,24 @@ def limit(
         curve: pairs of step size and error, for the report's plot.
     """
     points = tuple((float(h), abs(float(e))) for h, e in curve)
-    return Check(name, "limit", _deviation(name, got, want, scale), points)
+    return replace(_compared(name, "limit", got, want, scale), curve=points)
 
 
 def proof(name: str, left: Numbers, scale: float = 1.0) -> Check:
     """What is left of an identity's difference: exactly 0 where it is proven."""
-    return Check(name, "proof", _deviation(name, left, np.zeros(np.shape(_array(left))), scale))
+    return _compared(name, "proof", left, np.zeros(np.shape(_array(left))), scale)
 
 
 def bound(name: str, smaller: Numbers, larger: Numbers, scale: float | None = None) -> Check:
     """smaller <= larger; the deviation is the largest excess."""
     a, b = _array(smaller), _array(larger)
     size = float(np.abs(b).max()) if scale is None else scale
-    over = np.maximum(a - b, 0.0)  # NaN stays
-    return Check(name, "bound", _deviation(name, over, np.zeros(over.shape), size))
+    found = _compared(name, "bound", a, b, size)
+    over = np.maximum(a - b, 0.0) / size  # NaN stays
+    at = int(np.argmax(a - b))
+    values = (float(a.flat[at]), float(b.flat[at]))
+    deviation = float(over.max()) if not math.isnan(found.deviation) else math.nan
+    return replace(found, deviation=deviation, values=values)
 
 
 def sampled(
@@ -155,14 +164,19 @@ def sampled(
     return Sampled(name, stream, claimed, variance, _usable(name, size))
 
 
-def _deviation(name: str, got: Numbers, want: Numbers, scale: float | None) -> float:
+def _compared(name: str, route: str, got: Numbers, want: Numbers, scale: float | None) -> Check:
     a, b = _array(got), _array(want)
     if a.shape != b.shape:
         raise ValueError(f"{name!r} compares shapes {list(a.shape)} and {list(b.shape)}")
+    if not a.size:
+        raise ValueError(f"{name!r} compares no numbers")
+    gaps = np.abs(a - b)
+    at = int(np.argmax(gaps))  # the first NaN, if there is one
+    values = (float(a.flat[at]), float(b.flat[at]))
     if not np.isfinite(b).all():
-        return math.nan
+        return Check(name, route, math.nan, values, a.size)
     size = _usable(name, float(np.abs(b).max()) if scale is None else scale)
-    return float(np.abs(a - b).max() / size)  # NaN and infinity stay
+    return Check(name, route, float(gaps.flat[at]) / size, values, a.size)
 
 
 def _usable(name: str, scale: float) -> float:

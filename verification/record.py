@@ -67,6 +67,9 @@ def _check(check: Measured) -> dict[str, Any]:
         "verdict": check.verdict.value,
         "deviation": _number(check.deviation),
         "tolerance": check.tolerance,
+        "found": _value(check.values[0]),
+        "claimed": _value(check.values[1]),
+        "count": check.count,
     }
     if check.n is not None:
         found |= {"n": check.n, "log_evidence": check.log_evidence, "needed": check.needed}
@@ -96,3 +99,8 @@ def _wrong(found: Rejection, wrong: Wrong) -> dict[str, Any]:
 def _number(value: float) -> float | str:
     """Three digits; what is no number in JSON in words."""
     return float(f"{value:.3g}") if math.isfinite(value) else str(value)
+
+
+def _value(value: float) -> float | str:
+    """All digits that a reader may compare."""
+    return float(f"{value:.12g}") if math.isfinite(value) else str(value)

@@ -31,6 +31,8 @@ class Measured:
         log_evidence: as ``statistics.Decision``, if sampled.
         needed: samples that would decide, if these did not.
         note: why, in words, where there is more to say.
+        values: what was found and what is claimed (``claim.Check``).
+        count: how many numbers were compared.
         curve: step sizes and errors, where the check is about convergence.
     """
 
@@ -43,6 +45,8 @@ class Measured:
     log_evidence: tuple[float, float, float] | None = None
     needed: int | None = None
     note: str = ""
+    values: tuple[float, float] = (math.nan, math.nan)
+    count: int = 1
     curve: tuple[tuple[float, float], ...] = ()
 
 
@@ -150,7 +154,14 @@ def _judged(
         passed = check.deviation <= line.tolerance  # NaN does not pass
         verdict = Verdict.PASS if passed else Verdict.FAIL
         return Measured(
-            check.name, check.route, check.deviation, line.tolerance, verdict, curve=check.curve
+            check.name,
+            check.route,
+            check.deviation,
+            line.tolerance,
+            verdict,
+            values=check.values,
+            count=check.count,
+            curve=check.curve,
         )
     decision = decide(
         check.stream,
@@ -171,6 +182,7 @@ def _judged(
         decision.log_evidence,
         decision.needed,
         decision.reason,
+        (decision.mean, check.claimed),
     )
 
 
