@@ -14,24 +14,20 @@ import torch
 from torch import Tensor
 
 import ctrl
-from diffusion_envs import gaussian, linear_policy
+from diffusion_envs import gaussian
 from diffusion_envs.gaussian import Gaussian
-from diffusion_envs.schedule import VE, Schedule, VPLinear
+from diffusion_envs.schedule import VE, Schedule
 from verification.claim import Check, Setting, Wrong, claim, expectation, limit, wrong
 from verification.closed_form.samplers import Nodes, euler_steps, extrapolated, whole
 from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, Normal, Transition, VPGaussian
 from verification.cubature import affine_end
 from verification.planting import Edit
+from verification.problems import gaussian_data, generation, normal, vp_linear
 
 MODEL = VPGaussian(MEAN, COVARIANCE, 0.4, 2.6, 1.1)  # alpha_T = .44: the start is far from N(0, I)
 DATA = Normal(MEAN, COVARIANCE)
 UNEVEN = (0.0, 0.13, 0.4, 0.55, 0.9)  # RL time
 LOW, HIGH = 0.3, 2.2  # of the variance-exploding schedule
-
-
-def model(setting: Setting) -> Gaussian:
-    """The data, for production code."""
-    return Gaussian(setting.tensor(MEAN), setting.tensor(COVARIANCE))
 
 
 def start(data: Gaussian, schedule: Schedule, s: Tensor) -> Gaussian:
@@ -41,15 +37,10 @@ def start(data: Gaussian, schedule: Schedule, s: Tensor) -> Gaussian:
 
 def generated(setting: Setting, schedule: Schedule, nodes: Tensor) -> tuple[Transition, Normal]:
     """Transition and law at the last node of production's Euler chain with the exact score."""
-    data = model(setting)
-    zero = torch.zeros_like(data.mean)
-    score = linear_policy.linear_score(data, schedule, torch.zeros_like(data.covariance), zero)
-    reward = gaussian.Quadratic(0 * data.covariance, zero, zero.sum())
-    problem = linear_policy.problem(data, schedule, reward)
-    step = affine_end(problem, ctrl.DeterministicPolicy(score), ctrl.TimeGrid(nodes), zero)
-    law = start(data, schedule, setting.tensor(schedule.horizon))
-    numbers = (v.double().cpu().numpy() for v in (law.mean, law.covariance))
-    return step, step.of(Normal(*numbers))
+    data = gaussian_data(setting, DATA)
+    problem, policy = generation(data, schedule)
+    step = affine_end(problem, policy, ctrl.TimeGrid(nodes), data.mean)
+    return step, step.of(normal(start(data, schedule, setting.tensor(schedule.horizon))))
 
 
 def exploding_nodes() -> Nodes:
@@ -144,7 +135,7 @@ _DRIFT = "diffusion_envs.denoising.generation_sde"
 )
 def time_reversal(setting: Setting) -> Iterator[Check]:
     """Euler chains against the same recursion in numpy; their limit against the closed form."""
-    schedule = VPLinear(MODEL.beta_start, MODEL.beta_end, MODEL.horizon)
+    schedule = vp_linear(MODEL)
     nodes = torch.tensor(UNEVEN, dtype=torch.float64)
     step, law = generated(setting, schedule, nodes)
     want = whole(euler_steps(DATA, Nodes.of(MODEL, MODEL.horizon - np.array(UNEVEN))))
