@@ -14,105 +14,27 @@ from torch import Tensor
 
 import ctrl
 from ctrl import policy_gradient as pg
-from ctrl.value import Value
 from verification.claim import Check, Setting, claim, expectation, limit, wrong
 from verification.closed_form import lq_chain
 from verification.closed_form.lq_chain import THETA, LQChain
-from verification.cubature import mean, point_start
+from verification.cubature import mean
+from verification.exploratory_lq import (
+    HORIZON,
+    NODES,
+    chain_value,
+    continuous_value,
+    deterministic,
+    drawn_paths,
+    parameters,
+    policy,
+    problem,
+    silent_paths,
+)
 
 P = LQChain()
-NODES = np.array([0.0, 0.3, 0.5, 0.9])  # uneven
-HORIZON = 0.9
 # view B: the next state is decided, so neither the action's cost nor its spread has a part
 TRANSITIONS = replace(P, noise_slope=0.0, noise_push=0.0, temperature=0.0)
 SILENT = np.array([THETA[0], THETA[1], -40.0])  # a spread of 4e-18 is none
-
-
-def problem(p: LQChain) -> ctrl.ControlProblem:
-    """The problem as a user writes it."""
-
-    def diffusion(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
-        return p.noise + p.noise_slope * x + p.noise_push * a
-
-    def reward(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
-        return -0.5 * (p.state_cost * x.square() + p.action_cost * a.square()).squeeze(1)
-
-    sde = ctrl.ControlledSDE(
-        lambda t, x, a: p.drift_slope * x + p.push * a,
-        diffusion if p.noise_push or p.noise_slope else lambda t, x: p.noise,
-        controls_diffusion=bool(p.noise_push or p.noise_slope),
-    )
-    return ctrl.ControlProblem(
-        sde,
-        HORIZON,
-        reward,
-        lambda x: -0.5 * p.terminal_cost * x.square().squeeze(1),
-        p.discount,
-        p.temperature,
-    )
-
-
-def parameters(setting: Setting) -> list[Tensor]:
-    """Gain, offset and log-std, to be differentiated."""
-    return [setting.tensor(float(value)).requires_grad_() for value in THETA]
-
-
-def policy(gain: Tensor, offset: Tensor, log_std: Tensor) -> ctrl.GaussianPolicy:
-    """a ~ N(gain x + offset, e^{2 log_std})."""
-    return ctrl.GaussianPolicy(lambda t, x: gain * x + offset, lambda t: log_std.exp())
-
-
-def deterministic(gain: Tensor, offset: Tensor) -> ctrl.DeterministicPolicy:
-    """a = gain x + offset."""
-    return ctrl.DeterministicPolicy(lambda t, x: gain * x + offset)
-
-
-def chain_value(setting: Setting, p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> Value:
-    """V of the chain at its nodes; at the horizon, where V is pinned, anything."""
-    rows = lq_chain.chain_value(p, theta, nodes)
-    rows[-1] = 0.4
-    times, coefficients = setting.tensor(nodes), setting.tensor(rows)
-
-    def value(t: Tensor, x: Tensor) -> Tensor:
-        square, linear, constant = coefficients[(times - t).abs().argmin()].unbind()
-        return (square * x.square() / 2 + linear * x + constant).squeeze(1)
-
-    return value
-
-
-def continuous_value(setting: Setting, p: LQChain, theta: np.ndarray) -> Value:
-    """V of the continuous-time problem."""
-    series = setting.tensor(lq_chain.value_series(p, theta))
-
-    def value(t: Tensor, x: Tensor) -> Tensor:
-        total = torch.zeros_like(series[0])
-        for row in series.flip(0):
-            total = total * (HORIZON - t) + row
-        square, linear, constant = total.unbind()
-        return (square * x.square() / 2 + linear * x + constant).squeeze(1)
-
-    return value
-
-
-def drawn_paths(
-    setting: Setting, p: LQChain, theta: list[Tensor], nodes: np.ndarray, rule: int = 3
-) -> ctrl.Paths:
-    """Quadrature paths of the drawn actions: every variable enters to the fourth degree at most."""
-    grid = ctrl.TimeGrid(setting.tensor(nodes))
-    noise = ctrl.noise.gauss_hermite(grid.steps, nodes=rule, action=(1,))
-    return ctrl.simulate(
-        problem(p), policy(*theta), point_start(noise, [p.start]), grid, noise=noise
-    )
-
-
-def silent_paths(
-    setting: Setting, p: LQChain, theta: list[Tensor], nodes: np.ndarray, rule: int = 3
-) -> ctrl.Paths:
-    """Quadrature paths of the mean action."""
-    grid = ctrl.TimeGrid(setting.tensor(nodes))
-    noise = ctrl.noise.gauss_hermite(grid.steps, nodes=rule)
-    start = point_start(noise, [p.start])
-    return ctrl.simulate(problem(p), deterministic(*theta[:2]), start, grid, noise=noise)
 
 
 def gradient(each: Tensor, paths: ctrl.Paths, theta: list[Tensor]) -> Tensor:
@@ -215,7 +137,7 @@ LATE_DIFFERENCE = wrong(
         ),
         wrong(
             "chain rule of log s missing",
-            "verification.claims.policy_gradient.policy",
+            "verification.exploratory_lq.policy",
             "lambda t: log_std.exp()",
             "lambda t: log_std.detach().exp() + log_std - log_std.detach()",
         ),
@@ -261,7 +183,7 @@ LATE_DIFFERENCE = wrong(
         ),
         wrong(
             "the chain's value off by 1 %",
-            "verification.claims.policy_gradient.chain_value",
+            "verification.exploratory_lq.chain_value",
             "square * x.square() / 2",
             "1.01 * square * x.square() / 2",
         ),
@@ -269,7 +191,7 @@ LATE_DIFFERENCE = wrong(
 )
 def policy_gradient(setting: Setting) -> Iterator[Check]:
     """Returns and temporal differences of drawn actions, against the chain's exact gradient."""
-    theta = parameters(setting)
+    theta = parameters(setting, THETA)
     stated, chosen = problem(P), policy(*theta)
     value = chain_value(setting, P, THETA, NODES)
     paths = drawn_paths(setting, P, theta, NODES)
@@ -377,7 +299,7 @@ def policy_gradient(setting: Setting) -> Iterator[Check]:
 )
 def policy_gradient_with_q_rates(setting: Setting) -> Iterator[Check]:
     """q-rates and their derivative in the action, on a grid and in the limit."""
-    theta = parameters(setting)
+    theta = parameters(setting, THETA)
     stated, chosen = problem(P), policy(*theta)
     value, series = continuous_value(setting, P, THETA), lq_chain.value_series(P, THETA)
 
@@ -474,7 +396,7 @@ def policy_gradient_with_q_rates(setting: Setting) -> Iterator[Check]:
 )
 def policy_gradient_of_transitions(setting: Setting) -> Iterator[Check]:
     """All estimators of view B, on a chain of three steps."""
-    p, theta = TRANSITIONS, parameters(setting)[:2]
+    p, theta = TRANSITIONS, parameters(setting, THETA)[:2]
     stated, chosen = problem(p), deterministic(*theta)
     value = chain_value(setting, p, SILENT, NODES)
     paths, view = silent_paths(setting, p, theta, NODES), pg.Transitions(ctrl.EulerMaruyama())

@@ -166,6 +166,62 @@ def q_rate_gradient(
     return total
 
 
+def regularised_q(
+    p: LQChain, value: np.ndarray, decay: np.ndarray, theta: np.ndarray
+) -> np.ndarray:
+    """E_{a ~ theta}[ q - temperature log pi ] as a polynomial, coefficients of (x^2, x, 1), [3].
+
+    Args:
+        p: the problem.
+        value: (p, e, c) of the value function that q is made of.
+        decay: their derivatives in the time that is left.
+        theta: of the policy that draws the actions.
+    """
+    (gain, offset, log_std), (square, linear, _) = theta, value
+    variance = np.exp(2 * log_std)
+    sigma, slope = p.noise + p.noise_push * offset, p.noise_slope + p.noise_push * gain
+    pull, shift = p.drift_slope + p.push * gain, p.push * offset
+    spread = square * (sigma**2 + p.noise_push**2 * variance) / 2
+    cost = p.action_cost * (offset**2 + variance) / 2
+    paid = p.temperature * _entropy(log_std)
+    found = np.array(
+        [
+            (2 * pull + slope**2) * square / 2 - (p.state_cost + p.action_cost * gain**2) / 2,
+            pull * linear + shift * square + square * slope * sigma - p.action_cost * gain * offset,
+            shift * linear + spread - cost + paid,
+        ]
+    )
+    halves = np.array([0.5, 1.0, 1.0])
+    return found - halves * (decay + p.discount * value)
+
+
+def q_rate_sum(
+    p: LQChain,
+    nodes: np.ndarray,
+    valued: np.ndarray,
+    visiting: np.ndarray,
+    acting: np.ndarray,
+) -> float:
+    """sum h_k e^{-discount t_k} E[ q - temperature log pi ] along an Euler chain.
+
+    Args:
+        p: the problem.
+        nodes: of the chain, the last one the horizon.
+        valued: the policy whose value in continuous time q is made of.
+        visiting: the policy whose chain's states count.
+        acting: the policy that draws the actions at these states.
+    """
+    series, total = value_series(p, valued), 0.0
+    decays = np.polynomial.polynomial.polyder(series)
+    moments = state_moments(p, visiting, nodes)
+    for (mean, square), t, h in zip(moments, nodes, np.diff(nodes), strict=False):
+        left = nodes[-1] - t
+        rates = regularised_q(p, series_at(series, left), series_at(decays, left), acting)
+        paid = rates @ np.array([square, mean, 1.0])
+        total += h * np.exp(-p.discount * (t - nodes[0])) * paid
+    return total
+
+
 def transition_gradient(
     p: LQChain, theta: np.ndarray, nodes: np.ndarray, values: np.ndarray
 ) -> np.ndarray:

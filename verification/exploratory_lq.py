@@ -1,0 +1,102 @@
+"""The exploratory LQ problem of ``closed_form.lq_chain`` as users write it, on quadrature paths."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ctrl
+from ctrl.value import Value
+from verification.claim import Setting
+from verification.closed_form import lq_chain
+from verification.closed_form.lq_chain import LQChain
+from verification.cubature import point_start
+
+HORIZON = 0.9
+NODES = np.array([0.0, 0.3, 0.5, 0.9])  # uneven
+
+
+def problem(p: LQChain) -> ctrl.ControlProblem:
+    """Dynamics, rewards, discount and temperature."""
+
+    def diffusion(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        return p.noise + p.noise_slope * x + p.noise_push * a
+
+    def reward(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        return -0.5 * (p.state_cost * x.square() + p.action_cost * a.square()).squeeze(1)
+
+    sde = ctrl.ControlledSDE(
+        lambda t, x, a: p.drift_slope * x + p.push * a,
+        diffusion if p.noise_push or p.noise_slope else lambda t, x: p.noise,
+        controls_diffusion=bool(p.noise_push or p.noise_slope),
+    )
+    return ctrl.ControlProblem(
+        sde,
+        HORIZON,
+        reward,
+        lambda x: -0.5 * p.terminal_cost * x.square().squeeze(1),
+        p.discount,
+        p.temperature,
+    )
+
+
+def parameters(setting: Setting, theta: np.ndarray) -> list[Tensor]:
+    """Gain, offset and log-std, to be differentiated."""
+    return [setting.tensor(float(value)).requires_grad_() for value in theta]
+
+
+def policy(gain: Tensor, offset: Tensor, log_std: Tensor) -> ctrl.GaussianPolicy:
+    """a ~ N(gain x + offset, e^{2 log_std})."""
+    return ctrl.GaussianPolicy(lambda t, x: gain * x + offset, lambda t: log_std.exp())
+
+
+def deterministic(gain: Tensor, offset: Tensor) -> ctrl.DeterministicPolicy:
+    """a = gain x + offset."""
+    return ctrl.DeterministicPolicy(lambda t, x: gain * x + offset)
+
+
+def chain_value(setting: Setting, p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> Value:
+    """V of the chain at its nodes; at the horizon, where V is pinned, anything."""
+    rows = lq_chain.chain_value(p, theta, nodes)
+    rows[-1] = 0.4
+    times, coefficients = setting.tensor(nodes), setting.tensor(rows)
+
+    def value(t: Tensor, x: Tensor) -> Tensor:
+        square, linear, constant = coefficients[(times - t).abs().argmin()].unbind()
+        return (square * x.square() / 2 + linear * x + constant).squeeze(1)
+
+    return value
+
+
+def continuous_value(setting: Setting, p: LQChain, theta: np.ndarray) -> Value:
+    """V of the continuous-time problem."""
+    series = setting.tensor(lq_chain.value_series(p, theta))
+
+    def value(t: Tensor, x: Tensor) -> Tensor:
+        total = torch.zeros_like(series[0])
+        for row in series.flip(0):
+            total = total * (HORIZON - t) + row
+        square, linear, constant = total.unbind()
+        return (square * x.square() / 2 + linear * x + constant).squeeze(1)
+
+    return value
+
+
+def drawn_paths(
+    setting: Setting, p: LQChain, theta: list[Tensor], nodes: np.ndarray, rule: int = 3
+) -> ctrl.Paths:
+    """Quadrature paths of the drawn actions: every variable enters to the fourth degree at most."""
+    grid = ctrl.TimeGrid(setting.tensor(nodes))
+    noise = ctrl.noise.gauss_hermite(grid.steps, nodes=rule, action=(1,))
+    return ctrl.simulate(
+        problem(p), policy(*theta), point_start(noise, [p.start]), grid, noise=noise
+    )
+
+
+def silent_paths(
+    setting: Setting, p: LQChain, theta: list[Tensor], nodes: np.ndarray, rule: int = 3
+) -> ctrl.Paths:
+    """Quadrature paths of the mean action."""
+    grid = ctrl.TimeGrid(setting.tensor(nodes))
+    noise = ctrl.noise.gauss_hermite(grid.steps, nodes=rule)
+    start = point_start(noise, [p.start])
+    return ctrl.simulate(problem(p), deterministic(*theta[:2]), start, grid, noise=noise)
