@@ -203,22 +203,28 @@ def shift_response(
 # -- the KL-regularised optimum -------------------------------------------------------------------
 
 
+def _require_finite_mass(root: Tensor, curvature: Tensor, kl_weight: float) -> None:
+    """1 + root (Q / kl_weight) root > 0, root the square root of a law's covariance."""
+    if not 0 < kl_weight < math.inf:
+        raise ValueError(f"kl_weight must be positive and finite, got {kl_weight}")
+    inner = torch.eye(len(root)).to(root) + root @ curvature @ root / kl_weight
+    if not bool((torch.linalg.eigvalsh(inner) > 0).all()):
+        raise ValueError(
+            "the tilt has no finite mass, the reward grows faster than the law's tails fall; "
+            f"raise kl_weight, got {kl_weight}"
+        )
+
+
 def tilt(data: Gaussian, reward: Quadratic, kl_weight: float) -> Gaussian:
     """The law proportional to data * exp(reward / kl_weight).
 
     Raises:
         ValueError: ``kl_weight`` is not positive, or the tilt cannot be normalised.
     """
-    if not 0 < kl_weight < math.inf:
-        raise ValueError(f"kl_weight must be positive and finite, got {kl_weight}")
     values, vectors = data.spectrum
     root = (vectors * values.sqrt()) @ vectors.mT
+    _require_finite_mass(root, reward.curvature, kl_weight)
     inner = torch.eye(len(values)).to(values) + root @ reward.curvature @ root / kl_weight
-    if not bool((torch.linalg.eigvalsh(inner) > 0).all()):
-        raise ValueError(
-            "the tilt has no finite mass, the reward grows faster than the data's tails fall; "
-            f"raise kl_weight, got {kl_weight}"
-        )
     covariance = root @ torch.linalg.solve(inner, root)
     # S^{-1} m without inverting S: m* = m + S* gradient(m) / kl_weight
     mean = data.mean + _apply(covariance, reward.gradient(data.mean)) / kl_weight
@@ -236,8 +242,15 @@ def optimal_value(
     """V* at s: kl_weight log E[exp(reward(X_end) / kl_weight)] under the pretrained model, eta = 1.
 
     The optimal score is score + gradient V* / kl_weight, that of the noised tilt if ``s_end`` is 0.
+
+    Raises:
+        ValueError: ``kl_weight`` is not positive, or the value is infinite: the reward grows faster
+            than the tails of X_end given X_s fall. It may be finite where the tilt is not.
     """
     step = transition(data, schedule, s, s_end)
+    spread, vectors = torch.linalg.eigh(step.covariance.detach())
+    root = (vectors * spread.clamp(min=0).sqrt()) @ vectors.mT
+    _require_finite_mass(root, reward.curvature.detach(), kl_weight)
     curvature, slope = reward.curvature / kl_weight, reward.slope / kl_weight
     inner = torch.eye(len(slope)).to(slope) + step.covariance @ curvature
     solved = torch.linalg.inv(inner)

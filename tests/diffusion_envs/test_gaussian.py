@@ -240,6 +240,10 @@ def test_bad_input_is_refused_by_name(monkeypatch):
     convex = Quadratic(-3 * torch.eye(3).double(), DATA.mean, tensor(0.0))
     with pytest.raises(ValueError, match="the tilt has no finite mass"):
         gaussian.tilt(DATA, convex, 1.0)
+    with pytest.raises(ValueError, match="the tilt has no finite mass"):
+        gaussian.optimal_value(DATA, SCHEDULES["constant"], convex, 1.0, FROM, tensor(0.0))
+    with pytest.raises(ValueError, match="kl_weight must be positive and finite, got -1"):
+        gaussian.optimal_value(DATA, SCHEDULES["constant"], REWARD, -1.0, FROM, tensor(0.0))
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # as in production
     with pytest.raises(ValueError, match=r"covariance must be .* to fit mean \[3\], got \[2, 2\]"):
         Gaussian(DATA.mean, torch.eye(2).double())
