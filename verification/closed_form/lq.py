@@ -135,7 +135,7 @@ def riccati(lq: LQ, horizon: float) -> Quadratic:
     return y[: n * n].reshape(n, n), y[n * n : -1], float(y[-1])
 
 
-def riccati_by_exponential(lq: LQ, horizon: float, nodes: int = 24) -> Quadratic:
+def riccati_by_exponential(lq: LQ, horizon: float, nodes: int = 14) -> Quadratic:
     """The same where C and D are 0: Radon's linear system in (x, 1), and Gauss-Legendre for c."""
     n = len(lq.A)
     A = np.block([[lq.A, lq.f[:, None]], [np.zeros((1, n + 1))]])
