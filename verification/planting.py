@@ -7,10 +7,12 @@ one is back. So what is shown to be rejected is the production code itself with 
 and an edit that no longer fits the source cannot go unnoticed: it does not load.
 """
 
+import ast
 import functools
 import importlib
 import inspect
 import linecache
+import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ class Edit:
 
     Attributes:
         target: dotted name of a function, method or property, as "ctrl.girsanov.path_kl".
-        old: text that stands in its source exactly once.
+        old: text that stands in its source exactly once, its docstring left aside.
         new: text in its place.
     """
 
@@ -46,13 +48,10 @@ class Edit:
         module = inspect.getmodule(function)
         assert module is not None
         source, first, last = _source(function)
+        at = self._place(function)
         body = "".join(source[first:last])
-        if body.count(self.old) != 1 or self.old == self.new:
-            raise PlantingError(
-                f"{self.old!r} must stand exactly once in {self.target} (and differ from what "
-                f"replaces it), but stands there {body.count(self.old)} times"
-            )
-        text = "".join([*source[:first], body.replace(self.old, self.new), *source[last:]])
+        body = body[:at] + self.new + body[at + len(self.old) :]
+        text = "".join([*source[:first], body, *source[last:]])
         whole = compile(text, right.co_filename, "exec", dont_inherit=True)
         found = [
             code
@@ -65,14 +64,30 @@ class Edit:
 
     def lines(self) -> tuple[str, str]:
         """The lines of source that differ, right and wrong, for a reader."""
-        source, first, last = _source(_function(self.target))
+        function = _function(self.target)
+        source, first, last = _source(function)
+        at = self._place(function)
         body = "".join(source[first:last])
-        at = body.index(self.old)
         start = body.rfind("\n", 0, at) + 1
         end = body.find("\n", at + len(self.old))
-        right = body[start : end if end >= 0 else len(body)]
-        wrong = right.replace(self.old, self.new)
-        return inspect.cleandoc(right), inspect.cleandoc(wrong)
+        end = end if end >= 0 else len(body)
+        wrong = body[start:at] + self.new + body[at + len(self.old) : end]
+        return inspect.cleandoc(body[start:end]), inspect.cleandoc(wrong)
+
+    def _place(self, function: FunctionType) -> int:
+        """Where in the function's source the text stands, its docstring left aside."""
+        source, first, last = _source(function)
+        body = "".join(source[first:last])
+        start, end = _docstring(body)
+        places = [
+            at for at in range(len(body)) if body.startswith(self.old, at) and not start <= at < end
+        ]
+        if len(places) != 1 or self.old == self.new:
+            raise PlantingError(
+                f"{self.old!r} must stand exactly once in {self.target} (and differ from what "
+                f"replaces it), but stands there {len(places)} times"
+            )
+        return places[0]
 
 
 @contextmanager
@@ -98,6 +113,21 @@ def _source(function: FunctionType) -> tuple[list[str], int, int]:
     lines, first = inspect.findsource(function.__code__)
     first = function.__code__.co_firstlineno - 1
     return lines, first, first + len(inspect.getblock(lines[first:]))
+
+
+def _docstring(body: str) -> tuple[int, int]:
+    """Where in a function's source its docstring begins and ends; nowhere, if it has none."""
+    plain = textwrap.dedent(body)
+    indent = len(body) - len(body.lstrip())
+    node = ast.parse(plain).body[0]
+    assert isinstance(node, ast.FunctionDef)
+    if ast.get_docstring(node) is None:
+        return 0, 0
+    string = node.body[0]
+    assert string.end_lineno is not None
+    lines = body.splitlines(keepends=True)
+    start = sum(len(line) for line in lines[: string.lineno - 1]) + string.col_offset + indent
+    return start, sum(len(line) for line in lines[: string.end_lineno])
 
 
 def _function(target: str) -> FunctionType:

@@ -57,6 +57,7 @@ th, td { text-align: left; padding: .4rem 1.1rem .4rem 0; border-bottom: 1px sol
   vertical-align: top; } tbody tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 tbody th { font-weight: 500; overflow-wrap: break-word; min-width: 8rem; }
+td:last-child { min-width: 15rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code { font-size: .86em; overflow-wrap: anywhere; } td code { display: block; }
 .check { margin: 1rem 0 0; font-size: .95rem; } .check small { display: block; }
