@@ -13,32 +13,21 @@ from torch import Tensor
 
 from ctrl import linear
 from diffusion_envs import gaussian
-from diffusion_envs.schedule import VPLinear
 from verification.claim import Check, Setting, claim, expectation, pathwise, wrong
 from verification.closed_form import tilt as exact
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
-from verification.closed_form.vp_gaussian import LONG, SHORT, Normal, VPGaussian, kl
+from verification.closed_form.vp_gaussian import LONG, SHORT, VPGaussian, kl
+from verification.gaussian_diffusion import (
+    DATA,
+    ONLY_DOUBLE,
+    START,
+    STATES,
+    normal,
+    quadratic,
+    schedule,
+)
 
-DATA = Normal(LONG.mean, LONG.covariance)
-START = Normal(np.array([0.3, -0.2]), np.array([[1.2, 0.1], [0.1, 0.7]]))
-STATES = [[0.9, -0.4], [-1.1, 0.35], [0.15, 1.7]]
 TIME = 0.37  # noising time where values are compared
-ONLY_DOUBLE = "ctrl.linear solves in float64 only, and says so"
-
-
-def normal(setting: Setting, law: Normal) -> gaussian.Gaussian:
-    """A normal law, as diffusion_envs takes it."""
-    return gaussian.Gaussian(setting.tensor(law.mean), setting.tensor(law.covariance))
-
-
-def reward(setting: Setting) -> gaussian.Quadratic:
-    """The reward, as diffusion_envs takes it."""
-    return gaussian.Quadratic(*(setting.tensor(each) for each in REWARD))
-
-
-def schedule(p: VPGaussian) -> VPLinear:
-    """The schedule of a closed form."""
-    return VPLinear(p.beta_start, p.beta_end, p.horizon)
 
 
 def coefficients(Q: Tensor, slope: Tensor, constant: Tensor) -> Tensor:
@@ -119,7 +108,7 @@ def expected(value: exact.Quadratic) -> np.ndarray:
 def tilt(setting: Setting) -> Iterator[Check]:
     """Both production tilts, and the maximum that they attain."""
     b, (tilted, log_z) = KL_WEIGHT, exact.tilt(DATA, REWARD, KL_WEIGHT)
-    law = gaussian.tilt(normal(setting, DATA), reward(setting), b)
+    law = gaussian.tilt(normal(setting, DATA), quadratic(setting, REWARD), b)
     yield expectation("mean of the tilt, against completed squares", law.mean, tilted.mean)
     yield expectation(
         "covariance of the tilt, against completed squares", law.covariance, tilted.covariance
@@ -345,7 +334,9 @@ def optimal_score(setting: Setting) -> Iterator[Check]:
     data, x = normal(setting, DATA), setting.tensor(STATES)
     for name, p in (("beta .1 to 20", LONG), ("beta 2", SHORT)):
         s, end = setting.tensor(TIME), setting.tensor(0.0)
-        value = gaussian.optimal_value(data, schedule(p), reward(setting), KL_WEIGHT, s, end)
+        value = gaussian.optimal_value(
+            data, schedule(p), quadratic(setting, REWARD), KL_WEIGHT, s, end
+        )
         got = coefficients(value.curvature, value.slope, value.constant)
         bayes = expected(exact.optimal_value(p, REWARD, KL_WEIGHT, TIME))
         yield expectation(f"{name}: V*, against Z p*_s / p_s", got, bayes)
@@ -361,7 +352,7 @@ def optimal_score(setting: Setting) -> Iterator[Check]:
         )
         yield pathwise(f"{name}: HJB equation", *hjb_residual(setting, p, x))
         first = gaussian.optimal_value(
-            data, schedule(p), reward(setting), KL_WEIGHT, setting.tensor(p.horizon), end
+            data, schedule(p), quadratic(setting, REWARD), KL_WEIGHT, setting.tensor(p.horizon), end
         )
         gain = REWARD.expectation(exact.optimum_from(p, REWARD, KL_WEIGHT, p.horizon).of(START))
         cost = exact.optimal_path_kl(p, REWARD, KL_WEIGHT, START)
@@ -381,7 +372,7 @@ def hjb_residual(setting: Setting, p: VPGaussian, x: Tensor) -> tuple[Tensor, Te
     """d_s V*, and what the HJB equation says it is: everything else."""
     data, end = normal(setting, DATA), setting.tensor(0.0)
     s = setting.tensor(TIME).requires_grad_()
-    value = gaussian.optimal_value(data, schedule(p), reward(setting), KL_WEIGHT, s, end)
+    value = gaussian.optimal_value(data, schedule(p), quadratic(setting, REWARD), KL_WEIGHT, s, end)
     rate = torch.stack([torch.autograd.grad(v, s, retain_graph=True)[0] for v in value(x)])
     g2, slope = schedule(p).g2(s), value.gradient(x)
     drift = g2 * (0.5 * x + gaussian.score(data, schedule(p), s, x))
