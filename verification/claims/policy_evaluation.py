@@ -1,0 +1,327 @@
+"""Policy evaluation by martingale conditions (Jia & Zhou 2022a): each method has its own limit."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ctrl
+from ctrl import martingale as mg
+from verification.claim import Check, Setting, claim, expectation, limit, pathwise, wrong
+from verification.closed_form import policy_evaluation as exact
+from verification.cubature import degree_five
+
+UNEVEN = (0.0, 0.25, 0.4, 0.75, 1.0)
+E = exact.Evaluation(discount=0.8, terminal=0.3)
+PLAIN = exact.Evaluation()  # Jia & Zhou's is undiscounted
+FORGETS = 1.7  # lambda = e^{-1.7}, on four steps
+DECAY = math.log(1e6)  # lambda = 1e-6 for a unit of time, in the limit
+LIMITS = {
+    "ML": [0.115391, 0.008037, 0.432786],
+    "CTD(0)": [0.133110, 0.009761, 0.341519],
+    "CTD(lambda)": [0.12970, 0.00997, 0.35914],
+    "squares": [0.41475, 0.0, 0.0],
+}
+STEPS = (6, 12, 24, 48)  # of the grids that limits are extrapolated from
+
+Loss = Callable[[ctrl.value.Value], Tensor]
+
+
+def problem(e: exact.Evaluation) -> ctrl.ControlProblem:
+    """An Ornstein-Uhlenbeck process that is paid x^2, as a user would write it."""
+    return ctrl.ControlProblem(
+        ctrl.ControlledSDE(lambda t, x, a: -e.pull * x + a, lambda t, x: e.noise),
+        e.horizon,
+        lambda t, x, a: x[:, 0] ** 2,
+        lambda x: e.terminal * x[:, 0] ** 2,
+        e.discount,
+    )
+
+
+def sampled(e: exact.Evaluation, nodes: Tensor) -> ctrl.Paths:
+    """Paths whose weighted means are expectations, of polynomials up to degree 5."""
+    grid = ctrl.TimeGrid(nodes)
+    start, noise, weights = degree_five(grid, e.mean, e.variance**0.5, draws=False)
+    policy = ctrl.DeterministicPolicy(lambda t, x: torch.zeros_like(x))
+    return replace(ctrl.simulate(problem(e), policy, start, grid, noise=noise), weights=weights)
+
+
+def features(t: Tensor, x: Tensor) -> Tensor:
+    """(T - t) (1, x, x^2): none of them makes the value that is true."""
+    return (E.horizon - t) * torch.cat([x**0, x, x**2], dim=1)
+
+
+def tests(t: Tensor, x: Tensor) -> Tensor:
+    """More test functions than there are coefficients."""
+    return torch.cat([features(t, x), x**0, x], dim=1)
+
+
+def base(e: exact.Evaluation) -> ctrl.value.Value:
+    """The terminal reward, as the part of J that is known."""
+    return lambda t, x: e.terminal * x[:, 0] ** 2
+
+
+def true_value(e: exact.Evaluation, nodes: Tensor) -> mg.Features:
+    """V of the chain, as the only feature."""
+    table = torch.as_tensor(exact.values(e, nodes.double().cpu().numpy())).to(nodes)
+
+    def true(t: Tensor, x: Tensor) -> Tensor:
+        c = table[(nodes - t).abs().argmin()]
+        return c[0] + c[2] * x**2
+
+    return true
+
+
+def losses(e: exact.Evaluation, paths: ctrl.Paths, decay: float) -> dict[str, Loss]:
+    """What the methods descend; of squares, what they should not."""
+    p, xi = problem(e), mg.features_along(tests)
+
+    def gmm(v: ctrl.value.Value, weighting: str) -> Tensor:
+        return mg.cgtd_loss(xi, v, p, paths, weighting=weighting)
+
+    return {
+        "ML": lambda v: mg.martingale_loss(v, p, paths),
+        "CTD(0)": lambda v: mg.ctd0(v, p, paths),
+        "CTD(lambda)": lambda v: mg.ctd_lambda(v, p, paths, decay),
+        "GMM, identity": lambda v: gmm(v, "identity"),
+        "GMM, covariance": lambda v: gmm(v, "covariance"),
+        "squares": lambda v: mg.increments(v, p, paths).square().sum(1),
+    }
+
+
+def root(
+    loss: Loss, paths: ctrl.Paths, phi: mg.Features, known: ctrl.value.Value | None = None
+) -> np.ndarray:
+    """Where the gradient, which is affine in the coefficients, vanishes."""
+
+    def gradient(theta: Tensor) -> Tensor:
+        theta = theta.requires_grad_()
+        each = loss(mg.LinearValue(phi, theta, known))
+        total = each if each.ndim == 0 else paths.weights @ each
+        return torch.autograd.grad(total, theta)[0]
+
+    unit = torch.eye(phi(paths.grid.nodes[0], paths.states[:, 0]).shape[1]).to(paths.states)
+    offset = gradient(torch.zeros_like(unit[0]))
+    slope = torch.stack([gradient(one) - offset for one in unit.unbind()], dim=1)
+    return torch.linalg.solve(slope, -offset).double().cpu().numpy()
+
+
+def extrapolated(found: list[np.ndarray]) -> np.ndarray:
+    """The limit of results on grids of ``STEPS``, by a polynomial in the step size."""
+    powers = np.vander(1 / np.array(STEPS, dtype=float), increasing=True)
+    return np.linalg.solve(powers, np.array(found))[0]
+
+
+def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> Tensor:
+    """Of every path's own loss, at coefficients away from every root, [paths, 3]."""
+    theta = paths.states.new_tensor([0.7, -0.4, 0.25]).repeat(len(paths.states), 1)
+    theta.requires_grad_()
+    each = loss(lambda t, x: (features(t, x) * theta).sum(1))
+    return torch.autograd.grad(each.sum(), theta)[0]
+
+
+@claim(
+    statement="""
+        Under a value that cannot be represented, J = (T - t) c . (1, x, x^2) for r = x^2 along an
+        Ornstein-Uhlenbeck process, methods end in different places: the martingale loss (ML) in
+        the L2 projection of the true value, c = (0.115391, 0.008037, 0.432786) as h -> 0;
+        CTD(0) and CLSTD in the root of E int d_c J dM, (0.133110, 0.009761, 0.341519);
+        CTD(lambda) in between, (0.12970, 0.00997, 0.35914) for lambda = 1e-6 a unit of time, and
+        at ML for lambda = 1 without discount. The sum of squared increments is not a loss for
+        values: it ends in the flat (0.41475, 0, 0), and even where J = c V has the true V in it,
+        c = 0.72 at four steps and 0 in the limit.
+        """,
+    source="Jia & Zhou 2022a, JMLR 23, sections 3 and 4",
+    wrongs=[
+        wrong(
+            "gradient through dM in CTD(0)",
+            "ctrl.martingale.ctd0",
+            "average_reward).detach()",
+            "average_reward)",
+        ),
+        wrong(
+            "no gradient through J in CTD(0), but through dM",
+            "ctrl.martingale.ctd0",
+            "along * dm)",
+            "along.detach() * increments(value, problem, paths, policy))",
+        ),
+        wrong(
+            "features at the right end in CTD(0)",
+            "ctrl.martingale.ctd0",
+            "[:, :-1]",
+            "[:, 1:]",
+        ),
+        wrong(
+            "discount of the features missing in CTD(0)",
+            "ctrl.martingale.ctd0",
+            "discount_factors(problem, paths) * along",
+            "along",
+        ),
+        wrong(
+            "gradient through dM in CTD(lambda)",
+            "ctrl.martingale.ctd_lambda",
+            "problem.discount).detach()",
+            "problem.discount)",
+        ),
+        wrong(
+            "step sizes missing in CTD(lambda)'s features",
+            "ctrl.martingale.ctd_lambda",
+            "paths) * h * along",
+            "paths) * along",
+        ),
+        wrong(
+            "lambda for a step instead of a unit of time",
+            "ctrl.advantages.continuous_gae",
+            "(discount + rate) * step_sizes)",
+            "discount * step_sizes - rate * step_sizes.mean())",
+        ),
+        wrong(
+            "discount missing between features and increments",
+            "ctrl.advantages.continuous_gae",
+            "keep = torch.exp(-(discount + rate)",
+            "keep = torch.exp(-rate",
+        ),
+        wrong(
+            "lambda above 1",
+            "ctrl.advantages.continuous_gae",
+            "keep = torch.exp(-(discount + rate)",
+            "keep = torch.exp(-(discount - 0.1 * rate)",
+        ),
+        wrong(
+            "time in ML summed without step sizes",
+            "ctrl.martingale.martingale_loss",
+            "return (h * (",
+            "return (h.mean() * (",
+        ),
+        wrong(
+            "discount missing in ML's weights",
+            "ctrl.martingale.martingale_loss",
+            "(discount_factors(problem, paths) * gap)",
+            "gap",
+        ),
+        wrong(
+            "values of the next node in ML",
+            "ctrl.martingale.martingale_loss",
+            "(returns - values(value, problem, paths))[:, :-1]",
+            "returns[:, :-1] - values(value, problem, paths)[:, 1:]",
+        ),
+        wrong(
+            "discount missing in the return",
+            "ctrl.paths.returns_to_go",
+            "keep[k] * returns[-1]",
+            "returns[-1]",
+        ),
+        wrong(
+            "uneven grid taken for an even one, in the reward",
+            "ctrl.paths.running_rewards",
+            "steps = paths.grid.steps.to(paths.states)",
+            "steps = paths.grid.steps.to(paths.states).mean().expand(paths.states.shape[1] - 1)",
+        ),
+        wrong(
+            "discount missing in dM",
+            "ctrl.value.martingale_increments",
+            "-problem.discount * h",
+            "-0.0 * h",
+        ),
+        wrong(
+            "known part of J left out of CLSTD",
+            "ctrl.martingale.clstd",
+            "known = base if base is not None else _zero",
+            "known = _zero",
+        ),
+        wrong(
+            "terminal reward in every feature of CLSTD",
+            "ctrl.martingale.clstd",
+            "martingale_increments(column(j), unpaid,",
+            "martingale_increments(column(j), problem,",
+        ),
+        wrong(
+            "weights of the paths left out of CLSTD",
+            "ctrl.martingale.clstd",
+            "weights = paths.weights\n",
+            "weights = None\n",
+        ),
+        wrong(
+            "discount of the features missing in CLSTD",
+            "ctrl.martingale.clstd",
+            "weights[:, None, None] * discounts[None, :, None] * tests",
+            "weights[:, None, None] * tests",
+        ),
+        wrong(
+            "mean of squares for the square of the mean, in GMM",
+            "ctrl.martingale.cgtd_loss",
+            "0.5 * mean.square().sum()",
+            "0.5 * (weights @ each.square()).sum()",
+        ),
+        wrong(
+            "covariance for its inverse in GMM",
+            "ctrl.martingale.cgtd_loss",
+            "torch.linalg.solve(covariance, mean)",
+            "covariance @ mean",
+        ),
+        wrong(
+            "covariance of the test functions without dt in GMM",
+            "ctrl.martingale.cgtd_loss",
+            '"p,k,pki,pkj->ij", weights, h,',
+            '"p,k,pki,pkj->ij", weights, h * 0 + h.mean(),',
+        ),
+        wrong(
+            "the stationary law for the process's own, in the continuous-time reference",
+            "verification.closed_form.policy_evaluation.continuous",
+            "rest + (e.variance - rest) * np.exp(-2 * k * t)",
+            "rest",
+            full=True,
+        ),
+        wrong(
+            "second-order term left out of the continuous-time reference",
+            "verification.closed_form.policy_evaluation.continuous",
+            "[s2, 0, -2 * k]",
+            "[0, 0, -2 * k]",
+            full=True,
+        ),
+    ],
+)
+def policy_evaluation(setting: Setting) -> Iterator[Check]:
+    """Roots of production losses: exactly the recursion's on four steps, and their limits."""
+    nodes = np.array(UNEVEN)
+    paths, known = sampled(E, setting.tensor(UNEVEN)), exact.chain(E, nodes, FORGETS)
+    for method, loss in losses(E, paths, FORGETS).items():
+        got = root(loss, paths, features, base(E))
+        yield expectation(f"{method}: root on four steps, by recursion", got, known[method])
+    got = mg.clstd(features, problem(E), paths, base=base(E)).coefficients
+    yield expectation("CLSTD: on four steps, by recursion", got, known["CTD(0)"])
+    # lambda = 1: no root is needed, path by path
+    plain = sampled(PLAIN, setting.tensor(UNEVEN))
+    whole = gradients(lambda v: mg.martingale_loss(v, problem(PLAIN), plain), plain)
+    half = gradients(lambda v: mg.ctd_lambda(v, problem(PLAIN), plain, 0.0), plain)
+    yield pathwise("CTD(1) is half of ML's gradient on every path", 2 * half, whole)
+    # the true value within reach: all but the squares find it
+    true = true_value(PLAIN, setting.tensor(UNEVEN))
+    for method, loss in losses(PLAIN, plain, FORGETS).items():
+        factor = exact.squares_of_the_true_value(PLAIN, nodes) if method == "squares" else 1.0
+        got = root(loss, plain, true)
+        yield expectation(f"{method}: factor of the true value", got, [factor])
+    if setting.full:
+        yield from limits(setting)
+
+
+def limits(setting: Setting) -> Iterator[Check]:
+    """Extrapolated from production code on grids of up to 48 steps."""
+    found: dict[str, list[np.ndarray]] = {method: [] for method in LIMITS}
+    factors = []
+    for steps in STEPS:
+        paths = sampled(PLAIN, torch.linspace(0, PLAIN.horizon, steps + 1).to(setting.tensor(1.0)))
+        for method in LIMITS:
+            found[method].append(root(losses(PLAIN, paths, DECAY)[method], paths, features))
+        squares = losses(PLAIN, paths, DECAY)["squares"]
+        factors.append(root(squares, paths, true_value(PLAIN, paths.grid.nodes)) * steps)
+    continuous = exact.continuous(PLAIN, DECAY)
+    for method, printed in LIMITS.items():
+        got = extrapolated(found[method])
+        yield limit(f"{method}: limit of small steps, by integrals", got, continuous[method])
+        yield limit(f"{method}: the number in print", continuous[method], printed)
+    name = "squares of c V, c / h"
+    yield limit(f"{name}: limit of small steps", extrapolated(factors), continuous[name])
