@@ -94,3 +94,50 @@ def extrapolated(values: list[np.ndarray]) -> np.ndarray:
         factor = 2.0**order
         table = [(factor * fine - coarse) / (factor - 1) for coarse, fine in pairwise(table)]
     return table[0]
+
+
+def eta_transition(model: VPGaussian, s_from: float, s_to: float, eta: float) -> Transition:
+    """Of dX = (-k X + (1 + eta^2) / 2 g2 score) dt + eta sqrt(g2) dW, along the data's axes.
+
+    d log F = (beta / 2 - (1 + eta^2) / 2 beta / v) dt for an axis of noised variance v, and
+    d log v = -(beta / v - beta) dt, d log alpha = beta / 2 dt; so
+    F = (alpha_from / alpha_to)^(eta^2) (v_to / v_from)^((1 + eta^2) / 2).
+    """
+    values, axes = np.linalg.eigh(model.covariance)
+    before, after = (model.alpha(s) ** 2 * values + model.sigma(s) ** 2 for s in (s_from, s_to))
+    signal = model.alpha(s_from) / model.alpha(s_to)
+    f = signal ** (eta**2) * (after / before) ** (0.5 * (1 + eta**2))
+    F = axes @ np.diag(f) @ axes.T
+    C = axes @ np.diag(after - f**2 * before) @ axes.T
+    return Transition(F, model.noised(s_to).mean - F @ model.noised(s_from).mean, C)
+
+
+def shift_response(model: VPGaussian, eta: float) -> float:
+    """How far score + 1 moves the mean of one-dimensional data, int F (1 + eta^2) / 2 beta ds.
+
+    By quadrature in log(alpha), where the integrand is tame at both ends.
+    """
+    variance = float(model.covariance[0, 0])
+    nodes, weights = np.polynomial.legendre.leggauss(400)
+    low = np.log(model.alpha(model.horizon))
+    log_alpha = 0.5 * low * (1 - nodes)  # beta ds = -2 d log(alpha)
+    alpha = np.exp(log_alpha)
+    spread = alpha**2 * variance + 1 - alpha**2
+    F = alpha ** (eta**2) * (variance / spread) ** (0.5 * (1 + eta**2))
+    return float(-0.5 * low * (weights @ (F * (1 + eta**2))))
+
+
+def sde_response(variance: float, alpha: float) -> float:
+    """``shift_response`` at eta = 1: an arcus tangens, hyperbolic for variances below 1."""
+    r = np.sqrt(abs(variance - 1))
+    arc = np.arctan if variance > 1 else np.arctanh
+    return float(2 * variance / r * (arc(r) - arc(r * alpha)))
+
+
+def ode_response(variance: float, alpha: float) -> float:
+    """``shift_response`` at eta = 0: grows like log(1 / alpha)."""
+
+    def primitive(a: float) -> float:
+        return float(np.log(a / (1 + np.sqrt(1 + (variance - 1) * a**2))))
+
+    return float(np.sqrt(variance)) * (primitive(1.0) - primitive(alpha))
