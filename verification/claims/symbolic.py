@@ -58,6 +58,12 @@ def proof_of_girsanov(setting: Setting) -> Iterator[Check]:
         wrong("stationary variance g^2 / N", HERE + "ou_variance", "(2 * N)", "N"),
         wrong("cross term once", HERE + "ou_path_kl", "- 2 * N * y * first", "- N * y * first"),
         wrong(
+            "elapsed time off by one",
+            HERE + "ou_path_kl",
+            "y**2 * time)",
+            "y**2 * (time - 1))",
+        ),
+        wrong(
             "spread of the start left out", HERE + "ou_path_kl", "(P - limit) * e2", "-limit * e2"
         ),
         wrong("factor 1/2 dropped", HERE + "ou_path_kl", "/ (2 * g**2)", "/ g**2"),
@@ -150,7 +156,8 @@ def proof_of_tweedie(setting: Setting) -> Iterator[Check]:
 @claim(
     statement="""
         Soft maximum: gam log int exp(H / gam) da = max_a H + gam / 2 log(2 pi gam / N) for
-        H concave in a; pi* = N(u V_x / N, gam / N) attains it. With it V = -p x^2 / 2 + c solves the HJB equation if and only if p and c solve
+        H concave in a; pi* = N(u V_x / N, gam / N) attains it. V = -p x^2 / 2 + c solves the HJB
+        equation if and only if p and c solve
         p' = -2 y p + u^2 p^2 / N - s and c' = g^2 p / 2 - gam / 2 log(2 pi gam / N).
         """,
     source="Wang, Zariphopoulou & Zhou 2020, sections 3, 4; Jia & Zhou 2022b",
@@ -208,7 +215,7 @@ def proof_of_the_exploratory_riccati_equation(setting: Setting) -> Iterator[Chec
         wrong("outer b dropped", HERE + "cole_hopf_value", "return b * (", "return ("),
         wrong(
             "log-determinant left out",
-            HERE + "cole_hopf_residual",
+            HERE + "cole_hopf_value",
             "-sp.log(1 + variance * lam) / 2 - lam",
             "-lam",
         ),
