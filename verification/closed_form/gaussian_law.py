@@ -63,3 +63,19 @@ def log_density(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.n
     weighed = np.linalg.solve(whole, gap[..., None])[..., 0]
     volume = np.linalg.slogdet(2 * np.pi * whole)[1]
     return -0.5 * ((gap * weighed).sum(-1) + volume)
+
+
+def chain(start: Law, steps: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Law:
+    """The joint law of X_0, ..., X_n, one after the other: X_{k+1} = F X_k + f + N(0, C)."""
+    mean, blocks = [start.mean], [[start.covariance]]
+    for matrix, vector, noise in steps:
+        mean.append(matrix @ mean[-1] + vector)
+        across = [matrix @ block for block in blocks[-1]]  # Cov(X_{k+1}, X_j)
+        blocks.append([*across, across[-1] @ matrix.T + noise])
+    dim, count = len(start.mean), len(mean)
+    covariance = np.zeros((count * dim, count * dim))
+    for i, row in enumerate(blocks):
+        for j, block in enumerate(row):
+            covariance[i * dim : (i + 1) * dim, j * dim : (j + 1) * dim] = block
+            covariance[j * dim : (j + 1) * dim, i * dim : (i + 1) * dim] = block.T
+    return Law(np.concatenate(mean), covariance)
