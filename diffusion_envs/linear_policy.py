@@ -159,11 +159,12 @@ def continuous_value(
     h = (s_from - s_to) / substeps
     state = (start.mean, start.covariance, gain.new_zeros(()))
     for k in range(substeps):
-        s = gain.new_tensor(s_from - k * h)
+        # counted from the data end, which round-off must not overstep: sigma is NaN below 0
+        s, middle, end = (gain.new_tensor(s_to + (substeps - k - u) * h) for u in (0, 0.5, 1))
         now = rates(s, *state[:2])
-        half = rates(s - 0.5 * h, *_moved(state, now, 0.5 * h)[:2])
-        again = rates(s - 0.5 * h, *_moved(state, half, 0.5 * h)[:2])
-        full = rates(s - h, *_moved(state, again, h)[:2])
+        half = rates(middle, *_moved(state, now, 0.5 * h)[:2])
+        again = rates(middle, *_moved(state, half, 0.5 * h)[:2])
+        full = rates(end, *_moved(state, again, h)[:2])
         slopes = (
             (a + 2 * b + 2 * c + d) / 6 for a, b, c, d in zip(now, half, again, full, strict=True)
         )

@@ -178,6 +178,16 @@ def test_the_integrators_error_is_of_fourth_order():
     assert 12 < errors[0] / errors[1] < 20
 
 
+@pytest.mark.parametrize("substeps", [7, 20, 23])
+def test_the_integrator_reaches_the_data_end(substeps):
+    """Round-off of the last substep must not ask for a noise level before the data."""
+    noisy = marginal(DATA, VP, tensor(0.9))
+    value = linear_policy.continuous_value(
+        DATA, VP, noisy, 0.9, 0.0, *NONE, REWARD, substeps=substeps
+    )
+    assert torch.isfinite(value)
+
+
 def test_a_pure_shift_has_its_closed_form():
     s_from, s_to = tensor(0.9), tensor(0.1)
     step = transition(DATA, VP, s_from, s_to)
