@@ -245,5 +245,18 @@ def own_slope(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> np.ndarray:
     return total
 
 
+def held_action_slope(p: LQChain, theta: np.ndarray, horizon: float) -> float:
+    """d V(0) / d log_std by the step size, to first order, for a terminal reward alone.
+
+    Held over a step of size h an action's noise adds (push s h)^2 to the state's variance, so
+    1/h times -terminal_cost E e^{-discount T} sum e^{2 pull (T - t)} (push s h)^2, as h -> 0.
+    """
+    gain, _, log_std = theta
+    pull = p.drift_slope + p.push * gain
+    grown = (np.exp(2 * pull * horizon) - 1) / (2 * pull)
+    paid = -p.terminal_cost * np.exp(-p.discount * horizon)
+    return float(paid * grown * p.push**2 * np.exp(2 * log_std))
+
+
 def _entropy(log_std: complex) -> complex:
     return 0.5 * np.log(2 * np.pi * np.e) + log_std

@@ -1,0 +1,135 @@
+"""How much the performance depends on the spread of the drawn actions.
+
+In continuous time only through what the spread is paid or charged for: with a terminal reward, a
+drift affine in the action and an uncontrolled diffusion it does not, because q is linear in the
+action. On a grid actions are held over a step, which adds O(h).
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ctrl
+from ctrl import policy_gradient as pg
+from verification import exploratory_lq as lq
+from verification.claim import Check, Setting, claim, expectation, limit, wrong
+from verification.closed_form import lq_chain
+from verification.closed_form.lq_chain import THETA, LQChain
+from verification.cubature import mean
+
+PAID = replace(LQChain(), state_cost=0.0, action_cost=0.0, temperature=0.0)  # at the horizon only
+PLAIN = replace(PAID, noise_slope=0.0, noise_push=0.0)
+CONTROLLED = PAID  # the action moves the diffusion too
+
+
+@claim(
+    statement="""
+        With a terminal reward only, a drift affine in the action and a diffusion without it,
+        E[(z^2 - 1) q] = 0: in continuous time the performance has no gradient in the spread of the
+        actions. On a grid it has one, of O(h), from actions held over steps, which the estimators
+        find exactly. It is not so in general: where the action moves the diffusion, the gradient in
+        the spread stays.
+        """,
+    source='"Score as Action", arXiv 2502.01819, Theorem 4.1, for the covariance of the policy',
+    wrongs=[
+        wrong(
+            "normalisation of the density left out",
+            "ctrl.policy_gradient.DrawnActions.log_prob",
+            "return over_steps(_random(policy).log_prob, paths, kept_actions(paths))",
+            "return over_steps(_random(policy).log_prob, paths, kept_actions(paths)) "
+            "+ policy.std_at(paths.grid.nodes[0]).log()",
+        ),
+        wrong(
+            "actions wider than their density",
+            "ctrl.simulate._Given.for_action",
+            "return self.noise.actions[:, k]",
+            "return 1.1 * self.noise.actions[:, k]",
+        ),
+        wrong(
+            "mean actions move the states",
+            "ctrl.solvers.EulerMaruyama.step_into",
+            "sde.drift_at(t, states, action)",
+            "sde.drift_at(t, states, action.mean(0).expand_as(action))",
+        ),
+        wrong(
+            "sqrt(h) for h",
+            "ctrl.solvers.EulerMaruyama.step_into",
+            "alpha=float(t1 - t0)",
+            "alpha=float(t1 - t0) ** 0.5",
+        ),
+        wrong(
+            "chain rule of log s missing",
+            "verification.exploratory_lq.policy",
+            "lambda t: log_std.exp()",
+            "lambda t: log_std.detach().exp() + log_std - log_std.detach()",
+        ),
+        wrong(
+            "second-order term of q missing",
+            "ctrl.value.generator",
+            "transport + 0.5 * spread",
+            "transport",
+        ),
+        wrong(
+            "second-order term of q without 1/2",
+            "ctrl.value.generator",
+            "0.5 * spread",
+            "spread",
+        ),
+        wrong(
+            "diffusion without the action",
+            "ctrl.value._columns",
+            "sde.diffusion_at(t, states, actions)",
+            "sde.diffusion_at(t, states, 0 * actions)",
+        ),
+        wrong(
+            "a drift that is quadratic in the action",
+            "verification.exploratory_lq.problem",
+            "+ p.push * a,",
+            "+ p.push * a + 0.1 * a.square(),",
+        ),
+    ],
+)
+def gradient_in_the_exploration_scale(setting: Setting) -> Iterator[Check]:
+    """Returns, temporal differences and q-rates, differentiated in log s."""
+    theta = lq.parameters(setting, THETA)
+    policy, log_std = lq.policy(*theta), theta[2]
+
+    def by_return(nodes: np.ndarray) -> Tensor:
+        paths = lq.drawn_paths(setting, PLAIN, theta, nodes)
+        return _slope(pg.return_gradient(lq.problem(PLAIN), policy, paths), paths, log_std)
+
+    def by_difference(nodes: np.ndarray) -> Tensor:
+        paths = lq.drawn_paths(setting, PLAIN, theta, nodes)
+        value = lq.chain_value(setting, PLAIN, THETA, nodes)
+        each = pg.temporal_difference_gradient(lq.problem(PLAIN), policy, value, paths)
+        return _slope(each, paths, log_std)
+
+    def by_rates(p: LQChain, nodes: np.ndarray) -> Tensor:
+        paths = lq.drawn_paths(setting, p, theta, nodes)
+        value = lq.continuous_value(setting, p, THETA)
+        return _slope(pg.q_rate_gradient(lq.problem(p), policy, value, paths), paths, log_std)
+
+    exact = lq_chain.gradient(lambda th: lq_chain.performance(PLAIN, th, lq.NODES), THETA)
+    yield expectation("return: what held actions add on a grid", by_return(lq.NODES), exact[2])
+    found = by_difference(lq.NODES)
+    yield expectation("temporal difference: the same", found, exact[2])
+    scale = abs(exact[0])
+    yield expectation("q-rates: 0 on a grid", by_rates(PLAIN, lq.NODES), 0.0, scale=scale)
+    grids = [np.linspace(0, lq.HORIZON, steps + 1) for steps in (1, 2, 3)]
+    per_step = [by_difference(nodes) / nodes[1] for nodes in grids]
+    first_order = lq_chain.held_action_slope(PLAIN, THETA, lq.HORIZON)
+    yield limit(
+        "gradient by h, steps to 0: not 0, nor infinite", lq.to_zero(*per_step), first_order
+    )
+    series = lq_chain.value_series(CONTROLLED, THETA)
+    along = np.array([lq_chain.series_at(series, lq.HORIZON - t) for t in lq.NODES])
+    stays = lq_chain.q_rate_gradient(CONTROLLED, THETA, lq.NODES, along)[2]
+    found = by_rates(CONTROLLED, lq.NODES)
+    yield expectation("q-rates where the action moves the diffusion: not 0", found, stays)
+
+
+def _slope(each: Tensor, paths: ctrl.Paths, log_std: Tensor) -> Tensor:
+    return torch.autograd.grad(mean(each, paths), log_std)[0]
