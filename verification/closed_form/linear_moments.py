@@ -1,0 +1,35 @@
+"""Moments of dX = A X dt + sum_j B_j X dW_j (Ito), and a diffusion with its derivatives.
+
+E X_t = exp(A t) x,   E X X' =: M with M' = A M + M A' + sum_j B_j M B_j'.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.linalg import expm
+
+
+def first(a: np.ndarray, start: np.ndarray, horizon: float) -> np.ndarray:
+    """E X_T."""
+    return expm(horizon * a) @ start
+
+
+def second(a: np.ndarray, b: np.ndarray, start: np.ndarray, horizon: float) -> np.ndarray:
+    """E X_T X_T', for columns b[j]."""
+    one = np.eye(len(a))
+    generator = np.kron(a, one) + np.kron(one, a) + sum(np.kron(each, each) for each in b)
+    whole = expm(horizon * generator) @ np.outer(start, start).ravel()
+    return whole.reshape(len(a), len(a))
+
+
+def noise_drift(sigma: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
+    """sum_jk (d sigma_ij / d x_k) sigma_kj of a diffusion x [dim] -> [dim, noise], complex steps.
+
+    The derivative is Im sigma(x + i eps e_k) / eps, exact but for terms of order eps^2.
+    """
+    value, eps = sigma(x), 1e-30
+    total = np.zeros(len(x))
+    for k, unit in enumerate(np.eye(len(x))):
+        slope = np.imag(sigma(x + 1j * eps * unit)) / eps
+        total = total + slope @ value[k]
+    return total
