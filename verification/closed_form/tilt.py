@@ -8,10 +8,12 @@ V* by Bayes          exp(V*(s, x) / b) = E[exp(r(Y_0) / b) | Y_s = x] = Z p*_s(x
 V* by Riccati        the HJB equation's coefficients, integrated backwards from the data end
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from scipy.integrate import solve_ivp
+from scipy.linalg import fractional_matrix_power
 
 from verification.closed_form.vp_gaussian import Normal, Transition, VPGaussian
 
@@ -83,10 +85,7 @@ def riccati_value(p: VPGaussian, reward: Quadratic, b: float, s: float) -> Quadr
 
 def optimum_from(p: VPGaussian, reward: Quadratic, b: float, s: float) -> Transition:
     """The optimal process from s to the data: every conditional law, tilted by itself."""
-    base = p.posterior(s)
-    spread = np.linalg.inv(np.linalg.inv(base.C) + reward.Q / b)
-    kept = spread @ np.linalg.inv(base.C)
-    return Transition(kept @ base.F, kept @ base.f + spread @ reward.l / b, spread)
+    return tilted_transition(p.posterior(s), reward, b)
 
 
 def optimal_path_kl(p: VPGaussian, reward: Quadratic, b: float, start: Normal) -> float:
@@ -144,6 +143,89 @@ def log_average(
     mass = np.prod(np.stack(np.meshgrid(*[weights / weights.sum()] * n), axis=-1), -1).ravel()
     ends = mean[:, None] + z @ np.linalg.cholesky(C).T
     return b * np.log(np.exp(reward(ends) / b) @ mass)
+
+
+class ChainStep(NamedTuple):
+    """x' = F x + f + u + std z under the pretrained model, u the control."""
+
+    F: np.ndarray
+    f: np.ndarray
+    std: float
+    score_gain: float
+
+
+def euler_chain(p: VPGaussian, noising_times: list[float], eta: float) -> list[ChainStep]:
+    """Euler-Maruyama steps of the eta family's generation SDE with the exact score."""
+    steps = []
+    for s, after in pairwise(noising_times):
+        spent = p.beta(s) * (s - after)  # g^2 h
+        push = 0.5 * (1 + eta**2) * spent
+        matrix, vector = p.score(s)
+        F = (1 + 0.5 * spent) * np.eye(len(vector)) + push * matrix
+        steps.append(ChainStep(F, push * vector, eta * np.sqrt(spent), push))
+    return steps
+
+
+def chain_optimum(
+    steps: list[ChainStep], reward: Quadratic, b: float
+) -> tuple[list[Quadratic], list[tuple[np.ndarray, np.ndarray]]]:
+    """Values at all nodes, and controls u = K x + k, of max E r - b sum |u|^2 / (2 std^2).
+
+    One maximisation of a quadratic a step (linear-quadratic control, backwards).
+    """
+    values, controls = [reward], []
+    for step in reversed(steps):
+        Q, slope, c = values[-1]
+        variance = step.std**2
+        hard = np.linalg.inv(Q + b / variance * np.eye(len(slope)))  # of -u'(.)u/2 + u'gradient
+        K, k = -hard @ Q @ step.F, hard @ (slope - Q @ step.f)
+        total, moved = step.F + K, step.f + k
+        cost = b / variance
+        values.append(
+            Quadratic(
+                total.T @ Q @ total + cost * K.T @ K,
+                total.T @ (slope - Q @ moved) - cost * K.T @ k,
+                float(
+                    c
+                    + slope @ moved
+                    - 0.5 * moved @ Q @ moved
+                    - 0.5 * variance * np.trace(Q)
+                    - 0.5 * cost * k @ k
+                ),
+            )
+        )
+        controls.append((K, k))
+    return values[::-1], controls[::-1]
+
+
+def reward_gradient(steps: list[ChainStep], reward: Quadratic, start: np.ndarray) -> np.ndarray:
+    """d E[r(X_N)] / d (shift of the score at each step), [steps, dim], without control."""
+    mean, carried = start, [np.eye(len(start))]
+    for step in steps:
+        mean = step.F @ mean + step.f
+    for step in reversed(steps[1:]):
+        carried.append(carried[-1] @ step.F)
+    slope = reward.l - reward.Q @ mean
+    gains = [step.score_gain for step in steps]
+    return np.array([g * F.T @ slope for g, F in zip(gains, carried[::-1], strict=True)])
+
+
+def eta_transition(p: VPGaussian, eta: float) -> Transition:
+    """From the horizon to the data under the eta family's SDE with the exact score."""
+    before, after = p.noised(p.horizon), Normal(p.mean, p.covariance)
+    power = 0.5 * (1 + eta**2)
+    ratio = after.covariance @ np.linalg.inv(before.covariance)
+    F = p.alpha(p.horizon) ** (eta**2) * np.real(fractional_matrix_power(ratio, power))
+    return Transition(
+        F, after.mean - F @ before.mean, after.covariance - F @ before.covariance @ F.T
+    )
+
+
+def tilted_transition(base: Transition, reward: Quadratic, b: float) -> Transition:
+    """Every conditional law of a transition, tilted by itself."""
+    spread = np.linalg.inv(np.linalg.inv(base.C) + reward.Q / b)
+    kept = spread @ np.linalg.inv(base.C)
+    return Transition(kept @ base.F, kept @ base.f + spread @ reward.l / b, spread)
 
 
 # No zero, no one, no equal numbers. Q has a negative eigenvalue, but the tilt exists.
