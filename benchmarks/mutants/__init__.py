@@ -1,0 +1,1 @@
+"""Mutation testing of the formula modules: which small mistakes would the tests not notice?"""
