@@ -7,6 +7,7 @@ Every function draws into the axes that it is given, or into a new figure, and r
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,16 +39,16 @@ def plot_paths(
     if show < 0:
         raise ValueError(f"show must be at least 0, got {show}")
     axes = _axes(axes)
-    times, one = paths.grid.nodes.cpu().numpy(), states[..., coordinate].double().cpu()
-    if paths.weights is None:
-        low, high = torch.quantile(one, torch.tensor([0.05, 0.95], dtype=one.dtype), dim=0)
-        axes.fill_between(times, low.numpy(), high.numpy(), color="tab:blue", alpha=0.15, lw=0)
-        mean = one.mean(0)
-    else:
-        mean = paths.weights.detach().double().cpu() @ one
-    for path in one[:show]:
-        axes.plot(times, path.numpy(), color="tab:blue", alpha=0.35, linewidth=0.7)
-    axes.plot(times, mean.numpy(), color="black", linewidth=1.6, label="mean")
+    times, one = paths.grid.nodes.cpu().numpy(), _array(states[..., coordinate])
+    shares = np.full(len(one), 1 / len(one)) if paths.weights is None else _array(paths.weights)
+    low, high = (_quantile(one, shares, level) for level in (0.05, 0.95))
+    axes.fill_between(times, low, high, color="tab:blue", alpha=0.15, lw=0)
+    # evenly through the total weight: the first paths of a quadrature are a corner of it
+    drawn = np.searchsorted(np.cumsum(shares), (np.arange(show) + 0.5) / max(show, 1))
+    for path in one[np.unique(drawn.clip(max=len(one) - 1))]:
+        axes.plot(times, path, color="tab:blue", alpha=0.35, linewidth=0.7)
+    mean = shares @ one
+    axes.plot(times, mean, color="black", linewidth=1.6, label="mean")
     axes.set(xlabel="time", ylabel=f"state {coordinate}", xlim=(times[0], times[-1]))
     axes.legend(frameon=False)
     return axes
@@ -150,6 +151,13 @@ def _axes(axes: "Axes | None") -> "Axes":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(6.0, 3.8), layout="constrained").subplots()
+
+
+def _quantile(values: Any, weights: Any, level: float) -> Any:
+    """The least value of each column below which this share of the weight lies, or more."""
+    order = np.argsort(values, axis=0)
+    reached = np.cumsum(weights[order], axis=0) >= level * weights.sum() * (1 - 1e-12)
+    return np.take_along_axis(values, order, axis=0)[reached.argmax(0), np.arange(values.shape[1])]
 
 
 def _array(values: Tensor) -> Any:

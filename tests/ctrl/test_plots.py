@@ -36,6 +36,26 @@ def test_paths_show_lines_and_their_mean(weights, tmp_path):
     assert (tmp_path / "paths.png").stat().st_size > 5000
 
 
+def test_the_lines_of_weighted_paths_surround_their_mean():
+    """The first paths of a quadrature are a corner of it: they would lie on one side."""
+    made = paths(weights=True)
+    axes = plots.plot_paths(made, show=8)
+    ends = [line.get_ydata()[-1] for line in axes.lines[:-1]]
+    mean = axes.lines[-1].get_ydata()[-1]
+    assert min(ends) < mean - 0.1
+    assert max(ends) > mean + 0.1
+
+
+def test_weighted_quantiles():
+    values = np.array([[3.0, 1.0], [1.0, 2.0], [2.0, 3.0]])
+    weights = np.array([0.1, 0.3, 0.6])
+    np.testing.assert_array_equal(plots._quantile(values, weights, 0.05), [1, 1])
+    np.testing.assert_array_equal(plots._quantile(values, weights, 0.5), [2, 3])
+    np.testing.assert_array_equal(plots._quantile(values, weights, 0.95), [3, 3])
+    same = np.full(3, 1 / 3)
+    np.testing.assert_array_equal(plots._quantile(values, same, 1 / 3), [1, 1])
+
+
 def test_value_lines_and_map(tmp_path):
     value = lambda t, x: -(1 + t) * x.square().sum(1)  # noqa: E731
     axes = plots.plot_value(value, X, times=(0.0, 0.5, 1.0))
