@@ -5,7 +5,7 @@ recursion. Along its paths the conditions of Propositions 1 and 2 hold exactly, 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from ctrl.value import Value
 from verification.claim import Check, Setting, claim, expectation, pathwise, wrong
 from verification.closed_form import exploratory_chain as exact
 from verification.cubature import degree_five, mean
-from verification.problems import HORIZON, NODES, grid
+from verification.problems import HORIZON, NODES
 
 C, POLICY = exact.ExploratoryChain(), exact.Feedback()
 ERROR = Polynomial([0.3, -0.2, 0.15])  # of a value that is wrong
@@ -44,19 +44,22 @@ def gaussian(policy: exact.Feedback) -> ctrl.GaussianPolicy:
     return ctrl.GaussianPolicy(lambda t, x: policy.gain * x + policy.offset, policy.std)
 
 
-def sampled(setting: Setting, policy: exact.Feedback = POLICY) -> ctrl.Paths:
+def sampled(
+    setting: Setting, policy: exact.Feedback = POLICY, times: Sequence[float] = NODES
+) -> ctrl.Paths:
     """Paths whose weighted means are expectations, of polynomials up to degree 5."""
-    start, noise, weights = degree_five(grid(setting), C.mean, C.spread, draws=True)
-    paths = ctrl.simulate(problem(), gaussian(policy), start, grid(setting), noise=noise)
+    grid = ctrl.TimeGrid(setting.tensor(times))
+    start, noise, weights = degree_five(grid, C.mean, C.spread, draws=True)
+    paths = ctrl.simulate(problem(), gaussian(policy), start, grid, noise=noise)
     return replace(paths, weights=weights)
 
 
-def exact_value(setting: Setting) -> Value:
+def exact_value(setting: Setting, times: Sequence[float] = NODES) -> Value:
     """V at the nodes before the end; what J(T, .) is should not matter."""
-    along = exact.values(C, POLICY, np.array(NODES))
+    along = exact.values(C, POLICY, np.array(times))
     table = setting.tensor(np.array([v.coef for v in along]))
     table[-1] += 0.2
-    nodes = setting.tensor(NODES)
+    nodes = setting.tensor(times)
 
     def value(t: Tensor, x: Tensor) -> Tensor:
         constant, slope, curvature = table[(nodes - t).abs().argmin()]
@@ -272,7 +275,7 @@ def martingale_characterisation(setting: Setting) -> Iterator[Check]:
     # whatever J is, M_T - M_0 is what was earned less J(0, X_0)
     dm = mg.increments(off, problem(), paths, policy)
     whole = mg.moments(state, dm, problem(), paths, sees_action=False)[:, 0]
-    left = earned(paths) - off(grid(setting).nodes[0], paths.states[:, 0])
+    left = earned(paths) - off(paths.grid.nodes[0], paths.states[:, 0])
     yield pathwise("M_T - M_0, against what was earned, on every path", whole, left)
     # what is not adapted: refused, and for a reason
     ahead = mg.increments(value, problem(), paths, policy) * paths.states[:, 1:, 0]

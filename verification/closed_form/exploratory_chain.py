@@ -167,3 +167,83 @@ def look_ahead(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> floa
         with_reward = -h * c.action_cost * pushed * policy.mean()(laws[k][0])
         total += np.exp(-c.discount * (nodes[k] - nodes[0])) * (with_value + with_reward)
     return float(total)
+
+
+def entropy_rate(c: ExploratoryChain, policy: Feedback) -> np.ndarray:
+    """temperature log pi, as coefficients of 1, x, x^2, a, a x, a^2."""
+    g, o, half = policy.gain, policy.offset, 0.5 / policy.std**2
+    square = half * np.array(
+        [o**2, 2 * o * g, g**2, -2 * o, -2 * g, 1]
+    )  # (a - g x - o)^2 / 2 std^2
+    log_norm = np.log(policy.std * np.sqrt(2 * np.pi))
+    return -c.temperature * (square + log_norm * np.eye(6)[0])
+
+
+def in_noise(rate: np.ndarray, behaviour: Feedback) -> list[Polynomial]:
+    """A rate at a = its mean + std eps, as polynomials of x that go with 1, eps, eps^2."""
+    m, s, x = behaviour.mean(), behaviour.std, Polynomial([0, 1])
+    still = Polynomial(rate[:3]) + (rate[3] + rate[4] * x) * m + rate[5] * m**2
+    return [still, s * (rate[3] + rate[4] * x + 2 * rate[5] * m), s**2 * rate[5] * x**0]
+
+
+def moments_of_a_wrong_pair(
+    c: ExploratoryChain,
+    behaviour: Feedback,
+    nodes: np.ndarray,
+    error: Polynomial,
+    rate_error: np.ndarray,
+) -> np.ndarray:
+    """E int e^{-discount t} xi dM for V + error before the end and q + rate_error.
+
+    Args:
+        c: the problem.
+        behaviour: whose actions the paths took; the pair may be any policy's.
+        nodes: times.
+        error: of V, quadratic.
+        rate_error: of q, [steps, 6].
+
+    Returns:
+        For xi = 1, x, x^2, x eps, eps^2 - 1, eps the noise of the step's own action.
+    """
+    laws, steps, x = state_laws(c, behaviour, nodes), np.diff(nodes), Polynomial([0, 1])
+    total = np.zeros(5)
+    for k, h in enumerate(steps):
+        keep = np.exp(-c.discount * h) if k < len(steps) - 1 else 0.0
+        ahead, _ = c.after(behaviour, h)
+        pushed = h * c.control * behaviour.std  # X' = ahead + pushed eps + noise dW
+        off = in_noise(rate_error[k], behaviour)
+        still = keep * expected(error, ahead, c.noise**2 * h) - error - h * off[0]
+        sloped = keep * pushed * error.deriv()(ahead) - h * off[1]
+        curved = keep * pushed**2 * error.deriv(2)(ahead) / 2 - h * off[2]
+        found = [expected(p * (still + curved), *laws[k]) for p in (x**0, x, x**2)]
+        found += [expected(x * sloped, *laws[k]), expected(2 * curved, *laws[k])]
+        total += np.exp(-c.discount * (nodes[k] - nodes[0])) * np.array(found)
+    return total
+
+
+def slope_of_the_martingale_loss(
+    c: ExploratoryChain, policy: Feedback, behaviour: Feedback, nodes: np.ndarray, rate: np.ndarray
+) -> float:
+    """d/dpsi E sum_k h_k (M_T - M_k)^2 at the true pair, q moved by psi rate, along behaviour.
+
+    d(M_T - M_k)/dpsi = -sum_{l >= k} e^{-discount t_l} rate(x_l, a_l) h_l, and dM_j is correlated
+    with rate(x_l, a_l) for j < l only, through the mean of the rate given x_l. If that is 0, as it
+    is on-policy for q with a constraint, so is the slope.
+    """
+    along, laws, steps = values(c, policy, nodes), state_laws(c, behaviour, nodes), np.diff(nodes)
+    off = in_noise(rate, behaviour)
+    given = off[0] + off[2]
+    money = np.exp(-c.discount * (nodes[:-1] - nodes[0]))
+    total, ahead = 0.0, Polynomial([0.0])  # sum_{l > j} e^{-discount t_l} h_l E[rate_l | x_{j + 1}]
+    for j in range(len(steps) - 2, -1, -1):
+        if j < len(steps) - 2:
+            ahead = expected(ahead, *c.after(behaviour, steps[j + 1]))
+        ahead = ahead + money[j + 1] * steps[j + 1] * given
+        mean, variance = c.after(behaviour, steps[j])
+        v, value = c.noise**2 * steps[j], np.exp(-c.discount * steps[j]) * along[j + 1]
+        # Cov(V(X'), ahead(X') | x, a) at X' ~ N(y, v), then over y ~ N(mean(x), variance - v)
+        both = v * value.deriv() * ahead.deriv() + v**2 / 2 * value.deriv(2) * ahead.deriv(2)
+        m, spread = laws[j]
+        where = (float(mean(m)), float(mean.coef[1] ** 2 * spread + variance - v))
+        total -= 2 * money[j] * (nodes[j + 1] - nodes[0]) * float(expected(both, *where))
+    return total
