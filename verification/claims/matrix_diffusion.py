@@ -94,7 +94,7 @@ REFERENCE = ctrl.DeterministicPolicy(lambda t, x: -0.4 * x)
             "the diagonal of the matrix alone",
             "ctrl.sde.ControlledSDE.whiten",
             "_solve(sigma, shift",
-            "_solve(sigma * torch.eye(*sigma.shape[1:]) if self.noise_dim else sigma, shift",
+            "_solve(sigma * torch.eye(*sigma.shape[1:]).to(sigma) if self.noise_dim else sigma, shift",
         ),
         wrong(
             "transposed matrix",
@@ -106,7 +106,7 @@ REFERENCE = ctrl.DeterministicPolicy(lambda t, x: -0.4 * x)
             "as many Brownian motions as coordinates",
             "ctrl.sde.ControlledSDE.whiten",
             "_solve(sigma, shift",
-            "_solve(sigma * (torch.arange(sigma.shape[2]) < sigma.shape[1]), shift",
+            "_solve(sigma * (torch.arange(sigma.shape[2]).to(sigma) < sigma.shape[1]), shift",
         ),
         wrong(
             "transpose missing in the pseudo-inverse",

@@ -140,7 +140,7 @@ def curved(setting: Setting, noise: str) -> tuple[ctrl.ControlledSDE, ctrl.Paths
             "as many Brownian motions as coordinates",
             "ctrl.sde.ControlledSDE.whiten",
             "_solve(sigma, shift",
-            "_solve(sigma * (torch.arange(sigma.shape[2]) < sigma.shape[1]), shift",
+            "_solve(sigma * (torch.arange(sigma.shape[2]).to(sigma) < sigma.shape[1]), shift",
         ),
         wrong(
             "mean over coordinates for their sum",
