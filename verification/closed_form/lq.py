@@ -9,7 +9,7 @@ their first index here.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.integrate
@@ -289,3 +289,26 @@ def solve_scalar(p: Scalar) -> ScalarSolution:
         spread = math.log(2 * math.pi * math.e * p.temperature / W)
         rate += p.temperature / 2 * (spread - 1)
     return ScalarSolution(k2, k1, rate, gain, (k1 * p.B - p.L) / W, p.temperature / W)
+
+
+# ---- the cost of exploration
+
+
+def one_action(lq: LQ) -> LQ:
+    """The same problem with the first action alone, so that states and actions differ in number."""
+    return replace(
+        lq, B=lq.B[:, :1], N=lq.N[:1, :1], R=lq.R[:1], l=lq.l[:1], D=lq.D[:, :, :1]
+    )  # fmt: skip
+
+
+def exploration_cost(temperature: float, actions: int, discount: float, horizon: float) -> float:
+    """gam d / 2 times int_0^horizon e^{-discount t} dt, as its limit where one is 0 or infinite."""
+    if discount == 0:
+        return temperature * actions * horizon / 2
+    return temperature * actions / (2 * discount) * (1 - math.exp(-discount * horizon))
+
+
+def entropy_gain(W: np.ndarray, temperature: float, discount: float) -> float:
+    """V_gam - V_0 without horizon: gam log det(2 pi gam W^{-1}) / (2 discount)."""
+    spread = float(np.linalg.slogdet(2 * math.pi * temperature * np.linalg.inv(W))[1])
+    return temperature * spread / (2 * discount)
