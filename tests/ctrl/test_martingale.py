@@ -342,3 +342,195 @@ def test_gradient_td_weights_its_moments_as_it_says():
     torch.testing.assert_close(plain, 0.5 * mean @ mean, rtol=1e-12, atol=0)
     inverse = torch.linalg.inv(covariance)
     torch.testing.assert_close(weighted, 0.5 * mean @ inverse @ mean, rtol=1e-9, atol=0)
+
+
+# --- term by term, on a few paths without weights: no symmetry, no zero
+
+AVERAGE = 0.15
+
+
+def timed(t, x):
+    return (1.3 + t) * basis(t, x)
+
+
+def known(t, x):
+    return (0.4 - 1.7 * t) * x[:, 0]
+
+
+@pytest.fixture
+def few(generator):
+    policy = lq.policy(*(v.detach() for v in lq.parameters()))
+    start = torch.linspace(-0.8, 1.1, 7, dtype=torch.float64)[:, None]
+    paths = ctrl.simulate(lq.problem(), policy, start, lq.GRID, generator=generator)
+    return lq.problem(), policy, paths
+
+
+def terms(problem, policy, paths, value, average=0.0):
+    """Discounted dM of every path and step, by loops."""
+    nodes, found = paths.grid.nodes, torch.zeros(len(paths.states), 3, dtype=torch.float64)
+    for p in range(len(paths.states)):
+        x = paths.states[p : p + 1]
+        j = [value(t, x[:, k]) for k, t in enumerate(nodes[:-1])] + [
+            problem.terminal_reward(x[:, -1])
+        ]
+        for k, t in enumerate(nodes[:-1]):
+            h, a = nodes[k + 1] - t, paths.actions[p : p + 1, k]
+            pay = problem.running_reward(t, x[:, k], a) - average
+            pay = pay - lq.TEMPERATURE * policy.log_prob(t, x[:, k], a)
+            step = torch.exp(-lq.DISCOUNT * h) * j[k + 1] - j[k] + pay * h
+            found[p, k] = torch.exp(-lq.DISCOUNT * t) * step[0]
+    return found
+
+
+def linear(theta, base=known):
+    return mg.LinearValue(timed, torch.as_tensor(theta, dtype=torch.float64), base)
+
+
+THETA = (0.3, -0.7, 0.45)
+
+
+def gradients(loss, theta=THETA):
+    """d loss / d theta of every path, [paths, 3]."""
+    theta = torch.tensor(theta, dtype=torch.float64)
+    return torch.func.jacrev(lambda one: loss(linear(one)))(theta)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_martingale_loss_is_the_squared_gap_to_the_end_of_the_martingale(few):
+    problem, policy, paths = few
+    dm = terms(problem, policy, paths, linear(THETA))
+    rest = dm.flip(1).cumsum(1).flip(1)  # M_T - M_t
+    expected = (lq.GRID.steps * rest.square()).sum(1)
+    close(mg.martingale_loss(linear(THETA), problem, paths, policy), expected)
+
+
+def test_orthogonality_is_the_sum_of_test_functions_times_increments(few):
+    problem, policy, paths = few
+    dm = terms(problem, policy, paths, linear(THETA), AVERAGE)
+    xi = mg.features_along(timed)(paths)
+    arguments = (linear(THETA), problem, paths, policy, AVERAGE)
+    each = mg.orthogonality(mg.features_along(timed), *arguments)
+    close(each, (xi * dm[..., None]).sum(1))
+    mean = each.mean(0)  # no weights: equal ones
+    found = mg.cgtd_loss(mg.features_along(timed), *arguments)
+    close(found, 0.5 * (mean @ mean))
+    covariance = torch.einsum("k,pki,pkj->ij", lq.GRID.steps, xi, xi) / len(xi)
+    found = mg.cgtd_loss(mg.features_along(timed), *arguments, weighting="covariance")
+    expected = 0.5 * mean @ torch.linalg.solve(covariance, mean)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+def test_ctd0_descends_against_features_times_increments(few):
+    problem, policy, paths = few
+    dm = terms(problem, policy, paths, linear(THETA), AVERAGE)
+    xi = mg.features_along(timed)(paths)
+    found = gradients(lambda value: mg.ctd0(value, problem, paths, policy, AVERAGE))
+    close(found, -(xi * dm[..., None]).sum(1))
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.7])
+def test_ctd_lambda_descends_against_decayed_features_times_increments(few, decay):
+    problem, policy, paths = few
+    dm, phi = terms(problem, policy, paths, linear(THETA), AVERAGE), mg.features_along(timed)(paths)
+    t, h = lq.NODES[:-1], lq.GRID.steps
+    past = (t[:, None] >= t) * torch.exp(-decay * (t[:, None] - t)) * h  # [now, then]
+    xi = torch.einsum("kl,plm->pkm", past, phi)
+    found = gradients(lambda value: mg.ctd_lambda(value, problem, paths, decay, policy, AVERAGE))
+    close(found, -(xi * dm[..., None]).sum(1))
+
+
+def test_least_squares_leave_no_moment_beside_a_known_part(few):
+    """Without weights, and with what the problem pays at its horizon."""
+    problem, policy, paths = few
+    found = mg.clstd(timed, problem, paths, policy, base=known)
+    t, x = lq.NODES[1], paths.states[:, 1]
+    close(found(t, x), timed(t, x) @ found.coefficients + known(t, x))
+    moments = mg.orthogonality(mg.features_along(timed), found, problem, paths, policy).mean(0)
+    assert moments.abs().max() < 1e-12
+    plain = mg.clstd(timed, problem, paths, policy)
+    assert plain.base is None
+    assert plain.average_reward == 0  # of a problem that ends
+
+
+def test_ergodic_least_squares_beside_a_known_part(few):
+    problem, _, paths = few
+    settings = {"terminal_reward": None, "discount": 0.0, "temperature": 0.0}
+    endless = replace(problem, horizon=float("inf"), **settings)
+    quadratic = lambda t, x: torch.cat([x, x**2], dim=1)  # noqa: E731
+    found = mg.clstd(quadratic, endless, paths, base=known, ergodic=True)
+    with_one = mg.features_along(timed)  # {1, x, x^2}, but for a factor of the time
+    tests = lambda p: with_one(p) / (1.3 + lq.NODES[:-1, None])  # noqa: E731
+    average = found.average_reward
+    assert average != 0
+    moments = mg.orthogonality(tests, found, endless, paths, average_reward=average)
+    assert moments.mean(0).abs().max() < 1e-12
+
+
+def test_all_methods_keep_the_precision_of_the_paths(few):
+    """Grids are in double precision, whatever the states are in."""
+    problem, policy, paths = few
+    half = replace(
+        paths,
+        states=paths.states.float(),
+        actions=paths.actions.float(),
+        increments=None,
+    )
+    value = mg.LinearValue(timed, torch.tensor(THETA))
+    tests = mg.features_along(timed)
+    for function in (
+        lambda p: mg.martingale_loss(value, problem, p, policy),
+        lambda p: mg.ctd0(value, problem, p, policy),
+        lambda p: mg.ctd_lambda(value, problem, p, 0.5, policy),
+        lambda p: mg.cgtd_loss(tests, value, problem, p, policy, weighting="covariance"),
+        lambda p: mg.clstd(timed, problem, p, policy).coefficients,
+        lambda p: (
+            mg.clstd(
+                lambda t, x: torch.cat([x, x**2], dim=1),
+                replace(problem, discount=0.0, horizon=float("inf"), terminal_reward=None),
+                p,
+                policy,
+                ergodic=True,
+            ).coefficients
+        ),
+    ):
+        assert function(half).dtype == torch.float32
+
+
+def test_rewards_of_a_simulator_are_seen_only_afterwards(chain):
+    problem, _, value, paths = chain
+    paid = replace(paths, rewards=ctrl.running_rewards(problem, paths))
+    problem = replace(problem, running_reward=None, temperature=0.0)
+
+    def late(p):
+        return torch.cat([torch.zeros_like(p.rewards[:, :1]), p.rewards[:, :-1]], 1)[..., None]
+
+    assert mg.orthogonality(late, value, problem, paid).shape == (len(paths.states), 1)
+    with pytest.raises(ValueError, match="adapted"):
+        mg.orthogonality(lambda p: p.rewards[..., None], value, problem, paid)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
+def test_one_function_that_looks_ahead_is_found_among_others_of_any_size(chain, size):
+    problem, policy, value, paths = chain
+
+    def tests(p):
+        ahead = size * p.states[:, 1:]
+        ahead = torch.cat([ahead[:, :1], torch.full_like(ahead[:, 1:], 1e20)], dim=1)
+        return torch.cat([ahead, torch.zeros_like(ahead)], dim=2)
+
+    with pytest.raises(ValueError, match="step 0"):
+        mg.orthogonality(tests, value, problem, paths, policy)
+
+
+def test_least_squares_accept_features_of_any_size_and_refuse_nearly_equal_ones(few):
+    problem, policy, paths = few
+    for gap, refused in ((1e-3, False), (3e-16, True)):
+        similar = lambda t, x, gap=gap: torch.cat([x, x + gap * x**2], dim=1)  # noqa: E731
+        if refused:
+            with pytest.raises(ValueError, match="determine"):
+                mg.clstd(similar, problem, paths, policy)
+        else:
+            mg.clstd(similar, problem, paths, policy)
