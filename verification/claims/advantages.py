@@ -142,11 +142,8 @@ def continuous_advantages(setting: Setting) -> Iterator[Check]:
     paths = paths_after(setting, nodes, None)
     stated, policy = lq.problem(P), lq.policy(*[setting.tensor(float(v)) for v in THETA])
     along, rewards = values(smooth, stated, paths), regularised_rewards(stated, paths, policy)
-    exact = by_definition(
-        *(each.double().cpu().numpy() for each in (along, rewards, paths.grid.steps)),
-        RATE,
-        P.discount,
-    )
+    columns = [each.double().cpu().numpy() for each in (along, rewards, paths.grid.steps)]
+    exact = by_definition(columns[0], columns[1], columns[2], RATE, P.discount)
     yield pathwise("the defining sum", advantages(setting, smooth, paths, RATE), exact)
     whole = returns_to_go(stated, paths, policy)[:, :-1] - along[:, :-1]
     yield pathwise("rate 0: the return less V", advantages(setting, smooth, paths, 0.0), whole)

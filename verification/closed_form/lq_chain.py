@@ -141,7 +141,7 @@ def value_series(p: LQChain, theta: np.ndarray, terms: int = 20) -> np.ndarray:
 
 def series_at(series: np.ndarray, left: float) -> np.ndarray:
     """(p, e, c) with this much time left."""
-    return np.polynomial.polynomial.polyval(left, series)
+    return np.asarray(np.polynomial.polynomial.polyval(left, series))
 
 
 def continuous_performance(p: LQChain, theta: np.ndarray, horizon: float) -> complex:
