@@ -75,7 +75,7 @@ def test_devices_and_the_words_of_checks_are_left_alone():
     source = """
 def f(x):
     y = all_finite("x", x.new_zeros(2, device=x.device))
-    return zip(x, y, strict=True)
+    return not zip(x, y, strict=True)
 """
     after = [each.diff.split(" -> ")[1] for each in mutants("planted", source)]
     assert after

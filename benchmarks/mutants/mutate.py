@@ -221,7 +221,8 @@ def _changed(node: cst.CSTNode, *, in_function: bool) -> Iterator[cst.CSTNode]:
             for count, after in enumerate(operator(node)):
                 if operator is operator_string and count:
                     break
-                if isinstance(after, cst.Call) and _left_alone(after) != _left_alone(node):
+                both = isinstance(node, cst.Call) and isinstance(after, cst.Call)
+                if both and _left_alone(after) != _left_alone(node):
                     continue
                 yield after
     if m.matches(node, m.Call(func=m.Attribute() | m.Name())):
