@@ -52,8 +52,8 @@ def vp_linear(model: VPGaussian) -> VPLinear:
 def table(model: VPGaussian, entries: int, **options: bool | int | str) -> DDPMTable:
     """The schedule of a closed form with horizon 1, as a trained model would store it."""
     s = torch.arange(1, entries + 1, dtype=torch.float64) / entries
-    log_alpha_bar = [-model.integrated_beta(u) for u in s.tolist()]
-    return DDPMTable(torch.tensor(log_alpha_bar, dtype=torch.float64).exp(), **options)  # pyright: ignore[reportArgumentType]  # options by name
+    alpha_bar = torch.exp(-torch.as_tensor(model.integrated_beta(s.numpy())))  # pyright: ignore[reportArgumentType]  # of all s at once
+    return DDPMTable(alpha_bar, **options)  # pyright: ignore[reportArgumentType]  # options by name
 
 
 def generation(

@@ -141,3 +141,61 @@ def ode_response(variance: float, alpha: float) -> float:
         return float(np.log(a / (1 + np.sqrt(1 + (variance - 1) * a**2))))
 
     return float(np.sqrt(variance)) * (primitive(1.0) - primitive(alpha))
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """A chain in one dimension: x' = slope x + offset + N(0, variance), all [steps]."""
+
+    slope: np.ndarray
+    offset: np.ndarray
+    variance: np.ndarray
+
+    def moments(self, law: Normal) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance at every node, [nodes]."""
+        means, variances = [float(law.mean[0])], [float(law.covariance[0, 0])]
+        for f, g, c in zip(*(v.tolist() for v in vars(self).values()), strict=True):
+            means.append(f * means[-1] + g)
+            variances.append(f**2 * variances[-1] + c)
+        return np.array(means), np.array(variances)
+
+    def kl(self, reference: "Chain", law: Normal) -> float:
+        """KL of this chain from another with the same start: of all states together, nats."""
+        means, variances = (v[:-1] for v in self.moments(law))
+        ratio = self.variance / reference.variance
+        slope, offset = self.slope - reference.slope, self.offset - reference.offset
+        gap = (slope * means + offset) ** 2 + slope**2 * variances
+        return float(0.5 * np.sum(ratio - 1 - np.log(ratio) + gap / reference.variance))
+
+
+def exact_chain(model: VPGaussian, s: np.ndarray) -> Chain:
+    """The generation SDE at these noising times: conditioning in the noising process."""
+    alpha = np.exp(-0.5 * model.integrated_beta(s))
+    data_mean, data_variance = float(model.mean[0]), float(model.covariance[0, 0])
+    variance = alpha**2 * data_variance + 1 - alpha**2
+    slope = alpha[:-1] / alpha[1:] * variance[1:] / variance[:-1]
+    offset = (alpha[1:] - slope * alpha[:-1]) * data_mean
+    return Chain(slope, offset, variance[1:] - slope**2 * variance[:-1])
+
+
+def ddpm_chain(model: VPGaussian, s: np.ndarray) -> Chain:
+    """DDPM: the posterior q(x' | x, x0) at the predicted x0, with its variance beta-tilde."""
+    alpha_bar = np.exp(-model.integrated_beta(s))
+    data_mean, data_variance = float(model.mean[0]), float(model.covariance[0, 0])
+    before, after = alpha_bar[:-1], alpha_bar[1:]
+    beta = 1 - before / after
+    by_x0 = np.sqrt(after) * beta / (1 - before)
+    by_x = np.sqrt(1 - beta) * (1 - after) / (1 - before)
+    share = np.sqrt(before) * data_variance / (before * data_variance + 1 - before)
+    x0_offset = data_mean * (1 - np.sqrt(before) * share)
+    tilde = (1 - after) / (1 - before) * beta
+    return Chain(by_x + by_x0 * share, by_x0 * x0_offset, tilde)
+
+
+def euler_chain(model: VPGaussian, s: np.ndarray) -> Chain:
+    """Euler-Maruyama of the generation SDE."""
+    h, s = -np.diff(s), s[:-1]
+    beta, alpha = model.beta(s), np.exp(-0.5 * model.integrated_beta(s))
+    variance = alpha**2 * float(model.covariance[0, 0]) + 1 - alpha**2
+    slope = 1 + h * beta * (0.5 - 1 / variance)
+    return Chain(slope, h * beta * alpha * float(model.mean[0]) / variance, h * beta)
