@@ -18,6 +18,7 @@ from torch import Tensor
 
 import ctrl
 from verification.claim import Check, Setting, claim, expectation, limit, pathwise, wrong
+from verification.closed_form import linear_path_kl as matrices
 from verification.closed_form import ornstein_uhlenbeck as closed
 from verification.closed_form.gaussian_law import kl, log_density
 from verification.cubature import gaussian_start, mean, point_start
@@ -320,6 +321,19 @@ def numbers(setting: Setting, p: closed.OrnsteinUhlenbeck) -> list[Tensor]:
             "energy = (u.mT @ u)",
         ),
         wrong(
+            "sigma' sigma for sigma sigma' in the closed form",
+            "ctrl.linear.gaussian._path_kl",
+            "lift(G @ G.mT,",
+            "lift((G.mT @ G)[..., : G.shape[-2], : G.shape[-2]],",
+        ),
+        wrong(
+            "sigma' for its inverse in the closed form",
+            "ctrl.linear.gaussian._path_kl",
+            "u = torch.linalg.pinv(G) @ shift",
+            "u = G.mT @ shift",
+            raises=ValueError,
+        ),
+        wrong(
             "moments of the reference in the closed form",
             "ctrl.linear.gaussian._path_kl",
             "lift(torch.cat([A1, b1",
@@ -332,6 +346,19 @@ def path_kl_limit(setting: Setting) -> Iterator[Check]:
     exact = closed.path_kl(P, HORIZON)
     found = ctrl.linear.ornstein_uhlenbeck_path_kl(*numbers(setting, P), HORIZON)
     yield expectation("KL of linear SDEs by one matrix exponential, closed form", found, exact)
+    law, reference, spread, start = [
+        [setting.tensor(part) for part in parts]
+        for parts in (matrices.LAW, matrices.REFERENCE, [matrices.NOISE], matrices.START)
+    ]
+    found = ctrl.linear.linear_path_kl(
+        ctrl.linear.Affine(*law),
+        ctrl.linear.Affine(*reference),
+        spread[0],
+        ctrl.linear.Gaussian(*start),
+        HORIZON,
+    )
+    exact_matrices = matrices.path_kl(HORIZON)
+    yield expectation("the same with matrices, by equations of moments", found, exact_matrices)
     grids = (16, 32, 64, 128)
     kls = [chain_kl(setting, steps) for steps in grids]
     curve = [(HORIZON / n, found - exact) for n, found in zip(grids, kls, strict=True)]

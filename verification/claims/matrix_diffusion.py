@@ -94,7 +94,7 @@ REFERENCE = ctrl.DeterministicPolicy(lambda t, x: -0.4 * x)
             "the diagonal of the matrix alone",
             "ctrl.sde.ControlledSDE.whiten",
             "_solve(sigma, shift",
-            "_solve(sigma * torch.eye(*sigma.shape[1:]).to(sigma) if self.noise_dim else sigma, shift",
+            "_solve(sigma.tril().triu() if self.noise_dim else sigma, shift",
         ),
         wrong(
             "transposed matrix",

@@ -79,3 +79,24 @@ def chain(start: Law, steps: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) ->
             covariance[i * dim : (i + 1) * dim, j * dim : (j + 1) * dim] = block
             covariance[j * dim : (j + 1) * dim, i * dim : (i + 1) * dim] = block.T
     return Law(np.concatenate(mean), covariance)
+
+
+def second_moment_of_ratio(law: Law, reference: Law) -> float:
+    """E (d reference / d law)^2 under ``law``: 1 and the chi-square divergence.
+
+    Finite only while twice the reference's precision exceeds that of the law.
+    """
+    one, other = np.linalg.inv(law.covariance), np.linalg.inv(reference.covariance)
+    both = 2 * other - one
+    if np.linalg.eigvalsh(both).min() <= 0:
+        return np.inf
+    linear = 2 * other @ reference.mean - one @ law.mean
+    exponent = 0.5 * (
+        linear @ np.linalg.solve(both, linear)
+        + law.mean @ one @ law.mean
+        - 2 * reference.mean @ other @ reference.mean
+    )
+    volume = np.linalg.slogdet(other)[1] - 0.5 * (
+        np.linalg.slogdet(one)[1] + np.linalg.slogdet(both)[1]
+    )
+    return float(np.exp(exponent + volume))

@@ -1,0 +1,152 @@
+"""Girsanov's weights: paths of one law as paths of another."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ctrl
+from verification.claim import Check, Setting, claim, expectation, limit, wrong
+from verification.closed_form import ornstein_uhlenbeck as closed
+from verification.closed_form.gaussian_law import kl, second_moment_of_ratio
+from verification.cubature import gaussian_start, mean
+from verification.problems import ornstein_uhlenbeck
+
+P = closed.OrnsteinUhlenbeck()
+NODES = (0.0, 0.3, 0.75)
+FREQUENCY = 1.3
+WEIGHTED = "ctrl.girsanov.importance_weights"
+
+
+def whole(each: Tensor) -> Tensor:
+    """The log-ratio of a path, from those of its steps."""
+    return each.sum(1)
+
+
+def functions(paths: ctrl.Paths) -> Tensor:
+    """Functions of a path, [paths, 4]."""
+    middle, end = paths.states[:, 1, 0], paths.states[:, 2, 0]
+    return torch.stack([end, end.square(), middle * end, (FREQUENCY * end).cos()], dim=1)
+
+
+def of_reference() -> np.ndarray:
+    """Their means under the reference law, which is Gaussian."""
+    law = closed.euler_laws(P, np.array(NODES))[1]
+    _, middle, end = law.mean
+    spread = law.covariance
+    wave = np.cos(FREQUENCY * end) * np.exp(-0.5 * FREQUENCY**2 * spread[2, 2])
+    return np.array([end, end**2 + spread[2, 2], middle * end + spread[1, 2], wave])
+
+
+def weighted(setting: Setting, nodes: int) -> tuple[ctrl.Paths, Tensor, Tensor]:
+    """Paths of the policy, their log-ratio, and their weights as paths of the reference."""
+    problem, policy, reference = ornstein_uhlenbeck(P)
+    grid = ctrl.TimeGrid(setting.tensor(NODES))
+    start, noise = gaussian_start(grid, P.mean, P.std, nodes)
+    paths = ctrl.simulate(problem, policy, start, grid, noise=noise)
+    ratio = ctrl.girsanov.log_ratio(problem.sde, policy, reference, paths)
+    each = ctrl.transitions.log_ratio(problem.sde, ctrl.EulerMaruyama(), policy, reference, paths)
+    return paths, ratio, ctrl.girsanov.importance_weights(whole(each), paths.weights)
+
+
+@claim(
+    statement="""
+        Under P the weights exp(-log dP/dP_ref) have mean 1, and E[w f] = E_ref f for functions f of
+        the whole path; they turn the mean of the log-ratio into -KL(P_ref || P), the other KL. The
+        ratio is that of the path, the product over all steps: the last step's alone is biased. A
+        weight's second moment is 1 + chi^2(P_ref || P), not a KL.
+        """,
+    source="Karatzas & Shreve, Brownian Motion and Stochastic Calculus, Theorem 3.5.1",
+    wrongs=[
+        wrong(
+            "sign of the log-ratio",
+            WEIGHTED,
+            "weights.log() - log_ratio",
+            "weights.log() + log_ratio",
+        ),
+        wrong("weights forgotten", WEIGHTED, "weights.log() - log_ratio", "weights.log()"),
+        wrong(
+            "quadrature weights forgotten",
+            WEIGHTED,
+            "weights.log() - log_ratio",
+            "-log_ratio",
+        ),
+        wrong(
+            "weights clipped",
+            WEIGHTED,
+            "weights.log() - log_ratio",
+            "weights.log() - log_ratio.clamp(-1.0, 1.0)",
+        ),
+        wrong(
+            "square root of the weights",
+            WEIGHTED,
+            "weights.log() - log_ratio",
+            "weights.log() - 0.5 * log_ratio",
+        ),
+        wrong(
+            "ratio of the last step alone",
+            "verification.claims.change_of_measure.whole",
+            "each.sum(1)",
+            "each[:, -1]",
+        ),
+        wrong(
+            "mean over steps for their product",
+            "verification.claims.change_of_measure.whole",
+            "each.sum(1)",
+            "each.mean(1)",
+        ),
+        wrong(
+            "sign of the stochastic integral",
+            "ctrl.girsanov.log_ratio",
+            "return ito_sum(u, brownian) +",
+            "return -ito_sum(u, brownian) +",
+        ),
+        wrong(
+            "Brownian motion of P taken for that of P_ref",
+            "ctrl.girsanov.log_ratio",
+            "+ time_integral(0.5 *",
+            "- time_integral(0.5 *",
+        ),
+        wrong(
+            "factor 1/2 dropped",
+            "ctrl.girsanov.log_ratio",
+            "time_integral(0.5 * u",
+            "time_integral(u",
+        ),
+        wrong(
+            "state at the right end of a step",
+            "ctrl.girsanov.controls",
+            "x = paths.states[:, k]",
+            "x = paths.states[:, k + 1]",
+        ),
+        wrong(
+            "half of a transition's shift",
+            "ctrl.transitions.log_ratio",
+            "(mean - mean_ref) / std_ref",
+            "0.5 * (mean - mean_ref) / std_ref",
+        ),
+        wrong(
+            "chi-square with the laws exchanged",
+            "verification.closed_form.gaussian_law.second_moment_of_ratio",
+            "both = 2 * other - one",
+            "both = 2 * one - other",
+        ),
+    ],
+)
+def change_of_measure(setting: Setting) -> Iterator[Check]:
+    """A linear law by quadrature, which converges faster than any power of its nodes."""
+    paths, ratio, weights = weighted(setting, nodes=20)
+    yield expectation(
+        "mean of the weights before they are normalised", mean((-ratio).exp(), paths), 1.0
+    )
+    found = weights @ functions(paths)
+    for name, one, exact in zip(
+        ("X_T", "X_T^2", "X_t X_T", "cos(w X_T)"), found, of_reference(), strict=True
+    ):
+        yield expectation(f"E[w f], f = {name}", one, exact)
+    laws = closed.euler_laws(P, np.array(NODES))
+    yield expectation("E[w log dP/dP_ref] = -KL(P_ref || P)", weights @ ratio, -kl(*laws[::-1]))
+    square = mean((-2 * ratio).exp(), paths)
+    # heavy tails: 20 nodes give eight digits
+    yield limit("E w^2 = 1 + chi^2", square, second_moment_of_ratio(*laws))
