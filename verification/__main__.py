@@ -146,10 +146,9 @@ def main(options: Options) -> int:
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name in ("claim", "routes"):
-        table.add_column(name)
-    for name in ("checks", "deviation / tolerance", "variants", "seconds"):
-        table.add_column(name, justify="right")
+    table.add_column("claim", no_wrap=True)
+    for name in ("checks", "of tolerance", "mistakes", "s"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for outcome in outcomes:
         ratios = [c.deviation / c.tolerance for c in outcome.checks if c.tolerance]
@@ -160,7 +159,6 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
             verdict = "accepts a mistake"
         table.add_row(
             outcome.claim.name,
-            ", ".join(dict.fromkeys(check.route for check in outcome.checks)),
             str(len(outcome.checks)),
             f"{worst:.0e}",
             f"{rejected}/{len(outcome.wrongs)}",

@@ -119,8 +119,12 @@ def _docstring(body: str) -> tuple[int, int]:
     """Where in a function's source its docstring begins and ends; nowhere, if it has none."""
     plain = textwrap.dedent(body)
     indent = len(body) - len(body.lstrip())
-    node = ast.parse(plain).body[0]
-    assert isinstance(node, ast.FunctionDef)
+    try:
+        node = ast.parse(plain).body[0]
+    except SyntaxError:
+        node = None
+    if not isinstance(node, ast.FunctionDef):
+        raise PlantingError("the source has changed since it was imported")
     if ast.get_docstring(node) is None:
         return 0, 0
     string = node.body[0]
