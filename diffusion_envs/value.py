@@ -26,6 +26,16 @@ def skip_weights(
     return angle.cos(), angle.sin()
 
 
+def combine(
+    noising_time: Float[Tensor, "*#shape"],
+    denoised_reward: Float[Tensor, " *shape"],
+    residual: Float[Tensor, " *shape"],
+) -> Float[Tensor, " *shape"]:
+    """V = c_skip r(x0_hat) + c_out F: the denoised image's reward and the network's residual."""
+    skip, out = skip_weights(noising_time)
+    return skip * denoised_reward + out * residual
+
+
 class ResidualValue(nn.Module):
     """F(t, x, c): a small convolutional network on noisy states, in units of reward.
 

@@ -25,7 +25,7 @@ from ctrl.noise import stream
 from diffusion_envs.objectives import Objective, Rollout, Rows
 from diffusion_envs.training import parallel
 from diffusion_envs.training.environment import Environment, Sample
-from diffusion_envs.value import ResidualValue, martingale_loss, skip_weights
+from diffusion_envs.value import ResidualValue, combine, martingale_loss
 
 
 class PreflightError(RuntimeError):
@@ -343,13 +343,12 @@ class Trainer:
     ) -> Float[Tensor, "paths nodes"]:
         paths, nodes = denoised_rewards.shape
         times = self.environment.sampler.noising_times.to(denoised_rewards)
-        skip, out = skip_weights(times)
         residual = self.value(
             times.repeat(paths),
             rollout.states.flatten(0, 1),
             self._pooled(rollout).repeat_interleave(nodes, 0),
         ).view(paths, nodes)
-        values = skip * denoised_rewards + out * residual
+        values = combine(times, denoised_rewards, residual)
         return torch.cat([values[:, :-1], rollout.rewards[:, None]], dim=1)  # V = r at the end
 
     def _improve_value(self, rollout: Rollout, denoised_rewards: Tensor) -> float:

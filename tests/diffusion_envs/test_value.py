@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ctrl.noise import stream
-from diffusion_envs.value import ResidualValue, martingale_loss, skip_weights
+from diffusion_envs.value import ResidualValue, combine, martingale_loss, skip_weights
 
 
 def test_the_terminal_condition_holds_exactly():
@@ -15,6 +15,16 @@ def test_the_terminal_condition_holds_exactly():
     assert out[0].item() == 0
     torch.testing.assert_close(skip.square() + out.square(), torch.ones(3).double())
     assert skip[2].item() == pytest.approx(0, abs=1e-15)
+
+
+def test_the_value_is_the_reward_at_the_data_end_whatever_the_network_says(generator):
+    reward, residual = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator)
+    times = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+    value = combine(times, reward, residual)
+    assert torch.equal(value[:, 0], reward[:, 0])
+    expected = math.cos(0.2 * math.pi) * reward[:, 1] + math.sin(0.2 * math.pi) * residual[:, 1]
+    torch.testing.assert_close(value[:, 1], expected)
+    torch.testing.assert_close(value[:, 2], residual[:, 2])
 
 
 def test_the_martingale_loss_is_minimised_by_the_projection_of_the_return(generator):

@@ -41,6 +41,27 @@ class Transition(NamedTuple):
         return Transition(later.F @ self.F, moved.mean, moved.covariance)
 
 
+class Quadratic(NamedTuple):
+    """x -> -x'Qx/2 + l'x + c."""
+
+    Q: np.ndarray
+    l: np.ndarray  # noqa: E741  # the reward's name
+    c: float
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Its value at x [..., dim]."""
+        return -0.5 * np.einsum("...i,ij,...j", x, self.Q, x) + x @ self.l + self.c
+
+    def expectation(self, law: Normal) -> float:
+        """Its mean under a law."""
+        return float(self(law.mean) - 0.5 * np.trace(self.Q @ law.covariance))
+
+    def variance(self, law: Normal) -> float:
+        """Its variance under a normal law: tr(QSQS)/2 + |S^{1/2} gradient at the mean|^2."""
+        spread, slope = self.Q @ law.covariance, self.l - self.Q @ law.mean
+        return float(0.5 * np.trace(spread @ spread) + slope @ law.covariance @ slope)
+
+
 def kl(law: Normal, reference: Normal) -> float:
     """KL(law || reference), nats."""
     gap = reference.mean - law.mean
