@@ -286,3 +286,61 @@ def test_policies_that_move_the_diffusion_have_no_likelihood_ratio():
     expected = (0.5 * (shift / sigma).square() * paths.grid.steps).sum(1)
     found = ctrl.girsanov.path_kl(sde, policy, mirrored, paths)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_controls_keep_the_precision_of_the_states(generator):
+    paths = sample(GRID, torch.ones(3, 2), ctrl.Noise(0.1 * torch.ones(3, 4, 2)))
+    assert girsanov.controls(sde(), POLICY, REFERENCE, paths).dtype == torch.float32
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_control_of_one_coordinate_of_one_path_that_is_not_finite_is_refused(bad):
+    """And the step is named where it begins."""
+    start = torch.linspace(-1, 1, 6, dtype=torch.float64).view(3, 2)
+    paths = sample(GRID, start, ctrl.Noise(torch.zeros(3, 4, 2, dtype=torch.float64)))
+    spoil = torch.zeros(3, 2, dtype=torch.float64)
+    spoil[0, 1] = bad
+    policy = ctrl.DeterministicPolicy(lambda t, x: -x + (spoil if t > 0.3 else 0))
+    with pytest.raises(ValueError, match=r"at step 2 \(t = 0.35\)"):
+        girsanov.controls(sde(), policy, REFERENCE, paths)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_diffusions_are_compared_on_every_path_and_relative_to_their_size(size):
+    """A difference of 1e-4 on one path in three is found, one of 1e-9 is round-off."""
+    model = ctrl.ControlledSDE(
+        lambda t, x, a: 0 * a, lambda t, x, a: size * (1 + t + a), controls_diffusion=True
+    )
+    start = torch.tensor([[-0.4], [0.0], [0.7]], dtype=torch.float64)
+    paths = ctrl.Paths(start.expand(3, 5).unsqueeze(2).contiguous(), None, None, GRID)
+    one = ctrl.DeterministicPolicy(lambda t, x: (x == 0.7).to(x))
+    for gap, equal in ((1e-4, False), (1e-9, True)):
+        other = ctrl.DeterministicPolicy(lambda t, x, gap=gap: (x == 0.7).to(x) * (1 + gap))
+        if equal:
+            assert not girsanov.path_kl(model, one, other, paths).any()
+        else:
+            with pytest.raises(ValueError, match="diffusion"):
+                girsanov.path_kl(model, one, other, paths)
+    # where the last path has a diffusion of its own, others may be far smaller
+    uneven = ctrl.DeterministicPolicy(
+        lambda t, x: (x == 0.7).to(x) - (1 - 1e-9) * (x != 0.7).to(x) - t
+    )
+    almost = ctrl.DeterministicPolicy(lambda t, x: uneven.mean(t, x) + 1e-9 * (x == 0.7).to(x))
+    assert not girsanov.path_kl(model, uneven, almost, paths).any()
+
+
+def test_without_any_diffusion_equal_policies_have_no_divergence():
+    still = ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x, a: 0 * a, controls_diffusion=True)
+    paths = ctrl.Paths(torch.ones(2, 5, 1, dtype=torch.float64), None, None, GRID)
+    assert not girsanov.path_kl(still, POLICY, POLICY, paths).any()
+
+
+def test_weights_of_no_paths_of_tables_and_of_integers_are_refused():
+    for bad in (torch.zeros(0), torch.zeros(3, 2), torch.zeros(3, dtype=torch.long)):
+        with pytest.raises((ValueError, TypeError)):
+            girsanov.importance_weights(bad)
+    weights = torch.tensor([0.6, 0.0, 0.4], dtype=torch.float64)
+    found = girsanov.importance_weights(torch.zeros(3, dtype=torch.float64), weights)
+    torch.testing.assert_close(found, weights)  # a path without weight has none afterwards
+    with pytest.raises(ValueError, match="non-negative"):
+        girsanov.importance_weights(torch.zeros(3), torch.tensor([0.6, -0.1, 0.5]))

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -270,3 +271,145 @@ def test_bad_input_is_refused(chain):
     endless = replace(problem, horizon=math.inf, terminal_reward=None)
     with pytest.raises(ValueError, match="horizon"):
         ql.martingale_loss(value, q, endless, paths)
+
+
+# --- in time, with an average reward, term by term
+
+
+def moving(t, x, a):
+    """A q-rate that depends on all of its arguments."""
+    return (0.3 + t) * a[:, 0] * x[:, 0] - (0.7 - 0.4 * t) * a[:, 0].square() + t
+
+
+MOVING = ctrl.GaussianPolicy(lambda t, x: (0.3 - t) * x, lambda t: 0.5 + t)
+
+
+def timely(t, x):
+    return (1.3 + t) * x[:, 0] ** 2
+
+
+@pytest.fixture
+def few(generator):
+    reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] - a[:, 0] ** 2  # noqa: E731
+    problem = replace(lq.problem(temperature=0.0), running_reward=reward)
+    start = torch.linspace(-0.8, 1.1, 5, dtype=torch.float64)[:, None]
+    return problem, ctrl.simulate(problem, MOVING, start, lq.GRID, generator=generator)
+
+
+def discounted_increments(problem, paths, value, q, average=0.0):
+    """e^{-discount t} dM of every step, by a loop."""
+    each, nodes = [], paths.grid.nodes
+    j = [value(t, paths.states[:, k]) for k, t in enumerate(nodes[:-1])]
+    j.append(problem.terminal_reward(paths.states[:, -1]))
+    for k, t in enumerate(nodes[:-1]):
+        x, a, h = paths.states[:, k], paths.actions[:, k], nodes[k + 1] - t
+        paid = (problem.running_reward(t, x, a) - q(t, x, a) - average) * h
+        step = torch.exp(-problem.discount * h) * j[k + 1] - j[k] + paid
+        each.append(torch.exp(-problem.discount * t) * step)
+    return torch.stack(each, 1)
+
+
+def test_losses_are_their_sums_over_steps(few):
+    problem, paths = few
+    dm = discounted_increments(problem, paths, timely, moving)
+    expected = (lq.GRID.steps * dm.flip(1).cumsum(1).flip(1).square()).sum(1)
+    found = ql.martingale_loss(timely, moving, problem, paths)
+    torch.testing.assert_close(found, expected, **ROUND_OFF)
+    dm = discounted_increments(problem, paths, timely, moving, 0.15)
+    tests = lambda p: torch.cat([p.states[:, :-1], p.actions], 2)  # noqa: E731
+    found = ql.orthogonality(tests, timely, moving, problem, paths, 0.15)
+    expected = (tests(paths) * dm[..., None]).sum(1)
+    torch.testing.assert_close(found, expected, **ROUND_OFF)
+
+    def loss(theta):
+        scaled = lambda t, x: theta[0] * timely(t, x)  # noqa: E731
+        rate = lambda t, x, a: theta[1] * moving(t, x, a)  # noqa: E731
+        return ql.orthogonality_loss(scaled, rate, problem, paths, 0.15)
+
+    gradient = torch.func.jacrev(loss)(torch.ones(2, dtype=torch.float64))
+    for column, function in enumerate(
+        (lambda t, x, a: timely(t, x), moving),
+    ):
+        xi = torch.stack(
+            [
+                function(t, paths.states[:, k], paths.actions[:, k])
+                for k, t in enumerate(lq.NODES[:-1])
+            ],
+            1,
+        )
+        torch.testing.assert_close(gradient[:, column], -(xi * dm).sum(1), **ROUND_OFF)
+
+
+def test_losses_keep_the_precision_of_the_paths(few):
+    problem, paths = few
+    half = replace(
+        paths, states=paths.states.float(), actions=paths.actions.float(), increments=None
+    )
+    assert ql.martingale_loss(timely, moving, problem, half).dtype == torch.float32
+    assert ql.orthogonality_loss(timely, moving, problem, half).dtype == torch.float32
+
+
+def test_q_of_a_policy_and_of_a_problem_that_move_in_time():
+    a = torch.tensor([[0.2], [1.1], [-0.5]], dtype=torch.float64)
+    gap = (a - (0.3 - 0.3) * X)[:, 0] / 0.8
+    log_density = -0.5 * gap**2 - math.log(0.8) - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(ql.GibbsQ(MOVING, 0.7)(T, X, a), 0.7 * log_density, **ROUND_OFF)
+    # a ~ N(0, 0.64): E moving = t - (0.7 - 0.4 t) 0.64; entropy log 0.8 + 1/2 log(2 pi e)
+    entropy = math.log(0.8) + 0.5 * math.log(2 * math.pi * math.e)
+    expected = moving(T, X, a) - (0.3 - 0.58 * 0.64) - 0.7 * entropy
+    found = ql.ConsistentQ(moving, MOVING, 0.7)(T, X, a)
+    torch.testing.assert_close(found, expected, **ROUND_OFF)
+    reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] * a[:, 0]  # noqa: E731
+    problem = replace(lq.problem(), running_reward=reward)
+    silent = replace(lq.problem(), running_reward=None)
+    paid = ql.q_rate(problem, quadratic_value, T, X, a)
+    unpaid = ql.q_rate(silent, quadratic_value, T, X, a)
+    torch.testing.assert_close(paid - unpaid, 1.6 * X[:, 0] * a[:, 0], **ROUND_OFF)
+
+
+def test_the_rule_of_a_consistent_q_is_exact_below_degree_sixteen_and_one_node_will_do():
+    policy = ctrl.GaussianPolicy(lambda t, x: 0 * x, 1.0)
+    even = lambda n: lambda t, x, a: a[:, 0] ** n  # noqa: E731
+    zero = torch.zeros_like(X)
+    for n, moment, exact in ((14, 135135, True), (16, 2027025, False)):
+        found = -ql.ConsistentQ(even(n), policy, 0.0)(T, X, zero)
+        assert torch.allclose(found, torch.full_like(found, moment), rtol=1e-10) == exact
+    # the rule of n nodes misses E a^(2 n) by n!
+    torch.testing.assert_close(
+        2027025 - found, torch.full_like(found, math.factorial(8)), rtol=1e-6, atol=0
+    )
+    one = ql.ConsistentQ(even(1), policy, 0.0, nodes=1)
+    torch.testing.assert_close(one(T, X, X), X[:, 0], **ROUND_OFF)
+    with pytest.raises(ValueError, match="temperature"):
+        ql.ConsistentQ(even(1), policy, math.inf)
+
+
+def test_states_may_have_no_axis_beside_the_paths_but_actions_must_fit_them(monkeypatch):
+    states = X[:, 0]
+    value = lambda t, x: (0.4 * t - 0.9) * x.square() + 0.3 * x  # noqa: E731
+    flat = replace(lq.problem(), running_reward=lambda t, x, a: -0.5 * (lq.M * x**2 + lq.N * a**2))
+    found = ql.q_rate(flat, value, T, states, 0.4 * states)
+    expected = ql.q_rate(lq.problem(), quadratic_value, T, X, 0.4 * X)
+    torch.testing.assert_close(found, expected, **ROUND_OFF)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in production
+    for x, a in ((X, X[:2]), (X[:0], X[:0]), (X, X[0, 0])):
+        with pytest.raises(ValueError, match="actions must begin with"):
+            ql.q_rate(lq.problem(), quadratic_value, T, x, a)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_a_hessian_that_depends_on_the_state_is_found_at_any_size(size):
+    """Two states, two coordinates, off-diagonal zeros; and the same Hessian everywhere passes."""
+    states = torch.tensor([[0.7, -0.2], [-1.2, 0.5]], dtype=torch.float64)
+    sde = ctrl.ControlledSDE(lambda t, x, a: 0 * x, lambda t, x: 0.5)
+    flat = lambda t, x: 0 * x[:, 0]  # noqa: E731
+
+    def problem(bend):
+        cost = lambda t, x, a: -size * (1 + bend * x[:, 0]) * a.square().sum(1)  # noqa: E731
+        return ctrl.ControlProblem(sde, 1.0, cost, temperature=0.3)
+
+    policy = ql.gibbs_policy(problem(0.0), flat, 2, states[0].float())
+    assert policy.mean(T, states).dtype == torch.float64
+    torch.testing.assert_close(policy.mean(T, states), torch.zeros_like(states))
+    with pytest.raises(ValueError, match="depends on the state"):
+        ql.gibbs_policy(problem(1e-3), flat, 2, states[0]).mean(T, states)
