@@ -18,7 +18,7 @@ import ctrl
 from diffusion_envs.denoising import generation_sde
 from diffusion_envs.schedule import VPLinear
 from verification.claim import Check, Setting, bound, claim, expectation, limit, pathwise, wrong
-from verification.closed_form import drawn_scores as closed
+from verification.closed_form import scores_drawn as closed
 from verification.closed_form.score_chains import BETA, alpha_bar, beta
 from verification.cubature import mean
 
@@ -163,7 +163,7 @@ def log_ratio_refused(paths: ctrl.Paths) -> bool:
         ),
         wrong(
             "drawn scores add no variance to the states",
-            "verification.closed_form.drawn_scores.states",
+            "verification.closed_form.scores_drawn.states",
             " + (b * h * STD) ** 2",
             "",
         ),
