@@ -108,28 +108,39 @@ def soft_maximum(lq: LQ, value: Quadratic, slope: Quadratic, x: np.ndarray) -> f
 # ---- the optimum over a finite horizon, in two ways
 
 
+def riccati_rate(lq: LQ, y: np.ndarray) -> np.ndarray:
+    """max over policies of L V + r - discount V + entropy's share, V = (S, e, c) in a row.
+
+    Analytic in y, so that complex steps differentiate it.
+    """
+    n = len(lq.A)
+    S, e, c = y[: n * n].reshape(n, n), y[n * n : -1], y[-1]
+    W, G, g = lq.N.copy(), lq.B.T @ S - lq.R, lq.B.T @ e - lq.l
+    Q, q, k = lq.A.T @ S + S @ lq.A - lq.M, lq.A.T @ e + S @ lq.f - lq.p, e @ lq.f
+    for Cj, Dj, sj in zip(lq.C, lq.D, lq.sigma, strict=True):
+        W = W - Dj.T @ S @ Dj
+        G, g = G + Dj.T @ S @ Cj, g + Dj.T @ S @ sj
+        Q, q, k = Q + Cj.T @ S @ Cj, q + Cj.T @ S @ sj, k + sj @ S @ sj / 2
+    K = np.linalg.solve(W, np.column_stack([G, g]))
+    k = k + g @ K[:, -1] / 2 - lq.discount * c
+    if lq.temperature:
+        spread = (2 * np.pi * lq.temperature) ** len(W) / np.linalg.det(W)
+        k = k + lq.temperature / 2 * np.log(spread)
+    S_rate, e_rate = Q + G.T @ K[:, :-1] - lq.discount * S, q + G.T @ K[:, -1]
+    return np.concatenate([S_rate.ravel(), e_rate - lq.discount * e, [k]])
+
+
 def riccati(lq: LQ, horizon: float) -> Quadratic:
     """The optimal value at time to go ``horizon``: the completed square, by DOP853."""
     n = len(lq.A)
-
-    def rate(_: float, y: np.ndarray) -> np.ndarray:
-        S, e, c = y[: n * n].reshape(n, n), y[n * n : -1], y[-1]
-        W, G, g = lq.N.copy(), lq.B.T @ S - lq.R, lq.B.T @ e - lq.l
-        Q, q, k = lq.A.T @ S + S @ lq.A - lq.M, lq.A.T @ e + S @ lq.f - lq.p, e @ lq.f
-        for Cj, Dj, sj in zip(lq.C, lq.D, lq.sigma, strict=True):
-            W = W - Dj.T @ S @ Dj
-            G, g = G + Dj.T @ S @ Cj, g + Dj.T @ S @ sj
-            Q, q, k = Q + Cj.T @ S @ Cj, q + Cj.T @ S @ sj, k + sj @ S @ sj / 2
-        K = np.linalg.solve(W, np.column_stack([G, g]))
-        k = k + g @ K[:, -1] / 2 - lq.discount * c
-        if lq.temperature:
-            k += lq.temperature / 2 * np.linalg.slogdet(2 * np.pi * lq.temperature * _inverse(W))[1]
-        S_rate, e_rate = Q + G.T @ K[:, :-1] - lq.discount * S, q + G.T @ K[:, -1]
-        return np.concatenate([S_rate.ravel(), e_rate - lq.discount * e, [k]])
-
     start = np.concatenate([-lq.H.ravel(), -lq.h, [0.0]])
     found = scipy.integrate.solve_ivp(
-        rate, (0, horizon), start, method="DOP853", rtol=3e-14, atol=1e-14
+        lambda _, y: riccati_rate(lq, y),
+        (0, horizon),
+        start,
+        method="DOP853",
+        rtol=3e-14,
+        atol=1e-14,
     )
     y = found.y[:, -1]
     return y[: n * n].reshape(n, n), y[n * n : -1], float(y[-1])
