@@ -199,3 +199,34 @@ def euler_chain(model: VPGaussian, s: np.ndarray) -> Chain:
     variance = alpha**2 * float(model.covariance[0, 0]) + 1 - alpha**2
     slope = 1 + h * beta * (0.5 - 1 / variance)
     return Chain(slope, h * beta * alpha * float(model.mean[0]) / variance, h * beta)
+
+
+def response_of_steps(model: VPGaussian, steps: int, trained: int) -> float:
+    """How far Euler steps move the mean of the data, if the score is shifted by 1 at some nodes.
+
+    Those of the grid of ``trained`` steps, which a table with one entry a step knows; elsewhere the
+    score is the pretrained one.
+    """
+    s = np.linspace(1.0, 0.0, steps + 1)
+    slopes, pushes = euler_chain(model, s).slope, -np.diff(s) * model.beta(s[:-1])
+    moved = 0.0
+    for k in range(steps):
+        known = (k * trained) % steps == 0
+        moved = slopes[k] * moved + pushes[k] * known
+    return float(moved)
+
+
+def best_euler_shift(
+    model: VPGaussian, steps: int, curvature: float, slope: float, kl_weight: float
+) -> tuple[float, float]:
+    """The constant shift c of the score that is best for Euler steps, and -d^2 J / dc^2.
+
+    J(c) = E[-curvature X^2 / 2 + slope X] - kl_weight c^2 / 2 sum beta h, quadratic in c, and the
+    mean of X is linear in it.
+    """
+    s = np.linspace(1.0, 0.0, steps + 1)
+    mean = euler_chain(model, s).moments(model.noised(1.0))[0][-1]
+    response = response_of_steps(model, steps, steps)
+    cost = kl_weight * float(-np.diff(s) @ model.beta(s[:-1]))
+    bend = curvature * response**2 + cost
+    return (slope - curvature * mean) * response / bend, bend
