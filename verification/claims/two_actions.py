@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import ctrl
+from ctrl.paths import over_steps
 from diffusion_envs.denoising import generation_sde
 from diffusion_envs.schedule import VPLinear
 from verification.claim import Check, Setting, bound, claim, expectation, limit, pathwise, wrong
@@ -253,7 +254,7 @@ def of_transitions(paths: ctrl.Paths) -> Tensor:
 def log_density(policy: ctrl.GaussianPolicy, paths: ctrl.Paths) -> Tensor:
     """log pi of the actions along every path."""
     assert paths.actions is not None
-    return ctrl.paths.over_steps(policy.log_prob, paths, paths.actions).sum(1)
+    return over_steps(policy.log_prob, paths, paths.actions).sum(1)
 
 
 def shifted(t: Tensor, x: Tensor) -> Tensor:
