@@ -1,0 +1,456 @@
+"""What must hold in a training loop, whatever is trained: on the loop that users run.
+
+The network is the smallest one: a linear prediction of the noise with a low-rank adapter, so that
+the loop's gradients can be written out by hand. Its weights, like all networks of the loop, are
+float32; what is compared is off by 1e-7 when right.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ctrl.trust_region import clipped_surrogate
+from diffusion_envs.objectives import ScoreAsAction
+from diffusion_envs.objectives.score_as_action import path_kl_rate
+from diffusion_envs.samplers import DDIM
+from diffusion_envs.schedule import DDPMTable
+from diffusion_envs.score import GuidedScore
+from diffusion_envs.training.environment import Environment, Sample
+from diffusion_envs.training.loop import Schedule, Trainer
+from verification.claim import Check, Setting, claim, pathwise, wrong
+from verification.closed_form import linear_adapter
+from verification.closed_form.linear_adapter import Sampler
+
+EVENT, PROMPTS, STEPS, SAMPLES = (4, 2, 2), 3, 4, 6
+TABLE = torch.linspace(0.97, 0.08, 20, dtype=torch.float64)
+ETA, KL_WEIGHT = 0.45, 2.3
+FLOAT32 = "the loop's networks, states and rewards are float32 whatever the setting"
+
+
+class Network(nn.Module):
+    """Noise prediction W x + U context + V timestep, plus B A x where the adapter is on."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        dim = 16
+
+        def drawn(*shape: int, scale: float) -> nn.Parameter:
+            return nn.Parameter(scale * torch.randn(shape, generator=generator))
+
+        self.base, self.context = drawn(dim, dim, scale=0.2), drawn(dim, 3, scale=0.4)
+        self.time = drawn(dim, scale=0.03)
+        self.a, self.b = drawn(2, dim, scale=0.3), drawn(dim, 2, scale=0.3)
+        self.adapted = True
+
+    def disable_adapters(self) -> None:
+        """The pretrained network from here on."""
+        self.adapted = False
+
+    def enable_adapters(self) -> None:
+        """With the adapter again."""
+        self.adapted = True
+
+    def forward(self, x: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Any:
+        """As a diffusers UNet answers."""
+        flat = x.flatten(1)
+        found = flat @ self.base.T + encoder_hidden_states.mean(1) @ self.context.T
+        found = found + timesteps[:, None] * self.time
+        if self.adapted:
+            found = found + flat @ self.a.T @ self.b.T
+        return SimpleNamespace(sample=found.view_as(x))
+
+
+class Process(Accelerator):
+    """One of several processes that have nothing to say to each other."""
+
+    def __init__(self, index: int = 0, processes: int = 1) -> None:
+        self._index, self._processes = index, processes
+
+    num_processes = property(lambda self: self._processes)
+    process_index = property(lambda self: self._index)
+
+    def gather(self, tensor: Any) -> Any:
+        """Nothing comes from elsewhere."""
+        return tensor
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """Nothing comes from elsewhere."""
+        return tensor
+
+
+def trainer(
+    setting: Setting, batch: int = 64, process: Process | None = None, **schedule: Any
+) -> Trainer:
+    """The loop in the midst of a run: three updates are done, the adapter has moved."""
+    generator = setting.generator("network")
+    network = Network(generator)
+    context = torch.randn(PROMPTS, 2, 3, generator=generator)
+    score = GuidedScore(
+        network, TABLE, "epsilon", 1.7, torch.randn(2, 3, generator=generator), batch=64
+    )
+    environment = Environment(
+        score=score,
+        sampler=DDIM(eta=ETA).bind(DDPMTable(TABLE), STEPS),
+        decode=lambda latents: latents[:, [0, 1, 0]].sigmoid(),
+        reward=lambda images, prompts: 3 * images.mean((1, 2, 3)) + images[:, 1, 0, 1],
+        prompts=["one", "two", "three"],
+        context=context,
+        event=EVENT,
+        seed=41,
+        device=torch.device("cpu"),
+    )
+    made = Trainer(
+        environment,
+        ScoreAsAction(kl_weight=KL_WEIGHT, learning_rate=1e-3),
+        Schedule(samples=SAMPLES, batch=batch, max_gradient_norm=1e9, value_epochs=1, **schedule),
+        [network.a, network.b],
+        accelerator=process or Process(),
+    )
+    made.update = 3
+    return made
+
+
+def network_of(made: Trainer) -> Network:
+    """Its network."""
+    network = made.environment.score.unet
+    assert isinstance(network, Network)
+    return network
+
+
+def flat(values: Tensor, keep: int = 2) -> np.ndarray:
+    """As numpy, in double precision, events flattened."""
+    return values.detach().double().flatten(keep).numpy()
+
+
+def by_hand(made: Trainer) -> tuple[Sampler, np.ndarray, np.ndarray]:
+    """The sampler's tables and the adapter."""
+    network = network_of(made)
+    alpha_bar = made.environment.sampler.alpha_bar.numpy()
+    a, b = (p.detach().double().numpy() for p in (network.a, network.b))
+    return Sampler(ETA, alpha_bar), a, b
+
+
+ROWS = "diffusion_envs.training.loop.Trainer._rows"
+IMPROVE = "diffusion_envs.training.loop.Trainer._improve_adapter"
+LOSS = "diffusion_envs.objectives.score_as_action.ScoreAsAction.loss"
+SAMPLE = "diffusion_envs.training.environment.Environment.sample"
+PRETRAINED = "diffusion_envs.score.GuidedScore.pretrained"
+KL_RATE = "diffusion_envs.objectives.score_as_action.path_kl_rate"
+
+
+@claim(
+    statement="""
+        Before the first gradient step on a roll-out the ratio of new to old policy is 1 in every
+        row; the gradient is that of -sum_k A_k grad log p(x_{k+1} | x_k) + kl_weight path KL,
+        averaged over paths, in however many pieces it is accumulated; the KL that is reported is
+        the KL that is trained; the pretrained weights do not move.
+        """,
+    source='"Score as Action", arXiv 2502.01819, Theorems 3.1 and 4.1; Schulman et al. 2017',
+    why_double=FLOAT32,
+    wrongs=[
+        wrong(
+            "old log-density not detached from the new",
+            ROWS,
+            "old_mean=rollout.means[path, step]",
+            "old_mean=mean",
+        ),
+        wrong(
+            "the pretrained policy for the old one",
+            ROWS,
+            "old_mean=rollout.means[path, step]",
+            "old_mean=rollout.reference_scores[path, step]",
+        ),
+        wrong(
+            "advantages not shuffled with their rows",
+            ROWS,
+            "advantage=advantages[path, step]",
+            "advantage=advantages[path.sort()[0], step]",
+        ),
+        wrong(
+            "noise of another step",
+            ROWS,
+            "noise=rollout.noises[path, step]",
+            "noise=rollout.noises[path, step - 1]",
+        ),
+        wrong(
+            "timestep of another step",
+            ROWS,
+            "to(environment.device)[step]",
+            "to(environment.device)[step - 1]",
+        ),
+        wrong(
+            "prompts not shuffled with their rows",
+            ROWS,
+            "rollout.condition[path]",
+            "rollout.condition[path.flip(0)]",
+        ),
+        wrong(
+            "adapter ignored while sampling",
+            SAMPLE,
+            "            means.append(self.score(states, timestep.expand(len(states)), context))",
+            "            with self.score.pretrained():\n"
+            "                means.append(self.score(states, timestep.expand(len(states)), "
+            "context))",
+        ),
+        wrong(
+            "the reference is the policy itself",
+            PRETRAINED,
+            "self.unet.disable_adapters()",
+            "pass",
+        ),
+        wrong(
+            "the adapter stays off after the reference",
+            PRETRAINED,
+            "self.unet.enable_adapters()",
+            "pass",
+        ),
+        wrong(
+            "sign of the KL in the loss", LOSS, "return self.kl_weight", "return -self.kl_weight"
+        ),
+        wrong(
+            "sign of the gain in the loss",
+            LOSS,
+            "path_kl_rate(rows) - gain",
+            "path_kl_rate(rows) + gain",
+        ),
+        wrong("KL reported is not the KL trained: half", KL_RATE, "0.5 * rows", "1.0 * rows"),
+        wrong("KL reported is not the KL trained: factor", KL_RATE, "rows.kl_factor * ", ""),
+        wrong(
+            "KL of the ancestral sampler reported",
+            "diffusion_envs.training.environment.Environment._costs",
+            "factor=self.sampler.kl_factor",
+            "factor=1.0",
+        ),
+        wrong(
+            "accumulation divides twice",
+            IMPROVE,
+            "(losses.sum() * steps / len(which))",
+            "(losses.mean() * steps / len(which))",
+        ),
+        wrong(
+            "accumulation never divides",
+            IMPROVE,
+            "(losses.sum() * steps / len(which))",
+            "(losses.mean() * steps)",
+        ),
+        wrong(
+            "sum over rows for the mean over paths",
+            IMPROVE,
+            "losses.sum() * steps / len(which)",
+            "losses.sum()",
+        ),
+        wrong(
+            "last partial batch left out",
+            IMPROVE,
+            "in which.split(schedule.batch)",
+            "in which[: len(which) // schedule.batch * schedule.batch].split(schedule.batch)",
+        ),
+        wrong(
+            "gradient of the last piece alone",
+            IMPROVE,
+            "losses = self.objective.loss(rows)",
+            "self.optimiser.zero_grad(); losses = self.objective.loss(rows)",
+        ),
+        wrong(
+            "gradient kept from the update before",
+            IMPROVE,
+            "self.optimiser.zero_grad(set_to_none=True)",
+            "pass",
+        ),
+        wrong(
+            "pretrained weights trained",
+            "diffusion_envs.training.loop.Trainer.__init__",
+            "            parameters, lr=objective",
+            "            environment.score.unet.parameters(), lr=objective",
+        ),
+        wrong(
+            "transition's noise of another variance in the ratio",
+            "diffusion_envs.objectives.score_as_action.transition_log_ratio",
+            "(rows.score_gain / rows.std)",
+            "(rows.score_gain / rows.std.square())",
+        ),
+    ],
+)
+def training_loop(setting: Setting) -> Iterator[Check]:
+    """One update in the midst of a run, against gradients by hand."""
+    made = trainer(setting)
+    rollout = made._sample().rollout
+    s, a, b = by_hand(made)
+    x = flat(rollout.states[:, :-1])
+    costs = linear_adapter.path_kl(s, a, b, x)
+    yield pathwise("path KL of every step, by hand", rollout.costs, costs)
+    order = torch.randperm(SAMPLES * STEPS, generator=setting.generator("rows"))
+    which = torch.cartesian_prod(torch.arange(SAMPLES), torch.arange(STEPS))[order]
+    with torch.no_grad():
+        advantages = made._advantages(rollout)
+        rows = made._rows(rollout, advantages, which)
+        ratio = made.objective.log_ratio(rows).exp()
+        trained = path_kl_rate(rows)
+    yield pathwise("ratio before the first step is 1", ratio, torch.ones_like(ratio))
+    path, step = which.unbind(1)
+    yield pathwise("path KL of a row that is trained", trained, costs[path, step])
+    after = rollout.states[path, step + 1]
+    mean = made.environment.sampler.mean(step, rollout.states[path, step], rows.old_mean)
+    std = torch.as_tensor(s.std).to(after)[step].view(-1, 1, 1, 1)
+    yield pathwise("a row's noise leads to its next state", mean + std * rows.noise, after)
+    want = linear_adapter.gradient(
+        s, a, b, x, flat(rollout.noises), advantages.double().numpy(), KL_WEIGHT
+    )
+    for batch in (24, 13, 3):
+        one = trainer(setting, batch=batch)
+        network = network_of(one)
+        network.b.grad = 1e4 * torch.ones_like(network.b)  # of the update before
+        frozen = [network.base.clone(), network.context.clone(), network.time.clone()]
+        numbers = one.step()
+        for name, parameter, grad in zip("AB", (network.a, network.b), want, strict=True):
+            found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            yield pathwise(f"gradient in {name}, {batch} rows at once", found, grad)
+    kept = torch.cat([w.flatten() for w in (network.base, network.context, network.time)])
+    yield pathwise("pretrained weights", kept, torch.cat([w.flatten() for w in frozen]))
+    yield pathwise("path KL that is reported", numbers["path_kl"].mean, costs.sum(1).mean())
+
+
+SURROGATE = "ctrl.trust_region.clipped_surrogate"
+
+
+@claim(
+    statement="""
+        The clipped surrogate is min(r A, clip(r) A): for A > 0 its gradient ends where r is above
+        the range, for A < 0 where it is below, and nowhere else. False: that clipping alone bounds
+        the ratio; outside the range on the other side the gradient is that of r A.
+        """,
+    source="Schulman et al. 2017, equation 7",
+    wrongs=[
+        wrong(
+            "max for min",
+            SURROGATE,
+            "return torch.minimum(ratio * advantage",
+            "return torch.maximum(ratio * advantage",
+        ),
+        wrong(
+            "sides swapped for negative advantage",
+            SURROGATE,
+            "return torch.minimum(ratio * advantage, trusted * advantage)",
+            "return torch.minimum(ratio, trusted) * advantage",
+        ),
+        wrong(
+            "clipped always",
+            SURROGATE,
+            "return torch.minimum(ratio * advantage, trusted * advantage)",
+            "return trusted * advantage",
+        ),
+        wrong(
+            "never clipped",
+            SURROGATE,
+            "return torch.minimum(ratio * advantage, trusted * advantage)",
+            "return ratio * advantage",
+        ),
+        wrong(
+            "lower end of the range missing",
+            SURROGATE,
+            "torch.maximum(log_ratio, -half_width)",
+            "log_ratio",
+        ),
+        wrong("range of half the width", SURROGATE, "half_width).exp()", "half_width / 2).exp()"),
+        wrong(
+            "ratio detached",
+            SURROGATE,
+            "ratio = log_ratio.exp()",
+            "ratio = log_ratio.exp().detach()",
+        ),
+        wrong(
+            "ratio to first order", SURROGATE, "ratio = log_ratio.exp()", "ratio = 1 + log_ratio"
+        ),
+    ],
+)
+def clipped_ratio(setting: Setting) -> Iterator[Check]:
+    """Values and slopes on both sides of both ends, for good and bad decisions."""
+    half_width = 0.35
+    one = torch.linspace(-0.83, 0.97, 13)
+    log_ratio = setting.tensor(torch.cat([one, one]).double()).requires_grad_()
+    advantage = setting.tensor([1.7] * 13 + [-0.6] * 13)
+    gain = clipped_surrogate(log_ratio, advantage, torch.full_like(advantage, half_width))
+    (slope,) = torch.autograd.grad(gain.sum(), log_ratio)
+    arguments = (log_ratio.detach().double().numpy(), advantage.double().numpy(), half_width)
+    want, slopes = linear_adapter.surrogate(*arguments)
+    yield pathwise("surrogate", gain, want)
+    yield pathwise("its slope in the log-ratio", slope, slopes)
+
+
+NORMALS = "diffusion_envs.training.environment.Environment._normals"
+DRAW = "diffusion_envs.training.loop.Trainer._sample"
+
+
+def noises(setting: Setting, processes: int) -> Tensor:
+    """Start and transition noise of two updates, [updates * samples, 1 + steps, dim]."""
+    found = []
+    for update in (3, 4):
+        for index in range(processes):
+            made = trainer(setting, process=Process(index, processes))
+            made.update = update
+            with torch.no_grad():
+                sample = made._sample()
+            found.append(_of(sample))
+    return torch.cat(found)
+
+
+def _of(sample: Sample) -> Tensor:
+    rollout = sample.rollout
+    return torch.cat([rollout.states[:, :1], rollout.noises], dim=1).flatten(2)
+
+
+@claim(
+    statement="""
+        Every sample of every update has noise of its own, on every process: as many distinct
+        noise vectors as were asked for, the same for 1, 2 and 3 processes, whatever the prompts;
+        evaluation sees none of it.
+        """,
+    source="verl-omni issue 561, VeOmni issue 956 (seeds local to a worker; seed + rank)",
+    why_double=FLOAT32,
+    wrongs=[
+        wrong("seeds local to a process", DRAW, " + self.accelerator.process_index * share", ""),
+        wrong("the same noise at every update", DRAW, "self.update * samples + ", ""),
+        wrong("updates overlap", DRAW, "self.update * samples", "self.update * (samples - 1)"),
+        wrong("index within the batch", NORMALS, "samples=samples", "samples=range(len(samples))"),
+        wrong(
+            "noise of the prompt",
+            SAMPLE,
+            'self._normals((steps, *self.event), stream, "transition", samples)',
+            'self._normals((steps, *self.event), stream, "transition", '
+            "range(len(self.prompts)))[condition]",
+        ),
+        wrong("start and transitions alike", NORMALS, "(stream, what)", "(stream,)"),
+        wrong("evaluation sees training's noise", NORMALS, "(stream, what)", "(what,)"),
+        wrong(
+            "seed + rank",
+            NORMALS,
+            "seed=self.seed, name=(stream, what), samples=samples",
+            "seed=self.seed + samples[0], name=(stream, what), samples=range(len(samples))",
+        ),
+    ],
+)
+def noise_of_samples(setting: Setting) -> Iterator[Check]:
+    """Counts of distinct vectors, and equality over numbers of processes."""
+    parts = [noises(setting, processes) for processes in (1, 2, 3)]
+    asked = float(2 * SAMPLES * (1 + STEPS))
+    found = [_distinct(one) for one in parts]
+    yield pathwise("distinct noise vectors of 1, 2, 3 processes", found, [asked] * 3)
+    gaps = torch.stack([one - parts[0] for one in parts])
+    yield pathwise("noise of 1, 2, 3 processes is one", gaps, 0 * gaps, scale=1.0)
+    made = trainer(setting)
+    indices = range(3 * SAMPLES, 5 * SAMPLES)
+    conditions = torch.arange(2 * SAMPLES) % PROMPTS
+    held_out = made.environment.sample(
+        made.objective.policy, indices, conditions, stream="evaluation"
+    )
+    both = torch.cat([parts[0], _of(held_out)])
+    yield pathwise("distinct with evaluation's", _distinct(both), 2 * asked)
+
+
+def _distinct(vectors: Tensor) -> float:
+    return float(len({tuple(row) for row in vectors.flatten(0, 1).tolist()}))
