@@ -415,5 +415,5 @@ def policy_gradient_of_transitions(setting: Setting) -> Iterator[Check]:
     yield expectation("q-rates on a grid", gradient(each, paths, theta), slopes)
 
 
-def _silent_performance(p: LQChain, theta: np.ndarray) -> complex:
+def _silent_performance(p: LQChain, theta: np.ndarray) -> float | complex:
     return lq_chain.performance(p, np.array([*theta, SILENT[2]]), NODES)

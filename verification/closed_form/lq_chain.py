@@ -35,7 +35,7 @@ class LQChain:
     start: float = 0.75
 
 
-def gradient(function: Callable[[np.ndarray], complex], theta: np.ndarray) -> np.ndarray:
+def gradient(function: Callable[[np.ndarray], float | complex], theta: np.ndarray) -> np.ndarray:
     """d function / d theta, by a complex step in every coordinate."""
     steps = 1j * _STEP * np.eye(len(theta))
     return np.array([np.imag(function(theta + step)) / _STEP for step in steps])
@@ -79,7 +79,7 @@ def _expected_reward(p: LQChain, theta: np.ndarray, h: float) -> np.ndarray:
     )
 
 
-def performance(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> complex:
+def performance(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> float | complex:
     """V(0, start) of the chain, backward."""
     square, linear, constant = chain_value(p, theta, nodes)[0]
     return square * p.start**2 / 2 + linear * p.start + constant
@@ -101,7 +101,7 @@ def state_moments(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> np.ndarra
     return np.array(found)
 
 
-def forward_performance(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> complex:
+def forward_performance(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> float | complex:
     """V(0, start) of the chain, from the moments of its states."""
     gain, offset, log_std = theta
     moments, total = state_moments(p, theta, nodes), 0.0
@@ -144,7 +144,7 @@ def series_at(series: np.ndarray, left: float) -> np.ndarray:
     return np.asarray(np.polynomial.polynomial.polyval(left, series))
 
 
-def continuous_performance(p: LQChain, theta: np.ndarray, horizon: float) -> complex:
+def continuous_performance(p: LQChain, theta: np.ndarray, horizon: float) -> float | complex:
     """V(0, start) in continuous time."""
     square, linear, constant = series_at(value_series(p, theta), horizon)
     return square * p.start**2 / 2 + linear * p.start + constant
@@ -343,5 +343,5 @@ def held_action_slope(p: LQChain, theta: np.ndarray, horizon: float) -> float:
     return float(paid * grown * p.push**2 * np.exp(2 * log_std))
 
 
-def _entropy(log_std: complex) -> complex:
+def _entropy(log_std: float | complex) -> float | complex:
     return 0.5 * np.log(2 * np.pi * np.e) + log_std

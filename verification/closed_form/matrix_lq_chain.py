@@ -46,7 +46,7 @@ def unpack(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def chain_value(
     p: MatrixLQ, theta: np.ndarray, nodes: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray, complex]]:
+) -> list[tuple[np.ndarray, np.ndarray, float | complex]]:
     """(P, e, c) of V = x'Px/2 + e'x + c at every node: backward recursion."""
     gain, offset, scale = unpack(theta)
     spread = scale @ scale.T
@@ -66,13 +66,13 @@ def chain_value(
     return found[::-1]
 
 
-def performance(p: MatrixLQ, theta: np.ndarray, nodes: np.ndarray) -> complex:
+def performance(p: MatrixLQ, theta: np.ndarray, nodes: np.ndarray) -> float | complex:
     """V(0, start)."""
     (P, e, c), x = chain_value(p, theta, nodes)[0], np.array(p.start)
     return x @ P @ x / 2 + e @ x + c
 
 
-def gradient(function: Callable[[np.ndarray], complex], theta: np.ndarray) -> np.ndarray:
+def gradient(function: Callable[[np.ndarray], float | complex], theta: np.ndarray) -> np.ndarray:
     """d function / d theta, by complex steps."""
     step = 1e-30
     return np.array([np.imag(function(theta + 1j * step * e)) / step for e in np.eye(len(theta))])
