@@ -214,6 +214,12 @@ ERGODIC = replace(ENDLESS, discount=0.0)
             "paths.states[:, -2])",
         ),
         wrong(
+            "paths of another policy, with this policy's formula",
+            "verification.claims.martingale.sampled",
+            "problem(), gaussian(policy), start",
+            "problem(), gaussian(exact.Feedback(0.5, -0.3, 0.9)), start",
+        ),
+        wrong(
             "discount of test functions missing",
             "ctrl.martingale.moments",
             "discount_factors(problem, paths) * increments",

@@ -578,8 +578,8 @@ def q_rate(setting: Setting) -> Iterator[Check]:
     eps = (flat[1] - gain * flat[0] - offset) / std
     known = -LQ.temperature * (eps**2 / 2 + np.log(std * np.sqrt(2 * np.pi)))
     yield pathwise("q at the optimum", ql.q_rate(endless(LQ), value, t, x, a), known)
-    got = ql.GibbsQ(policy, LQ.temperature)(t, x, a)
-    yield pathwise("q at the optimum, as temperature log pi", got, known)
+    by_policy = ql.GibbsQ(policy, LQ.temperature)
+    yield pathwise("q at the optimum, as temperature log pi", by_policy(t, x, a), known)
     wide = setting.tensor(np.linspace(-9, 9, 101))[:, None] * std + gain * x[0] + offset
     density = ql.q_rate(endless(LQ), value, t, x[:1].expand(101, 1).contiguous(), wide)
     mass = torch.exp(density / LQ.temperature).sum() * 18 * std / 100
@@ -596,6 +596,11 @@ def q_rate(setting: Setting) -> Iterator[Check]:
         better = ql.gibbs_policy(endless(LQ), j, 1, x[0])
         got = torch.cat([better.mean(t, x)[:, 0], better.scale_at(t, x)[:, 0]])
         yield pathwise(f"exp(q / temperature) of {name}", got, improved(curvature, slope))
+    grid = ctrl.TimeGrid(setting.tensor(NODES))
+    start, noise, _ = degree_five(grid, C.mean, C.spread, draws=True)
+    paths = ctrl.simulate(endless(LQ), gaussian(BEHAVIOUR), start, grid, noise=noise)
+    got, want = ql.q_rates(endless(LQ), value, paths), ql.rates(by_policy, paths)
+    yield pathwise("q along paths of another policy", got, want)
     if setting.full:
         exactly = [off_policy_moments(setting, n, 0.0) for n in GRIDS]
         yield limit("E int xi dM of the optimal pair -> 0", extrapolated(exactly, GRIDS), ZERO, 0.2)
