@@ -304,3 +304,113 @@ def test_infinite_rate_is_the_one_step_difference(setting):
     one = pg.temporal_difference_gradient(problem, policy, value, paths)
     other = pg.temporal_difference_gradient(problem, policy, value, paths, rate=math.inf)
     torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+# --- term by term, where everything moves in time
+
+
+def moving(t, x):
+    return (0.3 - t) * x
+
+
+def timely(t, x):
+    return (1.3 + t) * x[:, 0].square() - 0.4 * x[:, 0]
+
+
+OLD = ctrl.GaussianPolicy(moving, lambda t: 0.5 + t)
+NEW = ctrl.GaussianPolicy(lambda t, x: moving(t, x) + 0.2 * t + 0.1, lambda t: 0.6 + t)
+
+
+@pytest.fixture
+def few(generator):
+    reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] - a[:, 0].square()  # noqa: E731
+    problem = replace(lq.problem(), running_reward=reward)
+    start = torch.linspace(-0.8, 1.1, 5, dtype=torch.float64)[:, None]
+    return problem, ctrl.simulate(problem, OLD, start, lq.GRID, generator=generator)
+
+
+def at_every_step(function, paths):
+    rows = zip(lq.NODES, paths.states[:, :-1].unbind(1), paths.actions.unbind(1), strict=False)
+    return torch.stack([function(*row) for row in rows], 1)
+
+
+DISCOUNTED = torch.exp(-lq.DISCOUNT * lq.NODES[:-1]) * lq.GRID.steps
+
+
+def regularised(problem, policy):
+    def rate(t, x, a):
+        q = ctrl.q_learning.q_rate(problem, timely, t, x, a)
+        return q - lq.TEMPERATURE * policy.log_prob(t, x, a)
+
+    return rate
+
+
+def test_estimators_are_their_sums_over_steps(few):
+    problem, paths = few
+    rates = at_every_step(regularised(problem, OLD), paths)
+    log_prob = at_every_step(OLD.log_prob, paths)
+    found = pg.q_rate_gradient(problem, OLD, timely, paths)
+    torch.testing.assert_close(found, (DISCOUNTED * log_prob * rates).sum(1), **ROUND_OFF)
+    new = at_every_step(regularised(problem, NEW), paths)
+    found = pg.performance_difference(problem, timely, NEW, paths)
+    torch.testing.assert_close(found, (DISCOUNTED * new).sum(1), **ROUND_OFF)
+    ratio = (at_every_step(NEW.log_prob, paths) - log_prob).exp()
+    found = pg.surrogate(problem, timely, OLD, NEW, paths)
+    torch.testing.assert_close(found, (DISCOUNTED * ratio * new).sum(1), **ROUND_OFF)
+
+
+def test_pathwise_gradient_is_slope_times_action(few):
+    """d/da of q - temperature log pi by hand: B V' - 2 a + temperature (a - mean) / std^2."""
+    problem, paths = few
+
+    def term(t, x, a):
+        slope = lq.B * (2 * (1.3 + t) * x - 0.4) - 2 * a
+        slope = slope + lq.TEMPERATURE * (a - moving(t, x)) / (0.5 + t) ** 2
+        return (slope * a)[:, 0]
+
+    expected = (DISCOUNTED * at_every_step(term, paths)).sum(1)
+    found = pg.pathwise_gradient(problem, OLD, timely, paths)
+    torch.testing.assert_close(found, expected, **ROUND_OFF)
+
+
+def test_worth_of_a_transition_is_the_slope_of_v_times_its_surprise(few):
+    problem, paths = few
+    view = pg.Transitions(ctrl.EulerMaruyama())
+    found = view.advantages(problem, OLD, timely, paths)
+    for k, t in enumerate(lq.NODES[:-1]):
+        x, h = paths.states[:, k, 0], lq.GRID.steps[k]
+        surprise = paths.states[:, k + 1, 0] - x - h * (lq.A * x + lq.B * moving(t, x))
+        expected = (2 * (1.3 + t) * x - 0.4) * surprise
+        torch.testing.assert_close(found[:, k], expected, **ROUND_OFF)
+
+
+def test_a_surrogate_differentiates_the_new_policy_alone(few):
+    problem, paths = few
+    theta = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    both = ctrl.GaussianPolicy(lambda t, x: moving(t, x) + theta, 0.7)
+    cold = replace(problem, temperature=0.0)
+    each = pg.surrogate(cold, timely, both, both, paths)
+    (found,) = torch.autograd.grad(each.sum(), theta)
+    log_prob = at_every_step(both.log_prob, paths)
+    rates = ctrl.q_learning.q_rates(cold, timely, paths)
+    (expected,) = torch.autograd.grad((DISCOUNTED * log_prob * rates).sum(), theta)
+    torch.testing.assert_close(found, expected, **ROUND_OFF)
+    assert float(found) != 0
+
+
+def test_estimators_keep_the_precision_of_the_paths(few):
+    problem, paths = few
+    half = replace(
+        paths, states=paths.states.float(), actions=paths.actions.float(), increments=None
+    )
+    cold, view = replace(problem, temperature=0.0), pg.Transitions(ctrl.EulerMaruyama())
+    for found in (
+        pg.return_gradient(problem, OLD, half, timely),
+        pg.temporal_difference_gradient(problem, OLD, timely, half, rate=0.7),
+        pg.q_rate_gradient(problem, OLD, timely, half),
+        pg.q_rate_gradient(cold, OLD, timely, half, view),
+        pg.pathwise_gradient(problem, OLD, timely, half),
+        pg.performance_difference(problem, timely, NEW, half),
+        pg.surrogate(problem, timely, OLD, NEW, half),
+    ):
+        assert found.dtype == torch.float32
