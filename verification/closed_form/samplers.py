@@ -230,3 +230,32 @@ def best_euler_shift(
     cost = kl_weight * float(-np.diff(s) @ model.beta(s[:-1]))
     bend = curvature * response**2 + cost
     return (slope - curvature * mean) * response / bend, bend
+
+
+def drawn_steps(
+    data: Normal, nodes: Nodes, std: float, eta: float | None = None
+) -> Iterator[Transition]:
+    """Each step if the score is drawn, N(score, std^2): of Euler-Maruyama, or of DDIM at eta.
+
+    The score enters a step linearly; how much so is read off a shift of 1.
+    """
+    one = np.ones(len(data.mean))
+    pairs = (
+        zip(euler_steps(data, nodes), euler_steps(data, nodes, shift=one), strict=True)
+        if eta is None
+        else zip(ddim_steps(data, nodes, eta), ddim_steps(data, nodes, eta, one), strict=True)
+    )
+    for plain, shifted in pairs:
+        gain = shifted.f - plain.f
+        yield Transition(plain.F, plain.f, plain.C + np.diag((gain * std) ** 2))
+
+
+def inflation(model: VPGaussian, std: float) -> float:
+    """Int F g^4 std^2 F' dt of one-dimensional data, F from noising time s to the data."""
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    total = 0.0
+    for node, weight in zip(nodes, weights, strict=True):
+        s = 0.5 * model.horizon * (1 + node)
+        F = model.transition(s, 0.0).F[0, 0]
+        total += 0.5 * model.horizon * weight * (F * model.beta(s) * std) ** 2
+    return total

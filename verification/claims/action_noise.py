@@ -1,0 +1,196 @@
+"""Drawn scores: noise that continuous time averages out, and a grid does not.
+
+A score drawn as N(mean, std^2) and held over a step adds g^4 std^2 h^2 to the step's variance: O(h)
+over all steps, so the law of the limit is that of the mean. Three divergences part company: that of
+the actions (N |change|^2 / (2 std^2), infinite in the limit), that of the states on the grid (less
+than the path KL), and the path KL, to which the second tends.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+import ctrl
+from diffusion_envs import linear_policy
+from diffusion_envs.linear_policy import Steps
+from diffusion_envs.samplers import DDIM
+from verification.claim import Check, Setting, claim, expectation, limit, pathwise, wrong
+from verification.closed_form.samplers import (
+    Chain,
+    Nodes,
+    drawn_steps,
+    euler_chain,
+    extrapolated,
+    inflation,
+    whole,
+)
+from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, Normal, VPGaussian
+from verification.cubature import affine_end
+from verification.problems import gaussian_data, generation, table, vp_linear
+
+PLANE = VPGaussian(MEAN, COVARIANCE, 0.4, 2.6)
+UNEVEN = np.array([0.0, 0.13, 0.4, 0.55, 0.9])  # RL time
+MODEL = VPGaussian(np.array([0.8]), np.array([[0.5]]))  # beta from 0.1 to 20
+STD, SHIFT = 0.5, 0.7
+
+
+def chain(setting: Setting, count: int, std: float, shift: float = 0.0) -> Chain:
+    """Production's Euler steps whose score is drawn around score + shift."""
+    data = gaussian_data(replace(setting, dtype=torch.float64), Normal(*_law(MODEL)))
+    steps = Steps.of_euler(vp_linear(MODEL), 1 - ctrl.uniform_grid(1.0, count).nodes)
+    found = linear_policy.chain(
+        data,
+        vp_linear(MODEL),
+        steps,
+        0 * data.covariance,
+        torch.full_like(data.mean, shift),
+        action_std=torch.full_like(steps.std, std),
+    )
+    return Chain(*(v.reshape(-1).numpy() for v in (found.matrix, found.shift, found.covariance)))
+
+
+def _law(model: VPGaussian) -> tuple[np.ndarray, np.ndarray]:
+    return model.mean, model.covariance
+
+
+def end_variance(one: Chain) -> float:
+    """Of the generated data."""
+    return float(one.moments(MODEL.noised(1.0))[1][-1])
+
+
+_CHAIN = "diffusion_envs.linear_policy.chain"
+_ACT = "ctrl.policy.GaussianPolicy.act"
+
+
+@claim(
+    statement="""
+        Scores drawn with standard deviation std and held over steps h leave the mean alone and
+        widen the generated covariance by h int F g^4 std^2 F' dt + O(h^2): exploration vanishes
+        with the steps unless std^2 grows like 1/h. On the grid the states' KL from a shift c is
+        sum g^2 h |c|^2 / (2 (1 + g^2 std^2 h)), which tends to the path KL; the actions' KL is
+        |c|^2 / (2 std^2) at every step and tends to infinity.
+        """,
+    source="by hand; the relaxed dynamics are those of Wang, Zariphopoulou & Zhou 2020",
+    wrongs=[
+        wrong("variance for standard deviation", _ACT, "float(self.std)", "float(self.std) ** 2"),
+        wrong("actions not drawn", _ACT, "alpha=float(self.std)", "alpha=0.0"),
+        wrong(
+            "the same draw at every step",
+            "ctrl.simulate._Given.for_action",
+            "return self.noise.actions[:, k]",
+            "return self.noise.actions[:, 0]",
+        ),
+        wrong(
+            "g for g^2 before the score",
+            "diffusion_envs.denoising.generation_sde",
+            "schedule.g2(s) * score",
+            "schedule.g2(s).sqrt() * score",
+        ),
+        wrong(
+            "recursion: drawn scores forgotten",
+            _CHAIN,
+            "variance + (steps",
+            "variance + 0 * (steps",
+        ),
+        wrong(
+            "recursion: gain not squared",
+            _CHAIN,
+            "(steps.score_gain * action_std).square()",
+            "steps.score_gain * action_std.square()",
+        ),
+        wrong(
+            "recursion: drawn anew within a step",
+            _CHAIN,
+            "(steps.score_gain * action_std).square()",
+            "steps.score_gain * action_std.square() * steps.std",
+        ),
+        wrong(
+            "recursion: variance for standard deviation",
+            _CHAIN,
+            "* action_std).square()",
+            "* action_std.square()).square()",
+        ),
+        wrong(
+            "recursion: 1 % too much",
+            _CHAIN,
+            "* action_std).square()",
+            "* action_std).square() * 1.01",
+        ),
+        wrong(
+            "recursion: shift not scaled by the step",
+            _CHAIN,
+            "score_gain * (offset + shift)",
+            "score_gain * offset + 0.02 * shift",
+        ),
+        wrong(
+            "actions' KL: variance for standard deviation",
+            "ctrl.policy.GaussianPolicy.distribution",
+            "Normal(mean, std,",
+            "Normal(mean, std.square(),",
+        ),
+        wrong(
+            "actions' KL: half the change",
+            "ctrl.policy.GaussianPolicy.distribution",
+            "Normal(mean, std,",
+            "Normal(mean / 2, std,",
+        ),
+    ],
+)
+def action_noise(setting: Setting) -> Iterator[Check]:
+    """Drawn actions through simulate and through the recursion, against numpy; their limits."""
+    data = gaussian_data(setting, Normal(*_law(PLANE)))
+    problem, pretrained = generation(data, vp_linear(PLANE))
+    drawn = ctrl.GaussianPolicy(pretrained.mean, STD)
+    grid = ctrl.TimeGrid(torch.tensor(UNEVEN, dtype=torch.float64))
+    found = affine_end(problem, drawn, grid, data.mean)
+    want = whole(drawn_steps(Normal(*_law(PLANE)), Nodes.of(PLANE, 1 - UNEVEN), STD))
+    yield expectation("Euler, four uneven steps: covariance", found.C, want.C)
+    yield expectation("Euler, four uneven steps: slope", found.F, want.F)
+
+    sampler = DDIM(0.8).bind(table(PLANE, 4, spacing="trailing", final_is_one=True), 4)
+    problem, pretrained = generation(data, sampler.table, 0.8)
+    drawn = ctrl.GaussianPolicy(pretrained.mean, STD)
+    found = affine_end(problem, drawn, sampler.grid, data.mean, sampler)
+    nodes = Nodes.of(PLANE, sampler.noising_times.tolist())
+    want = whole(drawn_steps(Normal(*_law(PLANE)), nodes, STD, eta=0.8))
+    yield expectation("DDIM, four steps: covariance", found.C, want.C)
+
+    counts = (50, 100, 200, 400, 800)
+    widened = [
+        n * (end_variance(chain(setting, n, STD)) - end_variance(chain(setting, n, 0.0)))
+        for n in counts
+    ]
+    exact = []
+    for n in counts[:2]:
+        s = np.linspace(1, 0, n + 1)
+        plain = euler_chain(MODEL, s)
+        more = plain.variance + (MODEL.beta(s[:-1]) / n * STD) ** 2
+        wide = Chain(plain.slope, plain.offset, more)
+        exact.append(n * (end_variance(wide) - end_variance(plain)))
+    yield expectation("N times the variance added, 50 and 100 steps", widened[:2], exact)
+    yield limit(
+        "the same as published, 50, 100 and 400 steps",
+        [widened[0], widened[1], widened[3]],
+        [0.5718, 0.5673, 0.5644],
+    )
+    tends = float(extrapolated([np.array(one) for one in widened]))
+    yield limit("N times the variance added, many steps", tends, inflation(MODEL, STD))
+
+    grid_kls = []
+    for n in counts:
+        base, moved = chain(setting, n, STD), chain(setting, n, STD, SHIFT)
+        grid_kls.append(moved.kl(base, MODEL.noised(1.0)))
+    beta = MODEL.beta(np.linspace(1, 0, 101)[:-1]) / 100
+    exact_kl = float(np.sum(beta * SHIFT**2 / (2 * (1 + beta * STD**2))))
+    yield expectation("KL of the states on a grid of 100 steps", grid_kls[1], exact_kl)
+    path_kl = 0.5 * SHIFT**2 * MODEL.integrated_beta(1.0)
+    tends = float(extrapolated([np.array(one) for one in grid_kls]))
+    yield limit("KL of the states, many steps, is the path KL", tends, path_kl)
+
+    x = setting.tensor([[0.4, -0.9], [1.3, 0.2]])
+    change = setting.tensor([0.7, -0.4])
+    moved_policy = ctrl.GaussianPolicy(lambda t, x: pretrained.mean(t, x) + change, STD)
+    each = ctrl.policy.policy_kl(moved_policy, drawn, setting.tensor(0.3), x)
+    yield pathwise("KL of one step's actions", each, [(0.7**2 + 0.4**2) / (2 * STD**2)] * 2)
