@@ -259,3 +259,15 @@ def inflation(model: VPGaussian, std: float) -> float:
         F = model.transition(s, 0.0).F[0, 0]
         total += 0.5 * model.horizon * weight * (F * model.beta(s) * std) ** 2
     return total
+
+
+def ddim_law(
+    nodes: Nodes, eta: float, step: np.ndarray, x: np.ndarray, score: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of DDIM's next state of each row, whose step is ``step[row]``."""
+    a, after = nodes.alpha[step][:, None], nodes.alpha[step + 1][:, None]
+    noise, noise_after = nodes.sigma[step][:, None], nodes.sigma[step + 1][:, None]
+    eps = -noise * score
+    x0 = (x - noise * eps) / a
+    c = eta * noise_after / noise * np.sqrt(1 - (a / after) ** 2)
+    return after * x0 + np.sqrt(noise_after**2 - c**2) * eps, c + 0 * x

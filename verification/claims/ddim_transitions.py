@@ -1,0 +1,191 @@
+"""DDIM's transitions as decisions: their densities, ratios and divergences.
+
+    x' = N(alpha' x0 + sqrt(sigma'^2 - c^2) eps, c^2)
+    c = eta (sigma' / sigma) sqrt(1 - (alpha / alpha')^2)
+with x0 and eps predicted from x. The reference writes these in numpy; a sampler whose last step has
+no noise has no density, and must say so.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+import ctrl
+from diffusion_envs.samplers import DDIM, BoundDDIM
+from verification.claim import Check, Setting, claim, expectation, pathwise, wrong
+from verification.closed_form.samplers import Nodes, ddim_law
+from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, VPGaussian
+from verification.problems import table
+
+MODEL = VPGaussian(MEAN, COVARIANCE, 0.4, 2.6)
+ETA, STEPS = 0.8, 5
+STEP = np.array([3, 0, 2, 1, 3, 0])  # of each row: mixed
+STATES = np.array([[0.4, -0.9], [-1.3, 0.25], [2.1, 0.7], [0.1, 1.2], [-0.6, -0.35], [0.9, 1.6]])
+NORMALS = np.array([[-0.4, 0.65], [1.15, -0.8], [0.25, -1.7], [0.8, 0.3], [-1.2, 0.5], [0.6, -0.2]])
+OLD = -0.9 * STATES + np.array([0.3, -0.2])  # scores that sampled
+NEW = OLD + 0.35 * np.sin(STATES) + np.array([0.15, 0.4])  # scores in question
+
+
+def sampler() -> BoundDDIM:
+    """DDIM on a table whose last entry it ends at, so that every step has noise."""
+    return DDIM(ETA).bind(table(MODEL, STEPS + 1), STEPS)
+
+
+def log_density(at: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """Of independent normals, summed over coordinates."""
+    gaps = (at - mean) / std
+    return np.sum(-0.5 * gaps**2 - np.log(std) - 0.5 * np.log(2 * np.pi), axis=-1)
+
+
+_AT = "diffusion_envs.samplers.BoundDDIM"
+_TRANSITIONS = "ctrl.transitions"
+
+
+@claim(
+    statement="""
+        The log-ratio of DDIM's transitions under two scores is shift . z - |shift|^2 / 2, z the
+        noise that was drawn and shift the change of the mean in units of the step's deviation,
+        summed over coordinates; its mean is minus, and that under the other score plus, the KL of
+        the step. A last step without noise has neither: a policy gradient must leave it out.
+        """,
+    source="arXiv 2010.02502, equations 12 and 16; arXiv 2305.13301 (transitions as decisions)",
+    wrongs=[
+        wrong(
+            "variance of another step",
+            f"{_AT}._whitened",
+            "self.std, step",
+            "self.std.roll(1), step",
+        ),
+        wrong("eta ignored", f"{_AT}.std", "self.eta * self.sigma", "self.sigma"),
+        wrong(
+            "variance for standard deviation",
+            f"{_AT}._whitened",
+            "self.std, step",
+            "self.std**2, step",
+        ),
+        wrong("1/2 dropped", f"{_AT}.log_ratio", "0.5 * shift", "shift"),
+        wrong("sign of the quadratic term", f"{_AT}.log_ratio", "noise - 0.5", "noise + 0.5"),
+        wrong(
+            "mean over coordinates", f"{_AT}.log_ratio", ".flatten(1).sum(1)", ".flatten(1).mean(1)"
+        ),
+        wrong("policies exchanged", f"{_AT}.log_ratio", "score - old_score)", "old_score - score)"),
+        wrong("KL without 1/2", f"{_AT}.transition_kl", "return 0.5 *", "return"),
+        wrong(
+            "KL averaged over coordinates",
+            f"{_AT}.transition_kl",
+            ".flatten(1).sum(1)",
+            ".flatten(1).mean(1)",
+        ),
+        wrong(
+            "noise in units of variance",
+            f"{_AT}.noise",
+            "self._at(self.std,",
+            "self._at(self.std**2,",
+        ),
+        wrong(
+            "mean: noise not taken out of the direction",
+            f"{_AT}.score_gain",
+            " - self.std.square()",
+            "",
+        ),
+        wrong("mean: alpha-bar for alpha", f"{_AT}.state_gain", "0.5 * self", "1.0 * self"),
+        wrong(
+            "mean of the step before",
+            f"{_AT}.mean",
+            "self.score_gain, step",
+            "self.score_gain.roll(1), step",
+        ),
+        wrong("along paths: 1/2 dropped", f"{_TRANSITIONS}.log_ratio", "0.5 * shift", "shift"),
+        wrong(
+            "along paths: state of another node",
+            f"{_TRANSITIONS}._laws",
+            "paths.states[:, :-1]",
+            "paths.states[:, 1:]",
+        ),
+        wrong(
+            "along paths: log-determinant dropped", f"{_TRANSITIONS}.log_prob", "+ std.log()", ""
+        ),
+        wrong(
+            "along paths: score of another time",
+            f"{_TRANSITIONS}._laws",
+            "policy.mean(times[k], x)",
+            "policy.mean(times[k + 1], x)",
+        ),
+        wrong(
+            "along paths: KL without 1/2",
+            f"{_TRANSITIONS}.transition_kl",
+            "0.5 * ((mean",
+            "1.0 * ((mean",
+        ),
+        wrong(
+            "step driven by unscaled increments",
+            f"{_AT}.step",
+            "(increment / math.sqrt(float(t1 - t0)))",
+            "increment",
+        ),
+        wrong(
+            "zero-noise step in the log-probability",
+            f"{_AT}._require_density",
+            "if not self.has_density:",
+            "if False:",
+        ),
+    ],
+)
+def ddim_transitions(setting: Setting) -> Iterator[Check]:
+    """Rows of mixed steps, and whole paths through ctrl, against densities in numpy."""
+    ddim = sampler()
+    nodes = Nodes.of(MODEL, (STEPS + 1 - np.arange(STEPS + 1)) / (STEPS + 1))
+    means, stds = ddim_law(nodes, ETA, STEP, STATES, OLD)
+    new_means = ddim_law(nodes, ETA, STEP, STATES, NEW)[0]
+    after = means + stds * NORMALS
+    step = torch.as_tensor(STEP)
+    x, z, old, new = (setting.tensor(v) for v in (STATES, NORMALS, OLD, NEW))
+    yield pathwise("mean of the next state", ddim.mean(step, x, old), means)
+    yield pathwise("noise found again", ddim.noise(step, x, setting.tensor(after), old), NORMALS)
+    ratio = log_density(after, new_means, stds) - log_density(after, means, stds)
+    yield pathwise("log-ratio of rows, against densities", ddim.log_ratio(step, z, new, old), ratio)
+    kl = np.sum(((new_means - means) / stds) ** 2, axis=-1) / 2
+    yield pathwise("KL of rows", ddim.transition_kl(step, new, old), kl)
+    rule, weights = np.polynomial.hermite_e.hermegauss(2)
+    mean_ratio = sum(
+        w
+        / weights.sum()
+        * ddim.log_ratio(step, setting.tensor(np.full_like(NORMALS, node)), new, old)
+        for node, w in zip(rule, weights, strict=True)
+    )
+    yield expectation("mean log-ratio is minus the KL", -mean_ratio, kl)
+
+    policy = ctrl.DeterministicPolicy(lambda t, x: -(1.3 - 0.4 * t) * x + 0.35)
+    reference = ctrl.DeterministicPolicy(lambda t, x: -x + 0.2 * t)
+    widths = ddim.grid.steps.sqrt().to(x)[None, :, None]
+    drawn = setting.tensor(np.stack([np.roll(NORMALS, k, 0)[:STEPS] for k in range(3)]))
+    problem = ctrl.ControlProblem(ddim.sde, horizon=1.0)
+    noise = ctrl.Noise(drawn * widths)
+    paths = ctrl.simulate(problem, policy, x[:3], ddim.grid, solver=ddim, noise=noise)
+    states = [STATES[:3]]
+    log_probs, log_ratios, kls = [], [], []
+    for k in range(STEPS):
+        row, now, t = np.full(3, k), states[-1], 1 - nodes.s[k]
+        mean, std = ddim_law(nodes, ETA, row, now, -(1.3 - 0.4 * t) * now + 0.35)
+        other = ddim_law(nodes, ETA, row, now, -now + 0.2 * t)[0]
+        states.append(mean + std * drawn[:, k].double().cpu().numpy())
+        log_probs.append(log_density(states[-1], mean, std))
+        log_ratios.append(log_probs[-1] - log_density(states[-1], other, std))
+        kls.append(np.sum(((mean - other) / std) ** 2, axis=-1) / 2)
+    yield pathwise("paths", paths.states, np.stack(states, axis=1))
+    of = (ddim.sde, ddim, policy)
+    found = ctrl.transitions.log_prob(*of, paths)
+    yield pathwise("log-probability along paths", found, np.stack(log_probs, axis=1))
+    found = ctrl.transitions.log_ratio(*of, reference, paths)
+    yield pathwise("log-ratio along paths", found, np.stack(log_ratios, axis=1))
+    found = ctrl.transitions.transition_kl(*of, reference, paths)
+    yield pathwise("KL along paths", found, np.stack(kls, axis=1))
+
+    noiseless = DDIM(ETA).bind(table(MODEL, STEPS, spacing="trailing", final_is_one=True), STEPS)
+    try:
+        noiseless.log_ratio(step, z, new, old)
+        refused = 0.0
+    except ValueError:
+        refused = 1.0
+    yield pathwise("a last step without noise is refused", refused, 1.0)
