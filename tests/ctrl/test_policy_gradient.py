@@ -414,3 +414,22 @@ def test_estimators_keep_the_precision_of_the_paths(few):
         pg.surrogate(problem, timely, OLD, NEW, half),
     ):
         assert found.dtype == torch.float32
+
+
+def test_a_baseline_is_taken_from_the_return_of_every_step(few):
+    problem, paths = few
+    ahead = ctrl.returns_to_go(problem, paths, OLD)[:, :-1]
+    less = ahead - at_every_step(lambda t, x, a: timely(t, x), paths)
+    factors = torch.exp(-lq.DISCOUNT * lq.NODES[:-1])
+    expected = (factors * at_every_step(OLD.log_prob, paths) * less).sum(1)
+    found = pg.return_gradient(problem, OLD, paths, timely)
+    torch.testing.assert_close(found, expected, **ROUND_OFF)
+
+
+def test_one_path_has_a_pathwise_gradient_too(few):
+    problem, paths = few
+    one = replace(
+        paths, states=paths.states[:1], actions=paths.actions[:1], increments=paths.increments[:1]
+    )
+    found = pg.pathwise_gradient(problem, OLD, timely, one)
+    torch.testing.assert_close(found, pg.pathwise_gradient(problem, OLD, timely, paths)[:1])

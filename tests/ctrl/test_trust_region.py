@@ -1,7 +1,9 @@
 """The four bounds on problems whose gap is known: inequality, second order, and tightness."""
 
+import inspect
 import math
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -137,3 +139,31 @@ def test_every_bound_is_its_formula():
     assert float(tr.transport(a, b, c, grid)) == pytest.approx(0.7 * 1.3 * math.sqrt(0.072))
     assert float(tr.wasserstein(a, b, grid)) == pytest.approx(0.7 * 1.3 * 0.45)
     assert float(tr.chi_square(b, c, grid)) == pytest.approx(0.7 * math.sqrt(0.036))
+
+
+@pytest.mark.parametrize("bound", [tr.bounded, tr.transport, tr.wasserstein, tr.chi_square])
+def test_every_term_of_a_bound_is_checked_at_every_step(bound, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in production
+    grid = ctrl.uniform_grid(1.0, 3)
+    names = [name for name in inspect.signature(bound).parameters if name != "grid"]
+    terms = {name: torch.full((2, 3), 0.5, dtype=torch.float64) for name in names}
+    terms[names[0]][0, 0] = 0  # which is allowed
+    assert bound(**terms, grid=grid).shape == (2,)
+    for name in names:
+        bad = terms[name].clone()
+        bad[1, 1] = -0.1
+        with pytest.raises(ValueError, match=f"{name} must be at least 0"):
+            bound(**terms | {name: bad}, grid=grid)
+        with pytest.raises(ValueError, match="one shape"):
+            bound(**terms | {name: bad[0]}, grid=grid)
+    single = bound(**{name: term.float() for name, term in terms.items()}, grid=grid)
+    assert single.dtype == torch.float32
+
+
+def test_a_penalty_may_be_nothing_but_not_infinite_and_no_divergence_is_negative():
+    rows, kl = torch.zeros(2), torch.tensor([0.3, -0.1])
+    assert not tr.penalised_surrogate(rows, rows, kl.abs(), 0.0).any()
+    with pytest.raises(ValueError, match="penalty"):
+        tr.penalised_surrogate(rows, rows, kl.abs(), math.inf)
+    with pytest.raises(ValueError, match=r"the least is -0\.1"):
+        tr.penalised_surrogate(rows, rows, kl, 1.0)

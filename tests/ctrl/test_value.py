@@ -146,3 +146,22 @@ def test_money_is_worth_what_has_passed_since_the_first_node():
     late = replace(made, grid=ctrl.TimeGrid(made.grid.nodes + 0.4))
     factors = ctrl.value.discount_factors(problem, late)
     torch.testing.assert_close(factors, torch.exp(-0.7 * made.grid.nodes[:-1]))
+
+
+@pytest.mark.parametrize("noise", ["diagonal", "scalar", "general"])
+def test_the_generator_knows_the_time_of_drift_and_diffusion(noise):
+    """At time t it is that of the equation frozen there."""
+    x, a = points(2)
+
+    def sigma(t, x):
+        spread = 0.3 + 0.1 * x + t
+        return torch.diag_embed(spread) if noise == "general" else spread
+
+    motions = 2 if noise == "general" else None
+    moving = ctrl.ControlledSDE(lambda t, x, a: (1 + t) * a - x, sigma, noise, motions)
+    frozen = ctrl.ControlledSDE(
+        lambda t, x, a: 1.4 * a - x, lambda t, x: sigma(0.4, x), noise, motions
+    )
+    torch.testing.assert_close(
+        generator(moving, value, T, x, a), generator(frozen, value, T, x, a), **ROUND_OFF
+    )
