@@ -16,6 +16,7 @@ from functools import reduce
 from itertools import pairwise
 
 import numpy as np
+from scipy.integrate import solve_ivp
 
 from verification.closed_form.vp_gaussian import Normal, Transition, VPGaussian
 
@@ -271,3 +272,32 @@ def ddim_law(
     x0 = (x - noise * eps) / a
     c = eta * noise_after / noise * np.sqrt(1 - (a / after) ** 2)
     return after * x0 + np.sqrt(noise_after**2 - c**2) * eps, c + 0 * x
+
+
+def guided_law(model: VPGaussian, conditional: Normal, scale: float, start: Normal) -> Normal:
+    """Law at the data of one-dimensional generation under guidance, by its moment equations.
+
+    Score: that of the model's data plus ``scale`` times what the conditional one's adds to it.
+    """
+    other = model.with_data(conditional)
+
+    def rates(t: float, y: np.ndarray) -> list[float]:
+        s = model.horizon - t
+        (slope, offset), (slope_c, offset_c) = model.score(s), other.score(s)
+        a = (1 - scale) * slope[0, 0] + scale * slope_c[0, 0]
+        b = (1 - scale) * offset[0] + scale * offset_c[0]
+        beta = model.beta(s)
+        return [beta * ((0.5 + a) * y[0] + b), beta * (2 * (0.5 + a) * y[1] + 1)]
+
+    began = [start.mean[0], start.covariance[0, 0]]
+    options = {"rtol": 1e-11, "atol": 1e-12, "method": "DOP853"}
+    end = solve_ivp(rates, (0, model.horizon), began, **options).y[:, -1]
+    return Normal(end[:1], end[1:, None])
+
+
+def power_law(unconditional: Normal, conditional: Normal, scale: float) -> Normal:
+    """The law proportional to p(x)^(1 - scale) p(x | c)^scale, in one dimension."""
+    first, second = (1 / law.covariance[0, 0] for law in (unconditional, conditional))
+    precision = (1 - scale) * first + scale * second
+    pull = (1 - scale) * first * unconditional.mean + scale * second * conditional.mean
+    return Normal(pull / precision, np.array([[1 / precision]]))

@@ -1,0 +1,186 @@
+"""Classifier-free guidance: what score it plays, and what law that does not generate.
+
+    score_w = score(x) + w (score(x | c) - score(x))
+At every noise level this is the score of p_s(x)^(1 - w) p_s(x | c)^w. It is not the score of noised
+p(x)^(1 - w) p(x | c)^w, so guided generation does not end in that law.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import ctrl
+from diffusion_envs import linear_policy
+from diffusion_envs.gaussian import Gaussian
+from diffusion_envs.schedule import VPLinear
+from diffusion_envs.score import GuidedScore
+from verification.claim import Check, Setting, claim, limit, pathwise, wrong
+from verification.closed_form.samplers import extrapolated, guided_law, power_law
+from verification.closed_form.vp_gaussian import Normal, VPGaussian
+from verification.cubature import affine_end
+from verification.problems import gaussian_data, generation, vp_linear
+
+# numbers of few binary digits: the network's float32 holds them exactly
+ALPHA_BARS = np.array([0.9375, 0.71875, 0.28125])
+TIMESTEPS = np.array([2, 0, 1, 2, 1])
+STATES = np.array([[0.5, -1.25], [-0.75, 0.25], [1.5, 2.25], [0.375, -0.5], [-1.125, 0.875]])
+CONTEXT = np.array([[0.25, 1.5], [-0.5, 0.75], [1.25, -1.0], [2.0, 0.5], [-1.5, 0.125]])
+EMPTY = np.array([0.75, -0.25])
+SCALE = 2.5
+KINDS = ("epsilon", "sample", "v_prediction")
+
+DATA, GIVEN = Normal(np.array([0.2]), np.array([[1.1]])), Normal(np.array([0.9]), np.array([[0.5]]))
+MODEL = VPGaussian(*DATA, 0.4, 2.6)
+POWERS = power_law(DATA, GIVEN, SCALE)
+
+
+class Network(nn.Module):
+    """Half of the state plus its context, less an eighth of the timestep: no trained weights."""
+
+    def forward(
+        self, states: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor
+    ) -> SimpleNamespace:
+        """A prediction, as diffusers would return it."""
+        time = timesteps.to(states)[:, None] / 8
+        return SimpleNamespace(sample=0.5 * states + encoder_hidden_states[:, 0] - time)
+
+
+def predicted(context: np.ndarray) -> np.ndarray:
+    """What ``Network`` predicts."""
+    return 0.5 * STATES + context - TIMESTEPS[:, None] / 8
+
+
+def score_of(kind: str, prediction: np.ndarray) -> np.ndarray:
+    """The score by each kind's definition; variance is preserved."""
+    alpha, sigma = (
+        np.sqrt(ALPHA_BARS[TIMESTEPS])[:, None],
+        np.sqrt(1 - ALPHA_BARS[TIMESTEPS])[:, None],
+    )
+    if kind == "epsilon":
+        return -prediction / sigma
+    x0 = prediction if kind == "sample" else alpha * STATES - sigma * prediction
+    return -(STATES - alpha * x0) / sigma**2
+
+
+def guided_policy(
+    data: Gaussian, given: Gaussian, schedule: VPLinear, scale: float
+) -> ctrl.DeterministicPolicy:
+    """Guidance with two exact scores."""
+    zero = 0 * data.covariance, 0 * data.mean
+    plain = linear_policy.linear_score(data, schedule, *zero)
+    conditional = linear_policy.linear_score(given, schedule, *zero)
+
+    def mean(t: Tensor, x: Tensor) -> Tensor:
+        return plain(t, x) + scale * (conditional(t, x) - plain(t, x))
+
+    return ctrl.DeterministicPolicy(mean)
+
+
+def generated(setting: Setting, scale: float, steps: int) -> Normal:
+    """Law at the data of production's guided Euler chain, from the noised law of powers."""
+    data, given, schedule = (
+        gaussian_data(setting, DATA),
+        gaussian_data(setting, GIVEN),
+        vp_linear(MODEL),
+    )
+    problem = generation(data, schedule)[0]
+    policy = guided_policy(data, given, schedule, scale)
+    step = affine_end(problem, policy, ctrl.uniform_grid(1.0, steps), data.mean)
+    return step.of(MODEL.with_data(POWERS).noised(1.0))
+
+
+_SCORE = "diffusion_envs.score.GuidedScore._score"
+
+
+@claim(
+    statement="""
+        The guided score is score(x) + w (score(x | c) - score(x)), whichever of epsilon, x0 or v
+        the network predicts; w = 1 is no guidance. Generation with it does not end in the law
+        proportional to p(x)^(1 - w) p(x | c)^w, but in another, more concentrated one here: powers
+        do not commute with noising.
+        """,
+    source="Ho & Salimans 2022, arXiv 2207.12598; Bradley & Nakkiran 2024, arXiv 2408.09000",
+    wrongs=[
+        wrong(
+            "scale counted from 0", _SCORE, "without + self.guidance", "with_prompt + self.guidance"
+        ),
+        wrong("branches exchanged", _SCORE, "without, with_prompt =", "with_prompt, without ="),
+        wrong("scale less 1", _SCORE, "self.guidance * (", "(self.guidance - 1) * ("),
+        wrong(
+            "sign of the difference", _SCORE, "(with_prompt - without)", "(without - with_prompt)"
+        ),
+        wrong("alpha-bar for alpha", _SCORE, "alpha_bar.sqrt(), (1", "alpha_bar, (1"),
+        wrong("sigma^2 for sigma", _SCORE, "(1 - alpha_bar).sqrt()", "(1 - alpha_bar)"),
+        wrong(
+            "every prediction taken for epsilon",
+            _SCORE,
+            "_TO_SCORE[self.prediction_type]",
+            '_TO_SCORE["epsilon"]',
+        ),
+        wrong("noise level of another row", _SCORE, ")[timesteps]", ")[timesteps.roll(1)]"),
+        wrong("no guidance at scale 1 only", _SCORE, "self.guidance == 1", "self.guidance != 0"),
+        wrong(
+            "the prompt in both branches",
+            _SCORE,
+            "torch.cat([empty, context])",
+            "torch.cat([context, context])",
+        ),
+        wrong(
+            "chunks of rows mixed up",
+            "diffusion_envs.score.GuidedScore.__call__",
+            "for part in (states, timesteps, context))",
+            "for part in (states, timesteps.flip(0), context))",
+        ),
+        wrong(
+            "difference of scores scaled once more",
+            "verification.claims.guidance.guided_policy",
+            "plain(t, x) + scale",
+            "plain(t, x) + scale * scale",
+        ),
+        wrong(
+            "guided by the conditional score alone",
+            "verification.claims.guidance.guided_policy",
+            "scale * (conditional(t, x) - plain(t, x))",
+            "(conditional(t, x) - plain(t, x))",
+        ),
+        wrong(
+            "drift of the noising process not reversed",
+            "diffusion_envs.denoising.generation_sde",
+            "score - sch",
+            "score + sch",
+        ),
+    ],
+)
+def guidance(setting: Setting) -> Iterator[Check]:
+    """Production's guided score of a fixed network, and the law of Gaussian data under guidance."""
+    bars = setting.tensor(ALPHA_BARS)
+    empty = setting.tensor(EMPTY)[None]
+    x, context = setting.tensor(STATES), setting.tensor(CONTEXT)[:, None]
+    steps = torch.as_tensor(TIMESTEPS, device=x.device)
+    for kind in KINDS:
+        found = GuidedScore(Network(), bars, kind, SCALE, empty)(x, steps, context)
+        plain, given = (score_of(kind, predicted(c)) for c in (EMPTY, CONTEXT))
+        yield pathwise(f"guided score, {kind}", found, plain + SCALE * (given - plain))
+    with torch.no_grad():
+        chunked = GuidedScore(Network(), bars, KINDS[0], SCALE, empty, batch=2)(x, steps, context)
+    plain, given = (score_of(KINDS[0], predicted(c)) for c in (EMPTY, CONTEXT))
+    yield pathwise("the same in chunks", chunked, plain + SCALE * (given - plain))
+    unguided = GuidedScore(Network(), bars, KINDS[2], 1.0, empty)(x, steps, context)
+    yield pathwise(
+        "scale 1: the conditional score", unguided, score_of(KINDS[2], predicted(CONTEXT))
+    )
+
+    laws = [generated(setting, SCALE, n) for n in (20, 40, 80, 160)]
+    mean, spread = (
+        extrapolated([law.mean for law in laws]),
+        extrapolated([law.covariance for law in laws]),
+    )
+    exact = guided_law(MODEL, GIVEN, SCALE, MODEL.with_data(POWERS).noised(1.0))
+    yield limit("law that guidance generates: mean", mean, exact.mean)
+    yield limit("law that guidance generates: variance", spread, exact.covariance)
+    apart = (exact.mean - POWERS.mean)[0], (exact.covariance - POWERS.covariance)[0, 0]
+    found = (mean - POWERS.mean)[0], (spread - POWERS.covariance)[0, 0]
+    yield limit("how far that is from the law of powers", found, apart)
