@@ -45,7 +45,8 @@ def chain(setting: Setting, eta: float, nodes: torch.Tensor) -> Transition:
     statement="""
         dX = (-k X + (1 + eta^2) / 2 g^2 grad log p) dt + eta g dW has the noised marginals for
         every eta in [0, 1]; its transitions are not the same: their slope along an axis of the data
-        is (alpha/alpha')^(eta^2) (v'/v)^((1 + eta^2) / 2). A change c of the score costs
+        is (alpha/alpha')^(eta^2) (v'/v)^((1 + eta^2) / 2), so the less noise, the more is kept of a
+        start that is not the noised law. A change c of the score costs
         (1 + eta^2)^2 / (8 eta^2) |c|^2 int g^2 nats, least at eta = 1.
         """,
     source="Song et al. 2021, arXiv 2011.13456; Zhang & Chen 2022, arXiv 2204.13902",
@@ -55,6 +56,12 @@ def chain(setting: Setting, eta: float, nodes: torch.Tensor) -> Transition:
         wrong("eta for eta^2 in the drift", _SDE, "(1 + eta**2)", "(1 + eta)"),
         wrong("eta ignored in the noise", _SDE, "return eta * schedule", "return schedule"),
         wrong("eta^2 for eta in the noise", _SDE, "return eta * sch", "return eta**2 * sch"),
+        wrong(
+            "score around the data's own mean",
+            "diffusion_envs.gaussian.score_coefficients",
+            "schedule.alpha(s)[..., None] * data",
+            "data",
+        ),
         wrong("eta for eta^2 in the transition", _TRANSITION, "signal ** (eta**2)", "signal**eta"),
         wrong("transition of the reversal", _TRANSITION, "** ((1 + eta**2) / 2)", "** 1.0"),
         wrong("path KL of the reversal", "diffusion_envs.denoising.kl_factor", "** 2\n", "** 0\n"),
@@ -123,6 +130,13 @@ def eta_family(setting: Setting) -> Iterator[Check]:
     limits = [extrapolated([step.F for step in one]) for one in ends]
     exact = [eta_transition(MODEL, MODEL.horizon, 0.0, eta) for eta in ETAS]
     yield limit("many steps, each eta: slope", limits, [step.F for step in exact])
+
+    ideal = Normal(0 * MEAN, np.eye(2))
+    name = "many steps, each eta, from N(0, I): "
+    means = [extrapolated([step.of(ideal).mean for step in one]) for one in ends]
+    yield limit(name + "mean", means, [step.of(ideal).mean for step in exact])
+    spread = [extrapolated([step.of(ideal).covariance for step in one]) for one in ends]
+    yield limit(name + "covariance", spread, [step.of(ideal).covariance for step in exact])
 
     noisy = ETAS[1:]
     energy = float(SHIFT @ SHIFT) * float(levels.g2[:-1] @ -np.diff(levels.s))
