@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ctrl.advantages import temporal_differences
 from ctrl.policy_gradient import clipped_surrogate, continuous_gae
 
 
@@ -55,3 +56,12 @@ def test_clipped_surrogate_refuses_shapes_that_would_broadcast():
     rows = torch.zeros(4)
     with pytest.raises((ValueError, TypeError)):  # the shape check of the test run may come first
         clipped_surrogate(rows, rows[:, None].expand(4, 4).sum(1, keepdim=True), rows)
+
+
+def test_nothing_is_discounted_unless_asked():
+    values = torch.tensor([[0.3, -0.7, 1.1]], dtype=torch.float64)
+    rewards = torch.tensor([[0.2, 0.5]], dtype=torch.float64)
+    found = temporal_differences(values, rewards, torch.tensor([0.3, 0.6]).double())
+    torch.testing.assert_close(found, values.diff() + rewards)
+    summed = continuous_gae(values, rewards, torch.tensor([0.3, 0.6]).double(), 0.0)
+    torch.testing.assert_close(summed[:, 0], (values.diff() + rewards).sum(1))

@@ -104,3 +104,59 @@ def test_bad_input_is_refused():
     stratonovich = ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 0.5, calculus="stratonovich")
     with pytest.raises(ValueError, match="to_ito"):
         ctrl.exploratory_sde(stratonovich, policy)
+
+
+@pytest.mark.parametrize(
+    ("noise", "noise_dim"), [("diagonal", None), ("scalar", None), ("general", 1)]
+)
+def test_coefficients_and_spread_may_move_in_time(noise, noise_dim):
+    """At time t the average is that of the coefficients frozen there."""
+
+    def diffusion(t, x, a):
+        sigma = (C + t) * x + (D + t) * a
+        return sigma.unsqueeze(-1) if noise == "general" else sigma
+
+    sde = ctrl.ControlledSDE(
+        lambda t, x, a: A * x + (B + t) * a * a, diffusion, noise, noise_dim,
+        controls_diffusion=True,
+    )  # fmt: skip
+    policy = ctrl.GaussianPolicy(lambda t, x: -x, lambda t: 0.4 + t)
+    averaged = ctrl.exploratory_sde(sde, policy, state_dim=1)
+    a = -X
+    drift = A * X + (B + 0.3) * (a.square() + 0.7**2)
+    torch.testing.assert_close(averaged.drift_at(T, X, a), drift, rtol=1e-13, atol=1e-14)
+    variance = ((C + 0.3) * X + (D + 0.3) * a).square() + (D + 0.3) ** 2 * 0.7**2
+    found = torch.as_tensor(averaged.diffusion_at(T, X, a)).reshape(2, 1)
+    torch.testing.assert_close(found.square(), variance, rtol=1e-13, atol=0)
+
+
+def test_a_free_diffusion_of_general_noise_keeps_its_brownian_motions():
+    sde = ctrl.ControlledSDE(
+        lambda t, x, a: a, lambda t, x: torch.ones(len(x), 1, 3).to(x), "general", 3
+    )
+    averaged = ctrl.exploratory_sde(sde, ctrl.GaussianPolicy(lambda t, x: -x, 0.45))
+    assert (averaged.noise, averaged.noise_dim) == ("general", 3)
+
+
+def test_the_rule_has_eight_nodes_unless_told_and_one_is_enough_for_a_linear_drift():
+    policy = ctrl.GaussianPolicy(lambda t, x: x, 1.0)
+    zero = torch.zeros_like(X)
+
+    def averaged(power, **settings):
+        sde = ctrl.ControlledSDE(lambda t, x, a: a**power, lambda t, x: 0.5)
+        return ctrl.exploratory_sde(sde, policy, **settings).drift_at(T, X, zero)
+
+    torch.testing.assert_close(averaged(14), torch.full_like(X, 135135.0))  # E a^14 = 13!!
+    # n nodes miss E a^(2 n) = (2 n - 1)!! by n!
+    torch.testing.assert_close(averaged(16), torch.full_like(X, 2027025.0 - 40320.0))
+    torch.testing.assert_close(averaged(1, nodes=1), zero)
+
+
+def test_rules_of_too_many_nodes_are_refused():
+    policy = ctrl.GaussianPolicy(lambda t, x: x, 1.0)
+    largest = ctrl.exploration.drawn_actions(policy, T, torch.zeros(1, 5), 10)
+    next(largest)  # 100 000
+    with pytest.raises(ValueError, match=r"at most 100000, got 100001 \*\* 1"):
+        next(ctrl.exploration.drawn_actions(policy, T, torch.zeros(1, 1), 100_001))
+    with pytest.raises(ValueError, match=r"at most 100000, got 3 \*\* 11"):
+        next(ctrl.exploration.drawn_actions(policy, T, torch.zeros(1, 11), 3))

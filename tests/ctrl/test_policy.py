@@ -157,3 +157,76 @@ def test_scales_that_do_not_fit_the_actions_are_refused():
     for std in (torch.tensor([0.1, -0.2]), torch.tensor([0.1, math.nan])):
         with pytest.raises(ValueError, match="std"):
             ctrl.GaussianPolicy(lambda t, x: x, std)
+
+
+SCALE = torch.tensor([[0.5, 0.0], [-0.3, 0.8]], dtype=torch.float64)
+MOVING = (
+    ctrl.MultivariateGaussianPolicy(lambda t, x: (0.4 + t) * x, lambda t: (1 + t) * SCALE),
+    ctrl.GaussianPolicy(lambda t, x: (0.1 - t) * x, lambda t: 0.3 + t),
+)
+
+
+def moments(policy, t, x):
+    """Mean and covariance, by hand."""
+    if policy is MOVING[0]:
+        return (0.4 + t) * x, (1 + t) ** 2 * SCALE @ SCALE.T
+    return (0.1 - t) * x, (0.3 + t) ** 2 * torch.eye(2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("policy", MOVING, ids=["multivariate", "diagonal"])
+def test_actions_are_mean_plus_scale_times_noise_at_every_time(policy):
+    t = torch.tensor(0.35, dtype=torch.float64)
+    x, noise = torch.tensor([[0.4, -1.1]] * 2).double(), torch.eye(2, dtype=torch.float64)
+    mean, covariance = moments(policy, t, x)
+    moved = policy.act(policy.mean(t, x), t, noise) - mean
+    torch.testing.assert_close(moved.T @ moved, covariance)
+    assert bool((moved.diagonal() > 0).all())  # along the noise, not against it
+
+
+def test_divergence_of_two_policies_at_one_time():
+    t = torch.tensor(0.35, dtype=torch.float64)
+    x = torch.tensor([[0.4, -1.1], [0.2, 0.9]], dtype=torch.float64)
+
+    def gaussian_kl(one, other):
+        (m1, s1), (m0, s0) = moments(one, t, x), moments(other, t, x)
+        gap = torch.linalg.solve(s0, (m1 - m0).T).T
+        trace = torch.linalg.solve(s0, s1).trace()
+        return 0.5 * (trace - 2 + ((m1 - m0) * gap).sum(1) + torch.logdet(s0) - torch.logdet(s1))
+
+    diagonal = ctrl.MultivariateGaussianPolicy(
+        MOVING[1].mean, lambda t: (0.3 + t) * torch.eye(2, dtype=torch.float64)
+    )
+    found = ctrl.policy.policy_kl(MOVING[0], diagonal, t, x)
+    torch.testing.assert_close(found, gaussian_kl(*MOVING))
+    found = ctrl.policy.policy_kl(diagonal, MOVING[0], t, x)
+    torch.testing.assert_close(found, gaussian_kl(*MOVING[::-1]))
+
+
+def test_spreads_that_are_not_positive_somewhere_are_refused():
+    x, t = torch.zeros(3, 2), torch.tensor(0.0)
+    half = ctrl.GaussianPolicy(lambda t, x: x, lambda t: torch.tensor([0.3, 0.0]))
+    with pytest.raises(ValueError, match="std must be positive"):
+        half.distribution(t, x)
+    for bad, words in (
+        (torch.tensor([[0.5, 0.0, 0.0], [0.2, 0.4, 0.0]]), r"must be \[dim, dim\]"),
+        (torch.tensor([[0.5, 0.0], [0.2, 0.0]]), "positive diagonal"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ctrl.MultivariateGaussianPolicy(lambda t, x: x, bad)
+
+
+def test_whether_a_policy_is_random_is_not_for_its_maker_to_say():
+    mean = lambda t, x: x  # noqa: E731
+    with pytest.raises(TypeError):
+        ctrl.DeterministicPolicy(mean, True)
+    with pytest.raises(TypeError):
+        ctrl.GaussianPolicy(mean, 0.5, False)
+    with pytest.raises(TypeError):
+        ctrl.MultivariateGaussianPolicy(mean, SCALE, False)
+
+
+def test_densities_do_not_look_at_the_values_of_actions():
+    """What is not a number has a density that is none: looking would break transformed code."""
+    t, x = torch.tensor(0.35).double(), torch.zeros(2, 2, dtype=torch.float64)
+    for policy in (ctrl.GaussianPolicy(lambda t, x: x, 0.5), MOVING[0]):
+        assert bool(policy.log_prob(t, x, torch.full_like(x, math.nan)).isnan().all())

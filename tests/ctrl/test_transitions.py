@@ -125,3 +125,15 @@ def test_solvers_without_density_say_so():
 
     with pytest.raises(TypeError, match="density"):
         transitions.log_prob(model(True), Blind(), POLICY, sample(model(True), (2,)))
+
+
+def test_one_coordinate_without_noise_is_enough_to_have_no_density():
+    sde = ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: torch.tensor([0.5, 0.0]).to(x) + 0 * x)
+    with pytest.raises(ValueError, match="has no density"):
+        transitions.log_prob(sde, EULER, POLICY, sample(model(constant=True), (2,)))
+
+
+def test_transitions_keep_the_precision_of_the_states():
+    paths = sample(model(constant=True), (2,))
+    half = ctrl.Paths(paths.states.float(), None, None, GRID)
+    assert transitions.log_prob(model(True), EULER, POLICY, half).dtype == torch.float32
