@@ -304,7 +304,9 @@ def _recode(old: types.FunctionType, new: types.FunctionType) -> bool:
     if changed:
         old.__code__ = new.__code__
     mine, theirs = old.__defaults__ or (), new.__defaults__ or ()
-    merged = tuple(_chosen(a, b) for a, b in zip(mine, theirs, strict=True))
+    merged = tuple(_chosen(a, b) for a, b in zip(mine, theirs, strict=False))
+    if len(mine) != len(theirs):
+        merged = theirs
     if repr(merged) != repr(mine):
         old.__defaults__, changed = merged, True
     for name, value in (old.__kwdefaults__ or {}).items():
