@@ -101,10 +101,11 @@ def root(
         action, along paths of pi or of any other policy. Entropy is in q alone. Without the
         constraint any V passes with its own one-step q. Functions of the state cannot see q scaled
         about temperature log pi (on-policy), those of the action's noise cannot see a constant in
-        q: both kinds are needed. Two things are false: that the condition of values, without q,
-        holds off-policy; and that least squares on M_T - M_t finds the pair off-policy: along
+        q: both kinds are needed. Three things are false: that the condition of values, without q,
+        holds off-policy; that least squares on M_T - M_t finds the pair off-policy: along
         a ~ N(x/2 - 0.3, 0.81) its slopes in q at the true pair tend to (0.0345, 0.0462) here, for
-        x eps and eps^2 - 1, and not to 0 with the steps.
+        x eps and eps^2 - 1, and not to 0 with the steps; and that the sum of squared dM rests at
+        the pair: its slope in q is 0 there, but not its slope in V, whose noise it squares.
         """,
     source="Jia & Zhou 2023, JMLR 24, Theorems 6, 7 and 9, equations 34 and following",
     wrongs=[
@@ -320,6 +321,15 @@ def q_learning(setting: Setting) -> Iterator[Check]:
     yield expectation("on-policy: the martingale loss rests at the pair", rests, [1, 1, 0, 0])
     slopes = slope_at_the_pair(value, q, off)
     yield expectation("off-policy: the martingale loss's slope in q", slopes, bias(nodes))
+    in_value, in_q = slopes_of_squares(value, q, off)
+    known = [
+        exact.slope_of_squares(C, POLICY, BEHAVIOUR, nodes, Polynomial(p))
+        for p in ([0, 1], [0, 0, 1])
+    ]
+    yield expectation("squared dM: slope in V at the pair", in_value, known)
+    yield expectation(
+        "squared dM: no slope in q at the pair", in_q, [0.0] * 2, max(map(abs, known))
+    )
     if setting.full:
         coarse, fine = (6, 12, 24), (16, 32, 64)
         even = {steps: np.linspace(0, NODES[-1], steps + 1) for steps in coarse + fine}
@@ -362,6 +372,18 @@ def slope_at_the_pair(value: Value, q: ql.QRate, paths: ctrl.Paths) -> Tensor:
         value, lambda t, x, a: q(t, x, a) + centred(w, x, a), problem(), paths
     )
     return torch.autograd.grad(mean(each, paths), w)[0]
+
+
+def slopes_of_squares(value: Value, q: ql.QRate, paths: ctrl.Paths) -> tuple[Tensor, ...]:
+    """E sum dM^2: gradients in V, along x and x^2, and in q, along ``centred``."""
+    v, w = paths.states.new_zeros(2, 2, requires_grad=True).unbind()
+    each = ql.increments(
+        lambda t, x: value(t, x) + v[0] * x[:, 0] + v[1] * x[:, 0] ** 2,
+        lambda t, x, a: q(t, x, a) + centred(w, x, a),
+        problem(),
+        paths,
+    )
+    return torch.autograd.grad(mean(each.square().sum(1), paths), (v, w))
 
 
 def left_over(paths: ctrl.Paths, value: Value, q: ql.QRate) -> Tensor:

@@ -247,3 +247,22 @@ def slope_of_the_martingale_loss(
         where = (float(mean(m)), float(mean.coef[1] ** 2 * spread + variance - v))
         total -= 2 * money[j] * (nodes[j + 1] - nodes[0]) * float(expected(both, *where))
     return total
+
+
+def slope_of_squares(
+    c: ExploratoryChain, policy: Feedback, behaviour: Feedback, nodes: np.ndarray, moved: Polynomial
+) -> float:
+    """d/dtheta E sum_k dM_k^2 at the true pair, V moved by theta moved before the end.
+
+    2 E dM_k e^{-discount h} moved(X') = 2 e^{-2 discount h} E Cov(V(X'), moved(X') | x, a): what is
+    random in V' is squared, and does not average out.
+    """
+    along, laws, steps = values(c, policy, nodes), state_laws(c, behaviour, nodes), np.diff(nodes)
+    total = 0.0
+    for k, h in enumerate(steps[:-1]):
+        mean, variance = c.after(behaviour, h)
+        v, value, (m, spread) = c.noise**2 * h, along[k + 1], laws[k]
+        both = v * value.deriv() * moved.deriv() + v**2 / 2 * value.deriv(2) * moved.deriv(2)
+        where = (float(mean(m)), float(mean.coef[1] ** 2 * spread + variance - v))
+        total += 2 * np.exp(-2 * c.discount * h) * float(expected(both, *where))
+    return total
