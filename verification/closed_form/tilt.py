@@ -177,6 +177,44 @@ def chain_optimum(
     return values[::-1], controls[::-1]
 
 
+def chain_regret(
+    steps: list[ChainStep],
+    values: list[Quadratic],
+    optimum: list[tuple[np.ndarray, np.ndarray]],
+    controls: list[tuple[np.ndarray, np.ndarray]],
+    b: float,
+    start: list[float],
+) -> float:
+    """J* - J: the square of the control's error at every step, in the curvature found there."""
+    law, total = Normal(np.array(start), np.zeros((len(start), len(start)))), 0.0
+    each = zip(steps, values[1:], optimum, controls, strict=True)
+    for step, after, (K_best, k_best), (K, k) in each:
+        hardness = after.Q + b / step.std**2 * np.eye(len(k))
+        error, offset = K - K_best, k - k_best
+        centre = error @ law.mean + offset
+        spread = error @ law.covariance @ error.T
+        total += 0.5 * (centre @ hardness @ centre + np.trace(hardness @ spread))
+        law = Transition(step.F + K, step.f + k, step.std**2 * np.eye(len(k))).of(law)
+    return float(total)
+
+
+def chain_performance(
+    steps: list[ChainStep],
+    reward: Quadratic,
+    b: float,
+    controls: list[tuple[np.ndarray, np.ndarray]],
+    start: Normal,
+) -> float:
+    """E r - b sum E|u|^2 / (2 std^2), by moments."""
+    law, paid = start, 0.0
+    for step, (K, k) in zip(steps, controls, strict=True):
+        centre = K @ law.mean + k
+        square = centre @ centre + np.trace(K @ law.covariance @ K.T)
+        paid += b / (2 * step.std**2) * square
+        law = Transition(step.F + K, step.f + k, step.std**2 * np.eye(len(k))).of(law)
+    return reward.expectation(law) - float(paid)
+
+
 def reward_gradient(steps: list[ChainStep], reward: Quadratic, start: np.ndarray) -> np.ndarray:
     """d E[r(X_N)] / d (shift of the score at each step), [steps, dim], without control."""
     mean, carried = start, [np.eye(len(start))]
