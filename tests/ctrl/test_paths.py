@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -219,3 +220,95 @@ def test_an_endless_problem_never_ends():
     endless = replace(lq.problem(), horizon=math.inf, terminal_reward=None)
     assert not ctrl.paths.ends_at_horizon(endless, lq.GRID)
     assert ctrl.paths.ends_at_horizon(lq.problem(), lq.GRID)
+
+
+# --- every part is checked at every entry, and precision is the states'
+
+ROW = torch.ones(2, 2, dtype=torch.float64)
+PARTS = {
+    "states": STATES,
+    "actions": STATES[:, :2],
+    "increments": STATES[:, :2],
+    "weights": torch.full((2,), 0.5, dtype=torch.float64),
+    "rewards": ROW,
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_with_one_bad_entry_or_of_integers_is_refused(name, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in production
+    ctrl.Paths(**PARTS, grid=GRID)
+    for index in ((0,), (-1,)):
+        for value in (math.nan, math.inf, -math.inf):
+            spoilt = PARTS[name].clone()
+            spoilt.view(-1)[index] = value
+            where = {"weights": "finite"}.get(name, "not finite from node")
+            with pytest.raises(ValueError, match=f"{name}.*{where}"):
+                ctrl.Paths(**PARTS | {name: spoilt}, grid=GRID)
+    with pytest.raises(TypeError, match=f"{name} must be floating point"):
+        ctrl.Paths(**PARTS | {name: PARTS[name].long()}, grid=GRID)
+    for part in ("weights", "rewards"):
+        with pytest.raises(ValueError, match=f"{part} must be"):
+            ctrl.Paths(**PARTS | {part: PARTS[part][..., None]}, grid=GRID)
+
+
+def test_the_first_node_that_is_not_finite_is_named():
+    """Of any path and coordinate; opposite infinities do not cancel."""
+    spoilt = torch.zeros(3, 3, 2, dtype=torch.float64)
+    spoilt[0, 2, 0], spoilt[2, 1, 1] = math.inf, -math.inf
+    with pytest.raises(ValueError, match=r"states are not finite from node 1 \(t = 0.3\)"):
+        ctrl.Paths(spoilt, None, None, GRID)
+
+
+def test_finite_numbers_whose_sum_overflows_are_good():
+    huge = torch.full((2, 3, 1), torch.finfo(torch.float64).max, dtype=torch.float64)
+    assert ctrl.Paths(huge, None, None, GRID).states is huge
+
+
+def test_all_integrals_keep_the_precision_of_the_paths():
+    problem, policy, paths = chain()
+    half = replace(
+        paths, states=paths.states.float(), actions=paths.actions.float(), increments=None,
+        weights=None,
+    )  # fmt: skip
+    assert ctrl.time_integral(torch.ones(2, 2), GRID).dtype == torch.float32
+    seen = []
+    ctrl.paths.over_steps(lambda t, x, a: seen.append(t.dtype) or x[:, 0], half, half.actions)
+    ctrl.paths.over_nodes(lambda t, x: seen.append(t.dtype) or x[:, 0], half)
+    assert set(seen) == {torch.float32}
+    assert ctrl.running_rewards(problem, half).dtype == torch.float32
+    unpaid = replace(problem, running_reward=None)
+    assert ctrl.running_rewards(unpaid, half).dtype == torch.float32
+    assert ctrl.regularised_rewards(problem, half, policy).dtype == torch.float32
+    assert ctrl.returns_to_go(problem, half, policy).dtype == torch.float32
+
+
+@pytest.mark.parametrize("horizon", [1e-3, 0.9, 1e3])
+def test_a_grid_ends_at_the_horizon_up_to_the_rounding_of_float32(horizon):
+    problem = replace(lq.problem(), horizon=horizon)
+    for gap, ends in ((5e-7, True), (-5e-7, True), (2e-6, False), (-2e-6, False)):
+        grid = ctrl.TimeGrid(torch.tensor([0.0, horizon * (1 + gap)], dtype=torch.float64))
+        assert ctrl.paths.ends_at_horizon(problem, grid) == ends
+
+
+def test_rewards_and_entropy_are_read_at_their_own_times():
+    moving = ctrl.GaussianPolicy(lambda t, x: (0.3 - t) * x, lambda t: 0.5 + t)
+    reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] - a[:, 0]  # noqa: E731
+    problem = replace(lq.problem(), running_reward=reward, horizon=1.0)
+    found = ctrl.regularised_rewards(problem, PATHS, moving)
+    for k, (t, h) in enumerate(((0.0, 0.3), (0.3, 0.7))):
+        x = a = STATES[:, k, 0]
+        law = torch.distributions.Normal((0.3 - t) * x, 0.5 + t)
+        rate = (1 + 2 * t) * x - a - lq.TEMPERATURE * law.log_prob(a)
+        torch.testing.assert_close(found[:, k], rate * h, rtol=1e-13, atol=1e-14)
+
+
+def test_a_uniform_grid_is_in_double_precision_on_the_cpu_unless_told():
+    grid = ctrl.uniform_grid(0.8, 1)
+    assert grid.nodes.tolist() == [0.0, 0.8]
+    assert (grid.nodes.dtype, grid.nodes.device.type) == (torch.float64, "cpu")
+    half = ctrl.uniform_grid(2.0, 4, dtype=torch.float32)
+    torch.testing.assert_close(half.nodes, torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0]))
+    for nodes in (torch.zeros(1, 2), torch.tensor([0.0, math.inf]), torch.tensor([-math.inf, 0.0])):
+        with pytest.raises((ValueError, TypeError)):
+            ctrl.TimeGrid(nodes)

@@ -83,3 +83,87 @@ def test_dependent_coordinates_have_no_diagonal_transition(kind):
     x, t = torch.ones(3, 2), torch.tensor([0.0, 0.1])
     with pytest.raises(ValueError, match="diagonal"):
         EULER.transition(sde, t[0], t[1], x, x)
+
+
+# --- every solver against the sum it stands for, where everything moves with time and action
+
+
+def moving(noise, controlled):
+    """b = (1 + t) a - x; sigma = 0.3 + t + 0.2 x (+ 0.1 a), and its derivative in x is 0.2."""
+
+    def sigma(t, x, *action):
+        spread = 0.3 + t + 0.2 * x + (0.1 * action[0] if action else 0)
+        return spread[:, :, None] if noise == "general" else spread
+
+    diffusion = sigma if controlled else lambda t, x: sigma(t, x)
+    return ctrl.ControlledSDE(
+        lambda t, x, a: (1 + t) * a - x, diffusion, noise, 1 if noise == "general" else None,
+        controls_diffusion=controlled,
+    )  # fmt: skip
+
+
+T0, T1 = torch.tensor([0.4, 0.65], dtype=torch.float64)
+X, A, W = (
+    torch.tensor(rows, dtype=torch.float64)
+    for rows in ([[0.7], [-1.2]], [[0.4], [0.9]], [[0.3], [-0.5]])
+)
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+@pytest.mark.parametrize("noise", ["diagonal", "scalar", "general"])
+@pytest.mark.parametrize("solver", [EULER, ctrl.Milstein()], ids=["euler", "milstein"])
+def test_a_step_is_its_formula_at_the_left_end(solver, noise, controlled):
+    sde, h = moving(noise, controlled), 0.25
+    sigma = 0.7 + 0.2 * X + 0.1 * A * controlled
+    expected = X + h * (1.4 * A - X) + sigma * W
+    if solver != EULER:
+        expected = expected + 0.5 * sigma * 0.2 * (W.square() - h)
+    increment = W[:, 0] if noise == "scalar" else W
+    close = {"rtol": 1e-14, "atol": 1e-14}
+    torch.testing.assert_close(solver.step(sde, T0, T1, X, A, increment), expected, **close)
+    after = torch.empty_like(X)
+    solver.step_into(after, sde, T0, T1, X, A, increment)
+    torch.testing.assert_close(after, expected, **close)
+    if noise == "diagonal" and solver == EULER:
+        mean, std = solver.transition(sde, T0, T1, X, A)
+        torch.testing.assert_close(mean + std * W / 0.5, expected, **close)
+        with torch.no_grad():  # in the increment's own memory
+            own = W.clone()
+            solver.step_into(own, sde, T0, T1, X, A, own)
+        torch.testing.assert_close(own, expected, **close)
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+def test_heuns_step_is_its_formula(controlled):
+    sde, h = moving("diagonal", controlled), 0.25
+    stratonovich = ctrl.ControlledSDE(
+        sde.drift, sde.diffusion, calculus="stratonovich", controls_diffusion=controlled
+    )
+
+    def rates(t, x):
+        return (1 + t) * A - x, 0.3 + t + 0.2 * x + 0.1 * A * controlled
+
+    b, s = rates(0.4, X)
+    there = X + h * b + s * W
+    b_end, s_end = rates(0.65, there)
+    expected = X + 0.5 * h * (b + b_end) + 0.5 * (s + s_end) * W
+    found = ctrl.Heun().step(stratonovich, T0, T1, X, A, W)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("solver", [EULER, ctrl.Milstein(), ctrl.Heun()], ids=repr)
+def test_steps_keep_the_precision_of_the_states(solver):
+    """The grid's times are in double precision, whatever the states are in."""
+    sde = moving("diagonal", False)
+    if isinstance(solver, ctrl.Heun):
+        sde = ctrl.ControlledSDE(sde.drift, sde.diffusion, calculus="stratonovich")
+    x, a, w = X.float(), A.float(), W.float()
+    assert solver.step(sde, T0, T1, x, a, w).dtype == torch.float32
+    if solver == EULER:
+        assert solver.transition(sde, T0, T1, x, a)[1].dtype == torch.float32
+    if not isinstance(solver, ctrl.Heun):
+        after = torch.empty_like(x)
+        solver.step_into(after, sde, T0, T1, x, a, w)
+        torch.testing.assert_close(
+            after.double(), solver.step(sde, T0, T1, X, A, W).float().double()
+        )
