@@ -164,7 +164,7 @@ OWN, EXACT = "verification.claims.well_posedness", "verification.closed_form.wel
             "diffusion that jumps where a Lipschitz one is meant",
             f"{OWN}.curved_noise",
             "S * torch.sin(x)",
-            "3 * torch.sign(torch.sin(8 * x))",
+            "6 * torch.sign(torch.sin(8 * x))",
         ),
         wrong(
             "superlinear drift where a Lipschitz one is meant",
