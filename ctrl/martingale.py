@@ -162,7 +162,7 @@ def require_adapted(tests: TestFunctions, paths: Paths, *, sees_action: bool) ->
             for values: dM of that step depends on it).
 
     Raises:
-        ValueError: xi of some step depends on what comes after it.
+        ValueError: xi of some step depends on what comes after it, or not on the given paths.
     """
     steps, few = len(paths.grid.steps), min(2, len(paths.states))
 
@@ -194,6 +194,11 @@ def require_adapted(tests: TestFunctions, paths: Paths, *, sees_action: bool) ->
     with torch.no_grad():
         before, after = tests(probes(False)), tests(probes(True))
     probe = torch.arange(steps, device=before.device).repeat_interleave(few)
+    if before.shape[:2] != (len(probe), steps) or after.shape != before.shape:
+        raise ValueError(
+            f"tests must be made of the paths that they are given, [{len(probe)}, {steps}, tests] "
+            f"for {len(probe)} of them, got {list(before.shape)}"
+        )
     row = torch.arange(len(before), device=before.device)
     gap = (before[row, probe] - after[row, probe]).abs().reshape(len(row), -1).amax(1)
     scale = before[row, probe].abs().reshape(len(row), -1).amax(1)

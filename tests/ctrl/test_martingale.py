@@ -270,6 +270,13 @@ def test_what_a_value_must_not_see_is_refused(chain, part):
         mg.orthogonality(tests, value, problem, paths, policy)
 
 
+def test_test_functions_of_other_paths_than_the_given_are_refused(chain):
+    problem, policy, value, paths = chain
+    kept = paths.states[:, :-1]
+    with pytest.raises(ValueError, match="made of the paths"):
+        mg.orthogonality(lambda p: kept, value, problem, paths, policy)
+
+
 def test_the_past_is_allowed(chain):
     problem, policy, value, paths = chain
 
