@@ -92,13 +92,8 @@ class Session:
         """Which tests reach which lines, and how long they take; kept from one run to the next."""
         store = self.folder / "coverage.json"
         known = json.loads(store.read_text()) if store.exists() else {}
-        sources = _digest(
-            *sorted(
-                p
-                for d in ("ctrl", "diffusion_envs", "verification")
-                for p in (ROOT / d).rglob("*.py")
-            )
-        )
+        watched = [path_of(name) for name in sorted({*MODULES, *self.modules})]
+        sources = _digest(*(path for path in watched if path.exists()))
         reach = Reach()
         files: dict[str, list[Any]] = {}
         for nodeid, item in items.items():

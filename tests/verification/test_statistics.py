@@ -1,5 +1,6 @@
 """The test's own error rates, by simulation, and that it cannot be misread."""
 
+import inspect
 import math
 
 import pytest
@@ -108,3 +109,111 @@ def test_bad_settings_are_refused(name, value):
         decide([torch.zeros(3)], 0.0, **settings)
     with pytest.raises(ValueError, match="sample"):
         decide([], 0.0, tolerance=0.1, variance=1.0)
+
+
+# --- the walks themselves, sample by sample, in plain Python
+
+
+def walked(batches, claimed, tolerance, variance, false_fail, false_pass, most):
+    """Verdict, n, mean and evidence by the module's definition, one sample at a time."""
+    lam, seen = tolerance / variance, []
+    walks, peaks = [0.0] * 4, [0.0] * 4
+    for batch in batches:
+        for sample in batch[: most - len(seen)]:
+            seen.append(sample)
+            x = sample - claimed
+            for i, y in enumerate((x, -x, x + tolerance, -(x - tolerance))):
+                phi = math.copysign(math.log(1 + abs(lam * y) + (lam * y) ** 2 / 2), y)
+                walks[i] += phi - lam**2 * variance / 2
+                peaks[i] = max(peaks[i], walks[i])
+        evidence = (max(peaks[:2]), peaks[2], peaks[3])
+        n, mean = len(seen), sum(seen) / len(seen)
+        if evidence[0] >= math.log(2 / false_fail):
+            return Verdict.FAIL, n, mean, evidence
+        spread = sum((sample - mean) ** 2 for sample in seen) / n
+        if min(evidence[1:]) >= math.log(1 / false_pass) and spread <= 1.25 * variance:
+            return Verdict.PASS, n, mean, evidence
+        if n >= most:
+            break
+    return Verdict.INCONCLUSIVE, n, mean, evidence
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.2, -0.2, 0.9, -0.9])
+@pytest.mark.parametrize(("size", "most"), [(1, 10_000), (7, 10_000), (7, 40)])
+@pytest.mark.parametrize("rates", [(1e-2, 1e-4), (1e-4, 1e-2)], ids=str)
+def test_decisions_are_those_of_the_walks(shift, size, most, rates, generator):
+    samples = 0.7 + shift + 1.1 * torch.randn(4000, generator=generator, dtype=torch.float64)
+    settings = {
+        "claimed": 0.7, "tolerance": 0.4, "variance": 1.3,
+        "false_fail": rates[0], "false_pass": rates[1], "most": most,
+    }  # fmt: skip
+    batches = samples.split(size)
+    verdict, n, mean, evidence = walked([batch.tolist() for batch in batches], **settings)
+    found = decide(iter(batches), **settings)
+    assert (found.verdict, found.n) == (verdict, n)
+    assert found.mean == pytest.approx(mean, rel=1e-12)
+    assert found.log_evidence == pytest.approx(evidence, rel=1e-10, abs=1e-12)
+    assert found.reason == ""
+    if verdict is Verdict.INCONCLUSIVE:
+        assert found.needed == max(2 * n, samples_needed(0.4, 1.3, rates[1]))
+    else:
+        assert found.needed is None
+
+
+def test_the_plan_is_twice_the_logarithm_of_the_rate_by_the_squared_signal():
+    """And 1.4 of that, rounded up: both sides must be refuted."""
+    assert samples_needed(0.3, 2.0, 1e-3) == math.ceil(2.8 * 3 * math.log(10) * 2 / 0.09)
+    assert samples_needed(0.3, 2.0) == math.ceil(2.8 * 6 * math.log(10) * 2 / 0.09)
+
+
+def test_rates_are_a_millionth_and_samples_ten_million_unless_told():
+    """Samples of 1, or of 0: each adds log(1 + 1 + 1/2) - 1/2 to one walk, or to two."""
+    for value, bound in ((1.0, 2e6), (0.0, 1e6)):
+        samples = torch.full((200,), value, dtype=torch.float64)
+        found = decide(samples.split(1), 0.0, tolerance=1.0, variance=1.0)
+        step = math.log(2.5) - 0.5
+        assert found.n == math.ceil(math.log(bound) / step)
+    (most,) = (p for p in inspect.signature(decide).parameters.values() if p.name == "most")
+    assert most.default == 10_000_000
+
+
+def test_a_bad_number_is_reported_with_what_was_read():
+    batches = [torch.zeros(10), torch.tensor([0.0, math.inf, 0.0])]
+    found = decide(batches, 0.0, tolerance=0.1, variance=1.0)
+    assert (found.verdict, found.n, found.needed) == (Verdict.FAIL, 13, None)
+    assert math.isnan(found.mean)
+    assert found.log_evidence == (math.inf, 0.0, 0.0)
+    assert found.reason == "not finite"
+
+
+@pytest.mark.parametrize("ratio", [1.2, 1.3])
+def test_a_variance_above_its_bound_by_a_quarter_passes_nothing(ratio):
+    """Samples of mean 0.7 and of exactly that variance."""
+    pair = torch.tensor([0.7 + ratio**0.5, 0.7 - ratio**0.5], dtype=torch.float64)
+    found = decide(pair.repeat(4000).split(2), 0.7, tolerance=0.2, variance=1.0, most=8000)
+    assert found.verdict is (Verdict.PASS if ratio < 1.25 else Verdict.INCONCLUSIVE)
+    if ratio > 1.25:
+        assert "variance 1.3 is above its bound 1" in found.reason
+        assert (found.n, found.needed) == (8000, None)
+        assert found.mean == pytest.approx(0.7, abs=1e-12)
+        assert min(found.log_evidence[1:]) >= math.log(1e6)
+
+
+def test_batches_of_any_shape_are_flattened_empty_ones_skipped_and_gradients_cut():
+    samples = torch.linspace(-1, 1, 24, dtype=torch.float64, requires_grad=True)
+    settings = {"claimed": 0.1, "tolerance": 0.3, "variance": 1.0}
+    plain = decide([samples.detach()], **settings)
+    odd = [samples[:0], samples[:12].view(3, 4), samples[:0], samples[12:].float().view(2, 3, 2)]
+    found = decide(odd, **settings)
+    assert (found.verdict, found.n) == (plain.verdict, 24)
+    assert found.log_evidence == pytest.approx(plain.log_evidence, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("claimed", math.nan), ("claimed", math.inf), ("most", -1)]
+)
+def test_claims_and_numbers_of_samples_out_of_range_are_refused(name, value):
+    settings = {"claimed": 0.0, "tolerance": 0.1, "variance": 1.0} | {name: value}
+    with pytest.raises(ValueError, match="claimed must be finite"):
+        decide([torch.zeros(3)], **settings)
+    assert decide([torch.zeros(3)], 0.0, tolerance=0.1, variance=1.0, most=1).n == 1
