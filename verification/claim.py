@@ -105,7 +105,7 @@ class Sampled:
     route: str = "sampled"
 
 
-Numbers = Tensor | np.ndarray | float | list[float] | tuple[float, ...]
+Numbers = Tensor | np.ndarray | float | list[Any] | tuple[Any, ...]
 Body = Callable[[Setting], Iterator[Check | Sampled]]
 
 

@@ -4,6 +4,7 @@ Constants are chosen for sensitivity: no zero, no one, no two equal, no symmetri
 stationary start, an uneven grid. A mistake that is invisible at 0 or 1 is visible here.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from diffusion_envs import gaussian, linear_policy
 from diffusion_envs.schedule import DDPMTable, Schedule, VPLinear
 from verification.claim import Setting
 from verification.closed_form.ornstein_uhlenbeck import OrnsteinUhlenbeck
+from verification.closed_form.samplers import integrated_rates
 from verification.closed_form.vp_gaussian import Normal, VPGaussian
 
 NODES = (0.0, 0.1, 0.35, 0.5, 0.9)  # uneven
@@ -52,7 +54,7 @@ def vp_linear(model: VPGaussian) -> VPLinear:
 def table(model: VPGaussian, entries: int, **options: bool | int | str) -> DDPMTable:
     """The schedule of a closed form with horizon 1, as a trained model would store it."""
     s = torch.arange(1, entries + 1, dtype=torch.float64) / entries
-    alpha_bar = torch.exp(-torch.as_tensor(model.integrated_beta(s.numpy())))  # pyright: ignore[reportArgumentType]  # of all s at once
+    alpha_bar = torch.from_numpy(np.exp(-integrated_rates(model, s.numpy())))
     return DDPMTable(alpha_bar, **options)  # pyright: ignore[reportArgumentType]  # options by name
 
 

@@ -7,7 +7,6 @@ than the path KL), and the path KL, to which the second tends.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from verification.closed_form.samplers import (
     euler_chain,
     extrapolated,
     inflation,
+    rates,
     whole,
 )
 from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, Normal, VPGaussian
@@ -34,11 +34,12 @@ PLANE = VPGaussian(MEAN, COVARIANCE, 0.4, 2.6)
 UNEVEN = np.array([0.0, 0.13, 0.4, 0.55, 0.9])  # RL time
 MODEL = VPGaussian(np.array([0.8]), np.array([[0.5]]))  # beta from 0.1 to 20
 STD, SHIFT = 0.5, 0.7
+TABLES = Setting()  # samplers' tables are in double precision on the CPU, whatever runs
 
 
-def chain(setting: Setting, count: int, std: float, shift: float = 0.0) -> Chain:
+def chain(count: int, std: float, shift: float = 0.0) -> Chain:
     """Production's Euler steps whose score is drawn around score + shift."""
-    data = gaussian_data(replace(setting, dtype=torch.float64), Normal(*_law(MODEL)))
+    data = gaussian_data(TABLES, Normal(*_law(MODEL)))
     steps = Steps.of_euler(vp_linear(MODEL), 1 - ctrl.uniform_grid(1.0, count).nodes)
     found = linear_policy.chain(
         data,
@@ -158,15 +159,12 @@ def action_noise(setting: Setting) -> Iterator[Check]:
     yield expectation("DDIM, four steps: covariance", found.C, want.C)
 
     counts = (50, 100, 200, 400, 800)
-    widened = [
-        n * (end_variance(chain(setting, n, STD)) - end_variance(chain(setting, n, 0.0)))
-        for n in counts
-    ]
+    widened = [n * (end_variance(chain(n, STD)) - end_variance(chain(n, 0.0))) for n in counts]
     exact = []
     for n in counts[:2]:
         s = np.linspace(1, 0, n + 1)
         plain = euler_chain(MODEL, s)
-        more = plain.variance + (MODEL.beta(s[:-1]) / n * STD) ** 2
+        more = plain.variance + (rates(MODEL, s[:-1]) / n * STD) ** 2
         wide = Chain(plain.slope, plain.offset, more)
         exact.append(n * (end_variance(wide) - end_variance(plain)))
     yield expectation("N times the variance added, 50 and 100 steps", widened[:2], exact)
@@ -175,18 +173,18 @@ def action_noise(setting: Setting) -> Iterator[Check]:
         [widened[0], widened[1], widened[3]],
         [0.5718, 0.5673, 0.5644],
     )
-    tends = float(extrapolated([np.array(one) for one in widened]))
+    tends = float(extrapolated(widened))
     yield limit("N times the variance added, many steps", tends, inflation(MODEL, STD))
 
     grid_kls = []
     for n in counts:
-        base, moved = chain(setting, n, STD), chain(setting, n, STD, SHIFT)
+        base, moved = chain(n, STD), chain(n, STD, SHIFT)
         grid_kls.append(moved.kl(base, MODEL.noised(1.0)))
-    beta = MODEL.beta(np.linspace(1, 0, 101)[:-1]) / 100
+    beta = rates(MODEL, np.linspace(1, 0, 101)[:-1]) / 100
     exact_kl = float(np.sum(beta * SHIFT**2 / (2 * (1 + beta * STD**2))))
     yield expectation("KL of the states on a grid of 100 steps", grid_kls[1], exact_kl)
     path_kl = 0.5 * SHIFT**2 * MODEL.integrated_beta(1.0)
-    tends = float(extrapolated([np.array(one) for one in grid_kls]))
+    tends = float(extrapolated(grid_kls))
     yield limit("KL of the states, many steps, is the path KL", tends, path_kl)
 
     x = setting.tensor([[0.4, -0.9], [1.3, 0.2]])

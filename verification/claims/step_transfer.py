@@ -8,10 +8,8 @@ all of its effect at half the steps and half of it at twice the steps.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import ctrl
@@ -32,32 +30,26 @@ from verification.problems import gaussian_data, generation, table, vp_linear
 DATA = Normal(np.array([0.8]), np.array([[0.5]]))
 MODEL = VPGaussian(*DATA)  # beta from 0.1 to 20
 CURVATURE, SLOPE, KL_WEIGHT = 0.9, 0.6, 0.1  # of the reward, and its price
+TABLES = Setting()  # samplers' tables are in double precision on the CPU, whatever runs
 COUNTS = (25, 50, 100, 200, 400, 800)
 
 
-def objective(
-    setting: Setting, steps: Steps, curvature: float, slope: float, shift: float
-) -> float:
+def objective(steps: Steps, curvature: float, slope: float, shift: float) -> float:
     """Mean reward less the price of the path KL, of these steps under score + shift."""
-    setting = replace(setting, dtype=torch.float64)  # as the samplers' tables are
-    data, gain = gaussian_data(setting, DATA), setting.tensor([[0.0]])
-    change = setting.tensor([shift])
+    data, gain = gaussian_data(TABLES, DATA), TABLES.tensor([[0.0]])
+    change = TABLES.tensor([shift])
     chain = linear_policy.chain(data, vp_linear(MODEL), steps, gain, change)
     numbers = Chain(*(v.reshape(-1).numpy() for v in (chain.matrix, chain.shift, chain.covariance)))
-    means, variances = (setting.tensor(v)[:, None] for v in numbers.moments(MODEL.noised(1.0)))
-    reward = Quadratic(setting.tensor([[curvature]]), setting.tensor([slope]), setting.tensor(0.0))
+    means, variances = (TABLES.tensor(v)[:, None] for v in numbers.moments(MODEL.noised(1.0)))
+    reward = Quadratic(TABLES.tensor([[curvature]]), TABLES.tensor([slope]), TABLES.tensor(0.0))
     running = linear_policy.kl_cost(KL_WEIGHT * steps.cost, gain, change)
     paid = running.expectation(Gaussian(means[:-1], variances[:-1, :, None])).sum()
     return (reward.expectation(Gaussian(means[-1], variances[-1, :, None])) + paid).item()
 
 
-def best(
-    setting: Setting, steps: Steps, curvature: float = CURVATURE, slope: float = SLOPE
-) -> tuple[float, float]:
+def best(steps: Steps, curvature: float = CURVATURE, slope: float = SLOPE) -> tuple[float, float]:
     """The best shift, and minus the second derivative, of an objective that is quadratic in it."""
-    below, here, above = (
-        objective(setting, steps, curvature, slope, shift) for shift in (-0.5, 0.0, 0.5)
-    )
+    below, here, above = (objective(steps, curvature, slope, shift) for shift in (-0.5, 0.0, 0.5))
     bend = -4 * (above + below - 2 * here)
     return (above - below) / bend, bend
 
@@ -183,7 +175,7 @@ _COST = "diffusion_envs.linear_policy.kl_cost"
 )
 def step_transfer(setting: Setting) -> Iterator[Check]:
     """Both arms of the figure, by production's recursions and paths, against numpy."""
-    found = {n: best(setting, euler(n)) for n in COUNTS}
+    found = {n: best(euler(n)) for n in COUNTS}
     want = {n: best_euler_shift(MODEL, n, CURVATURE, SLOPE, KL_WEIGHT) for n in (25, 50, 100)}
     shifts = [found[n][0] for n in want]
     yield expectation(
@@ -200,11 +192,10 @@ def step_transfer(setting: Setting) -> Iterator[Check]:
         "smooth, Euler: fraction of the gain kept from 50 to 100 steps", fraction, exact
     )
     ratios = [regret_ratio([found[n] for n in COUNTS[k : k + 3]]) for k in range(4)]
-    tends = float(extrapolated([np.array(one) for one in ratios]))
+    tends = float(extrapolated(ratios))
     yield limit("smooth, Euler: regret at half over twice the steps, many steps", tends, 4.0)
     ratios = [
-        regret_ratio([best(setting, ddim(n, eta), 0.0, 1.0) for n in (25, 50, 100)])
-        for eta in (1.0, 0.0)
+        regret_ratio([best(ddim(n, eta), 0.0, 1.0) for n in (25, 50, 100)]) for eta in (1.0, 0.0)
     ]
     yield limit("smooth, DDPM and DDIM: the same around 50 steps", ratios, [4.60, 4.49])
 
@@ -220,7 +211,7 @@ def step_transfer(setting: Setting) -> Iterator[Check]:
     halves = [moved[trained, 2 * trained] / moved[trained, trained] for trained in (25, 50)]
     yield limit(
         "table: fraction realised at twice the steps",
-        float(extrapolated([np.array(h) for h in halves])),
+        float(extrapolated(halves)),
         0.5,
     )
     quarter = moved[25, 100] / moved[25, 25]

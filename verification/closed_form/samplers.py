@@ -10,7 +10,7 @@ Data N(mean, covariance); score of Y_s:  -(alpha^2 covariance + sigma^2)^{-1} (x
                       c = eta (sigma' / sigma) sqrt(1 - (alpha / alpha')^2)
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -21,6 +21,16 @@ from scipy.integrate import solve_ivp
 from verification.closed_form.vp_gaussian import Normal, Transition, VPGaussian
 
 EULER_GAMMA = 0.5772156649015329
+
+
+def rates(model: VPGaussian, s: np.ndarray) -> np.ndarray:
+    """beta at all these noising times."""
+    return model.beta_start + (model.beta_end - model.beta_start) / model.horizon * s
+
+
+def integrated_rates(model: VPGaussian, s: np.ndarray) -> np.ndarray:
+    """Int of beta from 0 to each of these noising times: -log(alpha^2)."""
+    return 0.5 * (model.beta_start + rates(model, s)) * s
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +47,8 @@ class Nodes:
     def of(cls, model: VPGaussian, s: Iterable[float]) -> "Nodes":
         """Those of a variance-preserving model."""
         times = np.array(list(s), dtype=np.float64)
-        beta = np.array([model.beta(u) for u in times])
-        alpha = np.array([model.alpha(u) for u in times])
-        sigma = np.array([model.sigma(u) for u in times])
+        beta, exponent = rates(model, times), integrated_rates(model, times)
+        alpha, sigma = np.exp(-0.5 * exponent), np.sqrt(-np.expm1(-exponent))
         return cls(times, alpha, sigma, -0.5 * beta, beta)
 
 
@@ -88,13 +97,13 @@ def whole(steps: Iterable[Transition]) -> Transition:
     return reduce(Transition.then, steps)
 
 
-def extrapolated(values: list[np.ndarray]) -> np.ndarray:
+def extrapolated(values: Sequence[np.ndarray | float]) -> np.ndarray:
     """The limit of errors a/N + b/N^2 + ..., from values at N, 2N, 4N, ... (Richardson)."""
     table = [np.asarray(value, dtype=np.float64) for value in values]
     for order in range(1, len(values)):
         factor = 2.0**order
         table = [(factor * fine - coarse) / (factor - 1) for coarse, fine in pairwise(table)]
-    return table[0]
+    return np.asarray(table[0])
 
 
 def eta_transition(model: VPGaussian, s_from: float, s_to: float, eta: float) -> Transition:
@@ -171,7 +180,7 @@ class Chain:
 
 def exact_chain(model: VPGaussian, s: np.ndarray) -> Chain:
     """The generation SDE at these noising times: conditioning in the noising process."""
-    alpha = np.exp(-0.5 * model.integrated_beta(s))
+    alpha = np.exp(-0.5 * integrated_rates(model, s))
     data_mean, data_variance = float(model.mean[0]), float(model.covariance[0, 0])
     variance = alpha**2 * data_variance + 1 - alpha**2
     slope = alpha[:-1] / alpha[1:] * variance[1:] / variance[:-1]
@@ -181,7 +190,7 @@ def exact_chain(model: VPGaussian, s: np.ndarray) -> Chain:
 
 def ddpm_chain(model: VPGaussian, s: np.ndarray) -> Chain:
     """DDPM: the posterior q(x' | x, x0) at the predicted x0, with its variance beta-tilde."""
-    alpha_bar = np.exp(-model.integrated_beta(s))
+    alpha_bar = np.exp(-integrated_rates(model, s))
     data_mean, data_variance = float(model.mean[0]), float(model.covariance[0, 0])
     before, after = alpha_bar[:-1], alpha_bar[1:]
     beta = 1 - before / after
@@ -196,7 +205,7 @@ def ddpm_chain(model: VPGaussian, s: np.ndarray) -> Chain:
 def euler_chain(model: VPGaussian, s: np.ndarray) -> Chain:
     """Euler-Maruyama of the generation SDE."""
     h, s = -np.diff(s), s[:-1]
-    beta, alpha = model.beta(s), np.exp(-0.5 * model.integrated_beta(s))
+    beta, alpha = rates(model, s), np.exp(-0.5 * integrated_rates(model, s))
     variance = alpha**2 * float(model.covariance[0, 0]) + 1 - alpha**2
     slope = 1 + h * beta * (0.5 - 1 / variance)
     return Chain(slope, h * beta * alpha * float(model.mean[0]) / variance, h * beta)
@@ -209,7 +218,7 @@ def response_of_steps(model: VPGaussian, steps: int, trained: int) -> float:
     score is the pretrained one.
     """
     s = np.linspace(1.0, 0.0, steps + 1)
-    slopes, pushes = euler_chain(model, s).slope, -np.diff(s) * model.beta(s[:-1])
+    slopes, pushes = euler_chain(model, s).slope, -np.diff(s) * rates(model, s[:-1])
     moved = 0.0
     for k in range(steps):
         known = (k * trained) % steps == 0
@@ -228,7 +237,7 @@ def best_euler_shift(
     s = np.linspace(1.0, 0.0, steps + 1)
     mean = euler_chain(model, s).moments(model.noised(1.0))[0][-1]
     response = response_of_steps(model, steps, steps)
-    cost = kl_weight * float(-np.diff(s) @ model.beta(s[:-1]))
+    cost = kl_weight * float(-np.diff(s) @ rates(model, s[:-1]))
     bend = curvature * response**2 + cost
     return (slope - curvature * mean) * response / bend, bend
 
@@ -279,19 +288,21 @@ def guided_law(model: VPGaussian, conditional: Normal, scale: float, start: Norm
 
     Score: that of the model's data plus ``scale`` times what the conditional one's adds to it.
     """
-    other = model.with_data(conditional)
+    laws = (Normal(model.mean, model.covariance), conditional)
+    means, variances = (np.array(v).reshape(2) for v in zip(*laws, strict=True))
+    weights = np.array([1 - scale, scale])
 
-    def rates(t: float, y: np.ndarray) -> list[float]:
+    def slopes(t: float, y: np.ndarray) -> list[float]:
         s = model.horizon - t
-        (slope, offset), (slope_c, offset_c) = model.score(s), other.score(s)
-        a = (1 - scale) * slope[0, 0] + scale * slope_c[0, 0]
-        b = (1 - scale) * offset[0] + scale * offset_c[0]
-        beta = model.beta(s)
-        return [beta * ((0.5 + a) * y[0] + b), beta * (2 * (0.5 + a) * y[1] + 1)]
+        beta = model.beta_start + (model.beta_end - model.beta_start) * s / model.horizon
+        alpha = np.exp(-0.25 * (model.beta_start + beta) * s)
+        precisions = weights / (alpha**2 * variances + 1 - alpha**2)
+        a, b = 0.5 - precisions.sum(), alpha * (precisions @ means)
+        return [beta * (a * y[0] + b), beta * (2 * a * y[1] + 1)]
 
     began = [start.mean[0], start.covariance[0, 0]]
     options = {"rtol": 1e-11, "atol": 1e-12, "method": "DOP853"}
-    end = solve_ivp(rates, (0, model.horizon), began, **options).y[:, -1]
+    end = solve_ivp(slopes, (0, model.horizon), began, **options).y[:, -1]
     return Normal(end[:1], end[1:, None])
 
 
