@@ -472,3 +472,111 @@ def test_expanded_and_transposed_tensors_are_as_good():
     plain = linear.transition(A.T.contiguous().expand(3, 2, 2).contiguous(), ZERO2, EYE, 1.0)
     odd = linear.transition(A.T.expand(3, 2, 2), ZERO2, EYE, 1.0)
     assert torch.equal(plain.C, odd.C)
+
+
+# ---- batches, sizes, and one bad member among good ones
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_drifts_that_differ_without_noise_are_found_at_any_size_in_any_member(size):
+    G = tensor([[0.0], [0.5]])
+    good, bad = tensor([[0.0, 0.0], [1.0, 0.0]]), tensor([[1.0, 0.0], [0.0, 0.0]])
+    start = Gaussian(ZERO2, EYE)
+
+    def divergence(*shifts):
+        law = Affine(size * torch.stack(shifts), ZERO2)
+        return linear.linear_path_kl(law, Affine(0 * EYE, ZERO2), G, start, 1e-30)
+
+    assert divergence(good, 1e13 * good).shape == (2,)
+    for members in ((good, bad), (bad, good), (1e13 * good, bad)):
+        with pytest.raises(ValueError, match="infinite"):
+            divergence(*members)
+
+
+def test_drifts_that_differ_in_some_entries_only_are_covered_up_to_round_off():
+    G, start = positive(0, 3) + draw(1, 3, 3), Gaussian(draw(2, 3), positive(3, 3))
+    shift = tensor([[0.0, 0.3, 0.0], [0.0, 0.0, -1.7], [0.0, 0.0, 0.0]])
+    zero = torch.zeros(3, dtype=torch.float64)
+    found = linear.linear_path_kl(Affine(shift, zero), Affine(0 * shift, zero), G, start, 1e-7)
+    u = torch.linalg.solve(G, shift)
+    second = start.covariance + torch.outer(start.mean, start.mean)
+    assert float(found) == pytest.approx(0.5e-7 * float((u.T @ u * second).sum()), rel=1e-5)
+
+
+def test_a_batch_of_tilts_is_its_members():
+    laws = Gaussian(draw(0, 4, 2), torch.stack([positive(k, 2) for k in range(4)]))
+    Q, slope = torch.stack([0.3 * positive(k, 2) for k in range(4, 8)]), draw(1, 4, 2)
+    weight, constant = tensor([0.5, 0.8, 1.3, 2.1]), tensor([0.1, -0.4, 0.7, 0.0])
+    G = draw(2, 2, 3)
+    found = linear.tilt(laws, Q, slope, weight, constant)
+    base = linear.transition(-EYE, ZERO2, G, weight)
+    value = linear.kl_optimal_value(base, Q, slope, weight, constant)
+    drift = linear.kl_optimal_drift(value, G, weight)
+    x = draw(3, 2)
+    for k in range(4):
+        b, c = float(weight[k]), float(constant[k])
+        law = Gaussian(laws.mean[k], laws.covariance[k])
+        one = linear.tilt(law, Q[k], slope[k], b, c)
+        torch.testing.assert_close(found.law.mean[k], one.law.mean)
+        torch.testing.assert_close(found.law.covariance[k], one.law.covariance)
+        torch.testing.assert_close(found.log_normaliser[k], one.log_normaliser)
+        here = linear.Transition(base.F[k], base.f[k], base.C[k])
+        alone = linear.kl_optimal_value(here, Q[k], slope[k], b, c)
+        for name in ("hessian", "slope", "constant"):
+            torch.testing.assert_close(getattr(value, name)[k], getattr(alone, name))
+        pushed = linear.kl_optimal_drift(alone, G, b)
+        torch.testing.assert_close(Affine(drift.matrix[k], drift.vector[k])(x), pushed(x))
+        plain = linear.tilt(law, Q[k], slope[k], b)  # without a constant
+        torch.testing.assert_close(one.log_normaliser - plain.log_normaliser, tensor(c / b))
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_one_bad_member_of_a_batch_of_tilts_is_refused(size):
+    slope, weights = torch.zeros(2, 2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    good = size * torch.diag(tensor([1.0, 0.3]))
+
+    def tilt(covariances, costs, weights=weights):
+        return linear.tilt(Gaussian(slope, torch.stack(covariances)), costs, slope, weights)
+
+    costs = EYE.expand(2, 2, 2) / size
+    tilt([good, good], costs)
+    tilt([good, size * torch.diag(tensor([1.0, -1e-14]))], costs)  # round-off of a singular one
+    tilt([good, torch.zeros_like(good)], costs)  # no spread at all
+    for bad in (torch.diag(tensor([1.0, -1e-6])), torch.diag(tensor([-1e-6, 1.0]))):
+        for members in ([good, size * bad], [size * bad, good], [1e9 * good, size * bad]):
+            with pytest.raises(ValueError, match="covariance must not be negative"):
+                tilt(members, costs)
+    for sign in (tensor([1.0, -1.0]), tensor([-1.0, 1.0]), tensor([1.0, 0.0])):
+        with pytest.raises(ValueError, match="kl_weight must be positive"):
+            tilt([good, good], costs, sign)
+    edge = torch.diag(tensor([-1.0, 1.0])) / size  # 1 + S Q / b = 0 in one direction
+    for members in ([edge, EYE / size], [EYE / size, edge]):
+        with pytest.raises(ValueError, match="larger kl_weight"):
+            tilt([good, good], torch.stack(members))
+        tilt([good, good], 0.999 * torch.stack(members))
+
+
+def test_one_lopsided_member_of_a_batch_is_refused():
+    lopsided = EYE + tensor([[0.0, 1e-3], [0.0, 0.0]])
+    good = Gaussian(ZERO2, EYE)
+    pair = torch.stack([EYE, lopsided])
+    with pytest.raises(ValueError, match="covariance"):
+        linear.gaussian_kl(Gaussian(ZERO2, pair), good)
+    with pytest.raises(ValueError, match="covariance"):
+        linear.gaussian_kl(Gaussian(ZERO2, torch.stack([EYE, 0 * EYE])), good)
+    for start in (Gaussian(ZERO2, pair), Gaussian(torch.zeros(3).double(), torch.eye(3).double())):
+        with pytest.raises((ValueError, TypeError)):
+            linear.gaussian_moments(-EYE, ZERO2, EYE, start, 1.0)
+        with pytest.raises((ValueError, TypeError)):
+            linear.linear_path_kl(Affine(-EYE, ZERO2), Affine(EYE, ZERO2), EYE, start, 1.0)
+    with pytest.raises(ValueError, match="time must not be negative"):
+        linear.transition(-EYE, ZERO2, EYE, tensor([1.0, -0.1]))
+    with pytest.raises(ValueError, match="time must not be negative"):
+        linear.linear_path_kl(
+            Affine(-EYE, ZERO2), Affine(EYE, ZERO2), EYE, good, tensor([1.0, -0.1])
+        )
+    base = linear.transition(-EYE, ZERO2, EYE, 1.0)
+    with pytest.raises(ValueError, match="Q"):
+        linear.kl_optimal_value(base, pair, ZERO2, 1.0)
+    with pytest.raises(ValueError, match="C"):
+        linear.kl_optimal_value(linear.Transition(base.F, base.f, lopsided), EYE, ZERO2, 1.0)
