@@ -169,8 +169,8 @@ small mistake: an operator, a number, an argument, a constant or a branch change
 a sum, `detach` dropped). It is killed when a test fails. Left alone are docstrings, annotations,
 imports, assertions, what is raised and said (not the conditions of refusals), `strict=` of `zip`,
 and `device=`, which only a GPU sees. The tests run without the shape checks that they have
-otherwise, so the share is a lower bound. A survivor has outlived its own module's tests and some
-seconds of all others that reach its line.
+otherwise, so the share is a lower bound. A survivor has outlived seconds of its own module's tests
+and of all others that reach its line, the quickest first.
 """
 
 _AFTER = """

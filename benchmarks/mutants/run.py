@@ -36,6 +36,7 @@ TESTS = (
     "tests/diffusion_envs/objectives",
     "tests/verification/test_statistics.py",
 )
+_SETTINGS = "_hypothesis_internal_use_settings"  # where hypothesis keeps a test's own
 MEMORY = 8 * 2**30  # bytes a mutant may take beside what was there before
 
 
@@ -46,8 +47,8 @@ class Session:
     Attributes:
         modules: to mutate.
         folder: where results are kept; what is there is not done again.
-        budget: seconds of tests of other modules that a mutant must survive, beside all those of
-            its own module's test file.
+        budget: seconds of other modules' tests that a mutant must survive, and three times as many
+            of its own module's.
     """
 
     modules: list[str]
@@ -76,13 +77,11 @@ class Session:
         """Trace, then mutate."""
         if session.testsfailed:
             raise session.Interrupted("tests cannot be collected")
-        import hypothesis  # not before pytest has, which rewrites its plugins
-
-        hypothesis.settings.register_profile(
-            "mutants", max_examples=20, deadline=None, derandomize=True, database=None
-        )
-        hypothesis.settings.load_profile("mutants")
         items = {item.nodeid: item for item in session.items}
+        for item in session.items:
+            if settings := getattr(item.obj, _SETTINGS, None):
+                fewer = {"max_examples": min(20, settings.max_examples), "database": None}
+                setattr(item.obj, _SETTINGS, type(settings)(settings, derandomize=True, **fewer))
         reach = self._trace(items)
         for module in self.modules:
             self._module(module, items, reach)
@@ -213,11 +212,11 @@ class Reach:
         found -= self.failed
         own = f"/test_{path.stem}.py::"
         ordered = sorted(found, key=lambda test: (own not in test, self.seconds[test]))
-        chosen, spent = [test for test in first if test in found], 0.0
+        chosen, spent = [test for test in first if test in found], [0.0, 0.0]
         for test in ordered:
             if test not in chosen:
-                spent += (own not in test) * (self.seconds[test] + 0.005)
-                if spent <= budget:
+                spent[own in test] += self.seconds[test] + 0.005
+                if spent[own in test] <= (3 if own in test else 1) * budget:
                     chosen.append(test)
         return chosen
 
