@@ -275,7 +275,9 @@ def q_learning(setting: Setting) -> Iterator[Check]:
         rests = root(
             lambda v, r, p=paths: ql.orthogonality_loss(v, r, problem(), p), value, q, paths
         )
-        yield expectation(f"{kind}: the orthogonality loss rests at the pair", rests, [1, 1, 0, 0])
+        yield expectation(
+            f"{kind}: the orthogonality loss rests at the pair", rests, [1.0, 1.0, 0.0, 0.0]
+        )
 
     # the constraint, which the martingale condition does not imply
     on, off = sampled(setting), sampled(setting, BEHAVIOUR)
@@ -318,7 +320,9 @@ def q_learning(setting: Setting) -> Iterator[Check]:
         return lambda v, r: ql.martingale_loss(v, r, problem(), paths)
 
     rests = root(loss(on), value, q, on)
-    yield expectation("on-policy: the martingale loss rests at the pair", rests, [1, 1, 0, 0])
+    yield expectation(
+        "on-policy: the martingale loss rests at the pair", rests, [1.0, 1.0, 0.0, 0.0]
+    )
     slopes = slope_at_the_pair(value, q, off)
     yield expectation("off-policy: the martingale loss's slope in q", slopes, bias(nodes))
     in_value, in_q = slopes_of_squares(value, q, off)
@@ -332,7 +336,7 @@ def q_learning(setting: Setting) -> Iterator[Check]:
     )
     if setting.full:
         coarse, fine = (6, 12, 24), (16, 32, 64)
-        even = {steps: np.linspace(0, NODES[-1], steps + 1) for steps in coarse + fine}
+        even = {steps: np.linspace(0, NODES[-1], steps + 1).tolist() for steps in coarse + fine}
         found = [
             slope_at_the_pair(
                 exact_value(setting, even[steps]),
@@ -341,14 +345,14 @@ def q_learning(setting: Setting) -> Iterator[Check]:
             )
             for steps in coarse
         ]
-        got = extrapolated([f.double().cpu().numpy() for f in found], coarse)
-        want = extrapolated([bias(even[steps]) for steps in fine], fine)
+        got = extrapolated([f.double().cpu().numpy() for f in found], 1 / np.array(coarse))
+        want = extrapolated([bias(np.array(even[steps])) for steps in fine], 1 / np.array(fine))
         yield limit("off-policy: that slope does not vanish with the steps", got, want)
 
 
-def extrapolated(found: list[np.ndarray], steps: Sequence[int]) -> np.ndarray:
-    """The limit of results on even grids, by a polynomial in the step size."""
-    powers = np.vander(1 / np.array(steps, dtype=float), increasing=True)
+def extrapolated(found: list[np.ndarray], sizes: np.ndarray) -> np.ndarray:
+    """The limit of results at these step sizes, by a polynomial in them."""
+    powers = np.vander(sizes, increasing=True)
     return np.linalg.solve(powers, np.array(found))[0]
 
 
@@ -402,7 +406,7 @@ LQ = closed.Endless()
 PLAIN = replace(LQ, spread=0.0, shake=0.0)  # additive noise: what quadrature is exact for
 LEVEL, MOVES = np.array([0.6, -0.4, -0.9]), np.array([0.3, 0.2, 0.5])  # J and d_t J in 1, x, x^2
 GRIDS = (4, 8, 16, 32)
-ZERO = np.zeros(5)
+SIZES, ZERO = 1 / np.array(GRIDS), np.zeros(5)
 
 
 def endless(e: closed.Endless) -> ctrl.ControlProblem:
@@ -591,7 +595,7 @@ def q_rate(setting: Setting) -> Iterator[Check]:
     yield pathwise("q of any J, by hand", got, by_hand)
     sizes = 0.2 / 2 ** np.arange(5)
     steps = [one_step_rates(setting, float(h), x, a).double().cpu().numpy() for h in sizes]
-    got = extrapolated(steps, 1 / sizes)
+    got = extrapolated(steps, sizes)
     yield limit("(Q_h - J) / h of one step tends to q", got, by_hand)
 
     value, policy = optimal(LQ)
@@ -625,9 +629,9 @@ def q_rate(setting: Setting) -> Iterator[Check]:
     yield pathwise("q along paths of another policy", got, want)
     if setting.full:
         exactly = [off_policy_moments(setting, n, 0.0) for n in GRIDS]
-        yield limit("E int xi dM of the optimal pair -> 0", extrapolated(exactly, GRIDS), ZERO, 0.2)
+        yield limit("E int xi dM of the optimal pair -> 0", extrapolated(exactly, SIZES), ZERO, 0.2)
         orders = np.log2(np.abs(exactly[-2] / exactly[-1]))
         yield limit("... as the step", orders[:3], [1.0] * 3)
         lacking = [off_policy_moments(setting, n, -0.2) for n in GRIDS]
         whole = 0.2 * (1 - math.exp(-PLAIN.discount)) / PLAIN.discount
-        yield limit("with q - 0.2, xi = 1", extrapolated(lacking, GRIDS)[0], whole)
+        yield limit("with q - 0.2, xi = 1", extrapolated(lacking, SIZES)[0], whole)
