@@ -39,7 +39,7 @@ def backwards(
     """
     count = len(values)
     x = points(count, values)
-    waves = torch.fft.fftfreq(count, 1 / count, dtype=values.dtype)
+    waves = torch.fft.fftfreq(count, 1 / count, dtype=values.dtype, device=values.device)
     for t0, t1 in reversed(list(pairwise(nodes))):
         noise, weights = draws((t1 - t0).reshape(1))
         where = x.repeat_interleave(len(weights))[:, None]

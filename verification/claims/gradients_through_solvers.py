@@ -79,6 +79,12 @@ def gradient_by_paths(
             "step_sizes[:, None]",
         ),
         wrong(
+            "an uneven grid taken for an even one",
+            "ctrl.paths.TimeGrid.steps",
+            "return self.nodes.diff()",
+            "return self.nodes.diff().mean().expand(len(self.nodes) - 1)",
+        ),
+        wrong(
             "diffusion detached",
             "ctrl.sde.ControlledSDE.spread",
             "return sigma * increment\n",
@@ -153,7 +159,7 @@ def gradients_through_solvers(setting: Setting) -> Iterator[Check]:
         even = tuple(np.linspace(0, 0.4, count + 1).tolist())
         _, found = gradient_by_paths(setting, ctrl.TorchSDE("euler", adjoint=True), even)
         exact = gradient("Euler-Maruyama", NUMBERS, np.diff(even))
-        errors.append(float(np.abs(found.double().numpy() - exact).max()))
+        errors.append(float(np.abs(found.double().cpu().numpy() - exact).max()))
     yield limit("adjoint of euler: local order of its error", local_order(errors, 0.0), 1.0)
 
 
@@ -174,6 +180,12 @@ SCALAR = ctrl.ControlledSDE(
         """,
     source="definitions",
     wrongs=[
+        wrong(
+            "the policy acts at the right end's time",
+            "ctrl.simulate._left_ends",
+            "grid.nodes[:-1]",
+            "grid.nodes[1:]",
+        ),
         wrong("action lost", BLACK_BOX, "states, action)", "states, 0 * action)"),
         wrong("times exchanged", BLACK_BOX, "function(t0, t1,", "function(t1, t0,"),
         wrong("drift of the next time in place", INTO, "t = t0.to(states)", "t = t1.to(states)"),

@@ -173,6 +173,7 @@ def moments(setting: Setting, steps: int) -> tuple[Tensor, Tensor]:
             "for column, j in each]).sum(0)",
             "for column, j in each])[-1]",
         ),
+        wrong("sigma transposed", "ctrl.sde.ControlledSDE.spread", '"pij,pj->pi"', '"pji,pj->pi"'),
         wrong(
             "the other sense accepted",
             "ctrl.sde.ControlledSDE.require_calculus",

@@ -161,7 +161,7 @@ def brownian_bridge(setting: Setting) -> Iterator[Check]:
     """The law of refined increments, read off the linear map that makes them."""
     paths, inner = 24, 3  # inner nodes, each with a normal
     coarse, fine = setting.tensor(COARSE), setting.tensor(FINE)
-    given = torch.randn(paths, 2, generator=setting.generator("given")).to(coarse)
+    given = coarse.new_empty(paths, 2).normal_(generator=setting.generator("given"))
     found = ctrl.noise.refine(given, coarse, fine, generator=setting.generator("bridge"))
     again = setting.generator("bridge")
     normals = [torch.empty_like(given[:, 0]).normal_(generator=again) for _ in range(inner)]

@@ -287,12 +287,6 @@ def half_area(h: float, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
             "sde.spread(end, there, increment.flip(-1), action)",
         ),
         wrong(
-            "sigma transposed",
-            "ctrl.sde.ControlledSDE.spread",
-            '"pij,pj->pi"',
-            '"pji,pj->pi"',
-        ),
-        wrong(
             "derivative of sigma in the wrong direction",
             "ctrl.sde.ControlledSDE.noise_drift",
             "return along(sigma)",

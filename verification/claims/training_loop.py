@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ctrl.noise import stream
 from ctrl.trust_region import clipped_surrogate
 from diffusion_envs.objectives import ScoreAsAction
 from diffusion_envs.objectives.score_as_action import path_kl_rate
@@ -87,7 +88,7 @@ def trainer(
     setting: Setting, batch: int = 64, process: Process | None = None, **schedule: Any
 ) -> Trainer:
     """The loop in the midst of a run: three updates are done, the adapter has moved."""
-    generator = setting.generator("network")
+    generator = stream(setting.seed, "network")
     network = Network(generator)
     context = torch.randn(PROMPTS, 2, 3, generator=generator)
     score = GuidedScore(
@@ -284,16 +285,18 @@ def training_loop(setting: Setting) -> Iterator[Check]:
     x = flat(rollout.states[:, :-1])
     costs = linear_adapter.path_kl(s, a, b, x)
     yield pathwise("path KL of every step, by hand", rollout.costs, costs)
-    order = torch.randperm(SAMPLES * STEPS, generator=setting.generator("rows"))
+    order = torch.randperm(SAMPLES * STEPS, generator=stream(setting.seed, "rows"))
     which = torch.cartesian_prod(torch.arange(SAMPLES), torch.arange(STEPS))[order]
     with torch.no_grad():
         advantages = made._advantages(rollout)
         rows = made._rows(rollout, advantages, which)
         ratio = made.objective.log_ratio(rows).exp()
-        trained = path_kl_rate(rows)
+        trained, losses = path_kl_rate(rows), made.objective.loss(rows)
     yield pathwise("ratio before the first step is 1", ratio, torch.ones_like(ratio))
     path, step = which.unbind(1)
     yield pathwise("path KL of a row that is trained", trained, costs[path, step])
+    a_k = advantages[path, step].double().numpy()
+    yield pathwise("loss of a row", losses, KL_WEIGHT * costs[path, step] - a_k)
     after = rollout.states[path, step + 1]
     mean = made.environment.sampler.mean(step, rollout.states[path, step], rows.old_mean)
     std = torch.as_tensor(s.std).to(after)[step].view(-1, 1, 1, 1)
@@ -376,8 +379,8 @@ def clipped_ratio(setting: Setting) -> Iterator[Check]:
     advantage = setting.tensor([1.7] * 13 + [-0.6] * 13)
     gain = clipped_surrogate(log_ratio, advantage, torch.full_like(advantage, half_width))
     (slope,) = torch.autograd.grad(gain.sum(), log_ratio)
-    arguments = (log_ratio.detach().double().numpy(), advantage.double().numpy(), half_width)
-    want, slopes = linear_adapter.surrogate(*arguments)
+    x, a = (v.detach().double().cpu().numpy() for v in (log_ratio, advantage))
+    want, slopes = linear_adapter.surrogate(x, a, half_width)
     yield pathwise("surrogate", gain, want)
     yield pathwise("its slope in the log-ratio", slope, slopes)
 

@@ -111,7 +111,7 @@ def transition_densities(setting: Setting) -> Iterator[Check]:
     noise = ctrl.noise.gauss_hermite(grid.steps, nodes=4, noise=(2,))
     problem = ctrl.ControlProblem(SDE, NODES[-1])
     paths = ctrl.simulate(problem, policy(NEW), point_start(noise, START), grid, noise=noise)
-    x = paths.states.double().numpy()
+    x = paths.states.double().cpu().numpy()
     found = ctrl.transitions.log_prob(SDE, solver, policy(NEW), paths)
     new, old = (
         np.stack([log_density(E, f, x[:, k], x[:, k + 1], h) for k, h in enumerate(steps)], 1)

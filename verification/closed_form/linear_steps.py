@@ -31,7 +31,7 @@ def second_moment(scheme: str, numbers: np.ndarray, steps: np.ndarray) -> comple
         square = np.convolve(r, r)
         moments = np.array([1, 0, h, 0, 3 * h**2])[: len(square)]
         found = found * (square @ moments)
-    return found
+    return complex(found)
 
 
 def gradient(scheme: str, numbers: np.ndarray, steps: np.ndarray) -> np.ndarray:
