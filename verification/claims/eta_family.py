@@ -119,7 +119,7 @@ def eta_family(setting: Setting) -> Iterator[Check]:
     ends = [
         [
             chain(setting, eta, torch.linspace(0, MODEL.horizon, n + 1, dtype=torch.float64))
-            for n in (10, 20, 40, 80)
+            for n in (6, 12, 24, 48)
         ]
         for eta in ETAS
     ]

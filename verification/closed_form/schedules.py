@@ -45,14 +45,17 @@ def table(s: np.ndarray, alpha_bars: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
 
 
-def integral(function: Function, a: float, b: float, cuts: Iterable[float] = ()) -> float:
-    """By Gauss's rule between the cuts, where the integrand may jump."""
-    ends = [a, *(c for c in cuts if a < c < b), b]
+def integral(
+    function: Function, a: np.ndarray | float, b: float, cuts: Iterable[float] = ()
+) -> np.ndarray:
+    """From each a to b, by Gauss's rule between the cuts, where the integrand may jump."""
     nodes, weights = np.polynomial.legendre.leggauss(16)
-    total = 0.0
-    for low, high in pairwise(ends):
-        at = 0.5 * (low + high) + 0.5 * (high - low) * nodes
-        total += 0.5 * (high - low) * float(weights @ function(at))
+    begin = np.asarray(a, dtype=np.float64)[..., None]
+    total = np.zeros(begin.shape[:-1])
+    for low, high in pairwise([0.0, *(c for c in cuts if c < b), b]):
+        left = np.maximum(begin, low)
+        half = 0.5 * (np.maximum(left, high) - left)  # 0 where the interval begins later
+        total += (half * weights * function(left + half * (1 + nodes))).sum(-1)
     return total
 
 
@@ -61,7 +64,7 @@ def of_sde(k: Function, g2: Function, s: float, cuts: Iterable[float] = ()) -> t
     stops = list(cuts)
 
     def lost(u: np.ndarray) -> np.ndarray:
-        return np.array([np.exp(integral(k, float(one), s, stops)) for one in u])
+        return np.asarray(np.exp(integral(k, u, s, stops)))
 
     variance = integral(lambda u: g2(u) * lost(u) ** 2, 0.0, s, stops)
-    return float(lost(np.zeros(1))[0]), float(np.sqrt(variance))
+    return float(lost(np.zeros(()))), float(np.sqrt(variance))
