@@ -8,6 +8,7 @@ A value is x'Sx/2 + e'x + c, a policy N(K x + k, Sigma). sigma, C and D have the
 their first index here.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -323,3 +324,39 @@ def entropy_gain(W: np.ndarray, temperature: float, discount: float) -> float:
     """V_gam - V_0 without horizon: gam log det(2 pi gam W^{-1}) / (2 discount)."""
     spread = float(np.linalg.slogdet(2 * math.pi * temperature * np.linalg.inv(W))[1])
     return temperature * spread / (2 * discount)
+
+
+# ---- discounted occupation
+
+
+def occupation(lq: LQ, law: Law, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of d = discount int e^{-discount t} law(X_t) dt, X_0 = x."""
+    L, _ = _moment_system(lq, law)
+    n = len(x)
+    z = lq.discount * np.linalg.solve(lq.discount * np.eye(len(L)) - L, _moments(x))
+    mean = z[1 : n + 1]
+    return mean, z[n + 1 :].reshape(n, n) - np.outer(mean, mean)
+
+
+def gradient_in_law(lq: LQ, law: Law, x: np.ndarray) -> np.ndarray:
+    """d V(x) in K, k and the lower triangular root of Sigma, by extrapolated differences."""
+    n, m = len(x), len(law.k)
+    root = np.linalg.cholesky(law.Sigma)
+    rows, columns = np.tril_indices(m)
+    theta = np.concatenate([law.K.ravel(), law.k, root[rows, columns]])
+
+    def value(theta: np.ndarray) -> float:
+        low = np.zeros((m, m))
+        low[rows, columns] = theta[m * n + m :]
+        moved = Law(theta[: m * n].reshape(m, n), theta[m * n : m * n + m], low @ low.T)
+        return discounted_value_by_moments(lq, moved, x)
+
+    found = []
+    for unit in np.eye(len(theta)):
+        slopes = [(value(theta + h * unit) - value(theta - h * unit)) / (2 * h) for h in _STEPS]
+        one, two = ((4 * b - a) / 3 for a, b in itertools.pairwise(slopes))
+        found.append((16 * two - one) / 15)
+    return np.array(found)
+
+
+_STEPS = (4e-3, 2e-3, 1e-3)
