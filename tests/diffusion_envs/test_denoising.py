@@ -138,3 +138,47 @@ def test_kl_factor_is_least_for_the_reverse_sde():
     assert kl_factor(1.0) == 1
     assert kl_factor(0.5) == pytest.approx(1.25**2)
     assert min(kl_factor(eta) for eta in (0.2, 0.9, 0.99, 1.01, 1.1, 5.0)) > 1
+
+
+def test_the_reverse_sde_and_its_divergence_are_the_defaults():
+    schedule, t = VPLinear(0.1, 20.0), torch.tensor(0.4, dtype=torch.float64)
+    x, score = torch.tensor([[0.7, -0.2]]).double(), torch.tensor([[-0.3, 1.1]]).double()
+    s = 1 - t
+    sde = generation_sde(schedule)
+    drift = schedule.g2(s) * (score + 0.5 * x)
+    torch.testing.assert_close(sde.drift(t, x, score), drift)
+    torch.testing.assert_close(sde.diffusion(t, x), schedule.g2(s).sqrt())
+    pay = kl_running_reward(schedule, lambda t, x: (1 + t) * x, 0.7)
+    gap = (score - 1.4 * x).square().sum(1)
+    torch.testing.assert_close(pay(t, x, score), -0.35 * schedule.g2(s) * gap)
+    assert not kl_running_reward(schedule, lambda t, x: x, 0.0)(t, x, score).any()
+    with pytest.raises(ValueError, match="weight must be at least 0 and finite"):
+        kl_running_reward(schedule, lambda t, x: x, math.inf)
+    scores = torch.stack([score, score], 1)
+    each = path_kl_per_step(scores, 0 * scores, torch.tensor([0.3, 0.2]).double())
+    torch.testing.assert_close(each, 0.5 * 1.3 * torch.tensor([[0.3, 0.2]]).double())
+
+
+def test_the_generation_sde_keeps_the_precision_of_the_states():
+    sde, t = generation_sde(VPLinear(), 0.4), torch.tensor(0.4, dtype=torch.float64)
+    x = torch.ones(2, 3)
+    assert sde.drift(t, x, x).dtype == sde.diffusion(t, x).dtype == torch.float32
+
+
+def test_each_level_of_each_conversion_is_checked():
+    x, bad, good = torch.ones(2, 3), torch.full((3,), 0.5), torch.tensor(0.5)
+    for convert in (
+        tweedie_mean, score_from_epsilon, score_from_x0, score_from_v, epsilon_from_score,
+        v_from_score,
+    ):  # fmt: skip
+        for levels in ((bad, good), (good, bad)):
+            with pytest.raises(ValueError, match=r"the 2 of states \[2, 3\]; got \[3\]"):
+                convert(x, x, *levels)
+
+
+def test_scores_and_steps_that_do_not_fit_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in production
+    scores = torch.zeros(5, 3, 2)
+    for other, steps in ((scores, torch.ones(1)), (scores[:1], torch.ones(3))):
+        with pytest.raises(ValueError, match="scores must be"):
+            path_kl_per_step(scores, other, steps)

@@ -1,5 +1,7 @@
 import math
+import types
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -161,3 +163,85 @@ def test_what_is_no_schedule_is_refused_by_name():
             build()
     with pytest.raises(TypeError, match="steps_offset must be an int, got True"):
         DDPMTable(torch.tensor([0.9, 0.8]), steps_offset=True)
+
+
+def test_schedules_begin_with_their_sources_numbers():
+    assert VPLinear() == VPLinear(beta_start=0.1, beta_end=20.0, horizon=1.0)
+    assert Cosine() == Cosine(offset=0.008, horizon=0.999)
+    assert VE() == VE(low=0.01, high=50.0, horizon=1.0)
+    assert RectifiedFlow() == RectifiedFlow(horizon=0.999)
+    table = DDPMTable(torch.tensor([0.9, 0.8]))
+    assert (table.final_is_one, table.steps_offset, table.spacing) == (False, 1, "leading")
+    assert table.horizon == 1
+    with pytest.raises(TypeError):
+        DDPMTable(torch.tensor([0.9, 0.8]), horizon=2.0)  # a table's time is its own
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
+def test_no_setting_of_a_schedule_is_zero_or_infinite(bad):
+    for kind, name in (
+        (VPLinear, "beta_start"), (VPLinear, "beta_end"), (VPLinear, "horizon"),
+        (Cosine, "offset"), (Cosine, "horizon"), (VE, "low"), (VE, "horizon"),
+        (RectifiedFlow, "horizon"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} must be a positive finite number"):
+            kind(**{name: bad})
+    for high in (bad, 0.01):
+        with pytest.raises(ValueError, match="high must be finite and above low"):
+            VE(low=0.01, high=high)
+
+
+def test_a_longer_horizon_stretches_the_slope_of_beta():
+    s = torch.tensor([0.0, 1.3, 2.6], dtype=torch.float64)
+    beta = VPLinear(0.2, 3.0, horizon=2.6).g2(s)
+    torch.testing.assert_close(beta, torch.tensor([0.2, 1.6, 3.0]).double())
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.tensor([[0.9, 0.8]]), torch.tensor([0.9, 0.9]), torch.tensor([1.0, 0.9]),
+        torch.tensor([0.9, 0.8, 0.0]), torch.tensor([0.9, 0.95, 0.3]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tables_that_do_not_fall_within_the_unit_interval_are_refused(table, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in production
+    with pytest.raises(ValueError, match="alphas_cumprod must"):
+        DDPMTable(table)
+
+
+def test_a_scheduler_that_says_little_is_read_as_diffusers_would():
+    table = torch.linspace(0.99, 0.1, 10, requires_grad=True)
+    bare = types.SimpleNamespace(alphas_cumprod=table, config={})
+    found = DDPMTable.from_diffusers(bare)
+    assert (found.final_is_one, found.steps_offset, found.spacing) == (True, 0, "leading")
+    assert found.alphas_cumprod.dtype == torch.float64
+    assert not found.alphas_cumprod.requires_grad
+    trailing = types.SimpleNamespace(
+        alphas_cumprod=table, config={"timestep_spacing": "trailing", "clip_sample": False}
+    )
+    assert DDPMTable.from_diffusers(trailing).spacing == "trailing"
+    for option in ("clip_sample", "thresholding"):
+        clipping = types.SimpleNamespace(alphas_cumprod=table, config={option: True})
+        with pytest.raises(ValueError, match=f"{option} is true"):
+            DDPMTable.from_diffusers(clipping)
+
+
+def test_a_sampler_ends_one_stride_below_its_last_timestep():
+    """As far as "leading" spacing leaves an entry there, else at the end of the table."""
+    table = torch.linspace(0.99, 0.1, 10, dtype=torch.float64)
+    for offset, steps, end in ((0, 10, 0.0), (1, 6, 0.1), (2, 6, 0.2), (3, 3, 0.1), (2, 3, 0.0)):
+        leading = DDPMTable(table, final_is_one=True, steps_offset=offset)
+        assert leading.last_noising_time(steps) == pytest.approx(end)
+        trailing = DDPMTable(table, final_is_one=False, steps_offset=offset, spacing="trailing")
+        assert trailing.last_noising_time(steps) == pytest.approx(0.1)
+
+
+def test_tables_answer_in_the_precision_of_the_times():
+    s = torch.tensor([0.05, 0.0, 1.0], dtype=torch.float32)
+    assert TABLE.g2(s).dtype == TABLE.alpha(s).dtype == TABLE.sigma(s).dtype == torch.float32
+    torch.testing.assert_close(
+        TABLE.g2(s[1:2]), TABLE.g2(torch.tensor([0.0005]))
+    )  # the first piece
+    torch.testing.assert_close(TABLE.g2(torch.tensor([1.1])), TABLE.g2(s[2:]))  # and the last
