@@ -322,6 +322,65 @@ class BlackBox:
         return states
 
 
+@dataclass(frozen=True)
+class Scheduler:
+    """A black box by the name of its class in diffusers, made from a model's own schedule.
+
+    Attributes:
+        name: "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler", ...
+        options: settings of that class that differ from the model's scheduler's.
+    """
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        import diffusers
+
+        if not hasattr(diffusers, self.name):
+            raise ValueError(f"name must be a scheduler of diffusers, got {self.name!r}")
+
+    @property
+    def has_density(self) -> bool:
+        """Never."""
+        return False
+
+    def bind(self, table: DDPMTable, steps: int) -> "BoundBlackBox":
+        """This scheduler on a model's table, with so many steps."""
+        import diffusers
+
+        betas = 1 - table.alphas_cumprod / torch.cat(
+            [table.alphas_cumprod.new_ones(1), table.alphas_cumprod[:-1]]
+        )
+        kind = getattr(diffusers, self.name)
+        settings = {"timestep_spacing": "trailing"} | dict(self.options)
+        scheduler = kind(num_train_timesteps=len(betas), trained_betas=betas.numpy(), **settings)
+        return BoundBlackBox(scheduler, table, steps)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundBlackBox:
+    """A scheduler on a table of noise levels: it makes data, and shows nothing of how."""
+
+    scheduler: Any
+    table: DDPMTable
+    steps: int
+
+    @property
+    def has_density(self) -> bool:
+        """Never."""
+        return False
+
+    def sample(
+        self,
+        predict: Callable[[Tensor, Tensor], Tensor],
+        start: Float[Tensor, " paths *event"],
+        generators: list[Generator] | None = None,
+    ) -> Float[Tensor, " paths *event"]:
+        """As ``BlackBox.sample``, one generator a path for schedulers that draw noise."""
+        return BlackBox(self.scheduler, self.steps).sample(predict, start, generators)
+
+
 def _draws_noise(scheduler: Any) -> bool:
     """Whether a scheduler's steps are random, as far as its name and settings tell."""
     name, kind = type(scheduler).__name__, str(scheduler.config.get("algorithm_type", ""))

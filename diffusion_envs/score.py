@@ -67,19 +67,26 @@ class GuidedScore:
         chunks = (part.split(self.batch) for part in (states, timesteps, context))
         return torch.cat([self._score(*chunk) for chunk in zip(*chunks, strict=True)])
 
-    def _score(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        rows = len(states)
+    def prediction(
+        self,
+        states: Float[Tensor, " rows *event"],
+        timesteps: Tensor,
+        context: Float[Tensor, "rows tokens width"],
+    ) -> Float[Tensor, " rows *event"]:
+        """The network's own prediction, guided; timesteps may be fractional."""
         if self.guidance == 1:
-            predicted = self._predict(states, timesteps, context)
-        else:
-            empty = self.unconditional.to(context).expand_as(context)
-            both = self._predict(
-                torch.cat([states, states]),
-                torch.cat([timesteps, timesteps]),
-                torch.cat([empty, context]),
-            )
-            without, with_prompt = both.split(rows)
-            predicted = without + self.guidance * (with_prompt - without)
+            return self._predict(states, timesteps, context)
+        empty = self.unconditional.to(context).expand_as(context)
+        both = self._predict(
+            torch.cat([states, states]),
+            torch.cat([timesteps, timesteps]),
+            torch.cat([empty, context]),
+        )
+        without, with_prompt = both.split(len(states))
+        return without + self.guidance * (with_prompt - without)
+
+    def _score(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        predicted = self.prediction(states, timesteps, context)
         alpha_bar = self.alphas_cumprod.to(states)[timesteps].view(-1, *[1] * (states.ndim - 1))
         to_score = _TO_SCORE[self.prediction_type]
         return to_score(states, predicted, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())

@@ -91,6 +91,66 @@ class ResidualValue(nn.Module):
         return self.location + self.scale * self.leave(functional.silu(self.hidden(x)))[:, 0]
 
 
+class ResidualValueOfVectors(nn.Module):
+    """F(t, x, c) for vectors: a small multilayer perceptron; otherwise as ``ResidualValue``.
+
+    Args:
+        dim: of the state.
+        context: width of the condition vector.
+        width: of the hidden layers.
+        generator: draws the initial weights.
+    """
+
+    def __init__(
+        self, dim: int, context: int, *, generator: torch.Generator, width: int = 64
+    ) -> None:
+        super().__init__()
+        self.register_buffer("location", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("frequencies", 2 * math.pi * torch.arange(1.0, 5.0) / 4)
+        self.enter = nn.Linear(dim + context + 2 * 4 + 1, width)
+        self.hidden = nn.Linear(width, width)
+        self.leave = nn.Linear(width, 1)
+        for layer in (self.enter, self.hidden, self.leave):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.leave.weight)
+
+    def calibrate(self, rewards: Float[Tensor, " n"]) -> None:
+        """Set location and scale from rewards, once, before training."""
+        self.location.copy_(rewards.mean())
+        if len(rewards) > 1 and (spread := rewards.std()) > 0:
+            self.scale.copy_(spread)
+
+    def forward(
+        self,
+        noising_time: Float[Tensor, " n"],
+        states: Float[Tensor, "n dim"],
+        context: Float[Tensor, "n context"],
+    ) -> Float[Tensor, " n"]:
+        """F at each state, in reward."""
+        phases = noising_time[:, None] * self.frequencies
+        seen = [states, context, noising_time[:, None], phases.sin(), phases.cos()]
+        x = functional.silu(self.enter(torch.cat(seen, dim=1)))
+        x = functional.silu(self.hidden(x) + x)
+        return self.location + self.scale * self.leave(x)[:, 0]
+
+
+def value_network(
+    event: tuple[int, ...], context: int, *, generator: torch.Generator
+) -> ResidualValue | ResidualValueOfVectors:
+    """The residual value network for states of this shape: images or vectors.
+
+    Raises:
+        ValueError: states are neither [channels, height, width] nor [dim].
+    """
+    if len(event) == 3:
+        return ResidualValue(event[0], context, generator=generator)
+    if len(event) == 1:
+        return ResidualValueOfVectors(event[0], context, generator=generator)
+    raise ValueError(f"states must be [channels, height, width] or [dim], got {list(event)}")
+
+
 def martingale_loss(
     values: Float[Tensor, "paths nodes"],
     returns: Float[Tensor, "paths nodes"],

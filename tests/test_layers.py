@@ -26,13 +26,13 @@ diffusion_envs.linear_policy diffusion_envs.score diffusion_envs.value
 diffusion_envs.cifar10.data diffusion_envs.cifar10
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
 diffusion_envs.rewards.classifier diffusion_envs.rewards
-diffusion_envs.objectives.protocol diffusion_envs.objectives.adjoint_matching
+diffusion_envs.preferences diffusion_envs.objectives.protocol diffusion_envs.objectives.adjoint_matching
 diffusion_envs.objectives.ram diffusion_envs.objectives.score_as_action
 diffusion_envs.objectives
 diffusion_envs.training.checkpoint diffusion_envs.training.parallel
 diffusion_envs.training.progress diffusion_envs.training.run_folder
 diffusion_envs.training.tracking diffusion_envs.training.plots diffusion_envs.training.report
-diffusion_envs.training.environment diffusion_envs.training.loop
+diffusion_envs.training.environment diffusion_envs.training.lessons diffusion_envs.training.loop
 diffusion_envs.training.evaluation diffusion_envs.training
 diffusion_envs.tiny.captions diffusion_envs.tiny.fit diffusion_envs.tiny.train_classifier
 diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser
@@ -74,7 +74,7 @@ def violations(source: str, module: str, is_package: bool = False) -> set[str]:
     return {
         name
         for name in imported(source, module, is_package)
-        if name not in MODULES[:place] and name != module
+        if name not in MODULES[:place] and name != module and not _siblings(name, module)
     }
 
 
@@ -91,6 +91,12 @@ for package, after in PIECES.items():
     found = sorted(stems, key=lambda stem: (stem not in SHARED, stem))
     MODULES += [f"{package}.{stem}" for stem in found if stem != "__init__"]
     MODULES += [package, *after.split()]
+
+
+def _siblings(one: str, other: str) -> bool:
+    package = one.rpartition(".")[0]
+    return package in PIECES and package == other.rpartition(".")[0]
+
 
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -1,20 +1,27 @@
-"""What an objective is, and what it is shown: a roll-out to judge, then rows of it to learn from.
+"""What an objective is, and what it is shown.
 
-An objective is a frozen dataclass of hyperparameters with two pure functions. ``advantages`` sees
-a whole
-roll-out once, before the weights move; ``loss`` sees rows, each one step of one path, and carries
-the gradient. What it needs is declared, so that a sampler or a reward that cannot serve is refused
-at the start.
+An objective is a frozen dataclass of hyperparameters with pure functions; it holds no network and
+no state. There are three kinds, by what they learn from; a method derives from one of them, and the
+loop knows the kinds, never the methods:
+
+    PathObjective      steps of sampled paths: policy gradients, preferences, adjoint matching
+    NoisedObjective    data that the model made, noised anew: any sampler will do
+    BackpropObjective  the last steps of the sampler, differentiated with the reward
+
+What it needs is declared, so that a sampler or a reward that cannot serve is refused at the start.
 """
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Generator, Tensor
 
-from ctrl import Policy
+from ctrl import DeterministicPolicy, Policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +29,7 @@ class Rollout:
     """Paths sampled from one policy, with their scores, costs, values and rewards.
 
     Time is RL time: step k leads from node k to node k + 1; node 0 is noise, the last node is data.
+    Of a black-box sampler only the last node is known: nodes is 1 and steps 0.
     """
 
     states: Float[Tensor, "paths nodes *event"]
@@ -34,11 +42,17 @@ class Rollout:
     rewards: Float[Tensor, " paths"]
     step_sizes: Float[Tensor, " steps"]  # int g^2 dt over each step: the clock in which g = 1
     condition: Int64[Tensor, " paths"]  # index of the prompt
+    group: int = 1  # paths in a row that share a prompt, and are judged together
+    targets: Float[Tensor, "paths steps *event"] | None = None  # by ``PathObjective.targets``
+    preferences: Float[Tensor, " paths"] | None = None  # larger is preferred within a group
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Single steps of paths with the current policy's score; only ``mean`` carries a gradient."""
+    """Single steps of paths with the current policy's score; only ``mean`` carries a gradient.
+
+    The members of a group stand side by side, at the same step: ``view(-1, group, ...)``.
+    """
 
     mean: Float[Tensor, " rows *event"]  # current policy
     old_mean: Float[Tensor, " rows *event"]  # the policy that sampled
@@ -52,40 +66,236 @@ class Rows:
     std: Float[Tensor, " rows"]  # of the transition
     action_std: Float[Tensor, " rows"]  # of the drawn score; 0 if it is not drawn
     kl_factor: float  # ((1 + eta^2) / (2 eta))^2
+    sigma: Float[Tensor, " rows"] | None = None  # noise level at the left: epsilon = -sigma score
+    state: Float[Tensor, " rows *event"] | None = None  # at the left of the step
+    next_mean: Float[Tensor, " rows *event"] | None = None  # of the next state; carries a gradient
+    next_state: Float[Tensor, " rows *event"] | None = None  # that was sampled
+    target: Float[Tensor, " rows *event"] | None = None  # of ``PathObjective.targets``
+    preference: Float[Tensor, " rows"] | None = None  # larger is preferred within a group
+    # V at any states of the rows: at the left of their steps, and at the right
+    value: Callable[[Tensor], Tensor] | None = None
+    next_value: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class NoisedRows:
+    """Data that a policy made, noised anew: state = alpha data + sigma noise.
+
+    Only ``mean`` (and ``bridge_mean``) carry a gradient.
+    """
+
+    mean: Float[Tensor, " rows *event"]  # current score at the noised state
+    old_mean: Float[Tensor, " rows *event"]  # of the policy that made the data
+    reference_score: Float[Tensor, " rows *event"]
+    state: Float[Tensor, " rows *event"]
+    data: Float[Tensor, " rows *event"]
+    noise: Float[Tensor, " rows *event"]
+    alpha: Float[Tensor, " rows"]
+    sigma: Float[Tensor, " rows"]
+    reward: Float[Tensor, " rows"]
+    advantage: Float[Tensor, " rows"]
+    # at a state drawn between the noised state and the data, given both; what the path from there
+    # on costs is ``bridge_weight |score - reference|^2 / 2`` on average, nats
+    bridge_cost: Float[Tensor, " rows"] | None = None
 
 
 @runtime_checkable
-class Objective(Protocol):
+class Model(Protocol):
+    """What an objective may ask of the model beyond its scores (``PathObjective.targets``)."""
+
+    def pretrained_mean(
+        self, step: int, states: Tensor, condition: Int64[Tensor, " paths"]
+    ) -> Tensor:
+        """Mean of the next state after this step under the pretrained model."""
+        ...
+
+    def reward_gradient(self, states: Tensor, condition: Int64[Tensor, " paths"]) -> Tensor:
+        """Gradient of the reward with respect to the last states."""
+        ...
+
+
+@dataclass(frozen=True)
+class Objective:
     """A way to improve a policy, as a frozen dataclass of its hyperparameters."""
 
-    learning_rate: float
-    needs_density: bool
-    needs_reward_gradient: bool
-    needs_preferences: bool
-    needs_value: bool
+    learning_rate: float = 1e-3  # of the adapter, AdamW
+
+    needs_density: ClassVar[bool] = False
+    needs_reward_gradient: ClassVar[bool] = False
+    needs_preferences: ClassVar[bool] = False
+    needs_value: ClassVar[bool] = False
+
+    @property
+    def group(self) -> int:
+        """How many paths in a row share a prompt."""
+        return 1
+
+    @property
+    def shared_start(self) -> bool:
+        """Whether the paths of a group share their starting noise too."""
+        return False
 
     def policy(
         self, mean: Callable[[Tensor, Tensor], Tensor], sigma: Callable[[Tensor], Tensor]
     ) -> Policy:
         """How roll-outs act, given the network's score and the noise level at a time."""
-        ...
+        return DeterministicPolicy(mean)
+
+
+@dataclass(frozen=True)
+class PathObjective(Objective, ABC):
+    """Learns from the steps of sampled paths."""
+
+    needs_density: ClassVar[bool] = True
+
+    @property
+    def cost_weight(self) -> float:
+        """Reward per nat that the value function is charged along a path."""
+        return 0.0
+
+    @property
+    def denoised_rewards(self) -> bool:
+        """Whether values start from the reward of the denoised image (one query a node)."""
+        return False
 
     def action_std(self, sigma: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
         """Spread of the drawn score at a noise level; 0 if it is not drawn."""
-        ...
+        return torch.zeros_like(sigma)
 
-    def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
-        """What each decision of the roll-out was worth, in reward."""
-        ...
+    def targets(self, rollout: Rollout, model: Model) -> Tensor | None:
+        """What the scores of each step are matched with, if anything."""
+        return None
+
+    def step_probabilities(self, steps: int) -> Float[Tensor, " steps"] | None:
+        """With which steps are drawn where not all are used; None for equal ones."""
+        return None
+
+    def maintain(
+        self, value: Any, optimiser: torch.optim.Optimizer, update: int, generator: Generator
+    ) -> None:
+        """What is done to the value network after an update; nothing, usually."""
 
     def log_ratio(self, rows: Rows) -> Float[Tensor, " rows"]:
         """Log density of each row's decision, current over sampling policy, nats."""
-        ...
+        return transition_log_ratio(rows)
 
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
         """Trusted size of the log-ratio of each row, nats."""
-        ...
+        return torch.full_like(rows.step_size, math.inf)
 
+    @abstractmethod
+    def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
+        """What each decision of the roll-out was worth, in reward."""
+
+    @abstractmethod
     def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
-        """Negative surrogate objective of each row; mean times steps estimates a path's."""
-        ...
+        """Negative surrogate objective of each row; mean times steps estimates a path's.
+
+        A loss of a whole group is given to each of its members.
+        """
+
+
+@dataclass(frozen=True)
+class NoisedObjective(Objective, ABC):
+    """Learns from data that the model made with any sampler, noised anew."""
+
+    draws: int = 4  # noised states of each sample, at noise levels of their own
+
+    @property
+    def needs_bridge(self) -> bool:
+        """Whether the rows are to know what the path from the noised state to the data costs."""
+        return False
+
+    def old_decay(self, update: int) -> float:
+        """How much the sampling policy keeps of itself after an update; 0: it is the current."""
+        return 0.0
+
+    @abstractmethod
+    def advantages(self, rollout: Rollout) -> Float[Tensor, " paths"]:
+        """What each sample was worth."""
+
+    @abstractmethod
+    def loss(self, rows: NoisedRows) -> Float[Tensor, " rows"]:
+        """Of each row; its mean estimates the loss of a sample."""
+
+
+@dataclass(frozen=True)
+class BackpropObjective(Objective, ABC):
+    """Learns by differentiating the last steps of the sampler with the reward."""
+
+    needs_reward_gradient: ClassVar[bool] = True
+
+    @abstractmethod
+    def cut(self, steps: int, generator: Generator) -> tuple[int, int]:
+        """First step that is differentiated, and the step after which the image is looked at.
+
+        The second is ``steps`` for the finished image; earlier ones show the denoised one.
+        """
+
+    @abstractmethod
+    def loss(
+        self, rewards: Float[Tensor, " paths"], path_kl: Float[Tensor, " paths"]
+    ) -> Float[Tensor, " paths"]:
+        """Of each path; both arguments carry gradients (the KL of the differentiated steps)."""
+
+
+# -- pieces of many losses -----------------------------------------------------------------------
+
+
+def transition_log_ratio(rows: Rows) -> Float[Tensor, " rows"]:
+    """log p_th(x_{k+1} | x_k) - log p_old(x_{k+1} | x_k), summed over coordinates, nats."""
+    shift = (rows.mean - rows.old_mean).flatten(1) * (rows.score_gain / rows.std)[:, None]
+    return (shift * rows.noise.flatten(1) - 0.5 * shift.square()).sum(1)
+
+
+def reference_log_ratio(rows: Rows) -> Float[Tensor, " rows"]:
+    """log p_th(x_{k+1} | x_k) - log p_pre(x_{k+1} | x_k), summed over coordinates, nats."""
+    scale = (rows.score_gain / rows.std)[:, None]
+    own = (rows.mean - rows.old_mean).flatten(1) * scale
+    other = (rows.reference_score - rows.old_mean).flatten(1) * scale
+    noise = rows.noise.flatten(1)
+    return ((own - other) * noise - 0.5 * (own.square() - other.square())).sum(1)
+
+
+def transition_kl(rows: Rows) -> Float[Tensor, " rows"]:
+    """KL(p_th(. | x_k) || p_pre(. | x_k)) of each row's Gaussian transition, nats."""
+    gap = (rows.mean - rows.reference_score).flatten(1) * (rows.score_gain / rows.std)[:, None]
+    return 0.5 * gap.square().sum(1)
+
+
+def path_kl_rate(rows: Rows) -> Float[Tensor, " rows"]:
+    """Path KL of each row's step from the pretrained model, nats; carries the gradient."""
+    gap = (rows.mean - rows.reference_score).square().flatten(1).sum(1)
+    return 0.5 * rows.kl_factor * rows.step_size * gap
+
+
+def coordinates(rows: Rows) -> int:
+    """d: by which published code divides log-densities."""
+    return rows.mean[0].numel()
+
+
+def per_prompt(
+    rewards: Float[Tensor, " paths"], condition: Int64[Tensor, " paths"], least: float = 1e-8
+) -> Float[Tensor, " paths"]:
+    """Rewards standardised within each prompt; a prompt seen once gets 0."""
+    found = torch.zeros_like(rewards)
+    for prompt in condition.unique():
+        one = condition == prompt
+        values = rewards[one]
+        if len(values) > 1:
+            found[one] = (values - values.mean()) / (values.std() + least)
+    return found
+
+
+def require_positive(**settings: float) -> None:
+    """Refuse what is not a positive finite number, by name."""
+    for name, value in settings.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a positive finite number, got {value}")
+
+
+def require_not_negative(**settings: float) -> None:
+    """Refuse what is negative or not finite, by name."""
+    for name, value in settings.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be at least 0 and finite, got {value}")

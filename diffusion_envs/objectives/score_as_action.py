@@ -17,7 +17,6 @@ Sources      [SaA] Zhao, Chen, Zhang, Yao & Tang 2025, "Score as Action", arXiv 
              The published recipe: the settings of the authors' released Stable Diffusion 1.5 run.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,33 +25,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl import DeterministicPolicy, GaussianPolicy, Policy
+from ctrl import GaussianPolicy, Policy
 from ctrl.policy_gradient import clipped_surrogate, continuous_gae
-from diffusion_envs.objectives.protocol import Rollout, Rows
-
-
-def _positive(**settings: float) -> None:
-    for name, value in settings.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a positive finite number, got {value}")
-
-
-def _not_negative(**settings: float) -> None:
-    for name, value in settings.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
-
-
-def path_kl_rate(rows: Rows) -> Float[Tensor, " rows"]:
-    """Path KL of each row's step from the pretrained model, nats; carries the gradient."""
-    gap = (rows.mean - rows.reference_score).square().flatten(1).sum(1)
-    return 0.5 * rows.kl_factor * rows.step_size * gap
-
-
-def transition_log_ratio(rows: Rows) -> Float[Tensor, " rows"]:
-    """log p_th(x_{k+1} | x_k) - log p_old(x_{k+1} | x_k), summed over coordinates, nats."""
-    shift = (rows.mean - rows.old_mean).flatten(1) * (rows.score_gain / rows.std)[:, None]
-    return (shift * rows.noise.flatten(1) - 0.5 * shift.square()).sum(1)
+from diffusion_envs.objectives.protocol import (
+    PathObjective,
+    Rollout,
+    Rows,
+    coordinates,
+    path_kl_rate,
+    require_not_negative,
+    require_positive,
+    transition_log_ratio,
+)
 
 
 def drawn_log_ratio(rows: Rows) -> Float[Tensor, " rows"]:
@@ -63,27 +47,34 @@ def drawn_log_ratio(rows: Rows) -> Float[Tensor, " rows"]:
 
 
 @dataclass(frozen=True)
-class _ContinuousTime:
+class _ContinuousTime(PathObjective):
     """What the two views share: KL-regularised advantages and a step-independent trust region."""
 
     kl_weight: float = 0.01  # reward per nat of path KL from the pretrained model
     gae_rate: float = 0.5  # forgetting of temporal differences, per unit of int g^2 dt
     clip: float = 0.5  # trusted spread of the whole path's log-ratio, nats; shared by sqrt(step)
     clip_per_pixel: float | None = None  # the older convention: on the mean over coordinates
-    learning_rate: float = 1e-3  # of the adapter, AdamW
+    denoised: bool = True  # values start from r(x0_hat): one more reward query a step of each path
 
-    needs_density: ClassVar[bool] = True
-    needs_reward_gradient: ClassVar[bool] = False
-    needs_preferences: ClassVar[bool] = False
     needs_value: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _not_negative(kl_weight=self.kl_weight, gae_rate=self.gae_rate)
-        _positive(clip=self.clip, learning_rate=self.learning_rate)
-        if not math.isfinite(self.kl_weight):
-            raise ValueError(f"kl_weight must be finite, got {self.kl_weight}")
+        require_not_negative(kl_weight=self.kl_weight)
+        if not self.gae_rate >= 0:  # infinity is one-step differences
+            raise ValueError(f"gae_rate must be at least 0, got {self.gae_rate}")
+        require_positive(clip=self.clip, learning_rate=self.learning_rate)
         if self.clip_per_pixel is not None:
-            _positive(clip_per_pixel=self.clip_per_pixel)
+            require_positive(clip_per_pixel=self.clip_per_pixel)
+
+    @property
+    def cost_weight(self) -> float:
+        """The KL is a running cost."""
+        return self.kl_weight
+
+    @property
+    def denoised_rewards(self) -> bool:
+        """As the paper's value network."""
+        return self.denoised
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
         """Continuous GAE of reward minus KL cost, centred over the paths at every step.
@@ -98,27 +89,13 @@ class _ContinuousTime:
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
         """clip * sqrt(share of the step in the horizon), or clip_per_pixel * coordinates."""
         if self.clip_per_pixel is not None:
-            return torch.full_like(rows.step_size, self.clip_per_pixel * rows.mean[0].numel())
+            return torch.full_like(rows.step_size, self.clip_per_pixel * coordinates(rows))
         return self.clip * (rows.step_size / rows.horizon).sqrt()
 
 
 @dataclass(frozen=True)
 class ScoreAsAction(_ContinuousTime):
     """Continuous-time policy gradient where the decision is the next state (theory: view B)."""
-
-    def policy(
-        self, mean: Callable[[Tensor, Tensor], Tensor], sigma: Callable[[Tensor], Tensor]
-    ) -> Policy:
-        """The network's score itself."""
-        return DeterministicPolicy(mean)
-
-    def action_std(self, sigma: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-        """Zero: the score is not drawn."""
-        return torch.zeros_like(sigma)
-
-    def log_ratio(self, rows: Rows) -> Float[Tensor, " rows"]:
-        """Of the transition."""
-        return transition_log_ratio(rows)
 
     def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
         """-(clipped ratio * advantage) + kl_weight * path KL, one number per row, reward."""
@@ -141,7 +118,7 @@ class ScoreAsActionSampled(_ContinuousTime):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(exploration=self.exploration)
+        require_positive(exploration=self.exploration)
 
     def policy(
         self, mean: Callable[[Tensor, Tensor], Tensor], sigma: Callable[[Tensor], Tensor]
@@ -164,7 +141,7 @@ class ScoreAsActionSampled(_ContinuousTime):
 
 
 @dataclass(frozen=True)
-class ScoreAsActionReleased:
+class ScoreAsActionReleased(PathObjective):
     """The recipe of the authors' released run: PPO with a one-step value difference, no KL.
 
     Advantages V(x_{k+1}) - V(x_k), standardised over the paths at every step and clipped; ratio
@@ -178,28 +155,19 @@ class ScoreAsActionReleased:
     advantage_clip: float = 5.0
     learning_rate: float = 5e-5
 
-    needs_density: ClassVar[bool] = True
-    needs_reward_gradient: ClassVar[bool] = False
-    needs_preferences: ClassVar[bool] = False
     needs_value: ClassVar[bool] = True
-    kl_weight: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
-        _positive(
+        require_positive(
             clip_per_pixel=self.clip_per_pixel,
             advantage_clip=self.advantage_clip,
             learning_rate=self.learning_rate,
         )
 
-    def policy(
-        self, mean: Callable[[Tensor, Tensor], Tensor], sigma: Callable[[Tensor], Tensor]
-    ) -> Policy:
-        """The network's score itself."""
-        return DeterministicPolicy(mean)
-
-    def action_std(self, sigma: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-        """Zero: the score is not drawn."""
-        return torch.zeros_like(sigma)
+    @property
+    def denoised_rewards(self) -> bool:
+        """As the paper's value network."""
+        return True
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
         """Value differences, standardised per step over the paths, clipped."""
@@ -210,7 +178,7 @@ class ScoreAsActionReleased:
 
     def log_ratio(self, rows: Rows) -> Float[Tensor, " rows"]:
         """Of the transition, the mean over coordinates instead of the sum."""
-        return transition_log_ratio(rows) / rows.mean[0].numel()
+        return transition_log_ratio(rows) / coordinates(rows)
 
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
         """The clip on the mean log-ratio."""

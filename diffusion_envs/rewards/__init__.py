@@ -2,7 +2,14 @@
 
 from diffusion_envs.rewards.classifier import PromptAlignment
 from diffusion_envs.rewards.colour import Colour
-from diffusion_envs.rewards.contract import Reward, RewardError, load, reward_name, score
+from diffusion_envs.rewards.contract import (
+    Reward,
+    RewardError,
+    differentiable_score,
+    load,
+    reward_name,
+    score,
+)
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 
 __all__ = [
@@ -12,6 +19,7 @@ __all__ = [
     "PromptAlignment",
     "Reward",
     "RewardError",
+    "differentiable_score",
     "load",
     "reward_name",
     "score",

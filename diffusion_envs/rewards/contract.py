@@ -82,6 +82,37 @@ def score(
     return small
 
 
+def differentiable_score(
+    reward: Reward, images: Float[Tensor, " n *event"], prompts: Sequence[str]
+) -> Float[Tensor, " n"]:
+    """Rewards of images with their gradient, checked; nothing is moved or converted.
+
+    Raises:
+        RewardError: the reward raised; or did not return a tensor with one finite number for each
+            image that has a gradient in the images.
+    """
+    name = reward_name(reward)
+    try:
+        values = reward(images, list(prompts))
+    except Exception as error:  # whatever a user's function raises
+        raise RewardError(
+            f"reward {name} raised {type(error).__name__} on images {list(images.shape)}: {error}"
+        ) from error
+    if not isinstance(values, Tensor) or values.shape != (len(images),):
+        raise RewardError(
+            f"reward {name} must return a tensor [{len(images)}] to be differentiated, got "
+            f"{list(values.shape) if isinstance(values, Tensor) else type(values).__name__}"
+        )
+    if images.requires_grad and not values.requires_grad:
+        raise RewardError(
+            f"reward {name} declares differentiable = True, but its values have no gradient in the "
+            "images: it must not detach, round or leave torch"
+        )
+    if not bool(torch.isfinite(values.detach()).all()):
+        raise RewardError(f"reward {name} must be finite for every image")
+    return values
+
+
 def _as_tensor(returned: Any, name: str, rule: str) -> Tensor:
     """What a reward returned as a real tensor on the CPU; words and objects are never numbers."""
     if isinstance(returned, Tensor):

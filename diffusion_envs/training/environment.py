@@ -9,7 +9,9 @@ batch and on any process.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -20,11 +22,31 @@ from ctrl.noise import normals_by_sample
 from diffusion_envs import rewards
 from diffusion_envs.denoising import path_kl_per_step, tweedie_mean
 from diffusion_envs.objectives import Rollout
-from diffusion_envs.samplers import BoundDDIM
-from diffusion_envs.score import GuidedScore
+from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
 
 Mean = Callable[[Tensor, Tensor], Tensor]  # (time, states) -> score
 Level = Callable[[Tensor], Tensor]  # time -> sigma
+Judge = Callable[[rewards.Reward, Tensor, Sequence[str]], Tensor]
+
+
+@runtime_checkable
+class ScoreNetwork(Protocol):
+    """A network with an adapter, as a function from noisy states to scores (``GuidedScore``)."""
+
+    calls: int
+    precision: torch.dtype
+
+    def __call__(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """Scores, float32."""
+        ...
+
+    def prediction(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """What the network itself predicts, for black-box samplers."""
+        ...
+
+    def pretrained(self) -> AbstractContextManager[None]:
+        """Within this context the adapter is off."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +73,12 @@ class Environment:
         event: shape of a latent.
         seed: of the run.
         device: of the network.
+        judge: how a reward is asked: (reward, pictures, prompts) -> [n], checked.
         reward_queries: so far.
     """
 
-    score: GuidedScore
-    sampler: BoundDDIM
+    score: ScoreNetwork
+    sampler: BoundDDIM | BoundBlackBox
     decode: Callable[[Tensor], Tensor]
     reward: rewards.Reward
     prompts: Sequence[str]
@@ -63,6 +86,7 @@ class Environment:
     event: tuple[int, ...]
     seed: int
     device: torch.device
+    judge: Judge = rewards.score
     reward_queries: int = field(default=0)
 
     @property
@@ -79,6 +103,8 @@ class Environment:
         *,
         stream: str,
         denoised: bool = False,
+        group: int = 1,
+        shared_start: bool = False,
     ) -> Sample:
         """Roll out one path for every global sample index.
 
@@ -88,10 +114,14 @@ class Environment:
             condition: index of each path's prompt.
             stream: names the noise, so that evaluation never sees training's.
             denoised: also reward the denoised image at every node (as the value network needs).
+            group: paths in a row that are judged together.
+            shared_start: whether they share their starting noise.
         """
+        start = self._starts(stream, samples, group if shared_start else 1)
+        if isinstance(self.sampler, BoundBlackBox):
+            return self._black_box(self.sampler, start, samples, condition, stream, group)
         sampler, steps = self.sampler, len(self.sampler.timesteps)
         context = self.context[condition].to(self.device)
-        start = self._normals(self.event, stream, "start", samples)
         normals = self._normals((steps, *self.event), stream, "transition", samples)
         drawn = self._normals((steps, *self.event), stream, "action", samples)
         means: list[Tensor] = []
@@ -144,11 +174,81 @@ class Environment:
             rewards=achieved,
             step_sizes=sampler.integrated_g2.to(scores),
             condition=condition,
+            group=group,
         )
         return Sample(rollout, images, denoised_rewards, prompts)
 
+    def _black_box(
+        self,
+        sampler: BoundBlackBox,
+        start: Tensor,
+        samples: range,
+        condition: Int64[Tensor, " paths"],
+        stream: str,
+        group: int,
+    ) -> Sample:
+        """The end of every path; what led there is the scheduler's own affair."""
+        context = self.context[condition].to(self.device)
+        generators = [ctrl.noise.stream(self.seed, stream, "scheduler", i) for i in samples]
+        data = sampler.sample(
+            lambda x, t: self.score.prediction(x, t.to(self.device).expand(len(x)), context),
+            start,
+            generators,
+        )
+        images, prompts = self.decode(data), [self.prompts[k] for k in condition.tolist()]
+        none = data.new_empty(len(data), 0, *data.shape[1:])
+        rollout = Rollout(
+            states=data[:, None],
+            means=none,
+            actions=none,
+            noises=none,
+            reference_scores=none,
+            costs=none.new_empty(len(data), 0),
+            values=None,
+            rewards=self._judge(images, prompts),
+            step_sizes=none.new_empty(0),
+            condition=condition,
+            group=group,
+        )
+        return Sample(rollout, images, None, prompts)
+
+    # -- what an objective may ask of the model ---------------------------------------------------
+
+    def pretrained_mean(
+        self, step: int, states: Tensor, condition: Int64[Tensor, " paths"]
+    ) -> Tensor:
+        """Mean of the next state after this step under the pretrained model; differentiable."""
+        assert isinstance(self.sampler, BoundDDIM)
+        which = torch.full((len(states),), step)
+        context = self.context[condition].to(self.device)
+        timesteps = self.sampler.timesteps.to(self.device)[which]
+        with self.score.pretrained():
+            score = self.score(states, timesteps, context)
+        return self.sampler.mean(which, states, score)
+
+    def differentiable_reward(
+        self, states: Tensor, condition: Int64[Tensor, " paths"]
+    ) -> Float[Tensor, " paths"]:
+        """Rewards of decoded states, with their gradient.
+
+        Raises:
+            RewardError: the reward raised, or did not return one finite number with a gradient for
+                each state.
+        """
+        prompts = [self.prompts[k] for k in condition.tolist()]
+        self.reward_queries += len(states)
+        return rewards.differentiable_score(self.reward, self.decode(states), prompts)
+
+    def reward_gradient(self, states: Tensor, condition: Int64[Tensor, " paths"]) -> Tensor:
+        """Gradient of the reward with respect to the states, which are decoded."""
+        with torch.enable_grad():
+            asked = states.detach().requires_grad_()
+            total = self.differentiable_reward(asked, condition).sum()
+            return torch.autograd.grad(total, asked)[0]
+
     def _costs(self, scores: Tensor, reference: Tensor) -> Float[Tensor, "paths steps"]:
         """Path KL of every step, nats; infinite for an ODE, whose laws are mutually singular."""
+        assert isinstance(self.sampler, BoundDDIM)
         if self.sampler.eta == 0:
             return scores.new_full(scores.shape[:2], math.inf)
         widths = self.sampler.integrated_g2.to(scores)
@@ -156,7 +256,14 @@ class Environment:
 
     def _judge(self, images: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
         self.reward_queries += len(images)
-        return rewards.score(self.reward, images, prompts).to(self.device)
+        return self.judge(self.reward, images, prompts).to(self.device)
+
+    def _starts(self, stream: str, samples: range, shared: int) -> Float[Tensor, " paths *event"]:
+        """Starting noise of every path: its own, or that of every ``shared`` paths in a row."""
+        if shared == 1:
+            return self._normals(self.event, stream, "start", samples)
+        groups = range(samples.start // shared, samples.stop // shared)
+        return self._normals(self.event, stream, "start", groups).repeat_interleave(shared, 0)
 
     def _normals(self, shape: tuple[int, ...], stream: str, what: str, samples: range) -> Tensor:
         return normals_by_sample(

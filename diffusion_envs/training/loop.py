@@ -11,21 +11,31 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ctrl import Estimate
 from ctrl.noise import stream
-from diffusion_envs.objectives import Objective, Rollout, Rows
+from diffusion_envs.objectives import (
+    BackpropObjective,
+    NoisedObjective,
+    Objective,
+    PathObjective,
+    Rollout,
+)
+from diffusion_envs.preferences import FromReward, Preference
+from diffusion_envs.samplers import BoundDDIM
 from diffusion_envs.training import parallel
 from diffusion_envs.training.environment import Environment, Sample
-from diffusion_envs.value import ResidualValue, combine, martingale_loss
+from diffusion_envs.training.lessons import LastSteps, Lesson, NoisedData, PathSteps
+from diffusion_envs.value import combine, martingale_loss, value_network
 
 
 class PreflightError(RuntimeError):
@@ -94,6 +104,7 @@ class Trainer:
         parameters: of the adapter.
         accelerator: the processes of this run; each rolls out its share of the samples.
         stream_name: names the noise of the training samples.
+        preference: who prefers which sample, for objectives that learn from preferences.
     """
 
     def __init__(
@@ -105,14 +116,23 @@ class Trainer:
         *,
         accelerator: Accelerator,
         stream_name: str = "train",
+        preference: Preference | None = None,
     ) -> None:
-        share = accelerator.num_processes * schedule.minibatches
+        share = accelerator.num_processes * schedule.minibatches * objective.group
         if schedule.samples % share:
             raise ValueError(
-                f"samples ({schedule.samples}) must be a multiple of processes x minibatches "
-                f"({share})"
+                f"samples ({schedule.samples}) must be a multiple of processes x minibatches x "
+                f"the objective's group ({share})"
             )
-        steps = len(environment.sampler.timesteps)
+        if not isinstance(objective, NoisedObjective) and not isinstance(
+            environment.sampler, BoundDDIM
+        ):
+            raise ValueError(
+                f"{type(objective).__name__} learns from the steps of the sampler, and a black box "
+                "shows none: use DDIM, or an objective that learns from data (DiffusionNFT, "
+                "ReinforceAdjointMatching)"
+            )
+        steps = environment.sampler.steps
         if schedule.train_steps is not None and schedule.train_steps > steps:
             raise ValueError(
                 f"train_steps ({schedule.train_steps}) must be at most the sampler's steps "
@@ -130,11 +150,13 @@ class Trainer:
             raise ValueError(f"samples must be at least 2 to compare them, got {schedule.samples}")
         self.environment, self.objective, self.schedule = environment, objective, schedule
         self.parameters, self.accelerator, self.stream_name = parameters, accelerator, stream_name
+        self.preference = preference or FromReward()
+        self.old = [p.detach().clone() for p in parameters]  # of the policy that samples
         self.optimiser = torch.optim.AdamW(
             parameters, lr=objective.learning_rate, weight_decay=schedule.weight_decay
         )
-        self.value = ResidualValue(
-            environment.event[0],
+        self.value = value_network(
+            environment.event,
             environment.context.shape[-1],
             generator=stream(environment.seed, "value network"),
         ).to(environment.device)
@@ -151,6 +173,7 @@ class Trainer:
         """All that the next update depends on, as tensors and numbers."""
         return {
             "adapter": [p.detach() for p in self.parameters],
+            "old": self.old,
             "optimiser": self.optimiser.state_dict(),
             "value": self.value.state_dict(),
             "value_optimiser": self.value_optimiser.state_dict(),
@@ -171,6 +194,8 @@ class Trainer:
             raise ValueError(f"the checkpoint's adapter has shapes {found}, this model's {shapes}")
         with torch.no_grad():
             for parameter, tensor in zip(self.parameters, state["adapter"], strict=True):
+                parameter.copy_(tensor)
+            for parameter, tensor in zip(self.old, state["old"], strict=True):
                 parameter.copy_(tensor)
         self.optimiser.load_state_dict(state["optimiser"])
         self.value.load_state_dict(state["value"])
@@ -199,20 +224,26 @@ class Trainer:
             PreflightError: something that must hold before the first update does not.
             NonFiniteError: a gradient is not finite; no weight was changed by it.
         """
-        sample = self._sample()
+        with self._sampling_policy():
+            sample = self._sample()
         rollout = sample.rollout
-        if self.update == 0:
-            self._preflight(rollout)
-        numbers = self._improve_adapter(rollout)
-        if sample.denoised_rewards is not None:
+        lesson = self._lesson(rollout)
+        if self.update == 0 and isinstance(lesson, PathSteps):
+            self._preflight(lesson)
+        numbers = self._improve_adapter(lesson, rollout)
+        if rollout.values is not None and isinstance(self.objective, PathObjective):
             numbers["value_loss"] = self._improve_value(rollout, sample.denoised_rewards)
+            generator = stream(self.environment.seed, self.stream_name, "maintain", self.update)
+            self.objective.maintain(self.value, self.value_optimiser, self.update, generator)
+        self._keep_old()
         self.update += 1
         rewards = parallel.gather(rollout.rewards, self.accelerator)
         nats = parallel.gather(rollout.costs.sum(1), self.accelerator)
+        seen = {"path_kl": Estimate.of(nats)} if rollout.costs.shape[1] else {}
         return {
             "update": self.update,
             "reward": Estimate.of(rewards),
-            "path_kl": Estimate.of(nats),
+            **seen,
             "reward_queries": self._over_processes(self.environment.reward_queries),
             "network_calls": self._over_processes(self.environment.score.calls),
             "seconds": self.seconds,
@@ -226,31 +257,93 @@ class Trainer:
         first = self.update * samples + self.accelerator.process_index * share
         indices = range(first, first + share)
         # Prompts in turn, so that every roll-out has each of them equally often.
-        condition = torch.tensor([i % len(environment.prompts) for i in indices])
+        group = self.objective.group
+        condition = torch.tensor([i // group % len(environment.prompts) for i in indices])
+        objective = self.objective
+        on_paths = isinstance(objective, PathObjective) and objective.needs_value
         sample = environment.sample(
-            self.objective.policy,
+            objective.policy,
             indices,
             condition,
             stream=self.stream_name,
-            denoised=self.objective.needs_value,
+            denoised=on_paths and objective.denoised_rewards,
+            group=group,
+            shared_start=objective.shared_start,
         )
-        if sample.denoised_rewards is None:
-            return sample
-        if self.update == 0:
-            self.value.calibrate(parallel.gather(sample.rollout.rewards, self.accelerator))
-        with torch.no_grad():
-            values = self._values(sample.rollout, sample.denoised_rewards)
-        return dataclasses.replace(
-            sample, rollout=dataclasses.replace(sample.rollout, values=values)
-        )
+        rollout, added = sample.rollout, dict[str, Tensor]()
+        if on_paths:
+            if self.update == 0:
+                self.value.calibrate(parallel.gather(rollout.rewards, self.accelerator))
+            with torch.no_grad():
+                added["values"] = self._values(rollout, sample.denoised_rewards)
+        if objective.needs_preferences:
+            asked = self.preference(sample.images, sample.prompts, rollout.rewards, indices, group)
+            added["preferences"] = asked
+        return dataclasses.replace(sample, rollout=dataclasses.replace(rollout, **added))
 
-    def _improve_adapter(self, rollout: Rollout) -> dict[str, float]:
-        schedule, paths = self.schedule, len(rollout.rewards)
-        steps = rollout.costs.shape[1]
-        kept = schedule.train_steps or steps
-        advantages = self._advantages(rollout)
-        ratios: list[Tensor] = []
-        clipped: list[Tensor] = []
+    def _lesson(self, rollout: Rollout) -> Lesson:
+        """What the objective learns from this roll-out, by its kind."""
+        environment, objective, schedule = self.environment, self.objective, self.schedule
+        if isinstance(objective, PathObjective):
+            with torch.no_grad():
+                targets = objective.targets(rollout, environment)
+            return PathSteps(
+                environment,
+                objective,
+                dataclasses.replace(rollout, targets=targets),
+                self._advantages(rollout),
+                self._value_at(rollout) if objective.needs_value else None,
+                train_steps=schedule.train_steps,
+                batch=schedule.batch,
+            )
+        if isinstance(objective, NoisedObjective):
+            generator = self._generator("noise")
+            return NoisedData(
+                environment,
+                objective,
+                rollout,
+                self._advantages(rollout),
+                generator,
+                self._sampling_policy,
+                batch=schedule.batch,
+            )
+        assert isinstance(objective, BackpropObjective)
+        return LastSteps(environment, objective, rollout, batch=schedule.batch)
+
+    def _generator(self, *name: str | int) -> torch.Generator:
+        """Random numbers of this update and process."""
+        process = self.accelerator.process_index
+        return stream(self.environment.seed, self.stream_name, *name, self.update, process)
+
+    @contextmanager
+    def _sampling_policy(self) -> Iterator[None]:
+        """Within this context the adapter is the one that samples: the current, or an older one."""
+        objective = self.objective
+        if not isinstance(objective, NoisedObjective) or not objective.old_decay(self.update):
+            yield
+            return
+        current = [p.detach().clone() for p in self.parameters]
+        with torch.no_grad():
+            for parameter, old in zip(self.parameters, self.old, strict=True):
+                parameter.copy_(old)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, now in zip(self.parameters, current, strict=True):
+                    parameter.copy_(now)
+
+    def _keep_old(self) -> None:
+        """The sampling policy follows the current one, as far as the objective lets it."""
+        objective = self.objective
+        if isinstance(objective, NoisedObjective):
+            decay = objective.old_decay(self.update)
+            with torch.no_grad():
+                for old, parameter in zip(self.old, self.parameters, strict=True):
+                    old.lerp_(parameter, 1 - decay)
+
+    def _improve_adapter(self, lesson: Lesson, rollout: Rollout) -> dict[str, float]:
+        schedule, groups = self.schedule, len(rollout.rewards) // rollout.group
         norm = torch.zeros(())
         for epoch in range(schedule.epochs):
             shuffle = stream(
@@ -261,23 +354,11 @@ class Trainer:
                 epoch,
                 self.accelerator.process_index,
             )
-            order = torch.randperm(paths, generator=shuffle)
-            chosen = torch.rand(paths, steps, generator=shuffle).argsort(1)[:, :kept]
+            order = torch.randperm(groups, generator=shuffle)
             for part in order.chunk(schedule.minibatches):
-                which = torch.stack(
-                    [part.repeat_interleave(kept), chosen[part].flatten()], dim=1
-                )  # [rows, (path, step)]
                 self.optimiser.zero_grad(set_to_none=True)
-                for piece in which.split(schedule.batch):
-                    rows = self._rows(rollout, advantages, piece)
-                    losses = self.objective.loss(rows)
-                    # rows are a uniform draw from paths x steps: mean x steps estimates the path's
-                    # sum
-                    (losses.sum() * steps / len(which)).backward()
-                    with torch.no_grad():
-                        log_ratio = self.objective.log_ratio(rows).detach()
-                        ratios.append(log_ratio.exp())
-                        clipped.append(log_ratio.abs() > self.objective.half_width(rows))
+                for loss in lesson.losses(part, shuffle):
+                    loss.backward()
                 parallel.average_gradients(self.parameters, self.accelerator)
                 norm = nn.utils.clip_grad_norm_(self.parameters, schedule.max_gradient_norm)
                 if not torch.isfinite(norm):
@@ -287,17 +368,12 @@ class Trainer:
                         "was changed. Lower learning_rate or guidance, or use float32"
                     )
                 self.optimiser.step()
-        ratio = torch.cat(ratios)
-        return {
-            "ratio_min": ratio.min().item(),
-            "ratio_max": ratio.max().item(),
-            "clipped_fraction": torch.cat(clipped).float().mean().item(),
-            "gradient_norm": norm.item(),
-        }
+        return {**lesson.numbers(), "gradient_norm": norm.item()}
 
-    def _advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
+    def _advantages(self, rollout: Rollout) -> Float[Tensor, " paths *steps"]:
         """The objective's, with batch statistics over all processes."""
         world = self.accelerator
+        assert isinstance(self.objective, PathObjective | NoisedObjective)
         if world.num_processes == 1:
             return self.objective.advantages(rollout)
         paths = len(rollout.rewards)
@@ -307,54 +383,45 @@ class Trainer:
             rewards=parallel.gather(rollout.rewards, world),
             values=None if rollout.values is None else parallel.gather(rollout.values, world),
             condition=parallel.gather(rollout.condition.to(rollout.rewards.device), world),
+            preferences=None
+            if rollout.preferences is None
+            else parallel.gather(rollout.preferences.to(rollout.rewards), world),
         )
         first = world.process_index * paths
         return self.objective.advantages(whole)[first : first + paths]
 
-    def _rows(self, rollout: Rollout, advantages: Tensor, which: Int64[Tensor, "rows 2"]) -> Rows:
-        environment, sampler = self.environment, self.environment.sampler
-        path, step = which.unbind(1)
-        context = environment.context[rollout.condition[path]].to(environment.device)
-        timesteps = sampler.timesteps.to(environment.device)[step]
-        mean = environment.score(rollout.states[path, step], timesteps, context)
-
-        def at(table: Tensor) -> Tensor:
-            return table.to(mean)[step]
-
-        return Rows(
-            mean=mean,
-            old_mean=rollout.means[path, step],
-            reference_score=rollout.reference_scores[path, step],
-            action=rollout.actions[path, step],
-            noise=rollout.noises[path, step],
-            advantage=advantages[path, step].to(mean),
-            step_size=at(rollout.step_sizes),
-            horizon=rollout.step_sizes.sum().to(mean),
-            score_gain=at(sampler.score_gain),
-            std=at(sampler.std),
-            action_std=self.objective.action_std(at(sampler.sigma)),
-            kl_factor=sampler.kl_factor,
-        )
-
     # -- value network ----------------------------------------------------------------------------
 
     def _values(
-        self, rollout: Rollout, denoised_rewards: Float[Tensor, "paths nodes"]
+        self, rollout: Rollout, denoised_rewards: Float[Tensor, "paths nodes"] | None
     ) -> Float[Tensor, "paths nodes"]:
-        paths, nodes = denoised_rewards.shape
-        times = self.environment.sampler.noising_times.to(denoised_rewards)
+        """V at every node: c_skip r(x0_hat) + c_out F, or F alone where nothing was denoised."""
+        paths, nodes = rollout.states.shape[:2]
+        times = self.environment.sampler.noising_times.to(rollout.rewards)
         residual = self.value(
             times.repeat(paths),
             rollout.states.flatten(0, 1),
             self._pooled(rollout).repeat_interleave(nodes, 0),
         ).view(paths, nodes)
-        values = combine(times, denoised_rewards, residual)
+        values = residual
+        if denoised_rewards is not None:
+            values = combine(times, denoised_rewards, residual)
         return torch.cat([values[:, :-1], rollout.rewards[:, None]], dim=1)  # V = r at the end
 
-    def _improve_value(self, rollout: Rollout, denoised_rewards: Tensor) -> float:
+    def _value_at(self, rollout: Rollout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """(node, states, path) -> the network's value of each row, differentiable in the states."""
+        times, pooled = self.environment.sampler.noising_times, self._pooled(rollout)
+
+        def value(node: Tensor, states: Tensor, path: Tensor) -> Tensor:
+            return self.value(times.to(states)[node], states, pooled[path])
+
+        return value
+
+    def _improve_value(self, rollout: Rollout, denoised_rewards: Tensor | None) -> float:
         """Martingale loss of the realised returns to go; returns the loss before the last pass."""
         environment, schedule = self.environment, self.schedule
-        kl_weight = getattr(self.objective, "kl_weight", 0.0)
+        assert isinstance(self.objective, PathObjective)
+        kl_weight = self.objective.cost_weight
         to_go = rollout.costs.flip(1).cumsum(1).flip(1)
         returns = rollout.rewards[:, None] - kl_weight * to_go
         returns = torch.cat([returns, rollout.rewards[:, None]], dim=1)
@@ -371,7 +438,8 @@ class Trainer:
             )
             total, count = 0.0, 0
             for part in torch.randperm(len(returns), generator=shuffle).split(per_batch):
-                values = self._values(_paths(rollout, part), denoised_rewards[part])
+                seen = None if denoised_rewards is None else denoised_rewards[part]
+                values = self._values(_paths(rollout, part), seen)
                 losses = martingale_loss(values, returns[part], rollout.step_sizes)
                 self.value_optimiser.zero_grad()
                 (losses.mean() / rollout.step_sizes.sum() / self.value.scale.square()).backward()
@@ -390,23 +458,24 @@ class Trainer:
 
     # -- checks -----------------------------------------------------------------------------------
 
-    def _preflight(self, rollout: Rollout) -> None:
+    def _preflight(self, lesson: PathSteps) -> None:
         """Before the first update: ratio 1, KL 0 of a fresh adapter, enough memory to go on."""
+        rollout, objective = lesson.rollout, lesson.objective
         paths, steps = rollout.costs.shape
-        rows = torch.cartesian_prod(torch.arange(min(paths, 4)), torch.arange(steps))
-        advantages = rollout.costs.new_zeros(paths, steps)
+        few = min(paths, max(4, rollout.group))
+        rows = torch.cartesian_prod(torch.arange(few), torch.arange(steps))
         # Roll-out and update evaluate the network in batches of other sizes. Relative rounding of a
         # score shifts a decision by that share of the score's own shift, in units of its spread.
         relative = 1e-5 if self.environment.score.precision == torch.float32 else 3e-2
         worst, allowed = 0.0, 0.0
         with torch.no_grad():
             for piece in rows.split(self.schedule.batch):
-                seen = self._rows(rollout, advantages, piece)
+                seen = lesson.rows(piece)
                 size = seen.old_mean.flatten(1).norm(dim=1)
                 spread = torch.where(
                     seen.action_std > 0, seen.action_std, seen.std / seen.score_gain
                 )
-                worst = max(worst, self.objective.log_ratio(seen).abs().max().item())
+                worst = max(worst, objective.log_ratio(seen).abs().max().item())
                 allowed = max(allowed, relative * (size / spread.abs()).max().item())
         if not worst <= allowed:
             raise PreflightError(

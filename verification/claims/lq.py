@@ -306,7 +306,13 @@ def exploratory_lq_without_horizon(setting: Setting) -> Iterator[Check]:
     want = [-0.354249, -0.708497, 0.035425, 0.708497, 0.658497]
     yield limit("the benchmark's published numbers, to their six digits", got, want)
 
-    lq = exact.example()
+    still, lq = exact.example(noise_moves=False), exact.example()
+    got = ctrl.linear.solve_lq_discounted(production(still, setting)).quadratic.hessian
+    want = exact.stationary_hessian(still)
+    yield expectation("several dimensions: optimal Hessian, by scipy's Riccati solver", got, want)
+    got = flat(ctrl.linear.solve_lq_discounted(production(lq, setting)).quadratic)
+    left = exact.riccati_rate(lq, got.cpu().numpy())
+    yield pathwise("several dimensions: what is left of the HJB equation", left, 0 * left, 1.0)
     x = _tensor(X, setting)
     got = evaluated(production(lq, setting), production_law(LAW, setting), x)
     want = [exact.discounted_value_by_moments(lq, LAW, each) for each in X]

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from ctrl.noise import stream
 from ctrl.trust_region import clipped_surrogate
 from diffusion_envs.objectives import ScoreAsAction
-from diffusion_envs.objectives.score_as_action import path_kl_rate
+from diffusion_envs.objectives.protocol import path_kl_rate
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.schedule import DDPMTable
 from diffusion_envs.score import GuidedScore
 from diffusion_envs.training.environment import Environment, Sample
+from diffusion_envs.training.lessons import PathSteps
 from diffusion_envs.training.loop import Schedule, Trainer
 from verification.claim import Check, Setting, claim, pathwise, wrong
 from verification.closed_form import linear_adapter
@@ -136,12 +137,13 @@ def by_hand(made: Trainer) -> tuple[Sampler, np.ndarray, np.ndarray]:
     return Sampler(ETA, alpha_bar), a, b
 
 
-ROWS = "diffusion_envs.training.loop.Trainer._rows"
+ROWS = "diffusion_envs.training.lessons.PathSteps.rows"
+LOSSES = "diffusion_envs.training.lessons.PathSteps.losses"
 IMPROVE = "diffusion_envs.training.loop.Trainer._improve_adapter"
 LOSS = "diffusion_envs.objectives.score_as_action.ScoreAsAction.loss"
 SAMPLE = "diffusion_envs.training.environment.Environment.sample"
 PRETRAINED = "diffusion_envs.score.GuidedScore.pretrained"
-KL_RATE = "diffusion_envs.objectives.score_as_action.path_kl_rate"
+KL_RATE = "diffusion_envs.objectives.protocol.path_kl_rate"
 
 
 @claim(
@@ -169,8 +171,8 @@ KL_RATE = "diffusion_envs.objectives.score_as_action.path_kl_rate"
         wrong(
             "advantages not shuffled with their rows",
             ROWS,
-            "advantage=advantages[path, step]",
-            "advantage=advantages[path.sort()[0], step]",
+            "advantage=self.advantages[path, step]",
+            "advantage=self.advantages[path.sort()[0], step]",
         ),
         wrong(
             "noise of another step",
@@ -229,33 +231,33 @@ KL_RATE = "diffusion_envs.objectives.score_as_action.path_kl_rate"
         ),
         wrong(
             "accumulation divides twice",
-            IMPROVE,
-            "(losses.sum() * steps / len(which))",
-            "(losses.mean() * steps / len(which))",
+            LOSSES,
+            ".sum() * steps / len(which)",
+            ".mean() * steps / len(which)",
         ),
         wrong(
             "accumulation never divides",
-            IMPROVE,
-            "(losses.sum() * steps / len(which))",
-            "(losses.mean() * steps)",
+            LOSSES,
+            ".sum() * steps / len(which)",
+            ".mean() * steps",
         ),
         wrong(
             "sum over rows for the mean over paths",
-            IMPROVE,
-            "losses.sum() * steps / len(which)",
-            "losses.sum()",
+            LOSSES,
+            ".sum() * steps / len(which)",
+            ".sum()",
         ),
         wrong(
             "last partial batch left out",
-            IMPROVE,
-            "in which.split(schedule.batch)",
-            "in which[: len(which) // schedule.batch * schedule.batch].split(schedule.batch)",
+            LOSSES,
+            "in which.split(",
+            "in which[: len(which) // self.batch * self.batch].split(",
         ),
         wrong(
             "gradient of the last piece alone",
             IMPROVE,
-            "losses = self.objective.loss(rows)",
-            "self.optimiser.zero_grad(); losses = self.objective.loss(rows)",
+            "loss.backward()",
+            "self.optimiser.zero_grad(); loss.backward()",
         ),
         wrong(
             "gradient kept from the update before",
@@ -271,7 +273,7 @@ KL_RATE = "diffusion_envs.objectives.score_as_action.path_kl_rate"
         ),
         wrong(
             "transition's noise of another variance in the ratio",
-            "diffusion_envs.objectives.score_as_action.transition_log_ratio",
+            "diffusion_envs.objectives.protocol.transition_log_ratio",
             "(rows.score_gain / rows.std)",
             "(rows.score_gain / rows.std.square())",
         ),
@@ -288,8 +290,10 @@ def training_loop(setting: Setting) -> Iterator[Check]:
     order = torch.randperm(SAMPLES * STEPS, generator=stream(setting.seed, "rows"))
     which = torch.cartesian_prod(torch.arange(SAMPLES), torch.arange(STEPS))[order]
     with torch.no_grad():
+        lesson = made._lesson(rollout)
         advantages = made._advantages(rollout)
-        rows = made._rows(rollout, advantages, which)
+        assert isinstance(lesson, PathSteps)
+        rows = lesson.rows(which)
         ratio = made.objective.log_ratio(rows).exp()
         trained, losses = path_kl_rate(rows), made.objective.loss(rows)
     yield pathwise("ratio before the first step is 1", ratio, torch.ones_like(ratio))

@@ -241,6 +241,12 @@ def average_reward_by_moments(lq: LQ, law: Law) -> float:
     return float(row @ rest)
 
 
+def stationary_hessian(lq: LQ) -> np.ndarray:
+    """S of the optimum without end where C and D are 0, by scipy's Schur method."""
+    shifted = lq.A - lq.discount / 2 * np.eye(len(lq.A))
+    return -scipy.linalg.solve_continuous_are(shifted, lq.B, lq.M, lq.N, s=lq.R.T)
+
+
 # ---- one state, one action, one Brownian motion: the published formulas
 
 

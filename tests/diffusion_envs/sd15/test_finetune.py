@@ -206,12 +206,12 @@ def test_time_subsampling_is_unbiased():
         accelerator=parallel.start(),
     )
     rollout = trainer._sample().rollout
-    advantages = trainer.objective.advantages(rollout)
+    lesson = trainer._lesson(rollout)
 
     def gradient(which: Tensor) -> Tensor:
         for parameter in built.parameters:
             parameter.grad = None
-        losses = trainer.objective.loss(trainer._rows(rollout, advantages, which))
+        losses = trainer.objective.loss(lesson.rows(which))
         (losses.sum() * 3 / len(which)).backward()
         return torch.cat([p.grad.flatten() for p in built.parameters if p.grad is not None])
 

@@ -1,0 +1,126 @@
+"""Who prefers which sample: a reward, a person's recorded choices, or any function.
+
+A preference gives every sample a number; within a group of samples of one prompt the larger number
+is preferred, and equal ones are a tie, of which nothing is learned.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class MissingChoicesError(LookupError):
+    """Samples were made that nobody has compared yet."""
+
+
+@runtime_checkable
+class Preference(Protocol):
+    """Compares the samples of each group."""
+
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        rewards: Float[Tensor, " paths"],
+        samples: range,
+        group: int,
+    ) -> Float[Tensor, " paths"]:
+        """A number for every sample; larger is preferred within its group of neighbours."""
+        ...
+
+
+@dataclass(frozen=True)
+class FromReward:
+    """The sample of the larger reward is preferred."""
+
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        rewards: Float[Tensor, " paths"],
+        samples: range,
+        group: int,
+    ) -> Float[Tensor, " paths"]:
+        """The rewards themselves."""
+        return rewards
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Choices that people made, one line of JSON each: {"order": [best, ..., worst]}.
+
+    The numbers are global indices of samples, the same in every run of one seed. A file may grow
+    while a run waits: a run that meets samples without a choice stops with ``MissingChoicesError``
+    before any weight moves, and goes on when it is resumed.
+
+    Attributes:
+        path: of the JSON-lines file.
+    """
+
+    path: str | Path
+
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        rewards: Float[Tensor, " paths"],
+        samples: range,
+        group: int,
+    ) -> Float[Tensor, " paths"]:
+        """Minus the place in the recorded order.
+
+        Raises:
+            MissingChoicesError: a group has no line.
+            ValueError: a line is no choice, or orders other samples than a group's.
+        """
+        orders = self._orders()
+        found = torch.zeros(len(samples), dtype=rewards.dtype)
+        missing = []
+        for first in range(0, len(samples), group):
+            members = list(samples[first : first + group])
+            order = orders.get(frozenset(members))
+            if order is None:
+                missing.append(members)
+                continue
+            for place, sample in enumerate(order):
+                found[first + members.index(sample)] = -float(place)
+        if missing:
+            raise MissingChoicesError(
+                f"{self.path} has no choice among samples {missing[0]} ({prompts[0]!r}, ...), nor "
+                f"in {len(missing) - 1} more groups; add lines such as "
+                f"{json.dumps({'order': missing[0]})}, best first, and resume"
+            )
+        return found.to(rewards.device)
+
+    def _orders(self) -> dict[frozenset[int], list[int]]:
+        path = Path(self.path)
+        if not path.is_file():
+            raise MissingChoicesError(f"there is no file {path} of recorded choices yet")
+        orders: dict[frozenset[int], list[int]] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                order = json.loads(line)["order"]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f'{path}, line {number}: must be {{"order": [best, ..., worst]}}, got {line!r}'
+                ) from error
+            if (
+                not isinstance(order, list)
+                or not all(isinstance(k, int) and not isinstance(k, bool) for k in order)
+                or len(set(order)) != len(order)
+                or len(order) < 2
+            ):
+                raise ValueError(
+                    f"{path}, line {number}: order must be at least two different sample numbers, "
+                    f"got {order!r}"
+                )
+            orders[frozenset(order)] = order  # the last word counts
+        return orders

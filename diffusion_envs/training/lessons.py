@@ -1,0 +1,351 @@
+"""What an update learns from a roll-out: one class for each kind of objective.
+
+A lesson is made once an update, before the weights move; it then turns any of the roll-out's groups
+of paths into losses, in pieces that fit into memory. The sum of their gradients is the gradient of
+the mean loss of a path. What is random is drawn from the generator that is given.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Generator, Tensor
+
+from diffusion_envs.denoising import path_kl_per_step, tweedie_mean
+from diffusion_envs.objectives import (
+    BackpropObjective,
+    NoisedObjective,
+    NoisedRows,
+    PathObjective,
+    Rollout,
+    Rows,
+)
+from diffusion_envs.training.environment import Environment
+
+Values = Callable[[Tensor, Tensor, Tensor], Tensor]  # (node, states, path) -> value, a row each
+
+
+@runtime_checkable
+class Lesson(Protocol):
+    """Losses of groups of paths."""
+
+    def losses(self, groups: Int64[Tensor, " groups"], generator: Generator) -> Iterator[Tensor]:
+        """Scalars, the sum of which is the mean loss of these groups' paths."""
+        ...
+
+    def numbers(self) -> dict[str, float]:
+        """What was seen while the losses were made, to log."""
+        ...
+
+
+class PathSteps:
+    """Single steps of the sampled paths.
+
+    Args:
+        environment: that made the roll-out.
+        objective: that learns.
+        rollout: to learn from.
+        advantages: of every decision.
+        values: V at any states of a node, with a gradient in the states.
+        train_steps: of each path that are used, drawn without replacement; None for all.
+        batch: rows that go through the network at once.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        objective: PathObjective,
+        rollout: Rollout,
+        advantages: Float[Tensor, "paths steps"],
+        values: Values | None,
+        *,
+        train_steps: int | None,
+        batch: int,
+    ) -> None:
+        self.environment, self.objective, self.rollout = environment, objective, rollout
+        self.advantages, self.values = advantages, values
+        self.train_steps, self.batch = train_steps, batch
+        self._log_ratios: list[Tensor] = []
+        self._clipped: list[Tensor] = []
+
+    def losses(self, groups: Int64[Tensor, " groups"], generator: Generator) -> Iterator[Tensor]:
+        """Mean over the rows that are used, times the steps of a path."""
+        size, steps = self.rollout.group, self.rollout.costs.shape[1]
+        used = min(self.train_steps or steps, steps)
+        chosen = self._steps(len(groups), used, generator)  # [groups, used]: shared by a group
+        path = groups[:, None, None] * size + torch.arange(size)
+        shape = (len(groups), used, size)
+        which = torch.stack(
+            [path.expand(shape).flatten(), chosen[:, :, None].expand(shape).flatten()], dim=1
+        )  # [rows, (path, step)]
+        for piece in which.split(max(1, self.batch // size) * size):
+            rows = self.rows(piece)
+            # rows are a uniform draw from paths x steps: mean x steps estimates the path's sum
+            yield self.objective.loss(rows).sum() * steps / len(which)
+            with torch.no_grad():
+                log_ratio = self.objective.log_ratio(rows).detach()
+                self._log_ratios.append(log_ratio)
+                self._clipped.append(log_ratio.abs() > self.objective.half_width(rows))
+
+    def _steps(self, groups: int, used: int, generator: Generator) -> Int64[Tensor, "groups used"]:
+        """Steps of each group, without replacement."""
+        steps = self.rollout.costs.shape[1]
+        weights = self.objective.step_probabilities(steps)
+        if weights is None:
+            return torch.rand(groups, steps, generator=generator).argsort(1)[:, :used]
+        weights = weights.float().expand(groups, -1)
+        return torch.multinomial(weights, used, replacement=False, generator=generator)
+
+    def rows(self, which: Int64[Tensor, "rows 2"]) -> Rows:
+        """(path, step) pairs as rows, with the current policy's score."""
+        environment, rollout = self.environment, self.rollout
+        sampler = environment.sampler
+        path, step = which.unbind(1)
+        context = environment.context[rollout.condition[path]].to(environment.device)
+        timesteps = sampler.timesteps.to(environment.device)[step]
+        states = rollout.states[path, step]
+        mean = environment.score(states, timesteps, context)
+
+        def at(table: Tensor) -> Tensor:
+            return table.to(mean)[step]
+
+        def wide(table: Tensor) -> Tensor:
+            return at(table).view(-1, *[1] * (mean.ndim - 1))
+
+        def value_at(offset: int) -> Callable[[Tensor], Tensor] | None:
+            values = self.values
+            return None if values is None else lambda x: values(step + offset, x, path)
+
+        targets, preferences = rollout.targets, rollout.preferences
+        return Rows(
+            mean=mean,
+            old_mean=rollout.means[path, step],
+            reference_score=rollout.reference_scores[path, step],
+            action=rollout.actions[path, step],
+            noise=rollout.noises[path, step],
+            advantage=self.advantages[path, step].to(mean),
+            step_size=at(rollout.step_sizes),
+            horizon=rollout.step_sizes.sum().to(mean),
+            score_gain=at(sampler.score_gain),
+            std=at(sampler.std),
+            action_std=self.objective.action_std(at(sampler.sigma)),
+            kl_factor=sampler.kl_factor,
+            sigma=at(sampler.sigma),
+            state=states,
+            next_mean=wide(sampler.state_gain) * states + wide(sampler.score_gain) * mean,
+            next_state=rollout.states[path, step + 1],
+            target=None if targets is None else targets[path, step],
+            preference=None if preferences is None else preferences[path].to(mean),
+            value=value_at(0),
+            next_value=value_at(1),
+        )
+
+    def numbers(self) -> dict[str, float]:
+        """Range of the ratios, and the share that the clip touches."""
+        ratio = torch.cat(self._log_ratios).exp()
+        return {
+            "ratio_min": ratio.min().item(),
+            "ratio_max": ratio.max().item(),
+            "clipped_fraction": torch.cat(self._clipped).float().mean().item(),
+        }
+
+
+class NoisedData:
+    """The samples themselves, noised anew; what made them does not matter.
+
+    Args:
+        environment: that made the roll-out.
+        objective: that learns.
+        rollout: to learn from.
+        advantages: of every sample.
+        generator: draws noise levels and noise.
+        old: a context within which the environment's score is that of the policy that sampled.
+        batch: rows that go through the network at once.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        objective: NoisedObjective,
+        rollout: Rollout,
+        advantages: Float[Tensor, " paths"],
+        generator: Generator,
+        old: Callable[[], Any],
+        *,
+        batch: int,
+    ) -> None:
+        self.environment, self.objective, self.rollout = environment, objective, rollout
+        self.advantages, self.batch = advantages, batch
+        data = rollout.states[:, -1]
+        log_abar = environment.sampler.table.alphas_cumprod.double().log()
+        shape = (len(data), objective.draws)
+        self.timestep = torch.randint(len(log_abar), shape, generator=generator)
+        self.noise = torch.randn(*shape, *data.shape[1:], generator=generator).to(data)
+        everything = torch.cartesian_prod(torch.arange(len(data)), torch.arange(shape[1]))
+        self.bridge_cost = None
+        with torch.no_grad():
+            with old():
+                self.old_mean = self._scores(everything)
+            with environment.score.pretrained():
+                self.reference = self._scores(everything)
+            if objective.needs_bridge:
+                self.bridge_cost = self._bridge_cost(everything, log_abar, generator)
+
+    def _levels(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        abar = self.environment.sampler.table.alphas_cumprod.to(self.rollout.states)[timestep]
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def _states(self, which: Int64[Tensor, "rows 2"]) -> Tensor:
+        path, draw = which.unbind(1)
+        alpha, sigma = (
+            _wide(v, self.noise.ndim - 1) for v in self._levels(self.timestep[path, draw])
+        )
+        return alpha * self.rollout.states[path, -1] + sigma * self.noise[path, draw]
+
+    def _score(self, states: Tensor, timestep: Tensor, path: Tensor) -> Tensor:
+        environment = self.environment
+        context = environment.context[self.rollout.condition[path]].to(environment.device)
+        return environment.score(states, timestep.to(environment.device), context)
+
+    def _scores(self, which: Int64[Tensor, "rows 2"]) -> Float[Tensor, "paths draws *event"]:
+        found = [
+            self._score(self._states(piece), self.timestep[tuple(piece.T)], piece[:, 0])
+            for piece in which.split(self.batch)
+        ]
+        return torch.cat(found).view_as(self.noise)
+
+    def _bridge_cost(
+        self, which: Int64[Tensor, "rows 2"], log_abar: Tensor, generator: Generator
+    ) -> Float[Tensor, "paths draws"]:
+        """Unbiased estimate of the path KL between the noised state and the data, nats.
+
+        The time is drawn in proportion to g^2, the state from its law given both ends: for a
+        noising s' < s, x_s = ratio x_s' + noise of variance 1 - ratio^2.
+        """
+        path, draw = which.unbind(1)
+        timestep = self.timestep[path, draw]
+        depth = -log_abar[timestep]  # int of g^2 from the data
+        aim = torch.rand(len(which), generator=generator, dtype=torch.float64) * depth
+        between = torch.searchsorted(-log_abar, aim).clamp(max=len(log_abar) - 1)
+        between = torch.minimum(between, timestep)
+        alpha, sigma = self._levels(between)
+        ratio = (0.5 * (log_abar[timestep] - log_abar[between])).exp().to(alpha)
+        spread = 1 - ratio.square()  # of x_s given x_s'
+        total = ratio.square() * sigma.square() + spread  # of x_s given the data
+        gain = (ratio * sigma.square() / total).nan_to_num(0.0)
+        data, noised = self.rollout.states[path, -1], self._states(which)
+        n = data.ndim
+        centre = _wide(alpha, n) * data
+        centre = centre + _wide(gain, n) * (noised - _wide(ratio * alpha, n) * data)
+        std = (sigma.square() * spread / total).nan_to_num(0.0).sqrt()
+        fresh = torch.randn(data.shape, generator=generator).to(data)
+        states = centre + _wide(std, n) * fresh
+        gaps = []
+        for rows in torch.arange(len(which)).split(self.batch):
+            seen = states[rows], between[rows], path[rows]
+            own = self._score(*seen)
+            with self.environment.score.pretrained():
+                gaps.append((own - self._score(*seen)).square().flatten(1).sum(1))
+        return (0.5 * depth.to(data) * torch.cat(gaps)).view_as(self.timestep)
+
+    def losses(self, groups: Int64[Tensor, " groups"], generator: Generator) -> Iterator[Tensor]:
+        """Mean over all noised states of these groups."""
+        size, draws = self.rollout.group, self.objective.draws
+        path = (groups[:, None] * size + torch.arange(size)).flatten()
+        which = torch.cartesian_prod(path, torch.arange(draws))
+        for piece in which.split(self.batch):
+            yield self.objective.loss(self.rows(piece)).sum() / len(which)
+
+    def rows(self, which: Int64[Tensor, "rows 2"]) -> NoisedRows:
+        """(path, draw) pairs as rows, with the current policy's score."""
+        path, draw = which.unbind(1)
+        states, timestep = self._states(which), self.timestep[path, draw]
+        alpha, sigma = self._levels(timestep)
+        mean = self._score(states, timestep, path)
+        cost = self.bridge_cost
+        return NoisedRows(
+            mean=mean,
+            old_mean=self.old_mean[path, draw],
+            reference_score=self.reference[path, draw],
+            state=states,
+            data=self.rollout.states[path, -1],
+            noise=self.noise[path, draw],
+            alpha=alpha,
+            sigma=sigma,
+            reward=self.rollout.rewards[path],
+            advantage=self.advantages[path].to(mean),
+            bridge_cost=None if cost is None else cost[path, draw],
+        )
+
+    def numbers(self) -> dict[str, float]:
+        """Distance of the predictions from the pretrained model's, mean squared epsilon."""
+        _, sigma = self._levels(self.timestep)
+        gap = (self.old_mean - self.reference).square().flatten(2).mean(2)
+        return {"epsilon_gap": (sigma.square() * gap).mean().item()}
+
+
+class LastSteps:
+    """The end of the sampler, run again with a gradient, and the reward at its end.
+
+    Args:
+        environment: that made the roll-out.
+        objective: that learns.
+        rollout: to learn from: starts and noises of the differentiated steps.
+        batch: paths that are differentiated at once.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        objective: BackpropObjective,
+        rollout: Rollout,
+        *,
+        batch: int,
+    ) -> None:
+        self.environment, self.objective, self.rollout = environment, objective, rollout
+        self.batch = batch
+        self._seen: list[Tensor] = []
+
+    def losses(self, groups: Int64[Tensor, " groups"], generator: Generator) -> Iterator[Tensor]:
+        """Mean over these groups' paths."""
+        size, steps = self.rollout.group, self.rollout.costs.shape[1]
+        paths = (groups[:, None] * size + torch.arange(size)).flatten()
+        for piece in paths.split(self.batch):
+            first, last = self.objective.cut(steps, generator)
+            rewards, nats = self._finish(piece, first, last)
+            self._seen.append(rewards.detach())
+            yield self.objective.loss(rewards, nats).sum() / len(paths)
+
+    def _finish(self, paths: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Reward and path KL of steps ``first`` to ``last``, differentiable."""
+        environment, rollout = self.environment, self.rollout
+        sampler, condition = environment.sampler, rollout.condition[paths]
+        context = environment.context[condition].to(environment.device)
+        states = rollout.states[paths, first]
+        nats = states.new_zeros(len(paths))
+        for k in range(first, last):
+            timestep = sampler.timesteps[k].to(environment.device).expand(len(paths))
+            score = environment.score(states, timestep, context)
+            if k == last - 1 and last < rollout.costs.shape[1]:
+                alpha, sigma = (v[k].to(states) for v in (sampler.alpha, sampler.sigma))
+                states = tweedie_mean(states, score, alpha, sigma)
+                break
+            with environment.score.pretrained():
+                reference = environment.score(states, timestep, context)
+            width = sampler.integrated_g2[k : k + 1].to(states)
+            nats = nats + path_kl_per_step(
+                score[:, None], reference[:, None], width, factor=sampler.kl_factor
+            ).sum(1)
+            gains = (v[k].to(states) for v in (sampler.state_gain, sampler.score_gain, sampler.std))
+            state_gain, score_gain, std = gains
+            states = state_gain * states + score_gain * score + std * rollout.noises[paths, k]
+        return environment.differentiable_reward(states, condition), nats
+
+    def numbers(self) -> dict[str, float]:
+        """Rewards at the differentiated end."""
+        return {"differentiated_reward": torch.cat(self._seen).mean().item()}
+
+
+def _wide(values: Tensor, ndim: int) -> Tensor:
+    return values.view(*values.shape, *[1] * (ndim - values.ndim))
