@@ -301,8 +301,9 @@ def guided_law(model: VPGaussian, conditional: Normal, scale: float, start: Norm
         return [beta * (a * y[0] + b), beta * (2 * a * y[1] + 1)]
 
     began = [start.mean[0], start.covariance[0, 0]]
-    options = {"rtol": 1e-11, "atol": 1e-12, "method": "DOP853"}
-    end = solve_ivp(slopes, (0, model.horizon), began, **options).y[:, -1]
+    end = solve_ivp(slopes, (0, model.horizon), began, rtol=1e-11, atol=1e-12, method="DOP853").y[
+        :, -1
+    ]
     return Normal(end[:1], end[1:, None])
 
 
