@@ -509,7 +509,7 @@ def test_a_batch_of_tilts_is_its_members():
     weight, constant = tensor([0.5, 0.8, 1.3, 2.1]), tensor([0.1, -0.4, 0.7, 0.0])
     G = draw(2, 2, 3)
     found = linear.tilt(laws, Q, slope, weight, constant)
-    base = linear.transition(-EYE, ZERO2, G, weight)
+    base = linear.transition(-EYE, draw(4, 4, 2), G, weight)
     value = linear.kl_optimal_value(base, Q, slope, weight, constant)
     drift = linear.kl_optimal_drift(value, G, weight)
     x = draw(3, 2)

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import ctrl
 from ctrl.linear import LinearGaussian, LinearQuadratic, Quadratic, improve_lq
-from ctrl.linear.lq import value_rate
+from ctrl.linear.lq import kron, require_symmetric, value_rate
 from ctrl.q_learning import q_rate
 
 
@@ -265,3 +266,111 @@ def test_every_default_is_zero():
     lq = LinearQuadratic(**GOOD)
     names = itertools.chain("RplHhfCD", ("discount", "temperature"))
     assert not any(bool(getattr(lq, name).any()) for name in names)
+
+
+# --- batches, sizes, and one bad member among good ones
+
+
+def stacked(members: list, kind: type):
+    """A batch of problems, values or laws from single ones."""
+    names = vars(members[0])
+    return kind(**{name: torch.stack([getattr(one, name) for one in members]) for name in names})
+
+
+def test_a_batch_of_value_rates_and_improvements_is_its_members():
+    singles = [random_lq(k, 2, discount=0.1 + 0.3 * k, temperature=0.2 * k) for k in range(3)]
+    values = [random_quadratic(k, 2) for k in range(3)]
+    lq, value = stacked(singles, LinearQuadratic), stacked(values, Quadratic)
+    laws = improve_lq(lq, value)
+    rate = value_rate(lq, value, laws)
+    x, a = points(7, 3, 2), points(8, 3, 2)
+    for k, (one, v) in enumerate(zip(singles, values, strict=True)):
+        law = improve_lq(one, v)
+        for name in ("gain", "offset", "covariance"):
+            torch.testing.assert_close(getattr(laws, name)[k], getattr(law, name))
+        alone = value_rate(one, v, law)
+        for name in ("hessian", "slope", "constant"):
+            torch.testing.assert_close(getattr(rate, name)[k], getattr(alone, name))
+        torch.testing.assert_close(value(x)[k], v(x[k]))
+        torch.testing.assert_close(value.gradient(x)[k], v.gradient(x[k]))
+        torch.testing.assert_close(laws.mean(x)[k], law.mean(x[k]))
+        row, act = x[k : k + 1], a[k : k + 1]
+        paid = one.running_reward(T, row, act)[0]
+        torch.testing.assert_close(lq.running_reward(T, x, a)[k], paid)
+        torch.testing.assert_close(lq.terminal_reward(x)[k], one.terminal_reward(row)[0])
+        columns = lq.sde.diffusion_at(T, x, a)[k]
+        torch.testing.assert_close(columns, one.sde.diffusion_at(T, row, act)[0])
+    torch.testing.assert_close(laws.mean(x.float()).double(), laws.mean(x), rtol=1e-5, atol=1e-5)
+    assert value(x.float()).dtype == value.gradient(x.float()).dtype == torch.float32
+    assert laws.mean(x.float()).dtype == torch.float32
+
+
+def test_one_value_without_a_best_action_spoils_a_batch():
+    lq = random_lq(0, 2)
+    good, bad = -torch.eye(2).double(), 100 * torch.eye(2).double()
+    for members in ([good, bad], [bad, good]):
+        hessian = torch.stack(members)
+        value = Quadratic(hessian, torch.zeros(2, 2).double(), torch.zeros(2).double())
+        with pytest.raises(ValueError, match="positive definite"):
+            improve_lq(lq, value)
+    still = LinearQuadratic(**GOOD | {"N": 0 * GOOD["N"]})  # actions cost nothing
+    with pytest.raises(ValueError, match="positive definite"):
+        improve_lq(still, Quadratic(-GOOD["M"], still.p, still.p[0]))
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_symmetry_is_judged_relative_to_each_member_of_a_batch(size):
+    lean = torch.tensor([[0.0, 1.0], [0.0, 0.0]]).double()
+    good = torch.eye(2).double()
+    require_symmetric("M", size * (good + 1e-12 * lean))  # round-off
+    require_symmetric("M", 0 * good)
+    bad = size * (good + 1e-8 * lean)
+    for members in ([bad], [good, bad], [bad, good], [1e6 * size * good, bad]):
+        for one in (torch.stack(members), torch.stack(members).mT):
+            with pytest.raises(ValueError, match="M must be symmetric"):
+                require_symmetric("M", one)
+
+
+def test_rates_may_be_integers_and_one_negative_one_spoils_a_batch(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in production
+    lq = LinearQuadratic(**GOOD, discount=1, temperature=2)
+    assert [float(rate) for rate in lq.rates] == [1.0, 2.0]
+    for name in ("discount", "temperature"):
+        with pytest.raises(ValueError, match=f"{name} must not be negative"):
+            LinearQuadratic(**GOOD, **{name: tensor([0.1, -0.1])})
+        with pytest.raises((ValueError, TypeError), match=name):
+            LinearQuadratic(**GOOD, **{name: "0.1"})
+        both = LinearQuadratic(**GOOD, **{name: tensor([0.3, 0.3])}).problem()
+        assert getattr(both, name) == 0.3
+        with pytest.raises(ValueError, match=f"{name} must be one number"):
+            LinearQuadratic(**GOOD, **{name: tensor([0.3, 0.3, 0.2])}).problem()
+
+
+def test_a_horizon_is_where_either_terminal_cost_is_paid():
+    for cost in ({"H": GOOD["M"]}, {"h": tensor([0.0, 0.3])}):
+        lq = LinearQuadratic(**GOOD, **cost)
+        assert lq.problem(2.0).terminal_reward is not None
+        assert lq.problem(2.0).horizon == 2
+    assert LinearQuadratic(**GOOD).problem(2.0).terminal_reward is None
+
+
+def test_laws_of_a_batch_that_draw_nothing_are_one_policy():
+    lq = LinearQuadratic(**GOOD, discount=tensor([0.1, 0.2]))
+    policy = improve_lq(lq, Quadratic(0 * lq.M, lq.p, lq.p[:, 0])).policy()
+    assert isinstance(policy, ctrl.DeterministicPolicy)
+    assert policy.mean(T, points(0, 2, 2)).shape == (2, 1)
+
+
+def test_a_zero_without_dimensions_stands_for_zeros_and_no_other_number_does(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in production
+    zero, one = tensor(0.0), tensor(1.0)
+    assert not LinearQuadratic(**GOOD, R=zero, p=zero, C=zero).C.any()
+    for name in "RplHhfCD":
+        with pytest.raises((ValueError, TypeError), match=name):
+            LinearQuadratic(**GOOD, **{name: one})
+
+
+def test_kronecker_products_of_a_batch():
+    left, right = points(0, 2, 2, 2), points(1, 2, 3, 3)
+    for k in range(2):
+        torch.testing.assert_close(kron(left, right)[k], torch.kron(left[k], right[k]))
