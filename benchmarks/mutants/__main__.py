@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("modules", nargs="*", metavar="module", help="to mutate (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("runs/mutants"), help="of the results")
     parser.add_argument(
-        "--budget", type=float, default=2.0, help="seconds of other modules' tests to survive"
+        "--budget", type=float, default=1.0, help="seconds of other modules' tests to survive"
     )
     parser.add_argument("--report", action="store_true", help="only tell what is known")
     arguments = parser.parse_args()
