@@ -34,6 +34,8 @@ diffusion_envs.training.progress diffusion_envs.training.run_folder
 diffusion_envs.training.tracking diffusion_envs.training.plots diffusion_envs.training.report
 diffusion_envs.training.environment diffusion_envs.training.lessons diffusion_envs.training.loop
 diffusion_envs.training.evaluation diffusion_envs.training
+diffusion_envs.exact.rewards diffusion_envs.exact.model diffusion_envs.exact.problems
+diffusion_envs.exact
 diffusion_envs.tiny.captions diffusion_envs.tiny.fit diffusion_envs.tiny.train_classifier
 diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser
 diffusion_envs.tiny diffusion_envs.tiny.measure diffusion_envs.tiny.__main__

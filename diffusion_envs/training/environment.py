@@ -54,7 +54,7 @@ class Sample:
     """A roll-out with its pictures, for the loop's eyes."""
 
     rollout: Rollout
-    images: Float[Tensor, "paths 3 height width"]
+    images: Float[Tensor, "paths *picture"]
     denoised_rewards: Float[Tensor, "paths nodes"] | None  # r(x0_hat) at every node
     prompts: list[str]
 

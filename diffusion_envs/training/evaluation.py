@@ -22,7 +22,7 @@ class Evaluation:
     rewards: Float[Tensor, " n"]
     judged: Mapping[str, Float[Tensor, " n"]]  # by name of a reward that was not trained on
     path_kl: Float[Tensor, " n"]  # nats
-    images: Float[Tensor, "n 3 height width"]
+    images: Float[Tensor, "n *picture"]
     prompts: list[str]
 
 

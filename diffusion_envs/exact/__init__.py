@@ -1,0 +1,26 @@
+"""Fine-tuning problems whose optimum is known exactly, on the loop that images use."""
+
+from diffusion_envs.exact.model import AffineCorrection, CorrectedScore, NeuralCorrection
+from diffusion_envs.exact.problems import (
+    GaussianProblem,
+    MixtureProblem,
+    Outcome,
+    Problem,
+    log_normaliser,
+    table,
+)
+from diffusion_envs.exact.rewards import CosineReward, QuadraticReward
+
+__all__ = [
+    "AffineCorrection",
+    "CorrectedScore",
+    "CosineReward",
+    "GaussianProblem",
+    "MixtureProblem",
+    "NeuralCorrection",
+    "Outcome",
+    "Problem",
+    "QuadraticReward",
+    "log_normaliser",
+    "table",
+]

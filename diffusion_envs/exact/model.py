@@ -1,0 +1,137 @@
+"""The exact score of a data law, with a small network added that is trained: a model to fine-tune.
+
+It stands where an image model's network stands in the loop: the exact score is the pretrained
+model, the correction the adapter, zero at first. Scores and predictions are float32, as a network's
+are.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class AffineCorrection(nn.Module):
+    """D(s) x + c(s), both polynomials in the signal alpha(s): what Gaussian problems need.
+
+    Args:
+        dim: of the state.
+        degree: of the polynomials (Legendre's, on [0, 1]).
+        generator: unused draws nothing: the correction begins at 0.
+    """
+
+    def __init__(self, dim: int, degree: int = 5) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(degree + 1, dim, dim))
+        self.shift = nn.Parameter(torch.zeros(degree + 1, dim))
+
+    def forward(
+        self, states: Float[Tensor, "n dim"], alpha: Float[Tensor, " n"]
+    ) -> Float[Tensor, "n dim"]:
+        """The correction of the score."""
+        basis = legendre(alpha, len(self.shift))
+        gain, shift = self.coefficients(basis)
+        return torch.einsum("nij,nj->ni", gain, states) + shift
+
+    def coefficients(self, basis: Float[Tensor, "n terms"]) -> tuple[Tensor, Tensor]:
+        """D and c where the basis has these values."""
+        gain = torch.einsum("nk,kij->nij", basis, self.gain.to(basis))
+        return gain, basis @ self.shift.to(basis)
+
+
+class NeuralCorrection(nn.Module):
+    """A multilayer perceptron of state and signal, divided by the noise level.
+
+    Args:
+        dim: of the state.
+        width: of the hidden layers.
+        generator: draws the first layers' weights; the last begins at 0.
+    """
+
+    def __init__(self, dim: int, *, generator: torch.Generator, width: int = 64) -> None:
+        super().__init__()
+        self.enter, self.hidden = nn.Linear(dim + 5, width), nn.Linear(width, width)
+        self.leave = nn.Linear(width, dim)
+        for layer in (self.enter, self.hidden, self.leave):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.leave.weight)
+
+    def forward(
+        self, states: Float[Tensor, "n dim"], alpha: Float[Tensor, " n"]
+    ) -> Float[Tensor, "n dim"]:
+        """The correction of the score."""
+        seen = torch.cat([states, legendre(alpha, 6)[:, 1:].to(states)], dim=1)
+        x = functional.silu(self.enter(seen))
+        x = functional.silu(self.hidden(x) + x)
+        return self.leave(x) / (1 - alpha.square()).sqrt()[:, None].to(states)
+
+
+def legendre(alpha: Float[Tensor, " n"], terms: int) -> Float[Tensor, "n terms"]:
+    """Legendre polynomials of 2 alpha - 1, by their recursion."""
+    z = 2 * alpha - 1
+    found = [torch.ones_like(z), z]
+    for k in range(1, terms - 1):
+        found.append(((2 * k + 1) * z * found[-1] - k * found[-2]) / (k + 1))
+    return torch.stack(found[:terms], dim=1)
+
+
+@dataclass
+class CorrectedScore:
+    """Exact score plus correction, as the loop knows a network (``ScoreNetwork``).
+
+    Attributes:
+        exact: (states, alpha [n], sigma [n]) -> score of the noised data law.
+        correction: the adapter.
+        alphas_cumprod: alpha^2 by timestep.
+        calls: evaluations so far, one a row.
+    """
+
+    exact: Callable[[Tensor, Tensor, Tensor], Tensor]
+    correction: nn.Module
+    alphas_cumprod: Float[Tensor, " timesteps"]
+    calls: int = 0
+    precision: torch.dtype = torch.float32
+    _adapter_off: bool = False
+
+    def __call__(
+        self,
+        states: Float[Tensor, "n dim"],
+        timesteps: Tensor,
+        context: Tensor | None = None,
+    ) -> Float[Tensor, "n dim"]:
+        """Scores at a noise level that belongs to each row."""
+        self.calls += len(states)
+        abar = self._abar(timesteps).to(states)
+        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+        score = self.exact(states, alpha, sigma)
+        return score if self._adapter_off else score + self.correction(states, alpha)
+
+    def prediction(
+        self, states: Float[Tensor, "n dim"], timesteps: Tensor, context: Tensor | None = None
+    ) -> Float[Tensor, "n dim"]:
+        """epsilon = -sigma score; timesteps may be fractional."""
+        sigma = (1 - self._abar(timesteps)).sqrt().to(states)
+        return -sigma[:, None] * self(states, timesteps, context)
+
+    def _abar(self, timesteps: Tensor) -> Tensor:
+        if not timesteps.is_floating_point():
+            return self.alphas_cumprod[timesteps]
+        low = timesteps.floor().long().clamp(0, len(self.alphas_cumprod) - 1)
+        high = (low + 1).clamp(max=len(self.alphas_cumprod) - 1)
+        logs = self.alphas_cumprod.log()
+        return torch.lerp(logs[low], logs[high], timesteps.double() - low).exp()
+
+    @contextmanager
+    def pretrained(self) -> Iterator[None]:
+        """Within this context the score is the exact one."""
+        before, self._adapter_off = self._adapter_off, True
+        try:
+            yield
+        finally:
+            self._adapter_off = before

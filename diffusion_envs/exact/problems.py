@@ -1,0 +1,370 @@
+"""Fine-tuning problems whose optimum is known: what a method reaches can be told exactly.
+
+Data of a known law, its exact noised score as the pretrained model, a reward of the generated
+vector, and reward per nat of path KL. For any policy ``evaluate`` gives, without a random number,
+    J = E[reward] - kl_weight * path KL
+of the sampler's own chain, and the KL of what it generates from what the optimum of that chain
+generates. The optimum itself comes from dynamic programming on the chain: in closed form for
+Gaussian data and quadratic rewards, on a fine grid for scalar mixtures.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ctrl.noise import stream
+from diffusion_envs import gaussian
+from diffusion_envs.exact.model import AffineCorrection, CorrectedScore, NeuralCorrection, legendre
+from diffusion_envs.exact.rewards import CosineReward, QuadraticReward
+from diffusion_envs.gaussian import Affine, Gaussian, Quadratic
+from diffusion_envs.linear_policy import Steps, kl_cost
+from diffusion_envs.samplers import BoundDDIM
+from diffusion_envs.schedule import DDPMTable
+from diffusion_envs.training.environment import Environment
+
+
+def table(steps: int = 1000, least: float = 0.1, most: float = 20.0) -> DDPMTable:
+    """The usual variance-preserving table: beta from 0.1 to 20 over noising time 1."""
+    s = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    return DDPMTable(torch.exp(-(least * s + 0.5 * (most - least) * s.square())))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A policy, judged exactly on a sampler's chain.
+
+    Attributes:
+        reward: expected.
+        path_kl: from the pretrained model, nats.
+        objective: reward - kl_weight path_kl.
+        kl_to_optimum: of the generated law from that of the chain's optimum, nats.
+    """
+
+    reward: float
+    path_kl: float
+    objective: float
+    kl_to_optimum: float
+
+
+@runtime_checkable
+class Problem(Protocol):
+    """Data, reward and kl_weight, with the answer."""
+
+    kl_weight: float
+
+    def environment(self, sampler: BoundDDIM, seed: int) -> tuple[Environment, list[nn.Parameter]]:
+        """A fresh model to fine-tune, and its adapter's parameters."""
+        ...
+
+    def evaluate(self, score: CorrectedScore, sampler: BoundDDIM) -> Outcome:
+        """How good the score's policy is, exactly."""
+        ...
+
+    def optimum(self, sampler: BoundDDIM) -> Outcome:
+        """The best that any policy reaches on this sampler's chain."""
+        ...
+
+
+def _environment(
+    score: CorrectedScore,
+    reward: QuadraticReward | CosineReward,
+    dim: int,
+    sampler: BoundDDIM,
+    seed: int,
+) -> Environment:
+    return Environment(
+        score=score,
+        sampler=sampler,
+        decode=lambda states: states,
+        reward=reward,
+        prompts=["-"],
+        context=torch.zeros(1, 1, 1),
+        event=(dim,),
+        seed=seed,
+        device=torch.device("cpu"),
+        judge=lambda asked, states, prompts: asked(states, prompts).detach(),
+    )
+
+
+# -- Gaussian data, quadratic reward -------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianProblem:
+    """Data N(m, S) in two dimensions, quadratic reward; the optimal score is affine.
+
+    The defaults are asymmetric on purpose; curvature 0 is the linear reward.
+    """
+
+    mean: tuple[float, ...] = (0.4, -0.3)
+    covariance: tuple[tuple[float, float], ...] = ((0.7, 0.2), (0.2, 0.35))
+    curvature: tuple[tuple[float, float], ...] = ((0.5, 0.1), (0.1, 0.3))
+    slope: tuple[float, ...] = (0.6, 0.9)
+    kl_weight: float = 0.5
+
+    @cached_property
+    def data(self) -> Gaussian:
+        """The law of the data."""
+        return Gaussian(_double(self.mean), _double(self.covariance))
+
+    @cached_property
+    def quadratic(self) -> Quadratic:
+        """The reward."""
+        return Quadratic(_double(self.curvature), _double(self.slope), _double(0.0))
+
+    def environment(self, sampler: BoundDDIM, seed: int) -> tuple[Environment, list[nn.Parameter]]:
+        """The exact model with an affine correction."""
+        correction = AffineCorrection(len(self.mean))
+        data = self.data
+        values, vectors = (v.float() for v in data.spectrum)
+
+        def exact(states: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+            spread = alpha.square()[:, None] * values + sigma.square()[:, None]
+            gap = (states - alpha[:, None] * data.mean.to(states)) @ vectors.to(states)
+            return -(gap / spread) @ vectors.to(states).T
+
+        score = CorrectedScore(exact, correction, sampler.table.alphas_cumprod)
+        reward = QuadraticReward(self.quadratic)
+        parameters = list(correction.parameters())
+        return _environment(score, reward, len(self.mean), sampler, seed), parameters
+
+    def evaluate(self, score: CorrectedScore, sampler: BoundDDIM) -> Outcome:
+        """By recursions of means and covariances."""
+        assert isinstance(score.correction, AffineCorrection)
+        with torch.no_grad():
+            basis = legendre(sampler.alpha[:-1], len(score.correction.shift))
+            gain, shift = score.correction.coefficients(basis)
+        return self._judged(gain, shift, sampler)
+
+    def optimum(self, sampler: BoundDDIM) -> Outcome:
+        """By dynamic programming: the best correction at every step is affine."""
+        return self._judged(*self._best(sampler), sampler)
+
+    def _judged(self, gain: Tensor, shift: Tensor, sampler: BoundDDIM) -> Outcome:
+        steps = Steps.of_ddim(sampler)
+        law, paid = self._start(), 0.0
+        pretrained = self._pretrained(sampler)
+        for k in range(len(steps.std)):
+            paid -= float(_paid(steps.cost[k], gain[k], shift[k]).expectation(law))
+            law = _moved(pretrained, steps, k, gain[k], shift[k]).after(law)
+        reward = float(self.quadratic.expectation(law))
+        objective = reward - self.kl_weight * paid
+        return Outcome(reward, paid, objective, gaussian_kl(law, self._best_law(sampler)))
+
+    def _start(self) -> Gaussian:
+        dim = len(self.mean)
+        return Gaussian(_double([0.0] * dim), torch.eye(dim, dtype=torch.float64))
+
+    def _pretrained(self, sampler: BoundDDIM) -> tuple[Tensor, Tensor]:
+        return gaussian.score_coefficients(self.data, sampler.table, sampler.noising_times[:-1])
+
+    def _best(self, sampler: BoundDDIM) -> tuple[Tensor, Tensor]:
+        """max over u of V_{k+1} after the step with score + u, less kl_weight cost |u|^2 / 2."""
+        steps, pretrained = Steps.of_ddim(sampler), self._pretrained(sampler)
+        unit = torch.eye(len(self.mean), dtype=torch.float64)
+        value, gains, shifts = self.quadratic, [], []
+        for k in reversed(range(len(steps.std))):
+            free = _moved(pretrained, steps, k, 0 * unit, 0 * unit[0])
+            b, price = steps.score_gain[k], self.kl_weight * steps.cost[k]
+            # gradient in u: b (slope - Q (mean + b u)) - price u = 0
+            hessian = price * unit + b**2 * value.curvature
+            gain = -b * torch.linalg.solve(hessian, value.curvature @ free.matrix)
+            shift = b * torch.linalg.solve(hessian, value.slope - value.curvature @ free.shift)
+            gains.append(gain)
+            shifts.append(shift)
+            moved = _moved(pretrained, steps, k, gain, shift)
+            value = value.before(moved) + _paid(price, gain, shift)
+        return torch.stack(gains[::-1]), torch.stack(shifts[::-1])
+
+    def _best_law(self, sampler: BoundDDIM) -> Gaussian:
+        gain, shift = self._best(sampler)
+        steps, pretrained, law = Steps.of_ddim(sampler), self._pretrained(sampler), self._start()
+        for k in range(len(steps.std)):
+            law = _moved(pretrained, steps, k, gain[k], shift[k]).after(law)
+        return law
+
+
+def _moved(
+    pretrained: tuple[Tensor, Tensor], steps: Steps, k: int, gain: Tensor, shift: Tensor
+) -> Affine:
+    """Step k under the pretrained score plus gain x + shift."""
+    slope, offset = (v[k] for v in pretrained)
+    unit = torch.eye(len(shift)).to(shift)
+    return Affine(
+        steps.state_gain[k] * unit + steps.score_gain[k] * (slope + gain),
+        steps.score_gain[k] * (offset + shift),
+        steps.std[k].square() * unit,
+    )
+
+
+def _paid(price: Tensor, gain: Tensor, shift: Tensor) -> Quadratic:
+    """Minus price / 2 |gain x + shift|^2."""
+    cost = kl_cost(price.view(1), gain, shift)
+    return Quadratic(cost.curvature[0], cost.slope[0], cost.constant[0])
+
+
+def gaussian_kl(law: Gaussian, reference: Gaussian) -> float:
+    """KL(law || reference), nats."""
+    gap = reference.mean - law.mean
+    inverse = torch.linalg.inv(reference.covariance)
+    trace = torch.trace(inverse @ law.covariance) - len(gap)
+    logs = torch.logdet(reference.covariance) - torch.logdet(law.covariance)
+    return float(0.5 * (trace + gap @ inverse @ gap + logs))
+
+
+# -- scalar mixtures, any reward -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureProblem:
+    """A scalar mixture of normals and any reward, solved on a grid of states.
+
+    Values are interpolated linearly, expectations over a step are Gauss-Hermite sums, and the law
+    of the state is carried by the transpose of the same matrices; so E[V(X)] is consistent to
+    round-off, and the grid's own error is O(spacing^2).
+    """
+
+    weights: tuple[float, ...] = (0.55, 0.45)
+    means: tuple[float, ...] = (-1.1, 0.8)
+    stds: tuple[float, ...] = (0.35, 0.45)
+    reward: QuadraticReward | CosineReward = field(default_factory=CosineReward)
+    kl_weight: float = 0.5
+    points: int = 801
+    reach: float = 5.0
+    rule: int = 16
+    _solved: dict[tuple[int, float], Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def grid(self) -> Float[Tensor, " points"]:
+        """States."""
+        return torch.linspace(-self.reach, self.reach, self.points, dtype=torch.float64)
+
+    @cached_property
+    def rewards(self) -> Float[Tensor, " points"]:
+        """Of every state of the grid."""
+        return self.reward(self.grid[:, None], ["-"] * self.points)
+
+    def exact_score(self, states: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Of the noised mixture; states [n, 1], levels [n]."""
+        means, stds = (torch.tensor(v).to(states) for v in (self.means, self.stds))
+        weights = torch.tensor(self.weights).to(states)
+        centre = alpha[:, None] * means
+        spread = alpha[:, None].square() * stds.square() + sigma[:, None].square()
+        gap = states - centre
+        share = torch.softmax(weights.log() - 0.5 * spread.log() - 0.5 * gap.square() / spread, 1)
+        return -(share * gap / spread).sum(1, keepdim=True)
+
+    def environment(self, sampler: BoundDDIM, seed: int) -> tuple[Environment, list[nn.Parameter]]:
+        """The exact model with a neural correction."""
+        correction = NeuralCorrection(1, generator=stream(seed, "correction"))
+        score = CorrectedScore(self.exact_score, correction, sampler.table.alphas_cumprod)
+        return _environment(score, self.reward, 1, sampler, seed), list(correction.parameters())
+
+    def evaluate(self, score: CorrectedScore, sampler: BoundDDIM) -> Outcome:
+        """By carrying the law of the state over the grid."""
+        calls = score.calls
+        with torch.no_grad():
+            changes = []
+            for k in range(sampler.steps):
+                alpha = sampler.alpha[k].expand(self.points)
+                changes.append(score.correction(self.grid[:, None].float(), alpha.float())[:, 0])
+        score.calls = calls
+        return self._judged(torch.stack(changes).double(), sampler)
+
+    def optimum(self, sampler: BoundDDIM) -> Outcome:
+        """By dynamic programming on the grid."""
+        return self._judged(self._best(sampler), sampler)
+
+    def _free_mean(self, sampler: BoundDDIM, k: int) -> Float[Tensor, " points"]:
+        alpha, sigma = (v[k].expand(self.points) for v in (sampler.alpha, sampler.sigma))
+        score = self.exact_score(self.grid[:, None], alpha, sigma)[:, 0]
+        return sampler.state_gain[k] * self.grid + sampler.score_gain[k] * score
+
+    def _step(self, means: Tensor, std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Lower neighbour, its share, and weight of every (point, node) after a step."""
+        nodes, masses = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(self.rule))
+        after = means[:, None] + std * nodes
+        place = (after + self.reach) / (2 * self.reach) * (self.points - 1)
+        place = place.clamp(0, self.points - 1 - 1e-9)
+        low = place.floor()
+        return low.long(), 1 - (place - low), (masses / masses.sum()).expand_as(place)
+
+    def _expected(self, values: Tensor, means: Tensor, std: Tensor) -> Tensor:
+        low, share, weight = self._step(means, std)
+        return (weight * (share * values[low] + (1 - share) * values[low + 1])).sum(1)
+
+    def _carried(self, law: Tensor, means: Tensor, std: Tensor) -> Tensor:
+        low, share, weight = self._step(means, std)
+        mass = weight * law[:, None]
+        found = torch.zeros_like(law)
+        found.index_add_(0, low.flatten(), (mass * share).flatten())
+        return found.index_add_(0, (low + 1).flatten(), (mass * (1 - share)).flatten())
+
+    def _costs(self, sampler: BoundDDIM) -> Tensor:
+        return sampler.kl_factor * sampler.integrated_g2
+
+    def _laws(self, changes: Tensor, sampler: BoundDDIM) -> tuple[Tensor, float]:
+        law = torch.exp(-0.5 * self.grid.square())
+        law, paid = law / law.sum(), 0.0
+        for k in range(sampler.steps):
+            paid += float(0.5 * self._costs(sampler)[k] * (law @ changes[k].square()))
+            means = self._free_mean(sampler, k) + sampler.score_gain[k] * changes[k]
+            law = self._carried(law, means, sampler.std[k])
+        return law, paid
+
+    def _judged(self, changes: Tensor, sampler: BoundDDIM) -> Outcome:
+        law, paid = self._laws(changes, sampler)
+        best, _ = self._laws(self._best(sampler), sampler)
+        reward = float(law @ self.rewards)
+        kl = float((law * (law.clamp(min=1e-300) / best.clamp(min=1e-300)).log()).sum())
+        return Outcome(reward, paid, reward - self.kl_weight * paid, kl)
+
+    def _best(self, sampler: BoundDDIM) -> Float[Tensor, "steps points"]:
+        """u_k(x) that maximises E V_{k+1} less kl_weight cost |u|^2 / 2; solved once a sampler."""
+        key = (sampler.steps, sampler.eta)
+        if key not in self._solved:
+            self._solved[key] = _solve(self, sampler)
+        return self._solved[key]
+
+
+def _solve(problem: MixtureProblem, sampler: BoundDDIM) -> Float[Tensor, "steps points"]:
+    """Backwards: W = E V_{k+1}(mean + std z) on the grid of means, then the best mean of each x."""
+    value, changes = problem.rewards, []
+    grid, spacing = problem.grid, float(problem.grid[1] - problem.grid[0])
+    for k in reversed(range(sampler.steps)):
+        smoothed = problem._expected(value, grid, sampler.std[k])
+        free = problem._free_mean(sampler, k)
+        price = problem.kl_weight * problem._costs(sampler)[k]
+        rate = 0.5 * price / sampler.score_gain[k].square()
+        gain = smoothed - rate * (grid - free[:, None]).square()  # [x, mean of the next state]
+        at = gain.argmax(1).clamp(1, problem.points - 2)
+        rows = torch.arange(problem.points)
+        left, middle, right = (gain[rows, at + j] for j in (-1, 0, 1))
+        bend = left - 2 * middle + right  # a parabola through three points: error O(spacing^4)
+        offset = (0.5 * (left - right) / bend).nan_to_num(0.0).clamp(-1, 1)
+        best = grid[at] + spacing * offset
+        change = (best - free) / sampler.score_gain[k]
+        paid = 0.5 * price * change.square()
+        value = problem._expected(value, best, sampler.std[k]) - paid
+        changes.append(change)
+    return torch.stack(changes[::-1])
+
+
+def _double(value: object) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def log_normaliser(problem: MixtureProblem) -> float:
+    """kl_weight log E exp(reward / kl_weight) under the data law: the memoryless optimum."""
+    density = torch.zeros_like(problem.grid)
+    for w, m, s in zip(problem.weights, problem.means, problem.stds, strict=True):
+        gap = (problem.grid - m) / s
+        density = density + w / s * torch.exp(-0.5 * gap.square())
+    density = density / density.sum()
+    scaled = problem.rewards / problem.kl_weight
+    return problem.kl_weight * float(torch.logsumexp(scaled + density.clamp(min=1e-300).log(), 0))
