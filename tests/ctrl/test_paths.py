@@ -312,3 +312,22 @@ def test_a_uniform_grid_is_in_double_precision_on_the_cpu_unless_told():
     for nodes in (torch.zeros(1, 2), torch.tensor([0.0, math.inf]), torch.tensor([-math.inf, 0.0])):
         with pytest.raises((ValueError, TypeError)):
             ctrl.TimeGrid(nodes)
+
+
+def test_without_a_running_reward_every_step_of_every_path_is_paid_nothing():
+    silent = replace(lq.problem(), running_reward=None)
+    three = ctrl.Paths(torch.ones(3, 3, 1, dtype=torch.float64), None, None, GRID)
+    assert ctrl.running_rewards(silent, three).tolist() == [[0.0, 0.0]] * 3
+
+
+@pytest.mark.parametrize(("megabytes", "calls"), [(1, 2), (2, 4), (5, 8)])
+def test_many_steps_are_taken_four_megabytes_of_states_at_a_time(megabytes, calls):
+    """The widest of all arguments counts."""
+    states = torch.zeros(1, 9, megabytes * 2**18)
+    paths = ctrl.Paths(states, torch.zeros(1, 8, 1), None, ctrl.uniform_grid(1.0, 8))
+    seen = []
+    found = ctrl.paths.over_steps(
+        lambda t, x, a: seen.append(1) or t + x[:, 0] + a[:, 0], paths, paths.actions
+    )
+    assert len(seen) == calls
+    torch.testing.assert_close(found[0], paths.grid.nodes[:-1].float())

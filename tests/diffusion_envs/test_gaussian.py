@@ -247,3 +247,49 @@ def test_bad_input_is_refused_by_name(monkeypatch):
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # as in production
     with pytest.raises(ValueError, match=r"covariance must be .* to fit mean \[3\], got \[2, 2\]"):
         Gaussian(DATA.mean, torch.eye(2).double())
+
+
+# -- edges ----------------------------------------------------------------------------------------
+
+
+def test_data_may_lie_in_a_plane():
+    flat = Gaussian(DATA.mean, tensor([1.7, 0.3, 0.0]).diag())
+    assert flat.spectrum[0].min() == 0
+    tilted = gaussian.tilt(flat, REWARD, BETA)
+    assert tilted.mean[2] == flat.mean[2]
+    assert not tilted.covariance[2].any()
+
+
+def test_the_response_has_a_derivative_at_the_noises_own_variance():
+    covariance = DATA.covariance.clone().requires_grad_()  # an eigenvalue is exactly 1
+    data = Gaussian(DATA.mean, covariance)
+    gaussian.shift_response(data, SCHEDULES["linear"], FROM, TO).trace().backward()
+    assert bool(torch.isfinite(covariance.grad).all())
+
+
+@pytest.mark.parametrize("weight", [0.2, 1.0, 5.0])
+def test_the_tilt_and_the_value_are_finite_up_to_their_edges(weight):
+    """1 + Q S / kl_weight > 0 for the law's own S: that of the data, or of a step's noise."""
+    schedule, slope = SCHEDULES["linear"], torch.zeros(3, dtype=torch.float64)
+    step = gaussian.transition(DATA, schedule, TO, tensor(0.0))
+
+    def reward(edge, share):
+        return Quadratic(-share * weight / edge * torch.eye(3).double(), slope, tensor(0.0))
+
+    largest, of_step = 1.7, float(torch.linalg.eigvalsh(step.covariance).max())
+    assert of_step < 0.2
+    gaussian.tilt(DATA, reward(largest, 0.999), weight)
+    arguments = (weight, TO, tensor(0.0))
+    gaussian.optimal_value(DATA, schedule, reward(of_step, 0.999), *arguments)
+    with pytest.raises(ValueError, match="no finite mass"):
+        gaussian.tilt(DATA, reward(largest, 1.001), weight)
+    with pytest.raises(ValueError, match="no finite mass"):
+        gaussian.optimal_value(DATA, schedule, reward(of_step, 1.001), *arguments)
+
+
+def test_no_weight_is_infinite_and_the_edge_itself_has_no_mass():
+    with pytest.raises(ValueError, match="kl_weight must be positive and finite, got inf"):
+        gaussian.tilt(DATA, REWARD, math.inf)
+    unit = Gaussian(tensor([0.0]), tensor([[4.0]]))
+    with pytest.raises(ValueError, match="no finite mass"):  # 1 + 2 (-1/4) 2 = 0, exactly
+        gaussian.tilt(unit, Quadratic(tensor([[-0.25]]), tensor([0.0]), tensor(0.0)), 1.0)
