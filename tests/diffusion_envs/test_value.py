@@ -141,8 +141,14 @@ def test_a_new_network_is_still_and_spread_as_its_inputs_number(event):
     assert network(TIMES.float(), states, context).tolist() == [2.0, 2.0]
     network.calibrate(torch.tensor([2.0, 2.0]))
     assert network.scale.item() == 1
-    network.calibrate(torch.tensor([1.0, 4.0]))
-    assert network.scale.item() == pytest.approx(3 / 2**0.5)
+    for spread in (3.0, 0.3):
+        network.calibrate(torch.tensor([1.0, 1.0 + spread]))
+        assert network.scale.item() == pytest.approx(spread / 2**0.5)
+    assert len(network.leave.weight) == 1
+    again = value_network(event, 6, generator=stream(0, "value"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_other_states_have_no_network():
