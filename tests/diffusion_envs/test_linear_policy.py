@@ -206,3 +206,27 @@ def test_every_eta_carries_the_pretrained_model_to_its_marginal(eta):
         DATA, VP, noisy, 0.9, 0.1, *NONE, REWARD, kl_weight=0.0, eta=eta
     )
     torch.testing.assert_close(value, REWARD.expectation(clean), rtol=0, atol=1e-7)
+
+
+def test_the_reverse_sde_without_a_price_is_the_default():
+    times = tensor([0.9, 0.5, 0.2])
+    default, plain = Steps.of_euler(VP, times), Steps.of_euler(VP, times, 1.0)
+    for name in vars(plain):
+        torch.testing.assert_close(getattr(default, name), getattr(plain, name), rtol=0, atol=0)
+    assert torch.equal(default.noising_times, times)
+    problem = linear_policy.problem(DATA, VP, REWARD)
+    t, x = tensor(0.3), tensor([[0.4, -0.7]])
+    assert problem.running_reward is None
+    torch.testing.assert_close(problem.terminal_reward(x), REWARD(x))
+    torch.testing.assert_close(problem.sde.diffusion(t, x), VP.g2(1 - t).sqrt())
+    arguments = (DATA, VP, START, 0.9, 0.2, GAIN, SHIFT, REWARD)
+    found = linear_policy.continuous_value(*arguments)
+    expected = linear_policy.continuous_value(*arguments, 0.0, 1.0, 400)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_the_score_is_as_precise_as_the_states_whatever_the_time_is_in():
+    score = linear_policy.linear_score(DATA, VP, GAIN, SHIFT)
+    x = tensor([[0.4, -0.7]])
+    single = score(torch.tensor(0.3125), x)  # a time that float32 has exactly
+    torch.testing.assert_close(single, score(tensor(0.3125), x), rtol=1e-14, atol=1e-14)
