@@ -28,7 +28,7 @@ Mean = Callable[[Tensor, Tensor], Tensor]
 class Policy(Protocol):
     """Anything that acts."""
 
-    def mean(self, t: Tensor, states: Tensor) -> Tensor:
+    def mean(self, t: Tensor, states: Tensor, /) -> Tensor:
         """The mean action."""
         ...
 
