@@ -580,3 +580,19 @@ def test_one_lopsided_member_of_a_batch_is_refused():
         linear.kl_optimal_value(base, pair, ZERO2, 1.0)
     with pytest.raises(ValueError, match="C"):
         linear.kl_optimal_value(linear.Transition(base.F, base.f, lopsided), EYE, ZERO2, 1.0)
+
+
+def test_a_batch_of_divergences_is_its_members_and_the_bad_law_is_named():
+    one = Gaussian(draw(0, 3, 2), torch.stack([positive(k, 2) for k in range(3)]))
+    other = Gaussian(draw(1, 3, 2), torch.stack([positive(k, 2) for k in range(3, 6)]))
+    found = linear.gaussian_kl(one, other)
+    for k in range(3):
+        alone = linear.gaussian_kl(
+            Gaussian(one.mean[k], one.covariance[k]), Gaussian(other.mean[k], other.covariance[k])
+        )
+        torch.testing.assert_close(found[k], alone)
+    flat = Gaussian(ZERO2, 0 * EYE)
+    with pytest.raises(ValueError, match="^covariance must"):
+        linear.gaussian_kl(flat, Gaussian(ZERO2, EYE))
+    with pytest.raises(ValueError, match="^reference_covariance must"):
+        linear.gaussian_kl(Gaussian(ZERO2, EYE), flat)

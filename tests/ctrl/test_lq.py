@@ -374,3 +374,16 @@ def test_kronecker_products_of_a_batch():
     left, right = points(0, 2, 2, 2), points(1, 2, 3, 3)
     for k in range(2):
         torch.testing.assert_close(kron(left, right)[k], torch.kron(left[k], right[k]))
+
+
+def test_the_terminal_value_has_one_constant_for_each_problem():
+    A = torch.stack([GOOD["A"], 2 * GOOD["A"], -GOOD["A"]])
+    assert LinearQuadratic(**GOOD | {"A": A}).terminal.constant.tolist() == [0.0] * 3
+
+
+def test_a_law_that_draws_some_of_its_coordinates_is_random():
+    covariance = torch.diag(tensor([0.3, 0.2]))
+    law = LinearGaussian(torch.ones(2, 2).double(), torch.zeros(2).double(), covariance)
+    policy = law.policy()
+    assert isinstance(policy, ctrl.MultivariateGaussianPolicy)
+    torch.testing.assert_close(policy.scale_tril, covariance.sqrt())
