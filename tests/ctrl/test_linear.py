@@ -592,7 +592,7 @@ def test_a_batch_of_divergences_is_its_members_and_the_bad_law_is_named():
         )
         torch.testing.assert_close(found[k], alone)
     flat = Gaussian(ZERO2, 0 * EYE)
-    with pytest.raises(ValueError, match="^covariance must"):
+    with pytest.raises(ValueError, match=r"^covariance must"):
         linear.gaussian_kl(flat, Gaussian(ZERO2, EYE))
-    with pytest.raises(ValueError, match="^reference_covariance must"):
+    with pytest.raises(ValueError, match=r"^reference_covariance must"):
         linear.gaussian_kl(Gaussian(ZERO2, EYE), flat)
