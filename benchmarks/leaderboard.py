@@ -3,8 +3,8 @@
 On problems whose optimum is known exactly (``diffusion_envs.exact``) every method starts from the
 same pretrained model and gets the same sampler, adapter, optimiser and number of reward queries.
 Its learning rate falls linearly to 0 with the queries that are spent; where it begins is chosen by
-a sweep on seeds of its own, then the method is run on the seeds that are reported. What is reported is exact, not sampled: after every update the policy is judged on the
-sampler's own chain,
+a sweep on seeds of its own, then the method is run on the seeds that are reported. What is reported
+is exact, not sampled: the policy is judged on the sampler's own chain,
 
     share    (J - J_pretrained) / (J_optimum - J_pretrained),  J = E[reward] - kl_weight path KL
     KL       of the generated law from the optimum's, nats
