@@ -1,5 +1,7 @@
 """One file per method: a frozen dataclass of hyperparameters, its advantages and its loss."""
 
+from diffusion_envs.objectives.d3po import D3PO
+from diffusion_envs.objectives.ddpo import DDPO, DDPOScoreFunction
 from diffusion_envs.objectives.protocol import (
     BackpropObjective,
     NoisedObjective,
@@ -16,7 +18,10 @@ from diffusion_envs.objectives.score_as_action import (
 )
 
 __all__ = [
+    "D3PO",
+    "DDPO",
     "BackpropObjective",
+    "DDPOScoreFunction",
     "NoisedObjective",
     "NoisedRows",
     "Objective",

@@ -124,6 +124,7 @@ class Objective:
     needs_reward_gradient: ClassVar[bool] = False
     needs_preferences: ClassVar[bool] = False
     needs_value: ClassVar[bool] = False
+    needs_fresh_rollouts: ClassVar[bool] = False  # one optimiser step, then sample anew
 
     @property
     def group(self) -> int:
@@ -182,6 +183,11 @@ class PathObjective(Objective, ABC):
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
         """Trusted size of the log-ratio of each row, nats."""
         return torch.full_like(rows.step_size, math.inf)
+
+    def clipped(self, rows: Rows) -> Float[Tensor, " rows"]:
+        """Share of each row that a clip touches, to log."""
+        outside = self.log_ratio(rows).abs() > self.half_width(rows)
+        return outside.to(rows.step_size)
 
     @abstractmethod
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
@@ -274,15 +280,21 @@ def coordinates(rows: Rows) -> int:
     return rows.mean[0].numel()
 
 
+def trusted_width(rows: Rows, clip: float, clip_per_pixel: float | None) -> Float[Tensor, " rows"]:
+    """``clip`` nats on a whole step, or ``clip_per_pixel`` times the coordinates if given."""
+    width = clip if clip_per_pixel is None else clip_per_pixel * coordinates(rows)
+    return torch.full_like(rows.step_size, width)
+
+
 def per_prompt(
     rewards: Float[Tensor, " paths"], condition: Int64[Tensor, " paths"], least: float = 1e-8
 ) -> Float[Tensor, " paths"]:
-    """Rewards standardised within each prompt; a prompt seen once gets 0."""
+    """Rewards standardised within each prompt; a prompt seen once, or with equal ones, gets 0."""
     found = torch.zeros_like(rewards)
     for prompt in condition.unique():
         one = condition == prompt
         values = rewards[one]
-        if len(values) > 1:
+        if bool((values != values[0]).any()):  # round-off of equal ones must not be blown up
             found[one] = (values - values.mean()) / (values.std() + least)
     return found
 

@@ -36,6 +36,9 @@ JUDGES: dict[str, dict[str, Callable[[], rewards.Reward]]] = {
     "prompt-alignment": {"judge": lambda: rewards.PromptAlignment("judge")},
 }
 OBJECTIVES = {
+    "d3po": objectives.D3PO,
+    "ddpo": objectives.DDPO,
+    "ddpo-sf": objectives.DDPOScoreFunction,
     "score-as-action": objectives.ScoreAsAction,
     "score-as-action-sampled": objectives.ScoreAsActionSampled,
     "score-as-action-released": objectives.ScoreAsActionReleased,

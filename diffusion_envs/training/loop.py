@@ -146,6 +146,11 @@ class Trainer:
                 "or an "
                 "objective that draws its actions (ScoreAsActionSampled)"
             )
+        if objective.needs_fresh_rollouts and (taken := schedule.epochs * schedule.minibatches) > 1:
+            raise ValueError(
+                f"{type(objective).__name__} corrects for no change of policy within a roll-out: "
+                f"use epochs=1 and minibatches=1, got {taken} optimiser steps"
+            )
         if schedule.samples < 2:
             raise ValueError(f"samples must be at least 2 to compare them, got {schedule.samples}")
         self.environment, self.objective, self.schedule = environment, objective, schedule
