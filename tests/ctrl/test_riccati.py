@@ -655,3 +655,90 @@ def test_policies_without_spread_may_be_evaluated_where_entropy_is_not_paid():
     value = linear.evaluate_lq_discounted(lq, law).quadratic
     assert float(value.hessian) == pytest.approx(-1.0, rel=1e-14)
     assert float(value.constant) == pytest.approx(-1 / 6, rel=1e-14)
+
+
+# ---- one bad member among good ones
+
+
+def twice(**settings) -> LinearQuadratic:
+    """Two problems alike but for what is given."""
+    return LinearQuadratic(**ONE | {"A": ONE["A"].expand(2, 1, 1)}, **settings)
+
+
+def test_cost_of_exploration_of_a_batch():
+    mixed = twice(discount=tensor([0.0, 0.3]), temperature=tensor([0.2, 0.5]))
+    expected = tensor([0.1 * 2.5, 0.25 * (1 - math.exp(-0.75)) / 0.3])
+    torch.testing.assert_close(linear.cost_of_exploration(mixed, 2.5), expected)
+    with pytest.raises(ValueError, match="horizon"):
+        linear.cost_of_exploration(mixed)
+    both = twice(discount=tensor([0.6, 0.3]), temperature=0.2)
+    torch.testing.assert_close(linear.cost_of_exploration(both), tensor([0.1 / 0.6, 0.1 / 0.3]))
+
+
+@pytest.mark.parametrize("discounts", [[0.0, 0.5], [0.5, 0.0]], ids=str)
+def test_one_discount_of_the_wrong_kind_spoils_a_batch(discounts):
+    lq = twice(discount=tensor(discounts))
+    for solve in (linear.solve_lq_discounted, linear.solve_lq_ergodic):
+        with pytest.raises(ValueError, match="discount must be"):
+            solve(lq)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_a_policys_spread_is_judged_by_its_own_size_in_every_member(size):
+    lq = LinearQuadratic(
+        **{name: torch.eye(2, dtype=torch.float64) for name in ("B", "sigma", "M", "N")},
+        A=-torch.eye(2, dtype=torch.float64).expand(2, 2, 2),
+        discount=3.0,
+    )
+    zero = torch.zeros(2, dtype=torch.float64)
+    good = size * torch.diag(tensor([1.0, 0.4]))
+
+    def evaluated(*covariances, problem=lq):
+        law = LinearGaussian(zero.expand(2, 2, 2), zero.expand(2, 2), torch.stack(covariances))
+        return linear.evaluate_lq_discounted(problem, law)
+
+    nearly = size * torch.diag(tensor([1.0, -1e-14]))  # round-off of a singular one
+    evaluated(good, nearly)
+    evaluated(good, 0 * good)
+    for eigenvalues in ([1.0, -1e-8], [-1e-8, 1.0]):
+        bad = size * torch.diag(tensor(eigenvalues))
+        for members in ((good, bad), (bad, good), (1e9 * good, bad)):
+            with pytest.raises(ValueError, match="covariance must not be negative"):
+                evaluated(*members)
+    warm = LinearQuadratic(
+        **{name: getattr(lq, name) for name in ("A", "B", "sigma", "M", "N", "discount")},
+        temperature=tensor([0.0, 0.2]),
+    )
+    evaluated(0 * good, good, problem=warm)  # no entropy is paid for in the first
+    with pytest.raises(ValueError, match="covariance must be positive definite"):
+        evaluated(good, 0 * good, problem=warm)
+
+
+def test_one_policy_that_lets_the_state_grow_spoils_a_batch():
+    lq = twice(discount=0.5)
+    gains = tensor([[[-2.0]], [[2.0]]])
+    for order in ([0, 1], [1, 0]):
+        law = LinearGaussian(gains[order], 0 * gains[:, 0], 0 * gains)
+        with pytest.raises(ValueError, match="gain must keep"):
+            linear.evaluate_lq_discounted(lq, law)
+    edge = LinearQuadratic(**ONE | {"sigma": 0 * ONE["sigma"]})
+    flat = LinearGaussian(-ONE["A"], tensor([0.0]), tensor([[0.0]]))  # A + B K = 0: it stays
+    with pytest.raises(ValueError, match="gain must keep"):
+        linear.evaluate_lq_ergodic(edge, flat)
+
+
+def test_laws_of_more_problems_or_of_other_shapes_are_refused():
+    lq = LinearQuadratic(**ONE, discount=3.0)
+
+    def zeros(*batch, actions=1):
+        shapes = ((*batch, 1, 1), (*batch, actions), (*batch, 1, 1))
+        return LinearGaussian(*[torch.zeros(shape, dtype=torch.float64) for shape in shapes])
+
+    linear.evaluate_lq_discounted(lq, zeros())
+    with pytest.raises(ValueError, match=r"gain must be \[1, 1\], got \[2, 1, 1\]"):
+        linear.evaluate_lq_discounted(lq, zeros(2))
+    linear.evaluate_lq(lq, lambda t: zeros(*t.shape), NODES)
+    with pytest.raises(ValueError, match=r"gain must be \['nodes', 1, 1\], got \[4, 2, 1, 1\]"):
+        linear.evaluate_lq(lq, lambda t: zeros(*t.shape, 2), NODES)
+    for law in (zeros(2), lambda t: zeros(*t.shape, 2)):
+        linear.evaluate_lq(twice(discount=3.0), law, NODES)
