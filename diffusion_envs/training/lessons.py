@@ -84,9 +84,8 @@ class PathSteps:
             # rows are a uniform draw from paths x steps: mean x steps estimates the path's sum
             yield self.objective.loss(rows).sum() * steps / len(which)
             with torch.no_grad():
-                log_ratio = self.objective.log_ratio(rows).detach()
-                self._log_ratios.append(log_ratio)
-                self._clipped.append(log_ratio.abs() > self.objective.half_width(rows))
+                self._log_ratios.append(self.objective.log_ratio(rows).detach())
+                self._clipped.append(self.objective.clipped(rows).detach())
 
     def _steps(self, groups: int, used: int, generator: Generator) -> Int64[Tensor, "groups used"]:
         """Steps of each group, without replacement."""
@@ -147,7 +146,7 @@ class PathSteps:
         return {
             "ratio_min": ratio.min().item(),
             "ratio_max": ratio.max().item(),
-            "clipped_fraction": torch.cat(self._clipped).float().mean().item(),
+            "clipped_fraction": torch.cat(self._clipped).mean().item(),
         }
 
 

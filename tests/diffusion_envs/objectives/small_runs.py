@@ -1,0 +1,52 @@
+"""The real loop on the smallest problem: Gaussian data in the plane, its exact score, a reward."""
+
+from typing import Any
+
+from diffusion_envs.exact.problems import GaussianProblem, table
+from diffusion_envs.objectives import Objective
+from diffusion_envs.preferences import Preference
+from diffusion_envs.samplers import DDIM
+from diffusion_envs.training.loop import Schedule, Trainer
+from verification.claims.training_loop import Process
+
+STEPS = 4
+PROBLEM = GaussianProblem()
+
+
+def trainer(
+    objective: Objective, preference: Preference | None = None, seed: int = 5, **schedule: Any
+) -> Trainer:
+    """A fresh run of 12 samples an update, in pieces of 10 rows."""
+    environment, parameters = PROBLEM.environment(DDIM(1.0).bind(table(), STEPS), seed)
+    return Trainer(
+        environment,
+        objective,
+        Schedule(**{"samples": 12, "batch": 10, "value_epochs": 1} | schedule),
+        parameters,
+        accelerator=Process(),
+        preference=preference,
+    )
+
+
+def numbers(run: Trainer, updates: int) -> list[dict[str, Any]]:
+    """What the updates say, without the clock."""
+    return [
+        {k: v for k, v in found.items() if k not in ("seconds", "memory")}
+        for found in run.updates(updates)
+    ]
+
+
+def assert_runs_and_resumes(objective: Objective, queries: int, **schedule: Any) -> None:
+    """Two updates: finite, so many reward queries each, the same when cut in two."""
+    whole = trainer(objective, **schedule)
+    log = numbers(whole, 2)
+    assert [line["reward_queries"] for line in log] == [queries, 2 * queries]
+    parameters = [p.detach() for p in whole.parameters]
+    assert all(p.isfinite().all() for p in parameters)
+    assert max(p.abs().max() for p in parameters) > 0
+    first, second = trainer(objective, **schedule), trainer(objective, **schedule)
+    numbers(first, 1)
+    second.load_state(first.state())
+    assert numbers(second, 2) == log[1:]
+    for one, other in zip(second.parameters, parameters, strict=True):
+        assert (one == other).all()
