@@ -169,7 +169,7 @@ class Session:
             if not transplant(fresh, module):
                 return {"verdict": "not applied"}
             for item, following in zip(tests, [*tests[1:], None], strict=True):
-                signal.setitimer(signal.ITIMER_PROF, 5 + 10 * reach.seconds[item.nodeid])
+                signal.setitimer(signal.ITIMER_PROF, 1 + 5 * reach.seconds[item.nodeid])
                 if failure := self._fails(item, following):
                     return {"verdict": "killed", "by": failure, "test": item.nodeid}
             return {"verdict": "survived"}
