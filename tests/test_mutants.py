@@ -114,6 +114,8 @@ def test_a_run_counts_what_was_killed_and_reports_what_survived(tmp_path):
         "benchmarks/__init__.py": "",
         "ctrl/planted.py": PLANTED,
         "tests/test_planted.py": TESTS,
+        "tests/deeper/conftest.py": "",
+        "tests/deeper/test_nothing.py": "def test_nothing():\n    pass\n",
     }.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)

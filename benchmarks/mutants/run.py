@@ -40,7 +40,7 @@ _SETTINGS = "_hypothesis_internal_use_settings"  # where hypothesis keeps a test
 MEMORY = 8 * 2**30  # bytes a mutant may take beside what was there before
 
 
-@dataclass
+@dataclass(eq=False)  # pytest puts plugins into sets
 class Session:
     """A plugin of pytest that takes the place of its loop over tests.
 
