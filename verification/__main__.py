@@ -89,7 +89,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 def main(options: Options) -> int:
     """Run what was asked for; 0 where every claim holds and every mistake is rejected."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     torch.set_num_threads(1)
     try:
         names = chosen([*options.names, *options.claim])

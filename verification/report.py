@@ -391,11 +391,12 @@ def document(found: Record) -> str:
                 f"| {_cell(check['name'])} | {check['route']} | {_digits(check['found'])} | "
                 f"{_digits(check['claimed'])} | {_short(check['deviation'])} | {tolerance} |"
             )
-        lines += ["", "Mistakes rejected:", ""]
+        lines += ["", f"<details><summary>{len(claim['wrongs'])} mistakes rejected</summary>", ""]
         for wrong in claim["wrongs"]:
             how = _short(wrong["deviations"][wrong["by"]]) if wrong["by"] else wrong["note"]
             where = ", ".join(f"`{edit['target']}`" for edit in wrong["edits"])
             lines.append(f"- {wrong['name']} ({where}): {how}")
+        lines += ["", "</details>"]
     return "\n".join(lines) + "\n"
 
 
