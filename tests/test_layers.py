@@ -28,7 +28,7 @@ diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewar
 diffusion_envs.rewards.classifier diffusion_envs.rewards
 diffusion_envs.preferences diffusion_envs.objectives.protocol diffusion_envs.objectives.adjoint_matching
 diffusion_envs.objectives.ram diffusion_envs.objectives.score_as_action
-diffusion_envs.objectives.ddpo
+diffusion_envs.objectives.ddpo diffusion_envs.objectives.dpok
 diffusion_envs.objectives.d3po
 diffusion_envs.objectives
 diffusion_envs.training.checkpoint diffusion_envs.training.parallel

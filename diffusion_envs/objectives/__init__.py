@@ -2,6 +2,7 @@
 
 from diffusion_envs.objectives.d3po import D3PO
 from diffusion_envs.objectives.ddpo import DDPO, DDPOScoreFunction
+from diffusion_envs.objectives.dpok import DPOK
 from diffusion_envs.objectives.protocol import (
     BackpropObjective,
     NoisedObjective,
@@ -20,6 +21,7 @@ from diffusion_envs.objectives.score_as_action import (
 __all__ = [
     "D3PO",
     "DDPO",
+    "DPOK",
     "BackpropObjective",
     "DDPOScoreFunction",
     "NoisedObjective",

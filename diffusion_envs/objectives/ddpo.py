@@ -1,26 +1,27 @@
 """DDPO: denoising as a decision process of many steps, rewarded at its end.
 
-Objective    J(th) = E_th[ r(X_T, prompt) ], nothing that keeps the policy near the pretrained model.
-Gradient     DDPO-SF  E sum_k grad log p_th(x_{k+1} | x_k) A                       ([B] equation 4)
-             DDPO-IS  E_old sum_k grad min(rho_k A, clip(rho_k) A)                 ([B] equation 5)
-             with rho_k = p_th(x_{k+1} | x_k) / p_old(x_{k+1} | x_k) and A the reward, standardised
+Objective    J(th) = E_th[ r(X_T, prompt) ]; nothing keeps the policy near the pretrained model.
+Gradient     DDPO-SF  E sum_k grad log p_th(x_{k+1} | x_k) A
+             DDPO-IS  E_old sum_k grad min(rho_k A, clip(rho_k) A)
+             with rho_k = p_th(x_{k+1} | x_k) / p_old(x_{k+1} | x_k), and A the reward standardised
              within its prompt and clipped.
 Exact        With A = r and one optimiser step a roll-out both are unbiased for grad J.
-Biased       Standardising n rewards of a prompt by their own mean multiplies its gradient by
-             1 - 1/n, and dividing by their own spread s replaces J by sum over prompts of J_p / s_p:
-             for Gaussian rewards of spread sigma the factor is (1 - 1/n) c4(n) / sigma in all, c4
-             the mean of s / sigma: 0.40, 0.69, 0.92 / sigma at n = 2, 4, 16. Further optimiser steps
-             see old states (IS corrects each step's density, not that of the states before it), SF
-             corrects nothing, which is why the loop refuses it more than one.
-Published    (1) A buffer of the last 16 to 32 rewards of a prompt, over updates; prompts with fewer
-             than 16 are standardised by the whole roll-out. An objective has no state: here the
-             roll-out's own rewards, and ``min_count`` may be 2. (2) Log-densities are means over
-             pixels: rho is the d-th root of the ratio of densities, 1 up to 1e-4, so that it weighs
-             nothing, and its gradient is 1/d of ours, which AdamW does not see but the clipping of
-             gradients does. Here rho is the ratio. (3) The clip is on rho; ours is on log rho, the
-             same to 5e-5 of it. A published 1e-4 a pixel is 1.64 nats a step at 4 x 64 x 64.
+Biased       (1) Standardising n rewards of a prompt by their own mean multiplies the prompt's
+             gradient by 1 - 1/n, and dividing by their own spread makes it one of J_p / s_p: in all
+             (1 - 1/n) c4(n) / sigma for Gaussian rewards of spread sigma, c4(n) = E s / sigma; that
+             is 0.40, 0.69, 0.92 / sigma at n = 2, 4, 16. Prompts whose rewards vary little are so
+             given as much weight as the others. (2) Later optimiser steps of a roll-out see states
+             of the old policy: IS corrects each step's density, not that of the states before it;
+             SF corrects nothing, so the loop refuses it more than one step.
+Published    (1) A buffer of a prompt's last 16 to 32 rewards, over updates; prompts with fewer than
+             16 are standardised by the whole roll-out. An objective has no state: here they are the
+             roll-out's own, and the least number is ``min_count``. (2) Log-densities are means over
+             pixels, so rho is the d-th root of the ratio of densities: it is 1 up to 1e-4, weighs
+             nothing, and has 1/d of the gradient, which AdamW does not see but the clipping of
+             gradients does. Here rho is the ratio. (3) The clip is on rho, here on log rho, which
+             is the same up to 5e-5 of it. 1e-4 a pixel is 1.64 nats a step at 4 x 64 x 64.
 
-Sources      [B] Black, Janner, Du, Kostrikov & Levine 2023, arXiv 2305.13301. Settings: the authors'
+Sources      [B] Black, Janner, Du, Kostrikov & Levine 2023, arXiv 2305.13301. Settings: their
              PyTorch code (aesthetic score, Stable Diffusion 1.4).
 """
 

@@ -39,6 +39,7 @@ OBJECTIVES = {
     "d3po": objectives.D3PO,
     "ddpo": objectives.DDPO,
     "ddpo-sf": objectives.DDPOScoreFunction,
+    "dpok": objectives.DPOK,
     "score-as-action": objectives.ScoreAsAction,
     "score-as-action-sampled": objectives.ScoreAsActionSampled,
     "score-as-action-released": objectives.ScoreAsActionReleased,
