@@ -2,6 +2,7 @@
 
 from diffusion_envs.objectives.d3po import D3PO
 from diffusion_envs.objectives.ddpo import DDPO, DDPOScoreFunction
+from diffusion_envs.objectives.dense_reward import DenseReward
 from diffusion_envs.objectives.dpok import DPOK
 from diffusion_envs.objectives.protocol import (
     BackpropObjective,
@@ -24,6 +25,7 @@ __all__ = [
     "DPOK",
     "BackpropObjective",
     "DDPOScoreFunction",
+    "DenseReward",
     "NoisedObjective",
     "NoisedRows",
     "Objective",

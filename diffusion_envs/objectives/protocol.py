@@ -51,7 +51,8 @@ class Rollout:
 class Rows:
     """Single steps of paths with the current policy's score; only ``mean`` carries a gradient.
 
-    The members of a group stand side by side, at the same step: ``view(-1, group, ...)``.
+    The members of a group stand side by side, at the same step: ``view(-1, group, ...)``; if the
+    objective joins steps, ``view(-1, steps, group, ...)``.
     """
 
     mean: Float[Tensor, " rows *event"]  # current policy
@@ -75,6 +76,7 @@ class Rows:
     # V at any states of the rows: at the left of their steps, and at the right
     value: Callable[[Tensor], Tensor] | None = None
     next_value: Callable[[Tensor], Tensor] | None = None
+    steps: int = 1  # of a group that come together (``PathObjective.joins_steps``)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +150,7 @@ class PathObjective(Objective, ABC):
     """Learns from the steps of sampled paths."""
 
     needs_density: ClassVar[bool] = True
+    joins_steps: ClassVar[bool] = False  # a loss is of whole paths: their used steps come together
 
     @property
     def cost_weight(self) -> float:
@@ -168,7 +171,7 @@ class PathObjective(Objective, ABC):
         return None
 
     def step_probabilities(self, steps: int) -> Float[Tensor, " steps"] | None:
-        """With which steps are drawn where not all are used; None for equal ones."""
+        """With which steps are drawn, with replacement; None for equal ones, without."""
         return None
 
     def maintain(

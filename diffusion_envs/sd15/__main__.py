@@ -36,6 +36,7 @@ JUDGES: dict[str, dict[str, Callable[[], rewards.Reward]]] = {
     "prompt-alignment": {"judge": lambda: rewards.PromptAlignment("judge")},
 }
 OBJECTIVES = {
+    "dense-reward": objectives.DenseReward,
     "d3po": objectives.D3PO,
     "ddpo": objectives.DDPO,
     "ddpo-sf": objectives.DDPOScoreFunction,

@@ -73,14 +73,18 @@ class PathSteps:
         """Mean over the rows that are used, times the steps of a path."""
         size, steps = self.rollout.group, self.rollout.costs.shape[1]
         used = min(self.train_steps or steps, steps)
+        joined = used if self.objective.joins_steps else 1
         chosen = self._steps(len(groups), used, generator)  # [groups, used]: shared by a group
         path = groups[:, None, None] * size + torch.arange(size)
         shape = (len(groups), used, size)
         which = torch.stack(
             [path.expand(shape).flatten(), chosen[:, :, None].expand(shape).flatten()], dim=1
         )  # [rows, (path, step)]
-        for piece in which.split(max(1, self.batch // size) * size):
-            rows = self.rows(piece)
+        if self.objective.joins_steps:
+            steps = 1
+        together = size * joined
+        for piece in which.split(max(1, self.batch // together) * together):
+            rows = self.rows(piece, joined)
             # rows are a uniform draw from paths x steps: mean x steps estimates the path's sum
             yield self.objective.loss(rows).sum() * steps / len(which)
             with torch.no_grad():
@@ -88,16 +92,17 @@ class PathSteps:
                 self._clipped.append(self.objective.clipped(rows).detach())
 
     def _steps(self, groups: int, used: int, generator: Generator) -> Int64[Tensor, "groups used"]:
-        """Steps of each group, without replacement."""
+        """Steps of each group, without replacement if all are equally probable."""
         steps = self.rollout.costs.shape[1]
         weights = self.objective.step_probabilities(steps)
         if weights is None:
             return torch.rand(groups, steps, generator=generator).argsort(1)[:, :used]
-        weights = weights.float().expand(groups, -1)
-        return torch.multinomial(weights, used, replacement=False, generator=generator)
+        return torch.multinomial(
+            weights.expand(groups, -1), used, replacement=True, generator=generator
+        )
 
-    def rows(self, which: Int64[Tensor, "rows 2"]) -> Rows:
-        """(path, step) pairs as rows, with the current policy's score."""
+    def rows(self, which: Int64[Tensor, "rows 2"], steps: int = 1) -> Rows:
+        """(path, step) pairs as rows, with the current policy's score; ``steps`` come together."""
         environment, rollout = self.environment, self.rollout
         sampler = environment.sampler
         path, step = which.unbind(1)
@@ -138,6 +143,7 @@ class PathSteps:
             preference=None if preferences is None else preferences[path].to(mean),
             value=value_at(0),
             next_value=value_at(1),
+            steps=steps,
         )
 
     def numbers(self) -> dict[str, float]:

@@ -1,0 +1,239 @@
+"""Plackett-Luce likelihoods of discounted paths, against formulas written out here."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion_envs import linear_policy
+from diffusion_envs.objectives import DenseReward, Rows
+from diffusion_envs.objectives.dense_reward import plackett_luce
+from diffusion_envs.samplers import DDIM
+from tests.diffusion_envs.objectives.small_runs import assert_runs_and_resumes, trainer
+from tests.diffusion_envs.test_two_views import DATA, GAIN, SHIFT, TABLES
+
+GROUPS, STEPS, MEMBERS, EVENT = 2, 3, 4, (3, 2)
+PIXELS = math.prod(EVENT)
+PREFERENCE = torch.tensor([[0.3, -2.0, 1.0, 1.5], [0.2, 7.0, 0.2, -1.0]], dtype=torch.float64)
+
+
+def rows(generator: torch.Generator, moved: float) -> Rows:
+    """Two groups of four paths at three steps; two of the second group are tied."""
+    n = GROUPS * STEPS * MEMBERS
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    old = normal(n, *EVENT)
+    return Rows(
+        mean=(old + moved * normal(n, *EVENT)).requires_grad_(),
+        old_mean=old,
+        reference_score=old + 0.1 * normal(n, *EVENT),
+        action=old,
+        noise=normal(n, *EVENT),
+        advantage=normal(n),
+        step_size=0.1 + normal(n).square(),
+        horizon=torch.tensor(4.3, dtype=torch.float64),
+        score_gain=0.2 + normal(n).square(),
+        std=0.3 + normal(n).square(),
+        action_std=torch.zeros(n, dtype=torch.float64),
+        kl_factor=1.37,
+        preference=PREFERENCE[:, None].expand(GROUPS, STEPS, MEMBERS).flatten(),
+        steps=STEPS,
+    )
+
+
+def mean_log_ratios(r: Rows) -> np.ndarray:
+    """log p_th(x') - log p_pre(x'), the mean over coordinates, [groups, steps, members]."""
+    mean, old, reference, noise = (
+        x.detach().flatten(1).numpy() for x in (r.mean, r.old_mean, r.reference_score, r.noise)
+    )
+    gain, std = r.score_gain.numpy()[:, None], r.std.numpy()[:, None]
+    after = gain * old + std * noise
+    own, pretrained = (((after - gain * m) / std) ** 2 for m in (mean, reference))
+    return (0.5 * (pretrained - own)).mean(1).reshape(GROUPS, STEPS, MEMBERS)
+
+
+def likelihood(logits: np.ndarray, preference: np.ndarray) -> float:
+    """Probability that items are drawn without replacement in the preferred order."""
+    left = sorted(range(len(logits)), key=lambda i: -preference[i])
+    found = 1.0
+    while left:
+        found *= math.exp(logits[left[0]]) / sum(math.exp(logits[i]) for i in left)
+        left.pop(0)
+    return found
+
+
+@pytest.mark.parametrize("compared", [2, 3, 4])
+@pytest.mark.parametrize("moved", [0.01, 0.3])
+def test_the_loss_is_the_mean_over_all_lists_of_the_published_one(compared, moved, generator):
+    r = rows(generator, moved)
+    logits = 10 * np.clip(mean_log_ratios(r), -0.02, 0.02).mean(1)
+    expected = []
+    for group in range(GROUPS):
+        lists = list(itertools.combinations(range(MEMBERS), compared))
+        total = 0.0
+        for one in map(list, lists):
+            asked = PREFERENCE[group].numpy()[one]
+            if len(set(asked)) == compared:  # no tie
+                total -= math.log(likelihood(logits[group][one], asked))
+        expected += [total / len(lists)] * (STEPS * MEMBERS)
+    got = DenseReward(members=MEMBERS, compared=compared, clip_per_pixel=0.02).loss(r)
+    torch.testing.assert_close(
+        got.detach(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12
+    )
+
+
+def test_a_published_pair_lies_within_a_thousandth_of_log_two(generator):
+    far = dataclasses.replace(rows(generator, 30.0), preference=torch.arange(24).double())
+    losses = DenseReward(members=2, compared=2).loss(dataclasses.replace(far, steps=1))
+    assert losses.min() > 0.6921
+    assert losses.max() < 0.6942
+
+
+def test_outside_the_clip_the_gradient_is_zero(generator):
+    r = rows(generator, 0.5)
+    objective = DenseReward(members=MEMBERS, clip_per_pixel=0.05)
+    inside = torch.tensor(np.abs(mean_log_ratios(r)) < 0.05).flatten()
+    assert (objective.clipped(r) == ~inside).all()
+    objective.loss(r).sum().backward()
+    assert r.mean.grad is not None
+    assert inside.any()
+    assert ((r.mean.grad.flatten(1).abs().amax(1) > 0) == inside).all()
+
+
+def test_the_settings_of_the_whole_step_replace_those_of_the_mean(generator):
+    r = rows(generator, 0.1)
+    one = DenseReward(members=MEMBERS, beta_per_pixel=4.2, clip_per_pixel=0.1)
+    other = DenseReward(members=MEMBERS, beta=4.2 / PIXELS, clip=0.1 * PIXELS)
+    torch.testing.assert_close(one.loss(r), other.loss(r), rtol=1e-12, atol=0)
+
+
+def test_likelihoods_of_all_orders_add_up_to_one(generator):
+    logits = torch.randn(4, generator=generator, dtype=torch.float64)
+    orders = torch.tensor(list(itertools.permutations(range(4)))).double()
+    total = (-plackett_luce(logits.expand(24, 4), orders)).exp().sum()
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-12, atol=0)
+
+
+# -- exact expectations ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "turned", "size"), [(20, 4.935, 0.9388), (50, 8.387, 0.7860)], ids=["20", "50"]
+)
+def test_the_first_gradient_is_the_rewards_with_discounted_steps(steps, turned, size):
+    """beta / sqrt(pi) sum_k p_k grad_k E[r] / std(r), against the mean of grad_k for p = 1 / N.
+
+    A linear reward, given the start; the loss's gradient is linear in the noise there, so it may be
+    taken at the conditional mean of the noise given who wins.
+    """
+    sampler, beta = DDIM(1.0).bind(TABLES["sd15"], steps), 0.37
+    chain = linear_policy.chain(
+        DATA, sampler.table, linear_policy.Steps.of_ddim(sampler), 0 * GAIN, 0 * SHIFT
+    )
+    carried, slopes = torch.tensor([0.7, -0.4], dtype=torch.float64), []
+    for k in reversed(range(steps)):
+        slopes.append(carried)  # of the reward in the state after step k
+        carried = chain.matrix[k].mT @ carried
+    slope = torch.stack(slopes[::-1])
+    gradients = sampler.score_gain[:, None] * slope  # of E[r] in the score of step k
+    noisy = sampler.std[:, None] * slope
+    spread = noisy.square().sum().sqrt()
+    noise = noisy / spread / math.sqrt(math.pi)
+    objective = DenseReward(members=2, discount=0.9, beta=beta, clip=math.inf)
+    probabilities = objective.step_probabilities(steps)
+    shift = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    zero, one = torch.zeros(2 * steps, 2).double(), torch.ones(2 * steps).double()
+    r = Rows(
+        mean=zero + shift,
+        old_mean=zero,
+        reference_score=zero,
+        action=zero,
+        noise=torch.stack([noise, -noise], dim=1).flatten(0, 1),
+        advantage=0 * one,
+        step_size=one,
+        horizon=one[0],
+        score_gain=sampler.score_gain.repeat_interleave(2),
+        std=sampler.std.repeat_interleave(2),
+        action_std=0 * one,
+        kl_factor=1.0,
+        preference=torch.tensor([1.0, 0.0] * steps, dtype=torch.float64),
+    )
+    loss = (objective.loss(r) * probabilities.repeat_interleave(2)).sum() / 2  # all one-step draws
+    (found,) = torch.autograd.grad(loss, shift)
+    discounted = (probabilities[:, None] * gradients).sum(0)
+    expected = -beta / math.sqrt(math.pi) * discounted / spread
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    alike = gradients.mean(0)
+    cosine = torch.cosine_similarity(discounted, alike, dim=0)
+    assert math.degrees(math.acos(float(cosine))) == pytest.approx(turned, abs=2e-3)
+    assert float(discounted.norm() / alike.norm()) == pytest.approx(size, abs=2e-4)
+
+
+def test_half_of_the_weight_lies_on_the_first_seven_of_fifty_steps():
+    weights = DenseReward().step_probabilities(50)
+    assert float(weights.sum()) == pytest.approx(1, abs=1e-12)
+    assert float(weights[:7].sum()) == pytest.approx(0.524, abs=1e-3)
+    assert (weights[1:] / weights[:-1] - 0.9).abs().max() < 1e-12
+    alike = DenseReward(discount=1.0).step_probabilities(4)
+    torch.testing.assert_close(alike, torch.full((4,), 0.25).double())
+
+
+def test_the_loop_draws_steps_with_these_probabilities(generator):
+    run = trainer(DenseReward(members=2, discount=0.6))
+    lesson: Any = run._lesson(run._sample().rollout)
+    drawn = lesson._steps(40_000, 2, generator)
+    share = torch.stack([(drawn == k).double().mean() for k in range(4)])
+    expected = DenseReward(discount=0.6).step_probabilities(4)
+    assert (share - expected).abs().max() < 5 * (0.25 / 80_000) ** 0.5
+    assert ((drawn[:, 0] == drawn[:, 1]).double().mean() - expected.square().sum()).abs() < 0.013
+
+
+def test_a_gradient_does_not_depend_on_the_pieces_that_the_loop_cuts(generator):
+    found = []
+    for batch in (1000, 1):
+        run = trainer(DenseReward(members=3, beta=0.5, clip=math.inf), batch=batch)
+        with torch.no_grad():
+            for parameter in run.parameters:
+                parameter.fill_(0.05)
+        lesson = run._lesson(run._sample().rollout)
+        for loss in lesson.losses(torch.arange(4), torch.Generator().manual_seed(3)):
+            loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in run.parameters if p.grad is not None]))
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+# -- the rest -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"members": 1}, "compared must be at least 2 and at most members"),
+        ({"compared": 1}, "compared"),
+        ({"compared": 6}, "compared"),
+        ({"discount": 0.0}, "discount"),
+        ({"discount": 1.1}, "discount"),
+        ({"discount": math.nan}, "discount"),
+        ({"beta_per_pixel": -1.0}, "beta_per_pixel"),
+        ({"clip_per_pixel": 0.0}, "clip_per_pixel"),
+        ({"beta": 0.0}, "beta"),
+        ({"clip": -1.0}, "clip"),
+        ({"learning_rate": math.inf}, "learning_rate"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DenseReward(**settings)
+
+
+def test_it_runs_in_the_loop_and_resumes_to_the_same_numbers():
+    assert_runs_and_resumes(DenseReward(members=3, learning_rate=1e-3), queries=12, train_steps=2)
+    assert_runs_and_resumes(DenseReward(members=6, compared=3, learning_rate=1e-3), queries=12)
