@@ -80,8 +80,7 @@ class Session:
         items = {item.nodeid: item for item in session.items}
         for item in session.items:
             if settings := getattr(item.obj, _SETTINGS, None):
-                fewer = {"max_examples": min(20, settings.max_examples), "database": None}
-                setattr(item.obj, _SETTINGS, type(settings)(settings, derandomize=True, **fewer))
+                setattr(item.obj, _SETTINGS, _hasty(settings))
         reach = self._trace(items)
         for module in self.modules:
             self._module(module, items, reach)
@@ -372,6 +371,19 @@ def fork(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
     if os.WIFSIGNALED(status):
         return {"signal": signal.Signals(os.WTERMSIG(status)).name}
     return json.loads(b"".join(pieces))
+
+
+def _hasty(settings: Any) -> Any:
+    """Settings of hypothesis that stop at the first counterexample and do not shrink it."""
+    from hypothesis import Phase  # not before pytest has, which rewrites its plugins
+
+    return type(settings)(
+        settings,
+        max_examples=min(20, settings.max_examples),
+        phases=(Phase.explicit, Phase.generate),
+        derandomize=True,
+        database=None,
+    )
 
 
 def _quiet() -> None:
