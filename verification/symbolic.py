@@ -85,7 +85,7 @@ def ou_variance(time: sp.Expr) -> sp.Expr:
 
 
 def ou_path_kl(time: sp.Expr) -> sp.Expr:
-    """Its path KL from dX = g dW over [0, t] (theory 9.1 with k0 = c0 = 0)."""
+    """Its path KL from dX = g dW over [0, t] (the reference: no pull, no shift)."""
     limit, centre = g**2 / (2 * N), y / N
     e1, e2 = (1 - sp.exp(-N * time)) / N, (1 - sp.exp(-2 * N * time)) / (2 * N)
     first = centre * time + (m - centre) * e1

@@ -195,7 +195,7 @@ def kl_duality(setting: Setting) -> Iterator[Check]:
         atanh
         with q = sqrt(1 - w) for w < 1, and 2 (1 - alpha_T) for w = 1.
         """,
-    source="theory of section 9.4: linear equations of the moments and of the value",
+    source="linear equations of the moments and of the value (Fleming & Rishel, chapter VI)",
     wrongs=[
         wrong(
             "atan for atanh",

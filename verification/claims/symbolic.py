@@ -51,7 +51,7 @@ def proof_of_girsanov(setting: Setting) -> Iterator[Check]:
         Ornstein-Uhlenbeck: m' = y - N m and P' = g^2 - 2 N P are solved by the closed forms, and
         the path KL's closed form grows by E|u|^2 / 2 and starts at 0.
         """,
-    source="theory of linear SDEs; the closed form of the path KL used throughout",
+    source="Karatzas & Shreve 5.6 (linear equations), 3.5 (Girsanov)",
     wrongs=[
         wrong("mean decays twice as fast", HERE + "ou_mean", "exp(-N", "exp(-2 * N"),
         wrong("variance decays like the mean", HERE + "ou_variance", "-2 * N", "-N"),
@@ -88,7 +88,7 @@ def proof_of_the_ornstein_uhlenbeck_kl(setting: Setting) -> Iterator[Check]:
         + eta sqrt(beta) dW has the noised laws N(alpha m, alpha^2 S + 1 - alpha^2) as marginals,
         for every eta: eta = 1 is the reverse SDE, eta = 0 the probability-flow ODE.
         """,
-    source="Anderson 1982; Song et al. 2021, sections 4.2, 4.3; theory of the eta family",
+    source="Anderson 1982; Song et al. 2021, sections 4.2, 4.3; Zhang & Chen 2022, arXiv 2204.13902",
     wrongs=[
         wrong(
             "score weight 1 for (1 + eta^2) / 2",
@@ -209,7 +209,7 @@ def proof_of_the_exploratory_riccati_equation(setting: Setting) -> Iterator[Chec
         here for r = -c x^2 / 2 and Brownian motion from X_t = x. Temperature b outside the
         logarithm and 1 / b inside.
         """,
-    source="theory of the KL-regularised optimum; Fleming & Soner, chapter VI",
+    source="Fleming & Soner, chapter VI; Dai Pra 1991",
     wrongs=[
         wrong("b for 1 / b", HERE + "cole_hopf_value", "curvature / b", "curvature * b"),
         wrong("outer b dropped", HERE + "cole_hopf_value", "return b * (", "return ("),
@@ -315,7 +315,7 @@ def proof_of_the_ito_correction(setting: Setting) -> Iterator[Check]:
         Flow matching, X_t = (1 - t) X_0 + t eps: score = -(x + (1 - t) v) / t with
         v = E[eps - X_0 | X_t = x]; the velocity's shift is -(t / (1 - t)) times the score's shift.
         """,
-    source="theory of flow matching; arXiv 2605.10759, section 2 (0 is data, 1 is noise)",
+    source="Lipman et al. 2023, arXiv 2210.02747; arXiv 2605.10759, section 2 (0 is data, 1 is noise)",
     wrongs=[
         wrong("t for 1 - t", HERE + "score_from_velocity", "(1 - time)", "time"),
         wrong("sign of the velocity", HERE + "score_from_velocity", "x + (1", "x - (1"),

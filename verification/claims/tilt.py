@@ -253,7 +253,7 @@ def cole_hopf(setting: Setting) -> Iterator[Check]:
         d_t V + b_pre.grad V + g^2/2 Lap V + g^2/(2b) |grad V|^2 = 0, and its mean over any start
         is E[r] - b (path KL) of the optimal process.
         """,
-    source="Uehara et al. 2024, arXiv 2402.15194; theory of section 9.5",
+    source="Uehara et al. 2024, arXiv 2402.15194; Dai Pra 1991",
     wrongs=[
         wrong(
             "log-partition term missing: seen in the value, not in its gradient",
