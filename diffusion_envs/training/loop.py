@@ -32,7 +32,7 @@ from diffusion_envs.objectives import (
 )
 from diffusion_envs.preferences import FromReward, Preference
 from diffusion_envs.samplers import BoundDDIM
-from diffusion_envs.training import parallel
+from diffusion_envs.training import control, parallel
 from diffusion_envs.training.environment import Environment, Sample
 from diffusion_envs.training.lessons import LastSteps, Lesson, NoisedData, PathSteps
 from diffusion_envs.value import combine, martingale_loss, value_network
@@ -105,6 +105,7 @@ class Trainer:
         accelerator: the processes of this run; each rolls out its share of the samples.
         stream_name: names the noise of the training samples.
         preference: who prefers which sample, for objectives that learn from preferences.
+        target_kl: moves the objective's kl_weight after every update.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class Trainer:
         accelerator: Accelerator,
         stream_name: str = "train",
         preference: Preference | None = None,
+        target_kl: control.TargetKL | None = None,
     ) -> None:
         share = accelerator.num_processes * schedule.minibatches * objective.group
         if schedule.samples % share:
@@ -153,9 +155,17 @@ class Trainer:
             )
         if schedule.samples < 2:
             raise ValueError(f"samples must be at least 2 to compare them, got {schedule.samples}")
+        if target_kl is not None:
+            control.kl_weight(objective)
+            sampler = environment.sampler
+            if not isinstance(sampler, BoundDDIM) or sampler.eta == 0:
+                raise ValueError(
+                    "target_kl needs a sampler whose path KL is finite and known: DDIM with eta > 0"
+                )
         self.environment, self.objective, self.schedule = environment, objective, schedule
         self.parameters, self.accelerator, self.stream_name = parameters, accelerator, stream_name
         self.preference = preference or FromReward()
+        self.target_kl = target_kl
         self.old = [p.detach().clone() for p in parameters]  # of the policy that samples
         self.optimiser = torch.optim.AdamW(
             parameters, lr=objective.learning_rate, weight_decay=schedule.weight_decay
@@ -186,6 +196,7 @@ class Trainer:
             "reward_queries": self.environment.reward_queries,
             "network_calls": self.environment.score.calls,
             "seconds": self.seconds,
+            "kl_weight": None if self.target_kl is None else control.kl_weight(self.objective),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -206,6 +217,8 @@ class Trainer:
         self.value.load_state_dict(state["value"])
         self.value_optimiser.load_state_dict(state["value_optimiser"])
         self.update = state["update"]
+        if self.target_kl is not None:
+            self.objective = control.with_kl_weight(self.objective, state["kl_weight"])
         self.environment.reward_queries = state["reward_queries"]
         self.environment.score.calls = state["network_calls"]
         self._seconds_before, self._started = state["seconds"], time.monotonic()
@@ -245,6 +258,10 @@ class Trainer:
         rewards = parallel.gather(rollout.rewards, self.accelerator)
         nats = parallel.gather(rollout.costs.sum(1), self.accelerator)
         seen = {"path_kl": Estimate.of(nats)} if rollout.costs.shape[1] else {}
+        if self.target_kl is not None:
+            numbers["kl_weight"] = weight = control.kl_weight(self.objective)
+            weight = self.target_kl.next_weight(weight, seen["path_kl"].mean)
+            self.objective = control.with_kl_weight(self.objective, weight)
         return {
             "update": self.update,
             "reward": Estimate.of(rewards),
