@@ -211,7 +211,8 @@ class Reach:
         found -= self.failed
         own = f"/test_{path.stem}.py::"
         ordered = sorted(found, key=lambda test: (own not in test, self.seconds[test]))
-        chosen, spent = [test for test in first if test in found], [0.0, 0.0]
+        chosen = sorted((test for test in first if test in found), key=self.seconds.__getitem__)
+        spent = [0.0, 0.0]
         for test in ordered:
             if test not in chosen:
                 spent[own in test] += self.seconds[test] + 0.005
