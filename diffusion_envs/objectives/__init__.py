@@ -4,6 +4,8 @@ from diffusion_envs.objectives.d3po import D3PO
 from diffusion_envs.objectives.ddpo import DDPO, DDPOScoreFunction
 from diffusion_envs.objectives.dense_reward import DenseReward
 from diffusion_envs.objectives.dpok import DPOK
+from diffusion_envs.objectives.grpo import GRPO
+from diffusion_envs.objectives.nft import DiffusionNFT
 from diffusion_envs.objectives.protocol import (
     BackpropObjective,
     NoisedObjective,
@@ -13,6 +15,7 @@ from diffusion_envs.objectives.protocol import (
     Rollout,
     Rows,
 )
+from diffusion_envs.objectives.reward_backpropagation import AlignProp, DRaFT, ReFL
 from diffusion_envs.objectives.score_as_action import (
     ScoreAsAction,
     ScoreAsActionReleased,
@@ -23,13 +26,18 @@ __all__ = [
     "D3PO",
     "DDPO",
     "DPOK",
+    "GRPO",
+    "AlignProp",
     "BackpropObjective",
     "DDPOScoreFunction",
+    "DRaFT",
     "DenseReward",
+    "DiffusionNFT",
     "NoisedObjective",
     "NoisedRows",
     "Objective",
     "PathObjective",
+    "ReFL",
     "Rollout",
     "Rows",
     "ScoreAsAction",

@@ -200,7 +200,8 @@ class PathObjective(Objective, ABC):
     def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
         """Negative surrogate objective of each row; mean times steps estimates a path's.
 
-        A loss of a whole group is given to each of its members.
+        A loss of a whole group is given to each of its members, and one that joins steps to each
+        of its rows: the mean is then the path's.
         """
 
 
@@ -314,3 +315,10 @@ def require_not_negative(**settings: float) -> None:
     for name, value in settings.items():
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+
+
+def require_count(**counts: int) -> None:
+    """Refuse what is not a whole number of at least 1, by name."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

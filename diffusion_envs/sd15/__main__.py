@@ -36,11 +36,16 @@ JUDGES: dict[str, dict[str, Callable[[], rewards.Reward]]] = {
     "prompt-alignment": {"judge": lambda: rewards.PromptAlignment("judge")},
 }
 OBJECTIVES = {
+    "align-prop": objectives.AlignProp,
+    "draft": objectives.DRaFT,
+    "refl": objectives.ReFL,
     "dense-reward": objectives.DenseReward,
     "d3po": objectives.D3PO,
     "ddpo": objectives.DDPO,
     "ddpo-sf": objectives.DDPOScoreFunction,
     "dpok": objectives.DPOK,
+    "grpo": objectives.GRPO,
+    "nft": objectives.DiffusionNFT,
     "score-as-action": objectives.ScoreAsAction,
     "score-as-action-sampled": objectives.ScoreAsActionSampled,
     "score-as-action-released": objectives.ScoreAsActionReleased,
