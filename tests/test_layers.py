@@ -32,6 +32,7 @@ diffusion_envs.objectives.ddpo diffusion_envs.objectives.dpok diffusion_envs.obj
 diffusion_envs.objectives.d3po
 diffusion_envs.objectives.dense_reward
 diffusion_envs.objectives.nft
+diffusion_envs.objectives.reward_backpropagation
 diffusion_envs.objectives
 diffusion_envs.training.checkpoint diffusion_envs.training.parallel
 diffusion_envs.training.progress diffusion_envs.training.run_folder

@@ -1,0 +1,217 @@
+"""GRPO, against formulas written out here and the exact gradient of a solvable model."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from diffusion_envs.objectives import GRPO, Rollout, Rows
+from diffusion_envs.samplers import DDIM
+from diffusion_envs.schedule import DDPMTable
+
+ROWS, EVENT = 7, (3, 2, 2)
+
+
+def column(x: Tensor) -> Tensor:
+    return x.view(-1, 1, 1, 1)
+
+
+def rows(generator: torch.Generator, moved: float) -> Rows:
+    """Rows whose current policy is ``moved`` away from the sampling one."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    old = normal(ROWS, *EVENT)
+    return Rows(
+        mean=(old + moved * normal(ROWS, *EVENT)).requires_grad_(),
+        old_mean=old,
+        reference_score=old + 0.3 * normal(ROWS, *EVENT),
+        action=old,
+        noise=normal(ROWS, *EVENT),
+        advantage=normal(ROWS),
+        step_size=0.1 + normal(ROWS).square(),
+        horizon=torch.tensor(4.3, dtype=torch.float64),
+        score_gain=0.2 + normal(ROWS).square(),
+        std=0.3 + normal(ROWS).square(),
+        action_std=torch.zeros(ROWS, dtype=torch.float64),
+        kl_factor=1.37,
+    )
+
+
+def test_the_loss_is_the_clipped_maximum_and_the_gaussian_kl(generator):
+    r = rows(generator, moved=0.1)
+    with torch.no_grad():
+        scores = (r.mean, r.old_mean, r.reference_score)
+        new, old, pre = (Normal(column(r.score_gain) * s, column(r.std)) for s in scores)
+        after = old.mean + old.stddev * r.noise
+        ratio = (new.log_prob(after) - old.log_prob(after)).flatten(1).sum(1).exp()
+        low, high = math.exp(-0.1), math.exp(0.1)
+        expected = torch.maximum(-r.advantage * ratio, -r.advantage * ratio.clamp(low, high))
+        expected = expected + 0.7 * kl_divergence(new, pre).flatten(1).sum(1)
+        assert 0 < ((ratio < low) | (ratio > high)).sum() < ROWS  # both branches
+    found = GRPO(kl_weight=0.7, clip=0.1).loss(r).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+# -- the gradient ---------------------------------------------------------------------------------
+
+
+def chosen(rollout: Rollout, paths: Tensor) -> Rollout:
+    """These paths, in this order."""
+    return dataclasses.replace(
+        rollout,
+        **{
+            name: getattr(rollout, name)[paths]
+            for name in ("states", "means", "actions", "noises", "reference_scores")
+        },
+        costs=rollout.costs[paths],
+        values=None,
+        rewards=rollout.rewards[paths],
+        condition=rollout.condition[paths],
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("eta", [1.0, 0.6])
+def test_groups_of_two_have_half_the_gradient_over_the_spread(shared, eta, linear_gaussian):
+    """All pairs of quadrature paths, with one start or two; two nodes have equal weights."""
+    model = linear_gaussian(eta, 2)
+    rollout, weights = model.rollout()
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / len(weights)))
+    start = rollout.states[:, 0]
+    pairs = torch.cartesian_prod(torch.arange(len(start)), torch.arange(len(start)))
+    if shared:
+        pairs = pairs[(start[pairs[:, 0]] == start[pairs[:, 1]]).all(1)]
+    groups = chosen(rollout, pairs.flatten())
+    objective = GRPO(group=2, shared_start=shared, whole_batch_std=True, kl_weight=0.3)
+    leaves = model.gain.clone().requires_grad_(), model.shift.clone().requires_grad_()
+    losses = objective.loss(model.rows(groups, objective.advantages(groups), *leaves))
+    found = torch.autograd.grad(-2 * losses.mean(), leaves)  # 2 steps a path
+    spread = groups.rewards.std()
+    kl = (model.sampler.score_gain / model.sampler.std).square()
+    reward = model.exact()
+    cost = model.exact(0.3 * kl, frozen=True) - reward
+    expected = 0.5 * reward / spread + cost
+    gap = torch.cat([g.flatten() for g in found]) - expected
+    assert gap.abs().max() < 1e-11 * expected.abs().max()
+
+
+def test_what_the_kl_will_cost_elsewhere_is_left_out(linear_gaussian):
+    model = linear_gaussian(1.0)
+    kl = (model.sampler.score_gain / model.sampler.std).square()
+    reward = model.exact()
+    true, frozen = (model.exact(kl, frozen=f) - reward for f in (False, True))
+    assert ((frozen - true).norm() / true.norm()).item() == pytest.approx(0.42, abs=0.01)
+
+
+def test_ddims_kl_near_the_data_is_many_times_the_sdes():
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+    sampler = DDIM(1.0).bind(DDPMTable((1 - betas).cumprod(0), spacing="trailing"), 50)
+    ratio = (sampler.score_gain / sampler.std).square() / sampler.integrated_g2
+    assert ratio.argmax() == 49
+    assert ratio.max().item() == pytest.approx(21, rel=0.01)
+    assert 1 < ratio.min().item() < 1.1
+
+
+# -- advantages -----------------------------------------------------------------------------------
+
+REWARDS = torch.tensor([0.3, 2.0, -1.0, 5.0, 5.5, 9.0], dtype=torch.float64)
+
+
+def bare(rewards: Tensor, steps: int = 3) -> Rollout:
+    """A roll-out of which only rewards are looked at."""
+    empty = torch.zeros(len(rewards), steps, 1, dtype=rewards.dtype)
+    return Rollout(
+        states=torch.zeros(len(rewards), steps + 1, 1, dtype=rewards.dtype),
+        means=empty,
+        actions=empty,
+        noises=empty,
+        reference_scores=empty,
+        costs=empty[..., 0],
+        values=None,
+        rewards=rewards,
+        step_sizes=torch.ones(steps, dtype=rewards.dtype),
+        condition=torch.zeros(len(rewards), dtype=torch.int64),
+    )
+
+
+def spread(values: Tensor) -> Tensor:
+    return ((values - values.sum() / len(values)).square().sum() / (len(values) - 1)).sqrt()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_advantages_are_those_of_the_group(whole):
+    found = GRPO(group=3, whole_batch_std=whole).advantages(bare(REWARDS))
+    assert found.shape == (6, 3)
+    for members in (slice(0, 3), slice(3, 6)):
+        own = REWARDS[members]
+        expected = (own - own.sum() / 3) / spread(REWARDS if whole else own)
+        expected = expected[:, None].expand(3, 3)
+        torch.testing.assert_close(found[members], expected, rtol=1e-7, atol=0)
+
+
+@given(
+    st.lists(st.integers(-9, 9), min_size=6, max_size=6),
+    st.booleans(),
+    st.floats(0.5, 4.0),
+    st.floats(-3.0, 3.0),
+)
+def test_advantages_do_not_depend_on_unit_and_origin_of_rewards(values, whole, scale, shift):
+    rewards = torch.tensor(values, dtype=torch.float64)
+    objective = GRPO(group=3, whole_batch_std=whole)
+    before, after = (objective.advantages(bare(r)) for r in (rewards, shift + scale * rewards))
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
+    assert before[:, 0].view(2, 3).sum(1).abs().max() < 1e-9
+
+
+@given(st.integers(2, 20), st.booleans(), st.floats(-300, 300, width=32))
+def test_equal_rewards_teach_nothing(group, whole, value):
+    rewards = torch.full((2 * group,), value, dtype=torch.float32)
+    found = GRPO(group=group, whole_batch_std=whole).advantages(bare(rewards))
+    assert found.abs().max() == 0
+
+
+def test_advantages_are_clipped():
+    rewards = torch.zeros(100, dtype=torch.float64)
+    rewards[7] = 1.0
+    assert GRPO(group=100).advantages(bare(rewards)).max() == 5.0
+
+
+# -- settings and the loop ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"group": 1}, "group"),
+        ({"clip": 0.0}, "clip"),
+        ({"clip_per_pixel": -1e-4}, "clip_per_pixel"),
+        ({"kl_weight": -1.0}, "kl_weight"),
+        ({"advantage_clip": 0.0}, "advantage_clip"),
+        ({"learning_rate": math.inf}, "learning_rate"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings, name):
+    with pytest.raises(ValueError, match=name):
+        GRPO(**settings)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_it_trains_and_resumes(shared, trains):
+    done = trains(GRPO(group=4, shared_start=shared), minibatches=3)
+    assert done.environment.reward_queries == 2 * 12
+    rollout = done._sample().rollout
+    groups = rollout.states[:, 0].unflatten(0, (3, 4))
+    assert bool((groups == groups[:, :1]).all()) == shared
+    assert bool((rollout.condition.view(3, 4).diff(dim=1) == 0).all())
+
+
+def test_samples_must_fill_whole_groups(small_trainer):
+    with pytest.raises(ValueError, match="group"):
+        small_trainer(GRPO(group=5))
