@@ -174,7 +174,8 @@ def sampler_orders(setting: Setting) -> Iterator[Check]:
     euler = [recursion(None, n) for n in (100, 200, 400, 800)]
     mean, variance = (np.array(one) for one in zip(*euler, strict=True))
     rates = (np.log2(mean[-2] / mean[-1]), np.log2(variance[-2] / variance[-1]))
-    yield limit("Euler: orders of mean and variance", np.array(rates), [1.0, 1.0])
+    line = [(1 / n, e) for n, e in zip((100, 200, 400, 800), variance, strict=True)]
+    yield limit("Euler: orders of mean and variance", np.array(rates), [1.0, 1.0], curve=line)
     left = np.array([extrapolated(list(mean)), extrapolated(list(variance))])
     yield limit("Euler: what is left with many steps", left, [0.0, 0.0], scale=0.5)
     for name, eta in ETAS.items():

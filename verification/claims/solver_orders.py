@@ -47,6 +47,11 @@ def means(
     return found
 
 
+def curve(found: list[float], want: float, c: Circle = C) -> list[tuple[float, float]]:
+    """Step sizes and errors, for the report's plot."""
+    return [(c.horizon / steps, one - want) for steps, one in zip(STEPS, found, strict=True)]
+
+
 OURS = {"EulerMaruyama": ctrl.EulerMaruyama(), "Milstein": ctrl.Milstein(), "Heun": ctrl.Heun()}
 QUICK = ("euler", "milstein", "heun")
 METHODS = ("euler", "milstein", "euler_heun", "heun", "midpoint", "reversible_heun")
@@ -152,7 +157,8 @@ def weak_orders(setting: Setting) -> Iterator[Check]:
     yield exact("the references: Kolmogorov backward and forward", forward(C), want)
     for name, solver in OURS.items():
         found = means(setting, solver, ITO.to_stratonovich() if name == "Heun" else ITO)
-        yield limit(f"{name}: local weak order", local_order(found, want), 1.0)
+        order = local_order(found, want)
+        yield limit(f"{name}: local weak order", order, 1.0, curve=curve(found, want))
         yield limit(f"{name}: extrapolated limit", extrapolated(found), want)
 
 
@@ -212,7 +218,8 @@ def weak_orders_of_torchsde(setting: Setting) -> Iterator[Check]:
     for name in METHODS if setting.full else QUICK:
         sde = ITO if name in ("euler", "milstein") else ITO.to_stratonovich()
         found = means(setting, ctrl.TorchSDE(name), sde)
-        yield limit(f"{name}: local weak order", local_order(found, want), 1.0)
+        order = local_order(found, want)
+        yield limit(f"{name}: local weak order", order, 1.0, curve=curve(found, want))
         yield limit(f"{name}: extrapolated limit", extrapolated(found), want)
 
 
@@ -270,7 +277,8 @@ def additive_noise_weak_order_two(setting: Setting) -> Iterator[Check]:
     whole = replace(sde, drift=lambda t, x, a: sde.drift(t, x, C.steer * x.cos()))
     want = backward(EVEN)
     found = means(setting, ctrl.Heun(), whole, EVEN)
-    yield limit("Heun: local weak order is 2", local_order(found, want), 2.0)
+    line = curve(found, want, EVEN)
+    yield limit("Heun: local weak order is 2", local_order(found, want), 2.0, curve=line)
     yield limit("Heun: extrapolated limit", extrapolated(found, power=2), want)
     held = means(setting, ctrl.Heun(), sde, EVEN)
     yield limit("Heun with a feedback held: local weak order is 1", local_order(held, want), 1.0)

@@ -149,7 +149,8 @@ def strong_orders(setting: Setting) -> Iterator[Check]:
             math.sqrt(error_by_products(setting, solver, sde, grid.nodes.tolist()))
             for grid in (ctrl.uniform_grid(P.horizon, steps) for steps in STEPS)
         ]
-        yield limit(f"{name}: local strong order", local_order(errors, 0.0), order)
+        line = [(P.horizon / steps, e) for steps, e in zip(STEPS, errors, strict=True)]
+        yield limit(f"{name}: local strong order", local_order(errors, 0.0), order, curve=line)
 
 
 # --- linear systems: pairs of runs on one refined path
@@ -336,10 +337,13 @@ def strong_orders_of_several_brownian_motions(setting: Setting) -> Iterator[Chec
     ]
     for name, solver, sde, order in cases:
         errors = [difference(setting, solver, sde, steps) for steps in (8, 16, 32, 64)]
-        yield limit(f"{name}: local strong order", local_order(errors, 0.0), order)
+        line = [(1 / steps, e) for steps, e in zip((8, 16, 32, 64), errors, strict=True)]
+        yield limit(f"{name}: local strong order", local_order(errors, 0.0), order, curve=line)
     a, c = setting.tensor(RESTORING), setting.tensor(STRETCH)
     sde = ctrl.ControlledSDE(lambda t, x, _: x @ a.T, lambda t, x: x @ c.T, noise="scalar")
     for own, order in ((True, 1.5), (False, 1.0)):
         errors = [with_areas(setting, sde, steps, own) for steps in (8, 16, 32, 64)]
         name = "the path's integrals" if own else "integrals drawn anew"
-        yield limit(f"srk, {name}: local strong order", local_order(errors, 0.0), order)
+        line = [(1 / steps, e) for steps, e in zip((8, 16, 32, 64), errors, strict=True)]
+        found = local_order(errors, 0.0)
+        yield limit(f"srk, {name}: local strong order", found, order, curve=line)

@@ -88,7 +88,7 @@ def proof_of_the_ornstein_uhlenbeck_kl(setting: Setting) -> Iterator[Check]:
         + eta sqrt(beta) dW has the noised laws N(alpha m, alpha^2 S + 1 - alpha^2) as marginals,
         for every eta: eta = 1 is the reverse SDE, eta = 0 the probability-flow ODE.
         """,
-    source="Anderson 1982; Song et al. 2021, sections 4.2, 4.3; Zhang & Chen 2022, arXiv 2204.13902",
+    source="Anderson 1982; Song et al. 2021, section 4; Zhang & Chen 2022, 2204.13902",
     wrongs=[
         wrong(
             "score weight 1 for (1 + eta^2) / 2",
@@ -315,7 +315,7 @@ def proof_of_the_ito_correction(setting: Setting) -> Iterator[Check]:
         Flow matching, X_t = (1 - t) X_0 + t eps: score = -(x + (1 - t) v) / t with
         v = E[eps - X_0 | X_t = x]; the velocity's shift is -(t / (1 - t)) times the score's shift.
         """,
-    source="Lipman et al. 2023, arXiv 2210.02747; arXiv 2605.10759, section 2 (0 is data, 1 is noise)",
+    source="Lipman et al. 2023, arXiv 2210.02747; arXiv 2605.10759 (0 is data, 1 is noise)",
     wrongs=[
         wrong("t for 1 - t", HERE + "score_from_velocity", "(1 - time)", "time"),
         wrong("sign of the velocity", HERE + "score_from_velocity", "x + (1", "x - (1"),
