@@ -165,11 +165,10 @@ def embed_prompts(
     return pipe.text_encoder(tokens.to(pipe.text_encoder.device))[0].float()
 
 
-@torch.no_grad()
 def decode(
     vae: AutoencoderKL, latents: Float[Tensor, "n c h w"], batch: int
 ) -> Float[Tensor, "n 3 height width"]:
-    """Pictures in [0, 1], float32, from scaled latents; ``batch`` at a time."""
+    """Pictures in [0, 1], float32, from scaled latents; ``batch`` at a time; differentiable."""
     parts = [
         vae.decode((part / vae.config.scaling_factor).to(vae.dtype)).sample.float()
         for part in latents.split(batch)

@@ -237,7 +237,9 @@ class Environment:
         """
         prompts = [self.prompts[k] for k in condition.tolist()]
         self.reward_queries += len(states)
-        return rewards.differentiable_score(self.reward, self.decode(states), prompts)
+        images = self.decode(states)
+        assert images.requires_grad or not (states.requires_grad and torch.is_grad_enabled())
+        return rewards.differentiable_score(self.reward, images, prompts)
 
     def reward_gradient(self, states: Tensor, condition: Int64[Tensor, " paths"]) -> Tensor:
         """Gradient of the reward with respect to the states, which are decoded."""

@@ -70,7 +70,7 @@ class PathSteps:
         self._clipped: list[Tensor] = []
 
     def losses(self, groups: Int64[Tensor, " groups"], generator: Generator) -> Iterator[Tensor]:
-        """Mean over the rows that are used, times the steps of a path."""
+        """Mean over the rows that are used, times the steps of a path if rows are single steps."""
         size, steps = self.rollout.group, self.rollout.costs.shape[1]
         used = min(self.train_steps or steps, steps)
         joined = used if self.objective.joins_steps else 1

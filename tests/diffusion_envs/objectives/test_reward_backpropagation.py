@@ -1,0 +1,277 @@
+"""Derivatives through the end of the sampler, against the exact ones of a linear Gaussian model."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion_envs import linear_policy, rewards
+from diffusion_envs.exact.rewards import QuadraticReward
+from diffusion_envs.gaussian import Affine, Quadratic, score_coefficients
+from diffusion_envs.objectives import AlignProp, BackpropObjective, DRaFT, ReFL
+from diffusion_envs.samplers import DDIM, BoundDDIM
+from diffusion_envs.sd15.build import ATTENTION, build
+from diffusion_envs.training.environment import Environment
+from diffusion_envs.training.lessons import LastSteps
+from tests.diffusion_envs.objectives.small_runs import assert_runs_and_resumes
+from tests.diffusion_envs.test_two_views import (
+    DATA,
+    GAIN,
+    REWARD,
+    SHIFT,
+    START,
+    TABLES,
+    VIEW_B,
+    exact_gradient,
+    flat,
+    leaves,
+    relative_gap,
+    roll_out,
+)
+
+SD15 = TABLES["sd15"]
+
+
+class LinearScore:
+    """Score of Gaussian data plus gain x + shift, as the loop knows a network."""
+
+    def __init__(self, sampler: BoundDDIM, gain: Tensor, shift: Tensor) -> None:
+        self.sampler, self.gain, self.shift = sampler, gain, shift
+        self.calls, self.precision, self.adapted = 0, torch.float32, True
+
+    def __call__(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        times = (timesteps.double() + 1) / len(self.sampler.table.alphas_cumprod)
+        slope, offset = score_coefficients(DATA, self.sampler.table, times)
+        score = torch.einsum("nij,nj->ni", slope, states) + offset
+        return score + states @ self.gain.T + self.shift if self.adapted else score
+
+    def prediction(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @contextmanager
+    def pretrained(self) -> Iterator[None]:
+        self.adapted = False
+        yield
+        self.adapted = True
+
+
+def gradient(objective: BackpropObjective, sampler: BoundDDIM) -> Tensor:
+    """Of the loss, averaged over quadrature paths, all of the same weight."""
+    rollout, weights = roll_out(VIEW_B, sampler)
+    assert (weights - weights[0]).abs().max() < 1e-15
+    gain, shift = leaves()
+    environment = Environment(
+        score=LinearScore(sampler, gain, shift),
+        sampler=sampler,
+        decode=lambda states: states,
+        reward=QuadraticReward(REWARD),
+        prompts=["-"],
+        context=torch.zeros(1, 1, 1),
+        event=(2,),
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    lesson = LastSteps(environment, objective, rollout, batch=100)
+    losses = lesson.losses(torch.arange(len(weights)), torch.Generator().manual_seed(1))
+    return flat(torch.autograd.grad(torch.stack(list(losses)).sum(), (gain, shift)))
+
+
+def truncated(sampler: BoundDDIM, first: int, last: int, kl_weight: float = 0.0) -> Tensor:
+    """Exact gradient of E[r] - kl_weight KL of steps ``first`` to ``last``, the others frozen.
+
+    By the recursion of moments; of the denoised image if the path is left before its end.
+    """
+    gain, shift = leaves()
+    steps = linear_policy.Steps.of_ddim(sampler)
+    frozen = linear_policy.chain(DATA, sampler.table, steps, GAIN, SHIFT)
+    moving = linear_policy.chain(DATA, sampler.table, steps, gain, shift)
+    running = linear_policy.kl_cost(kl_weight * steps.cost, gain, shift)
+    law, total = START, torch.zeros((), dtype=torch.float64)
+    for k in range(first):
+        law = frozen[k].after(law)
+    for k in range(first, last):
+        if k == last - 1 and last < len(steps.std):
+            alpha, sigma = sampler.alpha[k], sampler.sigma[k]
+            slope, offset = score_coefficients(DATA, sampler.table, sampler.noising_times[k])
+            unit = torch.eye(2, dtype=torch.float64)
+            matrix = (unit + sigma.square() * (slope + gain)) / alpha
+            law = Affine(matrix, sigma.square() * (offset + shift) / alpha, 0 * unit).after(law)
+            break
+        now = Quadratic(running.curvature[k], running.slope[k], running.constant[k])
+        total = total + now.expectation(law)
+        law = moving[k].after(law)
+    return flat(torch.autograd.grad(REWARD.expectation(law) + total, (gain, shift)))
+
+
+ROUND_OFF = 1e-11
+
+
+@pytest.mark.parametrize("schedule", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("kl_weight", [0.0, 0.37])
+def test_with_all_steps_it_is_the_exact_gradient(schedule, kl_weight):
+    sampler = DDIM(1.0).bind(schedule, 3)
+    found = gradient(DRaFT(last=3, kl_weight=kl_weight), sampler)
+    expected = exact_gradient(replace(VIEW_B, kl_weight=kl_weight), sampler)
+    assert relative_gap(-found, expected) < ROUND_OFF
+
+
+@pytest.mark.parametrize("last", [1, 2, 3])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.37])
+def test_a_cut_gives_the_derivative_of_the_last_steps_alone(last, kl_weight):
+    sampler = DDIM(0.7).bind(SD15, 3)
+    found = gradient(DRaFT(last=last, kl_weight=kl_weight), sampler)
+    assert relative_gap(-found, truncated(sampler, 3 - last, 3, kl_weight)) < ROUND_OFF
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_refl_differentiates_the_denoised_image_of_one_step(first, monkeypatch):
+    sampler = DDIM(1.0).bind(SD15, 3)
+    monkeypatch.setattr(ReFL, "cut", lambda *_: (first, first + 1))
+    found = gradient(ReFL(enough=1e6, scale=1.0), sampler)
+    assert relative_gap(-found, truncated(sampler, first, first + 1)) < ROUND_OFF
+
+
+def test_alignprop_is_the_scaled_derivative_below_its_target():
+    sampler = DDIM(1.0).bind(SD15, 3)
+    found = gradient(AlignProp(place=1 / 3, spread=0.0, target=1e6, kl_weight=0.37), sampler)
+    assert relative_gap(-found, 0.01 * truncated(sampler, 1, 3, 0.37)) < ROUND_OFF
+
+
+# Share of the gradient that is missing, largest component, 20 steps of Stable Diffusion's schedule.
+MISSING = {1: 0.967, 5: 0.801, 10: 0.552, 15: 0.271}
+
+
+@pytest.mark.parametrize(("last", "missing"), MISSING.items(), ids=str)
+def test_the_bias_of_a_cut(last, missing):
+    sampler = DDIM(1.0).bind(SD15, 20)
+    whole, part = truncated(sampler, 0, 20), truncated(sampler, 20 - last, 20)
+    assert relative_gap(part, whole) == pytest.approx(missing, abs=0.0006)
+    exact = exact_gradient(replace(VIEW_B, kl_weight=0.0), sampler)
+    torch.testing.assert_close(whole, exact, rtol=1e-10, atol=1e-12)
+
+
+def turned(one: Tensor, other: Tensor) -> float:
+    """Angle between two gradients, degrees."""
+    return math.degrees(math.acos(float(torch.cosine_similarity(one, other, dim=0))))
+
+
+def test_the_bias_of_refl():
+    """Averaged over its ten places of 40; beside that of a cut before the first of them."""
+    sampler = DDIM(1.0).bind(SD15, 40)
+    whole, late = truncated(sampler, 0, 40), truncated(sampler, 30, 40)
+    refl = torch.stack([truncated(sampler, k, k + 1) for k in range(30, 40)]).mean(0)
+    assert turned(refl, whole) == pytest.approx(24.81, abs=0.01)
+    assert float(refl.norm() / whole.norm()) == pytest.approx(0.167, abs=0.001)
+    assert turned(late, whole) == pytest.approx(19.38, abs=0.01)
+    assert float(late.norm() / whole.norm()) == pytest.approx(0.280, abs=0.001)
+
+
+# -- losses and cuts ------------------------------------------------------------------------------
+
+
+def test_losses_are_the_published_ones(generator):
+    r, nats = (torch.randn(9, generator=generator, dtype=torch.float64) for _ in range(2))
+    reward, kl = 3 * r, nats.square()
+    torch.testing.assert_close(ReFL().loss(reward, kl), 1e-3 * (2 - reward).clamp(min=0))
+    torch.testing.assert_close(DRaFT(kl_weight=0.2).loss(reward, kl), 0.2 * kl - reward)
+    got = AlignProp(target=1.3, kl_weight=0.2).loss(reward, kl)
+    torch.testing.assert_close(got, 0.01 * ((reward - 1.3).abs() + 0.2 * kl))
+
+
+def cuts(objective: BackpropObjective, steps: int, generator: torch.Generator) -> Tensor:
+    found = torch.tensor([objective.cut(steps, generator) for _ in range(2000)])
+    assert (found[:, 0] >= 0).all()
+    assert (found[:, 0] < found[:, 1]).all()
+    assert (found[:, 1] <= steps).all()
+    return found
+
+
+def test_refl_stops_anywhere_in_the_last_quarter(generator):
+    found = cuts(ReFL(), 40, generator)
+    assert set(found[:, 0].tolist()) == set(range(30, 40))
+    assert (found[:, 1] == found[:, 0] + 1).all()
+    assert cuts(ReFL(), 1, generator)[0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("last", "first"), [(1, 6), (3, 4), (7, 0), (100, 0)])
+def test_draft_differentiates_the_last_steps(last, first, generator):
+    assert DRaFT(last=last).cut(7, generator) == (first, 7)
+
+
+def test_alignprop_begins_at_a_normally_distributed_place(generator):
+    found = cuts(AlignProp(), 50, generator)
+    assert (found[:, 1] == 50).all()
+    # rounded and cut off at 49: mean and spread of a normal law of mean 42 and spread 5
+    places = (42 + 5 * torch.randn(200_000, generator=generator)).round().clamp(0, 49)
+    begin = found[:, 0].double()
+    assert abs(begin.mean() - places.mean()) < 5 * 5 / 2000**0.5
+    assert float(begin.std()) == pytest.approx(float(places.std()), rel=0.1)
+    assert set(cuts(AlignProp(place=0.5, spread=0.0), 50, generator)[:, 0].tolist()) == {25}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "name"),
+    [
+        (ReFL, {"earliest": 1.0}, "earliest"),
+        (ReFL, {"earliest": -0.1}, "earliest"),
+        (ReFL, {"enough": math.nan}, "enough"),
+        (ReFL, {"scale": 0.0}, "scale"),
+        (DRaFT, {"last": 0}, "last"),
+        (DRaFT, {"kl_weight": -1.0}, "kl_weight"),
+        (DRaFT, {"learning_rate": 0.0}, "learning_rate"),
+        (AlignProp, {"place": 1.1}, "place"),
+        (AlignProp, {"spread": -0.1}, "spread"),
+        (AlignProp, {"target": math.inf}, "target"),
+        (AlignProp, {"scale": math.nan}, "scale"),
+        (AlignProp, {"kl_weight": math.inf}, "kl_weight"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(kind, settings, name):
+    with pytest.raises(ValueError, match=name):
+        kind(**settings)
+
+
+# -- in the loop ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "objective", [ReFL(), DRaFT(last=2, kl_weight=0.1), AlignProp()], ids=["refl", "draft", "ap"]
+)
+def test_it_runs_in_the_loop_and_resumes_to_the_same_numbers(objective):
+    assert_runs_and_resumes(objective, queries=24)  # each sample once more, with a gradient
+
+
+@pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
+@pytest.mark.parametrize("reward", [rewards.Colour("red"), rewards.PromptAlignment()], ids=repr)
+def test_rewards_of_decoded_images_have_the_gradient_that_finite_differences_see(reward, generator):
+    environment = build(
+        model="tiny",
+        reward=reward,
+        prompts=["a photo of a cat", "a photo of a ship"],
+        sampler=DDIM(1.0),
+        steps=3,
+        guidance=1.0,
+        batch=8,
+        lora_rank=1,
+        lora_targets=ATTENTION,
+        precision="float32",
+        resolution=None,
+        device=torch.device("cpu"),
+        seed=0,
+    ).environment
+    latents = torch.randn(2, *environment.event, generator=generator)
+    condition = torch.tensor([0, 1])
+    slope = environment.reward_gradient(latents, condition)
+    assert environment.reward_queries == 2
+    size, away = 1e-2, slope / slope.flatten(1).norm(dim=1).view(2, 1, 1, 1)
+
+    def at(step: float) -> Tensor:
+        with torch.no_grad():
+            return environment.differentiable_reward(latents + step * away, condition)
+
+    seen = (at(size) - at(-size)) / (2 * size)
+    torch.testing.assert_close(seen, slope.flatten(1).norm(dim=1), rtol=0.05, atol=1e-3)
