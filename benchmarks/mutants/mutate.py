@@ -102,28 +102,41 @@ def path_of(module: str) -> Path:
     return ROOT.joinpath(*module.split(".")).with_suffix(".py")
 
 
-def mutants(module: str, source: str) -> list[Mutant]:
+def mutants(name: str, source: str) -> list[Mutant]:
     """Every mutant of a module that compiles and differs from it, each once."""
     wrapper = MetadataWrapper(cst.parse_module(source))
-    visitor = _Visitor()
+    module = wrapper.module
+    visitor = _Visitor(module)
     wrapper.visit(visitor)
-    seen = {ast.dump(ast.parse(source))}
+    pieces = [module.code_for_node(statement) for statement in module.body]
+    begin = source[: source.index(pieces[0])] if pieces else ""
+    assert source.startswith(begin + "".join(pieces))
+    end = source[len(begin) + sum(map(len, pieces)) :]
+    seen = {_meaning(piece) for piece in pieces}
     counts: Counter[tuple[str, str]] = Counter()
     found = []
     for change in visitor.changes:
-        mutated = wrapper.module.deep_replace(change.before, change.after).code  # type: ignore[union-attr]
-        try:
-            tree = ast.dump(ast.parse(mutated))
-        except SyntaxError:
+        statement = module.body[change.place].deep_replace(change.before, change.after)
+        piece = module.code_for_node(statement)  # type: ignore[arg-type]
+        meaning = _meaning(piece)
+        if not meaning or meaning in seen:
             continue
-        if tree in seen:
-            continue
-        seen.add(tree)
+        seen.add(meaning)
+        before, after = pieces[: change.place], pieces[change.place + 1 :]
+        mutated = "".join([begin, *before, piece, *after, end])
         diff = difference(source, mutated)
         counts[change.function, diff] += 1
         number = counts[change.function, diff]
-        found.append(Mutant(module, change.function, change.lines, diff, number, mutated))
+        found.append(Mutant(name, change.function, change.lines, diff, number, mutated))
     return found
+
+
+def _meaning(code: str) -> str:
+    """The syntax tree; empty where there is none."""
+    try:
+        return ast.dump(ast.parse(code))
+    except SyntaxError:
+        return ""
 
 
 def difference(before: str, after: str) -> str:
@@ -138,6 +151,7 @@ def difference(before: str, after: str) -> str:
 
 @dataclass(frozen=True)
 class _Change:
+    place: int  # of the statement, in the module's body
     before: cst.CSTNode
     after: cst.CSTNode
     function: str
@@ -147,7 +161,9 @@ class _Change:
 class _Visitor(cst.CSTVisitor):
     METADATA_DEPENDENCIES = (PositionProvider,)
 
-    def __init__(self) -> None:
+    def __init__(self, module: cst.Module) -> None:
+        self._places = {id(statement): i for i, statement in enumerate(module.body)}
+        self._place = -1
         self.changes: list[_Change] = []
         self._names: list[str] = []
         self._ranges: list[tuple[int, int]] = []  # of classes and functions, and of a statement
@@ -155,6 +171,7 @@ class _Visitor(cst.CSTVisitor):
         self._refusals: set[cst.CSTNode] = set()
 
     def on_visit(self, node: cst.CSTNode) -> bool:
+        self._place = self._places.get(id(node), self._place)
         if node in self._refusals or _never(node):
             return False
         if isinstance(node, cst.Call) and (words := _words(node)):
@@ -169,7 +186,7 @@ class _Visitor(cst.CSTVisitor):
         elif not m.matches(node, m.Call(func=m.Name("len") | m.Name("isinstance"))):
             for after in _changed(node, in_function=self._functions > 0):
                 lines = (self._range(node), *reversed(self._ranges))
-                self.changes.append(_Change(node, after, ".".join(self._names), lines))
+                self.changes.append(_Change(self._place, node, after, ".".join(self._names), lines))
         return True
 
     def on_leave(self, original_node: cst.CSTNode) -> None:
