@@ -61,6 +61,8 @@ class _DDPO(PathObjective):
     advantage_clip: float = 5.0  # in standard deviations of the reward
     min_count: int = 2  # prompts with fewer paths are standardised by the whole roll-out
 
+    needs_reference: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         require_positive(learning_rate=self.learning_rate, advantage_clip=self.advantage_clip)
         if self.min_count < 2:

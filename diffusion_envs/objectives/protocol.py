@@ -83,7 +83,7 @@ class Rows:
 class NoisedRows:
     """Data that a policy made, noised anew: state = alpha data + sigma noise.
 
-    Only ``mean`` (and ``bridge_mean``) carry a gradient.
+    Only ``mean`` carries a gradient.
     """
 
     mean: Float[Tensor, " rows *event"]  # current score at the noised state
@@ -96,9 +96,10 @@ class NoisedRows:
     sigma: Float[Tensor, " rows"]
     reward: Float[Tensor, " rows"]
     advantage: Float[Tensor, " rows"]
-    # at a state drawn between the noised state and the data, given both; what the path from there
-    # on costs is ``bridge_weight |score - reference|^2 / 2`` on average, nats
+    # At a state drawn between the noised state and the data, given both: path KL from the noised
+    # state on, nats, as one unbiased estimate; and the score of the noised state given that state.
     bridge_cost: Float[Tensor, " rows"] | None = None
+    bridge_score: Float[Tensor, " rows *event"] | None = None
 
 
 @runtime_checkable
@@ -126,6 +127,8 @@ class Objective:
     needs_reward_gradient: ClassVar[bool] = False
     needs_preferences: ClassVar[bool] = False
     needs_value: ClassVar[bool] = False
+    # whether the pretrained scores enter the method, or are only there to report the path KL
+    needs_reference: ClassVar[bool] = True
     needs_fresh_rollouts: ClassVar[bool] = False  # one optimiser step, then sample anew
 
     @property
@@ -151,6 +154,7 @@ class PathObjective(Objective, ABC):
 
     needs_density: ClassVar[bool] = True
     joins_steps: ClassVar[bool] = False  # a loss is of whole paths: their used steps come together
+    value_sees_denoised: ClassVar[bool] = False  # V is a function of x0_hat; no reward query
 
     @property
     def cost_weight(self) -> float:
@@ -175,9 +179,22 @@ class PathObjective(Objective, ABC):
         return None
 
     def maintain(
-        self, value: Any, optimiser: torch.optim.Optimizer, update: int, generator: Generator
+        self,
+        value: Any,
+        optimiser: torch.optim.Optimizer,
+        shown: Callable[[], tuple[Tensor, ...]],
+        update: int,
+        generator: Generator,
     ) -> None:
-        """What is done to the value network after an update; nothing, usually."""
+        """What is done to the value network after an update; nothing, usually.
+
+        Args:
+            value: the network.
+            optimiser: of it.
+            shown: its arguments at every node of the roll-outs of all processes.
+            update: number of this one, from 0.
+            generator: the same on all processes.
+        """
 
     def log_ratio(self, rows: Rows) -> Float[Tensor, " rows"]:
         """Log density of each row's decision, current over sampling policy, nats."""

@@ -156,6 +156,7 @@ class ScoreAsActionReleased(PathObjective):
     learning_rate: float = 5e-5
 
     needs_value: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_positive(

@@ -75,6 +75,7 @@ class Environment:
         device: of the network.
         judge: how a reward is asked: (reward, pictures, prompts) -> [n], checked.
         reward_queries: so far.
+        monitoring_calls: of the network, so far, that no method needs: they are in no budget.
     """
 
     score: ScoreNetwork
@@ -88,6 +89,7 @@ class Environment:
     device: torch.device
     judge: Judge = rewards.score
     reward_queries: int = field(default=0)
+    monitoring_calls: int = field(default=0)
 
     @property
     def problem(self) -> ctrl.ControlProblem:
@@ -105,6 +107,7 @@ class Environment:
         denoised: bool = False,
         group: int = 1,
         shared_start: bool = False,
+        count_reference: bool = True,
     ) -> Sample:
         """Roll out one path for every global sample index.
 
@@ -116,6 +119,8 @@ class Environment:
             denoised: also reward the denoised image at every node (as the value network needs).
             group: paths in a row that are judged together.
             shared_start: whether they share their starting noise.
+            count_reference: whether the pretrained model's scores are part of the method's cost;
+                where they only serve to report the path KL, they are counted apart.
         """
         start = self._starts(stream, samples, group if shared_start else 1)
         if isinstance(self.sampler, BoundBlackBox):
@@ -143,12 +148,16 @@ class Environment:
         )
         timesteps = sampler.timesteps.to(self.device)
         before = paths.states[:, :-1]
+        spent = self.score.calls
         with self.score.pretrained():
             reference = self.score(
                 before.flatten(0, 1),
                 timesteps.repeat(len(start)),
                 context.repeat_interleave(steps, 0),
             ).view_as(before)
+        if not count_reference:
+            self.monitoring_calls += self.score.calls - spent
+            self.score.calls = spent
         scores = torch.stack(means, dim=1)
         images = self.decode(paths.states[:, -1])
         prompts = [self.prompts[k] for k in condition.tolist()]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ctrl import Estimate
 from ctrl.noise import stream
+from diffusion_envs.denoising import tweedie_mean
 from diffusion_envs.objectives import (
     BackpropObjective,
     NoisedObjective,
@@ -252,7 +253,13 @@ class Trainer:
         if rollout.values is not None and isinstance(self.objective, PathObjective):
             numbers["value_loss"] = self._improve_value(rollout, sample.denoised_rewards)
             generator = stream(self.environment.seed, self.stream_name, "maintain", self.update)
-            self.objective.maintain(self.value, self.value_optimiser, self.update, generator)
+            self.objective.maintain(
+                self.value,
+                self.value_optimiser,
+                lambda: tuple(parallel.gather(x, self.accelerator) for x in self._shown(rollout)),
+                self.update,
+                generator,
+            )
         self._keep_old()
         self.update += 1
         rewards = parallel.gather(rollout.rewards, self.accelerator)
@@ -291,6 +298,7 @@ class Trainer:
             denoised=on_paths and objective.denoised_rewards,
             group=group,
             shared_start=objective.shared_start,
+            count_reference=objective.needs_reference,
         )
         rollout, added = sample.rollout, dict[str, Tensor]()
         if on_paths:
@@ -418,17 +426,27 @@ class Trainer:
         self, rollout: Rollout, denoised_rewards: Float[Tensor, "paths nodes"] | None
     ) -> Float[Tensor, "paths nodes"]:
         """V at every node: c_skip r(x0_hat) + c_out F, or F alone where nothing was denoised."""
-        paths, nodes = rollout.states.shape[:2]
         times = self.environment.sampler.noising_times.to(rollout.rewards)
-        residual = self.value(
-            times.repeat(paths),
-            rollout.states.flatten(0, 1),
-            self._pooled(rollout).repeat_interleave(nodes, 0),
-        ).view(paths, nodes)
+        residual = self.value(*self._shown(rollout)).view(rollout.states.shape[:2])
         values = residual
         if denoised_rewards is not None:
             values = combine(times, denoised_rewards, residual)
         return torch.cat([values[:, :-1], rollout.rewards[:, None]], dim=1)  # V = r at the end
+
+    def _shown(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """What the value network is shown: (noising time, state, prompt) of every node."""
+        (paths, nodes), sampler = rollout.states.shape[:2], self.environment.sampler
+        states, times = rollout.states, sampler.noising_times.to(rollout.rewards)
+        assert isinstance(self.objective, PathObjective)
+        if self.objective.value_sees_denoised:
+            alpha, sigma = (
+                level[:-1].to(states).view(1, -1, *[1] * (states.ndim - 2))
+                for level in (sampler.alpha, sampler.sigma)
+            )
+            guesses = tweedie_mean(states[:, :-1], rollout.means, alpha, sigma)
+            states = torch.cat([guesses, states[:, -1:]], dim=1)
+        pooled = self._pooled(rollout).repeat_interleave(nodes, 0)
+        return times.repeat(paths), states.flatten(0, 1), pooled
 
     def _value_at(self, rollout: Rollout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """(node, states, path) -> the network's value of each row, differentiable in the states."""
