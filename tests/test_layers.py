@@ -36,10 +36,11 @@ diffusion_envs.objectives.reward_backpropagation
 diffusion_envs.objectives
 diffusion_envs.training.checkpoint diffusion_envs.training.parallel
 diffusion_envs.training.progress diffusion_envs.training.run_folder
-diffusion_envs.training.tracking diffusion_envs.training.plots diffusion_envs.training.report
+diffusion_envs.training.tracking diffusion_envs.training.plots
 diffusion_envs.training.environment diffusion_envs.training.control diffusion_envs.training.lessons
 diffusion_envs.training.loop
-diffusion_envs.training.evaluation diffusion_envs.training
+diffusion_envs.training.evaluation diffusion_envs.training.stop diffusion_envs.training.panel
+diffusion_envs.training.report diffusion_envs.training
 diffusion_envs.exact.rewards diffusion_envs.exact.model diffusion_envs.exact.problems
 diffusion_envs.exact
 diffusion_envs.tiny.captions diffusion_envs.tiny.fit diffusion_envs.tiny.train_classifier

@@ -3,9 +3,11 @@
 from diffusion_envs.rewards.classifier import PromptAlignment
 from diffusion_envs.rewards.colour import Colour
 from diffusion_envs.rewards.contract import (
+    Embedder,
     Reward,
     RewardError,
     differentiable_score,
+    embed,
     load,
     reward_name,
     score,
@@ -14,12 +16,14 @@ from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibili
 
 __all__ = [
     "Colour",
+    "Embedder",
     "JpegCompressibility",
     "JpegIncompressibility",
     "PromptAlignment",
     "Reward",
     "RewardError",
     "differentiable_score",
+    "embed",
     "load",
     "reward_name",
     "score",

@@ -77,7 +77,11 @@ class CifarClassifier(nn.Module):
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 10"]:
         """Logits of the ten classes for pictures with values in [0, 1]."""
-        return self.head(self.features(images)[-1].amax((2, 3)))
+        return self.head(self.embedding(images))
+
+    def embedding(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
+        """What the classes are told apart by: the largest value of each last feature."""
+        return self.features(images)[-1].amax((2, 3))
 
 
 def load_classifier(source: Literal["reward", "judge"] | Path) -> CifarClassifier:
@@ -137,3 +141,7 @@ class PromptAlignment:
         network = _loaded(self.classifier).to(images.device)
         wanted = torch.tensor(classes, device=images.device)
         return network(images.float()).log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+
+    def embedding(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
+        """The classifier's last features, whatever the prompt."""
+        return _loaded(self.classifier).to(images.device).embedding(images.float())

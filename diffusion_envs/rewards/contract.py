@@ -11,7 +11,7 @@ import importlib
 import numbers
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 Reward = Callable[[Tensor, Sequence[str]], Any]
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """A reward that also describes pictures by vectors, whose angles say how alike they are."""
+
+    def embedding(self, images: Tensor) -> Tensor:
+        """[n, 3, h, w] in [0, 1] -> [n, width]."""
+        ...
 
 
 class RewardError(ValueError):
@@ -111,6 +120,32 @@ def differentiable_score(
     if not bool(torch.isfinite(values.detach()).all()):
         raise RewardError(f"reward {name} must be finite for every image")
     return values
+
+
+@torch.no_grad()
+def embed(embedder: Embedder, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
+    """Embeddings of images, float32 on the CPU, checked.
+
+    Raises:
+        RewardError: the embedding raised, or is not one finite vector for each image.
+    """
+    name = reward_name(embedder)  # pyright: ignore[reportArgumentType]  # a reward too
+    try:
+        found = embedder.embedding(images)
+    except Exception as error:  # whatever a user's function raises
+        raise RewardError(
+            f"embedding of {name} raised {type(error).__name__} on images {list(images.shape)}: "
+            f"{error}"
+        ) from error
+    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
+        raise RewardError(
+            f"embedding of {name} must return a tensor [{len(images)}, width], got "
+            f"{list(found.shape) if isinstance(found, Tensor) else type(found).__name__}"
+        )
+    small = found.float().cpu()
+    if not bool(torch.isfinite(small).all()):
+        raise RewardError(f"embedding of {name} must be finite for every image")
+    return small
 
 
 def _as_tensor(returned: Any, name: str, rule: str) -> Tensor:

@@ -13,6 +13,7 @@ from diffusion_envs import rewards
 from diffusion_envs.training.environment import Environment
 
 HELD_OUT = "held-out"  # the stream's name: training never draws from it
+WATCHED = "watched"  # another, for what decides when to stop: the last evaluation never sees it
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +23,18 @@ class Evaluation:
     rewards: Float[Tensor, " n"]
     judged: Mapping[str, Float[Tensor, " n"]]  # by name of a reward that was not trained on
     path_kl: Float[Tensor, " n"]  # nats
-    images: Float[Tensor, "n *picture"]
+    images: Float[Tensor, " n *picture"]
     prompts: list[str]
+
+    def first(self, n: int) -> "Evaluation":
+        """The first n samples only."""
+        return Evaluation(
+            rewards=self.rewards[:n],
+            judged={name: values[:n] for name, values in self.judged.items()},
+            path_kl=self.path_kl[:n],
+            images=self.images[:n],
+            prompts=self.prompts[:n],
+        )
 
 
 def evaluate(
@@ -33,6 +44,7 @@ def evaluate(
     judges: Mapping[str, rewards.Reward] | None = None,
     batch: int = 32,
     pretrained: bool = False,
+    stream: str = HELD_OUT,
 ) -> Evaluation:
     """Sample held-out seeds and judge them; costs are not counted.
 
@@ -43,6 +55,7 @@ def evaluate(
         judges: rewards that only judge, by name.
         batch: samples rolled out at once.
         pretrained: evaluate the model without its adapter.
+        stream: names the noise.
     """
     spent = environment.reward_queries, environment.score.calls
     parts = []
@@ -52,7 +65,7 @@ def evaluate(
             condition = torch.tensor([i % len(environment.prompts) for i in indices])
             parts.append(
                 environment.sample(
-                    lambda mean, _: DeterministicPolicy(mean), indices, condition, stream=HELD_OUT
+                    lambda mean, _: DeterministicPolicy(mean), indices, condition, stream=stream
                 )
             )
     environment.reward_queries, environment.score.calls = spent
