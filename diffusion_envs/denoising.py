@@ -144,6 +144,28 @@ def tweedie_mean(states: State, score: State, alpha: Level, sigma: Level) -> Sta
 x0_from_score = tweedie_mean
 
 
+def noising_bridge(
+    data: State, noised: State, alpha: Level, sigma: Level, ratio: Level
+) -> tuple[State, Level]:
+    """Mean and standard deviation of a state between data and a more noised one, given both.
+
+    By Bayes' rule from Y' = alpha Y_0 + N(0, sigma^2) and Y = ratio Y' + N(0, 1 - ratio^2), which
+    variance-preserving noising does from one level to the next.
+
+    Args:
+        data: Y_0.
+        noised: Y.
+        alpha: signal left in Y'.
+        sigma: noise in Y', sqrt(1 - alpha^2).
+        ratio: signal left in Y of that in Y'.
+    """
+    _check_levels(noised, alpha, sigma)
+    spread = 1 - ratio.square()
+    total = ratio.square() * sigma.square() + spread  # variance of Y given the data
+    mean = alpha * data + ratio * sigma.square() / total * (noised - ratio * alpha * data)
+    return mean, sigma * (spread / total).sqrt()
+
+
 def score_from_epsilon(states: State, epsilon: State, alpha: Level, sigma: Level) -> State:
     """-epsilon / sigma."""
     _check_levels(states, alpha, sigma)

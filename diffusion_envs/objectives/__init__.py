@@ -4,6 +4,7 @@ from diffusion_envs.objectives.d3po import D3PO
 from diffusion_envs.objectives.ddpo import DDPO, DDPOScoreFunction
 from diffusion_envs.objectives.dense_reward import DenseReward
 from diffusion_envs.objectives.dpok import DPOK
+from diffusion_envs.objectives.dxmi import ContinuousDxMI, ContinuousDxMIReleased, DxMI
 from diffusion_envs.objectives.grpo import GRPO
 from diffusion_envs.objectives.nft import DiffusionNFT
 from diffusion_envs.objectives.protocol import (
@@ -15,32 +16,40 @@ from diffusion_envs.objectives.protocol import (
     Rollout,
     Rows,
 )
+from diffusion_envs.objectives.ram import ReinforceAdjointMatching
 from diffusion_envs.objectives.reward_backpropagation import AlignProp, DRaFT, ReFL
 from diffusion_envs.objectives.score_as_action import (
     ScoreAsAction,
     ScoreAsActionReleased,
     ScoreAsActionSampled,
 )
+from diffusion_envs.objectives.tdpo import TDPO, TDPOReset
 
 __all__ = [
     "D3PO",
     "DDPO",
     "DPOK",
     "GRPO",
+    "TDPO",
     "AlignProp",
     "BackpropObjective",
+    "ContinuousDxMI",
+    "ContinuousDxMIReleased",
     "DDPOScoreFunction",
     "DRaFT",
     "DenseReward",
     "DiffusionNFT",
+    "DxMI",
     "NoisedObjective",
     "NoisedRows",
     "Objective",
     "PathObjective",
     "ReFL",
+    "ReinforceAdjointMatching",
     "Rollout",
     "Rows",
     "ScoreAsAction",
     "ScoreAsActionReleased",
     "ScoreAsActionSampled",
+    "TDPOReset",
 ]

@@ -36,6 +36,9 @@ JUDGES: dict[str, dict[str, Callable[[], rewards.Reward]]] = {
     "prompt-alignment": {"judge": lambda: rewards.PromptAlignment("judge")},
 }
 OBJECTIVES = {
+    "dxmi-continuous-released": objectives.ContinuousDxMIReleased,
+    "dxmi-continuous": objectives.ContinuousDxMI,
+    "dxmi": objectives.DxMI,
     "align-prop": objectives.AlignProp,
     "draft": objectives.DRaFT,
     "refl": objectives.ReFL,
@@ -45,7 +48,10 @@ OBJECTIVES = {
     "ddpo-sf": objectives.DDPOScoreFunction,
     "dpok": objectives.DPOK,
     "grpo": objectives.GRPO,
+    "tdpo": objectives.TDPO,
+    "tdpo-r": objectives.TDPOReset,
     "nft": objectives.DiffusionNFT,
+    "ram": objectives.ReinforceAdjointMatching,
     "score-as-action": objectives.ScoreAsAction,
     "score-as-action-sampled": objectives.ScoreAsActionSampled,
     "score-as-action-released": objectives.ScoreAsActionReleased,

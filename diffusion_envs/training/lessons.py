@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Generator, Tensor
 
-from diffusion_envs.denoising import path_kl_per_step, tweedie_mean
+from diffusion_envs.denoising import noising_bridge, path_kl_per_step, tweedie_mean
 from diffusion_envs.objectives import (
     BackpropObjective,
     NoisedObjective,
@@ -185,17 +185,18 @@ class NoisedData:
         data = rollout.states[:, -1]
         log_abar = environment.sampler.table.alphas_cumprod.double().log()
         shape = (len(data), objective.draws)
-        self.timestep = torch.randint(len(log_abar), shape, generator=generator)
+        first = 1 if objective.needs_bridge else 0  # no state lies before the first timestep
+        self.timestep = torch.randint(first, len(log_abar), shape, generator=generator)
         self.noise = torch.randn(*shape, *data.shape[1:], generator=generator).to(data)
         everything = torch.cartesian_prod(torch.arange(len(data)), torch.arange(shape[1]))
-        self.bridge_cost = None
+        self.bridge: tuple[Tensor, Tensor] | None = None  # cost and score, for every draw
         with torch.no_grad():
             with old():
                 self.old_mean = self._scores(everything)
             with environment.score.pretrained():
                 self.reference = self._scores(everything)
             if objective.needs_bridge:
-                self.bridge_cost = self._bridge_cost(everything, log_abar, generator)
+                self.bridge = self._bridge(everything, log_abar, generator)
 
     def _levels(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         abar = self.environment.sampler.table.alphas_cumprod.to(self.rollout.states)[timestep]
@@ -220,39 +221,37 @@ class NoisedData:
         ]
         return torch.cat(found).view_as(self.noise)
 
-    def _bridge_cost(
+    def _bridge(
         self, which: Int64[Tensor, "rows 2"], log_abar: Tensor, generator: Generator
-    ) -> Float[Tensor, "paths draws"]:
+    ) -> tuple[Float[Tensor, "paths draws"], Float[Tensor, "paths draws *event"]]:
         """Unbiased estimate of the path KL between the noised state and the data, nats.
 
-        The time is drawn in proportion to g^2, the state from its law given both ends: for a
-        noising s' < s, x_s = ratio x_s' + noise of variance 1 - ratio^2.
+        The time between is drawn in proportion to g^2 and rounded to the timestep before it,
+        towards the data (to the first, where there is none); the state there from its law given
+        both ends. The second answer is the score of the noised state given that state.
         """
         path, draw = which.unbind(1)
         timestep = self.timestep[path, draw]
         depth = -log_abar[timestep]  # int of g^2 from the data
         aim = torch.rand(len(which), generator=generator, dtype=torch.float64) * depth
-        between = torch.searchsorted(-log_abar, aim).clamp(max=len(log_abar) - 1)
-        between = torch.minimum(between, timestep)
-        alpha, sigma = self._levels(between)
-        ratio = (0.5 * (log_abar[timestep] - log_abar[between])).exp().to(alpha)
-        spread = 1 - ratio.square()  # of x_s given x_s'
-        total = ratio.square() * sigma.square() + spread  # of x_s given the data
-        gain = (ratio * sigma.square() / total).nan_to_num(0.0)
+        between = torch.searchsorted(-log_abar, aim, right=True).sub(1).clamp(min=0)
         data, noised = self.rollout.states[path, -1], self._states(which)
-        n = data.ndim
-        centre = _wide(alpha, n) * data
-        centre = centre + _wide(gain, n) * (noised - _wide(ratio * alpha, n) * data)
-        std = (sigma.square() * spread / total).nan_to_num(0.0).sqrt()
-        fresh = torch.randn(data.shape, generator=generator).to(data)
-        states = centre + _wide(std, n) * fresh
+        kept = log_abar[timestep] - log_abar[between]
+        ratio, spread = (
+            _wide(v.to(noised), noised.ndim) for v in ((0.5 * kept).exp(), -kept.expm1())
+        )
+        alpha, sigma = (_wide(v, noised.ndim) for v in self._levels(between))
+        mean, std = noising_bridge(data, noised, alpha, sigma, ratio)
+        states = mean + std * torch.randn(data.shape, generator=generator).to(data)
         gaps = []
         for rows in torch.arange(len(which)).split(self.batch):
             seen = states[rows], between[rows], path[rows]
             own = self._score(*seen)
             with self.environment.score.pretrained():
                 gaps.append((own - self._score(*seen)).square().flatten(1).sum(1))
-        return (0.5 * depth.to(data) * torch.cat(gaps)).view_as(self.timestep)
+        cost = 0.5 * depth.to(noised) * torch.cat(gaps)
+        score = -(noised - ratio * states) / spread
+        return cost.view_as(self.timestep), score.view_as(self.noise)
 
     def losses(self, groups: Int64[Tensor, " groups"], generator: Generator) -> Iterator[Tensor]:
         """Mean over all noised states of these groups."""
@@ -268,7 +267,7 @@ class NoisedData:
         states, timestep = self._states(which), self.timestep[path, draw]
         alpha, sigma = self._levels(timestep)
         mean = self._score(states, timestep, path)
-        cost = self.bridge_cost
+        cost, score = self.bridge or (None, None)
         return NoisedRows(
             mean=mean,
             old_mean=self.old_mean[path, draw],
@@ -281,6 +280,7 @@ class NoisedData:
             reward=self.rollout.rewards[path],
             advantage=self.advantages[path].to(mean),
             bridge_cost=None if cost is None else cost[path, draw],
+            bridge_score=None if score is None else score[path, draw],
         )
 
     def numbers(self) -> dict[str, float]:
