@@ -69,6 +69,11 @@ class ResidualValue(nn.Module):
                 nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.leave.weight)
 
+    @property
+    def chain(self) -> list[nn.Module]:
+        """The layers on the states' way, each of which reads the neurons of the one before."""
+        return [self.enter, self.deepen, self.middle, self.hidden, self.leave]
+
     def calibrate(self, rewards: Float[Tensor, " n"]) -> None:
         """Set location and scale from rewards, once, before training."""
         self.location.copy_(rewards.mean())
@@ -115,6 +120,11 @@ class ResidualValueOfVectors(nn.Module):
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.leave.weight)
+
+    @property
+    def chain(self) -> list[nn.Module]:
+        """The layers on the states' way, each of which reads the neurons of the one before."""
+        return [self.enter, self.hidden, self.leave]
 
     def calibrate(self, rewards: Float[Tensor, " n"]) -> None:
         """Set location and scale from rewards, once, before training."""
