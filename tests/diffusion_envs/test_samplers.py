@@ -1,6 +1,8 @@
 import copy
 import math
+import types
 
+import diffusers
 import jaxtyping
 import pytest
 import torch
@@ -15,8 +17,8 @@ from diffusers import (
 from torch.distributions import Independent, Normal, kl_divergence
 
 import ctrl
-from diffusion_envs.denoising import path_kl_per_step
-from diffusion_envs.samplers import DDIM, BlackBox
+from diffusion_envs.denoising import generation_sde, path_kl_per_step
+from diffusion_envs.samplers import DDIM, BlackBox, Scheduler
 from diffusion_envs.schedule import DDPMTable, VPLinear
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -301,3 +303,88 @@ def test_a_black_box_says_that_it_has_no_density(monkeypatch):
             BlackBox(DPMSolverMultistepScheduler(**SD15), steps)
     with pytest.raises(TypeError, match="scheduler must be a diffusers scheduler, got VPLinear"):
         BlackBox(VPLinear(), 5)
+
+
+# --- schedulers by name, and what a bound sampler keeps
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"])
+def test_a_scheduler_by_name_is_that_class_on_the_models_table(name):
+    start = torch.linspace(-2, 2, 6).view(3, 2)
+    predict = epsilon_of_gaussian_data(TABLE)
+
+    def streams():
+        return [torch.Generator().manual_seed(k) for k in range(3)]
+
+    bound = Scheduler(name).bind(TABLE, 8)
+    theirs = getattr(diffusers, name)(**SD15, timestep_spacing="trailing")
+    expected = BlackBox(theirs, 8).sample(predict, start, streams())
+    # the table's noise levels are theirs but for float32
+    torch.testing.assert_close(
+        bound.sample(predict, start, streams()), expected, rtol=2e-3, atol=2e-3
+    )
+    assert (bound.table, bound.steps) == (TABLE, 8)
+    assert not bound.has_density
+    assert not Scheduler(name).has_density
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+def test_a_schedulers_options_replace_trailing_steps():
+    options = {
+        "timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False,
+        "clip_sample": False,
+    }  # fmt: skip
+    predict, start = epsilon_of_gaussian_data(TABLE), torch.linspace(-2, 2, 5)[:, None]
+    found = Scheduler("DDIMScheduler", tuple(options.items())).bind(TABLE, 12)
+    expected = BlackBox(scheduler(torch.float32), 12).sample(predict, start)
+    torch.testing.assert_close(found.sample(predict, start), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_name_that_is_none_of_diffusers_is_refused():
+    with pytest.raises(ValueError, match="name must be a scheduler of diffusers, got 'Euler'"):
+        Scheduler("Euler")
+
+
+def test_whatever_a_scheduler_remembers_is_its_callers():
+    class Remembering:
+        init_noise_sigma, timesteps, config = 1.0, (2, 1), {}
+
+        def __init__(self):
+            self.seen = []
+
+        def set_timesteps(self, steps, device):
+            self.seen.append(steps)
+
+        def scale_model_input(self, states, timestep):
+            return states
+
+        def step(self, prediction, timestep, states):
+            self.seen.append(timestep)
+            return types.SimpleNamespace(prev_sample=states + prediction)
+
+    theirs = Remembering()
+    found = BlackBox(theirs, 1).sample(lambda x, t: t * torch.ones_like(x), torch.zeros(2, 1))
+    assert found.tolist() == [[3.0], [3.0]]
+    assert theirs.seen == []
+
+
+def test_a_bound_sampler_knows_its_equation_and_its_nodes():
+    sampler = DDIM(0.4).bind(TABLE, 12)
+    expected = generation_sde(TABLE, 0.4)
+    t, x = sampler.grid.nodes[3], torch.ones(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(sampler.sde.drift(t, x, 2 * x), expected.drift(t, x, 2 * x))
+    torch.testing.assert_close(sampler.sde.diffusion(t, x), expected.diffusion(t, x))
+    near, far = t + 0.2 / 1000, t + 0.3 / 1000
+    sampler.transition(sampler.sde, near, sampler.grid.nodes[4], x, x)
+    with pytest.raises(ValueError, match="begins no step of this sampler"):
+        sampler.transition(sampler.sde, far, sampler.grid.nodes[4], x, x)
+
+
+def test_a_bound_sampler_keeps_the_precision_of_the_states():
+    sampler = DDIM(0.4).bind(TABLE, 12)
+    x, k = torch.ones(2, 3), torch.tensor([3, 5])
+    assert sampler.mean(k, x, x).dtype == torch.float32
+    nodes = sampler.grid.nodes
+    for each in sampler.transition(sampler.sde, nodes[3], nodes[4], x, x):
+        assert each.dtype == torch.float32
