@@ -29,10 +29,12 @@ diffusion_envs.rewards.classifier diffusion_envs.rewards
 diffusion_envs.preferences diffusion_envs.objectives.protocol diffusion_envs.objectives.adjoint_matching
 diffusion_envs.objectives.ram diffusion_envs.objectives.score_as_action
 diffusion_envs.objectives.ddpo diffusion_envs.objectives.dpok diffusion_envs.objectives.grpo
+diffusion_envs.objectives.tdpo
 diffusion_envs.objectives.d3po
 diffusion_envs.objectives.dense_reward
 diffusion_envs.objectives.nft
 diffusion_envs.objectives.reward_backpropagation
+diffusion_envs.objectives.dxmi
 diffusion_envs.objectives
 diffusion_envs.training.checkpoint diffusion_envs.training.parallel
 diffusion_envs.training.progress diffusion_envs.training.run_folder
