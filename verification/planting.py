@@ -13,6 +13,7 @@ import importlib
 import inspect
 import linecache
 import textwrap
+import tokenize
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -110,9 +111,14 @@ def planted(*edits: Edit) -> Iterator[None]:
 def _source(function: FunctionType) -> tuple[list[str], int, int]:
     """Lines of its file, and where in them the function begins and ends."""
     linecache.checkcache(function.__code__.co_filename)
-    lines, first = inspect.findsource(function.__code__)
     first = function.__code__.co_firstlineno - 1
-    return lines, first, first + len(inspect.getblock(lines[first:]))
+    try:
+        lines, _ = inspect.findsource(function.__code__)
+        return lines, first, first + len(inspect.getblock(lines[first:]))
+    except (OSError, SyntaxError, tokenize.TokenError) as error:
+        raise PlantingError(
+            f"the source of {function.__qualname__} cannot be read: {error}"
+        ) from error
 
 
 def _docstring(body: str) -> tuple[int, int]:
