@@ -1,5 +1,6 @@
 """Fine-tune a Stable Diffusion pipeline with a reward: from prompts to an adapter and a report."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,16 @@ from diffusion_envs import rewards, samplers
 from diffusion_envs.objectives import Objective, ScoreAsAction
 from diffusion_envs.sd15 import pipeline
 from diffusion_envs.sd15.build import ATTENTION, Model, build
-from diffusion_envs.training import checkpoint, parallel
-from diffusion_envs.training.evaluation import Evaluation, evaluate
+from diffusion_envs.training import checkpoint, control, parallel
+from diffusion_envs.training.evaluation import WATCHED, Evaluation, evaluate
 from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.training.panel import Verdict, embeddings, panel, verdict
 from diffusion_envs.training.progress import bar
 from diffusion_envs.training.report import write_report
 from diffusion_envs.training.run_folder import describe, open_run, write_json
-from diffusion_envs.training.tracking import Tracker
+from diffusion_envs.training.stop import Decision, Look, StopRule, Watch
+from diffusion_envs.training.stop import check as check_stop
+from diffusion_envs.training.tracking import Tracker, read_metrics
 
 PICTURES = 32  # in the grid of a step
 
@@ -38,6 +42,10 @@ class Run:
     reward_gain: Estimate  # after minus before, paired by seed
     path_kl: Estimate  # of the fine-tuned model from the pretrained one, nats
     judge_gains: Mapping[str, Estimate]  # after minus before, by held-out reward
+    panel: Mapping[str, Estimate]  # of training/panel.py: diversity and distance too
+    over_optimisation: Verdict  # of the exported model
+    update: int  # after which the exported model was taken
+    stopped: str | None = None  # why the stop rule ended the run, if it did
 
 
 def finetune(
@@ -58,6 +66,8 @@ def finetune(
     evaluation_samples: int = 64,
     checkpoint_every: int = 1,
     picture_every: int = 10,
+    target_kl: control.TargetKL | None = None,
+    stop: StopRule | None = None,
     precision: str = "float32",
     resolution: int | None = None,
     gradient_checkpointing: bool = False,
@@ -90,7 +100,9 @@ def finetune(
         judges: rewards that only judge, by name; the reward itself is refused.
         evaluation_samples: held-out samples, before and after, paired by seed.
         checkpoint_every: updates.
-        picture_every: updates.
+        picture_every: updates between pictures and lines of the panel.
+        target_kl: moves the objective's kl_weight so that the path KL tends to a target.
+        stop: when to end the run early; then the best model that its looks saw is exported.
         precision: of the network: "float32", "bfloat16" or (CUDA only) "float16".
         resolution: pixels a side; the model's own if not given.
         gradient_checkpointing: recompute activations: less memory, more time.
@@ -116,10 +128,11 @@ def finetune(
     sampler = sampler or samplers.DDIM()
     schedule = schedule or Schedule()
     judges = judges or {}
+    embedders = embeddings(reward, judges)
     arguments = {
         name: value
         for name, value in locals().items()
-        if name not in ("output", "resume", "progress", "command", "wandb", "device")
+        if name not in ("output", "resume", "progress", "command", "wandb", "device", "embedders")
     }
     _check(arguments)
     accelerator = parallel.start()
@@ -143,7 +156,12 @@ def finetune(
     if gradient_checkpointing:
         built.pipe.unet.enable_gradient_checkpointing()
     trainer = Trainer(
-        built.environment, objective, schedule, built.parameters, accelerator=accelerator
+        built.environment,
+        objective,
+        schedule,
+        built.parameters,
+        accelerator=accelerator,
+        target_kl=target_kl,
     )
     main = accelerator.is_main_process
     folder = Path(output)
@@ -151,31 +169,115 @@ def finetune(
         settings = {name: describe(value) for name, value in arguments.items()}
         folder = open_run(folder, settings, resume=resume, command=command)
     accelerator.wait_for_everyone()
+    watch = None if stop is None else _watch(stop, built, trainer, folder, judges, schedule.batch)
     if resume and (found := checkpoint.latest(folder / "checkpoints")):
         trainer.load_state(found.state)
+        if watch is not None:
+            watch.load_state(found.state["looks"])
     before = _before(built, folder, evaluation_samples, judges, schedule.batch) if main else None
     with Tracker(folder, first_update=trainer.update, wandb=wandb, enabled=main) as tracker:
         if main and before is not None and trainer.update == 0:
             tracker.pictures(0, before.images[:PICTURES], before.prompts[:PICTURES])
         bar_shown = progress and main
+        if main and watch is not None:
+            watch.begin()
+        decision = _agreed(watch, accelerator)
+        total = updates if decision is None or decision.reason is None else trainer.update
         with bar("fine-tuning", updates, done=trainer.update, shown=bar_shown) as advance:
-            for numbers in trainer.updates(updates):
+            for numbers in trainer.updates(total):
                 done = numbers["update"]
                 tracker.log(numbers)
                 advance(f"reward {numbers['reward']}  path KL {numbers['path_kl']} nats")
-                if not main:
-                    continue
-                if done % picture_every == 0 and done < updates:
-                    pictures = evaluate(built.environment, PICTURES, batch=schedule.batch)
-                    tracker.pictures(done, pictures.images, pictures.prompts)
-                if done % checkpoint_every == 0 or done == updates:
-                    checkpoint.save(folder / "checkpoints", done, trainer.state())
+                if main and before is not None and done % picture_every == 0 and done < updates:
+                    few = min(PICTURES, evaluation_samples)
+                    seen = evaluate(built.environment, few, judges=judges, batch=schedule.batch)
+                    tracker.pictures(done, seen.images, seen.prompts)
+                    tracker.panel(done, panel(before, seen, embedders))
+                if main and watch is not None:
+                    watch.after(done)
+                decision = _agreed(watch, accelerator)
+                ended = decision is not None and decision.reason is not None
+                if main and (done % checkpoint_every == 0 or done == updates or ended):
+                    checkpoint.save(folder / "checkpoints", done, _state(trainer, watch))
+                if ended:
+                    break
         accelerator.wait_for_everyone()
+        last, reason = trainer.update, None if decision is None else decision.reason
+        if decision is not None and reason is not None:
+            best = checkpoint.load(folder / "best" / f"step-{decision.best:06d}")
+            trainer.load_state(best.state)
         after = evaluate(built.environment, evaluation_samples, judges=judges, batch=schedule.batch)
+        before = before or after  # other processes have nothing to report
+        numbers = panel(before, after, embedders)
         if main:
-            tracker.pictures(updates, after.images[:PICTURES], after.prompts[:PICTURES])
-    before = before or after  # other processes have nothing to report
-    return _finish(folder, built.pipe.unet, before, after, list(prompts), write=main)
+            tracker.pictures(trainer.update, after.images[:PICTURES], after.prompts[:PICTURES])
+            if reason is None:
+                tracker.panel(trainer.update, numbers)
+    stopped = None if stop is None else _stopped(stop, last, reason, len(judges))
+    return _finish(
+        folder,
+        built.pipe.unet,
+        before,
+        after,
+        list(prompts),
+        panel=numbers,
+        update=trainer.update,
+        stopped=stopped,
+        write=main,
+    )
+
+
+def _state(trainer: Trainer, watch: Watch | None) -> dict[str, Any]:
+    """What a checkpoint holds: the trainer's state, and the stop rule's looks."""
+    looks = {} if watch is None else {"looks": watch.state()}
+    return trainer.state() | looks
+
+
+def _watch(
+    rule: StopRule,
+    built: Model,
+    trainer: Trainer,
+    folder: Path,
+    judges: Mapping[str, rewards.Reward],
+    batch: int,
+) -> Watch:
+    """Looks of the rule, on seeds of their own; the best model is kept in ``best/``."""
+
+    def look(update: int, pretrained: bool) -> Look:
+        seen = evaluate(
+            built.environment,
+            rule.samples,
+            judges=judges,
+            batch=batch,
+            pretrained=pretrained,
+            stream=WATCHED,
+        )
+        return Look.of(update, seen)
+
+    def keep(update: int) -> None:
+        # two, because the newest is written before the checkpoint that says it is the best
+        checkpoint.save(folder / "best", update, trainer.state(), keep=2)
+
+    return Watch(rule, look, keep)
+
+
+def _agreed(watch: Watch | None, accelerator: Accelerator) -> Decision | None:
+    """The main process's decision, on all of them."""
+    if watch is None:
+        return None
+    mine = watch.decision if accelerator.is_main_process else Decision(0)
+    stop = parallel.main_says(int(mine.reason is not None), accelerator)
+    best = parallel.main_says(mine.best, accelerator)
+    return Decision(best, (mine.reason or "the main process says so") if stop else None)
+
+
+def _stopped(rule: StopRule, last: int, reason: str | None, judges: int) -> dict[str, Any]:
+    """What the summary says of the stop rule."""
+    return {
+        "update": None if reason is None else last,
+        "reason": reason,
+        "false_stop_bound": rule.false_stop_bound(last, judges),
+    }
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
@@ -218,6 +320,11 @@ def _check(arguments: Mapping[str, Any]) -> None:
                 f"judge {name!r} is the reward itself; nothing may judge its own training"
             )
 
+    if arguments["target_kl"] is not None:
+        control.kl_weight(objective)
+    if arguments["stop"] is not None:
+        check_stop(arguments["stop"], arguments["judges"])
+
 
 def _before(
     built: Model,
@@ -257,6 +364,9 @@ def _finish(
     after: Evaluation,
     prompts: list[str],
     *,
+    panel: Mapping[str, Estimate],
+    update: int,
+    stopped: Mapping[str, Any] | None,
     write: bool,
 ) -> Run:
     """Export the adapter, write summary and report, and say how it went."""
@@ -264,6 +374,10 @@ def _finish(
     judge_gains = {
         name: Estimate.of(value - before.judged[name]) for name, value in after.judged.items()
     }
+    lines = read_metrics(folder / "panel.jsonl") if write else []
+    final = {name: value.as_dict() for name, value in panel.items()} | {"update": update}
+    found = verdict([line for line in lines if line["update"] < update] + [final])
+    assert found is not None  # there is a panel
     run = Run(
         folder=folder,
         lora=folder / "pytorch_lora_weights.safetensors",
@@ -273,11 +387,17 @@ def _finish(
         reward_gain=gain,
         path_kl=Estimate.of(after.path_kl),
         judge_gains=judge_gains,
+        panel=panel,
+        over_optimisation=found,
+        update=update,
+        stopped=None if stopped is None else stopped["reason"],
     )
     if write:
         pipeline.export_lora(unet, folder)
         summary: dict[str, Any] = {
             "prompts": prompts,
+            "update": update,
+            "stop": stopped,
             "path_kl": run.path_kl.as_dict(),
             "reward": {
                 "before": run.reward_before.as_dict(),
@@ -293,6 +413,8 @@ def _finish(
                 for name in judge_gains
             },
         }
+        summary["panel"] = {name: value.as_dict() for name, value in panel.items()}
+        summary["over_optimisation"] = dataclasses.asdict(found)
         write_json(folder / "summary.json", summary)
         write_report(folder)
     return run

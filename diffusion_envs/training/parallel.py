@@ -20,6 +20,11 @@ def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) 
         gradient.copy_(mean.view_as(gradient))
 
 
+def main_says(number: int, accelerator: Accelerator) -> int:
+    """The main process's number, on all of them."""
+    return int(gather(torch.tensor([number], device=accelerator.device), accelerator)[0])
+
+
 def gather(value: Tensor, accelerator: Accelerator) -> Tensor:
     """Rows of all processes, in the order of their index."""
     return accelerator.gather(value) if accelerator.num_processes > 1 else value

@@ -15,7 +15,7 @@ noise of looking: where training itself makes the model fluctuate, a fall of its
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,6 +150,54 @@ def _merit(look: Look, pretrained: Look) -> float:
         spread = pretrained.judged[name].double().std().item()
         parts.append(values.double().mean().item() / (spread or 1.0))
     return sum(parts) / len(parts)
+
+
+class Watch:
+    """The looks of a run: made on time, kept with its checkpoints, the best model beside them.
+
+    Args:
+        rule: when to look, and when to stop.
+        look: (updates done, the pretrained model instead?) -> what is seen.
+        keep: stores the model as the best of this many updates.
+    """
+
+    def __init__(
+        self,
+        rule: StopRule,
+        look: Callable[[int, bool], Look],
+        keep: Callable[[int], None],
+    ) -> None:
+        self.rule, self._look, self._keep = rule, look, keep
+        self.looks: list[Look] = []
+
+    @property
+    def decision(self) -> Decision:
+        """Of the looks so far."""
+        return self.rule.decide(self.looks)
+
+    def begin(self) -> None:
+        """Look at the pretrained model, unless a checkpoint brought that look back."""
+        if not self.looks:
+            self.looks.append(self._look(0, True))
+            self._keep(0)
+
+    def after(self, update: int) -> Decision | None:
+        """Look if it is time; None if it is not."""
+        if update % self.rule.every:
+            return None
+        self.looks.append(self._look(update, False))
+        decision = self.decision
+        if decision.best == update:
+            self._keep(update)
+        return decision
+
+    def state(self) -> list[dict[str, Any]]:
+        """For a checkpoint."""
+        return [look.state() for look in self.looks]
+
+    def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from a checkpoint."""
+        self.looks = [Look(**look) for look in state]
 
 
 def check(rule: StopRule, judges: Mapping[str, Any]) -> None:

@@ -116,7 +116,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Writes ``metrics.jsonl``, ``tensorboard/`` and ``samples/`` of a run.
+    """Writes ``metrics.jsonl``, ``panel.jsonl``, ``tensorboard/`` and ``samples/`` of a run.
 
     On resuming, lines of updates that will be done again are dropped first, so that the log of a
     resumed run is that of an uninterrupted one.
@@ -143,6 +143,7 @@ class Tracker:
 
         path = folder / "metrics.jsonl"
         self._last = _keep_lines_until(path, first_update)
+        self._last_panel = _keep_lines_until(folder / "panel.jsonl", first_update)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update + 1)
         self._file = path.open("a", encoding="utf-8")
         (folder / "samples").mkdir(exist_ok=True)
@@ -188,6 +189,24 @@ class Tracker:
         self._last = update
         flat = {n: v.mean if isinstance(v, Estimate) else v for n, v in numbers.items()}
         flat = {name: value for name, value in flat.items() if value is not None}
+        for name, value in flat.items():
+            self._board.add_scalar(name, value, update)
+        if self._wandb is not None:
+            self._wandb.log(flat, step=update)
+
+    def panel(self, update: int, numbers: Mapping[str, Estimate]) -> None:
+        """One line of ``panel.jsonl``; nothing if a resumed run has that update's already.
+
+        Raises:
+            ValueError: a number is not finite.
+        """
+        if not self.enabled or update <= self._last_panel:
+            return
+        plain = {name: _plain(name, value) for name, value in numbers.items()}
+        with (self.folder / "panel.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"update": update, **plain}, allow_nan=False) + "\n")
+        self._last_panel = update
+        flat = {f"panel/{name}": value.mean for name, value in numbers.items()}
         for name, value in flat.items():
             self._board.add_scalar(name, value, update)
         if self._wandb is not None:
