@@ -120,18 +120,40 @@ class Entry:
 def methods() -> dict[str, Entry]:
     """Every method, with the settings that do not follow from the problem."""
     return {
+        # continuous time
         "score-as-action": Entry(lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0, denoised=False)),
         "score-as-action (r(x0) in V)": Entry(
             lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0, denoised=True)
         ),
-        "ddpo": Entry(lambda b: o.DDPO(), aims=False),
-        "ddpo-sf": Entry(lambda b: o.DDPOScoreFunction(), aims=False),
         "score-as-action (drawn)": Entry(
             lambda b: o.ScoreAsActionSampled(kl_weight=b, clip=1.0, denoised=False)
         ),
         "score-as-action (released)": Entry(
             lambda b: o.ScoreAsActionReleased(clip_per_pixel=0.1), aims=False
         ),
+        # policy gradients in discrete time
+        "ddpo": Entry(lambda b: o.DDPO(), aims=False),
+        "ddpo-sf": Entry(lambda b: o.DDPOScoreFunction(), aims=False),
+        "dpok": Entry(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b), aims=False),
+        "dpok (exact KL)": Entry(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, exact_kl=True)),
+        "grpo": Entry(lambda b: o.GRPO(kl_weight=b), aims=False),  # in units of the reward's spread
+        "tdpo": Entry(lambda b: o.TDPO(), aims=False),
+        "tdpo-r": Entry(lambda b: o.TDPOReset(), aims=False),
+        # preferences
+        "d3po": Entry(lambda b: o.D3PO(), aims=False),
+        "dense-reward": Entry(lambda b: o.DenseReward(members=4), aims=False),
+        # the reward's derivative
+        "refl": Entry(lambda b: o.ReFL(enough=10.0, scale=1.0), aims=False),
+        "draft-1": Entry(lambda b: o.DRaFT(last=1), aims=False),
+        "draft (all steps, KL)": Entry(lambda b: o.DRaFT(last=1000, kl_weight=b)),
+        "align-prop": Entry(lambda b: o.AlignProp(target=3.0, scale=1.0), aims=False),
+        # a value's derivative
+        "dxmi": Entry(lambda b: o.DxMI(), aims=False),
+        "dxmi-continuous": Entry(lambda b: o.ContinuousDxMI(), aims=False),
+        # data
+        "nft": Entry(lambda b: o.DiffusionNFT(), aims=False),
+        "ram": Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b), aims=False),
+        "ram (path cost)": Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b, path_cost=True)),
     }
 
 
