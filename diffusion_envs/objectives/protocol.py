@@ -155,6 +155,7 @@ class PathObjective(Objective, ABC):
     needs_density: ClassVar[bool] = True
     joins_steps: ClassVar[bool] = False  # a loss is of whole paths: their used steps come together
     value_sees_denoised: ClassVar[bool] = False  # V is a function of x0_hat; no reward query
+    fits_end: ClassVar[bool] = False  # the network is asked at the last node too, and learns it
 
     @property
     def cost_weight(self) -> float:

@@ -1,0 +1,333 @@
+"""Steps that climb a value, against the exact gradients of a linear Gaussian model."""
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion_envs import linear_policy
+from diffusion_envs.gaussian import Gaussian, Quadratic
+from diffusion_envs.objectives import ContinuousDxMI, ContinuousDxMIReleased, DxMI, Rows
+from diffusion_envs.objectives.dxmi import usual_move
+from diffusion_envs.samplers import DDIM, BoundDDIM
+from tests.diffusion_envs.objectives.small_runs import assert_runs_and_resumes, numbers, trainer
+from tests.diffusion_envs.test_two_views import (
+    BETA,
+    DATA,
+    GAIN,
+    REWARD,
+    SHIFT,
+    START,
+    TABLES,
+    VIEW_B,
+    exact_gradient,
+    flat,
+    leaves,
+    relative_gap,
+    roll_out,
+    rows_of,
+)
+
+SD15 = TABLES["sd15"]
+ROWS, EVENT = 5, (3, 2, 2)
+ROUND_OFF = 1e-11
+
+
+def rows(generator: torch.Generator) -> Rows:
+    """Rows with a value that is a cubic polynomial of the state."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    mean = normal(ROWS, *EVENT).requires_grad_()
+    state, gain = normal(ROWS, *EVENT), 0.2 + normal(ROWS).square()
+    weight = normal(2, *EVENT)
+    return Rows(
+        mean=mean,
+        old_mean=normal(ROWS, *EVENT),
+        reference_score=normal(ROWS, *EVENT),
+        action=mean,
+        noise=normal(ROWS, *EVENT),
+        advantage=normal(ROWS),
+        step_size=0.1 + normal(ROWS).square(),
+        horizon=torch.tensor(4.3, dtype=torch.float64),
+        score_gain=gain,
+        std=0.3 + normal(ROWS).square(),
+        action_std=torch.zeros(ROWS, dtype=torch.float64),
+        kl_factor=1.37,
+        state=state,
+        next_mean=1.1 * state + gain.view(-1, 1, 1, 1) * mean,
+        value=lambda x: (weight[0] * x.pow(3)).flatten(1).sum(1),
+        next_value=lambda x: (weight[1] * x.pow(3)).flatten(1).sum(1),
+    )
+
+
+def after(r: Rows) -> Tensor:
+    """The next state, written out."""
+    gain, std = (v.view(-1, 1, 1, 1) for v in (r.score_gain, r.std))
+    return 1.1 * r.state + gain * r.mean + std * r.noise
+
+
+def path_kl(r: Rows) -> Tensor:
+    gap = (r.mean - r.reference_score).square().flatten(1).sum(1)
+    return 0.5 * 1.37 * r.step_size * gap
+
+
+def test_the_loss_of_dxmi(generator):
+    r = rows(generator)
+    assert r.next_value is not None
+    moves = (after(r) - r.state).square().flatten(1).mean(1)
+    moves = moves / (2 * 2 * (1 - torch.exp(-r.step_size / 2)))
+    expected = 0.3 * moves - 0.2 * r.std.log() + 0.4 * path_kl(r) - r.next_value(after(r))
+    got = DxMI(entropy_weight=0.2, move_weight=0.3, kl_weight=0.4).loss(r)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [math.inf, 0.3])
+def test_the_loss_of_the_continuous_variant(clip, generator):
+    r = rows(generator)
+    assert r.value is not None
+    x = r.state.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(r.value(x).sum(), x)
+    moves = (after(r).clamp(-4 * clip, 4 * clip) - r.state).clamp(-clip, clip)
+    gain = (slope * moves).flatten(1).sum(1).clamp(-5 * clip, 5 * clip)
+    objective = ContinuousDxMI(
+        kl_weight=0.4, move_clip=clip, state_clip=4 * clip, gain_clip=5 * clip
+    )
+    expected = 0.4 * path_kl(r) - gain
+    torch.testing.assert_close(objective.loss(r), expected, rtol=1e-12, atol=1e-12)
+    found = torch.autograd.grad(objective.loss(r).sum(), r.mean)[0]
+    want = torch.autograd.grad(expected.sum(), r.mean)[0]
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
+def test_the_share_that_is_logged_is_the_share_without_a_gradient(generator):
+    r = rows(generator)
+    objective = ContinuousDxMIReleased(gain_clip=math.inf)
+    (slope,) = torch.autograd.grad(objective.loss(r).sum(), r.mean)
+    still = (slope == 0).flatten(1).double().mean(1)
+    torch.testing.assert_close(objective.clipped(r), still)
+    assert 0 < float(still.mean()) < 1
+    assert ContinuousDxMI().clipped(r).abs().max() == 0
+
+
+def test_entropy_is_a_constant_as_long_as_the_sampler_fixes_its_noise(generator):
+    r = rows(generator)
+    with_it, without = (
+        torch.autograd.grad(DxMI(entropy_weight=w).loss(r).sum(), r.mean, retain_graph=True)[0]
+        for w in (0.7, 0.0)
+    )
+    assert torch.equal(with_it, without)
+
+
+def test_the_usual_move_is_that_of_the_noising_process():
+    """Data N(0, 1), whose exact sampler walks the noising process backwards."""
+    sampler = DDIM(1.0).bind(SD15, 20)
+    kept = (-0.5 * sampler.integrated_g2).exp()  # correlation of neighbouring states
+    expected = 1 + 1 - 2 * kept
+    torch.testing.assert_close(usual_move(sampler.integrated_g2), expected, rtol=1e-10, atol=0)
+
+
+# -- exact expectations ---------------------------------------------------------------------------
+
+
+def values_of(sampler: BoundDDIM, kl_weight: float) -> list[Quadratic]:
+    """The value of the policy's own chain at every node."""
+    steps = linear_policy.Steps.of_ddim(sampler)
+    chain = linear_policy.chain(DATA, sampler.table, steps, GAIN, SHIFT)
+    running = linear_policy.kl_cost(kl_weight * steps.cost, GAIN, SHIFT)
+    return linear_policy.chain_values(chain, REWARD, running)
+
+
+def estimated(
+    objective: DxMI | ContinuousDxMI, sampler: BoundDDIM, charged: float | None = None
+) -> Tensor:
+    """Minus the gradient of the loss, averaged over quadrature paths, with the exact value.
+
+    The value is charged with the objective's KL, or with ``charged`` per nat if that is given.
+    """
+    steps = len(sampler.std)
+    rollout, weights = roll_out(VIEW_B, sampler)
+    values = values_of(sampler, objective.kl_weight if charged is None else charged)
+
+    def at(first: int):
+        def value(x: Tensor) -> Tensor:
+            columns = x.view(-1, steps, 2).unbind(1)
+            pairs = zip(values[first : first + steps], columns, strict=True)
+            return torch.stack([v(column) for v, column in pairs], dim=1).flatten()
+
+        return value
+
+    gain, shift = leaves()
+    r = rows_of(VIEW_B, sampler, rollout, gain, shift)
+    state = rollout.states[:, :-1].flatten(0, 1)
+    paths = len(weights)
+    state_gain, score_gain = (
+        v.expand(paths, -1).flatten()[:, None] for v in (sampler.state_gain, sampler.score_gain)
+    )
+    r = replace(
+        r,
+        state=state,
+        next_mean=state_gain * state + score_gain * r.mean,
+        value=at(0),
+        next_value=at(1),
+    )
+    losses = objective.loss(r).view(paths, steps)
+    return -flat(torch.autograd.grad((losses.sum(1) * weights).sum(), (gain, shift)))
+
+
+@pytest.mark.parametrize("schedule", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("kl_weight", [0.0, BETA])
+def test_with_the_exact_value_dxmi_has_the_exact_gradient(schedule, kl_weight):
+    sampler = DDIM(1.0).bind(schedule, 3)
+    found = estimated(DxMI(kl_weight=kl_weight, move_weight=0.0), sampler)
+    exact = exact_gradient(replace(VIEW_B, kl_weight=kl_weight), sampler)
+    assert relative_gap(found, exact) < ROUND_OFF
+
+
+def test_a_value_that_is_not_charged_with_the_kl_is_seen():
+    sampler = DDIM(1.0).bind(SD15, 3)
+    free = estimated(DxMI(kl_weight=BETA, move_weight=0.0), sampler, charged=0.0)
+    assert relative_gap(free, exact_gradient(VIEW_B, sampler)) > 1e-2
+
+
+def exact_with_moves(sampler: BoundDDIM, weight: float) -> Tensor:
+    """Gradient of E[r] - weight * sum of |x' - x|^2 / (2 q d), by the recursion of moments."""
+    gain, shift = leaves()
+    steps = linear_policy.Steps.of_ddim(sampler)
+    chain = linear_policy.chain(DATA, sampler.table, steps, gain, shift)
+    unit, total, law = torch.eye(2, dtype=torch.float64), torch.zeros(()).double(), START
+    q = 2 * (1 - torch.exp(-sampler.integrated_g2 / 2))
+    for k in range(len(steps.std)):
+        move = chain.matrix[k] - unit
+        mean = move @ law.mean + chain.shift[k]
+        square = mean.square().sum() + torch.trace(move @ law.covariance @ move.T)
+        square = square + torch.trace(chain.covariance[k])
+        total = total - weight * square / (2 * q[k] * 2)
+        law = chain[k].after(law)
+    return flat(torch.autograd.grad(REWARD.expectation(law) + total, (gain, shift)))
+
+
+def test_moves_are_charged_to_their_own_step_alone():
+    """What the value does not know: that a step changes the later moves."""
+    sampler = DDIM(1.0).bind(SD15, 3)
+    for weight, missing in ((0.01, 0.0241), (0.1, 0.2589)):
+        found = estimated(DxMI(move_weight=weight), sampler)
+        exact = exact_with_moves(sampler, weight)
+        assert relative_gap(found, exact) == pytest.approx(missing, abs=2e-4)
+
+
+@cache
+def continuous_gradient(steps: int) -> Tensor:
+    """Exact expectation of the variant's gradient: sum_k score_gain_k E[grad V_k(x) (x, 1)]."""
+    sampler = DDIM(1.0).bind(SD15, steps)
+    values = values_of(sampler, 0.0)
+    laws = linear_policy.moments(
+        linear_policy.chain(DATA, sampler.table, linear_policy.Steps.of_ddim(sampler), GAIN, SHIFT),
+        START,
+    )
+    gain, shift = torch.zeros(2, 2).double(), torch.zeros(2).double()
+    for k in range(steps):
+        law: Gaussian = laws[k]
+        slope = values[k].gradient(law.mean)
+        product = slope[:, None] * law.mean - values[k].curvature @ law.covariance
+        gain, shift = gain + sampler.score_gain[k] * product, shift + sampler.score_gain[k] * slope
+    return flat((gain, shift))
+
+
+def test_the_continuous_variants_gradient_is_its_exact_expectation():
+    found = estimated(ContinuousDxMI(), DDIM(1.0).bind(SD15, 3))
+    assert relative_gap(found, continuous_gradient(3)) < ROUND_OFF
+
+
+# Relative gap, largest component, by number of steps.
+MISSING = {10: 0.175, 20: 0.104, 40: 0.056}
+
+
+def test_the_continuous_variant_is_right_to_first_order_in_the_step():
+    free = replace(VIEW_B, kl_weight=0.0)
+    gaps = {
+        n: relative_gap(continuous_gradient(n), exact_gradient(free, DDIM(1.0).bind(SD15, n)))
+        for n in (10, 20, 40, 160, 320)
+    }
+    for n, expected in MISSING.items():
+        assert gaps[n] == pytest.approx(expected, abs=6e-4)
+    assert gaps[160] / gaps[320] == pytest.approx(2, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("steps", "mean", "first"), [(20, 0.755, 0.880), (50, 0.686, 0.828)], ids=["20", "50"]
+)
+def test_the_published_clip_of_moves_leaves_few_coordinates(steps, mean, first, generator):
+    """Noise alone, Stable Diffusion's schedule: P(|std z| > 0.1), and what the loss then sees."""
+    sampler = DDIM(1.0).bind(SD15, steps)
+    outside = 1 - torch.special.erf(0.1 / (sampler.std * 2**0.5))
+    assert float(outside.mean()) == pytest.approx(mean, abs=5e-4)
+    assert float(outside[0]) == pytest.approx(first, abs=5e-4)
+    assert int((outside < 0.5).sum()) == (1 if steps == 20 else 5)
+    dim = 4000
+    noise = torch.randn(steps, dim, generator=generator, dtype=torch.float64)
+    zero, zeros = 0 * noise, sampler.std * 0
+    r = Rows(
+        mean=zero,
+        old_mean=zero,
+        reference_score=zero,
+        action=zero,
+        noise=noise,
+        advantage=zeros,
+        step_size=sampler.integrated_g2,
+        horizon=sampler.integrated_g2.sum(),
+        score_gain=sampler.score_gain,
+        std=sampler.std,
+        action_std=zeros,
+        kl_factor=1.0,
+        state=zero,
+        next_mean=zero,
+    )
+    still = ContinuousDxMIReleased(state_clip=math.inf).clipped(r)
+    assert (still - outside).abs().max() < 5 * 0.5 / dim**0.5
+
+
+# -- the rest -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "name"),
+    [
+        (DxMI, {"kl_weight": -1.0}, "kl_weight"),
+        (DxMI, {"entropy_weight": -1.0}, "entropy_weight"),
+        (DxMI, {"move_weight": math.nan}, "move_weight"),
+        (DxMI, {"learning_rate": 0.0}, "learning_rate"),
+        (ContinuousDxMI, {"move_clip": 0.0}, "move_clip"),
+        (ContinuousDxMI, {"state_clip": -1.0}, "state_clip"),
+        (ContinuousDxMIReleased, {"gain_clip": math.nan}, "gain_clip"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(kind, settings, name):
+    with pytest.raises(ValueError, match=name):
+        kind(**settings)
+
+
+@pytest.mark.parametrize("kind", [DxMI, ContinuousDxMI, ContinuousDxMIReleased])
+def test_it_runs_in_the_loop_and_resumes_to_the_same_numbers(kind):
+    """One reward query a sample: the value learns from terminal rewards alone."""
+    assert_runs_and_resumes(kind(), queries=12)
+
+
+def test_the_value_learns_the_reward_at_the_last_node_too():
+    run = trainer(DxMI(), samples=96, value_epochs=30)
+    rollout = run._sample().rollout
+    ends, paths = rollout.states[:, -1], torch.arange(96)
+    node = torch.full((96,), 4)
+
+    def unexplained() -> float:
+        with torch.no_grad():
+            gap = run._value_at(rollout)(node, ends, paths) - rollout.rewards
+        return float(gap.var() / rollout.rewards.var())
+
+    assert unexplained() == pytest.approx(1, abs=1e-6)  # a constant
+    numbers(run, 3)
+    assert unexplained() < 0.5
