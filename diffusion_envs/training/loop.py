@@ -481,6 +481,11 @@ class Trainer:
                 seen = None if denoised_rewards is None else denoised_rewards[part]
                 values = self._values(_paths(rollout, part), seen)
                 losses = martingale_loss(values, returns[part], rollout.step_sizes)
+                if self.objective.fits_end:
+                    last = torch.full_like(part, returns.shape[1] - 1)
+                    end = self._value_at(rollout)(last, rollout.states[part, -1], part)
+                    gap = end - returns[part, -1]
+                    losses = losses + rollout.step_sizes[-1] * gap.square()
                 self.value_optimiser.zero_grad()
                 (losses.mean() / rollout.step_sizes.sum() / self.value.scale.square()).backward()
                 parameters = list(self.value.parameters())
@@ -492,11 +497,6 @@ class Trainer:
                 total += losses.detach().sum().item() / rollout.step_sizes.sum().item()
                 count += len(part)
         return total / count
-                if self.objective.fits_end:
-                    last = torch.full_like(part, returns.shape[1] - 1)
-                    end = self._value_at(rollout)(last, rollout.states[part, -1], part)
-                    gap = end - returns[part, -1]
-                    losses = losses + rollout.step_sizes[-1] * gap.square()
 
     def _pooled(self, rollout: Rollout) -> Float[Tensor, "paths width"]:
         return self.environment.context[rollout.condition].mean(1).to(self.environment.device)
