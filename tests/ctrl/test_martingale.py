@@ -541,3 +541,14 @@ def test_least_squares_accept_features_of_any_size_and_refuse_nearly_equal_ones(
                 mg.clstd(similar, problem, paths, policy)
         else:
             mg.clstd(similar, problem, paths, policy)
+
+
+def test_test_functions_of_another_shape_are_refused(few):
+    problem, policy, paths = few
+    for tests in (
+        lambda p: p.states[:, :-1, 0],
+        lambda p: p.states[:, :-1, None],
+        lambda p: p.states,
+    ):
+        with pytest.raises(ValueError, match=r"tests must return \[7, 3, tests\]"):
+            mg.orthogonality(tests, linear(THETA), problem, paths, policy)

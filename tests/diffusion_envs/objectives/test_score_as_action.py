@@ -190,8 +190,53 @@ def test_objectives_meet_the_protocol(kind):
         (ScoreAsAction, {"learning_rate": math.nan}, "learning_rate"),
         (ScoreAsActionSampled, {"exploration": 0.0}, "exploration"),
         (ScoreAsActionReleased, {"advantage_clip": 0.0}, "advantage_clip"),
+        (ScoreAsActionReleased, {"clip_per_pixel": 0.0}, "clip_per_pixel"),
+        (ScoreAsActionReleased, {"learning_rate": 0.0}, "learning_rate"),
     ],
 )
 def test_bad_settings_are_refused_by_name(kind, settings, name):
     with pytest.raises(ValueError, match=name):
         kind(**settings)
+
+
+def test_the_published_settings_are_the_defaults():
+    settings = {"kl_weight": 0.01, "gae_rate": 0.5, "clip": 0.5, "denoised": True}
+    assert ScoreAsAction() == ScoreAsAction(**settings, clip_per_pixel=None)
+    assert ScoreAsActionSampled() == ScoreAsActionSampled(**settings, exploration=0.3)
+    released = {"clip_per_pixel": 1.5e-5, "advantage_clip": 5.0, "learning_rate": 5e-5}
+    assert ScoreAsActionReleased() == ScoreAsActionReleased(**released)
+
+
+def test_what_each_objective_asks_of_the_loop():
+    view_b, view_a, released = ScoreAsAction(), ScoreAsActionSampled(), ScoreAsActionReleased()
+    assert view_b.needs_value is view_a.needs_value is released.needs_value is True
+    assert (view_b.needs_density, view_a.needs_density) == (True, False)
+    assert released.needs_reference is False
+    assert view_b.denoised_rewards is released.denoised_rewards is True
+    assert ScoreAsAction(denoised=False).denoised_rewards is False
+    assert ScoreAsAction(kl_weight=0.3).cost_weight == 0.3
+
+
+def test_released_advantages_are_clipped_and_survive_a_constant_value(generator):
+    r = rollout(generator)
+    plain = ScoreAsActionReleased(advantage_clip=100.0).advantages(r)
+    clipped = ScoreAsActionReleased(advantage_clip=0.4).advantages(r)
+    assert plain.max() > 0.4 > -0.4 > plain.min()
+    torch.testing.assert_close(clipped, plain.clamp(-0.4, 0.4))
+    rising = torch.arange(5, dtype=torch.float64).expand(6, 5)
+    nearly = rising + 1e-8 * torch.tensor([1.0, -1.0] * 3).double()[:, None] * (rising == 1)
+    gains = nearly.diff(dim=1)[:, 0] - 1
+    expected = (gains - gains.mean()) / (gains.std() + 1e-8)
+    found = ScoreAsActionReleased().advantages(dataclasses.replace(r, values=nearly))
+    torch.testing.assert_close(found[:, 0], expected, rtol=1e-6, atol=0)
+    assert not found[:, 2:].any()
+
+
+@pytest.mark.parametrize("moved", [0.0, 1e-6, 0.4])
+def test_the_released_loss_is_the_clipped_ratio_of_mean_log_densities(moved, generator):
+    r = rows(generator, moved)
+    released = ScoreAsActionReleased()
+    ratio = released.log_ratio(r).exp()
+    trusted = ratio.clamp(math.exp(-1.5e-5), math.exp(1.5e-5))
+    expected = -torch.minimum(ratio * r.advantage, trusted * r.advantage)
+    torch.testing.assert_close(released.loss(r), expected, rtol=1e-12, atol=0)
