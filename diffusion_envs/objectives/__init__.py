@@ -1,5 +1,6 @@
 """One file per method: a frozen dataclass of hyperparameters, its advantages and its loss."""
 
+from diffusion_envs.objectives.adjoint_matching import AdjointMatching
 from diffusion_envs.objectives.d3po import D3PO
 from diffusion_envs.objectives.ddpo import DDPO, DDPOScoreFunction
 from diffusion_envs.objectives.dense_reward import DenseReward
@@ -31,6 +32,7 @@ __all__ = [
     "DPOK",
     "GRPO",
     "TDPO",
+    "AdjointMatching",
     "AlignProp",
     "BackpropObjective",
     "ContinuousDxMI",

@@ -14,6 +14,7 @@ What it needs is declared, so that a sampler or a reward that cannot serve is re
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -106,6 +107,10 @@ class NoisedRows:
 class Model(Protocol):
     """What an objective may ask of the model beyond its scores (``PathObjective.targets``)."""
 
+    def pretrained(self) -> AbstractContextManager[None]:
+        """Within this context the model is the pretrained one."""
+        ...
+
     def pretrained_mean(
         self, step: int, states: Tensor, condition: Int64[Tensor, " paths"]
     ) -> Tensor:
@@ -153,9 +158,10 @@ class PathObjective(Objective, ABC):
     """Learns from the steps of sampled paths."""
 
     needs_density: ClassVar[bool] = True
+    needs_targets: ClassVar[bool] = False
     joins_steps: ClassVar[bool] = False  # a loss is of whole paths: their used steps come together
-    value_sees_denoised: ClassVar[bool] = False  # V is a function of x0_hat; no reward query
     fits_end: ClassVar[bool] = False  # the network is asked at the last node too, and learns it
+    value_sees_denoised: ClassVar[bool] = False  # V is a function of x0_hat; no reward query
 
     @property
     def cost_weight(self) -> float:
@@ -172,7 +178,7 @@ class PathObjective(Objective, ABC):
         return torch.zeros_like(sigma)
 
     def targets(self, rollout: Rollout, model: Model) -> Tensor | None:
-        """What the scores of each step are matched with, if anything."""
+        """What the scores of each step are matched with, if ``needs_targets``; of some paths."""
         return None
 
     def step_probabilities(self, steps: int) -> Float[Tensor, " steps"] | None:

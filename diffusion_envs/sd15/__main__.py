@@ -22,7 +22,10 @@ from rich.table import Table
 
 from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.cifar10.data import CLASSES
+from diffusion_envs.preferences import MissingChoicesError, Recorded
+from diffusion_envs.training.control import TargetKL
 from diffusion_envs.training.loop import NonFiniteError, PreflightError, Schedule
+from diffusion_envs.training.stop import StopRule
 
 REWARDS: dict[str, Callable[[], rewards.Reward]] = {
     "prompt-alignment": lambda: rewards.PromptAlignment("reward"),
@@ -36,6 +39,7 @@ JUDGES: dict[str, dict[str, Callable[[], rewards.Reward]]] = {
     "prompt-alignment": {"judge": lambda: rewards.PromptAlignment("judge")},
 }
 OBJECTIVES = {
+    "adjoint-matching": objectives.AdjointMatching,
     "dxmi-continuous-released": objectives.ContinuousDxMIReleased,
     "dxmi-continuous": objectives.ContinuousDxMI,
     "dxmi": objectives.DxMI,
@@ -87,7 +91,16 @@ class Finetune:
         lora_targets: names of the layers that get one.
         evaluation_samples: held-out samples, before and after.
         checkpoint_every: updates.
-        picture_every: updates.
+        picture_every: updates between pictures and lines of the panel.
+        target_kl: path KL to keep, nats: kl_weight, which is then only where it begins, moves
+            after every update.
+        stop_z: stop once a judge has fallen by so many standard errors from its best while the
+            reward rises (3.5 is a good value); off if not given.
+        stop_path_kl: stop once the path KL passes so many nats; off if not given.
+        stop_every: updates between the looks of either stop rule.
+        preferences: JSON-lines file of people's choices, {"order": [best, ..., worst]} a line, for
+            objectives that learn from preferences (d3po, dense-reward); the reward's if not given.
+            A run that meets samples without a choice leaves their images and waits to be resumed.
         precision: of the network.
         resolution: pixels a side; the model's own if not given.
         gradient_checkpointing: recompute activations: less memory, more time.
@@ -115,6 +128,11 @@ class Finetune:
     evaluation_samples: int = 64
     checkpoint_every: int = 1
     picture_every: int = 10
+    target_kl: float | None = None
+    stop_z: float | None = None
+    stop_path_kl: float | None = None
+    stop_every: int = 10
+    preferences: str | None = None
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     resolution: int | None = None
     gradient_checkpointing: bool = False
@@ -170,6 +188,18 @@ def _objective(options: Finetune) -> objectives.Objective:
     if unknown := sorted(given.keys() - known):
         raise ValueError(f"objective {options.objective} has no setting {', '.join(unknown)}")
     return kind(**given)
+
+
+def _stop(options: Finetune) -> StopRule | None:
+    """The rule that the options ask for; judges are watched only if ``stop_z`` is given."""
+    if options.stop_z is None and options.stop_path_kl is None:
+        return None
+    return StopRule(
+        z=options.stop_z,
+        max_path_kl=options.stop_path_kl,
+        every=options.stop_every,
+        samples=options.evaluation_samples,
+    )
 
 
 def _resumed(options: Finetune) -> Finetune:
@@ -231,6 +261,9 @@ def run_finetune(options: Finetune) -> None:
         evaluation_samples=options.evaluation_samples,
         checkpoint_every=options.checkpoint_every,
         picture_every=options.picture_every,
+        target_kl=None if options.target_kl is None else TargetKL(options.target_kl),
+        stop=_stop(options),
+        preference=None if options.preferences is None else Recorded(options.preferences),
         precision=options.precision,
         resolution=options.resolution,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -250,6 +283,9 @@ def run_finetune(options: Finetune) -> None:
     console = Console()
     console.print(table)
     console.print(f"path KL from the pretrained model: {result.path_kl} nats")
+    console.print(result.over_optimisation.sentence)
+    if result.stopped is not None:
+        console.print(f"stopped: {result.stopped}; exported: the model of update {result.update}")
     console.print(f"adapter:  {result.lora}  (pipe.load_lora_weights({str(result.folder)!r}))")
     console.print(f"pictures: {result.folder / 'samples'}")
     console.print(f"report:   {result.report}")
@@ -342,6 +378,10 @@ def main(arguments: list[str]) -> int:
             folder = options.resume or options.output
             print(f"\nstopped; go on with: {program} --resume {folder}", file=sys.stderr)
         return 130
+    except MissingChoicesError as missing:
+        folder = options.resume or options.output if isinstance(options, Finetune) else None
+        print(f"waiting: {missing}\ngo on with: {program} --resume {folder}", file=sys.stderr)
+        return 3
     except (ValueError, TypeError, OSError, PreflightError, NonFiniteError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

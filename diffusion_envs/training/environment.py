@@ -54,7 +54,7 @@ class Sample:
     """A roll-out with its pictures, for the loop's eyes."""
 
     rollout: Rollout
-    images: Float[Tensor, "paths *picture"]
+    images: Float[Tensor, " paths *picture"]
     denoised_rewards: Float[Tensor, "paths nodes"] | None  # r(x0_hat) at every node
     prompts: list[str]
 
@@ -222,6 +222,10 @@ class Environment:
         return Sample(rollout, images, None, prompts)
 
     # -- what an objective may ask of the model ---------------------------------------------------
+
+    def pretrained(self) -> AbstractContextManager[None]:
+        """Within this context the model is the pretrained one."""
+        return self.score.pretrained()
 
     def pretrained_mean(
         self, step: int, states: Tensor, condition: Int64[Tensor, " paths"]

@@ -31,7 +31,7 @@ from diffusion_envs.objectives import (
     PathObjective,
     Rollout,
 )
-from diffusion_envs.preferences import FromReward, Preference
+from diffusion_envs.preferences import FromReward, Preference, compare
 from diffusion_envs.samplers import BoundDDIM
 from diffusion_envs.training import control, parallel
 from diffusion_envs.training.environment import Environment, Sample
@@ -307,20 +307,21 @@ class Trainer:
             with torch.no_grad():
                 added["values"] = self._values(rollout, sample.denoised_rewards)
         if objective.needs_preferences:
-            asked = self.preference(sample.images, sample.prompts, rollout.rewards, indices, group)
-            added["preferences"] = asked
+            added["preferences"] = compare(
+                self.preference, sample.images, sample.prompts, rollout.rewards, indices, group
+            )
         return dataclasses.replace(sample, rollout=dataclasses.replace(rollout, **added))
 
     def _lesson(self, rollout: Rollout) -> Lesson:
         """What the objective learns from this roll-out, by its kind."""
         environment, objective, schedule = self.environment, self.objective, self.schedule
         if isinstance(objective, PathObjective):
-            with torch.no_grad():
-                targets = objective.targets(rollout, environment)
+            if objective.needs_targets:
+                rollout = dataclasses.replace(rollout, targets=self._targets(rollout))
             return PathSteps(
                 environment,
                 objective,
-                dataclasses.replace(rollout, targets=targets),
+                rollout,
                 self._advantages(rollout),
                 self._value_at(rollout) if objective.needs_value else None,
                 train_steps=schedule.train_steps,
@@ -339,6 +340,17 @@ class Trainer:
             )
         assert isinstance(objective, BackpropObjective)
         return LastSteps(environment, objective, rollout, batch=schedule.batch)
+
+    def _targets(self, rollout: Rollout) -> Tensor:
+        """The objective's, for as many paths at once as fit into memory."""
+        assert isinstance(self.objective, PathObjective)
+        found = []
+        for part in torch.arange(len(rollout.rewards)).split(self.schedule.batch):
+            with torch.no_grad():
+                targets = self.objective.targets(_paths(rollout, part), self.environment)
+            assert targets is not None  # needs_targets
+            found.append(targets)
+        return torch.cat(found)
 
     def _generator(self, *name: str | int) -> torch.Generator:
         """Random numbers of this update and process."""

@@ -123,21 +123,21 @@ TURNS = np.array([[[0.7, 0.4], [-0.3, 0.9]], [[1.1, -0.5], [0.2, 0.6]], [[0.8, 0
         wrong(
             "reward gradient not carried back",
             "diffusion_envs.objectives.adjoint_matching.lean_adjoint",
-            "pull_back(adjoint[-1])[0]",
-            "adjoint[-1]",
+            "adjoint.append(carried)",
+            "adjoint.append(adjoint[-1])",
         ),
         wrong(
             "Jacobian in place of its transpose",
             "diffusion_envs.objectives.adjoint_matching.lean_adjoint",
-            "adjoint.append(pull_back(adjoint[-1])[0])",
+            "adjoint.append(carried)",
             "f = lambda x, k=k: pretrained_mean(k, x)  # noqa: E731\n        "
             "adjoint.append(torch.func.jvp(f, (states[:, k],), (adjoint[-1],))[1])",
         ),
         wrong(
             "Jacobian at the next state",
             "diffusion_envs.objectives.adjoint_matching.lean_adjoint",
-            "states[:, k])",
-            "states[:, k + 1])",
+            "states[:, k].detach()",
+            "states[:, k + 1].detach()",
         ),
         wrong(
             "adjoint carried by the fine-tuned model",

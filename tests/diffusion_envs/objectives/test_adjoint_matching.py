@@ -1,7 +1,22 @@
+"""Adjoint matching: adjoint, loss, objective, and the chain's optimum where it leads."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from diffusion_envs import gaussian, rewards
+from diffusion_envs.exact import GaussianProblem, table
+from diffusion_envs.objectives import AdjointMatching, Rollout, Rows
 from diffusion_envs.objectives.adjoint_matching import lean_adjoint, matching_loss
+from diffusion_envs.samplers import DDIM
+from diffusion_envs.sd15.build import ATTENTION, build
+from diffusion_envs.training.lessons import PathSteps
 
 PATHS, STEPS, EVENT = 3, 4, (2, 3)
 GAIN = torch.tensor([0.4, 0.9, 0.3, 1.7], dtype=torch.float64)
@@ -55,3 +70,223 @@ def test_bad_input_is_refused_by_name(generator, monkeypatch):
         lean_adjoint(pretrained, states, states[:, :2, 0])
     with pytest.raises(ValueError, match="3 steps need 4 nodes of the adjoint"):
         matching_loss(scores, scores, states[:, 1:], level, level, 0.7)
+
+
+# -- the objective -------------------------------------------------------------------------------
+
+
+def test_a_rows_loss_is_its_summand_of_the_paths(generator):
+    reference, scores = normals(generator, 2, PATHS, STEPS, *EVENT)
+    adjoint = normals(generator, PATHS, STEPS + 1, *EVENT)
+    objective = AdjointMatching(kl_weight=0.7)
+
+    def wide(values: Tensor) -> Tensor:
+        return values.expand(PATHS, -1).flatten()
+
+    filler, zeros = normals(generator, PATHS * STEPS, *EVENT), torch.zeros(PATHS * STEPS).double()
+    rows = Rows(
+        mean=scores.flatten(0, 1),
+        old_mean=filler,
+        reference_score=reference.flatten(0, 1),
+        action=filler,
+        noise=filler,
+        advantage=zeros,
+        step_size=zeros,
+        horizon=torch.tensor(1.0).double(),
+        score_gain=wide(GAIN),
+        std=wide(STD),
+        action_std=zeros,
+        kl_factor=1.37,
+        target=adjoint[:, 1:].flatten(0, 1),
+    )
+    found = objective.loss(rows).view(PATHS, STEPS)
+    by_hand = np.zeros((PATHS, STEPS))
+    for i in range(PATHS):
+        for k in range(STEPS):
+            control = GAIN[k] / STD[k] * (scores[i, k] - reference[i, k])
+            by_hand[i, k] = 0.5 * ((control + STD[k] * adjoint[i, k + 1] / 0.7) ** 2).sum()
+    np.testing.assert_allclose(found.numpy(), by_hand, rtol=1e-12)
+    whole = matching_loss(scores, reference, adjoint, GAIN, STD, 0.7)
+    torch.testing.assert_close(found.sum(1), whole, rtol=1e-12, atol=0)
+
+
+@dataclass
+class Chain:
+    """Affine pretrained steps F x + f + std z, and a quadratic reward: what an objective asks."""
+
+    matrix: Tensor
+    shift: Tensor
+    reward: gaussian.Quadratic
+
+    def pretrained(self) -> Any:
+        return nullcontext()
+
+    def pretrained_mean(self, step: int, states: Tensor, condition: Tensor) -> Tensor:
+        return states @ self.matrix[step].T + self.shift[step]
+
+    def reward_gradient(self, states: Tensor, condition: Tensor) -> Tensor:
+        return self.reward.gradient(states)
+
+
+def chain_optimum(chain: Chain, std: Tensor, kl_weight: float) -> list[tuple[Any, Any]]:
+    """Best shift of the mean, u = K x + k, of every step; cost kl_weight |u|^2 / (2 std^2)."""
+    Q, slope = (v.numpy() for v in (chain.reward.curvature, chain.reward.slope))
+    found = []
+    for k in reversed(range(len(std))):
+        F, f = chain.matrix[k].numpy(), chain.shift[k].numpy()
+        price = kl_weight / std[k].item() ** 2 * np.eye(2)
+        # u = (price + Q)^{-1} (slope - Q m) at the free mean m = F x + f
+        solved = np.linalg.inv(price + Q)
+        found.append((-solved @ Q @ F, solved @ (slope - Q @ f)))
+        Q_m, slope_m = Q - Q @ solved @ Q, slope - Q @ solved @ slope
+        slope = F.T @ (slope_m - Q_m @ f)
+        Q = F.T @ Q_m @ F
+    return found[::-1]
+
+
+def gradient(objective: AdjointMatching, at: list[Any], sampling: list[Any]) -> Any:
+    """d E[loss] / d (gain, shift) of every step at one policy, on quadrature paths of another."""
+    sampler = DDIM(1.0).bind(table(), 3)
+    data = GaussianProblem().data
+    slope, offset = gaussian.score_coefficients(data, sampler.table, sampler.noising_times[:-1])
+    unit = torch.eye(2, dtype=torch.float64)
+    b, std = sampler.score_gain, sampler.std
+    chain = Chain(
+        sampler.state_gain[:, None, None] * unit + b[:, None, None] * slope,
+        b[:, None] * offset,
+        GaussianProblem().quadratic,
+    )
+    points = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    z = torch.cartesian_prod(*[points] * 8).view(-1, 4, 2)
+    states = [z[:, 0]]
+    controls = [tuple(torch.as_tensor(v) for v in control) for control in sampling]
+    for k, (K, c) in enumerate(controls):
+        mean = chain.pretrained_mean(k, states[-1], z[:, 0]) + states[-1] @ K.T + c
+        states.append(mean + std[k] * z[:, k + 1])
+    states = torch.stack(states, 1)
+    before = states[:, :-1]
+    reference = torch.einsum("kij,pkj->pki", slope, before) + offset
+    steps = b.expand(len(states), -1)
+    rollout = Rollout(
+        states=states,
+        means=reference,
+        actions=reference,
+        noises=z[:, 1:],
+        reference_scores=reference,
+        costs=torch.zeros_like(steps),
+        values=None,
+        rewards=chain.reward(states[:, -1]),
+        step_sizes=sampler.integrated_g2,
+        condition=torch.zeros(len(states), dtype=torch.int64),
+    )
+    target = objective.targets(rollout, chain)
+    gain = torch.stack([torch.as_tensor(K) / b[k] for k, (K, _) in enumerate(at)])
+    shift = torch.stack([torch.as_tensor(c) / b[k] for k, (_, c) in enumerate(at)])
+    gain, shift = gain.requires_grad_(), shift.requires_grad_()
+    mean = reference + torch.einsum("kij,pkj->pki", gain, before) + shift
+    rows = Rows(
+        mean=mean.flatten(0, 1),
+        old_mean=reference.flatten(0, 1),
+        reference_score=reference.flatten(0, 1),
+        action=reference.flatten(0, 1),
+        noise=z[:, 1:].flatten(0, 1),
+        advantage=objective.advantages(rollout).flatten(),
+        step_size=steps.flatten(),
+        horizon=sampler.integrated_g2.sum(),
+        score_gain=steps.flatten(),
+        std=std.expand(len(states), -1).flatten(),
+        action_std=torch.zeros_like(steps).flatten(),
+        kl_factor=1.0,
+        target=target.flatten(0, 1),
+    )
+    total = objective.loss(rows).sum() / len(states)
+    found = torch.autograd.grad(total, (gain, shift))
+    return torch.cat([each.flatten() for each in found]), chain, std
+
+
+def test_the_only_critical_point_is_the_optimum_of_the_chain():
+    """Of DDIM's own chain, whose KL is of its transitions; all moments are quadratic: exact."""
+    kl_weight = GaussianProblem().kl_weight
+    objective = AdjointMatching(kl_weight=kl_weight)
+    zeros = [(np.zeros((2, 2)), np.zeros(2))] * 3
+    away, chain, std = gradient(objective, zeros, zeros)
+    best = chain_optimum(chain, std, kl_weight)
+    at_best, _, _ = gradient(objective, best, best)
+    assert at_best.abs().max() < 1e-12 * away.abs().max()
+    # another weight has another optimum
+    other, _, _ = gradient(replace(objective, kl_weight=0.9 * kl_weight), best, best)
+    assert other.abs().max() > 1e-2 * away.abs().max()
+
+
+def test_targets_of_the_real_environment_are_products_of_jacobians():
+    problem, sampler = GaussianProblem(), DDIM(1.0).bind(table(), 4)
+    environment, _ = problem.environment(sampler, seed=0)
+    sample = environment.sample(
+        AdjointMatching().policy, range(5), torch.zeros(5, dtype=torch.int64), stream="train"
+    )
+    asked = environment.reward_queries
+    with torch.no_grad():
+        found = AdjointMatching().targets(sample.rollout, environment)
+    assert environment.reward_queries == asked + 5
+    slope, _ = gaussian.score_coefficients(problem.data, sampler.table, sampler.noising_times[:-1])
+    expected = -problem.quadratic.gradient(sample.rollout.states[:, -1].double())
+    for k in reversed(range(4)):
+        # networks and states of the loop are float32
+        torch.testing.assert_close(found[:, k].double(), expected, rtol=1e-4, atol=1e-5)
+        jacobian = sampler.state_gain[k] * torch.eye(2).double() + sampler.score_gain[k] * slope[k]
+        expected = expected @ jacobian
+
+
+def test_two_updates_of_the_real_loop(trains):
+    whole = trains(AdjointMatching(kl_weight=0.3))
+    assert whole.environment.reward_queries == 2 * (12 + 12)  # rewards, and their gradients
+
+
+@pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
+def test_checkpointed_activations_change_nothing():
+    """They are computed again while going backwards: with the adapter still off."""
+    built = build(
+        model="tiny",
+        reward=rewards.PromptAlignment("reward"),
+        prompts=["a photo of a cat"],
+        sampler=DDIM(1.0),
+        steps=2,
+        guidance=2.0,
+        batch=8,
+        lora_rank=2,
+        lora_targets=ATTENTION,
+        precision="float32",
+        resolution=None,
+        device=torch.device("cpu"),
+        seed=0,
+    )
+    with torch.no_grad():
+        for parameter in built.parameters:
+            parameter.fill_(0.05)
+    objective, none = AdjointMatching(), torch.zeros(2, dtype=torch.int64)
+    rollout = built.environment.sample(objective.policy, range(2), none, stream="train").rollout
+    plain = objective.targets(rollout, built.environment)
+    built.pipe.unet.enable_gradient_checkpointing()
+    torch.testing.assert_close(
+        objective.targets(rollout, built.environment), plain, rtol=1e-4, atol=1e-6
+    )
+    assert plain.abs().max() > 1e-4
+
+
+def test_targets_do_not_depend_on_how_many_paths_are_carried_at_once(small_trainer):
+    found = []
+    for batch in (64, 5):
+        made = small_trainer(AdjointMatching(), batch=batch)
+        lesson = made._lesson(made._sample().rollout)
+        assert isinstance(lesson, PathSteps)
+        found.append(lesson.rollout.targets)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"kl_weight": 0.0}, "kl_weight"), ({"learning_rate": math.nan}, "learning_rate")],
+)
+def test_bad_settings_are_refused_by_name(settings, name):
+    with pytest.raises(ValueError, match=name):
+        AdjointMatching(**settings)
