@@ -14,10 +14,12 @@ from torch import nn
 from ctrl import Estimate
 from diffusion_envs import rewards, samplers
 from diffusion_envs.objectives import Objective, ScoreAsAction
+from diffusion_envs.preferences import Preference
 from diffusion_envs.sd15 import pipeline
 from diffusion_envs.sd15.build import ATTENTION, Model, build
 from diffusion_envs.training import checkpoint, control, parallel
 from diffusion_envs.training.evaluation import WATCHED, Evaluation, evaluate
+from diffusion_envs.training.judging import leaving_images
 from diffusion_envs.training.loop import Schedule, Trainer
 from diffusion_envs.training.panel import Verdict, embeddings, panel, verdict
 from diffusion_envs.training.progress import bar
@@ -68,6 +70,7 @@ def finetune(
     picture_every: int = 10,
     target_kl: control.TargetKL | None = None,
     stop: StopRule | None = None,
+    preference: Preference | None = None,
     precision: str = "float32",
     resolution: int | None = None,
     gradient_checkpointing: bool = False,
@@ -103,6 +106,8 @@ def finetune(
         picture_every: updates between pictures and lines of the panel.
         target_kl: moves the objective's kl_weight so that the path KL tends to a target.
         stop: when to end the run early; then the best model that its looks saw is exported.
+        preference: who prefers which sample, for objectives that learn from preferences: the
+            reward if not given, ``preferences.Recorded(file)`` for people's choices, or a function.
         precision: of the network: "float32", "bfloat16" or (CUDA only) "float16".
         resolution: pixels a side; the model's own if not given.
         gradient_checkpointing: recompute activations: less memory, more time.
@@ -123,6 +128,8 @@ def finetune(
         RewardError: the reward raises or returns something unusable.
         PreflightError: what must hold before the first update does not.
         CheckpointError: a checkpoint cannot be written or read.
+        MissingChoicesError: recorded choices do not reach as far as the samples; the images to
+            choose from are in the run's folder, and the run can be resumed.
     """
     objective = objective or ScoreAsAction()
     sampler = sampler or samplers.DDIM()
@@ -162,6 +169,7 @@ def finetune(
         built.parameters,
         accelerator=accelerator,
         target_kl=target_kl,
+        preference=preference,
     )
     main = accelerator.is_main_process
     folder = Path(output)
@@ -184,7 +192,7 @@ def finetune(
         decision = _agreed(watch, accelerator)
         total = updates if decision is None or decision.reason is None else trainer.update
         with bar("fine-tuning", updates, done=trainer.update, shown=bar_shown) as advance:
-            for numbers in trainer.updates(total):
+            for numbers in leaving_images(trainer.updates(total), folder):
                 done = numbers["update"]
                 tracker.log(numbers)
                 advance(f"reward {numbers['reward']}  path KL {numbers['path_kl']} nats")
@@ -213,7 +221,11 @@ def finetune(
             tracker.pictures(trainer.update, after.images[:PICTURES], after.prompts[:PICTURES])
             if reason is None:
                 tracker.panel(trainer.update, numbers)
-    stopped = None if stop is None else _stopped(stop, last, reason, len(judges))
+    stopped = None
+    if stop is not None:
+        bound = stop.false_stop_bound(updates, len(judges))
+        when = None if reason is None else last
+        stopped = {"update": when, "reason": reason, "false_stop_bound": bound}
     return _finish(
         folder,
         built.pipe.unet,
@@ -271,15 +283,6 @@ def _agreed(watch: Watch | None, accelerator: Accelerator) -> Decision | None:
     return Decision(best, (mine.reason or "the main process says so") if stop else None)
 
 
-def _stopped(rule: StopRule, last: int, reason: str | None, judges: int) -> dict[str, Any]:
-    """What the summary says of the stop rule."""
-    return {
-        "update": None if reason is None else last,
-        "reason": reason,
-        "false_stop_bound": rule.false_stop_bound(last, judges),
-    }
-
-
 def _check(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that can be judged before anything is loaded."""
     if not callable(arguments["reward"]):
@@ -313,6 +316,11 @@ def _check(arguments: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{type(objective).__name__} needs a reward with a gradient; "
             f"{rewards.reward_name(arguments['reward'])} does not declare differentiable = True"
+        )
+    if arguments["preference"] is not None and not objective.needs_preferences:
+        raise ValueError(
+            f"preference is given, but {type(objective).__name__} learns from rewards: use an "
+            "objective that learns from preferences (D3PO, DenseReward)"
         )
     for name, judge in arguments["judges"].items():
         if judge is arguments["reward"] or judge == arguments["reward"]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_envs.training import plots
+from diffusion_envs.training.panel import verdict
 from diffusion_envs.training.tracking import read_metrics
 
 _STYLE = """
@@ -52,7 +53,12 @@ _CURRENCIES = {
     "network_calls": "network calls",
     "seconds": "seconds",
 }
-_CURVES = {"reward": "reward", "path_kl": "path KL (nats)", "transition_kl": "transition KL (nats)"}
+_CURVES = {
+    "reward": "reward",
+    "path_kl": "path KL (nats)",
+    "transition_kl": "transition KL (nats)",
+    "kl_weight": "kl_weight (reward per nat)",
+}
 
 
 def write_report(folder: str | Path) -> Path:
@@ -68,11 +74,13 @@ def write_report(folder: str | Path) -> Path:
     config = _json(folder / "config.json")
     summary, transfer = _json(folder / "summary.json"), _json(folder / "transfer.json")
     metrics = read_metrics(folder / "metrics.jsonl")
+    panels = read_metrics(folder / "panel.jsonl")
     name = html.escape(folder.resolve().name)
     parts = [
         f"<header><h1>{name}</h1>{_subtitle(config, metrics)}</header>",
         _headline(summary),
-        _pictures(folder / "samples"),
+        _pictures(folder / "samples", summary),
+        _panel(panels, summary),
         _curves(metrics),
         _transfer(transfer),
         _settings(config, summary),
@@ -210,8 +218,11 @@ def _tile(name: str, estimate: Mapping[str, Any], below: str, gain: bool = True)
     )
 
 
-def _pictures(folder: Path) -> str:
+def _pictures(folder: Path, summary: Mapping[str, Any] | None) -> str:
     found = {int(path.stem[5:]): path for path in sorted(folder.glob("step-*.png"))}
+    exported = (summary or {}).get("update")
+    if exported in found:  # a run that was stopped has pictures of later models
+        found = {update: path for update, path in found.items() if update <= exported}
     if not found:
         return "<h2>Before and after</h2><p>No pictures yet.</p>"
     figures = []
@@ -226,6 +237,72 @@ def _pictures(folder: Path) -> str:
     )
 
 
+def _panel(panels: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> str:
+    """Judges, diversity and distance over the run, and what they say together."""
+    title = "<h2>Over-optimisation</h2>"
+    final = (summary or {}).get("panel")
+    if not panels and final is None:
+        return f"{title}<p>Nothing is measured yet.</p>"
+    said = verdict(panels)
+    sentence = summary["over_optimisation"]["sentence"] if final and summary else None
+    if sentence is None and said is not None:
+        sentence = said.sentence
+    words = [sentence or ""]
+    stop = (summary or {}).get("stop")
+    if summary and stop:
+        bound = (
+            f"noise alone stops such a run with probability at most {stop['false_stop_bound']:.2g}"
+        )
+        if stop["reason"] is None:
+            words.append(f"The stop rule did not end the run ({bound}).")
+        else:
+            words.append(
+                f"Stopped after update {stop['update']}: {stop['reason']} ({bound}). The exported "
+                f"model is that of update {summary['update']}, the best that the rule saw."
+            )
+    said_so = "".join(f"<p>{html.escape(text)}</p>" for text in words)
+    figures = []
+    drawn_of = ("reward_gain", "judge_gain.", "diversity_gain.", "distance.", "path_kl")
+    names = dict.fromkeys(name for line in panels for name in line if name.startswith(drawn_of))
+    for quantity in names:
+        points = [(line["update"], line[quantity]) for line in panels if quantity in line]
+        label = _quantity(quantity)
+        first, last = (_number(points[k][1]) for k in (0, -1))
+        alt = f"{label} on held-out seeds against updates: from {first} to {last}"
+        svg = plots.curve(points, "updates", label)
+        figures.append(_figure(svg, "svg+xml", alt, label))
+    drawn = f'<div class="cards">{"".join(figures)}</div>' if figures else ""
+    rows = [[html.escape(_quantity(k)), _number(v), str(v["n"])] for k, v in (final or {}).items()]
+    table = _table(["of the exported model", "", "samples"], rows) if rows else ""
+    return (
+        f"{title}{said_so}{drawn}{table}"
+        '<p class="muted">On held-out seeds, paired with the pretrained model on the same seeds. '
+        "Diversity is the mean distance of two pictures of one prompt, distance that of a picture "
+        "from the pretrained one of its seed: root mean square difference of pixels, or 1 minus "
+        "the cosine of features; docs/run_folder.md has the formulas.</p>"
+    )
+
+
+def _quantity(name: str) -> str:
+    """Words for a name of the panel."""
+    kind, _, what = name.partition(".")
+    if not what:
+        return {"reward_gain": "gain in reward", "path_kl": "path KL (nats)"}.get(name, name)
+    space = what if what == "pixels" else f"the {what}'s features"
+    return {
+        "judge": f"judge: {what}",
+        "judge_gain": f"gain of judge: {what}",
+        "diversity": f"diversity of {space}",
+        "diversity_gain": f"change in diversity of {space}",
+        "distance": f"distance in {space}",
+    }.get(kind, name)
+
+
+def _estimate(value: Any) -> Mapping[str, Any]:
+    """A number without an error as an estimate."""
+    return value if isinstance(value, Mapping) else {"mean": value, "standard_error": None, "n": 1}
+
+
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     if not metrics:
         return "<h2>Training</h2><p>No update is done yet.</p>"
@@ -236,9 +313,10 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
             lines = [line for line in metrics if line.get(quantity) and currency in line]
             if not lines:
                 continue
-            first, last = (_number(lines[k][quantity]) for k in (0, -1))
+            first, last = (_number(_estimate(lines[k][quantity])) for k in (0, -1))
             alt = f"{label} of the training samples against {spent}: from {first} to {last}"
-            svg = plots.curve([(line[currency], line[quantity]) for line in lines], spent, label)
+            points = [(line[currency], _estimate(line[quantity])) for line in lines]
+            svg = plots.curve(points, spent, label)
             figures.append(_figure(svg, "svg+xml", alt, f"against {spent}"))
         if figures:
             parts.append(f'<h3>{label}</h3><div class="cards">{"".join(figures)}</div>')

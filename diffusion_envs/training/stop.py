@@ -69,13 +69,14 @@ class StopRule:
     """Stop when reward is bought from the judges, or too far from the pretrained model.
 
     Attributes:
-        z: standard errors by which a judge must have fallen from its best look.
+        z: standard errors by which a judge must have fallen from its best look. None: judges choose
+            the best look, but end nothing.
         max_path_kl: nats; the mean path KL beyond which to stop. None for no limit.
         every: updates between looks.
         samples: held-out samples of a look.
     """
 
-    z: float = 3.5
+    z: float | None = 3.5
     max_path_kl: float | None = None
     every: int = 10
     samples: int = 64
@@ -120,6 +121,8 @@ class StopRule:
         """Bound on the probability that noise alone stops a run through its judges."""
         looks = updates // self.every
         pairs = looks * (looks + 1) / 2
+        if self.z is None:
+            return 0.0
         return min(1.0, judges * pairs * float(stdtr(self.samples - 1, -self.z)))
 
     def _too_far(self, look: Look) -> bool:
@@ -127,7 +130,7 @@ class StopRule:
 
     def _fallen(self, name: str, before: Sequence[Look], now: Look) -> str | None:
         """Words, if this judge has fallen from its best look while the reward rose."""
-        if not before:
+        if not before or self.z is None:
             return None
         best = max(before, key=lambda look: look.judged[name].double().mean().item())
         fall = Estimate.of(now.judged[name] - best.judged[name])
@@ -204,7 +207,9 @@ def check(rule: StopRule, judges: Mapping[str, Any]) -> None:
     """Refuse a rule that has nothing to watch.
 
     Raises:
-        ValueError: there is neither a judge nor a limit of the path KL.
+        ValueError: no judge is watched, and there is no limit of the path KL.
     """
-    if not judges and rule.max_path_kl is None:
-        raise ValueError("stop needs a judge to watch, or a max_path_kl; there is neither")
+    if rule.max_path_kl is None and (not judges or rule.z is None):
+        raise ValueError(
+            "stop needs a judge to watch (and a z), or a max_path_kl; there is neither"
+        )
