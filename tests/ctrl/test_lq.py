@@ -387,3 +387,14 @@ def test_a_law_that_draws_some_of_its_coordinates_is_random():
     policy = law.policy()
     assert isinstance(policy, ctrl.MultivariateGaussianPolicy)
     torch.testing.assert_close(policy.scale_tril, covariance.sqrt())
+
+
+def test_one_moved_entry_is_enough_to_control_the_noise():
+    D = torch.zeros(3, 2, 1, dtype=torch.float64)
+    D[1, 0, 0] = 0.3
+    sde = LinearQuadratic(**GOOD, D=D).sde
+    assert sde.controls_diffusion
+    x, a = points(0, 1, 2), points(1, 1, 1)
+    sigma = GOOD["sigma"].clone()
+    sigma[0, 1] += 0.3 * a[0, 0]
+    torch.testing.assert_close(sde.diffusion_at(T, x, a)[0], sigma)

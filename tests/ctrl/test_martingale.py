@@ -550,5 +550,5 @@ def test_test_functions_of_another_shape_are_refused(few):
         lambda p: p.states[:, :-1, None],
         lambda p: p.states,
     ):
-        with pytest.raises(ValueError, match=r"tests must return \[7, 3, tests\]"):
+        with pytest.raises(ValueError, match="tests must return"):
             mg.orthogonality(tests, linear(THETA), problem, paths, policy)

@@ -401,7 +401,8 @@ def test_states_may_have_no_axis_beside_the_paths_but_actions_must_fit_them(monk
 def test_a_hessian_that_depends_on_the_state_is_found_at_any_size(size):
     """Two states, two coordinates, off-diagonal zeros; and the same Hessian everywhere passes."""
     states = torch.tensor([[0.7, -0.2], [-1.2, 0.5]], dtype=torch.float64)
-    sde = ctrl.ControlledSDE(lambda t, x, a: 0 * x, lambda t, x: 0.5)
+    mixed = torch.ones(2, 2, dtype=torch.float64)
+    sde = ctrl.ControlledSDE(lambda t, x, a: x @ mixed.to(x), lambda t, x: 0.5)
     flat = lambda t, x: 0 * x[:, 0]  # noqa: E731
 
     def problem(bend):
@@ -411,6 +412,9 @@ def test_a_hessian_that_depends_on_the_state_is_found_at_any_size(size):
     policy = ql.gibbs_policy(problem(0.0), flat, 2, states[0].float())
     assert policy.mean(T, states).dtype == torch.float64
     torch.testing.assert_close(policy.mean(T, states), torch.zeros_like(states))
+    scale = ql.gibbs_policy(problem(0.0), flat, 2, states[0]).scale_at(T, states)
+    variance = 0.15 / size * torch.eye(2, dtype=torch.float64)  # temperature / (2 size)
+    torch.testing.assert_close(scale @ scale.T, variance, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="depends on the state"):
         ql.gibbs_policy(problem(1e-3), flat, 2, states[0]).mean(T, states)
     quartic = lambda t, x, a: -size * (a.square() + (x > 0) * a**4).sum(1)  # noqa: E731

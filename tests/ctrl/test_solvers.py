@@ -167,3 +167,25 @@ def test_steps_keep_the_precision_of_the_states(solver):
         torch.testing.assert_close(
             after.double(), solver.step(sde, T0, T1, X, A, W).float().double()
         )
+
+
+def test_coefficients_are_given_the_time_in_the_states_precision():
+    seen = []
+
+    def drift(t, x, a):
+        seen.append(t.dtype)
+        return a - x
+
+    def diffusion(t, x):
+        seen.append(t.dtype)
+        return 0.3 + 0.2 * x
+
+    ito = ctrl.ControlledSDE(drift, diffusion)
+    stratonovich = ctrl.ControlledSDE(drift, diffusion, calculus="stratonovich")
+    x, a, w = X.float(), A.float(), W.float()
+    for solver in (EULER, ctrl.Milstein()):
+        solver.step(ito, T0, T1, x, a, w)
+        solver.step_into(torch.empty_like(x), ito, T0, T1, x, a, w)
+    EULER.transition(ito, T0, T1, x, a)
+    ctrl.Heun().step(stratonovich, T0, T1, x, a, w)
+    assert set(seen) == {torch.float32}

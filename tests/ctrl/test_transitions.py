@@ -137,3 +137,22 @@ def test_transitions_keep_the_precision_of_the_states():
     paths = sample(model(constant=True), (2,))
     half = ctrl.Paths(paths.states.float(), None, None, GRID)
     assert transitions.log_prob(model(True), EULER, POLICY, half).dtype == torch.float32
+
+
+def test_policies_are_given_the_time_in_the_states_precision():
+    seen = []
+
+    def mean(t, x):
+        seen.append(t.dtype)
+        return 0.3 * x
+
+    policy, paths = ctrl.DeterministicPolicy(mean), sample(model(constant=True), (2,))
+    half = ctrl.Paths(paths.states.float(), None, None, GRID)
+    transitions.log_prob(model(True), EULER, policy, half)
+    girsanov.path_kl(model(True), policy, REFERENCE, half)
+    value = lambda t, x: seen.append(t.dtype) or x.sum(1)  # noqa: E731
+    problem = ctrl.ControlProblem(model(True), 1.0)
+    ctrl.policy_gradient.Transitions(EULER).advantages(problem, policy, value, half)
+    acted = ctrl.Paths(half.states, half.states[:, :-1], None, GRID)
+    ctrl.policy_gradient.pathwise_gradient(problem, policy, value, acted)
+    assert set(seen) == {torch.float32}
