@@ -49,3 +49,69 @@ def test_the_first_example_of_the_readme_runs(capsys):
     exec(compile(source, "README.md", "exec"), {})  # our own text
     printed = capsys.readouterr().out
     assert re.match(r"path KL 1\.6\d+\(\d+\)  reward -0\.9\d+\(\d+\)", printed), printed
+
+
+def test_the_document_of_claims_has_every_claim_and_no_other():
+    import verification.claims  # noqa: F401  # registers them
+    from verification.claim import CLAIMS
+
+    text = (ROOT / "docs" / "verification.md").read_text()
+    assert re.findall(r"^## (\S+)$", text, re.MULTILINE) == list(CLAIMS)
+    assert "do not hold" not in text
+    assert "ACCEPTED" not in text.upper() or "accepted" not in text.split("## ")[0]
+
+
+def test_claims_that_the_list_of_theorems_names_exist():
+    import verification.claims  # noqa: F401  # registers them
+    from verification.claim import CLAIMS
+
+    text = (ROOT / "docs" / "theorems.md").read_text()
+    named = set()
+    for line in text.splitlines():
+        if line.startswith("| ") and line.count("|") == 4:
+            named |= set(re.findall(r"`([a-z]+(?:-[a-z]+)+|tilt|tweedie)`", line.split("|")[3]))
+    assert len(named) > 40
+    assert not named - set(CLAIMS)
+
+
+def test_the_method_that_the_document_adds_improves_a_policy():
+    import dataclasses
+
+    from accelerate import Accelerator
+
+    from diffusion_envs.exact import GaussianProblem, table
+    from diffusion_envs.samplers import DDIM
+    from diffusion_envs.training.loop import Schedule, Trainer
+
+    source = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
+    names = {"__name__": "added"}
+    exec(compile(source[0], "methods.md", "exec", dont_inherit=True), names)  # our own text
+    problem, sampler = GaussianProblem(), DDIM(eta=1.0).bind(table(), 8)
+    environment, parameters = problem.environment(sampler, seed=0)
+    objective = dataclasses.replace(
+        names["Reinforce"](), kl_weight=problem.kl_weight, learning_rate=0.01
+    )
+    trainer = Trainer(
+        environment,
+        objective,
+        Schedule(samples=128, batch=10_000, weight_decay=0.0),
+        parameters,
+        accelerator=Accelerator(cpu=True),
+    )
+    before = problem.evaluate(environment.score, sampler).objective
+    for _ in trainer.updates(25):
+        pass
+    after = problem.evaluate(environment.score, sampler).objective
+    best = problem.optimum(sampler).objective
+    assert after - before > 0.3 * (best - before)
+
+
+def test_every_objective_is_in_the_document_of_methods():
+    from diffusion_envs import objectives
+
+    text = (ROOT / "docs" / "methods.md").read_text()
+    kinds = {"PathObjective", "NoisedObjective", "BackpropObjective", "Objective"}
+    for name in objectives.__all__:
+        made = getattr(objectives, name)
+        if isinstance(made, type) and issubclass(made, objectives.Objective):
+            assert name in kinds or f"`{name}`" in text, name
