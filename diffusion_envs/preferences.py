@@ -16,7 +16,25 @@ from torch import Tensor
 
 
 class MissingChoicesError(LookupError):
-    """Samples were made that nobody has compared yet."""
+    """Samples were made that nobody has compared yet.
+
+    Args:
+        message: what is missing, and what to do.
+        groups: global indices of the samples, group by group.
+        images: theirs, one after another.
+        prompts: of each image.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        groups: Sequence[Sequence[int]] = (),
+        images: Tensor | None = None,
+        prompts: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.groups, self.images, self.prompts = groups, images, prompts
 
 
 @runtime_checkable
@@ -33,6 +51,31 @@ class Preference(Protocol):
     ) -> Float[Tensor, " paths"]:
         """A number for every sample; larger is preferred within its group of neighbours."""
         ...
+
+
+def compare(
+    preference: Preference,
+    images: Tensor,
+    prompts: Sequence[str],
+    rewards: Float[Tensor, " paths"],
+    samples: range,
+    group: int,
+) -> Float[Tensor, " paths"]:
+    """What a preference answers, checked, on the rewards' device.
+
+    Raises:
+        ValueError: it did not answer one finite number for each sample.
+        MissingChoicesError: it cannot answer yet.
+    """
+    answer = preference(images, prompts, rewards, samples, group)
+    found = torch.as_tensor(answer).to(rewards)
+    if found.shape != rewards.shape or not bool(found.isfinite().all()):
+        name = getattr(preference, "__name__", type(preference).__name__)
+        raise ValueError(
+            f"preference {name} must answer one finite number for each of {len(samples)} samples, "
+            f"got {answer!r:.200}"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -81,7 +124,7 @@ class Recorded:
         """
         orders = self._orders()
         found = torch.zeros(len(samples), dtype=rewards.dtype)
-        missing = []
+        missing: list[list[int]] = []
         for first in range(0, len(samples), group):
             members = list(samples[first : first + group])
             order = orders.get(frozenset(members))
@@ -91,17 +134,22 @@ class Recorded:
             for place, sample in enumerate(order):
                 found[first + members.index(sample)] = -float(place)
         if missing:
+            places = [samples.index(sample) for members in missing for sample in members]
+            kind = "" if Path(self.path).is_file() else " (there is no such file yet)"
             raise MissingChoicesError(
-                f"{self.path} has no choice among samples {missing[0]} ({prompts[0]!r}, ...), nor "
-                f"in {len(missing) - 1} more groups; add lines such as "
-                f"{json.dumps({'order': missing[0]})}, best first, and resume"
+                f"{self.path}{kind} has no choice for {len(missing)} groups of samples: "
+                f"{missing[0]} ({prompts[places[0]]!r}) ... {missing[-1]}. Add a line for each, "
+                f"such as {json.dumps({'order': missing[0]})}, best first, and resume",
+                groups=missing,
+                images=images[places],
+                prompts=[prompts[k] for k in places],
             )
         return found.to(rewards.device)
 
     def _orders(self) -> dict[frozenset[int], list[int]]:
         path = Path(self.path)
         if not path.is_file():
-            raise MissingChoicesError(f"there is no file {path} of recorded choices yet")
+            return {}
         orders: dict[frozenset[int], list[int]] = {}
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
