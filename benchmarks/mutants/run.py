@@ -202,14 +202,15 @@ class Reach:
     def tests(self, mutant: Mutant, first: list[str], budget: float) -> list[str]:
         """The tests to try, in order: killers of its neighbours, its module's own, then others."""
         path = path_of(mutant.module).relative_to(ROOT)
+        own = f"/test_{path.stem}.py::"
         found: set[str] = set()
-        for begin, end in (*mutant.lines, (1, 10_000)):
+        for depth, (begin, end) in enumerate((*mutant.lines, (1, 10_000))):
             for line in range(begin, end + 1):
                 found |= self.lines.get((str(path), line), set())
-            if found:
+            if found:  # a default is read when the module is imported: no test reaches its line
+                found |= {test for test in self.seconds if own in test and depth}
                 break
         found -= self.failed
-        own = f"/test_{path.stem}.py::"
         ordered = sorted(found, key=lambda test: (own not in test, self.seconds[test]))
         chosen = sorted((test for test in first if test in found), key=self.seconds.__getitem__)
         spent = [0.0, 0.0]
