@@ -32,7 +32,7 @@ diffusion_envs.objectives.ddpo diffusion_envs.objectives.dpok diffusion_envs.obj
 diffusion_envs.objectives.tdpo
 diffusion_envs.objectives.d3po
 diffusion_envs.objectives.dense_reward
-diffusion_envs.objectives.nft
+diffusion_envs.objectives.nft diffusion_envs.objectives.distributional
 diffusion_envs.objectives.reward_backpropagation
 diffusion_envs.objectives.dxmi
 diffusion_envs.objectives

@@ -4,6 +4,7 @@ from diffusion_envs.objectives.adjoint_matching import AdjointMatching
 from diffusion_envs.objectives.d3po import D3PO
 from diffusion_envs.objectives.ddpo import DDPO, DDPOScoreFunction
 from diffusion_envs.objectives.dense_reward import DenseReward
+from diffusion_envs.objectives.distributional import DistributionalOptimisation, NearTarget
 from diffusion_envs.objectives.dpok import DPOK
 from diffusion_envs.objectives.dxmi import ContinuousDxMI, ContinuousDxMIReleased, DxMI
 from diffusion_envs.objectives.grpo import GRPO
@@ -41,7 +42,9 @@ __all__ = [
     "DRaFT",
     "DenseReward",
     "DiffusionNFT",
+    "DistributionalOptimisation",
     "DxMI",
+    "NearTarget",
     "NoisedObjective",
     "NoisedRows",
     "Objective",

@@ -248,6 +248,10 @@ class NoisedObjective(Objective, ABC):
     def advantages(self, rollout: Rollout) -> Float[Tensor, " paths"]:
         """What each sample was worth."""
 
+    def numbers(self, advantages: Float[Tensor, " paths"]) -> dict[str, float]:
+        """What to log of the advantages."""
+        return {}
+
     @abstractmethod
     def loss(self, rows: NoisedRows) -> Float[Tensor, " rows"]:
         """Of each row; its mean estimates the loss of a sample."""

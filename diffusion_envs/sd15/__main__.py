@@ -50,6 +50,7 @@ OBJECTIVES = {
     "d3po": objectives.D3PO,
     "ddpo": objectives.DDPO,
     "ddpo-sf": objectives.DDPOScoreFunction,
+    "distributional": objectives.DistributionalOptimisation,
     "dpok": objectives.DPOK,
     "grpo": objectives.GRPO,
     "tdpo": objectives.TDPO,

@@ -284,10 +284,11 @@ class NoisedData:
         )
 
     def numbers(self) -> dict[str, float]:
-        """Distance of the predictions from the pretrained model's, mean squared epsilon."""
+        """Mean squared epsilon away from the pretrained model, and what the objective tells."""
         _, sigma = self._levels(self.timestep)
         gap = (self.old_mean - self.reference).square().flatten(2).mean(2)
-        return {"epsilon_gap": (sigma.square() * gap).mean().item()}
+        found = {"epsilon_gap": (sigma.square() * gap).mean().item()}
+        return found | self.objective.numbers(self.advantages)
 
 
 class LastSteps:
