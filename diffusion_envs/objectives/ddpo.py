@@ -11,8 +11,12 @@ Biased       (1) Standardising n rewards of a prompt by their own mean multiplie
              (1 - 1/n) c4(n) / sigma for Gaussian rewards of spread sigma, c4(n) = E s / sigma; that
              is 0.40, 0.69, 0.92 / sigma at n = 2, 4, 16. Prompts whose rewards vary little are so
              given as much weight as the others. (2) Later optimiser steps of a roll-out see states
-             of the old policy: IS corrects each step's density, not that of the states before it;
-             SF corrects nothing, so the loop refuses it more than one step.
+             of the old policy: IS corrects each step's density, not that of the states before it,
+             nor of the steps after it. On the linear-Gaussian model of the tests its gradient is
+             off by 31 % of its size at a policy 0.05 nats of path KL away, at any number of steps.
+             (3) The clip takes 2 % of a step's gradient where its mean has moved by half a standard
+             deviation along a linear reward, 64 % where by one. (4) SF corrects nothing, so the
+             loop refuses it more than one optimiser step a roll-out.
 Published    (1) A buffer of a prompt's last 16 to 32 rewards, over updates; prompts with fewer than
              16 are standardised by the whole roll-out. An objective has no state: here they are the
              roll-out's own, and the least number is ``min_count``. (2) Log-densities are means over

@@ -18,6 +18,10 @@ Biased       (1) The published "KL" is the square of the noise prediction's chan
              decides which those are, and so what the later steps cost. On the linear-Gaussian model
              of the tests the penalty's gradient is off by 34 % (published) and 42 % (exact KL) of
              its size. ``ScoreAsAction`` charges the cost to the return, which has no such bias.
+             (3) The truncation takes 2 % of a step's gradient where its mean has moved by half a
+             standard deviation along a linear reward, 64 % where by one; PPO's minimum takes as
+             much on the way up the reward, and nothing on the way down. (4) As in ``ddpo``, later
+             optimiser steps of a roll-out see states of the old policy.
 Published    (1) Steps are drawn from a buffer of 1000, here from the roll-out: nearly the same, as
              20 paths fill it. (2) V is a perceptron on latent and prompt with a gain for each step,
              fitted by plain mean squares to the final reward; here it is the loop's value network.

@@ -48,12 +48,12 @@ class LinearGaussian:
     gain: Tensor = GAIN
     shift: Tensor = SHIFT
 
-    def rollout(self) -> tuple[Rollout, Tensor]:
+    def rollout(self, nodes: int = 2) -> tuple[Rollout, Tensor]:
         """Paths of the policy, with the chain's own values (no cost), and their weights."""
         sampler = self.sampler
         # the first step of the quadrature rule is the start's randomness
         widths = torch.cat([tensor([1.0]), sampler.grid.steps])
-        product = ctrl.noise.gauss_hermite(widths, nodes=2, noise=(2,))
+        product = ctrl.noise.gauss_hermite(widths, nodes=nodes, noise=(2,))
         root = torch.linalg.cholesky(self.start.covariance)
         start = self.start.mean + product.increments[:, 0] @ root.T
         noise = ctrl.Noise(product.increments[:, 1:], None, product.weights)
@@ -124,6 +124,22 @@ class LinearGaussian:
         leaves = self.gain.clone().requires_grad_(), self.shift.clone().requires_grad_()
         losses = loss(self.rows(rollout, advantages, *leaves)).view(len(weights), -1).sum(1)
         return -_flat(torch.autograd.grad((losses * weights).sum(), leaves))
+
+    def corrected(self, gain: Tensor, shift: Tensor) -> Tensor:
+        """Gradient at another policy of E sum_k rho_k (r - V), paths of this one, unclipped.
+
+        Each step is taken by the other policy, from states and with values of this one.
+        """
+        leaves = gain.clone().requires_grad_(), shift.clone().requires_grad_()
+        own, other = self.chain(self.gain, self.shift), self.chain(*leaves)
+        laws = linear_policy.moments(own, self.start)
+        running = linear_policy.kl_cost(torch.zeros_like(self.sampler.std), self.gain, self.shift)
+        values = linear_policy.chain_values(own, self.reward, running)
+        total = sum(
+            values[k + 1].before(other[k]).expectation(laws[k])
+            for k in range(len(self.sampler.std))
+        )
+        return _flat(torch.autograd.grad(total, leaves))
 
     def exact(self, cost: Tensor | None = None, *, frozen: bool = False) -> Tensor:
         """Gradient of E[r] - sum_k cost_k / 2 E|gain x_k + shift|^2, by the moment recursion.

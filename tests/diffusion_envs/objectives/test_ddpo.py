@@ -104,6 +104,82 @@ def test_with_the_reward_as_advantage_the_gradient_is_exact(objective, eta, line
     assert (found - expected).abs().max() < 1e-11 * expected.abs().max()
 
 
+def test_for_one_step_importance_weights_are_exact_at_any_policy(linear_gaussian):
+    """Unclipped; the start's law is the same for all policies."""
+    model = linear_gaussian(1.0, 1)
+    std = model.sampler.std / model.sampler.score_gain
+    moved = dataclasses.replace(
+        model, gain=model.gain + 0.1 * std, shift=model.shift + 0.2 * std * torch.ones(2).double()
+    )
+    rollout, weights = model.rollout(nodes=10)
+    leaves = moved.gain.clone().requires_grad_(), moved.shift.clone().requires_grad_()
+    expected, gaps = moved.exact(), []
+    for objective in (DDPO(clip=100.0), DDPOScoreFunction()):
+        losses = objective.loss(model.rows(rollout, rollout.rewards[:, None], *leaves))
+        found = torch.autograd.grad(-(losses * weights).sum(), leaves)
+        gap = torch.cat([g.flatten() for g in found]) - expected
+        gaps.append((gap.norm() / expected.norm()).item())
+    assert gaps[0] < 1e-8
+    assert gaps[1] > 1e-2  # without the weights
+
+
+@pytest.mark.parametrize("steps", [3, 50])
+def test_for_several_steps_the_old_states_bias_the_gradient_in_first_order(steps, linear_gaussian):
+    """What importance weights of single steps leave, for a shift of the score by ``size``."""
+    model = linear_gaussian(1.0, steps)
+
+    def gap(size: float) -> float:
+        moved = dataclasses.replace(model, shift=model.shift + size)
+        true = moved.exact()
+        return ((model.corrected(moved.gain, moved.shift) - true).norm() / true.norm()).item()
+
+    assert gap(0.1) == pytest.approx(0.31, abs=0.01)
+    nats = 0.5 * model.sampler.integrated_g2.sum().item() * 2 * 0.1**2
+    assert nats == pytest.approx(0.054, abs=0.001)  # of path KL
+    assert gap(0.002) / gap(0.001) == pytest.approx(2, rel=0.02)
+
+
+@pytest.mark.parametrize(("moved", "share"), [(0.25, 1.0), (0.5, 0.98), (1.0, 0.36), (-1.0, 1.0)])
+def test_the_clip_takes_a_known_share_of_the_gradient(moved, share):
+    """Of a step whose mean went ``moved`` of its standard deviations up a linear reward's slope.
+
+    With the reward z the gradient in the mean is E (z - moved) z rho = 1, less what is clipped:
+    z > u, and the negative z < l, if z grows with the ratio.
+    """
+    z = torch.linspace(-14, 14, 400001, dtype=torch.float64)
+    one = torch.ones_like(z)
+    mean = torch.full((len(z), 1), moved, dtype=torch.float64, requires_grad=True)
+    rows = Rows(
+        mean=mean,
+        old_mean=torch.zeros_like(mean),
+        reference_score=torch.zeros_like(mean),
+        action=torch.zeros_like(mean),
+        noise=z[:, None],
+        advantage=z,
+        step_size=one,
+        horizon=one.sum(),
+        score_gain=one,
+        std=one,
+        action_std=0 * one,
+        kl_factor=1.0,
+    )
+    density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
+    (slope,) = torch.autograd.grad(-DDPO().loss(rows).sum(), mean)
+    found = torch.trapezoid(slope[:, 0] * density, z).item()
+    expected = 1.0
+    if moved > 0:  # in closed form: int (z - m) z phi(z - m) dz = Phi - (z - m + m) phi
+        low, high = -1.64 / moved + moved / 2, 1.64 / moved + moved / 2
+
+        def integral(x: float) -> float:
+            y = x - moved
+            bell = math.exp(-0.5 * y * y) / math.sqrt(2 * math.pi)
+            return 0.5 * (1 + math.erf(y / math.sqrt(2))) - x * bell
+
+        expected = integral(high) - integral(min(low, 0.0))
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert found == pytest.approx(share, abs=5e-3)
+
+
 def test_standardising_gaussian_rewards_scales_the_gradient_by_a_known_factor():
     """mean_i A_i z_i of n rewards z of one prompt: (1 - 1/n) c4(n) in expectation.
 
@@ -155,9 +231,10 @@ def by_hand(values: Tensor) -> Tensor:
     return gap / (gap.square().sum() / (len(values) - 1)).sqrt()
 
 
+@pytest.mark.parametrize("min_count", [2, 3])
 @pytest.mark.parametrize("kind", [DDPO, DDPOScoreFunction])
-def test_advantages_are_standardised_within_prompts(kind):
-    found = kind(min_count=2).advantages(bare(REWARDS, PROMPTS))
+def test_advantages_are_standardised_within_prompts(kind, min_count):
+    found = kind(min_count=min_count).advantages(bare(REWARDS, PROMPTS))
     assert found.shape == (7, 3)
     first, second = [0, 1, 2], [3, 4, 6]
     for members in (first, second):

@@ -127,6 +127,46 @@ def test_the_cost_of_going_elsewhere_is_left_out(exact, off, linear_gaussian):
     assert ((frozen - true).norm() / true.norm()).item() == pytest.approx(off, abs=0.01)
 
 
+@pytest.mark.parametrize(("moved", "share"), [(0.5, 0.98), (-0.5, 0.98), (1.0, 0.36), (-1.0, 0.36)])
+def test_the_truncation_takes_a_known_share_of_the_gradient(moved, share):
+    """Of a step whose mean went ``moved`` of its standard deviations along a linear reward's slope.
+
+    With the reward z the gradient in the mean is E (z - moved) z rho = 1, less what is outside.
+    """
+    z = torch.linspace(-14, 14, 400001, dtype=torch.float64)
+    one = torch.ones_like(z)
+    mean = torch.full((len(z), 1), moved, dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(len(z), 1, dtype=torch.float64)
+    rows = Rows(
+        mean=mean,
+        old_mean=zero,
+        reference_score=zero,
+        action=zero,
+        noise=z[:, None],
+        advantage=z,
+        step_size=one,
+        horizon=one.sum(),
+        score_gain=one,
+        std=one,
+        action_std=0 * one,
+        kl_factor=1.0,
+        sigma=one,
+    )
+    density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
+    objective = DPOK(reward_weight=1.0, kl_weight=0.0)
+    (slope,) = torch.autograd.grad(-objective.loss(rows).sum(), mean)
+    found = torch.trapezoid(slope[:, 0] * density, z).item()
+
+    def integral(x: float) -> float:  # of (z - m) z phi(z - m)
+        y = x - moved
+        bell = math.exp(-0.5 * y * y) / math.sqrt(2 * math.pi)
+        return 0.5 * (1 + math.erf(y / math.sqrt(2))) - x * bell
+
+    low, high = sorted((sign * 1.64 / moved + moved / 2) for sign in (1, -1))
+    assert found == pytest.approx(integral(high) - integral(low), abs=1e-3)
+    assert found == pytest.approx(share, abs=5e-3)
+
+
 def test_the_published_penalty_weighs_steps_otherwise_than_the_kl():
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
     table = DDPMTable((1 - betas).cumprod(0), spacing="trailing")
