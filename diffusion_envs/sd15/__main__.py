@@ -78,7 +78,7 @@ class Finetune:
         resume: folder of a run to go on with; every other option is then taken from it, except
         updates,
             which may grow.
-        objective: score-as-action, score-as-action-sampled or score-as-action-released.
+        objective: score-as-action, ddpo, dpok, grpo, tdpo, ...; an unknown name lists them all.
         kl_weight: reward per nat of path KL; the objective's own if not given.
         gae_rate: forgetting of temporal differences, per unit of int g^2 dt; the objective's own if
             not given.

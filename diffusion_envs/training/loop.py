@@ -133,7 +133,12 @@ class Trainer:
             raise ValueError(
                 f"{type(objective).__name__} learns from the steps of the sampler, and a black box "
                 "shows none: use DDIM, or an objective that learns from data (DiffusionNFT, "
-                "ReinforceAdjointMatching)"
+                "ReinforceAdjointMatching, DistributionalOptimisation)"
+            )
+        if target_kl is not None and not environment.sampler.has_density:
+            raise ValueError(
+                "target_kl needs a path KL to steer by, and this sampler has none: an ODE's is "
+                "infinite, a black box's not known; use DDIM(eta > 0), or set kl_weight"
             )
         steps = environment.sampler.steps
         if schedule.train_steps is not None and schedule.train_steps > steps:
@@ -264,7 +269,8 @@ class Trainer:
         self.update += 1
         rewards = parallel.gather(rollout.rewards, self.accelerator)
         nats = parallel.gather(rollout.costs.sum(1), self.accelerator)
-        seen = {"path_kl": Estimate.of(nats)} if rollout.costs.shape[1] else {}
+        known = rollout.costs.shape[1] > 0 and bool(torch.isfinite(nats).all())
+        seen = {"path_kl": Estimate.of(nats)} if known else {}
         if self.target_kl is not None:
             numbers["kl_weight"] = weight = control.kl_weight(self.objective)
             weight = self.target_kl.next_weight(weight, seen["path_kl"].mean)
@@ -448,6 +454,7 @@ class Trainer:
     def _shown(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """What the value network is shown: (noising time, state, prompt) of every node."""
         (paths, nodes), sampler = rollout.states.shape[:2], self.environment.sampler
+        assert isinstance(sampler, BoundDDIM)
         states, times = rollout.states, sampler.noising_times.to(rollout.rewards)
         assert isinstance(self.objective, PathObjective)
         if self.objective.value_sees_denoised:
