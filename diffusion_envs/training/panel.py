@@ -14,7 +14,8 @@ Spaces      "pixels": root mean square difference, values in [0, 1], so the dist
 Diversity   the mean over prompts of the mean over pairs (a U-statistic in each prompt); its
             standard error by the jackknife over samples within prompts ([ES81]: never too small in
             expectation for U-statistics, as n Var(U_n) falls with n), for the gain over the paired
-            samples. A prompt with one sample has no pair and is left out; with two, the error is
+            samples. On three unequal points it is 27 % too large with 4 samples of a prompt, 10 %
+            with 8. A prompt with one sample has no pair and is left out; with two, the error is
             unknown (infinite).
 
 The verdict compares the last panel with the pretrained model, and with the panel at which a judge
