@@ -342,7 +342,7 @@ def test_a_schedulers_options_replace_trailing_steps():
 
 
 def test_a_name_that_is_none_of_diffusers_is_refused():
-    with pytest.raises(ValueError, match="name must be a scheduler of diffusers, got 'Euler'"):
+    with pytest.raises(ValueError, match="name must be a scheduler of diffusers"):
         Scheduler("Euler")
 
 
