@@ -742,3 +742,32 @@ def test_laws_of_more_problems_or_of_other_shapes_are_refused():
         linear.evaluate_lq(lq, lambda t: zeros(*t.shape, 2), NODES)
     for law in (zeros(2), lambda t: zeros(*t.shape, 2)):
         linear.evaluate_lq(twice(discount=3.0), law, NODES)
+
+
+def test_solutions_keep_their_problem_and_answer_at_times_of_any_precision():
+    lq = LinearQuadratic(**ONE, discount=3.0)
+    assert linear.solve_lq_discounted(lq).lq is lq
+    endless = LinearQuadratic(**ONE)
+    assert linear.solve_lq_ergodic(endless).lq is endless
+    solution = linear.solve_lq(lq, NODES.clone().requires_grad_())  # times may be learned
+    single = solution.value_at(torch.tensor(0.5))  # float32 has it exactly
+    torch.testing.assert_close(single.hessian, solution.value_at(tensor(0.5)).hessian)
+    policy = linear.solve_lq(lq, NODES).policy()
+    assert isinstance(policy, ctrl.DeterministicPolicy)
+    x = draw(0, 3, 1)
+    expected = linear.solve_lq(lq, NODES).law_at(tensor(0.5)).gain[0] * x
+    torch.testing.assert_close(policy.mean(tensor(0.5), x), expected)
+
+
+def test_a_batch_with_any_temperature_has_no_single_policy():
+    lq = twice(discount=3.0, temperature=tensor([0.0, 0.2]))
+    with pytest.raises(ValueError, match="one problem"):
+        linear.solve_lq(lq, NODES).policy()
+
+
+def test_one_entry_of_a_law_that_is_not_finite_is_refused():
+    lq = LinearQuadratic(**{name: torch.eye(2).double() for name in ONE}, discount=3.0)
+    gain = torch.zeros(2, 2, dtype=torch.float64)
+    gain[0, 1] = math.nan
+    with pytest.raises(ValueError, match="gain must be finite"):
+        linear.evaluate_lq_discounted(lq, LinearGaussian(gain, gain[1], 0 * gain.nan_to_num()))
