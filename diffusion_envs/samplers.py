@@ -40,8 +40,13 @@ class DDIM:
         """Whether transitions have one: eta > 0 (and, once bound, no noiseless last step)."""
         return self.eta > 0
 
-    def bind(self, table: DDPMTable, steps: int) -> "BoundDDIM":
-        """This sampler on a model's schedule, with so many steps."""
+    @property
+    def label(self) -> str:
+        """For tables and plots."""
+        return f"DDIM eta {self.eta:g}"
+
+    def bind(self, table: DDPMTable, steps: int, prediction_type: str = "epsilon") -> "BoundDDIM":
+        """This sampler on a model's schedule, with so many steps; it plays scores, of any model."""
         return BoundDDIM(self.eta, table, steps)
 
 
@@ -335,27 +340,63 @@ class Scheduler:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        import diffusers
-
-        if not hasattr(diffusers, self.name):
-            raise ValueError(f"name must be a scheduler of diffusers, got {self.name!r}")
+        if "trained_betas" not in self._settings():
+            raise ValueError(
+                f"name must be a scheduler of diffusers that takes a table of betas "
+                f"(DPMSolverMultistepScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler, "
+                f"...), got {self.name!r}"
+            )
 
     @property
     def has_density(self) -> bool:
         """Never."""
         return False
 
-    def bind(self, table: DDPMTable, steps: int) -> "BoundBlackBox":
-        """This scheduler on a model's table, with so many steps."""
+    @property
+    def label(self) -> str:
+        """For tables and plots."""
+        options = ", ".join(f"{name}={value}" for name, value in self.options)
+        return self.name.removesuffix("Scheduler") + (f" ({options})" if options else "")
+
+    def _settings(self) -> frozenset[str]:
+        """Names of what the class can be told; none if there is no such class."""
+        import diffusers
+
+        kind = getattr(diffusers, self.name, None)
+        return frozenset() if kind is None else frozenset(inspect.signature(kind).parameters)
+
+    def bind(
+        self, table: DDPMTable, steps: int, prediction_type: str = "epsilon"
+    ) -> "BoundBlackBox":
+        """This scheduler on a model's table, with so many steps.
+
+        Args:
+            table: of the model.
+            steps: of the scheduler; some call the network more than once a step (Heun: 2 - 1/steps
+                times).
+            prediction_type: of the network, in diffusers' words.
+
+        Raises:
+            ValueError: the table has fewer entries than ``steps``.
+        """
         import diffusers
 
         betas = 1 - table.alphas_cumprod / torch.cat(
             [table.alphas_cumprod.new_ones(1), table.alphas_cumprod[:-1]]
         )
         kind = getattr(diffusers, self.name)
-        settings = {"timestep_spacing": "trailing"} | dict(self.options)
-        scheduler = kind(num_train_timesteps=len(betas), trained_betas=betas.numpy(), **settings)
+        known = {"timestep_spacing": "trailing", "prediction_type": prediction_type}
+        settings = {name: value for name, value in known.items() if name in self._settings()}
+        scheduler = kind(
+            num_train_timesteps=len(betas),
+            trained_betas=betas.cpu().numpy(),
+            **settings | dict(self.options),
+        )
         return BoundBlackBox(scheduler, table, steps)
+
+
+Sampler: TypeAlias = DDIM | Scheduler
+"""What a user names; ``bind`` puts it on a model's noise levels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,6 +406,11 @@ class BoundBlackBox:
     scheduler: Any
     table: DDPMTable
     steps: int
+
+    def __post_init__(self) -> None:
+        BlackBox(self.scheduler, self.steps)  # refuses what is no scheduler, or no number of steps
+        if self.steps > (most := len(self.table.alphas_cumprod)):
+            raise ValueError(f"steps must be at most the table's {most} entries, got {self.steps}")
 
     @property
     def has_density(self) -> bool:

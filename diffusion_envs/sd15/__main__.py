@@ -2,7 +2,7 @@
 
 python -m diffusion_envs.sd15 --model tiny --reward jpeg-compressibility --output runs/demo
 python -m diffusion_envs.sd15 --resume runs/demo
-python -m diffusion_envs.sd15 evaluate runs/demo --steps 10 25 50 100 --samplers ddim ddim-ode
+python -m diffusion_envs.sd15 evaluate runs/demo --steps 10 25 50 100 --samplers ddim dpm++ heun
 """
 
 import dataclasses
@@ -61,6 +61,13 @@ OBJECTIVES = {
     "score-as-action-sampled": objectives.ScoreAsActionSampled,
     "score-as-action-released": objectives.ScoreAsActionReleased,
 }
+SAMPLERS: dict[str, Callable[[float], samplers.Sampler]] = {  # of eta
+    "ddim": samplers.DDIM,
+    "ddim-ode": lambda eta: samplers.DDIM(0.0),
+    "dpm++": lambda eta: samplers.Scheduler("DPMSolverMultistepScheduler"),
+    "unipc": lambda eta: samplers.Scheduler("UniPCMultistepScheduler"),
+    "heun": lambda eta: samplers.Scheduler("HeunDiscreteScheduler"),
+}
 CLASS_PROMPTS = tuple(f"a photo of a{'n' if name[0] in 'aeiou' else ''} {name}" for name in CLASSES)
 
 
@@ -83,7 +90,9 @@ class Finetune:
         gae_rate: forgetting of temporal differences, per unit of int g^2 dt; the objective's own if
             not given.
         learning_rate: of the adapter; the objective's own if not given.
-        eta: stochasticity of DDIM; 1 is the SDE, 0 the ODE (which has no density).
+        sampler: ddim; or, for objectives that learn from data (nft, ram, distributional), ddim-ode,
+            dpm++, unipc or heun.
+        eta: stochasticity of ddim; 1 is the SDE, 0 the ODE (which has no density).
         steps: of the sampler.
         updates: of the policy.
         guidance: classifier-free guidance scale; 1 is none.
@@ -119,6 +128,7 @@ class Finetune:
     kl_weight: float | None = None
     gae_rate: float | None = None
     learning_rate: float | None = None
+    sampler: str = "ddim"
     eta: float = 1.0
     steps: int = 20
     updates: int = 50
@@ -149,7 +159,7 @@ class Evaluate:
     Attributes:
         run: folder of a finished run.
         steps: step counts to try.
-        samplers: ddim (with the run's eta) and ddim-ode (eta 0).
+        samplers: ddim (with the run's eta), ddim-ode (eta 0), dpm++, unipc, heun.
         samples: held-out samples of each.
     """
 
@@ -238,7 +248,7 @@ def _resumed(options: Finetune) -> Finetune:
 def run_finetune(options: Finetune) -> None:
     """Fine-tune, and say in words how it went."""
     _quiet_libraries()
-    from diffusion_envs.sd15.finetune import finetune
+    from diffusion_envs.sd15 import finetune  # the function; not by its module, which would hide it
 
     if options.resume is not None:
         options = _resumed(options)
@@ -251,7 +261,7 @@ def run_finetune(options: Finetune) -> None:
         prompts=options.prompts,
         output=options.output,
         objective=_objective(options),
-        sampler=samplers.DDIM(eta=options.eta),
+        sampler=_named("sampler", options.sampler, SAMPLERS)(options.eta),
         steps=options.steps,
         updates=options.updates,
         guidance=options.guidance,
@@ -283,7 +293,8 @@ def run_finetune(options: Finetune) -> None:
         table.add_row(name, "", "", str(judged), _errors(judged))
     console = Console()
     console.print(table)
-    console.print(f"path KL from the pretrained model: {result.path_kl} nats")
+    if result.path_kl is not None:
+        console.print(f"path KL from the pretrained model: {result.path_kl} nats")
     console.print(result.over_optimisation.sentence)
     if result.stopped is not None:
         console.print(f"stopped: {result.stopped}; exported: the model of update {result.update}")
@@ -307,7 +318,7 @@ def run_evaluate(options: Evaluate) -> None:
     if not (options.run / "config.json").is_file():
         raise FileNotFoundError(f"run must be the folder of a run, but {options.run} holds none")
     run = _resumed(Finetune(resume=options.run))
-    kinds = {"ddim": samplers.DDIM(run.eta), "ddim-ode": samplers.DDIM(0.0)}
+    kinds = [_named("samplers", name, SAMPLERS)(run.eta) for name in options.samplers]
     built = build(
         model=run.model,
         reward=_reward(run.reward),
@@ -327,7 +338,7 @@ def run_evaluate(options: Evaluate) -> None:
         options.run,
         built,
         steps=options.steps,
-        samplers=[_named("samplers", name, kinds) for name in options.samplers],
+        samplers=kinds,
         samples=options.samples,
     )
     table = Table(

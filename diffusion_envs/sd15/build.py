@@ -28,13 +28,19 @@ class Model:
     parameters: list[nn.Parameter]  # of the adapter
     table: DDPMTable  # the noise schedule
 
+    def bind(
+        self, sampler: samplers.Sampler, steps: int
+    ) -> samplers.BoundDDIM | samplers.BoundBlackBox:
+        """A sampler on this model's noise levels."""
+        return _bound(self.pipe, sampler, self.table, steps)
+
 
 def build(
     *,
     model: str | Path,
     reward: rewards.Reward,
     prompts: Sequence[str],
-    sampler: samplers.DDIM,
+    sampler: samplers.Sampler,
     steps: int,
     guidance: float,
     batch: int,
@@ -81,7 +87,7 @@ def build(
     )
     environment = Environment(
         score=score,
-        sampler=sampler.bind(table, steps),
+        sampler=_bound(pipe, sampler, table, steps),
         decode=partial(pipeline.decode, pipe.vae, batch=batch),
         reward=reward,
         prompts=list(prompts),
@@ -91,3 +97,9 @@ def build(
         device=device,
     )
     return Model(pipe, environment, parameters, table)
+
+
+def _bound(
+    pipe: StableDiffusionPipeline, sampler: samplers.Sampler, table: DDPMTable, steps: int
+) -> samplers.BoundDDIM | samplers.BoundBlackBox:
+    return sampler.bind(table, steps, pipe.scheduler.config.prediction_type)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ctrl import Estimate
 from diffusion_envs import rewards, samplers
-from diffusion_envs.objectives import Objective, ScoreAsAction
+from diffusion_envs.objectives import NoisedObjective, Objective, ScoreAsAction
 from diffusion_envs.preferences import Preference
 from diffusion_envs.sd15 import pipeline
 from diffusion_envs.sd15.build import ATTENTION, Model, build
@@ -42,7 +42,7 @@ class Run:
     reward_before: Estimate
     reward: Estimate
     reward_gain: Estimate  # after minus before, paired by seed
-    path_kl: Estimate  # of the fine-tuned model from the pretrained one, nats
+    path_kl: Estimate | None  # from the pretrained model, nats; None of an ODE or a black box
     judge_gains: Mapping[str, Estimate]  # after minus before, by held-out reward
     panel: Mapping[str, Estimate]  # of training/panel.py: diversity and distance too
     over_optimisation: Verdict  # of the exported model
@@ -57,7 +57,7 @@ def finetune(
     output: str | Path,
     model: str | Path = pipeline.TINY,
     objective: Objective | None = None,
-    sampler: samplers.DDIM | None = None,
+    sampler: samplers.Sampler | None = None,
     steps: int = 20,
     updates: int = 50,
     guidance: float = 3.0,
@@ -93,7 +93,9 @@ def finetune(
         output: folder of the run (``docs/run_folder.md`` says what is in it).
         model: "tiny", a folder in diffusers' layout, or a hub id.
         objective: the method; ``ScoreAsAction()`` if not given.
-        sampler: how images are made; ``DDIM(eta=1.0)`` if not given.
+        sampler: how images are made; ``DDIM(eta=1.0)`` if not given. Objectives that learn from
+            data (DiffusionNFT, ReinforceAdjointMatching, DistributionalOptimisation) take any,
+            ``Scheduler("DPMSolverMultistepScheduler")`` for one.
         steps: of the sampler.
         updates: of the policy.
         guidance: classifier-free guidance scale of the policy; 1 is none.
@@ -195,7 +197,8 @@ def finetune(
             for numbers in leaving_images(trainer.updates(total), folder):
                 done = numbers["update"]
                 tracker.log(numbers)
-                advance(f"reward {numbers['reward']}  path KL {numbers['path_kl']} nats")
+                nats = f"  path KL {numbers['path_kl']} nats" if "path_kl" in numbers else ""
+                advance(f"reward {numbers['reward']}{nats}")
                 if main and before is not None and done % picture_every == 0 and done < updates:
                     few = min(PICTURES, evaluation_samples)
                     seen = evaluate(built.environment, few, judges=judges, batch=schedule.batch)
@@ -304,11 +307,19 @@ def _check(arguments: Mapping[str, Any]) -> None:
     objective, sampler = arguments["objective"], arguments["sampler"]
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an objective, got {objective!r}")
-    if not sampler.has_density:
+    if not (sampler.has_density or isinstance(objective, NoisedObjective)):
+        what = "an ODE" if isinstance(sampler, samplers.DDIM) else "a black box"
         raise ValueError(
-            f"{sampler} is an ODE: its transitions have no density, and the path KL between two "
-            f"ODEs is "
-            "infinite; train with eta > 0 (the result can be evaluated at eta = 0)"
+            f"{sampler.label} is {what}: its transitions have no density, of which "
+            f"{type(objective).__name__} learns; train with DDIM(eta > 0) (the result can be "
+            "evaluated with any sampler), or with an objective that learns from data "
+            "(DiffusionNFT, ReinforceAdjointMatching, DistributionalOptimisation)"
+        )
+    stop = arguments["stop"]
+    if not sampler.has_density and stop is not None and stop.max_path_kl is not None:
+        raise ValueError(
+            f"max_path_kl needs a path KL, and that of {sampler.label} is infinite or not known; "
+            "let a judge stop the run, or train with DDIM(eta > 0)"
         )
     if objective.needs_reward_gradient and not getattr(
         arguments["reward"], "differentiable", False
@@ -393,7 +404,7 @@ def _finish(
         reward_before=Estimate.of(before.rewards),
         reward=Estimate.of(after.rewards),
         reward_gain=gain,
-        path_kl=Estimate.of(after.path_kl),
+        path_kl=panel.get("path_kl"),
         judge_gains=judge_gains,
         panel=panel,
         over_optimisation=found,
@@ -406,7 +417,7 @@ def _finish(
             "prompts": prompts,
             "update": update,
             "stop": stopped,
-            "path_kl": run.path_kl.as_dict(),
+            **({} if run.path_kl is None else {"path_kl": run.path_kl.as_dict()}),
             "reward": {
                 "before": run.reward_before.as_dict(),
                 "after": run.reward.as_dict(),

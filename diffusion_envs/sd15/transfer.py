@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ctrl import Estimate
-from diffusion_envs.samplers import DDIM
+from diffusion_envs.samplers import Sampler
 from diffusion_envs.sd15.build import Model
 from diffusion_envs.training import checkpoint
 from diffusion_envs.training.evaluation import evaluate
@@ -37,21 +37,21 @@ def transfer(
     built: Model,
     *,
     steps: Sequence[int],
-    samplers: Sequence[DDIM],
+    samplers: Sequence[Sampler],
     samples: int,
     batch: int = 32,
 ) -> list[Row]:
     """Judge a finished run at other step counts; write ``transfer.json`` and the report anew.
 
     Every row uses the same held-out seeds. The stochastic sampler's noise is drawn step by step,
-    so rows of other
-    step counts share the starting noise only.
+    so rows of other step counts share the starting noise only. Heun's scheduler calls the network
+    nearly twice a step.
 
     Args:
         folder: of the run.
         built: the model of the run, as ``build`` makes it from the run's settings.
         steps: step counts to try.
-        samplers: DDIM at one or several eta, 0 included.
+        samplers: DDIM at one or several eta, 0 included, and schedulers of diffusers by name.
         samples: held-out samples of each.
         batch: samples rolled out at once.
 
@@ -62,7 +62,7 @@ def transfer(
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
     folder = Path(folder)
-    grids = [(kind, n, kind.bind(built.table, n)) for kind in samplers for n in steps]
+    grids = [(kind, n, built.bind(kind, n)) for kind in samplers for n in steps]
     load_adapter(folder, built)
     rows = []
     for kind, n, bound in grids:
@@ -70,8 +70,7 @@ def transfer(
         before = evaluate(environment, samples, batch=batch, pretrained=True).rewards
         after = evaluate(environment, samples, batch=batch).rewards
         gain = Estimate.of(after - before)
-        name = f"DDIM eta {kind.eta:g}"
-        rows.append(Row(name, n, Estimate.of(before), Estimate.of(after), gain))
+        rows.append(Row(kind.label, n, Estimate.of(before), Estimate.of(after), gain))
     write_json(folder / "transfer.json", [row.as_dict() for row in rows])
     write_report(folder)
     return rows

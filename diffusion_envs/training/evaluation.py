@@ -1,5 +1,6 @@
 """Judging a fine-tuned model on held-out seeds, paired with the pretrained one."""
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ctrl import DeterministicPolicy
 from diffusion_envs import rewards
+from diffusion_envs.objectives import Rollout
 from diffusion_envs.training.environment import Environment
 
 HELD_OUT = "held-out"  # the stream's name: training never draws from it
@@ -22,7 +24,7 @@ class Evaluation:
 
     rewards: Float[Tensor, " n"]
     judged: Mapping[str, Float[Tensor, " n"]]  # by name of a reward that was not trained on
-    path_kl: Float[Tensor, " n"]  # nats
+    path_kl: Float[Tensor, " n"]  # nats; infinite of an ODE, NaN of a black box: it is not known
     images: Float[Tensor, " n *picture"]
     prompts: list[str]
 
@@ -76,7 +78,13 @@ def evaluate(
         judged={
             name: rewards.score(judge, images, prompts) for name, judge in (judges or {}).items()
         },
-        path_kl=torch.cat([part.rollout.costs.sum(1).cpu() for part in parts]),
+        path_kl=torch.cat([_path_kl(part.rollout).cpu() for part in parts]),
         images=images,
         prompts=prompts,
     )
+
+
+def _path_kl(rollout: Rollout) -> Float[Tensor, " n"]:
+    """Of each path, nats; NaN where its steps are not known."""
+    known = rollout.costs.shape[1] > 0
+    return rollout.costs.sum(1) if known else torch.full_like(rollout.rewards, math.nan)

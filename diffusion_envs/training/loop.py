@@ -135,7 +135,8 @@ class Trainer:
                 "shows none: use DDIM, or an objective that learns from data (DiffusionNFT, "
                 "ReinforceAdjointMatching, DistributionalOptimisation)"
             )
-        if target_kl is not None and not environment.sampler.has_density:
+        on_grid = environment.sampler if isinstance(environment.sampler, BoundDDIM) else None
+        if target_kl is not None and (on_grid is None or on_grid.eta == 0):
             raise ValueError(
                 "target_kl needs a path KL to steer by, and this sampler has none: an ODE's is "
                 "infinite, a black box's not known; use DDIM(eta > 0), or set kl_weight"

@@ -329,7 +329,9 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
 def _transfer(rows: Sequence[Mapping[str, Any]] | None) -> str:
     title = "<h2>Transfer to other samplers and step counts</h2>"
     if not rows:
-        command = "python -m diffusion_envs.sd15 evaluate RUN --steps 10 25 50 100"
+        command = (
+            "python -m diffusion_envs.sd15 evaluate RUN --steps 10 25 50 100 --samplers ddim dpm++"
+        )
         return f"{title}<p>Not measured yet: <code>{command}</code>.</p>"
     cells = [
         [
