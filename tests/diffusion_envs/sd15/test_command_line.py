@@ -31,6 +31,11 @@ def run(*arguments: str | Path) -> int:
         (["--steps", "0"], "steps"),
         (["--samples", "0"], "samples"),
         (["--kl-weight", "-1"], "kl_weight"),
+        (["--target-kl", "0"], "nats"),
+        (["--objective", "score-as-action-released", "--target-kl", "1"], "kl_weight"),
+        (["--reward", "red", "--stop-z", "3"], "judge"),
+        (["--stop-z", "-1"], "z must"),
+        (["--stop-path-kl", "1", "--stop-every", "0"], "every"),
         (["--objective", "score-as-action-released", "--kl-weight", "1"], "kl_weight"),
         (["--model", "./nowhere"], "nowhere"),
         (["--prompts", ""], "prompts"),
@@ -68,6 +73,18 @@ def test_a_run_can_be_made_longer_and_evaluated(tmp_path, capsys):
     assert [row["steps"] for row in json.loads((folder / "transfer.json").read_text())] == [2, 3]
     assert run("evaluate", folder, "--samplers", "dim", "--samples", "2") == 2
     assert "ddim" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_too_far_is_stopped_and_stays_stopped(tmp_path, capsys):
+    folder = tmp_path / "run"
+    limits = ["--stop-path-kl", "1e-9", "--stop-every", "1", "--target-kl", "1", "--updates", "3"]
+    assert run("--output", folder, "--reward", "red", *SMALL, *limits) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stopped: the path KL" in said
+    assert "exported: the model of update 0" in said
+    assert run("--resume", folder, "--updates", "5") == 0
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+    assert json.loads((folder / "summary.json").read_text())["stop"]["update"] == 1
 
 
 def test_a_truncated_checkpoint_is_passed_over(tmp_path, capsys):

@@ -11,7 +11,7 @@ from diffusion_envs.training.plots import decimals
 from diffusion_envs.training.report import write_report
 from diffusion_envs.training.tracking import grid
 
-PARTS = ("summary.json", "metrics.jsonl", "samples", "transfer.json")
+PARTS = ("summary.json", "metrics.jsonl", "panel.jsonl", "samples", "transfer.json")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -54,6 +54,16 @@ def make_run(folder):
         for k in range(1, 6)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    panels = [
+        {
+            "update": k,
+            "reward_gain": estimate(0.1 * k, 0.02),
+            "judge_gain.cla<rity": estimate(0.3 - 0.1 * k, 0.02),
+            "distance.pixels": estimate(0.05 * k, 0.001),
+        }
+        for k in (2, 4)
+    ]
+    (folder / "panel.jsonl").write_text("".join(json.dumps(line) + "\n" for line in panels))
     (folder / "samples").mkdir()
     for update in (0, 3, 5):
         picture = grid(torch.full((2, 3, 8, 8), update / 5), ["a cat", "a dog"])
@@ -150,7 +160,7 @@ def test_every_curve_is_drawn_against_updates_and_the_three_currencies(page):
         for currency in ("updates", "reward queries", "network calls", "seconds"):
             start = f"{quantity} of the training samples against {currency}: from "
             assert sum(alt.startswith(start) for alt in described) == 1, (quantity, currency)
-    assert "reward of the training samples against updates: from -1.100 ± 0.030 to" in described[2]
+    assert "reward of the training samples against updates: from -1.100 ± 0.030 to" in described[5]
     assert "5 updates · 160 reward queries · 12,800 network calls · 5 min 52 s" in page.text
 
 
@@ -172,7 +182,7 @@ def test_nothing_is_fetched(tmp_path):
 
 def test_every_plot_is_whole_svg(page):
     drawn = [i["src"] for i in page.all("img") if i["src"].startswith("data:image/svg+xml;base64,")]
-    assert len(drawn) == 2 * 4 + 2
+    assert len(drawn) == 2 * 4 + 2 + 3
     for source in drawn:
         root = ElementTree.fromstring(base64.b64decode(source.split(",")[1]))
         assert root.tag.endswith("svg")
@@ -206,6 +216,7 @@ def test_transfer_settings_and_versions_are_there(page):
     [
         ("summary.json", "This run is not finished"),
         ("metrics.jsonl", "No update is done yet"),
+        ("panel.jsonl", "Nothing is measured yet"),
         ("samples", "No pictures yet"),
         ("transfer.json", "Not measured yet"),
     ],
@@ -215,6 +226,42 @@ def test_a_missing_part_is_said_to_be_missing(tmp_path, part, words):
     assert words not in read(folder).text
     remove(folder / part)
     assert words in read(folder).text
+
+
+def test_over_optimisation_is_said_in_words_and_drawn(page):
+    words = (
+        "Over-optimisation: since update 4 the reward has risen (+0.4 ± 0.02 over the pretrained"
+    )
+    assert words in page.text
+    described = [image["alt"].replace("\N{MINUS SIGN}", "-") for image in page.all("img")]
+    start = (
+        "gain of judge: cla<rity on held-out seeds against updates: from 0.100 ± 0.020 to -0.100"
+    )
+    assert sum(alt.startswith(start) for alt in described) == 1
+    assert sum(alt.startswith("distance in pixels on held-out seeds") for alt in described) == 1
+
+
+def stopped(folder, reason):
+    """The run, with a stop rule."""
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"update": 3, "panel": {"diversity.pixels": estimate(0.2, 0.01)}}
+    summary["over_optimisation"] = {"fallen": [], "since": None, "sentence": "All is <well>."}
+    summary["stop"] = {"update": 5, "reason": reason, "false_stop_bound": 0.0123}
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_a_stopped_run_says_why_and_when_and_shows_the_model_that_is_exported(tmp_path):
+    folder = make_run(tmp_path / "run")
+    stopped(folder, "judge clarity fell")
+    page = read(folder)
+    assert "All is <well>." in page.text
+    assert "Stopped after update 5: judge clarity fell (noise alone" in page.text
+    assert "at most 0.012). The exported model is that of update 3" in page.text
+    assert "diversity of pixels | 0.200 ± 0.010 | 48" in " | ".join(page.cells)
+    shown = base64.b64decode(page.all("img")[1]["src"].removeprefix("data:image/png;base64,"))
+    assert shown == (folder / "samples" / "step-000003.png").read_bytes()
+    stopped(folder, None)
+    assert "The stop rule did not end the run (noise alone" in read(folder).text
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path):
