@@ -5,6 +5,7 @@ is preferred, and equal ones are a tie, of which nothing is learned.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from ctrl.noise import stream
 
 
 class MissingChoicesError(LookupError):
@@ -92,6 +95,46 @@ class FromReward:
     ) -> Float[Tensor, " paths"]:
         """The rewards themselves."""
         return rewards
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """The sample of the larger reward is preferred more often, as by people who are not sure.
+
+    Of two samples one wins with probability sigmoid(difference / temperature), and whole orders
+    have Plackett and Luce's probabilities: by Gumbel noise on the rewards. Only for such choices
+    is the pretrained law, tilted by exp(reward / (temperature beta)), what preference optimisation
+    aims at; where the larger reward always wins (``FromReward``), it aims at the largest alone.
+
+    Attributes:
+        temperature: reward that makes odds of e to 1.
+        seed: of the noise; a sample's is its own in any batch.
+    """
+
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        rewards: Float[Tensor, " paths"],
+        samples: range,
+        group: int,
+    ) -> Float[Tensor, " paths"]:
+        """The rewards with noise."""
+        uniform = torch.stack(
+            [
+                torch.rand((), generator=stream(self.seed, "choice", i), dtype=torch.float64)
+                for i in samples
+            ]
+        ).clamp(min=1e-300)
+        noise = -(-uniform.log()).log()
+        return (rewards.cpu().double() + self.temperature * noise).to(rewards.device)
 
 
 @dataclass(frozen=True)

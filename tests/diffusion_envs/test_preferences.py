@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusion_envs import rewards, sd15
 from diffusion_envs.objectives import D3PO, DenseReward, Objective
 from diffusion_envs.preferences import (
+    BradleyTerry,
     FromReward,
     MissingChoicesError,
     Preference,
@@ -72,6 +73,31 @@ def test_orders_of_larger_groups(tmp_path):
 def test_the_last_word_about_a_group_counts(tmp_path):
     lines = [{"order": o} for o in ([8, 9], [10, 11], [12, 13], [9, 8])]
     assert ask(record(tmp_path, *lines))[:2] == [-1, 0]
+
+
+def test_bradley_terry_choices_have_its_odds():
+    """Plackett and Luce's for three: the best first in proportion to exp(reward / temperature)."""
+    n, temperature = 9000, 1.7
+    rewards = torch.tensor([0.4, -1.3, 2.0]).repeat(n)
+    made = BradleyTerry(temperature, seed=3)
+    answer = made(torch.zeros(3 * n), ["-"] * 3 * n, rewards, range(3 * n), 3).view(n, 3)
+    odds = (rewards[:3] / temperature).softmax(0)
+    best = answer.argmax(1)
+    for k in range(3):
+        share = (best == k).double().mean()
+        assert abs(share - odds[k]) < 5 * 0.5 / n**0.5
+    beaten = (answer[:, 0] > answer[:, 2]).double().mean()
+    assert abs(beaten - torch.sigmoid((rewards[0] - rewards[2]) / temperature)) < 5 * 0.5 / n**0.5
+
+
+def test_bradley_terry_noise_is_the_samples_own():
+    made = BradleyTerry(seed=3)
+    whole = ask(made)
+    part = made(IMAGES[2:], PROMPTS[2:], REWARDS[2:], SAMPLES[2:], 2)
+    torch.testing.assert_close(part.float(), torch.tensor(whole[2:]))
+    assert ask(BradleyTerry(seed=4)) != whole
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        BradleyTerry(0.0)
 
 
 def test_a_function_may_answer_a_list():

@@ -148,6 +148,7 @@ def test_the_first_gradient_is_the_rewards_with_discounted_steps(steps, turned, 
     noise = noisy / spread / math.sqrt(math.pi)
     objective = DenseReward(members=2, discount=0.9, beta=beta, clip=math.inf)
     probabilities = objective.step_probabilities(steps)
+    assert probabilities is not None
     shift = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     zero, one = torch.zeros(2 * steps, 2).double(), torch.ones(2 * steps).double()
     r = Rows(
@@ -176,13 +177,51 @@ def test_the_first_gradient_is_the_rewards_with_discounted_steps(steps, turned, 
     assert float(discounted.norm() / alike.norm()) == pytest.approx(size, abs=2e-4)
 
 
+def test_whole_paths_judged_together_are_at_rest_at_the_tilt():
+    """Two steps, no discount, Bradley-Terry choices: no shortfall, unlike steps judged alone."""
+    z, w = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(60))
+    w = w / w.sum()
+    here, there = (math.sqrt(2) * v.flatten() for v in torch.meshgrid(z, z, indexing="ij"))
+    weight, slope = torch.outer(w, w).flatten(), 0.8
+    chosen = torch.sigmoid(slope * (here + there))
+    noise = torch.stack([here, -here, there, -there], dim=1).flatten()[:, None] / 2
+    one = torch.ones(len(noise), dtype=torch.float64)
+    objective = DenseReward(members=2, discount=1.0, beta=2.0, clip=math.inf)  # 1 a step
+    for moved, sign in ((0.9 * slope, -1), (slope, 0), (1.1 * slope, 1)):
+        shift = torch.tensor(moved, dtype=torch.float64, requires_grad=True)
+        total = torch.zeros((), dtype=torch.float64)
+        for probability, first in ((chosen, 1.0), (1 - chosen, 0.0)):
+            r = Rows(
+                mean=0 * noise + shift,
+                old_mean=0 * noise,
+                reference_score=0 * noise,
+                action=0 * noise,
+                noise=noise,
+                advantage=0 * one,
+                step_size=one,
+                horizon=one[0],
+                score_gain=one,
+                std=one,
+                action_std=0 * one,
+                kl_factor=1.0,
+                preference=torch.tensor([first, 1 - first] * 2 * 3600, dtype=torch.float64),
+                steps=2,
+            )
+            total = total + (weight * probability * objective.loss(r)[::4]).sum()
+        (slope_there,) = torch.autograd.grad(total, shift)
+        if sign:
+            assert float(slope_there) * sign > 1e-3
+        else:
+            assert abs(float(slope_there)) < 1e-12
+
+
 def test_half_of_the_weight_lies_on_the_first_seven_of_fifty_steps():
     weights = DenseReward().step_probabilities(50)
+    assert weights is not None
     assert float(weights.sum()) == pytest.approx(1, abs=1e-12)
     assert float(weights[:7].sum()) == pytest.approx(0.524, abs=1e-3)
     assert (weights[1:] / weights[:-1] - 0.9).abs().max() < 1e-12
-    alike = DenseReward(discount=1.0).step_probabilities(4)
-    torch.testing.assert_close(alike, torch.full((4,), 0.25).double())
+    assert DenseReward(discount=1.0).step_probabilities(4) is None  # all alike: no repetition
 
 
 def test_the_loop_draws_steps_with_these_probabilities(generator):
@@ -191,6 +230,7 @@ def test_the_loop_draws_steps_with_these_probabilities(generator):
     drawn = lesson._steps(40_000, 2, generator)
     share = torch.stack([(drawn == k).double().mean() for k in range(4)])
     expected = DenseReward(discount=0.6).step_probabilities(4)
+    assert expected is not None
     assert (share - expected).abs().max() < 5 * (0.25 / 80_000) ** 0.5
     assert ((drawn[:, 0] == drawn[:, 1]).double().mean() - expected.square().sum()).abs() < 0.013
 

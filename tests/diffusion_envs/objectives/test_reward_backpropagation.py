@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_envs import linear_policy, rewards
+from diffusion_envs import linear_policy, rewards, sd15
 from diffusion_envs.exact.rewards import QuadraticReward
 from diffusion_envs.gaussian import Affine, Quadratic, score_coefficients
 from diffusion_envs.objectives import AlignProp, BackpropObjective, DRaFT, ReFL
@@ -17,6 +17,7 @@ from diffusion_envs.samplers import DDIM, BoundDDIM
 from diffusion_envs.sd15.build import ATTENTION, build
 from diffusion_envs.training.environment import Environment
 from diffusion_envs.training.lessons import LastSteps
+from diffusion_envs.training.loop import Schedule
 from tests.diffusion_envs.objectives.small_runs import assert_runs_and_resumes
 from tests.diffusion_envs.test_two_views import (
     DATA,
@@ -275,3 +276,30 @@ def test_rewards_of_decoded_images_have_the_gradient_that_finite_differences_see
 
     seen = (at(size) - at(-size)) / (2 * size)
     torch.testing.assert_close(seen, slope.flatten(1).norm(dim=1), rtol=0.05, atol=1e-3)
+
+
+TINY = {
+    "prompts": ["a photo of a cat"],
+    "steps": 3,
+    "updates": 2,
+    "schedule": Schedule(samples=2, batch=2),
+    "lora_rank": 1,
+    "evaluation_samples": 2,
+    "progress": False,
+    "device": "cpu",
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("objective", [ReFL(), DRaFT(last=3)], ids=["refl", "draft"])
+def test_images_are_fine_tuned_by_a_classifiers_gradient(objective, tmp_path):
+    reward = rewards.PromptAlignment()
+    run = sd15.finetune(reward=reward, objective=objective, output=tmp_path / "run", **TINY)
+    assert run.path_kl.mean > 0
+
+
+def test_a_reward_without_a_gradient_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="JpegCompressibility does not declare differentiable"):
+        sd15.finetune(
+            reward=rewards.JpegCompressibility(), objective=DRaFT(), output=tmp_path, **TINY
+        )
