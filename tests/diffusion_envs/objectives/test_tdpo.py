@@ -125,7 +125,10 @@ def test_equal_rewards_teach_nothing_whatever_the_critic_says(generator):
 def test_the_critic_sees_denoised_states_and_nothing_is_asked_for_it(small_trainer):
     made = small_trainer(TDPO())
     made.update = 1  # no calibration
+    with torch.no_grad():
+        made.parameters[1].fill_(0.1)  # away from the pretrained model, whose guesses differ
     sample = made._sample()
+    assert (sample.rollout.means - sample.rollout.reference_scores).abs().max() > 0.01
     assert made.environment.reward_queries == 12
     assert sample.denoised_rewards is None
     rollout, sampler = sample.rollout, made.environment.sampler
