@@ -128,15 +128,14 @@ class Chain:
         return self.reward.gradient(states)
 
 
-def chain_optimum(chain: Chain, std: Tensor, kl_weight: float) -> list[tuple[Any, Any]]:
-    """Best shift of the mean, u = K x + k, of every step; cost kl_weight |u|^2 / (2 std^2)."""
+def chain_optimum(chain: Chain, price: Tensor) -> list[tuple[Any, Any]]:
+    """Best shift of the mean, u = K x + k, of every step; it costs price |u|^2 / 2, reward."""
     Q, slope = (v.numpy() for v in (chain.reward.curvature, chain.reward.slope))
     found = []
-    for k in reversed(range(len(std))):
+    for k in reversed(range(len(price))):
         F, f = chain.matrix[k].numpy(), chain.shift[k].numpy()
-        price = kl_weight / std[k].item() ** 2 * np.eye(2)
         # u = (price + Q)^{-1} (slope - Q m) at the free mean m = F x + f
-        solved = np.linalg.inv(price + Q)
+        solved = np.linalg.inv(price[k].item() * np.eye(2) + Q)
         found.append((-solved @ Q @ F, solved @ (slope - Q @ f)))
         Q_m, slope_m = Q - Q @ solved @ Q, slope - Q @ solved @ slope
         slope = F.T @ (slope_m - Q_m @ f)
@@ -146,8 +145,7 @@ def chain_optimum(chain: Chain, std: Tensor, kl_weight: float) -> list[tuple[Any
 
 def gradient(objective: AdjointMatching, at: list[Any], sampling: list[Any]) -> Any:
     """d E[loss] / d (gain, shift) of every step at one policy, on quadrature paths of another."""
-    sampler = DDIM(1.0).bind(table(), 3)
-    data = GaussianProblem().data
+    sampler, data = SAMPLER, GaussianProblem().data
     slope, offset = gaussian.score_coefficients(data, sampler.table, sampler.noising_times[:-1])
     unit = torch.eye(2, dtype=torch.float64)
     b, std = sampler.score_gain, sampler.std
@@ -191,31 +189,58 @@ def gradient(objective: AdjointMatching, at: list[Any], sampling: list[Any]) -> 
         action=reference.flatten(0, 1),
         noise=z[:, 1:].flatten(0, 1),
         advantage=objective.advantages(rollout).flatten(),
-        step_size=steps.flatten(),
+        step_size=sampler.integrated_g2.expand(len(states), -1).flatten(),
         horizon=sampler.integrated_g2.sum(),
         score_gain=steps.flatten(),
         std=std.expand(len(states), -1).flatten(),
         action_std=torch.zeros_like(steps).flatten(),
-        kl_factor=1.0,
+        kl_factor=sampler.kl_factor,
         target=target.flatten(0, 1),
     )
     total = objective.loss(rows).sum() / len(states)
     found = torch.autograd.grad(total, (gain, shift))
-    return torch.cat([each.flatten() for each in found]), chain, std
+    return torch.cat([each.flatten() for each in found]), chain
 
 
-def test_the_only_critical_point_is_the_optimum_of_the_chain():
-    """Of DDIM's own chain, whose KL is of its transitions; all moments are quadratic: exact."""
-    kl_weight = GaussianProblem().kl_weight
-    objective = AdjointMatching(kl_weight=kl_weight)
+SAMPLER = DDIM(0.8).bind(table(), 3)
+
+
+@pytest.mark.parametrize("path_kl", [False, True])
+def test_the_only_critical_point_is_the_optimum_of_the_chain(path_kl):
+    """Of DDIM's own chain, charged for either KL; all moments are quadratic: exact."""
+    kl_weight, gain = GaussianProblem().kl_weight, SAMPLER.score_gain
+    objective = AdjointMatching(kl_weight=kl_weight, path_kl=path_kl)
     zeros = [(np.zeros((2, 2)), np.zeros(2))] * 3
-    away, chain, std = gradient(objective, zeros, zeros)
-    best = chain_optimum(chain, std, kl_weight)
-    at_best, _, _ = gradient(objective, best, best)
-    assert at_best.abs().max() < 1e-12 * away.abs().max()
-    # another weight has another optimum
-    other, _, _ = gradient(replace(objective, kl_weight=0.9 * kl_weight), best, best)
-    assert other.abs().max() > 1e-2 * away.abs().max()
+    away, chain = gradient(objective, zeros, zeros)
+    # per half square of the mean's shift; ((1 + eta^2) / (2 eta))^2 = 1.05 at eta = 0.8
+    of_path = (1.64 / 1.6) ** 2 * SAMPLER.integrated_g2 / gain.square()
+    price = kl_weight * (of_path if path_kl else 1 / SAMPLER.std.square())
+    best = chain_optimum(chain, price)
+    at_best, _ = gradient(objective, best, best)
+    assert at_best.abs().max() < 1e-11 * away.abs().max()
+    # another weight, and another KL, have another optimum
+    for other in (replace(objective, kl_weight=0.9), replace(objective, path_kl=not path_kl)):
+        elsewhere, _ = gradient(other, best, best)
+        assert elsewhere.abs().max() > 1e-2 * away.abs().max()
+
+
+def test_what_the_kl_of_the_chain_costs_where_the_path_kl_is_judged():
+    """Share of the best possible gain in E[r] - kl_weight path KL that its optimum reaches."""
+    problem, shares = GaussianProblem(), []
+    for steps in (20, 50, 100):
+        sampler = DDIM(1.0).bind(table(), steps)
+        slope, offset = gaussian.score_coefficients(
+            problem.data, sampler.table, sampler.noising_times[:-1]
+        )
+        unit, b = torch.eye(2, dtype=torch.float64), sampler.score_gain
+        matrix = sampler.state_gain[:, None, None] * unit + b[:, None, None] * slope
+        chain = Chain(matrix, b[:, None] * offset, problem.quadratic)
+        best = chain_optimum(chain, problem.kl_weight / sampler.std.square())
+        gain = torch.stack([torch.as_tensor(K) / b[k] for k, (K, _) in enumerate(best)])
+        shift = torch.stack([torch.as_tensor(c) / b[k] for k, (_, c) in enumerate(best)])
+        reached, free = (problem._judged(s * gain, s * shift, sampler).objective for s in (1, 0))
+        shares.append((reached - free) / (problem.optimum(sampler).objective - free))
+    assert shares == pytest.approx([0.844, 0.951, 0.982], abs=1e-3)
 
 
 def test_targets_of_the_real_environment_are_products_of_jacobians():
