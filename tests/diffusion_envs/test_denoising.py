@@ -11,6 +11,7 @@ from diffusion_envs.denoising import (
     generation_sde,
     kl_factor,
     kl_running_reward,
+    noising_bridge,
     path_kl_per_step,
     score_from_epsilon,
     score_from_v,
@@ -182,3 +183,25 @@ def test_scores_and_steps_that_do_not_fit_are_refused(monkeypatch):
     for other, steps in ((scores, torch.ones(1)), (scores[:1], torch.ones(3))):
         with pytest.raises(ValueError, match="scores must be"):
             path_kl_per_step(scores, other, steps)
+
+
+def test_the_noising_bridge_is_the_conditional_law_of_a_gaussian_pair():
+    alpha, ratio = torch.tensor([0.8, 0.35]).double(), torch.tensor([0.6, 0.9]).double()
+    sigma = (1 - alpha.square()).sqrt()
+    data, noised = torch.tensor([[0.7], [-1.1]]).double(), torch.tensor([[-0.4], [0.9]]).double()
+    rows = (-1, 1)
+    mean, std = noising_bridge(data, noised, alpha.view(rows), sigma.view(rows), ratio.view(rows))
+    for k in range(2):
+        # (noise of Y', noise of the step) -> (Y', Y)
+        root = torch.tensor([[sigma[k], 0], [ratio[k] * sigma[k], (1 - ratio[k] ** 2).sqrt()]])
+        joint = root @ root.T
+        centre = torch.stack([alpha[k], ratio[k] * alpha[k]]) * data[k]
+        expected = centre[0] + joint[0, 1] / joint[1, 1] * (noised[k] - centre[1])
+        torch.testing.assert_close(mean[k], expected)
+        variance = joint[0, 0] - joint[0, 1] ** 2 / joint[1, 1]
+        torch.testing.assert_close(std[k].square(), variance[None])
+    bad, good = torch.full((3,), 0.5), torch.tensor(0.5)
+    x = torch.ones(2, 3)
+    for levels in ((bad, good), (good, bad)):
+        with pytest.raises(ValueError, match=r"the 2 of states \[2, 3\]; got \[3\]"):
+            noising_bridge(x, x, *levels, good)
