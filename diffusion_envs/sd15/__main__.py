@@ -255,7 +255,7 @@ def run_finetune(options: Finetune) -> None:
     if options.output is None:
         raise ValueError("output must name the folder of the run, for example --output runs/demo")
     command = json.loads(json.dumps(dataclasses.asdict(options) | {"output": None, "resume": None}))
-    result = finetune(
+    result = finetune(  # pyright: ignore[reportCallIssue]  # the function, not the module
         model=options.model,
         reward=_reward(options.reward),
         prompts=options.prompts,

@@ -135,8 +135,8 @@ def panel(
         found["path_kl"] = Estimate.of(after.path_kl)
     spaces = {PIXELS: (pixel_distances, was.images, after.images)}
     for name, embedder in (embedders or {}).items():
-        both = (rewards.embed(embedder, pictures) for pictures in (was.images, after.images))
-        spaces[name] = (cosine_distances, *both)
+        old, new = (rewards.embed(embedder, pictures) for pictures in (was.images, after.images))
+        spaces[name] = (cosine_distances, old, new)
     for name, (distances, old, new) in spaces.items():
         found |= _distances(name, distances, old, new, after.prompts)
     return found

@@ -94,7 +94,7 @@ def test_the_report_says_why_and_when(stopped):
     last = json.loads((folder / "summary.json").read_text())["stop"]["update"]
     assert f"Stopped after update {last}: judge blue had fallen" in page
     assert f"The exported model is that of update {run.update}" in page
-    assert "noise alone stops such a run with probability at most" in page
+    assert "noise alone makes a judge stop such a run with probability at most" in page
     assert "diversity of pixels" in page
     assert run.over_optimisation.sentence.split("(")[0] in page
 
