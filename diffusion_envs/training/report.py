@@ -250,7 +250,8 @@ def _panel(panels: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | Non
     words = [sentence or ""]
     stop = (summary or {}).get("stop")
     if summary and stop:
-        bound = f"noise alone makes a judge stop such a run with probability at most {stop['false_stop_bound']:.2g}"
+        chance = f"with probability at most {stop['false_stop_bound']:.2g}"
+        bound = f"noise alone makes a judge stop such a run {chance}"
         if stop["reason"] is None:
             words.append(f"The stop rule did not end the run ({bound}).")
         else:
