@@ -771,3 +771,9 @@ def test_one_entry_of_a_law_that_is_not_finite_is_refused():
     gain[0, 1] = math.nan
     with pytest.raises(ValueError, match="gain must be finite"):
         linear.evaluate_lq_discounted(lq, LinearGaussian(gain, gain[1], 0 * gain.nan_to_num()))
+
+
+def test_a_stationary_value_of_a_batch_has_one_constant_for_each_problem():
+    solved = linear.solve_lq_ergodic(twice())
+    assert solved.quadratic.constant.tolist() == [0.0, 0.0]
+    assert solved.average_reward.shape == (2,)

@@ -388,3 +388,35 @@ def test_a_bound_sampler_keeps_the_precision_of_the_states():
     nodes = sampler.grid.nodes
     for each in sampler.transition(sampler.sde, nodes[3], nodes[4], x, x):
         assert each.dtype == torch.float32
+
+
+@pytest.mark.parametrize("word", ["Ancestral", "SDE", "DDPM", "LCM", "TCD", "sde", ""])
+def test_schedulers_that_draw_noise_are_known_by_name_or_setting(word):
+    config = {"algorithm_type": "sde-dpmsolver++" if word == "sde" else "dpmsolver++"}
+    fields = {
+        "config": config if word else {},
+        "init_noise_sigma": 1.0,
+        "timesteps": (),
+        "set_timesteps": lambda self, steps, device: None,
+        "step": lambda self, prediction, timestep, states: states,
+    }
+    name = "Some" + word.removeprefix("sde") + "Scheduler"
+    box = BlackBox(type(name, (), fields)(), 1)
+    start = torch.ones(2, 1)
+    if word:
+        with pytest.raises(ValueError, match=f"{name} draws noise"):
+            box.sample(epsilon_of_gaussian_data(TABLE), start)
+    assert torch.equal(box.sample(epsilon_of_gaussian_data(TABLE), start, torch.Generator()), start)
+
+
+def test_a_scheduler_fits_a_table_of_any_length_to_its_last_entry():
+    short = DDPMTable(torch.linspace(0.98, 0.05, 12, dtype=torch.float64))
+    options = (("clip_sample", False), ("set_alpha_to_one", False))
+    sampler = Scheduler("DDIMScheduler", options)
+    assert sampler.label == "DDIM (clip_sample=False, set_alpha_to_one=False)"
+    bound = sampler.bind(short, 12)
+    assert bound.scheduler.config.num_train_timesteps == 12
+    found = bound.scheduler.alphas_cumprod.double()
+    torch.testing.assert_close(found, short.alphas_cumprod, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="steps must be at most the table's 12 entries, got 13"):
+        sampler.bind(short, 13)

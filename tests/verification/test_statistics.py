@@ -176,6 +176,8 @@ def test_rates_are_a_millionth_and_samples_ten_million_unless_told():
         found = decide(samples.split(1), 0.0, tolerance=1.0, variance=1.0)
         step = math.log(2.5) - 0.5
         assert found.n == math.ceil(math.log(bound) / step)
+    found = decide(torch.ones(9).split(1), 0.0, tolerance=1.0, variance=1.0, false_fail=0.4)
+    assert found.n == math.ceil(math.log(2 / 0.4) / step)
     (most,) = (p for p in inspect.signature(decide).parameters.values() if p.name == "most")
     assert most.default == 10_000_000
 
@@ -190,12 +192,14 @@ def test_a_bad_number_is_reported_with_what_was_read():
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.25, -0.25])
-@pytest.mark.parametrize("ratio", [1.22, 1.3])
+@pytest.mark.parametrize("ratio", [1.24, 1.3])
 def test_a_variance_above_its_bound_by_a_quarter_passes_nothing(ratio, offset):
     """Samples of exactly that variance, about a mean that is not quite what is claimed."""
     pair = 0.7 + offset + torch.tensor([ratio, ratio], dtype=torch.float64).sqrt() * SIGNS
     found = decide(pair.repeat(200).split(2), 0.7, tolerance=1.0, variance=1.0, most=400)
     assert found.verdict is (Verdict.PASS if ratio < 1.25 else Verdict.INCONCLUSIVE)
+    settings = (0.7, 1.0, 1.0, 1e-6, 1e-6, 400)
+    assert found.n == walked([pair.tolist()] * 200, *settings)[1]
     assert found.mean == pytest.approx(0.7 + offset, abs=1e-12)
     if ratio > 1.25:
         assert "variance 1.3 is above its bound 1" in found.reason
