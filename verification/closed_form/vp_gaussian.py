@@ -48,7 +48,7 @@ class Quadratic(NamedTuple):
     l: np.ndarray  # noqa: E741  # the reward's name
     c: float
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray) -> np.ndarray | np.float64:
         """Its value at x [..., dim]."""
         return -0.5 * np.einsum("...i,ij,...j", x, self.Q, x) + x @ self.l + self.c
 
