@@ -26,21 +26,19 @@ diffusion_envs.linear_policy diffusion_envs.score diffusion_envs.value
 diffusion_envs.cifar10.data diffusion_envs.cifar10
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
 diffusion_envs.rewards.classifier diffusion_envs.rewards
-diffusion_envs.preferences diffusion_envs.objectives.protocol diffusion_envs.objectives.adjoint_matching
-diffusion_envs.objectives.ram diffusion_envs.objectives.score_as_action
-diffusion_envs.objectives.ddpo diffusion_envs.objectives.dpok diffusion_envs.objectives.grpo
-diffusion_envs.objectives.tdpo
-diffusion_envs.objectives.d3po
-diffusion_envs.objectives.dense_reward
+diffusion_envs.preferences diffusion_envs.objectives.protocol
+diffusion_envs.objectives.adjoint_matching diffusion_envs.objectives.ram
+diffusion_envs.objectives.score_as_action diffusion_envs.objectives.ddpo
+diffusion_envs.objectives.dpok diffusion_envs.objectives.grpo diffusion_envs.objectives.tdpo
+diffusion_envs.objectives.d3po diffusion_envs.objectives.dense_reward
 diffusion_envs.objectives.nft diffusion_envs.objectives.distributional
-diffusion_envs.objectives.reward_backpropagation
-diffusion_envs.objectives.dxmi
+diffusion_envs.objectives.reward_backpropagation diffusion_envs.objectives.dxmi
 diffusion_envs.objectives
 diffusion_envs.training.checkpoint diffusion_envs.training.parallel
 diffusion_envs.training.progress diffusion_envs.training.run_folder
 diffusion_envs.training.tracking diffusion_envs.training.plots
-diffusion_envs.training.judging diffusion_envs.training.environment diffusion_envs.training.control diffusion_envs.training.lessons
-diffusion_envs.training.loop
+diffusion_envs.training.judging diffusion_envs.training.environment
+diffusion_envs.training.control diffusion_envs.training.lessons diffusion_envs.training.loop
 diffusion_envs.training.evaluation diffusion_envs.training.stop diffusion_envs.training.panel
 diffusion_envs.training.report diffusion_envs.training
 diffusion_envs.exact.rewards diffusion_envs.exact.model diffusion_envs.exact.problems
