@@ -596,3 +596,20 @@ def test_a_batch_of_divergences_is_its_members_and_the_bad_law_is_named():
         linear.gaussian_kl(flat, Gaussian(ZERO2, EYE))
     with pytest.raises(ValueError, match=r"^reference_covariance must"):
         linear.gaussian_kl(Gaussian(ZERO2, EYE), flat)
+
+
+def test_tilts_of_two_batch_dimensions_are_as_good_as_of_one():
+    laws = Gaussian(draw(0, 4, 2), torch.stack([positive(k, 2) for k in range(4)]))
+    Q, slope = torch.stack([0.3 * positive(k, 2) for k in range(4, 8)]), draw(1, 4, 2)
+    flat = linear.tilt(laws, Q, slope, 0.8)
+    nested = linear.tilt(Gaussian(laws.mean[None], laws.covariance[None]), Q[None], slope, 0.8)
+    torch.testing.assert_close(nested.law.mean[0], flat.law.mean)
+    torch.testing.assert_close(nested.log_normaliser[0], flat.log_normaliser)
+
+
+def test_a_stiff_member_or_direction_does_not_overflow_beside_a_tame_one():
+    A = torch.stack([torch.diag(tensor([-1e5, -0.01])), torch.diag(tensor([-0.02, -0.03]))])
+    found = linear.transition(A, ZERO2, EYE, 20.0)
+    for one, rates in zip(found.C, (tensor([1e5, 0.01]), tensor([0.02, 0.03])), strict=True):
+        expected = -torch.expm1(-40 * rates) / (2 * rates)
+        torch.testing.assert_close(one.diagonal(), expected, rtol=1e-9, atol=0)

@@ -398,3 +398,25 @@ def test_one_moved_entry_is_enough_to_control_the_noise():
     sigma = GOOD["sigma"].clone()
     sigma[0, 1] += 0.3 * a[0, 0]
     torch.testing.assert_close(sde.diffusion_at(T, x, a)[0], sigma)
+
+
+def test_two_batch_dimensions_are_as_good_as_one():
+    singles, values = (
+        [random_lq(k, 3, 1) for k in range(4)],
+        [random_quadratic(k, 3) for k in range(4)],
+    )
+    flat, value = stacked(singles, LinearQuadratic), stacked(values, Quadratic)
+
+    def nested(whole):
+        parts = {name: part.unflatten(0, (1, 4)) for name, part in vars(whole).items()}
+        return type(whole)(**parts)
+
+    lq, v = nested(flat), nested(value)
+    assert lq.sde.noise_dim == 2
+    law, expected = improve_lq(lq, v), improve_lq(flat, value)
+    for found, other in (
+        (law, expected),
+        (value_rate(lq, v, law), value_rate(flat, value, expected)),
+    ):
+        for name, part in vars(other).items():
+            torch.testing.assert_close(getattr(found, name)[0], part)

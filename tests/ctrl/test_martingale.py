@@ -552,3 +552,18 @@ def test_test_functions_of_another_shape_are_refused(few):
     ):
         with pytest.raises(ValueError, match="tests must return"):
             mg.orthogonality(tests, linear(THETA), problem, paths, policy)
+
+
+def test_the_covariance_of_moving_test_functions_is_held_fixed(few):
+    problem, policy, paths = few
+    arguments = (linear(THETA), problem, paths, policy)
+
+    def tests(theta):
+        return lambda p: theta * mg.features_along(timed)(p)
+
+    theta = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    loss = mg.cgtd_loss(tests(theta), *arguments, weighting="covariance")
+    (found,) = torch.autograd.grad(loss, theta)
+    # m = theta m_1 and A = A_1 / theta^2 is held: d(m'A m / 2) = m_1'A_1 m_1 / theta
+    one = mg.cgtd_loss(tests(1.0), *arguments, weighting="covariance")
+    torch.testing.assert_close(found, 2 * one / 1.3, rtol=1e-9, atol=0)

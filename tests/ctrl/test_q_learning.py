@@ -417,7 +417,7 @@ def test_a_hessian_that_depends_on_the_state_is_found_at_any_size(size):
     torch.testing.assert_close(scale @ scale.T, variance, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="depends on the state"):
         ql.gibbs_policy(problem(1e-3), flat, 2, states[0]).mean(T, states)
-    quartic = lambda t, x, a: -size * (a.square() + (x > 0) * a**4).sum(1)  # noqa: E731
+    quartic = lambda t, x, a: -size * (a.square() + (x[:, :1] > 0) * a**4).sum(1)  # noqa: E731
     with pytest.raises(ValueError, match="not quadratic"):
         ql.gibbs_policy(replace(problem(0.0), running_reward=quartic), flat, 2, states[1]).mean(
             T, states
