@@ -155,6 +155,8 @@ def reasons() -> Reasons:
 _KINDS = {
     "same": "the same number, by algebra or by what torch does with it",
     "speed": "the same numbers, only in more time or memory",
+    "search": "how an answer is looked for changes, not the answer: it is checked where it ends",
+    "device": "only a GPU would see it",
     "boundary": "differs only where two floating point numbers are exactly equal, or in round-off",
     "message": "only the text or the type of a refusal changes",
     "guard": "what would differ is refused before or after, so no caller can see it",
