@@ -147,12 +147,15 @@ def methods() -> dict[str, Entry]:
         "draft-1": Entry(lambda b: o.DRaFT(last=1), aims=False),
         "draft (all steps, KL)": Entry(lambda b: o.DRaFT(last=1000, kl_weight=b)),
         "align-prop": Entry(lambda b: o.AlignProp(target=3.0, scale=1.0), aims=False),
+        "adjoint-matching": Entry(lambda b: o.AdjointMatching(kl_weight=b), aims=False),  # chain KL
+        "adjoint-matching (path KL)": Entry(lambda b: o.AdjointMatching(kl_weight=b, path_kl=True)),
         # a value's derivative
         "dxmi": Entry(lambda b: o.DxMI(), aims=False),
         "dxmi-continuous": Entry(lambda b: o.ContinuousDxMI(), aims=False),
         # data
         "nft": Entry(lambda b: o.DiffusionNFT(), aims=False),
         "ram": Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b), aims=False),
+        "distributional": Entry(lambda b: o.DistributionalOptimisation(kl_weight=b)),
         "ram (path cost)": Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b, path_cost=True)),
     }
 
