@@ -140,7 +140,7 @@ def main() -> None:
     for method in ("actor-critic", "q-learning"):
         of = [one for one in runs if one["method"] == method]
         for key in ("gain", "offset", "variance", "average_reward", "learned_average_reward"):
-            numbers = [float(one[key]) for one in of]  # type: ignore[arg-type]
+            numbers = [float(one[key]) for one in of]  # type: ignore[arg-type]  # JSON
             mean, spread = statistics.mean(numbers), statistics.stdev(numbers)
             summary[f"{method} {key}"] = {"mean": mean, "standard_deviation": spread}
     print(json.dumps(summary))

@@ -117,7 +117,7 @@ def mutants(name: str, source: str) -> list[Mutant]:
     found = []
     for change in visitor.changes:
         statement = module.body[change.place].deep_replace(change.before, change.after)
-        piece = module.code_for_node(statement)  # type: ignore[arg-type]
+        piece = module.code_for_node(statement)  # type: ignore[arg-type]  # nodes
         meaning = _meaning(piece)
         if not meaning or meaning in seen:
             continue

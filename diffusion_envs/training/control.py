@@ -63,11 +63,12 @@ def kl_weight(objective: Objective) -> float:
     Raises:
         ValueError: the objective has none, or it is 0, which no factor changes.
     """
-    if "kl_weight" not in {f.name for f in dataclasses.fields(objective)}:
+    settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
+    if "kl_weight" not in settings:
         raise ValueError(
             f"target_kl needs an objective with a kl_weight; {type(objective).__name__} has none"
         )
-    weight: float = getattr(objective, "kl_weight")  # noqa: B009  # not every objective has it
+    weight: float = settings["kl_weight"]
     if not weight > 0:
         raise ValueError(f"target_kl needs a kl_weight above 0 to begin with, got {weight}")
     return weight

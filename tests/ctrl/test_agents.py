@@ -80,7 +80,7 @@ def test_actor_critic_and_q_learning_improve_the_exact_performance(setting):
         policy, value = lq.policy(*theta), TableValue()
         with torch.no_grad():
             value.table.copy_(exact_table(theta))
-        sample = lambda: spread_start(problem, lq.policy(*[v.detach() for v in theta]))  # noqa: E731
+        sample = lambda: spread_start(problem, lq.policy(*[v.detach() for v in theta]))
         for _ in agent(problem, policy, value, sample, theta):
             pass
         return float(lq.performance(lq.values(*theta)).detach())
@@ -109,7 +109,7 @@ def test_cppo_improves_and_holds_its_kl_at_the_target():
 
     problem, module, value = lq.problem(), Mean(), TableValue()
     log_std = torch.tensor(-0.4, dtype=torch.float64)
-    policy_of = lambda m: lq.policy(m.theta[0], m.theta[1], log_std)  # noqa: E731
+    policy_of = lambda m: lq.policy(m.theta[0], m.theta[1], log_std)
     with torch.no_grad():
         value.table.copy_(exact_table([*module.theta, log_std]))
 
@@ -117,7 +117,7 @@ def test_cppo_improves_and_holds_its_kl_at_the_target():
         return float(lq.performance(lq.values(*module.theta.detach(), log_std)))
 
     before, penalties, spreads = performance(), [], []
-    sample = lambda: spread_start(problem, policy_of(module.requires_grad_(True)))  # noqa: E731
+    sample = lambda: spread_start(problem, policy_of(module.requires_grad_(True)))
     loop = agents.cppo(
         problem, module, policy_of, value, sample,
         torch.optim.SGD(module.parameters(), lr=0.05),
@@ -126,7 +126,7 @@ def test_cppo_improves_and_holds_its_kl_at_the_target():
     last = module.theta.detach().clone()
     for paths, penalty in loop:
         old, new = (lq.policy(m[0], m[1], log_std) for m in (last, module.theta.detach()))
-        kl = ctrl.paths.over_steps(lambda t, x: ctrl.policy_kl(new, old, t, x), paths)  # noqa: B023
+        kl = ctrl.paths.over_steps(lambda t, x: ctrl.policy_kl(new, old, t, x), paths)  # noqa: B023  # called at once
         spreads.append(float(agents.descent.expectation(kl.sqrt().mean(1), paths)))
         penalties.append(penalty)
         last = module.theta.detach().clone()
@@ -143,7 +143,7 @@ def test_policy_iteration_is_newtons_method_on_the_ergodic_problem():
     """
     a, b, s, m, n, temperature, h = -0.4, 0.9, 0.6, 1.7, 0.5, 0.2, 1e-4
     sde = ctrl.ControlledSDE(lambda t, x, u: a * x + b * u, lambda t, x: s)
-    cost = lambda t, x, u: -0.5 * (m * x.square() + n * u.square()).squeeze(1)  # noqa: E731
+    cost = lambda t, x, u: -0.5 * (m * x.square() + n * u.square()).squeeze(1)
     problem = ctrl.ControlProblem(sde, math.inf, cost, temperature=temperature)
     grid = ctrl.TimeGrid(torch.tensor([0.0, h], dtype=torch.float64))
     one = torch.ones(1, dtype=torch.float64)
@@ -240,7 +240,7 @@ def test_cppo_raises_its_penalty_above_the_target_and_lowers_it_below(target, fa
     module = torch.nn.Linear(1, 1, bias=False).double()
     log_std = torch.tensor(-0.4, dtype=torch.float64)
     zero = torch.zeros((), dtype=torch.float64)
-    policy_of = lambda m: lq.policy(m.weight[0, 0], zero, log_std)  # noqa: E731
+    policy_of = lambda m: lq.policy(m.weight[0, 0], zero, log_std)
     value = TableValue()
     loop = agents.cppo(
         lq.problem(), module, policy_of, value,

@@ -25,7 +25,7 @@ def results(device, dtype):
     )
     policy = ctrl.GaussianPolicy(lambda t, x: -0.6 * x, 0.5)
     mean, reference = (ctrl.DeterministicPolicy(lambda t, x, c=c: c * x) for c in (-0.6, 0.1))
-    value = lambda t, x: (1 + t) * x.sin().sum(1)  # noqa: E731
+    value = lambda t, x: (1 + t) * x.sin().sum(1)
     g = torch.Generator().manual_seed(4)
     increments, drawn = (
         torch.randn(16, 6, 2, dtype=torch.float64, generator=g).to(device, dtype) for _ in range(2)

@@ -116,7 +116,7 @@ def test_paths_of_an_environment_carry_its_rewards():
     assert paths.states.shape == (6, 4, 3)  # time is observed
     unpaid = ctrl.ControlProblem(problem().sde, math.inf)
     assert ctrl.running_rewards(unpaid, paths) is paths.rewards
-    value = lambda t, x: x[:, 0]  # noqa: E731
+    value = lambda t, x: x[:, 0]
     dm = ctrl.martingale.increments(value, unpaid, paths)
     by_hand = paths.states[:, 1:, 0] - paths.states[:, :-1, 0] + paths.rewards
     torch.testing.assert_close(dm, by_hand)

@@ -330,7 +330,7 @@ def test_bad_input_is_refused(chain):
         mg.cgtd_loss(mg.features_along(basis), value, problem_, paths, policy, weighting="no")
     with pytest.raises(ValueError, match="tests"):
         mg.orthogonality(lambda p: p.states, value, problem_, paths, policy)
-    nan = lambda p: torch.full_like(p.actions, float("nan"))  # noqa: E731
+    nan = lambda p: torch.full_like(p.actions, float("nan"))
     with pytest.raises(ValueError, match="finite"):
         mg.orthogonality(nan, value, problem_, paths, policy)
 
@@ -466,10 +466,10 @@ def test_ergodic_least_squares_beside_a_known_part(few):
     problem, _, paths = few
     settings = {"terminal_reward": None, "discount": 0.0, "temperature": 0.0}
     endless = replace(problem, horizon=float("inf"), **settings)
-    quadratic = lambda t, x: torch.cat([x, x**2], dim=1)  # noqa: E731
+    quadratic = lambda t, x: torch.cat([x, x**2], dim=1)
     found = mg.clstd(quadratic, endless, paths, base=known, ergodic=True)
     with_one = mg.features_along(timed)  # {1, x, x^2}, but for a factor of the time
-    tests = lambda p: with_one(p) / (1.3 + lq.NODES[:-1, None])  # noqa: E731
+    tests = lambda p: with_one(p) / (1.3 + lq.NODES[:-1, None])
     average = found.average_reward
     assert average != 0
     moments = mg.orthogonality(tests, found, endless, paths, average_reward=average)
@@ -535,7 +535,7 @@ def test_one_function_that_looks_ahead_is_found_among_others_of_any_size(chain, 
 def test_least_squares_accept_features_of_any_size_and_refuse_nearly_equal_ones(few):
     problem, policy, paths = few
     for gap, refused in ((1e-3, False), (3e-16, True)):
-        similar = lambda t, x, gap=gap: torch.cat([x, x + gap * x**2], dim=1)  # noqa: E731
+        similar = lambda t, x, gap=gap: torch.cat([x, x + gap * x**2], dim=1)
         if refused:
             with pytest.raises(ValueError, match="determine"):
                 mg.clstd(similar, problem, paths, policy)

@@ -293,7 +293,7 @@ def test_a_grid_ends_at_the_horizon_up_to_the_rounding_of_float32(horizon):
 
 def test_rewards_and_entropy_are_read_at_their_own_times():
     moving = ctrl.GaussianPolicy(lambda t, x: (0.3 - t) * x, lambda t: 0.5 + t)
-    reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] - a[:, 0]  # noqa: E731
+    reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] - a[:, 0]
     problem = replace(lq.problem(), running_reward=reward, horizon=1.0)
     found = ctrl.regularised_rewards(problem, PATHS, moving)
     for k, (t, h) in enumerate(((0.0, 0.3), (0.3, 0.7))):

@@ -57,7 +57,7 @@ def test_weighted_quantiles():
 
 
 def test_value_lines_and_map(tmp_path):
-    value = lambda t, x: -(1 + t) * x.square().sum(1)  # noqa: E731
+    value = lambda t, x: -(1 + t) * x.square().sum(1)
     axes = plots.plot_value(value, X, times=(0.0, 0.5, 1.0))
     assert [line.get_label() for line in axes.lines] == ["t = 0", "t = 0.5", "t = 1"]
     np.testing.assert_allclose(axes.lines[1].get_ydata(), -1.5 * X.square())
@@ -88,7 +88,7 @@ def test_bad_input_is_refused():
         plots.plot_paths(paths(), coordinate=2)
     with pytest.raises(ValueError, match="show"):
         plots.plot_paths(paths(), show=-1)
-    value = lambda t, x: x[:, 0]  # noqa: E731
+    value = lambda t, x: x[:, 0]
     for times in ((), (0.0, 1.0)):
         with pytest.raises(ValueError, match="times"):
             plots.plot_value(value, (X, X), times=times)

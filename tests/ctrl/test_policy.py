@@ -216,7 +216,7 @@ def test_spreads_that_are_not_positive_somewhere_are_refused():
 
 
 def test_whether_a_policy_is_random_is_not_for_its_maker_to_say():
-    mean = lambda t, x: x  # noqa: E731
+    mean = lambda t, x: x
     with pytest.raises(TypeError):
         ctrl.DeterministicPolicy(mean, True)
     with pytest.raises(TypeError):

@@ -153,7 +153,7 @@ def test_q_rates_tend_to_the_gradient_of_the_continuous_problem_at_order_one(vie
     gaps = []
     for steps in (1, 2, 4) if view != "drawn" else (1, 2, 3):
         theta = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (gain, offset)]
-        mean = lambda t, x: theta[0] * x + theta[1]  # noqa: B023, E731
+        mean = lambda t, x: theta[0] * x + theta[1]  # noqa: B023
         grid = ctrl.uniform_grid(0.9, steps)
         drawn = view == "drawn"
         policy = ctrl.GaussianPolicy(mean, 0.3) if drawn else ctrl.DeterministicPolicy(mean)
@@ -195,7 +195,7 @@ def test_variance_of_the_return_estimator_grows_with_the_steps_only_for_drawn_ac
     """theory: like N in view A (16 against 4 steps: about 4), bounded in view B."""
     spreads = []
     for steps in (4, 16):
-        mean = lambda t, x: -0.6 * x  # noqa: E731
+        mean = lambda t, x: -0.6 * x
         policy = (
             ctrl.GaussianPolicy(mean, 0.5) if view == "drawn" else ctrl.DeterministicPolicy(mean)
         )
@@ -208,7 +208,7 @@ def test_variance_of_the_return_estimator_grows_with_the_steps_only_for_drawn_ac
         named = pg.DrawnActions() if view == "drawn" else pg.Transitions(ctrl.EulerMaruyama())
 
         def log_prob(shift, mean_std=0.5, paths=paths, named=named, problem=problem):
-            moved = lambda t, x: (shift - 0.6) * x  # noqa: E731
+            moved = lambda t, x: (shift - 0.6) * x
             policy = (
                 ctrl.GaussianPolicy(moved, mean_std)
                 if isinstance(named, pg.DrawnActions)
@@ -288,7 +288,7 @@ def test_multivariate_actions_are_reparametrised_exactly():
     noise = ctrl.noise.gauss_hermite(grid.steps, nodes=4, noise=(2,), action=(2,))
     start = torch.tensor([[0.7, -0.4]], dtype=torch.float64).expand(len(noise.increments), 2)
     paths = ctrl.simulate(problem, policy, start, grid, noise=noise)
-    value = lambda t, x: -x.square().sum(1)  # noqa: E731
+    value = lambda t, x: -x.square().sum(1)
     found = [
         gradient(each, paths, [gain, scale])
         for each in (
@@ -323,7 +323,7 @@ NEW = ctrl.GaussianPolicy(lambda t, x: moving(t, x) + 0.2 * t + 0.1, lambda t: 0
 
 @pytest.fixture
 def few(generator):
-    reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] - a[:, 0].square()  # noqa: E731
+    reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] - a[:, 0].square()
     problem = replace(lq.problem(), running_reward=reward)
     start = torch.linspace(-0.8, 1.1, 5, dtype=torch.float64)[:, None]
     return problem, ctrl.simulate(problem, OLD, start, lq.GRID, generator=generator)

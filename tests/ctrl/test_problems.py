@@ -141,7 +141,7 @@ def test_portfolio_solves_its_equation(sharpe_ratio, volatility, share, temperat
 
 def test_portfolio_is_the_linear_quadratic_problem_without_cost_of_the_action():
     solved = problems.mean_variance_portfolio(**PORTFOLIO, temperature=0.2)
-    m = lambda number: tensor([[number]])  # noqa: E731
+    m = lambda number: tensor([[number]])
     w = solved.multiplier
     lq = linear.LinearQuadratic(
         m(0.0), m(0.21), m(0.0), m(0.0), m(0.0), H=m(2.0), h=tensor([-2 * w]),

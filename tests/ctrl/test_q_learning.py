@@ -52,7 +52,7 @@ def test_gibbs_q_is_normalised_and_consistent(temperature, std, mean):
 
 def test_consistent_q_has_the_mean_that_the_entropy_asks_for():
     policy = ctrl.GaussianPolicy(lambda t, x: -0.6 * x, 0.8)
-    raw = lambda t, x, a: (1.3 * a - 0.7 * a**2 + 5.0 + x * a).squeeze(1)  # noqa: E731
+    raw = lambda t, x, a: (1.3 * a - 0.7 * a**2 + 5.0 + x * a).squeeze(1)
     q = ql.ConsistentQ(raw, policy, 0.2)
     points, weights = np.polynomial.hermite_e.hermegauss(20)
     mean = torch.zeros(3, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_gibbs_policy_of_two_coordinates_and_a_controlled_diffusion():
         lambda t, x, a: (a @ d)[:, None] + 0.3 * x,
         controls_diffusion=True,
     )
-    cost = lambda t, x, a: -0.5 * torch.einsum("pi,ij,pj->p", a, n, a)  # noqa: E731
+    cost = lambda t, x, a: -0.5 * torch.einsum("pi,ij,pj->p", a, n, a)
     problem = ctrl.ControlProblem(sde, 1.0, cost, temperature=0.4)
     policy = ql.gibbs_policy(problem, quadratic_value, 2, X[0])
     curvature = 2 * (0.4 * T - 0.9)
@@ -290,7 +290,7 @@ def timely(t, x):
 
 @pytest.fixture
 def few(generator):
-    reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] - a[:, 0] ** 2  # noqa: E731
+    reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] - a[:, 0] ** 2
     problem = replace(lq.problem(temperature=0.0), running_reward=reward)
     start = torch.linspace(-0.8, 1.1, 5, dtype=torch.float64)[:, None]
     return problem, ctrl.simulate(problem, MOVING, start, lq.GRID, generator=generator)
@@ -316,14 +316,14 @@ def test_losses_are_their_sums_over_steps(few):
     found = ql.martingale_loss(timely, moving, problem, paths)
     torch.testing.assert_close(found, expected, **ROUND_OFF)
     dm = discounted_increments(problem, paths, timely, moving, 0.15)
-    tests = lambda p: torch.cat([p.states[:, :-1], p.actions], 2)  # noqa: E731
+    tests = lambda p: torch.cat([p.states[:, :-1], p.actions], 2)
     found = ql.orthogonality(tests, timely, moving, problem, paths, 0.15)
     expected = (tests(paths) * dm[..., None]).sum(1)
     torch.testing.assert_close(found, expected, **ROUND_OFF)
 
     def loss(theta):
-        scaled = lambda t, x: theta[0] * timely(t, x)  # noqa: E731
-        rate = lambda t, x, a: theta[1] * moving(t, x, a)  # noqa: E731
+        scaled = lambda t, x: theta[0] * timely(t, x)
+        rate = lambda t, x, a: theta[1] * moving(t, x, a)
         return ql.orthogonality_loss(scaled, rate, problem, paths, 0.15)
 
     gradient = torch.func.jacrev(loss)(torch.ones(2, dtype=torch.float64))
@@ -359,7 +359,7 @@ def test_q_of_a_policy_and_of_a_problem_that_move_in_time():
     expected = moving(T, X, a) - (0.3 - 0.58 * 0.64) - 0.7 * entropy
     found = ql.ConsistentQ(moving, MOVING, 0.7)(T, X, a)
     torch.testing.assert_close(found, expected, **ROUND_OFF)
-    reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] * a[:, 0]  # noqa: E731
+    reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] * a[:, 0]
     problem = replace(lq.problem(), running_reward=reward)
     silent = replace(lq.problem(), running_reward=None)
     paid = ql.q_rate(problem, quadratic_value, T, X, a)
@@ -369,7 +369,7 @@ def test_q_of_a_policy_and_of_a_problem_that_move_in_time():
 
 def test_the_rule_of_a_consistent_q_is_exact_below_degree_sixteen_and_one_node_will_do():
     policy = ctrl.GaussianPolicy(lambda t, x: 0 * x, 1.0)
-    even = lambda n: lambda t, x, a: a[:, 0] ** n  # noqa: E731
+    even = lambda n: lambda t, x, a: a[:, 0] ** n
     zero = torch.zeros_like(X)
     for n, moment, exact in ((14, 135135, True), (16, 2027025, False)):
         found = -ql.ConsistentQ(even(n), policy, 0.0)(T, X, zero)
@@ -386,7 +386,7 @@ def test_the_rule_of_a_consistent_q_is_exact_below_degree_sixteen_and_one_node_w
 
 def test_states_may_have_no_axis_beside_the_paths_but_actions_must_fit_them(monkeypatch):
     states = X[:, 0]
-    value = lambda t, x: (0.4 * t - 0.9) * x.square() + 0.3 * x  # noqa: E731
+    value = lambda t, x: (0.4 * t - 0.9) * x.square() + 0.3 * x
     flat = replace(lq.problem(), running_reward=lambda t, x, a: -0.5 * (lq.M * x**2 + lq.N * a**2))
     found = ql.q_rate(flat, value, T, states, 0.4 * states)
     expected = ql.q_rate(lq.problem(), quadratic_value, T, X, 0.4 * X)
@@ -403,10 +403,10 @@ def test_a_hessian_that_depends_on_the_state_is_found_at_any_size(size):
     states = torch.tensor([[0.7, -0.2], [-1.2, 0.5]], dtype=torch.float64)
     mixed = torch.ones(2, 2, dtype=torch.float64)
     sde = ctrl.ControlledSDE(lambda t, x, a: x @ mixed.to(x), lambda t, x: 0.5)
-    flat = lambda t, x: 0 * x[:, 0]  # noqa: E731
+    flat = lambda t, x: 0 * x[:, 0]
 
     def problem(bend):
-        cost = lambda t, x, a: -size * (1 + bend * x[:, 0]) * a.square().sum(1)  # noqa: E731
+        cost = lambda t, x, a: -size * (1 + bend * x[:, 0]) * a.square().sum(1)
         return ctrl.ControlProblem(sde, 1.0, cost, temperature=0.3)
 
     policy = ql.gibbs_policy(problem(0.0), flat, 2, states[0].float())
@@ -417,7 +417,7 @@ def test_a_hessian_that_depends_on_the_state_is_found_at_any_size(size):
     torch.testing.assert_close(scale @ scale.T, variance, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="depends on the state"):
         ql.gibbs_policy(problem(1e-3), flat, 2, states[0]).mean(T, states)
-    quartic = lambda t, x, a: -size * (a.square() + (x[:, :1] > 0) * a**4).sum(1)  # noqa: E731
+    quartic = lambda t, x, a: -size * (a.square() + (x[:, :1] > 0) * a**4).sum(1)
     with pytest.raises(ValueError, match="not quadratic"):
         ql.gibbs_policy(replace(problem(0.0), running_reward=quartic), flat, 2, states[1]).mean(
             T, states

@@ -294,7 +294,7 @@ UNIT = st.floats(-1, 1)
 def test_discounted_scalar_problem_is_the_published_one(A, B, C, D, R, P, L, rho):
     M, N, lam = 1.5, 0.8, 0.3
     expected = scalar_formulas(A, B, C, D, M, N, R, P, L, rho, lam)
-    m = lambda number: tensor([[number]])  # noqa: E731
+    m = lambda number: tensor([[number]])
     lq = LinearQuadratic(
         m(A), m(B), m(0.0), m(M), m(N), m(R), tensor([P]), tensor([L]),
         C=tensor([[[C]]]), D=tensor([[[D]]]), discount=rho, temperature=lam,

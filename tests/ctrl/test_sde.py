@@ -133,7 +133,7 @@ def test_conversion_adds_half_of_the_noise_drift(noise):
     g = torch.Generator().manual_seed(3)
     x, a = (torch.randn(4, 2, dtype=torch.float64, generator=g) for _ in range(2))
     mix = torch.randn(2, 2, 3, dtype=torch.float64, generator=g)
-    own = lambda t, x, *a: 0.3 + 0.2 * x.square() + t * x  # noqa: E731
+    own = lambda t, x, *a: 0.3 + 0.2 * x.square() + t * x
     diffusion, kind, motions, controlled = {
         "diagonal": (own, "diagonal", None, False),
         "scalar": (lambda t, x: x.flip(1) * x, "scalar", None, False),

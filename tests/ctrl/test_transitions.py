@@ -150,7 +150,7 @@ def test_policies_are_given_the_time_in_the_states_precision():
     half = ctrl.Paths(paths.states.float(), None, None, GRID)
     transitions.log_prob(model(True), EULER, policy, half)
     girsanov.path_kl(model(True), policy, REFERENCE, half)
-    value = lambda t, x: seen.append(t.dtype) or x.sum(1)  # noqa: E731
+    value = lambda t, x: seen.append(t.dtype) or x.sum(1)
     problem = ctrl.ControlProblem(model(True), 1.0)
     ctrl.policy_gradient.Transitions(EULER).advantages(problem, policy, value, half)
     acted = ctrl.Paths(half.states, half.states[:, :-1], None, GRID)
