@@ -65,14 +65,17 @@ class _DDPO(PathObjective):
     advantage_clip: float = 5.0  # in standard deviations of the reward
     min_count: int = 2  # prompts with fewer paths are standardised by the whole roll-out
 
-    needs_reference: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         require_positive(learning_rate=self.learning_rate, advantage_clip=self.advantage_clip)
         if self.min_count < 2:
             raise ValueError(
                 f"min_count must be at least 2, as one reward has no spread, got {self.min_count}"
             )
+
+    @property
+    def needs_reference(self) -> bool:
+        """No: no KL is charged."""
+        return False
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
         """The standardised, clipped reward, the same at every step."""

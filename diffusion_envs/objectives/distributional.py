@@ -34,7 +34,7 @@ Sources      [K] Kawata et al. 2025, direct distributional optimisation, arXiv 2
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -97,6 +97,8 @@ class DistributionalOptimisation(NoisedObjective):
     first_variation: FirstVariation = mean_reward  # of the utility
     rounds: int = 100  # of dual averaging; where U is linear, one does
 
+    needs_old: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         require_positive(kl_weight=self.kl_weight, learning_rate=self.learning_rate)
         require_count(draws=self.draws, rounds=self.rounds)
@@ -105,6 +107,11 @@ class DistributionalOptimisation(NoisedObjective):
                 f"first_variation must be (rewards, weights) -> values, got "
                 f"{self.first_variation!r}"
             )
+
+    @property
+    def needs_reference(self) -> bool:
+        """No: what keeps the model near are the pretrained model's samples."""
+        return False
 
     def old_decay(self, update: int) -> float:
         """One: data are always the pretrained model's."""

@@ -81,6 +81,11 @@ class DiffusionNFT(NoisedObjective):
         if not 0 <= self.most_old_decay < 1:
             raise ValueError(f"most_old_decay must be in [0, 1), got {self.most_old_decay}")
 
+    @property
+    def needs_reference(self) -> bool:
+        """If straying from the pretrained velocity is charged."""
+        return self.velocity_weight > 0
+
     def old_decay(self, update: int) -> float:
         """min(rate * update, most): on-policy at first, then ever slower."""
         return min(self.old_decay_rate * update, self.most_old_decay)
@@ -98,6 +103,7 @@ class DiffusionNFT(NoisedObjective):
 
     def loss(self, rows: NoisedRows) -> Float[Tensor, " rows"]:
         """c [r w+ |x+ - x_0|^2 + (1 - r) w- |x- - x_0|^2] / beta + weight |v - v_ref|^2."""
+        assert rows.old_mean is not None  # needs_old
         shape = (-1, *[1] * (rows.state.ndim - 1))
         levels = rows.alpha.view(shape), rows.sigma.view(shape)
         new = tweedie_mean(rows.state, rows.mean, *levels)
@@ -107,10 +113,13 @@ class DiffusionNFT(NoisedObjective):
         r = optimality(rows.advantage, self.advantage_clip)
         pulled = r * self._error(positive, rows.data)
         pushed = (1 - r) * self._error(negative, rows.data)
+        gain = self.advantage_clip * (pulled + pushed) / self.beta
+        if not self.needs_reference:
+            return gain
+        assert rows.reference_score is not None  # needs_reference
         velocity = v_from_score(rows.state, rows.mean, *levels)
         reference = v_from_score(rows.state, rows.reference_score, *levels)
         strayed = (velocity - reference).square().flatten(1).mean(1)
-        gain = self.advantage_clip * (pulled + pushed) / self.beta
         return gain + self.velocity_weight * strayed
 
     def _error(

@@ -84,12 +84,12 @@ class Rows:
 class NoisedRows:
     """Data that a policy made, noised anew: state = alpha data + sigma noise.
 
-    Only ``mean`` carries a gradient.
+    Only ``mean`` carries a gradient. Scores that the objective does not need are None.
     """
 
     mean: Float[Tensor, " rows *event"]  # current score at the noised state
-    old_mean: Float[Tensor, " rows *event"]  # of the policy that made the data
-    reference_score: Float[Tensor, " rows *event"]
+    old_mean: Float[Tensor, " rows *event"] | None  # of the policy that made the data
+    reference_score: Float[Tensor, " rows *event"] | None  # pretrained
     state: Float[Tensor, " rows *event"]
     data: Float[Tensor, " rows *event"]
     noise: Float[Tensor, " rows *event"]
@@ -132,9 +132,12 @@ class Objective:
     needs_reward_gradient: ClassVar[bool] = False
     needs_preferences: ClassVar[bool] = False
     needs_value: ClassVar[bool] = False
-    # whether the pretrained scores enter the method, or are only there to report the path KL
-    needs_reference: ClassVar[bool] = True
     needs_fresh_rollouts: ClassVar[bool] = False  # one optimiser step, then sample anew
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether pretrained scores enter the loss, or are only there to report the path KL."""
+        return True
 
     @property
     def group(self) -> int:
@@ -234,6 +237,8 @@ class NoisedObjective(Objective, ABC):
     """Learns from data that the model made with any sampler, noised anew."""
 
     draws: int = 4  # noised states of each sample, at noise levels of their own
+
+    needs_old: ClassVar[bool] = True  # the scores of the policy that sampled enter the loss
 
     @property
     def needs_bridge(self) -> bool:

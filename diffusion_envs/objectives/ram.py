@@ -42,6 +42,7 @@ Sources      [RAM] Bergmeister et al. 2026, reinforce adjoint matching, arXiv 26
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -128,6 +129,8 @@ class ReinforceAdjointMatching(NoisedObjective):
     kl_weight: float = 0.01  # reward per nat of path KL from the pretrained model
     path_cost: bool = False  # restore what the published target drops
 
+    needs_old: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         require_positive(kl_weight=self.kl_weight, learning_rate=self.learning_rate)
         require_count(draws=self.draws)
@@ -143,6 +146,7 @@ class ReinforceAdjointMatching(NoisedObjective):
 
     def loss(self, rows: NoisedRows) -> Float[Tensor, " rows"]:
         """|epsilon_th - target|^2, summed over coordinates."""
+        assert rows.reference_score is not None  # needs_reference
         shape = (-1, *[1] * (rows.state.ndim - 1))
         sigma = rows.sigma.view(shape)
         score = rows.mean.detach()

@@ -156,7 +156,6 @@ class ScoreAsActionReleased(PathObjective):
     learning_rate: float = 5e-5
 
     needs_value: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_positive(
@@ -164,6 +163,11 @@ class ScoreAsActionReleased(PathObjective):
             advantage_clip=self.advantage_clip,
             learning_rate=self.learning_rate,
         )
+
+    @property
+    def needs_reference(self) -> bool:
+        """No: no KL is charged."""
+        return False
 
     @property
     def denoised_rewards(self) -> bool:

@@ -66,7 +66,6 @@ class TDPO(PathObjective):
     clip: float = 1.64  # trusted |log-ratio| of a step, nats: 1e-4 a pixel of 4 x 64 x 64
     clip_per_pixel: float | None = None  # the published convention: times the coordinates
 
-    needs_reference: ClassVar[bool] = False
     needs_value: ClassVar[bool] = True
     value_sees_denoised: ClassVar[bool] = True
 
@@ -74,6 +73,11 @@ class TDPO(PathObjective):
         require_positive(learning_rate=self.learning_rate, clip=self.clip)
         if self.clip_per_pixel is not None:
             require_positive(clip_per_pixel=self.clip_per_pixel)
+
+    @property
+    def needs_reference(self) -> bool:
+        """No: no KL is charged."""
+        return False
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
         """r - V at the left of every step, standardised over paths and steps."""

@@ -165,7 +165,9 @@ class NoisedData:
         rollout: to learn from.
         advantages: of every sample.
         generator: draws noise levels and noise.
-        old: a context within which the environment's score is that of the policy that sampled.
+        old: a context within which the environment's score is that of the policy that sampled;
+            None if that is the current one and all of the roll-out is gone through before the
+            weights move: what a row's score is when it is first asked for is then the old one.
         batch: rows that go through the network at once.
     """
 
@@ -176,7 +178,7 @@ class NoisedData:
         rollout: Rollout,
         advantages: Float[Tensor, " paths"],
         generator: Generator,
-        old: Callable[[], Any],
+        old: Callable[[], Any] | None,
         *,
         batch: int,
     ) -> None:
@@ -190,11 +192,19 @@ class NoisedData:
         self.noise = torch.randn(*shape, *data.shape[1:], generator=generator).to(data)
         everything = torch.cartesian_prod(torch.arange(len(data)), torch.arange(shape[1]))
         self.bridge: tuple[Tensor, Tensor] | None = None  # cost and score, for every draw
+        self.old_mean: Tensor | None = None
+        self.reference: Tensor | None = None
+        self._old_known = torch.full(shape, old is not None)
+        self._gaps: list[Tensor] = []
         with torch.no_grad():
-            with old():
-                self.old_mean = self._scores(everything)
-            with environment.score.pretrained():
-                self.reference = self._scores(everything)
+            if objective.needs_old and old is None:
+                self.old_mean = torch.zeros_like(self.noise)
+            elif objective.needs_old and old is not None:
+                with old():
+                    self.old_mean = self._scores(everything)
+            if objective.needs_reference:
+                with environment.score.pretrained():
+                    self.reference = self._scores(everything)
             if objective.needs_bridge:
                 self.bridge = self._bridge(everything, log_abar, generator)
 
@@ -259,7 +269,11 @@ class NoisedData:
         path = (groups[:, None] * size + torch.arange(size)).flatten()
         which = torch.cartesian_prod(path, torch.arange(draws))
         for piece in which.split(self.batch):
-            yield self.objective.loss(self.rows(piece)).sum() / len(which)
+            rows = self.rows(piece)
+            yield self.objective.loss(rows).sum() / len(which)
+            if rows.reference_score is not None:
+                gap = (rows.mean.detach() - rows.reference_score).square().flatten(1).mean(1)
+                self._gaps.append(rows.sigma.square() * gap)
 
     def rows(self, which: Int64[Tensor, "rows 2"]) -> NoisedRows:
         """(path, draw) pairs as rows, with the current policy's score."""
@@ -270,8 +284,8 @@ class NoisedData:
         cost, score = self.bridge or (None, None)
         return NoisedRows(
             mean=mean,
-            old_mean=self.old_mean[path, draw],
-            reference_score=self.reference[path, draw],
+            old_mean=self._old(path, draw, mean.detach()),
+            reference_score=None if self.reference is None else self.reference[path, draw],
             state=states,
             data=self.rollout.states[path, -1],
             noise=self.noise[path, draw],
@@ -283,11 +297,22 @@ class NoisedData:
             bridge_score=None if score is None else score[path, draw],
         )
 
+    def _old(self, path: Tensor, draw: Tensor, current: Tensor) -> Tensor | None:
+        """Scores of the policy that sampled: the current ones, while the weights did not move."""
+        if self.old_mean is None:
+            return None
+        unknown = ~self._old_known[path, draw]
+        if bool(unknown.any()):
+            self.old_mean[path[unknown], draw[unknown]] = current[unknown]
+            self._old_known[path, draw] = True
+        return self.old_mean[path, draw]
+
     def numbers(self) -> dict[str, float]:
-        """Mean squared epsilon away from the pretrained model, and what the objective tells."""
-        _, sigma = self._levels(self.timestep)
-        gap = (self.old_mean - self.reference).square().flatten(2).mean(2)
-        found = {"epsilon_gap": (sigma.square() * gap).mean().item()}
+        """What the objective tells; and mean squared epsilon away from the pretrained model.
+
+        The latter as the losses saw it, where they need the pretrained model: it costs nothing.
+        """
+        found = {"epsilon_gap": torch.cat(self._gaps).mean().item()} if self._gaps else {}
         return found | self.objective.numbers(self.advantages)
 
 

@@ -296,6 +296,8 @@ class Trainer:
         group = self.objective.group
         condition = torch.tensor([i // group % len(environment.prompts) for i in indices])
         objective = self.objective
+        # the others look at the pretrained model elsewhere, or not at all
+        compared = isinstance(objective, PathObjective) and objective.needs_reference
         on_paths = isinstance(objective, PathObjective) and objective.needs_value
         sample = environment.sample(
             objective.policy,
@@ -305,7 +307,7 @@ class Trainer:
             denoised=on_paths and objective.denoised_rewards,
             group=group,
             shared_start=objective.shared_start,
-            count_reference=objective.needs_reference,
+            count_reference=compared or self.target_kl is not None,
         )
         rollout, added = sample.rollout, dict[str, Tensor]()
         if on_paths:
@@ -336,13 +338,14 @@ class Trainer:
             )
         if isinstance(objective, NoisedObjective):
             generator = self._generator("noise")
+            moves = schedule.minibatches > 1 or objective.old_decay(self.update) > 0
             return NoisedData(
                 environment,
                 objective,
                 rollout,
                 self._advantages(rollout),
                 generator,
-                self._sampling_policy,
+                self._sampling_policy if moves else None,
                 batch=schedule.batch,
             )
         assert isinstance(objective, BackpropObjective)
