@@ -1,19 +1,19 @@
 """Noise-predicting networks as policies: the score is the action.
 
 A UNet predicts epsilon, x0 or v of a noised state; classifier-free guidance combines its
-conditional and
-unconditional predictions; the result, as a score, is the mean of a policy. The pretrained model is
-the same
-network with its adapter switched off, so no second copy is held.
+conditional and unconditional predictions; the result, as a score, is the mean of a policy. The
+pretrained model is the same network with its adapter switched off, so no second copy is held.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
 
@@ -97,16 +97,43 @@ class GuidedScore:
         with torch.autocast(states.device.type, self.precision, enabled=reduced):
             return self.unet(states, timesteps, encoder_hidden_states=context).sample.float()
 
-    @contextmanager
-    def pretrained(self) -> Iterator[None]:
+    def recompute_activations(self) -> None:
+        """Keep no activations for the gradient but compute them again: less memory, more time.
+
+        A block is computed again with the adapter as it was. Under diffusers' own
+        ``enable_gradient_checkpointing()`` the adapter is as it happens to be when the gradient
+        comes by, so that torch refuses gradients that pass through the pretrained model.
+        """
+
+        def call(block: nn.Module, *inputs: Any) -> Any:
+            off = self._adapter_off
+
+            def as_now(*inputs: Any) -> Any:
+                with self._switched(off):
+                    return block(*inputs)
+
+            return checkpoint(as_now, *inputs, use_reentrant=False)
+
+        self.unet.enable_gradient_checkpointing(call)
+
+    def pretrained(self) -> AbstractContextManager[None]:
         """Within this context the adapter is off: the score is the pretrained model's."""
-        if self._adapter_off:
-            yield
-            return
-        self.unet.disable_adapters()
-        self._adapter_off = True
+        return self._switched(off=True)
+
+    @contextmanager
+    def _switched(self, off: bool) -> Iterator[None]:
+        before = self._adapter_off
+        self._switch(off)
         try:
             yield
         finally:
+            self._switch(before)
+
+    def _switch(self, off: bool) -> None:
+        if off == self._adapter_off:
+            return
+        if off:
+            self.unet.disable_adapters()
+        else:
             self.unet.enable_adapters()
-            self._adapter_off = False
+        self._adapter_off = off

@@ -279,7 +279,10 @@ class BackpropObjective(Objective, ABC):
     def loss(
         self, rewards: Float[Tensor, " paths"], path_kl: Float[Tensor, " paths"]
     ) -> Float[Tensor, " paths"]:
-        """Of each path; both arguments carry gradients (the KL of the differentiated steps)."""
+        """Of each path; both arguments carry gradients.
+
+        The KL is that of the differentiated steps; 0 if it is not charged (``needs_reference``).
+        """
 
 
 # -- pieces of many losses -----------------------------------------------------------------------

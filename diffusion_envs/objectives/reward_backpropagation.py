@@ -58,6 +58,11 @@ class ReFL(BackpropObjective):
             raise ValueError(f"enough must be a number, got {self.enough}")
         require_positive(scale=self.scale, learning_rate=self.learning_rate)
 
+    @property
+    def needs_reference(self) -> bool:
+        """No: no KL is charged."""
+        return False
+
     def cut(self, steps: int, generator: Generator) -> tuple[int, int]:
         """One step; the denoised image is looked at, or the finished one after the last step."""
         least = int(self.earliest * steps)
@@ -83,6 +88,11 @@ class DRaFT(BackpropObjective):
             raise ValueError(f"last must be at least 1, got {self.last}")
         require_not_negative(kl_weight=self.kl_weight)
         require_positive(learning_rate=self.learning_rate)
+
+    @property
+    def needs_reference(self) -> bool:
+        """If a KL is charged."""
+        return self.kl_weight > 0
 
     def cut(self, steps: int, generator: Generator) -> tuple[int, int]:
         """The last ``last`` steps."""
@@ -112,6 +122,11 @@ class AlignProp(BackpropObjective):
             raise ValueError(f"target must be finite, got {self.target}")
         require_not_negative(spread=self.spread, kl_weight=self.kl_weight)
         require_positive(scale=self.scale, learning_rate=self.learning_rate)
+
+    @property
+    def needs_reference(self) -> bool:
+        """If a KL is charged."""
+        return self.kl_weight > 0
 
     def cut(self, steps: int, generator: Generator) -> tuple[int, int]:
         """A normally distributed place, rounded, that leaves at least one step."""

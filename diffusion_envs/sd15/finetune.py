@@ -15,6 +15,7 @@ from ctrl import Estimate
 from diffusion_envs import rewards, samplers
 from diffusion_envs.objectives import NoisedObjective, Objective, ScoreAsAction
 from diffusion_envs.preferences import Preference
+from diffusion_envs.score import GuidedScore
 from diffusion_envs.sd15 import pipeline
 from diffusion_envs.sd15.build import ATTENTION, Model, build
 from diffusion_envs.training import checkpoint, control, parallel
@@ -163,7 +164,8 @@ def finetune(
         seed=seed,
     )
     if gradient_checkpointing:
-        built.pipe.unet.enable_gradient_checkpointing()
+        assert isinstance(built.environment.score, GuidedScore)
+        built.environment.score.recompute_activations()
     trainer = Trainer(
         built.environment,
         objective,

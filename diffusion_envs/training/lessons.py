@@ -349,7 +349,7 @@ class LastSteps:
             yield self.objective.loss(rewards, nats).sum() / len(paths)
 
     def _finish(self, paths: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Reward and path KL of steps ``first`` to ``last``, differentiable."""
+        """Reward and path KL of steps ``first`` to ``last``, differentiable; no KL, no nats."""
         environment, rollout = self.environment, self.rollout
         sampler, condition = environment.sampler, rollout.condition[paths]
         context = environment.context[condition].to(environment.device)
@@ -362,12 +362,14 @@ class LastSteps:
                 alpha, sigma = (v[k].to(states) for v in (sampler.alpha, sampler.sigma))
                 states = tweedie_mean(states, score, alpha, sigma)
                 break
-            with environment.score.pretrained():
-                reference = environment.score(states, timestep, context)
-            width = sampler.integrated_g2[k : k + 1].to(states)
-            nats = nats + path_kl_per_step(
-                score[:, None], reference[:, None], width, factor=sampler.kl_factor
-            ).sum(1)
+            if self.objective.needs_reference:
+                # with its gradient: the state is that of this policy, and the KL moves with it
+                with environment.score.pretrained():
+                    reference = environment.score(states, timestep, context)
+                width = sampler.integrated_g2[k : k + 1].to(states)
+                nats = nats + path_kl_per_step(
+                    score[:, None], reference[:, None], width, factor=sampler.kl_factor
+                ).sum(1)
             gains = (v[k].to(states) for v in (sampler.state_gain, sampler.score_gain, sampler.std))
             state_gain, score_gain, std = gains
             states = state_gain * states + score_gain * score + std * rollout.noises[paths, k]

@@ -141,6 +141,12 @@ class Trainer:
                 "target_kl needs a path KL to steer by, and this sampler has none: an ODE's is "
                 "infinite, a black box's not known; use DDIM(eta > 0), or set kl_weight"
             )
+        charged = isinstance(objective, BackpropObjective) and objective.needs_reference
+        if charged and on_grid is not None and on_grid.eta == 0:
+            raise ValueError(
+                f"{type(objective).__name__} charges a path KL, and an ODE's is infinite: use "
+                "DDIM(eta > 0), or kl_weight=0"
+            )
         steps = environment.sampler.steps
         if schedule.train_steps is not None and schedule.train_steps > steps:
             raise ValueError(

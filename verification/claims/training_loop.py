@@ -142,7 +142,7 @@ LOSSES = "diffusion_envs.training.lessons.PathSteps.losses"
 IMPROVE = "diffusion_envs.training.loop.Trainer._improve_adapter"
 LOSS = "diffusion_envs.objectives.score_as_action.ScoreAsAction.loss"
 SAMPLE = "diffusion_envs.training.environment.Environment.sample"
-PRETRAINED = "diffusion_envs.score.GuidedScore.pretrained"
+PRETRAINED = "diffusion_envs.score.GuidedScore._switch"
 KL_RATE = "diffusion_envs.objectives.protocol.path_kl_rate"
 
 

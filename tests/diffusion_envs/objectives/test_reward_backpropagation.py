@@ -8,17 +8,25 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from diffusion_envs import linear_policy, rewards, sd15
+from diffusion_envs.exact.problems import table
 from diffusion_envs.exact.rewards import QuadraticReward
 from diffusion_envs.gaussian import Affine, Quadratic, score_coefficients
 from diffusion_envs.objectives import AlignProp, BackpropObjective, DRaFT, ReFL
 from diffusion_envs.samplers import DDIM, BoundDDIM
+from diffusion_envs.score import GuidedScore
 from diffusion_envs.sd15.build import ATTENTION, build
 from diffusion_envs.training.environment import Environment
 from diffusion_envs.training.lessons import LastSteps
-from diffusion_envs.training.loop import Schedule
-from tests.diffusion_envs.objectives.small_runs import assert_runs_and_resumes
+from diffusion_envs.training.loop import Schedule, Trainer
+from tests.diffusion_envs.objectives.small_runs import (
+    PROBLEM,
+    assert_runs_and_resumes,
+    numbers,
+    trainer,
+)
 from tests.diffusion_envs.test_two_views import (
     DATA,
     GAIN,
@@ -33,6 +41,7 @@ from tests.diffusion_envs.test_two_views import (
     relative_gap,
     roll_out,
 )
+from verification.claims.training_loop import Process
 
 SD15 = TABLES["sd15"]
 
@@ -276,6 +285,93 @@ def test_rewards_of_decoded_images_have_the_gradient_that_finite_differences_see
 
     seen = (at(size) - at(-size)) / (2 * size)
     torch.testing.assert_close(seen, slope.flatten(1).norm(dim=1), rtol=0.05, atol=1e-3)
+
+
+def tiny_gradient(objective: BackpropObjective, recompute: str) -> tuple[Tensor, int]:
+    """Of the tiny network's adapter, away from its start; and the network calls that it took."""
+    built = build(
+        model="tiny",
+        reward=rewards.PromptAlignment("reward"),
+        prompts=["a photo of a cat"],
+        sampler=DDIM(1.0),
+        steps=3,
+        guidance=2.0,
+        batch=8,
+        lora_rank=2,
+        lora_targets=ATTENTION,
+        precision="float32",
+        resolution=None,
+        device=torch.device("cpu"),
+        seed=0,
+    )
+    with torch.no_grad():
+        for parameter in built.parameters:
+            parameter.fill_(0.05)
+    environment, none = built.environment, torch.zeros(2, dtype=torch.int64)
+    rollout = environment.sample(objective.policy, range(2), none, stream="train").rollout
+    score = environment.score
+    assert isinstance(score, GuidedScore)
+    if recompute == "ours":
+        score.recompute_activations()
+    elif recompute == "diffusers":
+        built.pipe.unet.enable_gradient_checkpointing()
+    score.calls = 0
+    lesson = LastSteps(environment, objective, rollout, batch=2)
+    for loss in lesson.losses(torch.arange(2), torch.Generator()):
+        loss.backward()
+    gradients = [p.grad for p in built.parameters]
+    return torch.cat([g.flatten() for g in gradients if g is not None]), score.calls
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kl_weight", [0.0, 3.0])
+def test_recomputed_activations_give_the_same_gradient(kl_weight):
+    """Of a KL too, whose pretrained scores are computed again with the adapter off."""
+    objective = DRaFT(last=3, kl_weight=kl_weight)
+    kept, calls = tiny_gradient(objective, "none")
+    again, calls_again = tiny_gradient(objective, "ours")
+    assert len(kept) == len(again)
+    torch.testing.assert_close(again, kept, rtol=1e-5, atol=1e-6 * kept.abs().max().item())
+    scored = 3 * 2 * 2  # steps, paths, guidance branches
+    assert calls == calls_again == (2 if kl_weight else 1) * scored
+
+
+@pytest.mark.filterwarnings("default")
+def test_diffusers_own_recomputation_would_not_do():
+    """It finds the adapter switched on where it was off: other activations than were kept."""
+    with pytest.raises(CheckpointError, match="Recomputed values|number of tensors"):
+        tiny_gradient(DRaFT(last=3, kl_weight=3.0), "diffusers")
+
+
+CALLS = {
+    "refl": (ReFL(), 1),
+    "draft": (DRaFT(last=2), 2),
+    "draft with a KL": (DRaFT(last=2, kl_weight=0.1), 4),
+    "align": (AlignProp(place=0.5, spread=0.0), 2),
+    "align with a KL": (AlignProp(place=0.5, spread=0.0, kl_weight=0.1), 4),
+}
+
+
+@pytest.mark.parametrize(("objective", "passes"), CALLS.values(), ids=CALLS)
+def test_pretrained_scores_are_computed_where_a_kl_is_charged(objective, passes):
+    """Network calls of an update of 12 paths of 4 steps; the log's path KL is counted apart."""
+    run = trainer(objective)
+    log = numbers(run, 2)
+    assert [line["network_calls"] for line in log] == [12 * (4 + passes), 24 * (4 + passes)]
+    assert run.environment.monitoring_calls == 2 * 12 * 4
+
+
+def test_an_ode_can_be_differentiated_where_no_kl_is_charged():
+    def run(objective: BackpropObjective) -> Trainer:
+        environment, parameters = PROBLEM.environment(DDIM(0.0).bind(table(), 4), seed=5)
+        schedule = Schedule(samples=12)
+        return Trainer(environment, objective, schedule, parameters, accelerator=Process())
+
+    (line,) = run(DRaFT(last=3)).updates(1)
+    assert line["gradient_norm"] > 0
+    assert "path_kl" not in line
+    with pytest.raises(ValueError, match="DRaFT charges a path KL, and an ODE's is infinite"):
+        run(DRaFT(last=3, kl_weight=0.1))
 
 
 TINY = {
