@@ -3,8 +3,9 @@
 On problems whose optimum is known exactly (``diffusion_envs.exact``) every method starts from the
 same pretrained model and gets the same sampler, adapter, optimiser and number of reward queries.
 Its learning rate falls linearly to 0 with the queries that are spent; where it begins is chosen by
-a sweep on seeds of its own, then the method is run on the seeds that are reported. What is reported
-is exact, not sampled: the policy is judged on the sampler's own chain,
+a sweep on seeds of its own, which widens until its best lies inside; then the method is run on the
+seeds that are reported. What is reported is exact, not sampled: the policy is judged on the
+sampler's own chain,
 
     share    (J - J_pretrained) / (J_optimum - J_pretrained),  J = E[reward] - kl_weight path KL
     KL       of the generated law from the optimum's, nats
@@ -13,14 +14,14 @@ at the end, and at the best moment of the run (what a perfect stop rule would ha
 counted in reward queries, network calls and seconds.
 
     python -m benchmarks.leaderboard --problem gaussian
-    python -m benchmarks.leaderboard --problem mixture --methods score-as-action ddpo-is
-    python -m benchmarks.leaderboard --problem tiny --calls 40000 --samples 40 --steps 10
+    python -m benchmarks.leaderboard --problem mixture --methods score-as-action ddpo
+    python -m benchmarks.leaderboard --problem tiny --queries 1200 --samples 40 --steps 10
 
 The tiny image model has no known optimum: there ``share`` is the gain in J itself, from 100
 held-out samples with the same seeds as the pretrained model's.
 
-Runs are appended to a JSON-lines file and not repeated; the table, CSV and pictures are made anew
-from all of it.
+Runs are appended to a JSON-lines file in ``runs`` and not repeated; the table, CSV and pictures are
+made anew from all of it.
 """
 
 import csv
@@ -28,136 +29,23 @@ import dataclasses
 import json
 import math
 import statistics
-import time
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
-from accelerate import Accelerator
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from diffusion_envs import objectives as o
-from diffusion_envs import rewards
-from diffusion_envs.exact import GaussianProblem, MixtureProblem, Outcome, Problem, table
-from diffusion_envs.samplers import DDIM, BoundDDIM
-from diffusion_envs.sd15.__main__ import CLASS_PROMPTS
-from diffusion_envs.sd15.build import ATTENTION, build
-from diffusion_envs.training.evaluation import evaluate
-from diffusion_envs.training.loop import NonFiniteError, Schedule, Trainer
+from benchmarks.contenders import PROBLEMS, Budget, Entry, methods, run
 from diffusion_envs.training.run_folder import versions
 
 DOCS = Path(__file__).parent.parent / "docs"
-
-
-@dataclass
-class TinyProblem:
-    """The embedded image model and the reward of its demonstration; judged on held-out seeds."""
-
-    kl_weight: float = 0.01
-    samples: int = 100
-    _environment: Any = None
-
-    def environment(self, sampler: BoundDDIM, seed: int) -> Any:
-        """A fresh adapter on the embedded model."""
-        built = build(
-            model="tiny",
-            reward=rewards.PromptAlignment("reward"),
-            prompts=CLASS_PROMPTS,
-            sampler=DDIM(sampler.eta),
-            steps=sampler.steps,
-            guidance=1.0,
-            batch=64,
-            lora_rank=8,
-            lora_targets=ATTENTION,
-            precision="float32",
-            resolution=None,
-            device=torch.device("cpu"),
-            seed=seed,
-        )
-        self._environment = built.environment
-        return built.environment, built.parameters
-
-    def evaluate(self, score: Any, sampler: BoundDDIM) -> Outcome:
-        """Means over held-out samples."""
-        found = evaluate(self._environment, self.samples, batch=50)
-        reward, nats = float(found.rewards.mean()), float(found.path_kl.mean())
-        return Outcome(reward, nats, reward - self.kl_weight * nats, math.nan)
-
-    def optimum(self, sampler: BoundDDIM) -> Outcome:
-        """Unknown: one unit of J above the pretrained model, so that shares are gains."""
-        with self._environment.score.pretrained():
-            start = self.evaluate(None, sampler)
-        return dataclasses.replace(start, objective=start.objective + 1)
-
-
-PROBLEMS: dict[str, Any] = {
-    "gaussian": GaussianProblem,
-    "mixture": MixtureProblem,
-    "tiny": TinyProblem,
-}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A method as it takes part.
-
-    Attributes:
-        objective: kl_weight -> the objective; where it has no KL term, that is part of the method.
-        schedule: what differs from the common schedule.
-        aims: whether it should reach the KL-regularised optimum.
-    """
-
-    objective: Any
-    schedule: tuple[tuple[str, Any], ...] = ()
-    aims: bool = True
-
-
-def methods() -> dict[str, Entry]:
-    """Every method, with the settings that do not follow from the problem."""
-    return {
-        # continuous time
-        "score-as-action": Entry(lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0, denoised=False)),
-        "score-as-action (r(x0) in V)": Entry(
-            lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0, denoised=True)
-        ),
-        "score-as-action (drawn)": Entry(
-            lambda b: o.ScoreAsActionSampled(kl_weight=b, clip=1.0, denoised=False)
-        ),
-        "score-as-action (released)": Entry(
-            lambda b: o.ScoreAsActionReleased(clip_per_pixel=0.1), aims=False
-        ),
-        # policy gradients in discrete time
-        "ddpo": Entry(lambda b: o.DDPO(), aims=False),
-        "ddpo-sf": Entry(lambda b: o.DDPOScoreFunction(), aims=False),
-        "dpok": Entry(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b), aims=False),
-        "dpok (exact KL)": Entry(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, exact_kl=True)),
-        "grpo": Entry(lambda b: o.GRPO(kl_weight=b), aims=False),  # in units of the reward's spread
-        "tdpo": Entry(lambda b: o.TDPO(), aims=False),
-        "tdpo-r": Entry(lambda b: o.TDPOReset(), aims=False),
-        # preferences
-        "d3po": Entry(lambda b: o.D3PO(), aims=False),
-        "dense-reward": Entry(lambda b: o.DenseReward(members=4), aims=False),
-        # the reward's derivative
-        "refl": Entry(lambda b: o.ReFL(enough=10.0, scale=1.0), aims=False),
-        "draft-1": Entry(lambda b: o.DRaFT(last=1), aims=False),
-        "draft (all steps, KL)": Entry(lambda b: o.DRaFT(last=1000, kl_weight=b)),
-        "align-prop": Entry(lambda b: o.AlignProp(target=3.0, scale=1.0), aims=False),
-        "adjoint-matching": Entry(lambda b: o.AdjointMatching(kl_weight=b), aims=False),  # chain KL
-        "adjoint-matching (path KL)": Entry(lambda b: o.AdjointMatching(kl_weight=b, path_kl=True)),
-        # a value's derivative
-        "dxmi": Entry(lambda b: o.DxMI(), aims=False),
-        "dxmi-continuous": Entry(lambda b: o.ContinuousDxMI(), aims=False),
-        # data
-        "nft": Entry(lambda b: o.DiffusionNFT(), aims=False),
-        "ram": Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b), aims=False),
-        "distributional": Entry(lambda b: o.DistributionalOptimisation(kl_weight=b)),
-        "ram (path cost)": Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b, path_cost=True)),
-    }
+RATES = tuple(m * 10.0**k for k in range(-6, 1) for m in (1, 3))  # that a sweep may come to
 
 
 @dataclass(frozen=True)
@@ -175,7 +63,8 @@ class Options:
         steps: of the sampler.
         seeds: that are reported.
         sweep_seeds: of the learning rates' sweep.
-        learning_rates: of the sweep.
+        learning_rates: that the sweep begins with; from 1, 3, 10, 30, ...
+        runs: folder of the single runs.
         output: folder of the results.
     """
 
@@ -188,74 +77,14 @@ class Options:
     steps: int = 20
     seeds: int = 5
     sweep_seeds: int = 2
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    runs: Path = Path("runs") / "leaderboard"
     output: Path = DOCS
 
-
-def run(name: str, entry: Entry, problem: Problem, options: Options, rate: float, seed: int) -> Any:
-    """One run: the curve of exact outcomes, and what it cost.
-
-    A run that diverges (a gradient that is not finite) ends there; its last outcome stands.
-    """
-    sampler = DDIM(eta=1.0).bind(table(), options.steps)
-    environment, parameters = problem.environment(sampler, seed)
-    sampler = environment.sampler
-    assert isinstance(sampler, BoundDDIM)
-    batch = 64 if options.problem == "tiny" else 1_000_000
-    schedule = Schedule(
-        samples=options.samples, batch=batch, weight_decay=0.0, **dict(entry.schedule)
-    )
-    objective = dataclasses.replace(entry.objective(problem.kl_weight), learning_rate=rate)
-    trainer = Trainer(
-        environment, objective, schedule, parameters, accelerator=Accelerator(cpu=True)
-    )
-    score: Any = environment.score
-    best, start = problem.optimum(sampler), problem.evaluate(score, sampler)
-    gap = best.objective - start.objective
-    curve: list[dict[str, float]] = []
-    began, judged = time.perf_counter(), 0.0
-    while (left := _left(environment, options)) > 0:
-        for group in trainer.optimiser.param_groups:
-            group["lr"] = rate * left
-        try:
-            trainer.step()
-        except NonFiniteError:
-            break
-        now = time.perf_counter()
-        if trainer.update % options.every == 0 or _left(environment, options) <= 0:
-            outcome = problem.evaluate(score, sampler)
-            judged += time.perf_counter() - now
-            curve.append(
-                {
-                    "queries": environment.reward_queries,
-                    "calls": environment.score.calls,
-                    "seconds": time.perf_counter() - began - judged,
-                    "share": (outcome.objective - start.objective) / gap,
-                    "reward": outcome.reward,
-                    "path_kl": outcome.path_kl,
-                    "kl": outcome.kl_to_optimum,
-                }
-            )
-    return {
-        "problem": options.problem,
-        "method": name,
-        "rate": rate,
-        "seed": seed,
-        "queries": options.queries,
-        "calls": options.calls,
-        "samples": options.samples,
-        "steps": options.steps,
-        "updates": trainer.update,
-        "curve": curve,
-        "optimum": dataclasses.asdict(best),
-        "start": dataclasses.asdict(start),
-    }
-
-
-def _left(environment: Any, options: Options) -> float:
-    """Share of the budget that is left."""
-    queries = environment.reward_queries / options.queries
-    return 1 - max(queries, environment.score.calls / options.calls)
+    @property
+    def budget(self) -> Budget:
+        """Of every run."""
+        return Budget(self.queries, self.calls, self.samples, self.steps, self.every)
 
 
 # -- what is kept ---------------------------------------------------------------------------------
@@ -266,20 +95,26 @@ def _final(found: dict[str, Any]) -> float:
     return share if math.isfinite(share) else -math.inf
 
 
-def _of(runs: Sequence[dict[str, Any]], name: str, rate: float, seed: int, options: Options) -> Any:
-    wanted = {
-        "method": name,
-        "rate": rate,
-        "seed": seed,
-        "queries": options.queries,
-        "calls": options.calls,
-        "samples": options.samples,
-        "steps": options.steps,
-    }
-    for one in runs:
-        if all(one[key] == value for key, value in wanted.items()):
-            return one
-    return None
+def _same(one: dict[str, Any], name: str, rate: float, seed: int, budget: Budget) -> bool:
+    """Whether this is that run; how often it was judged does not matter."""
+    wanted = {"method": name, "seed": seed, **dataclasses.asdict(budget)}
+    wanted.pop("every")
+    same = all(one[key] == value for key, value in wanted.items())
+    return same and math.isclose(one["rate"], rate)
+
+
+def swept(score: Callable[[float], float], first: Sequence[float]) -> float:
+    """The best rate, from a sweep that goes on while its best lies at an end of it."""
+    places = [min(range(len(RATES)), key=lambda k: abs(math.log(RATES[k] / r))) for r in first]
+    low, high = min(places), max(places)
+    found = {k: score(RATES[k]) for k in range(low, high + 1)}
+    while True:
+        best = max(found, key=lambda k: found[k])
+        beyond = {low: low - 1, high: high + 1}.get(best)
+        if beyond is None or not 0 <= beyond < len(RATES):
+            return RATES[best]
+        found[beyond] = score(RATES[beyond])
+        low, high = min(low, beyond), max(high, beyond)
 
 
 def summary(name: str, entry: Entry, runs: Sequence[dict[str, Any]], rate: float) -> dict[str, Any]:
@@ -298,7 +133,7 @@ def summary(name: str, entry: Entry, runs: Sequence[dict[str, Any]], rate: float
         "seeds": len(runs),
         "share": mean([p["share"] for p in last]),
         "best": mean(best),
-        "kl": mean([p["kl"] for p in last]),
+        "kl": mean([p["kl_to_optimum"] for p in last]),
         "path_kl": mean([p["path_kl"] for p in last]),
         "queries": statistics.fmean(p["queries"] for p in last),
         "calls": statistics.fmean(p["calls"] for p in last),
@@ -321,48 +156,49 @@ def _first(runs: Sequence[dict[str, Any]], currency: str, share: float) -> float
 def main(options: Options) -> None:
     """Run what is missing; then write the table, the CSV and the pictures."""
     torch.set_num_threads(1)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     entries = methods()
     unknown = set(options.methods) - set(entries)
     if unknown:
         raise SystemExit(f"unknown methods {sorted(unknown)}; there are {', '.join(entries)}")
     chosen = options.methods or tuple(entries)
-    problem: Problem = PROBLEMS[options.problem]()
+    problem = PROBLEMS[options.problem]()
     options.output.mkdir(parents=True, exist_ok=True)
-    stored = options.output / f"leaderboard_{options.problem}.jsonl"
+    options.runs.mkdir(parents=True, exist_ok=True)
+    stored = options.runs / f"{options.problem}.jsonl"
     runs = [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
 
     def need(name: str, rate: float, seed: int) -> dict[str, Any]:
-        found = _of(runs, name, rate, seed, options)
-        if found is None:
-            found = run(name, entries[name], problem, options, rate, seed)
-            runs.append(found)
-            with stored.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-            console.print(f"{name}  rate {rate:g}  seed {seed}  share {_final(found):.4f}")
+        for one in runs:
+            if _same(one, name, rate, seed, options.budget):
+                return one
+        found = run(name, entries[name], problem, options.budget, rate, seed)
+        runs.append(found)
+        with stored.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        console.print(f"{name}  rate {rate:g}  seed {seed}  share {_final(found):.4f}")
         return found
 
-    swept_on = range(100, 100 + options.sweep_seeds)
+    sweep_seeds = range(100, 100 + options.sweep_seeds)
     rows = []
     for name in entries:
         if name not in chosen and not any(one["method"] == name for one in runs):
             continue
-        swept = {
-            rate: statistics.fmean(max(_final(need(name, rate, s)), -10.0) for s in swept_on)
-            for rate in options.learning_rates
-        }
-        rate = max(swept, key=lambda r: swept[r])
+
+        def score(rate: float, name: str = name) -> float:
+            return statistics.fmean(max(_final(need(name, rate, s)), -10.0) for s in sweep_seeds)
+
+        rate = swept(score, options.learning_rates)
         reported = [need(name, rate, seed) for seed in range(options.seeds)]
         rows.append(summary(name, entries[name], [r for r in reported if r["curve"]], rate))
     rows = [row for row in rows if row["seeds"]]
     rows.sort(key=lambda row: -row["share"][0])
-    _write(rows, runs, problem, options, console)
+    _write(rows, runs, options, console)
 
 
 def _write(
     rows: Sequence[dict[str, Any]],
     runs: Sequence[dict[str, Any]],
-    problem: Problem,
     options: Options,
     console: Console,
 ) -> None:
@@ -397,7 +233,10 @@ def _write(
         )
     console.print(table_)
     _picture(rows, runs, options)
-    record = {"options": dataclasses.asdict(options) | {"output": ""}, "versions": versions()}
+    record = {
+        "options": dataclasses.asdict(options) | {"runs": "", "output": ""},
+        "versions": versions(),
+    }
     record["rows"] = rows
     path = options.output / f"leaderboard_{options.problem}.json"
     path.write_text(json.dumps(record, indent=1, default=str) + "\n")

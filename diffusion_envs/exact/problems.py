@@ -10,7 +10,7 @@ Gaussian data and quadratic rewards, on a fine grid for scalar mixtures.
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,9 +23,11 @@ from diffusion_envs.exact.model import AffineCorrection, CorrectedScore, NeuralC
 from diffusion_envs.exact.rewards import CosineReward, QuadraticReward
 from diffusion_envs.gaussian import Affine, Gaussian, Quadratic
 from diffusion_envs.linear_policy import Steps, kl_cost
-from diffusion_envs.samplers import BoundDDIM
+from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
 from diffusion_envs.schedule import DDPMTable
 from diffusion_envs.training.environment import Environment
+
+Bound: TypeAlias = BoundDDIM | BoundBlackBox
 
 
 def table(steps: int = 1000, least: float = 0.1, most: float = 20.0) -> DDPMTable:
@@ -57,7 +59,7 @@ class Problem(Protocol):
 
     kl_weight: float
 
-    def environment(self, sampler: BoundDDIM, seed: int) -> tuple[Environment, list[nn.Parameter]]:
+    def environment(self, sampler: Bound, seed: int) -> tuple[Environment, list[nn.Parameter]]:
         """A fresh model to fine-tune, and its adapter's parameters."""
         ...
 
@@ -74,7 +76,7 @@ def _environment(
     score: CorrectedScore,
     reward: QuadraticReward | CosineReward,
     dim: int,
-    sampler: BoundDDIM,
+    sampler: Bound,
     seed: int,
 ) -> Environment:
     return Environment(
@@ -117,7 +119,7 @@ class GaussianProblem:
         """The reward."""
         return Quadratic(_double(self.curvature), _double(self.slope), _double(0.0))
 
-    def environment(self, sampler: BoundDDIM, seed: int) -> tuple[Environment, list[nn.Parameter]]:
+    def environment(self, sampler: Bound, seed: int) -> tuple[Environment, list[nn.Parameter]]:
         """The exact model with an affine correction."""
         correction = AffineCorrection(len(self.mean))
         data = self.data
@@ -259,7 +261,7 @@ class MixtureProblem:
         share = torch.softmax(weights.log() - 0.5 * spread.log() - 0.5 * gap.square() / spread, 1)
         return -(share * gap / spread).sum(1, keepdim=True)
 
-    def environment(self, sampler: BoundDDIM, seed: int) -> tuple[Environment, list[nn.Parameter]]:
+    def environment(self, sampler: Bound, seed: int) -> tuple[Environment, list[nn.Parameter]]:
         """The exact model with a neural correction."""
         correction = NeuralCorrection(1, generator=stream(seed, "correction"))
         score = CorrectedScore(self.exact_score, correction, sampler.table.alphas_cumprod)

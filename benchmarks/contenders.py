@@ -1,0 +1,250 @@
+"""Who takes part in the comparisons, and one run of one of them.
+
+Every run starts from the same pretrained model and gets the same adapter, optimiser and judge; its
+learning rate falls linearly to 0 with the share of its budget that is spent. The policy is judged
+on one sampler, whatever it was trained on.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler
+
+from diffusion_envs import objectives as o
+from diffusion_envs import rewards
+from diffusion_envs.exact import GaussianProblem, MixtureProblem, Outcome, table
+from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Sampler
+from diffusion_envs.schedule import DDPMTable
+from diffusion_envs.sd15.__main__ import CLASS_PROMPTS
+from diffusion_envs.sd15.build import ATTENTION, build
+from diffusion_envs.sd15.pipeline import tiny_folder
+from diffusion_envs.training.environment import Environment
+from diffusion_envs.training.evaluation import evaluate
+from diffusion_envs.training.loop import NonFiniteError, Schedule, Trainer
+
+
+@dataclass(frozen=True)
+class Seen(Outcome):
+    """Of images: an estimate, and what a reward that was not trained on says.
+
+    Attributes:
+        held_out: mean of that reward.
+    """
+
+    held_out: float
+
+
+@dataclass(eq=False)
+class TinyProblem:
+    """The embedded image model and the reward of its demonstration; judged on held-out seeds.
+
+    Attributes:
+        kl_weight: reward per nat of path KL.
+        samples: held-out samples of a judgement.
+    """
+
+    kl_weight: float = 0.01
+    samples: int = 100
+    _environment: Environment | None = None
+
+    @cached_property
+    def _judge(self) -> rewards.Reward:
+        return rewards.PromptAlignment("judge")
+
+    @cached_property
+    def table(self) -> DDPMTable:
+        """The model's noise schedule."""
+        scheduler = DDIMScheduler.from_pretrained(tiny_folder() / "scheduler")
+        return DDPMTable.from_diffusers(scheduler)
+
+    def environment(self, sampler: BoundDDIM | BoundBlackBox, seed: int) -> Any:
+        """A fresh adapter on the embedded model."""
+        built = build(
+            model="tiny",
+            reward=rewards.PromptAlignment("reward"),
+            prompts=CLASS_PROMPTS,
+            sampler=DDIM(1.0),
+            steps=sampler.steps,
+            guidance=1.0,
+            batch=64,
+            lora_rank=8,
+            lora_targets=ATTENTION,
+            precision="float32",
+            resolution=None,
+            device=torch.device("cpu"),
+            seed=seed,
+        )
+        self._environment = dataclasses.replace(built.environment, sampler=sampler)
+        return self._environment, built.parameters
+
+    def evaluate(self, score: Any, sampler: BoundDDIM | BoundBlackBox) -> Outcome:
+        """Means over held-out samples."""
+        assert self._environment is not None
+        environment = dataclasses.replace(self._environment, sampler=sampler)
+        judges = {"judge": self._judge}
+        found = evaluate(environment, self.samples, batch=50, judges=judges)
+        reward, nats = float(found.rewards.mean()), float(found.path_kl.mean())
+        held_out = float(found.judged["judge"].mean())
+        return Seen(reward, nats, reward - self.kl_weight * nats, math.nan, held_out)
+
+    def optimum(self, sampler: BoundDDIM) -> Outcome:
+        """Unknown: one unit of J above the pretrained model, so that shares are gains."""
+        assert self._environment is not None
+        with self._environment.score.pretrained():
+            start = self.evaluate(None, sampler)
+        return dataclasses.replace(start, objective=start.objective + 1)
+
+
+PROBLEMS: dict[str, Callable[[], Any]] = {
+    "gaussian": GaussianProblem,
+    "mixture": MixtureProblem,
+    "tiny": TinyProblem,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as it takes part.
+
+    Attributes:
+        objective: kl_weight -> the objective; where it has no KL term, that is part of the method.
+        schedule: what differs from the common schedule.
+        aims: whether it should reach the KL-regularised optimum.
+        sampler: of training; DDIM with eta 1, if not given. The judge's is always that.
+        steps: of training; the judge's, if not given.
+    """
+
+    objective: Callable[[float], o.Objective]
+    schedule: tuple[tuple[str, Any], ...] = ()
+    aims: bool = True
+    sampler: Sampler | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may spend, and how it is judged.
+
+    Attributes:
+        queries: of the reward.
+        calls: of the network; whichever ends first.
+        samples: an update.
+        steps: of the judge's sampler.
+        every: updates, between two judgements.
+    """
+
+    queries: int = 12_800
+    calls: int = 10**9
+    samples: int = 64
+    steps: int = 20
+    every: int = 4
+
+    def left(self, environment: Any) -> float:
+        """Share that is not spent yet."""
+        queries = environment.reward_queries / self.queries
+        return 1 - max(queries, environment.score.calls / self.calls)
+
+
+def methods() -> dict[str, Entry]:
+    """Every method, with the settings that do not follow from the problem."""
+    return {
+        # continuous time
+        "score-as-action": Entry(lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0, denoised=False)),
+        "score-as-action (r(x0) in V)": Entry(
+            lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0, denoised=True)
+        ),
+        "score-as-action (drawn)": Entry(
+            lambda b: o.ScoreAsActionSampled(kl_weight=b, clip=1.0, denoised=False)
+        ),
+        "score-as-action (released)": Entry(
+            lambda b: o.ScoreAsActionReleased(clip_per_pixel=0.1), aims=False
+        ),
+        # policy gradients in discrete time
+        "ddpo": Entry(lambda b: o.DDPO(), aims=False),
+        "ddpo-sf": Entry(lambda b: o.DDPOScoreFunction(), aims=False),
+        "dpok": Entry(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b), aims=False),
+        "dpok (exact KL)": Entry(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, exact_kl=True)),
+        "grpo": Entry(lambda b: o.GRPO(kl_weight=b), aims=False),  # in units of the reward's spread
+        "tdpo": Entry(lambda b: o.TDPO(), aims=False),
+        "tdpo-r": Entry(lambda b: o.TDPOReset(), aims=False),
+        # preferences
+        "d3po": Entry(lambda b: o.D3PO(), aims=False),
+        "dense-reward": Entry(lambda b: o.DenseReward(members=4), aims=False),
+        # the reward's derivative
+        "refl": Entry(lambda b: o.ReFL(enough=10.0, scale=1.0), aims=False),
+        "draft-1": Entry(lambda b: o.DRaFT(last=1), aims=False),
+        "draft (all steps, KL)": Entry(lambda b: o.DRaFT(last=1000, kl_weight=b)),
+        "align-prop": Entry(lambda b: o.AlignProp(target=3.0, scale=1.0), aims=False),
+        "adjoint-matching": Entry(lambda b: o.AdjointMatching(kl_weight=b), aims=False),  # chain KL
+        "adjoint-matching (path KL)": Entry(lambda b: o.AdjointMatching(kl_weight=b, path_kl=True)),
+        # a value's derivative
+        "dxmi": Entry(lambda b: o.DxMI(), aims=False),
+        "dxmi-continuous": Entry(lambda b: o.ContinuousDxMI(), aims=False),
+        # data
+        "nft": Entry(lambda b: o.DiffusionNFT(), aims=False),
+        "ram": Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b), aims=False),
+        "distributional": Entry(lambda b: o.DistributionalOptimisation(kl_weight=b)),
+        "ram (path cost)": Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b, path_cost=True)),
+    }
+
+
+def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed: int) -> Any:
+    """One run: the curve of outcomes on the judge's sampler, and what it cost.
+
+    A run that diverges (a gradient or a reward that is not finite) ends there; its last outcome
+    stands.
+    """
+    images = isinstance(problem, TinyProblem)
+    levels = problem.table if images else table()
+    judge = DDIM(eta=1.0).bind(levels, budget.steps)
+    sampler = (entry.sampler or DDIM(eta=1.0)).bind(levels, entry.steps or budget.steps)
+    environment, parameters = problem.environment(sampler, seed)
+    common: dict[str, Any] = {"samples": budget.samples, "weight_decay": 0.0}
+    common["batch"] = 64 if images else 1_000_000
+    schedule = Schedule(**common | dict(entry.schedule))
+    objective = dataclasses.replace(entry.objective(problem.kl_weight), learning_rate=rate)
+    trainer = Trainer(
+        environment, objective, schedule, parameters, accelerator=Accelerator(cpu=True)
+    )
+    score: Any = environment.score
+    best, start = problem.optimum(judge), problem.evaluate(score, judge)
+    gap = best.objective - start.objective
+    curve: list[dict[str, float]] = []
+    began, judged = time.perf_counter(), 0.0
+    while (left := budget.left(environment)) > 0:
+        for group in trainer.optimiser.param_groups:
+            group["lr"] = rate * left
+        try:
+            trainer.step()
+        except (NonFiniteError, rewards.RewardError):
+            break
+        now = time.perf_counter()
+        if trainer.update % budget.every == 0 or budget.left(environment) <= 0:
+            outcome = problem.evaluate(score, judge)
+            judged += time.perf_counter() - now
+            curve.append(
+                {
+                    "queries": environment.reward_queries,
+                    "calls": environment.score.calls,
+                    "seconds": time.perf_counter() - began - judged,
+                    "share": (outcome.objective - start.objective) / gap,
+                    **dataclasses.asdict(outcome),
+                }
+            )
+    return {
+        "method": name,
+        "rate": rate,
+        "seed": seed,
+        **dataclasses.asdict(budget),
+        "updates": trainer.update,
+        "curve": curve,
+        "optimum": dataclasses.asdict(best),
+        "start": dataclasses.asdict(start),
+    }
