@@ -98,6 +98,7 @@ class DistributionalOptimisation(NoisedObjective):
     rounds: int = 100  # of dual averaging; where U is linear, one does
 
     needs_old: ClassVar[bool] = False
+    samples_itself: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_positive(kl_weight=self.kl_weight, learning_rate=self.learning_rate)

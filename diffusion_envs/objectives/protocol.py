@@ -133,6 +133,8 @@ class Objective:
     needs_preferences: ClassVar[bool] = False
     needs_value: ClassVar[bool] = False
     needs_fresh_rollouts: ClassVar[bool] = False  # one optimiser step, then sample anew
+    # roll-outs are of the policy that is trained, or follow it: their path KL tells its own
+    samples_itself: ClassVar[bool] = True
 
     @property
     def needs_reference(self) -> bool:

@@ -342,7 +342,7 @@ def _check(arguments: Mapping[str, Any]) -> None:
             )
 
     if arguments["target_kl"] is not None:
-        control.kl_weight(objective)
+        control.require_steerable(objective)
     if arguments["stop"] is not None:
         check_stop(arguments["stop"], arguments["judges"])
 

@@ -74,6 +74,22 @@ def kl_weight(objective: Objective) -> float:
     return weight
 
 
+def require_steerable(objective: Objective) -> None:
+    """Refuse an objective that no target can steer.
+
+    Raises:
+        ValueError: it has no kl_weight that a factor changes, or its roll-outs are not of the
+            policy that is trained, so that nothing that is measured answers to the weight.
+    """
+    kl_weight(objective)
+    if not objective.samples_itself:
+        raise ValueError(
+            f"target_kl steers by the path KL of the roll-outs, and those of "
+            f"{type(objective).__name__} are not of the policy that is trained: set kl_weight "
+            "itself, or use an objective that samples from its own policy"
+        )
+
+
 def with_kl_weight(objective: Objective, weight: float) -> Objective:
     """The same objective with another weight."""
     return dataclasses.replace(objective, **{"kl_weight": weight})

@@ -147,6 +147,8 @@ class Trainer:
                 f"{type(objective).__name__} charges a path KL, and an ODE's is infinite: use "
                 "DDIM(eta > 0), or kl_weight=0"
             )
+        if target_kl is not None:
+            control.require_steerable(objective)
         steps = environment.sampler.steps
         if schedule.train_steps is not None and schedule.train_steps > steps:
             raise ValueError(
@@ -168,13 +170,6 @@ class Trainer:
             )
         if schedule.samples < 2:
             raise ValueError(f"samples must be at least 2 to compare them, got {schedule.samples}")
-        if target_kl is not None:
-            control.kl_weight(objective)
-            sampler = environment.sampler
-            if not isinstance(sampler, BoundDDIM) or sampler.eta == 0:
-                raise ValueError(
-                    "target_kl needs a sampler whose path KL is finite and known: DDIM with eta > 0"
-                )
         self.environment, self.objective, self.schedule = environment, objective, schedule
         self.parameters, self.accelerator, self.stream_name = parameters, accelerator, stream_name
         self.preference = preference or FromReward()

@@ -339,7 +339,7 @@ def test_recomputed_activations_give_the_same_gradient(kl_weight):
 @pytest.mark.filterwarnings("default")
 def test_diffusers_own_recomputation_would_not_do():
     """It finds the adapter switched on where it was off: other activations than were kept."""
-    with pytest.raises(CheckpointError, match="Recomputed values|number of tensors"):
+    with pytest.raises(CheckpointError, match=r"Recomputed values|number of tensors"):
         tiny_gradient(DRaFT(last=3, kl_weight=3.0), "diffusers")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_envs.exact.problems import GaussianProblem, table
-from diffusion_envs.objectives import DDPO, Objective, ScoreAsAction
+from diffusion_envs.objectives import (
+    DDPO,
+    DiffusionNFT,
+    DistributionalOptimisation,
+    DRaFT,
+    Objective,
+    ReinforceAdjointMatching,
+    ScoreAsAction,
+)
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.training import control
 from diffusion_envs.training.control import TargetKL
@@ -97,6 +106,28 @@ def test_objectives_and_samplers_that_cannot_be_steered_are_refused():
         trainer(DDPO(), TargetKL(1.0))
     with pytest.raises(ValueError, match="above 0 to begin with, got 0"):
         trainer(ScoreAsAction(kl_weight=0.0), TargetKL(1.0))
+    with pytest.raises(ValueError, match="DistributionalOptimisation are not of the policy that"):
+        trainer(DistributionalOptimisation(), TargetKL(1.0))
+    for eta in (0.0, 1.0):
+        refused = pytest.raises(ValueError, match="target_kl needs a path KL to steer by")
+        with refused if eta == 0 else nullcontext():
+            trainer(ReinforceAdjointMatching(), TargetKL(1.0), eta=eta)
+
+
+def test_objectives_say_so_if_what_samples_never_follows_what_is_trained():
+    """Sampling policies that keep all of themselves, for ever, are those of no own samples."""
+    for objective in (DiffusionNFT(), ReinforceAdjointMatching(), DistributionalOptimisation()):
+        kept = [objective.old_decay(update) for update in (0, 10, 10**6)]
+        assert objective.samples_itself == (min(kept) < 1)
+
+
+def test_the_path_kl_that_is_steered_by_is_paid_for():
+    """Of objectives that would only log it."""
+    for target, counted in ((TargetKL(1.0), 2), (None, 1)):
+        run = trainer(DRaFT(last=1, kl_weight=0.1), target)
+        (line,) = run.updates(1)
+        assert line["network_calls"] == counted * 12 * 4 + 2 * 12
+        assert run.environment.monitoring_calls == (2 - counted) * 12 * 4
 
 
 def test_the_trainer_uses_the_weight_of_the_update_before(monkeypatch):
