@@ -65,9 +65,10 @@ METHODS = (
     "nft",
 )
 FEW_STEP_METHODS = ("score-as-action", "grpo", "adjoint-matching (path KL)")
+# of short sweeps; the leaderboard's, where there is one, comes first
 RATES = {
     "gaussian": {"ddpo": 0.001, "nft": 0.003, "distributional": 0.01},
-    "mixture": {},
+    "mixture": {"ddpo": 0.001, "nft": 0.003, "ram (path cost)": 0.003},
 }
 OTHER_RATE = {"gaussian": 0.03, "mixture": 0.01}
 
@@ -119,14 +120,13 @@ def solvers() -> dict[tuple[str, int], Bound]:
 # -- training -------------------------------------------------------------------------------------
 
 
-def learning_rate(problem: str, method: str) -> float:
-    """The best of the leaderboard's sweep, if it was run; else a known good one."""
+def learning_rates(problem: str, names: Sequence[str]) -> dict[str, float]:
+    """The best of the leaderboard's sweep, where it was run; else a known good one."""
     path = DOCS / f"leaderboard_{problem}.json"
-    if path.exists():
-        for row in json.loads(path.read_text())["rows"]:
-            if row["method"] == method:
-                return float(row["rate"])
-    return RATES[problem].get(method, OTHER_RATE[problem])
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    swept = {row["method"]: float(row["rate"]) for row in rows}
+    known = RATES[problem]
+    return {name: swept.get(name, known.get(name, OTHER_RATE[problem])) for name in names}
 
 
 def train(
@@ -304,12 +304,14 @@ def _rows_of_problem(
     stored = options.runs / f"{name}.jsonl"
     runs = [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
 
+    rates = learning_rates(name, tuple(entries))
+
     def need(method: str, steps: int, seed: int) -> dict[str, Any]:
         key = {
             "method": method,
             "train_steps": steps,
             "seed": seed,
-            "rate": learning_rate(name, method),
+            "rate": rates[method],
             "queries": options.queries,
             "samples": options.samples,
         }
