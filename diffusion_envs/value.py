@@ -1,13 +1,11 @@
 """The value of a noisy state: V(t, x, c) = c_skip(t) r(x0_hat, c) + c_out(t) F(t, x, c).
 
 The first term is the reward itself, applied to the denoised image; the second a small trained
-network. With
-c_skip = cos(pi s / 2) and c_out = sin(pi s / 2) at noising time s in [0, 1] the terminal condition
-V = r holds exactly at the data end, whatever the network says.
+network. With c_skip = cos(pi s / 2) and c_out = sin(pi s / 2) at noising time s in [0, 1] the
+terminal condition V = r holds exactly at the data end, whatever the network says.
 
-Source  "Score as Action" (arXiv 2502.01819), section on the value network; in the Gaussian case
-the residual
-        c_out F has a closed form (``diffusion_envs.gaussian``).
+Source  "Score as Action" (arXiv 2502.01819), section on the value network; in the Gaussian case the
+        residual c_out F has a closed form (``diffusion_envs.gaussian``).
 """
 
 import math
@@ -36,12 +34,37 @@ def combine(
     return skip * denoised_reward + out * residual
 
 
-class ResidualValue(nn.Module):
-    """F(t, x, c): a small convolutional network on noisy states, in units of reward.
+class _Residual(nn.Module):
+    """What both networks share: the units of their answer, and how they are told the time.
 
-    Its output is ``location + scale * network``; the two are set once, by ``calibrate``, from the
-    first
-    rewards seen, so that rewards of any size are learned at the same rate.
+    The answer is ``location + scale * network``; the two are set once, by ``calibrate``, from the
+    first rewards seen, so that rewards of any size are learned at the same rate.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("location", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("frequencies", 2 * math.pi * torch.arange(1.0, 5.0) / 4)
+
+    def calibrate(self, rewards: Float[Tensor, " n"]) -> None:
+        """Set location and scale from rewards, once, before training."""
+        self.location.copy_(rewards.mean())
+        if len(rewards) > 1 and (spread := rewards.std()) > 0:
+            self.scale.copy_(spread)
+
+    def clock(self, noising_time: Float[Tensor, " n"]) -> Float[Tensor, "n 9"]:
+        """The time itself, sines and cosines of it."""
+        phases = noising_time[:, None] * self.frequencies
+        return torch.cat([noising_time[:, None], phases.sin(), phases.cos()], dim=1)
+
+    def rewarded(self, answer: Float[Tensor, "n 1"]) -> Float[Tensor, " n"]:
+        """The network's last neuron, in reward."""
+        return self.location + self.scale * answer[:, 0]
+
+
+class ResidualValue(_Residual):
+    """F(t, x, c): a small convolutional network on noisy states, in units of reward.
 
     Args:
         channels: of the state, for events [channels, height, width].
@@ -54,9 +77,6 @@ class ResidualValue(nn.Module):
         self, channels: int, context: int, *, generator: torch.Generator, width: int = 64
     ) -> None:
         super().__init__()
-        self.register_buffer("location", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("frequencies", 2 * math.pi * torch.arange(1.0, 5.0) / 4)
         self.condition = nn.Linear(context + 2 * 4 + 1, width)
         self.enter = nn.Conv2d(channels, width, 3, padding=1)
         self.deepen = nn.Conv2d(width, width, 3, stride=2, padding=1)
@@ -74,12 +94,6 @@ class ResidualValue(nn.Module):
         """The layers on the states' way, each of which reads the neurons of the one before."""
         return [self.enter, self.deepen, self.middle, self.hidden, self.leave]
 
-    def calibrate(self, rewards: Float[Tensor, " n"]) -> None:
-        """Set location and scale from rewards, once, before training."""
-        self.location.copy_(rewards.mean())
-        if len(rewards) > 1 and (spread := rewards.std()) > 0:
-            self.scale.copy_(spread)
-
     def forward(
         self,
         noising_time: Float[Tensor, " n"],
@@ -87,16 +101,15 @@ class ResidualValue(nn.Module):
         context: Float[Tensor, "n context"],
     ) -> Float[Tensor, " n"]:
         """F at each state, in reward."""
-        phases = noising_time[:, None] * self.frequencies
-        times = torch.cat([noising_time[:, None], phases.sin(), phases.cos()], dim=1)
-        shift = self.condition(torch.cat([context, times], dim=1))[:, :, None, None]
+        shift = self.condition(torch.cat([context, self.clock(noising_time)], dim=1))
+        shift = shift[:, :, None, None]
         x = functional.silu(self.enter(states) + shift)
         x = functional.silu(self.deepen(x) + shift)
         x = functional.silu(self.middle(x) + x).mean((2, 3))
-        return self.location + self.scale * self.leave(functional.silu(self.hidden(x)))[:, 0]
+        return self.rewarded(self.leave(functional.silu(self.hidden(x))))
 
 
-class ResidualValueOfVectors(nn.Module):
+class ResidualValueOfVectors(_Residual):
     """F(t, x, c) for vectors: a small multilayer perceptron; otherwise as ``ResidualValue``.
 
     Args:
@@ -110,9 +123,6 @@ class ResidualValueOfVectors(nn.Module):
         self, dim: int, context: int, *, generator: torch.Generator, width: int = 64
     ) -> None:
         super().__init__()
-        self.register_buffer("location", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("frequencies", 2 * math.pi * torch.arange(1.0, 5.0) / 4)
         self.enter = nn.Linear(dim + context + 2 * 4 + 1, width)
         self.hidden = nn.Linear(width, width)
         self.leave = nn.Linear(width, 1)
@@ -126,12 +136,6 @@ class ResidualValueOfVectors(nn.Module):
         """The layers on the states' way, each of which reads the neurons of the one before."""
         return [self.enter, self.hidden, self.leave]
 
-    def calibrate(self, rewards: Float[Tensor, " n"]) -> None:
-        """Set location and scale from rewards, once, before training."""
-        self.location.copy_(rewards.mean())
-        if len(rewards) > 1 and (spread := rewards.std()) > 0:
-            self.scale.copy_(spread)
-
     def forward(
         self,
         noising_time: Float[Tensor, " n"],
@@ -139,11 +143,10 @@ class ResidualValueOfVectors(nn.Module):
         context: Float[Tensor, "n context"],
     ) -> Float[Tensor, " n"]:
         """F at each state, in reward."""
-        phases = noising_time[:, None] * self.frequencies
-        seen = [states, context, noising_time[:, None], phases.sin(), phases.cos()]
-        x = functional.silu(self.enter(torch.cat(seen, dim=1)))
+        seen = torch.cat([states, context, self.clock(noising_time)], dim=1)
+        x = functional.silu(self.enter(seen))
         x = functional.silu(self.hidden(x) + x)
-        return self.location + self.scale * self.leave(x)[:, 0]
+        return self.rewarded(self.leave(x))
 
 
 def value_network(
@@ -169,7 +172,7 @@ def martingale_loss(
     """Jia & Zhou's martingale loss (JMLR 2022a): int |G_t - V(t, X_t)|^2 dt along each path.
 
     Minimised where M_t = V(t, X_t) + accrued reward is closest to a martingale, that is by the
-    projection of the
-    true value function. G is the realised return to go, evaluated at the left of each step.
+    projection of the true value function. G is the realised return to go, evaluated at the left of
+    each step.
     """
     return ((returns - values)[:, :-1].square() * step_sizes).sum(1)
