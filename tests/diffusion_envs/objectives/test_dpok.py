@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from diffusion_envs import exact, gaussian, linear_policy
+from diffusion_envs.exact import GaussianProblem
+from diffusion_envs.gaussian import Affine, Quadratic
 from diffusion_envs.objectives import DPOK, Rows
-from diffusion_envs.samplers import DDIM
+from diffusion_envs.samplers import DDIM, BoundDDIM
 from diffusion_envs.schedule import DDPMTable
 
 ROWS, EVENT = 7, (3, 2, 2)
@@ -63,15 +66,19 @@ def close(found: Tensor, expected: Tensor) -> None:
 # -- losses ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_the_loss_is_the_formula(exact, generator):
+@pytest.mark.parametrize("which", ["noise", "exact_kl", "path_kl"])
+def test_the_loss_is_the_formula(which, generator):
     r = rows(generator, moved=0.03)
-    found = DPOK(reward_weight=3.0, kl_weight=0.7, clip=0.1, exact_kl=exact).loss(r).detach()
+    settings = {} if which == "noise" else {which: True}
+    found = DPOK(reward_weight=3.0, kl_weight=0.7, clip=0.1, **settings).loss(r).detach()
     with torch.no_grad():
         ratio = log_ratio(r).exp().clamp(math.exp(-0.1), math.exp(0.1))
-        if exact:
+        if which == "exact_kl":
             new, _, pre = laws(r)
             penalty = kl_divergence(new, pre).flatten(1).sum(1)
+        elif which == "path_kl":
+            gap = (r.mean - r.reference_score).flatten(1)
+            penalty = 0.5 * 1.37 * r.step_size * gap.square().sum(1)
         else:
             noises = (-column(r.sigma) * s for s in (r.mean, r.reference_score))
             penalty = (next(noises) - next(noises)).square().flatten(1).sum(1)
@@ -125,6 +132,124 @@ def test_the_cost_of_going_elsewhere_is_left_out(exact, off, linear_gaussian):
     of_reward = model.exact()
     true, frozen = (model.exact(cost, frozen=f) - of_reward for f in (False, True))
     assert ((frozen - true).norm() / true.norm()).item() == pytest.approx(off, abs=0.01)
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.6])
+def test_with_the_path_kl_the_gradient_is_whole_whatever_the_baseline(eta, linear_gaussian):
+    model = linear_gaussian(eta)
+    objective = DPOK(reward_weight=1.7, kl_weight=0.3, path_kl=True)
+    rollout, _ = model.rollout()
+    cost = 0.3 / 1.7 * model.sampler.kl_factor * model.sampler.integrated_g2
+    expected = 1.7 * model.exact(cost)
+    for values in (rollout.values, 0.3 * rollout.values.square().clamp(max=0), rollout.values + 5):
+        seen = dataclasses.replace(rollout, values=values)
+        found = model.estimated(objective.loss, objective.advantages(seen))
+        assert (found - expected).abs().max() < 1e-11 * expected.abs().max()
+
+
+# -- where it rests -------------------------------------------------------------------------------
+
+
+def resting(problem: GaussianProblem, sampler: BoundDDIM, price: Tensor, charged: bool):
+    """Affine u_k that maximise E V_{k+1} - price_k |u_k|^2 / 2; V pays the prices or is E[r] only.
+
+    Returns:
+        the policy, and what it makes of the reward (and pays, if charged) from every node on.
+    """
+    slope, offset = gaussian.score_coefficients(
+        problem.data, sampler.table, sampler.noising_times[:-1]
+    )
+    unit, value = torch.eye(2, dtype=torch.float64), problem.quadratic
+    gains, shifts, values = [], [], [value]
+    for k in reversed(range(sampler.steps)):
+        a, b = sampler.state_gain[k], sampler.score_gain[k]
+        free = a * unit + b * slope[k], b * offset[k]
+        hessian = price[k] * unit + b.square() * value.curvature
+        gain = -b * torch.linalg.solve(hessian, value.curvature @ free[0])
+        shift = b * torch.linalg.solve(hessian, value.slope - value.curvature @ free[1])
+        noise = sampler.std[k].square() * unit
+        value = value.before(Affine(free[0] + b * gain, free[1] + b * shift, noise))
+        if charged:
+            running = linear_policy.kl_cost(price[k : k + 1], gain, shift)
+            value = value + Quadratic(running.curvature[0], running.slope[0], running.constant[0])
+        gains.append(gain)
+        shifts.append(shift)
+        values.append(value)
+    return torch.stack(gains[::-1]), torch.stack(shifts[::-1]), values[::-1]
+
+
+def prices(problem: GaussianProblem, sampler: BoundDDIM) -> dict[str, Tensor]:
+    """Of half a square of the score's change, by the penalty."""
+    noise, kl = weights(sampler)
+    path = sampler.kl_factor * sampler.integrated_g2
+    return {k: problem.kl_weight * v for k, v in (("noise", noise), ("kl", kl), ("path", path))}
+
+
+@pytest.mark.parametrize(
+    ("steps", "penalty", "charged", "share"),
+    [
+        (20, "noise", False, 0.6045),
+        (20, "kl", False, 0.8124),
+        (20, "path", False, 0.9781),
+        (20, "path", True, 1.0),
+        (100, "noise", False, 0.2130),
+        (100, "kl", False, 0.9559),
+    ],
+)
+def test_it_rests_at_a_known_share_of_what_can_be_gained(steps, penalty, charged, share):
+    problem, sampler = GaussianProblem(), DDIM(1.0).bind(exact.table(), steps)
+    gain, shift, _ = resting(problem, sampler, prices(problem, sampler)[penalty], charged)
+    found = problem._judged(gain, shift, sampler).objective
+    start = problem._judged(0 * gain, 0 * shift, sampler).objective
+    gap = problem.optimum(sampler).objective - start
+    assert (found - start) / gap == pytest.approx(share, abs=6e-5)
+
+
+@pytest.mark.parametrize("penalty", ["noise", "kl", "path"])
+def test_there_its_expected_gradient_is_zero_at_every_state(penalty):
+    """Of the loss itself, by quadrature; half a percent away from there it is not."""
+    problem, sampler = GaussianProblem(), DDIM(1.0).bind(exact.table(), 20)
+    objective = DPOK(
+        reward_weight=1.0,
+        kl_weight=problem.kl_weight,
+        exact_kl=penalty == "kl",
+        path_kl=penalty == "path",
+    )
+    price = prices(problem, sampler)[penalty]
+    gain, shift, values = resting(problem, sampler, price, charged=penalty == "path")
+    slope, offset = gaussian.score_coefficients(
+        problem.data, sampler.table, sampler.noising_times[:-1]
+    )
+    point = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    noise = torch.cartesian_prod(point, point)  # moments of degree three: exact
+
+    def step(k: int, x: Tensor, scale: float) -> Tensor:
+        reference = slope[k] @ x + offset[k]
+        score = (reference + scale * (gain[k] @ x + shift[k])).requires_grad_()
+        after = sampler.mean(torch.full((4,), k), x.expand(4, 2), score.detach().expand(4, 2))
+        n = torch.ones(4, dtype=torch.float64)
+        rows = Rows(
+            mean=score.expand(4, 2),
+            old_mean=score.detach().expand(4, 2),
+            reference_score=reference.expand(4, 2),
+            action=score.detach().expand(4, 2),
+            noise=noise,
+            advantage=values[k + 1](after + sampler.std[k] * noise) - values[k](x),
+            step_size=sampler.integrated_g2[k] * n,
+            horizon=sampler.integrated_g2.sum(),
+            score_gain=sampler.score_gain[k] * n,
+            std=sampler.std[k] * n,
+            action_std=0 * n,
+            kl_factor=sampler.kl_factor,
+            sigma=sampler.sigma[k] * n,
+        )
+        (found,) = torch.autograd.grad(objective.loss(rows).mean(), score)
+        return found / (price[k] * (score - reference).detach().norm())
+
+    for k in (0, 7, 19):
+        for x in (torch.tensor([0.3, -0.2]).double(), torch.tensor([-1.4, 0.9]).double()):
+            assert step(k, x, 1.0).norm() < 1e-11
+            assert step(k, x, 1.005).norm() > 0.004
 
 
 @pytest.mark.parametrize(("moved", "share"), [(0.5, 0.98), (-0.5, 0.98), (1.0, 0.36), (-1.0, 0.36)])
@@ -191,6 +316,7 @@ def test_the_published_penalty_weighs_steps_otherwise_than_the_kl():
         ({"kl_weight": -1.0}, "kl_weight"),
         ({"kl_weight": math.inf}, "kl_weight"),
         ({"learning_rate": math.nan}, "learning_rate"),
+        ({"exact_kl": True, "path_kl": True}, "exact_kl and path_kl"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings, name):
@@ -198,7 +324,7 @@ def test_bad_settings_are_refused_by_name(settings, name):
         DPOK(**settings)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_it_trains_and_resumes(exact, trains):
-    done = trains(DPOK(learning_rate=1e-3, exact_kl=exact), minibatches=2)
+@pytest.mark.parametrize("settings", [{}, {"exact_kl": True}, {"path_kl": True}])
+def test_it_trains_and_resumes(settings, trains):
+    done = trains(DPOK(learning_rate=1e-3, **settings), minibatches=2)
     assert done.environment.reward_queries == 2 * 12  # values come from the network alone
