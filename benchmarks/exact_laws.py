@@ -13,6 +13,7 @@ Target             The law proportional to data exp(reward / kl_weight). For any
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,8 +144,7 @@ def _judge_gaussian(problem: GaussianProblem, score: CorrectedScore, sampler: Bo
     to_target = gaussian_kl(law, target_of(problem))
     if not (isinstance(sampler, BoundDDIM) and sampler.eta > 0):
         return Judged(reward, to_target)
-    steps, paid = Steps.of_ddim(sampler), 0.0
-    law = Gaussian(torch.zeros(dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64))
+    steps, paid, law = Steps.of_ddim(sampler), 0.0, _standard(problem)
     for k in range(sampler.steps):
         alpha = sampler.alpha[k]
         gain, shift = affine_map(
@@ -155,8 +155,13 @@ def _judge_gaussian(problem: GaussianProblem, score: CorrectedScore, sampler: Bo
             Quadratic(cost.curvature[0], cost.slope[0], cost.constant[0]).expectation(law)
         )
         law = affine_step(score, sampler, k, dim).after(law)
-    best = generated(table_of_optimum(problem, sampler), sampler, dim)
-    return Judged(reward, to_target, paid, gaussian_kl(law, best))
+    return Judged(reward, to_target, paid, gaussian_kl(law, _best_gaussian(problem, sampler)))
+
+
+@functools.cache
+def _best_gaussian(problem: GaussianProblem, sampler: BoundDDIM) -> Gaussian:
+    """Law that the chain's own optimum generates."""
+    return generated(table_of_optimum(problem, sampler), sampler, len(problem.mean))
 
 
 # -- scalar mixture -------------------------------------------------------------------------------
@@ -187,7 +192,7 @@ def _judge_mixture(problem: MixtureProblem, score: CorrectedScore, sampler: Boun
             ]
         )
         law, paid = problem._laws(changes, sampler)
-        best, _ = problem._laws(problem._best(sampler), sampler)
+        best = _best_mixture(problem, sampler)
         tiny = 1e-300
         log_density = (law.clamp(min=tiny) / (problem.grid[1] - problem.grid[0])).log()
         return Judged(
@@ -196,6 +201,16 @@ def _judge_mixture(problem: MixtureProblem, score: CorrectedScore, sampler: Boun
             path_kl=paid,
             kl_to_chain=float(law @ (law.clamp(min=tiny) / best.clamp(min=tiny)).log()),
         )
+    return _judge_deterministic(problem, score, sampler)
+
+
+@functools.cache
+def _best_mixture(problem: MixtureProblem, sampler: BoundDDIM) -> Tensor:
+    """Law on the grid that the chain's own optimum generates."""
+    return problem._laws(problem._best(sampler), sampler)[0]
+
+
+def _judge_deterministic(problem: MixtureProblem, score: CorrectedScore, sampler: Bound) -> Judged:
     start = torch.linspace(-5.5, 5.5, 2201, dtype=torch.float64)
     states = start[:, None]
     if isinstance(sampler, BoundBlackBox):

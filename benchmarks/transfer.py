@@ -23,6 +23,7 @@ and picture are made anew from all of it.
 
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -70,7 +71,7 @@ RATES = {
     "gaussian": {"ddpo": 0.001, "nft": 0.003, "distributional": 0.01},
     "mixture": {"ddpo": 0.001, "nft": 0.003, "ram (path cost)": 0.003},
 }
-OTHER_RATE = {"gaussian": 0.03, "mixture": 0.01}
+OTHER_RATE = 0.03
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Options:
     output: Path = DOCS
 
 
+@functools.cache
 def solvers() -> dict[tuple[str, int], Bound]:
     """Everything that a trained policy is judged on, by name and number of steps."""
     found: dict[tuple[str, int], Bound] = {}
@@ -126,7 +128,7 @@ def learning_rates(problem: str, names: Sequence[str]) -> dict[str, float]:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     swept = {row["method"]: float(row["rate"]) for row in rows}
     known = RATES[problem]
-    return {name: swept.get(name, known.get(name, OTHER_RATE[problem])) for name in names}
+    return {name: swept.get(name, known.get(name, OTHER_RATE)) for name in names}
 
 
 def train(
@@ -209,6 +211,12 @@ def known(problem: GaussianProblem | MixtureProblem, train_steps: int) -> dict[s
     return {name: judged(problem, score) for name, score in found.items()}
 
 
+@functools.cache
+def chain_optimum(problem: GaussianProblem | MixtureProblem, steps: int) -> float:
+    """The best J of the chain with noise."""
+    return problem.optimum(DDIM(1.0).bind(table(), steps)).objective
+
+
 def numbers(
     problem: GaussianProblem | MixtureProblem, one: Judgements, references: Mapping[str, Judgements]
 ) -> dict[tuple[str, int], dict[str, float | None]]:
@@ -228,10 +236,11 @@ def numbers(
             "share_of_j": None,
         }
         if it.path_kl is not None:
-            chain = problem.optimum(DDIM(1.0).bind(table(), steps))
             value = it.reward - problem.kl_weight * it.path_kl
             row["objective"] = value
-            row["share_of_j"] = (value - start.reward) / (chain.objective - start.reward)
+            row["share_of_j"] = (value - start.reward) / (
+                chain_optimum(problem, steps) - start.reward
+            )
         found[name, steps] = row
     return found
 

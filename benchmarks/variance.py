@@ -452,14 +452,11 @@ def _write(rows: Sequence[dict[str, Any]], options: Options, console: Console) -
     with (options.output / "variance.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         plain = ("queries", "calls", "queries_to_1", "calls_to_1", "norm")
-        writer.writerow(
-            (
-                "policy,estimator,steps,relative variance,standard error,cosine of mean,"
-                "standard error,cosine of one (lower quartile),median,upper quartile,"
-                "queries an update,calls an update,queries to 1,calls to 1,"
-                "length of the mean over that of grad J"
-            ).split(",")
-        )
+        header = ["policy", "estimator", "steps", "relative variance", "standard error"]
+        header += ["cosine of mean", "standard error", "cosine of one (lower quartile)", "median"]
+        header += ["upper quartile", "queries an update", "calls an update", "queries to 1"]
+        header += ["calls to 1", "length of the mean over that of grad J"]
+        writer.writerow(header)
         for row in rows:
             numbers = [*row["relative_variance"], *row["cosine_of_mean"], *row["cosine_of_one"]]
             numbers += [row[key] for key in plain]
