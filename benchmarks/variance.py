@@ -273,7 +273,7 @@ class Measured:
         The loop itself does it, with a learning rate of 0 for the adapter, which stays.
         """
         trainer, before = self.trainer, flat([p.detach() for p in self.parameters])
-        trainer.value.calibrate(sample.rollout.rewards)
+        trainer.critic.network.calibrate(sample.rollout.rewards)
         trainer.update = 1  # the first one checks that the adapter is fresh
         for group in trainer.optimiser.param_groups:
             group["lr"] = 0.0
@@ -295,7 +295,7 @@ class Measured:
             return None
         if self.estimator.value == "network":
             with torch.no_grad():
-                return self.trainer._values(rollout, sample.denoised_rewards)
+                return self.trainer.critic.values(self.objective, rollout, sample.denoised_rewards)
         if self.estimator.value == "none":
             zeros = torch.zeros_like(rollout.states[:, :-1, 0])
             return torch.cat([zeros, rollout.rewards[:, None]], dim=1)

@@ -38,7 +38,8 @@ diffusion_envs.training.checkpoint diffusion_envs.training.parallel
 diffusion_envs.training.progress diffusion_envs.training.run_folder
 diffusion_envs.training.tracking diffusion_envs.training.plots
 diffusion_envs.training.judging diffusion_envs.training.environment
-diffusion_envs.training.control diffusion_envs.training.lessons diffusion_envs.training.loop
+diffusion_envs.training.control diffusion_envs.training.schedule
+diffusion_envs.training.critic diffusion_envs.training.lessons diffusion_envs.training.loop
 diffusion_envs.training.evaluation diffusion_envs.training.stop diffusion_envs.training.panel
 diffusion_envs.training.report diffusion_envs.training
 diffusion_envs.exact.rewards diffusion_envs.exact.model diffusion_envs.exact.problems

@@ -11,6 +11,7 @@ loop knows the kinds, never the methods:
 What it needs is declared, so that a sampler or a reward that cannot serve is refused at the start.
 """
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -46,6 +47,15 @@ class Rollout:
     group: int = 1  # paths in a row that share a prompt, and are judged together
     targets: Float[Tensor, "paths steps *event"] | None = None  # by ``PathObjective.targets``
     preferences: Float[Tensor, " paths"] | None = None  # larger is preferred within a group
+
+    def chosen(self, rows: Int64[Tensor, " rows"]) -> "Rollout":
+        """The same roll-out, some of its paths only."""
+        fields = {
+            f.name: value[rows]
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor) and f.name != "step_sizes"
+        }
+        return dataclasses.replace(self, **fields)
 
 
 @dataclass(frozen=True, eq=False)

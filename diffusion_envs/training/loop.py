@@ -1,19 +1,16 @@
 """The one training loop: sample, judge, improve; whatever the objective, whatever the model.
 
 ``Trainer`` holds what changes during a run and knows no objective by name. ``Trainer.updates`` is
-an iterator:
-logging, pictures, checkpoints and stopping belong to its caller. All noise comes from streams
-named by sample, step and update, so the trainer's state is its weights and two counters.
+an iterator: logging, pictures, checkpoints and stopping belong to its caller. All noise comes from
+streams named by sample, step and update, so the trainer's state is its weights and two counters.
 """
 
 import dataclasses
-import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +20,6 @@ from torch import Tensor, nn
 
 from ctrl import Estimate
 from ctrl.noise import stream
-from diffusion_envs.denoising import tweedie_mean
 from diffusion_envs.objectives import (
     BackpropObjective,
     NoisedObjective,
@@ -32,67 +28,17 @@ from diffusion_envs.objectives import (
     Rollout,
 )
 from diffusion_envs.preferences import FromReward, Preference, compare
-from diffusion_envs.samplers import BoundDDIM
 from diffusion_envs.training import control, parallel
+from diffusion_envs.training.critic import Critic, NonFiniteError
 from diffusion_envs.training.environment import Environment, Sample
 from diffusion_envs.training.lessons import LastSteps, Lesson, NoisedData, PathSteps
-from diffusion_envs.value import combine, martingale_loss, value_network
+from diffusion_envs.training.schedule import Schedule, require_fit
+
+__all__ = ["NonFiniteError", "PreflightError", "Schedule", "Trainer"]
 
 
 class PreflightError(RuntimeError):
     """What must hold before the first update does not; the message names the likely cause."""
-
-
-class NonFiniteError(FloatingPointError):
-    """A gradient is not finite; the weights were not touched."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How much of everything an update uses.
-
-    Attributes:
-        samples: images an update, over all processes.
-        epochs: passes over a roll-out before the next is sampled.
-        minibatches: optimiser steps a pass; samples are split among them.
-        train_steps: steps of each path that carry a gradient, drawn without replacement; the
-        others'
-            share is made up by weight, so the gradient stays unbiased. None for all.
-        batch: rows (sample, step) that go through the network at once; memory, not mathematics.
-        max_gradient_norm: larger gradients are scaled down to it.
-        weight_decay: of AdamW on the adapter.
-        value_epochs: passes of the value network over the states of a roll-out.
-        value_batch: states a step of the value network's optimiser.
-        value_learning_rate: of AdamW on the value network.
-    """
-
-    samples: int = 32
-    epochs: int = 1
-    minibatches: int = 1
-    train_steps: int | None = None
-    batch: int = 64
-    max_gradient_norm: float = 1.0
-    weight_decay: float = 1e-4
-    value_epochs: int = 2
-    value_batch: int = 128
-    value_learning_rate: float = 1e-3
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "epochs", "minibatches", "batch", "value_epochs", "value_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_gradient_norm", "value_learning_rate"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be a positive finite number, got {value}")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
-        if self.train_steps is not None and self.train_steps < 1:
-            raise ValueError(f"train_steps must be at least 1 or None, got {self.train_steps}")
-        if self.samples % self.minibatches:
-            raise ValueError(
-                f"samples ({self.samples}) must be a multiple of minibatches ({self.minibatches})"
-            )
 
 
 class Trainer:
@@ -121,55 +67,7 @@ class Trainer:
         preference: Preference | None = None,
         target_kl: control.TargetKL | None = None,
     ) -> None:
-        share = accelerator.num_processes * schedule.minibatches * objective.group
-        if schedule.samples % share:
-            raise ValueError(
-                f"samples ({schedule.samples}) must be a multiple of processes x minibatches x "
-                f"the objective's group ({share})"
-            )
-        if not isinstance(objective, NoisedObjective) and not isinstance(
-            environment.sampler, BoundDDIM
-        ):
-            raise ValueError(
-                f"{type(objective).__name__} learns from the steps of the sampler, and a black box "
-                "shows none: use DDIM, or an objective that learns from data (DiffusionNFT, "
-                "ReinforceAdjointMatching, DistributionalOptimisation)"
-            )
-        on_grid = environment.sampler if isinstance(environment.sampler, BoundDDIM) else None
-        if target_kl is not None and (on_grid is None or on_grid.eta == 0):
-            raise ValueError(
-                "target_kl needs a path KL to steer by, and this sampler has none: an ODE's is "
-                "infinite, a black box's not known; use DDIM(eta > 0), or set kl_weight"
-            )
-        charged = isinstance(objective, BackpropObjective) and objective.needs_reference
-        if charged and on_grid is not None and on_grid.eta == 0:
-            raise ValueError(
-                f"{type(objective).__name__} charges a path KL, and an ODE's is infinite: use "
-                "DDIM(eta > 0), or kl_weight=0"
-            )
-        if target_kl is not None:
-            control.require_steerable(objective)
-        steps = environment.sampler.steps
-        if schedule.train_steps is not None and schedule.train_steps > steps:
-            raise ValueError(
-                f"train_steps ({schedule.train_steps}) must be at most the sampler's steps "
-                f"({steps})"
-            )
-        if objective.needs_density and not environment.sampler.has_density:
-            raise ValueError(
-                f"{type(objective).__name__} needs a transition density, and a step of this "
-                f"sampler has none "
-                "(standard deviation 0): use eta > 0 and a scheduler with set_alpha_to_one=False, "
-                "or an "
-                "objective that draws its actions (ScoreAsActionSampled)"
-            )
-        if objective.needs_fresh_rollouts and (taken := schedule.epochs * schedule.minibatches) > 1:
-            raise ValueError(
-                f"{type(objective).__name__} corrects for no change of policy within a roll-out: "
-                f"use epochs=1 and minibatches=1, got {taken} optimiser steps"
-            )
-        if schedule.samples < 2:
-            raise ValueError(f"samples must be at least 2 to compare them, got {schedule.samples}")
+        require_fit(environment, objective, schedule, accelerator.num_processes, target_kl)
         self.environment, self.objective, self.schedule = environment, objective, schedule
         self.parameters, self.accelerator, self.stream_name = parameters, accelerator, stream_name
         self.preference = preference or FromReward()
@@ -178,14 +76,7 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             parameters, lr=objective.learning_rate, weight_decay=schedule.weight_decay
         )
-        self.value = value_network(
-            environment.event,
-            environment.context.shape[-1],
-            generator=stream(environment.seed, "value network"),
-        ).to(environment.device)
-        self.value_optimiser = torch.optim.AdamW(
-            self.value.parameters(), lr=schedule.value_learning_rate, weight_decay=0.01
-        )
+        self.critic = Critic(environment, schedule, accelerator, stream_name)
         self.update = 0  # updates done
         self._seconds_before = 0.0
         self._started = time.monotonic()
@@ -198,8 +89,8 @@ class Trainer:
             "adapter": [p.detach() for p in self.parameters],
             "old": self.old,
             "optimiser": self.optimiser.state_dict(),
-            "value": self.value.state_dict(),
-            "value_optimiser": self.value_optimiser.state_dict(),
+            "value": self.critic.network.state_dict(),
+            "value_optimiser": self.critic.optimiser.state_dict(),
             "update": self.update,
             "reward_queries": self.environment.reward_queries,
             "network_calls": self.environment.score.calls,
@@ -222,8 +113,8 @@ class Trainer:
             for parameter, tensor in zip(self.old, state["old"], strict=True):
                 parameter.copy_(tensor)
         self.optimiser.load_state_dict(state["optimiser"])
-        self.value.load_state_dict(state["value"])
-        self.value_optimiser.load_state_dict(state["value_optimiser"])
+        self.critic.network.load_state_dict(state["value"])
+        self.critic.optimiser.load_state_dict(state["value_optimiser"])
         self.update = state["update"]
         if self.target_kl is not None:
             self.objective = control.with_kl_weight(self.objective, state["kl_weight"])
@@ -258,14 +149,8 @@ class Trainer:
             self._preflight(lesson)
         numbers = self._improve_adapter(lesson, rollout)
         if rollout.values is not None and isinstance(self.objective, PathObjective):
-            numbers["value_loss"] = self._improve_value(rollout, sample.denoised_rewards)
-            generator = stream(self.environment.seed, self.stream_name, "maintain", self.update)
-            self.objective.maintain(
-                self.value,
-                self.value_optimiser,
-                lambda: tuple(parallel.gather(x, self.accelerator) for x in self._shown(rollout)),
-                self.update,
-                generator,
+            numbers["value_loss"] = self.critic.improve(
+                self.objective, rollout, sample.denoised_rewards, self.update
             )
         self._keep_old()
         self.update += 1
@@ -313,9 +198,9 @@ class Trainer:
         rollout, added = sample.rollout, dict[str, Tensor]()
         if on_paths:
             if self.update == 0:
-                self.value.calibrate(parallel.gather(rollout.rewards, self.accelerator))
+                self.critic.network.calibrate(parallel.gather(rollout.rewards, self.accelerator))
             with torch.no_grad():
-                added["values"] = self._values(rollout, sample.denoised_rewards)
+                added["values"] = self.critic.values(objective, rollout, sample.denoised_rewards)
         if objective.needs_preferences:
             added["preferences"] = compare(
                 self.preference, sample.images, sample.prompts, rollout.rewards, indices, group
@@ -333,7 +218,7 @@ class Trainer:
                 objective,
                 rollout,
                 self._advantages(rollout),
-                self._value_at(rollout) if objective.needs_value else None,
+                self.critic.at(rollout) if objective.needs_value else None,
                 train_steps=schedule.train_steps,
                 batch=schedule.batch,
             )
@@ -358,7 +243,7 @@ class Trainer:
         found = []
         for part in torch.arange(len(rollout.rewards)).split(self.schedule.batch):
             with torch.no_grad():
-                targets = self.objective.targets(_paths(rollout, part), self.environment)
+                targets = self.objective.targets(rollout.chosen(part), self.environment)
             assert targets is not None  # needs_targets
             found.append(targets)
         return torch.cat(found)
@@ -417,8 +302,7 @@ class Trainer:
                 if not torch.isfinite(norm):
                     raise NonFiniteError(
                         f"the gradient's norm is {norm.item()} at update {self.update + 1}; no "
-                        f"weight "
-                        "was changed. Lower learning_rate or guidance, or use float32"
+                        "weight was changed. Lower learning_rate or guidance, or use float32"
                     )
                 self.optimiser.step()
         return {**lesson.numbers(), "gradient_norm": norm.item()}
@@ -442,88 +326,6 @@ class Trainer:
         )
         first = world.process_index * paths
         return self.objective.advantages(whole)[first : first + paths]
-
-    # -- value network ----------------------------------------------------------------------------
-
-    def _values(
-        self, rollout: Rollout, denoised_rewards: Float[Tensor, "paths nodes"] | None
-    ) -> Float[Tensor, "paths nodes"]:
-        """V at every node: c_skip r(x0_hat) + c_out F, or F alone where nothing was denoised."""
-        times = self.environment.sampler.noising_times.to(rollout.rewards)
-        residual = self.value(*self._shown(rollout)).view(rollout.states.shape[:2])
-        values = residual
-        if denoised_rewards is not None:
-            values = combine(times, denoised_rewards, residual)
-        return torch.cat([values[:, :-1], rollout.rewards[:, None]], dim=1)  # V = r at the end
-
-    def _shown(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-        """What the value network is shown: (noising time, state, prompt) of every node."""
-        (paths, nodes), sampler = rollout.states.shape[:2], self.environment.sampler
-        assert isinstance(sampler, BoundDDIM)
-        states, times = rollout.states, sampler.noising_times.to(rollout.rewards)
-        assert isinstance(self.objective, PathObjective)
-        if self.objective.value_sees_denoised:
-            alpha, sigma = (
-                level[:-1].to(states).view(1, -1, *[1] * (states.ndim - 2))
-                for level in (sampler.alpha, sampler.sigma)
-            )
-            guesses = tweedie_mean(states[:, :-1], rollout.means, alpha, sigma)
-            states = torch.cat([guesses, states[:, -1:]], dim=1)
-        pooled = self._pooled(rollout).repeat_interleave(nodes, 0)
-        return times.repeat(paths), states.flatten(0, 1), pooled
-
-    def _value_at(self, rollout: Rollout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """(node, states, path) -> the network's value of each row, differentiable in the states."""
-        times, pooled = self.environment.sampler.noising_times, self._pooled(rollout)
-
-        def value(node: Tensor, states: Tensor, path: Tensor) -> Tensor:
-            return self.value(times.to(states)[node], states, pooled[path])
-
-        return value
-
-    def _improve_value(self, rollout: Rollout, denoised_rewards: Tensor | None) -> float:
-        """Martingale loss of the realised returns to go; returns the loss before the last pass."""
-        environment, schedule = self.environment, self.schedule
-        assert isinstance(self.objective, PathObjective)
-        kl_weight = self.objective.cost_weight
-        to_go = rollout.costs.flip(1).cumsum(1).flip(1)
-        returns = rollout.rewards[:, None] - kl_weight * to_go
-        returns = torch.cat([returns, rollout.rewards[:, None]], dim=1)
-        per_batch = max(1, schedule.value_batch // returns.shape[1])
-        total, count = 0.0, 0
-        for epoch in range(schedule.value_epochs):
-            shuffle = stream(
-                environment.seed,
-                self.stream_name,
-                "value rows",
-                self.update,
-                epoch,
-                self.accelerator.process_index,
-            )
-            total, count = 0.0, 0
-            for part in torch.randperm(len(returns), generator=shuffle).split(per_batch):
-                seen = None if denoised_rewards is None else denoised_rewards[part]
-                values = self._values(_paths(rollout, part), seen)
-                losses = martingale_loss(values, returns[part], rollout.step_sizes)
-                if self.objective.fits_end:
-                    last = torch.full_like(part, returns.shape[1] - 1)
-                    end = self._value_at(rollout)(last, rollout.states[part, -1], part)
-                    gap = end - returns[part, -1]
-                    losses = losses + rollout.step_sizes[-1] * gap.square()
-                self.value_optimiser.zero_grad()
-                (losses.mean() / rollout.step_sizes.sum() / self.value.scale.square()).backward()
-                parameters = list(self.value.parameters())
-                parallel.average_gradients(parameters, self.accelerator)
-                norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-                if not torch.isfinite(norm):
-                    raise NonFiniteError(f"the value network's gradient norm is {norm.item()}")
-                self.value_optimiser.step()
-                total += losses.detach().sum().item() / rollout.step_sizes.sum().item()
-                count += len(part)
-        return total / count
-
-    def _pooled(self, rollout: Rollout) -> Float[Tensor, "paths width"]:
-        return self.environment.context[rollout.condition].mean(1).to(self.environment.device)
 
     # -- checks -----------------------------------------------------------------------------------
 
@@ -549,32 +351,20 @@ class Trainer:
         if not worst <= allowed:
             raise PreflightError(
                 f"before the first update the log-ratio of new to old policy must be 0 up to "
-                f"{allowed:.2g}, "
-                f"but is {worst:.3g}: roll-out and update see different networks. Usual causes: "
-                f"dropout "
-                "or train mode, reduced precision with different batch sizes, an adapter that was "
-                "changed"
+                f"{allowed:.2g}, but is {worst:.3g}: roll-out and update see different networks. "
+                "Usual causes: dropout or train mode, reduced precision with different batch "
+                "sizes, an adapter that was changed"
             )
         nats = rollout.costs.sum(1).max().item()
         if not 0 <= nats <= max(1e-6, allowed**2):
             raise PreflightError(
-                f"a fresh adapter must equal the pretrained model, but its path KL is {nats:.3g} "
-                f"nats"
+                "a fresh adapter must equal the pretrained model, but its path KL is "
+                f"{nats:.3g} nats"
             )
 
     def _over_processes(self, count: int) -> int:
         local = torch.tensor([count], device=self.environment.device)
         return int(parallel.gather(local, self.accelerator).sum())
-
-
-def _paths(rollout: Rollout, rows: Tensor) -> Rollout:
-    """The same roll-out, some of its paths only."""
-    chosen = {
-        f.name: value[rows]
-        for f in dataclasses.fields(rollout)
-        if isinstance(value := getattr(rollout, f.name), Tensor) and f.name != "step_sizes"
-    }
-    return dataclasses.replace(rollout, **chosen)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -224,7 +224,9 @@ def trains(small_trainer: Callable[..., Trainer]) -> Callable[..., Trainer]:
             assert torch.isfinite(a).all()
             assert torch.equal(a, b)
             assert not torch.equal(a, before)
-        kept = zip(whole.value.parameters(), second.value.parameters(), strict=True)
+        kept = zip(
+            whole.critic.network.parameters(), second.critic.network.parameters(), strict=True
+        )
         assert all(torch.equal(a, b) for a, b in kept)
         assert second.environment.reward_queries == whole.environment.reward_queries
         assert [line["update"] for line in lines] == [1, 2]

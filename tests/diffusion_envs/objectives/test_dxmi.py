@@ -325,7 +325,7 @@ def test_the_value_learns_the_reward_at_the_last_node_too():
 
     def unexplained() -> float:
         with torch.no_grad():
-            gap = run._value_at(rollout)(node, ends, paths) - rollout.rewards
+            gap = run.critic.at(rollout)(node, ends, paths) - rollout.rewards
         return float(gap.var() / rollout.rewards.var())
 
     assert unexplained() == pytest.approx(1, abs=1e-6)  # a constant

@@ -132,7 +132,7 @@ def test_the_critic_sees_denoised_states_and_nothing_is_asked_for_it(small_train
     assert made.environment.reward_queries == 12
     assert sample.denoised_rewards is None
     rollout, sampler = sample.rollout, made.environment.sampler
-    times, states, _ = made._shown(rollout)
+    times, states, _ = made.critic.shown(TDPO(), rollout)
     states = states.unflatten(0, (12, 5))
     for k in range(4):
         abar = float(sampler.alpha_bar[k])
@@ -140,7 +140,7 @@ def test_the_critic_sees_denoised_states_and_nothing_is_asked_for_it(small_train
         torch.testing.assert_close(states[:, k], guess, rtol=1e-5, atol=1e-5)
     assert torch.equal(states[:, 4], rollout.states[:, 4])
     torch.testing.assert_close(times[:5].double(), sampler.noising_times, rtol=0, atol=1e-6)
-    noisy = small_trainer(DPOK())._shown(rollout)[1]
+    noisy = small_trainer(DPOK()).critic.shown(DPOK(), rollout)[1]
     assert torch.equal(noisy.unflatten(0, (12, 5)), rollout.states)
 
 
@@ -315,7 +315,7 @@ def test_the_loop_resets_when_it_says(small_trainer):
     for update in (1, 2):
         for made in runs:
             list(made.updates(update))
-        plain, reset = (list(made.value.parameters()) for made in runs)
+        plain, reset = (list(made.critic.network.parameters()) for made in runs)
         same = all(torch.equal(a, b) for a, b in zip(plain, reset, strict=True))
         assert same == (update == 1)
     adapters = zip(*(made.parameters for made in runs), strict=True)

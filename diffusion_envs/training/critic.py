@@ -1,0 +1,168 @@
+"""The critic: a value network that learns from roll-outs what is to come.
+
+It starts from the reward of the denoised image where the objective asks for that, and fits the
+martingale loss of realised returns (``diffusion_envs.value``).
+"""
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ctrl.noise import stream
+from diffusion_envs.denoising import tweedie_mean
+from diffusion_envs.objectives import PathObjective, Rollout
+from diffusion_envs.samplers import BoundDDIM
+from diffusion_envs.training import parallel
+from diffusion_envs.training.environment import Environment
+from diffusion_envs.training.schedule import Schedule
+from diffusion_envs.value import combine, martingale_loss, value_network
+
+
+class NonFiniteError(FloatingPointError):
+    """A gradient is not finite; the weights were not touched."""
+
+
+class Critic:
+    """A value network with its optimiser: what it is shown, what it says, how it learns.
+
+    Args:
+        environment: whose states it sees.
+        schedule: how long it learns, and how fast.
+        accelerator: the processes of this run.
+        stream_name: names the order in which it sees the states.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        schedule: Schedule,
+        accelerator: Accelerator,
+        stream_name: str,
+    ) -> None:
+        self.environment, self.schedule = environment, schedule
+        self.accelerator, self.stream_name = accelerator, stream_name
+        self.network = value_network(
+            environment.event,
+            environment.context.shape[-1],
+            generator=stream(environment.seed, "value network"),
+        ).to(environment.device)
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(), lr=schedule.value_learning_rate, weight_decay=0.01
+        )
+
+    def values(
+        self,
+        objective: PathObjective,
+        rollout: Rollout,
+        denoised_rewards: Float[Tensor, "paths nodes"] | None,
+    ) -> Float[Tensor, "paths nodes"]:
+        """V at every node: c_skip r(x0_hat) + c_out F, or F alone where nothing was denoised."""
+        times = self.environment.sampler.noising_times.to(rollout.rewards)
+        residual = self.network(*self.shown(objective, rollout)).view(rollout.states.shape[:2])
+        values = residual
+        if denoised_rewards is not None:
+            values = combine(times, denoised_rewards, residual)
+        return torch.cat([values[:, :-1], rollout.rewards[:, None]], dim=1)  # V = r at the end
+
+    def shown(self, objective: PathObjective, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """What the network is shown: (noising time, state, prompt) of every node."""
+        (paths, nodes), sampler = rollout.states.shape[:2], self.environment.sampler
+        assert isinstance(sampler, BoundDDIM)
+        states, times = rollout.states, sampler.noising_times.to(rollout.rewards)
+        if objective.value_sees_denoised:
+            alpha, sigma = (
+                level[:-1].to(states).view(1, -1, *[1] * (states.ndim - 2))
+                for level in (sampler.alpha, sampler.sigma)
+            )
+            guesses = tweedie_mean(states[:, :-1], rollout.means, alpha, sigma)
+            states = torch.cat([guesses, states[:, -1:]], dim=1)
+        pooled = self._pooled(rollout).repeat_interleave(nodes, 0)
+        return times.repeat(paths), states.flatten(0, 1), pooled
+
+    def at(self, rollout: Rollout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """(node, states, path) -> the network's value of each row, differentiable in the states."""
+        times, pooled = self.environment.sampler.noising_times, self._pooled(rollout)
+
+        def value(node: Tensor, states: Tensor, path: Tensor) -> Tensor:
+            return self.network(times.to(states)[node], states, pooled[path])
+
+        return value
+
+    def improve(
+        self,
+        objective: PathObjective,
+        rollout: Rollout,
+        denoised_rewards: Float[Tensor, "paths nodes"] | None,
+        update: int,
+    ) -> float:
+        """Learn from a roll-out, then do what the objective asks for after an update.
+
+        Returns:
+            The loss in the last pass.
+
+        Raises:
+            NonFiniteError: a gradient is not finite; no weight was changed by it.
+        """
+        loss = self._fit(objective, rollout, denoised_rewards, update)
+        objective.maintain(
+            self.network,
+            self.optimiser,
+            lambda: tuple(
+                parallel.gather(x, self.accelerator) for x in self.shown(objective, rollout)
+            ),
+            update,
+            stream(self.environment.seed, self.stream_name, "maintain", update),
+        )
+        return loss
+
+    def _fit(
+        self,
+        objective: PathObjective,
+        rollout: Rollout,
+        denoised_rewards: Float[Tensor, "paths nodes"] | None,
+        update: int,
+    ) -> float:
+        """Martingale loss of the realised returns to go; returns the loss in the last pass."""
+        environment, schedule = self.environment, self.schedule
+        kl_weight = objective.cost_weight
+        to_go = rollout.costs.flip(1).cumsum(1).flip(1)
+        returns = rollout.rewards[:, None] - kl_weight * to_go
+        returns = torch.cat([returns, rollout.rewards[:, None]], dim=1)
+        per_batch = max(1, schedule.value_batch // returns.shape[1])
+        total, count = 0.0, 0
+        for epoch in range(schedule.value_epochs):
+            shuffle = stream(
+                environment.seed,
+                self.stream_name,
+                "value rows",
+                update,
+                epoch,
+                self.accelerator.process_index,
+            )
+            total, count = 0.0, 0
+            for part in torch.randperm(len(returns), generator=shuffle).split(per_batch):
+                seen = None if denoised_rewards is None else denoised_rewards[part]
+                values = self.values(objective, rollout.chosen(part), seen)
+                losses = martingale_loss(values, returns[part], rollout.step_sizes)
+                if objective.fits_end:
+                    last = torch.full_like(part, returns.shape[1] - 1)
+                    end = self.at(rollout)(last, rollout.states[part, -1], part)
+                    gap = end - returns[part, -1]
+                    losses = losses + rollout.step_sizes[-1] * gap.square()
+                self.optimiser.zero_grad()
+                (losses.mean() / rollout.step_sizes.sum() / self.network.scale.square()).backward()
+                parameters = list(self.network.parameters())
+                parallel.average_gradients(parameters, self.accelerator)
+                norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+                if not torch.isfinite(norm):
+                    raise NonFiniteError(f"the value network's gradient norm is {norm.item()}")
+                self.optimiser.step()
+                total += losses.detach().sum().item() / rollout.step_sizes.sum().item()
+                count += len(part)
+        return total / count
+
+    def _pooled(self, rollout: Rollout) -> Float[Tensor, "paths width"]:
+        return self.environment.context[rollout.condition].mean(1).to(self.environment.device)
