@@ -6,11 +6,13 @@ on one sampler, whatever it was trained on.
 """
 
 import dataclasses
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -248,3 +250,82 @@ def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed
         "optimum": dataclasses.asdict(best),
         "start": dataclasses.asdict(start),
     }
+
+
+class MissingRunError(LookupError):
+    """A run is not stored, and may not be made."""
+
+
+class Runs:
+    """Single runs in a JSON-lines file; what is there is not made again.
+
+    Args:
+        path: of the file; made when the first run is stored.
+        say: told of every new run.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], object] = print) -> None:
+        self.path, self.say = path, say
+        self.found: list[dict[str, Any]] = []
+        if path.exists():
+            self.found = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def get(
+        self,
+        name: str,
+        entry: Entry,
+        problem: Any,
+        budget: Budget,
+        rate: float,
+        seed: int,
+        *,
+        make: bool = True,
+    ) -> dict[str, Any]:
+        """That run, from the file or made now.
+
+        Raises:
+            MissingRunError: it is not stored, and ``make`` is False.
+        """
+        for one in self.found:
+            if _same(one, name, rate, seed, budget):
+                return one
+        if not make:
+            raise MissingRunError(f"{name} at rate {rate:g}, seed {seed}")
+        found = run(name, entry, problem, budget, rate, seed)
+        self.found.append(found)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        self.say(f"{name}  rate {rate:g}  seed {seed}  share {final(found):.4f}")
+        return found
+
+
+def _same(one: dict[str, Any], name: str, rate: float, seed: int, budget: Budget) -> bool:
+    """Whether this is that run; how often it was judged does not matter."""
+    wanted = {"method": name, "seed": seed, **dataclasses.asdict(budget)}
+    wanted.pop("every")
+    same = all(one[key] == value for key, value in wanted.items())
+    return same and math.isclose(one["rate"], rate)
+
+
+def final(found: dict[str, Any]) -> float:
+    """Share at the end of a run; minus infinity, if it diverged."""
+    share = found["curve"][-1]["share"] if found["curve"] else -math.inf
+    return share if math.isfinite(share) else -math.inf
+
+
+RATES = tuple(m * 10.0**k for k in range(-6, 1) for m in (1, 3))  # that a sweep may come to
+
+
+def swept(score: Callable[[float], float], first: Sequence[float]) -> float:
+    """The best learning rate, from a sweep that goes on while its best lies at an end of it."""
+    places = [min(range(len(RATES)), key=lambda k: abs(math.log(RATES[k] / r))) for r in first]
+    low, high = min(places), max(places)
+    found = {k: score(RATES[k]) for k in range(low, high + 1)}
+    while True:
+        best = max(found, key=lambda k: found[k])
+        beyond = {low: low - 1, high: high + 1}.get(best)
+        if beyond is None or not 0 <= beyond < len(RATES):
+            return RATES[best]
+        found[beyond] = score(RATES[beyond])
+        low, high = min(low, beyond), max(high, beyond)

@@ -32,6 +32,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,11 +42,19 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import PROBLEMS, Budget, Entry, methods, run
+from benchmarks.contenders import (
+    PROBLEMS,
+    Budget,
+    Entry,
+    MissingRunError,
+    Runs,
+    final,
+    methods,
+    swept,
+)
 from diffusion_envs.training.run_folder import versions
 
 DOCS = Path(__file__).parent.parent / "docs"
-RATES = tuple(m * 10.0**k for k in range(-6, 1) for m in (1, 3))  # that a sweep may come to
 
 
 @dataclass(frozen=True)
@@ -85,36 +94,6 @@ class Options:
     def budget(self) -> Budget:
         """Of every run."""
         return Budget(self.queries, self.calls, self.samples, self.steps, self.every)
-
-
-# -- what is kept ---------------------------------------------------------------------------------
-
-
-def _final(found: dict[str, Any]) -> float:
-    share = found["curve"][-1]["share"] if found["curve"] else -math.inf
-    return share if math.isfinite(share) else -math.inf
-
-
-def _same(one: dict[str, Any], name: str, rate: float, seed: int, budget: Budget) -> bool:
-    """Whether this is that run; how often it was judged does not matter."""
-    wanted = {"method": name, "seed": seed, **dataclasses.asdict(budget)}
-    wanted.pop("every")
-    same = all(one[key] == value for key, value in wanted.items())
-    return same and math.isclose(one["rate"], rate)
-
-
-def swept(score: Callable[[float], float], first: Sequence[float]) -> float:
-    """The best rate, from a sweep that goes on while its best lies at an end of it."""
-    places = [min(range(len(RATES)), key=lambda k: abs(math.log(RATES[k] / r))) for r in first]
-    low, high = min(places), max(places)
-    found = {k: score(RATES[k]) for k in range(low, high + 1)}
-    while True:
-        best = max(found, key=lambda k: found[k])
-        beyond = {low: low - 1, high: high + 1}.get(best)
-        if beyond is None or not 0 <= beyond < len(RATES):
-            return RATES[best]
-        found[beyond] = score(RATES[beyond])
-        low, high = min(low, beyond), max(high, beyond)
 
 
 def summary(name: str, entry: Entry, runs: Sequence[dict[str, Any]], rate: float) -> dict[str, Any]:
@@ -164,36 +143,24 @@ def main(options: Options) -> None:
     chosen = options.methods or tuple(entries)
     problem = PROBLEMS[options.problem]()
     options.output.mkdir(parents=True, exist_ok=True)
-    options.runs.mkdir(parents=True, exist_ok=True)
-    stored = options.runs / f"{options.problem}.jsonl"
-    runs = [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
-
-    def need(name: str, rate: float, seed: int) -> dict[str, Any]:
-        for one in runs:
-            if _same(one, name, rate, seed, options.budget):
-                return one
-        found = run(name, entries[name], problem, options.budget, rate, seed)
-        runs.append(found)
-        with stored.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        console.print(f"{name}  rate {rate:g}  seed {seed}  share {_final(found):.4f}")
-        return found
-
+    runs = Runs(options.runs / f"{options.problem}.jsonl", console.print)
     sweep_seeds = range(100, 100 + options.sweep_seeds)
     rows = []
-    for name in entries:
-        if name not in chosen and not any(one["method"] == name for one in runs):
+    for name, entry in entries.items():
+        need = partial(runs.get, name, entry, problem, options.budget, make=name in chosen)
+
+        def score(rate: float, need: Callable[..., Any] = need) -> float:
+            return statistics.fmean(max(final(need(rate, s)), -10.0) for s in sweep_seeds)
+
+        try:
+            rate = swept(score, options.learning_rates)
+            reported = [need(rate, seed) for seed in range(options.seeds)]
+        except MissingRunError:  # of a method that was not asked for: its row needs all of them
             continue
-
-        def score(rate: float, name: str = name) -> float:
-            return statistics.fmean(max(_final(need(name, rate, s)), -10.0) for s in sweep_seeds)
-
-        rate = swept(score, options.learning_rates)
-        reported = [need(name, rate, seed) for seed in range(options.seeds)]
-        rows.append(summary(name, entries[name], [r for r in reported if r["curve"]], rate))
+        rows.append(summary(name, entry, [r for r in reported if r["curve"]], rate))
     rows = [row for row in rows if row["seeds"]]
     rows.sort(key=lambda row: -row["share"][0])
-    _write(rows, runs, options, console)
+    _write(rows, runs.found, options, console)
 
 
 def _write(

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from benchmarks.contenders import Budget, Entry, methods, run
-from benchmarks.leaderboard import RATES, Options, main, summary, swept
+from benchmarks.contenders import RATES, Budget, Entry, methods, run, swept
+from benchmarks.leaderboard import Options, main, summary
 from diffusion_envs import objectives as o
 from diffusion_envs.exact import GaussianProblem
 from diffusion_envs.samplers import DDIM, Scheduler
@@ -88,7 +88,7 @@ def test_runs_are_not_repeated(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Non
     stored = tmp_path / "runs" / "gaussian.jsonl"
     before = stored.read_text()
     first = json.loads((tmp_path / "leaderboard_gaussian.json").read_text())["rows"]
-    monkeypatch.setattr("benchmarks.leaderboard.run", None)
+    monkeypatch.setattr("benchmarks.contenders.run", None)
     main(options)
     assert stored.read_text() == before
     assert json.loads((tmp_path / "leaderboard_gaussian.json").read_text())["rows"] == first
