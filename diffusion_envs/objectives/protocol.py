@@ -248,7 +248,7 @@ class PathObjective(Objective, ABC):
 class NoisedObjective(Objective, ABC):
     """Learns from data that the model made with any sampler, noised anew."""
 
-    draws: int = 4  # noised states of each sample, at noise levels of their own
+    draws: int = 4  # noised states of each sample: pairs of one noise level and opposite noise
 
     needs_old: ClassVar[bool] = True  # the scores of the policy that sampled enter the loss
 

@@ -5,7 +5,7 @@ of paths into losses, in pieces that fit into memory. The sum of their gradients
 the mean loss of a path. What is random is drawn from the generator that is given.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -156,6 +156,34 @@ class PathSteps:
         }
 
 
+def drawn_levels(
+    paths: int, draws: int, first: int, end: int, generator: Generator
+) -> Int64[Tensor, "paths draws"]:
+    """Timesteps from ``first`` to before ``end``, each with equal probability, evenly spread.
+
+    One falls into each of as many equal intervals as are drawn. The two draws of a pair (first half
+    and second half of a path's) share theirs; an odd one has its own.
+    """
+    own = -(-draws // 2)
+    place = torch.randperm(paths * own, generator=generator).double()
+    place = (place + torch.rand(paths * own, generator=generator, dtype=torch.float64)) / len(place)
+    found = (first + (end - first) * place).long().clamp(max=end - 1).view(paths, own)
+    return torch.cat([found, found[:, : draws - own]], dim=1)
+
+
+def drawn_noise(
+    paths: int, draws: int, event: Sequence[int], generator: Generator
+) -> Float[Tensor, "paths draws *event"]:
+    """Standard normals, the second half of a path's draws opposite to the first half.
+
+    What is odd in the noise, such as most of the pull that a sample exerts near the data, then adds
+    no variance: averages keep their expectation.
+    """
+    own = -(-draws // 2)
+    found = torch.randn(paths, own, *event, generator=generator)
+    return torch.cat([found, -found[:, : draws - own]], dim=1)
+
+
 class NoisedData:
     """The samples themselves, noised anew; what made them does not matter.
 
@@ -188,8 +216,8 @@ class NoisedData:
         log_abar = environment.sampler.table.alphas_cumprod.double().log()
         shape = (len(data), objective.draws)
         first = 1 if objective.needs_bridge else 0  # no state lies before the first timestep
-        self.timestep = torch.randint(first, len(log_abar), shape, generator=generator)
-        self.noise = torch.randn(*shape, *data.shape[1:], generator=generator).to(data)
+        self.timestep = drawn_levels(*shape, first, len(log_abar), generator)
+        self.noise = drawn_noise(*shape, data.shape[1:], generator).to(data)
         everything = torch.cartesian_prod(torch.arange(len(data)), torch.arange(shape[1]))
         self.bridge: tuple[Tensor, Tensor] | None = None  # cost and score, for every draw
         self.old_mean: Tensor | None = None

@@ -13,7 +13,7 @@ from diffusion_envs.objectives import (
     NoisedObjective,
     ReinforceAdjointMatching,
 )
-from diffusion_envs.training.lessons import NoisedData
+from diffusion_envs.training.lessons import NoisedData, drawn_levels, drawn_noise
 from diffusion_envs.training.loop import Trainer
 from tests.diffusion_envs.objectives.small_runs import numbers, trainer
 
@@ -120,3 +120,34 @@ def test_scores_that_nobody_needs_are_not_there():
     for needy in (ON_POLICY, ReinforceAdjointMatching()):
         with pytest.raises(AssertionError):
             needy.loss(rows)
+
+
+# -- what is drawn -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("draws", "own"), [(1, 1), (2, 1), (5, 3), (6, 3)])
+def test_noise_levels_are_spread_evenly_and_shared_by_pairs(draws, own, generator):
+    """Of 7 levels from 2 on, 7 * 4 paths: each level as often as any other."""
+    found = drawn_levels(28, draws, 2, 9, generator)
+    assert found.shape == (28, draws)
+    assert found[:, :own].flatten().bincount(minlength=9).tolist() == [0, 0] + 7 * [4 * own]
+    assert torch.equal(found[:, own:], found[:, : draws - own])
+
+
+def test_every_place_has_every_noise_level_with_equal_probability(generator):
+    """Though only 3 paths are drawn together: the levels' counts at one place are multinomial."""
+    runs, levels = 20_000, 5
+    found = torch.stack([drawn_levels(3, 2, 0, levels, generator)[0, 0] for _ in range(runs)])
+    share = found.bincount(minlength=levels) / runs
+    error = (0.2 * 0.8 / runs) ** 0.5
+    assert (share - 0.2).abs().max() < 5.5 * error < 0.02
+
+
+@pytest.mark.parametrize(("draws", "own"), [(1, 1), (2, 1), (5, 3), (6, 3)])
+def test_the_noise_of_a_pair_is_opposite(draws, own, generator):
+    found = drawn_noise(4000, draws, (2, 3), generator)
+    assert found.shape == (4000, draws, 2, 3)
+    assert torch.equal(found[:, own:], -found[:, : draws - own])
+    size = found[:, :own].numel()
+    assert abs(found[:, :own].mean().item()) < 5 / size**0.5
+    assert found[:, :own].square().mean().item() == pytest.approx(1, abs=5 * (2 / size) ** 0.5)
