@@ -24,6 +24,14 @@ Sampling     Always the pretrained model (``old_decay`` is 1). The rewards in th
              its own and do not rise; what was learned shows on held-out seeds. Data of the current
              model would need the density of one model over the other as a further weight, which
              black-box samplers do not have.
+Solver       Its error counts twice: samples that are too narrow are learned as the model's own law,
+             and the chain that then plays this score narrows it again. On ``diffusion_envs.exact.
+             GaussianProblem``, judged on a DDIM chain of 20 steps, infinitely many samples of that
+             chain come to 86.6 percent of the gain that E[r] - kl_weight (path KL) allows there
+             (94.2 with samples of 50 steps, 96.4 of 100); samples of DPM-Solver++ with 20 and 50
+             steps to 97.4 and 98.2, and those of the data's law to 98.2: the rest is what the
+             optimum of continuous time lacks on 20 steps (0.3 on 50). So sample with a solver that
+             is accurate, as any will do: ``Scheduler("DPMSolverMultistepScheduler")``.
 Published    A network learns the potential and another the correction of the score, over rounds of
              fresh samples; here weights stand for both.
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_envs import gaussian
-from diffusion_envs.gaussian import Gaussian, Quadratic
+from diffusion_envs import exact, gaussian
+from diffusion_envs.exact import GaussianProblem
+from diffusion_envs.gaussian import Affine, Gaussian, Quadratic
 from diffusion_envs.objectives import (
     DistributionalOptimisation,
     NearTarget,
@@ -18,6 +19,7 @@ from diffusion_envs.objectives import (
     Rollout,
 )
 from diffusion_envs.objectives.distributional import dual_averaging, mean_reward
+from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Scheduler
 from diffusion_envs.schedule import VPLinear
 
 
@@ -225,3 +227,62 @@ def test_data_are_always_the_pretrained_models(small_trainer):
     torch.testing.assert_close(sampled.states, expected.states, rtol=0, atol=0)
     numbers = made.step()
     assert 1 / 12 <= numbers["effective_samples"] <= 1
+
+
+# -- what the samples' sampler has to do with it ---------------------------------------------------
+
+
+def generated(problem: GaussianProblem, sampler: BoundDDIM | BoundBlackBox) -> Gaussian:
+    """The pretrained model's law of data on a sampler, to the round-off of its float32 score."""
+    if isinstance(sampler, BoundDDIM):
+        slope, offset = gaussian.score_coefficients(
+            problem.data, sampler.table, sampler.noising_times[:-1]
+        )
+        unit = torch.eye(2, dtype=torch.float64)
+        law = Gaussian(torch.zeros(2, dtype=torch.float64), unit)
+        for k in range(sampler.steps):
+            a, b = sampler.state_gain[k], sampler.score_gain[k]
+            step = Affine(a * unit + b * slope[k], b * offset[k], sampler.std[k].square() * unit)
+            law = step.after(law)
+        return law
+    score = problem.environment(sampler, 0)[0].score
+    points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    ends = sampler.sample(lambda x, t: score.prediction(x, t.expand(len(x))), points).double()
+    root = (ends[1:] - ends[0]).T
+    return Gaussian(ends[0], root @ root.T)
+
+
+def share(problem: GaussianProblem, law: Gaussian, steps: int) -> float:
+    """Of the gain in J that a chain of DDIM allows, if it plays the score of the tilted law."""
+    judge = DDIM(1.0).bind(exact.table(), steps)
+    best = gaussian.tilt(law, problem.quadratic, problem.kl_weight)
+    times = judge.noising_times[:-1]
+    own, pre = (gaussian.score_coefficients(x, judge.table, times) for x in (best, problem.data))
+    gain, shift = (a - b for a, b in zip(own, pre, strict=True))
+    found = problem._judged(gain, shift, judge).objective
+    start = problem._judged(0 * gain, 0 * shift, judge).objective
+    return (found - start) / (problem.optimum(judge).objective - start)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(20, 0.9818), (50, 0.9969), (100, 0.9992)])
+def test_the_optimum_of_continuous_time_is_nearly_that_of_the_chain(steps, expected):
+    """What the method comes to with samples of the data's own law."""
+    problem = GaussianProblem()
+    assert share(problem, problem.data, steps) == pytest.approx(expected, abs=6e-5)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "expected"),
+    [
+        (DDIM(1.0), 20, 0.8663),
+        (DDIM(1.0), 50, 0.9422),
+        (DDIM(1.0), 100, 0.9640),
+        (Scheduler("DPMSolverMultistepScheduler"), 20, 0.9740),
+        (Scheduler("DPMSolverMultistepScheduler"), 50, 0.9824),
+    ],
+)
+def test_a_samplers_error_is_learned_as_if_it_were_the_models(sampler, steps, expected):
+    """With any number of samples: the score becomes that of the tilt of what was generated."""
+    problem = GaussianProblem()
+    law = generated(problem, sampler.bind(exact.table(), steps))
+    assert share(problem, law, 20) == pytest.approx(expected, abs=1e-4)

@@ -205,6 +205,21 @@ def test_it_rests_at_a_known_share_of_what_can_be_gained(steps, penalty, charged
     assert (found - start) / gap == pytest.approx(share, abs=6e-5)
 
 
+def test_whoever_maximises_the_reward_alone_ends_far_below_the_pretrained_model():
+    """Of all policies with the largest E[r] on 20 steps the one nearest the pretrained model."""
+    problem, sampler = GaussianProblem(), DDIM(1.0).bind(exact.table(), 20)
+    nearly_free = 1e-8 * sampler.kl_factor * sampler.integrated_g2
+    gain, shift, _ = resting(problem, sampler, nearly_free, charged=True)
+    found, start = (problem._judged(f * gain, f * shift, sampler) for f in (1, 0))
+    gap = problem.optimum(sampler).objective - start.objective
+    noise = 0.5 * torch.trace(problem.quadratic.curvature) * sampler.std[-1].square()
+    largest = problem.quadratic(
+        torch.linalg.solve(problem.quadratic.curvature, problem.quadratic.slope)
+    )
+    assert found.reward == pytest.approx((largest - noise).item(), abs=1e-6)
+    assert (found.objective - start.objective) / gap == pytest.approx(-13.17, abs=0.01)
+
+
 @pytest.mark.parametrize("penalty", ["noise", "kl", "path"])
 def test_there_its_expected_gradient_is_zero_at_every_state(penalty):
     """Of the loss itself, by quadrature; half a percent away from there it is not."""
