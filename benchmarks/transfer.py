@@ -17,8 +17,8 @@ What is lost by transfer is a share's difference from that of the solver of trai
 
     python -m benchmarks.transfer
 
-Runs are appended to a JSON-lines file, with their weights, and not repeated; judgements, table, CSV
-and picture are made anew from all of it.
+Runs are appended to a JSON-lines file, with their weights and judgements, and not repeated; table,
+CSV and picture are made anew from all of it.
 """
 
 import csv
@@ -65,6 +65,14 @@ METHODS = (
     "distributional",
     "nft",
 )
+MIXTURE_METHODS = (
+    "score-as-action",
+    "ddpo",
+    "grpo",
+    "adjoint-matching (path KL)",
+    "ram (path cost)",
+    "distributional",
+)
 FEW_STEP_METHODS = ("score-as-action", "grpo", "adjoint-matching (path KL)")
 # of short sweeps; the leaderboard's, where there is one, comes first
 RATES = {
@@ -80,25 +88,29 @@ class Options:
 
     Attributes:
         problems: some of gaussian, mixture.
-        methods: of the leaderboard.
+        methods: of the leaderboard, on the Gaussian problem.
+        mixture_methods: on the mixture.
         few_step_methods: that are also trained at ``few_steps``.
         queries: of the reward, for every run.
         samples: an update.
         train_steps: of the sampler in training.
         few_steps: of the sampler in training, for the reverse question.
-        seeds: that are reported.
+        seeds: that are reported, on the Gaussian problem.
+        mixture_seeds: on the mixture.
         runs: folder of the trained weights; goes on from what is there.
         output: folder of the results.
     """
 
     problems: tuple[str, ...] = ("gaussian", "mixture")
     methods: tuple[str, ...] = METHODS
+    mixture_methods: tuple[str, ...] = MIXTURE_METHODS
     few_step_methods: tuple[str, ...] = FEW_STEP_METHODS
     queries: int = 6_400
     samples: int = 64
     train_steps: int = 50
     few_steps: int = 10
     seeds: int = 5
+    mixture_seeds: int = 3
     runs: Path = ROOT / "runs" / "transfer"
     output: Path = DOCS
 
@@ -194,6 +206,11 @@ def judged(problem: GaussianProblem | MixtureProblem, score: CorrectedScore) -> 
     return {
         where: exact_laws.judge(problem, score, sampler) for where, sampler in solvers().items()
     }
+
+
+def judgements(run: Mapping[str, Any]) -> Judgements:
+    """Those that were stored with a run."""
+    return {(solver, steps): Judged(**found) for solver, steps, found in run["judged"]}
 
 
 def known(problem: GaussianProblem | MixtureProblem, train_steps: int) -> dict[str, Judgements]:
@@ -293,7 +310,7 @@ def main(options: Options) -> None:
     """Train what is missing; then judge everything anew, and write it."""
     torch.set_num_threads(1)
     console, entries = Console(width=210), methods()
-    asked = set(options.methods) | set(options.few_step_methods)
+    asked = {*options.methods, *options.mixture_methods, *options.few_step_methods}
     if unknown := asked - set(entries):
         raise SystemExit(f"unknown methods {sorted(unknown)}; there are {', '.join(entries)}")
     if unknown := set(options.problems) - set(PROBLEMS):
@@ -329,29 +346,29 @@ def _rows_of_problem(
                 return one
         score, cost = train(problem, entries[method], options, steps, key["rate"], seed)
         weights = [p.detach().flatten().tolist() for p in score.correction.parameters()]
-        runs.append(key | cost | {"weights": weights})
+        found = [[*where, dataclasses.asdict(it)] for where, it in judged(problem, score).items()]
+        runs.append(key | cost | {"weights": weights, "judged": found})
         with stored.open("a") as file:
             file.write(json.dumps(runs[-1]) + "\n")
         console.print(f"{name}  {method}  {steps} steps  seed {seed}  {cost['seconds']:.1f} s")
         return runs[-1]
 
-    plan = [(m, options.train_steps) for m in options.methods]
+    mixture = name == "mixture"
+    chosen = options.mixture_methods if mixture else options.methods
+    count = options.mixture_seeds if mixture else options.seeds
+    plan = [(m, options.train_steps) for m in chosen]
     plan += [(m, options.few_steps) for m in options.few_step_methods]
-    rows = []
-    references = known(problem, options.train_steps)
+    found = {
+        (method, steps): [need(method, steps, seed) for seed in range(count)]
+        for method, steps in plan
+    }
+    rows, references = [], known(problem, options.train_steps)
     for method, one in references.items():
         key = {"problem": name, "method": method, "trained": False}
         key |= {"train_steps": options.train_steps, "aims": True, "rate": None}
-        found = numbers(problem, one, references)
-        rows += rows_of(key, [found], options.train_steps)
-    for method, steps in plan:
-        seeds, cost = [], []
-        for seed in range(options.seeds):
-            run = need(method, steps, seed)
-            seeds.append(
-                numbers(problem, judged(problem, trained(problem, run["weights"])), references)
-            )
-            cost.append(run)
+        rows += rows_of(key, [numbers(problem, one, references)], options.train_steps)
+    for (method, steps), cost in found.items():
+        seeds = [numbers(problem, judgements(run), references) for run in cost]
         key = {"problem": name, "method": method, "trained": True, "train_steps": steps}
         key |= {"aims": entries[method].aims, "rate": cost[0]["rate"]}
         key |= {what: statistics.fmean(run[what] for run in cost) for what in ("queries", "calls")}

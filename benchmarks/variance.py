@@ -158,9 +158,9 @@ class Options:
     estimators: tuple[str, ...] = ()
     steps: tuple[int, ...] = (5, 10, 20, 50, 100)
     policies: tuple[str, ...] = POLICIES
-    batches: int = 200
+    batches: int = 100
     samples: int = 64
-    value_updates: int = 60
+    value_updates: int = 40
     seed: int = 0
     runs: Path = ROOT / "runs" / "variance"
     output: Path = DOCS
@@ -267,26 +267,47 @@ class Measured:
             denoised=self.denoised,
         )
 
-    def prepare(self, sample: Sample) -> dict[str, float]:
+    def prepare(self, sample: Sample, critics: dict[Any, Any]) -> dict[str, float]:
         """Train the value network, where there is one; what an update costs.
 
         The loop itself does it, with a learning rate of 0 for the adapter, which stays.
+
+        Args:
+            sample: whose rewards set the network's scale.
+            critics: networks that are trained already, by what they learn from and what they see;
+                this one is added.
         """
         trainer, before = self.trainer, flat([p.detach() for p in self.parameters])
-        trainer.critic.network.calibrate(sample.rollout.rewards)
+        network = trainer.critic.network
+        network.calibrate(sample.rollout.rewards)
         trainer.update = 1  # the first one checks that the adapter is fresh
         for group in trainer.optimiser.param_groups:
             group["lr"] = 0.0
-        network = self.estimator.value == "network"
-        queries = calls = 0
-        for _ in range(self.options.value_updates if network else 1):
-            queries, calls = self.environment.reward_queries, self.environment.score.calls
-            trainer.step()
-        assert bool((flat([p.detach() for p in self.parameters]) == before).all())
-        return {
+        queries, calls = self.environment.reward_queries, self.environment.score.calls
+        trainer.step()
+        cost = {
             "queries": self.environment.reward_queries - queries,
             "calls": self.environment.score.calls - calls,
         }
+        if self.estimator.value == "network":
+            if self.learns not in critics:
+                for _ in range(self.options.value_updates - 1):
+                    trainer.step()
+                critics[self.learns] = network.state_dict()
+            network.load_state_dict(critics[self.learns])
+        assert bool((flat([p.detach() for p in self.parameters]) == before).all())
+        return cost
+
+    @property
+    def acts(self) -> tuple[Any, ...]:
+        """What its roll-outs depend on."""
+        return (getattr(self.objective, "exploration", 0.0), self.denoised)
+
+    @property
+    def learns(self) -> tuple[Any, ...]:
+        """What its value network depends on."""
+        assert isinstance(self.objective, o.PathObjective)
+        return (*self.acts, self.objective.cost_weight, self.objective.value_sees_denoised)
 
     def values(self, sample: Sample) -> Float[Tensor, "paths nodes"] | None:
         """V at every node, as the estimator knows it."""
@@ -396,13 +417,14 @@ def main(options: Options) -> None:
     for policy in options.policies:
         for steps in options.steps:
             samples: dict[Any, Sample] = {}
+            critics: dict[Any, Any] = {}
             for name in options.estimators or entries:
                 key = {"policy": policy, "steps": steps, "estimator": name}
                 key |= {k: getattr(options, k) for k in ("batches", "samples", "value_updates")}
                 key |= {"seed": options.seed}
                 done = [r for r in runs if all(r[k] == v for k, v in key.items())]
                 if not done:
-                    done = [key | _measure(entries[name], policy, steps, options, samples)]
+                    done = [key | _measure(entries[name], policy, steps, options, samples, critics)]
                     runs += done
                     with stored.open("a") as file:
                         file.write(json.dumps(done[0]) + "\n")
@@ -412,19 +434,24 @@ def main(options: Options) -> None:
 
 
 def _measure(
-    estimator: Estimator, policy: str, steps: int, options: Options, samples: dict[Any, Sample]
+    estimator: Estimator,
+    policy: str,
+    steps: int,
+    options: Options,
+    samples: dict[Any, Sample],
+    critics: dict[Any, Any],
 ) -> dict[str, Any]:
-    """One row; estimators that act alike share their roll-outs."""
+    """One row; estimators that act alike share roll-outs, and those that learn alike critics."""
     problem, began = GaussianProblem(), time.perf_counter()
     weights = half_way(problem)
     if policy == "pretrained":
         weights = [torch.zeros_like(w) for w in weights]
     measured = Measured(problem, estimator, steps, weights, options)
-    acts = (getattr(measured.objective, "exploration", 0.0), measured.denoised)
-    if acts not in samples:
-        samples[acts] = measured.sample()
-    cost = measured.prepare(samples[acts])
-    gradients = measured.gradients(samples[acts])
+    if measured.acts not in samples:
+        samples[measured.acts] = measured.sample()
+    sample = samples[measured.acts]
+    cost = measured.prepare(sample, critics)
+    gradients = measured.gradients(sample)
     found = summary(gradients, exact_gradient(problem, measured.sampler, weights))
     relative = found["relative_variance"][0]
     chain = problem.optimum(measured.sampler).objective

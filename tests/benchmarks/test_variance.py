@@ -127,9 +127,14 @@ def test_a_value_network_is_trained_without_moving_the_policy():
     one = measured("score-as-action", value_updates=3)
     sample = one.sample()
     before = one.values(sample)
-    cost = one.prepare(sample)
+    critics = {}
+    cost = one.prepare(sample, critics)
     assert cost == {"queries": 32, "calls": 3 * 32 * 6}
-    assert not torch.equal(before, one.values(sample))
+    learned = one.values(sample)
+    assert not torch.equal(before, learned)
+    again = measured("score-as-action, a quarter", value_updates=3)
+    again.prepare(sample, critics)
+    assert torch.equal(again.values(sample), learned)
 
 
 def test_what_is_measured_is_written_and_not_repeated(tmp_path, monkeypatch):
