@@ -16,6 +16,10 @@ Biased       (1) The group's spread weighs prompts, and starts if they are share
              differentiated at the states that were visited, not through them: on the
              linear-Gaussian model of the tests its gradient is off by 42 % of its size.
              ``ScoreAsAction`` charges it to the return, which has no such bias.
+At rest      On ``diffusion_envs.exact.GaussianProblem``, 20 steps, a kl_weight of 0.5 spreads of
+             the reward (0.27 there) a nat rests at 79.4 percent of the gain that E[r] - 0.5 (path
+             KL) allows, large groups taken for granted: 0.5 is then another weight, each step pays
+             for itself alone, and the transitions' KL is not the path's (``dpok`` has each apart).
 Published    (1) Flow-GRPO divides by a variance that lacks the step's length: its "KL" is the KL
              times the step, about a tenth of it, and its weight of 0.04 is 0.004 a nat. (2)
              Log-densities and KL are means over pixels, here sums; a clip of 1e-4 a pixel is 1.64

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from diffusion_envs import exact, gaussian, linear_policy
+from diffusion_envs import exact, gaussian
 from diffusion_envs.exact import GaussianProblem
-from diffusion_envs.gaussian import Affine, Quadratic
 from diffusion_envs.objectives import DPOK, Rows
 from diffusion_envs.samplers import DDIM, BoundDDIM
 from diffusion_envs.schedule import DDPMTable
+from tests.diffusion_envs.objectives.resting_points import gained, resting
 
 ROWS, EVENT = 7, (3, 2, 2)
 
@@ -150,34 +150,6 @@ def test_with_the_path_kl_the_gradient_is_whole_whatever_the_baseline(eta, linea
 # -- where it rests -------------------------------------------------------------------------------
 
 
-def resting(problem: GaussianProblem, sampler: BoundDDIM, price: Tensor, charged: bool):
-    """Affine u_k that maximise E V_{k+1} - price_k |u_k|^2 / 2; V pays the prices or is E[r] only.
-
-    Returns:
-        the policy, and what it makes of the reward (and pays, if charged) from every node on.
-    """
-    slope, offset = gaussian.score_coefficients(
-        problem.data, sampler.table, sampler.noising_times[:-1]
-    )
-    unit, value = torch.eye(2, dtype=torch.float64), problem.quadratic
-    gains, shifts, values = [], [], [value]
-    for k in reversed(range(sampler.steps)):
-        a, b = sampler.state_gain[k], sampler.score_gain[k]
-        free = a * unit + b * slope[k], b * offset[k]
-        hessian = price[k] * unit + b.square() * value.curvature
-        gain = -b * torch.linalg.solve(hessian, value.curvature @ free[0])
-        shift = b * torch.linalg.solve(hessian, value.slope - value.curvature @ free[1])
-        noise = sampler.std[k].square() * unit
-        value = value.before(Affine(free[0] + b * gain, free[1] + b * shift, noise))
-        if charged:
-            running = linear_policy.kl_cost(price[k : k + 1], gain, shift)
-            value = value + Quadratic(running.curvature[0], running.slope[0], running.constant[0])
-        gains.append(gain)
-        shifts.append(shift)
-        values.append(value)
-    return torch.stack(gains[::-1]), torch.stack(shifts[::-1]), values[::-1]
-
-
 def prices(problem: GaussianProblem, sampler: BoundDDIM) -> dict[str, Tensor]:
     """Of half a square of the score's change, by the penalty."""
     noise, kl = weights(sampler)
@@ -199,10 +171,7 @@ def prices(problem: GaussianProblem, sampler: BoundDDIM) -> dict[str, Tensor]:
 def test_it_rests_at_a_known_share_of_what_can_be_gained(steps, penalty, charged, share):
     problem, sampler = GaussianProblem(), DDIM(1.0).bind(exact.table(), steps)
     gain, shift, _ = resting(problem, sampler, prices(problem, sampler)[penalty], charged)
-    found = problem._judged(gain, shift, sampler).objective
-    start = problem._judged(0 * gain, 0 * shift, sampler).objective
-    gap = problem.optimum(sampler).objective - start
-    assert (found - start) / gap == pytest.approx(share, abs=6e-5)
+    assert gained(problem, sampler, gain, shift) == pytest.approx(share, abs=6e-5)
 
 
 def test_whoever_maximises_the_reward_alone_ends_far_below_the_pretrained_model():
@@ -210,14 +179,13 @@ def test_whoever_maximises_the_reward_alone_ends_far_below_the_pretrained_model(
     problem, sampler = GaussianProblem(), DDIM(1.0).bind(exact.table(), 20)
     nearly_free = 1e-8 * sampler.kl_factor * sampler.integrated_g2
     gain, shift, _ = resting(problem, sampler, nearly_free, charged=True)
-    found, start = (problem._judged(f * gain, f * shift, sampler) for f in (1, 0))
-    gap = problem.optimum(sampler).objective - start.objective
     noise = 0.5 * torch.trace(problem.quadratic.curvature) * sampler.std[-1].square()
     largest = problem.quadratic(
         torch.linalg.solve(problem.quadratic.curvature, problem.quadratic.slope)
     )
-    assert found.reward == pytest.approx((largest - noise).item(), abs=1e-6)
-    assert (found.objective - start.objective) / gap == pytest.approx(-13.17, abs=0.01)
+    found = problem._judged(gain, shift, sampler).reward
+    assert found == pytest.approx((largest - noise).item(), abs=1e-6)
+    assert gained(problem, sampler, gain, shift) == pytest.approx(-13.17, abs=0.01)
 
 
 @pytest.mark.parametrize("penalty", ["noise", "kl", "path"])

@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from diffusion_envs import exact, linear_policy
+from diffusion_envs.exact import GaussianProblem
+from diffusion_envs.gaussian import Affine
 from diffusion_envs.objectives import GRPO, Rollout, Rows
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.schedule import DDPMTable
+from tests.diffusion_envs.objectives.resting_points import gained, resting
 
 ROWS, EVENT = 7, (3, 2, 2)
 
@@ -215,3 +219,23 @@ def test_it_trains_and_resumes(shared, trains):
 def test_samples_must_fill_whole_groups(small_trainer):
     with pytest.raises(ValueError, match="group"):
         small_trainer(GRPO(group=5))
+
+
+def test_it_rests_at_a_known_share_of_what_can_be_gained():
+    """Where the spread of the reward, in which the KL is weighed, is that of the policy at rest."""
+    problem, sampler = GaussianProblem(), DDIM(1.0).bind(exact.table(), 20)
+    steps, spread = linear_policy.Steps.of_ddim(sampler), 1.0
+    kl, curvature = (steps.score_gain / steps.std).square(), problem.quadratic.curvature
+    unit = torch.eye(2, dtype=torch.float64)
+    for _ in range(60):
+        *found, _ = resting(problem, sampler, problem.kl_weight * spread * kl, charged=False)
+        law, pretrained = problem._start(), problem._pretrained(sampler)
+        for k in range(sampler.steps):
+            slope, offset = (a[k] + b[k] for a, b in zip(pretrained, found, strict=True))
+            a, b = steps.state_gain[k], steps.score_gain[k]
+            law = Affine(a * unit + b * slope, b * offset, steps.std[k].square() * unit).after(law)
+        uphill, both = problem.quadratic.gradient(law.mean), curvature @ law.covariance
+        variance = uphill @ law.covariance @ uphill + 0.5 * torch.trace(both @ both)
+        spread = variance.sqrt().item()
+    assert spread == pytest.approx(0.267, abs=1e-3)
+    assert gained(problem, sampler, *found) == pytest.approx(0.7937, abs=6e-5)

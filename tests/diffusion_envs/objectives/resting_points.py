@@ -1,0 +1,46 @@
+"""Where policy gradients come to rest on the exact Gaussian problem: recursions over the steps."""
+
+import torch
+from torch import Tensor
+
+from diffusion_envs import gaussian, linear_policy
+from diffusion_envs.exact import GaussianProblem
+from diffusion_envs.gaussian import Affine, Quadratic
+from diffusion_envs.samplers import BoundDDIM
+
+
+def resting(
+    problem: GaussianProblem, sampler: BoundDDIM, price: Tensor, charged: bool
+) -> tuple[Tensor, Tensor, list[Quadratic]]:
+    """Affine u_k that maximise E V_{k+1} - price_k |u_k|^2 / 2; V pays the prices or is E[r] only.
+
+    Returns:
+        the policy, and what it makes of the reward (and pays, if charged) from every node on.
+    """
+    slope, offset = gaussian.score_coefficients(
+        problem.data, sampler.table, sampler.noising_times[:-1]
+    )
+    unit, value = torch.eye(2, dtype=torch.float64), problem.quadratic
+    gains, shifts, values = [], [], [value]
+    for k in reversed(range(sampler.steps)):
+        a, b = sampler.state_gain[k], sampler.score_gain[k]
+        free = a * unit + b * slope[k], b * offset[k]
+        hessian = price[k] * unit + b.square() * value.curvature
+        gain = -b * torch.linalg.solve(hessian, value.curvature @ free[0])
+        shift = b * torch.linalg.solve(hessian, value.slope - value.curvature @ free[1])
+        noise = sampler.std[k].square() * unit
+        value = value.before(Affine(free[0] + b * gain, free[1] + b * shift, noise))
+        if charged:
+            running = linear_policy.kl_cost(price[k : k + 1], gain, shift)
+            value = value + Quadratic(running.curvature[0], running.slope[0], running.constant[0])
+        gains.append(gain)
+        shifts.append(shift)
+        values.append(value)
+    return torch.stack(gains[::-1]), torch.stack(shifts[::-1]), values[::-1]
+
+
+def gained(problem: GaussianProblem, sampler: BoundDDIM, gain: Tensor, shift: Tensor) -> float:
+    """The share of what J can gain on this chain that a policy gains."""
+    found = problem._judged(gain, shift, sampler).objective
+    start = problem._judged(0 * gain, 0 * shift, sampler).objective
+    return (found - start) / (problem.optimum(sampler).objective - start)
