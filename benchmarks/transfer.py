@@ -447,7 +447,9 @@ def _picture(rows: Sequence[dict[str, Any]], options: Options) -> None:
         others = list(
             dict.fromkeys((r["solver"], r["steps"]) for r in own if "DDIM" not in r["solver"])
         )
-        for k, (method, steps) in enumerate(drawn):
+        colours = {method: k for k, method in enumerate(dict(drawn))}
+        for method, steps in drawn:
+            k = colours[method]
             mine = [r for r in own if (r["method"], r["train_steps"]) == (method, steps)]
             style = {"color": f"C{k % 10}", "linewidth": 1.3, "markersize": 4}
             style |= {"linestyle": "-" if steps == options.train_steps else "--", "marker": "o"}
@@ -464,7 +466,7 @@ def _picture(rows: Sequence[dict[str, Any]], options: Options) -> None:
                 [others.index((r["solver"], r["steps"])) for r in seen],
                 [r["share"][0] for r in seen],
                 label=f"{method} ({steps})",
-                **style | {"linestyle": ""},
+                **style | {"linestyle": "", "marker": "o" if steps == options.train_steps else "x"},
             )
         for axes, solver in zip(line, ("DDIM eta 1", "DDIM eta 0"), strict=False):
             axes.set(xscale="log", xlabel=f"steps of {solver}", title=problem)
@@ -473,7 +475,7 @@ def _picture(rows: Sequence[dict[str, Any]], options: Options) -> None:
         line[2].set_xticks(range(len(others)), [f"{SHORT.get(s, s)} {k}" for s, k in others])
         line[2].tick_params(axis="x", labelrotation=40)
         line[0].set_ylabel("share of the gap in KL to the target")
-        line[0].set_ylim(-0.3, 1.08)
+        line[0].set_ylim(0, 1.2)
         for axes in line:
             axes.axhline(1, color="black", linewidth=0.8)
             axes.grid(alpha=0.25)

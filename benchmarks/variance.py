@@ -156,11 +156,11 @@ class Options:
     """
 
     estimators: tuple[str, ...] = ()
-    steps: tuple[int, ...] = (5, 10, 20, 50, 100)
+    steps: tuple[int, ...] = (10, 20, 50, 100)
     policies: tuple[str, ...] = POLICIES
-    batches: int = 100
+    batches: int = 80
     samples: int = 64
-    value_updates: int = 40
+    value_updates: int = 30
     seed: int = 0
     runs: Path = ROOT / "runs" / "variance"
     output: Path = DOCS
