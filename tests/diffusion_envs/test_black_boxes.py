@@ -98,7 +98,7 @@ def test_the_path_kl_of_a_black_box_is_not_known():
 def test_a_black_box_trains_what_learns_from_data(generator):
     """On the exact problem the expected reward rises; it is judged on the ODE that sampled."""
     environment, parameters = exact_model(Scheduler(NAMES[0]), 10)
-    before = evaluate(environment, 256, batch=256).rewards
+    before = evaluate(environment, 1024, batch=1024).rewards
     trainer = Trainer(
         environment,
         DiffusionNFT(learning_rate=1e-2),
@@ -108,7 +108,7 @@ def test_a_black_box_trains_what_learns_from_data(generator):
     )
     for numbers in trainer.updates(12):
         assert "path_kl" not in numbers
-    gain = evaluate(environment, 256, batch=256).rewards - before
+    gain = evaluate(environment, 1024, batch=1024).rewards - before
     assert gain.mean() > 5 * gain.std() / len(gain) ** 0.5
 
 
