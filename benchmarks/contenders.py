@@ -22,7 +22,7 @@ from diffusers import DDIMScheduler
 from diffusion_envs import objectives as o
 from diffusion_envs import rewards
 from diffusion_envs.exact import GaussianProblem, MixtureProblem, Outcome, table
-from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Sampler
+from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Sampler, Scheduler
 from diffusion_envs.schedule import DDPMTable
 from diffusion_envs.sd15.__main__ import CLASS_PROMPTS
 from diffusion_envs.sd15.build import ATTENTION, build
@@ -111,6 +111,9 @@ PROBLEMS: dict[str, Callable[[], Any]] = {
 }
 
 
+ACCURATE = Scheduler("DPMSolverMultistepScheduler")  # what learns from data inherits its error
+
+
 @dataclass(frozen=True)
 class Entry:
     """A method as it takes part.
@@ -172,7 +175,10 @@ def methods() -> dict[str, Entry]:
         "ddpo": Entry(lambda b: o.DDPO(), aims=False),
         "ddpo-sf": Entry(lambda b: o.DDPOScoreFunction(), aims=False),
         "dpok": Entry(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b), aims=False),
-        "dpok (exact KL)": Entry(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, exact_kl=True)),
+        "dpok (exact KL)": Entry(
+            lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, exact_kl=True), aims=False
+        ),
+        "dpok (path KL)": Entry(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, path_kl=True)),
         "grpo": Entry(lambda b: o.GRPO(kl_weight=b), aims=False),  # in units of the reward's spread
         "tdpo": Entry(lambda b: o.TDPO(), aims=False),
         "tdpo-r": Entry(lambda b: o.TDPOReset(), aims=False),
@@ -192,8 +198,15 @@ def methods() -> dict[str, Entry]:
         # data
         "nft": Entry(lambda b: o.DiffusionNFT(), aims=False),
         "ram": Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b), aims=False),
-        "distributional": Entry(lambda b: o.DistributionalOptimisation(kl_weight=b)),
-        "ram (path cost)": Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b, path_cost=True)),
+        "ram (path cost)": Entry(
+            lambda b: o.ReinforceAdjointMatching(kl_weight=b, path_cost=True, draws=8),
+            schedule=(("samples", 256), ("minibatches", 4), ("epochs", 2)),
+            sampler=ACCURATE,
+            steps=50,
+        ),
+        "distributional": Entry(
+            lambda b: o.DistributionalOptimisation(kl_weight=b), sampler=ACCURATE, steps=50
+        ),
     }
 
 
