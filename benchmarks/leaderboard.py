@@ -55,6 +55,7 @@ from benchmarks.contenders import (
 from diffusion_envs.training.run_folder import versions
 
 DOCS = Path(__file__).parent.parent / "docs"
+UNSAID = ("problem", "methods", "runs", "output", "every")  # that change no number of the table
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ def _write(
             f"{row['rate']:g}",
         )
     console.print(table_)
+    (options.output / f"leaderboard_{options.problem}.md").write_text(markdown(rows, options))
     _picture(rows, runs, options)
     record = {
         "options": dataclasses.asdict(options) | {"runs": "", "output": ""},
@@ -207,6 +209,65 @@ def _write(
     record["rows"] = rows
     path = options.output / f"leaderboard_{options.problem}.json"
     path.write_text(json.dumps(record, indent=1, default=str) + "\n")
+
+
+ABOUT = {
+    "gaussian": "Gaussian data in two dimensions, quadratic reward, an affine adapter",
+    "mixture": "a mixture of Gaussians on a line, cosine reward, a small network",
+    "tiny": "the embedded image model, prompt alignment, a LoRA of rank 8",
+}
+
+
+def _in_brackets(pair: tuple[float, float]) -> str:
+    """0.9916(7): the standard error in units of the last digit."""
+    mean, error = pair
+    if not (math.isfinite(mean) and math.isfinite(error)):
+        return "-"
+    digits = 4 if abs(mean) < 10 else 1
+    return f"{mean:.{digits}f}({round(error * 10**digits)})"
+
+
+def markdown(rows: Sequence[dict[str, Any]], options: Options) -> str:
+    """The table, as a page."""
+    command = f"python -m benchmarks.leaderboard --problem {options.problem}"
+    fields = [field for field in dataclasses.fields(options) if field.name not in UNSAID]
+    for field in fields:
+        value = getattr(options, field.name)
+        if value != field.default:
+            shown = " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value}"
+            command += f" --{field.name.replace('_', '-')} {shown}"
+    lines = [
+        f"# Leaderboard: {options.problem}",
+        "",
+        f"Problem: {ABOUT[options.problem]}; kl_weight {PROBLEMS[options.problem]().kl_weight:g}. "
+        "Judged on DDIM with eta "
+        f"1 and {options.steps} steps; {options.samples} samples an update where the method has no",
+        f"need of its own; at most {options.queries:,} reward queries; "
+        f"{max(row['seeds'] for row in rows)} seeds, standard error of the mean in brackets; "
+        "starred: not aimed at the optimum.",
+        "Written by",
+        "",
+        f"    {command}",
+        "",
+        "| method | share of the gap in J | best moment | KL to the optimum's law | path KL "
+        "| reward queries | network calls | queries, calls until 90 % | learning rate |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        until = (row["queries_to_90"], row["calls_to_90"])
+        both = "-" if until[0] is None else f"{until[0]:,.0f}, {until[1]:,.0f}"
+        cells = [
+            row["method"] + ("" if row["aims"] else " *"),
+            *(_in_brackets(row[key]) for key in ("share", "best")),
+            *(f"{row[key][0]:.3f}" for key in ("kl", "path_kl")),
+            *(f"{row[key]:,.0f}" for key in ("queries", "calls")),
+            both,
+            f"{row['rate']:g}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    picture = f"leaderboard_{options.problem}.png"
+    lines += ["", f"![share of the gap against queries, calls and seconds]({picture})", ""]
+    return "\n".join(lines)
 
 
 def _picture(
