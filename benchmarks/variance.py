@@ -146,6 +146,7 @@ class Options:
     Attributes:
         estimators: some of them; all, if none is given.
         steps: of the sampler.
+        network_steps: of the sampler, for estimators that train a value network first.
         policies: where the gradient is taken, of pretrained and half way.
         batches: independent updates.
         samples: paths of an update.
@@ -156,11 +157,12 @@ class Options:
     """
 
     estimators: tuple[str, ...] = ()
-    steps: tuple[int, ...] = (10, 20, 50, 100)
+    steps: tuple[int, ...] = (5, 10, 20, 50, 100)
+    network_steps: tuple[int, ...] = (10, 50)
     policies: tuple[str, ...] = POLICIES
-    batches: int = 80
+    batches: int = 60
     samples: int = 64
-    value_updates: int = 30
+    value_updates: int = 40
     seed: int = 0
     runs: Path = ROOT / "runs" / "variance"
     output: Path = DOCS
@@ -419,6 +421,8 @@ def main(options: Options) -> None:
             samples: dict[Any, Sample] = {}
             critics: dict[Any, Any] = {}
             for name in options.estimators or entries:
+                if entries[name].value == "network" and steps not in options.network_steps:
+                    continue
                 key = {"policy": policy, "steps": steps, "estimator": name}
                 key |= {k: getattr(options, k) for k in ("batches", "samples", "value_updates")}
                 key |= {"seed": options.seed}
@@ -493,7 +497,7 @@ def _write(rows: Sequence[dict[str, Any]], options: Options, console: Console) -
     record = {
         "options": dataclasses.asdict(options) | {"output": "", "runs": ""},
         "versions": versions(),
-        "rows": [{k: v for k, v in row.items() if k != "seconds"} for row in rows],
+        "rows": [{k: _plain(v) for k, v in row.items() if k != "seconds"} for row in rows],
     }
     path = options.output / "variance.json"
     path.write_text(json.dumps(record, indent=1, default=str) + "\n")
@@ -502,6 +506,13 @@ def _write(rows: Sequence[dict[str, Any]], options: Options, console: Console) -
         console.print(_by_steps(own, policy, options))
         console.print(_details(own, policy, options))
     _picture(rows, options)
+
+
+def _plain(value: Any) -> Any:
+    """For JSON, which knows no infinity."""
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _resolved(value: float, error: float) -> str:
@@ -516,14 +527,14 @@ def _by_steps(rows: Sequence[dict[str, Any]], policy: str, options: Options) -> 
     for steps in options.steps:
         shown.add_column(f"{steps} steps", justify="right", no_wrap=True)
     for name in dict.fromkeys(r["estimator"] for r in rows):
-        pairs = [r["relative_variance"] for r in rows if r["estimator"] == name]
-        shown.add_row(name, *(_resolved(*pair) for pair in pairs))
+        pairs = {r["steps"]: r["relative_variance"] for r in rows if r["estimator"] == name}
+        shown.add_row(name, *(_resolved(*pairs[k]) if k in pairs else "" for k in options.steps))
     return shown
 
 
 def _details(rows: Sequence[dict[str, Any]], policy: str, options: Options) -> Table:
-    """Direction and cost, at the middle number of steps."""
-    middle = options.steps[len(options.steps) // 2]
+    """Direction and cost, at the largest number of steps that all were measured at."""
+    middle = max(set(options.steps) & set(options.network_steps), default=options.steps[-1])
     shown = Table(box=None, header_style="dim", title=f"{policy}, {middle} steps")
     shown.add_column("estimator", no_wrap=True)
     for name in ("relative variance", "cos of mean", "cos of one", "queries to 1", "calls to 1"):
@@ -551,6 +562,7 @@ def _picture(rows: Sequence[dict[str, Any]], options: Options) -> None:
             seen = [r for r in own if r["estimator"] == name]
             style = {"color": f"C{k % 10}", "linestyle": "-" if k < 10 else "--", "linewidth": 1.3}
             steps = [r["steps"] for r in seen]
+            style["marker"] = "."
             left.plot(steps, [r["relative_variance"][0] for r in seen], **style)
             right.plot(steps, [r["cosine_of_one"][1] for r in seen], label=name, **style)
         left.set(xscale="log", yscale="log", xlabel="steps", title=policy)
