@@ -1,0 +1,148 @@
+"""The embedded image model, trained with few steps of DDIM: what other samplers make of it.
+
+Every row is one adapter; every column the gain in the held-out samples' reward, over the pretrained
+model with the same sampler and the same seeds, and its standard error over these pairs (one
+training run: the spread between runs is not in it). The second number is what a classifier says
+that was not trained on.
+
+    python -m benchmarks.transfer_images
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.contenders import Budget, TinyProblem
+from ctrl import Estimate
+from diffusion_envs import objectives as o
+from diffusion_envs import rewards
+from diffusion_envs.objectives import Objective
+from diffusion_envs.samplers import DDIM, Sampler, Scheduler
+from diffusion_envs.training.evaluation import Evaluation, evaluate
+from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.training.run_folder import versions
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+SAMPLERS: dict[str, tuple[Sampler, int]] = {
+    "DDIM eta 1, 5": (DDIM(1.0), 5),
+    "DDIM eta 1, 10": (DDIM(1.0), 10),
+    "DDIM eta 1, 25": (DDIM(1.0), 25),
+    "DDIM eta 1, 50": (DDIM(1.0), 50),
+    "DDIM eta 0, 25": (DDIM(0.0), 25),
+    "DPM-Solver++, 10": (Scheduler("DPMSolverMultistepScheduler"), 10),
+    "UniPC, 10": (Scheduler("UniPCMultistepScheduler"), 10),
+    "Heun, 10": (Scheduler("HeunDiscreteScheduler"), 10),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One adapter: objective, steps of DDIM with eta 1, learning rate."""
+
+    objective: Objective
+    steps: int
+
+
+TRAININGS = {
+    "score-as-action, 10 steps": Training(o.ScoreAsAction(clip=1.0, learning_rate=1e-2), 10),
+    "score-as-action, 5 steps": Training(o.ScoreAsAction(clip=1.0, learning_rate=1e-2), 5),
+    "ddpo, 10 steps": Training(o.DDPO(learning_rate=3e-3), 10),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train with few steps, judge with others.
+
+    Attributes:
+        calls: of the network, for every training.
+        samples: an update.
+        held_out: samples of a judgement.
+        seed: of training and judgement.
+        output: folder of the results.
+    """
+
+    calls: int = 36_000
+    samples: int = 40
+    held_out: int = 100
+    seed: int = 0
+    output: Path = DOCS
+
+
+def judged(environment: Any, problem: TinyProblem, options: Options) -> dict[str, Evaluation]:
+    """By every sampler."""
+    found = {}
+    for name, (sampler, steps) in SAMPLERS.items():
+        other = dataclasses.replace(environment, sampler=sampler.bind(problem.table, steps))
+        judges = {"judge": rewards.PromptAlignment("judge")}
+        found[name] = evaluate(other, options.held_out, judges=judges, batch=50)
+    return found
+
+
+def trained(training: Training, problem: TinyProblem, options: Options) -> Any:
+    """An environment whose adapter has learned; its rate falls linearly to 0 with the calls."""
+    sampler = DDIM(1.0).bind(problem.table, training.steps)
+    environment, parameters = problem.environment(sampler, options.seed)
+    schedule = Schedule(samples=options.samples, weight_decay=0.0)
+    trainer = Trainer(
+        environment, training.objective, schedule, parameters, accelerator=Accelerator(cpu=True)
+    )
+    budget = Budget(queries=10**9, calls=options.calls)
+    while (left := budget.left(environment)) > 0:
+        for group in trainer.optimiser.param_groups:
+            group["lr"] = training.objective.learning_rate * left
+        trainer.step()
+    return environment
+
+
+def main(options: Options) -> None:
+    """Train, judge, write."""
+    torch.set_num_threads(1)
+    console, problem = Console(width=200), TinyProblem()
+    environment, _ = problem.environment(DDIM(1.0).bind(problem.table, 10), options.seed)
+    before = judged(environment, problem, options)
+    rows: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+    for name, training in TRAININGS.items():
+        after = judged(trained(training, problem, options), problem, options)
+        rows[name] = {}
+        for sampler, found in after.items():
+            start = before[sampler]
+            pairs = {
+                "reward": found.rewards - start.rewards,
+                "held_out": found.judged["judge"] - start.judged["judge"],
+            }
+            gains = {key: Estimate.of(gap) for key, gap in pairs.items()}
+            rows[name][sampler] = {key: (e.mean, e.standard_error) for key, e in gains.items()}
+        console.print(name, {key: value["reward"] for key, value in rows[name].items()})
+    table = Table(box=None, header_style="dim")
+    for column in ("judged on", "pretrained", *rows):
+        table.add_column(column, no_wrap=True)
+    for sampler, found in before.items():
+        cells = [
+            " / ".join(f"{mean:.2f}({error:.2f})" for mean, error in row[sampler].values())
+            for row in rows.values()
+        ]
+        table.add_row(sampler, f"{float(found.rewards.mean()):.2f}", *cells)
+    console.print(table)
+    options.output.mkdir(parents=True, exist_ok=True)
+    record = {
+        "options": dataclasses.asdict(options) | {"output": ""},
+        "versions": versions(),
+        "pretrained": {name: float(found.rewards.mean()) for name, found in before.items()},
+        "gains": rows,
+    }
+    path = options.output / "transfer_images.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
