@@ -53,7 +53,7 @@ class D3PO(PathObjective):
     clip_per_pixel: float = 0.1  # trusted ratios to the pretrained model, of that mean: 1 +- clip
     beta: float | None = None  # logits per nat of the whole step, instead
     clip: float | None = None  # trusted log-ratio of the whole step, nats, instead; may be infinite
-    learning_rate: float = 3e-5
+    learning_rate: float = 3e-5  # of the adapter, AdamW
 
     needs_preferences: ClassVar[bool] = True
 

@@ -61,7 +61,7 @@ def standardised(
 class _DDPO(PathObjective):
     """What the two estimators share: the advantage."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-4  # of the adapter, AdamW
     advantage_clip: float = 5.0  # in standard deviations of the reward
     min_count: int = 2  # prompts with fewer paths are standardised by the whole roll-out
 

@@ -69,7 +69,7 @@ class DenseReward(PathObjective):
     clip_per_pixel: float = 1e-4  # trusted size of that mean, nats
     beta: float | None = None  # logits per nat of the whole step, instead
     clip: float | None = None  # trusted log-ratio of the whole step, nats, instead; may be infinite
-    learning_rate: float = 3e-5
+    learning_rate: float = 3e-5  # of the adapter, AdamW
 
     needs_preferences: ClassVar[bool] = True
     joins_steps: ClassVar[bool] = True

@@ -79,8 +79,8 @@ def truncated_surrogate(
 class DPOK(PathObjective):
     """Policy gradient with a learned baseline, held near the pretrained noise prediction."""
 
-    learning_rate: float = 1e-5
-    reward_weight: float = 10.0
+    learning_rate: float = 1e-5  # of the adapter, AdamW
+    reward_weight: float = 10.0  # factor of the reward in the loss
     kl_weight: float = 0.01  # per |change of noise|^2 of a step; per nat with one of the KLs
     clip: float = 1.64  # trusted |log-ratio| of a step, nats: 1e-4 a pixel of 4 x 64 x 64
     clip_per_pixel: float | None = None  # the published convention: times the coordinates

@@ -150,6 +150,6 @@ class ContinuousDxMI(_ByValue):
 class ContinuousDxMIReleased(ContinuousDxMI):
     """The continuous variant with the clips of the authors' code, made for pixels in [-1, 1]."""
 
-    move_clip: float = 0.1
-    state_clip: float = 1.0
-    gain_clip: float = 1.0
+    move_clip: float = 0.1  # largest move of a coordinate that is learned from
+    state_clip: float = 1.0  # next states are brought within, before the move is taken
+    gain_clip: float = 1.0  # largest gain of a sample that is learned from, reward

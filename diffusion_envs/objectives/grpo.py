@@ -68,12 +68,17 @@ def group_advantages(
 
 @dataclass(frozen=True)
 class GRPO(PathObjective):
-    """Clipped policy gradient with the group's own statistics for a baseline, and a KL."""
+    """Clipped policy gradient with the group's own statistics for a baseline, and a KL.
 
-    learning_rate: float = 3e-4
+    Attributes:
+        group: paths that share a prompt.
+        shared_start: whether the paths of a group share their starting noise too.
+    """
+
+    learning_rate: float = 3e-4  # of the adapter, AdamW
     # settings here, for which a field may take a property's place
-    group: int = 16  # paths that share a prompt  # pyright: ignore[reportIncompatibleMethodOverride]
-    shared_start: bool = False  # and a start  # pyright: ignore[reportIncompatibleMethodOverride]
+    group: int = 16  # pyright: ignore[reportIncompatibleMethodOverride]
+    shared_start: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]
     whole_batch_std: bool = False  # rewards in units of the spread of all, not of their group's
     kl_weight: float = 0.004  # standard deviations of the reward per nat of a transition's KL
     clip: float = 1.64  # trusted |log-ratio| of a step, nats: 1e-4 a pixel of 4 x 64 x 64

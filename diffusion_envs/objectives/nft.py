@@ -60,7 +60,7 @@ def optimality(advantage: Float[Tensor, " n"], advantage_clip: float) -> Float[T
 class DiffusionNFT(NoisedObjective):
     """Negative-aware fine-tuning on the forward process ([NFT])."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-4  # of the adapter, AdamW
     beta: float = 1.0  # how far implicit positive and negative lie from the old denoiser
     advantage_clip: float = 5.0  # c, in standard deviations of the reward
     velocity_weight: float = 1e-4  # of the mean squared velocity away from the pretrained one

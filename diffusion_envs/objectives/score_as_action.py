@@ -151,9 +151,9 @@ class ScoreAsActionReleased(PathObjective):
     on resolution and step: here for comparison.
     """
 
-    clip_per_pixel: float = 1.5e-5
-    advantage_clip: float = 5.0
-    learning_rate: float = 5e-5
+    clip_per_pixel: float = 1.5e-5  # trusted |log-ratio| of a step, nats, over the coordinates
+    advantage_clip: float = 5.0  # in standard deviations
+    learning_rate: float = 5e-5  # of the adapter, AdamW
 
     needs_value: ClassVar[bool] = True
 

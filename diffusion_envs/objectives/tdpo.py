@@ -62,7 +62,7 @@ from diffusion_envs.objectives.protocol import (
 class TDPO(PathObjective):
     """Clipped policy gradient with a critic of the denoised state."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-4  # of the adapter, AdamW
     clip: float = 1.64  # trusted |log-ratio| of a step, nats: 1e-4 a pixel of 4 x 64 x 64
     clip_per_pixel: float | None = None  # the published convention: times the coordinates
 

@@ -1,6 +1,8 @@
 """Command line: names become objects here, at the edge, and nowhere else.
 
 python -m diffusion_envs.sd15 --model tiny --reward jpeg-compressibility --output runs/demo
+python -m diffusion_envs.sd15 --objective grpo --group 8 --clip 0.5 --reward red --output runs/red
+python -m diffusion_envs.sd15 --objective grpo --help
 python -m diffusion_envs.sd15 --resume runs/demo
 python -m diffusion_envs.sd15 evaluate runs/demo --steps 10 25 50 100 --samplers ddim dpm++ heun
 """
@@ -11,10 +13,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -22,11 +24,13 @@ from rich.table import Table
 
 from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.cifar10.data import CLASSES
+from diffusion_envs.objectives.distributional import FirstVariation, NearTarget, mean_reward
 from diffusion_envs.preferences import MissingChoicesError, Recorded
 from diffusion_envs.training.control import TargetKL
 from diffusion_envs.training.loop import NonFiniteError, PreflightError, Schedule
 from diffusion_envs.training.stop import StopRule
 
+PROGRAM = "python -m diffusion_envs.sd15"
 REWARDS: dict[str, Callable[[], rewards.Reward]] = {
     "prompt-alignment": lambda: rewards.PromptAlignment("reward"),
     "jpeg-compressibility": rewards.JpegCompressibility,
@@ -85,11 +89,9 @@ class Finetune:
         resume: folder of a run to go on with; every other option is then taken from it, except
         updates,
             which may grow.
-        objective: score-as-action, ddpo, dpok, grpo, tdpo, ...; an unknown name lists them all.
-        kl_weight: reward per nat of path KL; the objective's own if not given.
-        gae_rate: forgetting of temporal differences, per unit of int g^2 dt; the objective's own if
-            not given.
-        learning_rate: of the adapter; the objective's own if not given.
+        objective: score-as-action, ddpo, dpok, grpo, tdpo, ...; each has settings of its own, which
+            follow as options (--objective grpo --help explains grpo's).
+        settings: the options that are the objective's own.
         sampler: ddim; or, for objectives that learn from data (nft, ram, distributional), ddim-ode,
             dpm++, unipc or heun.
         eta: stochasticity of ddim; 1 is the SDE, 0 the ODE (which has no density).
@@ -125,9 +127,7 @@ class Finetune:
     output: Path | None = None
     resume: Path | None = None
     objective: str = "score-as-action"
-    kl_weight: float | None = None
-    gae_rate: float | None = None
-    learning_rate: float | None = None
+    settings: tyro.conf.Suppress[tuple[str, ...]] = ()
     sampler: str = "ddim"
     eta: float = 1.0
     steps: int = 20
@@ -150,6 +150,17 @@ class Finetune:
     device: Literal["cpu", "cuda"] | None = None
     seed: int = 0
     wandb: bool = False
+
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Command(Generic[Kind]):
+    """All options of a run whose objective is of this kind, to explain them."""
+
+    options: Annotated[Finetune, tyro.conf.arg(name="")]
+    objective_settings: Kind
 
 
 @dataclass(frozen=True)
@@ -188,17 +199,72 @@ def _reward(name: str) -> rewards.Reward:
         raise ValueError(f"{error} (or your own, as my_module:my_function)") from None
 
 
-def _objective(options: Finetune) -> objectives.Objective:
-    kind = _named("objective", options.objective, OBJECTIVES)
-    known = {f.name for f in dataclasses.fields(kind)}
-    given = {
-        name: value
-        for name in ("kl_weight", "gae_rate", "learning_rate")
-        if (value := getattr(options, name)) is not None
+def _objective(name: str, settings: Sequence[str]) -> objectives.Objective:
+    """The named objective, with the settings that are given as ``--name value``.
+
+    Raises:
+        ValueError: there is no such objective or setting.
+        SystemExit: a setting is out of range or of the wrong type; the message is printed.
+    """
+    kind = _named("objective", name, OBJECTIVES)
+    made, unknown = tyro.cli(
+        kind, args=settings, prog=PROGRAM, registry=_registry, return_unknown_args=True
+    )
+    if unknown:
+        own, others = _flags(kind()), _flags(Finetune()) | _flags(Schedule())
+        near = difflib.get_close_matches(unknown[0], [*own, *others], n=1, cutoff=0.75)
+        raise ValueError(
+            f"objective {name} has no setting {' '.join(unknown)}"
+            + (f" (did you mean {near[0]}?)" if near else "")
+            + f"; its settings are {' '.join(f'{k} {v}' for k, v in own.items())}, and --help "
+            "shows the options of every run"
+        )
+    return made
+
+
+def _flags(settings: Any) -> dict[str, str]:
+    """Options that a dataclass makes, with its values."""
+    return {
+        "--" + f.name.replace("_", "-"): _variation_name(value) if callable(value) else str(value)
+        for f in dataclasses.fields(settings)
+        for value in [getattr(settings, f.name)]
     }
-    if unknown := sorted(given.keys() - known):
-        raise ValueError(f"objective {options.objective} has no setting {', '.join(unknown)}")
-    return kind(**given)
+
+
+_registry = tyro.constructors.ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _first_variation(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[FirstVariation] | None:
+    """A utility of the law of rewards: mean, or near:TARGET."""
+    wanted: Any = FirstVariation
+    if info.type != wanted:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="mean|near:REWARD",
+        instance_from_str=lambda words: _variation(words[0]),
+        is_instance=callable,
+        str_from_instance=lambda made: [_variation_name(made)],
+    )
+
+
+def _variation(name: str) -> FirstVariation:
+    if name == "mean":
+        return mean_reward
+    kind, _, target = name.partition(":")
+    try:
+        if kind != "near":
+            raise ValueError(kind)
+        return NearTarget(float(target))
+    except ValueError:
+        raise ValueError(f"must be mean or near:REWARD such as near:5.0, got {name!r}") from None
+
+
+def _variation_name(made: Any) -> str:
+    return f"near:{made.target}" if isinstance(made, NearTarget) else "mean"
 
 
 def _stop(options: Finetune) -> StopRule | None:
@@ -233,12 +299,14 @@ def _resumed(options: Finetune) -> Finetune:
         if f.name not in ("resume", "updates")
         and getattr(options, f.name) != getattr(Finetune(), f.name)
     }
+    if "settings" in changed:
+        changed = changed - {"settings"} | {" ".join(options.settings)}
     if changed:
         raise ValueError(
             f"resume takes every option from the run; leave out {', '.join(sorted(changed))}"
         )
     stored["schedule"] = Schedule(**stored["schedule"])
-    for name in ("prompts", "lora_targets"):
+    for name in ("prompts", "lora_targets", "settings"):
         stored[name] = tuple(stored[name])
     if options.updates != Finetune().updates:
         stored["updates"] = max(options.updates, stored["updates"])
@@ -260,7 +328,7 @@ def run_finetune(options: Finetune) -> None:
         reward=_reward(options.reward),
         prompts=options.prompts,
         output=options.output,
-        objective=_objective(options),
+        objective=_objective(options.objective, options.settings),
         sampler=_named("sampler", options.sampler, SAMPLERS)(options.eta),
         steps=options.steps,
         updates=options.updates,
@@ -373,26 +441,58 @@ def _quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()
 
 
+def _read(arguments: Sequence[str]) -> Finetune:
+    """The options of a run; those that it does not know are the objective's settings.
+
+    Raises:
+        SystemExit: an option is of the wrong type, or help is asked for; it is printed.
+    """
+    asked = [word for word in arguments if word not in ("-h", "--help")]
+    options, settings = tyro.cli(Finetune, args=asked, prog=PROGRAM, return_unknown_args=True)
+    if len(asked) < len(arguments):
+        _help(options.objective)
+    return dataclasses.replace(options, settings=tuple(settings))
+
+
+def _help(name: str) -> None:
+    """Explain all options with the settings of this objective; list those of every other."""
+    kind = _named("objective", name, OBJECTIVES)
+    try:
+        tyro.cli(
+            tyro.conf.OmitArgPrefixes[Command[kind]],
+            args=["--help"],
+            prog=PROGRAM,
+            description=Finetune.__doc__.splitlines()[0] if Finetune.__doc__ else None,
+            registry=_registry,
+        )
+    finally:
+        table = Table("objective", "settings and defaults", title="Every objective")
+        for other, made in OBJECTIVES.items():
+            table.add_row(other, " ".join(f"{k} {v}" for k, v in _flags(made()).items()))
+        Console().print(table)
+
+
 def main(arguments: list[str]) -> int:
     """Run one command; the verdict is the exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
-    program = "python -m diffusion_envs.sd15"
     options: Finetune | Evaluate | None = None
     try:
         if arguments[:1] == ["evaluate"]:
-            options = tyro.cli(Evaluate, args=arguments[1:], prog=f"{program} evaluate")
+            options = tyro.cli(Evaluate, args=arguments[1:], prog=f"{PROGRAM} evaluate")
             run_evaluate(options)
         else:
-            options = tyro.cli(Finetune, args=arguments, prog=program)
+            options = _read(arguments)
             run_finetune(options)
+    except SystemExit as ended:  # help, or an option of the wrong type: it is printed
+        return int(ended.code or 0)
     except KeyboardInterrupt:
         if isinstance(options, Finetune):
             folder = options.resume or options.output
-            print(f"\nstopped; go on with: {program} --resume {folder}", file=sys.stderr)
+            print(f"\nstopped; go on with: {PROGRAM} --resume {folder}", file=sys.stderr)
         return 130
     except MissingChoicesError as missing:
         folder = options.resume or options.output if isinstance(options, Finetune) else None
-        print(f"waiting: {missing}\ngo on with: {program} --resume {folder}", file=sys.stderr)
+        print(f"waiting: {missing}\ngo on with: {PROGRAM} --resume {folder}", file=sys.stderr)
         return 3
     except (ValueError, TypeError, OSError, PreflightError, NonFiniteError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

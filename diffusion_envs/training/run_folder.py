@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ def describe(value: Any) -> Any:
     Raises:
         TypeError: a setting has no description.
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # which JSON has no number for: no clip is inf
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path | torch.dtype | torch.device):

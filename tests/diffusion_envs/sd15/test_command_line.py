@@ -1,11 +1,19 @@
 """The command line: names become objects, errors name the option, a stopped run goes on."""
 
+import dataclasses
 import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from diffusion_envs.sd15.__main__ import Finetune, main
+from diffusion_envs import objectives
+from diffusion_envs.objectives import NearTarget
+from diffusion_envs.sd15 import __main__ as commands
+from diffusion_envs.sd15.__main__ import OBJECTIVES, Finetune, _objective, _read, main
+from diffusion_envs.training.schedule import Schedule
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
 
@@ -36,7 +44,13 @@ def run(*arguments: str | Path) -> int:
         (["--reward", "red", "--stop-z", "3"], "judge"),
         (["--stop-z", "-1"], "z must"),
         (["--stop-path-kl", "1", "--stop-every", "0"], "every"),
-        (["--objective", "score-as-action-released", "--kl-weight", "1"], "kl_weight"),
+        (["--objective", "score-as-action-released", "--kl-weight", "1"], "--kl-weight 1;"),
+        (["--objective", "grpo", "--gae-rate", "1"], "--gae-rate 1; its settings are --learning"),
+        (["--objective", "grpo", "--gruop", "4"], "did you mean --group?"),
+        (["--objective", "grpo", "--group", "1"], "group must be at least 2"),
+        (["--objective", "grpo", "--group", "x"], "--group"),
+        (["--objective", "distributional", "--first-variation", "far:1"], "near:REWARD"),
+        (["--evaluation-sample", "3"], "did you mean --evaluation-samples?"),
         (["--model", "./nowhere"], "nowhere"),
         (["--prompts", ""], "prompts"),
         (["--prompts", "a photo of a dragon"], "dragon"),
@@ -52,10 +66,11 @@ def test_output_is_needed(capsys):
     assert "output" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [["--steps", "many"], ["--stepz", "3"]])
+@pytest.mark.parametrize(
+    "option", [["--steps", "many"], ["--stepz", "3"], ["--clip", "wide"], ["--clip"], ["stray"]]
+)
 def test_options_of_the_wrong_type_are_refused(option, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run("--output", tmp_path / "run", *option)
+    assert run("--output", tmp_path / "run", *option) == 2
     captured = capsys.readouterr()
     assert option[0].strip("-") in captured.out + captured.err
 
@@ -102,9 +117,86 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path, capsys):
 
 
 def test_every_option_has_a_description(capsys):
-    with pytest.raises(SystemExit):
-        run("--help")
+    assert run("--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
     for name in ("--kl-weight", "--train-steps", "--value-learning-rate", "--guidance"):
         assert name in shown
     assert Finetune().model == "tiny"
+
+
+def options(*arguments: str) -> objectives.Objective:
+    read = _read(["--output", "run", *arguments])
+    return _objective(read.objective, read.settings)
+
+
+def another(value: Any) -> Any:
+    """A value of the same type as a setting's default."""
+    if value is None:
+        return 0.25
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    return 0.75 if value == math.inf or value == 0 else 0.9 * value
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_setting_of_every_objective_can_be_given(name):
+    kind = OBJECTIVES[name]
+    assert options("--objective", name) == kind()
+    assert options("--updates", "3", "--objective", name, "--steps", "7") == kind()
+    for field in dataclasses.fields(kind):
+        if field.name == "first_variation":
+            value, words = NearTarget(5.5), ["--first-variation", "near:5.5"]
+        else:
+            value = another(getattr(kind(), field.name))
+            flag = field.name.replace("_", "-")
+            no = "no-" if value is False else ""
+            words = [f"--{no}{flag}", *([] if isinstance(value, bool) else [repr(value)])]
+        changed = options("--updates", "3", *words, "--objective", name, "--epochs", "2")
+        assert changed == dataclasses.replace(kind(), **{field.name: value})
+
+
+def test_no_setting_of_an_objective_is_an_option_of_every_run():
+    common = {f.name for kind in (Finetune, Schedule) for f in dataclasses.fields(kind)}
+    for kind in OBJECTIVES.values():
+        assert not common & {f.name for f in dataclasses.fields(kind)}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_help_explains_every_setting_of_the_objective(name, capsys, monkeypatch):
+    monkeypatch.setattr(commands, "OBJECTIVES", {name: OBJECTIVES[name]})  # only its own in a list
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run("--objective", name, "--help") == 0
+    shown = capsys.readouterr().out
+    explained, _, listed = shown.partition("objective-settings")[2].partition("Every objective")
+    assert "pyright" not in explained
+    for field in dataclasses.fields(OBJECTIVES[name]):
+        flag = "--" + field.name.replace("_", "-")
+        assert flag in listed
+        said = explained[explained.index(flag) :].partition("(default: ")
+        assert re.search("[a-z]{3}", said[0].removeprefix(flag)), f"{name} {flag} has no help"
+
+
+def test_help_lists_every_objective(capsys):
+    assert run("--help") == 0
+    listed = capsys.readouterr().out.partition("Every objective")[2]
+    assert all(f" {name} " in listed for name in OBJECTIVES)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--objective", "dxmi-continuous", "--gain-clip", "inf", "--kl-weight", "0.5"],
+        ["--objective", "distributional", "--first-variation", "near:0.5", "--draws", "2"],
+    ],
+)
+def test_a_run_goes_on_with_the_settings_of_its_objective(settings, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run("--output", folder, "--reward", "red", *SMALL, *settings) == 0
+    assert run("--resume", folder, "--learning-rate", "0.5") == 2
+    assert "leave out --learning-rate 0.5" in capsys.readouterr().err
+    assert run("--resume", folder, "--updates", "2") == 0
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored["command"]["settings"] == settings[2:]
