@@ -151,7 +151,7 @@ def train(
     steps: int,
     rate: float,
     seed: int,
-) -> tuple[CorrectedScore, dict[str, float]]:
+) -> tuple[CorrectedScore, dict[str, Any]]:
     """One run, and what it cost; one that diverges ends there, and keeps what it had.
 
     The value network, where a method has one, sees as many paths at once at any number of steps.
@@ -348,7 +348,8 @@ def _rows_of_problem(
         score, cost = train(problem, entries[method], options, steps, key["rate"], seed)
         weights = [p.detach().flatten().tolist() for p in score.correction.parameters()]
         found = [[*where, dataclasses.asdict(it)] for where, it in judged(problem, score).items()]
-        runs.append(key | cost | {"weights": weights, "judged": found})
+        cost |= {"spent": cost["queries"], "weights": weights, "judged": found}
+        runs.append(cost | key)  # what is asked for, not what was spent, tells runs apart
         with stored.open("a") as file:
             file.write(json.dumps(runs[-1]) + "\n")
         console.print(f"{name}  {method}  {steps} steps  seed {seed}  {cost['seconds']:.1f} s")
@@ -372,7 +373,8 @@ def _rows_of_problem(
         seeds = [numbers(problem, judgements(run), references) for run in cost]
         key = {"problem": name, "method": method, "trained": True, "train_steps": steps}
         key |= {"aims": entries[method].aims, "rate": cost[0]["rate"]}
-        key |= {what: statistics.fmean(run[what] for run in cost) for what in ("queries", "calls")}
+        key["queries"] = statistics.fmean(run.get("spent", run["queries"]) for run in cost)
+        key["calls"] = statistics.fmean(run["calls"] for run in cost)
         key["diverged"] = sum(run["diverged"] for run in cost)
         rows += rows_of(key, seeds, steps)
     return rows

@@ -29,7 +29,7 @@ def test_the_benchmark_judges_on_what_it_says():
 
 
 def small(tmp_path, **settings):
-    given = {"problems": ("gaussian",), "methods": ("ram (path cost)",), "few_step_methods": ()}
+    given = {"problems": ("gaussian",), "methods": ("ddpo",), "few_step_methods": ()}
     given |= {"queries": 64, "samples": 32, "seeds": 2, "train_steps": 12}
     return Options(**given | settings, runs=tmp_path / "runs", output=tmp_path / "docs")
 
@@ -68,7 +68,7 @@ def test_a_run_is_written_judged_on_all_solvers_and_not_repeated(tmp_path, monke
 
 def test_stored_weights_give_the_trained_score(tmp_path):
     problem, options = GaussianProblem(), small(tmp_path)
-    entry = transfer.methods()["ram (path cost)"]
+    entry = transfer.methods()["ddpo"]
     score, cost = transfer.train(problem, entry, options, 12, 0.03, 0)
     assert cost["queries"] == 64
     weights = [p.detach().flatten().tolist() for p in score.correction.parameters()]
