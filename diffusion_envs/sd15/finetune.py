@@ -26,6 +26,7 @@ from diffusion_envs.training.panel import Verdict, embeddings, panel, verdict
 from diffusion_envs.training.progress import bar
 from diffusion_envs.training.report import write_report
 from diffusion_envs.training.run_folder import describe, open_run, write_json
+from diffusion_envs.training.schedule import require_inputs
 from diffusion_envs.training.stop import Decision, Look, StopRule, Watch
 from diffusion_envs.training.stop import check as check_stop
 from diffusion_envs.training.tracking import Tracker, read_metrics
@@ -323,26 +324,13 @@ def _check(arguments: Mapping[str, Any]) -> None:
             f"max_path_kl needs a path KL, and that of {sampler.label} is infinite or not known; "
             "let a judge stop the run, or train with DDIM(eta > 0)"
         )
-    if objective.needs_reward_gradient and not getattr(
-        arguments["reward"], "differentiable", False
-    ):
-        raise ValueError(
-            f"{type(objective).__name__} needs a reward with a gradient; "
-            f"{rewards.reward_name(arguments['reward'])} does not declare differentiable = True"
-        )
-    if arguments["preference"] is not None and not objective.needs_preferences:
-        raise ValueError(
-            f"preference is given, but {type(objective).__name__} learns from rewards: use an "
-            "objective that learns from preferences (D3PO, DenseReward)"
-        )
+    require_inputs(objective, arguments["reward"], arguments["preference"], arguments["target_kl"])
     for name, judge in arguments["judges"].items():
         if judge is arguments["reward"] or judge == arguments["reward"]:
             raise ValueError(
                 f"judge {name!r} is the reward itself; nothing may judge its own training"
             )
 
-    if arguments["target_kl"] is not None:
-        control.require_steerable(objective)
     if arguments["stop"] is not None:
         check_stop(arguments["stop"], arguments["judges"])
 

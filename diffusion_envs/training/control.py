@@ -66,11 +66,15 @@ def kl_weight(objective: Objective) -> float:
     settings = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
     if "kl_weight" not in settings:
         raise ValueError(
-            f"target_kl needs an objective with a kl_weight; {type(objective).__name__} has none"
+            f"target_kl moves a kl_weight, and {type(objective).__name__} has none: leave out "
+            "target_kl, or use an objective that charges a KL (ScoreAsAction)"
         )
     weight: float = settings["kl_weight"]
     if not weight > 0:
-        raise ValueError(f"target_kl needs a kl_weight above 0 to begin with, got {weight}")
+        raise ValueError(
+            f"target_kl multiplies the kl_weight of {type(objective).__name__}, which must be "
+            f"above 0 to begin with, got {weight}: set it, or leave out target_kl"
+        )
     return weight
 
 

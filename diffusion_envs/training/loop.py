@@ -67,7 +67,8 @@ class Trainer:
         preference: Preference | None = None,
         target_kl: control.TargetKL | None = None,
     ) -> None:
-        require_fit(environment, objective, schedule, accelerator.num_processes, target_kl)
+        processes = accelerator.num_processes
+        require_fit(environment, objective, schedule, processes, target_kl, preference)
         self.environment, self.objective, self.schedule = environment, objective, schedule
         self.parameters, self.accelerator, self.stream_name = parameters, accelerator, stream_name
         self.preference = preference or FromReward()

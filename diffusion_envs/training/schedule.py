@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass
 
-from diffusion_envs.objectives import BackpropObjective, NoisedObjective, Objective
-from diffusion_envs.samplers import BoundDDIM
+from diffusion_envs import rewards
+from diffusion_envs.objectives import BackpropObjective, NoisedObjective, Objective, PathObjective
+from diffusion_envs.preferences import Preference
+from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
 from diffusion_envs.training import control
 from diffusion_envs.training.environment import Environment
 
@@ -56,62 +58,111 @@ class Schedule:
             )
 
 
+def require_inputs(
+    objective: Objective,
+    reward: rewards.Reward,
+    preference: Preference | None,
+    target_kl: control.TargetKL | None,
+) -> None:
+    """Refuse what the objective cannot use, before a model is loaded.
+
+    Raises:
+        ValueError: the reward lacks a gradient that the objective needs; nobody asks for the
+            preference; the target can steer nothing.
+    """
+    name = type(objective).__name__
+    if objective.needs_reward_gradient and not getattr(reward, "differentiable", False):
+        raise ValueError(
+            f"{name} needs a reward with a gradient; {rewards.reward_name(reward)} does not "
+            "declare differentiable = True: set it if torch can differentiate it, or use an "
+            "objective that only needs its values (ScoreAsAction)"
+        )
+    if preference is not None and not objective.needs_preferences:
+        raise ValueError(
+            f"preference is given, but {name} learns from rewards: use an objective that learns "
+            "from preferences (D3PO, DenseReward), or leave it out"
+        )
+    if target_kl is not None:
+        control.require_steerable(objective)
+
+
 def require_fit(
     environment: Environment,
     objective: Objective,
     schedule: Schedule,
     processes: int,
     target_kl: control.TargetKL | None,
+    preference: Preference | None = None,
 ) -> None:
     """Refuse what cannot be trained, before anything is sampled.
 
     Raises:
-        ValueError: the samples cannot be split, or the sampler lacks what the objective or the
-            target needs.
+        ValueError: the samples cannot be split; or reward, sampler or schedule lack what the
+            objective or the target needs, or are given what the objective does not use.
     """
+    require_inputs(objective, environment.reward, preference, target_kl)
+    _require_sampler(environment.sampler, objective, target_kl)
+    name, steps = type(objective).__name__, environment.sampler.steps
+    if schedule.samples < 2:
+        raise ValueError(
+            f"samples must be at least 2 for {name} to compare them, got {schedule.samples}: use "
+            "more"
+        )
     share = processes * schedule.minibatches * objective.group
     if schedule.samples % share:
         raise ValueError(
-            f"samples ({schedule.samples}) must be a multiple of processes x minibatches x "
-            f"the objective's group ({share})"
+            f"samples ({schedule.samples}) must be a multiple of processes x minibatches x the "
+            f"group of {name}, {processes} x {schedule.minibatches} x {objective.group} = {share}: "
+            f"use {share * max(1, round(schedule.samples / share))}"
         )
-    if not isinstance(objective, NoisedObjective) and not isinstance(
-        environment.sampler, BoundDDIM
-    ):
+    if schedule.train_steps is not None and not isinstance(objective, PathObjective):
         raise ValueError(
-            f"{type(objective).__name__} learns from the steps of the sampler, and a black box "
-            "shows none: use DDIM, or an objective that learns from data (DiffusionNFT, "
-            "ReinforceAdjointMatching, DistributionalOptimisation)"
+            f"train_steps ({schedule.train_steps}) chooses among the steps of a path, and {name} "
+            "does not learn from them: leave it out"
         )
-    on_grid = environment.sampler if isinstance(environment.sampler, BoundDDIM) else None
-    if target_kl is not None and (on_grid is None or on_grid.eta == 0):
-        raise ValueError(
-            "target_kl needs a path KL to steer by, and this sampler has none: an ODE's is "
-            "infinite, a black box's not known; use DDIM(eta > 0), or set kl_weight"
-        )
-    charged = isinstance(objective, BackpropObjective) and objective.needs_reference
-    if charged and on_grid is not None and on_grid.eta == 0:
-        raise ValueError(
-            f"{type(objective).__name__} charges a path KL, and an ODE's is infinite: use "
-            "DDIM(eta > 0), or kl_weight=0"
-        )
-    if target_kl is not None:
-        control.require_steerable(objective)
-    steps = environment.sampler.steps
     if schedule.train_steps is not None and schedule.train_steps > steps:
         raise ValueError(
-            f"train_steps ({schedule.train_steps}) must be at most the sampler's steps ({steps})"
-        )
-    if objective.needs_density and not environment.sampler.has_density:
-        raise ValueError(
-            f"{type(objective).__name__} needs a transition density, and a step of this sampler "
-            "has none (standard deviation 0): use eta > 0 and a scheduler with "
-            "set_alpha_to_one=False, or an objective that draws its actions (ScoreAsActionSampled)"
+            f"train_steps ({schedule.train_steps}) must be at most the sampler's steps ({steps}) "
+            f"that {name} learns from: use fewer, or leave it out"
         )
     if objective.needs_fresh_rollouts and (taken := schedule.epochs * schedule.minibatches) > 1:
         raise ValueError(
-            f"{type(objective).__name__} corrects for no change of policy within a roll-out: "
+            f"{name} corrects for no change of policy within a roll-out: "
             f"use epochs=1 and minibatches=1, got {taken} optimiser steps"
         )
-    if schedule.samples < 2:
-        raise ValueError(f"samples must be at least 2 to compare them, got {schedule.samples}")
+
+
+def _require_sampler(
+    sampler: BoundDDIM | BoundBlackBox, objective: Objective, target_kl: control.TargetKL | None
+) -> None:
+    """Refuse a sampler that does not show or have what is learned from."""
+    name = type(objective).__name__
+    on_grid = sampler if isinstance(sampler, BoundDDIM) else None
+    if on_grid is None and not isinstance(objective, NoisedObjective):
+        raise ValueError(
+            f"{name} learns from the steps of the sampler, and a black box shows none: use DDIM, "
+            "or an objective that learns from data (DiffusionNFT, ReinforceAdjointMatching, "
+            "DistributionalOptimisation)"
+        )
+    ode = on_grid is not None and on_grid.eta == 0
+    if target_kl is not None and (on_grid is None or ode):
+        raise ValueError(
+            f"target_kl needs a path KL to steer {name} by, and this sampler has none: an ODE's is "
+            "infinite, a black box's not known; use DDIM(eta > 0), or set kl_weight"
+        )
+    if ode and isinstance(objective, BackpropObjective) and objective.needs_reference:
+        raise ValueError(
+            f"{name} charges a path KL, and an ODE's is infinite: use DDIM(eta > 0), or kl_weight=0"
+        )
+    if ode and isinstance(objective, PathObjective):
+        raise ValueError(
+            f"{name} learns from noisy steps, and an ODE has none (no transition density, an "
+            "infinite path KL): use DDIM(eta > 0), or an objective that learns from data "
+            "(DiffusionNFT, ReinforceAdjointMatching, DistributionalOptimisation)"
+        )
+    if objective.needs_density and not sampler.has_density:
+        raise ValueError(
+            f"{name} needs a transition density, and a step of this sampler has none (standard "
+            "deviation 0): use a scheduler with set_alpha_to_one=False, or an objective that draws "
+            "its actions (ScoreAsActionSampled)"
+        )

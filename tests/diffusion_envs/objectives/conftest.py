@@ -1,8 +1,8 @@
 """What tests of objectives share: a model whose gradients are exact, and the smallest real loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -172,6 +172,17 @@ def linear_gaussian() -> Callable[..., LinearGaussian]:
     return lambda eta=1.0, steps=3: LinearGaussian(DDIM(eta).bind(table, steps))
 
 
+@dataclass(frozen=True)
+class Brightness:
+    """Rises with every channel, most with one pixel."""
+
+    differentiable: ClassVar[bool] = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """One number an image."""
+        return 3 * images.mean((1, 2, 3)) + images[:, 1, 0, 1]
+
+
 @pytest.fixture
 def small_trainer() -> Callable[..., Trainer]:
     """(objective, **schedule) -> the real loop around a linear noise prediction with an adapter.
@@ -190,7 +201,7 @@ def small_trainer() -> Callable[..., Trainer]:
             score=GuidedScore(network, table, "epsilon", 1.7, null, batch=64),
             sampler=DDIM(0.9).bind(DDPMTable(table), 4),
             decode=lambda latents: latents[:, [0, 1, 0]].sigmoid(),
-            reward=lambda images, prompts: 3 * images.mean((1, 2, 3)) + images[:, 1, 0, 1],
+            reward=Brightness(),
             prompts=["one", "two", "three"],
             context=context,
             event=(4, 2, 2),
