@@ -197,7 +197,7 @@ def finetune(
         decision = _agreed(watch, accelerator)
         total = updates if decision is None or decision.reason is None else trainer.update
         with bar("fine-tuning", updates, done=trainer.update, shown=bar_shown) as advance:
-            for numbers in leaving_images(trainer.updates(total), folder):
+            for numbers in leaving_images(trainer.updates(total), folder, accelerator):
                 done = numbers["update"]
                 tracker.log(numbers)
                 nats = f"  path KL {numbers['path_kl']} nats" if "path_kl" in numbers else ""

@@ -5,10 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 
 from diffusion_envs.preferences import MissingChoicesError
 from diffusion_envs.training.tracking import grid
+
+PLACE = "to_judge"  # in the run's folder
 
 
 def leave(folder: Path, missing: MissingChoicesError) -> Path:
@@ -17,7 +22,7 @@ def leave(folder: Path, missing: MissingChoicesError) -> Path:
     What an earlier stop left there is taken away; other files in it are not touched.
     """
     assert missing.images is not None
-    place = folder / "to_judge"
+    place = folder / PLACE
     place.mkdir(parents=True, exist_ok=True)
     for old in [*place.glob("sample-*.png"), *place.glob("group-*.png")]:
         old.unlink()
@@ -35,14 +40,44 @@ def leave(folder: Path, missing: MissingChoicesError) -> Path:
     return place
 
 
-def leaving_images(updates: Iterator[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
-    """The same updates; where choices are missing, their images are left and the error says so."""
+def of_all_processes(
+    missing: MissingChoicesError | None, accelerator: Accelerator
+) -> MissingChoicesError | None:
+    """What any of the processes misses, on all of them; None if no one misses anything."""
+    if accelerator.num_processes == 1:
+        return missing
+    mine = []
+    if missing is not None:
+        images = None if missing.images is None else missing.images.cpu()
+        mine = [(str(missing), missing.groups, images, missing.prompts)]
+    found = gather_object(mine)
+    if not found:
+        return None
+    words, groups, images, prompts = zip(*found, strict=True)
+    return MissingChoicesError(
+        "; ".join(dict.fromkeys(words)),
+        groups=[members for part in groups for members in part],
+        images=None if any(part is None for part in images) else torch.cat(images),
+        prompts=[prompt for part in prompts for prompt in part],
+    )
+
+
+def leaving_images(
+    updates: Iterator[dict[str, Any]], folder: Path, accelerator: Accelerator
+) -> Iterator[dict[str, Any]]:
+    """The same updates; where choices are missing, their images are left and the error says so.
+
+    All processes raise the same error, after the main one has written the images of all.
+    """
     try:
         yield from updates
     except MissingChoicesError as missing:
         if missing.images is None:
             raise
-        place = leave(folder, missing)
+        place = folder / PLACE
+        if accelerator.is_main_process:
+            leave(folder, missing)
+        accelerator.wait_for_everyone()  # the first to end takes the others with it
         raise MissingChoicesError(
             f"{missing}. The images are in {place}, named by their numbers",
             groups=missing.groups,

@@ -27,8 +27,8 @@ from diffusion_envs.objectives import (
     PathObjective,
     Rollout,
 )
-from diffusion_envs.preferences import FromReward, Preference, compare
-from diffusion_envs.training import control, parallel
+from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, compare
+from diffusion_envs.training import control, judging, parallel
 from diffusion_envs.training.critic import Critic, NonFiniteError
 from diffusion_envs.training.environment import Environment, Sample
 from diffusion_envs.training.lessons import LastSteps, Lesson, NoisedData, PathSteps
@@ -203,10 +203,28 @@ class Trainer:
             with torch.no_grad():
                 added["values"] = self.critic.values(objective, rollout, sample.denoised_rewards)
         if objective.needs_preferences:
-            added["preferences"] = compare(
-                self.preference, sample.images, sample.prompts, rollout.rewards, indices, group
-            )
+            added["preferences"] = self._preferences(sample, indices)
         return dataclasses.replace(sample, rollout=dataclasses.replace(rollout, **added))
+
+    def _preferences(self, sample: Sample, indices: range) -> Tensor:
+        """Who is preferred; no process goes on while another one waits for people."""
+        rollout, found, missing = sample.rollout, None, None
+        try:
+            found = compare(
+                self.preference,
+                sample.images,
+                sample.prompts,
+                rollout.rewards,
+                indices,
+                rollout.group,
+            )
+        except MissingChoicesError as error:
+            missing = error
+        missing = judging.of_all_processes(missing, self.accelerator)
+        if missing is not None:
+            raise missing
+        assert found is not None
+        return found
 
     def _lesson(self, rollout: Rollout) -> Lesson:
         """What the objective learns from this roll-out, by its kind."""

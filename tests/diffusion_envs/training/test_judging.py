@@ -1,0 +1,87 @@
+"""Several processes wait for people together: one set of images, one error, no one goes on."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PROCESS = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from diffusion_envs.exact.problems import GaussianProblem, table
+from diffusion_envs.objectives import D3PO
+from diffusion_envs.preferences import MissingChoicesError, Recorded
+from diffusion_envs.samplers import DDIM
+from diffusion_envs.training.judging import leaving_images
+from diffusion_envs.training.loop import Schedule, Trainer
+
+folder = Path(sys.argv[1])
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+environment, parameters = GaussianProblem().environment(DDIM(1.0).bind(table(), 2), 5)
+environment.decode = lambda x: x[:, :1, None, None].sigmoid().expand(-1, 3, 8, 8)
+environment.reward = lambda images, prompts: images.mean((1, 2, 3))
+for name in ("none", "half", "all"):
+    trainer = Trainer(
+        environment, D3PO(), Schedule(samples=8), parameters, accelerator=accelerator,
+        preference=Recorded(folder / f"{name}.jsonl"),
+    )
+    try:
+        lines = list(leaving_images(trainer.updates(1), folder / name, accelerator))
+        said = f"{len(lines)} update"
+    except MissingChoicesError as missing:
+        said = f"{missing.groups} {len(missing.images)} {missing.prompts} {missing}"
+    (folder / f"{name}-{accelerator.process_index}.txt").write_text(said)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_leave_all_images_once_and_stop_with_one_error(tmp_path):
+    """Samples 0-3 are the first process's, 4-7 the second's."""
+    pairs = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    for name, chosen in (("half", pairs[:2]), ("all", pairs)):
+        lines = [json.dumps({"order": pair}) for pair in chosen]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | world | {"RANK": str(k), "LOCAL_RANK": str(k), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for k in range(2)
+    ]
+    try:
+        for one in started:
+            _, errors = one.communicate(timeout=150)
+            assert one.returncode == 0, errors
+    finally:
+        for one in started:
+            one.kill()
+    for name, missing in (("none", pairs), ("half", pairs[2:])):
+        said = [(tmp_path / f"{name}-{k}.txt").read_text() for k in range(2)]
+        assert said[0] == said[1]
+        assert said[0].startswith(f"{missing} {2 * len(missing)} ")
+        assert f"{name}.jsonl" in said[0]
+        place = tmp_path / name / "to_judge"
+        assert str(place) in said[0]
+        wanted = [f"sample-{k:06d}.png" for pair in missing for k in pair]
+        assert sorted(p.name for p in place.glob("sample-*.png")) == wanted
+        left = (place / "groups.jsonl").read_text().splitlines()
+        assert [json.loads(line)["order"] for line in left] == missing
+    for k in range(2):
+        assert (tmp_path / f"all-{k}.txt").read_text() == "1 update"
+    assert not (tmp_path / "all").exists()
