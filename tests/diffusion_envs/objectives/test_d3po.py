@@ -14,36 +14,20 @@ from diffusion_envs import linear_policy
 from diffusion_envs.gaussian import Quadratic
 from diffusion_envs.objectives import D3PO, Rollout, Rows
 from diffusion_envs.samplers import DDIM
+from tests.diffusion_envs.objectives import random_rows
+from tests.diffusion_envs.objectives.random_rows import EVENT
 from tests.diffusion_envs.objectives.small_runs import assert_runs_and_resumes
 from tests.diffusion_envs.test_two_views import DATA, GAIN, SHIFT, START, TABLES
 
-ROWS, EVENT = 6, (3, 2, 2)
+ROWS = 6
 PIXELS = math.prod(EVENT)
 SLOPE = torch.tensor([0.7, -0.4], dtype=torch.float64)  # of a linear reward
 
 
 def rows(generator: torch.Generator, moved: float) -> Rows:
     """Three pairs whose policy is ``moved`` away from the sampling one."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    old = normal(ROWS, *EVENT)
-    return Rows(
-        mean=(old + moved * normal(ROWS, *EVENT)).requires_grad_(),
-        old_mean=old,
-        reference_score=old + 0.1 * normal(ROWS, *EVENT),
-        action=old,
-        noise=normal(ROWS, *EVENT),
-        advantage=normal(ROWS),
-        step_size=0.1 + normal(ROWS).square(),
-        horizon=torch.tensor(4.3, dtype=torch.float64),
-        score_gain=0.2 + normal(ROWS).square(),
-        std=0.3 + normal(ROWS).square(),
-        action_std=torch.zeros(ROWS, dtype=torch.float64),
-        kl_factor=1.37,
-        preference=torch.tensor([0.3, -2.0, 1.0, 1.5, -0.4, -0.4], dtype=torch.float64),
-    )
+    chosen = torch.tensor([0.3, -2.0, 1.0, 1.5, -0.4, -0.4], dtype=torch.float64)
+    return random_rows.rows(generator, moved, count=ROWS, reference=0.1, preference=chosen)
 
 
 def mean_log_ratio(r: Rows) -> Tensor:

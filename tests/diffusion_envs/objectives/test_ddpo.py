@@ -12,35 +12,9 @@ from torch.distributions import Normal
 
 from diffusion_envs.objectives import DDPO, DDPOScoreFunction, Rollout, Rows
 from diffusion_envs.objectives.protocol import per_prompt
+from tests.diffusion_envs.objectives.random_rows import close, column, rows
 
-ROWS, EVENT = 7, (3, 2, 2)
-
-
-def column(x: Tensor) -> Tensor:
-    return x.view(-1, 1, 1, 1)
-
-
-def rows(generator: torch.Generator, moved: float) -> Rows:
-    """Rows whose current policy is ``moved`` away from the sampling one."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    old = normal(ROWS, *EVENT)
-    return Rows(
-        mean=(old + moved * normal(ROWS, *EVENT)).requires_grad_(),
-        old_mean=old,
-        reference_score=normal(ROWS, *EVENT),
-        action=old,
-        noise=normal(ROWS, *EVENT),
-        advantage=normal(ROWS),
-        step_size=0.1 + normal(ROWS).square(),
-        horizon=torch.tensor(4.3, dtype=torch.float64),
-        score_gain=0.2 + normal(ROWS).square(),
-        std=0.3 + normal(ROWS).square(),
-        action_std=torch.zeros(ROWS, dtype=torch.float64),
-        kl_factor=1.37,
-    )
+ROWS = 7
 
 
 def log_ratio(r: Rows) -> Tensor:
@@ -49,10 +23,6 @@ def log_ratio(r: Rows) -> Tensor:
     after = old.detach() + column(r.std) * r.noise
     pair = (Normal(m, column(r.std)).log_prob(after) for m in (new, old))
     return (next(pair) - next(pair)).flatten(1).sum(1)
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 # -- losses ---------------------------------------------------------------------------------------

@@ -13,39 +13,13 @@ from torch.distributions import Normal, kl_divergence
 from diffusion_envs import exact, linear_policy
 from diffusion_envs.exact import GaussianProblem
 from diffusion_envs.gaussian import Affine
-from diffusion_envs.objectives import GRPO, Rollout, Rows
+from diffusion_envs.objectives import GRPO, Rollout
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.schedule import DDPMTable
+from tests.diffusion_envs.objectives.random_rows import column, rows
 from tests.diffusion_envs.objectives.resting_points import gained, resting
 
-ROWS, EVENT = 7, (3, 2, 2)
-
-
-def column(x: Tensor) -> Tensor:
-    return x.view(-1, 1, 1, 1)
-
-
-def rows(generator: torch.Generator, moved: float) -> Rows:
-    """Rows whose current policy is ``moved`` away from the sampling one."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    old = normal(ROWS, *EVENT)
-    return Rows(
-        mean=(old + moved * normal(ROWS, *EVENT)).requires_grad_(),
-        old_mean=old,
-        reference_score=old + 0.3 * normal(ROWS, *EVENT),
-        action=old,
-        noise=normal(ROWS, *EVENT),
-        advantage=normal(ROWS),
-        step_size=0.1 + normal(ROWS).square(),
-        horizon=torch.tensor(4.3, dtype=torch.float64),
-        score_gain=0.2 + normal(ROWS).square(),
-        std=0.3 + normal(ROWS).square(),
-        action_std=torch.zeros(ROWS, dtype=torch.float64),
-        kl_factor=1.37,
-    )
+ROWS = 7
 
 
 def test_the_loss_is_the_clipped_maximum_and_the_gaussian_kl(generator):
