@@ -1,12 +1,9 @@
 """Does the code run Stable Diffusion 1.5 itself, not only the tiny model? One full-size update.
 
 Builds a pipeline folder of SD1.5's exact architecture with random weights (UNet 860 M parameters,
-VAE 84 M, CLIP-L text
-encoder 123 M) and fine-tunes it for one update. On a CPU in bfloat16 at 256 x 256; on a GPU at 512
-x 512. Prints one JSON
-line: parameters, seconds, peak memory, images per second. Needs 8 GiB of memory and 2.5 GB of disk
-on a CPU.
-
+VAE 84 M, CLIP-L text encoder 123 M) and fine-tunes it for one update. On a CPU in bfloat16 at 256 x
+256; on a GPU at 512 x 512. Prints one JSON line: parameters, seconds, peak memory, images per
+second. Needs 8 GiB of memory and 2.5 GB of disk on a CPU.
     python -m benchmarks.full_size [--folder DIR]
 """
 

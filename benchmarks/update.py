@@ -1,10 +1,9 @@
 """How much slower is a fine-tuning update than its network calls alone?
 
 Counts the calls of UNet, VAE and reward in one update of the tiny model (sampling, reference,
-denoised rewards, update with
-gradients, value network), then times the same calls of the same shapes alone, interleaved in one
-run, in processor time.
-Prints one JSON line; the aim is a ratio of at most 1.3.
+denoised rewards, update with gradients, value network), then times the same calls of the same
+shapes alone, interleaved in one run, in processor time. Prints one JSON line; the aim is a ratio of
+at most 1.3.
 
     python -m benchmarks.update
 """

@@ -1,10 +1,8 @@
 """CIFAR-10 from its parquet files, as tensors.
 
 The files are those of the hub's ``cifar10`` data set (``plain_text``): a column ``img`` with the
-encoded
-picture and a column ``label`` with 0..9. Source: A. Krizhevsky, "Learning Multiple Layers of
-Features
-from Tiny Images", 2009.
+encoded picture and a column ``label`` with 0..9. Source: A. Krizhevsky, "Learning Multiple Layers
+of Features from Tiny Images", 2009.
 """
 
 import io

@@ -1,17 +1,15 @@
 """Score as Action: continuous-time policy gradient in two views, and the recipe that was published.
 
 Objective    J(th) = E_th[ r(X_T) ] - kl_weight * KL(P_th || P_pre), the KL of paths ([SaA] Theorem
-3.1).
+             3.1).
 Gradient     E int grad log pi(a_t | t, X_t) (dV(t, X_t) + running reward dt) ([SaA] Theorem 4.1).
 The action is the score. Its randomness can be put in two places, which give two estimators of one
 gradient:
 
   transitions  the score is a function of the state, the decision is the next state, its randomness
-  the SDE's
-               own noise: grad log p(x_{k+1} | x_k). Needs a sampler with a density.
+               the SDE's own noise: grad log p(x_{k+1} | x_k). Needs a sampler with a density.
   drawn        the score is drawn from N(mean, action_std^2) and held over the step: grad log
-  pi(a_k | x_k).
-               Any solver will do; variance grows as the exploration shrinks.
+               pi(a_k | x_k). Any solver will do; variance grows as the exploration shrinks.
 
 Sources      [SaA] Zhao, Chen, Zhang, Yao & Tang 2025, "Score as Action", arXiv 2502.01819.
              The published recipe: the settings of the authors' released Stable Diffusion 1.5 run.
@@ -108,9 +106,8 @@ class ScoreAsActionSampled(_ContinuousTime):
     """Continuous-time policy gradient where the decision is a drawn score, held (theory: view A).
 
     The score is drawn with standard deviation ``exploration / sigma``, which is ``exploration`` in
-    units of
-    predicted noise. The KL cost is charged on the mean, not on the drawn score (the two differ
-    by a constant of the policy's spread, theory of exploratory control).
+    units of predicted noise. The KL cost is charged on the mean, not on the drawn score (the two
+    differ by a constant of the policy's spread, theory of exploratory control).
     """
 
     exploration: float = 0.3  # spread of the drawn score, in units of predicted noise
@@ -144,11 +141,9 @@ class ScoreAsActionSampled(_ContinuousTime):
 class ScoreAsActionReleased(PathObjective):
     """The recipe of the authors' released run: PPO with a one-step value difference, no KL.
 
-    Advantages V(x_{k+1}) - V(x_k), standardised over the paths at every step and clipped; ratio
-    and clip on
-    the mean log-density over coordinates. It weights the times of the theorem's integral
-    unequally, and its trust region depends
-    on resolution and step: here for comparison.
+    Advantages V(x_{k+1}) - V(x_k), standardised over the paths at every step and clipped; ratio and
+    clip on the mean log-density over coordinates. It weights the times of the theorem's integral
+    unequally, and its trust region depends on resolution and step: here for comparison.
     """
 
     clip_per_pixel: float = 1.5e-5  # trusted |log-ratio| of a step, nats, over the coordinates

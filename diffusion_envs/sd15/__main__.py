@@ -81,14 +81,12 @@ class Finetune:
 
     Attributes:
         model: "tiny", a folder in diffusers' layout, or a hub id.
-        reward: prompt-alignment, jpeg-compressibility, jpeg-incompressibility, red, green, blue,
-        or your
-            own as my_module:my_function.
+        reward: prompt-alignment, jpeg-compressibility, jpeg-incompressibility, red, green, blue, or
+            your own as my_module:my_function.
         prompts: what to ask for; the ten CIFAR-10 classes if not given.
         output: folder of the run.
         resume: folder of a run to go on with; every other option is then taken from it, except
-        updates,
-            which may grow.
+            updates, which may grow.
         objective: score-as-action, ddpo, dpok, grpo, tdpo, ...; each has settings of its own, which
             follow as options (--objective grpo --help explains grpo's).
         settings: the options that are the objective's own.

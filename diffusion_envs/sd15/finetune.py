@@ -85,9 +85,8 @@ def finetune(
 ) -> Run:
     """Fine-tune ``model`` so that its images earn more ``reward``, near its pretrained self.
 
-    The run can be stopped at any moment and resumed with the same arguments and ``resume=True``:
-    on one
-    machine, with the same versions and thread count, to the same numbers bit for bit.
+    The run can be stopped at any moment and resumed with the same arguments and ``resume=True``: on
+    one machine, with the same versions and thread count, to the same numbers bit for bit.
 
     Args:
         reward: (images [n, 3, h, w] in [0, 1], prompts) -> [n]; larger is better.

@@ -35,9 +35,8 @@ def load_pipeline(
         device: where the networks go.
 
     Raises:
-        FileNotFoundError: ``model`` is a folder that lacks parts, or neither a folder nor to be
-        had from
-            the hub; the message says what is missing.
+        FileNotFoundError: ``model`` is a folder that lacks parts, or neither a folder nor to be had
+            from the hub; the message says what is missing.
         ValueError: ``model`` is empty, or float16 is asked for on a CPU.
     """
     if not str(model).strip():

@@ -4,10 +4,9 @@
     python -m diffusion_envs.tiny measure --data ../shared/data/cifar10 --output docs
 
 ``train`` makes everything that ``diffusion_envs/tiny/weights`` holds, in order: the two
-classifiers, the autoencoder, then UNet
-and text encoder. Every stage resumes from its newest checkpoint. On several CPU cores use one
-single-threaded process a core: ``OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m
-diffusion_envs.tiny train ...``.
+classifiers, the autoencoder, then UNet and text encoder. Every stage resumes from its newest
+checkpoint. On several CPU cores use one single-threaded process a core: ``OMP_NUM_THREADS=1
+torchrun --nproc_per_node 2 -m diffusion_envs.tiny train ...``.
 """
 
 import json

@@ -1,10 +1,8 @@
 """Minimise a loss: the one loop behind everything that this package trains from scratch.
 
 It resumes from its newest checkpoint, keeps an exponential moving average of the weights, shows a
-progress
-bar, and runs on one process or, under ``torchrun``, on several whose gradients are averaged. On
-CPUs
-several single-threaded processes beat one process with several threads.
+progress bar, and runs on one process or, under ``torchrun``, on several whose gradients are
+averaged. On CPUs several single-threaded processes beat one process with several threads.
 """
 
 import logging

@@ -1,10 +1,8 @@
 """A text-to-image model as an environment: roll-outs, rewards, and what they cost.
 
 Costs are counted in three currencies: reward queries, network calls (one per row and guidance
-branch),
-seconds. Noise is drawn from streams named by the global index of a sample, so a sample is the same
-in any
-batch and on any process.
+branch), seconds. Noise is drawn from streams named by the global index of a sample, so a sample is
+the same in any batch and on any process.
 """
 
 import math
