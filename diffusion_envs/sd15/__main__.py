@@ -100,7 +100,7 @@ class Finetune:
         lora_rank: of the adapter.
         lora_targets: names of the layers that get one.
         evaluation_samples: held-out samples, before and after.
-        checkpoint_every: updates.
+        checkpoint_every: updates between checkpoints.
         picture_every: updates between pictures and lines of the panel.
         target_kl: path KL to keep, nats: kl_weight, which is then only where it begins, moves
             after every update.

@@ -116,12 +116,19 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path, capsys):
     assert "manifest.json" in capsys.readouterr().err
 
 
-def test_every_option_has_a_description(capsys):
+def test_every_option_has_a_description(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     assert run("--help") == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    for name in ("--kl-weight", "--train-steps", "--value-learning-rate", "--guidance"):
-        assert name in shown
-    assert Finetune().model == "tiny"
+    shown = capsys.readouterr().out.partition("Every objective")[0]
+    for kind in (Finetune, Schedule):
+        for field in dataclasses.fields(kind):
+            if field.name in ("settings", "schedule"):  # which are options of their own
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            found = re.search(rf"{flag}[ ,](.*?)\(default: ", shown, re.DOTALL)
+            assert found, f"{flag} is not listed"
+            said = re.sub(r"\{.*?\}|--[a-z-]+", "", found[1])  # choices, and the flag that says no
+            assert re.search("[a-z]{3}", said), f"{flag} has no help"
 
 
 def options(*arguments: str) -> objectives.Objective:
