@@ -239,7 +239,7 @@ class MixtureProblem:
     points: int = 801
     reach: float = 5.0
     rule: int = 16
-    _solved: dict[tuple[int, float], Tensor] = field(default_factory=dict, repr=False)
+    _solved: dict[tuple[float, ...], Tensor] = field(default_factory=dict, repr=False, init=False)
 
     @cached_property
     def grid(self) -> Float[Tensor, " points"]:
@@ -327,8 +327,8 @@ class MixtureProblem:
         return Outcome(reward, paid, reward - self.kl_weight * paid, kl)
 
     def _best(self, sampler: BoundDDIM) -> Float[Tensor, "steps points"]:
-        """u_k(x) that maximises E V_{k+1} less kl_weight cost |u|^2 / 2; solved once a sampler."""
-        key = (sampler.steps, sampler.eta)
+        """u_k(x) that maximises E V_{k+1} less kl_weight cost |u|^2 / 2; kept for each chain."""
+        key = (sampler.eta, *sampler.alpha.tolist())
         if key not in self._solved:
             self._solved[key] = _solve(self, sampler)
         return self._solved[key]

@@ -1,5 +1,7 @@
 """The exact problems against each other, against sampling, and against theory's limits."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -95,6 +97,17 @@ def test_the_optimum_tends_to_the_tilt_of_a_memoryless_model():
     tilted = gaussian.tilt(problem.data, problem.quadratic, problem.kl_weight)
     law = problem._best_law(DDIM(1.0).bind(table(), 500))
     torch.testing.assert_close(law.mean, tilted.mean, rtol=0.05, atol=0.05)
+
+
+def test_the_mixtures_optimum_is_that_of_the_chain_and_the_weight_in_question():
+    """Kept optima are not those of another noise table, nor of another weight."""
+    problem = MixtureProblem(points=201)
+    problem.optimum(SAMPLER)
+    milder = DDIM(1.0).bind(table(most=12.0), SAMPLER.steps)
+    assert problem.optimum(milder) == MixtureProblem(points=201).optimum(milder)
+    dearer = dataclasses.replace(problem, kl_weight=1.5)
+    fresh = MixtureProblem(points=201, kl_weight=1.5)
+    assert dearer.optimum(SAMPLER) == fresh.optimum(SAMPLER)
 
 
 def test_the_exact_score_of_one_component_is_the_gaussian_one():
