@@ -17,6 +17,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,13 +33,11 @@ from diffusion_envs.exact import (
     log_normaliser,
 )
 from diffusion_envs.exact.model import legendre
-from diffusion_envs.exact.problems import gaussian_kl
+from diffusion_envs.exact.problems import BoundSampler, gaussian_kl
 from diffusion_envs.gaussian import Affine, Gaussian, Quadratic
 from diffusion_envs.linear_policy import Steps, kl_cost
 from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
 from diffusion_envs.schedule import DDPMTable
-
-Bound = BoundDDIM | BoundBlackBox
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def in_float64(score: CorrectedScore) -> CorrectedScore:
 
 
 def judge(
-    problem: GaussianProblem | MixtureProblem, score: CorrectedScore, sampler: Bound
+    problem: GaussianProblem | MixtureProblem, score: CorrectedScore, sampler: BoundSampler
 ) -> Judged:
     """The generated law of a score, judged; no random number enters."""
     score = in_float64(score)
@@ -104,7 +103,7 @@ def affine_map(
     return matrix, shift
 
 
-def generated(score: CorrectedScore, sampler: Bound, dim: int) -> Gaussian:
+def generated(score: CorrectedScore, sampler: BoundSampler, dim: int) -> Gaussian:
     """Law of what an affine score generates from N(0, I); a black box computes in float32."""
     law = Gaussian(torch.zeros(dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64))
     if isinstance(sampler, BoundBlackBox):
@@ -137,7 +136,9 @@ def target_of(problem: GaussianProblem) -> Gaussian:
     return gaussian.tilt(problem.data, problem.quadratic, problem.kl_weight)
 
 
-def _judge_gaussian(problem: GaussianProblem, score: CorrectedScore, sampler: Bound) -> Judged:
+def _judge_gaussian(
+    problem: GaussianProblem, score: CorrectedScore, sampler: BoundSampler
+) -> Judged:
     dim = len(problem.mean)
     law = generated(score, sampler, dim)
     reward = float(problem.quadratic.expectation(law))
@@ -182,7 +183,7 @@ def _log_data(problem: MixtureProblem, x: Tensor) -> Tensor:
     return torch.logsumexp((weights / stds / math.sqrt(2 * math.pi)).log() - 0.5 * gap**2, 1)
 
 
-def _judge_mixture(problem: MixtureProblem, score: CorrectedScore, sampler: Bound) -> Judged:
+def _judge_mixture(problem: MixtureProblem, score: CorrectedScore, sampler: BoundSampler) -> Judged:
     if isinstance(sampler, BoundDDIM) and sampler.eta > 0:
         states = problem.grid[:, None]
         changes = torch.stack(
@@ -191,7 +192,7 @@ def _judge_mixture(problem: MixtureProblem, score: CorrectedScore, sampler: Boun
                 for k in range(sampler.steps)
             ]
         )
-        law, paid = problem._laws(changes, sampler)
+        law, paid = problem.law_of(changes, sampler)
         best = _best_mixture(problem, sampler)
         tiny = 1e-300
         log_density = (law.clamp(min=tiny) / (problem.grid[1] - problem.grid[0])).log()
@@ -207,10 +208,12 @@ def _judge_mixture(problem: MixtureProblem, score: CorrectedScore, sampler: Boun
 @functools.cache
 def _best_mixture(problem: MixtureProblem, sampler: BoundDDIM) -> Tensor:
     """Law on the grid that the chain's own optimum generates."""
-    return problem._laws(problem._best(sampler), sampler)[0]
+    return problem.law_of(problem.best_correction(sampler), sampler)[0]
 
 
-def _judge_deterministic(problem: MixtureProblem, score: CorrectedScore, sampler: Bound) -> Judged:
+def _judge_deterministic(
+    problem: MixtureProblem, score: CorrectedScore, sampler: BoundSampler
+) -> Judged:
     start = torch.linspace(-5.5, 5.5, 2201, dtype=torch.float64)
     states = start[:, None]
     if isinstance(sampler, BoundBlackBox):
@@ -332,7 +335,10 @@ def _mixture_change(problem: MixtureProblem) -> Callable[[Tensor, Tensor], Tenso
 
 
 def table_of_optimum(
-    problem: GaussianProblem, sampler: BoundDDIM, *, elsewhere: str = "nearest"
+    problem: GaussianProblem,
+    sampler: BoundDDIM,
+    *,
+    elsewhere: Literal["nearest", "zero"] = "nearest",
 ) -> CorrectedScore:
     """The optimum of a chain, one correction for each of its steps, as a table.
 
@@ -341,7 +347,7 @@ def table_of_optimum(
         sampler: the chain.
         elsewhere: at noise levels that are not the chain's: "nearest" entry, or "zero".
     """
-    gains, shifts = problem._best(sampler)
+    gains, shifts = problem.best_correction(sampler)
     known = sampler.alpha[:-1]
 
     def change(states: Tensor, alpha: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -43,9 +43,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import exact_laws
-from benchmarks.exact_laws import Bound, Judged
+from benchmarks.exact_laws import Judged
 from benchmarks.leaderboard import Entry, methods
 from diffusion_envs.exact import CorrectedScore, GaussianProblem, MixtureProblem, table
+from diffusion_envs.exact.problems import BoundSampler
 from diffusion_envs.samplers import DDIM, Scheduler
 from diffusion_envs.training.loop import NonFiniteError, Schedule, Trainer
 from diffusion_envs.training.run_folder import versions
@@ -117,9 +118,9 @@ class Options:
 
 
 @functools.cache
-def solvers() -> dict[tuple[str, int], Bound]:
+def solvers() -> dict[tuple[str, int], BoundSampler]:
     """Everything that a trained policy is judged on, by name and number of steps."""
-    found: dict[tuple[str, int], Bound] = {}
+    found: dict[tuple[str, int], BoundSampler] = {}
     for eta, steps in itertools.product((1.0, 0.0), (10, 25, 50, 100)):
         found[f"DDIM eta {eta:g}", steps] = DDIM(eta).bind(table(), steps)
     black_boxes = {
@@ -158,7 +159,7 @@ def train(
     """
     sampler = DDIM(eta=1.0).bind(table(), steps)
     environment, parameters = problem.environment(sampler, seed)
-    settings = {"samples": options.samples, "batch": 1_000_000, "weight_decay": 0.0}
+    settings: dict[str, Any] = {"samples": options.samples, "batch": 1_000_000, "weight_decay": 0.0}
     settings["value_batch"] = 6 * (steps + 1)
     schedule = Schedule(**settings | dict(entry.schedule))
     objective = dataclasses.replace(entry.objective(problem.kl_weight), learning_rate=rate)
@@ -222,7 +223,8 @@ def known(problem: GaussianProblem | MixtureProblem, train_steps: int) -> dict[s
     }
     if isinstance(problem, GaussianProblem):
         chain = DDIM(1.0).bind(table(), train_steps)
-        for elsewhere in ("nearest", "zero"):
+        choices: tuple[Literal["nearest", "zero"], ...] = ("nearest", "zero")
+        for elsewhere in choices:
             found[f"optimum of the chain, a table, {elsewhere} elsewhere"] = (
                 exact_laws.table_of_optimum(problem, chain, elsewhere=elsewhere)
             )
@@ -334,7 +336,7 @@ def _rows_of_problem(
     rates = learning_rates(name, tuple(entries))
 
     def need(method: str, steps: int, seed: int) -> dict[str, Any]:
-        key = {
+        key: dict[str, Any] = {
             "method": method,
             "train_steps": steps,
             "seed": seed,
@@ -366,12 +368,13 @@ def _rows_of_problem(
     }
     rows, references = [], known(problem, options.train_steps)
     for method, one in references.items():
-        key = {"problem": name, "method": method, "trained": False}
+        key: dict[str, Any] = {"problem": name, "method": method, "trained": False}
         key |= {"train_steps": options.train_steps, "aims": True, "rate": None}
         rows += rows_of(key, [numbers(problem, one, references)], options.train_steps)
     for (method, steps), cost in found.items():
         seeds = [numbers(problem, judgements(run), references) for run in cost]
-        key = {"problem": name, "method": method, "trained": True, "train_steps": steps}
+        key: dict[str, Any] = {"problem": name, "method": method, "trained": True}
+        key |= {"train_steps": steps}
         key |= {"aims": entries[method].aims, "rate": cost[0]["rate"]}
         key["queries"] = statistics.fmean(run.get("spent", run["queries"]) for run in cost)
         key["calls"] = statistics.fmean(run["calls"] for run in cost)

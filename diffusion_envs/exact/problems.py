@@ -27,7 +27,7 @@ from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
 from diffusion_envs.schedule import DDPMTable
 from diffusion_envs.training.environment import Environment
 
-Bound: TypeAlias = BoundDDIM | BoundBlackBox
+BoundSampler: TypeAlias = BoundDDIM | BoundBlackBox
 
 
 def table(steps: int = 1000, least: float = 0.1, most: float = 20.0) -> DDPMTable:
@@ -59,7 +59,9 @@ class Problem(Protocol):
 
     kl_weight: float
 
-    def environment(self, sampler: Bound, seed: int) -> tuple[Environment, list[nn.Parameter]]:
+    def environment(
+        self, sampler: BoundSampler, seed: int
+    ) -> tuple[Environment, list[nn.Parameter]]:
         """A fresh model to fine-tune, and its adapter's parameters."""
         ...
 
@@ -76,7 +78,7 @@ def _environment(
     score: CorrectedScore,
     reward: QuadraticReward | CosineReward,
     dim: int,
-    sampler: Bound,
+    sampler: BoundSampler,
     seed: int,
 ) -> Environment:
     return Environment(
@@ -119,7 +121,9 @@ class GaussianProblem:
         """The reward."""
         return Quadratic(_double(self.curvature), _double(self.slope), _double(0.0))
 
-    def environment(self, sampler: Bound, seed: int) -> tuple[Environment, list[nn.Parameter]]:
+    def environment(
+        self, sampler: BoundSampler, seed: int
+    ) -> tuple[Environment, list[nn.Parameter]]:
         """The exact model with an affine correction."""
         correction = AffineCorrection(len(self.mean))
         data = self.data
@@ -141,13 +145,19 @@ class GaussianProblem:
         with torch.no_grad():
             basis = legendre(sampler.alpha[:-1], len(score.correction.shift))
             gain, shift = score.correction.coefficients(basis)
-        return self._judged(gain, shift, sampler)
+        return self.outcome_of(gain, shift, sampler)
 
     def optimum(self, sampler: BoundDDIM) -> Outcome:
         """By dynamic programming: the best correction at every step is affine."""
-        return self._judged(*self._best(sampler), sampler)
+        return self.outcome_of(*self.best_correction(sampler), sampler)
 
-    def _judged(self, gain: Tensor, shift: Tensor, sampler: BoundDDIM) -> Outcome:
+    def outcome_of(
+        self,
+        gain: Float[Tensor, "steps dim dim"],
+        shift: Float[Tensor, "steps dim"],
+        sampler: BoundDDIM,
+    ) -> Outcome:
+        """Of the pretrained score plus gain x + shift at every step; float64."""
         steps = Steps.of_ddim(sampler)
         law, paid = self._start(), 0.0
         pretrained = self._pretrained(sampler)
@@ -156,7 +166,7 @@ class GaussianProblem:
             law = _moved(pretrained, steps, k, gain[k], shift[k]).after(law)
         reward = float(self.quadratic.expectation(law))
         objective = reward - self.kl_weight * paid
-        return Outcome(reward, paid, objective, gaussian_kl(law, self._best_law(sampler)))
+        return Outcome(reward, paid, objective, gaussian_kl(law, self.best_law(sampler)))
 
     def _start(self) -> Gaussian:
         dim = len(self.mean)
@@ -165,8 +175,13 @@ class GaussianProblem:
     def _pretrained(self, sampler: BoundDDIM) -> tuple[Tensor, Tensor]:
         return gaussian.score_coefficients(self.data, sampler.table, sampler.noising_times[:-1])
 
-    def _best(self, sampler: BoundDDIM) -> tuple[Tensor, Tensor]:
-        """max over u of V_{k+1} after the step with score + u, less kl_weight cost |u|^2 / 2."""
+    def best_correction(
+        self, sampler: BoundDDIM
+    ) -> tuple[Float[Tensor, "steps dim dim"], Float[Tensor, "steps dim"]]:
+        """(gain, shift) of the chain's optimum: the score changes by u = gain x + shift.
+
+        u maximises V_{k+1} after the step with score + u, less kl_weight cost |u|^2 / 2.
+        """
         steps, pretrained = Steps.of_ddim(sampler), self._pretrained(sampler)
         unit = torch.eye(len(self.mean), dtype=torch.float64)
         value, gains, shifts = self.quadratic, [], []
@@ -183,8 +198,9 @@ class GaussianProblem:
             value = value.before(moved) + _paid(price, gain, shift)
         return torch.stack(gains[::-1]), torch.stack(shifts[::-1])
 
-    def _best_law(self, sampler: BoundDDIM) -> Gaussian:
-        gain, shift = self._best(sampler)
+    def best_law(self, sampler: BoundDDIM) -> Gaussian:
+        """What the chain's optimum generates."""
+        gain, shift = self.best_correction(sampler)
         steps, pretrained, law = Steps.of_ddim(sampler), self._pretrained(sampler), self._start()
         for k in range(len(steps.std)):
             law = _moved(pretrained, steps, k, gain[k], shift[k]).after(law)
@@ -261,7 +277,9 @@ class MixtureProblem:
         share = torch.softmax(weights.log() - 0.5 * spread.log() - 0.5 * gap.square() / spread, 1)
         return -(share * gap / spread).sum(1, keepdim=True)
 
-    def environment(self, sampler: Bound, seed: int) -> tuple[Environment, list[nn.Parameter]]:
+    def environment(
+        self, sampler: BoundSampler, seed: int
+    ) -> tuple[Environment, list[nn.Parameter]]:
         """The exact model with a neural correction."""
         correction = NeuralCorrection(1, generator=stream(seed, "correction"))
         score = CorrectedScore(self.exact_score, correction, sampler.table.alphas_cumprod)
@@ -276,11 +294,11 @@ class MixtureProblem:
                 alpha = sampler.alpha[k].expand(self.points)
                 changes.append(score.correction(self.grid[:, None].float(), alpha.float())[:, 0])
         score.calls = calls
-        return self._judged(torch.stack(changes).double(), sampler)
+        return self.outcome_of(torch.stack(changes).double(), sampler)
 
     def optimum(self, sampler: BoundDDIM) -> Outcome:
         """By dynamic programming on the grid."""
-        return self._judged(self._best(sampler), sampler)
+        return self.outcome_of(self.best_correction(sampler), sampler)
 
     def _free_mean(self, sampler: BoundDDIM, k: int) -> Float[Tensor, " points"]:
         alpha, sigma = (v[k].expand(self.points) for v in (sampler.alpha, sampler.sigma))
@@ -310,7 +328,15 @@ class MixtureProblem:
     def _costs(self, sampler: BoundDDIM) -> Tensor:
         return sampler.kl_factor * sampler.integrated_g2
 
-    def _laws(self, changes: Tensor, sampler: BoundDDIM) -> tuple[Tensor, float]:
+    def law_of(
+        self, changes: Float[Tensor, "steps points"], sampler: BoundDDIM
+    ) -> tuple[Float[Tensor, " points"], float]:
+        """Masses of the grid's points at the end, and the path KL in nats, of a changed score.
+
+        Args:
+            changes: of the pretrained score at every point of the grid, float64.
+            sampler: the chain.
+        """
         law = torch.exp(-0.5 * self.grid.square())
         law, paid = law / law.sum(), 0.0
         for k in range(sampler.steps):
@@ -319,14 +345,15 @@ class MixtureProblem:
             law = self._carried(law, means, sampler.std[k])
         return law, paid
 
-    def _judged(self, changes: Tensor, sampler: BoundDDIM) -> Outcome:
-        law, paid = self._laws(changes, sampler)
-        best, _ = self._laws(self._best(sampler), sampler)
+    def outcome_of(self, changes: Float[Tensor, "steps points"], sampler: BoundDDIM) -> Outcome:
+        """Of the pretrained score plus these changes, as in ``law_of``."""
+        law, paid = self.law_of(changes, sampler)
+        best, _ = self.law_of(self.best_correction(sampler), sampler)
         reward = float(law @ self.rewards)
         kl = float((law * (law.clamp(min=1e-300) / best.clamp(min=1e-300)).log()).sum())
         return Outcome(reward, paid, reward - self.kl_weight * paid, kl)
 
-    def _best(self, sampler: BoundDDIM) -> Float[Tensor, "steps points"]:
+    def best_correction(self, sampler: BoundDDIM) -> Float[Tensor, "steps points"]:
         """u_k(x) that maximises E V_{k+1} less kl_weight cost |u|^2 / 2; kept for each chain."""
         key = (sampler.eta, *sampler.alpha.tolist())
         if key not in self._solved:

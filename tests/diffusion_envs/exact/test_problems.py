@@ -95,7 +95,7 @@ def test_the_optimum_tends_to_the_tilt_of_a_memoryless_model():
     assert gaps[2] < 0.35 * gaps[0]
     problem = GaussianProblem()
     tilted = gaussian.tilt(problem.data, problem.quadratic, problem.kl_weight)
-    law = problem._best_law(DDIM(1.0).bind(table(), 500))
+    law = problem.best_law(DDIM(1.0).bind(table(), 500))
     torch.testing.assert_close(law.mean, tilted.mean, rtol=0.05, atol=0.05)
 
 

@@ -41,6 +41,6 @@ def resting(
 
 def gained(problem: GaussianProblem, sampler: BoundDDIM, gain: Tensor, shift: Tensor) -> float:
     """The share of what J can gain on this chain that a policy gains."""
-    found = problem._judged(gain, shift, sampler).objective
-    start = problem._judged(0 * gain, 0 * shift, sampler).objective
+    found = problem.outcome_of(gain, shift, sampler).objective
+    start = problem.outcome_of(0 * gain, 0 * shift, sampler).objective
     return (found - start) / (problem.optimum(sampler).objective - start)

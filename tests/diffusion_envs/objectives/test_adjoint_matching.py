@@ -238,7 +238,7 @@ def test_what_the_kl_of_the_chain_costs_where_the_path_kl_is_judged():
         best = chain_optimum(chain, problem.kl_weight / sampler.std.square())
         gain = torch.stack([torch.as_tensor(K) / b[k] for k, (K, _) in enumerate(best)])
         shift = torch.stack([torch.as_tensor(c) / b[k] for k, (_, c) in enumerate(best)])
-        reached, free = (problem._judged(s * gain, s * shift, sampler).objective for s in (1, 0))
+        reached, free = (problem.outcome_of(s * gain, s * shift, sampler).objective for s in (1, 0))
         shares.append((reached - free) / (problem.optimum(sampler).objective - free))
     assert shares == pytest.approx([0.844, 0.951, 0.982], abs=1e-3)
 

@@ -259,8 +259,8 @@ def share(problem: GaussianProblem, law: Gaussian, steps: int) -> float:
     times = judge.noising_times[:-1]
     own, pre = (gaussian.score_coefficients(x, judge.table, times) for x in (best, problem.data))
     gain, shift = (a - b for a, b in zip(own, pre, strict=True))
-    found = problem._judged(gain, shift, judge).objective
-    start = problem._judged(0 * gain, 0 * shift, judge).objective
+    found = problem.outcome_of(gain, shift, judge).objective
+    start = problem.outcome_of(0 * gain, 0 * shift, judge).objective
     return (found - start) / (problem.optimum(judge).objective - start)
 
 

@@ -152,7 +152,7 @@ def test_whoever_maximises_the_reward_alone_ends_far_below_the_pretrained_model(
     largest = problem.quadratic(
         torch.linalg.solve(problem.quadratic.curvature, problem.quadratic.slope)
     )
-    found = problem._judged(gain, shift, sampler).reward
+    found = problem.outcome_of(gain, shift, sampler).reward
     assert found == pytest.approx((largest - noise).item(), abs=1e-6)
     assert gained(problem, sampler, gain, shift) == pytest.approx(-13.17, abs=0.01)
 
