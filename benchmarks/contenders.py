@@ -327,7 +327,18 @@ def final(found: dict[str, Any]) -> float:
     return share if math.isfinite(share) else -math.inf
 
 
-RATES = tuple(m * 10.0**k for k in range(-6, 1) for m in (1, 3))  # that a sweep may come to
+def swept_score(found: dict[str, Any]) -> float:
+    """What a run counts for in a sweep: its final share, or its worst if that is below -1.
+
+    A rate at which a run first loses more than the whole gap and then recovers is one at which
+    another seed may not; the reported ones should not have to show that. At least -10.
+    """
+    worst = min((point["share"] for point in found["curve"]), default=-math.inf)
+    score = worst if worst < -1 else final(found)
+    return score if score > -10 else -10.0  # also where it is not a number
+
+
+RATES = tuple(float(f"{m}e{k}") for k in range(-6, 1) for m in (1, 3))  # that a sweep may come to
 
 
 def swept(score: Callable[[float], float], first: Sequence[float]) -> float:

@@ -3,8 +3,9 @@
 On problems whose optimum is known exactly (``diffusion_envs.exact``) every method starts from the
 same pretrained model and gets the same sampler, adapter, optimiser and number of reward queries.
 Its learning rate falls linearly to 0 with the queries that are spent; where it begins is chosen by
-a sweep on seeds of its own, which widens until its best lies inside; then the method is run on the
-seeds that are reported. What is reported is exact, not sampled: the policy is judged on the
+a sweep on seeds of its own, which widens until its best lies inside, and in which a run that falls
+far below the pretrained model on its way counts as that; then the method is run on the seeds that
+are reported. What is reported is exact, not sampled: the policy is judged on the
 sampler's own chain,
 
     share    (J - J_pretrained) / (J_optimum - J_pretrained),  J = E[reward] - kl_weight path KL
@@ -48,9 +49,9 @@ from benchmarks.contenders import (
     Entry,
     MissingRunError,
     Runs,
-    final,
     methods,
     swept,
+    swept_score,
 )
 from diffusion_envs.training.run_folder import versions
 
@@ -151,7 +152,7 @@ def main(options: Options) -> None:
         need = partial(runs.get, name, entry, problem, options.budget, make=name in chosen)
 
         def score(rate: float, need: Callable[..., Any] = need) -> float:
-            return statistics.fmean(max(final(need(rate, s)), -10.0) for s in sweep_seeds)
+            return statistics.fmean(swept_score(need(rate, s)) for s in sweep_seeds)
 
         try:
             rate = swept(score, options.learning_rates)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks.contenders import RATES, Budget, Entry, methods, run, swept
+from benchmarks.contenders import RATES, Budget, Entry, methods, run, swept, swept_score
 from benchmarks.leaderboard import Options, main, summary
 from diffusion_envs import objectives as o
 from diffusion_envs.exact import GaussianProblem
@@ -95,3 +95,20 @@ def test_runs_are_not_repeated(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (tmp_path / "leaderboard_gaussian.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="unknown methods"):
         main(Options(methods=("nope",), output=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("shares", "score"),
+    [
+        ((0.2, 0.9), 0.9),
+        ((-0.9, 0.9), 0.9),
+        ((-4.0, 0.9), -4.0),
+        ((0.1, math.nan), -10.0),
+        ((0.2, -99.0), -10.0),
+        ((), -10.0),
+    ],
+)
+def test_a_sweep_does_not_trust_a_run_that_fell_far(
+    shares: tuple[float, ...], score: float
+) -> None:
+    assert swept_score({"curve": [{"share": share} for share in shares]}) == score
