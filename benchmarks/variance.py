@@ -341,8 +341,8 @@ class Measured:
         rollout = dataclasses.replace(rollout, values=self.values(sample))
         size, found = self.options.samples, []
         for batch in range(self.options.batches):
-            part = _paths(rollout, slice(batch * size, (batch + 1) * size))
-            lesson = self.trainer._lesson(part)
+            part = rollout.chosen(torch.arange(batch * size, (batch + 1) * size))
+            lesson = self.trainer.lesson(part)
             generator = torch.Generator().manual_seed(batch)
             for parameter in self.parameters:
                 parameter.grad = None
@@ -350,15 +350,6 @@ class Measured:
                 loss.backward()
             found.append(-flat([p.grad for p in self.parameters]))
         return torch.stack(found)
-
-
-def _paths(rollout: Rollout, which: slice) -> Rollout:
-    chosen = {
-        f.name: value[which]
-        for f in dataclasses.fields(rollout)
-        if isinstance(value := getattr(rollout, f.name), Tensor) and f.name != "step_sizes"
-    }
-    return dataclasses.replace(rollout, **chosen)
 
 
 # -- numbers --------------------------------------------------------------------------------------

@@ -143,9 +143,9 @@ class Trainer:
             NonFiniteError: a gradient is not finite; no weight was changed by it.
         """
         with self._sampling_policy():
-            sample = self._sample()
+            sample = self.sample()
         rollout = sample.rollout
-        lesson = self._lesson(rollout)
+        lesson = self.lesson(rollout)
         if self.update == 0 and isinstance(lesson, PathSteps):
             self._preflight(lesson)
         numbers = self._improve_adapter(lesson, rollout)
@@ -174,7 +174,11 @@ class Trainer:
             "memory": _peak_memory(self.environment.device),
         }
 
-    def _sample(self) -> Sample:
+    def sample(self) -> Sample:
+        """The next update's roll-out by the policy as it is, with values and preferences.
+
+        At the first update its rewards set the scale of the value network.
+        """
         environment, samples = self.environment, self.schedule.samples
         share = samples // self.accelerator.num_processes
         first = self.update * samples + self.accelerator.process_index * share
@@ -226,8 +230,8 @@ class Trainer:
         assert found is not None
         return found
 
-    def _lesson(self, rollout: Rollout) -> Lesson:
-        """What the objective learns from this roll-out, by its kind."""
+    def lesson(self, rollout: Rollout) -> Lesson:
+        """What the objective learns from this roll-out, by its kind; before the weights move."""
         environment, objective, schedule = self.environment, self.objective, self.schedule
         if isinstance(objective, PathObjective):
             if objective.needs_targets:

@@ -282,7 +282,7 @@ KL_RATE = "diffusion_envs.objectives.protocol.path_kl_rate"
 def training_loop(setting: Setting) -> Iterator[Check]:
     """One update in the midst of a run, against gradients by hand."""
     made = trainer(setting)
-    rollout = made._sample().rollout
+    rollout = made.sample().rollout
     s, a, b = by_hand(made)
     x = flat(rollout.states[:, :-1])
     costs = linear_adapter.path_kl(s, a, b, x)
@@ -290,7 +290,7 @@ def training_loop(setting: Setting) -> Iterator[Check]:
     order = torch.randperm(SAMPLES * STEPS, generator=stream(setting.seed, "rows"))
     which = torch.cartesian_prod(torch.arange(SAMPLES), torch.arange(STEPS))[order]
     with torch.no_grad():
-        lesson = made._lesson(rollout)
+        lesson = made.lesson(rollout)
         advantages = made._advantages(rollout)
         assert isinstance(lesson, PathSteps)
         rows = lesson.rows(which)
@@ -390,7 +390,7 @@ def clipped_ratio(setting: Setting) -> Iterator[Check]:
 
 
 NORMALS = "diffusion_envs.training.environment.Environment._normals"
-DRAW = "diffusion_envs.training.loop.Trainer._sample"
+DRAW = "diffusion_envs.training.loop.Trainer.sample"
 
 
 def noises(setting: Setting, processes: int) -> Tensor:
@@ -401,7 +401,7 @@ def noises(setting: Setting, processes: int) -> Tensor:
             made = trainer(setting, process=Process(index, processes))
             made.update = update
             with torch.no_grad():
-                sample = made._sample()
+                sample = made.sample()
             found.append(_of(sample))
     return torch.cat(found)
 

@@ -226,7 +226,7 @@ def test_half_of_the_weight_lies_on_the_first_seven_of_fifty_steps():
 
 def test_the_loop_draws_steps_with_these_probabilities(generator):
     run = trainer(DenseReward(members=2, discount=0.6))
-    lesson: Any = run._lesson(run._sample().rollout)
+    lesson: Any = run.lesson(run.sample().rollout)
     drawn = lesson._steps(40_000, 2, generator)
     share = torch.stack([(drawn == k).double().mean() for k in range(4)])
     expected = DenseReward(discount=0.6).step_probabilities(4)
@@ -242,7 +242,7 @@ def test_a_gradient_does_not_depend_on_the_pieces_that_the_loop_cuts(generator):
         with torch.no_grad():
             for parameter in run.parameters:
                 parameter.fill_(0.05)
-        lesson = run._lesson(run._sample().rollout)
+        lesson = run.lesson(run.sample().rollout)
         for loss in lesson.losses(torch.arange(4), torch.Generator().manual_seed(3)):
             loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in run.parameters if p.grad is not None]))

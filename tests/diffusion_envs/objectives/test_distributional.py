@@ -220,10 +220,10 @@ def test_data_are_always_the_pretrained_models(small_trainer):
     made = small_trainer(DistributionalOptimisation())
     list(made.updates(2))
     with made._sampling_policy():
-        sampled = made._sample().rollout
+        sampled = made.sample().rollout
     fresh = small_trainer(DistributionalOptimisation())
     fresh.update = 2
-    expected = fresh._sample().rollout
+    expected = fresh.sample().rollout
     torch.testing.assert_close(sampled.states, expected.states, rtol=0, atol=0)
     numbers = made.step()
     assert 1 / 12 <= numbers["effective_samples"] <= 1

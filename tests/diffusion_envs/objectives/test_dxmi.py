@@ -319,7 +319,7 @@ def test_it_runs_in_the_loop_and_resumes_to_the_same_numbers(kind):
 
 def test_the_value_learns_the_reward_at_the_last_node_too():
     run = trainer(DxMI(), samples=96, value_epochs=30)
-    rollout = run._sample().rollout
+    rollout = run.sample().rollout
     ends, paths = rollout.states[:, -1], torch.arange(96)
     node = torch.full((96,), 4)
 

@@ -184,7 +184,7 @@ def test_bad_settings_are_refused_by_name(settings, name):
 def test_it_trains_and_resumes(shared, trains):
     done = trains(GRPO(group=4, shared_start=shared), minibatches=3)
     assert done.environment.reward_queries == 2 * 12
-    rollout = done._sample().rollout
+    rollout = done.sample().rollout
     groups = rollout.states[:, 0].unflatten(0, (3, 4))
     assert bool((groups == groups[:, :1]).all()) == shared
     assert bool((rollout.condition.view(3, 4).diff(dim=1) == 0).all())

@@ -127,7 +127,7 @@ def test_the_critic_sees_denoised_states_and_nothing_is_asked_for_it(small_train
     made.update = 1  # no calibration
     with torch.no_grad():
         made.parameters[1].fill_(0.1)  # away from the pretrained model, whose guesses differ
-    sample = made._sample()
+    sample = made.sample()
     assert (sample.rollout.means - sample.rollout.reference_scores).abs().max() > 0.01
     assert made.environment.reward_queries == 12
     assert sample.denoised_rewards is None

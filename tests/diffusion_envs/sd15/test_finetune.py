@@ -205,8 +205,8 @@ def test_time_subsampling_is_unbiased():
         built.parameters,
         accelerator=parallel.start(),
     )
-    rollout = trainer._sample().rollout
-    lesson = trainer._lesson(rollout)
+    rollout = trainer.sample().rollout
+    lesson = trainer.lesson(rollout)
 
     def gradient(which: Tensor) -> Tensor:
         for parameter in built.parameters:

@@ -61,7 +61,7 @@ def test_data_cost_the_network_calls_that_their_loss_needs(case):
 
 def lesson(run: Trainer, objective: NoisedObjective, old: Any) -> NoisedData:
     """Of the run's samples, the same for every ``old``."""
-    rollout = run._sample().rollout
+    rollout = run.sample().rollout
     advantages = objective.advantages(rollout)
     generator = stream(3, "noise")
     return NoisedData(run.environment, objective, rollout, advantages, generator, old, batch=10)
