@@ -3,8 +3,8 @@
 The baseline is DDPO-IS on the embedded image model: 10 steps of DDIM with eta 1, every step
 trained, as its paper has it. Its learning rate is the better of two *in hindsight*, on the seeds
 that are reported (0.001 ends at a gain of 0.02 on one seed, 0.03 collapses); the other rows have
-sweeps on a seed of their own. They form a ladder: each changes one thing, and has a third of the
-baseline's calls.
+sweeps on a seed of their own, and a third of the baseline's calls (``fraction``). Each changes
+one thing against the row that its name goes on from.
 
 All are judged on held-out samples of the 10-step sampler, whatever they were trained on. A row's
 cost is the number of network calls at which its mean reward over seeds, between two judgements in
@@ -41,26 +41,30 @@ from diffusion_envs.training.run_folder import versions
 
 DOCS = Path(__file__).parent.parent / "docs"
 BASELINE = "DDPO-IS"
-HALF = (("train_steps", 5),)
 
 
 def _ours(kl_weight: float, denoised: bool = True) -> o.Objective:
-    """Values from denoised images, or from final rewards alone, whose sum is then not cut short."""
+    """Values from denoised images; or from final rewards alone, and then advantages are returns."""
     rate = o.ScoreAsAction.gae_rate if denoised else 0.0
     return o.ScoreAsAction(kl_weight=kl_weight, clip=1.0, denoised=denoised, gae_rate=rate)
 
 
-LADDER: dict[str, Entry] = {
-    BASELINE: Entry(lambda b: o.DDPO()),
-    "DDPO-IS, 5 steps": Entry(lambda b: o.DDPO(), steps=5),
-    "score-as-action, final rewards": Entry(partial(_ours, denoised=False)),
-    "score-as-action": Entry(_ours),
-    "score-as-action, half of the steps trained": Entry(_ours, schedule=HALF),
-    "score-as-action, 5 steps": Entry(_ours, steps=5),
-    "DiffusionNFT, 5 steps of DPM-Solver++": Entry(
-        lambda b: o.DiffusionNFT(), sampler=Scheduler("DPMSolverMultistepScheduler"), steps=5
-    ),
-}
+def ladder(steps: int) -> dict[str, Entry]:
+    """The rows, where the judge takes so many steps; half as many are few."""
+    few = max(1, steps // 2)
+    half = (("train_steps", few),)
+    accurate = Scheduler("DPMSolverMultistepScheduler")
+    return {
+        BASELINE: Entry(lambda b: o.DDPO()),
+        f"{BASELINE}, {few} steps": Entry(lambda b: o.DDPO(), steps=few),
+        "score-as-action, final rewards": Entry(partial(_ours, denoised=False)),
+        "score-as-action": Entry(_ours),
+        "score-as-action, half of the steps trained": Entry(_ours, schedule=half),
+        f"score-as-action, {few} steps": Entry(_ours, steps=few),
+        f"DiffusionNFT, {few} steps of DPM-Solver++": Entry(
+            lambda b: o.DiffusionNFT(), sampler=accurate, steps=few
+        ),
+    }
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Options:
         samples: an update.
         steps: of the baseline's and of the judge's sampler.
         every: updates, between two judgements.
+        baseline_every: of the baseline's, whose runs are longer.
         seeds: that are reported.
         sweep_seeds: of the learning rates' sweep.
         learning_rates: that the sweep begins with.
@@ -87,6 +92,7 @@ class Options:
     samples: int = 40
     steps: int = 10
     every: int = 4
+    baseline_every: int = 9
     seeds: int = 5
     sweep_seeds: int = 1
     learning_rates: tuple[float, ...] = (1e-2,)
@@ -97,12 +103,16 @@ class Options:
 
     def budget(self, name: str) -> Budget:
         """Of a row of the ladder."""
-        calls = self.calls if name == BASELINE else round(self.calls * self.fraction)
+        if name == BASELINE:
+            return Budget(10**9, self.calls, self.samples, self.steps, self.baseline_every)
+        calls = round(self.calls * self.fraction)
         return Budget(10**9, calls, self.samples, self.steps, self.every)
 
 
 def gain(found: dict[str, Any], at: int = -1, key: str = "reward") -> float:
-    """Over the pretrained model, at a judgement."""
+    """Over the pretrained model, at a judgement; minus infinity, if there is none."""
+    if not found["curve"]:
+        return -math.inf
     return found["curve"][at][key] - found["start"][key]
 
 
@@ -132,13 +142,14 @@ def main(options: Options) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     store = Runs(options.runs / "calls_to_reward.jsonl", console.print)
     problem = TinyProblem()
-    chosen = options.rows or tuple(LADDER)
-    if unknown := set(chosen) - set(LADDER):
-        raise SystemExit(f"unknown rows {sorted(unknown)}; there are {', '.join(LADDER)}")
+    entries = ladder(options.steps)
+    chosen = options.rows or tuple(entries)
+    if unknown := set(chosen) - set(entries):
+        raise SystemExit(f"unknown rows {sorted(unknown)}; there are {', '.join(entries)}")
     found: dict[str, tuple[float, list[dict[str, Any]]]] = {}
     reported, sweep = range(options.seeds), range(100, 100 + options.sweep_seeds)
     for name in chosen:
-        get = partial(store.get, name, LADDER[name], problem, options.budget(name))
+        get = partial(store.get, name, entries[name], problem, options.budget(name))
 
         def score(
             rate: float,
@@ -151,7 +162,7 @@ def main(options: Options) -> None:
             rate = max(options.baseline_rates, key=score)
         else:
             rate = swept(score, options.learning_rates)
-        found[name] = rate, [get(rate, seed) for seed in reported]
+        found[name] = rate, [one for seed in reported if (one := get(rate, seed))["curve"]]
     if BASELINE in found:
         _write(found, options, console)
 
@@ -162,15 +173,17 @@ def _row(runs: Sequence[dict[str, Any]], rate: float, target: float) -> dict[str
         return statistics.fmean(values), spread / math.sqrt(len(values))
 
     last = [one["curve"][-1] for one in runs]
+    until = calls_until(mean_curve(runs), target)
     return {
         "rate": rate,
+        "seeds": len(runs),
         "gain": mean([gain(one) for one in runs]),
         "held_out_gain": mean([gain(one, key="held_out") for one in runs]),
         "path_kl": mean([p["path_kl"] for p in last]),
         "calls": statistics.fmean(p["calls"] for p in last),
         "queries": statistics.fmean(p["queries"] for p in last),
         "seconds": statistics.fmean(p["seconds"] for p in last),
-        "calls_to_target": calls_until(mean_curve(runs), target),
+        "calls_to_target": until if math.isfinite(until) else None,
     }
 
 
@@ -185,13 +198,14 @@ def _write(
     for name in ("gain", "held out", "path KL", "calls", "queries", "to target", "ratio", "rate"):
         shown.add_column(name, justify="right", no_wrap=True)
     for name, row in rows.items():
-        row["ratio"] = spent / row["calls_to_target"]
+        reached = row["calls_to_target"]
+        row["ratio"] = None if reached is None else spent / reached
         shown.add_row(
             name,
             *(f"{row[k][0]:.3f}({row[k][1]:.3f})" for k in ("gain", "held_out_gain")),
             f"{row['path_kl'][0]:.1f}",
-            *(f"{row[k]:,.0f}" for k in ("calls", "queries", "calls_to_target")),
-            f"{row['ratio']:.1f}",
+            *(f"{row[k]:,.0f}" for k in ("calls", "queries")),
+            *(("-", "-") if reached is None else (f"{reached:,.0f}", f"{row['ratio']:.1f}")),
             f"{row['rate']:g}",
         )
     console.print(shown)

@@ -8,6 +8,7 @@ on one sampler, whatever it was trained on.
 import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,8 +88,14 @@ class TinyProblem:
         return self._environment, built.parameters
 
     def evaluate(self, score: Any, sampler: BoundDDIM | BoundBlackBox) -> Outcome:
-        """Means over held-out samples."""
+        """Means over held-out samples, of the environment that was made last.
+
+        Raises:
+            ValueError: the score is that of another environment.
+        """
         assert self._environment is not None
+        if score is not None and score is not self._environment.score:
+            raise ValueError("score must be that of the environment that was made last")
         environment = dataclasses.replace(self._environment, sampler=sampler)
         judges = {"judge": self._judge}
         found = evaluate(environment, self.samples, batch=50, judges=judges)
@@ -213,8 +220,7 @@ def methods() -> dict[str, Entry]:
 def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed: int) -> Any:
     """One run: the curve of outcomes on the judge's sampler, and what it cost.
 
-    A run that diverges (a gradient or a reward that is not finite) ends there; its last outcome
-    stands.
+    A run that diverges (a gradient or a reward that is not finite) ends there, and says so.
     """
     images = isinstance(problem, TinyProblem)
     levels = problem.table if images else table()
@@ -232,13 +238,14 @@ def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed
     best, start = problem.optimum(judge), problem.evaluate(score, judge)
     gap = best.objective - start.objective
     curve: list[dict[str, float]] = []
-    began, judged = time.perf_counter(), 0.0
+    began, judged, diverged = time.perf_counter(), 0.0, False
     while (left := budget.left(environment)) > 0:
         for group in trainer.optimiser.param_groups:
             group["lr"] = rate * left
         try:
             trainer.step()
         except (NonFiniteError, rewards.RewardError):
+            diverged = True
             break
         now = time.perf_counter()
         if trainer.update % budget.every == 0 or budget.left(environment) <= 0:
@@ -258,11 +265,21 @@ def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed
         "rate": rate,
         "seed": seed,
         **dataclasses.asdict(budget),
+        "training": training(entry, problem, budget),
         "updates": trainer.update,
+        "diverged": diverged,
         "curve": curve,
         "optimum": dataclasses.asdict(best),
         "start": dataclasses.asdict(start),
     }
+
+
+def training(entry: Entry, problem: Any, budget: Budget) -> str:
+    """What is trained and how, in words: a run of another is not a run of this."""
+    objective = re.sub(r" at 0x[0-9a-f]+", "", repr(entry.objective(problem.kl_weight)))
+    sampler, steps = entry.sampler or DDIM(eta=1.0), entry.steps or budget.steps
+    changed = " ".join(f"{key}={value}" for key, value in entry.schedule)
+    return f"{objective} on {sampler.label}, {steps} steps {changed}".rstrip()
 
 
 class MissingRunError(LookupError):
@@ -299,8 +316,15 @@ class Runs:
         Raises:
             MissingRunError: it is not stored, and ``make`` is False.
         """
+        wanted = {
+            "method": name,
+            "seed": seed,
+            "training": training(entry, problem, budget),
+            **dataclasses.asdict(budget),
+        }
         for one in self.found:
-            if _same(one, name, rate, seed, budget):
+            same = all(one[key] == value for key, value in wanted.items())
+            if same and math.isclose(one["rate"], rate):
                 return one
         if not make:
             raise MissingRunError(f"{name} at rate {rate:g}, seed {seed}")
@@ -313,17 +337,10 @@ class Runs:
         return found
 
 
-def _same(one: dict[str, Any], name: str, rate: float, seed: int, budget: Budget) -> bool:
-    """Whether this is that run; how often it was judged does not matter."""
-    wanted = {"method": name, "seed": seed, **dataclasses.asdict(budget)}
-    wanted.pop("every")
-    same = all(one[key] == value for key, value in wanted.items())
-    return same and math.isclose(one["rate"], rate)
-
-
 def final(found: dict[str, Any]) -> float:
     """Share at the end of a run; minus infinity, if it diverged."""
-    share = found["curve"][-1]["share"] if found["curve"] else -math.inf
+    whole = found["curve"] and not found["diverged"]
+    share = found["curve"][-1]["share"] if whole else -math.inf
     return share if math.isfinite(share) else -math.inf
 
 

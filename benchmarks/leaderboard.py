@@ -1,12 +1,13 @@
 """All methods on one loop, with equal reward queries: what they reach, and what it costs.
 
-On problems whose optimum is known exactly (``diffusion_envs.exact``) every method starts from the
-same pretrained model and gets the same sampler, adapter, optimiser and number of reward queries.
+Every method starts from the same pretrained model, gets the same adapter, optimiser and number of
+reward queries, and is judged on the same sampler; it trains on that sampler too, unless it learns
+from data and does better with another (``benchmarks.contenders``).
 Its learning rate falls linearly to 0 with the queries that are spent; where it begins is chosen by
 a sweep on seeds of its own, which widens until its best lies inside, and in which a run that falls
 far below the pretrained model on its way counts as that; then the method is run on the seeds that
-are reported. What is reported is exact, not sampled: the policy is judged on the
-sampler's own chain,
+are reported. On problems whose optimum is known (``diffusion_envs.exact``) what is reported is
+exact, not sampled: the policy is judged on the chain of the judge's sampler,
 
     share    (J - J_pretrained) / (J_optimum - J_pretrained),  J = E[reward] - kl_weight path KL
     KL       of the generated law from the optimum's, nats
@@ -31,7 +32,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ from benchmarks.contenders import (
 from diffusion_envs.training.run_folder import versions
 
 DOCS = Path(__file__).parent.parent / "docs"
-UNSAID = ("problem", "methods", "runs", "output", "every")  # that change no number of the table
+UNSAID = ("problem", "methods", "runs", "output")  # that change no number of the table
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def summary(name: str, entry: Entry, runs: Sequence[dict[str, Any]], rate: float
         "aims": entry.aims,
         "rate": rate,
         "seeds": len(runs),
+        "diverged": sum(one["diverged"] for one in runs),
         "share": mean([p["share"] for p in last]),
         "best": mean(best),
         "kl": mean([p["kl_to_optimum"] for p in last]),
@@ -147,7 +149,8 @@ def main(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     runs = Runs(options.runs / f"{options.problem}.jsonl", console.print)
     sweep_seeds = range(100, 100 + options.sweep_seeds)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    used: dict[str, list[dict[str, Any]]] = {}
     for name, entry in entries.items():
         need = partial(runs.get, name, entry, problem, options.budget, make=name in chosen)
 
@@ -159,15 +162,16 @@ def main(options: Options) -> None:
             reported = [need(rate, seed) for seed in range(options.seeds)]
         except MissingRunError:  # of a method that was not asked for: its row needs all of them
             continue
-        rows.append(summary(name, entry, [r for r in reported if r["curve"]], rate))
-    rows = [row for row in rows if row["seeds"]]
+        used[name] = [one for one in reported if one["curve"]]
+        if used[name]:
+            rows.append(summary(name, entry, used[name], rate))
     rows.sort(key=lambda row: -row["share"][0])
-    _write(rows, runs.found, options, console)
+    _write(rows, used, options, console)
 
 
 def _write(
     rows: Sequence[dict[str, Any]],
-    runs: Sequence[dict[str, Any]],
+    used: Mapping[str, Sequence[dict[str, Any]]],
     options: Options,
     console: Console,
 ) -> None:
@@ -202,7 +206,7 @@ def _write(
         )
     console.print(table_)
     (options.output / f"leaderboard_{options.problem}.md").write_text(markdown(rows, options))
-    _picture(rows, runs, options)
+    _picture(rows, used, options)
     record = {
         "options": dataclasses.asdict(options) | {"runs": "", "output": ""},
         "versions": versions(),
@@ -256,9 +260,10 @@ def markdown(rows: Sequence[dict[str, Any]], options: Options) -> str:
     ]
     for row in rows:
         until = (row["queries_to_90"], row["calls_to_90"])
+        diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
         both = "-" if until[0] is None else f"{until[0]:,.0f}, {until[1]:,.0f}"
         cells = [
-            row["method"] + ("" if row["aims"] else " *"),
+            row["method"] + ("" if row["aims"] else " *") + diverged,
             *(_in_brackets(row[key]) for key in ("share", "best")),
             *(f"{row[key][0]:.3f}" for key in ("kl", "path_kl")),
             *(f"{row[key]:,.0f}" for key in ("queries", "calls")),
@@ -272,7 +277,9 @@ def markdown(rows: Sequence[dict[str, Any]], options: Options) -> str:
 
 
 def _picture(
-    rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], options: Options
+    rows: Sequence[dict[str, Any]],
+    used: Mapping[str, Sequence[dict[str, Any]]],
+    options: Options,
 ) -> None:
     """Share of the gap against each currency, the median run of each method."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
@@ -280,17 +287,7 @@ def _picture(
         figure.subplots(1, 3, sharey=True), ("queries", "calls", "seconds"), strict=True
     ):
         for k, row in enumerate(rows):
-            picked = [
-                one
-                for one in runs
-                if one["method"] == row["method"]
-                and one["rate"] == row["rate"]
-                and one["seed"] < options.seeds
-                and one["queries"] == options.queries
-                and one["curve"]
-            ]
-            if not picked:
-                continue
+            picked = used[row["method"]]
             length = min(len(one["curve"]) for one in picked)
             x = [
                 statistics.fmean(one["curve"][i][currency] for one in picked) for i in range(length)

@@ -3,7 +3,8 @@
 Every row is one adapter; every column the gain in the held-out samples' reward, over the pretrained
 model with the same sampler and the same seeds, and its standard error over these pairs (one
 training run: the spread between runs is not in it). The second number is what a classifier says
-that was not trained on.
+that was not trained on. Learning rates are those of ``benchmarks.calls_to_reward``. A step of Heun
+calls the network twice, but for the last.
 
     python -m benchmarks.transfer_images
 """
@@ -46,7 +47,7 @@ SAMPLERS: dict[str, tuple[Sampler, int]] = {
 
 @dataclass(frozen=True)
 class Training:
-    """One adapter: objective, steps of DDIM with eta 1, learning rate."""
+    """One adapter: objective with its learning rate, steps of DDIM with eta 1."""
 
     objective: Objective
     steps: int

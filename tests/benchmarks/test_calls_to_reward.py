@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.calls_to_reward import BASELINE, LADDER, Options, calls_until, gain, mean_curve
+from benchmarks.calls_to_reward import BASELINE, Options, calls_until, gain, ladder, mean_curve
 
 CURVE = [(0.0, 0.0), (100.0, 0.2), (200.0, 0.1), (300.0, 0.5)]
 
@@ -28,6 +28,7 @@ def test_the_mean_curve_starts_at_nothing_and_stops_with_the_shortest() -> None:
 def test_only_the_baseline_gets_all_calls() -> None:
     options = Options()
     assert options.budget(BASELINE).calls == 36_000
-    assert {options.budget(name).calls for name in LADDER if name != BASELINE} == {12_000}
-    for entry in LADDER.values():
+    rows = ladder(options.steps)
+    assert {options.budget(name).calls for name in rows if name != BASELINE} == {12_000}
+    for entry in rows.values():
         entry.objective(0.01)  # settings are valid

@@ -63,7 +63,8 @@ def test_a_divergent_run_keeps_its_last_outcome(monkeypatch: pytest.MonkeyPatch)
 def test_a_row_is_mean_and_standard_error() -> None:
     def one(share: float) -> dict[str, object]:
         point = {"share": share, "kl_to_optimum": 1.0, "path_kl": 2.0}
-        return {"curve": [point | {"queries": 3, "calls": 4, "seconds": 5}]}
+        point |= {"queries": 3, "calls": 4, "seconds": 5}
+        return {"curve": [point], "diverged": False}
 
     entry = Entry(lambda b: o.DDPO(), aims=False)
     row = summary("ddpo", entry, [one(0.88), one(0.92), one(0.96)], 0.01)
@@ -111,4 +112,6 @@ def test_runs_are_not_repeated(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_sweep_does_not_trust_a_run_that_fell_far(
     shares: tuple[float, ...], score: float
 ) -> None:
-    assert swept_score({"curve": [{"share": share} for share in shares]}) == score
+    curve = [{"share": share} for share in shares]
+    assert swept_score({"curve": curve, "diverged": False}) == score
+    assert swept_score({"curve": curve, "diverged": True}) in (-10, -4)
