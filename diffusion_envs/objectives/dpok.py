@@ -100,6 +100,11 @@ class DPOK(PathObjective):
             raise ValueError("exact_kl and path_kl are two penalties: set one of them")
 
     @property
+    def needs_reference(self) -> bool:
+        """If a KL is charged."""
+        return self.kl_weight > 0
+
+    @property
     def cost_weight(self) -> float:
         """Reward per nat, if the path KL is charged to the return."""
         return self.kl_weight / self.reward_weight if self.path_kl else 0.0

@@ -98,6 +98,11 @@ class GRPO(PathObjective):
                 f"{self.group}"
             )
 
+    @property
+    def needs_reference(self) -> bool:
+        """If a KL is charged."""
+        return self.kl_weight > 0
+
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
         """The group's standardised reward, clipped, the same at every step."""
         found = group_advantages(rollout.rewards, self.group, whole_batch_std=self.whole_batch_std)

@@ -65,6 +65,11 @@ class _ContinuousTime(PathObjective):
             require_positive(clip_per_pixel=self.clip_per_pixel)
 
     @property
+    def needs_reference(self) -> bool:
+        """If a KL is charged."""
+        return self.kl_weight > 0
+
+    @property
     def cost_weight(self) -> float:
         """The KL is a running cost."""
         return self.kl_weight

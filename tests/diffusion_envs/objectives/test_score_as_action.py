@@ -212,6 +212,8 @@ def test_what_each_objective_asks_of_the_loop():
     assert view_b.needs_value is view_a.needs_value is released.needs_value is True
     assert (view_b.needs_density, view_a.needs_density) == (True, False)
     assert released.needs_reference is False
+    assert ScoreAsAction(kl_weight=0.0).needs_reference is False
+    assert view_b.needs_reference is view_a.needs_reference is True
     assert view_b.denoised_rewards is released.denoised_rewards is True
     assert ScoreAsAction(denoised=False).denoised_rewards is False
     assert ScoreAsAction(kl_weight=0.3).cost_weight == 0.3
