@@ -120,8 +120,9 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         given = np.asarray(action, dtype=np.float64)
         if given.shape != wanted or not np.isfinite(given).all():
             raise ValueError(f"action must be finite, of shape {wanted}, got {action!r}")
-        # ignored: the space is a Box, made in __init__, which gymnasium's base class does not say
-        a = torch.as_tensor(np.clip(given, self.action_space.low, self.action_space.high))  # type: ignore[attr-defined]
+        box = self.action_space
+        assert isinstance(box, spaces.Box)  # made in __init__
+        a = torch.as_tensor(np.clip(given, box.low, box.high))
         t0, t1 = nodes[k].double(), nodes[k + 1].double()
         x, a = self._state.unsqueeze(0), a.unsqueeze(0)
         reward, h = 0.0, float(t1 - t0)

@@ -169,7 +169,7 @@ class LinearQuadratic:
 
     def running_reward(self, t: Tensor, x: Tensor, a: Tensor) -> Float[Tensor, " paths"]:
         """-(x'Mx/2 + a'Rx + a'Na/2 + p'x + l'a), without entropy, reward/time."""
-        M, R, N, p, l = (each.to(x) for each in (self.M, self.R, self.N, self.p, self.l))  # noqa: E741  # see l
+        M, R, N, p, l = (each.to(x) for each in (self.M, self.R, self.N, self.p, self.l))  # noqa: E741  # the literature's names
         of_state = (x * (0.5 * times(M, x) + p)).sum(-1)
         return -of_state - (a * (times(R, x) + 0.5 * times(N, a) + l)).sum(-1)
 

@@ -71,12 +71,12 @@ def test_grids_are_refused_exactly_where_they_do_not_increase(nodes):
 
 def test_wrong_types_of_grids_are_named():
     with pytest.raises(TypeError, match="nodes"):
-        ctrl.TimeGrid([0.0, 1.0])  # type: ignore[arg-type]
+        ctrl.TimeGrid([0.0, 1.0])  # type: ignore[arg-type]  # the wrong type is the test
     for horizon in ("1", math.nan, math.inf, -1.0):
         with pytest.raises((ValueError, TypeError), match="horizon"):
-            ctrl.uniform_grid(horizon, 3)  # type: ignore[arg-type]
+            ctrl.uniform_grid(horizon, 3)  # type: ignore[arg-type]  # the wrong type is the test
     with pytest.raises((ValueError, TypeError), match="steps"):
-        ctrl.uniform_grid(1.0, 2.5)  # type: ignore[arg-type]
+        ctrl.uniform_grid(1.0, 2.5)  # type: ignore[arg-type]  # the wrong type is the test
 
 
 def test_a_grid_too_fine_for_its_precision_is_refused():

@@ -153,7 +153,7 @@ def test_q_rates_tend_to_the_gradient_of_the_continuous_problem_at_order_one(vie
     gaps = []
     for steps in (1, 2, 4) if view != "drawn" else (1, 2, 3):
         theta = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (gain, offset)]
-        mean = lambda t, x: theta[0] * x + theta[1]  # noqa: B023
+        mean = lambda t, x: theta[0] * x + theta[1]  # noqa: B023  # used in this turn alone
         grid = ctrl.uniform_grid(0.9, steps)
         drawn = view == "drawn"
         policy = ctrl.GaussianPolicy(mean, 0.3) if drawn else ctrl.DeterministicPolicy(mean)

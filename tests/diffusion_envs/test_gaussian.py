@@ -234,7 +234,7 @@ def test_the_optimal_score_is_that_of_the_noised_tilt(schedule, generator):
 
 def test_bad_input_is_refused_by_name(monkeypatch):
     with pytest.raises(ValueError, match="covariance must be positive semidefinite"):
-        Gaussian(tensor([0.0, 0.0]), tensor([[1.0, 2.0], [2.0, 1.0]])).spectrum  # noqa: B018
+        Gaussian(tensor([0.0, 0.0]), tensor([[1.0, 2.0], [2.0, 1.0]])).spectrum  # noqa: B018  # reading it is the test
     with pytest.raises(ValueError, match="kl_weight must be positive and finite, got 0"):
         gaussian.tilt(DATA, REWARD, 0.0)
     convex = Quadratic(-3 * torch.eye(3).double(), DATA.mean, tensor(0.0))

@@ -60,7 +60,7 @@ class LinearScore:
         return score + states @ self.gain.T + self.shift if self.adapted else score
 
     def prediction(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError("only black-box samplers ask for it")
 
     @contextmanager
     def pretrained(self) -> Iterator[None]:
