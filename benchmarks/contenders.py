@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler
 
@@ -26,7 +25,7 @@ from diffusion_envs.exact import GaussianProblem, MixtureProblem, Outcome, table
 from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Sampler, Scheduler
 from diffusion_envs.schedule import DDPMTable
 from diffusion_envs.sd15.__main__ import CLASS_PROMPTS
-from diffusion_envs.sd15.build import ATTENTION, build
+from diffusion_envs.sd15.build import build
 from diffusion_envs.sd15.pipeline import tiny_folder
 from diffusion_envs.training.environment import Environment
 from diffusion_envs.training.evaluation import evaluate
@@ -70,7 +69,6 @@ class TinyProblem:
     def environment(self, sampler: BoundDDIM | BoundBlackBox, seed: int) -> Any:
         """A fresh adapter on the embedded model."""
         built = build(
-            model="tiny",
             reward=rewards.PromptAlignment("reward"),
             prompts=CLASS_PROMPTS,
             sampler=DDIM(1.0),
@@ -78,10 +76,6 @@ class TinyProblem:
             guidance=1.0,
             batch=64,
             lora_rank=8,
-            lora_targets=ATTENTION,
-            precision="float32",
-            resolution=None,
-            device=torch.device("cpu"),
             seed=seed,
         )
         self._environment = dataclasses.replace(built.environment, sampler=sampler)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusion_envs import objectives, rewards, samplers
-from diffusion_envs.sd15.build import ATTENTION, build
+from diffusion_envs.sd15.build import build
 from diffusion_envs.training import parallel
 from diffusion_envs.training.loop import Schedule, Trainer
 from diffusion_envs.training.run_folder import versions
@@ -31,7 +31,6 @@ def main() -> None:
     torch.set_num_threads(1)
     reward = rewards.PromptAlignment("reward")
     built = build(
-        model="tiny",
         reward=reward,
         prompts=["a photo of a cat", "a photo of a ship"],
         sampler=samplers.DDIM(),
@@ -39,11 +38,6 @@ def main() -> None:
         guidance=2.0,
         batch=64,
         lora_rank=8,
-        lora_targets=ATTENTION,
-        precision="float32",
-        resolution=None,
-        device=torch.device("cpu"),
-        seed=0,
     )
     trainer = Trainer(
         built.environment,

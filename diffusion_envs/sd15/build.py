@@ -16,6 +16,7 @@ from diffusion_envs.sd15 import pipeline
 from diffusion_envs.training.environment import Environment
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+CPU = torch.device("cpu")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,7 +38,7 @@ class Model:
 
 def build(
     *,
-    model: str | Path,
+    model: str | Path = pipeline.TINY,
     reward: rewards.Reward,
     prompts: Sequence[str],
     sampler: samplers.Sampler,
@@ -45,11 +46,11 @@ def build(
     guidance: float,
     batch: int,
     lora_rank: int,
-    lora_targets: Sequence[str],
-    precision: str,
-    resolution: int | None,
-    device: torch.device,
-    seed: int,
+    lora_targets: Sequence[str] = ATTENTION,
+    precision: str = "float32",
+    resolution: int | None = None,
+    device: torch.device = CPU,
+    seed: int = 0,
 ) -> Model:
     """Load ``model``, attach a fresh adapter, and bind sampler, prompts and reward to it.
 

@@ -15,7 +15,7 @@ from diffusion_envs.exact import GaussianProblem, table
 from diffusion_envs.objectives import AdjointMatching, Rollout, Rows
 from diffusion_envs.objectives.adjoint_matching import lean_adjoint, matching_loss
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.sd15.build import ATTENTION, build
+from diffusion_envs.sd15.build import build
 from diffusion_envs.training.lessons import PathSteps
 
 PATHS, STEPS, EVENT = 3, 4, (2, 3)
@@ -271,7 +271,6 @@ def test_two_updates_of_the_real_loop(trains):
 def test_checkpointed_activations_change_nothing():
     """They are computed again while going backwards: with the adapter still off."""
     built = build(
-        model="tiny",
         reward=rewards.PromptAlignment("reward"),
         prompts=["a photo of a cat"],
         sampler=DDIM(1.0),
@@ -279,11 +278,6 @@ def test_checkpointed_activations_change_nothing():
         guidance=2.0,
         batch=8,
         lora_rank=2,
-        lora_targets=ATTENTION,
-        precision="float32",
-        resolution=None,
-        device=torch.device("cpu"),
-        seed=0,
     )
     with torch.no_grad():
         for parameter in built.parameters:

@@ -17,7 +17,7 @@ from diffusion_envs.gaussian import Affine, Quadratic, score_coefficients
 from diffusion_envs.objectives import AlignProp, BackpropObjective, DRaFT, ReFL
 from diffusion_envs.samplers import DDIM, BoundDDIM
 from diffusion_envs.score import GuidedScore
-from diffusion_envs.sd15.build import ATTENTION, build
+from diffusion_envs.sd15.build import build
 from diffusion_envs.training.environment import Environment
 from diffusion_envs.training.lessons import LastSteps
 from diffusion_envs.training.loop import Schedule, Trainer
@@ -259,7 +259,6 @@ def test_it_runs_in_the_loop_and_resumes_to_the_same_numbers(objective):
 @pytest.mark.parametrize("reward", [rewards.Colour("red"), rewards.PromptAlignment()], ids=repr)
 def test_rewards_of_decoded_images_have_the_gradient_that_finite_differences_see(reward, generator):
     environment = build(
-        model="tiny",
         reward=reward,
         prompts=["a photo of a cat", "a photo of a ship"],
         sampler=DDIM(1.0),
@@ -267,11 +266,6 @@ def test_rewards_of_decoded_images_have_the_gradient_that_finite_differences_see
         guidance=1.0,
         batch=8,
         lora_rank=1,
-        lora_targets=ATTENTION,
-        precision="float32",
-        resolution=None,
-        device=torch.device("cpu"),
-        seed=0,
     ).environment
     latents = torch.randn(2, *environment.event, generator=generator)
     condition = torch.tensor([0, 1])
@@ -290,7 +284,6 @@ def test_rewards_of_decoded_images_have_the_gradient_that_finite_differences_see
 def tiny_gradient(objective: BackpropObjective, recompute: str) -> tuple[Tensor, int]:
     """Of the tiny network's adapter, away from its start; and the network calls that it took."""
     built = build(
-        model="tiny",
         reward=rewards.PromptAlignment("reward"),
         prompts=["a photo of a cat"],
         sampler=DDIM(1.0),
@@ -298,11 +291,6 @@ def tiny_gradient(objective: BackpropObjective, recompute: str) -> tuple[Tensor,
         guidance=2.0,
         batch=8,
         lora_rank=2,
-        lora_targets=ATTENTION,
-        precision="float32",
-        resolution=None,
-        device=torch.device("cpu"),
-        seed=0,
     )
     with torch.no_grad():
         for parameter in built.parameters:

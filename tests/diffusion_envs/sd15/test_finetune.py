@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ctrl.noise import normals_by_sample
 from diffusion_envs import objectives, rewards, samplers, sd15
-from diffusion_envs.sd15.build import ATTENTION, build
+from diffusion_envs.sd15.build import build
 from diffusion_envs.sd15.pipeline import tiny_folder
 from diffusion_envs.sd15.transfer import load_adapter, transfer
 from diffusion_envs.training.evaluation import HELD_OUT, evaluate
@@ -128,7 +128,6 @@ def test_plain_diffusers_makes_the_fine_tuned_images(finished):
 
 def small_model(sampler: samplers.DDIM):
     return build(
-        model="tiny",
         reward=rewards.Colour("red"),
         prompts=PROMPTS,
         sampler=sampler,
@@ -136,11 +135,6 @@ def small_model(sampler: samplers.DDIM):
         guidance=3.0,
         batch=8,
         lora_rank=2,
-        lora_targets=ATTENTION,
-        precision="float32",
-        resolution=None,
-        device=torch.device("cpu"),
-        seed=0,
     )
 
 
