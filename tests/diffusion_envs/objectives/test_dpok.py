@@ -280,3 +280,8 @@ def test_bad_settings_are_refused_by_name(settings, name):
 def test_it_trains_and_resumes(settings, trains):
     done = trains(DPOK(learning_rate=1e-3, **settings), minibatches=2)
     assert done.environment.reward_queries == 2 * 12  # values come from the network alone
+
+
+def test_pretrained_scores_are_needed_where_a_penalty_is_charged():
+    assert DPOK(kl_weight=0.1).needs_reference
+    assert not DPOK(kl_weight=0.0).needs_reference

@@ -213,3 +213,8 @@ def test_it_rests_at_a_known_share_of_what_can_be_gained():
         spread = variance.sqrt().item()
     assert spread == pytest.approx(0.267, abs=1e-3)
     assert gained(problem, sampler, *found) == pytest.approx(0.7937, abs=6e-5)
+
+
+def test_pretrained_scores_are_needed_where_a_kl_is_charged():
+    assert GRPO(kl_weight=0.1).needs_reference
+    assert not GRPO(kl_weight=0.0).needs_reference
