@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -232,15 +232,8 @@ def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed
     best, start = problem.optimum(judge), problem.evaluate(score, judge)
     gap = best.objective - start.objective
     curve: list[dict[str, float]] = []
-    began, judged, diverged = time.perf_counter(), 0.0, False
-    while (left := budget.left(environment)) > 0:
-        for group in trainer.optimiser.param_groups:
-            group["lr"] = rate * left
-        try:
-            trainer.step()
-        except (NonFiniteError, rewards.RewardError):
-            diverged = True
-            break
+    began, judged = time.perf_counter(), 0.0
+    for _ in spend(trainer, budget):
         now = time.perf_counter()
         if trainer.update % budget.every == 0 or budget.left(environment) <= 0:
             outcome = problem.evaluate(score, judge)
@@ -261,11 +254,27 @@ def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed
         **dataclasses.asdict(budget),
         "training": training(entry, problem, budget),
         "updates": trainer.update,
-        "diverged": diverged,
+        "diverged": budget.left(environment) > 0,
         "curve": curve,
         "optimum": dataclasses.asdict(best),
         "start": dataclasses.asdict(start),
     }
+
+
+def spend(trainer: Trainer, budget: Budget) -> Iterator[None]:
+    """Updates until the budget is spent, at a rate that falls linearly to 0 with it.
+
+    A run that diverges (a gradient or a reward that is not finite) ends there, with budget left.
+    """
+    rate = trainer.objective.learning_rate
+    while (left := budget.left(trainer.environment)) > 0:
+        for group in trainer.optimiser.param_groups:
+            group["lr"] = rate * left
+        try:
+            trainer.step()
+        except (NonFiniteError, rewards.RewardError):
+            return
+        yield
 
 
 def training(entry: Entry, problem: Any, budget: Budget) -> str:

@@ -49,7 +49,7 @@ from diffusion_envs import objectives as o
 from diffusion_envs.exact import CorrectedScore, GaussianProblem, MixtureProblem, table
 from diffusion_envs.exact.problems import BoundSampler
 from diffusion_envs.samplers import DDIM, Scheduler
-from diffusion_envs.training.loop import NonFiniteError, Schedule, Trainer
+from diffusion_envs.training.loop import Schedule, Trainer
 from diffusion_envs.training.run_folder import versions
 
 ROOT = Path(__file__).parent.parent
@@ -169,22 +169,16 @@ def train(
     trainer = Trainer(
         environment, objective, schedule, parameters, accelerator=Accelerator(cpu=True)
     )
-    began, diverged = time.perf_counter(), 0
-    while (left := 1 - environment.reward_queries / options.queries) > 0:
-        for group in trainer.optimiser.param_groups:
-            group["lr"] = rate * left
-        try:
-            trainer.step()
-        except NonFiniteError:
-            diverged = 1
-            break
+    began, budget = time.perf_counter(), contenders.Budget(queries=options.queries)
+    for _ in contenders.spend(trainer, budget):
+        pass
     score = environment.score
     assert isinstance(score, CorrectedScore)
     return score, {
         "queries": environment.reward_queries,
         "calls": score.calls,
         "seconds": time.perf_counter() - began,
-        "diverged": diverged,
+        "diverged": int(budget.left(environment) > 0),
     }
 
 

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import Budget, TinyProblem
+from benchmarks.contenders import Budget, TinyProblem, spend
 from ctrl import Estimate
 from diffusion_envs import objectives as o
 from diffusion_envs import rewards
@@ -98,10 +98,10 @@ def trained(training: Training, problem: TinyProblem, options: Options) -> Any:
         environment, training.objective, schedule, parameters, accelerator=Accelerator(cpu=True)
     )
     budget = Budget(queries=10**9, calls=options.calls)
-    while (left := budget.left(environment)) > 0:
-        for group in trainer.optimiser.param_groups:
-            group["lr"] = training.objective.learning_rate * left
-        trainer.step()
+    for _ in spend(trainer, budget):
+        pass
+    if budget.left(environment) > 0:
+        raise FloatingPointError(f"training diverged after {environment.score.calls} network calls")
     return environment
 
 
