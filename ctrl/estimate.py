@@ -1,4 +1,7 @@
-"""A mean with its standard error: what every Monte Carlo number is reported as."""
+"""A mean with its standard error: what every Monte Carlo number is reported as.
+
+Sources  [O13] Owen, Monte Carlo theory, methods and examples, chapter 9 (importance sampling).
+"""
 
 import math
 from dataclasses import dataclass
@@ -21,34 +24,55 @@ class Estimate:
 
     @classmethod
     def of(
-        cls, values: Float[Tensor, " n"], weights: Float[Tensor, " n"] | None = None
+        cls,
+        values: Float[Tensor, " n"],
+        *,
+        quadrature_weights: Float[Tensor, " n"] | None = None,
+        importance_weights: Float[Tensor, " n"] | None = None,
     ) -> "Estimate":
         """The estimate of an expectation from one value per path.
 
         Two runs on the same noise are compared by the estimate of their paired differences.
 
         Args:
-            values: independent samples.
-            weights: quadrature weights, non-negative, summing to 1: then the mean is a weighted
-                sum, exact rather than estimated, and its standard error is 0.
+            values: independent samples; with quadrature weights the values at the nodes.
+            quadrature_weights: of a rule (``noise.gauss_hermite``), non-negative, summing to 1: the
+                weighted sum is exact rather than estimated, and its standard error is 0.
+            importance_weights: of random samples (``girsanov.importance_weights``), non-negative,
+                summing to 1: the weighted sum m is random, with the standard error
+                sqrt(sum w^2 (value - m)^2) of a ratio of two means ([O13] equation 9.8).
 
         Raises:
-            ValueError: there are no values, one is not finite, or the weights do not fit.
+            ValueError: there are no values, one is not finite, both kinds of weights are given, or
+                they do not fit.
         """
         if values.ndim != 1 or not len(values):
             raise ValueError(f"values must be [n] with n at least 1, got {list(values.shape)}")
         sample = values.detach().double()
         if bad := int((~torch.isfinite(sample)).sum()):
             raise ValueError(f"values must be finite, but {bad} of {len(sample)} are not")
-        if weights is None:
+        given = {
+            "quadrature_weights": quadrature_weights,
+            "importance_weights": importance_weights,
+        }
+        chosen = {name: weights for name, weights in given.items() if weights is not None}
+        if len(chosen) > 1:
+            raise ValueError("give quadrature_weights or importance_weights, not both")
+        if not chosen:
             error = sample.std().item() / math.sqrt(len(sample)) if len(sample) > 1 else math.inf
             return cls(sample.mean().item(), error, len(sample))
-        total = weights.detach().double()
-        if total.shape != sample.shape or not bool((total >= 0).all()):
-            raise ValueError(f"weights must be [{len(sample)}] and non-negative")
-        if not abs(total.sum().item() - 1) <= 1e-5:  # float32 weights miss 1 by round-off
-            raise ValueError(f"weights must sum to 1, they sum to {total.sum().item():g}")
-        return cls((total * sample).sum().item(), 0.0, len(sample))
+        ((name, weights),) = chosen.items()
+        if weights.shape != sample.shape:
+            raise ValueError(f"{name} must be [{len(sample)}], got {list(weights.shape)}")
+        require_probabilities(name, weights)
+        weights = weights.detach().double()
+        mean = (weights * sample).sum()
+        error = (weights * (sample - mean)).norm().item()
+        if quadrature_weights is not None:
+            error = 0.0
+        elif int((weights > 0).sum()) == 1:
+            error = math.inf
+        return cls(mean.item(), error, len(sample))
 
     def as_dict(self) -> dict[str, float | int | None]:
         """Plain JSON; an unknown standard error (one sample) is null."""
@@ -63,3 +87,17 @@ class Estimate:
         exponent = int(f"{self.standard_error:.1e}".split("e")[1])  # of the error, to two digits
         digits = max(0, 1 - exponent)
         return f"{self.mean:.{digits}f}({self.standard_error * 10**digits:.0f})"
+
+
+def require_probabilities(name: str, weights: Float[Tensor, " n"]) -> None:
+    """Refuse weights that are no probabilities.
+
+    Raises:
+        ValueError: they are negative, not finite, or do not sum to 1.
+    """
+    total, least = weights.detach().double().sum().item(), weights.detach().min().item()
+    if not least >= 0 or not abs(total - 1) <= 1e-5:  # float32 weights miss 1 by round-off
+        raise ValueError(
+            f"{name} must be non-negative and sum to 1, they sum to {total:g} and the least is "
+            f"{least:g}; divide them by their sum"
+        )

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.paths import Paths, ito_sum, time_integral
-from ctrl.policy import Policy
+from ctrl.estimate import require_probabilities
+from ctrl.paths import Paths, ito_sum, require_dynamics, require_memoryless, time_integral
+from ctrl.policy import Policy, mean_action
 from ctrl.sde import ControlledSDE
 
 
@@ -30,13 +31,17 @@ def controls(
         paths: states at every node.
 
     Raises:
-        ValueError: the diffusion is singular where the drifts differ, or a control is not finite.
+        ValueError: the diffusion is singular where the drifts differ, or a control is not finite;
+            a black box moved the paths, or a policy has a memory.
     """
+    require_dynamics(paths)
+    for each_policy in (policy, reference):
+        require_memoryless(each_policy, paths)
     nodes = paths.grid.nodes[:-1].to(paths.states)
     each = []
     for k, t in enumerate(nodes):
         x = paths.states[:, k]
-        a, a_ref = policy.mean(t, x), reference.mean(t, x)
+        a, a_ref = mean_action(policy, t, x), mean_action(reference, t, x)
         if sde.controls_diffusion:
             _require_equal_diffusions(sde, t, x, a, a_ref)
         shift = sde.drift_at(t, x, a) - sde.drift_at(t, x, a_ref)
@@ -176,11 +181,17 @@ def importance_weights(
         )
     if bool(torch.isnan(log_ratio).any()) or bool(torch.isneginf(log_ratio).any()):
         raise ValueError("log_ratio must be numbers, plus infinity allowed (weight 0)")
-    if weights is None:
-        return torch.softmax(-log_ratio, 0)
-    if weights.shape != log_ratio.shape or bool((weights < 0).any()):
-        raise ValueError(f"weights must be {list(log_ratio.shape)} and non-negative")
-    return torch.softmax(weights.log() - log_ratio, 0)
+    logits = -log_ratio
+    if weights is not None:
+        if weights.shape != log_ratio.shape or not bool((weights >= 0).all()):
+            raise ValueError(f"weights must be {list(log_ratio.shape)} and non-negative")
+        logits = weights.log() - log_ratio
+    if bool(torch.isneginf(logits).all()):
+        raise ValueError(
+            "log_ratio must be finite on some path of positive weight: the reference gives all of "
+            "these paths probability 0"
+        )
+    return torch.softmax(logits, 0)
 
 
 def effective_sample_size(weights: Float[Tensor, " paths"]) -> float:
@@ -189,7 +200,5 @@ def effective_sample_size(weights: Float[Tensor, " paths"]) -> float:
     Raises:
         ValueError: the weights are negative, not finite or do not sum to 1.
     """
-    total = weights.double().sum().item()
-    if not bool((weights >= 0).all()) or not abs(total - 1) <= 1e-5:  # float32 round-off
-        raise ValueError(f"weights must be non-negative and sum to 1, they sum to {total:g}")
+    require_probabilities("weights", weights)
     return 1 / weights.double().square().sum().item()

@@ -15,10 +15,11 @@ import torch
 from gymnasium import spaces
 from torch import Generator, Tensor
 
-from ctrl.paths import Paths, TimeGrid, ends_at_horizon, one_a_path, terminal_rewards
+from ctrl.paths import Paths, TimeGrid, ends_at_horizon, terminal_rewards
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
 from ctrl.solvers import BlackBox, EulerMaruyama, Solver
+from ctrl.user_functions import one_a_path
 
 Start = Callable[[np.random.Generator], np.ndarray]
 """Draws one initial state, [*event]."""
@@ -218,7 +219,9 @@ def sample(
     observed_rewards = torch.tensor(rewards, dtype=torch.float64)
     if not bool(torch.isfinite(observed_rewards).all()):
         raise ValueError("rewards of env must be finite")
-    return Paths(torch.stack(states), torch.stack(actions), None, grid, None, observed_rewards)
+    return Paths(
+        torch.stack(states), torch.stack(actions), None, grid, None, observed_rewards, black_box=True
+    )
 
 
 def _vector(observed: Any) -> Tensor:

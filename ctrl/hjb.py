@@ -30,7 +30,7 @@ from ctrl.action_grid import ActionGrid, gauss_legendre, trapezoid
 from ctrl.bellman import Improvement, PolicyIteration, Solved, backward, gibbs, greedy
 from ctrl.exploration import drawn_actions
 from ctrl.markov_chain import MarkovChain, markov_chain
-from ctrl.policy import DeterministicPolicy, GaussianPolicy, Policy, RandomPolicy
+from ctrl.policy import DeterministicPolicy, GaussianPolicy, Policy, RandomPolicy, mean_action
 from ctrl.problem import ControlProblem
 from ctrl.state_grid import Axis, GridFunction, grid_points
 
@@ -280,12 +280,7 @@ def _given(
     """The chain of a policy's own actions, and their mean."""
     points = grid_points(axes)
     time = points.new_tensor(t)
-    mean = policy.mean(time, points)
-    if mean.ndim < 1 or len(mean) != len(points):
-        raise ValueError(
-            f"policy.mean must return [{len(points)}, *action], one action for each state, got "
-            f"{list(mean.shape)}"
-        )
+    mean = mean_action(policy, time, points)
     entropy = points.new_zeros(len(points))
     rule = [(1.0, mean)]
     if policy.is_random:

@@ -30,9 +30,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.advantages import continuous_gae
-from ctrl.paths import Paths, all_finite, over_nodes, regularised_rewards, returns_to_go
+from ctrl.paths import Paths, over_nodes, regularised_rewards, returns_to_go
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
+from ctrl.user_functions import all_finite
 from ctrl.value import Value, discount_factors, martingale_increments, values
 
 TestFunctions = Callable[[Paths], Tensor]

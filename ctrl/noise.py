@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.estimate import require_probabilities
+
 _WORDS = 624  # of the Mersenne Twister's state
 
 
@@ -199,12 +201,7 @@ class Noise:
             if value is not None and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} must be finite")
         if self.weights is not None:
-            total, least = self.weights.double().sum().item(), self.weights.min().item()
-            if least < 0 or abs(total - 1) > 1e-5:  # float32 weights miss 1 by round-off
-                raise ValueError(
-                    f"weights must be non-negative and sum to 1, they sum to {total:g} and the "
-                    f"least is {least:g}"
-                )
+            require_probabilities("weights", self.weights)
 
 
 def brownian_increments(
@@ -279,8 +276,26 @@ def gauss_hermite(
     return Noise(brownian.reshape(len(which), steps, *noise), drawn, weights)
 
 
+def random_signs(
+    *shape: int, like: Tensor, generator: torch.Generator
+) -> Float[Tensor, "*shape"]:
+    """Independent signs, 1 or -1 with equal probability: probes of a trace (``value.generator``).
+
+    Args:
+        shape: for ``q_learning.q_rates``: paths, steps, probes, and that of one increment.
+        like: whose dtype and device they have.
+        generator: to draw them with, on that device.
+    """
+    drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device=like.device)
+    return (2 * drawn - 1).to(like)
+
+
 def antithetic(noise: Noise) -> Noise:
-    """Every path followed by its mirror image: all normals with the opposite sign."""
+    """Twice the paths, interleaved: path 2 i is path i, path 2 i + 1 its mirror image.
+
+    The mirror image has all normals with the opposite sign. Average each pair before you take a
+    standard error, ``values.view(-1, 2).mean(1)``: the two are not independent.
+    """
 
     def mirrored(value: Tensor | None) -> Tensor | None:
         return None if value is None else torch.stack([value, -value], dim=1).flatten(0, 1)

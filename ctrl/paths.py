@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.policy import Policy, RandomPolicy
+from ctrl.estimate import require_probabilities
+from ctrl.policy import Policy, RandomPolicy, mean_action
 from ctrl.problem import ControlProblem
+from ctrl.user_functions import all_finite, call, one_a_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +78,12 @@ class Paths:
         actions: a at the left end of every step, held over it.
         increments: W(t + h) - W(t), sqrt(time).
         grid: the nodes.
-        weights: of the paths, where they are not equal.
+        weights: of the paths, non-negative, summing to 1, where they are not equal: of a
+            quadrature rule, or ``girsanov.importance_weights``.
         rewards: running reward of every step, integrated over it, where the simulator pays it
             rather than the problem.
+        black_box: whether a simulator moved the states, and not the problem's ``sde``: then what
+            needs the dynamics (q-rates, path likelihoods) refuses the paths.
     """
 
     states: Float[Tensor, "paths nodes *event"]
@@ -87,8 +92,21 @@ class Paths:
     grid: TimeGrid
     weights: Float[Tensor, " paths"] | None = None
     rewards: Float[Tensor, "paths steps"] | None = None
+    black_box: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("states", "actions", "increments", "weights", "rewards"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) and (value is not None or name == "states"):
+                raise TypeError(
+                    f"{name} must be a torch tensor, got {type(value).__name__}; "
+                    "torch.as_tensor(...) makes one of an array or a list"
+                )
+        if not isinstance(self.grid, TimeGrid):
+            raise TypeError(
+                f"grid must be a TimeGrid, got {type(self.grid).__name__}; TimeGrid(nodes) makes "
+                "one of times"
+            )
         paths, nodes = len(self.states), len(self.grid.nodes)
         begins = {"states": (paths, nodes), "weights": (paths,)}
         begins |= dict.fromkeys(("actions", "increments", "rewards"), (paths, nodes - 1))
@@ -108,7 +126,7 @@ class Paths:
             if name != "weights":
                 self._require_finite(name, value.detach())
         if self.weights is not None:
-            all_finite("weights", self.weights)
+            require_probabilities("weights", self.weights)
 
     def _require_finite(self, name: str, values: Tensor) -> None:
         # a sum of finite numbers may overflow, so it only acquits
@@ -124,6 +142,46 @@ class Paths:
             )
 
 
+def require_dynamics(paths: Paths) -> None:
+    """Refuse paths that were not moved by the problem's ``sde``, where its coefficients count.
+
+    Raises:
+        ValueError: a simulator moved them.
+    """
+    if paths.black_box:
+        raise ValueError(
+            "paths must be those of problem.sde, whose coefficients are needed here, but a black "
+            "box moved them; use what learns from paths alone: ctrl.martingale, the losses of "
+            "ctrl.q_learning, policy_gradient.return_gradient or temporal_difference_gradient"
+        )
+
+
+def require_memoryless(policy: Policy, paths: Paths) -> None:
+    """Refuse a policy whose mean action depends on more than (t, x).
+
+    Along stored paths a policy is evaluated at many steps at once, in no order: the probability of
+    an action would silently be that of other inputs. Costs three evaluations of one step: twice at
+    the first, and elsewhere in between.
+
+    Raises:
+        ValueError: the same (t, x) had two mean actions.
+    """
+    times, states = paths.grid.nodes.to(paths.states), paths.states.detach()
+    elsewhere = (times[-2], states[:, -2]) if len(times) > 2 else (times[0], states[:, -1])
+    with torch.no_grad():
+        first = mean_action(policy, times[0], states[:, 0]).clone()
+        mean_action(policy, *elsewhere)
+        again = mean_action(policy, times[0], states[:, 0])
+    # the same kernels on the same numbers; some of a GPU's sum in no fixed order
+    slack = 1e3 * torch.finfo(first.dtype).eps * first.abs().max()
+    if first.shape != again.shape or not bool(((again - first).abs() <= slack).all()):
+        raise ValueError(
+            "policy.mean must be a function of (t, x) alone, but it gave two actions for the same "
+            "(t, x): it has a memory (or draws random numbers, as dropout does). Make what it "
+            "remembers part of the state, and switch dropout off (module.eval())"
+        )
+
+
 def kept_actions(paths: Paths) -> Float[Tensor, "paths steps *action"]:
     """The actions of the paths.
 
@@ -136,7 +194,10 @@ def kept_actions(paths: Paths) -> Float[Tensor, "paths steps *action"]:
 
 
 def over_steps(
-    function: Callable[..., Tensor], paths: Paths, *more: Float[Tensor, "paths steps *one"]
+    function: Callable[..., Tensor],
+    paths: Paths,
+    *more: Float[Tensor, "paths steps *one"],
+    copies: int = 1,
 ) -> Float[Tensor, "paths steps *result"]:
     """function(t, x, ...) at the left end of every step.
 
@@ -148,9 +209,14 @@ def over_steps(
             without side effects.
         paths: whose states and times it is given.
         more: what else, for every step; the actions, say.
+        copies: how many tensors of the states' size the function has in memory at a time; the
+            more, the fewer steps are taken at once.
+
+    Raises:
+        ValueError: the function writes into what it is given, which are the stored paths.
     """
     times = paths.grid.nodes[:-1].to(paths.states)
-    return _along(function, times, paths.states[:, :-1], *more)
+    return _along(function, times, paths.states[:, :-1], *more, copies=copies)
 
 
 def over_nodes(
@@ -163,16 +229,21 @@ def over_nodes(
 _CHUNK = 2**22  # bytes of states at a time: what a step makes of them should stay in cache
 
 
-def _along(function: Callable[..., Tensor], times: Tensor, *rows: Tensor) -> Tensor:
-    widest = max(row[:, 0].numel() * row.element_size() for row in rows)
-    chunk = max(1, _CHUNK // max(1, widest))
-    in_dims = (0, *[1] * len(rows))
-    try:
-        at_once = torch.func.vmap(function, in_dims, out_dims=1, chunk_size=chunk)
-        return at_once(times, *rows)
-    except RuntimeError:  # not vectorisable; a real fault is raised again by the loop
-        moments = zip(times, *[each.unbind(1) for each in rows], strict=True)
-        return torch.stack([function(*moment) for moment in moments], dim=1)
+def _along(
+    function: Callable[..., Tensor], times: Tensor, *rows: Tensor, copies: int = 1
+) -> Tensor:
+    def along(times: Tensor, *rows: Tensor) -> Tensor:
+        widest = max(row[:, 0].numel() * row.element_size() for row in rows)
+        chunk = max(1, _CHUNK // max(1, copies * widest))
+        in_dims = (0, *[1] * len(rows))
+        try:
+            at_once = torch.func.vmap(function, in_dims, out_dims=1, chunk_size=chunk)
+            return at_once(times, *rows)
+        except RuntimeError:  # not vectorisable; a real fault is raised again by the loop
+            moments = zip(times, *[each.unbind(1) for each in rows], strict=True)
+            return torch.stack([function(*moment) for moment in moments], dim=1)
+
+    return call("a function of (t, x) along paths", along, times, *rows)
 
 
 def ito_sum(
@@ -250,6 +321,7 @@ def regularised_rewards(
             f"policy must be one that draws its actions and knows their density, got {given}: "
             f"problem.temperature = {problem.temperature:g} pays for its entropy"
         )
+    require_memoryless(policy, paths)
     log_prob = over_steps(policy.log_prob, paths, kept_actions(paths))
     return rewards - problem.temperature * log_prob * paths.grid.steps.to(rewards)
 
@@ -271,18 +343,18 @@ def returns_to_go(
         policy: that drew the actions; needed where the problem rewards its entropy.
 
     Raises:
-        ValueError: the grid does not end where the terminal reward is paid; a reward is not one
-            finite number for each path; or the policy is missing.
+        ValueError: the grid does not end at the horizon (an infinite one has no end); a reward is
+            not one finite number for each path; or the policy is missing.
     """
+    if not ends_at_horizon(problem, paths.grid):
+        raise ValueError(
+            f"grid must end at the horizon {problem.horizon:g}, or what comes after its end is "
+            f"missing from the return, got {float(paths.grid.nodes[-1]):g}; where the horizon is "
+            "infinite or the paths are cut short, use what adds a value function at their end: "
+            "martingale.ctd0 or ctd_lambda, temporal_difference_gradient"
+        )
     rewards = regularised_rewards(problem, paths, policy)
-    terminal = rewards.new_zeros(len(rewards))
-    if problem.terminal_reward is not None:
-        if not ends_at_horizon(problem, paths.grid):
-            raise ValueError(
-                f"grid must end at the horizon {problem.horizon:g}, where the terminal reward is "
-                f"paid, got {float(paths.grid.nodes[-1]):g}"
-            )
-        terminal = terminal_rewards(problem, paths.states[:, -1])
+    terminal = terminal_rewards(problem, paths.states[:, -1])
     keep = torch.exp(-problem.discount * paths.grid.steps.to(rewards))
     returns = [terminal]
     for k in range(rewards.shape[1] - 1, -1, -1):
@@ -298,31 +370,8 @@ def terminal_rewards(
     Raises:
         ValueError: the reward is not one finite number for each path.
     """
-    if problem.terminal_reward is None:
+    reward = problem.terminal_reward
+    if reward is None:
         return states.new_zeros(len(states))
-    value = problem.terminal_reward(states)
+    value = call("terminal_reward", reward, states)
     return all_finite("terminal_reward", one_a_path("terminal_reward", value, len(states)))
-
-
-def one_a_path(name: str, value: Tensor, paths: int) -> Float[Tensor, " paths"]:
-    """``value``, refused where it is not one number a path.
-
-    Raises:
-        ValueError: it has another shape.
-    """
-    if value.shape != (paths,):
-        raise ValueError(
-            f"{name} must return [{paths}], one number a path, got {list(value.shape)}"
-        )
-    return value
-
-
-def all_finite(name: str, value: Tensor) -> Tensor:
-    """``value``, refused where it is not finite.
-
-    Raises:
-        ValueError: it is infinite or NaN somewhere.
-    """
-    if bad := int((~torch.isfinite(value)).reshape(len(value), -1).any(1).sum()):
-        raise ValueError(f"{name} must be finite, but it is not on {bad} of {len(value)} paths")
-    return value

@@ -20,6 +20,8 @@ from torch.distributions import (
     kl_divergence,
 )
 
+from ctrl.user_functions import call
+
 Mean = Callable[[Tensor, Tensor], Tensor]
 """(time [], states [paths, *event]) -> [paths, *action]."""
 
@@ -240,6 +242,26 @@ def policy_kl(
     and does not see the spread of the actions.
     """
     return kl_divergence(policy.distribution(t, states), reference.distribution(t, states))
+
+
+def mean_action(
+    policy: Policy, t: Tensor, states: Float[Tensor, " paths *event"]
+) -> Float[Tensor, " paths *action"]:
+    """The policy's mean action at every state, refused where it does not fit them.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: there is not one action for each path, or the policy writes into the states.
+    """
+    mean = call("policy.mean", policy.mean, t, states)
+    if not isinstance(mean, Tensor):
+        raise TypeError(f"policy.mean must return a tensor, got {type(mean).__name__}")
+    if mean.ndim < 1 or len(mean) != len(states):
+        raise ValueError(
+            f"policy.mean must return [{len(states)}, *action], one action a path, got "
+            f"{list(mean.shape)}"
+        )
+    return mean
 
 
 def _checked_noise(mean: Tensor, noise: Tensor | None) -> Tensor:

@@ -4,6 +4,9 @@
                                                            - discount V) dt)   ([SaA] Theorem 4.1,
                  = E int e^{-discount t} grad log pi(a_t) (q - temperature log pi) dt  [JZ22b] 2)
 
+where the decision is the action that is drawn. Where it is the next state, a running reward of the
+action has a slope of its own, which is added: E int e^{-discount t} grad_a r (d mu / d theta) dt.
+
 Four estimators have this mean: with the return in place of dV (most variance, no value needed), the
 temporal difference, the q-rate, and the derivative of the q-rate in the action (pathwise; least).
 Each is one number a path whose *gradient* is the estimator: call ``backward`` on the (weighted)
@@ -31,13 +34,22 @@ from torch import Tensor
 
 from ctrl import transitions
 from ctrl.advantages import continuous_gae, temporal_differences
-from ctrl.paths import Paths, kept_actions, over_steps, regularised_rewards, returns_to_go
-from ctrl.policy import DeterministicPolicy, Policy, RandomPolicy
+from ctrl.paths import (
+    Paths,
+    kept_actions,
+    over_steps,
+    regularised_rewards,
+    require_dynamics,
+    require_memoryless,
+    returns_to_go,
+)
+from ctrl.policy import Policy, RandomPolicy, mean_action
 from ctrl.problem import ControlProblem
-from ctrl.q_learning import q_rate
+from ctrl.q_learning import q_rate, q_rates
 from ctrl.solvers import Solver, require_transition
 from ctrl.trust_region import clipped_surrogate, penalised_surrogate
-from ctrl.value import Value, discount_factors, values
+from ctrl.user_functions import one_a_path
+from ctrl.value import Value, discount_factors, own_memory, transport, values
 
 __all__ = [
     "Decisions",
@@ -72,10 +84,22 @@ class Decisions(Protocol):
         """First-order worth of every decision beyond the policy's average, reward."""
         ...
 
+    def held_rewards(
+        self, problem: ControlProblem, policy: Policy, paths: Paths
+    ) -> Float[Tensor, "paths steps"]:
+        """Running reward of every step as far as it moves with the policy, the decisions held."""
+        ...
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class DrawnActions:
-    """View A: the actions that the policy drew; (q - temperature log pi) h is their worth."""
+    """View A: the actions that the policy drew; (q - temperature log pi) h is their worth.
+
+    Attributes:
+        probes: for ``q_rates`` of many dimensions; exact traces if not given.
+    """
+
+    probes: Float[Tensor, "paths steps probes *noise"] | None = None
 
     def log_prob(
         self, problem: ControlProblem, policy: Policy, paths: Paths
@@ -84,15 +108,23 @@ class DrawnActions:
 
         Raises:
             TypeError: the policy does not draw its actions.
+            ValueError: it has a memory.
         """
+        require_memoryless(policy, paths)
         return over_steps(_random(policy).log_prob, paths, kept_actions(paths))
 
     def advantages(
         self, problem: ControlProblem, policy: Policy, value: Value, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
         """(q(t_k, X_k, a_k) - temperature log pi(a_k)) h_k."""
-        rates = _regularised_q(problem, value, _random(policy), paths)
+        rates = _regularised_q(problem, value, _random(policy), paths, self.probes)
         return rates * paths.grid.steps.to(rates)
+
+    def held_rewards(
+        self, problem: ControlProblem, policy: Policy, paths: Paths
+    ) -> Float[Tensor, "paths steps"]:
+        """Zero: the reward is of the drawn action, which is held."""
+        return paths.states.new_zeros(len(paths.states), len(paths.grid.steps))
 
 
 @dataclass(frozen=True)
@@ -128,21 +160,37 @@ class Transitions:
     ) -> Float[Tensor, "paths steps"]:
         """grad V(t_k, X_k) . (X_{k+1} - E[X_{k+1} | X_k])."""
         gaussian, nodes = require_transition(self.solver), paths.grid.nodes
+        require_dynamics(paths)
         each = []
         for k, x in enumerate(paths.states[:, :-1].unbind(1)):
             t = nodes[k].to(x)
-            action = policy.mean(t, x)
+            action = mean_action(policy, t, x)
             mean, _ = gaussian.transition(problem.sde, nodes[k], nodes[k + 1], x, action)
             surprise = paths.states[:, k + 1] - mean
             each.append(_directional(value, t, x, surprise))
         return torch.stack(each, dim=1)
+
+    def held_rewards(
+        self, problem: ControlProblem, policy: Policy, paths: Paths
+    ) -> Float[Tensor, "paths steps"]:
+        """r(t_k, X_k, a(t_k, X_k)) h_k, the action a function of the policy's parameters."""
+        reward = problem.running_reward
+        if reward is None:
+            return paths.states.new_zeros(len(paths.states), len(paths.grid.steps))
+
+        def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+            again = _reparametrised(policy, t, x, a.detach())
+            return one_a_path("running_reward", reward(t, x, again), len(x))
+
+        rates = over_steps(rate, paths, kept_actions(paths))
+        return rates * paths.grid.steps.to(rates)
 
 
 def _directional(value: Value, t: Tensor, x: Tensor, direction: Tensor) -> Tensor:
     def at(y: Tensor) -> Tensor:
         return value(t, y)
 
-    return torch.func.jvp(at, (x,), (direction,))[1]
+    return torch.func.jvp(at, (own_memory(x),), (own_memory(direction),))[1]
 
 
 def return_gradient(
@@ -164,11 +212,11 @@ def return_gradient(
     Raises:
         ValueError: the paths do not fit the problem; TypeError: nor the policy the decisions.
     """
-    log_prob = _log_prob(decisions, problem, policy, paths)
+    chosen = decisions or DrawnActions()
     ahead = returns_to_go(problem, paths, policy)[:, :-1]
     if baseline is not None:
         ahead = ahead - values(baseline, problem, paths)[:, :-1]
-    return _summed(problem, paths, log_prob, ahead)
+    return _summed(problem, policy, paths, chosen, ahead)
 
 
 def temporal_difference_gradient(
@@ -190,11 +238,11 @@ def temporal_difference_gradient(
         decisions: ``DrawnActions()`` if not given.
         rate: of ``continuous_gae``, 1/time; infinite for the one-step difference.
     """
-    log_prob = _log_prob(decisions, problem, policy, paths)
+    chosen = decisions or DrawnActions()
     along, h = values(value, problem, paths), paths.grid.steps.to(paths.states)
     rewards = regularised_rewards(problem, paths, policy)
     advantages = continuous_gae(along, rewards, h, rate, problem.discount)
-    return _summed(problem, paths, log_prob, advantages)
+    return _summed(problem, policy, paths, chosen, advantages)
 
 
 def q_rate_gradient(
@@ -214,9 +262,9 @@ def q_rate_gradient(
         decisions: ``DrawnActions()`` if not given.
     """
     chosen = decisions or DrawnActions()
-    log_prob = chosen.log_prob(problem, policy, paths)
-    advantages = chosen.advantages(problem, policy, value, paths)
-    return _summed(problem, paths, log_prob, advantages)
+    with torch.no_grad():  # forward mode differentiates all the same
+        advantages = chosen.advantages(problem, policy, value, paths)
+    return _summed(problem, policy, paths, chosen, advantages)
 
 
 def pathwise_gradient(
@@ -232,12 +280,28 @@ def pathwise_gradient(
         policy: Gaussian or deterministic; the gradient is in what it depends on.
         value: V of the policy; differentiable by ``torch.func.jvp``.
         paths: with their actions.
+
+    Raises:
+        ValueError: a black box moved the paths, or the policy has a memory.
     """
+    require_dynamics(paths)
+    require_memoryless(policy, paths)
+    sde = problem.sde.to_ito()
+
+    def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        if sde.controls_diffusion:
+            return q_rate(problem, value, t, x, a)
+        # the other terms of q do not depend on the action
+        found = transport(sde, value, t, x, a)
+        if problem.running_reward is None:
+            return found
+        paid = problem.running_reward(t, x, a)
+        return found + one_a_path("running_reward", paid, len(x))
 
     def one(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         fixed = a.detach().requires_grad_()
         with torch.enable_grad():
-            worth = q_rate(problem, value, t, x.detach(), fixed)
+            worth = rate(t, x.detach(), fixed)
             if problem.temperature:
                 worth = worth - problem.temperature * _random(policy).log_prob(t, x, fixed)
             (slope,) = torch.autograd.grad(worth.sum(), fixed)
@@ -253,9 +317,9 @@ def pathwise_gradient(
 
 def _reparametrised(policy: Policy, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
     """The action as a function of what the policy depends on, its noise held."""
-    mean = policy.mean(t, x)
-    if isinstance(policy, DeterministicPolicy):
-        return mean
+    mean = mean_action(policy, t, x)
+    if not policy.is_random:
+        return policy.act(mean, t, None)
     if not isinstance(policy, RandomPolicy):
         raise TypeError(f"policy must be Gaussian or deterministic, got {type(policy).__name__}")
     # act is affine in the noise, so the noise is recovered by solving for it
@@ -273,6 +337,7 @@ def performance_difference(
     value: Value,
     new_policy: Policy,
     new_paths: Paths,
+    probes: Float[Tensor, "paths steps probes *noise"] | None = None,
 ) -> Float[Tensor, " paths"]:
     """V^{new}(0, x) - V(0, x) = E^{new} int e^{-discount t} (q - temperature log pi_new) dt.
 
@@ -283,8 +348,12 @@ def performance_difference(
         value: V of the *old* policy; q is its q-rate.
         new_policy: the other policy, deterministic or random.
         new_paths: of the *new* policy, from the same initial law, with their actions.
+        probes: for ``q_rates`` of many dimensions.
+
+    Raises:
+        ValueError: a black box moved the paths, or the policy has a memory.
     """
-    rates = _regularised_q(problem, value, new_policy, new_paths)
+    rates = _regularised_q(problem, value, new_policy, new_paths, probes)
     return (discount_factors(problem, new_paths) * rates * new_paths.grid.steps.to(rates)).sum(1)
 
 
@@ -294,6 +363,7 @@ def surrogate(
     policy: RandomPolicy,
     new_policy: RandomPolicy,
     paths: Paths,
+    probes: Float[Tensor, "paths steps probes *noise"] | None = None,
 ) -> Float[Tensor, " paths"]:
     """L(new) - V = E^{old} int e^{-discount t} E_{a ~ new}[ q - temperature log pi_new ] dt.
 
@@ -306,24 +376,33 @@ def surrogate(
         policy: the old one, that made the paths.
         new_policy: the other one.
         paths: of the old policy, with their actions.
+        probes: for ``q_rates`` of many dimensions.
+
+    Raises:
+        ValueError: a black box moved the paths, or a policy has a memory.
     """
+    for each in (policy, new_policy):
+        require_memoryless(each, paths)
     actions = kept_actions(paths)
     new, old = (over_steps(each.log_prob, paths, actions) for each in (new_policy, policy))
-    rates = _regularised_q(problem, value, new_policy, paths)
+    rates = _regularised_q(problem, value, new_policy, paths, probes)
     ratio = (new - old.detach()).exp()
     return (discount_factors(problem, paths) * ratio * rates * paths.grid.steps.to(rates)).sum(1)
 
 
 def _regularised_q(
-    problem: ControlProblem, value: Value, policy: Policy, paths: Paths
+    problem: ControlProblem,
+    value: Value,
+    policy: Policy,
+    paths: Paths,
+    probes: Tensor | None,
 ) -> Float[Tensor, "paths steps"]:
-    def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
-        q = q_rate(problem, value, t, x, a)
-        if not problem.temperature:
-            return q
-        return q - problem.temperature * _random(policy).log_prob(t, x, a)
-
-    return over_steps(rate, paths, kept_actions(paths))
+    q = q_rates(problem, value, paths, probes)
+    if not problem.temperature:
+        return q
+    require_memoryless(policy, paths)
+    log_prob = over_steps(_random(policy).log_prob, paths, kept_actions(paths))
+    return q - problem.temperature * log_prob
 
 
 def _random(policy: Policy) -> RandomPolicy:
@@ -335,13 +414,13 @@ def _random(policy: Policy) -> RandomPolicy:
     return policy
 
 
-def _log_prob(
-    decisions: Decisions | None, problem: ControlProblem, policy: Policy, paths: Paths
-) -> Tensor:
-    return (decisions or DrawnActions()).log_prob(problem, policy, paths)
-
-
 def _summed(
-    problem: ControlProblem, paths: Paths, log_prob: Tensor, advantages: Tensor
+    problem: ControlProblem,
+    policy: Policy,
+    paths: Paths,
+    decisions: Decisions,
+    advantages: Float[Tensor, "paths steps"],
 ) -> Float[Tensor, " paths"]:
-    return (discount_factors(problem, paths) * log_prob * advantages.detach()).sum(1)
+    log_prob = decisions.log_prob(problem, policy, paths)
+    held = decisions.held_rewards(problem, policy, paths)
+    return (discount_factors(problem, paths) * (log_prob * advantages.detach() + held)).sum(1)

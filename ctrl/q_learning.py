@@ -15,6 +15,7 @@ Sources  [JZ23] Jia & Zhou 2023, q-learning in continuous time, JMLR 24.
          arXiv 2411.01302.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,9 +25,10 @@ from torch import Tensor
 
 from ctrl.exploration import drawn_actions
 from ctrl.martingale import TestFunctions, moments
-from ctrl.paths import Paths, all_finite, kept_actions, one_a_path, over_steps, running_rewards
+from ctrl.paths import Paths, kept_actions, over_steps, require_dynamics, running_rewards
 from ctrl.policy import MultivariateGaussianPolicy, RandomPolicy
 from ctrl.problem import ControlProblem
+from ctrl.user_functions import all_finite, call, one_a_path
 from ctrl.value import Value, discount_factors, generator, martingale_increments, values
 
 QRate = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -39,6 +41,7 @@ def q_rate(
     t: Tensor,
     states: Float[Tensor, " paths *event"],
     actions: Float[Tensor, " paths *action"],
+    probes: Float[Tensor, "paths probes *noise"] | None = None,
 ) -> Float[Tensor, " paths"]:
     """q(t, x, a) of a value function, reward/time ([JZ23] equation 14).
 
@@ -48,6 +51,7 @@ def q_rate(
         t: time, [].
         states: x.
         actions: a.
+        probes: as for ``value.generator``; the exact trace if not given.
 
     Raises:
         ValueError: there is not one action for each state, or V or the reward is not one number a
@@ -58,22 +62,43 @@ def q_rate(
             f"actions must begin with {len(states)}, one for each of at least one state, got "
             f"{list(actions.shape)}"
         )
-    rate = generator(problem.sde, value, t, states, actions)
+    rate = generator(problem.sde, value, t, states, actions, probes)
     if problem.discount:
         rate = rate - problem.discount * value(t, states)
     if problem.running_reward is not None:
-        reward = problem.running_reward(t, states, actions)
+        reward = call("running_reward", problem.running_reward, t, states, actions)
         rate = rate + one_a_path("running_reward", reward, len(states))
     return rate
 
 
-def q_rates(problem: ControlProblem, value: Value, paths: Paths) -> Float[Tensor, "paths steps"]:
-    """The q-rate of every action of the paths, reward/time."""
+def q_rates(
+    problem: ControlProblem,
+    value: Value,
+    paths: Paths,
+    probes: Float[Tensor, "paths steps probes *noise"] | None = None,
+) -> Float[Tensor, "paths steps"]:
+    """The q-rate of every action of the paths, reward/time.
 
-    def at(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
-        return q_rate(problem, value, t, x, a)
+    Args:
+        problem: whose dynamics, running reward and discount count.
+        value: as for ``q_rate``.
+        paths: moved by ``problem.sde``, with their actions.
+        probes: random signs that estimate the trace of the Hessian without bias
+            (``noise.random_signs``, ``value.generator``), for states of many dimensions; the exact
+            trace, two evaluations of V for each Brownian motion, if not given.
 
-    return over_steps(at, paths, kept_actions(paths))
+    Raises:
+        ValueError: a black box moved the paths, or as ``q_rate``.
+    """
+    require_dynamics(paths)
+
+    def at(t: Tensor, x: Tensor, a: Tensor, *signs: Tensor) -> Tensor:
+        return q_rate(problem, value, t, x, a, *signs)
+
+    event = tuple(paths.states.shape[2:])
+    motions = math.prod(problem.sde.noise_shape(event)) if probes is None else probes.shape[2]
+    more = () if probes is None else (probes,)
+    return over_steps(at, paths, kept_actions(paths), *more, copies=motions)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.user_functions import call
+
 Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(time [], states [paths, *event], actions [paths, *action]) -> [paths, *event], state/time."""
 Diffusion = Callable[[Tensor, Tensor], Tensor | float]
@@ -93,9 +95,9 @@ class ControlledSDE:
         """b(t, X, a), state/time, refused where adding it to the states would broadcast or cast.
 
         Raises:
-            ValueError: the drift has not the states' shape and dtype.
+            ValueError: the drift has not the states' shape and dtype, or writes into its inputs.
         """
-        value = self.drift(t, states, actions)
+        value = call("drift", self.drift, t, states, actions)
         if value.shape != states.shape or value.dtype != states.dtype:
             raise ValueError(
                 f"drift must return {list(states.shape)} in {states.dtype}, as the states are, got "
@@ -124,10 +126,11 @@ class ControlledSDE:
 
     def _raw_diffusion(self, t: Tensor, states: Tensor, actions: Tensor | None) -> Tensor | float:
         if not self.controls_diffusion:
-            return cast(Diffusion, self.diffusion)(t, states)
+            return call("diffusion", cast(Diffusion, self.diffusion), t, states)
         if actions is None:
             raise ValueError("actions must be given: they control this diffusion")
-        return cast(ControlledDiffusion, self.diffusion)(t, states, actions)
+        controlled = cast(ControlledDiffusion, self.diffusion)
+        return call("diffusion", controlled, t, states, actions)
 
     def spread(
         self,

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from ctrl.noise import Noise, PathStreams
 from ctrl.paths import Paths, TimeGrid
-from ctrl.policy import Policy
+from ctrl.policy import Policy, mean_action
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
 from ctrl.solvers import BlackBox, EulerMaruyama, InPlaceSolver, Solver
@@ -320,6 +320,7 @@ def _roll_out_in_place(
         increments=None if increments is None else increments.movedim(0, 1),
         grid=grid,
         weights=source.weights,
+        black_box=isinstance(solver, BlackBox),
     )
 
 
@@ -364,6 +365,7 @@ def _roll_out_with_graph(
         increments=torch.stack(increments, dim=1) if shown else None,
         grid=grid,
         weights=source.weights,
+        black_box=isinstance(solver, BlackBox),
     )
 
 
@@ -374,14 +376,7 @@ def _left_ends(grid: TimeGrid, start: Tensor) -> Iterator[tuple[int, Tensor, flo
 
 
 def _act(policy: Policy, t: Tensor, x: Tensor, source: _Source, k: int) -> Tensor:
-    mean = policy.mean(t, x)
-    if not isinstance(mean, Tensor):
-        raise TypeError(f"policy.mean must return a tensor, got {type(mean).__name__}")
-    if mean.ndim < 1 or len(mean) != len(x):
-        raise ValueError(
-            f"policy.mean must return [{len(x)}, *action], one action a path, got "
-            f"{list(mean.shape)}"
-        )
+    mean = mean_action(policy, t, x)
     return policy.act(mean, t, source.for_action(k, mean) if policy.is_random else None)
 
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.paths import Paths
-from ctrl.policy import Policy
+from ctrl.paths import Paths, require_dynamics, require_memoryless
+from ctrl.policy import Policy, mean_action
 from ctrl.sde import ControlledSDE
 from ctrl.solvers import Solver, require_transition
 
@@ -102,9 +102,12 @@ def _laws(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and standard deviation of every next state, both [paths, *event]."""
     gaussian = require_transition(solver)
+    require_dynamics(paths)
+    require_memoryless(policy, paths)
     nodes, times = paths.grid.nodes, paths.grid.nodes.to(paths.states)
     for k, x in enumerate(paths.states[:, :-1].unbind(1)):
-        mean, std = gaussian.transition(sde, nodes[k], nodes[k + 1], x, policy.mean(times[k], x))
+        action = mean_action(policy, times[k], x)
+        mean, std = gaussian.transition(sde, nodes[k], nodes[k + 1], x, action)
         if not bool((std > 0).all()):
             raise ValueError(
                 f"the transition from t = {nodes[k]:g} has no density: its standard deviation is "

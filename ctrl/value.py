@@ -8,24 +8,21 @@ V is the value of the policy that made the paths if and only if the sums of dM a
 
 Sources  [JZ22a] Jia & Zhou 2022, policy evaluation and temporal-difference learning in continuous
          time and space, JMLR 23.
+         [H89] Hutchinson 1989, a stochastic estimator of the trace of the influence matrix for
+         Laplacian smoothing splines, Communications in Statistics 18.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.paths import (
-    Paths,
-    all_finite,
-    ends_at_horizon,
-    one_a_path,
-    over_nodes,
-    terminal_rewards,
-)
+from ctrl.paths import Paths, ends_at_horizon, over_nodes, terminal_rewards
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
+from ctrl.user_functions import all_finite, one_a_path
 
 Value = Callable[[Tensor, Tensor], Tensor]
 """(time [], states [paths, *event]) -> [paths], reward; a network, or an exact answer."""
@@ -90,12 +87,16 @@ def generator(
     t: Tensor,
     states: Float[Tensor, " paths *event"],
     actions: Float[Tensor, " paths *action"],
+    probes: Float[Tensor, "paths probes *noise"] | None = None,
 ) -> Float[Tensor, " paths"]:
     """L^a V at (t, x, a), reward/time: the drift of V(t, X_t) while the action is held.
 
     By forward-mode differentiation: V must be made of torch operations that are twice
-    differentiable in x and once in t, and must treat every path by itself. Costs two evaluations of
-    V for each Brownian motion, batched.
+    differentiable in x and once in t, and must treat every path by itself. The trace costs two
+    evaluations of V for each Brownian motion, some at a time; or for each probe z, if there are
+    probes: the mean of z'Mz / 2, M = sigma' Hess V sigma, is unbiased for tr M / 2 wherever
+    E zz' = 1. For independent random signs its variance is sum_{i != j} M_ij^2 / (2 probes), the
+    least of all laws of independent coordinates ([H89]), and 0 where M is diagonal.
 
     Args:
         sde: the dynamics; of a Stratonovich equation, those of its Ito form.
@@ -103,11 +104,13 @@ def generator(
         t: time, [].
         states: x.
         actions: a.
+        probes: one Brownian increment's shape each, of variance 1 (``noise.random_signs``).
+
+    Raises:
+        ValueError: V is not one number a path, or the probes do not fit.
     """
-    sde = sde.to_ito()
-    states = states.contiguous()  # forward mode cannot differentiate at an expanded tensor
-    drift = sde.drift_at(t, states, actions).contiguous()
-    transport = torch.func.jvp(value, (t, states), (torch.ones_like(t), drift))[1]
+    sde, states = sde.to_ito(), own_memory(states)
+    moved = transport(sde, value, t, states, actions)
 
     def at(x: Tensor) -> Tensor:
         return value(t, x)
@@ -118,22 +121,82 @@ def generator(
 
         return torch.func.jvp(slope, (states,), (direction,))[1]
 
-    columns = _columns(sde, t, states, actions)
-    spread = torch.func.vmap(curvature)(columns.contiguous()).sum(0)
-    return one_a_path("value", transport + 0.5 * spread, len(states))
+    if probes is None:
+        directions, share = _columns(sde, t, states, actions), 1.0
+    else:
+        directions, share = _probed(sde, t, states, actions, probes), 1 / probes.shape[1]
+    trace = moved.new_zeros(len(states))
+    for some in directions:
+        trace = trace + share * torch.func.vmap(curvature)(some).sum(0)
+    return one_a_path("value", moved + 0.5 * trace, len(states))
+
+
+def transport(
+    sde: ControlledSDE,
+    value: Value,
+    t: Tensor,
+    states: Float[Tensor, " paths *event"],
+    actions: Float[Tensor, " paths *action"],
+) -> Float[Tensor, " paths"]:
+    """d_t V + b(t, x, a) . grad V, reward/time: the part of the generator without noise.
+
+    Args:
+        sde: the dynamics, in the sense of Ito.
+        value: V, once differentiable by ``torch.func.jvp``.
+        t: time, [].
+        states: x.
+        actions: a.
+    """
+    drift = own_memory(sde.drift_at(t, states, actions))
+    return torch.func.jvp(value, (t, own_memory(states)), (torch.ones_like(t), drift))[1]
+
+
+def own_memory(x: Tensor) -> Tensor:
+    """A contiguous copy. At a view, forward mode allocates tangents for all that it is a view of.
+
+    And it cannot differentiate at an expanded tensor.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+_CHUNK = 2**25  # bytes of directions at a time
 
 
 def _columns(
     sde: ControlledSDE, t: Tensor, states: Tensor, actions: Tensor
-) -> Float[Tensor, " motions paths *event"]:
-    """What each Brownian motion moves the states by, one direction a motion."""
+) -> Iterator[Float[Tensor, " motions paths *event"]]:
+    """What each Brownian motion moves the states by, one direction a motion, some at a time."""
     sigma = torch.as_tensor(
         sde.diffusion_at(t, states, actions), dtype=states.dtype, device=states.device
     )
-    if sde.noise == "general":
-        return sigma.movedim(-1, 0)
-    sigma = sigma.expand_as(states)
-    if sde.noise == "scalar":
-        return sigma.unsqueeze(0)
-    coordinates = torch.eye(states[0].numel()).to(states)
-    return coordinates.view(-1, 1, *states.shape[1:]) * sigma
+    motions = math.prod(sde.noise_shape(tuple(states.shape[1:])))
+    for some in _some_at_a_time(motions, states):
+        if sde.noise == "general":
+            yield own_memory(sigma[..., some].movedim(-1, 0))
+        elif sde.noise == "scalar":
+            yield own_memory(sigma.expand_as(states).unsqueeze(0))
+        else:
+            coordinates = torch.arange(motions, device=states.device)
+            one_hot = (coordinates == coordinates[some].unsqueeze(1)).to(states)
+            yield one_hot.view(-1, 1, *states.shape[1:]) * sigma.expand_as(states)
+
+
+def _probed(
+    sde: ControlledSDE, t: Tensor, states: Tensor, actions: Tensor, probes: Tensor
+) -> Iterator[Float[Tensor, " probes paths *event"]]:
+    """sigma z of every probe z, some at a time."""
+    noise = sde.noise_shape(tuple(states.shape[1:]))
+    if probes.ndim < 2 or probes.shape[0] != len(states) or tuple(probes.shape[2:]) != noise:
+        raise ValueError(
+            f"probes must be [{len(states)}, probes, *{list(noise)}], one Brownian increment for "
+            f"each path and probe, got {list(probes.shape)}"
+        )
+    for some in _some_at_a_time(probes.shape[1], states):
+        each = probes[:, some].to(states).unbind(1)
+        yield torch.stack([sde.spread(t, states, z, actions) for z in each])
+
+
+def _some_at_a_time(count: int, states: Tensor) -> Iterator[slice]:
+    at_once = max(1, _CHUNK // max(1, states.numel() * states.element_size()))
+    for begin in range(0, count, at_once):
+        yield slice(begin, min(begin + at_once, count))

@@ -45,10 +45,41 @@ def test_one_sample_has_no_known_error():
 
 def test_quadrature_weights_make_an_exact_mean():
     values, weights = torch.tensor([1.0, 4.0]), torch.tensor([0.25, 0.75])
-    assert ctrl.Estimate.of(values, weights) == ctrl.Estimate(3.25, 0.0, 2)
+    assert ctrl.Estimate.of(values, quadrature_weights=weights) == ctrl.Estimate(3.25, 0.0, 2)
 
 
+def test_importance_weights_leave_a_standard_error(generator):
+    """Its mean over many estimates is the spread of their means, within 4 of its own errors."""
+    shift, samples, repeats = 0.7, 400, 2000
+    x = torch.randn(repeats, samples, dtype=torch.float64, generator=generator)
+    weights = torch.softmax(shift * x, 1)  # of N(shift, 1) instead
+    found = [
+        ctrl.Estimate.of(row.square(), importance_weights=w)
+        for row, w in zip(x, weights, strict=True)
+    ]
+    means = torch.tensor([each.mean for each in found], dtype=torch.float64)
+    errors = torch.tensor([each.standard_error for each in found], dtype=torch.float64)
+    spread = means.std()
+    # bias of both is O(1 / samples); the relative error of a standard deviation is 1 / sqrt(2 n)
+    assert abs(errors.mean() / spread - 1) < 4 / (2 * repeats) ** 0.5 + 10 / samples
+    assert abs(means.mean() - (1 + shift**2)) < 4 * spread / repeats**0.5 + 10 / samples
+
+
+def test_an_importance_sample_of_one_has_no_known_error():
+    estimate = ctrl.Estimate.of(
+        torch.tensor([1.0, 4.0]), importance_weights=torch.tensor([0.0, 1.0])
+    )
+    assert estimate == ctrl.Estimate(4.0, math.inf, 2)
+
+
+@pytest.mark.parametrize("kind", ["quadrature_weights", "importance_weights"])
 @pytest.mark.parametrize("weights", [[0.5, 0.6], [-0.5, 1.5], [math.nan, 0.5], [1.0]])
-def test_bad_weights_are_refused(weights):
-    with pytest.raises((ValueError, TypeError), match="weights"):
-        ctrl.Estimate.of(torch.tensor([1.0, 2.0]), torch.tensor(weights))
+def test_bad_weights_are_refused(kind, weights):
+    with pytest.raises((ValueError, TypeError), match=kind):
+        ctrl.Estimate.of(torch.tensor([1.0, 2.0]), **{kind: torch.tensor(weights)})
+
+
+def test_weights_of_both_kinds_are_refused():
+    half = torch.tensor([0.5, 0.5])
+    with pytest.raises(ValueError, match="not both"):
+        ctrl.Estimate.of(half, quadrature_weights=half, importance_weights=half)

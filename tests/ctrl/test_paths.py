@@ -242,7 +242,7 @@ def test_a_part_with_one_bad_entry_or_of_integers_is_refused(name, monkeypatch):
         for value in (math.nan, math.inf, -math.inf):
             spoilt = PARTS[name].clone()
             spoilt.view(-1)[index] = value
-            where = {"weights": "finite"}.get(name, "not finite from node")
+            where = {"weights": "sum to 1"}.get(name, "not finite from node")
             with pytest.raises(ValueError, match=f"{name}.*{where}"):
                 ctrl.Paths(**PARTS | {name: spoilt}, grid=GRID)
     with pytest.raises(TypeError, match=f"{name} must be floating point"):

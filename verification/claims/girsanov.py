@@ -207,7 +207,7 @@ def path_kl(setting: Setting) -> Iterator[Check]:
     running = ctrl.girsanov.path_kl(problem.sde, policy, reference, paths)
     yield expectation(
         "running form: its mean, against the chain's KL",
-        ctrl.Estimate.of(running, paths.weights).mean,
+        ctrl.Estimate.of(running, quadrature_weights=paths.weights).mean,
         exact,
     )
     ratio = ctrl.girsanov.log_ratio(problem.sde, policy, reference, paths)

@@ -1,0 +1,63 @@
+"""Functions that users bring: how they are called, and what they must return and leave alone."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+def call(name: str, function: Callable[..., Result], *inputs: Tensor) -> Result:
+    """function(*inputs), refused where it writes into an input, which are stored paths.
+
+    Costs a look at the inputs' version counters, no copy and no synchronisation. Inference tensors
+    have no such counter: there the function is given copies.
+
+    Args:
+        name: of the function, for the error.
+        function: that the user brought.
+        inputs: time, states and actions, as it takes them.
+
+    Raises:
+        ValueError: an input was changed in place.
+    """
+    if torch.compiler.is_compiling():  # a graph has no version counters
+        return function(*inputs)
+    if any(each.is_inference() for each in inputs):
+        return function(*(each.clone() for each in inputs))
+    before = [each._version for each in inputs]
+    result = function(*inputs)
+    if [each._version for each in inputs] != before:
+        raise ValueError(
+            f"{name} must not write into its inputs, the states and actions of the paths, but it "
+            "changed one in place: let it begin with a copy (x = x.clone()), or use operations "
+            "that are not in place (torch.nn.ReLU() instead of ReLU(inplace=True))"
+        )
+    return result
+
+
+def one_a_path(name: str, value: Tensor, paths: int) -> Float[Tensor, " paths"]:
+    """``value``, refused where it is not one number a path.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    if value.shape != (paths,):
+        raise ValueError(
+            f"{name} must return [{paths}], one number a path, got {list(value.shape)}"
+        )
+    return value
+
+
+def all_finite(name: str, value: Tensor) -> Tensor:
+    """``value``, refused where it is not finite.
+
+    Raises:
+        ValueError: it is infinite or NaN somewhere.
+    """
+    if bad := int((~torch.isfinite(value)).reshape(len(value), -1).any(1).sum()):
+        raise ValueError(f"{name} must be finite, but it is not on {bad} of {len(value)} paths")
+    return value
