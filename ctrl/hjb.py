@@ -33,6 +33,7 @@ from ctrl.markov_chain import MarkovChain, markov_chain
 from ctrl.policy import DeterministicPolicy, GaussianPolicy, Policy, RandomPolicy, mean_action
 from ctrl.problem import ControlProblem
 from ctrl.state_grid import Axis, GridFunction, grid_points
+from ctrl.time_homogeneity import require_time_homogeneous
 
 __all__ = [
     "ActionGrid",
@@ -119,7 +120,7 @@ def solve_discounted(
     Raises:
         ValueError: the problem is not of this kind; it has not as many coordinates as ``axes``; a
             coefficient is not finite or has a wrong shape; the noises are correlated too strongly
-            for the grid; one action node has most of the mass of the Gibbs policy, so that the
+            for the grid and monotone differences; one action node has most of the mass of the Gibbs policy, so that the
             action grid is too coarse.
         RuntimeError: no convergence.
     """
@@ -131,12 +132,11 @@ def solve_discounted(
     if problem.discount == 0:
         raise ValueError("discount must be positive where the horizon is infinite, got 0")
     with torch.no_grad():
-        each = actions.nodes.unsqueeze(1)
-        chain, later = (
-            markov_chain(problem, axes, t, each, monotone=differences == "monotone")
-            for t in (0.0, 1.0)
-        )
-        _check_constant(chain, later)
+        points = grid_points(axes)
+        for action in actions.nodes[[0, len(actions.nodes) // 2, -1]].to(points):
+            require_time_homogeneous(problem, points, action.expand(len(points), *action.shape))
+        each, monotone = actions.nodes.unsqueeze(1), differences == "monotone"
+        chain = markov_chain(problem, axes, 0.0, each, monotone=monotone)
         start = chain.rewards.new_zeros(chain.rewards.shape[1])
         found = PolicyIteration(tolerance, iterations).solve(
             chain, _best(problem, actions), problem.discount, torch.zeros_like(start), start
@@ -214,6 +214,9 @@ def evaluate_discounted(
             f"{problem.horizon} and {problem.discount}"
         )
     with torch.no_grad():
+        points = grid_points(axes)
+        taken = mean_action(policy, points.new_tensor(0.0), points)
+        require_time_homogeneous(problem, points, taken, policy)
         monotone = differences == "monotone"
         chain, mean = _given(problem, policy, axes, 0.0, action_nodes, monotone)
         zero = chain.rewards.new_zeros(chain.rewards.shape[1])
@@ -362,12 +365,3 @@ def _check(problem: ControlProblem, axes: tuple[Axis, ...], differences: str) ->
     if differences not in ("monotone", "central"):
         raise ValueError(f"differences must be 'monotone' or 'central', got {differences!r}")
     problem.sde.require_calculus("ito", "the HJB solver")
-
-
-def _check_constant(chain: MarkovChain, later: MarkovChain) -> None:
-    same = chain.rates.shape == later.rates.shape and torch.equal(chain.rates, later.rates)
-    if not same or not torch.equal(chain.rewards, later.rewards):
-        raise ValueError(
-            "drift, diffusion and running_reward must be the same at all times where the horizon "
-            "is infinite, but they differ between t = 0 and t = 1"
-        )

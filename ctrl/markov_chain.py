@@ -9,8 +9,9 @@ over neighbours y of x. With non-negative rates the scheme is monotone, so that 
     with the least artificial noise that keeps the rates non-negative elsewhere: sigma^2 is replaced
     by |b| h, which is upwind differencing, order 1, where there is no noise at all.
 
-Correlated noise goes along the diagonals of a cell; which is monotone only where the covariance is
-diagonally dominant in units of the spacings.
+Correlated noise goes along the diagonals of a cell: along the one on which the two noises agree in
+sign, which is monotone only where the covariance is diagonally dominant in units of the spacings;
+or, for central differences throughout, along both with opposite signs, of order 2 and for any.
 
 Sources  [KD01] Kushner & Dupuis 2001, numerical methods for stochastic control problems in
          continuous time, 2nd edition.
@@ -85,8 +86,8 @@ def markov_chain(
         t: time.
         actions: at each point, or for all points, float64.
         monotone: whether artificial noise keeps the rates non-negative. Central differences
-            without it are of order 2 everywhere, and may oscillate where the solution has
-            layers of the width of a cell.
+            without it are of order 2 everywhere, take noise of any correlation, and may oscillate
+            where the solution has layers of the width of a cell.
 
     Raises:
         ValueError: drift, diffusion or reward has a wrong shape or is not finite, or the noise is
@@ -134,11 +135,13 @@ def _rates(
     diagonal = covariance.new_zeros(covariance.shape[:2])
     if len(axes) == 2:
         cross = covariance[..., 0, 1] / (2 * axes[0].spacing * axes[1].spacing)
-        diagonal = cross.abs()
-        if bool(diagonal.any()):
-            # v_xy along the diagonal of a cell on which the two noises agree in sign
+        if bool(cross.any()):
             moves += [(1, 1), (-1, -1), (1, -1), (-1, 1)]
-            rates += 2 * [cross.clamp(min=0)] + 2 * [(-cross).clamp(min=0)]
+            if monotone:
+                diagonal = cross.abs()  # of the noise along the axes it takes this part
+                rates += 2 * [cross.clamp(min=0)] + 2 * [(-cross).clamp(min=0)]
+            else:
+                rates += 2 * [0.5 * cross] + 2 * [-0.5 * cross]
     shape = [axis.nodes for axis in axes]
     for i, axis in enumerate(axes):
         h = axis.spacing
@@ -148,7 +151,7 @@ def _rates(
             raise ValueError(
                 "the noises of the two coordinates are correlated too strongly for a monotone "
                 f"scheme: the covariance must have |c_01| <= c_{i}{i} h_{1 - i} / h_{i} for "
-                "spacings h; choose spacings in the ratio of the noises"
+                "spacings h; choose spacings in the ratio of the noises, or differences='central'"
             )
         spread, pull = spread.clamp(min=0), drift[..., i] / (2 * h)
         full = torch.maximum(spread, pull.abs()) if monotone else spread

@@ -332,7 +332,8 @@ def refine(
     coarse_nodes: Float[Tensor, " coarse_nodes"],
     fine_nodes: Float[Tensor, " fine_nodes"],
     *,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
+    normals: Iterator[Tensor] | None = None,
 ) -> Float[Tensor, "paths fine *noise"]:
     """The same Brownian paths on more nodes: a Brownian bridge in every coarse step.
 
@@ -343,11 +344,15 @@ def refine(
         increments: on the coarse nodes, sqrt(time).
         coarse_nodes: times, increasing.
         fine_nodes: times that include the coarse ones, with the same ends.
-        generator: of the bridge's normals, on the increments' device.
+        generator: of the bridge's normals, on the increments' device; or
+        normals: these themselves, [paths, *noise] for every fine node that is no coarse one.
 
     Raises:
-        ValueError: a coarse node is not a fine one, the ends differ, or the shapes do not fit.
+        ValueError: a coarse node is not a fine one, the ends differ, the shapes do not fit, or
+            both or neither of ``generator`` and ``normals`` are given.
     """
+    if (generator is None) == (normals is None):
+        raise ValueError("give exactly one of generator and normals")
     _check_fine(increments, coarse_nodes, "coarse_nodes")
     ends = _places(coarse_nodes, fine_nodes)
     times = fine_nodes.double().tolist()
@@ -356,7 +361,10 @@ def refine(
         left = increments[:, k]
         for j in range(a, b - 1):
             rest, h = times[b] - times[j], times[j + 1] - times[j]
-            normal = torch.empty_like(left).normal_(generator=generator)
+            if normals is None:
+                normal = torch.empty_like(left).normal_(generator=generator)
+            else:
+                normal = next(normals)
             one = left * (h / rest) + normal * math.sqrt(h * (rest - h) / rest)
             fine.append(one)
             left = left - one

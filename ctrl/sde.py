@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.user_functions import call
+from ctrl.user_functions import call, takes
 
 Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(time [], states [paths, *event], actions [paths, *action]) -> [paths, *event], state/time."""
@@ -73,6 +73,15 @@ class ControlledSDE:
             )
         if self.noise_dim is not None and self.noise_dim < 1:
             raise ValueError(f"noise_dim must be at least 1, got {self.noise_dim}")
+        if not takes(self.drift, 3):
+            raise TypeError("drift must take three arguments, (t, states, actions)")
+        if not takes(self.diffusion, 3 if self.controls_diffusion else 2):
+            raise TypeError(
+                "diffusion must take (t, states, actions) where controls_diffusion=True"
+                if self.controls_diffusion
+                else "diffusion must take (t, states); where the action enters it too, say so: "
+                "ControlledSDE(..., controls_diffusion=True)"
+            )
 
     def noise_shape(self, event: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of one Brownian increment of one path with states of shape ``event``.

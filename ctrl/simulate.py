@@ -12,7 +12,7 @@ from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
-from ctrl.solvers import BlackBox, EulerMaruyama, InPlaceSolver, Solver
+from ctrl.solvers import BlackBox, EulerMaruyama, InPlaceSolver, InteriorSolver, Solver
 
 KEEP = ("states", "actions", "increments")
 
@@ -139,7 +139,7 @@ def _last_states(
             solver.step_into(after, sde, nodes[k], nodes[k + 1], x, action, increment)
             x, after = after, (x if k else torch.empty_like(start))
         else:
-            x = _step(solver, sde, grid, k, x, action, increment)
+            x = _step(solver, sde, grid, k, x, action, increment, source)
     return x
 
 
@@ -152,6 +152,15 @@ def _source(
     noise: Noise | None,
     generator: Generator | PathStreams | None,
 ) -> "_Source":
+    if noise is not None and not isinstance(noise, Noise):
+        raise TypeError(
+            f"noise must be a Noise, got {type(noise).__name__}; ctrl.Noise(increments) makes one"
+        )
+    if generator is not None and not isinstance(generator, Generator | PathStreams):
+        raise TypeError(
+            f"generator must be a torch.Generator or noise.PathStreams, got {generator!r}; of a "
+            "seed: torch.Generator().manual_seed(0)"
+        )
     if isinstance(solver, BlackBox):
         if noise is not None:
             raise ValueError("noise must be None: a BlackBox brings its own; give a generator")
@@ -161,11 +170,15 @@ def _source(
     shape = (len(start), len(grid.steps), *sde.noise_shape(tuple(start.shape[1:])))
     if noise is not None and generator is None:
         return _Given(noise, shape, start)
-    if isinstance(generator, PathStreams) and noise is None:
+    if noise is not None or generator is None:
+        what = "neither" if generator is None else "both"
+        raise ValueError(
+            f"give exactly one of noise and generator, got {what}; a generator is "
+            "torch.Generator().manual_seed(0), say"
+        )
+    if isinstance(generator, PathStreams):
         return _Streamed(generator, shape, start)
-    if isinstance(generator, Generator) and noise is None:
-        return _Drawn(generator, shape, start)
-    raise ValueError("give exactly one of noise and generator")
+    return _Drawn(generator, shape, start)
 
 
 class _Given:
@@ -237,6 +250,7 @@ class _Streamed:
         self.streams, self.shape = streams, shape
         like = start.new_empty(shape[0], *shape[2:])
         self.brownian = streams.rows("increments", shape[0], like)
+        self.interior = streams.rows("interior", shape[0], like)
         self.drawn: Iterator[Tensor] | None = None
 
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
@@ -309,7 +323,7 @@ def _roll_out_in_place(
         if in_place:
             solver.step_into(after, sde, grid.nodes[k], grid.nodes[k + 1], x, action, increment)
         else:
-            after.copy_(_step(solver, sde, grid, k, x, action, increment))
+            after.copy_(_step(solver, sde, grid, k, x, action, increment, source))
         if "actions" in keep:
             if actions is None:
                 actions = _buffer(out, "actions", (steps, *action.shape), action)
@@ -357,7 +371,7 @@ def _roll_out_with_graph(
     for k, t, h in _left_ends(grid, start):
         actions.append(_act(policy, t, states[k], source, k))
         increment = source.increment(k, h, None)
-        states.append(_step(solver, sde, grid, k, states[k], actions[k], increment))
+        states.append(_step(solver, sde, grid, k, states[k], actions[k], increment, source))
         increments.append(increment)
     return Paths(
         states=torch.stack(states, dim=1),
@@ -388,8 +402,13 @@ def _step(
     x: Tensor,
     action: Tensor,
     increment: Tensor,
+    source: _Source,
 ) -> Tensor:
-    after = solver.step(sde, grid.nodes[k], grid.nodes[k + 1], x, action, increment)
+    moment = (sde, grid.nodes[k], grid.nodes[k + 1], x, action, increment)
+    if isinstance(source, _Streamed) and isinstance(solver, InteriorSolver):
+        after = solver.step_inside(*moment, source.interior)
+    else:
+        after = solver.step(*moment)
     if after.shape != x.shape or after.dtype != x.dtype:
         raise ValueError(
             f"solver.step must return states {list(x.shape)} in {x.dtype}, got "

@@ -7,7 +7,7 @@ Sources  [KP92] Kloeden & Platen, Numerical Solution of Stochastic Differential 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -49,6 +49,24 @@ class InPlaceSolver(Solver, Protocol):
         increment: Tensor,
     ) -> None:
         """``step`` into ``after``, which may be the increment's own memory for diagonal noise."""
+        ...
+
+
+@runtime_checkable
+class InteriorSolver(Solver, Protocol):
+    """A solver that needs more of the Brownian path than its increment."""
+
+    def step_inside(
+        self,
+        sde: ControlledSDE,
+        t0: Tensor,
+        t1: Tensor,
+        states: Tensor,
+        action: Tensor,
+        increment: Tensor,
+        normals: Iterator[Tensor],
+    ) -> Tensor:
+        """``step``, what it needs beside the increment made of normals of the increment's shape."""
         ...
 
 

@@ -4,9 +4,11 @@ torchsde is called from node to node: across an output time it would interpolate
 the wrong law. The action is held, and in between the solver is free.
 
 A step needs more randomness than W(t1) - W(t0) where it is divided or needs areas of the Brownian
-path. That is drawn from a stream named by the increments themselves (those of the whole batch, t0
-and t1), so a step is a function of its arguments: the same noise gives the same states, in any
-order. But a path's interior changes with its batch and with the grid: quadrature is exact, and
+path. With ``noise.PathStreams`` that comes from the paths' own streams, so that it is the same in
+any batch; what takes one step size or one tree for all paths ("log_ode", adaptive steps) refuses
+them. Else it is drawn from a stream named by the increments themselves (those of the whole batch,
+t0 and t1), so a step is a function of its arguments: the same noise gives the same states, in any
+order. But then a path's interior changes with its batch and with the grid: quadrature is exact, and
 coarse and fine runs on one refined path are coupled to the method's own order, only for the methods
 that need increments alone ("srk" and "log_ode" do not; with "srk" such runs differ by O(h)).
 
@@ -143,15 +145,61 @@ class TorchSDE:
                 too short, or met numbers that are not finite; or the adjoint would miss a gradient,
                 because drift or diffusion depend on leaves that are not in ``parameters``.
         """
+        return self._step(sde, t0, t1, states, action, increment, None)
+
+    def step_inside(
+        self,
+        sde: ControlledSDE,
+        t0: Tensor,
+        t1: Tensor,
+        states: Tensor,
+        action: Tensor,
+        increment: Tensor,
+        normals: Iterator[Tensor],
+    ) -> Tensor:
+        """``step``, the Brownian path between t0 and t1 made of these normals.
+
+        Args:
+            sde: as for ``step``.
+            t0: as for ``step``.
+            t1: as for ``step``.
+            states: as for ``step``.
+            action: as for ``step``.
+            increment: as for ``step``.
+            normals: standard normals of the increment's shape, as many as the step takes.
+
+        Raises:
+            ValueError: steps are adaptive, or the method is "log_ode"; or as ``step``.
+        """
+        if self.adaptive or _METHODS[self.method][1] == "foster":
+            what = "adaptive steps" if self.adaptive else f"method {self.method!r}"
+            raise ValueError(
+                f"{what} treat all paths of a batch together, so a path would depend on its batch, "
+                "which noise.PathStreams rules out; use another fixed-step method, or a "
+                "torch.Generator as generator"
+            )
+        return self._step(sde, t0, t1, states, action, increment, normals)
+
+    def _step(
+        self,
+        sde: ControlledSDE,
+        t0: Tensor,
+        t1: Tensor,
+        states: Tensor,
+        action: Tensor,
+        increment: Tensor,
+        normals: Iterator[Tensor] | None,
+    ) -> Tensor:
         self._check_noise(sde)
         begin, end = t0.double(), t1.double()
         flat, columns = states.reshape(len(states), -1), _columns_of(sde, increment)
+        own = None if normals is None else (_columns_of(sde, each) for each in normals)
 
         def advance(x: Tensor, a: Tensor) -> Tensor:
             equation = _Equation(sde, states.shape, a)
             if self.adaptive:
                 return self._adaptively(equation, begin, end, x, columns)
-            for left, right, path in self._pieces(begin, end, columns):
+            for left, right, path in self._pieces(begin, end, columns, own):
                 x = self._once(equation, left, right, x, path)
             return x
 
@@ -181,28 +229,32 @@ class TorchSDE:
             )
 
     def _pieces(
-        self, begin: Tensor, end: Tensor, increment: Tensor
+        self, begin: Tensor, end: Tensor, increment: Tensor, normals: Iterator[Tensor] | None
     ) -> Iterator[tuple[Tensor, Tensor, Any]]:
-        """Steps of equal length, each with its piece of the Brownian path."""
+        """Steps of equal length, each with its piece of the Brownian path.
+
+        The path's interior is made of ``normals``; without them of a stream that the increments
+        name.
+        """
         area, length = _METHODS[self.method][1], float(end - begin)
         count = 1 if self.dt is None else max(1, math.ceil(length / self.dt - 1e-9))
         if count == 1 and area == "none":
             yield begin, end, _Piece(increment)
             return
         interior = stream(_name_of(begin, end, increment), "interior of a step")
+        if normals is None:
+            normals = _drawn(interior, increment)
         nodes, parts = [begin, end], [increment]
         if count > 1:
             even = torch.linspace(float(begin), float(end), count + 1, dtype=torch.float64)
-            drawn = increment[:, None].cpu()  # where the stream is
-            fine = refine(drawn, even[[0, -1]], even, generator=interior)
-            nodes, parts = list(even), list(fine.to(increment.device).unbind(1))
+            fine = refine(increment[:, None], even[[0, -1]], even, normals=normals)
+            nodes, parts = list(even), list(fine.unbind(1))
         for left, right, part in zip(nodes, nodes[1:], parts, strict=False):
             h = float(right - left)
             if area == "none":
                 yield left, right, _Piece(part)
             elif area == "space-time":  # int (W - W(left)) dt given the increment ([FLO20])
-                normal = torch.empty(part.shape, dtype=part.dtype).normal_(generator=interior)
-                integral = normal.mul_(h * math.sqrt(h / 12)).to(part).add_(part, alpha=0.5 * h)
+                integral = 0.5 * h * part + h * math.sqrt(h / 12) * next(normals)
                 yield left, right, _Piece(part, integral)
             else:
                 entropy = int(torch.randint(2**62, (), generator=interior))
@@ -346,6 +398,13 @@ def _tree(begin: Tensor, end: Tensor, increment: Tensor, area: str, entropy: int
         t0=begin, t1=end, size=tuple(increment.shape), dtype=increment.dtype,
         device=increment.device, levy_area_approximation=area, W=increment, entropy=entropy,
     )  # fmt: skip
+
+
+def _drawn(generator: torch.Generator, like: Tensor) -> Iterator[Tensor]:
+    """Standard normals, one tensor after the other, drawn where the generator is."""
+    while True:
+        drawn = torch.empty(like.shape, dtype=like.dtype, device=generator.device)
+        yield drawn.normal_(generator=generator).to(like.device)
 
 
 def _columns_of(sde: ControlledSDE, increment: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Functions that users bring: how they are called, and what they must return and leave alone."""
 
+import inspect
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -37,6 +38,19 @@ def call(name: str, function: Callable[..., Result], *inputs: Tensor) -> Result:
             "that are not in place (torch.nn.ReLU() instead of ReLU(inplace=True))"
         )
     return result
+
+
+def takes(function: Callable[..., object], count: int) -> bool:
+    """Whether the function can be called with so many arguments; True where it does not tell."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a built-in
+        return True
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
 
 
 def one_a_path(name: str, value: Tensor, paths: int) -> Float[Tensor, " paths"]:

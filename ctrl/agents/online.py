@@ -8,10 +8,11 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from ctrl.paths import Paths, TimeGrid
-from ctrl.policy import Policy
+from ctrl.policy import Policy, mean_action
 from ctrl.problem import ControlProblem
 from ctrl.simulate import simulate
 from ctrl.solvers import Solver
+from ctrl.time_homogeneity import require_time_homogeneous
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,8 @@ def one_step_paths(
     between.
 
     Raises:
-        ValueError: the problem has an end or a discount, or there is not at least one step.
+        ValueError: the problem has an end or a discount, its coefficients or the policy change with
+            time, or there is not at least one step.
     """
     if problem.horizon < float("inf") or problem.discount:
         raise ValueError(
@@ -53,6 +55,9 @@ def one_step_paths(
         )
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    with torch.no_grad():
+        actions = mean_action(policy, start.new_tensor(0.0), start)
+    require_time_homogeneous(problem, start, actions, policy)
     grid = TimeGrid(torch.tensor([0.0, step_size], dtype=torch.float64))
     states = start
     for _ in range(steps):

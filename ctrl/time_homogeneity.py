@@ -1,0 +1,58 @@
+"""Problems without a clock: what is endless or stationary must be the same at all times."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ctrl.policy import Policy, mean_action
+from ctrl.problem import ControlProblem
+
+# no two with a common measure, so that a period shows whatever it is
+_TIMES = (0.0437, 0.1618, 0.3141, 0.5772, 1.0, 1.4142, 2.7183, 7.3891, 23.141, 161.8)
+
+
+def require_time_homogeneous(
+    problem: ControlProblem,
+    states: Float[Tensor, " paths *event"],
+    actions: Float[Tensor, " paths *action"],
+    policy: Policy | None = None,
+) -> None:
+    """Refuse coefficients, or a policy, that change with time.
+
+    They are compared at t = 0 and ten later times, to the last digit, at these states and actions.
+
+    Args:
+        problem: whose drift, diffusion and running reward are looked at.
+        states: x.
+        actions: one for each state.
+        policy: whose actions must be the same at all times too, if given.
+
+    Raises:
+        ValueError: something differs.
+    """
+
+    def at(time: float) -> dict[str, Tensor]:
+        t = states.new_tensor(time)
+        sigma = problem.sde.diffusion_at(t, states, actions)
+        found = {
+            "drift": problem.sde.drift_at(t, states, actions),
+            "diffusion": torch.as_tensor(sigma, dtype=states.dtype),
+        }
+        if problem.running_reward is not None:
+            found["running_reward"] = problem.running_reward(t, states, actions)
+        if policy is not None:
+            mean = mean_action(policy, t, states)
+            noise = torch.ones_like(mean) if policy.is_random else None
+            found["policy"] = policy.act(mean, t, noise)
+        return found
+
+    with torch.no_grad():
+        first = at(0.0)
+        for time in _TIMES:
+            for name, now in at(time).items():
+                if not torch.equal(now, first[name]):
+                    raise ValueError(
+                        f"{name} must be the same at all times where there is no horizon, but it "
+                        f"differs between t = 0 and t = {time:g}; make time a coordinate of the "
+                        "state, or the horizon finite"
+                    )
