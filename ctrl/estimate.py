@@ -95,7 +95,8 @@ def require_probabilities(name: str, weights: Float[Tensor, " n"]) -> None:
     Raises:
         ValueError: they are negative, not finite, or do not sum to 1.
     """
-    total, least = weights.detach().double().sum().item(), weights.detach().min().item()
+    weights = weights.detach().double()
+    total, least = weights.sum().item(), min(weights.tolist(), default=math.nan)
     if not least >= 0 or not abs(total - 1) <= 1e-5:  # float32 weights miss 1 by round-off
         raise ValueError(
             f"{name} must be non-negative and sum to 1, they sum to {total:g} and the least is "

@@ -196,7 +196,7 @@ def kept_actions(paths: Paths) -> Float[Tensor, "paths steps *action"]:
 def over_steps(
     function: Callable[..., Tensor],
     paths: Paths,
-    *more: Float[Tensor, "paths steps *one"],
+    *more: Float[Tensor, "paths steps ..."],
     copies: int = 1,
 ) -> Float[Tensor, "paths steps *result"]:
     """function(t, x, ...) at the left end of every step.
@@ -332,6 +332,21 @@ def ends_at_horizon(problem: ControlProblem, grid: TimeGrid) -> bool:
     return math.isfinite(problem.horizon) and gap <= 1e-6 * problem.horizon  # float32 grids
 
 
+def require_whole(problem: ControlProblem, grid: TimeGrid) -> None:
+    """Refuse paths that end before the horizon, where a sum to the horizon is asked for.
+
+    Raises:
+        ValueError: the last node is not the horizon (an infinite one has no end).
+    """
+    if not ends_at_horizon(problem, grid):
+        raise ValueError(
+            f"grid must end at the horizon {problem.horizon:g}, or what comes after its end is "
+            f"left out, got {float(grid.nodes[-1]):g}; where the horizon is infinite or the paths "
+            "are cut short, use what puts a value function at their end: martingale.ctd0 or "
+            "ctd_lambda, q_learning.orthogonality_loss, temporal_difference_gradient"
+        )
+
+
 def returns_to_go(
     problem: ControlProblem, paths: Paths, policy: Policy | None = None
 ) -> Float[Tensor, "paths nodes"]:
@@ -346,13 +361,7 @@ def returns_to_go(
         ValueError: the grid does not end at the horizon (an infinite one has no end); a reward is
             not one finite number for each path; or the policy is missing.
     """
-    if not ends_at_horizon(problem, paths.grid):
-        raise ValueError(
-            f"grid must end at the horizon {problem.horizon:g}, or what comes after its end is "
-            f"missing from the return, got {float(paths.grid.nodes[-1]):g}; where the horizon is "
-            "infinite or the paths are cut short, use what adds a value function at their end: "
-            "martingale.ctd0 or ctd_lambda, temporal_difference_gradient"
-        )
+    require_whole(problem, paths.grid)
     rewards = regularised_rewards(problem, paths, policy)
     terminal = terminal_rewards(problem, paths.states[:, -1])
     keep = torch.exp(-problem.discount * paths.grid.steps.to(rewards))

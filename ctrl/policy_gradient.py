@@ -41,6 +41,7 @@ from ctrl.paths import (
     regularised_rewards,
     require_dynamics,
     require_memoryless,
+    require_whole,
     returns_to_go,
 )
 from ctrl.policy import Policy, RandomPolicy, mean_action
@@ -48,8 +49,8 @@ from ctrl.problem import ControlProblem
 from ctrl.q_learning import q_rate, q_rates
 from ctrl.solvers import Solver, require_transition
 from ctrl.trust_region import clipped_surrogate, penalised_surrogate
-from ctrl.user_functions import one_a_path
-from ctrl.value import Value, discount_factors, own_memory, transport, values
+from ctrl.user_functions import one_a_path, own_memory
+from ctrl.value import Value, discount_factors, transport, values
 
 __all__ = [
     "Decisions",
@@ -341,7 +342,8 @@ def performance_difference(
 ) -> Float[Tensor, " paths"]:
     """V^{new}(0, x) - V(0, x) = E^{new} int e^{-discount t} (q - temperature log pi_new) dt.
 
-    ([SaA] Lemma 4.2, [ZTY] Theorem 2.) One value a path.
+    ([SaA] Lemma 4.2, [ZTY] Theorem 2.) One value a path. Of an endless problem it is the part up to
+    the paths' end; the rest is E e^{-discount t} (V^{new} - V) there.
 
     Args:
         problem: which pays.
@@ -351,8 +353,11 @@ def performance_difference(
         probes: for ``q_rates`` of many dimensions.
 
     Raises:
-        ValueError: a black box moved the paths, or the policy has a memory.
+        ValueError: the grid ends before a finite horizon, a black box moved the paths, or the
+            policy has a memory.
     """
+    if math.isfinite(problem.horizon):
+        require_whole(problem, new_paths.grid)
     rates = _regularised_q(problem, value, new_policy, new_paths, probes)
     return (discount_factors(problem, new_paths) * rates * new_paths.grid.steps.to(rates)).sum(1)
 
@@ -379,8 +384,11 @@ def surrogate(
         probes: for ``q_rates`` of many dimensions.
 
     Raises:
-        ValueError: a black box moved the paths, or a policy has a memory.
+        ValueError: the grid ends before a finite horizon, a black box moved the paths, or a policy
+            has a memory.
     """
+    if math.isfinite(problem.horizon):
+        require_whole(problem, paths.grid)
     for each in (policy, new_policy):
         require_memoryless(each, paths)
     actions = kept_actions(paths)

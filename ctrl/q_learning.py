@@ -25,7 +25,14 @@ from torch import Tensor
 
 from ctrl.exploration import drawn_actions
 from ctrl.martingale import TestFunctions, moments
-from ctrl.paths import Paths, kept_actions, over_steps, require_dynamics, running_rewards
+from ctrl.paths import (
+    Paths,
+    kept_actions,
+    over_steps,
+    require_dynamics,
+    require_whole,
+    running_rewards,
+)
 from ctrl.policy import MultivariateGaussianPolicy, RandomPolicy
 from ctrl.problem import ControlProblem
 from ctrl.user_functions import all_finite, call, one_a_path
@@ -256,10 +263,11 @@ def martingale_loss(
         paths: of q's own policy, with their actions, to the horizon.
 
     Raises:
-        ValueError: the horizon is infinite, or a number is not finite.
+        ValueError: the horizon is infinite, the grid ends before it, or a number is not finite.
     """
     if problem.horizon == float("inf"):
         raise ValueError("problem.horizon must be finite; use orthogonality_loss")
+    require_whole(problem, paths.grid)
     dm = increments(value, q, problem, paths)
     discounts = discount_factors(problem, paths)
     ahead = (discounts * dm).flip(1).cumsum(1).flip(1)  # e^{-discount t_k} (G_k - V_k)

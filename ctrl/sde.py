@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.user_functions import call, takes
+from ctrl.user_functions import call, own_memory, takes
 
 Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(time [], states [paths, *event], actions [paths, *action]) -> [paths, *event], state/time."""
@@ -187,12 +187,12 @@ class ControlledSDE:
         def diffusion(x: Tensor) -> Tensor:
             return torch.as_tensor(self._raw_diffusion(t, x, actions))
 
-        states = states.contiguous()  # forward mode cannot differentiate at an expanded tensor
+        states = own_memory(states)
         if self.noise == "diagonal":
             return sigma * self._own_derivative(diffusion, states)
 
         def along(direction: Tensor) -> Tensor:
-            return cast(Tensor, torch.func.jvp(diffusion, (states,), (direction.contiguous(),))[1])
+            return cast(Tensor, torch.func.jvp(diffusion, (states,), (own_memory(direction),))[1])
 
         if self.noise == "scalar":
             return along(sigma)

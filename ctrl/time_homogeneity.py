@@ -50,7 +50,7 @@ def require_time_homogeneous(
         first = at(0.0)
         for time in _TIMES:
             for name, now in at(time).items():
-                if not torch.equal(now, first[name]):
+                if not torch.allclose(now, first[name], rtol=0, atol=0, equal_nan=True):
                     raise ValueError(
                         f"{name} must be the same at all times where there is no horizon, but it "
                         f"differs between t = 0 and t = {time:g}; make time a coordinate of the "

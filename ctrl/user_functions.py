@@ -40,6 +40,14 @@ def call(name: str, function: Callable[..., Result], *inputs: Tensor) -> Result:
     return result
 
 
+def own_memory(x: Tensor) -> Tensor:
+    """A contiguous copy. At a view, forward mode allocates tangents for all that it is a view of.
+
+    And it cannot differentiate at an expanded tensor.
+    """
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def takes(function: Callable[..., object], count: int) -> bool:
     """Whether the function can be called with so many arguments; True where it does not tell."""
     try:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ctrl.paths import Paths, ends_at_horizon, over_nodes, terminal_rewards
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
-from ctrl.user_functions import all_finite, one_a_path
+from ctrl.user_functions import all_finite, one_a_path, own_memory
 
 Value = Callable[[Tensor, Tensor], Tensor]
 """(time [], states [paths, *event]) -> [paths], reward; a network, or an exact answer."""
@@ -124,6 +124,12 @@ def generator(
     if probes is None:
         directions, share = _columns(sde, t, states, actions), 1.0
     else:
+        noise = sde.noise_shape(tuple(states.shape[1:]))
+        if probes.ndim < 2 or len(probes) != len(states) or tuple(probes.shape[2:]) != noise:
+            raise ValueError(
+                f"probes must be [{len(states)}, probes, *{list(noise)}], one Brownian increment "
+                f"for each path and probe, got {list(probes.shape)}"
+            )
         directions, share = _probed(sde, t, states, actions, probes), 1 / probes.shape[1]
     trace = moved.new_zeros(len(states))
     for some in directions:
@@ -149,14 +155,6 @@ def transport(
     """
     drift = own_memory(sde.drift_at(t, states, actions))
     return torch.func.jvp(value, (t, own_memory(states)), (torch.ones_like(t), drift))[1]
-
-
-def own_memory(x: Tensor) -> Tensor:
-    """A contiguous copy. At a view, forward mode allocates tangents for all that it is a view of.
-
-    And it cannot differentiate at an expanded tensor.
-    """
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 _CHUNK = 2**25  # bytes of directions at a time
@@ -185,12 +183,6 @@ def _probed(
     sde: ControlledSDE, t: Tensor, states: Tensor, actions: Tensor, probes: Tensor
 ) -> Iterator[Float[Tensor, " probes paths *event"]]:
     """sigma z of every probe z, some at a time."""
-    noise = sde.noise_shape(tuple(states.shape[1:]))
-    if probes.ndim < 2 or probes.shape[0] != len(states) or tuple(probes.shape[2:]) != noise:
-        raise ValueError(
-            f"probes must be [{len(states)}, probes, *{list(noise)}], one Brownian increment for "
-            f"each path and probe, got {list(probes.shape)}"
-        )
     for some in _some_at_a_time(probes.shape[1], states):
         each = probes[:, some].to(states).unbind(1)
         yield torch.stack([sde.spread(t, states, z, actions) for z in each])

@@ -220,6 +220,86 @@ def test_online_agents_are_for_ergodic_problems():
         next(agents.policy_iteration(policy, lambda p: value, lambda v: policy, 0))
 
 
+def online(method, problem, policy, **settings):
+    """Three steps of an online agent: its steps, and what it learns."""
+    slope = torch.nn.Parameter(torch.tensor(-0.4, dtype=torch.float64))
+    value = lambda t, x: slope * x[:, 0].square()
+    start = torch.tensor([[0.5], [-0.8]], dtype=torch.float64)
+    common = {"generator": torch.Generator().manual_seed(5), **settings}
+    sizes = {"start": start, "step_size": 0.2, "steps": 3}
+    critic = torch.optim.SGD([slope], lr=0.1)
+    if method == "actor-critic":
+        actor = torch.optim.SGD(policy[1], lr=0.1)
+        return agents.online_actor_critic(
+            problem, policy[0], value, actor=actor, critic=critic, **sizes, **common
+        )
+    q = ql.GibbsQ(policy[0], 0.1)
+    both = torch.optim.SGD([slope, *policy[1]], lr=0.1)
+    return agents.online_q_learning(
+        problem, policy[0], value, q, optimiser=both, **sizes, **common
+    )
+
+
+def endless(wave=lambda t: 0.0):
+    sde = ctrl.ControlledSDE(lambda t, x, a: (1 + wave(t)) * (a - x), lambda t, x: 0.5)
+    return ctrl.ControlProblem(
+        sde, math.inf, lambda t, x, a: 0.7 - x.square().sum(1), temperature=0.1
+    )
+
+
+def learner(wave=lambda t: 0.0):
+    gain = torch.nn.Parameter(torch.tensor(-0.6, dtype=torch.float64))
+    return ctrl.GaussianPolicy(lambda t, x: (1 + wave(t)) * gain * x, 0.5), [gain]
+
+
+@pytest.mark.parametrize("method", ["actor-critic", "q-learning"])
+def test_the_average_reward_learns_at_its_rate_times_the_schedule(method):
+    """The first update is what follows from the first step alone; so is every later one's sign."""
+    schedule = lambda time: 1 / (2 + 10 * time)
+    moves = {}
+    for rate in (0.0, 0.3):
+        steps = online(
+            method, endless(), learner(), average_rate=rate, schedule=schedule, average_reward=0.2
+        )
+        moves[rate] = [step.average_reward for step in steps]
+    assert moves[0.0] == [0.2] * 3
+    # without a schedule the first move is twice as large, and the second would be no third of it
+    plain = [
+        step.average_reward - 0.2
+        for step in online(method, endless(), learner(), average_rate=0.3, average_reward=0.2)
+    ]
+    assert moves[0.3][0] - 0.2 == pytest.approx(plain[0] * schedule(0.0), rel=1e-12)
+    policy = learner()
+    run = online(
+        method, endless(), policy, average_rate=0.3, schedule=schedule, average_reward=0.2
+    )
+    before, slope = 0.2, -0.4
+    for k, step in enumerate(run):
+        paths = step.paths
+        x, after = paths.states[:, 0, 0], paths.states[:, 1, 0]
+        reward = 0.7 - x.square()
+        if k == 0:  # with the parameters that are known: those before any update
+            log_prob = ctrl.GaussianPolicy(lambda t, x: -0.6 * x, 0.5).log_prob(
+                torch.tensor(0.0), paths.states[:, 0], paths.actions[:, 0]
+            )
+            dm = slope * (after.square() - x.square()) + 0.2 * (reward - 0.1 * log_prob - before)
+            expected = before + 0.3 * schedule(0.0) * float(dm.mean())
+            assert step.average_reward == pytest.approx(expected, rel=1e-12)
+    assert step.average_reward != before
+
+
+@pytest.mark.parametrize("method", ["actor-critic", "q-learning"])
+@pytest.mark.parametrize("place", ["drift", "policy"])
+@pytest.mark.parametrize("period", [1.0, 0.2])
+def test_online_agents_refuse_what_changes_in_time(method, place, period):
+    """0.2 is the agent's step: at the ends of its steps nothing would be seen."""
+    wave = lambda t: 0.3 * torch.sin(2 * math.pi * t / period)
+    problem = endless(wave) if place == "drift" else endless()
+    policy = learner(wave) if place == "policy" else learner()
+    with pytest.raises(ValueError, match=f"{place} must be the same at all times"):
+        next(iter(online(method, problem, policy)))
+
+
 @pytest.mark.parametrize("method", ["actor-critic", "q-learning"])
 def test_online_agents_approach_the_ergodic_optimum(method):
     """A short run of benchmarks/ergodic_lq.py, whose long ones docs/ergodic_lq.md reports."""

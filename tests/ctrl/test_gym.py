@@ -122,6 +122,28 @@ def test_paths_of_an_environment_carry_its_rewards():
     torch.testing.assert_close(dm, by_hand)
 
 
+def test_every_episode_has_a_start_of_its_own():
+    """Random starts: one seed for all of them would make one path many times."""
+    problem = ctrl.ControlProblem(
+        ctrl.ControlledSDE(lambda t, x, a: -x, lambda t, x: 0.4), 1.0
+    )
+    draw = lambda random: random.standard_normal(2)
+    made = ControlEnv(problem, ctrl.uniform_grid(1.0, 3), draw, 2, observe_time=False)
+    policy = ctrl.DeterministicPolicy(lambda t, x: 0 * x)
+
+    def run(seed, paths):
+        return sample(
+            made, policy, ctrl.uniform_grid(1.0, 3), paths, seed=seed, generator=torch.Generator()
+        )
+
+    found = run(5, 20)
+    assert len(found.states[:, 0].unique(dim=0)) == 20
+    assert len(found.states[:, 1].unique(dim=0)) == 20
+    assert torch.equal(run(5, 20).states, found.states)
+    assert torch.equal(run(6, 19).states, found.states[1:])
+    assert found.black_box
+
+
 def test_another_librarys_environment_is_a_black_box_to_learn_from():
     pendulum = gymnasium.make("Pendulum-v1")
     grid = ctrl.uniform_grid(1.0, 20)  # 0.05 a step

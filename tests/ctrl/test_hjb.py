@@ -289,6 +289,32 @@ def test_a_plane_wave_under_correlated_noise_is_the_symbol_of_the_stencil(share)
     torch.testing.assert_close(found.value.table.reshape(-1), exact, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("share", [0.9, -0.9])
+def test_a_plane_wave_is_the_symbol_of_central_differences_for_any_correlation(share):
+    """The covariance is far from dominant in its diagonal: monotone differences refuse it."""
+    axes = (Axis(0.0, 2 * math.pi, 16, "periodic"), Axis(0.0, 2 * math.pi, 26, "periodic"))
+    G = torch.tensor([[0.9, 0.0], [0.3 * share, 0.06]], dtype=torch.float64)
+    k, discount = (2, 3), 0.6
+    problem = ControlProblem(
+        ControlledSDE(
+            lambda t, x, a: 0 * x, lambda t, x: G.expand(len(x), 2, 2), "general", noise_dim=2
+        ),
+        math.inf,
+        lambda t, x, a: (k[0] * x[:, 0] + k[1] * x[:, 1]).cos(),
+        discount=discount,
+    )
+    with pytest.raises(ValueError, match="differences='central'"):
+        hjb.solve_discounted(problem, axes, IDLE)
+    h, c = [axis.spacing for axis in axes], (G @ G.T).tolist()
+    angle = [k[0] * h[0], k[1] * h[1]]
+    rate = discount + c[0][1] * math.sin(angle[0]) * math.sin(angle[1]) / (h[0] * h[1])
+    rate += sum(c[i][i] * (1 - math.cos(angle[i])) / h[i] ** 2 for i in range(2))
+    x = torch.cartesian_prod(*(axis.points() for axis in axes))
+    exact = (k[0] * x[:, 0] + k[1] * x[:, 1]).cos() / rate
+    found = hjb.solve_discounted(problem, axes, IDLE, differences="central")
+    torch.testing.assert_close(found.value.table.reshape(-1), exact, rtol=0, atol=1e-12)
+
+
 def test_transport_without_noise_is_upwind():
     # delta v = v_x + cos(x) to the right, differences towards where the state goes
     problem = ControlProblem(
@@ -497,6 +523,54 @@ def test_a_policy_whose_spread_depends_on_the_state_is_refused():
     found = hjb.solve_discounted(problem, CIRCLE, trapezoid(-4.0, 4.0, 41))
     with pytest.raises(ValueError, match="depends on the state"):
         found.policy()
+
+
+@pytest.mark.parametrize(("variation", "refused"), [(0.1, True), (0.03, False)])
+def test_a_spread_that_varies_by_more_than_five_percent_is_refused(variation, refused):
+    """std^2 = temperature / (2 cost) where q is -cost(x) a^2 + linear: cost 1 + 2 v cos x."""
+    problem = ControlProblem(
+        ControlledSDE(lambda t, x, a: a, lambda t, x: 1.0),
+        math.inf,
+        lambda t, x, a: -(1 + 2 * variation * x[:, 0].cos()) * a[:, 0].square(),
+        discount=1.0,
+        temperature=0.5,
+    )
+    found = hjb.solve_discounted(problem, CIRCLE, trapezoid(-4.0, 4.0, 81))
+    std = found.action_std.table
+    assert (std / std.mean() - 1).abs().max() == pytest.approx(variation, rel=0.3)
+    if refused:
+        with pytest.raises(ValueError, match="depends on the state"):
+            found.policy()
+    else:
+        assert isinstance(found.policy(), GaussianPolicy)
+
+
+def periodic(period, place, phase=0.4):
+    """An endless problem with one coefficient of this period in time."""
+    wave = lambda t: 0.3 * torch.cos(2 * math.pi * t / period + phase)
+    of = lambda name, t: 1 + wave(t) * (name == place)
+    return ControlProblem(
+        ControlledSDE(
+            lambda t, x, a: of("drift", t) * (a - x),
+            lambda t, x: of("diffusion", t) * torch.ones_like(x),
+        ),
+        math.inf,
+        lambda t, x, a: -of("running_reward", t) * a.square().sum(1),
+        discount=0.5,
+    )
+
+
+@pytest.mark.parametrize("period", [1.0, 0.5, 0.1, math.pi, 10.0])
+@pytest.mark.parametrize("place", ["drift", "diffusion", "running_reward", "policy"])
+def test_coefficients_that_change_in_time_are_refused_whatever_their_period(place, period):
+    problem, axes = periodic(period, place), (Axis(-3.0, 3.0, 11),)
+    wave = (lambda t: torch.cos(2 * math.pi * t / period)) if place == "policy" else (lambda t: 1)
+    policy = DeterministicPolicy(lambda t, x: -0.3 * wave(t) * x)
+    with pytest.raises(ValueError, match=f"{place} must be the same at all times"):
+        hjb.evaluate_discounted(problem, policy, axes)
+    if place != "policy":
+        with pytest.raises(ValueError, match=f"{place} must be the same at all times"):
+            hjb.solve_discounted(problem, axes, trapezoid(-2.0, 2.0, 5))
 
 
 def test_end_mass_says_that_the_action_grid_cuts_the_policy_off():

@@ -175,6 +175,89 @@ def test_paths_do_not_depend_on_how_they_are_batched(split, dtype):
         assert torch.equal(together, getattr(whole, name)), name
 
 
+INSIDE = [
+    {"method": "srk"},
+    {"method": "srk", "dt": 0.05},
+    {"method": "milstein", "dt": 0.05},
+    {"method": "midpoint", "dt": 0.05},
+]
+
+
+def inside(paths, first, settings, noise="diagonal", graph=False):
+    sde = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.5 + 0.1 * x, noise)
+    if settings["method"] == "midpoint":
+        sde = sde.to_stratonovich()
+    policy = ctrl.GaussianPolicy(lambda t, x: 0.1 * x, 0.3)
+    arguments = (
+        ctrl.ControlProblem(sde, 10.0), policy, torch.zeros(paths, 3, dtype=torch.float64),
+        ctrl.uniform_grid(0.9, 9), ctrl.TorchSDE(**settings),
+    )  # fmt: skip
+    streams = ctrl.noise.PathStreams(7, ("test", 3), first)
+    found = ctrl.simulate(*arguments, generator=streams, differentiable=graph)
+    assert torch.equal(found.states[:, -1], ctrl.simulate_end(*arguments, generator=streams))
+    return found
+
+
+@pytest.mark.parametrize("settings", INSIDE, ids=str)
+@pytest.mark.parametrize("noise", ["diagonal", "scalar"])
+def test_what_a_step_needs_beside_its_increment_belongs_to_the_path_too(settings, noise):
+    whole = inside(300, 0, settings, noise, graph=True)
+    for begin, end in ((0, 1), (1, 100), (250, 300)):
+        part = inside(end - begin, begin, settings, noise)
+        # the same numbers; a batch of another size may be summed in another order
+        torch.testing.assert_close(part.states, whole.states[begin:end], rtol=1e-12, atol=1e-13)
+        assert torch.equal(part.increments, whole.increments[begin:end])
+
+
+def test_the_interior_of_a_step_is_independent_of_its_increment_and_of_other_steps():
+    seen = []
+
+    class Recorded:
+        def step(self, sde, t0, t1, states, action, increment):
+            return ctrl.EulerMaruyama().step(sde, t0, t1, states, action, increment)
+
+        def step_inside(self, sde, t0, t1, states, action, increment, normals):
+            h = float(t1 - t0)
+            seen.append((increment / h**0.5, next(normals).clone(), next(normals).clone()))
+            return self.step(sde, t0, t1, states, action, increment)
+
+    problem = ctrl.ControlProblem(ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 0.5), 1.0)
+    streams = ctrl.noise.PathStreams(7, ("inside",))
+    policy, start = ctrl.GaussianPolicy(lambda t, x: x, 1.0), torch.zeros(2000, 2).double()
+    grid = ctrl.uniform_grid(1.0, 9)
+    paths = ctrl.simulate(problem, policy, start, grid, Recorded(), generator=streams)
+    increments, first, second = (torch.stack(each, 1) for each in zip(*seen, strict=True))
+    actions = paths.actions - paths.states[:, :-1]
+    n = first.numel()
+    for one in (increments, second, actions, first.roll(1, 1), first.roll(1, 2)):
+        assert abs(float((first * one).mean())) < 6 / n**0.5
+    assert abs(float(first.var()) - 1) < 6 * (2 / n) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "settings", [{"method": "log_ode"}, {"method": "srk", "adaptive": True}], ids=str
+)
+def test_solvers_that_treat_a_batch_as_one_refuse_streams_of_paths(settings):
+    sde = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.5 + 0.1 * x)
+    sde = sde.to_stratonovich() if settings["method"] == "log_ode" else sde
+    policy = ctrl.DeterministicPolicy(lambda t, x: x)
+    with pytest.raises(ValueError, match="depend on its batch"):
+        ctrl.simulate(
+            ctrl.ControlProblem(sde, 1.0), policy, torch.zeros(3, 1), ctrl.uniform_grid(1.0, 3),
+            ctrl.TorchSDE(**settings), generator=ctrl.noise.PathStreams(0, ("a",)),
+        )  # fmt: skip
+
+
+def test_the_two_precisions_have_streams_of_their_own():
+    """And not the same numbers rounded: a check of float32 by float64 would share its noise."""
+    streams = ctrl.noise.PathStreams(7, ("test", 3))
+    single, double = (
+        next(streams.rows("increments", 500, torch.empty(1, 3, dtype=dtype))).double().clone()
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert abs(float((single * double).mean())) < 6 / 1500**0.5
+
+
 def test_paths_do_not_depend_on_the_process():
     code = (
         "import torch, ctrl; s = ctrl.noise.PathStreams(7, ('test', 3), 250);"
@@ -336,6 +419,17 @@ def test_nodes_that_do_not_fit_are_refused():
         ctrl.noise.coarsen(fine[:, :3], FINE, COARSE)
     with pytest.raises(ValueError, match="increasing"):
         ctrl.noise.refine(torch.zeros(2, 2).double(), COARSE, FINE.flip(0), generator=g)
+
+
+def test_refining_takes_one_source_of_normals():
+    coarse, fine = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.4, 1.0])
+    increments = torch.ones(3, 1, 2)
+    both = {"generator": torch.Generator(), "normals": iter([torch.ones(3, 2)])}
+    for given in (both, {}):
+        with pytest.raises(ValueError, match="exactly one of generator and normals"):
+            ctrl.noise.refine(increments, coarse, fine, **given)
+    found = ctrl.noise.refine(increments, coarse, fine, normals=both["normals"])
+    torch.testing.assert_close(found[:, 0], torch.full((3, 2), 0.4 + (0.4 * 0.6) ** 0.5))
 
 
 def test_antithetic_quadrature_keeps_its_expectation():

@@ -186,7 +186,7 @@ class WithIntegral(ctrl.TorchSDE):
 
     integral: Any = None
 
-    def _pieces(self, begin, end, increment):
+    def _pieces(self, begin, end, increment, normals):
         yield begin, end, _Piece(increment, self.integral)
 
 

@@ -165,3 +165,108 @@ def test_the_generator_knows_the_time_of_drift_and_diffusion(noise):
     torch.testing.assert_close(
         generator(moving, value, T, x, a), generator(frozen, value, T, x, a), **ROUND_OFF
     )
+
+
+ENTRIES = torch.tensor([[0.3, -0.2, 0.5], [0.1, 0.7, -0.4]], dtype=torch.float64)
+NOISES = {
+    "number": (lambda t, x: 0.6, "diagonal", None),
+    "diagonal": (lambda t, x: 0.3 + 0.1 * x.square(), "diagonal", None),
+    "scalar": (lambda t, x: 0.3 + 0.1 * x, "scalar", None),
+    "general": (lambda t, x: ENTRIES.expand(len(x), 2, 3), "general", 3),
+}
+
+
+@pytest.mark.parametrize("kind", NOISES)
+def test_the_mean_over_all_signs_is_the_trace_and_its_variance_as_stated(kind):
+    """Every vector of signs, one a probe: expectation and variance are exact, nothing is random."""
+    x, a = points(2)
+    sde = ctrl.ControlledSDE(lambda t, x, a: a - x, *NOISES[kind])
+    columns = sde.columns(T, x, a)
+    motions = columns.shape[2]
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * motions)
+    shape = (len(x), len(signs), *sde.noise_shape((2,)))
+    probes = signs.view(-1, motions).expand(len(x), -1, -1).reshape(shape)
+    exact = generator(sde, value, T, x, a)
+    torch.testing.assert_close(generator(sde, value, T, x, a, probes), exact, **ROUND_OFF)
+    each = torch.stack([generator(sde, value, T, x, a, one) for one in probes.split(1, 1)])
+    M = columns.mT @ curvature(x) @ columns
+    off_diagonal = M - torch.diag_embed(M.diagonal(dim1=1, dim2=2))
+    torch.testing.assert_close(
+        (each - exact).square().mean(0), off_diagonal.square().sum((1, 2)) / 2, **ROUND_OFF
+    )
+
+
+@pytest.mark.parametrize("kind", NOISES)
+def test_directions_a_few_at_a_time_give_the_same_generator(kind, monkeypatch):
+    x, a = points(2)
+    sde = ctrl.ControlledSDE(lambda t, x, a: a - x, *NOISES[kind])
+    probes = torch.randn(5, 7, *sde.noise_shape((2,)), dtype=x.dtype)
+    together = [generator(sde, value, T, x, a, each) for each in (None, probes)]
+    for budget in (1, 2 * x.numel() * 8):
+        monkeypatch.setattr(ctrl.value, "_CHUNK", budget)
+        for given, expected in zip((None, probes), together, strict=True):
+            found = generator(sde, value, T, x, a, given)
+            torch.testing.assert_close(found, expected, **ROUND_OFF)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 3, 2), (5, 3, 3), (5,)])
+def test_probes_that_do_not_fit_are_refused(shape, monkeypatch):
+    import jaxtyping
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in production
+    x, a = points(2)
+    sde = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.6)
+    with pytest.raises(ValueError, match="probes must be"):
+        generator(sde, value, T, x, a, torch.ones(shape, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("function", ["generator", "noise_drift", "view B"])
+def test_a_view_of_stored_paths_takes_no_more_memory_than_a_copy(function):
+    """Forward mode would allocate a tangent for all that a view is a view of: here 60 times more."""
+    stored = torch.randn(60, 50, 40, dtype=torch.float64)
+    sde = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.3 + 0.1 * x.square())
+    squares = lambda t, x: x.square().sum(1)
+
+    def largest(x):
+        call = {
+            "generator": lambda: generator(sde, squares, T, x, torch.zeros_like(x)),
+            "noise_drift": lambda: replace(sde, noise="scalar").noise_drift(T, x),
+            "view B": lambda: ctrl.policy_gradient._directional(squares, T, x, torch.ones_like(x)),
+        }[function]
+        call()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            call()
+        return max(event.self_cpu_memory_usage for event in profile.events())
+
+    assert largest(stored[7]) <= 1.1 * largest(stored[7].clone())
+
+
+def test_q_rates_by_probes_are_unbiased_along_paths(generator):
+    sde = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.4 + 0.1 * x.sin())
+    problem = ctrl.ControlProblem(sde, 1.0, lambda t, x, a: -a.square().sum(1))
+    policy = ctrl.GaussianPolicy(lambda t, x: -0.3 * x, 0.5)
+    start = torch.linspace(-1, 1, 12, dtype=torch.float64).view(6, 2)
+    paths = ctrl.simulate(problem, policy, start, ctrl.uniform_grid(1.0, 5), generator=generator)
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 2)
+    probes = signs.expand(6, 5, 4, 2)
+    rates, view = ctrl.q_learning.q_rates, ctrl.policy_gradient.DrawnActions
+    torch.testing.assert_close(
+        rates(problem, value, paths, probes), rates(problem, value, paths), **ROUND_OFF
+    )
+    estimators = (
+        lambda probes: ctrl.policy_gradient.performance_difference(
+            problem, value, policy, paths, probes
+        ),
+        lambda probes: ctrl.policy_gradient.surrogate(
+            problem, value, policy, ctrl.GaussianPolicy(lambda t, x: 0 * x, 0.6), paths, probes
+        ),
+        lambda probes: ctrl.policy_gradient.q_rate_gradient(
+            problem, policy, value, paths, view(probes)
+        ),
+    )
+    for estimator in estimators:
+        torch.testing.assert_close(estimator(probes), estimator(None), **ROUND_OFF)
+    drawn = ctrl.noise.random_signs(6, 5, 3, 2, like=paths.states, generator=generator)
+    assert drawn.dtype == torch.float64
+    assert set(drawn.unique().tolist()) == {-1.0, 1.0}
+    assert not torch.equal(rates(problem, value, paths, drawn), rates(problem, value, paths))
