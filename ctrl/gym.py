@@ -220,7 +220,13 @@ def sample(
     if not bool(torch.isfinite(observed_rewards).all()):
         raise ValueError("rewards of env must be finite")
     return Paths(
-        torch.stack(states), torch.stack(actions), None, grid, None, observed_rewards, black_box=True
+        torch.stack(states),
+        torch.stack(actions),
+        None,
+        grid,
+        None,
+        observed_rewards,
+        black_box=True,
     )
 
 

@@ -80,9 +80,8 @@ def martingale_loss(
         policy: that drew them; needed where the problem rewards its entropy.
 
     Raises:
-        ValueError: the horizon is infinite (use ctd0 or ctd_lambda), or the grid ends before it.
+        ValueError: the grid ends before the horizon, as any does where that is infinite.
     """
-    _require_horizon(problem)
     returns = returns_to_go(problem, paths, policy)
     gap = (returns - values(value, problem, paths))[:, :-1]
     h = paths.grid.steps.to(gap)
@@ -392,11 +391,3 @@ def cgtd_loss(
 
 def _zero(t: Tensor, states: Tensor) -> Tensor:
     return states.new_zeros(len(states))
-
-
-def _require_horizon(problem: ControlProblem) -> None:
-    if math.isinf(problem.horizon):
-        raise ValueError(
-            "problem.horizon must be finite: the martingale loss needs whole returns; use ctd0 or "
-            "ctd_lambda"
-        )

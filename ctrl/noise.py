@@ -276,9 +276,7 @@ def gauss_hermite(
     return Noise(brownian.reshape(len(which), steps, *noise), drawn, weights)
 
 
-def random_signs(
-    *shape: int, like: Tensor, generator: torch.Generator
-) -> Float[Tensor, "*shape"]:
+def random_signs(*shape: int, like: Tensor, generator: torch.Generator) -> Float[Tensor, "*shape"]:
     """Independent signs, 1 or -1 with equal probability: probes of a trace (``value.generator``).
 
     Args:

@@ -263,10 +263,9 @@ def martingale_loss(
         paths: of q's own policy, with their actions, to the horizon.
 
     Raises:
-        ValueError: the horizon is infinite, the grid ends before it, or a number is not finite.
+        ValueError: the grid ends before the horizon, as any does where that is infinite; or a
+            number is not finite.
     """
-    if problem.horizon == float("inf"):
-        raise ValueError("problem.horizon must be finite; use orthogonality_loss")
     require_whole(problem, paths.grid)
     dm = increments(value, q, problem, paths)
     discounts = discount_factors(problem, paths)

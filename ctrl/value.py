@@ -109,8 +109,9 @@ def generator(
     Raises:
         ValueError: V is not one number a path, or the probes do not fit.
     """
-    sde, states = sde.to_ito(), own_memory(states)
-    moved = transport(sde, value, t, states, actions)
+    sde = sde.to_ito()
+    states = own_memory(states)
+    along_drift = transport(sde, value, t, states, actions)
 
     def at(x: Tensor) -> Tensor:
         return value(t, x)
@@ -131,10 +132,10 @@ def generator(
                 f"for each path and probe, got {list(probes.shape)}"
             )
         directions, share = _probed(sde, t, states, actions, probes), 1 / probes.shape[1]
-    trace = moved.new_zeros(len(states))
+    trace = along_drift.new_zeros(len(states))
     for some in directions:
         trace = trace + share * torch.func.vmap(curvature)(some).sum(0)
-    return one_a_path("value", moved + 0.5 * trace, len(states))
+    return one_a_path("value", along_drift + 0.5 * trace, len(states))
 
 
 def transport(

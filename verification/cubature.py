@@ -27,41 +27,56 @@ def gaussian_start(
 
 def degree_five(
     grid: ctrl.TimeGrid, mean: float, std: float, *, draws: bool
-) -> tuple[Tensor, ctrl.Noise, Tensor]:
-    """As ``gaussian_start``, with 2 n^2 + 1 paths for n normals: exact for polynomials of degree 5.
+) -> tuple[Tensor, ctrl.Noise]:
+    """As ``gaussian_start``, with few paths: exact for polynomials of degree 5.
 
-    Stroud's rule for n independent normals: the origin with mass 2 / (n + 2), sqrt(n + 2) times
-    plus or minus a unit vector with (4 - n) / (2 (n + 2)^2), and sqrt(n / 2 + 1) times a sum or
-    difference of two of them with (n + 2)^-2. Masses may be negative (``ctrl.Noise`` refuses them,
-    so they go into the ``Paths``), and add up to at most 3 in absolute value.
+    For n independent normals: a times plus or minus each unit vector, and b times vectors of signs,
+    with s = (n - 2) / (n + 2), a^2 = 2 / (1 - s), b^2 = 1 / s and the masses (1 - s)^2 / 4 each and
+    s^2 together. They are positive, and 1 in all; E z_i^2 = 2 (1 - s)^2 a^2 / 4 + s^2 b^2 = 1,
+    E z_i^4 = 2 (1 - s)^2 a^4 / 4 + s^2 b^4 = 3, E z_i^2 z_j^2 = s^2 b^4 = 1.
 
     Args:
         grid: of the paths.
         mean: of the start.
         std: of the start.
         draws: whether the policy draws its actions, of one coordinate.
-
-    Returns:
-        Start states [paths, 1], noise, and the masses of the paths.
     """
     steps = len(grid.steps)
     n = 1 + steps * (2 if draws else 1)
     unit = torch.eye(n).to(grid.nodes)
-    i, j = torch.triu_indices(n, n, 1, device=unit.device)
-    one = (n + 2) ** 0.5 * torch.cat([unit, -unit])
-    pairs = [a * unit[i] + b * unit[j] for a in (1, -1) for b in (1, -1)]
-    two = (n / 2 + 1) ** 0.5 * torch.cat(pairs)
-    points = torch.cat([torch.zeros_like(unit[:1]), one, two])
+    signs = _signs(n).to(unit)
+    s = (n - 2) / (n + 2)
+    points = torch.cat([(2 / (1 - s)) ** 0.5 * torch.cat([unit, -unit]), s**-0.5 * signs])
     masses = torch.cat(
         [
-            unit.new_full((1,), 2 / (n + 2)),
-            unit.new_full((2 * n,), (4 - n) / (2 * (n + 2) ** 2)),
-            unit.new_full((len(two),), 1 / (n + 2) ** 2),
+            unit.new_full((2 * n,), (1 - s) ** 2 / 4),
+            unit.new_full((len(signs),), s**2 / len(signs)),
         ]
     )
     brownian = points[:, 1 : steps + 1, None] * grid.steps.sqrt()[:, None]
     drawn = points[:, steps + 1 :, None] if draws else None
-    return mean + std * points[:, :1], ctrl.Noise(brownian, drawn), masses
+    return mean + std * points[:, :1], ctrl.Noise(brownian, drawn, masses)
+
+
+_PRIMITIVE = {3: 0b1011, 4: 0b10011, 5: 0b100101, 6: 0b1000011, 7: 0b10000011}
+
+
+def _signs(n: int) -> Tensor:
+    """Vectors of n signs, any five of which are independent (an orthogonal array of strength 5).
+
+    The dual of the extended BCH code of distance 6: sign j of row r is the parity of the bits that
+    r shares with (1, alpha^j, alpha^{3j}), alpha a primitive element of a field of 2^m > n.
+    """
+    m = max(3, n.bit_length())
+    order, powers = 2**m - 1, [1]
+    for _ in range(order - 1):
+        doubled = powers[-1] << 1
+        powers.append(doubled ^ _PRIMITIVE[m] if doubled > order else doubled)
+    columns = [1 | powers[j] << 1 | powers[3 * j % order] << (1 + m) for j in range(n)]
+    bit = torch.arange(2 * m + 1)
+    rows = torch.arange(2 ** (2 * m + 1))[:, None] >> bit & 1
+    shared = rows.double() @ (torch.tensor(columns)[:, None] >> bit & 1).double().T
+    return 1 - 2 * (shared % 2)
 
 
 def mean(values: Tensor, paths: ctrl.Paths) -> Tensor:

@@ -235,9 +235,7 @@ def online(method, problem, policy, **settings):
         )
     q = ql.GibbsQ(policy[0], 0.1)
     both = torch.optim.SGD([slope, *policy[1]], lr=0.1)
-    return agents.online_q_learning(
-        problem, policy[0], value, q, optimiser=both, **sizes, **common
-    )
+    return agents.online_q_learning(problem, policy[0], value, q, optimiser=both, **sizes, **common)
 
 
 def endless(wave=lambda t: 0.0):
@@ -270,9 +268,7 @@ def test_the_average_reward_learns_at_its_rate_times_the_schedule(method):
     ]
     assert moves[0.3][0] - 0.2 == pytest.approx(plain[0] * schedule(0.0), rel=1e-12)
     policy = learner()
-    run = online(
-        method, endless(), policy, average_rate=0.3, schedule=schedule, average_reward=0.2
-    )
+    run = online(method, endless(), policy, average_rate=0.3, schedule=schedule, average_reward=0.2)
     before, slope = 0.2, -0.4
     for k, step in enumerate(run):
         paths = step.paths

@@ -74,7 +74,9 @@ def test_path_kl_is_exactly_that_of_the_euler_scheme():
     # Quadratic in the noise, so the rule is exact. The mildest wrong variant (drift read at the
     # right
     # end of a step) is 3 % off, twelve orders above round-off.
-    assert ctrl.Estimate.of(kl, quadrature_weights=paths.weights).mean == pytest.approx(exact, rel=1e-12)
+    assert ctrl.Estimate.of(kl, quadrature_weights=paths.weights).mean == pytest.approx(
+        exact, rel=1e-12
+    )
 
 
 def test_both_forms_of_the_kl_have_the_same_expectation():

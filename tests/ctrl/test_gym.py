@@ -124,9 +124,7 @@ def test_paths_of_an_environment_carry_its_rewards():
 
 def test_every_episode_has_a_start_of_its_own():
     """Random starts: one seed for all of them would make one path many times."""
-    problem = ctrl.ControlProblem(
-        ctrl.ControlledSDE(lambda t, x, a: -x, lambda t, x: 0.4), 1.0
-    )
+    problem = ctrl.ControlProblem(ctrl.ControlledSDE(lambda t, x, a: -x, lambda t, x: 0.4), 1.0)
     draw = lambda random: random.standard_normal(2)
     made = ControlEnv(problem, ctrl.uniform_grid(1.0, 3), draw, 2, observe_time=False)
     policy = ctrl.DeterministicPolicy(lambda t, x: 0 * x)

@@ -127,7 +127,7 @@ def test_transitions_see_that_the_action_itself_is_paid_for(random):
     offset = tensor(0.25, -0.4).requires_grad_()
     mean = lambda t, x: x @ gain.T + (1 + t) * offset
     sde = ctrl.ControlledSDE(lambda t, x, a: x @ drift.T + a @ push.T, lambda t, x: sigma + 0 * x)
-    problem = ctrl.ControlProblem(sde, 0.8, reward, lambda x: (x[:, 0] * x[:, 1]), discount)
+    problem = ctrl.ControlProblem(sde, 0.8, reward, lambda x: x[:, 0] * x[:, 1], discount)
     grid = ctrl.TimeGrid(nodes)
     noise = ctrl.noise.gauss_hermite(grid.steps, nodes=5, noise=(2,))
     start = tensor(0.7, -0.2).expand(len(noise.increments), 2)

@@ -162,7 +162,9 @@ def test_a_policy_with_a_memory_is_refused_where_it_is_evaluated_along_paths(ran
 
 
 def test_dropout_counts_as_a_memory_until_it_is_switched_off():
-    network = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Dropout(), torch.nn.Linear(16, 2))
+    network = torch.nn.Sequential(
+        torch.nn.Linear(2, 16), torch.nn.Dropout(), torch.nn.Linear(16, 2)
+    )
     policy = ctrl.DeterministicPolicy(lambda t, x: network.double()(x))
     paths = rolled(MEAN)
     with pytest.raises(ValueError, match="dropout"):

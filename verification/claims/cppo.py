@@ -128,8 +128,8 @@ OWN = "verification.claims.cppo"
             "rate - problem.discount * value(t, states)",
             "rate",
         ),
-        wrong("second-order term of q missing", "ctrl.value.generator", "+ 0.5 * spread", ""),
-        wrong("second-order term without 1/2", "ctrl.value.generator", "0.5 * spread", "spread"),
+        wrong("second-order term of q missing", "ctrl.value.generator", "+ 0.5 * trace", ""),
+        wrong("second-order term without 1/2", "ctrl.value.generator", "0.5 * trace", "trace"),
         wrong(
             "value without the price of drawing",
             "ctrl.linear.lq.value_rate",

@@ -109,8 +109,8 @@ _TRANSITIONS = "ctrl.transitions"
         wrong(
             "along paths: score of another time",
             f"{_TRANSITIONS}._laws",
-            "policy.mean(times[k], x)",
-            "policy.mean(times[k + 1], x)",
+            "mean_action(policy, times[k], x)",
+            "mean_action(policy, times[k + 1], x)",
         ),
         wrong(
             "along paths: KL without 1/2",

@@ -70,30 +70,30 @@ def rates(
         wrong(
             "second derivative dropped",
             "ctrl.value.generator",
-            "transport + 0.5 * spread",
-            "transport",
+            "along_drift + 0.5 * trace",
+            "along_drift",
         ),
         wrong(
             "1/2 of the second derivative missing",
             "ctrl.value.generator",
-            "transport + 0.5 * spread",
-            "transport + spread",
+            "along_drift + 0.5 * trace",
+            "along_drift + trace",
         ),
         wrong(
             "time derivative missing",
-            "ctrl.value.generator",
+            "ctrl.value.transport",
             "torch.ones_like(t)",
             "torch.zeros_like(t)",
         ),
         wrong(
             "time runs backwards",
-            "ctrl.value.generator",
+            "ctrl.value.transport",
             "torch.ones_like(t)",
             "-torch.ones_like(t)",
         ),
         wrong(
             "drift missing",
-            "ctrl.value.generator",
+            "ctrl.value.transport",
             "(torch.ones_like(t), drift)",
             "(torch.ones_like(t), 0 * drift)",
         ),
@@ -106,27 +106,28 @@ def rates(
         wrong(
             "sigma' sigma for sigma sigma'",
             "ctrl.value._columns",
-            "sigma.movedim(-1, 0)",
-            "sigma.movedim(-2, 0)",
+            "sigma[..., some].movedim(-1, 0)",
+            "sigma.mT[..., some].movedim(-1, 0)",
         ),
         wrong(
             "one Brownian motion for all coordinates taken for one each",
             "ctrl.value._columns",
-            'if sde.noise == "scalar"',
-            "if False",
+            "yield own_memory(sigma.expand_as(states).unsqueeze(0))",
+            "yield torch.diag_embed(sigma.expand_as(states)).movedim(1, 0)",
         ),
         wrong(
             "one Brownian motion for each coordinate taken for one in all",
             "ctrl.value._columns",
-            'if sde.noise == "scalar"',
-            "if True",
+            'elif sde.noise == "scalar"',
+            "elif True",
         ),
         wrong(
             "Hessian's diagonal alone",
             "ctrl.value.generator",
-            "columns = _columns(sde, t, states, actions)",
-            "columns = torch.diag_embed(_columns(sde, t, states, actions).square().sum(0).sqrt())"
-            ".movedim(-1, 0)",
+            "directions, share = _columns(sde, t, states, actions), 1.0",
+            "columns = torch.cat(list(_columns(sde, t, states, actions)))\n"
+            "        diagonal = torch.diag_embed(columns.square().sum(0).sqrt())\n"
+            "        directions, share = [own_memory(diagonal.movedim(-1, 0))], 1.0",
         ),
         wrong(
             "difference of values over the step after",

@@ -69,14 +69,14 @@ CONTROLLED = PAID  # the action moves the diffusion too
         wrong(
             "second-order term of q missing",
             "ctrl.value.generator",
-            "transport + 0.5 * spread",
-            "transport",
+            "along_drift + 0.5 * trace",
+            "along_drift",
         ),
         wrong(
             "second-order term of q without 1/2",
             "ctrl.value.generator",
-            "0.5 * spread",
-            "spread",
+            "0.5 * trace",
+            "trace",
         ),
         wrong(
             "diffusion without the action",

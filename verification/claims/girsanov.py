@@ -169,7 +169,7 @@ def curved_densities(states: np.ndarray, nodes: np.ndarray) -> np.ndarray:
         wrong(
             "sum over paths for their mean",
             "ctrl.estimate.Estimate.of",
-            "(total * sample).sum()",
+            "(weights * sample).sum()",
             "sample.sum()",
         ),
         wrong(

@@ -107,8 +107,8 @@ def variances(setting: Setting, nodes: np.ndarray, drawn: bool) -> Tensor:
         wrong(
             "score halved",
             "ctrl.policy_gradient._summed",
-            "paths) * log_prob",
-            "paths) * 0.5 * log_prob",
+            "(log_prob * advantages",
+            "(0.5 * log_prob * advantages",
         ),
         wrong(
             "outer discount missing",

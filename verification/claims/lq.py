@@ -200,8 +200,8 @@ WRONGS = [
         wrong(
             "HJB: 1/2 of the second-order term missing",
             "ctrl.value.generator",
-            "transport + 0.5 * spread",
-            "transport + spread",
+            "along_drift + 0.5 * trace",
+            "along_drift + trace",
         ),
         wrong(
             "HJB: sign of the discount",
@@ -212,8 +212,8 @@ WRONGS = [
         wrong(
             "HJB: second-order term missing",
             "ctrl.value.generator",
-            "transport + 0.5 * spread",
-            "transport",
+            "along_drift + 0.5 * trace",
+            "along_drift",
         ),
     ],
     why_double=WHY_DOUBLE,

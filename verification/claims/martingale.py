@@ -49,9 +49,8 @@ def sampled(
 ) -> ctrl.Paths:
     """Paths whose weighted means are expectations, of polynomials up to degree 5."""
     grid = ctrl.TimeGrid(setting.tensor(times))
-    start, noise, weights = degree_five(grid, C.mean, C.spread, draws=True)
-    paths = ctrl.simulate(problem(), gaussian(policy), start, grid, noise=noise)
-    return replace(paths, weights=weights)
+    start, noise = degree_five(grid, C.mean, C.spread, draws=True)
+    return ctrl.simulate(problem(), gaussian(policy), start, grid, noise=noise)
 
 
 def exact_value(setting: Setting, times: Sequence[float] = NODES) -> Value:
@@ -405,9 +404,9 @@ def full_quadratic(t: Tensor, x: Tensor) -> Tensor:
         ),
         wrong(
             "martingale loss without a horizon is not refused",
-            "ctrl.martingale._require_horizon",
-            "if math.isinf(problem.horizon)",
-            "if False",
+            "ctrl.paths.require_whole",
+            "if not ends_at_horizon(problem, grid):",
+            "if False:",
         ),
     ],
 )
@@ -415,8 +414,8 @@ def infinite_horizon(setting: Setting) -> Iterator[Check]:
     """Discounted and ergodic values of equal steps without end."""
     even = ctrl.TimeGrid(STEP * torch.arange(STEPS + 1).to(setting.tensor(1.0)))
     policy = gaussian(POLICY)
-    start, noise, weights = degree_five(even, C.mean, C.spread, draws=True)
-    paths = replace(ctrl.simulate(ENDLESS, policy, start, even, noise=noise), weights=weights)
+    start, noise = degree_five(even, C.mean, C.spread, draws=True)
+    paths = ctrl.simulate(ENDLESS, policy, start, even, noise=noise)
 
     along, value, _ = stationary_value(setting, C.discount)
     moments = mean(mg.orthogonality(basis, value, ENDLESS, paths, policy), paths)

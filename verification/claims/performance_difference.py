@@ -71,13 +71,13 @@ DISCOUNT_IN_Q = wrong(
 SECOND_ORDER = wrong(
     "second-order term of q missing",
     "ctrl.value.generator",
-    "transport + 0.5 * spread",
-    "transport",
+    "along_drift + 0.5 * trace",
+    "along_drift",
 )
-HALF = wrong("second-order term of q without 1/2", "ctrl.value.generator", "0.5 * spread", "spread")
+HALF = wrong("second-order term of q without 1/2", "ctrl.value.generator", "0.5 * trace", "trace")
 TIME_SLOPE = wrong(
     "derivative of V in time missing",
-    "ctrl.value.generator",
+    "ctrl.value.transport",
     "torch.ones_like(t)",
     "torch.zeros_like(t)",
 )
@@ -205,8 +205,8 @@ def performance_difference(setting: Setting) -> Iterator[Check]:
         wrong(
             "entropy of the old policy",
             "ctrl.policy_gradient.surrogate",
-            "_regularised_q(problem, value, new_policy, paths)",
-            "_regularised_q(problem, value, policy, paths)",
+            "_regularised_q(problem, value, new_policy, paths, probes)",
+            "_regularised_q(problem, value, policy, paths, probes)",
         ),
         wrong(
             "states of the new policy",

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -44,9 +43,9 @@ def problem(e: exact.Evaluation) -> ctrl.ControlProblem:
 def sampled(e: exact.Evaluation, nodes: Tensor) -> ctrl.Paths:
     """Paths whose weighted means are expectations, of polynomials up to degree 5."""
     grid = ctrl.TimeGrid(nodes)
-    start, noise, weights = degree_five(grid, e.mean, e.variance**0.5, draws=False)
+    start, noise = degree_five(grid, e.mean, e.variance**0.5, draws=False)
     policy = ctrl.DeterministicPolicy(lambda t, x: torch.zeros_like(x))
-    return replace(ctrl.simulate(problem(e), policy, start, grid, noise=noise), weights=weights)
+    return ctrl.simulate(problem(e), policy, start, grid, noise=noise)
 
 
 def features(t: Tensor, x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from verification.exploratory_lq import (
 )
 
 P = LQChain()
-# view B: the next state is decided, so neither the action's cost nor its spread has a part
+# view B: the next state is decided, so the action's spread has no part
 TRANSITIONS = replace(P, noise_slope=0.0, noise_push=0.0, temperature=0.0)
 SILENT = np.array([THETA[0], THETA[1], -40.0])  # a spread of 4e-18 is none
 
@@ -67,8 +67,8 @@ FIRST_ORDER_DISCOUNT = wrong(
 TERMINAL = wrong(
     "terminal reward missing",
     "ctrl.paths.returns_to_go",
-    "terminal = terminal_rewards(problem, paths.states[:, -1])",
-    "pass",
+    "terminal_rewards(problem, paths.states[:, -1])",
+    "rewards.new_zeros(len(rewards))",
 )
 PINNED = wrong(
     "value at the horizon not the terminal reward",
@@ -83,7 +83,10 @@ STEP_IN_REWARD = wrong(
     "kept_actions(paths)))",
 )
 SCORE_SIGN = wrong(
-    "sign of the score", "ctrl.policy_gradient._summed", "paths) * log_prob", "paths) * -log_prob"
+    "sign of the score",
+    "ctrl.policy_gradient._summed",
+    "(log_prob * advantages",
+    "(-log_prob * advantages",
 )
 RETURN_FROM_NEXT = wrong(
     "return from the next node on, the step's own reward left out",
@@ -250,14 +253,14 @@ def policy_gradient(setting: Setting) -> Iterator[Check]:
         wrong(
             "second-order term of q missing",
             "ctrl.value.generator",
-            "transport + 0.5 * spread",
-            "transport",
+            "along_drift + 0.5 * trace",
+            "along_drift",
         ),
         wrong(
             "second-order term of q without 1/2",
             "ctrl.value.generator",
-            "0.5 * spread",
-            "spread",
+            "0.5 * trace",
+            "trace",
         ),
         wrong(
             "value of step i + 1 for i",
@@ -322,11 +325,11 @@ def policy_gradient_with_q_rates(setting: Setting) -> Iterator[Check]:
 
 @claim(
     statement="""
-        Where the next state is the decision (view B), E sum e^{-discount t} grad log p(X_{k+1}|X_k)
-        A_k, with A the return to go, the temporal difference, or grad V . (X_{k+1} - E X_{k+1}),
-        is the gradient of the deterministic policy's chain as far as the next states carry it. A
-        running reward of the action itself has a slope of its own, E sum e^{-discount t} h grad_a r
-        d mu / d theta, which these estimators do not contain: without it they are not the gradient.
+        Where the next state is the decision (view B), the gradient of the deterministic policy's
+        chain is E sum e^{-discount t} (grad log p(X_{k+1}|X_k) A_k + h grad_a r d mu / d theta),
+        with A the return to go, the temporal difference, or (in the limit) grad V . (X_{k+1} -
+        E X_{k+1}): a running reward of the action itself has a slope of its own, whatever the next
+        state is.
         """,
     source='"Score as Action", arXiv 2502.01819, Theorem 4.1, with the decisions of its algorithm '
     "(the transitions of DDPO)",
@@ -365,8 +368,8 @@ def policy_gradient_with_q_rates(setting: Setting) -> Iterator[Check]:
         wrong(
             "last transition left out",
             "ctrl.policy_gradient._summed",
-            "log_prob * advantages.detach()).sum(1)",
-            "log_prob * advantages.detach())[:, :-1].sum(1)",
+            "(log_prob * advantages.detach() + held)).sum(1)",
+            "(log_prob * advantages.detach() + held))[:, :-1].sum(1)",
         ),
         wrong(
             "slope of V at the next state",
@@ -387,10 +390,28 @@ def policy_gradient_with_q_rates(setting: Setting) -> Iterator[Check]:
             "2 * (paths.states[:, k + 1] - mean)",
         ),
         wrong(
-            "the action's own slope in the answer",
-            "verification.closed_form.lq_chain.own_slope",
-            "total = total - ",
-            "total = total - 0 * ",
+            "the action's own slope dropped",
+            "ctrl.policy_gradient._summed",
+            "+ held",
+            "",
+        ),
+        wrong(
+            "the action's own slope without dt",
+            "ctrl.policy_gradient.Transitions.held_rewards",
+            "return rates * paths.grid.steps.to(rates)",
+            "return rates",
+        ),
+        wrong(
+            "the action's own slope not discounted",
+            "ctrl.policy_gradient._summed",
+            "discount_factors(problem, paths) * (log_prob * advantages.detach() + held)",
+            "discount_factors(problem, paths) * log_prob * advantages.detach() + held",
+        ),
+        wrong(
+            "the action's own slope of a fixed action",
+            "ctrl.policy_gradient.Transitions.held_rewards",
+            "reward(t, x, again)",
+            "reward(t, x, a)",
         ),
     ],
 )
@@ -400,8 +421,7 @@ def policy_gradient_of_transitions(setting: Setting) -> Iterator[Check]:
     stated, chosen = problem(p), deterministic(*theta)
     value = chain_value(setting, p, SILENT, NODES)
     paths, view = silent_paths(setting, p, theta, NODES), pg.Transitions(ctrl.EulerMaruyama())
-    backward = lq_chain.gradient(lambda th: _silent_performance(p, th), SILENT[:2])
-    exact = backward - lq_chain.own_slope(p, SILENT, NODES)
+    exact = lq_chain.gradient(lambda th: _silent_performance(p, th), SILENT[:2])
     each = pg.return_gradient(stated, chosen, paths, decisions=view)
     yield expectation("return", gradient(each, paths, theta), exact)
     each = pg.return_gradient(stated, chosen, paths, value, view)
@@ -412,6 +432,7 @@ def policy_gradient_of_transitions(setting: Setting) -> Iterator[Check]:
     along = np.array([lq_chain.series_at(series, HORIZON - t) for t in NODES])
     slopes = lq_chain.transition_gradient(p, SILENT, NODES, along)
     each = pg.q_rate_gradient(stated, chosen, smooth, paths, view)
+    slopes = slopes + lq_chain.own_slope(p, SILENT, NODES)
     yield expectation("q-rates on a grid", gradient(each, paths, theta), slopes)
 
 

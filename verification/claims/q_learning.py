@@ -459,14 +459,14 @@ def one_step_rates(setting: Setting, h: float, x: Tensor, a: Tensor) -> Tensor:
 def off_policy_moments(setting: Setting, steps: int, moved: float) -> np.ndarray:
     """E int xi dM of V* and q* + moved along another policy's Euler paths up to time 1."""
     grid = ctrl.TimeGrid(setting.tensor(np.linspace(0, 1, steps + 1)))
-    start, noise, weights = degree_five(grid, C.mean, C.spread, draws=True)
+    start, noise = degree_five(grid, C.mean, C.spread, draws=True)
     paths = ctrl.simulate(endless(PLAIN), gaussian(BEHAVIOUR), start, grid, noise=noise)
     value, policy = optimal(PLAIN)
     gibbs = ql.GibbsQ(policy, PLAIN.temperature)
     found = ql.orthogonality(
         basis(BEHAVIOUR), value, lambda *at: gibbs(*at) + moved, endless(PLAIN), paths
     )
-    return mean(found, replace(paths, weights=weights)).double().cpu().numpy()
+    return mean(found, paths).double().cpu().numpy()
 
 
 @claim(
@@ -484,24 +484,24 @@ def off_policy_moments(setting: Setting, steps: int, moved: float) -> np.ndarray
         wrong(
             "second derivative of V dropped",
             "ctrl.value.generator",
-            "transport + 0.5 * spread",
-            "transport",
+            "along_drift + 0.5 * trace",
+            "along_drift",
         ),
         wrong(
             "half of the second derivative for a quarter",
             "ctrl.value.generator",
-            "transport + 0.5 * spread",
-            "transport + 0.25 * spread",
+            "along_drift + 0.5 * trace",
+            "along_drift + 0.25 * trace",
         ),
         wrong(
             "1/2 of the second derivative missing",
             "ctrl.value.generator",
-            "transport + 0.5 * spread",
-            "transport + spread",
+            "along_drift + 0.5 * trace",
+            "along_drift + trace",
         ),
         wrong(
             "time derivative missing",
-            "ctrl.value.generator",
+            "ctrl.value.transport",
             "torch.ones_like(t)",
             "torch.zeros_like(t)",
         ),
@@ -623,7 +623,7 @@ def q_rate(setting: Setting) -> Iterator[Check]:
         got = torch.cat([better.mean(t, x)[:, 0], better.scale_at(t, x)[:, 0]])
         yield pathwise(f"exp(q / temperature) of {name}", got, improved(curvature, slope))
     grid = ctrl.TimeGrid(setting.tensor(NODES))
-    start, noise, _ = degree_five(grid, C.mean, C.spread, draws=True)
+    start, noise = degree_five(grid, C.mean, C.spread, draws=True)
     paths = ctrl.simulate(endless(LQ), gaussian(BEHAVIOUR), start, grid, noise=noise)
     got, want = ql.q_rates(endless(LQ), value, paths), ql.rates(by_policy, paths)
     yield pathwise("q along paths of another policy", got, want)

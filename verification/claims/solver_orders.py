@@ -122,8 +122,8 @@ METHODS = ("euler", "milstein", "euler_heun", "heun", "midpoint", "reversible_he
         wrong(
             "the action left out",
             "ctrl.sde.ControlledSDE.drift_at",
-            "self.drift(t, states, actions)",
-            "self.drift(t, states, 0.9 * actions)",
+            "self.drift, t, states, actions)",
+            "self.drift, t, states, 0.9 * actions)",
         ),
         wrong(
             "dW^2 not reduced by h",

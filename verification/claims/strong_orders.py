@@ -182,7 +182,9 @@ class OwnAreas(ctrl.TorchSDE):
 
     integral: Any = None
 
-    def _pieces(self, begin: Tensor, end: Tensor, increment: Tensor) -> Iterator[Any]:
+    def _pieces(
+        self, begin: Tensor, end: Tensor, increment: Tensor, normals: Iterator[Tensor] | None
+    ) -> Iterator[Any]:
         yield begin, end, _Piece(increment, self.integral)
 
 

@@ -99,7 +99,7 @@ RIGHT_END = wrong(
 )
 TIME_SLOPE = wrong(
     "derivative of V in time missing",
-    "ctrl.value.generator",
+    "ctrl.value.transport",
     "torch.ones_like(t)",
     "torch.zeros_like(t)",
 )
