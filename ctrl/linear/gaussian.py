@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ctrl.linear.exponential import exponential, largest, unit
 from ctrl.linear.lq import broadcast_batches, require_symmetric, times
-from ctrl.linear.margin import ROUND_OFF, require_positive_definite
+from ctrl.linear.margin import cholesky, margin, require_positive_definite
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +182,7 @@ def _path_kl(
 ) -> Float[Tensor, " *batch"]:
     shift = torch.cat([A1 - A0, (b1 - b0).unsqueeze(-1)], dim=-1)  # of z = (x, 1)
     # a direction without noise has round-off for a singular value
-    inverse = torch.linalg.pinv(G, rtol=ROUND_OFF * max(G.shape[-2:]))
+    inverse = torch.linalg.pinv(G, rtol=margin(max(G.shape[-2:]), G.new_ones(())))
     u = inverse @ shift  # controls, in units of the noise
     missed = (G @ u - shift).detach().abs().amax((-2, -1))
     if bool((missed > 1e-9 * shift.detach().abs().amax((-2, -1))).any()):
@@ -249,13 +249,13 @@ def gaussian_kl(law: Gaussian, reference: Gaussian) -> Float[Tensor, " *batch"]:
     for name, matrix in (("covariance", S1), ("reference_covariance", S0)):
         require_symmetric(name, matrix)
         require_positive_definite(name, matrix, "or the KL is infinite")
-    root = torch.linalg.cholesky(S0)
+    root = cholesky(S0)
     gap = torch.linalg.solve_triangular(root, S1 - S0, upper=False)
     gap = torch.linalg.solve_triangular(root, gap.mT, upper=False)
     excess = torch.linalg.eigvalsh(0.5 * (gap + gap.mT))
     shift = torch.linalg.solve_triangular(root, (m1 - m0).unsqueeze(-1), upper=False).squeeze(-1)
     far = excess.detach() < -0.5  # 1 + excess may be far below round-off
-    diagonals = [each.diagonal(dim1=-2, dim2=-1) for each in (torch.linalg.cholesky(S1), root)]
+    diagonals = [each.diagonal(dim1=-2, dim2=-1) for each in (cholesky(S1), root)]
     near = torch.log1p(torch.where(far, 0, excess)).sum(-1)
     logdet = torch.where(far.any(-1), 2 * (diagonals[0] / diagonals[1]).log().sum(-1), near)
     return 0.5 * ((excess + shift.square()).sum(-1) - logdet)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ctrl.linear.gaussian import Affine, Gaussian, Transition, require_float64, scalar
 from ctrl.linear.lq import Quadratic, broadcast_batches, require_symmetric, times
-from ctrl.linear.margin import exceeds_round_off, solve
+from ctrl.linear.margin import margin, solve
 
 
 _NO_TILT = (
@@ -159,7 +159,7 @@ def _require_tilt(C: Tensor, weighted: Tensor) -> None:
     if not bool(torch.isfinite(size).all()):
         raise ValueError(f"{_NO_TILT}; C Q / kl_weight overflows")
     least = torch.linalg.eigvalsh(root.mT @ weighted @ root)[..., 0] + 1
-    if not bool(exceeds_round_off(least, C.shape[-1], size).all()):
+    if not bool((least > margin(C.shape[-1], size)).all()):
         raise ValueError(
             f"{_NO_TILT}; the least eigenvalue of 1 + C Q / kl_weight is {float(least.min()):g}, "
             "which is not positive beyond round-off"

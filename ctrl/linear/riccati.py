@@ -10,6 +10,8 @@ Sources  [K68] Kleinman 1968, on an iterative technique for Riccati equation com
          [WZZ20] Wang, Zariphopoulou & Zhou 2020, JMLR 21, section 4.
          [JZ22b] Jia & Zhou 2022, policy gradient and actor-critic, JMLR 23, section 6 (ergodic).
          [YZ99] Yong & Zhou, Stochastic Controls, chapter 6.
+         [R80] Roberts 1980, linear model reduction and solution of the algebraic Riccati equation
+         by use of the sign function, Int. J. Control 32.
 """
 
 import math
@@ -20,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.linear.collocation import FiniteEscapeError, Rate, Trajectory, integrate
+from ctrl.linear.lyapunov import growth, lyapunov
 from ctrl.linear.lq import (
     Law,
     LinearGaussian,
@@ -27,16 +30,17 @@ from ctrl.linear.lq import (
     Quadratic,
     greedy,
     improve_lq,
-    kron,
     require_concave,
     require_one,
     require_symmetric,
     value_rate,
 )
+from ctrl.linear.margin import cholesky, solve
 from ctrl.paths import TimeGrid
 from ctrl.policy import DeterministicPolicy, MultivariateGaussianPolicy
 
 NEWTON_STEPS = 60  # quadratic convergence takes under ten once it has set in
+SIGN_STEPS = 40  # likewise
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +97,7 @@ class FiniteHorizon:
         require_one(self.lq.N)
 
         def scale(t: Tensor) -> Tensor:
-            return torch.linalg.cholesky(self.law_at(t).covariance)
+            return cholesky(self.law_at(t).covariance)
 
         return MultivariateGaussianPolicy(mean, scale)
 
@@ -270,10 +274,12 @@ def check_law(lq: LinearQuadratic, law: LinearGaussian, time_dependent: bool = F
         if tensor.dtype != torch.float64 or not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} must be finite and float64, got {tensor}")
     require_symmetric("covariance", law.covariance)
-    least = torch.linalg.eigvalsh(law.covariance.detach())[..., 0]
-    if bool((least < -1e-12 * law.covariance.abs().amax((-2, -1))).any()):
+    covariance = law.covariance.detach()
+    least = torch.linalg.eigvalsh(covariance)[..., 0]
+    if bool((least < -1e-12 * covariance.abs().amax((-2, -1))).any()):
         raise ValueError(f"covariance must not be negative; it has the eigenvalue {least.min():g}")
-    if bool(((lq.rates[1] > 0) & (least <= 0)).any()):
+    flat = torch.isnan(cholesky(covariance)).any(-1).any(-1)
+    if bool(((lq.rates[1] > 0) & flat).any()):
         raise ValueError(
             "covariance must be positive definite where the temperature is positive: the entropy "
             f"of a policy without spread is minus infinity; its least eigenvalue is {least.min():g}"
@@ -305,30 +311,28 @@ def _solution(lq: LinearQuadratic, times: Tensor, rate: Rate) -> FiniteHorizon:
     return FiniteHorizon(lq, nodes, to_go)
 
 
-def _second_moments(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Tensor, Tensor]:
-    """S -> A'S + S A + sum_j C_j'S C_j - discount S of the closed loop, as a matrix; and A."""
-    A, C = lq.A + lq.B @ law.gain, lq.C + lq.D @ law.gain.unsqueeze(-3)
-    eye = torch.eye(A.shape[-1]).to(A).expand_as(A)
-    kept = A - 0.5 * lq.rates[0][..., None, None] * eye
-    return kron(kept.mT, eye) + kron(eye, kept.mT) + kron(C.mT, C.mT).sum(-3), A
+def _closed_loop(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Tensor, Tensor]:
+    """A - discount/2 and C under a policy: of exp(-discount t / 2) X."""
+    C, D = lq.scaled_noise
+    kept = lq.A - 0.5 * lq.rates[0][..., None, None] * torch.eye(lq.A.shape[-1]).to(lq.A)
+    return kept + lq.B @ law.gain, C + D @ law.gain.unsqueeze(-3)
 
 
-def _growth(lq: LinearQuadratic, law: LinearGaussian) -> Tensor:
-    """Exponential rate of exp(-discount t) E|X_t|^2, of every problem of the batch."""
-    return torch.linalg.eigvals(_second_moments(lq, law)[0].detach()).real.amax(-1)
+def _decays(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Tensor, Tensor]:
+    """Of every problem, whether exp(-discount t) E|X_t|^2 decays beyond round-off; and its rate."""
+    rate, margin = growth(*_closed_loop(lq, law))
+    return rate < -margin, rate
 
 
 def _stationary(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Quadratic, Tensor]:
     """The value of a policy but for its constant, and the rate that is left, reward/time."""
-    operator, A = _second_moments(lq, law)
-    n = A.shape[-1]
-    zero = Quadratic(torch.zeros_like(A), torch.zeros_like(A[..., 0]), A.new_zeros(A.shape[:-2]))
-    left = value_rate(lq, zero, law).hessian.flatten(-2)
-    found = -torch.linalg.solve(operator, left).unflatten(-1, (n, n))
-    S = 0.5 * (found + found.mT)
+    kept, C = _closed_loop(lq, law)
+    zero = Quadratic(torch.zeros_like(kept), torch.zeros_like(kept[..., 0]), kept.new_zeros(()))
+    S = lyapunov(kept, C, -value_rate(lq, zero, law).hessian)
     left = value_rate(lq, Quadratic(S, zero.slope, zero.constant), law).slope
-    kept = A - lq.rates[0][..., None, None] * torch.eye(n).to(A)
-    value = Quadratic(S, -torch.linalg.solve(kept.mT, left), zero.constant)
+    kept = kept - 0.5 * lq.rates[0][..., None, None] * torch.eye(kept.shape[-1]).to(kept)
+    slope = -solve(kept.mT, left.unsqueeze(-1), "E X_t must decay").squeeze(-1)
+    value = Quadratic(S, slope, torch.zeros_like(slope[..., 0]))
     return value, value_rate(lq, value, law).constant
 
 
@@ -339,7 +343,7 @@ def _optimal_law(lq: LinearQuadratic) -> LinearGaussian:
     the optimum the first derivatives of the policy are right, after two the first three.
     """
     with torch.no_grad():
-        law, moved = _stabilising(lq), math.inf
+        law, moved = _by_sign(lq) or _stabilising(lq), math.inf
         for _ in range(NEWTON_STEPS):
             after = _improved(lq, law)
             change = (after.gain - law.gain).abs().amax() + (after.offset - law.offset).abs().amax()
@@ -352,22 +356,64 @@ def _optimal_law(lq: LinearQuadratic) -> LinearGaussian:
                 "the costs must have an optimal policy, but policy iteration does not converge: "
                 "make the cost of the state or of the action larger, or the discount"
             )
+        _require_decay(lq, law, "the costs must have an optimal policy that keeps")
     return _improved(lq, _improved(lq, law))
 
 
 def _improved(lq: LinearQuadratic, law: LinearGaussian) -> LinearGaussian:
-    after = improve_lq(lq, _stationary(lq, law)[0])
-    _require_decay(lq, after, "the costs must have an optimal policy that keeps")
-    return after
+    try:
+        value = _stationary(lq, law)[0]
+    except ValueError as error:
+        raise ValueError(
+            "the costs must have an optimal policy that keeps exp(-discount t) E|X_t|^2 from "
+            "growing, but policy iteration leads to one that does not: make the cost of the state "
+            "or of the action larger, or the discount"
+        ) from error
+    return improve_lq(lq, value)
 
 
 def _require_decay(lq: LinearQuadratic, law: LinearGaussian, demand: str) -> None:
-    growth = _growth(lq, law)
-    if not bool((growth < 0).all()):
+    decays, rate = _decays(lq, law)
+    if not bool(decays.all()):
         raise ValueError(
-            f"{demand} exp(-discount t) E|X_t|^2 from growing, or the value is not finite; it "
-            f"grows like exp({growth.max().item():.3g} t)"
+            f"{demand} exp(-discount t) E|X_t|^2 from growing, or the value is not finite; it grows "
+            f"like exp({rate.max().item():.3g} t), up to round-off"
         )
+
+
+def _by_sign(lq: LinearQuadratic) -> LinearGaussian | None:
+    """The optimal policy to some digits where neither state nor action scales the noise ([R80]).
+
+    Minus the Hessian P solves A'P + P A - P G P + Q = 0, and (1, P) spans the kernel of Z + 1, Z the
+    sign of the Hamiltonian matrix (A, -G; -Q, -A'): the limit of Z -> (c Z + 1 / (c Z)) / 2. None
+    where the noise is scaled, or the sign does not come out.
+    """
+    if lq.scaled_noise[0].shape[-3]:
+        return None
+    zero = Quadratic(torch.zeros_like(lq.M), torch.zeros_like(lq.p), torch.zeros_like(lq.p[..., 0]))
+    require_concave(lq, zero)
+    free = greedy(lq, zero).gain  # takes care of the costs of state and action together
+    A = _closed_loop(lq, LinearGaussian(free, lq.l, lq.N))[0]
+    G = lq.B @ torch.linalg.solve_ex(lq.N, lq.B.mT).result
+    Q = lq.M + lq.R.mT @ free
+    Z = torch.cat([torch.cat([A, -G], dim=-1), torch.cat([-Q, -A.mT], dim=-1)], dim=-2)
+    for _ in range(SIGN_STEPS):
+        inverse = torch.linalg.inv_ex(Z).inverse
+        norms = [each.square().sum((-2, -1)).sqrt()[..., None, None] for each in (Z, inverse)]
+        scale = (norms[1] / norms[0]).sqrt()
+        after = 0.5 * (scale * Z + inverse / scale)
+        moved, Z = (after - Z).square().sum((-2, -1)).sqrt().max() / norms[0].min(), after
+        if not bool(moved > 1e-9):
+            break
+    n = A.shape[-1]
+    if not bool(torch.isfinite(Z).all()):
+        return None
+    above, right = torch.eye(2 * n).to(Z)[:, n:] + Z[..., n:], torch.eye(2 * n).to(Z)[:, :n] + Z[..., :n]
+    basis, triangle = torch.linalg.qr(above)
+    P = torch.linalg.solve_triangular(triangle, -basis.mT @ right, upper=True)
+    law = greedy(lq, Quadratic(-0.5 * (P + P.mT), zero.slope, zero.constant))
+    finite = bool(torch.isfinite(law.gain).all())
+    return law if finite and bool(_decays(lq, law)[0].all()) else None
 
 
 def _stabilising(lq: LinearQuadratic) -> LinearGaussian:
@@ -378,23 +424,24 @@ def _stabilising(lq: LinearQuadratic) -> LinearGaussian:
     """
     eyes = [torch.eye(matrix.shape[-1]).to(matrix).expand_as(matrix) for matrix in (lq.M, lq.N)]
     law = LinearGaussian(0 * lq.R, 0 * lq.l, 0 * lq.N)
-    growth = _growth(lq, law)
-    size = _second_moments(lq, law)[0].abs().sum(-1).amax(-1)
+    decays, rate = _decays(lq, law)
+    kept, C = _closed_loop(lq, law)
+    size = 2 * kept.abs().sum((-2, -1)) + C.square().sum((-3, -2, -1))
     size = torch.where(size > 0, size, 1)
-    extra, closest = growth + size, 1e-6 * size  # any closer, and the policies explode
-    while not bool((growth < 0).all()):
-        if bool(((growth >= 0) & (extra - growth < closest)).any()):
+    extra, closest = rate + size, 1e-6 * size  # any closer, and the policies explode
+    while not bool(decays.all()):
+        if bool((~decays & (extra - rate < closest)).any()):
             raise ValueError(
                 "the problem must have a linear policy that keeps exp(-discount t) E|X_t|^2 from "
-                f"growing, but under the best it grows like exp({growth.max().item():.3g} t): (A, "
+                f"growing, but under the best it grows like exp({rate.max().item():.3g} t): (A, "
                 "B) is not stabilisable, or the noise C is too large; a larger discount helps"
             )
-        extra = torch.where(growth < 0, 0, growth + 0.1 * (extra - growth))
+        extra = torch.where(decays, 0, rate + 0.1 * (extra - rate))
         easier = LinearQuadratic(
             lq.A, lq.B, 0 * lq.sigma, *eyes, C=lq.C, D=lq.D, discount=lq.rates[0] + extra
         )
         law = greedy(easier, _stationary(easier, law)[0])
-        growth = _growth(lq, law)
+        decays, rate = _decays(lq, law)
     return law
 
 

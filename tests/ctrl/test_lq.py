@@ -12,7 +12,8 @@ from torch import Tensor
 
 import ctrl
 from ctrl.linear import LinearGaussian, LinearQuadratic, Quadratic, improve_lq
-from ctrl.linear.lq import kron, require_symmetric, value_rate
+from ctrl.linear.lyapunov import kron
+from ctrl.linear.lq import require_symmetric, value_rate
 from ctrl.q_learning import q_rate
 
 
