@@ -2,10 +2,10 @@
 
     e^M = p(M / 2^k)^(2^k),   p the Taylor polynomial of degree 20, row sums of |M| / 2^k at most 1
 
-With r the largest row sum the polynomial leaves out at most sum_{j > 20} r^j / j! < 1.05 r^21 / 21!,
-2.1e-20 relative to e^M - 1 and to 1. Of a block triangular matrix every term is a sum of products
-with one factor from outside the diagonal, at most j |block| r^(j-1) / j!: such a block, of any size,
-is exact to 1.05 / 20! = 4.4e-19 of its own. What is left is the round-off of seven products. A
+With r the largest row sum the polynomial leaves out at most sum_{j > 20} r^j / j!, less than
+1.05 r^21 / 21! = 2.1e-20 r^21. Of a block triangular matrix every term is a sum of products with
+one factor from outside the diagonal, at most j |block| r^(j-1) / j!: such a block, of any size, is
+exact to 1.05 / 20! = 4.4e-19 of its own. What is left is the round-off of seven products. A
 squaring doubles relative errors: k of them leave about 2^k dim eps e^|M| at worst, as they do in
 every method that scales and squares.
 
@@ -16,11 +16,12 @@ Sources  [PS73] Paterson & Stockmeyer 1973, on the number of nonscalar multiplic
 """
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from ctrl.linear.reading import largest
 
 _DEGREE, _STRIDE = 20, 4
 
@@ -34,7 +35,7 @@ def exponential(matrix: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batc
     """
     halvings = torch.log2(matrix.detach().abs().sum(-1).amax(-1).clamp(min=1)).ceil().long()
     found = _taylor(matrix * torch.exp2(-halvings.to(matrix))[..., None, None])
-    for k in range(largest(halvings)):
+    for k in range(int(largest(halvings))):
         found = torch.where((halvings > k)[..., None, None], found @ found, found)
     return found
 
@@ -45,29 +46,8 @@ def unit(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch 
     return torch.where(size > 0, size, torch.ones_like(size))
 
 
-def largest(numbers: Tensor) -> int:
-    """The largest of whole numbers of at least 0, in the whole of a vectorised batch too."""
-    return int(_Largest.apply(numbers)) if numbers.numel() else 0  # pyright: ignore[reportArgumentType]  # torch leaves it open
-
-
-class _Largest(torch.autograd.Function):
-    """A maximum that ``torch.func.vmap`` takes over its batch, so that it may be read inside."""
-
-    @staticmethod
-    def forward(numbers: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's new style
-        return numbers.max()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int], numbers: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  # as above
-        return _Largest.apply(numbers), None  # pyright: ignore[reportReturnType]  # as above
-
-
 def _taylor(matrix: Tensor) -> Tensor:
-    """sum_{j <= 20} M^j / j!, as a polynomial in M^4 whose coefficients are cubics in M ([PS73])."""
+    """sum_{j <= 20} M^j / j!, a polynomial in M^4 whose coefficients are cubics in M ([PS73])."""
     powers = [torch.eye(matrix.shape[-1]).to(matrix).expand_as(matrix), matrix]
     for _ in range(_STRIDE - 1):
         powers.append(powers[-1] @ matrix)

@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.linear.exponential import exponential, largest, unit
+from ctrl.linear.exponential import exponential, unit
 from ctrl.linear.lq import broadcast_batches, require_symmetric, times
 from ctrl.linear.margin import cholesky, margin, require_positive_definite
+from ctrl.linear.reading import largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +69,8 @@ def transition(
     """The transition of dX = (A X + b) dt + G dW over ``time`` ([VL78]).
 
     F = e^{A t}, f = int_0^t e^{A s} b ds, C = int_0^t e^{A s} G G' e^{A' s} ds: one exponential of
-    a block matrix over t / 2^k, where nothing overflows, then doubled k times, which only adds. Each
-    of the three is exact to round-off of its own size.
+    a block matrix over t / 2^k, where nothing overflows, then doubled k times, which only adds.
+    Each of the three is exact to round-off of its own size.
 
     Args:
         A: drift matrix, 1/time; may be singular.
@@ -99,7 +100,7 @@ def _transition(A: Tensor, b: Tensor, G: Tensor, t: Tensor) -> Transition:
     dim = A.shape[-1]
     F, f = grown[..., :dim, :dim], (of_b * grown[..., :dim, -1:]).squeeze(-1)
     one = Transition(F, f, of_Q * grown[..., :dim, dim : 2 * dim] @ F.mT)
-    for k in range(largest(doublings)):
+    for k in range(int(largest(doublings))):
         more, both = doublings > k, one.then(one)
         one = Transition(
             torch.where(more[..., None, None], both.F, one.F),
@@ -196,8 +197,8 @@ def _path_kl(
     second = z.unsqueeze(-1) * z.unsqueeze(-2) + lift(P, (0, 1, 0, 1))
     spread = lift(G @ G.mT, (0, 1, 0, 1))
     energy = 0.5 * (u.mT @ u)
-    V, Z = _energy_integrals(drift, energy, t)
-    return (V * second).sum((-2, -1)) + (Z * spread).sum((-2, -1))
+    once, twice = _energy_integrals(drift, energy, t)
+    return (once * second).sum((-2, -1)) + (twice * spread).sum((-2, -1))
 
 
 def _energy_integrals(drift: Tensor, energy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,15 +216,15 @@ def _energy_integrals(drift: Tensor, energy: Tensor, t: Tensor) -> tuple[Tensor,
         [zero, zero, h * drift],
     ]
     grown = exponential(torch.cat([torch.cat(row, dim=-1) for row in blocks], dim=-2))
-    F = grown[..., 2 * n :, 2 * n :]
-    V = 2 * h * size * F.mT @ grown[..., n : 2 * n, 2 * n :]
-    Z = 4 * h * h * size * F.mT @ grown[..., :n, 2 * n :]
-    for k in range(largest(doublings)):
+    moved = grown[..., 2 * n :, 2 * n :]
+    once = 2 * h * size * moved.mT @ grown[..., n : 2 * n, 2 * n :]
+    twice = 4 * h * h * size * moved.mT @ grown[..., :n, 2 * n :]
+    for k in range(int(largest(doublings))):
         more = (doublings > k)[..., None, None]
-        Z = torch.where(more, Z + h * V + F.mT @ Z @ F, Z)
-        V = torch.where(more, V + F.mT @ V @ F, V)
-        F, h = torch.where(more, F @ F, F), torch.where(more, 2 * h, h)
-    return V, Z
+        twice = torch.where(more, twice + h * once + moved.mT @ twice @ moved, twice)
+        once = torch.where(more, once + moved.mT @ once @ moved, once)
+        moved, h = torch.where(more, moved @ moved, moved), torch.where(more, 2 * h, h)
+    return once, twice
 
 
 def gaussian_kl(law: Gaussian, reference: Gaussian) -> Float[Tensor, " *batch"]:

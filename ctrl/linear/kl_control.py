@@ -16,7 +16,6 @@ from ctrl.linear.gaussian import Affine, Gaussian, Transition, require_float64, 
 from ctrl.linear.lq import Quadratic, broadcast_batches, require_symmetric, times
 from ctrl.linear.margin import margin, solve
 
-
 _NO_TILT = (
     "Q must leave covariance^{-1} + Q / kl_weight positive definite, or the expectation of "
     "exp(reward / kl_weight) is infinite; a larger kl_weight helps"

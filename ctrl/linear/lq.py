@@ -172,9 +172,7 @@ class LinearQuadratic:
         return cast(Tensor, self.discount), cast(Tensor, self.temperature)
 
     @property
-    def scaled_noise(
-        self,
-    ) -> tuple[Float[Tensor, "*batch scaled state state"], Float[Tensor, "*batch scaled state action"]]:
+    def scaled_noise(self) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
         """C and D; of no Brownian motion at all where neither was given."""
         still = _is_left_out(self.C) and _is_left_out(self.D)
         return (self.C[..., :0, :, :], self.D[..., :0, :, :]) if still else (self.C, self.D)
@@ -242,9 +240,9 @@ def value_rate(lq: LinearQuadratic, value: Quadratic, law: LinearGaussian) -> Qu
     K, k = law.gain, law.offset
     discount, _ = lq.rates
     A, f = lq.A + lq.B @ K, lq.f + times(lq.B, k)
-    C, D = lq.scaled_noise
-    scaled = C.shape[-3]  # all Brownian motions, or none
-    C, s = C + D @ K.unsqueeze(-3), lq.sigma.mT  # [scaled, state, state], [noise, state]
+    by_state, D = lq.scaled_noise
+    scaled = D.shape[-3]  # all Brownian motions, or none
+    C, s = by_state + D @ K.unsqueeze(-3), lq.sigma.mT  # [scaled, state, state], [noise, state]
     if scaled:
         s = s + times(D, k.unsqueeze(-2))
     each, carried = S.unsqueeze(-3), s @ S.mT  # the same S for every Brownian motion
@@ -277,7 +275,7 @@ def curvature(lq: LinearQuadratic, hessian: Tensor) -> Float[Tensor, "*batch act
 
 
 def _curvature_root(lq: LinearQuadratic, hessian: Tensor) -> Float[Tensor, "*batch action action"]:
-    """Cholesky's root of W; NaN where W is not positive definite beyond the round-off of its sum."""
+    """Cholesky's root of W; NaN where W is not positive definite beyond its round-off."""
     D = lq.scaled_noise[1].detach().abs()
     size = lq.N.detach().abs() + (D.mT @ hessian.detach().abs().unsqueeze(-3) @ D).sum(-3)
     return cholesky(curvature(lq, hessian), size.diagonal(dim1=-2, dim2=-1))

@@ -40,17 +40,17 @@ def lyapunov(
         ValueError: there is none that is finite.
     """
     if C.shape[-3] or A.shape[-1] <= SMALL:
-        operator, n = second_moments(A, C), A.shape[-1]
-        S = solve(operator, Q.flatten(-2).unsqueeze(-1), _NO_DECAY).reshape(Q.shape)
-        return 0.5 * (S + S.mT)
+        found = solve(second_moments(A, C), Q.flatten(-2).unsqueeze(-1), _NO_DECAY)
+        found = found.reshape(Q.shape)
+        return 0.5 * (found + found.mT)
     terms, shifted, p = _smith(A)
 
     def solved(right: Tensor) -> Tensor:
-        S = solve(shifted.mT, -2 * p * right, _NO_DECAY)
-        S = solve(shifted.mT, S.mT, _NO_DECAY)
+        half = solve(shifted.mT, -2 * p * right, _NO_DECAY)
+        total = solve(shifted.mT, half.mT, _NO_DECAY)
         for E in terms:
-            S = S + E.mT @ S @ E
-        return 0.5 * (S + S.mT)
+            total = total + E.mT @ total @ E
+        return 0.5 * (total + total.mT)
 
     S = solved(Q)
     return S + solved(Q - A.mT @ S - S @ A)  # what round-off has left
@@ -65,16 +65,16 @@ def _smith(A: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
     if bool((info != 0).any()) or not bool(torch.isfinite(p).all()):
         raise ValueError(_NO_DECAY)
     shifted = A - p * eye
-    E = eye + 2 * p * solve(shifted, eye.expand_as(A), _NO_DECAY)
+    power = eye + 2 * p * solve(shifted, eye.expand_as(A), _NO_DECAY)
     terms = list[Tensor]()
     for _ in range(DOUBLINGS):
-        left = float(E.detach().square().sum((-2, -1)).max())
+        left = float(power.detach().square().sum((-2, -1)).max())
         if left < 1e-20:  # counts as its square
             return terms, shifted, p
         if not left < 1e100:
             break
-        terms.append(E)
-        E = E @ E
+        terms.append(power)
+        power = power @ power
     raise ValueError(_NO_DECAY)
 
 
@@ -85,8 +85,7 @@ def growth(
 
     A rate that is not below minus the margin cannot be told from one of no decay.
     """
-    A, C = A.detach(), C.detach()
-    operator = second_moments(A, C) if C.shape[-3] else 2 * A
+    operator = (second_moments(A, C) if C.shape[-3] else 2 * A).detach()
     size = operator.square().sum((-2, -1)).sqrt()
     finite = torch.isfinite(size)
     safe = torch.where(finite[..., None, None], operator, 0)

@@ -15,14 +15,22 @@ Sources  [K68] Kleinman 1968, on an iterative technique for Riccati equation com
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.linear.collocation import FiniteEscapeError, Rate, Trajectory, integrate
-from ctrl.linear.lyapunov import growth, lyapunov
+from ctrl.linear.collocation import (
+    INTEGRATION,
+    POINTS,
+    FiniteEscapeError,
+    Trajectory,
+    follow,
+    integrate,
+)
+from ctrl.linear.hamiltonian import HamiltonianFlow
 from ctrl.linear.lq import (
     Law,
     LinearGaussian,
@@ -33,9 +41,12 @@ from ctrl.linear.lq import (
     require_concave,
     require_one,
     require_symmetric,
+    times,
     value_rate,
 )
+from ctrl.linear.lyapunov import growth, lyapunov
 from ctrl.linear.margin import cholesky, solve
+from ctrl.linear.reading import largest
 from ctrl.paths import TimeGrid
 from ctrl.policy import DeterministicPolicy, MultivariateGaussianPolicy
 
@@ -71,12 +82,36 @@ class FiniteHorizon:
         return self.law_at(self.times)
 
     def value_at(self, t: Float[Tensor, "*times"]) -> Quadratic:
-        """The value at any times between the nodes; NaN before the first and after the last."""
-        return _unflat(self.to_go(self.times[-1] - t.to(self.times)), self.lq)
+        """The value at any times between the first and the last, in ``torch.func.vmap`` too.
+
+        Raises:
+            ValueError: one is before the first or after the last, or NaN.
+        """
+        at = t.to(self.times)
+        to_go = self.times[-1] - at
+        if largest(~self.to_go.covers(to_go)):
+            first, last = (each.item() for each in self.times[[0, -1]])
+            raise ValueError(
+                f"t must be from {first:g} to {last:g}, the times that were solved for, got "
+                f"{_listed_range(at)}; solve over times that contain these"
+            )
+        return _unflat(self.to_go(to_go), self.lq)
 
     def law_at(self, t: Float[Tensor, "*times"]) -> LinearGaussian:
-        """The Gibbs policy at any times between the nodes."""
-        return greedy(self.lq, self.value_at(t))
+        """The Gibbs policy at any times between the first and the last.
+
+        Raises:
+            ValueError: as ``value_at``; or the value has no best action, as that of a bad policy
+                may not.
+        """
+        value = self.value_at(t)
+        law = greedy(self.lq, value)
+        if largest(torch.isnan(law.gain)):
+            raise ValueError(
+                "N - sum_j D_j' (Hessian of the value) D_j must be positive definite beyond "
+                f"round-off, or there is no best action, but it is not at t = {_listed_range(t)}"
+            )
+        return law
 
     def value(self, t: Float[Tensor, ""], x: Float[Tensor, "paths state"]) -> Tensor:
         """V(t, x), [paths], reward; differentiable in t and x."""
@@ -146,7 +181,12 @@ def solve_lq(lq: LinearQuadratic, times: Float[Tensor, " nodes"]) -> FiniteHoriz
         value = _unflat(y, lq)
         return _flat(value_rate(lq, value, greedy(lq, value)))
 
-    solution = _solution(lq, times, rate)
+    if lq.scaled_noise[1].shape[-3]:
+        solution = _solution(lq, times, lambda start, horizon: integrate(rate, start, horizon))
+    else:
+        half = torch.linalg.solve_triangular(cholesky(lq.N), lq.B.mT, upper=False)
+        free = greedy(lq, _zero(lq))  # the best of an instant, from which deviations cost N alone
+        solution = _solution(lq, times, _flow(lq, free, half.mT @ half))
     value = solution.value_at(times[-1] - solution.to_go.breaks)
     require_concave(lq, value, " before the horizon")
     return solution
@@ -174,7 +214,9 @@ def evaluate_lq(lq: LinearQuadratic, law: Law, times: Float[Tensor, " nodes"]) -
     check_law(
         lq, law if isinstance(law, LinearGaussian) else law(grid), time_dependent=callable(law)
     )
-    return _solution(lq, grid, rate)
+    if isinstance(law, LinearGaussian) and not lq.scaled_noise[0].shape[-3]:
+        return _solution(lq, grid, _flow(lq, law, torch.zeros_like(lq.A)))
+    return _solution(lq, grid, lambda start, horizon: integrate(rate, start, horizon))
 
 
 def solve_lq_discounted(lq: LinearQuadratic) -> Stationary:
@@ -286,6 +328,11 @@ def check_law(lq: LinearQuadratic, law: LinearGaussian, time_dependent: bool = F
         )
 
 
+def _listed_range(t: Tensor) -> str:
+    least, most = -largest(-t), largest(t)
+    return f"{most:g}" if least == most else f"times from {least:g} to {most:g}"
+
+
 def _flat(value: Quadratic) -> Float[Tensor, "*batch dim"]:
     return torch.cat([value.hessian.flatten(-2), value.slope, value.constant.unsqueeze(-1)], dim=-1)
 
@@ -296,19 +343,72 @@ def _unflat(y: Float[Tensor, "*batch dim"], lq: LinearQuadratic) -> Quadratic:
     return Quadratic(hessian.unflatten(-1, (n, n)), slope, constant.squeeze(-1))
 
 
-def _solution(lq: LinearQuadratic, times: Tensor, rate: Rate) -> FiniteHorizon:
+def _solution(
+    lq: LinearQuadratic, times: Tensor, along: Callable[[Tensor, float], Trajectory]
+) -> FiniteHorizon:
     nodes = TimeGrid(times).nodes
     if nodes.dtype != torch.float64:
         raise TypeError(f"times must be float64, got {nodes.dtype}")
     try:
-        to_go = integrate(rate, _flat(lq.terminal), float((nodes[-1] - nodes[0]).detach()))
+        to_go = along(_flat(lq.terminal), float((nodes[-1] - nodes[0]).detach()))
     except FiniteEscapeError as escape:
         raise ValueError(
-            f"the value must be finite back to t = {nodes[0].item():g}, but it explodes near t = "
-            f"{nodes[-1].item() - escape.time:.6g} (or the problem is too stiff): shorten the "
-            "horizon, or make the cost of the action larger or that of the state smaller"
+            f"the value must be finite back to t = {nodes[0].item():g}, and N - sum_j D_j'S D_j "
+            f"positive definite before the horizon, but near t = "
+            f"{nodes[-1].item() - escape.time:.6g} one is not (or the problem is too stiff): "
+            "shorten the horizon, or make the cost of the action larger or that of the state "
+            "smaller"
         ) from escape
     return FiniteHorizon(lq, nodes, to_go)
+
+
+def _flow(
+    lq: LinearQuadratic, law: LinearGaussian, G: Tensor
+) -> Callable[[Tensor, float], Trajectory]:
+    """The value where nothing scales the noise, in closed form at the points of every panel.
+
+    Minus the Hessian in (x, 1) solves a Riccati equation, of the drift and the cost under ``law``
+    and with deviations from it paid as G says (not at all: G = 0). What the noise and the entropy
+    add to the constant is an integral over the panel.
+    """
+    gone = value_rate(lq, _zero(lq), law)
+    discount, covariance = lq.rates[0], lq.sigma @ lq.sigma.mT
+    lift = torch.nn.functional.pad  # from x to (x, 1)
+    drift = [lq.A + lq.B @ law.gain, (lq.f + times(lq.B, law.offset)).unsqueeze(-1)]
+    kept = lift(torch.cat(drift, dim=-1), (0, 0, 0, 1))
+    A = kept - 0.5 * discount[..., None, None] * torch.eye(kept.shape[-1]).to(kept)
+    Q = -_in_one(Quadratic(gone.hessian, gone.slope, torch.zeros_like(gone.constant)))
+
+    def along(start: Tensor, horizon: float) -> Trajectory:
+        points, integration = (start.new_tensor(each) for each in (POINTS, INTEGRATION))
+        flow = HamiltonianFlow(A, lift(G, (0, 1, 0, 1)), Q, 0.5 * horizon * (points + 1))
+
+        def panel(begin: float, halvings: int, y: Tensor) -> Tensor | None:
+            P = flow.after(-_in_one(_unflat(y, lq)), halvings)
+            if not bool(torch.isfinite(P).all()):
+                return None
+            n, half = P.shape[-1] - 1, 0.5 * horizon / 2**halvings
+            S, e, c = -P[..., :n, :n], -P[..., :n, n], -0.5 * P[..., n, n]
+            added = gone.constant + 0.5 * (S * covariance).sum((-2, -1))
+            aged = torch.exp(-half * discount * (points + 1).reshape(-1, *[1] * discount.ndim))
+            added = aged * torch.tensordot(half * integration, added / aged, 1)
+            return _flat(Quadratic(S, e, c + added))
+
+        return follow(panel, start, horizon)
+
+    return along
+
+
+def _in_one(value: Quadratic) -> Float[Tensor, "*batch more more"]:
+    """The symmetric matrix of x'Sx/2 + e'x + c in (x, 1), twice."""
+    slope, constant = value.slope.unsqueeze(-1), 2 * value.constant[..., None, None]
+    upper = torch.cat([value.hessian, slope], dim=-1)
+    return torch.cat([upper, torch.cat([slope.mT, constant], dim=-1)], dim=-2)
+
+
+def _zero(lq: LinearQuadratic) -> Quadratic:
+    """The value 0."""
+    return Quadratic(torch.zeros_like(lq.M), torch.zeros_like(lq.p), torch.zeros_like(lq.p[..., 0]))
 
 
 def _closed_loop(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Tensor, Tensor]:
@@ -327,7 +427,7 @@ def _decays(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Tensor, Tensor]:
 def _stationary(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Quadratic, Tensor]:
     """The value of a policy but for its constant, and the rate that is left, reward/time."""
     kept, C = _closed_loop(lq, law)
-    zero = Quadratic(torch.zeros_like(kept), torch.zeros_like(kept[..., 0]), kept.new_zeros(()))
+    zero = _zero(lq)
     S = lyapunov(kept, C, -value_rate(lq, zero, law).hessian)
     left = value_rate(lq, Quadratic(S, zero.slope, zero.constant), law).slope
     kept = kept - 0.5 * lq.rates[0][..., None, None] * torch.eye(kept.shape[-1]).to(kept)
@@ -376,41 +476,41 @@ def _require_decay(lq: LinearQuadratic, law: LinearGaussian, demand: str) -> Non
     decays, rate = _decays(lq, law)
     if not bool(decays.all()):
         raise ValueError(
-            f"{demand} exp(-discount t) E|X_t|^2 from growing, or the value is not finite; it grows "
-            f"like exp({rate.max().item():.3g} t), up to round-off"
+            f"{demand} exp(-discount t) E|X_t|^2 from growing, or the value is not finite; it "
+            f"grows like exp({rate.max().item():.3g} t), up to round-off"
         )
 
 
 def _by_sign(lq: LinearQuadratic) -> LinearGaussian | None:
     """The optimal policy to some digits where neither state nor action scales the noise ([R80]).
 
-    Minus the Hessian P solves A'P + P A - P G P + Q = 0, and (1, P) spans the kernel of Z + 1, Z the
-    sign of the Hamiltonian matrix (A, -G; -Q, -A'): the limit of Z -> (c Z + 1 / (c Z)) / 2. None
-    where the noise is scaled, or the sign does not come out.
+    Minus the Hessian P solves A'P + P A - P G P + Q = 0, and (1, P) spans the kernel of Z + 1, Z
+    the sign of the Hamiltonian matrix (A, -G; -Q, -A'): the limit of Z -> (c Z + 1 / (c Z)) / 2.
+    None where the noise is scaled, or the sign does not come out.
     """
     if lq.scaled_noise[0].shape[-3]:
         return None
-    zero = Quadratic(torch.zeros_like(lq.M), torch.zeros_like(lq.p), torch.zeros_like(lq.p[..., 0]))
+    zero = _zero(lq)
     require_concave(lq, zero)
     free = greedy(lq, zero).gain  # takes care of the costs of state and action together
     A = _closed_loop(lq, LinearGaussian(free, lq.l, lq.N))[0]
     G = lq.B @ torch.linalg.solve_ex(lq.N, lq.B.mT).result
     Q = lq.M + lq.R.mT @ free
-    Z = torch.cat([torch.cat([A, -G], dim=-1), torch.cat([-Q, -A.mT], dim=-1)], dim=-2)
+    sign = torch.cat([torch.cat([A, -G], dim=-1), torch.cat([-Q, -A.mT], dim=-1)], dim=-2)
     for _ in range(SIGN_STEPS):
-        inverse = torch.linalg.inv_ex(Z).inverse
-        norms = [each.square().sum((-2, -1)).sqrt()[..., None, None] for each in (Z, inverse)]
+        inverse = torch.linalg.inv_ex(sign).inverse
+        norms = [each.square().sum((-2, -1)).sqrt()[..., None, None] for each in (sign, inverse)]
         scale = (norms[1] / norms[0]).sqrt()
-        after = 0.5 * (scale * Z + inverse / scale)
-        moved, Z = (after - Z).square().sum((-2, -1)).sqrt().max() / norms[0].min(), after
+        after = 0.5 * (scale * sign + inverse / scale)
+        moved = ((after - sign).square().sum((-2, -1)).sqrt()[..., None, None] / norms[0]).max()
+        sign = after
         if not bool(moved > 1e-9):
             break
-    n = A.shape[-1]
-    if not bool(torch.isfinite(Z).all()):
+    if not bool(torch.isfinite(sign).all()):
         return None
-    above, right = torch.eye(2 * n).to(Z)[:, n:] + Z[..., n:], torch.eye(2 * n).to(Z)[:, :n] + Z[..., :n]
-    basis, triangle = torch.linalg.qr(above)
-    P = torch.linalg.solve_triangular(triangle, -basis.mT @ right, upper=True)
+    left, right = (torch.eye(sign.shape[-1]).to(sign) + sign).chunk(2, dim=-1)
+    basis, triangle = torch.linalg.qr(right)
+    P = torch.linalg.solve_triangular(triangle, -basis.mT @ left, upper=True)
     law = greedy(lq, Quadratic(-0.5 * (P + P.mT), zero.slope, zero.constant))
     finite = bool(torch.isfinite(law.gain).all())
     return law if finite and bool(_decays(lq, law)[0].all()) else None
