@@ -214,9 +214,11 @@ def _require_finite_mass(root: Tensor, curvature: Tensor, kl_weight: float) -> N
     if not 0 < kl_weight < math.inf:
         raise ValueError(f"kl_weight must be positive and finite, got {kl_weight}")
     inner = torch.eye(len(root)).to(root) + root @ curvature @ root / kl_weight
-    size = 1 + (root.square().sum() * curvature.square().sum().sqrt() / kl_weight)
-    finite = bool(torch.isfinite(size))
-    if not finite or not bool(torch.linalg.eigvalsh(inner).min() > margin(len(root), size)):
+    size = 1 + root.square().sum() * curvature.square().sum().sqrt() / kl_weight
+    if not bool(torch.isfinite(size)):
+        raise ValueError(f"covariance, curvature / kl_weight = {kl_weight} must not overflow")
+    least = torch.linalg.eigvalsh(inner).min()
+    if not bool(least > margin(len(root), size)):
         raise ValueError(f"{_NO_MASS}; raise kl_weight, got {kl_weight}")
 
 

@@ -2,9 +2,9 @@
 
 Eigenvalues come out as those of a matrix that differs from the one meant by the round-off of making
 and of decomposing it, a modest multiple of dim * eps * size, where size bounds what was added up to
-make it ([GV13] 7.5.6 and 8.1.1); so do Cholesky's pivots ([H02] 10.1). A symmetric matrix counts as
-positive definite, and a linear system as stable, only where these numbers are beyond that: what is
-nearer cannot be told from the edge itself, and an answer would have no correct digit.
+make it ([GV13] 7.5.6 and 8.1.1). A symmetric matrix counts as positive definite, and a linear
+system as stable, only where the eigenvalues are beyond that: what is nearer cannot be told from the
+edge itself, and an answer would have no correct digit.
 
 Sources  [H02] Higham 2002, Accuracy and Stability of Numerical Algorithms, 2nd ed.
          [GV13] Golub & Van Loan 2013, Matrix Computations, 4th ed.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def margin(dim: int, size: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """16 dim eps size: eigenvalues and pivots of a matrix of this size are not known better."""
+    """16 dim eps size: eigenvalues of a matrix of this size are not known better."""
     return 16 * torch.finfo(size.dtype).eps * dim * size
 
 
@@ -25,8 +25,8 @@ def cholesky(
 ) -> Float[Tensor, "*batch dim dim"]:
     """The lower triangular root of a symmetric matrix; NaN where it is not positive definite.
 
-    Positive definite beyond round-off: every pivot, relative to its own size, so that a coordinate
-    may be as much smaller than the others as it likes ([H02] Theorem 10.7).
+    Positive definite beyond round-off, once rows and columns are divided by sqrt(size), so that a
+    coordinate may be as much smaller than the others as it likes ([H02] Theorem 10.7).
 
     Args:
         matrix: symmetric.
@@ -34,10 +34,13 @@ def cholesky(
             if the matrix is exact.
     """
     size = matrix.diagonal(dim1=-2, dim2=-1) if size is None else size
+    proper = torch.isfinite(matrix).all(-1).all(-1) & ((size > 0) & torch.isfinite(size)).all(-1)
+    units = torch.where(proper[..., None], size.detach(), 1).sqrt()
+    scaled = torch.where(proper[..., None, None], matrix.detach(), 0) / units.unsqueeze(-1)
+    eigenvalues = torch.linalg.eigvalsh(scaled / units.unsqueeze(-2))
+    beyond = eigenvalues[..., 0] > margin(matrix.shape[-1], eigenvalues.abs().amax(-1).clamp(min=1))
     root, info = torch.linalg.cholesky_ex(matrix)
-    pivots = root.diagonal(dim1=-2, dim2=-1).square()
-    definite = (info == 0) & (pivots > margin(matrix.shape[-1], size)).all(-1)
-    return torch.where(definite[..., None, None], root, torch.nan)
+    return torch.where((proper & beyond & (info == 0))[..., None, None], root, torch.nan)
 
 
 def require_positive_definite(

@@ -330,7 +330,7 @@ def check_law(lq: LinearQuadratic, law: LinearGaussian, time_dependent: bool = F
 
 def _listed_range(t: Tensor) -> str:
     least, most = -largest(-t), largest(t)
-    return f"{most:g}" if least == most else f"times from {least:g} to {most:g}"
+    return f"times from {least:g} to {most:g}" if least < most else f"{most:g}"
 
 
 def _flat(value: Quadratic) -> Float[Tensor, "*batch dim"]:
