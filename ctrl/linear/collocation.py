@@ -34,6 +34,7 @@ SWEEPS = 20  # a panel that needs more is halved
 CONVERGED = 1e-14  # last change of a sweep, relative to the largest entry of y on the panel
 RESOLVED = 1e-13  # last two coefficients of the polynomial, likewise
 HALVINGS = 30  # of the horizon at most
+HOLD = 4  # panels after one that was too wide, before a wider one is tried
 
 POINTS = -np.cos(np.pi * np.arange(DEGREE + 1) / DEGREE)  # from -1 to 1
 _TO_COEFFICIENTS = np.linalg.inv(chebyshev.chebvander(POINTS, DEGREE))
@@ -115,7 +116,7 @@ def follow(panel: Panel, start: Float[Tensor, "*batch dim"], horizon: float) -> 
     """
     to_coefficients = start.detach().new_tensor(_TO_COEFFICIENTS)
     begin, halvings, y = 0.0, 0, start  # begin and widths are parts of the horizon, exactly
-    breaks, panels = [0.0], list[Tensor]()
+    breaks, panels, hold = [0.0], list[Tensor](), 0
     while begin < 1:
         while begin % 0.5**halvings or begin + 0.5**halvings > 1:
             halvings += 1
@@ -125,17 +126,26 @@ def follow(panel: Panel, start: Float[Tensor, "*batch dim"], horizon: float) -> 
             begin += 0.5**halvings
             breaks.append(begin * horizon)
             panels.append(coefficients)
-            y, halvings = found[-1], max(0, halvings - 2)
+            y, hold = found[-1], hold - 1
+            if hold < 0 and halvings and _resolved(coefficients, doubled=True):
+                halvings -= 1
         else:
-            halvings += 1
+            halvings, hold = halvings + 1, HOLD
             if halvings > HALVINGS:
                 raise FiniteEscapeError(begin * horizon)
     return Trajectory(start.detach().new_tensor(breaks), torch.stack(panels))
 
 
-def _resolved(coefficients: Float[Tensor, "terms *batch dim"]) -> bool:
+def _resolved(coefficients: Float[Tensor, "terms *batch dim"], doubled: bool = False) -> bool:
+    """Whether the last two coefficients are nothing; or would be on a panel twice as wide.
+
+    Coefficients fall like r^-k, and twice the width halves r: the last become the middle's square
+    times 2^DEGREE.
+    """
     size = coefficients.detach().abs().amax(-1)  # [terms, *batch]
-    return bool((size[-2:] <= RESOLVED * size.amax(0) + torch.finfo(size.dtype).tiny).all())
+    largest = size.amax(0) + torch.finfo(size.dtype).tiny
+    last = (size[DEGREE // 2] / largest).square() * 2**DEGREE if doubled else size[-2:] / largest
+    return bool((last <= RESOLVED).all())
 
 
 def _picard(

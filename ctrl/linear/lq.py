@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.linear.margin import cholesky, require_positive_definite
+from ctrl.linear.reading import largest
 from ctrl.policy import DeterministicPolicy, MultivariateGaussianPolicy
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
@@ -274,21 +275,15 @@ def curvature(lq: LinearQuadratic, hessian: Tensor) -> Float[Tensor, "*batch act
     return lq.N - (D.mT @ hessian.unsqueeze(-3) @ D).sum(-3)
 
 
-def _curvature_root(lq: LinearQuadratic, hessian: Tensor) -> Float[Tensor, "*batch action action"]:
-    """Cholesky's root of W; NaN where W is not positive definite beyond its round-off."""
-    D = lq.scaled_noise[1].detach().abs()
-    size = lq.N.detach().abs() + (D.mT @ hessian.detach().abs().unsqueeze(-3) @ D).sum(-3)
-    return cholesky(curvature(lq, hessian), size.diagonal(dim1=-2, dim2=-1))
-
-
 def greedy(lq: LinearQuadratic, value: Quadratic) -> LinearGaussian:
-    """``improve_lq`` without its check: NaN where there is no best action."""
+    """``improve_lq`` without its check; NaN where there is no best action, but for round-off."""
     S, e = value.hessian, value.slope
     C, D = lq.scaled_noise
     DS = D.mT @ S.unsqueeze(-3)  # [scaled, action, state]
     G = lq.B.mT @ S + (DS @ C).sum(-3) - lq.R
     g = times(lq.B.mT, e) + times(DS, lq.sigma.mT[..., : D.shape[-3], :]).sum(-2) - lq.l
-    root = _curvature_root(lq, S)
+    root, info = torch.linalg.cholesky_ex(curvature(lq, S))
+    root = torch.where((info == 0)[..., None, None], root, torch.nan)
     found = torch.cholesky_solve(torch.cat([G, g.unsqueeze(-1)], dim=-1), root)
     _, temperature = lq.rates
     eye = torch.eye(root.shape[-1]).to(root).expand_as(root)
@@ -319,13 +314,14 @@ def require_concave(lq: LinearQuadratic, value: Quadratic, when: str = "") -> No
     Raises:
         ValueError: W is not positive definite.
     """
-    hessian = value.hessian.detach()
-    if not bool(torch.isfinite(_curvature_root(lq, hessian)).all()):
-        least = torch.linalg.eigvalsh(curvature(lq, hessian).nan_to_num().detach()).min()
+    hessian, D = value.hessian.detach(), lq.scaled_noise[1].detach().abs()
+    W = curvature(lq, hessian).detach()
+    size = lq.N.detach().abs() + (D.mT @ hessian.abs().unsqueeze(-3) @ D).sum(-3)
+    if largest(torch.isnan(cholesky(W, size.diagonal(dim1=-2, dim2=-1)))):
+        least = -largest(-torch.linalg.eigvalsh(W.nan_to_num()))
         raise ValueError(
             "N - sum_j D_j' (Hessian of the value) D_j must be positive definite beyond round-off, "
-            "or large actions are rewarded without bound; its least eigenvalue is "
-            f"{float(least):g}{when}"
+            f"or large actions are rewarded without bound; its least eigenvalue is {least:g}{when}"
         )
 
 

@@ -3,8 +3,8 @@
     A'S + S A + sum_j C_j'S C_j = Q,   the operator on the left being that of E|X_t|^2 for
     dX = A X dt + sum_j C_j X dW_j
 
-Small problems, and those with noise in proportion to the state, are linear systems of dim^2
-unknowns. Without that noise Smith's method ([S68]) costs dim^3: for a rate p > 0 the equation is
+Small problems, and those with noise in proportion to the state, are linear systems of the pairs of
+coordinates. Without that noise Smith's method ([S68]) costs dim^3: for a rate p > 0 the equation is
 
     S = E'S E + P,   E = (A + p)(A - p)^{-1},   P = -2 p (A - p)^{-T} Q (A - p)^{-1}
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ctrl.linear.margin import margin, solve
 
-SMALL = 8  # dimensions up to which dim^2 unknowns are solved for at once, which is then faster
+SMALL = 8  # dimensions up to which all unknowns are solved for at once, which is then faster
 DOUBLINGS = 60  # of Smith's sum; E|X_t|^2 would decay by round-off only
 _NO_DECAY = "E|X_t|^2 must decay, or it has no Lyapunov equation"
 
@@ -40,9 +40,11 @@ def lyapunov(
         ValueError: there is none that is finite.
     """
     if C.shape[-3] or A.shape[-1] <= SMALL:
-        found = solve(second_moments(A, C), Q.flatten(-2).unsqueeze(-1), _NO_DECAY)
-        found = found.reshape(Q.shape)
-        return 0.5 * (found + found.mT)
+        i, j = torch.tril_indices(*Q.shape[-2:], device=Q.device)
+        pairs = solve(second_moments(A, C), Q[..., i, j].unsqueeze(-1), _NO_DECAY).squeeze(-1)
+        place = torch.zeros(Q.shape[-2:], dtype=torch.int64, device=Q.device)
+        place[i, j] = place[j, i] = torch.arange(len(i), device=Q.device)
+        return pairs[..., place]
     terms, shifted, p = _smith(A)
 
     def solved(right: Tensor) -> Tensor:
@@ -95,10 +97,16 @@ def growth(
 
 def second_moments(
     A: Float[Tensor, "*batch dim dim"], C: Float[Tensor, "*batch noise dim dim"]
-) -> Float[Tensor, "*batch dim2 dim2"]:
-    """S -> A'S + S A + sum_j C_j'S C_j, as a matrix."""
-    eye = torch.eye(A.shape[-1]).to(A).expand_as(A)
-    return kron(A.mT, eye) + kron(eye, A.mT) + kron(C.mT, C.mT).sum(-3)
+) -> Float[Tensor, "*batch pairs pairs"]:
+    """S -> A'S + S A + sum_j C_j'S C_j of symmetric S, as a matrix on the pairs i >= j."""
+    n = A.shape[-1]
+    eye = torch.eye(n).to(A).expand_as(A)
+    scaled = torch.einsum("...mki,...mlj->...ijkl", C, C).flatten(-4, -3).flatten(-2)
+    whole = (kron(A.mT, eye) + kron(eye, A.mT) + scaled).unflatten(-1, (n, n))
+    whole = (whole + whole.mT).flatten(-2)  # S_ij and S_ji are one unknown
+    i, j = torch.tril_indices(n, n, device=A.device)
+    once = torch.where(i == j, 0.5, 1.0).to(A)
+    return whole[..., i * n + j, :][..., i * n + j] * once
 
 
 def kron(left: Tensor, right: Tensor) -> Float[Tensor, "..."]:

@@ -105,13 +105,11 @@ class FiniteHorizon:
                 may not.
         """
         value = self.value_at(t)
-        law = greedy(self.lq, value)
-        if largest(torch.isnan(law.gain)):
-            raise ValueError(
-                "N - sum_j D_j' (Hessian of the value) D_j must be positive definite beyond "
-                f"round-off, or there is no best action, but it is not at t = {_listed_range(t)}"
-            )
-        return law
+        try:
+            require_concave(self.lq, value)
+        except ValueError as error:
+            raise ValueError(f"{error} at t = {_listed_range(t)}") from None
+        return greedy(self.lq, value)
 
     def value(self, t: Float[Tensor, ""], x: Float[Tensor, "paths state"]) -> Tensor:
         """V(t, x), [paths], reward; differentiable in t and x."""

@@ -134,9 +134,9 @@ WRONGS = [
     ),
     wrong(
         "action's noise missing in W",
-        "ctrl.linear.lq._curvature_root",
-        "curvature(lq, hessian),",
-        "lq.N.expand_as(curvature(lq, hessian)),",
+        GREEDY,
+        "(curvature(lq, S))",
+        "(lq.N.expand_as(curvature(lq, S)))",
     ),
     wrong(
         "noise that the action reaches missing in the gain",
@@ -269,7 +269,7 @@ def evaluated(lq: LinearQuadratic, law: LinearGaussian, x: Tensor) -> Tensor:
             "kron(A.mT, eye)",
         ),
         wrong("sign of the discount", CLOSED, "kept = lq.A - 0.5 *", "kept = lq.A + 0.5 *"),
-        wrong("noise of the state missing", MOMENTS, " + kron(C.mT, C.mT).sum(-3)", ""),
+        wrong("noise of the state missing", MOMENTS, " + scaled)", ")"),
         wrong("1/2 of the discount missing", CLOSED, "kept = lq.A - 0.5 *", "kept = lq.A - "),
         wrong(
             "sign of the state's cost",

@@ -84,9 +84,9 @@ def iterates(lq: LinearQuadratic, iterations: int) -> list[ctrl.linear.Stationar
         wrong("inverse of the temperature", GREEDY, "covariance = temp", "covariance = 1 / temp"),
         wrong(
             "improvement blind to the noise of the action",
-            "ctrl.linear.lq._curvature_root",
-            "curvature(lq, hessian),",
-            "lq.N,",
+            GREEDY,
+            "(curvature(lq, S))",
+            "(lq.N)",
         ),
         wrong("improvement blind to the mixed cost", GREEDY, ".sum(-3) - lq.R", ".sum(-3)"),
         wrong(
