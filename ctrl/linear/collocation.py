@@ -32,7 +32,7 @@ Panel = Callable[[float, int, Tensor], Tensor | None]
 DEGREE = 16
 SWEEPS = 20  # a panel that needs more is halved
 CONVERGED = 1e-14  # last change of a sweep, relative to the largest entry of y on the panel
-RESOLVED = 1e-13  # last two coefficients of the polynomial, likewise
+RESOLVED = 1e-13  # last two coefficients of the polynomial, relative to the sum of all
 HALVINGS = 30  # of the horizon at most
 HOLD = 4  # panels after one that was too wide, before a wider one is tried
 
@@ -143,7 +143,7 @@ def _resolved(coefficients: Float[Tensor, "terms *batch dim"], doubled: bool = F
     times 2^DEGREE.
     """
     size = coefficients.detach().abs().amax(-1)  # [terms, *batch]
-    largest = size.amax(0) + torch.finfo(size.dtype).tiny
+    largest = size.sum(0) + torch.finfo(size.dtype).tiny  # bounds y
     last = (size[DEGREE // 2] / largest).square() * 2**DEGREE if doubled else size[-2:] / largest
     return bool((last <= RESOLVED).all())
 

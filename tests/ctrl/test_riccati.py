@@ -112,7 +112,7 @@ def test_finite_horizon_solves_the_riccati_equation(seed, dim, condition, temper
     torch.testing.assert_close(values.hessian[0], S, rtol=0, atol=1e-11 * scale)
     torch.testing.assert_close(values.slope[0], e, rtol=0, atol=1e-11 * scale)
     assert float(values.constant[0]) == pytest.approx(c, abs=1e-11 * scale)
-    torch.testing.assert_close(values.hessian[-1], -lq.H, rtol=0, atol=1e-14)
+    torch.testing.assert_close(values.hessian[-1], -lq.H, rtol=0, atol=1e-13)
 
 
 @settings(max_examples=7)
