@@ -256,10 +256,10 @@ def test_bad_input_is_refused_by_name(monkeypatch):
 
 def test_data_may_lie_in_a_plane():
     flat = Gaussian(DATA.mean, tensor([1.7, 0.3, 0.0]).diag())
-    assert flat.spectrum[0].min() == pytest.approx(0, abs=1e-15)
+    assert float(flat.spectrum[0].min()) == pytest.approx(0, abs=1e-15)
     tilted = gaussian.tilt(flat, REWARD, BETA)
     # the root of an eigenvalue that is 0 up to round-off
-    assert tilted.mean[2] == pytest.approx(flat.mean[2], abs=1e-7)
+    assert float(tilted.mean[2]) == pytest.approx(float(flat.mean[2]), abs=1e-7)
     assert float(tilted.covariance[2].abs().max()) < 1e-7
 
 
