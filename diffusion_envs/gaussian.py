@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.linear.margin import margin, solve
 from diffusion_envs.schedule import Schedule
 
 Vector: TypeAlias = Float[Tensor, "*batch dim"]
@@ -48,13 +49,15 @@ class Gaussian:
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues and eigenvectors (columns) of the covariance."""
+        if not bool(torch.isfinite(self.covariance).all()):
+            raise ValueError(f"covariance must be finite, got {self.covariance.tolist()}")
         values, vectors = torch.linalg.eigh(self.covariance)
-        if not bool((values >= 0).all()):
+        size = values.detach().abs().amax(-1, keepdim=True)
+        if not bool((values >= -margin(values.shape[-1], size)).all()):
             raise ValueError(
-                "covariance must be positive semidefinite and without NaN, got eigenvalues "
-                f"{values.tolist()}"
+                f"covariance must be positive semidefinite, got eigenvalues {values.tolist()}"
             )
-        return values, vectors
+        return values.clamp(min=0), vectors  # round-off of a singular one
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,16 +206,20 @@ def shift_response(
 # -- the KL-regularised optimum -------------------------------------------------------------------
 
 
+_NO_MASS = "the tilt has no finite mass, the reward grows faster than the law's tails fall"
+
+
 def _require_finite_mass(root: Tensor, curvature: Tensor, kl_weight: float) -> None:
     """1 + root (Q / kl_weight) root > 0, root the square root of a law's covariance."""
     if not 0 < kl_weight < math.inf:
         raise ValueError(f"kl_weight must be positive and finite, got {kl_weight}")
     inner = torch.eye(len(root)).to(root) + root @ curvature @ root / kl_weight
-    if not bool((torch.linalg.eigvalsh(inner) > 0).all()):
-        raise ValueError(
-            "the tilt has no finite mass, the reward grows faster than the law's tails fall; "
-            f"raise kl_weight, got {kl_weight}"
-        )
+    size = 1 + root.square().sum() * curvature.square().sum().sqrt() / kl_weight
+    if not bool(torch.isfinite(size)):
+        raise ValueError(f"covariance, curvature / kl_weight = {kl_weight} must not overflow")
+    least = torch.linalg.eigvalsh(inner).min()
+    if not bool(least > margin(len(root), size)):
+        raise ValueError(f"{_NO_MASS}; raise kl_weight, got {kl_weight}")
 
 
 def tilt(data: Gaussian, reward: Quadratic, kl_weight: float) -> Gaussian:
@@ -225,7 +232,7 @@ def tilt(data: Gaussian, reward: Quadratic, kl_weight: float) -> Gaussian:
     root = (vectors * values.sqrt()) @ vectors.mT
     _require_finite_mass(root, reward.curvature, kl_weight)
     inner = torch.eye(len(values)).to(values) + root @ reward.curvature @ root / kl_weight
-    covariance = root @ torch.linalg.solve(inner, root)
+    covariance = root @ solve(inner, root, _NO_MASS)
     # S^{-1} m without inverting S: m* = m + S* gradient(m) / kl_weight
     mean = data.mean + _apply(covariance, reward.gradient(data.mean)) / kl_weight
     return Gaussian(mean, 0.5 * (covariance + covariance.mT))
@@ -253,7 +260,7 @@ def optimal_value(
     _require_finite_mass(root, reward.curvature.detach(), kl_weight)
     curvature, slope = reward.curvature / kl_weight, reward.slope / kl_weight
     inner = torch.eye(len(slope)).to(slope) + step.covariance @ curvature
-    solved = torch.linalg.inv(inner)
+    solved = solve(inner, torch.eye(len(slope)).to(slope), _NO_MASS)
     bent = curvature @ solved
     ahead = Quadratic(  # in the mean of X_end given x
         kl_weight * bent,

@@ -15,7 +15,10 @@ ctrl.estimate ctrl.user_functions ctrl.sde ctrl.problem ctrl.policy ctrl.time_ho
 ctrl.exploration ctrl.noise ctrl.paths ctrl.solvers ctrl.torchsde_solver ctrl.simulate
 ctrl.girsanov ctrl.transitions ctrl.value
 ctrl.advantages ctrl.martingale ctrl.q_learning ctrl.trust_region ctrl.policy_gradient
-ctrl.linear.collocation ctrl.linear.lq ctrl.linear.gaussian ctrl.linear.kl_control
+ctrl.linear.reading ctrl.linear.collocation ctrl.linear.exponential
+ctrl.linear.hamiltonian ctrl.linear.margin
+ctrl.linear.lyapunov
+ctrl.linear.lq ctrl.linear.gaussian ctrl.linear.kl_control
 ctrl.linear.riccati ctrl.linear ctrl.state_grid ctrl.action_grid ctrl.markov_chain ctrl.bellman
 ctrl.hjb ctrl.pendulum ctrl.problems
 ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents.actor_critic

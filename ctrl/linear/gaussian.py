@@ -9,14 +9,16 @@ Sources  [VL78] Van Loan 1978, computing integrals involving the matrix exponent
          [KS91] Karatzas & Shreve, Brownian Motion and Stochastic Calculus, 3.5 (Girsanov).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.linear.lq import broadcast_batches, kron, require_symmetric, times
+from ctrl.linear.exponential import exponential, unit
+from ctrl.linear.lq import broadcast_batches, require_symmetric, times
+from ctrl.linear.margin import cholesky, margin, require_positive_definite
+from ctrl.linear.reading import largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,7 @@ def transition(
 
     F = e^{A t}, f = int_0^t e^{A s} b ds, C = int_0^t e^{A s} G G' e^{A' s} ds: one exponential of
     a block matrix over t / 2^k, where nothing overflows, then doubled k times, which only adds.
+    Each of the three is exact to round-off of its own size.
 
     Args:
         A: drift matrix, 1/time; may be singular.
@@ -87,19 +90,31 @@ def transition(
 
 
 def _transition(A: Tensor, b: Tensor, G: Tensor, t: Tensor) -> Transition:
-    size = float((A.abs().sum(-1).amax(-1) * t).detach().max()) if A.numel() else 0.0
-    doublings = max(0, math.ceil(math.log2(size)) + 1) if size > 0 else 0
-    h = (t / 2**doublings)[..., None, None]
-    dim, column = A.shape[-1], torch.zeros_like(b).unsqueeze(-1)
-    upper = torch.cat([A, G @ G.mT, b.unsqueeze(-1)], dim=-1)
-    lower = torch.cat([torch.zeros_like(A), -A.mT, column], dim=-1)
+    h, doublings = _halved(A, t)
+    Q, b = h * (G @ G.mT), h * b.unsqueeze(-1)
+    of_Q, of_b = unit(Q), unit(b)  # the answer is linear in both
+    upper = torch.cat([h * A, Q / of_Q, b / of_b], dim=-1)
+    lower = torch.cat([torch.zeros_like(A), -h * A.mT, torch.zeros_like(b)], dim=-1)
     last = torch.zeros_like(upper[..., :1, :])
-    grown = torch.linalg.matrix_exp(torch.cat([upper, lower, last], dim=-2) * h)
-    F, f = grown[..., :dim, :dim], grown[..., :dim, -1]
-    one = Transition(F, f, grown[..., :dim, dim : 2 * dim] @ F.mT)
-    for _ in range(doublings):
-        one = one.then(one)
+    grown = exponential(torch.cat([upper, lower, last], dim=-2))
+    dim = A.shape[-1]
+    F, f = grown[..., :dim, :dim], (of_b * grown[..., :dim, -1:]).squeeze(-1)
+    one = Transition(F, f, of_Q * grown[..., :dim, dim : 2 * dim] @ F.mT)
+    for k in range(int(largest(doublings))):
+        more, both = doublings > k, one.then(one)
+        one = Transition(
+            torch.where(more[..., None, None], both.F, one.F),
+            torch.where(more[..., None], both.f, one.f),
+            torch.where(more[..., None, None], both.C, one.C),
+        )
     return Transition(one.F, one.f, 0.5 * (one.C + one.C.mT))
+
+
+def _halved(A: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Each member's time / 2^k, [*batch, 1, 1], with row sums of |A| below 1/2; and k."""
+    size = (A.abs().sum(-1).amax(-1) * t).detach()
+    doublings = torch.log2(2 * size.clamp(min=0.5)).ceil().long()
+    return (t * torch.exp2(-doublings.to(t)))[..., None, None], doublings
 
 
 def gaussian_moments(
@@ -135,8 +150,8 @@ def linear_path_kl(
 ) -> Float[Tensor, " *batch"]:
     """KL of the path on [0, time] of one linear SDE from that of another, nats ([KS91] 3.5.1).
 
-    1/2 int_0^t E |G^+ ((A_1 - A_0) X + b_1 - b_0)|^2 ds under the first law: the last entry of one
-    matrix exponential, of the linear equations of E[z z'], z = (X, 1), and of the integral.
+    1/2 int_0^t E |G^+ ((A_1 - A_0) X + b_1 - b_0)|^2 ds under the first law: E z'V(t) z for the
+    start z = (X_0, 1), and the integral over s of trace V(t - s) G G' for the noise.
 
     Args:
         law: the drift A_1 x + b_1, under which the expectation is.
@@ -167,7 +182,9 @@ def _path_kl(
     A1: Tensor, b1: Tensor, A0: Tensor, b0: Tensor, G: Tensor, m: Tensor, P: Tensor, t: Tensor
 ) -> Float[Tensor, " *batch"]:
     shift = torch.cat([A1 - A0, (b1 - b0).unsqueeze(-1)], dim=-1)  # of z = (x, 1)
-    u = torch.linalg.pinv(G) @ shift  # controls, in units of the noise
+    # a direction without noise has round-off for a singular value
+    inverse = torch.linalg.pinv(G, rtol=margin(max(G.shape[-2:]), G.new_ones(())))
+    u = inverse @ shift  # controls, in units of the noise
     missed = (G @ u - shift).detach().abs().amax((-2, -1))
     if bool((missed > 1e-9 * shift.detach().abs().amax((-2, -1))).any()):
         raise ValueError(
@@ -178,15 +195,36 @@ def _path_kl(
     drift = lift(torch.cat([A1, b1.unsqueeze(-1)], dim=-1), (0, 0, 0, 1))
     z = torch.cat([m, torch.ones_like(m[..., :1])], dim=-1)
     second = z.unsqueeze(-1) * z.unsqueeze(-2) + lift(P, (0, 1, 0, 1))
-    eye = torch.eye(z.shape[-1]).to(z).expand_as(drift)
-    moments = kron(drift, eye) + kron(eye, drift)  # d/dt E[z z'], but for the noise
-    spread = lift(G @ G.mT, (0, 1, 0, 1)).flatten(-2)
-    energy = 0.5 * (u.mT @ u).flatten(-2)
-    upper = torch.cat([moments, torch.zeros_like(spread[..., None]), spread[..., None]], dim=-1)
-    middle = lift(energy, (0, 2)).unsqueeze(-2)
-    block = torch.cat([upper, middle, torch.zeros_like(middle)], dim=-2)
-    grown = torch.linalg.matrix_exp(block * t[..., None, None])[..., -2, :]
-    return (grown[..., :-2] * second.flatten(-2)).sum(-1) + grown[..., -1]
+    spread = lift(G @ G.mT, (0, 1, 0, 1))
+    energy = 0.5 * (u.mT @ u)
+    once, twice = _energy_integrals(drift, energy, t)
+    return (once * second).sum((-2, -1)) + (twice * spread).sum((-2, -1))
+
+
+def _energy_integrals(drift: Tensor, energy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """V(t) = int_0^t e^{B's} E e^{B s} ds and Z(t) = int_0^t V(s) ds ([VL78]), B the drift.
+
+    One exponential over t / 2^k, as in ``transition``, and then
+    V(2h) = V + F'V F and Z(2h) = Z + h V + F'Z F, which only add.
+    """
+    h, doublings = _halved(drift, t)
+    n, zero, one = drift.shape[-1], torch.zeros_like(drift), torch.eye(drift.shape[-1]).to(drift)
+    size = unit(energy)
+    blocks = [
+        [-h * drift.mT, 0.5 * one.expand_as(drift), zero],
+        [zero, -h * drift.mT, 0.5 * energy / size],
+        [zero, zero, h * drift],
+    ]
+    grown = exponential(torch.cat([torch.cat(row, dim=-1) for row in blocks], dim=-2))
+    moved = grown[..., 2 * n :, 2 * n :]
+    once = 2 * h * size * moved.mT @ grown[..., n : 2 * n, 2 * n :]
+    twice = 4 * h * h * size * moved.mT @ grown[..., :n, 2 * n :]
+    for k in range(int(largest(doublings))):
+        more = (doublings > k)[..., None, None]
+        twice = torch.where(more, twice + h * once + moved.mT @ twice @ moved, twice)
+        once = torch.where(more, once + moved.mT @ once @ moved, once)
+        moved, h = torch.where(more, moved @ moved, moved), torch.where(more, 2 * h, h)
+    return once, twice
 
 
 def gaussian_kl(law: Gaussian, reference: Gaussian) -> Float[Tensor, " *batch"]:
@@ -211,14 +249,17 @@ def gaussian_kl(law: Gaussian, reference: Gaussian) -> Float[Tensor, " *batch"]:
     m1, S1, m0, S0 = broadcast_batches(given, events).values()
     for name, matrix in (("covariance", S1), ("reference_covariance", S0)):
         require_symmetric(name, matrix)
-        if bool((torch.linalg.cholesky_ex(matrix.detach()).info != 0).any()):
-            raise ValueError(f"{name} must be positive definite, or the KL is infinite")
-    root = torch.linalg.cholesky(S0)
+        require_positive_definite(name, matrix, "or the KL is infinite")
+    root = cholesky(S0)
     gap = torch.linalg.solve_triangular(root, S1 - S0, upper=False)
     gap = torch.linalg.solve_triangular(root, gap.mT, upper=False)
     excess = torch.linalg.eigvalsh(0.5 * (gap + gap.mT))
     shift = torch.linalg.solve_triangular(root, (m1 - m0).unsqueeze(-1), upper=False).squeeze(-1)
-    return 0.5 * (excess - torch.log1p(excess) + shift.square()).sum(-1)
+    far = excess.detach() < -0.5  # 1 + excess may be far below round-off
+    diagonals = [each.diagonal(dim1=-2, dim2=-1) for each in (cholesky(S1), root)]
+    near = torch.log1p(torch.where(far, 0, excess)).sum(-1)
+    logdet = torch.where(far.any(-1), 2 * (diagonals[0] / diagonals[1]).log().sum(-1), near)
+    return 0.5 * ((excess + shift.square()).sum(-1) - logdet)
 
 
 def ornstein_uhlenbeck_path_kl(

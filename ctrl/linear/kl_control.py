@@ -14,6 +14,12 @@ from torch import Tensor
 
 from ctrl.linear.gaussian import Affine, Gaussian, Transition, require_float64, scalar
 from ctrl.linear.lq import Quadratic, broadcast_batches, require_symmetric, times
+from ctrl.linear.margin import margin, solve
+
+_NO_TILT = (
+    "Q must leave covariance^{-1} + Q / kl_weight positive definite, or the expectation of "
+    "exp(reward / kl_weight) is infinite; a larger kl_weight helps"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +65,7 @@ def tilt(
     require_symmetric("covariance", S)
     identity = torch.eye(n).to(S)
     value = kl_optimal_value(Transition(identity.expand_as(S), 0 * m, S), Qs, ls, b, cs)
-    spread = torch.linalg.solve(identity + S @ Qs / b[..., None, None], S)
+    spread = solve(identity + S @ Qs / b[..., None, None], S, _NO_TILT)
     mean = m + times(S, value.gradient(m)) / b[..., None]
     return Tilted(Gaussian(mean, 0.5 * (spread + spread.mT)), value(m) / b)
 
@@ -113,7 +119,7 @@ def _cole_hopf(
     weighted = Q / b[..., None, None]
     _require_tilt(C.detach(), weighted.detach())
     grow = torch.eye(Q.shape[-1]).to(Q) + C @ weighted
-    K = torch.linalg.inv(grow)
+    K = solve(grow, torch.eye(Q.shape[-1]).to(Q).expand_as(Q), _NO_TILT)
     kept = 0.5 * (Q @ K + (Q @ K).mT)  # symmetric but for round-off
     spread = (slope * times(K, times(C, slope))).sum(-1) / (2 * b)
     logdet = torch.linalg.slogdet(grow).logabsdet
@@ -148,10 +154,12 @@ def _require_tilt(C: Tensor, weighted: Tensor) -> None:
     if bool((eigenvalues < -1e-10 * eigenvalues.abs().amax(-1, keepdim=True)).any()):
         raise ValueError(f"covariance must not be negative; its eigenvalues are {eigenvalues}")
     root = vectors * eigenvalues.clamp(min=0).sqrt().unsqueeze(-2)
+    size = 1 + eigenvalues.abs().amax(-1) * weighted.square().sum((-2, -1)).sqrt()
+    if not bool(torch.isfinite(size).all()):
+        raise ValueError(f"{_NO_TILT}; C Q / kl_weight overflows")
     least = torch.linalg.eigvalsh(root.mT @ weighted @ root)[..., 0] + 1
-    if not bool((least > 0).all()):
+    if not bool((least > margin(C.shape[-1], size)).all()):
         raise ValueError(
-            "Q must leave covariance^{-1} + Q / kl_weight positive definite, or the expectation of "
-            f"exp(reward / kl_weight) is infinite; the least eigenvalue of 1 + C Q / kl_weight is "
-            f"{float(least.min()):g}; a larger kl_weight helps"
+            f"{_NO_TILT}; the least eigenvalue of 1 + C Q / kl_weight is {float(least.min()):g}, "
+            "which is not positive beyond round-off"
         )

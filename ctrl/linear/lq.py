@@ -26,6 +26,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.linear.margin import cholesky, require_positive_definite
+from ctrl.linear.reading import largest
 from ctrl.policy import DeterministicPolicy, MultivariateGaussianPolicy
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
@@ -86,12 +88,14 @@ class LinearGaussian:
         """The same as a policy for ``simulate``.
 
         Raises:
-            ValueError: it is a batch of laws and draws its actions.
+            ValueError: it is a batch of laws and draws its actions; or some of these it draws, and
+                some not.
         """
         if not bool(self.covariance.any()):
             return DeterministicPolicy(lambda t, x: self.mean(x))
         require_one(self.covariance)
-        scale = torch.linalg.cholesky(self.covariance)
+        require_positive_definite("covariance", self.covariance, "or drawn actions have no density")
+        scale = cholesky(self.covariance)
         return MultivariateGaussianPolicy(lambda t, x: self.mean(x), scale)
 
 
@@ -111,7 +115,8 @@ class LinearQuadratic:
         H: terminal cost of the state, symmetric.
         h: linear terminal cost.
         f: constant drift.
-        C: noise in proportion to the state, [noise, state, state].
+        C: noise in proportion to the state, [noise, state, state]. Leave out what is zero: products
+            with C and D cost more than all others.
         D: noise in proportion to the action, [noise, state, action].
         discount: a rate, 1/time.
         temperature: reward per nat of the policy's entropy and unit of time.
@@ -166,6 +171,12 @@ class LinearQuadratic:
     def rates(self) -> tuple[Float[Tensor, " *batch"], Float[Tensor, " *batch"]]:
         """Discount and temperature, as tensors."""
         return cast(Tensor, self.discount), cast(Tensor, self.temperature)
+
+    @property
+    def scaled_noise(self) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+        """C and D; of no Brownian motion at all where neither was given."""
+        still = _is_left_out(self.C) and _is_left_out(self.D)
+        return (self.C[..., :0, :, :], self.D[..., :0, :, :]) if still else (self.C, self.D)
 
     def running_reward(self, t: Tensor, x: Tensor, a: Tensor) -> Float[Tensor, " paths"]:
         """-(x'Mx/2 + a'Rx + a'Na/2 + p'x + l'a), without entropy, reward/time."""
@@ -230,15 +241,18 @@ def value_rate(lq: LinearQuadratic, value: Quadratic, law: LinearGaussian) -> Qu
     K, k = law.gain, law.offset
     discount, _ = lq.rates
     A, f = lq.A + lq.B @ K, lq.f + times(lq.B, k)
-    C = lq.C + lq.D @ K.unsqueeze(-3)  # [noise, state, state]
-    s = lq.sigma.mT + times(lq.D, k.unsqueeze(-2))  # [noise, state]
-    each = S.unsqueeze(-3)  # the same for every Brownian motion
+    by_state, D = lq.scaled_noise
+    scaled = D.shape[-3]  # all Brownian motions, or none
+    C, s = by_state + D @ K.unsqueeze(-3), lq.sigma.mT  # [scaled, state, state], [noise, state]
+    if scaled:
+        s = s + times(D, k.unsqueeze(-2))
+    each, carried = S.unsqueeze(-3), s @ S.mT  # the same S for every Brownian motion
     both = S @ A - K.mT @ lq.R
     spread = (C.mT @ each @ C).sum(-3) - lq.M - K.mT @ lq.N @ K
     hessian = both + both.mT + spread - discount[..., None, None] * S
-    shift = times(A.mT, e) + times(S, f) + times(C.mT, times(each, s)).sum(-2)
+    shift = times(A.mT, e) + times(S, f) + times(C.mT, carried[..., :scaled, :]).sum(-2)
     slope = shift - lq.p - times(lq.R.mT, k) - times(K.mT, times(lq.N, k) + lq.l)
-    constant = (e * f).sum(-1) + 0.5 * (s * times(each, s)).sum((-2, -1))
+    constant = (e * f).sum(-1) + 0.5 * (s * carried).sum((-2, -1))
     constant = constant - (k * (0.5 * times(lq.N, k) + lq.l)).sum(-1)
     drawn = 0.5 * (curvature(lq, S) * law.covariance).sum((-2, -1))
     constant = constant - drawn + _entropy_reward(lq, law.covariance)
@@ -257,20 +271,22 @@ def _entropy_reward(lq: LinearQuadratic, covariance: Tensor) -> Float[Tensor, " 
 
 def curvature(lq: LinearQuadratic, hessian: Tensor) -> Float[Tensor, "*batch action action"]:
     """W = N - sum_j D_j'S D_j: minus the Hamiltonian's Hessian in the action."""
-    return lq.N - (lq.D.mT @ hessian.unsqueeze(-3) @ lq.D).sum(-3)
+    D = lq.scaled_noise[1]
+    return lq.N - (D.mT @ hessian.unsqueeze(-3) @ D).sum(-3)
 
 
 def greedy(lq: LinearQuadratic, value: Quadratic) -> LinearGaussian:
-    """``improve_lq`` without its check."""
+    """``improve_lq`` without its check; NaN where there is no best action, but for round-off."""
     S, e = value.hessian, value.slope
-    W = curvature(lq, S)
-    DS = lq.D.mT @ S.unsqueeze(-3)  # [noise, action, state]
-    G = lq.B.mT @ S + (DS @ lq.C).sum(-3) - lq.R
-    g = times(lq.B.mT, e) + times(DS, lq.sigma.mT).sum(-2) - lq.l
-    root = torch.linalg.cholesky_ex(W).L
+    C, D = lq.scaled_noise
+    DS = D.mT @ S.unsqueeze(-3)  # [scaled, action, state]
+    G = lq.B.mT @ S + (DS @ C).sum(-3) - lq.R
+    g = times(lq.B.mT, e) + times(DS, lq.sigma.mT[..., : D.shape[-3], :]).sum(-2) - lq.l
+    root, info = torch.linalg.cholesky_ex(curvature(lq, S))
+    root = torch.where((info == 0)[..., None, None], root, torch.nan)
     found = torch.cholesky_solve(torch.cat([G, g.unsqueeze(-1)], dim=-1), root)
     _, temperature = lq.rates
-    eye = torch.eye(W.shape[-1]).to(W).expand_as(W)
+    eye = torch.eye(root.shape[-1]).to(root).expand_as(root)
     covariance = temperature[..., None, None] * torch.cholesky_solve(eye, root)
     return LinearGaussian(found[..., :-1], found[..., -1], 0.5 * (covariance + covariance.mT))
 
@@ -298,24 +314,20 @@ def require_concave(lq: LinearQuadratic, value: Quadratic, when: str = "") -> No
     Raises:
         ValueError: W is not positive definite.
     """
-    least = torch.linalg.eigvalsh(curvature(lq, value.hessian).detach()).min()
-    if not bool(least > 0):
+    hessian, D = value.hessian.detach(), lq.scaled_noise[1].detach().abs()
+    W = curvature(lq, hessian).detach()
+    size = lq.N.detach().abs() + (D.mT @ hessian.abs().unsqueeze(-3) @ D).sum(-3)
+    if largest(torch.isnan(cholesky(W, size.diagonal(dim1=-2, dim2=-1)))):
+        least = -largest(-torch.linalg.eigvalsh(W.nan_to_num()))
         raise ValueError(
-            "N - sum_j D_j' (Hessian of the value) D_j must be positive definite, or large actions "
-            f"are rewarded without bound; its least eigenvalue is {float(least):g}{when}"
+            "N - sum_j D_j' (Hessian of the value) D_j must be positive definite beyond round-off, "
+            f"or large actions are rewarded without bound; its least eigenvalue is {least:g}{when}"
         )
 
 
 def times(matrix: Float[Tensor, "..."], vector: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Matrix times vector, batched."""
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
-
-
-def kron(left: Tensor, right: Tensor) -> Float[Tensor, "..."]:
-    """Kronecker product of the last two dimensions, batched."""
-    size = left.shape[-1] * right.shape[-1]
-    product = torch.einsum("...ij,...kl->...ikjl", left, right)
-    return product.reshape(*product.shape[:-4], size, size)
 
 
 def broadcast_batches(
@@ -347,6 +359,12 @@ def broadcast_batches(
 
 def _listed(event: tuple[int, ...]) -> str:
     return ", ".join(str(size) for size in event)
+
+
+def _is_left_out(matrix: Tensor) -> bool:
+    """Whether it is the number 0, expanded; not a tensor of zeros that may have a derivative."""
+    expanded = not any(matrix.stride()) and not matrix.requires_grad and bool(matrix.numel())
+    return expanded and not bool(matrix[(0,) * matrix.ndim])
 
 
 def require_symmetric(name: str, matrix: Float[Tensor, "*batch dim dim"]) -> None:

@@ -10,16 +10,27 @@ Sources  [K68] Kleinman 1968, on an iterative technique for Riccati equation com
          [WZZ20] Wang, Zariphopoulou & Zhou 2020, JMLR 21, section 4.
          [JZ22b] Jia & Zhou 2022, policy gradient and actor-critic, JMLR 23, section 6 (ergodic).
          [YZ99] Yong & Zhou, Stochastic Controls, chapter 6.
+         [R80] Roberts 1980, linear model reduction and solution of the algebraic Riccati equation
+         by use of the sign function, Int. J. Control 32.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.linear.collocation import FiniteEscapeError, Rate, Trajectory, integrate
+from ctrl.linear.collocation import (
+    INTEGRATION,
+    POINTS,
+    FiniteEscapeError,
+    Trajectory,
+    follow,
+    integrate,
+)
+from ctrl.linear.hamiltonian import HamiltonianFlow
 from ctrl.linear.lq import (
     Law,
     LinearGaussian,
@@ -27,16 +38,20 @@ from ctrl.linear.lq import (
     Quadratic,
     greedy,
     improve_lq,
-    kron,
     require_concave,
     require_one,
     require_symmetric,
+    times,
     value_rate,
 )
+from ctrl.linear.lyapunov import growth, lyapunov
+from ctrl.linear.margin import cholesky, solve
+from ctrl.linear.reading import largest
 from ctrl.paths import TimeGrid
 from ctrl.policy import DeterministicPolicy, MultivariateGaussianPolicy
 
 NEWTON_STEPS = 60  # quadratic convergence takes under ten once it has set in
+SIGN_STEPS = 40  # likewise
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +82,34 @@ class FiniteHorizon:
         return self.law_at(self.times)
 
     def value_at(self, t: Float[Tensor, "*times"]) -> Quadratic:
-        """The value at any times between the nodes; NaN before the first and after the last."""
-        return _unflat(self.to_go(self.times[-1] - t.to(self.times)), self.lq)
+        """The value at any times between the first and the last, in ``torch.func.vmap`` too.
+
+        Raises:
+            ValueError: one is before the first or after the last, or NaN.
+        """
+        at = t.to(self.times)
+        to_go = self.times[-1] - at
+        if largest(~self.to_go.covers(to_go)):
+            first, last = (each.item() for each in self.times[[0, -1]])
+            raise ValueError(
+                f"t must be from {first:g} to {last:g}, the times that were solved for, got "
+                f"{_listed_range(at)}; solve over times that contain these"
+            )
+        return _unflat(self.to_go(to_go), self.lq)
 
     def law_at(self, t: Float[Tensor, "*times"]) -> LinearGaussian:
-        """The Gibbs policy at any times between the nodes."""
-        return greedy(self.lq, self.value_at(t))
+        """The Gibbs policy at any times between the first and the last.
+
+        Raises:
+            ValueError: as ``value_at``; or the value has no best action, as that of a bad policy
+                may not.
+        """
+        value = self.value_at(t)
+        try:
+            require_concave(self.lq, value)
+        except ValueError as error:
+            raise ValueError(f"{error} at t = {_listed_range(t)}") from None
+        return greedy(self.lq, value)
 
     def value(self, t: Float[Tensor, ""], x: Float[Tensor, "paths state"]) -> Tensor:
         """V(t, x), [paths], reward; differentiable in t and x."""
@@ -93,7 +130,7 @@ class FiniteHorizon:
         require_one(self.lq.N)
 
         def scale(t: Tensor) -> Tensor:
-            return torch.linalg.cholesky(self.law_at(t).covariance)
+            return cholesky(self.law_at(t).covariance)
 
         return MultivariateGaussianPolicy(mean, scale)
 
@@ -142,7 +179,12 @@ def solve_lq(lq: LinearQuadratic, times: Float[Tensor, " nodes"]) -> FiniteHoriz
         value = _unflat(y, lq)
         return _flat(value_rate(lq, value, greedy(lq, value)))
 
-    solution = _solution(lq, times, rate)
+    if lq.scaled_noise[1].shape[-3]:
+        solution = _solution(lq, times, lambda start, horizon: integrate(rate, start, horizon))
+    else:
+        half = torch.linalg.solve_triangular(cholesky(lq.N), lq.B.mT, upper=False)
+        free = greedy(lq, _zero(lq))  # the best of an instant, from which deviations cost N alone
+        solution = _solution(lq, times, _flow(lq, free, half.mT @ half))
     value = solution.value_at(times[-1] - solution.to_go.breaks)
     require_concave(lq, value, " before the horizon")
     return solution
@@ -170,7 +212,9 @@ def evaluate_lq(lq: LinearQuadratic, law: Law, times: Float[Tensor, " nodes"]) -
     check_law(
         lq, law if isinstance(law, LinearGaussian) else law(grid), time_dependent=callable(law)
     )
-    return _solution(lq, grid, rate)
+    if isinstance(law, LinearGaussian) and not lq.scaled_noise[0].shape[-3]:
+        return _solution(lq, grid, _flow(lq, law, torch.zeros_like(lq.A)))
+    return _solution(lq, grid, lambda start, horizon: integrate(rate, start, horizon))
 
 
 def solve_lq_discounted(lq: LinearQuadratic) -> Stationary:
@@ -270,14 +314,21 @@ def check_law(lq: LinearQuadratic, law: LinearGaussian, time_dependent: bool = F
         if tensor.dtype != torch.float64 or not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} must be finite and float64, got {tensor}")
     require_symmetric("covariance", law.covariance)
-    least = torch.linalg.eigvalsh(law.covariance.detach())[..., 0]
-    if bool((least < -1e-12 * law.covariance.abs().amax((-2, -1))).any()):
+    covariance = law.covariance.detach()
+    least = torch.linalg.eigvalsh(covariance)[..., 0]
+    if bool((least < -1e-12 * covariance.abs().amax((-2, -1))).any()):
         raise ValueError(f"covariance must not be negative; it has the eigenvalue {least.min():g}")
-    if bool(((lq.rates[1] > 0) & (least <= 0)).any()):
+    flat = torch.isnan(cholesky(covariance)).any(-1).any(-1)
+    if bool(((lq.rates[1] > 0) & flat).any()):
         raise ValueError(
             "covariance must be positive definite where the temperature is positive: the entropy "
             f"of a policy without spread is minus infinity; its least eigenvalue is {least.min():g}"
         )
+
+
+def _listed_range(t: Tensor) -> str:
+    least, most = -largest(-t), largest(t)
+    return f"times from {least:g} to {most:g}" if least < most else f"{most:g}"
 
 
 def _flat(value: Quadratic) -> Float[Tensor, "*batch dim"]:
@@ -290,45 +341,96 @@ def _unflat(y: Float[Tensor, "*batch dim"], lq: LinearQuadratic) -> Quadratic:
     return Quadratic(hessian.unflatten(-1, (n, n)), slope, constant.squeeze(-1))
 
 
-def _solution(lq: LinearQuadratic, times: Tensor, rate: Rate) -> FiniteHorizon:
+def _solution(
+    lq: LinearQuadratic, times: Tensor, along: Callable[[Tensor, float], Trajectory]
+) -> FiniteHorizon:
     nodes = TimeGrid(times).nodes
     if nodes.dtype != torch.float64:
         raise TypeError(f"times must be float64, got {nodes.dtype}")
     try:
-        to_go = integrate(rate, _flat(lq.terminal), float((nodes[-1] - nodes[0]).detach()))
+        to_go = along(_flat(lq.terminal), float((nodes[-1] - nodes[0]).detach()))
     except FiniteEscapeError as escape:
         raise ValueError(
-            f"the value must be finite back to t = {nodes[0].item():g}, but it explodes near t = "
-            f"{nodes[-1].item() - escape.time:.6g} (or the problem is too stiff): shorten the "
-            "horizon, or make the cost of the action larger or that of the state smaller"
+            f"the value must be finite back to t = {nodes[0].item():g}, and N - sum_j D_j'S D_j "
+            f"positive definite before the horizon, but near t = "
+            f"{nodes[-1].item() - escape.time:.6g} one is not (or the problem is too stiff): "
+            "shorten the horizon, or make the cost of the action larger or that of the state "
+            "smaller"
         ) from escape
     return FiniteHorizon(lq, nodes, to_go)
 
 
-def _second_moments(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Tensor, Tensor]:
-    """S -> A'S + S A + sum_j C_j'S C_j - discount S of the closed loop, as a matrix; and A."""
-    A, C = lq.A + lq.B @ law.gain, lq.C + lq.D @ law.gain.unsqueeze(-3)
-    eye = torch.eye(A.shape[-1]).to(A).expand_as(A)
-    kept = A - 0.5 * lq.rates[0][..., None, None] * eye
-    return kron(kept.mT, eye) + kron(eye, kept.mT) + kron(C.mT, C.mT).sum(-3), A
+def _flow(
+    lq: LinearQuadratic, law: LinearGaussian, G: Tensor
+) -> Callable[[Tensor, float], Trajectory]:
+    """The value where nothing scales the noise, in closed form at the points of every panel.
+
+    Minus the Hessian in (x, 1) solves a Riccati equation, of the drift and the cost under ``law``
+    and with deviations from it paid as G says (not at all: G = 0). What the noise and the entropy
+    add to the constant is an integral over the panel.
+    """
+    gone = value_rate(lq, _zero(lq), law)
+    discount, covariance = lq.rates[0], lq.sigma @ lq.sigma.mT
+    lift = torch.nn.functional.pad  # from x to (x, 1)
+    drift = [lq.A + lq.B @ law.gain, (lq.f + times(lq.B, law.offset)).unsqueeze(-1)]
+    kept = lift(torch.cat(drift, dim=-1), (0, 0, 0, 1))
+    A = kept - 0.5 * discount[..., None, None] * torch.eye(kept.shape[-1]).to(kept)
+    Q = -_in_one(Quadratic(gone.hessian, gone.slope, torch.zeros_like(gone.constant)))
+
+    def along(start: Tensor, horizon: float) -> Trajectory:
+        points, integration = (start.new_tensor(each) for each in (POINTS, INTEGRATION))
+        flow = HamiltonianFlow(A, lift(G, (0, 1, 0, 1)), Q, 0.5 * horizon * (points + 1))
+
+        def panel(begin: float, halvings: int, y: Tensor) -> Tensor | None:
+            P = flow.after(-_in_one(_unflat(y, lq)), halvings)
+            if not bool(torch.isfinite(P).all()):
+                return None
+            n, half = P.shape[-1] - 1, 0.5 * horizon / 2**halvings
+            S, e, c = -P[..., :n, :n], -P[..., :n, n], -0.5 * P[..., n, n]
+            added = gone.constant + 0.5 * (S * covariance).sum((-2, -1))
+            aged = torch.exp(-half * discount * (points + 1).reshape(-1, *[1] * discount.ndim))
+            added = aged * torch.tensordot(half * integration, added / aged, 1)
+            return _flat(Quadratic(S, e, c + added))
+
+        return follow(panel, start, horizon)
+
+    return along
 
 
-def _growth(lq: LinearQuadratic, law: LinearGaussian) -> Tensor:
-    """Exponential rate of exp(-discount t) E|X_t|^2, of every problem of the batch."""
-    return torch.linalg.eigvals(_second_moments(lq, law)[0].detach()).real.amax(-1)
+def _in_one(value: Quadratic) -> Float[Tensor, "*batch more more"]:
+    """The symmetric matrix of x'Sx/2 + e'x + c in (x, 1), twice."""
+    slope, constant = value.slope.unsqueeze(-1), 2 * value.constant[..., None, None]
+    upper = torch.cat([value.hessian, slope], dim=-1)
+    return torch.cat([upper, torch.cat([slope.mT, constant], dim=-1)], dim=-2)
+
+
+def _zero(lq: LinearQuadratic) -> Quadratic:
+    """The value 0."""
+    return Quadratic(torch.zeros_like(lq.M), torch.zeros_like(lq.p), torch.zeros_like(lq.p[..., 0]))
+
+
+def _closed_loop(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Tensor, Tensor]:
+    """A - discount/2 and C under a policy: of exp(-discount t / 2) X."""
+    C, D = lq.scaled_noise
+    kept = lq.A - 0.5 * lq.rates[0][..., None, None] * torch.eye(lq.A.shape[-1]).to(lq.A)
+    return kept + lq.B @ law.gain, C + D @ law.gain.unsqueeze(-3)
+
+
+def _decays(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Tensor, Tensor]:
+    """Of every problem, whether exp(-discount t) E|X_t|^2 decays beyond round-off; and its rate."""
+    rate, margin = growth(*_closed_loop(lq, law))
+    return rate < -margin, rate
 
 
 def _stationary(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Quadratic, Tensor]:
     """The value of a policy but for its constant, and the rate that is left, reward/time."""
-    operator, A = _second_moments(lq, law)
-    n = A.shape[-1]
-    zero = Quadratic(torch.zeros_like(A), torch.zeros_like(A[..., 0]), A.new_zeros(A.shape[:-2]))
-    left = value_rate(lq, zero, law).hessian.flatten(-2)
-    found = -torch.linalg.solve(operator, left).unflatten(-1, (n, n))
-    S = 0.5 * (found + found.mT)
+    kept, C = _closed_loop(lq, law)
+    zero = _zero(lq)
+    S = lyapunov(kept, C, -value_rate(lq, zero, law).hessian)
     left = value_rate(lq, Quadratic(S, zero.slope, zero.constant), law).slope
-    kept = A - lq.rates[0][..., None, None] * torch.eye(n).to(A)
-    value = Quadratic(S, -torch.linalg.solve(kept.mT, left), zero.constant)
+    kept = kept - 0.5 * lq.rates[0][..., None, None] * torch.eye(kept.shape[-1]).to(kept)
+    slope = -solve(kept.mT, left.unsqueeze(-1), "E X_t must decay").squeeze(-1)
+    value = Quadratic(S, slope, torch.zeros_like(slope[..., 0]))
     return value, value_rate(lq, value, law).constant
 
 
@@ -339,7 +441,7 @@ def _optimal_law(lq: LinearQuadratic) -> LinearGaussian:
     the optimum the first derivatives of the policy are right, after two the first three.
     """
     with torch.no_grad():
-        law, moved = _stabilising(lq), math.inf
+        law, moved = _by_sign(lq) or _stabilising(lq), math.inf
         for _ in range(NEWTON_STEPS):
             after = _improved(lq, law)
             change = (after.gain - law.gain).abs().amax() + (after.offset - law.offset).abs().amax()
@@ -352,22 +454,64 @@ def _optimal_law(lq: LinearQuadratic) -> LinearGaussian:
                 "the costs must have an optimal policy, but policy iteration does not converge: "
                 "make the cost of the state or of the action larger, or the discount"
             )
+        _require_decay(lq, law, "the costs must have an optimal policy that keeps")
     return _improved(lq, _improved(lq, law))
 
 
 def _improved(lq: LinearQuadratic, law: LinearGaussian) -> LinearGaussian:
-    after = improve_lq(lq, _stationary(lq, law)[0])
-    _require_decay(lq, after, "the costs must have an optimal policy that keeps")
-    return after
+    try:
+        value = _stationary(lq, law)[0]
+    except ValueError as error:
+        raise ValueError(
+            "the costs must have an optimal policy that keeps exp(-discount t) E|X_t|^2 from "
+            "growing, but policy iteration leads to one that does not: make the cost of the state "
+            "or of the action larger, or the discount"
+        ) from error
+    return improve_lq(lq, value)
 
 
 def _require_decay(lq: LinearQuadratic, law: LinearGaussian, demand: str) -> None:
-    growth = _growth(lq, law)
-    if not bool((growth < 0).all()):
+    decays, rate = _decays(lq, law)
+    if not bool(decays.all()):
         raise ValueError(
             f"{demand} exp(-discount t) E|X_t|^2 from growing, or the value is not finite; it "
-            f"grows like exp({growth.max().item():.3g} t)"
+            f"grows like exp({rate.max().item():.3g} t), up to round-off"
         )
+
+
+def _by_sign(lq: LinearQuadratic) -> LinearGaussian | None:
+    """The optimal policy to some digits where neither state nor action scales the noise ([R80]).
+
+    Minus the Hessian P solves A'P + P A - P G P + Q = 0, and (1, P) spans the kernel of Z + 1, Z
+    the sign of the Hamiltonian matrix (A, -G; -Q, -A'): the limit of Z -> (c Z + 1 / (c Z)) / 2.
+    None where the noise is scaled, or the sign does not come out.
+    """
+    if lq.scaled_noise[0].shape[-3]:
+        return None
+    zero = _zero(lq)
+    require_concave(lq, zero)
+    free = greedy(lq, zero).gain  # takes care of the costs of state and action together
+    A = _closed_loop(lq, LinearGaussian(free, lq.l, lq.N))[0]
+    G = lq.B @ torch.linalg.solve_ex(lq.N, lq.B.mT).result
+    Q = lq.M + lq.R.mT @ free
+    sign = torch.cat([torch.cat([A, -G], dim=-1), torch.cat([-Q, -A.mT], dim=-1)], dim=-2)
+    for _ in range(SIGN_STEPS):
+        inverse = torch.linalg.inv_ex(sign).inverse
+        norms = [each.square().sum((-2, -1)).sqrt()[..., None, None] for each in (sign, inverse)]
+        scale = (norms[1] / norms[0]).sqrt()
+        after = 0.5 * (scale * sign + inverse / scale)
+        moved = ((after - sign).square().sum((-2, -1)).sqrt()[..., None, None] / norms[0]).max()
+        sign = after
+        if not bool(moved > 1e-9):
+            break
+    if not bool(torch.isfinite(sign).all()):
+        return None
+    left, right = (torch.eye(sign.shape[-1]).to(sign) + sign).chunk(2, dim=-1)
+    basis, triangle = torch.linalg.qr(right)
+    P = torch.linalg.solve_triangular(triangle, -basis.mT @ left, upper=True)
+    law = greedy(lq, Quadratic(-0.5 * (P + P.mT), zero.slope, zero.constant))
+    finite = bool(torch.isfinite(law.gain).all())
+    return law if finite and bool(_decays(lq, law)[0].all()) else None
 
 
 def _stabilising(lq: LinearQuadratic) -> LinearGaussian:
@@ -378,23 +522,24 @@ def _stabilising(lq: LinearQuadratic) -> LinearGaussian:
     """
     eyes = [torch.eye(matrix.shape[-1]).to(matrix).expand_as(matrix) for matrix in (lq.M, lq.N)]
     law = LinearGaussian(0 * lq.R, 0 * lq.l, 0 * lq.N)
-    growth = _growth(lq, law)
-    size = _second_moments(lq, law)[0].abs().sum(-1).amax(-1)
+    decays, rate = _decays(lq, law)
+    kept, C = _closed_loop(lq, law)
+    size = 2 * kept.abs().sum((-2, -1)) + C.square().sum((-3, -2, -1))
     size = torch.where(size > 0, size, 1)
-    extra, closest = growth + size, 1e-6 * size  # any closer, and the policies explode
-    while not bool((growth < 0).all()):
-        if bool(((growth >= 0) & (extra - growth < closest)).any()):
+    extra, closest = rate + size, 1e-6 * size  # any closer, and the policies explode
+    while not bool(decays.all()):
+        if bool((~decays & (extra - rate < closest)).any()):
             raise ValueError(
                 "the problem must have a linear policy that keeps exp(-discount t) E|X_t|^2 from "
-                f"growing, but under the best it grows like exp({growth.max().item():.3g} t): (A, "
+                f"growing, but under the best it grows like exp({rate.max().item():.3g} t): (A, "
                 "B) is not stabilisable, or the noise C is too large; a larger discount helps"
             )
-        extra = torch.where(growth < 0, 0, growth + 0.1 * (extra - growth))
+        extra = torch.where(decays, 0, rate + 0.1 * (extra - rate))
         easier = LinearQuadratic(
             lq.A, lq.B, 0 * lq.sigma, *eyes, C=lq.C, D=lq.D, discount=lq.rates[0] + extra
         )
         law = greedy(easier, _stationary(easier, law)[0])
-        growth = _growth(lq, law)
+        decays, rate = _decays(lq, law)
     return law
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import scipy.integrate
@@ -50,6 +51,7 @@ def integrated(A: Tensor, b: Tensor, G: Tensor, time: float) -> tuple[Tensor, Te
     return tuple(torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
 
 
+EPS = torch.finfo(torch.float64).eps
 SEEDS, DIMS = st.integers(0, 2**31), st.integers(1, 4)
 
 
@@ -88,6 +90,52 @@ def test_transitions_in_a_row_are_one(seed, dim):
     for name in ("F", "f", "C"):
         one, other = getattr(both, name), getattr(whole, name)
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * float(1 + other.abs().max()))
+
+
+@given(st.floats(-6, 1.5), st.floats(-9, 3), st.floats(-9, 3))
+def test_slow_and_weak_transitions_keep_all_their_digits(rate, noise, shift):
+    k, g, b = 10**rate, 10**noise, 10**shift
+    for pull in (k, -min(k, 3.0)):
+        found = linear.transition(tensor([[-pull]]), tensor([b]), tensor([[g]]), 1.0)
+        with mpmath.workdps(40):
+            a = mpmath.mpf(-pull)
+            f, C = b * mpmath.expm1(a) / a, mpmath.mpf(g) ** 2 * mpmath.expm1(2 * a) / (2 * a)
+            expected = [float(each) for each in (mpmath.exp(a), f, C)]
+        for one, other in zip((found.F, found.f, found.C), expected, strict=True):
+            # a doubling doubles what round-off there is
+            assert float(one) == pytest.approx(other, rel=64 * EPS * (1 + 2 * abs(pull)))
+
+
+@given(SEEDS, st.floats(-4, -1))
+def test_the_covariance_of_a_short_time_is_exact_of_its_own_size(seed, size):
+    A, b, G = draw(seed, 3, 3), draw(seed + 1, 3), 10 ** (2 * size) * draw(seed + 2, 3, 2)
+    time = 10**size
+    C = linear.transition(A, b, G, time).C
+    Q, total, term = G @ G.T, 0 * A, time * G @ G.T
+    for k in range(1, 25):  # sum_k t^k / k! of the Lie derivatives
+        total = total + term
+        term = (A @ term + term @ A.T) * time / (k + 1)
+    torch.testing.assert_close(C, total, rtol=0, atol=64 * EPS * float(time * Q.abs().max()))
+
+
+@given(st.floats(-4, 0.5), st.floats(-0.4, 0.4), st.floats(0, 3))
+def test_terminal_kl_of_slow_laws_is_the_closed_form(rate, difference, variance):
+    k1 = 10**rate
+    k0, c1, c0, g, m, T = k1 * (1 + difference), 0.003, -0.002, 0.04, 0.3, 0.9
+    numbers = (k1, c1, k0, c0, g, m, variance, T)
+    found = linear.ornstein_uhlenbeck_terminal_kl(*[tensor(each) for each in numbers])
+    with mpmath.workdps(40):
+
+        def law(pull, shift):
+            pull, keep = mpmath.mpf(pull), mpmath.exp(-mpmath.mpf(pull) * T)
+            mean = keep * m + shift * (1 - keep) / pull
+            return mean, keep**2 * variance + mpmath.mpf(g) ** 2 * (1 - keep**2) / (2 * pull)
+
+        (m1, S1), (m0, S0) = law(k1, c1), law(k0, c0)
+        expected = float((S1 / S0 - 1 - mpmath.log(S1 / S0) + (m1 - m0) ** 2 / S0) / 2)
+        # what round-off of the laws moves: the means' against their gap, and the variances'
+        lever = float(abs(m1 - m0) * abs(m) / S0 + abs(S1 / S0 - 1))
+    assert float(found) == pytest.approx(expected, rel=1e-14, abs=256 * EPS * lever)
 
 
 def test_no_time_moves_nothing():
@@ -224,6 +272,50 @@ def test_gaussian_kl_is_that_of_torch(seed, dim):
     assert float(linear.gaussian_kl(one, one)) == 0
 
 
+@pytest.mark.parametrize("ratio", [1e-30, 1e-17, 1e-9, 0.3, 0.6, 1e9, 1e30])
+def test_gaussian_kl_of_laws_of_very_different_size(ratio):
+    size = tensor([0.7 * ratio, 2.0]).diag()
+    turn = tensor([[0.8, -0.6], [0.6, 0.8]])
+    for basis in (
+        (torch.eye(2).double(), turn) if ratio > 1e-9 and ratio < 1e9 else (turn @ turn.T,)
+    ):
+        law = Gaussian(ZERO2, basis @ size @ basis.T)
+        reference = Gaussian(ZERO2, basis @ tensor([0.7, 2.0]).diag() @ basis.T)
+        expected = 0.5 * (ratio - 1 - math.log(ratio))
+        assert float(linear.gaussian_kl(law, reference)) == pytest.approx(expected, rel=1e-12)
+
+
+@given(SEEDS, st.integers(2, 6), st.floats(-9, 9))
+def test_gaussian_kl_of_a_singular_law_is_refused_whatever_its_round_off(seed, dim, size):
+    root = draw(seed, dim, dim - 1)
+    flat = Gaussian(draw(seed + 1, dim), 10**size * root @ root.T)
+    full = Gaussian(flat.mean, 10**size * positive(seed, dim))
+    with pytest.raises(ValueError, match=r"^covariance must be positive definite"):
+        linear.gaussian_kl(flat, full)
+    with pytest.raises(ValueError, match=r"^reference_covariance must be positive definite"):
+        linear.gaussian_kl(full, flat)
+
+
+@given(SEEDS, st.integers(2, 5), st.floats(-9, 9))
+def test_a_direction_without_noise_is_one_whatever_its_round_off(seed, dim, size):
+    left = torch.linalg.qr(draw(seed, dim, dim)).Q
+    right = torch.linalg.qr(draw(seed + 1, dim, dim)).Q
+    strengths = torch.linspace(1, 0, dim, dtype=torch.float64)
+    G, start = 10**size * left @ strengths.diag() @ right, Gaussian(draw(2, dim), positive(3, dim))
+    zero = torch.zeros(dim, dtype=torch.float64)
+    reference = Affine(draw(seed + 2, dim, dim), zero)
+    inside = G @ draw(seed + 3, dim)
+    kl = linear.linear_path_kl(Affine(reference.matrix, inside), reference, G, start, 1.0)
+    control = torch.linalg.lstsq(
+        strengths[:-1, None] * right[:-1], left[:, :-1].T @ inside
+    ).solution
+    expected = 0.5 * float(control.square().sum()) / 10 ** (2 * size)
+    assert float(kl) == pytest.approx(expected, rel=1e-9 * dim / float(strengths[-2]))
+    outside = float(inside.abs().max() + 10**size) * left[:, -1]
+    with pytest.raises(ValueError, match="infinite"):
+        linear.linear_path_kl(Affine(reference.matrix, outside), reference, G, start, 1.0)
+
+
 def test_gaussian_kl_keeps_its_digits_between_close_laws():
     small = 1e-7
     one = Gaussian(tensor([0.3]), tensor([[1 + small]]))
@@ -312,6 +404,18 @@ def test_a_direction_without_variance_is_not_tilted():
     torch.testing.assert_close(found.law.covariance, expected, rtol=1e-8, atol=1e-15)
 
 
+@given(SEEDS, st.integers(1, 5), st.floats(-9, 9), st.floats(0.01, 30), st.integers(-3, 3))
+def test_a_tilt_at_its_edge_is_refused_whatever_its_round_off(seed, dim, size, weight, ulps):
+    S = 10**size * positive(seed, dim)
+    direction = draw(seed + 1, dim)
+    # 1 + S Q / b has the eigenvalue 0 along S v for Q = -b v v' / (v'S v)
+    edge = -weight * torch.outer(direction, direction) / (direction @ S @ direction)
+    law, slope = Gaussian(draw(seed + 2, dim), S), torch.zeros(dim, dtype=torch.float64)
+    with pytest.raises(ValueError, match="beyond round-off"):
+        linear.tilt(law, edge * (1 + ulps * EPS), slope, weight)
+    linear.tilt(law, edge * (1 - 1e-9), slope, weight)
+
+
 def test_tilts_without_a_normaliser_are_refused():
     law = Gaussian(tensor([0.4]), tensor([[0.5]]))
     edge = -0.8 / 0.5  # S^{-1} + Q / b = 0
@@ -357,7 +461,8 @@ def test_expected_value_at_the_start_is_the_tilts_log_normaliser():
     value = linear.kl_optimal_value(forgetful, Q, slope, 0.7)
     tilted = linear.tilt(Gaussian(forgetful.f, forgetful.C), Q, slope, 0.7)
     assert not bool(value.hessian.any())
-    torch.testing.assert_close(value.constant, 0.7 * tilted.log_normaliser, rtol=1e-14, atol=0)
+    # sums of terms of order one
+    torch.testing.assert_close(value.constant, 0.7 * tilted.log_normaliser, rtol=0, atol=1e-13)
 
 
 # ---- derivatives
@@ -471,7 +576,7 @@ def test_expanded_and_transposed_tensors_are_as_good():
     A = draw(0, 2, 2)
     plain = linear.transition(A.T.contiguous().expand(3, 2, 2).contiguous(), ZERO2, EYE, 1.0)
     odd = linear.transition(A.T.expand(3, 2, 2), ZERO2, EYE, 1.0)
-    assert torch.equal(plain.C, odd.C)
+    torch.testing.assert_close(plain.C, odd.C, rtol=0, atol=64 * EPS * float(odd.C.abs().max()))
 
 
 # ---- batches, sizes, and one bad member among good ones

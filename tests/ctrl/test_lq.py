@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ctrl
 from ctrl.linear import LinearGaussian, LinearQuadratic, Quadratic, improve_lq
-from ctrl.linear.lq import kron, require_symmetric, value_rate
+from ctrl.linear.lq import require_symmetric, value_rate
 from ctrl.q_learning import q_rate
 
 
@@ -137,7 +137,7 @@ def test_without_temperature_the_improved_policy_is_deterministic():
     assert not bool(law.covariance.any())
     assert isinstance(law.policy(), ctrl.DeterministicPolicy)
     warm = improve_lq(random_lq(0, 2), random_quadratic(0, 2))
-    assert torch.equal(law.gain, warm.gain)
+    torch.testing.assert_close(law.gain, warm.gain, rtol=1e-13, atol=1e-13)
 
 
 def test_improvement_without_a_best_action_is_refused():
@@ -370,12 +370,6 @@ def test_a_zero_without_dimensions_stands_for_zeros_and_no_other_number_does(mon
             LinearQuadratic(**GOOD, **{name: one})
 
 
-def test_kronecker_products_of_a_batch():
-    left, right = points(0, 2, 2, 2), points(1, 2, 3, 3)
-    for k in range(2):
-        torch.testing.assert_close(kron(left, right)[k], torch.kron(left[k], right[k]))
-
-
 def test_the_terminal_value_has_one_constant_for_each_problem():
     A = torch.stack([GOOD["A"], 2 * GOOD["A"], -GOOD["A"]])
     assert LinearQuadratic(**GOOD | {"A": A}).terminal.constant.tolist() == [0.0] * 3
@@ -387,6 +381,47 @@ def test_a_law_that_draws_some_of_its_coordinates_is_random():
     policy = law.policy()
     assert isinstance(policy, ctrl.MultivariateGaussianPolicy)
     torch.testing.assert_close(policy.scale_tril, covariance.sqrt())
+
+
+def test_a_law_that_draws_some_of_its_coordinates_only_has_no_policy():
+    for covariance in (torch.diag(tensor([0.3, 0.0])), tensor([[0.1, 0.3], [0.3, 0.9]])):
+        law = LinearGaussian(torch.ones(2, 2).double(), torch.zeros(2).double(), covariance)
+        with pytest.raises(ValueError, match="covariance must be positive definite"):
+            law.policy()
+
+
+def test_an_action_that_round_off_pays_for_is_not_the_best():
+    # N - D'S D = .7 (1 - d^2 S / .7), at and next to its edge, in several directions
+    one = random_lq(0, 2)
+    for scale in (1e-9, 0.3, 7e5):
+        for ulps in (-2, -1, 0, 1):
+            D = torch.stack([torch.eye(2), torch.zeros(2, 2)]).double()
+            lq = LinearQuadratic(one.A, one.B, one.sigma, one.M, scale * one.N, D=D)
+            edge = scale * one.N * (1 + ulps * torch.finfo(torch.float64).eps)
+            value = Quadratic(edge, one.p, one.p[0])
+            with pytest.raises(ValueError, match="positive definite beyond round-off"):
+                improve_lq(lq, value)
+            improve_lq(lq, Quadratic((1 - 1e-9) * edge, one.p, one.p[0]))
+
+
+def test_noise_that_is_left_out_and_noise_of_zeros_are_the_same():
+    left_out = random_lq(2, 3)
+    still = LinearQuadratic(**{n: each for n, each in vars(left_out).items() if n not in "CD"})
+    zeros = LinearQuadratic(**vars(still) | {"C": 0 * left_out.C, "D": 0 * left_out.D})
+    assert [part.shape[-3] for part in still.scaled_noise] == [0, 0]
+    assert [part.shape[-3] for part in zeros.scaled_noise] == [2, 2]
+    half = LinearQuadratic(**vars(still) | {"D": left_out.D})  # one is enough for both
+    assert [part.shape[-3] for part in half.scaled_noise] == [2, 2]
+    value, law = random_quadratic(2, 3), improve_lq(zeros, random_quadratic(3, 3))
+    for found, expected in (
+        (value_rate(still, value, law), value_rate(zeros, value, law)),
+        (improve_lq(still, value), improve_lq(zeros, value)),
+    ):
+        for name, part in vars(expected).items():
+            torch.testing.assert_close(getattr(found, name), part)
+    learned = torch.zeros(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    value_rate(LinearQuadratic(**vars(still) | {"C": learned}), value, law).slope.sum().backward()
+    assert bool(learned.grad.any())  # at zero the value has a slope in C: that of C'S sigma
 
 
 def test_one_moved_entry_is_enough_to_control_the_noise():

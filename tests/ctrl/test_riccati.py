@@ -15,6 +15,7 @@ from torch import Tensor
 import ctrl
 from ctrl import linear
 from ctrl.linear import LinearGaussian, LinearQuadratic
+from ctrl.linear.lq import value_rate
 from ctrl.q_learning import q_rate, q_rates
 
 NODES = torch.tensor([0.2, 0.35, 0.9, 1.3], dtype=torch.float64)
@@ -111,7 +112,7 @@ def test_finite_horizon_solves_the_riccati_equation(seed, dim, condition, temper
     torch.testing.assert_close(values.hessian[0], S, rtol=0, atol=1e-11 * scale)
     torch.testing.assert_close(values.slope[0], e, rtol=0, atol=1e-11 * scale)
     assert float(values.constant[0]) == pytest.approx(c, abs=1e-11 * scale)
-    torch.testing.assert_close(values.hessian[-1], -lq.H, rtol=0, atol=1e-14)
+    torch.testing.assert_close(values.hessian[-1], -lq.H, rtol=0, atol=1e-13)
 
 
 @settings(max_examples=7)
@@ -146,10 +147,57 @@ def test_nodes_only_say_where_to_report():
     torch.testing.assert_close(laws.gain[7], one.law_at(many[7]).gain, rtol=1e-12, atol=1e-13)
 
 
-def test_there_is_no_value_outside_the_horizon():
-    solution = linear.solve_lq(random_lq(1, 2), NODES)
-    for t in (0.1, 1.4):
-        assert bool(torch.isnan(solution.value(tensor(t), draw(0, 3, 2))).all())
+@pytest.mark.parametrize("time", [0.1, 1.4, math.nan, -math.inf], ids=str)
+def test_there_is_no_value_outside_the_horizon(time):
+    lq = random_lq(1, 2)
+    solution, x, t = linear.solve_lq(lq, NODES), draw(0, 3, 2), tensor(time)
+    names = rf"t must be from 0\.2 to 1\.3, .* got {time:g}; solve over times that contain"
+    policy = solution.policy()
+    asked = [
+        lambda: solution.value(t, x),
+        lambda: solution.value_at(t),
+        lambda: solution.law_at(t),
+        lambda: policy.mean(t, x),
+        lambda: policy.log_prob(t, x, draw(1, 3, 2)),
+        lambda: torch.func.jvp(lambda t: solution.value(t, x), (t,), (torch.ones_like(t),)),
+        lambda: torch.func.grad(lambda t: solution.value(t, x).sum())(t),
+    ]
+    for ask in asked:
+        with pytest.raises(ValueError, match=names):
+            ask()
+    both = torch.stack([NODES[1], t])
+    with pytest.raises(ValueError, match=r"t must be from 0\.2 to 1\.3, .* got (times from|nan)"):
+        torch.func.vmap(lambda t: solution.value(t, x))(both)
+    with pytest.raises(ValueError, match=r"t must be from 0\.2 to 1\.3, .* got (times from|nan)"):
+        torch.func.vmap(lambda t: torch.func.grad(lambda t: solution.value(t, x).sum())(t))(both)
+    # the end in float32 may lie a little behind it
+    assert bool(torch.isfinite(solution.value(torch.tensor(1.3), x)).all())
+    torch.func.vmap(lambda t: solution.value(t, x))(NODES)
+
+
+def test_a_policy_is_not_followed_beyond_the_times_it_was_solved_for():
+    lq = random_lq(1, 2)
+    short, whole = linear.solve_lq(lq, NODES[:3]), linear.solve_lq(lq, NODES)
+    grid = ctrl.TimeGrid(torch.linspace(0.2, 1.3, 8, dtype=torch.float64))
+    problem, generator = lq.problem(1.3), torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match=r"t must be from 0\.2 to 0\.9"):
+        ctrl.simulate(problem, short.policy(), draw(0, 5, 2), grid, generator=generator)
+    paths = ctrl.simulate(problem, whole.policy(), draw(0, 5, 2), grid, generator=generator)
+    with pytest.raises(ValueError, match=r"t must be from 0\.2 to 0\.9"):
+        q_rates(problem, short.value, paths)  # all steps at once
+    with pytest.raises(ValueError, match=r"t must be from 0\.2 to 0\.9"):
+        linear.evaluate_lq(lq, short.law_at, NODES)
+
+
+def test_the_value_of_a_bad_policy_may_have_no_improvement():
+    # the action moves the noise, whose value is 3: N - D'S D = 1 - 3 before the end
+    lq = LinearQuadratic(**ONE | {"M": tensor([[0.0]])}, H=tensor([[-3.0]]), D=tensor([[[1.0]]]))
+    still = LinearGaussian(tensor([[-1.0]]), tensor([0.0]), tensor([[0.0]]))
+    found = linear.evaluate_lq(lq, still, tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"least eigenvalue is -2.* at t = 0\.9"):
+        found.law_at(tensor(0.9))
+    with pytest.raises(ValueError, match=r"at t = times from 0\.9 to 1"):
+        torch.func.vmap(lambda t: found.law_at(t).gain)(tensor([0.9, 1.0]))
 
 
 def test_a_policy_of_a_solution_drives_paths_and_their_rates():
@@ -429,6 +477,146 @@ def test_a_problem_whose_costs_do_not_see_an_unstable_state_is_stabilised():
     # 2 A S + S^2 B^2 / N = 0: S = -2 A N / B^2, K = S B / N = -2 A / B
     assert float(found.law.gain) == pytest.approx(-2.0, rel=1e-12)
     assert float(found.quadratic.hessian) == pytest.approx(-4.0, rel=1e-12)
+
+
+# ---- margins of stability, and many dimensions
+
+
+def averaging(seed: int, dim: int, rate: float) -> Tensor:
+    """-rate times the Laplacian of a random graph: agents that average. Its rows sum to 0."""
+    weights = draw(seed, dim, dim).abs()
+    weights = weights + weights.T
+    return rate * (weights - torch.diag(weights.sum(-1)))
+
+
+def simple(A: Tensor, B: Tensor, **settings) -> LinearQuadratic:
+    one = torch.eye(len(A), dtype=torch.float64)
+    return LinearQuadratic(A, B, one, one, torch.eye(B.shape[-1]).double(), **settings)
+
+
+def residual(lq: LinearQuadratic, S: Tensor) -> tuple[float, float]:
+    """What S leaves of the algebraic Riccati equation, and the size of its terms."""
+    kept = lq.A - 0.5 * lq.rates[0] * torch.eye(len(lq.A)).double()
+    G = lq.B.T @ S - lq.R
+    terms = [kept.T @ S + S @ kept, -lq.M, G.T @ torch.linalg.solve(lq.N, G)]
+    return float(sum(terms).norm()), float(sum(each.norm() for each in terms))
+
+
+EPS = torch.finfo(torch.float64).eps
+
+
+@settings(max_examples=12)
+@given(SEEDS, st.sampled_from([2, 3, 5, 11]), st.floats(0.01, 3), st.sampled_from([0.0, 0.4]))
+def test_agents_that_average_are_controlled(seed, dim, rate, discount):
+    # without action their average keeps: an eigenvalue 0, or -1e-17 by round-off
+    A = averaging(seed, dim, rate) + 0.5 * discount * torch.eye(dim, dtype=torch.float64)
+    one = torch.eye(dim, dtype=torch.float64)
+    lq = simple(A, one, discount=discount)
+    solve = linear.solve_lq_discounted if discount else linear.solve_lq_ergodic
+    found = solve(lq)
+    kept = (A - 0.5 * discount * one).numpy()
+    expected = -torch.from_numpy(scipy.linalg.solve_continuous_are(kept, *[one.numpy()] * 3))
+    S = found.quadratic.hessian
+    scale = float(expected.norm())
+    torch.testing.assert_close(S, expected, rtol=0, atol=1e-12 * scale * dim)
+    reward = found.average_reward if discount == 0 else discount * found.quadratic.constant
+    assert float(reward) == pytest.approx(0.5 * float(expected.trace()), rel=1e-11)
+    idle = LinearGaussian(0 * one, 0 * one[0], 0 * one)
+    evaluate = linear.evaluate_lq_discounted if discount else linear.evaluate_lq_ergodic
+    with pytest.raises(ValueError, match="gain must keep"):
+        evaluate(lq, idle)
+    with pytest.raises(ValueError, match="stabilisable"):
+        solve(simple(A, 0 * one, discount=discount))
+
+
+def test_a_margin_of_stability_is_found_in_any_member_of_a_batch():
+    one = torch.eye(3, dtype=torch.float64)
+    A = torch.stack([averaging(0, 3, 0.7), averaging(0, 3, 0.7) - one])
+    for order in ([0, 1], [1, 0]):
+        lq = LinearQuadratic(A[order], one, one, one, one)
+        found = linear.solve_lq_ergodic(lq)
+        for k, i in enumerate(order):
+            alone = linear.solve_lq_ergodic(simple(A[i], one))
+            torch.testing.assert_close(found.average_reward[k], alone.average_reward)
+        idle = LinearGaussian(0 * one, 0 * one[0], 0 * one)
+        with pytest.raises(ValueError, match="gain must keep"):
+            linear.evaluate_lq_ergodic(lq, idle)
+
+
+def test_a_problem_on_the_margin_that_no_cost_sees_is_refused():
+    # A = 0 and M = 0: every gain below 0 is better than the last, and 0 keeps the state as it is
+    lq = LinearQuadratic(**ONE | {"A": tensor([[0.0]]), "M": tensor([[0.0]])})
+    with pytest.raises(ValueError, match="costs must have an optimal policy"):
+        linear.solve_lq_ergodic(lq)
+
+
+@pytest.mark.parametrize("actions", [60, 20])
+@pytest.mark.parametrize("kind", ["averaging", "mean field"])
+def test_sixty_dimensions_take_no_kronecker_product(kind, actions):
+    dim = 60
+    field = 0.4 * torch.eye(dim).double() + 1.7 * torch.ones(dim, dim).double() / dim
+    A = averaging(0, dim, 0.02) if kind == "averaging" else field
+    B = torch.eye(dim).double() if actions == dim else draw(1, dim, actions) / dim**0.5
+    if actions < dim:
+        A = A - 0.5 * torch.eye(dim).double()
+    settings = {"R": 0.01 * draw(2, actions, dim), "p": draw(3, dim), "l": draw(4, actions)}
+    settings |= {"f": draw(5, dim), "temperature": 0.3}
+    for discount, solve in ((0.0, linear.solve_lq_ergodic), (0.7, linear.solve_lq_discounted)):
+        lq = simple(A, B, discount=discount, **settings)
+        found = solve(lq)
+        left, size = residual(lq, found.quadratic.hessian)
+        assert left <= 8 * dim * EPS * size
+        # the Hamilton-Jacobi-Bellman equation, linear terms and entropy too
+        q = value_rate(lq, found.quadratic, found.law)
+        constant = 0.0 if discount else float(found.average_reward)
+        scale = 1 + float(found.quadratic.slope.norm() * (1 + A.norm()))
+        assert float(q.slope.abs().max()) <= 1e-12 * scale
+        assert float(q.constant) == pytest.approx(constant, rel=1e-11, abs=1e-11 * scale)
+    lq = simple(A, B, H=torch.eye(dim).double(), h=draw(8, dim), discount=0.2, **settings)
+    solution = linear.solve_lq(lq, tensor([0.0, 1.0]))
+    # d_t V + the rate of V along its own policy is 0
+    t = tensor(0.37)
+    value, slope = torch.func.jvp(
+        lambda t: torch.cat([solution.value_at(t).hessian, solution.value_at(t).slope[None]]),
+        (t,),
+        (torch.ones_like(t),),
+    )
+    rate = value_rate(lq, solution.value_at(t), solution.law_at(t))
+    rate = torch.cat([rate.hessian, rate.slope[None]])
+    scale = float(value.abs().max() * (A.norm() + B.norm() ** 2 * value.abs().max()))
+    torch.testing.assert_close(slope + rate, 0 * rate, rtol=0, atol=1e-11 * scale)
+
+
+@settings(max_examples=4)
+@given(SEEDS, DIMS, st.sampled_from([0.0, 0.3]))
+def test_the_flow_and_collocation_agree(seed, dim, discount):
+    # zeros that are given are noise to collocation, and those left out are none to the flow
+    full = random_lq(seed, dim, discount=discount)
+    still = LinearQuadratic(**{n: each for n, each in vars(full).items() if n not in "CD"})
+    moved = LinearQuadratic(**vars(full) | {"C": 0 * full.C, "D": 0 * full.D})
+    law, times = random_law(seed, dim), torch.linspace(0.2, 1.3, 9, dtype=torch.float64)
+    for one, other in (
+        (linear.solve_lq(still, NODES), linear.solve_lq(moved, NODES)),
+        (linear.evaluate_lq(still, law, NODES), linear.evaluate_lq(moved, law, NODES)),
+    ):
+        found, expected = one.value_at(times), other.value_at(times)
+        for name in ("hessian", "slope", "constant"):
+            part = getattr(expected, name)
+            scale = 1 + float(max(each.abs().max() for each in vars(expected).values()))
+            torch.testing.assert_close(getattr(found, name), part, rtol=0, atol=1e-12 * scale)
+
+
+def test_a_stiff_problem_is_followed_to_its_rest():
+    # rates of 1 and of 3000: nothing of the flow grows that the value does not
+    A, B = torch.diag(tensor([-1.0, 0.3])), torch.diag(tensor([1.0, 1e3]))
+    M = torch.diag(tensor([1.0, 9.0]))
+    lq = LinearQuadratic(A, B, torch.eye(2).double(), M, torch.eye(2).double())
+    found = linear.solve_lq(lq, tensor([0.0, 40.0])).values.hessian[0]
+    # s = (a - sqrt(a^2 + b^2 m)) / b^2 for each
+    expected = [
+        (a + math.sqrt(a * a + b * b * m)) / b**2 for a, b, m in ((-1, 1, 1), (0.3, 1e3, 9))
+    ]
+    torch.testing.assert_close(found.diagonal(), -tensor(expected), rtol=1e-11, atol=0)
 
 
 # ---- exploration

@@ -235,6 +235,8 @@ def test_the_optimal_score_is_that_of_the_noised_tilt(schedule, generator):
 def test_bad_input_is_refused_by_name(monkeypatch):
     with pytest.raises(ValueError, match="covariance must be positive semidefinite"):
         Gaussian(tensor([0.0, 0.0]), tensor([[1.0, 2.0], [2.0, 1.0]])).spectrum  # noqa: B018  # reading it is the test
+    with pytest.raises(ValueError, match="covariance must be finite"):
+        Gaussian(tensor([0.0]), tensor([[math.nan]])).spectrum  # noqa: B018  # as above
     with pytest.raises(ValueError, match="kl_weight must be positive and finite, got 0"):
         gaussian.tilt(DATA, REWARD, 0.0)
     convex = Quadratic(-3 * torch.eye(3).double(), DATA.mean, tensor(0.0))
@@ -254,10 +256,11 @@ def test_bad_input_is_refused_by_name(monkeypatch):
 
 def test_data_may_lie_in_a_plane():
     flat = Gaussian(DATA.mean, tensor([1.7, 0.3, 0.0]).diag())
-    assert flat.spectrum[0].min() == 0
+    assert float(flat.spectrum[0].min()) == pytest.approx(0, abs=1e-15)
     tilted = gaussian.tilt(flat, REWARD, BETA)
-    assert tilted.mean[2] == flat.mean[2]
-    assert not tilted.covariance[2].any()
+    # the root of an eigenvalue that is 0 up to round-off
+    assert float(tilted.mean[2]) == pytest.approx(float(flat.mean[2]), abs=1e-7)
+    assert float(tilted.covariance[2].abs().max()) < 1e-7
 
 
 @pytest.mark.parametrize("weight", [0.2, 1.0, 5.0])
@@ -278,6 +281,37 @@ def test_the_tilt_and_the_value_are_finite_up_to_their_edges(weight):
         gaussian.tilt(DATA, reward(largest, 1.001), weight)
     with pytest.raises(ValueError, match="no finite mass"):
         gaussian.optimal_value(DATA, schedule, reward(of_step, 1.001), *arguments)
+
+
+@pytest.mark.parametrize("variance", [0.5, 0.3, 1 / 3, 7e5])
+@pytest.mark.parametrize("weight", [0.8, 0.3, 1.7])
+@pytest.mark.parametrize("ulps", [-2, -1, 0, 1, 2])
+def test_the_edge_has_no_mass_whatever_its_round_off(variance, weight, ulps):
+    data = Gaussian(tensor([0.4]), tensor([[variance]]))
+    edge = -weight / variance * (1 + ulps * torch.finfo(torch.float64).eps)
+    zero, constant = tensor([0.0]), tensor(0.0)
+    with pytest.raises(ValueError, match="no finite mass"):
+        gaussian.tilt(data, Quadratic(tensor([[edge]]), zero, constant), weight)
+    gaussian.tilt(data, Quadratic(tensor([[edge * (1 - 1e-9)]]), zero, constant), weight)
+
+
+def test_rewards_that_overflow_are_refused():
+    huge = Quadratic(-1e200 * torch.eye(3).double(), DATA.mean, tensor(0.0))
+    with pytest.raises(ValueError, match="must not overflow"):
+        gaussian.tilt(DATA, huge, 1e-200)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_data_on_a_line_in_any_direction_are_as_good(seed, generator):
+    direction = torch.randn(4, dtype=torch.float64, generator=generator.manual_seed(seed))
+    line = Gaussian(torch.zeros(4).double(), torch.outer(direction, direction))
+    assert bool((line.spectrum[0] >= 0).all())  # round-off of either sign is none
+    slope = torch.ones(4, dtype=torch.float64)
+    tilted = gaussian.tilt(line, Quadratic(torch.eye(4).double(), slope, tensor(0.0)), BETA)
+    size = float(direction.square().sum())
+    expected = torch.outer(direction, direction) / (1 + size / BETA)
+    # the root of an eigenvalue that is 0 up to round-off
+    torch.testing.assert_close(tilted.covariance, expected, rtol=0, atol=1e-7 * size)
 
 
 def test_no_weight_is_infinite_and_the_edge_itself_has_no_mass():

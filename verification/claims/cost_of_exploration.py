@@ -67,7 +67,7 @@ COST, GREEDY = "ctrl.linear.riccati.cost_of_exploration", "ctrl.linear.lq.greedy
             "variance temperature * W for temperature / W",
             GREEDY,
             "torch.cholesky_solve(eye, root)",
-            "W",
+            "root @ root.mT",
         ),
         wrong(
             "mean of the policy moved by the temperature",

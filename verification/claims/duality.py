@@ -369,7 +369,7 @@ TEMPERATURE, HORIZON = 0.35, 0.85
             "spread of the policy in proportion to the cost, not to its inverse",
             "ctrl.linear.lq.greedy",
             "torch.cholesky_solve(eye, root)",
-            "W",
+            "root @ root.mT",
         ),
         wrong(
             "expected reward for its exponential average (noise to come ignored)",

@@ -311,8 +311,8 @@ def numbers(setting: Setting, p: closed.OrnsteinUhlenbeck) -> list[Tensor]:
         wrong(
             "no noise in the moments of the closed form",
             "ctrl.linear.gaussian._path_kl",
-            "spread[..., None]], dim=-1)",
-            "0 * spread[..., None]], dim=-1)",
+            "(twice * spread)",
+            "(0 * twice * spread)",
         ),
         wrong(
             "factor 1/2 dropped in the closed form",
@@ -329,7 +329,7 @@ def numbers(setting: Setting, p: closed.OrnsteinUhlenbeck) -> list[Tensor]:
         wrong(
             "sigma' for its inverse in the closed form",
             "ctrl.linear.gaussian._path_kl",
-            "u = torch.linalg.pinv(G) @ shift",
+            "u = inverse @ shift",
             "u = G.mT @ shift",
             raises=ValueError,
         ),

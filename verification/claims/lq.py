@@ -85,15 +85,15 @@ def published(p: exact.Scalar) -> list[float]:
 
 
 VALUE, GREEDY = "ctrl.linear.lq.value_rate", "ctrl.linear.lq.greedy"
-MOMENTS = "ctrl.linear.riccati._second_moments"
+MOMENTS, CLOSED = "ctrl.linear.lyapunov.second_moments", "ctrl.linear.riccati._closed_loop"
 WRONGS = [
     wrong(
         "1/2 of the second-order term missing",
         VALUE,
-        "0.5 * (s * times(each, s))",
-        "(s * times(each, s))",
+        "0.5 * (s * carried)",
+        "(s * carried)",
     ),
-    wrong("sigma for its square", VALUE, "0.5 * (s * times(each, s))", "0.5 * (times(each, s))"),
+    wrong("sigma for its square", VALUE, "0.5 * (s * carried)", "0.5 * (carried)"),
     wrong("price of drawing missing", VALUE, "constant - drawn + _entropy", "constant + _entropy"),
     wrong(
         "log-partition term missing",
@@ -124,7 +124,7 @@ WRONGS = [
         "policy's variance temperature * W for temperature / W",
         GREEDY,
         "torch.cholesky_solve(eye, root)",
-        "W",
+        "root @ root.mT",
     ),
     wrong(
         "policy's mean halved",
@@ -135,13 +135,13 @@ WRONGS = [
     wrong(
         "action's noise missing in W",
         GREEDY,
-        "W = curvature(lq, S)",
-        "W = lq.N.expand_as(curvature(lq, S))",
+        "(curvature(lq, S))",
+        "(lq.N.expand_as(curvature(lq, S)))",
     ),
     wrong(
         "noise that the action reaches missing in the gain",
         GREEDY,
-        "(DS @ lq.C).sum(-3) - lq.R",
+        "(DS @ C).sum(-3) - lq.R",
         "-lq.R",
     ),
 ]
@@ -265,12 +265,12 @@ def evaluated(lq: LinearQuadratic, law: LinearGaussian, x: Tensor) -> Tensor:
         wrong(
             "A for 2 A",
             MOMENTS,
-            "kron(kept.mT, eye) + kron(eye, kept.mT)",
-            "kron(kept.mT, eye)",
+            "kron(A.mT, eye) + kron(eye, A.mT)",
+            "kron(A.mT, eye)",
         ),
-        wrong("sign of the discount", MOMENTS, "kept = A - 0.5 *", "kept = A + 0.5 *"),
-        wrong("noise of the state missing", MOMENTS, " + kron(C.mT, C.mT).sum(-3)", ""),
-        wrong("1/2 of the discount missing", MOMENTS, "kept = A - 0.5 *", "kept = A - "),
+        wrong("sign of the discount", CLOSED, "kept = lq.A - 0.5 *", "kept = lq.A + 0.5 *"),
+        wrong("noise of the state missing", MOMENTS, " + scaled)", ")"),
+        wrong("1/2 of the discount missing", CLOSED, "kept = lq.A - 0.5 *", "kept = lq.A - "),
         wrong(
             "sign of the state's cost",
             VALUE,
@@ -287,8 +287,8 @@ def evaluated(lq: LinearQuadratic, law: LinearGaussian, x: Tensor) -> Tensor:
         wrong(
             "half of the discount where one is meant",
             "ctrl.linear.riccati._stationary",
-            "kept = A - lq.rates[0]",
-            "kept = A - 0.5 * lq.rates[0]",
+            "kept = kept - 0.5 * lq.rates[0]",
+            "kept = kept - 0 * lq.rates[0]",
         ),
     ],
     why_double=WHY_DOUBLE,

@@ -85,8 +85,8 @@ def iterates(lq: LinearQuadratic, iterations: int) -> list[ctrl.linear.Stationar
         wrong(
             "improvement blind to the noise of the action",
             GREEDY,
-            "W = curvature(lq, S)",
-            "W = lq.N",
+            "(curvature(lq, S))",
+            "(lq.N)",
         ),
         wrong("improvement blind to the mixed cost", GREEDY, ".sum(-3) - lq.R", ".sum(-3)"),
         wrong(
@@ -111,9 +111,9 @@ def iterates(lq: LinearQuadratic, iterations: int) -> list[ctrl.linear.Stationar
         ),
         wrong(
             "discount missing in the evaluation",
-            "ctrl.linear.riccati._second_moments",
-            "kept = A - 0.5 * ",
-            "kept = A - 0 * ",
+            "ctrl.linear.riccati._closed_loop",
+            "kept = lq.A - 0.5 * ",
+            "kept = lq.A - 0 * ",
         ),
     ],
     why_double=WHY_DOUBLE,

@@ -64,8 +64,8 @@ def expected(value: exact.Quadratic) -> np.ndarray:
         wrong(
             "precision of the data for its covariance",
             "diffusion_envs.gaussian.tilt",
-            "covariance = root @ torch.linalg.solve(inner, root)",
-            "covariance = torch.linalg.inv(root @ torch.linalg.solve(inner, root))",
+            "covariance = root @ solve(inner, root, _NO_MASS)",
+            "covariance = torch.linalg.inv(root @ solve(inner, root, _NO_MASS))",
         ),
         wrong(
             "the mean is shifted by the data's covariance instead of the tilt's",

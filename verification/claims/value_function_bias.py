@@ -211,14 +211,14 @@ def accepted(call: Callable[..., object], *arguments: object) -> float:
         wrong(
             "no refusal",
             "diffusion_envs.gaussian._require_finite_mass",
-            "if not bool(",
-            "if False and not bool(",
+            "if not bool(least",
+            "if False and not bool(least",
         ),
         wrong(
             "condition on the data's covariance, with b forgotten",
             "diffusion_envs.gaussian._require_finite_mass",
-            "@ root / kl_weight\n    if",
-            "@ root\n    if",
+            "curvature @ root / kl_weight",
+            "curvature @ root",
         ),
         wrong(
             "only concave rewards accepted",
@@ -235,13 +235,13 @@ def accepted(call: Callable[..., object], *arguments: object) -> float:
         wrong(
             "condition on the determinant's sign alone",
             "diffusion_envs.gaussian._require_finite_mass",
-            "torch.linalg.eigvalsh(inner) > 0",
-            "torch.linalg.slogdet(inner)[1] > 0",
+            "torch.linalg.eigvalsh(inner).min()",
+            "torch.linalg.slogdet(inner)[1]",
         ),
         wrong(
             "ctrl: no refusal",
             "ctrl.linear.kl_control._require_tilt",
-            "if not bool((least > 0).all())",
+            "if not bool((least > margin(C.shape[-1], size)).all())",
             "if False",
         ),
         wrong(
