@@ -120,8 +120,8 @@ def solve_discounted(
     Raises:
         ValueError: the problem is not of this kind; it has not as many coordinates as ``axes``; a
             coefficient is not finite or has a wrong shape; the noises are correlated too strongly
-            for the grid and monotone differences; one action node has most of the mass of the Gibbs policy, so that the
-            action grid is too coarse.
+            for the grid and monotone differences; one action node has most of the mass of the Gibbs
+            policy, so that the action grid is too coarse.
         RuntimeError: no convergence.
     """
     _check(problem, axes, differences)
