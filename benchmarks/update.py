@@ -47,7 +47,7 @@ def main() -> None:
         accelerator=parallel.start(),
     )
     calls: list[tuple[str, Callable[[], Any]]] = []
-    _record(built.pipe.unet, built.pipe.vae, reward, built, calls)
+    record(built.pipe.unet, built.pipe.vae, reward, built, calls)
     trainer.step()  # the preflight belongs to the first update only
     calls.clear()
     trainer.step()
@@ -85,7 +85,7 @@ def main() -> None:
     )
 
 
-def _record(
+def record(
     unet: Any, vae: Any, reward: Any, built: Any, calls: list[tuple[str, Callable[[], Any]]]
 ) -> None:
     """Note every network call of an update as something that can be called again."""

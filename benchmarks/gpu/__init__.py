@@ -1,0 +1,1 @@
+"""What a GPU makes of this library, in stages that each leave their results (``gpu.sh``)."""
