@@ -144,7 +144,9 @@ def units_of_ratio(rows: Rows) -> float:
     As in ``objectives.protocol.log_ratio_rounding``, but for this network: a predicted noise is a
     sum of 16 + 3 + 1 + 2 terms, and guidance multiplies the roundings of its branches by 1.7 and
     0.7. A score may so be off by sqrt(22) * 1.84 = 8.6 units of |score|, and <shift, z> by 6 times
-    that in units of the transition's standard deviation.
+    that in units of the transition's standard deviation. An advantage is multiplied by the ratio,
+    so a loss is off by as much. Of a gradient, a mean over rows whose ratios are off by independent
+    normal variables, one standard deviation is left.
     """
     size = (rows.old_mean.flatten(1).norm(dim=1) * (rows.score_gain / rows.std).abs()).max()
     return rounding(16 + 3 + 1 + 2, 6 * math.hypot(1.7, 0.7) * size.item())
@@ -316,7 +318,9 @@ def training_loop(setting: Setting) -> Iterator[Check]:
     path, step = which.unbind(1)
     yield pathwise("path KL of a row that is trained", trained, costs[path, step])
     a_k = advantages[path, step].double().numpy()
-    yield pathwise("loss of a row", losses, KL_WEIGHT * costs[path, step] - a_k)
+    check = pathwise("loss of a row", losses, KL_WEIGHT * costs[path, step] - a_k)
+    share = float(np.abs(a_k).max()) / losses.abs().max().item()
+    yield stated(check, units=share * units_of_ratio(rows))
     after = rollout.states[path, step + 1]
     mean = made.environment.sampler.mean(step, rollout.states[path, step], rows.old_mean)
     std = torch.as_tensor(s.std).to(after)[step].view(-1, 1, 1, 1)
@@ -332,7 +336,8 @@ def training_loop(setting: Setting) -> Iterator[Check]:
         numbers = one.step()
         for name, parameter, grad in zip("AB", (network.a, network.b), want, strict=True):
             found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            yield pathwise(f"gradient in {name}, {batch} rows at once", found, grad)
+            check = pathwise(f"gradient in {name}, {batch} rows at once", found, grad)
+            yield stated(check, units=units_of_ratio(rows) / 6)
     kept = torch.cat([w.flatten() for w in (network.base, network.context, network.time)])
     yield pathwise("pretrained weights", kept, torch.cat([w.flatten() for w in frozen]))
     yield pathwise("path KL that is reported", numbers["path_kl"].mean, costs.sum(1).mean())
