@@ -10,6 +10,9 @@ from diffusion_envs.objectives.protocol import (
     transition_log_ratio,
 )
 from diffusion_envs.objectives.score_as_action import drawn_log_ratio
+from diffusion_envs.rewards import Colour
+from diffusion_envs.samplers import DDIM
+from diffusion_envs.sd15.build import build
 from diffusion_envs.training.loop import PreflightError, Trainer
 from verification.claim import Setting
 from verification.claims.training_loop import SAMPLES, STEPS, network_of, trainer
@@ -110,3 +113,29 @@ def test_the_preflight_sees_a_pretrained_model_that_is_a_little_off():
         network_of(made).b.add_(1e-3)
     with pytest.raises(PreflightError, match="path KL"):
         made._preflight(made.lesson(made.sample().rollout))
+
+
+@pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
+def test_the_rounding_allowed_for_is_several_times_the_embedded_networks():
+    """Half of what is allowed for would not be four times what guidance 7.5 shows, 38 units."""
+    built = build(
+        reward=Colour("red"),
+        prompts=["a photo of a cat", "a photo of a ship"],
+        sampler=DDIM(1.0),
+        steps=4,
+        guidance=7.5,
+        batch=64,
+        lora_rank=2,
+    )
+    score, context = built.environment.score, built.environment.context[torch.arange(12) % 2]
+    states = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    worst = 0.0
+    with torch.no_grad():
+        for timestep in built.environment.sampler.timesteps:
+            asked = states, timestep.expand(12), context
+            score.batch = 64
+            whole = score(*asked)
+            for score.batch in (1, 3, 5):
+                off = (score(*asked) - whole).flatten(1).norm(dim=1)
+                worst = max(worst, float((off / whole.flatten(1).norm(dim=1)).max()))
+    assert 8 * UNIT < worst < score_rounding(torch.float32) / 4
