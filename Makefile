@@ -1,6 +1,7 @@
 # make demo   fine-tune the embedded model on a real reward, from nothing (about 5 minutes on 2 cores)
 # make test   run the test suite from nothing (under 10 minutes on 2 cores)
 # make verify every theorem, and every mistake that its check must reject (under 2 minutes)
+# make portability   the tests that round, under every kernel that this machine can run (15 minutes)
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -14,7 +15,7 @@ DEMO := --model tiny --steps 10 --guidance 1 --samples 40 --updates 30 --learnin
 # Threads that wait must not burn the core that another program needs.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test verify lint bench mutants clean
+.PHONY: demo test verify portability lint bench mutants clean
 .DELETE_ON_ERROR:
 
 # torch first and pinned: it decides what everything else may bring.
@@ -42,6 +43,10 @@ test: $(VENV)/.installed-dev
 
 verify: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m verification
+
+# SAMPLE=--sample: two kernels and the fewest tests.
+portability: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.portability $(SAMPLE)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -171,6 +171,9 @@ class BoundDDIM:
     ) -> Float[Tensor, " rows"]:
         """log p(x' | x, score) - log p(x' | x, old_score), summed over coordinates, nats.
 
+        Scores of one network at one state differ by round-off where it was asked in other batches;
+        what that makes of a log-ratio is bounded by ``objectives.protocol.log_ratio_rounding``.
+
         Args:
             step: of each row.
             noise: standard normal that led to x' under ``old_score``.

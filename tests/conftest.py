@@ -14,7 +14,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("nightly", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-torch.set_num_threads(1)  # two threads on a busy machine are slower than one
+# One thread unless another number is asked for: two on a busy machine are slower than one.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import difflib
 import fcntl
 import fnmatch
 import json
+import os
 import secrets
 import sys
 import time
@@ -24,9 +25,10 @@ from rich.progress import track
 from rich.table import Table
 
 from verification import claims as _claims  # noqa: F401  # registers them
-from verification import record, report, tolerances
+from verification import measuring, record, report, tolerances
 from verification.claim import CLAIMS, Setting
-from verification.running import Outcome, Rates, measure, run
+from verification.kernels import MEASURED
+from verification.running import Outcome, Rates, run
 from verification.statistics import Verdict
 
 
@@ -46,7 +48,9 @@ class Options:
         fresh: a new seed instead, which is recorded.
         most: samples that a sequential test may use.
         list: print the claims and stop.
-        measure: measure the tolerances of these claims anew and write them to the table.
+        plant: run the wrong variants too (--no-plant: the right code alone, under another kernel).
+        measure: measure the tolerances of these claims anew, under several kernels, and write them
+            to the table (all of them: about 10 minutes on 2 cores).
         document: write the outcome to this Markdown file too.
     """
 
@@ -60,6 +64,7 @@ class Options:
     fresh: bool = False
     most: int = 2_000_000
     list: bool = False
+    plant: bool = True
     measure: bool = False
     document: Path | None = None
 
@@ -90,7 +95,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 def main(options: Options) -> int:
     """Run what was asked for; 0 where every claim holds and every mistake is rejected."""
     console = Console(width=None if sys.stdout.isatty() else 110)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         names = chosen([*options.names, *options.claim])
     except UnknownClaimError as error:
@@ -118,7 +123,13 @@ def main(options: Options) -> int:
     rates = Rates(false_fail=false_fail, most=options.most)
     began = time.perf_counter()
     outcomes = [
-        run(CLAIMS[name], setting, lines.get(name, {}), rates, plant=dtype == torch.float64)
+        run(
+            CLAIMS[name],
+            setting,
+            lines.get(name, {}),
+            rates,
+            options.plant and dtype == torch.float64,
+        )
         for name in track(names, "claims", console=console, transient=True)
     ]
     found = record.of(outcomes, setting, rates, time.perf_counter() - began)
@@ -191,21 +202,27 @@ def _details(outcome: Outcome, console: Console) -> None:
 
 
 def _measure(names: Sequence[str], options: Options, console: Console) -> int:
-    """Measure right code and variants, write the table; the number of complaints in float64."""
+    """Measure right code and variants, write the table; 1 if float64 has complaints."""
+
+    def told(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    began = time.perf_counter()
+    seen = measuring.over_kernels(names, MEASURED, told)
     bad = 0
-    for precision in ("float64", "float32"):
-        for name in names:
-            if precision == "float32" and not CLAIMS[name].single:
-                continue
-            lines, complaints = measure(CLAIMS[name], Setting(dtype=getattr(torch, precision)))
+    for precision, claims in seen.items():
+        for name, observation in claims.items():
+            single = seen["float32"].get(name) if precision == "float64" else None
+            lines, complaints = measuring.lines(CLAIMS[name], observation, single)
             with Path(f"{tolerances.TABLE}.lock").open("w") as lock:  # others may measure too
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 table = tolerances.load()
                 table.setdefault(precision, {})[name] = lines
                 tolerances.save(table)
             for complaint in complaints:
-                console.print(f"{precision} {name}: {complaint}", markup=False, highlight=False)
+                told(f"{precision} {name}: {complaint}")
                 bad += precision == "float64"
+    told(f"{len(names)} claims measured in {time.perf_counter() - began:.0f} s")
     return min(bad, 1)
 
 

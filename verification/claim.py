@@ -6,7 +6,10 @@ on the right code and on every variant. The claim holds where every deviation is
 tolerance on the right code, and every variant is rejected by at least one of the checks.
 
 Tolerances are measured, never chosen (``tolerances``): the geometric mean of what the right code
-shows and of the smallest effect that the check is to see, with room on both sides.
+shows and of the smallest effect that the check is to see, with room on both sides. What the right
+code shows is at least the round-off of the precision in which it computes. That is the setting's,
+unless the claim states its own (networks are float32 inside a float64 setting, say), or a check
+does for itself.
 
 Routes, from the strongest:
     proof        an identity of symbols; the deviation is what is left of the difference
@@ -75,6 +78,8 @@ class Check:
             that is furthest apart.
         count: how many numbers were compared.
         curve: step sizes and errors, to draw, where the check is about convergence.
+        precision: in which the numbers were computed; None for that of the claim.
+        units: by how many units of round-off the right code may be off (``rounding``).
     """
 
     name: str
@@ -83,6 +88,8 @@ class Check:
     values: tuple[float, float] = (math.nan, math.nan)
     count: int = 1
     curve: tuple[tuple[float, float], ...] = ()
+    precision: torch.dtype | None = None
+    units: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,27 @@ class Sampled:
 
 Numbers = Tensor | np.ndarray | float | list[Any] | tuple[Any, ...]
 Body = Callable[[Setting], Iterator[Check | Sampled]]
+
+
+def rounding(terms: int = 1, size: float = 1.0) -> float:
+    """Units of round-off by which a right number may be off: ``size * sqrt(terms)``.
+
+    A sum of n terms is rounded n times, each time by half a unit of the partial sum or less.
+    Rounding errors have no common sign: together they exceed k sqrt(n) units of the largest partial
+    sum with probability 2 exp(-2 k^2) at most (Hoeffding; Higham & Mary 2019, Theorem 2.4), where
+    all of one sign could make n / 2. A tolerance is at least k = 30 times this. How many of them a
+    machine shows depends on the order in which its kernel adds: one that shows 0 proves nothing.
+
+    Args:
+        terms: that are added up in one number, one after another.
+        size: of the partial sums, or of what cancels, relative to the scale of the check.
+    """
+    return max(1.0, size * math.sqrt(terms))
+
+
+def stated(check: Check, *, precision: torch.dtype | None = None, units: float = 1.0) -> Check:
+    """The check with a precision of its own, or more round-off than a single rounding."""
+    return replace(check, precision=precision, units=max(check.units, units))
 
 
 def pathwise(name: str, got: Numbers, want: Numbers, scale: float | None = None) -> Check:
@@ -235,6 +263,7 @@ class Claim:
         body: setting -> checks.
         single: whether it is meaningful in float32 too.
         why_double: if not, why.
+        precision: in which the body computes, whatever the setting; None for the setting's.
         file: of the body, relative to the package.
     """
 
@@ -245,18 +274,29 @@ class Claim:
     body: Body
     why_double: str | None
     file: str
+    precision: torch.dtype | None = None
 
     @property
     def single(self) -> bool:
         """Whether the body is meaningful in float32 too."""
         return self.why_double is None
 
+    def precision_of(self, check: "Check | Sampled", setting: Setting) -> torch.dtype:
+        """In which a check of this claim computes: its own, the claim's or the setting's."""
+        own = check.precision if isinstance(check, Check) else None
+        return own or self.precision or setting.dtype
+
 
 CLAIMS: dict[str, Claim] = {}
 
 
 def claim(
-    *, statement: str, source: str, wrongs: Iterable[Wrong], why_double: str | None = None
+    *,
+    statement: str,
+    source: str,
+    wrongs: Iterable[Wrong],
+    why_double: str | None = None,
+    precision: torch.dtype | None = None,
 ) -> Callable[[Body], Body]:
     """Register a claim: its body is the decorated generator function.
 
@@ -265,6 +305,8 @@ def claim(
         source: paper and theorem or equation.
         wrongs: at least three mistakes that the body's checks reject.
         why_double: where float32 cannot show anything: the reason.
+        precision: in which the body computes whatever the setting, if it does: its tolerances then
+            start from that type's round-off.
 
     Raises:
         ValueError: fewer than three mistakes, two of one name, a name taken, or no words.
@@ -294,6 +336,7 @@ def claim(
             body,
             why_double,
             file,
+            precision,
         )
         return body
 

@@ -67,6 +67,7 @@ def _check(check: Measured) -> dict[str, Any]:
         "verdict": check.verdict.value,
         "deviation": _number(check.deviation),
         "tolerance": check.tolerance,
+        "precision": check.precision,
         "found": _value(check.values[0]),
         "claimed": _value(check.values[1]),
         "count": check.count,

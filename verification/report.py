@@ -387,8 +387,10 @@ def document(found: Record) -> str:
         lines += ["| --- | --- | --- | --- | --- | --- |"]
         for check in claim["checks"]:
             tolerance = "" if check["tolerance"] is None else _short(check["tolerance"])
+            own = check.get("precision") or found["precision"]
+            route = check["route"] + ("" if own == found["precision"] else f", in {own}")
             lines.append(
-                f"| {_cell(check['name'])} | {check['route']} | {_digits(check['found'])} | "
+                f"| {_cell(check['name'])} | {route} | {_digits(check['found'])} | "
                 f"{_digits(check['claimed'])} | {_short(check['deviation'])} | {tolerance} |"
             )
         lines += ["", f"<details><summary>{len(claim['wrongs'])} mistakes rejected</summary>", ""]

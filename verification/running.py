@@ -3,18 +3,15 @@
 import math
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from verification.claim import Check, Claim, Sampled, Setting, Wrong
 from verification.planting import PlantingError, planted
 from verification.statistics import Verdict, decide, samples_needed
-from verification.tolerances import Tolerance, derive
-
-_PILOT = 200_000  # samples that measure a sampled check's effects
+from verification.tolerances import Tolerance
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,7 @@ class Measured:
         values: what was found and what is claimed (``claim.Check``).
         count: how many numbers were compared.
         curve: step sizes and errors, where the check is about convergence.
+        precision: in which it computes, where a tolerance says so.
     """
 
     name: str
@@ -48,6 +46,7 @@ class Measured:
     values: tuple[float, float] = (math.nan, math.nan)
     count: int = 1
     curve: tuple[tuple[float, float], ...] = ()
+    precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,9 @@ def run(
     rates = rates or Rates()
     began = time.perf_counter()
     try:
-        checks = tuple(_judged(check, tolerances, setting, rates) for check in claim.body(setting))
+        checks = tuple(
+            _judged(check, claim, tolerances, setting, rates) for check in claim.body(setting)
+        )
         error = "" if checks else "the claim has no checks"
     except Exception:
         checks, error = (), traceback.format_exc(limit=-3)
@@ -138,9 +139,14 @@ def run(
 
 
 def _judged(
-    check: Check | Sampled, tolerances: Mapping[str, Tolerance], setting: Setting, rates: Rates
+    check: Check | Sampled,
+    claim: Claim,
+    tolerances: Mapping[str, Tolerance],
+    setting: Setting,
+    rates: Rates,
 ) -> Measured:
     line = tolerances.get(check.name)
+    precision = str(claim.precision_of(check, setting)).removeprefix("torch.")
     if line is None:
         deviation = check.deviation if isinstance(check, Check) else math.nan
         if setting.dtype == torch.float64:
@@ -150,6 +156,10 @@ def _judged(
         verdict = Verdict.FAIL if bad else Verdict.PASS
         note = "not judged: no variant stands out from this precision's round-off"
         return Measured(check.name, check.route, deviation, None, verdict, note=note)
+    if line.precision != precision:
+        deviation = check.deviation if isinstance(check, Check) else math.nan
+        note = f"measured in {line.precision}, computed in {precision}: measure it anew"
+        return Measured(check.name, check.route, deviation, None, Verdict.FAIL, note=note)
     if isinstance(check, Check):
         passed = check.deviation <= line.tolerance  # NaN does not pass
         verdict = Verdict.PASS if passed else Verdict.FAIL
@@ -162,6 +172,7 @@ def _judged(
             values=check.values,
             count=check.count,
             curve=check.curve,
+            precision=precision,
         )
     decision = decide(
         check.stream,
@@ -183,6 +194,7 @@ def _judged(
         decision.needed,
         decision.reason,
         (decision.mean, check.claimed),
+        precision=precision,
     )
 
 
@@ -198,7 +210,7 @@ def _rejection(
         with planted(*wrong.edits):
             for check in claim.body(setting):
                 if check.name in tolerances:
-                    found.append(_judged(check, tolerances, setting, rates))
+                    found.append(_judged(check, claim, tolerances, setting, rates))
     except PlantingError as error:
         return Rejection(wrong.name, False, note=str(error))
     except Exception as error:
@@ -219,60 +231,6 @@ def _excess(check: Measured) -> float:
     """How many times its tolerance a check is off; not a number is more than any."""
     assert check.tolerance is not None
     return math.inf if math.isnan(check.deviation) else check.deviation / check.tolerance
-
-
-def measure(claim: Claim, setting: Setting) -> tuple[dict[str, Tolerance], list[str]]:
-    """The lines of the tolerance table of one claim, and complaints (``tolerances.derive``)."""
-    quick_names = frozenset(check.name for check in claim.body(replace(setting, full=False)))
-    full = replace(setting, full=True)
-    right: dict[str, tuple[str, float]] = {}
-    for check in claim.body(full):
-        if check.name in right:
-            return {}, [f"two checks are called {check.name!r}"]
-        right[check.name] = (check.route, _size(check, standard_error=True))
-    found: dict[str, dict[str, float]] = {}
-    refused: set[str] = set()
-    complaints: list[str] = []
-    for wrong in claim.wrongs:
-        effects: dict[str, float] = {}
-        try:
-            with planted(*wrong.edits):
-                for check in claim.body(full):
-                    effects[check.name] = _size(check)
-        except PlantingError as error:
-            complaints.append(f"variant {wrong.name!r}: {error}")
-        except Exception as error:
-            if wrong.raises is not None and isinstance(error, wrong.raises):
-                refused.add(wrong.name)
-            elif not effects:
-                complaints.append(
-                    f"variant {wrong.name!r} breaks the code: {type(error).__name__}: {error}"
-                )
-        else:
-            if wrong.raises is not None:
-                complaints.append(f"variant {wrong.name!r} is not refused with {wrong.raises}")
-        found[wrong.name] = effects
-    full_only = frozenset(wrong.name for wrong in claim.wrongs if wrong.full)
-    table, more = derive(right, found, setting.dtype, frozenset(refused), quick_names, full_only)
-    return table, complaints + more
-
-
-def _size(check: Check | Sampled, standard_error: bool = False) -> float:
-    if isinstance(check, Check):
-        return check.deviation
-    values = torch.cat(list(_at_most(check.stream, _PILOT))).double()
-    if standard_error:
-        return float(values.std() / math.sqrt(len(values))) / check.scale
-    return abs(float(values.mean()) - check.claimed) / check.scale
-
-
-def _at_most(stream: Iterator[Tensor] | object, most: int) -> Iterator[Tensor]:
-    n = 0
-    for batch in stream:  # type: ignore[attr-defined]
-        yield batch.detach().flatten()
-        n += batch.numel()
-        if n >= most:
-            return
 
 
 def samples_for(line: Tolerance, check: Sampled) -> int:

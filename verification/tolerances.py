@@ -3,9 +3,19 @@
 For every check the table holds what the right code shows, the smallest effect among the wrong
 variants that the check is to see, and the tolerance between them:
 
-    exact routes, limits    sqrt(right * effect), the geometric mean, with a factor ``room`` or more
-                            free on both sides (round-off counts as one unit at least)
+    exact routes, limits    sqrt(floor * effect), the geometric mean, with a factor ``room`` or more
+                            free on both sides
     sampled                 effect / 2, which the sequential test then tells from 0
+
+The floor is the largest of three numbers, since a deviation that happened to be 0 says nothing of
+another machine's:
+
+    what the right code showed under any of several kernels (``kernels``);
+    the round-off of the precision in which the check computes, one unit, or as many as the check
+        states (``claim.rounding``);
+    in float64, as many units as the same check was off by in float32. Both add the same terms in
+        the same order; round-off is made of units, and float32's are large enough to be seen over
+        whatever else is in a deviation.
 
 A check sees a variant if there is that much room. A check that sees no variant cannot fail, and a
 variant that no check sees is not rejected: neither gets into the table. ``measure`` makes it; a
@@ -37,6 +47,8 @@ class Tolerance:
         effect: smallest deviation among the variants that the check sees.
         variant: which shows it.
         tolerance: between the two.
+        precision: in which the check computes.
+        floor: deviation that right code may show (``floor``).
     """
 
     route: str
@@ -44,6 +56,40 @@ class Tolerance:
     effect: float
     variant: str
     tolerance: float
+    precision: str = "float64"
+    floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class Right:
+    """What the right code shows in one check.
+
+    Attributes:
+        route: of the check.
+        deviation: the largest that was seen.
+        dtype: in which the check computes.
+        units: of that type's round-off, by which right code may be off.
+    """
+
+    route: str
+    deviation: float
+    dtype: torch.dtype = torch.float64
+    units: float = 1.0
+
+
+def floor(right: Right) -> float:
+    """Deviation that right code may show on a machine that nobody measured: see above."""
+    return max(right.deviation, right.units * torch.finfo(right.dtype).eps)
+
+
+def units_seen(single: Right) -> float:
+    """How many units of round-off a check was off by in float32; 1 where they say nothing.
+
+    A limit's deviation is an error of approximation and a sampled check's is the pilot's.
+    """
+    if single.route in ("limit", "sampled") or not math.isfinite(single.deviation):
+        return 1.0
+    return max(single.units, single.deviation / torch.finfo(single.dtype).eps)
 
 
 def room(route: str, dtype: torch.dtype) -> float:
@@ -61,9 +107,8 @@ def room(route: str, dtype: torch.dtype) -> float:
 
 
 def derive(
-    right: Mapping[str, tuple[str, float]],
+    right: Mapping[str, Right],
     wrong: Mapping[str, Mapping[str, float]],
-    dtype: torch.dtype,
     refused: frozenset[str] = frozenset(),
     quick: frozenset[str] | None = None,
     full_only: frozenset[str] = frozenset(),
@@ -71,9 +116,8 @@ def derive(
     """The lines of one claim, and what is wrong with it.
 
     Args:
-        right: name of each check -> its route and deviation on the right code.
+        right: name of each check -> what it shows on the right code.
         wrong: name of each variant -> name of each check -> deviation.
-        dtype: they were measured in.
         refused: variants that the code itself refuses with an error.
         quick: the checks that a quick run has too; all, if not given.
         full_only: variants that only a full run has to see.
@@ -82,33 +126,39 @@ def derive(
         A line for each check that sees something, and complaints: checks that see nothing,
         variants that nothing sees.
     """
-    unit = torch.finfo(dtype).eps
     table: dict[str, Tolerance] = {}
     complaints: list[str] = []
     seen: set[str] = set(refused)
-    for check, (route, deviation) in right.items():
-        if not math.isfinite(deviation):
+    for check, shown in right.items():
+        if not math.isfinite(shown.deviation):
             complaints.append(f"check {check!r} is not finite on the right code")
             continue
-        floor = deviation if route in ("limit", "sampled") else max(deviation, unit)
-        floor = max(floor, unit)
-        free = room(route, dtype) ** 2
+        least = floor(shown)
+        free = room(shown.route, shown.dtype) ** 2
         effects = {
             name: min(found.get(check, 0.0), 1e6) if not math.isnan(found.get(check, 0.0)) else 1e6
             for name, found in wrong.items()
         }
-        visible = {name: effect for name, effect in effects.items() if effect >= free * floor}
+        visible = {name: effect for name, effect in effects.items() if effect >= free * least}
         if not visible:
             largest = max(effects.values(), default=0.0)
             complaints.append(
-                f"check {check!r} cannot fail: it shows {floor:.1e} on the right code and at most "
-                f"{largest:.1e} on a variant, a factor {free:.0e} is needed"
+                f"check {check!r} cannot fail: right code may show {least:.1e} and a variant shows "
+                f"at most {largest:.1e}, a factor {free:.0e} is needed"
             )
             continue
         variant = min(visible, key=lambda name: visible[name])
         effect = visible[variant]
-        tolerance = effect / 2 if route == "sampled" else math.sqrt(floor * effect)
-        table[check] = Tolerance(route, deviation, effect, variant, float(f"{tolerance:.2g}"))
+        tolerance = effect / 2 if shown.route == "sampled" else math.sqrt(least * effect)
+        table[check] = Tolerance(
+            shown.route,
+            shown.deviation,
+            effect,
+            variant,
+            float(f"{tolerance:.2g}"),
+            str(shown.dtype).removeprefix("torch."),
+            least,
+        )
         if quick is None or check in quick:
             seen |= set(visible)
         else:
@@ -116,13 +166,13 @@ def derive(
     for name in wrong:
         if name not in seen:
             ratios = [
-                found / max(right[check][1], unit)
+                found / floor(right[check])
                 for check, found in wrong[name].items()
                 if check in right
             ]
             complaints.append(
                 f"variant {name!r} is seen by no check: at most {max(ratios, default=0):.1e} times "
-                "what the right code shows"
+                "what right code may show"
             )
     return table, complaints
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ctrl import Estimate
 from ctrl.noise import stream
+from diffusion_envs.denoising import path_kl_per_step
 from diffusion_envs.objectives import (
     BackpropObjective,
     NoisedObjective,
@@ -27,6 +28,7 @@ from diffusion_envs.objectives import (
     PathObjective,
     Rollout,
 )
+from diffusion_envs.objectives.protocol import log_ratio_rounding, score_rounding
 from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, compare
 from diffusion_envs.training import control, judging, parallel
 from diffusion_envs.training.critic import Critic, NonFiniteError
@@ -358,19 +360,13 @@ class Trainer:
         paths, steps = rollout.costs.shape
         few = min(paths, max(4, rollout.group))
         rows = torch.cartesian_prod(torch.arange(few), torch.arange(steps))
-        # Roll-out and update evaluate the network in batches of other sizes. Relative rounding of a
-        # score shifts a decision by that share of the score's own shift, in units of its spread.
-        relative = 1e-5 if self.environment.score.precision == torch.float32 else 3e-2
+        precision, factor = self.environment.score.precision, self.environment.sampler.kl_factor
         worst, allowed = 0.0, 0.0
         with torch.no_grad():
             for piece in rows.split(self.schedule.batch):
                 seen = lesson.rows(piece)
-                size = seen.old_mean.flatten(1).norm(dim=1)
-                spread = torch.where(
-                    seen.action_std > 0, seen.action_std, seen.std / seen.score_gain
-                )
                 worst = max(worst, objective.log_ratio(seen).abs().max().item())
-                allowed = max(allowed, relative * (size / spread.abs()).max().item())
+                allowed = max(allowed, log_ratio_rounding(seen, precision).max().item())
         if not worst <= allowed:
             raise PreflightError(
                 f"before the first update the log-ratio of new to old policy must be 0 up to "
@@ -378,11 +374,14 @@ class Trainer:
                 "Usual causes: dropout or train mode, reduced precision with different batch "
                 "sizes, an adapter that was changed"
             )
-        nats = rollout.costs.sum(1).max().item()
-        if not 0 <= nats <= max(1e-6, allowed**2):
+        # The pretrained model too is asked in other batches: its scores may differ as the ratio's.
+        gap = score_rounding(precision) * rollout.means
+        kl = path_kl_per_step(gap, 0 * gap, rollout.step_sizes.to(gap), factor=factor)
+        nats, allowed = rollout.costs.sum(1).max().item(), kl.sum(1).max().item()
+        if not 0 <= nats <= max(1e-6, allowed):
             raise PreflightError(
-                "a fresh adapter must equal the pretrained model, but its path KL is "
-                f"{nats:.3g} nats"
+                f"a fresh adapter must equal the pretrained model up to {allowed:.2g} nats of "
+                f"round-off, but its path KL is {nats:.3g} nats"
             )
 
     def _over_processes(self, count: int) -> int:

@@ -63,7 +63,9 @@ def test_euler_maruyama_is_its_recursion(kind, gaps, paths, differentiable):
             kick = (sigma @ dw[:, :, None])[:, :, 0]
         else:
             kick = sigma * (dw[:, None] if kind == "scalar" else dw)
-        assert torch.equal(got.actions[:, k], torch.sin(got.states[:, k]) + t)
+        # a sine of strided numbers may come from another kernel; of another node it is off by h
+        again = torch.sin(got.states[:, k]) + t
+        torch.testing.assert_close(got.actions[:, k], again, rtol=1e-14, atol=1e-14)
         x = x + h * (-1.3 * x + (0.4 + t) * action) + kick
         torch.testing.assert_close(got.states[:, k + 1], x, rtol=1e-12, atol=1e-12)
     assert got.increments is not None

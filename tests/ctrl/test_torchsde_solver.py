@@ -396,7 +396,8 @@ def test_the_layout_of_memory_does_not_matter(settings):
     t0, t1 = GRID.nodes[:2]
     one = solver.step(sde, t0, t1, x, x, strided)
     other = solver.step(sde, t0, t1, x.clone(), x.clone(), strided.clone())
-    assert torch.equal(one, other)
+    # the same numbers from another kernel; those of another place would be off by a tenth or more
+    torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
     alone = solver.step(sde, t0, t1, x[:1, :1], x[:1, :1], strided[:1, :1])
     assert alone.shape == (1, 1)
 

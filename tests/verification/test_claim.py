@@ -1,6 +1,7 @@
 """What a claim demands of its author, and what its run says, shown on claims made here."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,12 +18,22 @@ from verification.claim import (
     expectation,
     pathwise,
     proof,
+    rounding,
     sampled,
+    stated,
     wrong,
 )
-from verification.running import Rates, measure, run
+from verification.measuring import (
+    Observation,
+    Shown,
+    lines,
+    measure,
+    merged,
+    unstated_singles,
+)
+from verification.running import Rates, run
 from verification.statistics import Verdict
-from verification.tolerances import Tolerance, derive, load, room
+from verification.tolerances import Right, Tolerance, derive, floor, load, room
 
 SETTING = Setting()
 
@@ -240,20 +251,124 @@ def test_deviations():
     assert proof("n", 0.0).deviation == 0
 
 
+UNIT, SINGLE_UNIT = torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps
+SEEN = {
+    "small": {"a": 1e-8, "b": 0.02, "c": 0.004},
+    "large": {"a": 1.0, "b": 0.5, "c": 0.1},
+}
+
+
 def test_tolerances_lie_between_right_and_wrong_with_room():
-    right = {"a": ("pathwise", 0.0), "b": ("limit", 1e-3), "c": ("sampled", 1e-3)}
-    wrong = {
-        "small": {"a": 1e-8, "b": 0.02, "c": 0.004},
-        "large": {"a": 1.0, "b": 0.5, "c": 0.1},
-    }
-    table, complaints = derive(right, wrong, torch.float64)
+    right = {"a": Right("pathwise", 0.0), "b": Right("limit", 1e-3), "c": Right("sampled", 1e-3)}
+    table, complaints = derive(right, SEEN)
     assert not complaints
-    assert table["a"].tolerance == pytest.approx(math.sqrt(2.2e-16 * 1e-8), rel=0.05)
+    assert table["a"].tolerance == pytest.approx(math.sqrt(UNIT * 1e-8), rel=0.05)
     assert table["a"].variant == "small"  # 1e-8 is 1e7 units of round-off, so it is to be seen
     assert table["b"].variant == "large"  # 0.02 is but 20 times the error of approximation
     assert table["b"].tolerance == pytest.approx(math.sqrt(1e-3 * 0.5), rel=0.05)
     assert table["c"].tolerance == 0.05
-    assert derive({"a": ("pathwise", 1e-3)}, wrong, torch.float64)[1]
+    assert derive({"a": Right("pathwise", 1e-3)}, SEEN)[1]
+
+
+def test_a_deviation_of_zero_in_float32_is_taken_for_a_unit_of_float32():
+    """The mistake that let a ratio of 1 + 1.5e-6 fail: float64's unit for float32's."""
+    table, _ = derive({"a": Right("pathwise", 0.0, torch.float32)}, SEEN)
+    assert table["a"].variant == "large"  # 1e-8 is less than a unit
+    assert table["a"].tolerance == pytest.approx(math.sqrt(SINGLE_UNIT), rel=0.05)
+    assert table["a"].precision == "float32"
+    assert derive({"a": Right("pathwise", 0.0)}, SEEN)[0]["a"].tolerance < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_of_many_terms_may_be_off_by_more_than_a_unit(dtype, generator):
+    """Terms of one sign, added in three orders: within the units that are stated, over one."""
+    terms = 4096
+    x = torch.rand(64, terms, dtype=dtype, generator=generator)
+    exact = (
+        x.double().sum(1)
+        if dtype == torch.float32
+        else torch.tensor([math.fsum(row) for row in x.tolist()], dtype=dtype)
+    )
+    unit = torch.finfo(dtype).eps
+    for order in (torch.arange(terms), torch.arange(terms).flip(0), x[0].argsort()):
+        one_by_one = torch.zeros_like(x[:, 0])
+        for k in order:
+            one_by_one += x[:, k]
+        off = ((one_by_one.double() - exact.double()).abs() / exact.double()).max() / unit
+        assert 1 < off <= rounding(terms)
+    shown = Right("pathwise", 0.0, dtype, rounding(terms))
+    assert floor(shown) == pytest.approx(math.sqrt(terms) * unit)
+    assert rounding(1, 0.1) == 1  # nothing is known to better than a unit
+
+
+def test_units_of_float32_are_carried_over_to_float64():
+    """A check that was off by 50 units in float32 may be off by 50 in float64 elsewhere."""
+    double = Observation({"a": Shown("pathwise", 0.0, "float64", 1.0)}, SEEN, quick=("a",))
+    single = Observation({"a": Shown("pathwise", 50 * SINGLE_UNIT, "float32", 1.0)}, SEEN)
+    claim = made(body_of_squares)
+    alone, both = lines(claim, double)[0]["a"], lines(claim, double, single)[0]["a"]
+    assert alone.floor == UNIT
+    assert both.floor == pytest.approx(50 * UNIT)
+    assert both.tolerance == pytest.approx(math.sqrt(50 * UNIT), rel=0.05)
+    limits = Observation({"a": Shown("limit", 1e-3, "float32", 1.0)}, SEEN)
+    assert lines(claim, double, limits)[0]["a"].floor == UNIT
+
+
+def test_of_several_kernels_the_worst_right_code_and_the_mildest_mistake_count():
+    def seen(right, small, large):
+        wrong = {"small": {"a": small}, "large": {"a": large}}
+        return Observation({"a": Shown("pathwise", right, "float64", 1.0)}, wrong, quick=("a",))
+
+    both = merged([seen(0.0, 3e-3, 0.5), seen(4e-16, 2e-3, 0.7)])
+    assert both.right["a"].deviation == 4e-16
+    assert both.wrong == {"small": {"a": 2e-3}, "large": {"a": 0.5}}
+    assert math.isnan(merged([seen(0.0, 1.0, 1.0), seen(math.nan, 1.0, 1.0)]).right["a"].deviation)
+    unreached = Observation(both.right, {"small": {}, "large": {"a": 0.1}}, quick=("a",))
+    assert merged([both, unreached]).wrong == {"small": {}, "large": {"a": 0.1}}
+
+
+def test_a_variant_must_be_refused_under_every_kernel():
+    refused = Observation({}, {"v": {}}, refused=("v",))
+    assert merged([refused, refused]).refused == ("v",)
+    assert merged([refused, Observation({}, {"v": {}})]).refused == ()
+
+
+def test_a_check_states_its_own_precision():
+    def mixed(setting):
+        x = setting.tensor([0.3, 1.7])
+        yield pathwise("squares", half_square(x), np.array([0.3, 1.7]) ** 2 / 2)
+        single = pathwise("in float32", half_square(x.float()), np.array([0.3, 1.7]) ** 2 / 2)
+        yield stated(single, precision=torch.float32, units=4.0)
+
+    one = made(mixed)
+    table, _ = measure(one, SETTING)
+    assert table["squares"].precision == "float64"
+    assert table["in float32"].precision == "float32"
+    assert table["in float32"].floor == pytest.approx(4 * SINGLE_UNIT)
+    whole = measure(made(mixed, precision=torch.float32), SETTING)[0]
+    assert whole["squares"].precision == "float32"
+    # a table that was measured in another precision holds for nothing
+    found = run(made(mixed, precision=torch.float32), SETTING, table, plant=False)
+    assert found.verdict is Verdict.FAIL
+    assert "measured in float64, computed in float32" in found.checks[0].note
+
+
+def test_float32_in_a_body_that_does_not_say_so_is_a_complaint():
+    def silent(setting):
+        x = setting.tensor([0.3, 1.7])
+        yield pathwise("squares", half_square(x), np.array([0.3, 1.7]) ** 2 / 2)
+        yield pathwise("in float32", half_square(x.float()), np.array([0.3, 1.7]) ** 2 / 2)
+
+    assert "'in float32' computes in float32" in measure(made(silent), SETTING)[1][0]
+    assert not measure(made(silent, precision=torch.float32), SETTING)[1]
+    single = Setting(dtype=torch.float32)
+    assert not measure(made(silent), single)[1]
+
+
+@pytest.mark.parametrize("name", ["training-loop", "noise-of-samples", "guidance"])
+def test_claims_that_compute_in_float32_say_so(name):
+    assert not unstated_singles(CLAIMS[name])
+    assert unstated_singles(replace(CLAIMS["training-loop"], precision=None))
 
 
 def test_the_table_keeps_the_rule_and_belongs_to_the_claims_that_there_are():
@@ -262,10 +377,27 @@ def test_the_table_keeps_the_rule_and_belongs_to_the_claims_that_there_are():
         for name, checks in table.items():
             for check, line in checks.items():
                 where = f"{precision} {name}: {check}"
-                free = room(line.route, getattr(torch, precision))
+                dtype = getattr(torch, line.precision)
+                free = room(line.route, dtype)
                 assert line.variant in {w.name for w in CLAIMS[name].wrongs}, where
-                unit = torch.finfo(getattr(torch, precision)).eps
-                least = max(line.right, unit)
                 # two digits are kept of each
+                assert line.floor >= 0.95 * max(line.right, torch.finfo(dtype).eps), where
                 assert line.tolerance <= 1.1 * line.effect / (2 if free == 3 else free), where
-                assert line.tolerance >= 0.9 * free * least, where
+                assert line.tolerance >= 0.9 * free * line.floor, where
+                if line.route != "sampled":
+                    mean = math.sqrt(line.floor * line.effect)
+                    assert line.tolerance == pytest.approx(mean, rel=0.1), where
+                if CLAIMS[name].precision is not None:
+                    assert dtype == CLAIMS[name].precision, where
+
+
+def test_the_floor_in_float64_is_at_least_float32s_in_units():
+    table = load()
+    compared = 0
+    for name, checks in table["float32"].items():
+        for check, single in checks.items():
+            double = table["float64"][name].get(check)
+            if double and double.route not in ("limit", "sampled"):
+                assert double.floor / UNIT >= 0.9 * single.right / SINGLE_UNIT, (name, check)
+                compared += 1
+    assert compared > 200

@@ -17,13 +17,14 @@ from diffusion_envs import linear_policy
 from diffusion_envs.gaussian import Gaussian
 from diffusion_envs.schedule import VPLinear
 from diffusion_envs.score import GuidedScore
-from verification.claim import Check, Setting, claim, limit, pathwise, wrong
+from verification.claim import Check, Setting, claim, limit, pathwise, stated, wrong
 from verification.closed_form.samplers import extrapolated, guided_law, power_law
 from verification.closed_form.vp_gaussian import Normal, VPGaussian
 from verification.cubature import affine_end
 from verification.problems import gaussian_data, generation, vp_linear
 
-# numbers of few binary digits: the network's float32 holds them exactly
+# Numbers of few binary digits: the network's float32 holds them and its predictions exactly, so
+# that the checks are as precise as the setting.
 ALPHA_BARS = np.array([0.9375, 0.71875, 0.28125])
 TIMESTEPS = np.array([2, 0, 1, 2, 1])
 STATES = np.array([[0.5, -1.25], [-0.75, 0.25], [1.5, 2.25], [0.375, -0.5], [-1.125, 0.875]])
@@ -167,11 +168,13 @@ def guidance(setting: Setting) -> Iterator[Check]:
     for kind in KINDS:
         found = GuidedScore(Network(), bars, kind, SCALE, empty)(x, steps, context)
         plain, given = (score_of(kind, predicted(c)) for c in (EMPTY, CONTEXT))
-        yield pathwise(f"guided score, {kind}", found, plain + SCALE * (given - plain))
+        check = pathwise(f"guided score, {kind}", found, plain + SCALE * (given - plain))
+        yield stated(check, precision=setting.dtype)
     with torch.no_grad():
         chunked = GuidedScore(Network(), bars, KINDS[0], SCALE, empty, batch=2)(x, steps, context)
     plain, given = (score_of(KINDS[0], predicted(c)) for c in (EMPTY, CONTEXT))
-    yield pathwise("the same in chunks", chunked, plain + SCALE * (given - plain))
+    check = pathwise("the same in chunks", chunked, plain + SCALE * (given - plain))
+    yield stated(check, precision=setting.dtype)
     unguided = GuidedScore(Network(), bars, KINDS[2], 1.0, empty)(x, steps, context)
     yield pathwise(
         "scale 1: the conditional score", unguided, score_of(KINDS[2], predicted(CONTEXT))

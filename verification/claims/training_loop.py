@@ -2,9 +2,10 @@
 
 The network is the smallest one: a linear prediction of the noise with a low-rank adapter, so that
 the loop's gradients can be written out by hand. Its weights, like all networks of the loop, are
-float32; what is compared is off by 1e-7 when right.
+float32, and so are tolerances: what is compared is off by 1e-7 when right, more where terms add up.
 """
 
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 from ctrl.noise import stream
 from ctrl.trust_region import clipped_surrogate
 from diffusion_envs.objectives import ScoreAsAction
-from diffusion_envs.objectives.protocol import path_kl_rate
+from diffusion_envs.objectives.protocol import Rows, path_kl_rate
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.schedule import DDPMTable
 from diffusion_envs.score import GuidedScore
 from diffusion_envs.training.environment import Environment, Sample
 from diffusion_envs.training.lessons import PathSteps
 from diffusion_envs.training.loop import Schedule, Trainer
-from verification.claim import Check, Setting, claim, pathwise, wrong
+from verification.claim import Check, Setting, claim, pathwise, rounding, stated, wrong
 from verification.closed_form import linear_adapter
 from verification.closed_form.linear_adapter import Sampler
 
@@ -137,6 +138,20 @@ def by_hand(made: Trainer) -> tuple[Sampler, np.ndarray, np.ndarray]:
     return Sampler(ETA, alpha_bar), a, b
 
 
+def units_of_ratio(rows: Rows) -> float:
+    """Units by which a log-ratio that is 0 may be off, the network being asked in other batches.
+
+    As in ``objectives.protocol.log_ratio_rounding``, but for this network: a predicted noise is a
+    sum of 16 + 3 + 1 + 2 terms, and guidance multiplies the roundings of its branches by 1.7 and
+    0.7. A score may so be off by sqrt(22) * 1.84 = 8.6 units of |score|, and <shift, z> by 6 times
+    that in units of the transition's standard deviation. An advantage is multiplied by the ratio,
+    so a loss is off by as much. Of a gradient, a mean over rows whose ratios are off by independent
+    normal variables, one standard deviation is left.
+    """
+    size = (rows.old_mean.flatten(1).norm(dim=1) * (rows.score_gain / rows.std).abs()).max()
+    return rounding(16 + 3 + 1 + 2, 6 * math.hypot(1.7, 0.7) * size.item())
+
+
 ROWS = "diffusion_envs.training.lessons.PathSteps.rows"
 LOSSES = "diffusion_envs.training.lessons.PathSteps.losses"
 IMPROVE = "diffusion_envs.training.loop.Trainer._improve_adapter"
@@ -155,6 +170,7 @@ KL_RATE = "diffusion_envs.objectives.protocol.path_kl_rate"
         """,
     source='"Score as Action", arXiv 2502.01819, Theorems 3.1 and 4.1; Schulman et al. 2017',
     why_double=FLOAT32,
+    precision=torch.float32,
     wrongs=[
         wrong(
             "old log-density not detached from the new",
@@ -294,13 +310,17 @@ def training_loop(setting: Setting) -> Iterator[Check]:
         advantages = made._advantages(rollout)
         assert isinstance(lesson, PathSteps)
         rows = lesson.rows(which)
-        ratio = made.objective.log_ratio(rows).exp()
+        pieces = [lesson.rows(piece) for size in (1, 5, 24) for piece in which.split(size)]
+        ratio = torch.cat([made.objective.log_ratio(piece) for piece in pieces]).exp()
         trained, losses = path_kl_rate(rows), made.objective.loss(rows)
-    yield pathwise("ratio before the first step is 1", ratio, torch.ones_like(ratio))
+    check = pathwise("ratio before the first step is 1", ratio, torch.ones_like(ratio))
+    yield stated(check, units=units_of_ratio(rows))
     path, step = which.unbind(1)
     yield pathwise("path KL of a row that is trained", trained, costs[path, step])
     a_k = advantages[path, step].double().numpy()
-    yield pathwise("loss of a row", losses, KL_WEIGHT * costs[path, step] - a_k)
+    check = pathwise("loss of a row", losses, KL_WEIGHT * costs[path, step] - a_k)
+    share = float(np.abs(a_k).max()) / losses.abs().max().item()
+    yield stated(check, units=share * units_of_ratio(rows))
     after = rollout.states[path, step + 1]
     mean = made.environment.sampler.mean(step, rollout.states[path, step], rows.old_mean)
     std = torch.as_tensor(s.std).to(after)[step].view(-1, 1, 1, 1)
@@ -316,7 +336,8 @@ def training_loop(setting: Setting) -> Iterator[Check]:
         numbers = one.step()
         for name, parameter, grad in zip("AB", (network.a, network.b), want, strict=True):
             found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            yield pathwise(f"gradient in {name}, {batch} rows at once", found, grad)
+            check = pathwise(f"gradient in {name}, {batch} rows at once", found, grad)
+            yield stated(check, units=units_of_ratio(rows) / 6)
     kept = torch.cat([w.flatten() for w in (network.base, network.context, network.time)])
     yield pathwise("pretrained weights", kept, torch.cat([w.flatten() for w in frozen]))
     yield pathwise("path KL that is reported", numbers["path_kl"].mean, costs.sum(1).mean())
@@ -419,6 +440,7 @@ def _of(sample: Sample) -> Tensor:
         """,
     source="verl-omni issue 561, VeOmni issue 956 (seeds local to a worker; seed + rank)",
     why_double=FLOAT32,
+    precision=torch.float32,
     wrongs=[
         wrong("seeds local to a process", DRAW, " + self.accelerator.process_index * share", ""),
         wrong("the same noise at every update", DRAW, "self.update * samples + ", ""),
