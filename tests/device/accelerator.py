@@ -1,7 +1,7 @@
-"""A simulated accelerator: the device "sim", whose memory is the CPU's and whose discipline is CUDA's.
+"""A simulated accelerator: the device "sim", with the CPU's memory and CUDA's discipline.
 
 Tensors of "sim" and of the CPU may not meet, generators belong to their device, ``.numpy()`` is
-refused; autograd, views, optimisers, autocast, ``torch.func``, checkpointing and ``Module.to`` work.
+refused; autograd, views, optimisers, autocast, ``torch.func``, checkpointing, ``Module.to`` work.
 ``counting`` tells launches and synchronisations. It cannot see races, pinned memory, memory limits,
 CUDA's numerics, several GPUs, or branches on ``device.type == "cuda"``.
 
@@ -153,9 +153,7 @@ def _replace() -> None:
     clone, to = base.clone, torch.storage.UntypedStorage.to
 
     def cloned(self: Any) -> Any:  # copy.deepcopy of a tensor
-        return (
-            storage_over(memory_of(self).clone()) if self.device.type == NAME else clone(self)
-        )
+        return storage_over(memory_of(self).clone()) if self.device.type == NAME else clone(self)
 
     def moved(self: Any, *, device: Any, non_blocking: bool = False) -> Any:  # torch.load
         if torch.device(device).type == NAME and self.device.type == "cpu":

@@ -1,7 +1,7 @@
 """What the simulated accelerator is asked for: launches, synchronisations, and from which lines.
 
 A launch is one operation on the device. A synchronisation makes the host wait until the device has
-done all that it was asked for: a value that is read, a blocking copy, a shape that depends on values.
+done all that it was asked for: a value that is read, a blocking copy, a shape that values decide.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The simulated accelerator keeps what it promises; a torch that it does not know fails here first."""
+"""The simulated accelerator keeps what it promises; an unknown torch fails here first."""
 
 import copy
 import gc
