@@ -398,6 +398,7 @@ def _places(coarse: Tensor, fine: Tensor) -> list[int]:
     for name, nodes in (("coarse_nodes", coarse), ("fine_nodes", fine)):
         if nodes.ndim != 1 or len(nodes) < 2 or not bool((nodes.diff() > 0).all()):
             raise ValueError(f"{name} must be at least two increasing times, got {nodes.tolist()}")
+    coarse, fine = coarse.cpu(), fine.cpu()
     slack = 1e-6 * float(fine.detach().diff().min())  # nodes of two grids may differ by round-off
     gaps = (coarse.double()[:, None] - fine.double()[None]).abs()
     nearest, places = gaps.min(1)
