@@ -100,9 +100,9 @@ def normals_by_sample(
     rows = [
         torch.randn(shape, generator=stream(seed, *name, index), dtype=dtype) for index in samples
     ]
-    return (
-        torch.stack(rows).to(device) if rows else torch.empty(0, *shape, device=device, dtype=dtype)
-    )
+    if not rows:
+        return torch.empty(0, *shape, device=device, dtype=dtype)
+    return sent(torch.stack(rows), device)
 
 
 _BLOCK = 256  # paths that share a stream

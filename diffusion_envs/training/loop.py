@@ -6,6 +6,7 @@ streams named by sample, step and update, so the trainer's state is its weights 
 """
 
 import dataclasses
+import math
 import resource
 import sys
 import time
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ctrl import Estimate
+from ctrl.devices import numbers, sent
 from ctrl.noise import stream
 from diffusion_envs.objectives import (
     BackpropObjective,
@@ -110,9 +112,9 @@ class Trainer:
             raise ValueError(f"the checkpoint's adapter has shapes {found}, this model's {shapes}")
         with torch.no_grad():
             for parameter, tensor in zip(self.parameters, state["adapter"], strict=True):
-                parameter.copy_(tensor)
+                parameter.copy_(sent(tensor, parameter.device))
             for parameter, tensor in zip(self.old, state["old"], strict=True):
-                parameter.copy_(tensor)
+                parameter.copy_(sent(tensor, parameter.device))
         self.optimiser.load_state_dict(state["optimiser"])
         self.critic.network.load_state_dict(state["value"])
         self.critic.optimiser.load_state_dict(state["value_optimiser"])
@@ -148,19 +150,19 @@ class Trainer:
         lesson = self.lesson(rollout)
         if self.update == 0 and isinstance(lesson, PathSteps):
             self._preflight(lesson)
-        numbers = self._improve_adapter(lesson, rollout)
+        told: dict[str, Any] = dict(self._improve_adapter(lesson, rollout))
         if rollout.values is not None and isinstance(self.objective, PathObjective):
-            numbers["value_loss"] = self.critic.improve(
+            told["value_loss"] = self.critic.improve(
                 self.objective, rollout, sample.denoised_rewards, self.update
             )
         self._keep_old()
         self.update += 1
-        rewards = parallel.gather(rollout.rewards, self.accelerator)
-        nats = parallel.gather(rollout.costs.sum(1), self.accelerator)
+        earned = torch.stack([rollout.rewards, rollout.costs.sum(1).to(rollout.rewards)], dim=1)
+        rewards, nats = parallel.gather(earned, self.accelerator).cpu().unbind(1)
         known = rollout.costs.shape[1] > 0 and bool(torch.isfinite(nats).all())
         seen = {"path_kl": Estimate.of(nats)} if known else {}
         if self.target_kl is not None:
-            numbers["kl_weight"] = weight = control.kl_weight(self.objective)
+            told["kl_weight"] = weight = control.kl_weight(self.objective)
             weight = self.target_kl.next_weight(weight, seen["path_kl"].mean)
             self.objective = control.with_kl_weight(self.objective, weight)
         return {
@@ -170,7 +172,7 @@ class Trainer:
             "reward_queries": self._over_processes(self.environment.reward_queries),
             "network_calls": self._over_processes(self.environment.score.calls),
             "seconds": self.seconds,
-            **numbers,
+            **told,
             "memory": _peak_memory(self.environment.device),
         }
 
@@ -305,7 +307,7 @@ class Trainer:
 
     def _improve_adapter(self, lesson: Lesson, rollout: Rollout) -> dict[str, float]:
         schedule, groups = self.schedule, len(rollout.rewards) // rollout.group
-        norm = torch.zeros(())
+        norm = 0.0
         for epoch in range(schedule.epochs):
             shuffle = stream(
                 self.environment.seed,
@@ -321,14 +323,14 @@ class Trainer:
                 for loss in lesson.losses(part, shuffle):
                     loss.backward()
                 parallel.average_gradients(self.parameters, self.accelerator)
-                norm = nn.utils.clip_grad_norm_(self.parameters, schedule.max_gradient_norm)
-                if not torch.isfinite(norm):
+                norm = nn.utils.clip_grad_norm_(self.parameters, schedule.max_gradient_norm).item()
+                if not math.isfinite(norm):
                     raise NonFiniteError(
-                        f"the gradient's norm is {norm.item()} at update {self.update + 1}; no "
+                        f"the gradient's norm is {norm} at update {self.update + 1}; no "
                         "weight was changed. Lower learning_rate or guidance, or use float32"
                     )
                 self.optimiser.step()
-        return {**lesson.numbers(), "gradient_norm": norm.item()}
+        return {**lesson.numbers(), "gradient_norm": norm}
 
     def _advantages(self, rollout: Rollout) -> Float[Tensor, " paths *steps"]:
         """The objective's, with batch statistics over all processes."""
@@ -361,7 +363,7 @@ class Trainer:
         # Roll-out and update evaluate the network in batches of other sizes. Relative rounding of a
         # score shifts a decision by that share of the score's own shift, in units of its spread.
         relative = 1e-5 if self.environment.score.precision == torch.float32 else 3e-2
-        worst, allowed = 0.0, 0.0
+        seen_ratios, seen_slacks = list[Tensor](), list[Tensor]()
         with torch.no_grad():
             for piece in rows.split(self.schedule.batch):
                 seen = lesson.rows(piece)
@@ -369,8 +371,14 @@ class Trainer:
                 spread = torch.where(
                     seen.action_std > 0, seen.action_std, seen.std / seen.score_gain
                 )
-                worst = max(worst, objective.log_ratio(seen).abs().max().item())
-                allowed = max(allowed, relative * (size / spread.abs()).max().item())
+                seen_ratios.append(objective.log_ratio(seen).abs().max())
+                seen_slacks.append((size / spread.abs()).max())
+            worst, slack, nats = numbers(
+                torch.stack(seen_ratios).max(),
+                torch.stack(seen_slacks).max(),
+                rollout.costs.sum(1).max(),
+            )
+        allowed = relative * slack
         if not worst <= allowed:
             raise PreflightError(
                 f"before the first update the log-ratio of new to old policy must be 0 up to "
@@ -378,7 +386,6 @@ class Trainer:
                 "Usual causes: dropout or train mode, reduced precision with different batch "
                 "sizes, an adapter that was changed"
             )
-        nats = rollout.costs.sum(1).max().item()
         if not 0 <= nats <= max(1e-6, allowed**2):
             raise PreflightError(
                 "a fresh adapter must equal the pretrained model, but its path KL is "
@@ -386,6 +393,8 @@ class Trainer:
             )
 
     def _over_processes(self, count: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return count
         local = torch.tensor([count], device=self.environment.device)
         return int(parallel.gather(local, self.accelerator).sum())
 
