@@ -43,7 +43,7 @@ test: $(VENV)/.installed-dev
 
 # A process of its own: the simulated accelerator replaces parts of torch.
 test-device: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.device.plugin tests/device --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.device.plugin tests/device --numprocesses 2
 
 verify: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m verification

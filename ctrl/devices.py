@@ -72,13 +72,13 @@ def together() -> Generator[None, None, None]:
         yield
     except Exception as fault:
         _waiting.reset(token)
-        _read(waiting, fault)
+        _raise_first(waiting, fault)
         raise
     _waiting.reset(token)
-    _read(waiting, None)
+    _raise_first(waiting, None)
 
 
-def _read(checks: list[_Check], fault: Exception | None) -> None:
+def _raise_first(checks: list[_Check], fault: Exception | None) -> None:
     """Raise the first error among the checks, as the cause of ``fault``."""
     by_device: dict[torch.device, list[int]] = {}
     for i, (holds, _) in enumerate(checks):
@@ -95,7 +95,7 @@ def _read(checks: list[_Check], fault: Exception | None) -> None:
         raise checks[min(failed)][1]() from fault
 
 
-def numbers(*values: Tensor) -> list[float]:
+def read(*values: Tensor) -> list[float]:
     """Numbers of one device, read at the price of one."""
     return torch.stack(values).tolist()
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.devices import numbers as read
+from ctrl.devices import read
 
 Reward = Callable[[Tensor, Sequence[str]], Any]
 

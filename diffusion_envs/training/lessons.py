@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Generator, Tensor
 
-from ctrl.devices import as_like, numbers, sent
+from ctrl.devices import as_like, read, sent
 from diffusion_envs.denoising import noising_bridge, path_kl_per_step, tweedie_mean
 from diffusion_envs.objectives import (
     BackpropObjective,
@@ -155,7 +155,7 @@ class PathSteps:
         ratio = torch.cat(self._log_ratios).exp()
         clipped = torch.cat(self._clipped).mean()
         names = ("ratio_min", "ratio_max", "clipped_fraction")
-        return dict(zip(names, numbers(ratio.min(), ratio.max(), clipped), strict=True))
+        return dict(zip(names, read(ratio.min(), ratio.max(), clipped), strict=True))
 
 
 def drawn_levels(

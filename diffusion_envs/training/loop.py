@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ctrl import Estimate
-from ctrl.devices import numbers, sent
+from ctrl.devices import read, sent
 from ctrl.noise import stream
 from diffusion_envs.objectives import (
     BackpropObjective,
@@ -373,7 +373,7 @@ class Trainer:
                 )
                 seen_ratios.append(objective.log_ratio(seen).abs().max())
                 seen_slacks.append((size / spread.abs()).max())
-            worst, slack, nats = numbers(
+            worst, slack, nats = read(
                 torch.stack(seen_ratios).max(),
                 torch.stack(seen_slacks).max(),
                 rollout.costs.sum(1).max(),

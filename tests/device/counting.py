@@ -7,7 +7,7 @@ done all that it was asked for: a value that is read, a blocking copy, a shape t
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ class Counts:
 
     Attributes:
         roots: folders whose lines are told apart; the innermost frame below one of them counts.
+        passed_over: files below them whose callers' lines count instead.
         launches: by line.
         synchronisations: by kind and line.
         asynchronous_copies: that were asked not to wait.
@@ -40,6 +41,7 @@ class Counts:
     """
 
     roots: tuple[str, ...] = ()
+    passed_over: frozenset[str] = frozenset()
     launches: Counter[str] = field(default_factory=Counter)
     synchronisations: Counter[tuple[str, str]] = field(default_factory=Counter)
     asynchronous_copies: int = 0
@@ -70,13 +72,15 @@ _OWN = frozenset(  # the accelerator's files, whose lines are nobody's fault
 
 
 @contextmanager
-def counting(*roots: Path) -> Iterator[Counts]:
+def counting(*roots: Path, passing_over: Iterable[Path] = ()) -> Iterator[Counts]:
     """Count what runs inside, in every thread.
 
     Args:
         roots: folders whose lines are told apart.
+        passing_over: files below them whose callers' lines count instead.
     """
-    counts = Counts(tuple(f"{root.resolve()}/" for root in roots))
+    files = frozenset(str(path.resolve()) for path in passing_over)
+    counts = Counts(tuple(f"{root.resolve()}/" for root in roots), files | _OWN)
     _counting.append(counts)
     try:
         yield counts
@@ -88,13 +92,13 @@ def launched(operation: str) -> None:
     """An operation was launched."""
     for counts in _counting:
         counts.operations[operation] += 1
-        counts.launches[_site(counts.roots)] += 1
+        counts.launches[_site(counts)] += 1
 
 
 def synchronised(kind: str) -> None:
     """The host waited for the device."""
     for counts in _counting:
-        counts.synchronisations[kind, _site(counts.roots)] += 1
+        counts.synchronisations[kind, _site(counts)] += 1
 
 
 def copied_asynchronously() -> None:
@@ -103,13 +107,13 @@ def copied_asynchronously() -> None:
         counts.asynchronous_copies += 1
 
 
-def _site(roots: tuple[str, ...]) -> str:
+def _site(counts: Counts) -> str:
     """The innermost line below one of the roots; the backward pass has threads of its own."""
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        root = next((root for root in roots if name.startswith(root)), None)
-        if root is not None and name not in _OWN:
+        root = next((root for root in counts.roots if name.startswith(root)), None)
+        if root is not None and name not in counts.passed_over:
             file = Path(name).relative_to(Path(root).parent)
             return f"{file}:{frame.f_lineno}"
         frame = frame.f_back
