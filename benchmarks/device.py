@@ -133,6 +133,14 @@ def trainer(objective: objectives.Objective, built: Model) -> Trainer:
     )
 
 
+def without_rewards(counts: Counts) -> int:
+    """Synchronisations but those of rewards, which are the user's."""
+    sites = counts.synchronisations
+    return sum(
+        n for (_, site), n in sites.items() if not site.startswith("diffusion_envs/rewards/")
+    )
+
+
 @dataclass(frozen=True)
 class Update:
     """One update, counted.
@@ -148,10 +156,7 @@ class Update:
     @property
     def synchronised(self) -> int:
         """Without what the reward asked for."""
-        sites = self.counts.synchronisations
-        return sum(
-            n for (_, site), n in sites.items() if not site.startswith("diffusion_envs/rewards/")
-        )
+        return without_rewards(self.counts)
 
 
 def one_update(run: Trainer, built: Model) -> Update:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.device import OBJECTIVES, model, one_update, trainer
+from benchmarks.device import OBJECTIVES, OURS, READING, model, one_update, trainer, without_rewards
 from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.exact.problems import GaussianProblem, MixtureProblem, table
 from diffusion_envs.sd15 import finetune
@@ -46,30 +46,69 @@ def told(numbers):
     return {k: v for k, v in numbers.items() if k not in ("seconds", "memory")}
 
 
+def exact_trainer(problem, objective, device):
+    """The loop on an exact problem."""
+    sampler = samplers.DDIM().bind(table(), 4)
+    environment, parameters = problem.environment(sampler, 5, device)
+    schedule = Schedule(samples=12, batch=10, value_epochs=1)
+    return Trainer(environment, objective, schedule, parameters, accelerator=Process())
+
+
+def adapter(run):
+    return torch.cat([p.detach().flatten().cpu() for p in run.parameters])
+
+
+def assert_resumes(run, again, folder):
+    """One more update of both is the same, bit for bit."""
+    found = checkpoint.latest(folder)
+    assert found is not None
+    again.load_state(found.state)
+    assert {p.device.type for p in again.parameters} == {NAME}
+    again.step()
+    assert torch.equal(adapter(again), adapter(run))
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_update_waits_no_more_than_it_must_and_is_resumed_bit_for_bit(name, tmp_path):
-    objective = OBJECTIVES[name]
+def test_objectives_learn_what_they_learn_on_the_cpu_and_wait_no_more_than_they_must(
+    name, tmp_path
+):
+    objective, problem = OBJECTIVES[name], GaussianProblem()
+    run, host = (exact_trainer(problem, objective, device) for device in (NAME, "cpu"))
+    run.step()
+    checkpoint.save(tmp_path, 1, run.state())
+    calls, network = [], run.environment.score.exact
+    run.environment.score.exact = lambda *inputs: calls.append(1) or network(*inputs)
+    with counting(*OURS, passing_over=[READING]) as counts:
+        said = run.step()
+    lines = "\n".join(counts.lines())
+    assert without_rewards(counts) <= min(SYNCHRONISATIONS[name], len(calls)), lines
+    assert_resumes(run, exact_trainer(problem, objective, NAME), tmp_path)
+    host.step()
+    expected = host.step()
+    assert said.keys() == expected.keys()
+    assert said["reward"].mean == pytest.approx(expected["reward"].mean, rel=1e-4)
+    torch.testing.assert_close(adapter(run), adapter(host), rtol=1e-4, atol=1e-6)
+    assert adapter(run).abs().max() > 0
+    here, there = (
+        problem.evaluate(each.environment.score, each.environment.sampler) for each in (run, host)
+    )
+    assert here.objective == pytest.approx(there.objective, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ScoreAsAction", "DiffusionNFT", "DRaFT"])  # one of each kind
+def test_the_image_model_waits_no_more_than_it_must_and_is_resumed_bit_for_bit(name, tmp_path):
     built = model()
-    run = trainer(objective, built)
+    run = trainer(OBJECTIVES[name], built)
     run.step()
     checkpoint.save(tmp_path, 1, run.state())
     update = one_update(run, built)
     lines = "\n".join(update.counts.lines())
-    assert update.synchronised <= SYNCHRONISATIONS[name], lines
-    assert SYNCHRONISATIONS[name] <= update.network_calls, lines
-    again = model()
-    resumed = trainer(objective, again)
-    found = checkpoint.latest(tmp_path)
-    assert found is not None
-    resumed.load_state(found.state)
-    resumed.step()
-    for one, other in zip(resumed.parameters, run.parameters, strict=True):
-        assert one.device.type == NAME
-        assert torch.equal(one, other)
+    assert update.synchronised <= SYNCHRONISATIONS[name] <= update.network_calls, lines
+    assert_resumes(run, trainer(OBJECTIVES[name], model()), tmp_path)
 
 
 def test_a_checkpoint_is_copied_at_once(tmp_path):
-    run = trainer(objectives.ScoreAsAction(), model())
+    run = exact_trainer(GaussianProblem(), objectives.ScoreAsAction(), NAME)
     run.step()
     with counting() as counts:
         checkpoint.save(tmp_path, 1, run.state())
@@ -80,43 +119,21 @@ def test_a_checkpoint_is_copied_at_once(tmp_path):
         assert torch.equal(stored, parameter.detach().cpu())
 
 
-def exact_run(problem, objective, device):
-    """Two updates of the loop on an exact problem: what they say, and the adapter."""
-    sampler = samplers.DDIM().bind(table(), 4)
-    environment, parameters = problem.environment(sampler, 5, device)
-    schedule = Schedule(samples=12, batch=10, value_epochs=1)
-    run = Trainer(environment, objective, schedule, parameters, accelerator=Process())
-    said = [told(run.step()) for _ in range(2)]
-    outcome = problem.evaluate(environment.score, sampler)
-    return said, torch.cat([p.detach().flatten().cpu() for p in parameters]), outcome
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_objectives_learn_on_exact_problems_what_they_learn_on_the_cpu(name):
-    objective = OBJECTIVES[name]
-    (said, adapter, outcome), (expected, wanted, exact) = (
-        exact_run(GaussianProblem(), objective, device) for device in (NAME, "cpu")
-    )
-    torch.testing.assert_close(adapter, wanted, rtol=1e-4, atol=1e-6)
-    assert adapter.abs().max() > 0
-    assert outcome.objective == pytest.approx(exact.objective, rel=1e-4)
-    for one, other in zip(said, expected, strict=True):
-        assert one.keys() == other.keys()
-        assert one["reward"].mean == pytest.approx(other["reward"].mean, rel=1e-4)
-
-
 def test_a_mixture_is_judged_wherever_it_was_trained():
-    objective = objectives.ScoreAsAction()
-    runs = [exact_run(MixtureProblem(points=101), objective, device) for device in (NAME, "cpu")]
-    torch.testing.assert_close(runs[0][1], runs[1][1], rtol=1e-4, atol=1e-6)
-    assert runs[0][2].reward == pytest.approx(runs[1][2].reward, rel=1e-4)
+    problem, objective = MixtureProblem(points=101), objectives.ScoreAsAction()
+    runs = [exact_trainer(problem, objective, device) for device in (NAME, "cpu")]
+    for run in runs:
+        run.step()
+    torch.testing.assert_close(adapter(runs[0]), adapter(runs[1]), rtol=1e-4, atol=1e-6)
+    outcomes = [problem.evaluate(r.environment.score, r.environment.sampler) for r in runs]
+    assert outcomes[0].reward == pytest.approx(outcomes[1].reward, rel=1e-4)
 
 
 def test_a_black_box_samples_on_the_device():
     built = model()
-    sampler = built.bind(samplers.Scheduler("DPMSolverMultistepScheduler"), 3)
+    sampler = built.bind(samplers.Scheduler("DPMSolverMultistepScheduler"), 2)
     built.environment.sampler = sampler
-    found = evaluate(built.environment, 4)
+    found = evaluate(built.environment, 2)
     assert found.rewards.isfinite().all()
 
 
@@ -136,14 +153,13 @@ def test_a_whole_run_on_the_device_is_resumed_bit_for_bit(tmp_path, monkeypatch)
         "reward": rewards.PromptAlignment("reward"),
         "judges": {"judge": rewards.PromptAlignment("judge")},
         "prompts": ["a photo of a cat", "a photo of a ship"],
-        "steps": 3,
+        "steps": 2,
         "guidance": 2.0,
-        "schedule": Schedule(samples=4, batch=4, value_epochs=1),
+        "schedule": Schedule(samples=2, value_epochs=1),
         "lora_rank": 2,
-        "evaluation_samples": 4,
+        "evaluation_samples": 2,
         "precision": "bfloat16",
         "gradient_checkpointing": True,
-        "picture_every": 1,
         "progress": False,
     }
     whole = finetune(updates=2, output=tmp_path / "whole", **arguments)
