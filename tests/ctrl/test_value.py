@@ -222,7 +222,7 @@ def test_probes_that_do_not_fit_are_refused(shape, monkeypatch):
 
 @pytest.mark.parametrize("function", ["generator", "noise_drift", "view B"])
 def test_a_view_of_stored_paths_takes_no_more_memory_than_a_copy(function):
-    """Forward mode would allocate a tangent for all that a view is a view of: here 60 times more."""
+    """Forward mode would allocate a tangent for all that a view is a view of: 60 times more."""
     stored = torch.randn(60, 50, 40, dtype=torch.float64)
     sde = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.3 + 0.1 * x.square())
     squares = lambda t, x: x.square().sum(1)

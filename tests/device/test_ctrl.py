@@ -66,6 +66,8 @@ def setting(device, grid_device="cpu", noise="diagonal"):
     else:
         varying = lambda t, x: sigma + 0.1 * x.sin() * (1 + t)
         sde = ctrl.ControlledSDE(lambda t, x, a: a - x, varying)
+    # the time as a network takes it: a number without dimensions may come from any device
+    mean = lambda t, x: gain * x * (1 + 0.1 * t.expand(len(x)).unsqueeze(1))
     reward = lambda t, x, a: -(gain * a).square().sum(1)
     terminal = lambda x: (level * x).sin().sum(1)
     problem = ctrl.ControlProblem(sde, HORIZON, reward, terminal, 0.3, 0.1)
@@ -78,9 +80,9 @@ def setting(device, grid_device="cpu", noise="diagonal"):
         grid=grid,
         sde=sde,
         problem=problem,
-        mean=ctrl.DeterministicPolicy(lambda t, x: gain * x),
+        mean=ctrl.DeterministicPolicy(mean),
         reference=ctrl.DeterministicPolicy(lambda t, x: 0.1 * x),
-        drawn=ctrl.GaussianPolicy(lambda t, x: gain * x, held(0.5, 0.3)),
+        drawn=ctrl.GaussianPolicy(mean, held(0.5, 0.3)),
         start=torch.linspace(-1, 1, PATHS * DIM, dtype=FLOAT).view(PATHS, DIM).to(device),
         noise=ctrl.Noise(increments, drawn(PATHS, STEPS, DIM)),
         gain=gain,

@@ -234,7 +234,8 @@ def dynkin_formula(setting: Setting) -> Iterator[Check]:
             "uneven grid taken for an even one, in the reward",
             "ctrl.paths.running_rewards",
             "steps = as_like(paths.grid.steps, paths.states)",
-            "steps = as_like(paths.grid.steps, paths.states).mean().expand(paths.states.shape[1] - 1)",
+            "steps = as_like(paths.grid.steps, paths.states).mean().expand("
+            "paths.states.shape[1] - 1)",
         ),
         wrong(
             "rewards at the right end of their step",

@@ -188,7 +188,12 @@ SCALAR = ctrl.ControlledSDE(
         ),
         wrong("action lost", BLACK_BOX, "states, action)", "states, 0 * action)"),
         wrong("times exchanged", BLACK_BOX, "function(t0, t1,", "function(t1, t0,"),
-        wrong("drift of the next time in place", INTO, "t = as_like(t0, states)", "t = as_like(t1, states)"),
+        wrong(
+            "drift of the next time in place",
+            INTO,
+            "t = as_like(t0, states)",
+            "t = as_like(t1, states)",
+        ),
         wrong(
             "in place: h for a number's increment", INTO, "alpha=sigma,", "alpha=float(t1 - t0),"
         ),

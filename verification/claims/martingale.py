@@ -192,7 +192,8 @@ ERGODIC = replace(ENDLESS, discount=0.0)
             "uneven grid taken for an even one, in the reward",
             "ctrl.paths.running_rewards",
             "steps = as_like(paths.grid.steps, paths.states)",
-            "steps = as_like(paths.grid.steps, paths.states).mean().expand(paths.states.shape[1] - 1)",
+            "steps = as_like(paths.grid.steps, paths.states).mean().expand("
+            "paths.states.shape[1] - 1)",
         ),
         wrong(
             "uneven grid taken for an even one, in the discount",
