@@ -1,5 +1,6 @@
 # make demo   fine-tune the embedded model on a real reward, from nothing (about 5 minutes on 2 cores)
 # make test   run the test suite from nothing (under 10 minutes on 2 cores)
+# make test-device   the same on a simulated accelerator, CUDA's discipline without a GPU
 # make verify every theorem, and every mistake that its check must reject (under 2 minutes)
 # make portability   the tests that round, under every kernel that this machine can run (15 minutes)
 
@@ -15,7 +16,7 @@ DEMO := --model tiny --steps 10 --guidance 1 --samples 40 --updates 30 --learnin
 # Threads that wait must not burn the core that another program needs.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo test verify portability lint bench mutants clean
+.PHONY: demo test test-device verify portability lint bench mutants clean
 .DELETE_ON_ERROR:
 
 # torch first and pinned: it decides what everything else may bring.
@@ -40,6 +41,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# A process of its own: the simulated accelerator replaces parts of torch.
+test-device: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.device.plugin tests/device --numprocesses 2
 
 verify: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m verification

@@ -14,7 +14,7 @@ class ActionGrid:
     """Nodes and weights, so that int f(a) da ~ sum_k weights_k f(nodes_k).
 
     Attributes:
-        nodes: actions, [nodes, *action], float64.
+        nodes: actions, [nodes, *action], float64, on the CPU.
         weights: positive, in units of the actions' volume, [nodes], float64.
     """
 
@@ -30,6 +30,12 @@ class ActionGrid:
                 f"weights must be [nodes], one for each of the nodes [nodes, *action], got "
                 f"{list(self.weights.shape)} for {list(self.nodes.shape)}"
             )
+        for name, given in (("nodes", self.nodes), ("weights", self.weights)):
+            if given.device.type != "cpu":
+                raise ValueError(
+                    f"{name} must be on the CPU, where the HJB equation is solved, got them on "
+                    f"{given.device}: {name}.cpu()"
+                )
         if bool((self.weights <= 0).any()):
             raise ValueError(f"weights must be positive, got {float(self.weights.min()):g}")
 
@@ -95,8 +101,10 @@ def _product(
     low: float | Tensor, high: float | Tensor, points: Tensor, weights: Tensor
 ) -> ActionGrid:
     """The rule on [-1, 1], carried to each side of the box."""
-    bottom = torch.atleast_1d(torch.as_tensor(low, dtype=torch.float64))
-    top = torch.atleast_1d(torch.as_tensor(high, dtype=torch.float64))
+    bottom, top = (
+        torch.atleast_1d(torch.as_tensor(bound, dtype=torch.float64, device="cpu"))
+        for bound in (low, high)
+    )
     if bottom.shape != top.shape or bottom.ndim != 1:
         raise ValueError(
             f"low and high must be numbers or [dim] alike, got {list(bottom.shape)} and "

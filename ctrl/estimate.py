@@ -48,7 +48,7 @@ class Estimate:
         """
         if values.ndim != 1 or not len(values):
             raise ValueError(f"values must be [n] with n at least 1, got {list(values.shape)}")
-        sample = values.detach().double()
+        sample = values.detach().cpu().double()  # one copy, and float64 is not everywhere
         if bad := int((~torch.isfinite(sample)).sum()):
             raise ValueError(f"values must be finite, but {bad} of {len(sample)} are not")
         given = {
@@ -65,7 +65,7 @@ class Estimate:
         if weights.shape != sample.shape:
             raise ValueError(f"{name} must be [{len(sample)}], got {list(weights.shape)}")
         require_probabilities(name, weights)
-        weights = weights.detach().double()
+        weights = weights.detach().cpu().double()
         mean = (weights * sample).sum()
         error = (weights * (sample - mean)).norm().item()
         if quadrature_weights is not None:
@@ -95,7 +95,7 @@ def require_probabilities(name: str, weights: Float[Tensor, " n"]) -> None:
     Raises:
         ValueError: they are negative, not finite, or do not sum to 1.
     """
-    weights = weights.detach().double()
+    weights = weights.detach().cpu().double()
     total, least = weights.sum().item(), min(weights.tolist(), default=math.nan)
     if not least >= 0 or not abs(total - 1) <= 1e-5:  # float32 weights miss 1 by round-off
         raise ValueError(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctrl.devices import as_like
 from ctrl.policy import RandomPolicy
 from ctrl.sde import ControlledSDE
 
@@ -111,5 +112,6 @@ def drawn_actions(
     rule = list(zip((masses / masses.sum()).tolist(), points.tolist(), strict=True))
     for chosen in itertools.product(rule, repeat=shape.numel()):
         weight = math.prod(mass for mass, _ in chosen)
-        normal = mean.new_tensor([point for _, point in chosen]).view(shape)
+        point = torch.tensor([place for _, place in chosen], dtype=torch.float64)
+        normal = as_like(point, mean).view(shape)
         yield weight, policy.act(mean, t, normal.expand_as(mean))

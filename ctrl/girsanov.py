@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import as_like, require, together
 from ctrl.estimate import require_probabilities
 from ctrl.paths import Paths, ito_sum, require_dynamics, require_memoryless, time_integral
 from ctrl.policy import Policy, mean_action
@@ -35,26 +36,30 @@ def controls(
             a black box moved the paths, or a policy has a memory.
     """
     require_dynamics(paths)
-    for each_policy in (policy, reference):
-        require_memoryless(each_policy, paths)
-    nodes = paths.grid.nodes[:-1].to(paths.states)
-    each = []
-    for k, t in enumerate(nodes):
-        x = paths.states[:, k]
-        a, a_ref = mean_action(policy, t, x), mean_action(reference, t, x)
-        if sde.controls_diffusion:
-            _require_equal_diffusions(sde, t, x, a, a_ref)
-        shift = sde.drift_at(t, x, a) - sde.drift_at(t, x, a_ref)
-        each.append(sde.whiten(t, x, shift, a))
-    found = torch.stack(each, dim=1)
-    finite = torch.isfinite(found).all(2).all(0)
-    if not bool(finite.all()):
-        k = int((~finite).nonzero()[0])
-        raise ValueError(
-            f"controls are not finite at step {k} (t = {nodes[k]:g}): a drift is not finite there, "
-            "or the diffusion is too small for this precision"
-        )
+    nodes = as_like(paths.grid.nodes[:-1], paths.states)
+    with together():
+        for each_policy in (policy, reference):
+            require_memoryless(each_policy, paths)
+        each = []
+        for k, t in enumerate(nodes):
+            x = paths.states[:, k]
+            a, a_ref = mean_action(policy, t, x), mean_action(reference, t, x)
+            if sde.controls_diffusion:
+                _require_equal_diffusions(sde, t, x, a, a_ref)
+            shift = sde.drift_at(t, x, a) - sde.drift_at(t, x, a_ref)
+            each.append(sde.whiten(t, x, shift, a))
+        found = torch.stack(each, dim=1)
+        finite = torch.isfinite(found).all(2).all(0)
+        require(finite.all(), lambda: _not_finite(finite, nodes))
     return found
+
+
+def _not_finite(finite: Tensor, nodes: Tensor) -> ValueError:
+    k = int((~finite).nonzero()[0])
+    return ValueError(
+        f"controls are not finite at step {k} (t = {nodes[k]:g}): a drift is not finite there, "
+        "or the diffusion is too small for this precision"
+    )
 
 
 def _require_equal_diffusions(
@@ -62,12 +67,14 @@ def _require_equal_diffusions(
 ) -> None:
     one, other = sde.columns(t, x, a), sde.columns(t, x, a_ref)
     gap = (one @ one.mT - other @ other.mT).abs().max()
-    if not bool(gap <= 1e-6 * other.square().sum((1, 2)).max()):
-        raise ValueError(
+    require(
+        gap <= 1e-6 * other.square().sum((1, 2)).max(),
+        lambda: ValueError(
             f"the two policies move the diffusion at t = {float(t):g}, by {float(gap):g} in sigma "
             "sigma': laws with different diffusions have no likelihood ratio and their KL is "
             "infinite; compare policies that differ in the drift alone"
-        )
+        ),
+    )
 
 
 def path_kl(

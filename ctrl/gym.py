@@ -15,6 +15,7 @@ import torch
 from gymnasium import spaces
 from torch import Generator, Tensor
 
+from ctrl.devices import require_generator
 from ctrl.paths import Paths, TimeGrid, ends_at_horizon, terminal_rewards
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
@@ -80,6 +81,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not action_bound > 0:
             raise ValueError(f"action_bound must be positive, got {action_bound}")
         self.problem, self.grid, self._solver = problem, grid, solver or EulerMaruyama()
+        self._nodes = grid.nodes.cpu()  # states are numpy's
         self._start, self._observe_time = start, observe_time
         first = start(np.random.default_rng(0)) if callable(start) else start
         if np.ndim(first) != 1 or not np.isfinite(first).all():
@@ -102,7 +104,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         super().reset(seed=seed)
         first = self._start(self.np_random) if callable(self._start) else self._start
         self._state, self._step = torch.as_tensor(np.array(first, dtype=np.float64)), 0
-        return self._observation(), {"time": float(self.grid.nodes[0])}
+        return self._observation(), {"time": float(self._nodes[0])}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Hold the action over one step of the grid.
@@ -114,7 +116,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             ValueError: the action has another shape or is not finite; the state became infinite or
                 NaN; or the episode is over.
         """
-        k, nodes = self._step, self.grid.nodes
+        k, nodes = self._step, self._nodes
         if k >= len(nodes) - 1:
             raise ValueError("the episode is over: call reset()")
         wanted = self.action_space.shape
@@ -155,7 +157,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         state = self._state.numpy().astype(np.float64)
         if not self._observe_time:
             return state
-        return np.append(state, float(self.grid.nodes[self._step]))
+        return np.append(state, float(self._nodes[self._step]))
 
 
 def sample(
@@ -175,11 +177,12 @@ def sample(
 
     Args:
         env: a gymnasium environment.
-        policy: acts on observations [1, dim]; actions are given to the environment as they are.
+        policy: acts on observations [1, dim] on the CPU; actions, of any device, are given to the
+            environment as they are.
         grid: one node an observation: says how long a step of the environment is, time.
         paths: how many episodes.
         seed: of the first episode; the others follow.
-        generator: of the noise that the policy draws its actions with.
+        generator: of the noise that the policy draws its actions with, on their device.
 
     Returns:
         The paths, double precision; they show no increments.
@@ -197,13 +200,14 @@ def sample(
     for episode in range(paths):
         observed, _ = env.reset(seed=seed + episode)
         along, taken, paid = [_vector(observed)], list[Tensor](), list[float]()
-        for k, t in enumerate(grid.nodes[:-1].double()):
+        for k, t in enumerate(grid.nodes[:-1].cpu().double()):
             with torch.no_grad():
                 mean = policy.mean(t, along[-1].unsqueeze(0))
                 noise = None
                 if policy.is_random:
+                    require_generator(generator, mean.device, "the action")
                     noise = torch.empty_like(mean).normal_(generator=generator)
-                action = policy.act(mean, t, noise)[0]
+                action = policy.act(mean, t, noise)[0].cpu()
             observed, reward, terminated, truncated, _ = env.step(action.numpy())
             if (terminated or truncated) and k < len(grid.nodes) - 2:
                 raise ValueError(

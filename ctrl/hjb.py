@@ -11,6 +11,9 @@ Space: a controlled Markov chain (``ctrl.markov_chain``), of order 2 where the n
 enough for its spacing. Time: implicit. What remains is one nonlinear system for each time, which
 policy iteration solves; on it, that is Newton's method: quadratic, and monotone from any start.
 
+All of this is in float64 on the CPU, where the problem's functions are called; what comes of it,
+``GridFunction``, can be asked on any device (``solution.value.to("cuda")``).
+
 Sources  [KD01] Kushner & Dupuis 2001, numerical methods for stochastic control problems in
          continuous time, 2nd edition, chapters 5 and 6.
          [WZZ20] Wang, Zariphopoulou & Zhou 2020, reinforcement learning in continuous time and
@@ -18,7 +21,8 @@ Sources  [KD01] Kushner & Dupuis 2001, numerical methods for stochastic control 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -131,7 +135,7 @@ def solve_discounted(
         )
     if problem.discount == 0:
         raise ValueError("discount must be positive where the horizon is infinite, got 0")
-    with torch.no_grad():
+    with torch.no_grad(), _on_the_cpu():
         points = grid_points(axes)
         for action in actions.nodes[[0, len(actions.nodes) // 2, -1]].to(points):
             require_time_homogeneous(problem, points, action.expand(len(points), *action.shape))
@@ -174,7 +178,7 @@ def solve_finite_horizon(
         RuntimeError: no convergence.
     """
     _check(problem, axes, differences)
-    with torch.no_grad():
+    with torch.no_grad(), _on_the_cpu():
         each = actions.nodes.unsqueeze(1)
         method, improve = PolicyIteration(tolerance, iterations), _best(problem, actions)
 
@@ -213,7 +217,7 @@ def evaluate_discounted(
             "horizon must be infinite and discount positive, got "
             f"{problem.horizon} and {problem.discount}"
         )
-    with torch.no_grad():
+    with torch.no_grad(), _on_the_cpu():
         points = grid_points(axes)
         taken = mean_action(policy, points.new_tensor(0.0), points)
         require_time_homogeneous(problem, points, taken, policy)
@@ -250,7 +254,7 @@ def evaluate_finite_horizon(
         ValueError: as for ``solve_finite_horizon``.
     """
     _check(problem, axes, differences)
-    with torch.no_grad():
+    with torch.no_grad(), _on_the_cpu():
 
         def at(t: float) -> tuple[MarkovChain, Improvement]:
             return _given(problem, policy, axes, t, action_nodes, differences == "monotone")
@@ -355,6 +359,24 @@ def _function(axes: tuple[Axis, ...], times: Tensor, rows: list[Tensor]) -> Grid
     table = torch.stack(rows[::-1])
     shape = [axis.nodes for axis in axes]
     return GridFunction(axes, times, table.view(len(rows), *shape, *table.shape[2:]))
+
+
+@contextmanager
+def _on_the_cpu() -> Generator[None, None, None]:
+    """Calls of a user's functions with tensors of the CPU, refused by name where these do not fit.
+
+    Raises:
+        ValueError: the functions hold tensors of another device.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "device" not in str(error):
+            raise
+        raise ValueError(
+            "the problem's and the policy's functions must take tensors of the CPU, where the HJB "
+            f"equation is solved: move what they hold there (.cpu()). Torch says: {error}"
+        ) from error
 
 
 def _check(problem: ControlProblem, axes: tuple[Axis, ...], differences: str) -> None:

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.advantages import continuous_gae
+from ctrl.devices import as_like
 from ctrl.paths import Paths, over_nodes, regularised_rewards, returns_to_go
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
@@ -84,7 +85,7 @@ def martingale_loss(
     """
     returns = returns_to_go(problem, paths, policy)
     gap = (returns - values(value, problem, paths))[:, :-1]
-    h = paths.grid.steps.to(gap)
+    h = as_like(paths.grid.steps, gap)
     return (h * (discount_factors(problem, paths) * gap).square()).sum(1)
 
 
@@ -264,7 +265,7 @@ def ctd_lambda(
     if not 0 <= decay < math.inf:
         raise ValueError(f"decay must be at least 0 and finite, got {decay}")
     along = values(value, problem, paths)
-    h = paths.grid.steps.to(along)
+    h = as_like(paths.grid.steps, along)
     rewards = regularised_rewards(problem, paths, policy) - average_reward * h
     advantages = continuous_gae(along, rewards, h, decay, problem.discount).detach()
     return -(discount_factors(problem, paths) * h * along[:, :-1] * advantages).sum(1)
@@ -320,7 +321,7 @@ def clstd(
     def column(j: int) -> Value:
         return lambda t, x: features(t, x)[:, j]
 
-    h = paths.grid.steps.to(paths.states)
+    h = as_like(paths.grid.steps, paths.states)
     nothing = phi.new_zeros(phi.shape[0], phi.shape[1] - 1)
     unpaid = replace(problem, terminal_reward=None)
     moves = [martingale_increments(column(j), unpaid, paths, nothing) for j in range(phi.shape[2])]
@@ -384,7 +385,7 @@ def cgtd_loss(
     mean = weights @ each
     if weighting == "identity":
         return 0.5 * mean.square().sum()
-    xi, h = tests(paths).detach(), paths.grid.steps.to(each)
+    xi, h = tests(paths).detach(), as_like(paths.grid.steps, each)
     covariance = torch.einsum("p,k,pki,pkj->ij", weights, h, xi, xi)
     return 0.5 * mean @ torch.linalg.solve(covariance, mean)
 

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import as_like, require, require_generator, sent
 from ctrl.estimate import require_probabilities
 
 _WORDS = 624  # of the Mersenne Twister's state
@@ -99,9 +100,9 @@ def normals_by_sample(
     rows = [
         torch.randn(shape, generator=stream(seed, *name, index), dtype=dtype) for index in samples
     ]
-    return (
-        torch.stack(rows).to(device) if rows else torch.empty(0, *shape, device=device, dtype=dtype)
-    )
+    if not rows:
+        return torch.empty(0, *shape, device=device, dtype=dtype)
+    return sent(torch.stack(rows), device)
 
 
 _BLOCK = 256  # paths that share a stream
@@ -165,8 +166,8 @@ class PathStreams:
         while True:
             for index, generator in enumerate(generators):
                 chunk[:, index] = drawn.normal_(generator=generator)[:, : block * width]
-            moved = chunk.view(_CHUNK, -1, *event)[:, begin : begin + paths].to(like.device)
-            yield from moved
+            moved = chunk.view(_CHUNK, -1, *event)[:, begin : begin + paths]
+            yield from sent(moved, like.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,8 +199,11 @@ class Noise:
             raise ValueError(f"weights must be [{paths}], got {list(self.weights.shape)}")
         for name in ("increments", "actions", "weights"):
             value = getattr(self, name)
-            if value is not None and not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{name} must be finite")
+            if value is not None:
+                require(
+                    torch.isfinite(value).all(),
+                    lambda name=name: ValueError(f"{name} must be finite"),
+                )
         if self.weights is not None:
             require_probabilities("weights", self.weights)
 
@@ -228,6 +232,7 @@ def brownian_increments(
     if paths < 1:
         raise ValueError(f"paths must be at least 1, got {paths}")
     _check_step_sizes(step_sizes)
+    require_generator(generator, step_sizes.device, "step_sizes")
     drawn = step_sizes.new_empty(len(step_sizes), paths, *noise)  # time-major, as paths are stored
     for row, width in zip(drawn, step_sizes.sqrt().tolist(), strict=True):
         row.normal_(generator=generator).mul_(width)
@@ -265,8 +270,8 @@ def gauss_hermite(
             f"nodes ** variables must be between 1 and 10 million, got {nodes} ** {variables}"
         )
     points, masses = np.polynomial.hermite_e.hermegauss(nodes)
-    points = torch.as_tensor(points).to(step_sizes)
-    masses = torch.as_tensor(masses / masses.sum()).to(step_sizes)
+    points = as_like(torch.as_tensor(points), step_sizes)
+    masses = as_like(torch.as_tensor(masses / masses.sum()), step_sizes)
     rule = torch.arange(nodes, device=step_sizes.device)
     which = torch.cartesian_prod(*[rule] * variables).view(-1, variables)
     weights = masses[which].prod(1)
@@ -284,6 +289,7 @@ def random_signs(*shape: int, like: Tensor, generator: torch.Generator) -> Float
         like: whose dtype and device they have.
         generator: to draw them with, on that device.
     """
+    require_generator(generator, like.device, "like")
     drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device=like.device)
     return (2 * drawn - 1).to(like)
 
@@ -351,6 +357,8 @@ def refine(
     """
     if (generator is None) == (normals is None):
         raise ValueError("give exactly one of generator and normals")
+    if generator is not None:
+        require_generator(generator, increments.device, "increments")
     _check_fine(increments, coarse_nodes, "coarse_nodes")
     ends = _places(coarse_nodes, fine_nodes)
     times = fine_nodes.double().tolist()
@@ -390,6 +398,7 @@ def _places(coarse: Tensor, fine: Tensor) -> list[int]:
     for name, nodes in (("coarse_nodes", coarse), ("fine_nodes", fine)):
         if nodes.ndim != 1 or len(nodes) < 2 or not bool((nodes.diff() > 0).all()):
             raise ValueError(f"{name} must be at least two increasing times, got {nodes.tolist()}")
+    coarse, fine = coarse.cpu(), fine.cpu()
     slack = 1e-6 * float(fine.detach().diff().min())  # nodes of two grids may differ by round-off
     gaps = (coarse.double()[:, None] - fine.double()[None]).abs()
     nearest, places = gaps.min(1)

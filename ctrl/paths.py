@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import as_like, require
 from ctrl.estimate import require_probabilities
 from ctrl.policy import Policy, RandomPolicy, mean_action
 from ctrl.problem import ControlProblem
@@ -129,17 +130,18 @@ class Paths:
             require_probabilities("weights", self.weights)
 
     def _require_finite(self, name: str, values: Tensor) -> None:
-        # a sum of finite numbers may overflow, so it only acquits
-        if bool(torch.isfinite(values.sum())):
-            return
+        total = values.sum()
+        if values.device.type == "cpu" and bool(torch.isfinite(total)):
+            return  # a sum of finite numbers may overflow, so it only acquits
         whole = torch.isfinite(values).reshape(*values.shape[:2], -1).all(2).all(0)
-        if not bool(whole.all()):
-            k = int((~whole).nonzero()[0])
-            raise ValueError(
-                f"{name} are not finite from node {k} (t = {self.grid.nodes[k]:g}) on: drift, "
-                "diffusion, policy or start are too large for the step; refine the grid or bound "
-                "them"
-            )
+        require(whole.all(), lambda: self._not_finite(name, whole))
+
+    def _not_finite(self, name: str, whole: Tensor) -> ValueError:
+        k = int((~whole).nonzero()[0])
+        return ValueError(
+            f"{name} are not finite from node {k} (t = {self.grid.nodes[k]:g}) on: drift, "
+            "diffusion, policy or start are too large for the step; refine the grid or bound them"
+        )
 
 
 def require_dynamics(paths: Paths) -> None:
@@ -166,7 +168,7 @@ def require_memoryless(policy: Policy, paths: Paths) -> None:
     Raises:
         ValueError: the same (t, x) had two mean actions.
     """
-    times, states = paths.grid.nodes.to(paths.states), paths.states.detach()
+    times, states = as_like(paths.grid.nodes, paths.states), paths.states.detach()
     elsewhere = (times[-2], states[:, -2]) if len(times) > 2 else (times[0], states[:, -1])
     with torch.no_grad():
         first = mean_action(policy, times[0], states[:, 0]).clone()
@@ -174,12 +176,16 @@ def require_memoryless(policy: Policy, paths: Paths) -> None:
         again = mean_action(policy, times[0], states[:, 0])
     # the same kernels on the same numbers; some of a GPU's sum in no fixed order
     slack = 1e3 * torch.finfo(first.dtype).eps * first.abs().max()
-    if first.shape != again.shape or not bool(((again - first).abs() <= slack).all()):
-        raise ValueError(
-            "policy.mean must be a function of (t, x) alone, but it gave two actions for the same "
-            "(t, x): it has a memory (or draws random numbers, as dropout does). Make what it "
-            "remembers part of the state, and switch dropout off (module.eval())"
-        )
+    if first.shape != again.shape:
+        raise ValueError(_MEMORY)
+    require(((again - first).abs() <= slack).all(), lambda: ValueError(_MEMORY))
+
+
+_MEMORY = (
+    "policy.mean must be a function of (t, x) alone, but it gave two actions for the same (t, x): "
+    "it has a memory (or draws random numbers, as dropout does). Make what it remembers part of "
+    "the state, and switch dropout off (module.eval())"
+)
 
 
 def kept_actions(paths: Paths) -> Float[Tensor, "paths steps *action"]:
@@ -215,7 +221,7 @@ def over_steps(
     Raises:
         ValueError: the function writes into what it is given, which are the stored paths.
     """
-    times = paths.grid.nodes[:-1].to(paths.states)
+    times = as_like(paths.grid.nodes[:-1], paths.states)
     return _along(function, times, paths.states[:, :-1], *more, copies=copies)
 
 
@@ -223,7 +229,7 @@ def over_nodes(
     function: Callable[[Tensor, Tensor], Tensor], paths: Paths
 ) -> Float[Tensor, "paths nodes *result"]:
     """function(t, x) at every node, the last one too; else as ``over_steps``."""
-    return _along(function, paths.grid.nodes.to(paths.states), paths.states)
+    return _along(function, as_like(paths.grid.nodes, paths.states), paths.states)
 
 
 _CHUNK = 2**22  # bytes of states at a time: what a step makes of them should stay in cache
@@ -272,7 +278,7 @@ def time_integral(rates: Float[Tensor, "paths steps"], grid: TimeGrid) -> Float[
         raise ValueError(
             f"rates must be [paths, {len(grid.steps)}] to fit the grid, got {list(rates.shape)}"
         )
-    return (rates * grid.steps.to(rates)).sum(1)
+    return (rates * as_like(grid.steps, rates)).sum(1)
 
 
 def running_rewards(problem: ControlProblem, paths: Paths) -> Float[Tensor, "paths steps"]:
@@ -292,7 +298,7 @@ def running_rewards(problem: ControlProblem, paths: Paths) -> Float[Tensor, "pat
                 "(paths.rewards), or the reward would be counted twice or dropped"
             )
         return paths.rewards
-    steps = paths.grid.steps.to(paths.states)
+    steps = as_like(paths.grid.steps, paths.states)
     if reward is None:
         return paths.states.new_zeros(len(paths.states), len(steps))
 
@@ -323,7 +329,7 @@ def regularised_rewards(
         )
     require_memoryless(policy, paths)
     log_prob = over_steps(policy.log_prob, paths, kept_actions(paths))
-    return rewards - problem.temperature * log_prob * paths.grid.steps.to(rewards)
+    return rewards - problem.temperature * log_prob * as_like(paths.grid.steps, rewards)
 
 
 def ends_at_horizon(problem: ControlProblem, grid: TimeGrid) -> bool:
@@ -364,7 +370,7 @@ def returns_to_go(
     require_whole(problem, paths.grid)
     rewards = regularised_rewards(problem, paths, policy)
     terminal = terminal_rewards(problem, paths.states[:, -1])
-    keep = torch.exp(-problem.discount * paths.grid.steps.to(rewards))
+    keep = torch.exp(-problem.discount * as_like(paths.grid.steps, rewards))
     returns = [terminal]
     for k in range(rewards.shape[1] - 1, -1, -1):
         returns.append(rewards[:, k] + keep[k] * returns[-1])

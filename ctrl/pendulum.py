@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ctrl.devices import as_like
 from ctrl.hjb import Axis, Solution, solve_discounted, trapezoid
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
@@ -113,7 +114,7 @@ def noisy_pendulum(
         return torch.stack([velocity, force], dim=-1)
 
     def diffusion(t: Tensor, x: Tensor) -> Tensor:
-        return x.new_tensor([0.0, noise]).expand_as(x)
+        return as_like(torch.tensor([0.0, noise], dtype=torch.float64), x).expand_as(x)
 
     def reward(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         cost = velocity_cost * x[:, 1].square() + torque_cost * a[:, 0].square()

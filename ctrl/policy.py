@@ -20,6 +20,7 @@ from torch.distributions import (
     kl_divergence,
 )
 
+from ctrl.devices import as_like, require
 from ctrl.user_functions import call
 
 Mean = Callable[[Tensor, Tensor], Tensor]
@@ -108,7 +109,7 @@ class GaussianPolicy:
         """
         value = self.std(t) if callable(self.std) else self.std
         kind = t if like is None else like
-        std = torch.as_tensor(value, dtype=kind.dtype, device=kind.device)
+        std = as_like(value, kind)
         if std.ndim and like is not None and std.shape != like.shape[1:]:
             raise ValueError(
                 f"std must be one number or {list(like.shape[1:])}, as actions are, got "
@@ -135,10 +136,12 @@ class GaussianPolicy:
         """
         mean = self.mean(t, states)
         std = self.std_at(t, mean)
-        if not bool(((std > 0) & torch.isfinite(std)).all()):
-            raise ValueError(
+        require(
+            ((std > 0) & torch.isfinite(std)).all(),
+            lambda: ValueError(
                 f"std must be positive and finite, at t = {float(t):g} it is {std.tolist()}"
-            )
+            ),
+        )
         return Independent(Normal(mean, std, validate_args=False), mean.ndim - 1)
 
     def log_prob(
@@ -197,7 +200,7 @@ class MultivariateGaussianPolicy:
             raise ValueError(
                 f"scale_tril is {list(scale.shape)} and does not fit actions {list(like.shape)}"
             )
-        return scale.to(like)
+        return as_like(scale, like)
 
     def act(self, mean: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
         """The mean plus L noise.
@@ -283,10 +286,11 @@ def _log_prob(law: Distribution, actions: Tensor) -> Tensor:
 def _check_scale(scale: Tensor) -> None:
     if scale.ndim != 2 or scale.shape[0] != scale.shape[1]:
         raise ValueError(f"scale_tril must be [dim, dim], got {list(scale.shape)}")
-    if not bool(torch.isfinite(scale).all()) or bool((scale.diagonal() <= 0).any()):
-        raise ValueError("scale_tril must be finite, with a positive diagonal")
-    if bool(scale.triu(1).any()):
-        raise ValueError("scale_tril must be lower triangular")
+    require(
+        torch.isfinite(scale).all() & (scale.diagonal() > 0).all(),
+        lambda: ValueError("scale_tril must be finite, with a positive diagonal"),
+    )
+    require(~scale.triu(1).any(), lambda: ValueError("scale_tril must be lower triangular"))
 
 
 def _check_mean(mean: Mean) -> None:

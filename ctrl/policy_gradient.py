@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ctrl import transitions
 from ctrl.advantages import continuous_gae, temporal_differences
+from ctrl.devices import as_like
 from ctrl.paths import (
     Paths,
     kept_actions,
@@ -119,7 +120,7 @@ class DrawnActions:
     ) -> Float[Tensor, "paths steps"]:
         """(q(t_k, X_k, a_k) - temperature log pi(a_k)) h_k."""
         rates = _regularised_q(problem, value, _random(policy), paths, self.probes)
-        return rates * paths.grid.steps.to(rates)
+        return rates * as_like(paths.grid.steps, rates)
 
     def held_rewards(
         self, problem: ControlProblem, policy: Policy, paths: Paths
@@ -160,11 +161,11 @@ class Transitions:
         self, problem: ControlProblem, policy: Policy, value: Value, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
         """grad V(t_k, X_k) . (X_{k+1} - E[X_{k+1} | X_k])."""
-        gaussian, nodes = require_transition(self.solver), paths.grid.nodes
+        gaussian, nodes = require_transition(self.solver), paths.grid.nodes.cpu()
         require_dynamics(paths)
         each = []
         for k, x in enumerate(paths.states[:, :-1].unbind(1)):
-            t = nodes[k].to(x)
+            t = as_like(nodes[k], x)
             action = mean_action(policy, t, x)
             mean, _ = gaussian.transition(problem.sde, nodes[k], nodes[k + 1], x, action)
             surprise = paths.states[:, k + 1] - mean
@@ -184,7 +185,7 @@ class Transitions:
             return one_a_path("running_reward", reward(t, x, again), len(x))
 
         rates = over_steps(rate, paths, kept_actions(paths))
-        return rates * paths.grid.steps.to(rates)
+        return rates * as_like(paths.grid.steps, rates)
 
 
 def _directional(value: Value, t: Tensor, x: Tensor, direction: Tensor) -> Tensor:
@@ -240,7 +241,7 @@ def temporal_difference_gradient(
         rate: of ``continuous_gae``, 1/time; infinite for the one-step difference.
     """
     chosen = decisions or DrawnActions()
-    along, h = values(value, problem, paths), paths.grid.steps.to(paths.states)
+    along, h = values(value, problem, paths), as_like(paths.grid.steps, paths.states)
     rewards = regularised_rewards(problem, paths, policy)
     advantages = continuous_gae(along, rewards, h, rate, problem.discount)
     return _summed(problem, policy, paths, chosen, advantages)
@@ -309,10 +310,10 @@ def pathwise_gradient(
         again = _reparametrised(policy, t, x, a.detach())
         return (slope.detach() * again).reshape(len(x), -1).sum(1)
 
-    times = paths.grid.nodes[:-1].to(paths.states)
+    times = as_like(paths.grid.nodes[:-1], paths.states)
     moments = zip(times, paths.states[:, :-1].unbind(1), kept_actions(paths).unbind(1), strict=True)
     rates = torch.stack([one(*moment) for moment in moments], dim=1)
-    h = paths.grid.steps.to(rates)
+    h = as_like(paths.grid.steps, rates)
     return (discount_factors(problem, paths) * rates * h).sum(1)
 
 
@@ -325,7 +326,8 @@ def _reparametrised(policy: Policy, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         raise TypeError(f"policy must be Gaussian or deterministic, got {type(policy).__name__}")
     # act is affine in the noise, so the noise is recovered by solving for it
     zero, flat = torch.zeros_like(mean), mean[0].numel()
-    unit = torch.eye(flat).to(mean).view(flat, 1, *mean.shape[1:])
+    unit = torch.eye(flat, dtype=mean.dtype, device=mean.device)
+    unit = unit.view(flat, 1, *mean.shape[1:])
     columns = torch.stack(
         [(policy.act(zero, t, e.expand_as(mean)))[0].reshape(-1) for e in unit], dim=1
     ).detach()
@@ -359,7 +361,8 @@ def performance_difference(
     if math.isfinite(problem.horizon):
         require_whole(problem, new_paths.grid)
     rates = _regularised_q(problem, value, new_policy, new_paths, probes)
-    return (discount_factors(problem, new_paths) * rates * new_paths.grid.steps.to(rates)).sum(1)
+    h = as_like(new_paths.grid.steps, rates)
+    return (discount_factors(problem, new_paths) * rates * h).sum(1)
 
 
 def surrogate(
@@ -395,7 +398,8 @@ def surrogate(
     new, old = (over_steps(each.log_prob, paths, actions) for each in (new_policy, policy))
     rates = _regularised_q(problem, value, new_policy, paths, probes)
     ratio = (new - old.detach()).exp()
-    return (discount_factors(problem, paths) * ratio * rates * paths.grid.steps.to(rates)).sum(1)
+    h = as_like(paths.grid.steps, rates)
+    return (discount_factors(problem, paths) * ratio * rates * h).sum(1)
 
 
 def _regularised_q(

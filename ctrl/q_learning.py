@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import as_like, require
 from ctrl.exploration import drawn_actions
 from ctrl.martingale import TestFunctions, moments
 from ctrl.paths import (
@@ -195,21 +196,20 @@ def gibbs_policy(
 
     def mean(t: Tensor, states: Tensor) -> Tensor:
         slope, hessian = _quadratic(problem, value, action_dim, t, states)
-        here = _quadratic(problem, value, action_dim, t, state.unsqueeze(0).to(states))[1]
-        if bool((hessian - here).abs().max() > _digits(states) * here.abs().max()):
-            raise ValueError(
-                "the Hessian of q in the action depends on the state, so the Gibbs policy has no "
-                "common covariance; use hjb, or learn a GibbsQ"
-            )
+        here = _quadratic(problem, value, action_dim, t, as_like(state, states).unsqueeze(0))[1]
+        gap = (hessian - here).abs().max()
+        require(~(gap > _digits(states) * here.abs().max()), lambda: ValueError(_NO_COVARIANCE))
         return torch.linalg.solve(-hessian, slope)
 
     def scale(t: Tensor) -> Tensor:
         _, hessian = _quadratic(problem, value, action_dim, t, state.unsqueeze(0))
         factor, failed = torch.linalg.cholesky_ex(-hessian[0])
-        if int(failed):
-            raise ValueError("q is not concave in the action: no Gibbs policy exists")
+        require(
+            failed == 0,
+            lambda: ValueError("q is not concave in the action: no Gibbs policy exists"),
+        )
         precision = torch.cholesky_inverse(factor)
-        return torch.linalg.cholesky(problem.temperature * precision)
+        return torch.linalg.cholesky_ex(problem.temperature * precision)[0]
 
     return MultivariateGaussianPolicy(mean, scale)
 
@@ -218,7 +218,7 @@ def _quadratic(
     problem: ControlProblem, value: Value, dim: int, t: Tensor, states: Tensor
 ) -> tuple[Float[Tensor, "paths dim"], Float[Tensor, "paths dim dim"]]:
     """Slope and Hessian of q in the action, at 0."""
-    unit = torch.eye(dim).to(states)
+    unit = torch.eye(dim, dtype=states.dtype, device=states.device)
 
     def q(a: Tensor) -> Tensor:
         return q_rate(problem, value, t, states, a.expand(len(states), dim))
@@ -234,9 +234,18 @@ def _quadratic(
     ]
     hessian = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
     far, expected = q(2 * unit.sum(0)), here + 2 * slope.sum(1) + 2 * hessian.sum((1, 2))
-    if bool((far - expected).abs().max() > _digits(states) * (far.abs().max() + here.abs().max())):
-        raise ValueError("q is not quadratic in the action, so the Gibbs policy is not Gaussian")
+    slack = _digits(states) * (far.abs().max() + here.abs().max())
+    require(
+        ~((far - expected).abs().max() > slack),
+        lambda: ValueError("q is not quadratic in the action, so the Gibbs policy is not Gaussian"),
+    )
     return slope, hessian
+
+
+_NO_COVARIANCE = (
+    "the Hessian of q in the action depends on the state, so the Gibbs policy has no common "
+    "covariance; use hjb, or learn a GibbsQ"
+)
 
 
 def _digits(like: Tensor) -> float:
@@ -270,7 +279,7 @@ def martingale_loss(
     dm = increments(value, q, problem, paths)
     discounts = discount_factors(problem, paths)
     ahead = (discounts * dm).flip(1).cumsum(1).flip(1)  # e^{-discount t_k} (G_k - V_k)
-    return (paths.grid.steps.to(dm) * ahead.square()).sum(1)
+    return (as_like(paths.grid.steps, dm) * ahead.square()).sum(1)
 
 
 def orthogonality_loss(
@@ -313,7 +322,7 @@ def increments(
     The entropy is in q: there is no further term for it, on- or off-policy.
     """
     rewards = running_rewards(problem, paths)
-    paid = rewards - rates(q, paths) * paths.grid.steps.to(rewards)
+    paid = rewards - rates(q, paths) * as_like(paths.grid.steps, rewards)
     return martingale_increments(value, problem, paths, paid, average_reward)
 
 

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import as_like, require
 from ctrl.user_functions import call, own_memory, takes
 
 Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -161,9 +162,7 @@ class ControlledSDE:
         self, t: Tensor, states: Float[Tensor, "paths dim"], actions: Tensor | None = None
     ) -> Float[Tensor, "paths dim noise"]:
         """sigma as a matrix, one column for each Brownian motion, whatever ``noise`` is."""
-        sigma = torch.as_tensor(
-            self.diffusion_at(t, states, actions), dtype=states.dtype, device=states.device
-        )
+        sigma = as_like(self.diffusion_at(t, states, actions), states)
         if self.noise == "general":
             return sigma
         sigma = sigma.expand_as(states)
@@ -209,13 +208,13 @@ class ControlledSDE:
         )
         found = pull(torch.ones_like(sigma))[0]
         # of a diagonal Jacobian: J' w = w (J' 1) for every w
-        w = torch.linspace(1, 2, max(1, states[0].numel())).to(states).view(states.shape[1:])
+        coordinates = max(1, states[0].numel())
+        w = torch.linspace(1, 2, coordinates, dtype=states.dtype, device=states.device)
+        w = w.view(states.shape[1:])
         missed = (pull(w.expand_as(sigma).contiguous())[0] - w * found).abs().max()
-        if bool(missed > 1e3 * torch.finfo(states.dtype).eps * found.abs().max()):
-            raise ValueError(
-                "diffusion of diagonal noise must give coordinate i from x_i alone where its "
-                "derivative is needed; write it as general noise, [paths, dim, noise_dim]"
-            )
+        slack = 1e3 * torch.finfo(states.dtype).eps * found.abs().max()
+        # not (... > ...): what is not a number is reported where the states are looked at
+        require(~(missed > slack), lambda: ValueError(_MIXED))
         return found
 
     def require_calculus(self, calculus: str, solver: str) -> None:
@@ -258,23 +257,23 @@ class ControlledSDE:
             ValueError: no such u exists: the diffusion is singular in the direction of ``shift``,
                 and the laws have no likelihood ratio (their KL is infinite); or it is not finite.
         """
-        sigma = torch.as_tensor(
-            self.diffusion_at(t, states, actions), dtype=states.dtype, device=states.device
+        sigma = as_like(self.diffusion_at(t, states, actions), states)
+        require(
+            torch.isfinite(sigma).all(),
+            lambda: ValueError(f"diffusion must be finite, but at t = {float(t):g} it is not"),
         )
-        if not bool(torch.isfinite(sigma).all()):
-            raise ValueError(f"diffusion must be finite, but at t = {float(t):g} it is not")
         if self.noise == "diagonal":
             silent = sigma == 0
-            if bool((silent & (shift != 0)).any()):
-                raise ValueError(_SINGULAR.format(float(t)))
+            reached = ~(silent & (shift != 0)).any()
+            require(reached, lambda: ValueError(_SINGULAR.format(float(t))))
             return (shift / sigma.masked_fill(silent, 1)).reshape(len(states), -1)
         if self.noise == "scalar":
             sigma = sigma.expand_as(states).reshape(len(states), -1, 1)
-        return _solve(sigma, shift.reshape(len(states), -1), float(t))
+        return _solve(sigma, shift.reshape(len(states), -1), t)
 
 
 def _solve(
-    sigma: Float[Tensor, "paths dim noise"], shift: Float[Tensor, "paths dim"], t: float
+    sigma: Float[Tensor, "paths dim noise"], shift: Float[Tensor, "paths dim"], t: Tensor
 ) -> Float[Tensor, "paths noise"]:
     """By singular values: lstsq of a rank-deficient matrix depends on the driver."""
     left, values, right = torch.linalg.svd(sigma, full_matrices=False)
@@ -285,11 +284,15 @@ def _solve(
     missed = (torch.einsum("pij,pj->pi", sigma, u) - shift).abs().amax(-1)
     # a solve is backward stable: it misses by round-off of |sigma| |u|, times a modest constant
     scale = largest[:, 0] * u.norm(dim=-1) + shift.norm(dim=-1)
-    if bool((missed > 100 * round_off * scale).any()):
-        raise ValueError(_SINGULAR.format(t))
+    reached = ~(missed > 100 * round_off * scale).any()
+    require(reached, lambda: ValueError(_SINGULAR.format(float(t))))
     return u
 
 
+_MIXED = (
+    "diffusion of diagonal noise must give coordinate i from x_i alone where its derivative is "
+    "needed; write it as general noise, [paths, dim, noise_dim]"
+)
 _SINGULAR = (
     "the diffusion is singular at t = {:g} in a direction in which the drifts differ: the laws "
     "have no likelihood ratio and their KL is infinite; change only drifts that the noise can reach"

@@ -1,12 +1,15 @@
 """Roll-outs of a policy."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from ctrl.devices import as_like, require, require_generator, together
 from ctrl.noise import Noise, PathStreams
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
@@ -60,20 +63,21 @@ def simulate(
     """
     solver = solver or EulerMaruyama()
     _check_types(problem, policy, grid, solver, keep)
-    _check_start(start)
+    _check_start_type(start)
     _check_end(problem, grid)
     with_graph = differentiable and torch.is_grad_enabled()
     if with_graph and out is not None:
         raise ValueError(
             "out must be None for a differentiable roll-out, whose graph owns its memory"
         )
-    source = _source(problem.sde, policy, start, grid, solver, noise, generator)
-    with torch.set_grad_enabled(with_graph):
-        if with_graph:
-            paths = _roll_out_with_graph(problem.sde, policy, start, grid, solver, source, keep)
-        else:
-            paths = _roll_out_in_place(problem.sde, policy, start, grid, solver, source, keep, out)
-    return paths
+    with together():
+        _check_start(start)
+        source = _source(problem.sde, policy, start, grid, solver, noise, generator)
+        with torch.set_grad_enabled(with_graph):
+            rolled_out = (problem.sde, policy, start, grid, solver, source, keep)
+            if with_graph:
+                return _roll_out_with_graph(*rolled_out)
+            return _roll_out_in_place(*rolled_out, out)
 
 
 def simulate_end(
@@ -105,17 +109,19 @@ def simulate_end(
     """
     solver = solver or EulerMaruyama()
     _check_types(problem, policy, grid, solver, ())
-    _check_start(start)
+    _check_start_type(start)
     _check_end(problem, grid)
-    source = _source(problem.sde, policy, start, grid, solver, noise, generator)
     with_graph = differentiable and torch.is_grad_enabled()
-    with torch.set_grad_enabled(with_graph):
-        end = _last_states(problem.sde, policy, start, grid, solver, source, with_graph)
-    if not bool(torch.isfinite(end).all()):
-        raise ValueError(
-            "states are not finite at the last node; simulate(...) tells from which node on"
-        )
+    with together():
+        _check_start(start)
+        source = _source(problem.sde, policy, start, grid, solver, noise, generator)
+        with torch.set_grad_enabled(with_graph):
+            end = _last_states(problem.sde, policy, start, grid, solver, source, with_graph)
+        require(torch.isfinite(end).all(), lambda: ValueError(_NOT_FINITE))
     return end
+
+
+_NOT_FINITE = "states are not finite at the last node; simulate(...) tells from which node on"
 
 
 def _last_states(
@@ -131,15 +137,14 @@ def _last_states(
     in_place = isinstance(solver, InPlaceSolver) and not with_graph
     spare = in_place and sde.noise == "diagonal"
     x, after = start, torch.empty_like(start) if in_place else None
-    for k, t, h in _left_ends(grid, start):
+    for k, t, h, t0, t1 in _left_ends(grid, start):
         action = _act(policy, t, x, source, k)
         increment = source.increment(k, h, after if spare else None)
         if isinstance(solver, InPlaceSolver) and after is not None:
-            nodes = grid.nodes
-            solver.step_into(after, sde, nodes[k], nodes[k + 1], x, action, increment)
+            solver.step_into(after, sde, t0, t1, x, action, increment)
             x, after = after, (x if k else torch.empty_like(start))
         else:
-            x = _step(solver, sde, grid, k, x, action, increment, source)
+            x = _step(solver, sde, t0, t1, x, action, increment, source)
     return x
 
 
@@ -225,7 +230,7 @@ class _Drawn:
     shows_noise = True
 
     def __init__(self, generator: Generator, shape: tuple[int, ...], start: Tensor) -> None:
-        _check_generator(generator, start)
+        require_generator(generator, start.device, "start")
         self.generator, self.shape, self.like = generator, shape, start
 
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
@@ -286,7 +291,7 @@ class _Silent:
                 self.drawn = self.generator.rows("actions", len(mean), mean)
             return next(self.drawn).clone()
         assert self.generator is not None
-        _check_generator(self.generator, mean)
+        require_generator(self.generator, mean.device, "the action")
         return torch.empty_like(mean).normal_(generator=self.generator)
 
 
@@ -315,15 +320,15 @@ def _roll_out_in_place(
     in_place = isinstance(solver, InPlaceSolver)
     # normals that fit and are not kept are drawn into the path's own next row
     spare = in_place and sde.noise == "diagonal"
-    for k, t, h in _left_ends(grid, start):
+    for k, t, h, t0, t1 in _left_ends(grid, start):
         x, after = states[k], states[k + 1]
         action = _act(policy, t, x, source, k)
         into = increments[k] if increments is not None else after if spare else None
         increment = source.increment(k, h, into)
         if in_place:
-            solver.step_into(after, sde, grid.nodes[k], grid.nodes[k + 1], x, action, increment)
+            solver.step_into(after, sde, t0, t1, x, action, increment)
         else:
-            after.copy_(_step(solver, sde, grid, k, x, action, increment, source))
+            after.copy_(_step(solver, sde, t0, t1, x, action, increment, source))
         if "actions" in keep:
             if actions is None:
                 actions = _buffer(out, "actions", (steps, *action.shape), action)
@@ -368,10 +373,10 @@ def _roll_out_with_graph(
     """Every step is a new tensor: what the graph has saved must not be written to again."""
     states, actions, increments = [start], list[Tensor](), list[Tensor]()
     shown = "increments" in keep and source.shows_noise
-    for k, t, h in _left_ends(grid, start):
+    for k, t, h, t0, t1 in _left_ends(grid, start):
         actions.append(_act(policy, t, states[k], source, k))
         increment = source.increment(k, h, None)
-        states.append(_step(solver, sde, grid, k, states[k], actions[k], increment, source))
+        states.append(_step(solver, sde, t0, t1, states[k], actions[k], increment, source))
         increments.append(increment)
     return Paths(
         states=torch.stack(states, dim=1),
@@ -383,10 +388,30 @@ def _roll_out_with_graph(
     )
 
 
-def _left_ends(grid: TimeGrid, start: Tensor) -> Iterator[tuple[int, Tensor, float]]:
-    """Index, time (in the states' precision) and size (in the grid's) of every step."""
-    times = grid.nodes[:-1].to(start).unbind()
-    return zip(range(len(times)), times, grid.steps.tolist(), strict=True)
+class _Interval(NamedTuple):
+    """Where a step is taken.
+
+    Attributes:
+        k: index of the step.
+        t: its left end, in the dtype and on the device of the states.
+        h: its size, in the grid's precision.
+        t0: its left end, in the grid's precision on the CPU, where it is free to read.
+        t1: its right end, the same.
+    """
+
+    k: int
+    t: Tensor
+    h: float
+    t0: Tensor
+    t1: Tensor
+
+
+def _left_ends(grid: TimeGrid, start: Tensor) -> Iterator[_Interval]:
+    """Every step's interval."""
+    ends = grid.nodes.cpu().unbind()
+    times = as_like(grid.nodes[:-1], start).unbind()
+    steps = zip(range(len(times)), times, grid.steps.tolist(), ends[:-1], ends[1:], strict=True)
+    return itertools.starmap(_Interval, steps)
 
 
 def _act(policy: Policy, t: Tensor, x: Tensor, source: _Source, k: int) -> Tensor:
@@ -397,14 +422,14 @@ def _act(policy: Policy, t: Tensor, x: Tensor, source: _Source, k: int) -> Tenso
 def _step(
     solver: Solver,
     sde: ControlledSDE,
-    grid: TimeGrid,
-    k: int,
+    t0: Tensor,
+    t1: Tensor,
     x: Tensor,
     action: Tensor,
     increment: Tensor,
     source: _Source,
 ) -> Tensor:
-    moment = (sde, grid.nodes[k], grid.nodes[k + 1], x, action, increment)
+    moment = (sde, t0, t1, x, action, increment)
     if isinstance(source, _Streamed) and isinstance(solver, InteriorSolver):
         after = solver.step_inside(*moment, source.interior)
     else:
@@ -435,21 +460,18 @@ def _check_types(
         raise ValueError(f"keep must be a tuple of names out of {KEEP}, got {keep!r}")
 
 
-def _check_generator(generator: Generator, like: Tensor) -> None:
-    if generator.device.type != like.device.type:
-        raise ValueError(f"generator must be on {like.device}, as start is, got {generator.device}")
-
-
 def _check_end(problem: ControlProblem, grid: TimeGrid) -> None:
     if (end := float(grid.nodes[-1])) > problem.horizon * (1 + 1e-6):  # grids may be float32
         raise ValueError(f"grid must end by the horizon {problem.horizon:g}, got {end:g}")
 
 
-def _check_start(start: Tensor) -> None:
+def _check_start_type(start: Tensor) -> None:
     if not isinstance(start, Tensor) or not start.is_floating_point():
         kind = start.dtype if isinstance(start, Tensor) else type(start).__name__
         raise TypeError(f"start must be a floating point tensor, got {kind}")
     if start.ndim < 1 or not len(start):
         raise ValueError(f"start must be [paths, *event] with paths, got {list(start.shape)}")
-    if not bool(torch.isfinite(start).all()):
-        raise ValueError("start must be finite")
+
+
+def _check_start(start: Tensor) -> None:
+    require(torch.isfinite(start).all(), lambda: ValueError("start must be finite"))

@@ -14,12 +14,16 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ctrl.devices import as_like
 from ctrl.sde import ControlledSDE
 
 
 @runtime_checkable
 class Solver(Protocol):
-    """A one-step map; a diffusion sampler is one too. Times come in the grid's own precision."""
+    """A one-step map; a diffusion sampler is one too.
+
+    Times come in the grid's own precision; from roll-outs on the CPU, where reading is free.
+    """
 
     def step(
         self,
@@ -96,7 +100,7 @@ class EulerMaruyama:
     ) -> Tensor:
         """One step."""
         sde.require_calculus("ito", "EulerMaruyama")
-        t = t0.to(states)
+        t = as_like(t0, states)
         moved = states + float(t1 - t0) * sde.drift_at(t, states, action)
         return moved + sde.spread(t, states, increment, action)
 
@@ -112,7 +116,7 @@ class EulerMaruyama:
     ) -> None:
         """One step, in three calls for diagonal noise."""
         sde.require_calculus("ito", "EulerMaruyama")
-        t = t0.to(states)
+        t = as_like(t0, states)
         sigma = sde.diffusion_at(t, states, action) if sde.noise == "diagonal" else None
         if sigma is None:
             torch.add(states, sde.spread(t, states, increment, action), out=after)
@@ -136,10 +140,8 @@ class EulerMaruyama:
                 f"sde must have diagonal noise, got {sde.noise}: the next state's coordinates are "
                 "dependent; use girsanov.log_ratio, which takes any noise"
             )
-        t, h = t0.to(states), float(t1 - t0)
-        sigma = torch.as_tensor(
-            sde.diffusion_at(t, states, action), dtype=states.dtype, device=states.device
-        )
+        t, h = as_like(t0, states), float(t1 - t0)
+        sigma = as_like(sde.diffusion_at(t, states, action), states)
         return states + h * sde.drift_at(t, states, action), sigma.abs() * math.sqrt(h)
 
 
@@ -167,7 +169,7 @@ class Milstein:
             ValueError: a Stratonovich equation, several Brownian motions that mix, or diagonal
                 noise whose sigma_i depends on another coordinate.
         """
-        t, h = t0.to(states), float(t1 - t0)
+        t, h = as_like(t0, states), float(t1 - t0)
         moved = states + h * sde.drift_at(t, states, action)
         moved = moved + sde.spread(t, states, increment, action)
         return moved + self._correction(sde, t, h, states, action, increment)
@@ -183,7 +185,8 @@ class Milstein:
         increment: Tensor,
     ) -> None:
         """One step, into ``after``."""
-        correction = self._correction(sde, t0.to(states), float(t1 - t0), states, action, increment)
+        t, h = as_like(t0, states), float(t1 - t0)
+        correction = self._correction(sde, t, h, states, action, increment)
         EulerMaruyama().step_into(after, sde, t0, t1, states, action, increment)
         after.add_(correction)
 
@@ -227,7 +230,7 @@ class Heun:
             ValueError: an Ito equation.
         """
         sde.require_calculus("stratonovich", "Heun")
-        t, end, h = t0.to(states), t1.to(states), float(t1 - t0)
+        t, end, h = as_like(t0, states), as_like(t1, states), float(t1 - t0)
         here = h * sde.drift_at(t, states, action) + sde.spread(t, states, increment, action)
         there = states + here
         over_there = h * sde.drift_at(end, there, action)

@@ -1,12 +1,14 @@
 """Uniform grids over one or two state coordinates, and functions tabulated on them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from ctrl.devices import require, sent
 
 BOUNDARIES = ("reflecting", "periodic")
 
@@ -81,7 +83,8 @@ class GridFunction:
     """A function of (t, x), linear between the nodes of time and multilinear in the state.
 
     Its error is O(spacing^2); its gradient in x jumps at nodes and its second derivative is none.
-    It takes states in any floating dtype and on any device, and answers in the same.
+    It takes states in any floating dtype and on any device, and answers in the same; ``to`` spares
+    a copy of the table at every call.
 
     Attributes:
         axes: one for each coordinate of the state.
@@ -108,9 +111,20 @@ class GridFunction:
             )
         corners = [_between(axis, i, states[:, i]) for i, axis in enumerate(self.axes)]
         points = math.prod(axis.nodes for axis in self.axes)
-        table = self.at_time(t).to(states.device).reshape(points, -1)
-        found = _mixed(table, corners, self.axes)
-        return found.to(states.dtype).reshape(len(states), *self.table.shape[1 + len(self.axes) :])
+        event = self.table.shape[1 + len(self.axes) :]
+        table = sent(self.table, states.device).reshape(len(self.times) * points, -1)
+        index, weight = _corners(corners, self.axes, states.device)
+        if len(self.times) == 1:
+            found = _mixed(table, index, weight)
+        else:
+            k, share = self._between_times(t, states.device)
+            before, after = (_mixed(table, index + i * points, weight) for i in (k, k + 1))
+            found = torch.lerp(before, after, share.to(before))
+        return found.to(states.dtype).reshape(len(states), *event)
+
+    def to(self, device: torch.device | str) -> "GridFunction":
+        """The same function with its table on a device."""
+        return replace(self, table=sent(self.table, device))
 
     def at_time(self, t: Tensor) -> Float[Tensor, "..."]:
         """The table at one time [], linear between times: [*nodes of the axes, *event].
@@ -120,44 +134,67 @@ class GridFunction:
         """
         if len(self.times) == 1:
             return self.table[0]
-        first, last = float(self.times[0]), float(self.times[-1])
-        now = torch.as_tensor(t, dtype=torch.float64)
-        slack = 1e-6 * (last - first)  # a time may have been float32
-        if now.ndim or not bool((now >= first - slack) & (now <= last + slack)):
-            raise ValueError(f"t must be one time in [{first:g}, {last:g}], got {t}")
-        position = (now.clamp(first, last) - first) / (self.times[1] - self.times[0]).to(now)
-        k = min(int(position), len(self.times) - 2)
-        return torch.lerp(self.table[k], self.table[k + 1], (position - k).to(self.table))
+        k, share = self._between_times(t, self.table.device)
+        before, after = self.table.index_select(0, torch.stack([k, k + 1]))
+        return torch.lerp(before, after, share.to(before))
+
+    def _between_times(self, t: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Index of the time before t, and how far t is from it to the next, in [0, 1]."""
+        times = self.times.tolist()
+        first, last, slack = times[0], times[-1], 1e-6 * (times[-1] - times[0])  # for float32
+        now = sent(torch.as_tensor(t), device, torch.float64)
+
+        def refused() -> ValueError:
+            return ValueError(f"t must be one time in [{first:g}, {last:g}], got {t}")
+
+        if now.ndim:
+            raise refused()
+        require((now >= first - slack) & (now <= last + slack), refused)
+        position = (now.clamp(first, last) - first) / (times[1] - times[0])
+        k = position.detach().long().clamp(0, len(times) - 2)
+        return k, position - k
 
 
 def _between(axis: Axis, i: int, x: Float[Tensor, " paths"]) -> tuple[Tensor, Tensor, Tensor]:
     """The nodes to the left and to the right, and how far x is from the left one, in [0, 1]."""
     position = (x.to(torch.float64) - axis.low) / axis.spacing
-    if not bool(torch.isfinite(position).all()):
-        raise ValueError(f"states must be finite, coordinate {i} is not")
+    require(
+        torch.isfinite(position).all(),
+        lambda: ValueError(f"states must be finite, coordinate {i} is not"),
+    )
     if axis.periodic:
         left = position.detach().floor()
         return left.long() % axis.nodes, (left.long() + 1) % axis.nodes, position - left
     slack = 1e-6 * axis.nodes  # a state may have been float32
-    if bool(((position < -slack) | (position > axis.nodes - 1 + slack)).any()):
-        raise ValueError(
+    require(
+        ~((position < -slack) | (position > axis.nodes - 1 + slack)).any(),
+        lambda: ValueError(
             f"states must be on the grid, in [{axis.low:g}, {axis.high:g}] for coordinate {i}, got "
             f"values from {float(x.min()):g} to {float(x.max()):g}; solve on a wider grid"
-        )
+        ),
+    )
     position = position.clamp(0, axis.nodes - 1)
-    left = position.detach().floor().long().clamp(max=axis.nodes - 2)
+    # at least 0 for what is not a number too, which is refused when the device is read
+    left = position.detach().floor().long().clamp(0, axis.nodes - 2)
     return left, left + 1, position - left
+
+
+def _corners(
+    between: list[tuple[Tensor, Tensor, Tensor]], axes: tuple[Axis, ...], device: torch.device
+) -> tuple[Tensor, Float[Tensor, "corners paths"]]:
+    """The points around each state and their weights, both [corners, paths]."""
+    index = torch.zeros((1, 1), dtype=torch.long, device=device)
+    weight = torch.ones((1, 1), dtype=torch.float64, device=device)
+    for axis, (left, right, share) in zip(axes, between, strict=True):
+        nodes, shares = torch.stack([left, right]), torch.stack([1 - share, share])
+        index = (index.unsqueeze(1) * axis.nodes + nodes).flatten(0, 1)
+        weight = (weight.unsqueeze(1) * shares).flatten(0, 1)
+    return index, weight
 
 
 def _mixed(
     table: Float[Tensor, "points columns"],
-    corners: list[tuple[Tensor, Tensor, Tensor]],
-    axes: tuple[Axis, ...],
+    index: Tensor,
+    weight: Float[Tensor, "corners paths"],
 ) -> Float[Tensor, "paths columns"]:
-    index, weight = torch.zeros((1, 1), dtype=torch.long), torch.ones((1, 1), dtype=torch.float64)
-    index, weight = index.to(table.device), weight.to(table.device)
-    for axis, (left, right, share) in zip(axes, corners, strict=True):
-        nodes, shares = torch.stack([left, right]), torch.stack([1 - share, share])
-        index = (index.unsqueeze(1) * axis.nodes + nodes).flatten(0, 1)  # [corners, paths]
-        weight = (weight.unsqueeze(1) * shares).flatten(0, 1)
     return (weight.unsqueeze(-1) * table[index]).sum(0)

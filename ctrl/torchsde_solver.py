@@ -33,9 +33,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.autograd.function import once_differentiable
 
+from ctrl.devices import as_like, sent
 from ctrl.noise import refine, stream
 from ctrl.sde import ControlledSDE
 
@@ -241,8 +242,9 @@ class TorchSDE:
         if count == 1 and area == "none":
             yield begin, end, _Piece(increment)
             return
-        interior = stream(_name_of(begin, end, increment), "interior of a step")
+        interior: Generator | None = None  # its name takes a look at the increments
         if normals is None:
+            interior = stream(_name_of(begin, end, increment), "interior of a step")
             normals = _drawn(interior, increment)
         nodes, parts = [begin, end], [increment]
         if count > 1:
@@ -257,6 +259,7 @@ class TorchSDE:
                 integral = 0.5 * h * part + h * math.sqrt(h / 12) * next(normals)
                 yield left, right, _Piece(part, integral)
             else:
+                assert interior is not None  # step_inside refuses these methods
                 entropy = int(torch.randint(2**62, (), generator=interior))
                 yield left, right, _tree(left, right, part, area, entropy)
 
@@ -360,12 +363,12 @@ class _Equation:
     def f(self, t: Tensor, y: Tensor) -> Tensor:
         """b(t, X, a)."""
         x = y.reshape(self.shape)
-        return self.sde.drift_at(t.to(y), x, self.action).reshape_as(y)
+        return self.sde.drift_at(as_like(t, y), x, self.action).reshape_as(y)
 
     def g(self, t: Tensor, y: Tensor) -> Tensor:
         """sigma(t, X, a), [paths, dim] or [paths, dim, motions]."""
         x = y.reshape(self.shape)
-        sigma = self.sde.diffusion_at(t.to(y), x, self.action)
+        sigma = self.sde.diffusion_at(as_like(t, y), x, self.action)
         if self.sde.noise == "general":
             assert isinstance(sigma, Tensor)
             return sigma
@@ -404,7 +407,7 @@ def _drawn(generator: torch.Generator, like: Tensor) -> Iterator[Tensor]:
     """Standard normals, one tensor after the other, drawn where the generator is."""
     while True:
         drawn = torch.empty(like.shape, dtype=like.dtype, device=generator.device)
-        yield drawn.normal_(generator=generator).to(like.device)
+        yield sent(drawn.normal_(generator=generator), like.device)
 
 
 def _columns_of(sde: ControlledSDE, increment: Tensor) -> Tensor:
@@ -419,10 +422,14 @@ _BITS = {torch.float64: torch.int64, torch.float32: torch.int32}
 
 def _name_of(begin: Tensor, end: Tensor, increment: Tensor) -> int:
     """A random stream's name for these arguments: the first numbers, two sums over all bits."""
-    exact = increment.detach().cpu()
+    exact = increment.detach()
     exact = exact if exact.dtype in _BITS else exact.float()
     bits = exact.flatten().view(_BITS[exact.dtype]).long()
-    name = (bits[:256].tolist(), int(bits.sum()), int(bits @ bits))
+    # one copy to the host, of what names them alone
+    *first, whole, squares = torch.cat(
+        [bits[:256], bits.sum().view(1), (bits * bits).sum().view(1)]
+    ).tolist()
+    name = (first, whole, squares)
     digest = hashlib.sha256(repr((name, float(begin), float(end))).encode()).digest()
     return int.from_bytes(digest[:16], "little")
 

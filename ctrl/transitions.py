@@ -11,12 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import as_like, require, together
 from ctrl.paths import Paths, require_dynamics, require_memoryless
 from ctrl.policy import Policy, mean_action
 from ctrl.sde import ControlledSDE
 from ctrl.solvers import Solver, require_transition
 
 
+@together()
 def log_prob(
     sde: ControlledSDE, solver: Solver, policy: Policy, paths: Paths
 ) -> Float[Tensor, "paths steps"]:
@@ -39,6 +41,7 @@ def log_prob(
     return torch.stack(each, dim=1)
 
 
+@together()
 def log_ratio(
     sde: ControlledSDE, solver: Solver, policy: Policy, reference: Policy, paths: Paths
 ) -> Float[Tensor, "paths steps"]:
@@ -71,6 +74,7 @@ def log_ratio(
     return torch.stack(each, dim=1)
 
 
+@together()
 def transition_kl(
     sde: ControlledSDE, solver: Solver, policy: Policy, reference: Policy, paths: Paths
 ) -> Float[Tensor, "paths steps"]:
@@ -104,16 +108,19 @@ def _laws(
     gaussian = require_transition(solver)
     require_dynamics(paths)
     require_memoryless(policy, paths)
-    nodes, times = paths.grid.nodes, paths.grid.nodes.to(paths.states)
+    nodes, times = paths.grid.nodes.cpu(), as_like(paths.grid.nodes, paths.states)
     for k, x in enumerate(paths.states[:, :-1].unbind(1)):
         action = mean_action(policy, times[k], x)
         mean, std = gaussian.transition(sde, nodes[k], nodes[k + 1], x, action)
-        if not bool((std > 0).all()):
-            raise ValueError(
-                f"the transition from t = {nodes[k]:g} has no density: its standard deviation is "
-                "not positive everywhere; give the sde or the sampler noise (eta > 0)"
-            )
+        require((std > 0).all(), lambda k=k: _no_density(nodes[k]))
         yield mean, std.expand_as(mean)
+
+
+def _no_density(t: Tensor) -> ValueError:
+    return ValueError(
+        f"the transition from t = {t:g} has no density: its standard deviation is not positive "
+        "everywhere; give the sde or the sampler noise (eta > 0)"
+    )
 
 
 def _after(paths: Paths) -> tuple[Tensor, ...]:

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import as_like
 from ctrl.paths import TimeGrid
 
 
@@ -166,7 +167,7 @@ def chi_square(
 
 
 def _integral(rates: Tensor, grid: TimeGrid) -> Tensor:
-    return (rates * grid.steps.to(rates)).sum(-1)
+    return (rates * as_like(grid.steps, rates)).sum(-1)
 
 
 def _check(grid: TimeGrid, **terms: Tensor) -> None:

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import require
+
 Result = TypeVar("Result")
 
 
@@ -80,6 +82,10 @@ def all_finite(name: str, value: Tensor) -> Tensor:
     Raises:
         ValueError: it is infinite or NaN somewhere.
     """
-    if bad := int((~torch.isfinite(value)).reshape(len(value), -1).any(1).sum()):
-        raise ValueError(f"{name} must be finite, but it is not on {bad} of {len(value)} paths")
+    require(torch.isfinite(value).all(), lambda: _not_finite(name, value))
     return value
+
+
+def _not_finite(name: str, value: Tensor) -> ValueError:
+    bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).sum())
+    return ValueError(f"{name} must be finite, but it is not on {bad} of {len(value)} paths")

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import as_like
 from ctrl.paths import Paths, ends_at_horizon, over_nodes, terminal_rewards
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
@@ -70,7 +71,7 @@ def martingale_increments(
             f"rewards must be {[len(along), along.shape[1] - 1]}, one for each step, got "
             f"{list(rewards.shape)}"
         )
-    h = paths.grid.steps.to(along)
+    h = as_like(paths.grid.steps, along)
     keep = torch.exp(-problem.discount * h)
     return keep * along[:, 1:] - along[:, :-1] + rewards - average_reward * h
 
@@ -78,7 +79,7 @@ def martingale_increments(
 def discount_factors(problem: ControlProblem, paths: Paths) -> Float[Tensor, " steps"]:
     """e^{-discount (t_k - t_0)}: what a reward of each step is worth at the first node."""
     nodes = paths.grid.nodes[:-1]
-    return torch.exp(-problem.discount * (nodes - nodes[0])).to(paths.states)
+    return as_like(torch.exp(-problem.discount * (nodes - nodes[0])), paths.states)
 
 
 def generator(
@@ -165,9 +166,7 @@ def _columns(
     sde: ControlledSDE, t: Tensor, states: Tensor, actions: Tensor
 ) -> Iterator[Float[Tensor, " motions paths *event"]]:
     """What each Brownian motion moves the states by, one direction a motion, some at a time."""
-    sigma = torch.as_tensor(
-        sde.diffusion_at(t, states, actions), dtype=states.dtype, device=states.device
-    )
+    sigma = as_like(sde.diffusion_at(t, states, actions), states)
     motions = math.prod(sde.noise_shape(tuple(states.shape[1:])))
     for some in _some_at_a_time(motions, states):
         if sde.noise == "general":

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import as_like, require, sent
 from ctrl.noise import stream
 
 
@@ -71,13 +72,18 @@ def compare(
         MissingChoicesError: it cannot answer yet.
     """
     answer = preference(images, prompts, rewards, samples, group)
-    found = torch.as_tensor(answer).to(rewards)
-    if found.shape != rewards.shape or not bool(found.isfinite().all()):
+    found = as_like(torch.as_tensor(answer), rewards)
+
+    def refused() -> ValueError:
         name = getattr(preference, "__name__", type(preference).__name__)
-        raise ValueError(
+        return ValueError(
             f"preference {name} must answer one finite number for each of {len(samples)} samples, "
             f"got {answer!r:.200}"
         )
+
+    if found.shape != rewards.shape:
+        raise refused()
+    require(found.isfinite().all(), refused)
     return found
 
 
@@ -134,7 +140,7 @@ class BradleyTerry:
             ]
         ).clamp(min=1e-300)
         noise = -(-uniform.log()).log()
-        return (rewards.cpu().double() + self.temperature * noise).to(rewards.device)
+        return sent(rewards.cpu().double() + self.temperature * noise, rewards.device)
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,7 @@ class Recorded:
                 images=images[places],
                 prompts=[prompts[k] for k in places],
             )
-        return found.to(rewards.device)
+        return sent(found, rewards.device)
 
     def _orders(self) -> dict[frozenset[int], list[int]]:
         path = Path(self.path)

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Generator, Tensor
 
 from ctrl import ControlledSDE, TimeGrid
+from ctrl.devices import as_like
 from diffusion_envs.denoising import generation_sde, kl_factor
 from diffusion_envs.schedule import DDPMTable
 
@@ -206,7 +207,7 @@ class BoundDDIM:
 
     @staticmethod
     def _at(table: Tensor, step: Tensor, like: Tensor) -> Tensor:
-        return table.to(like)[step].view(-1, *[1] * (like.ndim - 1))
+        return as_like(table, like)[step].view(-1, *[1] * (like.ndim - 1))
 
     def _require_density(self) -> None:
         if self.eta == 0:
@@ -247,7 +248,7 @@ class BoundDDIM:
             )
         k = self._index(t0)
         mean = float(self.state_gain[k]) * states + float(self.score_gain[k]) * action
-        return mean, self.std[k].to(states)
+        return mean, as_like(self.std[k], states)
 
     def step(
         self,

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ctrl.devices import as_like
 from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
 
 _TO_SCORE = {
@@ -76,7 +77,7 @@ class GuidedScore:
         """The network's own prediction, guided; timesteps may be fractional."""
         if self.guidance == 1:
             return self._predict(states, timesteps, context)
-        empty = self.unconditional.to(context).expand_as(context)
+        empty = as_like(self.unconditional, context).expand_as(context)
         both = self._predict(
             torch.cat([states, states]),
             torch.cat([timesteps, timesteps]),
@@ -87,7 +88,9 @@ class GuidedScore:
 
     def _score(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         predicted = self.prediction(states, timesteps, context)
-        alpha_bar = self.alphas_cumprod.to(states)[timesteps].view(-1, *[1] * (states.ndim - 1))
+        alpha_bar = as_like(self.alphas_cumprod, states)[timesteps].view(
+            -1, *[1] * (states.ndim - 1)
+        )
         to_score = _TO_SCORE[self.prediction_type]
         return to_score(states, predicted, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 

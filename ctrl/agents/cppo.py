@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ctrl.advantages import continuous_gae
 from ctrl.agents.descent import descend, expectation
+from ctrl.devices import as_like
 from ctrl.martingale import ctd0
 from ctrl.paths import Paths, kept_actions, over_steps, regularised_rewards
 from ctrl.policy import RandomPolicy, policy_kl
@@ -110,7 +111,7 @@ def _rates(
     problem: ControlProblem, value: Value, policy: RandomPolicy, paths: Paths, rate: float
 ) -> Tensor:
     """Estimates of q - temperature log pi of every step, reward/time."""
-    h = paths.grid.steps.to(paths.states)
+    h = as_like(paths.grid.steps, paths.states)
     rewards = regularised_rewards(problem, paths, policy)
     along = values(value, problem, paths)
     return continuous_gae(along, rewards, h, rate, problem.discount) / h
@@ -135,6 +136,6 @@ def _surrogate(
     rows = penalised_surrogate(
         log_ratio.flatten(), advantages.flatten(), kl.flatten(), penalty
     ).view_as(kl)
-    weights = discount_factors(problem, paths) * paths.grid.steps.to(kl)
+    weights = discount_factors(problem, paths) * as_like(paths.grid.steps, kl)
     gain = expectation((weights * rows).sum(1), paths)
     return gain, float(expectation(kl.detach().sqrt().mean(1), paths))

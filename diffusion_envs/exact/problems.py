@@ -8,6 +8,7 @@ generates. The optimum itself comes from dynamic programming on the chain: in cl
 Gaussian data and quadratic rewards, on a fine grid for scalar mixtures.
 """
 
+import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ctrl.devices import as_like
 from ctrl.noise import stream
 from diffusion_envs import gaussian
 from diffusion_envs.exact.model import AffineCorrection, CorrectedScore, NeuralCorrection, legendre
@@ -60,7 +62,7 @@ class Problem(Protocol):
     kl_weight: float
 
     def environment(
-        self, sampler: BoundSampler, seed: int
+        self, sampler: BoundSampler, seed: int, device: torch.device | str = "cpu"
     ) -> tuple[Environment, list[nn.Parameter]]:
         """A fresh model to fine-tune, and its adapter's parameters."""
         ...
@@ -80,6 +82,7 @@ def _environment(
     dim: int,
     sampler: BoundSampler,
     seed: int,
+    device: torch.device | str,
 ) -> Environment:
     return Environment(
         score=score,
@@ -87,10 +90,10 @@ def _environment(
         decode=lambda states: states,
         reward=reward,
         prompts=["-"],
-        context=torch.zeros(1, 1, 1),
+        context=torch.zeros(1, 1, 1, device=device),
         event=(dim,),
         seed=seed,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         judge=lambda asked, states, prompts: asked(states, prompts).detach(),
     )
 
@@ -122,22 +125,23 @@ class GaussianProblem:
         return Quadratic(_double(self.curvature), _double(self.slope), _double(0.0))
 
     def environment(
-        self, sampler: BoundSampler, seed: int
+        self, sampler: BoundSampler, seed: int, device: torch.device | str = "cpu"
     ) -> tuple[Environment, list[nn.Parameter]]:
         """The exact model with an affine correction."""
-        correction = AffineCorrection(len(self.mean))
+        correction = AffineCorrection(len(self.mean)).to(device)
         data = self.data
-        values, vectors = (v.float() for v in data.spectrum)
+        mean = data.mean.to(device)
+        values, vectors = (v.float().to(device) for v in data.spectrum)
 
         def exact(states: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
             spread = alpha.square()[:, None] * values + sigma.square()[:, None]
-            gap = (states - alpha[:, None] * data.mean.to(states)) @ vectors.to(states)
+            gap = (states - alpha[:, None] * mean.to(states)) @ vectors.to(states)
             return -(gap / spread) @ vectors.to(states).T
 
-        score = CorrectedScore(exact, correction, sampler.table.alphas_cumprod)
+        score = CorrectedScore(exact, correction, sampler.table.alphas_cumprod.to(device))
         reward = QuadraticReward(self.quadratic)
         parameters = list(correction.parameters())
-        return _environment(score, reward, len(self.mean), sampler, seed), parameters
+        return _environment(score, reward, len(self.mean), sampler, seed, device), parameters
 
     def evaluate(self, score: CorrectedScore, sampler: BoundDDIM) -> Outcome:
         """By recursions of means and covariances."""
@@ -269,8 +273,9 @@ class MixtureProblem:
 
     def exact_score(self, states: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Of the noised mixture; states [n, 1], levels [n]."""
-        means, stds = (torch.tensor(v).to(states) for v in (self.means, self.stds))
-        weights = torch.tensor(self.weights).to(states)
+        means, stds, weights = (
+            as_like(torch.tensor(v), states) for v in (self.means, self.stds, self.weights)
+        )
         centre = alpha[:, None] * means
         spread = alpha[:, None].square() * stds.square() + sigma[:, None].square()
         gap = states - centre
@@ -278,21 +283,24 @@ class MixtureProblem:
         return -(share * gap / spread).sum(1, keepdim=True)
 
     def environment(
-        self, sampler: BoundSampler, seed: int
+        self, sampler: BoundSampler, seed: int, device: torch.device | str = "cpu"
     ) -> tuple[Environment, list[nn.Parameter]]:
         """The exact model with a neural correction."""
-        correction = NeuralCorrection(1, generator=stream(seed, "correction"))
-        score = CorrectedScore(self.exact_score, correction, sampler.table.alphas_cumprod)
-        return _environment(score, self.reward, 1, sampler, seed), list(correction.parameters())
+        correction = NeuralCorrection(1, generator=stream(seed, "correction")).to(device)
+        abar = sampler.table.alphas_cumprod.to(device)
+        score = CorrectedScore(self.exact_score, correction, abar)
+        environment = _environment(score, self.reward, 1, sampler, seed, device)
+        return environment, list(correction.parameters())
 
     def evaluate(self, score: CorrectedScore, sampler: BoundDDIM) -> Outcome:
         """By carrying the law of the state over the grid."""
         calls = score.calls
         with torch.no_grad():
             changes = []
+            correction = copy.deepcopy(score.correction).cpu()  # the grid's answers are there
             for k in range(sampler.steps):
                 alpha = sampler.alpha[k].expand(self.points)
-                changes.append(score.correction(self.grid[:, None].float(), alpha.float())[:, 0])
+                changes.append(correction(self.grid[:, None].float(), alpha.float())[:, 0])
         score.calls = calls
         return self.outcome_of(torch.stack(changes).double(), sampler)
 

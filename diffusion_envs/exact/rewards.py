@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import as_like
 from diffusion_envs.gaussian import Quadratic
 
 
@@ -23,9 +24,9 @@ class QuadraticReward:
     ) -> Float[Tensor, " n"]:
         """One number for each state."""
         q = self.quadratic
-        curvature, slope = q.curvature.to(states), q.slope.to(states)
+        curvature, slope = as_like(q.curvature, states), as_like(q.slope, states)
         bent = torch.einsum("ni,ij,nj->n", states, curvature, states)
-        return states @ slope - 0.5 * bent + q.constant.to(states)
+        return states @ slope - 0.5 * bent + as_like(q.constant, states)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ctrl.devices import sent
 from ctrl.trust_region import clipped_surrogate
 from diffusion_envs.objectives.protocol import (
     PathObjective,
@@ -52,9 +53,11 @@ def standardised(
     rewards: Float[Tensor, " paths"], condition: Int64[Tensor, " paths"], min_count: int
 ) -> Float[Tensor, " paths"]:
     """Within each prompt; prompts of fewer than ``min_count`` paths by the whole roll-out."""
-    everything = per_prompt(rewards, torch.zeros_like(condition))
-    count = condition.bincount()[condition].to(rewards.device)
-    return torch.where(count < min_count, everything, per_prompt(rewards, condition))
+    host, condition = rewards.cpu(), condition.cpu()
+    everything = per_prompt(host, torch.zeros_like(condition))
+    count = condition.bincount()[condition]
+    found = torch.where(count < min_count, everything, per_prompt(host, condition))
+    return sent(found, rewards.device)
 
 
 @dataclass(frozen=True)

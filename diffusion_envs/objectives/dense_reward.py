@@ -38,6 +38,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import sent
 from diffusion_envs.objectives.protocol import (
     PathObjective,
     Rollout,
@@ -127,9 +128,8 @@ class DenseReward(PathObjective):
         ratio = reference_log_ratio(rows).clamp(-width, width)
         logits = beta * ratio.view(-1, rows.steps, self.members).mean(1)
         preference = rows.preference.view(-1, rows.steps, self.members)[:, 0]
-        lists = torch.tensor(
-            list(itertools.combinations(range(self.members), self.compared)), device=ratio.device
-        )
+        every = list(itertools.combinations(range(self.members), self.compared))
+        lists = sent(torch.tensor(every), ratio.device)
         asked = preference[:, lists]  # [groups, lists, compared]
         losses = plackett_luce(logits[:, lists], asked)
         tied = (asked.sort(-1).values.diff(dim=-1) == 0).any(-1)

@@ -48,6 +48,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import sent
 from diffusion_envs.objectives.protocol import (
     NoisedObjective,
     NoisedRows,
@@ -128,13 +129,14 @@ class DistributionalOptimisation(NoisedObjective):
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, " paths"]:
         """Weights of dual averaging within each prompt, times its number of samples."""
-        found = torch.zeros_like(rollout.rewards)
-        for prompt in rollout.condition.unique():
-            one = (rollout.condition == prompt).to(found.device)
-            rewards = rollout.rewards[one]
+        host, condition = rollout.rewards.cpu(), rollout.condition.cpu()  # read once
+        found = torch.zeros_like(host)
+        for prompt in condition.unique():
+            one = condition == prompt
+            rewards = host[one]
             weights = dual_averaging(rewards, self.first_variation, self.kl_weight, self.rounds)
             found[one] = len(rewards) * weights
-        return found
+        return sent(found, rollout.rewards.device)
 
     def numbers(self, advantages: Float[Tensor, " paths"]) -> dict[str, float]:
         """The effective sample size, over the number of samples."""

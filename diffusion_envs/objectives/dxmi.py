@@ -132,7 +132,7 @@ class ContinuousDxMI(_ByValue):
         """Share of each row's coordinates that have no gradient, by the clips of moves, states."""
         outside = next_state(rows).abs() > self.state_clip
         outside |= self._moves(rows).abs() > self.move_clip
-        return outside.flatten(1).sum(1) / rows.step_size.new_tensor(coordinates(rows))
+        return outside.flatten(1).sum(1).to(rows.step_size) / coordinates(rows)
 
     def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
         """-<grad V(x), x' - x> + kl_weight * path KL, reward; with its clips."""

@@ -60,10 +60,9 @@ def group_advantages(
     """Rewards less their group's mean, in units of its spread or of the spread of all."""
     if not whole_batch_std:
         return per_prompt(rewards, torch.arange(len(rewards)) // group)
-    if not bool((rewards != rewards[0]).any()):
-        return torch.zeros_like(rewards)
     by_group = rewards.view(-1, group)
-    return (by_group - by_group.mean(1, keepdim=True)).flatten() / rewards.std()
+    centred = (by_group - by_group.mean(1, keepdim=True)).flatten() / rewards.std()
+    return centred.where((rewards != rewards[0]).any(), 0.0)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import sent
 from diffusion_envs.denoising import tweedie_mean, v_from_score
 from diffusion_envs.objectives.protocol import (
     NoisedObjective,
@@ -92,14 +93,14 @@ class DiffusionNFT(NoisedObjective):
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, " paths"]:
         """Reward less its prompt's mean, over the spread of all rewards; 0 if all are equal."""
-        rewards = rollout.rewards
+        rewards, condition = rollout.rewards.cpu(), rollout.condition.cpu()  # read once
         centred = torch.zeros_like(rewards)
-        for prompt in rollout.condition.unique():
-            one = (rollout.condition == prompt).to(rewards.device)
+        for prompt in condition.unique():
+            one = condition == prompt
             centred[one] = rewards[one] - rewards[one].mean()
         if bool((rewards == rewards[0]).all()):
-            return torch.zeros_like(rewards)
-        return centred / rewards.std()
+            return torch.zeros_like(rollout.rewards)
+        return sent(centred / rewards.std(), rollout.rewards.device)
 
     def loss(self, rows: NoisedRows) -> Float[Tensor, " rows"]:
         """c [r w+ |x+ - x_0|^2 + (1 - r) w- |x- - x_0|^2] / beta + weight |v - v_ref|^2."""

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int64
 from torch import Generator, Tensor
 
 from ctrl import DeterministicPolicy, Policy
+from ctrl.devices import sent
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +51,9 @@ class Rollout:
 
     def chosen(self, rows: Int64[Tensor, " rows"]) -> "Rollout":
         """The same roll-out, some of its paths only."""
+        here = sent(rows, self.rewards.device)
         fields = {
-            f.name: value[rows]
+            f.name: value[here if value.device == here.device else rows]
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor) and f.name != "step_sizes"
         }
@@ -377,13 +379,14 @@ def per_prompt(
     rewards: Float[Tensor, " paths"], condition: Int64[Tensor, " paths"], least: float = 1e-8
 ) -> Float[Tensor, " paths"]:
     """Rewards standardised within each prompt; a prompt seen once, or with equal ones, gets 0."""
-    found = torch.zeros_like(rewards)
+    host, condition = rewards.cpu(), condition.cpu()  # read once, not for every prompt
+    found = torch.zeros_like(host)
     for prompt in condition.unique():
         one = condition == prompt
-        values = rewards[one]
+        values = host[one]
         if bool((values != values[0]).any()):  # round-off of equal ones must not be blown up
             found[one] = (values - values.mean()) / (values.std() + least)
-    return found
+    return sent(found, rewards.device)
 
 
 def require_positive(**settings: float) -> None:

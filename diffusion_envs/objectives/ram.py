@@ -54,6 +54,7 @@ from typing import ClassVar
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ctrl.devices import sent
 from diffusion_envs.denoising import Level, State
 from diffusion_envs.objectives.protocol import (
     NoisedObjective,
@@ -121,12 +122,13 @@ def without_others_mean(
     def others(values: Tensor) -> Tensor:
         return (values.sum() - values) / (len(values) - 1)
 
-    baseline = others(rewards)
+    host, condition = rewards.cpu(), condition.cpu()  # read once, not for every prompt
+    baseline = others(host)
     for prompt in condition.unique():
-        one = (condition == prompt).to(rewards.device)
+        one = condition == prompt
         if int(one.sum()) > 1:
-            baseline[one] = others(rewards[one])
-    return rewards - baseline
+            baseline[one] = others(host[one])
+    return sent(host - baseline, rewards.device)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor, nn
 
+from ctrl.devices import as_like
 from ctrl.trust_region import clipped_surrogate
 from diffusion_envs.objectives.protocol import (
     PathObjective,
@@ -82,10 +83,10 @@ class TDPO(PathObjective):
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
         """r - V at the left of every step, standardised over paths and steps."""
         assert rollout.values is not None  # needs_value
-        if not bool((rollout.rewards != rollout.rewards[0]).any()):
-            return torch.zeros_like(rollout.costs)  # the critic's noise must not be blown up
         gains = rollout.rewards[:, None] - rollout.values[:, :-1]
-        return (gains - gains.mean()) / gains.std()
+        told_apart = (rollout.rewards != rollout.rewards[0]).any()
+        # where they are not, the critic's noise must not be blown up
+        return ((gains - gains.mean()) / gains.std()).where(told_apart, 0.0)
 
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
         """The same at every step."""
@@ -165,17 +166,15 @@ def reset_neurons(
         generator: draws the new weights.
     """
     for layer, following, neurons in zip(chain, chain[1:], chosen, strict=False):
-        for weights, where in (
-            (layer.weight, (neurons,)),
-            (layer.bias, (neurons,)),
-            (following.weight, (slice(None), neurons)),
-        ):
+        for weights, axis in ((layer.weight, 0), (layer.bias, 0), (following.weight, 1)):
             assert isinstance(weights, nn.Parameter)
             fresh = torch.zeros_like(weights)
             if weights.ndim > 1:
                 drawn = torch.randn(weights.shape, generator=generator, dtype=weights.dtype)
-                fresh = drawn.to(weights) / (weights[0].numel() + 1)
-            weights[where] = fresh[where]
+                fresh = as_like(drawn, weights) / (weights[0].numel() + 1)
+            # not weights[neurons] = ...: the host would have to count them
+            where = neurons.view(*[1] * axis, -1, *[1] * (weights.ndim - axis - 1))
+            weights.copy_(torch.where(where, fresh, weights))
             for moment in optimiser.state[weights].values() if weights in optimiser.state else ():
                 if isinstance(moment, Tensor) and moment.shape == weights.shape:
-                    moment[where] = 0
+                    moment.masked_fill_(where, 0)

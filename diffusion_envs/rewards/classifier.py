@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ctrl.devices import sent
 from diffusion_envs.cifar10.data import CLASSES, class_of
 
 WIDTHS = (48, 96, 160)
@@ -139,7 +140,7 @@ class PromptAlignment:
                 f"prompt {prompt!r} must name exactly one of the classes {', '.join(CLASSES)}"
             )
         network = _loaded(self.classifier).to(images.device)
-        wanted = torch.tensor(classes, device=images.device)
+        wanted = sent(torch.tensor(classes), images.device)
         return network(images.float()).log_softmax(-1).gather(1, wanted[:, None])[:, 0]
 
     def embedding(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:

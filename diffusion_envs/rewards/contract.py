@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import read
+
 Reward = Callable[[Tensor, Sequence[str]], Any]
 
 
@@ -61,7 +63,7 @@ def score(
             f"images must be at least one, with one prompt for each, got {n} images and "
             f"{len(prompts)} prompts"
         )
-    low, high = (bound.item() for bound in images.aminmax())
+    low, high = read(*images.aminmax())
     if not (low >= 0 and high <= 1):  # not (...): NaN is outside too
         raise ValueError(
             f"images must have values in [0, 1], got {low:g} to {high:g}; if they are not numbers, "

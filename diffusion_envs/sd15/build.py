@@ -79,7 +79,7 @@ def build(
     table = DDPMTable.from_diffusers(pipe.scheduler)
     score = GuidedScore(
         unet=pipe.unet,
-        alphas_cumprod=pipe.scheduler.alphas_cumprod,
+        alphas_cumprod=pipe.scheduler.alphas_cumprod.to(device),
         prediction_type=pipe.scheduler.config.prediction_type,
         guidance=guidance,
         unconditional=empty,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -125,7 +124,8 @@ def finetune(
         Folder, adapter, report, and estimates on held-out seeds.
 
     Raises:
-        ValueError: an argument is out of range, or arguments do not go together.
+        ValueError: an argument is out of range, or arguments do not go together; or the device is
+            not there.
         FileExistsError: ``output`` holds something and ``resume`` is not asked for.
         FileNotFoundError: the model or the run to resume is not there.
         RewardError: the reward raises or returns something unusable.
@@ -145,9 +145,7 @@ def finetune(
         if name not in ("output", "resume", "progress", "command", "wandb", "device", "embedders")
     }
     _check(arguments)
-    accelerator = parallel.start()
-    if device is not None and torch.device(device).type != accelerator.device.type:
-        accelerator = Accelerator(cpu=torch.device(device).type == "cpu")
+    accelerator = parallel.start(device)
     built = build(
         model=model,
         reward=reward,

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -53,7 +54,7 @@ def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         while name in tensors:  # {"a.b": x} and {"a": {"b": y}} flatten alike
             name += "~"
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        tensors[name] = value.detach()
         return {"~tensor": name}
     if isinstance(value, Mapping):
         for k in value:
@@ -71,6 +72,32 @@ def _split(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(
         f"a checkpoint holds tensors, numbers, strings and containers; {name} is {value!r}"
     )
+
+
+_TOGETHER = 2**26  # bytes that come from a device in one copy
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU. A device is not waited for at every tensor: many come in one copy."""
+    copies = {
+        name: tensor.to("cpu", copy=True).contiguous()
+        for name, tensor in tensors.items()
+        if tensor.device.type == "cpu"
+    }
+    by_kind: dict[Any, list[str]] = {}
+    for name in tensors.keys() - copies.keys():
+        by_kind.setdefault((tensors[name].device, tensors[name].dtype), []).append(name)
+    for names in by_kind.values():
+        while names:
+            taken, size = [names.pop()], 0
+            while names and size < _TOGETHER:
+                size += tensors[names[-1]].nbytes
+                taken.append(names.pop())
+            flat = torch.cat([tensors[name].flatten() for name in taken]).cpu()
+            parts = flat.split([tensors[name].numel() for name in taken])
+            for name, part in zip(taken, parts, strict=True):
+                copies[name] = part.view(tensors[name].shape).clone()
+    return {name: copies[name] for name in tensors}
 
 
 def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -142,6 +169,7 @@ def save(folder: str | Path, step: int, state: Any, *, keep: int = 2) -> Path:
     partial, replaced = final.with_suffix(".partial"), final.with_suffix(".replaced")
     tensors: dict[str, Tensor] = {}
     tree = _split(state, "state", tensors)
+    tensors = _copied(tensors)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -4,6 +4,7 @@ It starts from the reward of the denoised image where the objective asks for tha
 martingale loss of realised returns (``diffusion_envs.value``).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ctrl.devices import as_like, sent
 from ctrl.noise import stream
 from diffusion_envs.denoising import tweedie_mean
 from diffusion_envs.objectives import PathObjective, Rollout
@@ -60,7 +62,7 @@ class Critic:
         denoised_rewards: Float[Tensor, "paths nodes"] | None,
     ) -> Float[Tensor, "paths nodes"]:
         """V at every node: c_skip r(x0_hat) + c_out F, or F alone where nothing was denoised."""
-        times = self.environment.sampler.noising_times.to(rollout.rewards)
+        times = as_like(self.environment.sampler.noising_times, rollout.rewards)
         residual = self.network(*self.shown(objective, rollout)).view(rollout.states.shape[:2])
         values = residual
         if denoised_rewards is not None:
@@ -71,10 +73,10 @@ class Critic:
         """What the network is shown: (noising time, state, prompt) of every node."""
         (paths, nodes), sampler = rollout.states.shape[:2], self.environment.sampler
         assert isinstance(sampler, BoundDDIM)
-        states, times = rollout.states, sampler.noising_times.to(rollout.rewards)
+        states, times = rollout.states, as_like(sampler.noising_times, rollout.rewards)
         if objective.value_sees_denoised:
             alpha, sigma = (
-                level[:-1].to(states).view(1, -1, *[1] * (states.ndim - 2))
+                as_like(level[:-1], states).view(1, -1, *[1] * (states.ndim - 2))
                 for level in (sampler.alpha, sampler.sigma)
             )
             guesses = tweedie_mean(states[:, :-1], rollout.means, alpha, sigma)
@@ -87,7 +89,7 @@ class Critic:
         times, pooled = self.environment.sampler.noising_times, self._pooled(rollout)
 
         def value(node: Tensor, states: Tensor, path: Tensor) -> Tensor:
-            return self.network(times.to(states)[node], states, pooled[path])
+            return self.network(as_like(times, states)[node], states, pooled[path])
 
         return value
 
@@ -132,7 +134,7 @@ class Critic:
         returns = rollout.rewards[:, None] - kl_weight * to_go
         returns = torch.cat([returns, rollout.rewards[:, None]], dim=1)
         per_batch = max(1, schedule.value_batch // returns.shape[1])
-        total, count = 0.0, 0
+        total, count = rollout.rewards.new_zeros(()), 0
         for epoch in range(schedule.value_epochs):
             shuffle = stream(
                 environment.seed,
@@ -142,10 +144,11 @@ class Critic:
                 epoch,
                 self.accelerator.process_index,
             )
-            total, count = 0.0, 0
+            total, count = torch.zeros_like(total), 0
             for part in torch.randperm(len(returns), generator=shuffle).split(per_batch):
+                chosen, part = rollout.chosen(part), sent(part, returns.device)
                 seen = None if denoised_rewards is None else denoised_rewards[part]
-                values = self.values(objective, rollout.chosen(part), seen)
+                values = self.values(objective, chosen, seen)
                 losses = martingale_loss(values, returns[part], rollout.step_sizes)
                 if objective.fits_end:
                     last = torch.full_like(part, returns.shape[1] - 1)
@@ -156,13 +159,13 @@ class Critic:
                 (losses.mean() / rollout.step_sizes.sum() / self.network.scale.square()).backward()
                 parameters = list(self.network.parameters())
                 parallel.average_gradients(parameters, self.accelerator)
-                norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-                if not torch.isfinite(norm):
-                    raise NonFiniteError(f"the value network's gradient norm is {norm.item()}")
+                norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
+                if not math.isfinite(norm):
+                    raise NonFiniteError(f"the value network's gradient norm is {norm}")
                 self.optimiser.step()
-                total += losses.detach().sum().item() / rollout.step_sizes.sum().item()
+                total += losses.detach().sum() / rollout.step_sizes.sum()
                 count += len(part)
-        return total / count
+        return total.item() / count
 
     def _pooled(self, rollout: Rollout) -> Float[Tensor, "paths width"]:
-        return self.environment.context[rollout.condition].mean(1).to(self.environment.device)
+        return self.environment.context_of(rollout.condition).mean(1)

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 import ctrl
+from ctrl.devices import as_like, sent, together
 from ctrl.noise import normals_by_sample
 from diffusion_envs import rewards
 from diffusion_envs.denoising import path_kl_per_step, tweedie_mean
@@ -94,7 +95,12 @@ class Environment:
         """Generation as a control problem: terminal reward only, the action is the score."""
         return ctrl.ControlProblem(self.sampler.sde, horizon=self.sampler.table.horizon)
 
+    def context_of(self, condition: Int64[Tensor, " rows"]) -> Float[Tensor, "rows tokens width"]:
+        """The embedding of each row's prompt, on the device."""
+        return sent(self.context, self.device)[sent(condition, self.device)]
+
     @torch.no_grad()
+    @together()
     def sample(
         self,
         policy: Callable[[Mean, Level], ctrl.Policy],
@@ -124,27 +130,27 @@ class Environment:
         if isinstance(self.sampler, BoundBlackBox):
             return self._black_box(self.sampler, start, samples, condition, stream, group)
         sampler, steps = self.sampler, len(self.sampler.timesteps)
-        context = self.context[condition].to(self.device)
+        context = self.context_of(condition)
         normals = self._normals((steps, *self.event), stream, "transition", samples)
         drawn = self._normals((steps, *self.event), stream, "action", samples)
+        timesteps, levels = sent(sampler.timesteps, self.device), as_like(sampler.sigma, normals)
         means: list[Tensor] = []
 
         def mean(t: Tensor, states: Tensor) -> Tensor:
-            timestep = sampler.timesteps[len(means)].to(self.device)
+            timestep = timesteps[len(means)]
             means.append(self.score(states, timestep.expand(len(states)), context))
             return means[-1]
 
-        widths = sampler.grid.steps.to(normals).sqrt().view(1, -1, *[1] * len(self.event))
+        widths = as_like(sampler.grid.steps, normals).sqrt().view(1, -1, *[1] * len(self.event))
         paths = ctrl.simulate(
             self.problem,
-            policy(mean, lambda t: sampler.sigma[len(means) - 1].to(normals)),
+            policy(mean, lambda t: levels[len(means) - 1]),
             start,
             sampler.grid,
             solver=sampler,
             noise=ctrl.Noise(increments=normals * widths, actions=drawn),
             keep=("states", "actions"),
         )
-        timesteps = sampler.timesteps.to(self.device)
         before = paths.states[:, :-1]
         spent = self.score.calls
         with self.score.pretrained():
@@ -163,7 +169,7 @@ class Environment:
         denoised_rewards = None
         if denoised:
             alpha, sigma = (
-                level[:-1].to(scores).view(1, -1, *[1] * len(self.event))
+                as_like(level[:-1], scores).view(1, -1, *[1] * len(self.event))
                 for level in (sampler.alpha, sampler.sigma)
             )
             guesses = tweedie_mean(before, scores, alpha, sigma).flatten(0, 1)
@@ -179,7 +185,7 @@ class Environment:
             costs=self._costs(scores, reference),
             values=None,
             rewards=achieved,
-            step_sizes=sampler.integrated_g2.to(scores),
+            step_sizes=as_like(sampler.integrated_g2, scores),
             condition=condition,
             group=group,
         )
@@ -195,10 +201,10 @@ class Environment:
         group: int,
     ) -> Sample:
         """The end of every path; what led there is the scheduler's own affair."""
-        context = self.context[condition].to(self.device)
+        context = self.context_of(condition)
         generators = [ctrl.noise.stream(self.seed, stream, "scheduler", i) for i in samples]
         data = sampler.sample(
-            lambda x, t: self.score.prediction(x, t.to(self.device).expand(len(x)), context),
+            lambda x, t: self.score.prediction(x, sent(t, self.device).expand(len(x)), context),
             start,
             generators,
         )
@@ -230,9 +236,9 @@ class Environment:
     ) -> Tensor:
         """Mean of the next state after this step under the pretrained model; differentiable."""
         assert isinstance(self.sampler, BoundDDIM)
-        which = torch.full((len(states),), step)
-        context = self.context[condition].to(self.device)
-        timesteps = self.sampler.timesteps.to(self.device)[which]
+        which = torch.full((len(states),), step, device=self.device)
+        context = self.context_of(condition)
+        timesteps = sent(self.sampler.timesteps, self.device)[which]
         with self.score.pretrained():
             score = self.score(states, timesteps, context)
         return self.sampler.mean(which, states, score)
@@ -264,12 +270,12 @@ class Environment:
         assert isinstance(self.sampler, BoundDDIM)
         if self.sampler.eta == 0:
             return scores.new_full(scores.shape[:2], math.inf)
-        widths = self.sampler.integrated_g2.to(scores)
+        widths = as_like(self.sampler.integrated_g2, scores)
         return path_kl_per_step(scores, reference, widths, factor=self.sampler.kl_factor)
 
     def _judge(self, images: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
         self.reward_queries += len(images)
-        return self.judge(self.reward, images, prompts).to(self.device)
+        return sent(self.judge(self.reward, images, prompts), self.device)
 
     def _starts(self, stream: str, samples: range, shared: int) -> Float[Tensor, " paths *event"]:
         """Starting noise of every path: its own, or that of every ``shared`` paths in a row."""

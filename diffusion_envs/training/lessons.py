@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Generator, Tensor
 
+from ctrl.devices import as_like, read, sent
 from diffusion_envs.denoising import noising_bridge, path_kl_per_step, tweedie_mean
 from diffusion_envs.objectives import (
     BackpropObjective,
@@ -66,6 +67,12 @@ class PathSteps:
         self.environment, self.objective, self.rollout = environment, objective, rollout
         self.advantages, self.values = advantages, values
         self.train_steps, self.batch = train_steps, batch
+        sampler = environment.sampler
+        self._tables = as_like(
+            torch.stack([sampler.score_gain, sampler.std, sampler.sigma[:-1], sampler.state_gain]),
+            rollout.means,
+        )  # sent once, not for every row
+        self._timesteps = sent(sampler.timesteps, environment.device)
         self._log_ratios: list[Tensor] = []
         self._clipped: list[Tensor] = []
 
@@ -105,17 +112,14 @@ class PathSteps:
         """(path, step) pairs as rows, with the current policy's score; ``steps`` come together."""
         environment, rollout = self.environment, self.rollout
         sampler = environment.sampler
-        path, step = which.unbind(1)
-        context = environment.context[rollout.condition[path]].to(environment.device)
-        timesteps = sampler.timesteps.to(environment.device)[step]
+        context = environment.context_of(rollout.condition[which[:, 0]])
+        path, step = sent(which, environment.device).unbind(1)
         states = rollout.states[path, step]
-        mean = environment.score(states, timesteps, context)
+        mean = environment.score(states, self._timesteps[step], context)
+        score_gain, std, sigma, state_gain = self._tables[:, step]
 
-        def at(table: Tensor) -> Tensor:
-            return table.to(mean)[step]
-
-        def wide(table: Tensor) -> Tensor:
-            return at(table).view(-1, *[1] * (mean.ndim - 1))
+        def wide(each: Tensor) -> Tensor:
+            return each.view(-1, *[1] * (mean.ndim - 1))
 
         def value_at(offset: int) -> Callable[[Tensor], Tensor] | None:
             values = self.values
@@ -129,15 +133,15 @@ class PathSteps:
             action=rollout.actions[path, step],
             noise=rollout.noises[path, step],
             advantage=self.advantages[path, step].to(mean),
-            step_size=at(rollout.step_sizes),
+            step_size=rollout.step_sizes[step].to(mean),
             horizon=rollout.step_sizes.sum().to(mean),
-            score_gain=at(sampler.score_gain),
-            std=at(sampler.std),
-            action_std=self.objective.action_std(at(sampler.sigma)),
+            score_gain=score_gain,
+            std=std,
+            action_std=self.objective.action_std(sigma),
             kl_factor=sampler.kl_factor,
-            sigma=at(sampler.sigma),
+            sigma=sigma,
             state=states,
-            next_mean=wide(sampler.state_gain) * states + wide(sampler.score_gain) * mean,
+            next_mean=wide(state_gain) * states + wide(score_gain) * mean,
             next_state=rollout.states[path, step + 1],
             target=None if targets is None else targets[path, step],
             preference=None if preferences is None else preferences[path].to(mean),
@@ -149,11 +153,9 @@ class PathSteps:
     def numbers(self) -> dict[str, float]:
         """Range of the ratios, and the share that the clip touches."""
         ratio = torch.cat(self._log_ratios).exp()
-        return {
-            "ratio_min": ratio.min().item(),
-            "ratio_max": ratio.max().item(),
-            "clipped_fraction": torch.cat(self._clipped).mean().item(),
-        }
+        clipped = torch.cat(self._clipped).mean()
+        names = ("ratio_min", "ratio_max", "clipped_fraction")
+        return dict(zip(names, read(ratio.min(), ratio.max(), clipped), strict=True))
 
 
 def drawn_levels(
@@ -217,7 +219,7 @@ class NoisedData:
         shape = (len(data), objective.draws)
         first = 1 if objective.needs_bridge else 0  # no state lies before the first timestep
         self.timestep = drawn_levels(*shape, first, len(log_abar), generator)
-        self.noise = drawn_noise(*shape, data.shape[1:], generator).to(data)
+        self.noise = as_like(drawn_noise(*shape, data.shape[1:], generator), data)
         everything = torch.cartesian_prod(torch.arange(len(data)), torch.arange(shape[1]))
         self.bridge: tuple[Tensor, Tensor] | None = None  # cost and score, for every draw
         self.old_mean: Tensor | None = None
@@ -237,20 +239,20 @@ class NoisedData:
                 self.bridge = self._bridge(everything, log_abar, generator)
 
     def _levels(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        abar = self.environment.sampler.table.alphas_cumprod.to(self.rollout.states)[timestep]
+        like = self.rollout.states
+        abar = as_like(self.environment.sampler.table.alphas_cumprod[timestep], like)
         return abar.sqrt(), (1 - abar).sqrt()
 
     def _states(self, which: Int64[Tensor, "rows 2"]) -> Tensor:
-        path, draw = which.unbind(1)
-        alpha, sigma = (
-            _wide(v, self.noise.ndim - 1) for v in self._levels(self.timestep[path, draw])
-        )
+        levels = self._levels(self.timestep[tuple(which.T)])
+        alpha, sigma = (_wide(v, self.noise.ndim - 1) for v in levels)
+        path, draw = sent(which, self.environment.device).unbind(1)
         return alpha * self.rollout.states[path, -1] + sigma * self.noise[path, draw]
 
     def _score(self, states: Tensor, timestep: Tensor, path: Tensor) -> Tensor:
         environment = self.environment
-        context = environment.context[self.rollout.condition[path]].to(environment.device)
-        return environment.score(states, timestep.to(environment.device), context)
+        context = environment.context_of(self.rollout.condition[path])
+        return environment.score(states, sent(timestep, environment.device), context)
 
     def _scores(self, which: Int64[Tensor, "rows 2"]) -> Float[Tensor, "paths draws *event"]:
         found = [
@@ -273,21 +275,22 @@ class NoisedData:
         depth = -log_abar[timestep]  # int of g^2 from the data
         aim = torch.rand(len(which), generator=generator, dtype=torch.float64) * depth
         between = torch.searchsorted(-log_abar, aim, right=True).sub(1).clamp(min=0)
-        data, noised = self.rollout.states[path, -1], self._states(which)
+        ends = self.rollout.states[:, -1]
+        data, noised = ends[sent(path, ends.device)], self._states(which)
         kept = log_abar[timestep] - log_abar[between]
         ratio, spread = (
-            _wide(v.to(noised), noised.ndim) for v in ((0.5 * kept).exp(), -kept.expm1())
+            _wide(as_like(v, noised), noised.ndim) for v in ((0.5 * kept).exp(), -kept.expm1())
         )
         alpha, sigma = (_wide(v, noised.ndim) for v in self._levels(between))
         mean, std = noising_bridge(data, noised, alpha, sigma, ratio)
-        states = mean + std * torch.randn(data.shape, generator=generator).to(data)
+        states = mean + std * as_like(torch.randn(data.shape, generator=generator), data)
         gaps = []
-        for rows in torch.arange(len(which)).split(self.batch):
-            seen = states[rows], between[rows], path[rows]
+        pieces = (each.split(self.batch) for each in (states, between, path))
+        for seen in zip(*pieces, strict=True):
             own = self._score(*seen)
             with self.environment.score.pretrained():
                 gaps.append((own - self._score(*seen)).square().flatten(1).sum(1))
-        cost = 0.5 * depth.to(noised) * torch.cat(gaps)
+        cost = 0.5 * as_like(depth, noised) * torch.cat(gaps)
         score = -(noised - ratio * states) / spread
         return cost.view_as(self.timestep), score.view_as(self.noise)
 
@@ -305,14 +308,14 @@ class NoisedData:
 
     def rows(self, which: Int64[Tensor, "rows 2"]) -> NoisedRows:
         """(path, draw) pairs as rows, with the current policy's score."""
-        path, draw = which.unbind(1)
-        states, timestep = self._states(which), self.timestep[path, draw]
+        states, timestep = self._states(which), self.timestep[tuple(which.T)]
         alpha, sigma = self._levels(timestep)
-        mean = self._score(states, timestep, path)
+        mean = self._score(states, timestep, which[:, 0])
+        path, draw = sent(which, self.environment.device).unbind(1)
         cost, score = self.bridge or (None, None)
         return NoisedRows(
             mean=mean,
-            old_mean=self._old(path, draw, mean.detach()),
+            old_mean=self._old(which, mean.detach()),
             reference_score=None if self.reference is None else self.reference[path, draw],
             state=states,
             data=self.rollout.states[path, -1],
@@ -325,14 +328,17 @@ class NoisedData:
             bridge_score=None if score is None else score[path, draw],
         )
 
-    def _old(self, path: Tensor, draw: Tensor, current: Tensor) -> Tensor | None:
+    def _old(self, which: Int64[Tensor, "rows 2"], current: Tensor) -> Tensor | None:
         """Scores of the policy that sampled: the current ones, while the weights did not move."""
         if self.old_mean is None:
             return None
-        unknown = ~self._old_known[path, draw]
+        path, draw = sent(which, self.environment.device).unbind(1)
+        places = tuple(which.T)
+        unknown = ~self._old_known[places]  # on the CPU
         if bool(unknown.any()):
-            self.old_mean[path[unknown], draw[unknown]] = current[unknown]
-            self._old_known[path, draw] = True
+            new = _wide(sent(unknown, current.device), current.ndim)
+            self.old_mean[path, draw] = torch.where(new, current, self.old_mean[path, draw])
+            self._old_known[places] = True
         return self.old_mean[path, draw]
 
     def numbers(self) -> dict[str, float]:
@@ -380,26 +386,27 @@ class LastSteps:
         """Reward and path KL of steps ``first`` to ``last``, differentiable; no KL, no nats."""
         environment, rollout = self.environment, self.rollout
         sampler, condition = environment.sampler, rollout.condition[paths]
-        context = environment.context[condition].to(environment.device)
+        context = environment.context_of(condition)
+        paths = sent(paths, environment.device)
         states = rollout.states[paths, first]
         nats = states.new_zeros(len(paths))
         for k in range(first, last):
-            timestep = sampler.timesteps[k].to(environment.device).expand(len(paths))
+            timestep = sent(sampler.timesteps[k], environment.device).expand(len(paths))
             score = environment.score(states, timestep, context)
             if k == last - 1 and last < rollout.costs.shape[1]:
-                alpha, sigma = (v[k].to(states) for v in (sampler.alpha, sampler.sigma))
+                alpha, sigma = (as_like(v[k], states) for v in (sampler.alpha, sampler.sigma))
                 states = tweedie_mean(states, score, alpha, sigma)
                 break
             if self.objective.needs_reference:
                 # with its gradient: the state is that of this policy, and the KL moves with it
                 with environment.score.pretrained():
                     reference = environment.score(states, timestep, context)
-                width = sampler.integrated_g2[k : k + 1].to(states)
+                width = as_like(sampler.integrated_g2[k : k + 1], states)
                 nats = nats + path_kl_per_step(
                     score[:, None], reference[:, None], width, factor=sampler.kl_factor
                 ).sum(1)
-            gains = (v[k].to(states) for v in (sampler.state_gain, sampler.score_gain, sampler.std))
-            state_gain, score_gain, std = gains
+            gains = (sampler.state_gain, sampler.score_gain, sampler.std)
+            state_gain, score_gain, std = (as_like(table[k], states) for table in gains)
             states = state_gain * states + score_gain * score + std * rollout.noises[paths, k]
         return environment.differentiable_reward(states, condition), nats
 

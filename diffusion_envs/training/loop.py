@@ -6,6 +6,7 @@ streams named by sample, step and update, so the trainer's state is its weights 
 """
 
 import dataclasses
+import math
 import resource
 import sys
 import time
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ctrl import Estimate
+from ctrl.devices import as_like, read, sent
 from ctrl.noise import stream
 from diffusion_envs.denoising import path_kl_per_step
 from diffusion_envs.objectives import (
@@ -112,9 +114,9 @@ class Trainer:
             raise ValueError(f"the checkpoint's adapter has shapes {found}, this model's {shapes}")
         with torch.no_grad():
             for parameter, tensor in zip(self.parameters, state["adapter"], strict=True):
-                parameter.copy_(tensor)
+                parameter.copy_(sent(tensor, parameter.device))
             for parameter, tensor in zip(self.old, state["old"], strict=True):
-                parameter.copy_(tensor)
+                parameter.copy_(sent(tensor, parameter.device))
         self.optimiser.load_state_dict(state["optimiser"])
         self.critic.network.load_state_dict(state["value"])
         self.critic.optimiser.load_state_dict(state["value_optimiser"])
@@ -150,19 +152,19 @@ class Trainer:
         lesson = self.lesson(rollout)
         if self.update == 0 and isinstance(lesson, PathSteps):
             self._preflight(lesson)
-        numbers = self._improve_adapter(lesson, rollout)
+        told: dict[str, Any] = dict(self._improve_adapter(lesson, rollout))
         if rollout.values is not None and isinstance(self.objective, PathObjective):
-            numbers["value_loss"] = self.critic.improve(
+            told["value_loss"] = self.critic.improve(
                 self.objective, rollout, sample.denoised_rewards, self.update
             )
         self._keep_old()
         self.update += 1
-        rewards = parallel.gather(rollout.rewards, self.accelerator)
-        nats = parallel.gather(rollout.costs.sum(1), self.accelerator)
+        earned = torch.stack([rollout.rewards, rollout.costs.sum(1).to(rollout.rewards)], dim=1)
+        rewards, nats = parallel.gather(earned, self.accelerator).cpu().unbind(1)
         known = rollout.costs.shape[1] > 0 and bool(torch.isfinite(nats).all())
         seen = {"path_kl": Estimate.of(nats)} if known else {}
         if self.target_kl is not None:
-            numbers["kl_weight"] = weight = control.kl_weight(self.objective)
+            told["kl_weight"] = weight = control.kl_weight(self.objective)
             weight = self.target_kl.next_weight(weight, seen["path_kl"].mean)
             self.objective = control.with_kl_weight(self.objective, weight)
         return {
@@ -172,7 +174,7 @@ class Trainer:
             "reward_queries": self._over_processes(self.environment.reward_queries),
             "network_calls": self._over_processes(self.environment.score.calls),
             "seconds": self.seconds,
-            **numbers,
+            **told,
             "memory": _peak_memory(self.environment.device),
         }
 
@@ -307,7 +309,7 @@ class Trainer:
 
     def _improve_adapter(self, lesson: Lesson, rollout: Rollout) -> dict[str, float]:
         schedule, groups = self.schedule, len(rollout.rewards) // rollout.group
-        norm = torch.zeros(())
+        norm = 0.0
         for epoch in range(schedule.epochs):
             shuffle = stream(
                 self.environment.seed,
@@ -323,14 +325,14 @@ class Trainer:
                 for loss in lesson.losses(part, shuffle):
                     loss.backward()
                 parallel.average_gradients(self.parameters, self.accelerator)
-                norm = nn.utils.clip_grad_norm_(self.parameters, schedule.max_gradient_norm)
-                if not torch.isfinite(norm):
+                norm = nn.utils.clip_grad_norm_(self.parameters, schedule.max_gradient_norm).item()
+                if not math.isfinite(norm):
                     raise NonFiniteError(
-                        f"the gradient's norm is {norm.item()} at update {self.update + 1}; no "
+                        f"the gradient's norm is {norm} at update {self.update + 1}; no "
                         "weight was changed. Lower learning_rate or guidance, or use float32"
                     )
                 self.optimiser.step()
-        return {**lesson.numbers(), "gradient_norm": norm.item()}
+        return {**lesson.numbers(), "gradient_norm": norm}
 
     def _advantages(self, rollout: Rollout) -> Float[Tensor, " paths *steps"]:
         """The objective's, with batch statistics over all processes."""
@@ -361,12 +363,21 @@ class Trainer:
         few = min(paths, max(4, rollout.group))
         rows = torch.cartesian_prod(torch.arange(few), torch.arange(steps))
         precision, factor = self.environment.score.precision, self.environment.sampler.kl_factor
-        worst, allowed = 0.0, 0.0
+        # The pretrained model too is asked in other batches: its scores may differ as the ratio's.
+        gap = score_rounding(precision) * rollout.means
+        kl = path_kl_per_step(gap, 0 * gap, as_like(rollout.step_sizes, gap), factor=factor)
+        ratios, bounds = list[Tensor](), list[Tensor]()
         with torch.no_grad():
             for piece in rows.split(self.schedule.batch):
                 seen = lesson.rows(piece)
-                worst = max(worst, objective.log_ratio(seen).abs().max().item())
-                allowed = max(allowed, log_ratio_rounding(seen, precision).max().item())
+                ratios.append(objective.log_ratio(seen).abs().max())
+                bounds.append(log_ratio_rounding(seen, precision).max())
+            worst, allowed, nats, kl_allowed = read(
+                torch.stack(ratios).max(),
+                torch.stack(bounds).max(),
+                rollout.costs.sum(1).max(),
+                kl.sum(1).max(),
+            )
         if not worst <= allowed:
             raise PreflightError(
                 f"before the first update the log-ratio of new to old policy must be 0 up to "
@@ -374,17 +385,15 @@ class Trainer:
                 "Usual causes: dropout or train mode, reduced precision with different batch "
                 "sizes, an adapter that was changed"
             )
-        # The pretrained model too is asked in other batches: its scores may differ as the ratio's.
-        gap = score_rounding(precision) * rollout.means
-        kl = path_kl_per_step(gap, 0 * gap, rollout.step_sizes.to(gap), factor=factor)
-        nats, allowed = rollout.costs.sum(1).max().item(), kl.sum(1).max().item()
-        if not 0 <= nats <= max(1e-6, allowed):
+        if not 0 <= nats <= max(1e-6, kl_allowed):
             raise PreflightError(
-                f"a fresh adapter must equal the pretrained model up to {allowed:.2g} nats of "
+                f"a fresh adapter must equal the pretrained model up to {kl_allowed:.2g} nats of "
                 f"round-off, but its path KL is {nats:.3g} nats"
             )
 
     def _over_processes(self, count: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return count
         local = torch.tensor([count], device=self.environment.device)
         return int(parallel.gather(local, self.accelerator).sum())
 

@@ -1,13 +1,50 @@
-"""What several processes must agree on: gradients and batch statistics."""
+"""Processes and their device; what several of them must agree on: gradients, batch statistics."""
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 
-def start() -> Accelerator:
-    """The processes of this run: one, or those that ``accelerate`` or ``torchrun`` started."""
-    return Accelerator(cpu=not torch.cuda.is_available())
+def start(device: str | None = None) -> Accelerator:
+    """The processes of this run: one, or those that ``accelerate`` or ``torchrun`` started.
+
+    Args:
+        device: "cpu" or "cuda"; what there is if not given.
+
+    Raises:
+        ValueError: the device is not there, or not one of these.
+    """
+    if device is None:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    else:
+        kind = _checked(str(device))
+    # accelerate keeps the first device of a Python process for ever
+    known = AcceleratorState._shared_state
+    if known and known["device"].type != kind and known["num_processes"] == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=kind == "cpu")
+
+
+def _checked(device: str) -> str:
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(
+            f"device must be 'cpu' or 'cuda', got {device!r}, on which nothing here has run (and "
+            "mps has no float64): use device='cpu', or leave it out"
+        )
+    if kind == "cuda" and not torch.cuda.is_available():
+        why = "built without CUDA" if torch.version.cuda is None else "which sees no GPU"
+        raise ValueError(
+            f"device {device!r} is not there: this is torch {torch.__version__}, {why}; use "
+            "device='cpu', or leave it out to take what there is"
+        )
+    if index not in ("", "0"):
+        raise ValueError(
+            f"device must be 'cpu' or 'cuda', got {device!r}: which GPU a process sees is for the "
+            f"environment to say, CUDA_VISIBLE_DEVICES={index} with device='cuda'"
+        )
+    return kind
 
 
 def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
@@ -22,6 +59,8 @@ def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) 
 
 def main_says(number: int, accelerator: Accelerator) -> int:
     """The main process's number, on all of them."""
+    if accelerator.num_processes == 1:
+        return number
     return int(gather(torch.tensor([number], device=accelerator.device), accelerator)[0])
 
 

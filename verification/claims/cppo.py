@@ -224,7 +224,7 @@ SURROGATE = "ctrl.agents.cppo._surrogate"
         wrong(
             "discount of the weights missing", SURROGATE, "discount_factors(problem, paths) * ", ""
         ),
-        wrong("dt missing", SURROGATE, " * paths.grid.steps.to(kl)", ""),
+        wrong("dt missing", SURROGATE, " * as_like(paths.grid.steps, kl)", ""),
         wrong(
             "log-ratio's sign",
             SURROGATE,

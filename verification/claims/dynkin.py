@@ -203,20 +203,20 @@ def dynkin_formula(setting: Setting) -> Iterator[Check]:
         wrong(
             "1 - discount h for exp(-discount h)",
             "ctrl.paths.returns_to_go",
-            "keep = torch.exp(-problem.discount * paths.grid.steps.to(rewards))",
-            "keep = 1 - problem.discount * paths.grid.steps.to(rewards)",
+            "keep = torch.exp(-problem.discount * as_like(paths.grid.steps, rewards))",
+            "keep = 1 - problem.discount * as_like(paths.grid.steps, rewards)",
         ),
         wrong(
             "discount missing",
             "ctrl.paths.returns_to_go",
-            "-problem.discount * paths",
-            "-0.0 * paths",
+            "-problem.discount * as_like(",
+            "-0.0 * as_like(",
         ),
         wrong(
             "discount per step",
             "ctrl.paths.returns_to_go",
-            "paths.grid.steps.to(rewards))",
-            "paths.grid.steps.to(rewards) ** 0)",
+            "as_like(paths.grid.steps, rewards))",
+            "as_like(paths.grid.steps, rewards) ** 0)",
         ),
         wrong(
             "rewards discounted over their own step",
@@ -227,14 +227,15 @@ def dynkin_formula(setting: Setting) -> Iterator[Check]:
         wrong(
             "uneven grid taken for an even one, in the discount",
             "ctrl.paths.returns_to_go",
-            "paths.grid.steps.to(rewards))",
-            "paths.grid.steps.to(rewards).mean().expand(rewards.shape[1]))",
+            "as_like(paths.grid.steps, rewards))",
+            "as_like(paths.grid.steps, rewards).mean().expand(rewards.shape[1]))",
         ),
         wrong(
             "uneven grid taken for an even one, in the reward",
             "ctrl.paths.running_rewards",
-            "steps = paths.grid.steps.to(paths.states)",
-            "steps = paths.grid.steps.to(paths.states).mean().expand(paths.states.shape[1] - 1)",
+            "steps = as_like(paths.grid.steps, paths.states)",
+            "steps = as_like(paths.grid.steps, paths.states).mean().expand("
+            "paths.states.shape[1] - 1)",
         ),
         wrong(
             "rewards at the right end of their step",

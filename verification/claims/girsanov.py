@@ -30,26 +30,26 @@ TIME_INTEGRAL = [
     wrong(
         "last step missing",
         "ctrl.paths.time_integral",
-        "steps.to(rates)).sum(1)",
-        "steps.to(rates))[:, :-1].sum(1)",
+        "steps, rates)).sum(1)",
+        "steps, rates))[:, :-1].sum(1)",
     ),
     wrong(
         "step size missing",
         "ctrl.paths.time_integral",
-        "(rates * grid.steps.to(rates))",
+        "(rates * as_like(grid.steps, rates))",
         "rates",
     ),
     wrong(
         "step size squared",
         "ctrl.paths.time_integral",
-        "grid.steps.to(rates)",
-        "grid.steps.to(rates).square()",
+        "as_like(grid.steps, rates)",
+        "as_like(grid.steps, rates).square()",
     ),
     wrong(
         "mean over time for the integral",
         "ctrl.paths.time_integral",
-        "steps.to(rates)).sum(1)",
-        "steps.to(rates)).mean(1)",
+        "steps, rates)).sum(1)",
+        "steps, rates)).mean(1)",
     ),
 ]
 
@@ -162,8 +162,8 @@ def curved_densities(states: np.ndarray, nodes: np.ndarray) -> np.ndarray:
         wrong(
             "uneven grid treated as uniform",
             "ctrl.paths.time_integral",
-            "* grid.steps",
-            "* grid.steps.mean()",
+            "* as_like(grid.steps, rates)",
+            "* as_like(grid.steps, rates).mean()",
         ),
         *TIME_INTEGRAL,
         wrong(

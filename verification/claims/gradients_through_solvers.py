@@ -188,7 +188,12 @@ SCALAR = ctrl.ControlledSDE(
         ),
         wrong("action lost", BLACK_BOX, "states, action)", "states, 0 * action)"),
         wrong("times exchanged", BLACK_BOX, "function(t0, t1,", "function(t1, t0,"),
-        wrong("drift of the next time in place", INTO, "t = t0.to(states)", "t = t1.to(states)"),
+        wrong(
+            "drift of the next time in place",
+            INTO,
+            "t = as_like(t0, states)",
+            "t = as_like(t1, states)",
+        ),
         wrong(
             "in place: h for a number's increment", INTO, "alpha=sigma,", "alpha=float(t1 - t0),"
         ),
@@ -278,8 +283,8 @@ def solvers_that_are_one(setting: Setting) -> Iterator[Check]:
         wrong(
             "drift for torchsde + 2 %",
             "ctrl.torchsde_solver._Equation.f",
-            "self.sde.drift_at(t.to(y), x, self.action)",
-            "1.02 * self.sde.drift_at(t.to(y), x, self.action)",
+            "self.sde.drift_at(as_like(t, y), x, self.action)",
+            "1.02 * self.sde.drift_at(as_like(t, y), x, self.action)",
         ),
         wrong(
             "diffusion for torchsde + 1 %",

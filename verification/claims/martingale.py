@@ -173,7 +173,7 @@ ERGODIC = replace(ENDLESS, discount=0.0)
         wrong(
             "entropy's dt missing",
             "ctrl.paths.regularised_rewards",
-            "* log_prob * paths.grid.steps.to(rewards)",
+            "* log_prob * as_like(paths.grid.steps, rewards)",
             "* log_prob",
         ),
         wrong(
@@ -191,14 +191,15 @@ ERGODIC = replace(ENDLESS, discount=0.0)
         wrong(
             "uneven grid taken for an even one, in the reward",
             "ctrl.paths.running_rewards",
-            "steps = paths.grid.steps.to(paths.states)",
-            "steps = paths.grid.steps.to(paths.states).mean().expand(paths.states.shape[1] - 1)",
+            "steps = as_like(paths.grid.steps, paths.states)",
+            "steps = as_like(paths.grid.steps, paths.states).mean().expand("
+            "paths.states.shape[1] - 1)",
         ),
         wrong(
             "uneven grid taken for an even one, in the discount",
             "ctrl.value.martingale_increments",
-            "h = paths.grid.steps.to(along)",
-            "h = paths.grid.steps.to(along).mean().expand(along.shape[1] - 1)",
+            "h = as_like(paths.grid.steps, along)",
+            "h = as_like(paths.grid.steps, along).mean().expand(along.shape[1] - 1)",
         ),
         wrong(
             "V not pinned to the terminal reward",

@@ -81,7 +81,7 @@ REFERENCE = ctrl.DeterministicPolicy(lambda t, x: -0.4 * x)
         wrong(
             "sigma' for its inverse",
             "ctrl.sde.ControlledSDE.whiten",
-            "_solve(sigma, shift.reshape(len(states), -1), float(t))",
+            "_solve(sigma, shift.reshape(len(states), -1), t)",
             'torch.einsum("pij,pi->pj", sigma, shift.reshape(len(states), -1))',
         ),
         wrong(

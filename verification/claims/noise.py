@@ -255,8 +255,8 @@ ROWS = "ctrl.noise.PathStreams.rows"
         wrong(
             "the same noise at every step",
             ROWS,
-            "yield from moved",
-            "yield from moved[:1].expand_as(moved)",
+            "yield from sent(moved, like.device)",
+            "yield from sent(moved, like.device)[:1].expand_as(moved)",
         ),
         wrong(
             "the generator advanced twice a step",

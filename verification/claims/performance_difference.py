@@ -132,8 +132,8 @@ LATE = wrong(
         wrong(
             "uneven grid taken for an even one",
             "ctrl.policy_gradient.performance_difference",
-            "new_paths.grid.steps.to(rates)",
-            "new_paths.grid.steps.to(rates).mean()",
+            "as_like(new_paths.grid.steps, rates)",
+            "as_like(new_paths.grid.steps, rates).mean()",
         ),
         wrong(
             "signs exchanged: old less new",

@@ -216,8 +216,9 @@ def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> 
         wrong(
             "uneven grid taken for an even one, in the reward",
             "ctrl.paths.running_rewards",
-            "steps = paths.grid.steps.to(paths.states)",
-            "steps = paths.grid.steps.to(paths.states).mean().expand(paths.states.shape[1] - 1)",
+            "steps = as_like(paths.grid.steps, paths.states)",
+            "steps = as_like(paths.grid.steps, paths.states).mean().expand("
+            "paths.states.shape[1] - 1)",
         ),
         wrong(
             "discount missing in dM",

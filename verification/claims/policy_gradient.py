@@ -284,7 +284,7 @@ def policy_gradient(setting: Setting) -> Iterator[Check]:
         wrong(
             "dt missing",
             "ctrl.policy_gradient.DrawnActions.advantages",
-            "return rates * paths.grid.steps.to(rates)",
+            "return rates * as_like(paths.grid.steps, rates)",
             "return rates",
         ),
         wrong(
@@ -398,7 +398,7 @@ def policy_gradient_with_q_rates(setting: Setting) -> Iterator[Check]:
         wrong(
             "the action's own slope without dt",
             "ctrl.policy_gradient.Transitions.held_rewards",
-            "return rates * paths.grid.steps.to(rates)",
+            "return rates * as_like(paths.grid.steps, rates)",
             "return rates",
         ),
         wrong(

@@ -173,7 +173,7 @@ def root(
         wrong(
             "q's dt missing",
             "ctrl.q_learning.increments",
-            "rates(q, paths) * paths.grid.steps.to(rewards)",
+            "rates(q, paths) * as_like(paths.grid.steps, rewards)",
             "rates(q, paths)",
         ),
         wrong(
@@ -234,7 +234,7 @@ def root(
         wrong(
             "time summed without step sizes",
             "ctrl.q_learning.martingale_loss",
-            "(paths.grid.steps.to(dm) * ahead.square())",
+            "(as_like(paths.grid.steps, dm) * ahead.square())",
             "(paths.grid.steps.mean() * ahead.square())",
         ),
         wrong(

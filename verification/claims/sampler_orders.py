@@ -80,7 +80,7 @@ def recursion(eta: float | None, steps: int) -> tuple[float, float]:
         """,
     source="moment recursions; schemes of arXiv 2011.13456 and 2010.02502",
     wrongs=[
-        wrong("rates at the right end of a step", _EULER, "t = t0", "t = t1"),
+        wrong("rates at the right end of a step", _EULER, "t = as_like(t0", "t = as_like(t1"),
         wrong(
             "state not updated by the drift",
             _EULER,
@@ -96,7 +96,7 @@ def recursion(eta: float | None, steps: int) -> tuple[float, float]:
         wrong(
             "uneven grid taken for even",
             "ctrl.simulate._left_ends",
-            "grid.nodes[:-1].to(start)",
+            "as_like(grid.nodes[:-1], start)",
             "torch.linspace(float(grid.nodes[0]), 1.0, len(grid.nodes))[:-1].to(start)",
         ),
         wrong(

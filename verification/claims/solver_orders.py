@@ -180,8 +180,8 @@ def weak_orders(setting: Setting) -> Iterator[Check]:
         wrong(
             "drift + 1 %",
             "ctrl.torchsde_solver._Equation.f",
-            "self.sde.drift_at(t.to(y), x, self.action)",
-            "1.01 * self.sde.drift_at(t.to(y), x, self.action)",
+            "self.sde.drift_at(as_like(t, y), x, self.action)",
+            "1.01 * self.sde.drift_at(as_like(t, y), x, self.action)",
         ),
         wrong(
             "g^2 for g",
@@ -192,8 +192,8 @@ def weak_orders(setting: Setting) -> Iterator[Check]:
         wrong(
             "time of the step lost",
             "ctrl.torchsde_solver._Equation.f",
-            "self.sde.drift_at(t.to(y)",
-            "self.sde.drift_at(0 * t.to(y)",
+            "self.sde.drift_at(as_like(t, y)",
+            "self.sde.drift_at(0 * as_like(t, y)",
         ),
         wrong(
             "drift correction missing", "ctrl.sde.ControlledSDE._converted", "+ share *", "+ 0 *"

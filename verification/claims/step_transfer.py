@@ -162,8 +162,8 @@ _COST = "diffusion_envs.linear_policy.kl_cost"
         wrong(
             "table read one step late",
             "ctrl.simulate._left_ends",
-            "times = grid.nodes[:-1]",
-            "times = grid.nodes[1:]",
+            "times = as_like(grid.nodes[:-1]",
+            "times = as_like(grid.nodes[1:]",
         ),
         wrong(
             "drift of the noising process not reversed",

@@ -85,8 +85,8 @@ def error_by_products(
         wrong(
             "drift and diffusion at the end of the step",
             "ctrl.solvers.EulerMaruyama.step_into",
-            "t = t0.to(states)",
-            "t = t1.to(states)",
+            "t = as_like(t0, states)",
+            "t = as_like(t1, states)",
         ),
         wrong(
             "drift + 1 % in place",

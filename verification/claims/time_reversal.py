@@ -122,7 +122,7 @@ _DRIFT = "diffusion_envs.denoising.generation_sde"
             "reverse time shifted by one step",
             (
                 Edit("ctrl.simulate._left_ends", "grid.nodes[:-1]", "grid.nodes[1:]"),
-                Edit("ctrl.solvers.EulerMaruyama.step_into", "t = t0", "t = t1"),
+                Edit("ctrl.solvers.EulerMaruyama.step_into", "t = as_like(t0", "t = as_like(t1"),
             ),
         ),
         wrong(

@@ -133,7 +133,7 @@ def curved(setting: Setting, noise: str) -> tuple[ctrl.ControlledSDE, ctrl.Paths
         wrong(
             "sigma' for its inverse",
             "ctrl.sde.ControlledSDE.whiten",
-            "_solve(sigma, shift.reshape(len(states), -1), float(t))",
+            "_solve(sigma, shift.reshape(len(states), -1), t)",
             'torch.einsum("pij,pi->pj", sigma, shift.reshape(len(states), -1))',
         ),
         wrong(
@@ -163,8 +163,8 @@ def curved(setting: Setting, noise: str) -> tuple[ctrl.ControlledSDE, ctrl.Paths
         wrong(
             "uneven grid treated as uniform",
             "ctrl.paths.time_integral",
-            "* grid.steps",
-            "* grid.steps.mean()",
+            "* as_like(grid.steps, rates)",
+            "* as_like(grid.steps, rates).mean()",
         ),
         wrong(
             "torchsde given the variance for the diffusion",

@@ -199,14 +199,14 @@ KL_RATE = "diffusion_envs.objectives.protocol.path_kl_rate"
         wrong(
             "timestep of another step",
             ROWS,
-            "to(environment.device)[step]",
-            "to(environment.device)[step - 1]",
+            "self._timesteps[step]",
+            "self._timesteps[step - 1]",
         ),
         wrong(
             "prompts not shuffled with their rows",
             ROWS,
-            "rollout.condition[path]",
-            "rollout.condition[path.flip(0)]",
+            "rollout.condition[which[:, 0]]",
+            "rollout.condition[which[:, 0].flip(0)]",
         ),
         wrong(
             "adapter ignored while sampling",

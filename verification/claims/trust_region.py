@@ -115,8 +115,8 @@ INTEGRAL = wrong(
 EVEN = wrong(
     "uneven grid taken for an even one",
     "ctrl.trust_region._integral",
-    "grid.steps.to(rates)",
-    "grid.steps.to(rates).mean()",
+    "as_like(grid.steps, rates)",
+    "as_like(grid.steps, rates).mean()",
 )
 
 
