@@ -33,6 +33,8 @@ def sent(value: Tensor, device: torch.device | str, dtype: torch.dtype | None = 
 def as_like(value: Tensor | float, like: Tensor) -> Tensor:
     """A number or a tensor in the dtype and on the device of ``like``, without waiting."""
     if isinstance(value, Tensor):
+        if value.device == like.device:
+            return value.to(like.dtype)
         return sent(value, like.device, like.dtype)
     return like.new_full((), float(value))
 
@@ -48,12 +50,13 @@ def require(holds: Tensor, error: Callable[[], Exception]) -> None:
         holds: one truth value, [].
         error: makes what is raised; of a condition on another device it may be called later.
     """
-    waiting = _waiting.get()
-    # what is inside torch.func does not outlive it
-    inside = torch._C._functorch.is_functorch_wrapped_tensor(holds)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]  # torch has no public name for it
-    if waiting is not None and holds.device.type != "cpu" and not inside:
-        waiting.append((holds.detach(), error))
-    elif not bool(holds):
+    if holds.device.type != "cpu" and (waiting := _waiting.get()) is not None:
+        # what is inside torch.func does not outlive it
+        inside = torch._C._functorch.is_functorch_wrapped_tensor(holds)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]  # torch has no public name for it
+        if not inside:
+            waiting.append((holds.detach(), error))
+            return
+    if not bool(holds):
         raise error()
 
 

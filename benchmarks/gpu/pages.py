@@ -13,22 +13,47 @@ TITLES = {
 }
 HEAD = """# On a GPU
 
-`bash benchmarks/gpu.sh` measures all of this on a machine with a GPU, in at most eight minutes, and
-writes this page and `gpu.json`; `bash benchmarks/gpu.sh --rehearse` runs the same stages on the
-CPU, tiny, to show that they run.
+`bash benchmarks/gpu.sh` measures on a machine with a GPU, in at most eight minutes, and writes this
+page and `gpu.json`; `bash benchmarks/gpu.sh --rehearse` runs the same stages on the CPU, tiny, to
+show that they run. What is simulated is counted on an accelerator (`make test-device`) that has
+CUDA's rules about devices, generators and waiting, and the CPU's arithmetic and speed.
 
-| part | measured on a GPU | counted on the simulated device (`make test-device`) |
-| --- | --- | --- |
+| part | measured | simulated | neither |
+| --- | --- | --- | --- |
 """
+_COUNTED = "([table](benchmarks.md))"
+# what, the stage that measures it, what is simulated of it, what is neither
 PARTS = (
-    ("tensors and generators of two devices, refused", "tests", True),
-    ("every estimator of `ctrl`", "tests", True),
-    ("an update of every objective, resumed", "", True),
-    ("synchronisations and launches ([table](benchmarks.md))", "", True),
-    ("seconds of roll-outs and path KLs", "rollouts", False),
-    ("bit-for-bit resume", "tiny", False),
-    ("images per second, memory, share of the network's own calls", "full_size", False),
-    ("CUDA's own rounding, races, pinned memory, several GPUs", "", False),
+    (
+        "every solver, estimator and agent of `ctrl`",
+        "tests",
+        "the CPU's numbers, to 1e-12; no step of `simulate` (own solvers) and of `path_kl` waits "
+        + _COUNTED,
+        "",
+    ),
+    ("seconds of roll-outs and path KLs", "rollouts", f"launches are counted {_COUNTED}", ""),
+    (
+        "fine-tuning, every objective",
+        "",
+        "the CPU's numbers, resumed bit for bit, at most one wait for each network call "
+        + _COUNTED,
+        "float16, several GPUs",
+    ),
+    ("the embedded model, resumed bit for bit", "tiny", "so it is", ""),
+    (
+        "Stable Diffusion 1.5 at 512 x 512: images per second, memory, share of the network's calls",
+        "full_size",
+        "",
+        "",
+    ),
+    (
+        "device choice",
+        "",
+        "`cuda` without one, `cuda:1` and `mps` are refused, `cpu` beside a GPU works",
+        "several GPUs",
+    ),
+    ("the HJB solver", "", "is for the CPU, says so, and answers on a device", ""),
+    ("races, pinned memory, memory limits, streams", "", "", "all of it"),
 )
 
 
@@ -54,9 +79,11 @@ def page(found: dict[str, dict[str, Any]], stages: Sequence[str]) -> str:
     """The page in Markdown."""
     real = {name: one for name, one in found.items() if not one.get("machine", {}).get("rehearsal")}
     lines = [HEAD.rstrip()]
-    for part, stage, simulated in PARTS:
+    for part, stage, simulated, neither in PARTS:
         measured = "yes" if real.get(stage, {}).get("status") == "done" else "no"
-        lines.append(f"| {part} | {measured} | {'yes' if simulated else 'no'} |")
+        if measured == "no" and stage:
+            neither = ", ".join(filter(None, ["seconds and CUDA's own round-off", neither]))
+        lines.append(f"| {part} | {measured} | {simulated} | {neither} |")
     if not found:
         lines += ["", "**Nothing was measured on a GPU so far.**"]
     elif not real:

@@ -115,7 +115,7 @@ MISTAKES = [
             no_waiting, "simulate, EulerMaruyama"),
     Mistake("ctrl.sde.ControlledSDE.whiten", "reached = ~", "sigma.sum().item(); reached = ~",
             no_waiting, "path_kl"),
-    Mistake("ctrl.devices.require", "waiting is not None and", "False and",
+    Mistake("ctrl.devices.require", "is not None", "is ...",
             no_waiting, "simulate, Milstein"),
     Mistake("ctrl.girsanov.controls", "each.append(", "shift.isfinite().all().item(); each.append(",
             no_waiting, "path_kl"),
