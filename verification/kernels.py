@@ -70,7 +70,8 @@ class Kernel:
     def environ(self) -> dict[str, str]:
         """This process's environment with the choice in it, and no other."""
         kept = {key: value for key, value in os.environ.items() if key not in CHOICES}
-        return {**kept, "OMP_NUM_THREADS": "1", **self.variables}
+        # threads that wait must not burn the core that another process needs
+        return {"OMP_WAIT_POLICY": "PASSIVE", **kept, "OMP_NUM_THREADS": "1", **self.variables}
 
 
 # Under which effects are measured: the usual kernels, then each library's simplest, then what its
