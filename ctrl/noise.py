@@ -234,9 +234,40 @@ def brownian_increments(
     _check_step_sizes(step_sizes)
     require_generator(generator, step_sizes.device, "step_sizes")
     drawn = step_sizes.new_empty(len(step_sizes), paths, *noise)  # time-major, as paths are stored
-    for row, width in zip(drawn, step_sizes.sqrt().tolist(), strict=True):
-        row.normal_(generator=generator).mul_(width)
+    many = steps_at_once(drawn[0])
+    widths = step_sizes.sqrt().tolist()
+    for k in range(0, len(drawn), many):
+        fill_increments(drawn[k : k + many], widths[k : k + many], generator)
     return drawn.movedim(0, 1)
+
+
+_TOGETHER = 2**24  # bytes of increments that a device draws at once
+
+
+def steps_at_once(row: Tensor) -> int:
+    """How many steps' increments are drawn together: one on the CPU, where they stay in cache.
+
+    On a device every call is a launch, which for small rows costs more than what it does.
+    """
+    if row.device.type == "cpu":
+        return 1
+    return max(1, min(64, _TOGETHER // max(1, row.numel() * row.element_size())))
+
+
+def fill_increments(
+    rows: Float[Tensor, "steps paths *noise"], widths: list[float], generator: torch.Generator
+) -> None:
+    """Draw W(t + h) - W(t) of some steps, time-major, each with its own width sqrt(h)."""
+    # normal_(std=...) is twice as slow as normal_() and a product
+    rows.normal_(generator=generator)
+    if len(widths) == 1:
+        rows.mul_(widths[0])
+    else:
+        rows.mul_(
+            as_like(torch.tensor(widths, dtype=torch.float64), rows).view(
+                -1, *[1] * (rows.ndim - 1)
+            )
+        )
 
 
 def gauss_hermite(

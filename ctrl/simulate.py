@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from ctrl.devices import as_like, require, require_generator, together
-from ctrl.noise import Noise, PathStreams
+from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
 from ctrl.problem import ControlProblem
@@ -183,7 +183,7 @@ def _source(
         )
     if isinstance(generator, PathStreams):
         return _Streamed(generator, shape, start)
-    return _Drawn(generator, shape, start)
+    return _Drawn(generator, shape, start, grid)
 
 
 class _Given:
@@ -229,16 +229,30 @@ class _Drawn:
     weights = None
     shows_noise = True
 
-    def __init__(self, generator: Generator, shape: tuple[int, ...], start: Tensor) -> None:
+    def __init__(
+        self, generator: Generator, shape: tuple[int, ...], start: Tensor, grid: TimeGrid
+    ) -> None:
         require_generator(generator, start.device, "start")
         self.generator, self.shape, self.like = generator, shape, start
+        self.at_once = steps_at_once(start.new_empty(shape[:1] + shape[2:]))
+        self.widths = grid.steps.sqrt().tolist()
+        self.kept: Tensor | None = None  # where increments stay, time-major, if they do
+        self.block = start  # the steps that were drawn last
 
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
-        """W(t + h) - W(t) of step k, in ``into`` if that is given."""
+        """W(t + h) - W(t) of step k; on the CPU in ``into`` if that is given."""
         row = self.shape[:1] + self.shape[2:]
-        into = self.like.new_empty(row) if into is None else into
-        # normal_(std=...) is twice as slow as normal_() and a product
-        return into.normal_(generator=self.generator).mul_(math.sqrt(h))
+        if self.at_once == 1:
+            into = self.like.new_empty(row) if into is None else into
+            fill_increments(into.unsqueeze(0), self.widths[k : k + 1], self.generator)
+            return into
+        if k % self.at_once == 0:
+            widths = self.widths[k : k + self.at_once]
+            many = len(widths)
+            kept = self.kept
+            self.block = self.like.new_empty(many, *row) if kept is None else kept[k : k + many]
+            fill_increments(self.block, widths, self.generator)
+        return self.block[k % self.at_once]
 
     def for_action(self, k: int, mean: Tensor) -> Tensor:
         """Standard normals for the actions of step k."""
@@ -317,6 +331,8 @@ def _roll_out_in_place(
     if "increments" in keep and source.shows_noise:
         row = source.shape[:1] + source.shape[2:]
         increments = _buffer(out, "increments", (steps, *row), start)
+        if isinstance(source, _Drawn):
+            source.kept = increments
     in_place = isinstance(solver, InPlaceSolver)
     # normals that fit and are not kept are drawn into the path's own next row
     spare = in_place and sde.noise == "diagonal"

@@ -41,7 +41,7 @@ PARTS = (
     ),
     ("the embedded model, resumed bit for bit", "tiny", "so it is", ""),
     (
-        "Stable Diffusion 1.5 at 512 x 512: images per second, memory, share of the network's calls",
+        "Stable Diffusion 1.5 at 512 x 512: images per second, memory, share of its calls",
         "full_size",
         "",
         "",

@@ -202,7 +202,9 @@ CASES = {
     "simulate, streams": streamed,
     "simulate, streams, srk": lambda s: streamed(s, ctrl.TorchSDE("srk")),
     "simulate, drawn actions": lambda s: s.paths().actions,
-    "simulate, generator": lambda s: s.paths(noise=None, generator=s.generator()).states,
+    # rows of 16 numbers: the CPU's generator draws these alike one by one and together
+    "simulate, generator": lambda s: ctrl.simulate(
+        s.problem, s.mean, s.start[:1].expand(8, DIM), s.grid, generator=s.generator()).states,
     "girsanov.controls": lambda s: ctrl.girsanov.controls(s.sde, s.mean, s.reference,
                                                           s.paths(s.mean)),
     "girsanov.path_kl": lambda s: ctrl.girsanov.path_kl(s.sde, s.mean, s.reference,
@@ -289,7 +291,7 @@ CASES = {
     "Estimate": lambda s: torch.tensor(ctrl.Estimate.of(s.start[:, 0]).mean, dtype=FLOAT),
     "LinearValue": lambda s: ctrl.LinearValue(lambda t, x: x, s.gain)(s.start, s.start),
     "brownian_increments": lambda s: ctrl.noise.brownian_increments(
-        s.grid.steps.to(s.device), 4, (2,), generator=s.generator()),
+        s.grid.steps.to(s.device), 8, (2,), generator=s.generator()),
     "gauss_hermite": lambda s: ctrl.noise.gauss_hermite(
         s.grid.steps[:2].to(s.device), nodes=3).increments,
     "antithetic": lambda s: ctrl.noise.antithetic(s.noise).increments,

@@ -99,7 +99,7 @@ MISTAKES = [
             "sent(self.judge(self.reward, images, prompts), self.device)",
             "self.judge(self.reward, images, prompts).cpu()", update, "DDPO"),
     # a generator of the CPU
-    Mistake("ctrl.simulate._Drawn.increment", "generator=self.generator",
+    Mistake("ctrl.noise.fill_increments", "generator=generator",
             "generator=torch.Generator()", same_numbers, "simulate, generator"),
     Mistake("ctrl.noise.random_signs", "generator=generator", "generator=torch.Generator()",
             same_numbers, "q_rates, probes"),

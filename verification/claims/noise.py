@@ -261,8 +261,8 @@ ROWS = "ctrl.noise.PathStreams.rows"
         wrong(
             "the generator advanced twice a step",
             "ctrl.simulate._Drawn.increment",
-            "return into.normal_(generator=self.generator)",
-            "return into.normal_(generator=self.generator).normal_(generator=self.generator)",
+            "fill_increments(into.unsqueeze(0), self.widths[k : k + 1], self.generator)",
+            "[fill_increments(into[None], self.widths[k : k + 1], self.generator) for _ in '12']",
         ),
         wrong(
             "the stream advanced twice a step",
@@ -354,6 +354,7 @@ def batches(draw: Callable[[int], Tensor]) -> Iterator[Tensor]:
 
 
 INCREMENTS, PIECES = "ctrl.noise.brownian_increments", "ctrl.torchsde_solver.TorchSDE._pieces"
+FILL = "ctrl.noise.fill_increments"
 
 
 @claim(
@@ -364,13 +365,13 @@ INCREMENTS, PIECES = "ctrl.noise.brownian_increments", "ctrl.torchsde_solver.Tor
     source="Kloeden & Platen, sections 1.8, 10.4; Foster, Lyons & Oberhauser 2020",
     wrongs=[
         wrong("h for sqrt(h)", INCREMENTS, "step_sizes.sqrt()", "step_sizes"),
-        wrong("standard normals", INCREMENTS, ".mul_(width)", ".mul_(1)"),
-        wrong("variance + 10 %", INCREMENTS, ".mul_(width)", ".mul_(1.05 * width)"),
+        wrong("standard normals", FILL, "rows.mul_(widths[0])", "rows.mul_(1)"),
+        wrong("variance + 10 %", FILL, "rows.mul_(widths[0])", "rows.mul_(1.05 * widths[0])"),
         wrong(
             "uniform numbers of the same variance",
-            INCREMENTS,
-            "row.normal_(generator=generator)",
-            "row.uniform_(-(3**0.5), 3**0.5, generator=generator)",
+            FILL,
+            "rows.normal_(generator=generator)",
+            "rows.uniform_(-(3**0.5), 3**0.5, generator=generator)",
         ),
         wrong(
             "one noise for all paths of a group",
