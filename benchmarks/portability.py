@@ -7,8 +7,8 @@ A row is a choice of kernels (``verification.kernels``) by the variables that ch
 fingerprint of their results, and what pytest says under it. Choices whose fingerprint equals one
 before give the same bits here, as a rule, and are not run again: MKL picks by the vendor of the
 processor, oneDNN by what it can do. Choices of instructions that this processor lacks are left out
-where a library would run them all the same, and fall back to others where it checks: the
-fingerprint, and what ATen says it runs, show which. The exit code is 1 where a test failed.
+where a library would run them all the same, and marked where it falls back to others. The exit code
+is 1 where a test failed.
 
 A row that fails is run again by
     VARIABLE=value ... python -m pytest FILE
@@ -116,12 +116,11 @@ class Row:
     failures: tuple[str, ...] = ()
 
 
-def fingerprint_of(kernel: Kernel) -> tuple[str, str]:
-    """Fingerprint and ATen's instructions in a process of this kernel; empty if it cannot run."""
+def fingerprint_of(kernel: Kernel) -> str:
+    """``kernels.fingerprint`` in a process of this kernel; empty if it cannot run."""
     command = [sys.executable, "-m", "verification.kernels"]
     done = subprocess.run(command, env=kernel.environ(), capture_output=True, text=True)
-    words = done.stdout.split()
-    return (words[0], words[1]) if done.returncode == 0 and len(words) == 2 else ("", "")
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def tested(kernel: Kernel, arguments: Sequence[str]) -> tuple[int, int, tuple[str, ...]]:
@@ -161,7 +160,7 @@ def read_claims(output: str, code: int) -> tuple[int, int, tuple[str, ...]]:
 def rows(
     kernels: Sequence[Kernel],
     run: Callable[[Kernel], tuple[int, int, tuple[str, ...]]],
-    identify: Callable[[Kernel], tuple[str, str]] = fingerprint_of,
+    identify: Callable[[Kernel], str] = fingerprint_of,
     processes: int = 2,
 ) -> list[Row]:
     """Every kernel's row, in order; those of equal fingerprints are run once."""
@@ -172,9 +171,8 @@ def rows(
         if kernel.missing:
             found[at] = Row(kernel, "", f"left out: this processor has no {kernel.missing}")
             continue
-        digits, aten = identify(kernel)
-        asked = kernel.variables.get("ATEN_CPU_CAPABILITY", aten)
-        note = "" if asked.lower() == aten.lower() else f"falls back to {aten.lower()}"
+        digits = identify(kernel)
+        note = f"falls back: this processor has no {kernel.replaced}" if kernel.replaced else ""
         threads = kernel.variables.get("OMP_NUM_THREADS", "1")
         if not digits:
             found[at] = Row(kernel, "", "cannot run here", failed=0)

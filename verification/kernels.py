@@ -12,7 +12,7 @@ import hashlib
 import os
 import platform
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,15 @@ CHOICES = (
     "OMP_NUM_THREADS",
 )
 
-# Instructions that a library runs without asking the processor, if it is told to.
-_UNCHECKED = {
+# What a choice needs, by Linux's names. OpenBLAS runs it without asking the processor; the others
+# take what there is.
+_NEEDS = {
+    ("MKL_CBWR", "AVX2"): "avx2",
+    ("MKL_CBWR", "AVX512"): "avx512f",
+    ("ATEN_CPU_CAPABILITY", "avx2"): "avx2",
+    ("ATEN_CPU_CAPABILITY", "avx512"): "avx512f",
+    ("ONEDNN_MAX_CPU_ISA", "AVX2"): "avx2",
+    ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE"): "avx512f",
     ("OPENBLAS_CORETYPE", "Haswell"): "avx2",
     ("OPENBLAS_CORETYPE", "SkylakeX"): "avx512f",
 }
@@ -59,12 +66,19 @@ class Kernel:
     @property
     def missing(self) -> str | None:
         """Instructions that this processor lacks and that would end the process; None if none."""
-        for choice, instructions in _UNCHECKED.items():
-            if (
-                self.variables.get(choice[0]) == choice[1]
-                and instructions not in instructions_here()
-            ):
-                return instructions
+        return self._lacking(("OPENBLAS_CORETYPE",))
+
+    @property
+    def replaced(self) -> str | None:
+        """Instructions that this processor lacks and that libraries replace by others."""
+        return self._lacking(CHOICES)
+
+    def _lacking(self, choices: Sequence[str]) -> str | None:
+        here = instructions_here()
+        for choice, value in self.variables.items():
+            needed = _NEEDS.get((choice, value))
+            if choice in choices and here and needed is not None and needed not in here:
+                return needed
         return None
 
     def environ(self) -> dict[str, str]:
@@ -162,4 +176,4 @@ def _computations(dtype: torch.dtype) -> list[Callable[[], Tensor]]:
 
 if __name__ == "__main__":  # in a process of its own, under the kernel that its environment names
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    print(fingerprint(), torch.backends.cpu.get_cpu_capability())  # noqa: T201  # read by the caller
+    print(fingerprint())  # noqa: T201  # read by the caller
