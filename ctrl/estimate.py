@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import read
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -95,8 +97,8 @@ def require_probabilities(name: str, weights: Float[Tensor, " n"]) -> None:
     Raises:
         ValueError: they are negative, not finite, or do not sum to 1.
     """
-    weights = weights.detach().cpu().double()
-    total, least = weights.sum().item(), min(weights.tolist(), default=math.nan)
+    weights = weights.detach().double()
+    total, least = read(weights.sum(), weights.min()) if len(weights) else (0.0, math.nan)
     if not least >= 0 or not abs(total - 1) <= 1e-5:  # float32 weights miss 1 by round-off
         raise ValueError(
             f"{name} must be non-negative and sum to 1, they sum to {total:g} and the least is "
