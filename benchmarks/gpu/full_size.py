@@ -100,7 +100,7 @@ def _ours(where: Device, model: str | Path, batch: int) -> Iterator[dict[str, An
         objectives.DDPO(),
         Schedule(samples=_sizes(where, batch)["samples"], batch=batch),
         built.parameters,
-        accelerator=parallel.start(),
+        accelerator=parallel.start(where.device.type),
     )
     yield _line(where, batch, "sampled", trainer.sample)
     trainer.step()  # the preflight belongs to the first update only
