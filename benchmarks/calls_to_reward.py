@@ -36,8 +36,8 @@ from rich.table import Table
 
 from benchmarks.contenders import Budget, Entry, Runs, TinyProblem, swept
 from diffusion_envs import objectives as o
+from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.samplers import Scheduler
-from diffusion_envs.training.run_folder import versions
 
 DOCS = Path(__file__).parent.parent / "docs"
 BASELINE = "DDPO-IS"

@@ -21,15 +21,16 @@ from diffusers import DDIMScheduler
 
 from diffusion_envs import objectives as o
 from diffusion_envs import rewards
+from diffusion_envs.environment import Environment
 from diffusion_envs.exact import GaussianProblem, MixtureProblem, Outcome, table
+from diffusion_envs.models.stable_diffusion_pipeline import tiny_folder
+from diffusion_envs.noise_schedules import DDPMTable
+from diffusion_envs.runs.evaluation import evaluate
 from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Sampler, Scheduler
-from diffusion_envs.schedule import DDPMTable
 from diffusion_envs.sd15.__main__ import CLASS_PROMPTS
 from diffusion_envs.sd15.build import build
-from diffusion_envs.sd15.pipeline import tiny_folder
-from diffusion_envs.training.environment import Environment
-from diffusion_envs.training.evaluation import evaluate
-from diffusion_envs.training.loop import NonFiniteError, Schedule, Trainer
+from diffusion_envs.training.trainer import NonFiniteError, Trainer
+from diffusion_envs.training.update_size import UpdateSize
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed
     environment, parameters = problem.environment(sampler, seed)
     common: dict[str, Any] = {"samples": budget.samples, "weight_decay": 0.0}
     common["batch"] = 64 if images else 1_000_000
-    schedule = Schedule(**common | dict(entry.schedule))
+    schedule = UpdateSize(**common | dict(entry.schedule))
     objective = dataclasses.replace(entry.objective(problem.kl_weight), learning_rate=rate)
     trainer = Trainer(
         environment, objective, schedule, parameters, accelerator=Accelerator(cpu=True)

@@ -22,7 +22,8 @@ import ctrl
 from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.sd15.build import Model, build
 from diffusion_envs.training import parallel
-from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 from tests.device import accelerator
 from tests.device.counting import Counts, counting
 from tests.device.memory import NAME
@@ -127,7 +128,7 @@ def model(device: str = NAME) -> Model:
 
 def trainer(objective: objectives.Objective, built: Model) -> Trainer:
     """A fresh trainer of a model."""
-    schedule = Schedule(samples=SAMPLES, batch=BATCH, value_epochs=1)
+    schedule = UpdateSize(samples=SAMPLES, batch=BATCH, value_epochs=1)
     return Trainer(
         built.environment, objective, schedule, built.parameters, accelerator=parallel.start()
     )

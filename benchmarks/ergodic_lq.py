@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 import ctrl
 from ctrl import agents
-from diffusion_envs.training.run_folder import versions
+from diffusion_envs.runs.run_folder import versions
 
 GAIN, OFFSET, VARIANCE, AVERAGE = -0.354249, -0.708497, 0.035425, 0.658497
 TEMPERATURE, STEP_SIZE, STEPS, PATHS, SEEDS = 0.1, 0.01, 40_000, 256, 5

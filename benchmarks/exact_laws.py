@@ -24,20 +24,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_envs import gaussian
 from diffusion_envs.exact import (
     AffineCorrection,
     CorrectedScore,
     GaussianProblem,
     MixtureProblem,
+    gaussian,
     log_normaliser,
 )
-from diffusion_envs.exact.model import legendre
+from diffusion_envs.exact.gaussian import Affine, Gaussian, Quadratic
+from diffusion_envs.exact.linear_policy import Steps, kl_cost
 from diffusion_envs.exact.problems import BoundSampler, gaussian_kl
-from diffusion_envs.gaussian import Affine, Gaussian, Quadratic
-from diffusion_envs.linear_policy import Steps, kl_cost
+from diffusion_envs.models.exact import legendre
+from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
-from diffusion_envs.schedule import DDPMTable
 
 
 @dataclass(frozen=True)

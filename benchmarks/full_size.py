@@ -18,10 +18,10 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusion_envs import rewards, sd15
+from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.tiny.captions import write_tokenizer
 from diffusion_envs.tiny.train_denoiser import scheduler
-from diffusion_envs.training.loop import Schedule
-from diffusion_envs.training.run_folder import versions
+from diffusion_envs.training.update_size import UpdateSize
 
 
 def build(folder: Path) -> dict[str, int]:
@@ -85,7 +85,7 @@ def main() -> None:
             output=folder / "run",
             steps=options.steps,
             updates=1,
-            schedule=Schedule(samples=samples, batch=4 if gpu else 2, value_epochs=1),
+            schedule=UpdateSize(samples=samples, batch=4 if gpu else 2, value_epochs=1),
             evaluation_samples=2,
             precision="bfloat16",
             resolution=512 if gpu else 256,

@@ -54,7 +54,7 @@ from benchmarks.contenders import (
     swept,
     swept_score,
 )
-from diffusion_envs.training.run_folder import versions
+from diffusion_envs.runs.run_folder import versions
 
 DOCS = Path(__file__).parent.parent / "docs"
 UNSAID = ("problem", "methods", "runs", "output")  # that change no number of the table

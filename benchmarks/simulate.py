@@ -25,7 +25,7 @@ import torchsde
 from torch import Tensor, nn
 
 import ctrl
-from diffusion_envs.training.run_folder import versions
+from diffusion_envs.runs.run_folder import versions
 
 PATHS, DIM = 4096, 8
 START = torch.zeros(PATHS, DIM)

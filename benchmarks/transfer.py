@@ -48,9 +48,10 @@ from benchmarks.exact_laws import Judged
 from diffusion_envs import objectives as o
 from diffusion_envs.exact import CorrectedScore, GaussianProblem, MixtureProblem, table
 from diffusion_envs.exact.problems import BoundSampler
+from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.samplers import DDIM, Scheduler
-from diffusion_envs.training.loop import Schedule, Trainer
-from diffusion_envs.training.run_folder import versions
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -164,7 +165,7 @@ def train(
     environment, parameters = problem.environment(sampler, seed)
     settings: dict[str, Any] = {"samples": options.samples, "batch": 1_000_000, "weight_decay": 0.0}
     settings["value_batch"] = 6 * (steps + 1)
-    schedule = Schedule(**settings | dict(entry.schedule))
+    schedule = UpdateSize(**settings | dict(entry.schedule))
     objective = dataclasses.replace(entry.objective(problem.kl_weight), learning_rate=rate)
     trainer = Trainer(
         environment, objective, schedule, parameters, accelerator=Accelerator(cpu=True)

@@ -26,10 +26,11 @@ from ctrl import Estimate
 from diffusion_envs import objectives as o
 from diffusion_envs import rewards
 from diffusion_envs.objectives import Objective
+from diffusion_envs.runs.evaluation import Evaluation, evaluate
+from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.samplers import DDIM, Sampler, Scheduler
-from diffusion_envs.training.evaluation import Evaluation, evaluate
-from diffusion_envs.training.loop import Schedule, Trainer
-from diffusion_envs.training.run_folder import versions
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -93,7 +94,7 @@ def trained(training: Training, problem: TinyProblem, options: Options) -> Any:
     """An environment whose adapter has learned; its rate falls linearly to 0 with the calls."""
     sampler = DDIM(1.0).bind(problem.table, training.steps)
     environment, parameters = problem.environment(sampler, options.seed)
-    schedule = Schedule(samples=options.samples, weight_decay=0.0)
+    schedule = UpdateSize(samples=options.samples, weight_decay=0.0)
     trainer = Trainer(
         environment, training.objective, schedule, parameters, accelerator=Accelerator(cpu=True)
     )

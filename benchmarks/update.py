@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from diffusion_envs import objectives, rewards, samplers
+from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.sd15.build import build
 from diffusion_envs.training import parallel
-from diffusion_envs.training.loop import Schedule, Trainer
-from diffusion_envs.training.run_folder import versions
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 
 STEPS, SAMPLES, RUNS = 10, 32, 5
 
@@ -42,7 +43,7 @@ def main() -> None:
     trainer = Trainer(
         built.environment,
         objectives.ScoreAsAction(),
-        Schedule(samples=SAMPLES),
+        UpdateSize(samples=SAMPLES),
         built.parameters,
         accelerator=parallel.start(),
     )

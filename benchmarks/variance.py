@@ -41,13 +41,14 @@ from torch import Tensor
 
 from benchmarks.exact_laws import affine_objective, affine_values, change_coefficients
 from diffusion_envs import objectives as o
+from diffusion_envs.environment import Sample
 from diffusion_envs.exact import AffineCorrection, GaussianProblem, table
-from diffusion_envs.exact.model import legendre
+from diffusion_envs.models.exact import legendre
 from diffusion_envs.objectives import Rollout, Rows
+from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.samplers import DDIM, BoundDDIM
-from diffusion_envs.training.environment import Sample
-from diffusion_envs.training.loop import Schedule, Trainer
-from diffusion_envs.training.run_folder import versions
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -238,7 +239,7 @@ class Measured:
             for parameter, value in zip(self.parameters, weights, strict=True):
                 parameter.copy_(value)
         self.objective = estimator.objective(problem.kl_weight, self.sampler)
-        schedule = Schedule(
+        schedule = UpdateSize(
             samples=options.samples,
             batch=1_000_000,
             weight_decay=0.0,

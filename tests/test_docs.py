@@ -81,7 +81,8 @@ def test_the_method_that_the_document_adds_improves_a_policy():
 
     from diffusion_envs.exact import GaussianProblem, table
     from diffusion_envs.samplers import DDIM
-    from diffusion_envs.training.loop import Schedule, Trainer
+    from diffusion_envs.training.trainer import Trainer
+    from diffusion_envs.training.update_size import UpdateSize
 
     source = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.S)
     names = {"__name__": "added"}
@@ -94,7 +95,7 @@ def test_the_method_that_the_document_adds_improves_a_policy():
     trainer = Trainer(
         environment,
         objective,
-        Schedule(samples=128, batch=10_000, weight_decay=0.0),
+        UpdateSize(samples=128, batch=10_000, weight_decay=0.0),
         parameters,
         accelerator=Accelerator(cpu=True),
     )

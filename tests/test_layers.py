@@ -26,11 +26,14 @@ ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents
 ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents
 ctrl.gym ctrl.plots ctrl
 diffusion_envs
-diffusion_envs.schedule diffusion_envs.denoising diffusion_envs.samplers diffusion_envs.gaussian
-diffusion_envs.linear_policy diffusion_envs.score diffusion_envs.value
+diffusion_envs.noise_schedules diffusion_envs.denoising
+diffusion_envs.samplers.ddim diffusion_envs.samplers.diffusers_scheduler diffusion_envs.samplers
 diffusion_envs.cifar10.data diffusion_envs.cifar10
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
 diffusion_envs.rewards.classifier diffusion_envs.rewards
+diffusion_envs.models.text_to_image_unet diffusion_envs.models.stable_diffusion_pipeline
+diffusion_envs.models.exact diffusion_envs.models
+diffusion_envs.rollout diffusion_envs.environment
 diffusion_envs.preferences diffusion_envs.objectives.protocol
 diffusion_envs.objectives.adjoint_matching diffusion_envs.objectives.ram
 diffusion_envs.objectives.score_as_action diffusion_envs.objectives.ddpo
@@ -39,20 +42,21 @@ diffusion_envs.objectives.d3po diffusion_envs.objectives.dense_reward
 diffusion_envs.objectives.nft diffusion_envs.objectives.distributional
 diffusion_envs.objectives.reward_backpropagation diffusion_envs.objectives.dxmi
 diffusion_envs.objectives
-diffusion_envs.training.checkpoint diffusion_envs.training.parallel
-diffusion_envs.training.progress diffusion_envs.training.run_folder
-diffusion_envs.training.tracking diffusion_envs.training.plots
-diffusion_envs.training.judging diffusion_envs.training.environment
-diffusion_envs.training.control diffusion_envs.training.schedule
-diffusion_envs.training.critic diffusion_envs.training.lessons diffusion_envs.training.loop
-diffusion_envs.training.evaluation diffusion_envs.training.stop diffusion_envs.training.panel
-diffusion_envs.training.report diffusion_envs.training
-diffusion_envs.exact.rewards diffusion_envs.exact.model diffusion_envs.exact.problems
-diffusion_envs.exact
+diffusion_envs.training.update_size diffusion_envs.training.parallel
+diffusion_envs.training.kl_controller diffusion_envs.training.requirements
+diffusion_envs.training.value_network
+diffusion_envs.training.critic diffusion_envs.training.lessons diffusion_envs.training.trainer
+diffusion_envs.training
+diffusion_envs.exact.gaussian diffusion_envs.exact.linear_policy
+diffusion_envs.exact.rewards diffusion_envs.exact.problems diffusion_envs.exact
+diffusion_envs.runs.progress diffusion_envs.runs.checkpoint diffusion_envs.runs.run_folder
+diffusion_envs.runs.tracking diffusion_envs.runs.plots diffusion_envs.runs.human_choices
+diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping
+diffusion_envs.runs.over_optimisation diffusion_envs.runs.report diffusion_envs.runs
 diffusion_envs.tiny.captions diffusion_envs.tiny.fit diffusion_envs.tiny.train_classifier
 diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser
 diffusion_envs.tiny diffusion_envs.tiny.measure diffusion_envs.tiny.__main__
-diffusion_envs.sd15.pipeline diffusion_envs.sd15.build diffusion_envs.sd15.transfer
+diffusion_envs.sd15.build diffusion_envs.sd15.transfer
 diffusion_envs.sd15.finetune diffusion_envs.sd15 diffusion_envs.sd15.__main__
 verification verification.statistics verification.planting verification.claim
 verification.tolerances verification.kernels verification.running verification.record
@@ -130,7 +134,7 @@ def test_nothing_in_the_list_is_imaginary():
 @pytest.mark.parametrize(
     "line",
     [
-        "import diffusion_envs.score",
+        "import diffusion_envs.denoising",
         "import ctrl.girsanov as g",
         "from ctrl import girsanov",
         "from ctrl.girsanov import path_kl",

@@ -7,8 +7,8 @@ equal, none is 0 or 1.
 import numpy as np
 
 from ctrl import linear
-from diffusion_envs import gaussian
-from diffusion_envs.schedule import VPLinear
+from diffusion_envs.exact import gaussian
+from diffusion_envs.noise_schedules import VPLinear
 from verification.claim import Setting
 from verification.closed_form import tilt
 from verification.closed_form.vp_gaussian import LONG, Normal, VPGaussian

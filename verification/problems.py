@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import ctrl
-from diffusion_envs import gaussian, linear_policy
-from diffusion_envs.schedule import DDPMTable, Schedule, VPLinear
+from diffusion_envs.exact import gaussian, linear_policy
+from diffusion_envs.noise_schedules import DDPMTable, UpdateSize, VPLinear
 from verification.claim import Setting
 from verification.closed_form.ornstein_uhlenbeck import OrnsteinUhlenbeck
 from verification.closed_form.samplers import integrated_rates
@@ -60,7 +60,7 @@ def table(model: VPGaussian, entries: int, **options: bool | int | str) -> DDPMT
 
 def generation(
     data: gaussian.Gaussian,
-    schedule: Schedule,
+    schedule: UpdateSize,
     eta: float = 1.0,
     gain: Tensor | None = None,
     shift: Tensor | None = None,

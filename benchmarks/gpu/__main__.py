@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.gpu import full_size, pages, rollouts, tiny
 from benchmarks.gpu.timing import Device
-from diffusion_envs.training.run_folder import versions
+from diffusion_envs.runs.run_folder import versions
 
 
 def tests(where: Device) -> Iterable[dict[str, Any]]:

@@ -17,10 +17,11 @@ from benchmarks.gpu.plain_ddpo import PlainDDPO
 from benchmarks.gpu.timing import Device
 from benchmarks.update import record
 from diffusion_envs import objectives, rewards, samplers
+from diffusion_envs.models.stable_diffusion_pipeline import TINY
 from diffusion_envs.sd15.build import Model, build
-from diffusion_envs.sd15.pipeline import TINY
 from diffusion_envs.training import parallel
-from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 
 BATCHES, STEPS = (1, 4, 16), 8
 PROMPTS = ["a photo of a cat", "a photo of a ship"]
@@ -98,7 +99,7 @@ def _ours(where: Device, model: str | Path, batch: int) -> Iterator[dict[str, An
     trainer = Trainer(
         built.environment,
         objectives.DDPO(),
-        Schedule(samples=_sizes(where, batch)["samples"], batch=batch),
+        UpdateSize(samples=_sizes(where, batch)["samples"], batch=batch),
         built.parameters,
         accelerator=parallel.start(where.device.type),
     )

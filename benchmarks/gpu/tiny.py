@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.gpu.timing import Device
 from diffusion_envs import rewards, sd15
-from diffusion_envs.training.loop import Schedule
+from diffusion_envs.training.update_size import UpdateSize
 
 UPDATES = 4
 
@@ -31,7 +31,7 @@ def rows(where: Device) -> Iterator[dict[str, Any]]:
                 steps=steps,
                 updates=updates,
                 guidance=1.0,
-                schedule=Schedule(samples=samples, batch=64),
+                schedule=UpdateSize(samples=samples, batch=64),
                 evaluation_samples=samples,
                 device=where.device.type,
                 progress=False,

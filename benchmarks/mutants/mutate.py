@@ -26,8 +26,8 @@ MODULES = """
 ctrl.girsanov ctrl.martingale ctrl.q_learning ctrl.policy_gradient ctrl.trust_region ctrl.value
 ctrl.advantages ctrl.transitions ctrl.exploration ctrl.policy ctrl.solvers ctrl.paths
 ctrl.linear.gaussian ctrl.linear.kl_control ctrl.linear.lq ctrl.linear.riccati
-diffusion_envs.schedule diffusion_envs.denoising diffusion_envs.gaussian
-diffusion_envs.linear_policy diffusion_envs.samplers diffusion_envs.value
+diffusion_envs.noise_schedules diffusion_envs.denoising diffusion_envs.exact.gaussian
+diffusion_envs.exact.linear_policy diffusion_envs.samplers diffusion_envs.training.value_network
 diffusion_envs.objectives.score_as_action verification.statistics
 """.split()  # noqa: SIM905  # a list literal of thirty strings reads worse
 

@@ -1,6 +1,5 @@
 """Fine-tuning problems whose optimum is known exactly, on the loop that images use."""
 
-from diffusion_envs.exact.model import AffineCorrection, CorrectedScore, NeuralCorrection
 from diffusion_envs.exact.problems import (
     GaussianProblem,
     MixtureProblem,
@@ -10,6 +9,7 @@ from diffusion_envs.exact.problems import (
     table,
 )
 from diffusion_envs.exact.rewards import CosineReward, QuadraticReward
+from diffusion_envs.models.exact import AffineCorrection, CorrectedScore, NeuralCorrection
 
 __all__ = [
     "AffineCorrection",

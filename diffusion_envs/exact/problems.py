@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from ctrl.devices import as_like
 from ctrl.noise import stream
-from diffusion_envs import gaussian
-from diffusion_envs.exact.model import AffineCorrection, CorrectedScore, NeuralCorrection, legendre
+from diffusion_envs.environment import Environment
+from diffusion_envs.exact import gaussian
+from diffusion_envs.exact.gaussian import Affine, Gaussian, Quadratic
+from diffusion_envs.exact.linear_policy import Steps, kl_cost
 from diffusion_envs.exact.rewards import CosineReward, QuadraticReward
-from diffusion_envs.gaussian import Affine, Gaussian, Quadratic
-from diffusion_envs.linear_policy import Steps, kl_cost
+from diffusion_envs.models.exact import AffineCorrection, CorrectedScore, NeuralCorrection, legendre
+from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
-from diffusion_envs.schedule import DDPMTable
-from diffusion_envs.training.environment import Environment
 
 BoundSampler: TypeAlias = BoundDDIM | BoundBlackBox
 

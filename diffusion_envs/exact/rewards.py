@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.devices import as_like
-from diffusion_envs.gaussian import Quadratic
+from diffusion_envs.exact.gaussian import Quadratic
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ Sampler      What is generated at the optimum is the pretrained law tilted by ex
              only if that forgets its start: eta = 1 with little signal left at the horizon.
 
 Published    (1) The control of step k is matched with a_k, here with a_{k+1}. (2) Four of 50 steps
-             are trained, half of them among the first 60 percent; ``Schedule.train_steps`` draws
+             are trained, half of them among the first 60 percent; ``UpdateSize.train_steps`` draws
              them evenly. (3) Losses above a moving 0.9 quantile are dropped: that biases the
              critical point towards paths of small adjoints, and is left out. (4) Guidance only
              samples; here paths, control and adjoint all belong to the guided model, which is the

@@ -23,7 +23,7 @@ Differences  The log-ratio is that of the whole step; ``beta_per_pixel`` and ``c
              those of the mean over coordinates, converted. As published a loss of a pair lies in
              [0.6921, 0.6941]. Paths of a group share the drawn steps here; there each draws its
              own. There 1000 prompts' paths are kept and reused for 2500 updates; here the loop's
-             epochs say how often. ``Schedule(train_steps=3)`` is the published number of steps.
+             epochs say how often. ``UpdateSize(train_steps=3)`` is the published number of steps.
              The discount is per step, so it means another time with another number of steps.
 
 Sources      Yang, Chen & Zhou 2024, "A dense reward view on aligning text-to-image diffusion with

@@ -24,7 +24,7 @@ Published    (1) Flow-GRPO divides by a variance that lacks the step's length: i
              times the step, about a tenth of it, and its weight of 0.04 is 0.004 a nat. (2)
              Log-densities and KL are means over pixels, here sums; a clip of 1e-4 a pixel is 1.64
              nats a step at 4 x 64 x 64. (3) Flow-GRPO trains all steps but the last, in order; here
-             all, or Schedule.train_steps of them. (4) It leaves out groups of equal rewards; here
+             all, or UpdateSize.train_steps of them. (4) It leaves out groups of equal rewards; here
              their advantage is 0, and the KL holds them. (5) Its SDE is that of a flow; here it is
              DDIM with eta. Near the data DDIM's variance is less than int g^2 dt: its KL, the one
              used here, is up to 21 times the path KL that is logged (last of 50 trailing steps of

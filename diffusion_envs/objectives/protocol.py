@@ -11,7 +11,6 @@ loop knows the kinds, never the methods:
 What it needs is declared, so that a sampler or a reward that cannot serve is refused at the start.
 """
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -25,39 +24,7 @@ from torch import Generator, Tensor
 
 from ctrl import DeterministicPolicy, Policy
 from ctrl.devices import sent
-
-
-@dataclass(frozen=True, eq=False)
-class Rollout:
-    """Paths sampled from one policy, with their scores, costs, values and rewards.
-
-    Time is RL time: step k leads from node k to node k + 1; node 0 is noise, the last node is data.
-    Of a black-box sampler only the last node is known: nodes is 1 and steps 0.
-    """
-
-    states: Float[Tensor, "paths nodes *event"]
-    means: Float[Tensor, "paths steps *event"]  # the policy's mean score at the left of each step
-    actions: Float[Tensor, "paths steps *event"]  # the score that was used; means, if not drawn
-    noises: Float[Tensor, "paths steps *event"]  # standard normals that drove the transitions
-    reference_scores: Float[Tensor, "paths steps *event"]
-    costs: Float[Tensor, "paths steps"]  # path KL of each step from the pretrained model, nats
-    values: Float[Tensor, "paths nodes"] | None  # reward; the last column is the terminal reward
-    rewards: Float[Tensor, " paths"]
-    step_sizes: Float[Tensor, " steps"]  # int g^2 dt over each step: the clock in which g = 1
-    condition: Int64[Tensor, " paths"]  # index of the prompt
-    group: int = 1  # paths in a row that share a prompt, and are judged together
-    targets: Float[Tensor, "paths steps *event"] | None = None  # by ``PathObjective.targets``
-    preferences: Float[Tensor, " paths"] | None = None  # larger is preferred within a group
-
-    def chosen(self, rows: Int64[Tensor, " rows"]) -> "Rollout":
-        """The same roll-out, some of its paths only."""
-        here = sent(rows, self.rewards.device)
-        fields = {
-            f.name: value[here if value.device == here.device else rows]
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor) and f.name != "step_sizes"
-        }
-        return dataclasses.replace(self, **fields)
+from diffusion_envs.rollout import Rollout
 
 
 @dataclass(frozen=True, eq=False)

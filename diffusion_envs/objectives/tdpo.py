@@ -18,9 +18,9 @@ Samples      What makes the published runs use fewer rewards than DDPO is mostly
              each. From 256 images and 50 steps it takes 100 optimiser steps where DDPO takes 2 (the
              comment in its settings says 2 as well), on data that grows old meanwhile. That order
              is no part of an objective. The same number of optimiser steps, each of as many rows
-             and at the cost of one pass, is Schedule(samples=256, epochs=50, minibatches=2,
+             and at the cost of one pass, is UpdateSize(samples=256, epochs=50, minibatches=2,
              train_steps=1), which draws steps at random for each path; and
-             Schedule(samples=256, minibatches=64) takes 64, of all steps of few paths. Compare
+             UpdateSize(samples=256, minibatches=64) takes 64, of all steps of few paths. Compare
              methods at an equal number of optimiser steps.
 Published    (1) Rewards are first standardised within prompts over a buffer of 32: prompts weigh by
              the inverse of their spread. Here they are rewards. (2) V is a head on the reward

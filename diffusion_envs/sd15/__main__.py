@@ -26,9 +26,10 @@ from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.cifar10.data import CLASSES
 from diffusion_envs.objectives.distributional import FirstVariation, NearTarget, mean_reward
 from diffusion_envs.preferences import MissingChoicesError, Recorded
-from diffusion_envs.training.control import TargetKL
-from diffusion_envs.training.loop import NonFiniteError, PreflightError, Schedule
-from diffusion_envs.training.stop import StopRule
+from diffusion_envs.runs.early_stopping import StopRule
+from diffusion_envs.training.kl_controller import TargetKL
+from diffusion_envs.training.trainer import NonFiniteError, PreflightError
+from diffusion_envs.training.update_size import UpdateSize
 
 PROGRAM = "python -m diffusion_envs.sd15"
 REWARDS: dict[str, Callable[[], rewards.Reward]] = {
@@ -131,7 +132,7 @@ class Finetune:
     steps: int = 20
     updates: int = 50
     guidance: float = 3.0
-    schedule: Annotated[Schedule, tyro.conf.arg(name="")] = field(default_factory=Schedule)
+    schedule: Annotated[UpdateSize, tyro.conf.arg(name="")] = field(default_factory=UpdateSize)
     lora_rank: int = 8
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     evaluation_samples: int = 64
@@ -209,7 +210,7 @@ def _objective(name: str, settings: Sequence[str]) -> objectives.Objective:
         kind, args=settings, prog=PROGRAM, registry=_registry, return_unknown_args=True
     )
     if unknown:
-        own, others = _flags(kind()), _flags(Finetune()) | _flags(Schedule())
+        own, others = _flags(kind()), _flags(Finetune()) | _flags(UpdateSize())
         near = difflib.get_close_matches(unknown[0], [*own, *others], n=1, cutoff=0.75)
         raise ValueError(
             f"objective {name} has no setting {' '.join(unknown)}"
@@ -303,7 +304,7 @@ def _resumed(options: Finetune) -> Finetune:
         raise ValueError(
             f"resume takes every option from the run; leave out {', '.join(sorted(changed))}"
         )
-    stored["schedule"] = Schedule(**stored["schedule"])
+    stored["schedule"] = UpdateSize(**stored["schedule"])
     for name in ("prompts", "lora_targets", "settings"):
         stored[name] = tuple(stored[name])
     if options.updates != Finetune().updates:

@@ -10,10 +10,10 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from diffusion_envs import rewards, samplers
-from diffusion_envs.schedule import DDPMTable
-from diffusion_envs.score import GuidedScore
-from diffusion_envs.sd15 import pipeline
-from diffusion_envs.training.environment import Environment
+from diffusion_envs.environment import Environment
+from diffusion_envs.models import stable_diffusion_pipeline as pipeline
+from diffusion_envs.models.text_to_image_unet import GuidedScore
+from diffusion_envs.noise_schedules import DDPMTable
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CPU = torch.device("cpu")

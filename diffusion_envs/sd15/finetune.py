@@ -12,23 +12,26 @@ from torch import nn
 
 from ctrl import Estimate
 from diffusion_envs import rewards, samplers
+from diffusion_envs.models import stable_diffusion_pipeline as pipeline
+from diffusion_envs.models.text_to_image_unet import GuidedScore
 from diffusion_envs.objectives import NoisedObjective, Objective, ScoreAsAction
 from diffusion_envs.preferences import Preference
-from diffusion_envs.score import GuidedScore
-from diffusion_envs.sd15 import pipeline
+from diffusion_envs.runs import checkpoint
+from diffusion_envs.runs.early_stopping import Decision, Look, StopRule, Watch
+from diffusion_envs.runs.early_stopping import check as check_stop
+from diffusion_envs.runs.evaluation import WATCHED, Evaluation, evaluate
+from diffusion_envs.runs.human_choices import leaving_images
+from diffusion_envs.runs.over_optimisation import Verdict, embeddings, panel, verdict
+from diffusion_envs.runs.progress import bar
+from diffusion_envs.runs.report import write_report
+from diffusion_envs.runs.run_folder import describe, open_run, write_json
+from diffusion_envs.runs.tracking import Tracker, read_metrics
 from diffusion_envs.sd15.build import ATTENTION, Model, build
-from diffusion_envs.training import checkpoint, control, parallel
-from diffusion_envs.training.evaluation import WATCHED, Evaluation, evaluate
-from diffusion_envs.training.judging import leaving_images
-from diffusion_envs.training.loop import Schedule, Trainer
-from diffusion_envs.training.panel import Verdict, embeddings, panel, verdict
-from diffusion_envs.training.progress import bar
-from diffusion_envs.training.report import write_report
-from diffusion_envs.training.run_folder import describe, open_run, write_json
-from diffusion_envs.training.schedule import require_inputs
-from diffusion_envs.training.stop import Decision, Look, StopRule, Watch
-from diffusion_envs.training.stop import check as check_stop
-from diffusion_envs.training.tracking import Tracker, read_metrics
+from diffusion_envs.training import kl_controller as control
+from diffusion_envs.training import parallel
+from diffusion_envs.training.requirements import require_inputs
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 
 PICTURES = 32  # in the grid of a step
 
@@ -62,7 +65,7 @@ def finetune(
     steps: int = 20,
     updates: int = 50,
     guidance: float = 3.0,
-    schedule: Schedule | None = None,
+    schedule: UpdateSize | None = None,
     lora_rank: int = 8,
     lora_targets: Sequence[str] = ATTENTION,
     judges: Mapping[str, rewards.Reward] | None = None,
@@ -136,7 +139,7 @@ def finetune(
     """
     objective = objective or ScoreAsAction()
     sampler = sampler or samplers.DDIM()
-    schedule = schedule or Schedule()
+    schedule = schedule or UpdateSize()
     judges = judges or {}
     embedders = embeddings(reward, judges)
     arguments = {

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from ctrl import Estimate
+from diffusion_envs.runs import checkpoint
+from diffusion_envs.runs.evaluation import evaluate
+from diffusion_envs.runs.report import write_report
+from diffusion_envs.runs.run_folder import write_json
 from diffusion_envs.samplers import Sampler
 from diffusion_envs.sd15.build import Model
-from diffusion_envs.training import checkpoint
-from diffusion_envs.training.evaluation import evaluate
-from diffusion_envs.training.report import write_report
-from diffusion_envs.training.run_folder import write_json
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ctrl.noise import stream
-from diffusion_envs.training import checkpoint, parallel
-from diffusion_envs.training.progress import bar
+from diffusion_envs.runs import checkpoint
+from diffusion_envs.runs.progress import bar
+from diffusion_envs.training import parallel
 
 _log = logging.getLogger(__name__)
 

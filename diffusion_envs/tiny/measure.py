@@ -9,12 +9,12 @@ from diffusers import StableDiffusionPipeline
 from ctrl import Estimate
 from diffusion_envs.cifar10.data import CLASSES, load
 from diffusion_envs.rewards.classifier import load_classifier
+from diffusion_envs.runs.run_folder import write_json
+from diffusion_envs.runs.tracking import grid
 from diffusion_envs.tiny.captions import with_article
 from diffusion_envs.tiny.train_autoencoder import psnr, reconstruct
 from diffusion_envs.tiny.train_classifier import accuracy
 from diffusion_envs.tiny.train_denoiser import sample
-from diffusion_envs.training.run_folder import write_json
-from diffusion_envs.training.tracking import grid
 
 STEPS = 50
 WEIGHTS = Path(__file__).parent / "weights"

@@ -1,7 +1,7 @@
 """The critic: a value network that learns from roll-outs what is to come.
 
 It starts from the reward of the denoised image where the objective asks for that, and fits the
-martingale loss of realised returns (``diffusion_envs.value``).
+martingale loss of realised returns (``diffusion_envs.training.value_network``).
 """
 
 import math
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from ctrl.devices import as_like, sent
 from ctrl.noise import stream
 from diffusion_envs.denoising import tweedie_mean
+from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import PathObjective, Rollout
 from diffusion_envs.samplers import BoundDDIM
 from diffusion_envs.training import parallel
-from diffusion_envs.training.environment import Environment
-from diffusion_envs.training.schedule import Schedule
-from diffusion_envs.value import combine, martingale_loss, value_network
+from diffusion_envs.training.update_size import UpdateSize
+from diffusion_envs.training.value_network import combine, martingale_loss, value_network
 
 
 class NonFiniteError(FloatingPointError):
@@ -40,7 +40,7 @@ class Critic:
     def __init__(
         self,
         environment: Environment,
-        schedule: Schedule,
+        schedule: UpdateSize,
         accelerator: Accelerator,
         stream_name: str,
     ) -> None:

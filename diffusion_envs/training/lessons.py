@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from ctrl.devices import as_like, read, sent
 from diffusion_envs.denoising import noising_bridge, path_kl_per_step, tweedie_mean
+from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import (
     BackpropObjective,
     NoisedObjective,
@@ -22,7 +23,6 @@ from diffusion_envs.objectives import (
     Rollout,
     Rows,
 )
-from diffusion_envs.training.environment import Environment
 
 Values = Callable[[Tensor, Tensor, Tensor], Tensor]  # (node, states, path) -> value, a row each
 

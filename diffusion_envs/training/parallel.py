@@ -3,7 +3,10 @@
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+
+from diffusion_envs.preferences import MissingChoicesError
 
 
 def start(device: str | None = None) -> Accelerator:
@@ -67,3 +70,25 @@ def main_says(number: int, accelerator: Accelerator) -> int:
 def gather(value: Tensor, accelerator: Accelerator) -> Tensor:
     """Rows of all processes, in the order of their index."""
     return accelerator.gather(value) if accelerator.num_processes > 1 else value
+
+
+def missing_anywhere(
+    missing: MissingChoicesError | None, accelerator: Accelerator
+) -> MissingChoicesError | None:
+    """What any of the processes misses, on all of them; None if no one misses anything."""
+    if accelerator.num_processes == 1:
+        return missing
+    mine = []
+    if missing is not None:
+        images = None if missing.images is None else missing.images.cpu()
+        mine = [(str(missing), missing.groups, images, missing.prompts)]
+    found = gather_object(mine)
+    if not found:
+        return None
+    words, groups, images, prompts = zip(*found, strict=True)
+    return MissingChoicesError(
+        "; ".join(dict.fromkeys(words)),
+        groups=[members for part in groups for members in part],
+        images=None if any(part is None for part in images) else torch.cat(images),
+        prompts=[prompt for part in prompts for prompt in part],
+    )

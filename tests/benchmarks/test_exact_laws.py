@@ -16,8 +16,8 @@ from diffusion_envs.exact import (
     NeuralCorrection,
     table,
 )
+from diffusion_envs.exact.gaussian import Gaussian
 from diffusion_envs.exact.problems import gaussian_kl
-from diffusion_envs.gaussian import Gaussian
 from diffusion_envs.samplers import DDIM, Scheduler
 
 TABLE = table()

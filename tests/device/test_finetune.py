@@ -8,10 +8,12 @@ import torch
 from benchmarks.device import OBJECTIVES, OURS, READING, model, one_update, trainer, without_rewards
 from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.exact.problems import GaussianProblem, MixtureProblem, table
+from diffusion_envs.runs import checkpoint
+from diffusion_envs.runs.evaluation import evaluate
 from diffusion_envs.sd15 import finetune
-from diffusion_envs.training import checkpoint, parallel
-from diffusion_envs.training.evaluation import evaluate
-from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.training import parallel
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 from tests.device.counting import counting
 from tests.device.memory import NAME
 from verification.claims.training_loop import Process
@@ -50,7 +52,7 @@ def exact_trainer(problem, objective, device):
     """The loop on an exact problem."""
     sampler = samplers.DDIM().bind(table(), 4)
     environment, parameters = problem.environment(sampler, 5, device)
-    schedule = Schedule(samples=12, batch=10, value_epochs=1)
+    schedule = UpdateSize(samples=12, batch=10, value_epochs=1)
     return Trainer(environment, objective, schedule, parameters, accelerator=Process())
 
 
@@ -155,7 +157,7 @@ def test_a_whole_run_on_the_device_is_resumed_bit_for_bit(tmp_path, monkeypatch)
         "prompts": ["a photo of a cat", "a photo of a ship"],
         "steps": 2,
         "guidance": 2.0,
-        "schedule": Schedule(samples=2, value_epochs=1),
+        "schedule": UpdateSize(samples=2, value_epochs=1),
         "lora_rank": 2,
         "evaluation_samples": 2,
         "precision": "bfloat16",

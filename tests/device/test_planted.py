@@ -44,7 +44,7 @@ def update(name):
 
 def checkpoint(_):
     """The copies of a checkpoint."""
-    from diffusion_envs.training.checkpoint import _copied
+    from diffusion_envs.runs.checkpoint import _copied
 
     with counting() as counts:
         _copied({str(k): torch.ones(3, device=NAME) for k in range(9)})
@@ -95,7 +95,7 @@ MISTAKES = [
             update, "ScoreAsAction"),
     Mistake(f"{LESSONS}.NoisedData._states", "sent(which, self.environment.device)", "which",
             update, "DiffusionNFT"),
-    Mistake("diffusion_envs.training.environment.Environment._judge",
+    Mistake("diffusion_envs.environment.Environment._judge",
             "sent(self.judge(self.reward, images, prompts), self.device)",
             "self.judge(self.reward, images, prompts).cpu()", update, "DDPO"),
     # a generator of the CPU
@@ -130,7 +130,7 @@ MISTAKES = [
             "rollout.rewards,", update, "DiffusionNFT"),
     Mistake("diffusion_envs.training.critic.Critic._fit", "total += losses.detach().sum()",
             "total += losses.detach().sum().item()", update, "ScoreAsAction"),
-    Mistake("diffusion_envs.training.checkpoint._copied", "size < _TOGETHER", "size < 0",
+    Mistake("diffusion_envs.runs.checkpoint._copied", "size < _TOGETHER", "size < 0",
             checkpoint),
 ]  # fmt: skip
 

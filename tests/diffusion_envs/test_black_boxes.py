@@ -9,12 +9,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusion_envs.denoising import v_from_score
+from diffusion_envs.environment import Environment
 from diffusion_envs.exact import GaussianProblem, table
 from diffusion_envs.objectives import DiffusionNFT
+from diffusion_envs.runs.evaluation import evaluate
 from diffusion_envs.samplers import DDIM, Sampler, Scheduler
-from diffusion_envs.training.environment import Environment
-from diffusion_envs.training.evaluation import evaluate
-from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers deprecates freely
 
@@ -102,7 +103,7 @@ def test_a_black_box_trains_what_learns_from_data(generator):
     trainer = Trainer(
         environment,
         DiffusionNFT(learning_rate=1e-2),
-        Schedule(samples=128, batch=1024, weight_decay=0.0),
+        UpdateSize(samples=128, batch=1024, weight_decay=0.0),
         parameters,
         accelerator=Accelerator(cpu=True),
     )

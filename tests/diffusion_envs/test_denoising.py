@@ -20,7 +20,7 @@ from diffusion_envs.denoising import (
     v_from_score,
     x0_from_score,
 )
-from diffusion_envs.schedule import VE, Cosine, DDPMTable, RectifiedFlow, VPLinear
+from diffusion_envs.noise_schedules import VE, Cosine, DDPMTable, RectifiedFlow, VPLinear
 
 SCHEDULES = {
     "linear": VPLinear(0.1, 20.0, horizon=1.2),

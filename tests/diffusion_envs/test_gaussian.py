@@ -7,10 +7,10 @@ from scipy.integrate import quad, solve_ivp
 from scipy.linalg import sqrtm
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from diffusion_envs import gaussian
 from diffusion_envs.denoising import tweedie_mean
-from diffusion_envs.gaussian import Affine, Gaussian, Quadratic
-from diffusion_envs.schedule import VE, DDPMTable, VPLinear
+from diffusion_envs.exact import gaussian
+from diffusion_envs.exact.gaussian import Affine, Gaussian, Quadratic
+from diffusion_envs.noise_schedules import VE, DDPMTable, VPLinear
 
 
 def tensor(values):

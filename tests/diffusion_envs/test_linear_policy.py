@@ -4,11 +4,11 @@ import torch
 from scipy.integrate import solve_ivp
 
 import ctrl
-from diffusion_envs import linear_policy
-from diffusion_envs.gaussian import Gaussian, Quadratic, marginal, shift_response, transition
-from diffusion_envs.linear_policy import Steps
+from diffusion_envs.exact import linear_policy
+from diffusion_envs.exact.gaussian import Gaussian, Quadratic, marginal, shift_response, transition
+from diffusion_envs.exact.linear_policy import Steps
+from diffusion_envs.noise_schedules import DDPMTable, VPLinear
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.schedule import DDPMTable, VPLinear
 
 
 def tensor(values):

@@ -23,9 +23,9 @@ from diffusion_envs.preferences import (
     Recorded,
     compare,
 )
+from diffusion_envs.runs.human_choices import leave
 from diffusion_envs.sd15.__main__ import main
-from diffusion_envs.training.judging import leave
-from diffusion_envs.training.loop import Schedule
+from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.objectives.small_runs import numbers, trainer
 
 SAMPLES, GROUP = range(8, 14), 2
@@ -222,7 +222,7 @@ SMALL = {
     "objective": D3PO(learning_rate=1e-2),
     "steps": 2,
     "updates": 2,
-    "schedule": Schedule(samples=4, batch=8),
+    "schedule": UpdateSize(samples=4, batch=8),
     "lora_rank": 1,
     "evaluation_samples": 2,
     "progress": False,

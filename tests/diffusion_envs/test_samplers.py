@@ -18,8 +18,8 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 import ctrl
 from diffusion_envs.denoising import generation_sde, path_kl_per_step
+from diffusion_envs.noise_schedules import DDPMTable, VPLinear
 from diffusion_envs.samplers import DDIM, BlackBox, Scheduler
-from diffusion_envs.schedule import DDPMTable, VPLinear
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 EVENT = (4, 3, 5)  # an image, no two sides alike

@@ -7,7 +7,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
-from diffusion_envs.schedule import VE, Cosine, DDPMTable, RectifiedFlow, Schedule, VPLinear
+from diffusion_envs.noise_schedules import (
+    VE,
+    Cosine,
+    DDPMTable,
+    RectifiedFlow,
+    UpdateSize,
+    VPLinear,
+)
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TABLE = DDPMTable.from_diffusers(
@@ -68,7 +75,7 @@ def test_log_snr_and_the_data_end(schedule):
     zero = torch.zeros(2, dtype=torch.float64)
     torch.testing.assert_close(schedule.alpha(zero), zero + 1, rtol=0, atol=1e-15)
     torch.testing.assert_close(schedule.sigma(zero), zero, rtol=0, atol=1e-15)
-    assert isinstance(schedule, Schedule)
+    assert isinstance(schedule, UpdateSize)
 
 
 def test_schedules_are_their_sources_formulas():

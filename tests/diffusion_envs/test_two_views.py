@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import ctrl
-from diffusion_envs import linear_policy
 from diffusion_envs.denoising import path_kl_per_step
-from diffusion_envs.gaussian import Gaussian, Quadratic, shift_response, transition
-from diffusion_envs.linear_policy import Steps
+from diffusion_envs.exact import linear_policy
+from diffusion_envs.exact.gaussian import Gaussian, Quadratic, shift_response, transition
+from diffusion_envs.exact.linear_policy import Steps
+from diffusion_envs.noise_schedules import DDPMTable, VPLinear
 from diffusion_envs.objectives import Rollout, Rows, ScoreAsAction, ScoreAsActionSampled
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.schedule import DDPMTable, VPLinear
 
 
 def tensor(values):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ctrl.noise import stream
-from diffusion_envs.value import (
+from diffusion_envs.training.value_network import (
     ResidualValue,
     ResidualValueOfVectors,
     combine,

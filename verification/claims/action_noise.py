@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import ctrl
-from diffusion_envs import linear_policy
-from diffusion_envs.linear_policy import Steps
+from diffusion_envs.exact import linear_policy
+from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, claim, expectation, limit, pathwise, wrong
 from verification.closed_form.samplers import (
@@ -61,7 +61,7 @@ def end_variance(one: Chain) -> float:
     return float(one.moments(MODEL.noised(1.0))[1][-1])
 
 
-_CHAIN = "diffusion_envs.linear_policy.chain"
+_CHAIN = "diffusion_envs.exact.linear_policy.chain"
 _ACT = "ctrl.policy.GaussianPolicy.act"
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import ctrl
 from ctrl import linear
-from diffusion_envs import gaussian, linear_policy
 from diffusion_envs.denoising import generation_sde
-from diffusion_envs.linear_policy import Steps
+from diffusion_envs.exact import gaussian, linear_policy
+from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.objectives.adjoint_matching import lean_adjoint, matching_loss
 from verification.claim import Check, Setting, claim, expectation, limit, pathwise, wrong
 from verification.closed_form import tilt as exact
@@ -183,7 +183,7 @@ TURNS = np.array([[[0.7, 0.4], [-0.3, 0.9]], [[1.1, -0.5], [0.2, 0.6]], [[0.8, 0
         ),
         wrong(
             "score's gain of the deterministic sampler",
-            "diffusion_envs.linear_policy.Steps.of_euler",
+            "diffusion_envs.exact.linear_policy.Steps.of_euler",
             "0.5 * (1 + eta**2)",
             "0.5 * (1 + 0 * eta**2)",
         ),
@@ -279,13 +279,13 @@ def generated(setting: Setting, eta: float) -> gaussian.Gaussian:
     wrongs=[
         wrong(
             "transition of the full-noise SDE for every eta",
-            "diffusion_envs.gaussian.transition",
+            "diffusion_envs.exact.gaussian.transition",
             "values = signal ** (eta**2) * (last / first) ** ((1 + eta**2) / 2)",
             "values = signal * (last / first)",
         ),
         wrong(
             "the start forgotten",
-            "diffusion_envs.gaussian.Affine.after",
+            "diffusion_envs.exact.gaussian.Affine.after",
             "self.matrix @ law.covariance @ self.matrix.mT + self.covariance",
             "self.covariance",
         ),
@@ -310,7 +310,7 @@ def generated(setting: Setting, eta: float) -> gaussian.Gaussian:
         ),
         wrong(
             "noise of the eta family without the square",
-            "diffusion_envs.gaussian.transition",
+            "diffusion_envs.exact.gaussian.transition",
             "((1 + eta**2) / 2)",
             "((1 + eta) / 2)",
         ),

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from diffusion_envs import gaussian, linear_policy
-from diffusion_envs.gaussian import Affine
-from diffusion_envs.linear_policy import Steps
+from diffusion_envs.exact import gaussian, linear_policy
+from diffusion_envs.exact.gaussian import Affine
+from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, claim, expectation, limit, wrong
 from verification.closed_form.samplers import (
@@ -67,7 +67,7 @@ def without_logarithm(counts: tuple[int, ...], values: list[float]) -> float:
 
 _STD = "diffusion_envs.samplers.BoundDDIM.std"
 _GAIN = "diffusion_envs.samplers.BoundDDIM.score_gain"
-_EULER = "diffusion_envs.linear_policy.Steps.of_euler"
+_EULER = "diffusion_envs.exact.linear_policy.Steps.of_euler"
 
 
 @claim(
@@ -100,13 +100,13 @@ _EULER = "diffusion_envs.linear_policy.Steps.of_euler"
         ),
         wrong(
             "score of the data's mean",
-            "diffusion_envs.gaussian.score_coefficients",
+            "diffusion_envs.exact.gaussian.score_coefficients",
             "schedule.alpha(s)[..., None] * data",
             "data",
         ),
         wrong(
             "exact step: variance of the marginal",
-            "diffusion_envs.gaussian.transition",
+            "diffusion_envs.exact.gaussian.transition",
             "last - values.square() * first",
             "last",
         ),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ctrl
 from ctrl import linear
-from diffusion_envs import gaussian, linear_policy
+from diffusion_envs.exact import gaussian, linear_policy
 from verification.claim import Check, Setting, bound, claim, expectation, pathwise, wrong
 from verification.closed_form import linear_policy as policies
 from verification.closed_form import tilt as exact
@@ -125,31 +125,31 @@ def chain_performance(setting: Setting, eta: float, controls: list) -> Tensor:
         ),
         wrong(
             "KL of the mean state only",
-            "diffusion_envs.linear_policy.continuous_value",
+            "diffusion_envs.exact.linear_policy.continuous_value",
             " + torch.trace(gain @ p @ gain.mT)",
             "",
         ),
         wrong(
             "KL not counted at all",
-            "diffusion_envs.linear_policy.continuous_value",
+            "diffusion_envs.exact.linear_policy.continuous_value",
             "+ paid",
             "",
         ),
         wrong(
             "drift without the policy's gain",
-            "diffusion_envs.linear_policy.continuous_value",
+            "diffusion_envs.exact.linear_policy.continuous_value",
             "(slope + gain)",
             "slope",
         ),
         wrong(
             "b inverted in the value",
-            "diffusion_envs.gaussian.optimal_value",
+            "diffusion_envs.exact.gaussian.optimal_value",
             "reward.curvature / kl_weight, reward.slope / kl_weight",
             "reward.curvature * kl_weight, reward.slope * kl_weight",
         ),
         wrong(
             "log-partition term missing: V* too large",
-            "diffusion_envs.gaussian.optimal_value",
+            "diffusion_envs.exact.gaussian.optimal_value",
             "- torch.linalg.slogdet(inner)[1]",
             "",
         ),
@@ -199,79 +199,79 @@ def kl_duality(setting: Setting) -> Iterator[Check]:
     wrongs=[
         wrong(
             "atan for atanh",
-            "diffusion_envs.gaussian.shift_response",
+            "diffusion_envs.exact.gaussian.shift_response",
             "(root * a).atanh()",
             "(root * a).atan()",
         ),
         wrong(
             "factor 2 of the substitution missing",
-            "diffusion_envs.gaussian.shift_response",
+            "diffusion_envs.exact.gaussian.shift_response",
             "return 2 * torch.where",
             "return torch.where",
         ),
         wrong(
             "eigenvalue 1 not told from the others",
-            "diffusion_envs.gaussian.shift_response",
+            "diffusion_envs.exact.gaussian.shift_response",
             "torch.where(root == 0, a * torch.ones_like(root), inside)",
             "inside",
         ),
         wrong(
             "response not scaled by the variance at the end",
-            "diffusion_envs.gaussian.shift_response",
+            "diffusion_envs.exact.gaussian.shift_response",
             "_noised_spectrum(data, schedule, s_to) / high",
             "1 / high",
         ),
         wrong(
             "score's gain of the eta family without its 1/2",
-            "diffusion_envs.linear_policy.continuous_value",
+            "diffusion_envs.exact.linear_policy.continuous_value",
             "0.5 * (1 + eta**2)",
             "(1 + eta**2)",
         ),
         wrong(
             "full noise whatever eta is",
-            "diffusion_envs.linear_policy.continuous_value",
+            "diffusion_envs.exact.linear_policy.continuous_value",
             "eta**2 * g2 * unit",
             "g2 * unit",
         ),
         wrong(
             "1/2 of the KL missing",
-            "diffusion_envs.linear_policy.continuous_value",
+            "diffusion_envs.exact.linear_policy.continuous_value",
             "-0.5 * weight * g2",
             "-weight * g2",
         ),
         wrong(
             "shift in the drift not multiplied by g^2",
-            "diffusion_envs.linear_policy.continuous_value",
+            "diffusion_envs.exact.linear_policy.continuous_value",
             "g2 * (offset + shift)",
             "(g2 * offset + shift)",
         ),
         wrong(
             "spread of the state ignored in the reward",
-            "diffusion_envs.gaussian.Quadratic.expectation",
+            "diffusion_envs.exact.gaussian.Quadratic.expectation",
             "- 0.5 * spread",
             "",
         ),
         wrong(
             "weights of Euler's method in the Runge-Kutta step",
-            "diffusion_envs.linear_policy.continuous_value",
+            "diffusion_envs.exact.linear_policy.continuous_value",
             "(a + 2 * b + 2 * c + d) / 6",
             "a",
         ),
         wrong(
             "chain: policy's gain left out",
-            "diffusion_envs.linear_policy.chain",
+            "diffusion_envs.exact.linear_policy.chain",
             "(slope + gain)",
             "slope",
         ),
         wrong(
             "chain: sign of the KL's slope",
-            "diffusion_envs.linear_policy.kl_cost",
+            "diffusion_envs.exact.linear_policy.kl_cost",
             "-cost[:, None] * (gain.mT @ shift)",
             "cost[:, None] * (gain.mT @ shift)",
         ),
         wrong(
             "chain: KL left out",
-            "diffusion_envs.linear_policy.chain_values",
+            "diffusion_envs.exact.linear_policy.chain_values",
             ".before(steps[k]) + now",
             ".before(steps[k])",
         ),

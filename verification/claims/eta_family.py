@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 import ctrl
-from diffusion_envs import denoising, gaussian
+from diffusion_envs import denoising
+from diffusion_envs.exact import gaussian
 from verification.claim import Check, Setting, bound, claim, expectation, limit, pathwise, wrong
 from verification.closed_form.samplers import (
     Nodes,
@@ -31,7 +32,7 @@ ETAS = (0.0, 0.3, 0.7, 1.0)
 FROM, TO = 0.85, 0.2  # noising times
 SHIFT = np.array([0.7, -0.4])  # of the score
 _SDE = "diffusion_envs.denoising.generation_sde"
-_TRANSITION = "diffusion_envs.gaussian.transition"
+_TRANSITION = "diffusion_envs.exact.gaussian.transition"
 
 
 def chain(setting: Setting, eta: float, nodes: torch.Tensor) -> Transition:
@@ -58,7 +59,7 @@ def chain(setting: Setting, eta: float, nodes: torch.Tensor) -> Transition:
         wrong("eta^2 for eta in the noise", _SDE, "return eta * sch", "return eta**2 * sch"),
         wrong(
             "score around the data's own mean",
-            "diffusion_envs.gaussian.score_coefficients",
+            "diffusion_envs.exact.gaussian.score_coefficients",
             "schedule.alpha(s)[..., None] * data",
             "data",
         ),

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import ctrl
-from diffusion_envs import linear_policy
-from diffusion_envs.gaussian import Gaussian
-from diffusion_envs.schedule import VPLinear
-from diffusion_envs.score import GuidedScore
+from diffusion_envs.exact import linear_policy
+from diffusion_envs.exact.gaussian import Gaussian
+from diffusion_envs.models.text_to_image_unet import GuidedScore
+from diffusion_envs.noise_schedules import VPLinear
 from verification.claim import Check, Setting, claim, limit, pathwise, stated, wrong
 from verification.closed_form.samplers import extrapolated, guided_law, power_law
 from verification.closed_form.vp_gaussian import Normal, VPGaussian
@@ -93,8 +93,8 @@ def generated(setting: Setting, scale: float, steps: int) -> Normal:
     return step.of(MODEL.with_data(POWERS).noised(1.0))
 
 
-_SCORE = "diffusion_envs.score.GuidedScore._score"
-_GUIDED = "diffusion_envs.score.GuidedScore.prediction"
+_SCORE = "diffusion_envs.models.text_to_image_unet.GuidedScore._score"
+_GUIDED = "diffusion_envs.models.text_to_image_unet.GuidedScore.prediction"
 
 
 @claim(
@@ -135,7 +135,7 @@ _GUIDED = "diffusion_envs.score.GuidedScore.prediction"
         ),
         wrong(
             "chunks of rows mixed up",
-            "diffusion_envs.score.GuidedScore.__call__",
+            "diffusion_envs.models.text_to_image_unet.GuidedScore.__call__",
             "for part in (states, timesteps, context))",
             "for part in (states, timesteps.flip(0), context))",
         ),

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import ctrl
-from diffusion_envs import gaussian
+from diffusion_envs.exact import gaussian
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, claim, expectation, limit, pathwise, wrong
 from verification.closed_form.samplers import (
@@ -30,7 +30,7 @@ DATA = Normal(MEAN, COVARIANCE)
 UNEVEN = (0.0, 0.13, 0.4, 0.55, 0.9)  # RL time
 FROM, TO = 0.85, 0.2  # noising times
 _SDE = "diffusion_envs.denoising.generation_sde"
-_TRANSITION = "diffusion_envs.gaussian.transition"
+_TRANSITION = "diffusion_envs.exact.gaussian.transition"
 _SAMPLER = "diffusion_envs.samplers.BoundDDIM"
 
 
@@ -81,7 +81,7 @@ def ddim(setting: Setting, steps: int) -> tuple[Transition, Nodes]:
         wrong("DDIM: alpha-bar for alpha", f"{_SAMPLER}.state_gain", "0.5 * self", "1.0 * self"),
         wrong(
             "DDIM: score of the next noise level",
-            "diffusion_envs.linear_policy.linear_score",
+            "diffusion_envs.exact.linear_policy.linear_score",
             "schedule.horizon - torch.as_tensor(t)",
             "schedule.horizon - 0.05 - 0.9 * torch.as_tensor(t)",
         ),

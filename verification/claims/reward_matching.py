@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import ctrl
-from diffusion_envs import gaussian
+from diffusion_envs.exact import gaussian
+from diffusion_envs.noise_schedules import RectifiedFlow
 from diffusion_envs.objectives import ram
-from diffusion_envs.schedule import RectifiedFlow
 from verification.claim import Check, Setting, claim, expectation, pathwise, wrong
 from verification.closed_form import rectified_flow
 from verification.closed_form import tilt as exact
@@ -164,7 +164,7 @@ def lost(reward: exact.Quadratic, b: float, states: np.ndarray) -> tuple[np.ndar
         ),
         wrong(
             "variance for standard deviation in the schedule",
-            "diffusion_envs.schedule.RectifiedFlow.sigma",
+            "diffusion_envs.noise_schedules.RectifiedFlow.sigma",
             "return s",
             "return s.sqrt()",
         ),

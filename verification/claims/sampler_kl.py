@@ -13,8 +13,8 @@ from torch import Tensor
 
 import ctrl
 from diffusion_envs import denoising
+from diffusion_envs.noise_schedules import DDPMTable, VPLinear
 from diffusion_envs.samplers import DDIM, BoundDDIM
-from diffusion_envs.schedule import DDPMTable, VPLinear
 from verification.claim import Check, Setting, bound, claim, expectation, limit, pathwise, wrong
 from verification.closed_form import score_chains as closed
 from verification.closed_form.gaussian_law import Law, chain, kl
@@ -187,7 +187,7 @@ KL_FACTOR = [
         ),
         wrong(
             "integral of beta with its slope twice",
-            "diffusion_envs.schedule.VPLinear.integrated_beta",
+            "diffusion_envs.noise_schedules.VPLinear.integrated_beta",
             "+ 0.5 * (",
             "+ (",
         ),

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 import ctrl
-from diffusion_envs import linear_policy
-from diffusion_envs.linear_policy import Steps
+from diffusion_envs.exact import linear_policy
+from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, claim, expectation, limit, wrong
 from verification.closed_form.samplers import (
@@ -38,6 +38,7 @@ PUBLISHED = {  # errors of mean and variance at 50 steps
     "DDIM (eta = 0)": (0.0, -4.35e-2),
 }
 TABLES = Setting()  # samplers' tables are in double precision on the CPU, whatever runs
+_SCORE = "diffusion_envs.exact.gaussian.score_coefficients"
 _SAMPLER = "diffusion_envs.samplers.BoundDDIM"
 _EULER = "ctrl.solvers.EulerMaruyama.step_into"
 
@@ -108,13 +109,13 @@ def recursion(eta: float | None, steps: int) -> tuple[float, float]:
         ),
         wrong(
             "g for g^2",
-            "diffusion_envs.linear_policy.Steps.of_euler",
+            "diffusion_envs.exact.linear_policy.Steps.of_euler",
             "* g2 * h,\n            eta",
             "* g2.sqrt() * h,\n            eta",
         ),
         wrong(
             "Euler's noise 1 % too large",
-            "diffusion_envs.linear_policy.Steps.of_euler",
+            "diffusion_envs.exact.linear_policy.Steps.of_euler",
             "eta * (g2 * h)",
             "eta * (1.02 * g2 * h)",
         ),
@@ -138,10 +139,15 @@ def recursion(eta: float | None, steps: int) -> tuple[float, float]:
             "self.sigma[:-1]",
         ),
         wrong("DDIM: alpha-bar for alpha", f"{_SAMPLER}.state_gain", "0.5 * self", "1.0 * self"),
-        wrong("score off by 1 %", "diffusion_envs.gaussian.score_coefficients", "-1 /", "-1.01 /"),
+        wrong(
+            "score off by 1 %",
+            _SCORE,
+            "-1 /",
+            "-1.01 /",
+        ),
         wrong(
             "score of the data's mean",
-            "diffusion_envs.gaussian.score_coefficients",
+            _SCORE,
             "schedule.alpha(s)[..., None] * data",
             "data",
         ),

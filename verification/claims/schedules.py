@@ -10,8 +10,15 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from diffusion_envs.noise_schedules import (
+    VE,
+    Cosine,
+    DDPMTable,
+    RectifiedFlow,
+    UpdateSize,
+    VPLinear,
+)
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.schedule import VE, Cosine, DDPMTable, RectifiedFlow, Schedule, VPLinear
 from verification.claim import Check, Setting, claim, expectation, pathwise, wrong
 from verification.closed_form import schedules as exact
 
@@ -19,11 +26,11 @@ TIMES = np.array([0.2113, 0.5237, 0.8061])  # inside the table's pieces
 ALPHA_BARS = np.array([0.96, 0.85, 0.69, 0.52, 0.34, 0.17, 0.06])
 ENTRIES = len(ALPHA_BARS)
 LOW, HIGH, LONG = 0.3, 4.1, 1.3  # of beta, and the horizon of its schedule
-_VP = "diffusion_envs.schedule._VariancePreserving"
-_AT = "diffusion_envs.schedule"
+_VP = "diffusion_envs.noise_schedules._VariancePreserving"
+_AT = "diffusion_envs.noise_schedules"
 
 
-def everyone() -> dict[str, tuple[Schedule, tuple[np.ndarray, np.ndarray]]]:
+def everyone() -> dict[str, tuple[UpdateSize, tuple[np.ndarray, np.ndarray]]]:
     """Name -> the schedule, and alpha and sigma by its source."""
     table = DDPMTable(torch.tensor(ALPHA_BARS, dtype=torch.float64))
     return {
@@ -161,10 +168,10 @@ def schedules(setting: Setting) -> Iterator[Check]:
     for name, (schedule, (alpha, sigma)) in everyone().items():
         cuts = np.arange(1, ENTRIES) / ENTRIES if name == "table" else ()
 
-        def k(u: np.ndarray, of: Schedule = schedule) -> np.ndarray:
+        def k(u: np.ndarray, of: UpdateSize = schedule) -> np.ndarray:
             return of.drift_coefficient(setting.tensor(u)).double().cpu().numpy()
 
-        def g2(u: np.ndarray, of: Schedule = schedule) -> np.ndarray:
+        def g2(u: np.ndarray, of: UpdateSize = schedule) -> np.ndarray:
             return of.g2(setting.tensor(u)).double().cpu().numpy()
 
         yield pathwise(f"{name}: signal", schedule.alpha(s), alpha)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from diffusion_envs import gaussian, linear_policy
-from diffusion_envs.gaussian import Quadratic
-from diffusion_envs.linear_policy import Steps
+from diffusion_envs.exact import gaussian, linear_policy
+from diffusion_envs.exact.gaussian import Quadratic
+from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, claim, expectation, limit, pathwise, wrong
 from verification.closed_form import samplers
@@ -28,8 +28,8 @@ SHORT = VPGaussian(*DATA, 0.4, 2.6)
 WIDE = VPGaussian(DATA.mean, np.array([[1.7]]), 0.4, 2.6)  # a variance above the noise's
 ETAS = (0.0, 0.6, 1.0)
 TABLES = Setting()  # samplers' tables are in double precision on the CPU, whatever runs
-_VALUE = "diffusion_envs.linear_policy.continuous_value"
-_RESPONSE = "diffusion_envs.gaussian.shift_response"
+_VALUE = "diffusion_envs.exact.linear_policy.continuous_value"
+_RESPONSE = "diffusion_envs.exact.gaussian.shift_response"
 
 
 def value(
@@ -100,13 +100,13 @@ def sampled(eta: float, shift: float) -> tuple[Normal, Normal]:
         wrong("response: noised variance ignored", _RESPONSE, "gain * (", "0 * gain + 1.01 * ("),
         wrong(
             "transition of the SDE for the ODE",
-            "diffusion_envs.gaussian.transition",
+            "diffusion_envs.exact.gaussian.transition",
             "signal ** (eta**2)",
             "signal",
         ),
         wrong(
             "transition: drift of the SDE for the ODE",
-            "diffusion_envs.gaussian.transition",
+            "diffusion_envs.exact.gaussian.transition",
             "** ((1 + eta**2) / 2)",
             "** 1.0",
         ),
@@ -124,7 +124,7 @@ def sampled(eta: float, shift: float) -> tuple[Normal, Normal]:
         ),
         wrong(
             "chain: score's change not passed on",
-            "diffusion_envs.linear_policy.chain",
+            "diffusion_envs.exact.linear_policy.chain",
             "score_gain * (offset + shift)",
             "score_gain * offset + shift",
         ),

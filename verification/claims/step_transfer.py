@@ -13,9 +13,9 @@ import numpy as np
 from torch import Tensor
 
 import ctrl
-from diffusion_envs import linear_policy
-from diffusion_envs.gaussian import Gaussian, Quadratic
-from diffusion_envs.linear_policy import Steps
+from diffusion_envs.exact import linear_policy
+from diffusion_envs.exact.gaussian import Gaussian, Quadratic
+from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, claim, expectation, limit, wrong
 from verification.closed_form.samplers import (
@@ -94,8 +94,8 @@ def realised(setting: Setting, trained: int, used: int) -> float:
     return (with_table - without).item()
 
 
-_EULER = "diffusion_envs.linear_policy.Steps.of_euler"
-_COST = "diffusion_envs.linear_policy.kl_cost"
+_EULER = "diffusion_envs.exact.linear_policy.Steps.of_euler"
+_COST = "diffusion_envs.exact.linear_policy.kl_cost"
 
 
 @claim(
@@ -131,13 +131,13 @@ _COST = "diffusion_envs.linear_policy.kl_cost"
         ),
         wrong(
             "shift not scaled by the step",
-            "diffusion_envs.linear_policy.chain",
+            "diffusion_envs.exact.linear_policy.chain",
             "score_gain * (offset + shift)",
             "score_gain * offset + 0.02 * shift",
         ),
         wrong(
             "reward's curvature without 1/2",
-            "diffusion_envs.gaussian.Quadratic.__call__",
+            "diffusion_envs.exact.gaussian.Quadratic.__call__",
             "-0.5 * _quad",
             "-_quad",
         ),

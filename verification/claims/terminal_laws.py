@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import ctrl
-from diffusion_envs import gaussian
 from diffusion_envs.denoising import generation_sde
-from diffusion_envs.schedule import VPLinear
+from diffusion_envs.exact import gaussian
+from diffusion_envs.noise_schedules import VPLinear
 from verification.claim import Check, Setting, bound, claim, expectation, limit, pathwise, wrong
 from verification.closed_form import ornstein_uhlenbeck as closed
 from verification.closed_form.gaussian_law import Law, conditional_kl, kl, log_density

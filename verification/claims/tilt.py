@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ctrl import linear
-from diffusion_envs import gaussian
+from diffusion_envs.exact import gaussian
 from verification.claim import Check, Setting, claim, expectation, pathwise, wrong
 from verification.closed_form import tilt as exact
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
@@ -51,25 +51,25 @@ def expected(value: exact.Quadratic) -> np.ndarray:
     wrongs=[
         wrong(
             "b for 1/b in the tilted mean",
-            "diffusion_envs.gaussian.tilt",
+            "diffusion_envs.exact.gaussian.tilt",
             "reward.gradient(data.mean)) / kl_weight",
             "reward.gradient(data.mean)) * kl_weight",
         ),
         wrong(
             "b for 1/b in the tilted covariance",
-            "diffusion_envs.gaussian.tilt",
+            "diffusion_envs.exact.gaussian.tilt",
             "@ root / kl_weight",
             "@ root * kl_weight",
         ),
         wrong(
             "precision of the data for its covariance",
-            "diffusion_envs.gaussian.tilt",
+            "diffusion_envs.exact.gaussian.tilt",
             "covariance = root @ solve(inner, root, _NO_MASS)",
             "covariance = torch.linalg.inv(root @ solve(inner, root, _NO_MASS))",
         ),
         wrong(
             "the mean is shifted by the data's covariance instead of the tilt's",
-            "diffusion_envs.gaussian.tilt",
+            "diffusion_envs.exact.gaussian.tilt",
             "_apply(covariance, reward",
             "_apply(data.covariance, reward",
         ),
@@ -257,55 +257,55 @@ def cole_hopf(setting: Setting) -> Iterator[Check]:
     wrongs=[
         wrong(
             "log-partition term missing: seen in the value, not in its gradient",
-            "diffusion_envs.gaussian.optimal_value",
+            "diffusion_envs.exact.gaussian.optimal_value",
             "- torch.linalg.slogdet(inner)[1]",
             "",
         ),
         wrong(
             "outer b missing in the quadratic part",
-            "diffusion_envs.gaussian.optimal_value",
+            "diffusion_envs.exact.gaussian.optimal_value",
             "kl_weight * bent",
             "bent",
         ),
         wrong(
             "1/2 missing in the constant",
-            "diffusion_envs.gaussian.optimal_value",
+            "diffusion_envs.exact.gaussian.optimal_value",
             "* 0.5",
             "* 1.0",
         ),
         wrong(
             "b for 1/b in the reward's curvature",
-            "diffusion_envs.gaussian.optimal_value",
+            "diffusion_envs.exact.gaussian.optimal_value",
             "reward.curvature / kl_weight",
             "reward.curvature * kl_weight",
         ),
         wrong(
             "expected reward for its exponential average (noise to come ignored)",
-            "diffusion_envs.gaussian.optimal_value",
+            "diffusion_envs.exact.gaussian.optimal_value",
             "+ step.covariance @ curvature",
             "",
         ),
         wrong(
             "normaliser under the controlled law",
-            "diffusion_envs.gaussian.optimal_value",
+            "diffusion_envs.exact.gaussian.optimal_value",
             "transition(data, schedule",
             "transition(tilt(data, reward, kl_weight), schedule",
         ),
         wrong(
             "transition of the probability flow for that of the SDE",
-            "diffusion_envs.gaussian.optimal_value",
+            "diffusion_envs.exact.gaussian.optimal_value",
             "schedule, s, s_end)",
             "schedule, s, s_end, 0.0)",
         ),
         wrong(
             "transpose missing on the solved matrix",
-            "diffusion_envs.gaussian.optimal_value",
+            "diffusion_envs.exact.gaussian.optimal_value",
             "_apply(solved.mT, slope)",
             "_apply(solved, slope)",
         ),
         wrong(
             "sign of the gradient",
-            "diffusion_envs.gaussian.Quadratic.gradient",
+            "diffusion_envs.exact.gaussian.Quadratic.gradient",
             "self.slope - _apply",
             "self.slope + _apply",
         ),

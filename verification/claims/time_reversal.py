@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import ctrl
-from diffusion_envs import gaussian
-from diffusion_envs.gaussian import Gaussian
-from diffusion_envs.schedule import VE, Schedule
+from diffusion_envs.exact import gaussian
+from diffusion_envs.exact.gaussian import Gaussian
+from diffusion_envs.noise_schedules import VE, UpdateSize
 from verification.claim import Check, Setting, Wrong, claim, expectation, limit, wrong
 from verification.closed_form.samplers import Nodes, euler_steps, extrapolated, whole
 from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, Normal, Transition, VPGaussian
@@ -30,12 +30,12 @@ UNEVEN = (0.0, 0.13, 0.4, 0.55, 0.9)  # RL time
 LOW, HIGH = 0.3, 2.2  # of the variance-exploding schedule
 
 
-def start(data: Gaussian, schedule: Schedule, s: Tensor) -> Gaussian:
+def start(data: Gaussian, schedule: UpdateSize, s: Tensor) -> Gaussian:
     """Law of the first state: the data's, noised to s."""
     return gaussian.marginal(data, schedule, s)
 
 
-def generated(setting: Setting, schedule: Schedule, nodes: Tensor) -> tuple[Transition, Normal]:
+def generated(setting: Setting, schedule: UpdateSize, nodes: Tensor) -> tuple[Transition, Normal]:
     """Transition and law at the last node of production's Euler chain with the exact score."""
     data = gaussian_data(setting, DATA)
     problem, policy = generation(data, schedule)
@@ -51,6 +51,7 @@ def exploding_nodes() -> Nodes:
     return Nodes(s, 1 + 0 * s, LOW * np.sqrt(ratio - 1), 0 * s, LOW**2 * rate * ratio)
 
 
+_SCORE = "diffusion_envs.exact.gaussian.score_coefficients"
 _DRIFT = "diffusion_envs.denoising.generation_sde"
 
 
@@ -67,41 +68,46 @@ _DRIFT = "diffusion_envs.denoising.generation_sde"
         wrong("drift of the noising process not reversed", _DRIFT, "score - sch", "score + sch"),
         wrong("noise dropped", _DRIFT, "return eta * schedule", "return 0 * schedule"),
         wrong("g^2 for g in the noise", _DRIFT, "(schedule, t, x)).sqrt()", "(schedule, t, x))"),
-        wrong("sign of the score", "diffusion_envs.gaussian.score_coefficients", "-1 /", "1 /"),
-        wrong("score off by 1 %", "diffusion_envs.gaussian.score_coefficients", "-1 /", "-1.01 /"),
+        wrong("sign of the score", _SCORE, "-1 /", "1 /"),
+        wrong(
+            "score off by 1 %",
+            _SCORE,
+            "-1 /",
+            "-1.01 /",
+        ),
         wrong(
             "sigma for sigma^2",
-            "diffusion_envs.gaussian._noised_spectrum",
+            "diffusion_envs.exact.gaussian._noised_spectrum",
             "+ sigma.square()",
             "+ sigma",
         ),
         wrong(
             "alpha for alpha-bar",
-            "diffusion_envs.gaussian._noised_spectrum",
+            "diffusion_envs.exact.gaussian._noised_spectrum",
             "alpha.square()",
             "alpha",
         ),
         wrong(
             "alpha-bar for alpha",
-            "diffusion_envs.schedule._VariancePreserving.alpha",
+            "diffusion_envs.noise_schedules._VariancePreserving.alpha",
             "-0.5 *",
             "-1.0 *",
         ),
         wrong(
             "variance-exploding drift in a variance-preserving process",
-            "diffusion_envs.schedule._VariancePreserving.drift_coefficient",
+            "diffusion_envs.noise_schedules._VariancePreserving.drift_coefficient",
             "-0.5 * self.g2(s)",
             "0.0 * self.g2(s)",
         ),
         wrong(
             "variance-preserving drift in a variance-exploding process",
-            "diffusion_envs.schedule.VE.drift_coefficient",
+            "diffusion_envs.noise_schedules.VE.drift_coefficient",
             "torch.zeros_like(s)",
             "-0.5 * self.g2(s)",
         ),
         wrong(
             "noise variance of another variance-exploding process",
-            "diffusion_envs.schedule.VE.sigma",
+            "diffusion_envs.noise_schedules.VE.sigma",
             ".expm1()",
             ".exp()",
         ),
@@ -109,12 +115,12 @@ _DRIFT = "diffusion_envs.denoising.generation_sde"
             "time index not reversed",
             (
                 Edit("diffusion_envs.denoising._noising_time", "schedule.horizon -", ""),
-                Edit("diffusion_envs.linear_policy.linear_score", "schedule.horizon -", ""),
+                Edit("diffusion_envs.exact.linear_policy.linear_score", "schedule.horizon -", ""),
             ),
         ),
         wrong(
             "time index of the score not reversed",
-            "diffusion_envs.linear_policy.linear_score",
+            "diffusion_envs.exact.linear_policy.linear_score",
             "schedule.horizon -",
             "",
         ),

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from ctrl.noise import stream
 from ctrl.trust_region import clipped_surrogate
+from diffusion_envs.environment import Environment, Sample
+from diffusion_envs.models.text_to_image_unet import GuidedScore
+from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import ScoreAsAction
 from diffusion_envs.objectives.protocol import Rows, path_kl_rate
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.schedule import DDPMTable
-from diffusion_envs.score import GuidedScore
-from diffusion_envs.training.environment import Environment, Sample
 from diffusion_envs.training.lessons import PathSteps
-from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 from verification.claim import Check, Setting, claim, pathwise, rounding, stated, wrong
 from verification.closed_form import linear_adapter
 from verification.closed_form.linear_adapter import Sampler
@@ -110,7 +111,7 @@ def trainer(
     made = Trainer(
         environment,
         ScoreAsAction(kl_weight=KL_WEIGHT, learning_rate=1e-3),
-        Schedule(samples=SAMPLES, batch=batch, max_gradient_norm=1e9, value_epochs=1, **schedule),
+        UpdateSize(samples=SAMPLES, batch=batch, max_gradient_norm=1e9, value_epochs=1, **schedule),
         [network.a, network.b],
         accelerator=process or Process(),
     )
@@ -154,10 +155,10 @@ def units_of_ratio(rows: Rows) -> float:
 
 ROWS = "diffusion_envs.training.lessons.PathSteps.rows"
 LOSSES = "diffusion_envs.training.lessons.PathSteps.losses"
-IMPROVE = "diffusion_envs.training.loop.Trainer._improve_adapter"
+IMPROVE = "diffusion_envs.training.trainer.Trainer._improve_adapter"
 LOSS = "diffusion_envs.objectives.score_as_action.ScoreAsAction.loss"
-SAMPLE = "diffusion_envs.training.environment.Environment.sample"
-PRETRAINED = "diffusion_envs.score.GuidedScore._switch"
+SAMPLE = "diffusion_envs.environment.Environment.sample"
+PRETRAINED = "diffusion_envs.models.text_to_image_unet.GuidedScore._switch"
 KL_RATE = "diffusion_envs.objectives.protocol.path_kl_rate"
 
 
@@ -241,7 +242,7 @@ KL_RATE = "diffusion_envs.objectives.protocol.path_kl_rate"
         wrong("KL reported is not the KL trained: factor", KL_RATE, "rows.kl_factor * ", ""),
         wrong(
             "KL of the ancestral sampler reported",
-            "diffusion_envs.training.environment.Environment._costs",
+            "diffusion_envs.environment.Environment._costs",
             "factor=self.sampler.kl_factor",
             "factor=1.0",
         ),
@@ -283,7 +284,7 @@ KL_RATE = "diffusion_envs.objectives.protocol.path_kl_rate"
         ),
         wrong(
             "pretrained weights trained",
-            "diffusion_envs.training.loop.Trainer.__init__",
+            "diffusion_envs.training.trainer.Trainer.__init__",
             "            parameters, lr=objective",
             "            environment.score.unet.parameters(), lr=objective",
         ),
@@ -410,8 +411,8 @@ def clipped_ratio(setting: Setting) -> Iterator[Check]:
     yield pathwise("its slope in the log-ratio", slope, slopes)
 
 
-NORMALS = "diffusion_envs.training.environment.Environment._normals"
-DRAW = "diffusion_envs.training.loop.Trainer.sample"
+NORMALS = "diffusion_envs.environment.Environment._normals"
+DRAW = "diffusion_envs.training.trainer.Trainer.sample"
 
 
 def noises(setting: Setting, processes: int) -> Tensor:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_envs import denoising, gaussian
+from diffusion_envs import denoising
+from diffusion_envs.exact import gaussian
 from verification.claim import Check, Setting, Wrong, claim, expectation, pathwise, wrong
 from verification.closed_form.mixture import Mixture
 from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, Normal, VPGaussian
@@ -22,9 +23,9 @@ MODEL = VPGaussian(MEAN, COVARIANCE, 0.4, 2.6, 1.1)
 S = 0.7  # noising time
 STATES = np.array([[0.4, -0.9], [-1.3, 0.25], [2.1, 0.7]])
 CURVATURE, SLOPE = np.array([[0.9, 0.2], [0.2, -0.3]]), np.array([0.6, -0.35])  # of a reward
-_SCORE = "diffusion_envs.gaussian.score_coefficients"
+_SCORE = "diffusion_envs.exact.gaussian.score_coefficients"
 _TWEEDIE = "diffusion_envs.denoising.tweedie_mean"
-_TRANSITION = "diffusion_envs.gaussian.transition"
+_TRANSITION = "diffusion_envs.exact.gaussian.transition"
 
 
 @claim(
@@ -49,7 +50,7 @@ _TRANSITION = "diffusion_envs.gaussian.transition"
         ),
         wrong(
             "noise left out of the noised variance",
-            "diffusion_envs.gaussian._noised_spectrum",
+            "diffusion_envs.exact.gaussian._noised_spectrum",
             " + sigma.square()",
             " + 0 * sigma.square()",
         ),
@@ -59,13 +60,13 @@ _TRANSITION = "diffusion_envs.gaussian.transition"
         ),
         wrong(
             "spread of the state forgotten in a mean reward",
-            "diffusion_envs.gaussian.Quadratic.before",
+            "diffusion_envs.exact.gaussian.Quadratic.before",
             "- 0.5 * spread",
             "",
         ),
         wrong(
             "mean reward: without 1/2",
-            "diffusion_envs.gaussian.Quadratic.before",
+            "diffusion_envs.exact.gaussian.Quadratic.before",
             "- 0.5 * spread",
             "- spread",
         ),

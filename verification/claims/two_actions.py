@@ -17,7 +17,7 @@ from torch import Tensor
 import ctrl
 from ctrl.paths import over_steps
 from diffusion_envs.denoising import generation_sde
-from diffusion_envs.schedule import VPLinear
+from diffusion_envs.noise_schedules import VPLinear
 from verification.claim import Check, Setting, bound, claim, expectation, limit, pathwise, wrong
 from verification.closed_form import scores_drawn as closed
 from verification.closed_form.score_chains import BETA, alpha_bar, beta

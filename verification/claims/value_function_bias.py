@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ctrl import linear
-from diffusion_envs import gaussian
+from diffusion_envs.exact import gaussian
 from verification.claim import Check, Setting, claim, expectation, limit, pathwise, wrong
 from verification.closed_form import tilt as exact
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
@@ -73,19 +73,19 @@ def tilted_value(setting: Setting) -> torch.Tensor:
         ),
         wrong(
             "noise to come, but no memory of the start",
-            "diffusion_envs.gaussian.Affine.after",
+            "diffusion_envs.exact.gaussian.Affine.after",
             "self.matrix @ law.covariance @ self.matrix.mT + self.covariance",
             "self.covariance",
         ),
         wrong(
             "X_T independent of X_0: the bias ignored",
-            "diffusion_envs.gaussian.optimal_value",
+            "diffusion_envs.exact.gaussian.optimal_value",
             "step = transition(data, schedule, s, s_end)",
             "step = Affine(0 * data.covariance, data.mean, data.covariance)",
         ),
         wrong(
             "initial law N(0, I) for p_T",
-            "diffusion_envs.gaussian._noised_spectrum",
+            "diffusion_envs.exact.gaussian._noised_spectrum",
             "alpha.square() * data.spectrum[0]",
             "alpha * data.spectrum[0]",
         ),
@@ -103,13 +103,13 @@ def tilted_value(setting: Setting) -> torch.Tensor:
         ),
         wrong(
             "deterministic sampler's map for the SDE's transition",
-            "diffusion_envs.gaussian.transition",
+            "diffusion_envs.exact.gaussian.transition",
             "values = signal ** (eta**2) * (last / first) ** ((1 + eta**2) / 2)",
             "values = (last / first) ** 0.5",
         ),
         wrong(
             "log-partition term missing",
-            "diffusion_envs.gaussian.optimal_value",
+            "diffusion_envs.exact.gaussian.optimal_value",
             "- torch.linalg.slogdet(inner)[1]",
             "",
         ),
@@ -210,31 +210,31 @@ def accepted(call: Callable[..., object], *arguments: object) -> float:
     wrongs=[
         wrong(
             "no refusal",
-            "diffusion_envs.gaussian._require_finite_mass",
+            "diffusion_envs.exact.gaussian._require_finite_mass",
             "if not bool(least",
             "if False and not bool(least",
         ),
         wrong(
             "condition on the data's covariance, with b forgotten",
-            "diffusion_envs.gaussian._require_finite_mass",
+            "diffusion_envs.exact.gaussian._require_finite_mass",
             "curvature @ root / kl_weight",
             "curvature @ root",
         ),
         wrong(
             "only concave rewards accepted",
-            "diffusion_envs.gaussian._require_finite_mass",
+            "diffusion_envs.exact.gaussian._require_finite_mass",
             "torch.linalg.eigvalsh(inner)",
             "torch.linalg.eigvalsh(curvature)",
         ),
         wrong(
             "V* judged by the tilt's condition",
-            "diffusion_envs.gaussian.optimal_value",
+            "diffusion_envs.exact.gaussian.optimal_value",
             "torch.linalg.eigh(step.covariance.detach())",
             "data.spectrum",
         ),
         wrong(
             "condition on the determinant's sign alone",
-            "diffusion_envs.gaussian._require_finite_mass",
+            "diffusion_envs.exact.gaussian._require_finite_mass",
             "torch.linalg.eigvalsh(inner).min()",
             "torch.linalg.slogdet(inner)[1]",
         ),

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import ctrl
-from diffusion_envs import gaussian
 from diffusion_envs.denoising import tweedie_mean
-from diffusion_envs.value import combine, martingale_loss, skip_weights
+from diffusion_envs.exact import gaussian
+from diffusion_envs.training.value_network import combine, martingale_loss, skip_weights
 from verification.claim import Check, Setting, bound, claim, expectation, pathwise, wrong
 from verification.closed_form import value_network as exact
 from verification.closed_form.tilt import REWARD
@@ -89,49 +89,49 @@ def loss(
     wrongs=[
         wrong(
             "sine and cosine exchanged",
-            "diffusion_envs.value.skip_weights",
+            "diffusion_envs.training.value_network.skip_weights",
             "angle.cos(), angle.sin()",
             "angle.sin(), angle.cos()",
         ),
         wrong(
             "half a turn for a quarter",
-            "diffusion_envs.value.skip_weights",
+            "diffusion_envs.training.value_network.skip_weights",
             "0.5 * math.pi",
             "math.pi",
         ),
         wrong(
             "network's output not weighted: no boundary condition",
-            "diffusion_envs.value.combine",
+            "diffusion_envs.training.value_network.combine",
             "out * residual",
             "residual",
         ),
         wrong(
             "weights exchanged",
-            "diffusion_envs.value.combine",
+            "diffusion_envs.training.value_network.combine",
             "skip, out = skip",
             "out, skip = skip",
         ),
         wrong(
             "value left out of the martingale loss",
-            "diffusion_envs.value.martingale_loss",
+            "diffusion_envs.training.value_network.martingale_loss",
             "(returns - values)",
             "(returns - 0 * values)",
         ),
         wrong(
             "right end of each step",
-            "diffusion_envs.value.martingale_loss",
+            "diffusion_envs.training.value_network.martingale_loss",
             "[:, :-1]",
             "[:, 1:]",
         ),
         wrong(
             "steps not weighted by time",
-            "diffusion_envs.value.martingale_loss",
+            "diffusion_envs.training.value_network.martingale_loss",
             " * step_sizes",
             "",
         ),
         wrong(
             "one-step residual instead of the return",
-            "diffusion_envs.value.martingale_loss",
+            "diffusion_envs.training.value_network.martingale_loss",
             "(returns - values)[:, :-1].square()",
             "values.diff(dim=1).square()",
         ),
@@ -149,7 +149,7 @@ def loss(
         ),
         wrong(
             "denoised reward taken for the value: no tr(Q Cov)/2",
-            "diffusion_envs.gaussian.Quadratic.before",
+            "diffusion_envs.exact.gaussian.Quadratic.before",
             "- 0.5 * spread",
             "",
         ),
@@ -269,19 +269,19 @@ def spread_of_target(setting: Setting, s: float) -> Tensor:
     wrongs=[
         wrong(
             "half a turn for a quarter",
-            "diffusion_envs.value.skip_weights",
+            "diffusion_envs.training.value_network.skip_weights",
             "0.5 * math.pi",
             "math.pi",
         ),
         wrong(
             "sine and cosine exchanged",
-            "diffusion_envs.value.skip_weights",
+            "diffusion_envs.training.value_network.skip_weights",
             "angle.cos(), angle.sin()",
             "angle.sin(), angle.cos()",
         ),
         wrong(
             "squared cosine",
-            "diffusion_envs.value.skip_weights",
+            "diffusion_envs.training.value_network.skip_weights",
             "angle.cos(), angle.sin()",
             "angle.cos().square(), angle.sin().square()",
         ),
@@ -299,7 +299,7 @@ def spread_of_target(setting: Setting, s: float) -> Tensor:
         ),
         wrong(
             "slope of the value not carried through the transition",
-            "diffusion_envs.gaussian.Quadratic.before",
+            "diffusion_envs.exact.gaussian.Quadratic.before",
             "_apply(step.matrix.mT, carried)",
             "carried",
         ),

@@ -5,18 +5,18 @@ import dataclasses
 import pytest
 import torch
 
-from diffusion_envs import gaussian
 from diffusion_envs.exact import (
     CosineReward,
     GaussianProblem,
     MixtureProblem,
     QuadraticReward,
+    gaussian,
     log_normaliser,
     table,
 )
-from diffusion_envs.gaussian import Quadratic
+from diffusion_envs.exact.gaussian import Quadratic
+from diffusion_envs.runs.evaluation import evaluate
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.training.evaluation import evaluate
 
 SAMPLER = DDIM(1.0).bind(table(), 12)
 SCALAR_DATA = (0.4, 0.6)  # mean, std of the one-component mixture

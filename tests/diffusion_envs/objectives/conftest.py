@@ -10,16 +10,17 @@ from torch import Tensor
 
 import ctrl
 from ctrl.noise import stream
-from diffusion_envs import linear_policy
 from diffusion_envs.denoising import path_kl_per_step
-from diffusion_envs.gaussian import Gaussian, Quadratic
-from diffusion_envs.linear_policy import Steps
+from diffusion_envs.environment import Environment
+from diffusion_envs.exact import linear_policy
+from diffusion_envs.exact.gaussian import Gaussian, Quadratic
+from diffusion_envs.exact.linear_policy import Steps
+from diffusion_envs.models.text_to_image_unet import GuidedScore
+from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import Objective, Rollout, Rows
 from diffusion_envs.samplers import DDIM, BoundDDIM
-from diffusion_envs.schedule import DDPMTable
-from diffusion_envs.score import GuidedScore
-from diffusion_envs.training.environment import Environment
-from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 from verification.claims.training_loop import Network, Process
 
 
@@ -212,7 +213,7 @@ def small_trainer() -> Callable[..., Trainer]:
         return Trainer(
             environment,
             objective,
-            Schedule(**settings),
+            UpdateSize(**settings),
             [network.a, network.b],
             accelerator=Process(),
         )

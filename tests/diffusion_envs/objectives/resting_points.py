@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from diffusion_envs import gaussian, linear_policy
-from diffusion_envs.exact import GaussianProblem
-from diffusion_envs.gaussian import Affine, Quadratic
+from diffusion_envs.exact import GaussianProblem, gaussian, linear_policy
+from diffusion_envs.exact.gaussian import Affine, Quadratic
 from diffusion_envs.samplers import BoundDDIM
 
 

@@ -6,7 +6,8 @@ from diffusion_envs.exact.problems import GaussianProblem, table
 from diffusion_envs.objectives import Objective
 from diffusion_envs.preferences import Preference
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 from verification.claims.training_loop import Process
 
 STEPS = 4
@@ -21,7 +22,7 @@ def trainer(
     return Trainer(
         environment,
         objective,
-        Schedule(**{"samples": 12, "batch": 10, "value_epochs": 1} | schedule),
+        UpdateSize(**{"samples": 12, "batch": 10, "value_epochs": 1} | schedule),
         parameters,
         accelerator=Process(),
         preference=preference,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_envs import gaussian, rewards
-from diffusion_envs.exact import GaussianProblem, table
+from diffusion_envs import rewards
+from diffusion_envs.exact import GaussianProblem, gaussian, table
 from diffusion_envs.objectives import AdjointMatching, Rollout, Rows
 from diffusion_envs.objectives.adjoint_matching import lean_adjoint, matching_loss
 from diffusion_envs.samplers import DDIM

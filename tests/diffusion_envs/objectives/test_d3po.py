@@ -10,8 +10,8 @@ from scipy.special import expit
 from torch import Tensor
 from torch.distributions import Normal
 
-from diffusion_envs import linear_policy
-from diffusion_envs.gaussian import Quadratic
+from diffusion_envs.exact import linear_policy
+from diffusion_envs.exact.gaussian import Quadratic
 from diffusion_envs.objectives import D3PO, Rollout, Rows
 from diffusion_envs.samplers import DDIM
 from tests.diffusion_envs.objectives import random_rows

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_envs import linear_policy
+from diffusion_envs.exact import linear_policy
 from diffusion_envs.objectives import DenseReward, Rows
 from diffusion_envs.objectives.dense_reward import plackett_luce
 from diffusion_envs.samplers import DDIM

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_envs import exact, gaussian
-from diffusion_envs.exact import GaussianProblem
-from diffusion_envs.gaussian import Affine, Gaussian, Quadratic
+from diffusion_envs import exact
+from diffusion_envs.exact import GaussianProblem, gaussian
+from diffusion_envs.exact.gaussian import Affine, Gaussian, Quadratic
+from diffusion_envs.noise_schedules import VPLinear
 from diffusion_envs.objectives import (
     DistributionalOptimisation,
     NearTarget,
@@ -20,7 +21,6 @@ from diffusion_envs.objectives import (
 )
 from diffusion_envs.objectives.distributional import dual_averaging, mean_reward
 from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Scheduler
-from diffusion_envs.schedule import VPLinear
 
 
 def tensor(values: Any) -> Tensor:

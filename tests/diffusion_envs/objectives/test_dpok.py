@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from diffusion_envs import exact, gaussian
-from diffusion_envs.exact import GaussianProblem
+from diffusion_envs import exact
+from diffusion_envs.exact import GaussianProblem, gaussian
+from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import DPOK, Rows
 from diffusion_envs.samplers import DDIM, BoundDDIM
-from diffusion_envs.schedule import DDPMTable
 from tests.diffusion_envs.objectives.random_rows import close, column, rows
 from tests.diffusion_envs.objectives.resting_points import gained, resting
 

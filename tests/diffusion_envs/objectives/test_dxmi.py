@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_envs import linear_policy
-from diffusion_envs.gaussian import Gaussian, Quadratic
+from diffusion_envs.exact import linear_policy
+from diffusion_envs.exact.gaussian import Gaussian, Quadratic
 from diffusion_envs.objectives import ContinuousDxMI, ContinuousDxMIReleased, DxMI, Rows
 from diffusion_envs.objectives.dxmi import usual_move
 from diffusion_envs.samplers import DDIM, BoundDDIM

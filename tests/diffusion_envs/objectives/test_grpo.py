@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from diffusion_envs import exact, linear_policy
-from diffusion_envs.exact import GaussianProblem
-from diffusion_envs.gaussian import Affine
+from diffusion_envs import exact
+from diffusion_envs.exact import GaussianProblem, linear_policy
+from diffusion_envs.exact.gaussian import Affine
+from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import GRPO, Rollout
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.schedule import DDPMTable
 from tests.diffusion_envs.objectives.random_rows import column, rows
 from tests.diffusion_envs.objectives.resting_points import gained, resting
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_envs import gaussian
-from diffusion_envs.gaussian import Gaussian, Quadratic
+from diffusion_envs.exact import gaussian
+from diffusion_envs.exact.gaussian import Gaussian, Quadratic
+from diffusion_envs.noise_schedules import VPLinear
 from diffusion_envs.objectives import DiffusionNFT, NoisedRows, Rollout
 from diffusion_envs.objectives.nft import optimality
-from diffusion_envs.schedule import VPLinear
 
 ROWS, EVENT = 6, (3, 2, 2)
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ctrl.noise import stream
-from diffusion_envs import gaussian
 from diffusion_envs.denoising import noising_bridge
-from diffusion_envs.exact import GaussianProblem, table
-from diffusion_envs.gaussian import Gaussian, Quadratic
+from diffusion_envs.exact import GaussianProblem, gaussian, table
+from diffusion_envs.exact.gaussian import Gaussian, Quadratic
+from diffusion_envs.noise_schedules import DDPMTable, RectifiedFlow
 from diffusion_envs.objectives import NoisedRows, ReinforceAdjointMatching, Rollout, ram
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.schedule import DDPMTable, RectifiedFlow
 from diffusion_envs.training.lessons import NoisedData
 
 S = torch.tensor(0.37, dtype=torch.float64)

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from diffusion_envs import linear_policy, rewards, sd15
+from diffusion_envs import rewards, sd15
+from diffusion_envs.environment import Environment
+from diffusion_envs.exact import linear_policy
+from diffusion_envs.exact.gaussian import Affine, Quadratic, score_coefficients
 from diffusion_envs.exact.problems import table
 from diffusion_envs.exact.rewards import QuadraticReward
-from diffusion_envs.gaussian import Affine, Quadratic, score_coefficients
+from diffusion_envs.models.text_to_image_unet import GuidedScore
 from diffusion_envs.objectives import AlignProp, BackpropObjective, DRaFT, ReFL
 from diffusion_envs.samplers import DDIM, BoundDDIM
-from diffusion_envs.score import GuidedScore
 from diffusion_envs.sd15.build import build
-from diffusion_envs.training.environment import Environment
 from diffusion_envs.training.lessons import LastSteps
-from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.objectives.small_runs import (
     PROBLEM,
     assert_runs_and_resumes,
@@ -352,7 +354,7 @@ def test_pretrained_scores_are_computed_where_a_kl_is_charged(objective, passes)
 def test_an_ode_can_be_differentiated_where_no_kl_is_charged():
     def run(objective: BackpropObjective) -> Trainer:
         environment, parameters = PROBLEM.environment(DDIM(0.0).bind(table(), 4), seed=5)
-        schedule = Schedule(samples=12)
+        schedule = UpdateSize(samples=12)
         return Trainer(environment, objective, schedule, parameters, accelerator=Process())
 
     (line,) = run(DRaFT(last=3)).updates(1)
@@ -366,7 +368,7 @@ TINY = {
     "prompts": ["a photo of a cat"],
     "steps": 3,
     "updates": 2,
-    "schedule": Schedule(samples=2, batch=2),
+    "schedule": UpdateSize(samples=2, batch=2),
     "lora_rank": 1,
     "evaluation_samples": 2,
     "progress": False,

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from diffusion_envs.objectives import DPOK, TDPO, Rollout, Rows, TDPOReset
 from diffusion_envs.objectives.tdpo import active_neurons, reset_neurons
-from diffusion_envs.value import ResidualValue, ResidualValueOfVectors
+from diffusion_envs.training.value_network import ResidualValue, ResidualValueOfVectors
 
 ROWS, EVENT = 7, (3, 2, 2)
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from diffusion_envs import objectives, rewards, samplers, sd15
+from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.sd15.__main__ import main
-from diffusion_envs.training.control import TargetKL
-from diffusion_envs.training.loop import Schedule
-from diffusion_envs.training.stop import StopRule
+from diffusion_envs.training.kl_controller import TargetKL
+from diffusion_envs.training.update_size import UpdateSize
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
 
@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = {
     "prompts": ["a photo of a cat", "a photo of a ship"],
     "steps": 3,
     "updates": 2,
-    "schedule": Schedule(samples=4, batch=8),
+    "schedule": UpdateSize(samples=4, batch=8),
     "lora_rank": 2,
     "evaluation_samples": 4,
     "progress": False,

@@ -13,7 +13,7 @@ from diffusion_envs import objectives
 from diffusion_envs.objectives import NearTarget
 from diffusion_envs.sd15 import __main__ as commands
 from diffusion_envs.sd15.__main__ import OBJECTIVES, Finetune, _objective, _read, main
-from diffusion_envs.training.schedule import Schedule
+from diffusion_envs.training.update_size import UpdateSize
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
 
@@ -120,7 +120,7 @@ def test_every_option_has_a_description(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert run("--help") == 0
     shown = capsys.readouterr().out.partition("Every objective")[0]
-    for kind in (Finetune, Schedule):
+    for kind in (Finetune, UpdateSize):
         for field in dataclasses.fields(kind):
             if field.name in ("settings", "schedule"):  # which are options of their own
                 continue
@@ -165,7 +165,7 @@ def test_every_setting_of_every_objective_can_be_given(name):
 
 
 def test_no_setting_of_an_objective_is_an_option_of_every_run():
-    common = {f.name for kind in (Finetune, Schedule) for f in dataclasses.fields(kind)}
+    common = {f.name for kind in (Finetune, UpdateSize) for f in dataclasses.fields(kind)}
     for kind in OBJECTIVES.values():
         assert not common & {f.name for f in dataclasses.fields(kind)}
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from diffusion_envs import rewards, sd15
 from diffusion_envs.objectives import DDPO, ScoreAsAction
-from diffusion_envs.training import checkpoint
-from diffusion_envs.training.control import TargetKL
-from diffusion_envs.training.loop import Schedule
-from diffusion_envs.training.report import write_report
-from diffusion_envs.training.stop import StopRule
+from diffusion_envs.runs import checkpoint
+from diffusion_envs.runs.early_stopping import StopRule
+from diffusion_envs.runs.report import write_report
+from diffusion_envs.training.kl_controller import TargetKL
+from diffusion_envs.training.update_size import UpdateSize
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
 
@@ -34,7 +34,7 @@ SETTINGS = {
     "steps": 2,
     "guidance": 1.0,
     "updates": 12,
-    "schedule": Schedule(samples=8, batch=16, value_epochs=1),
+    "schedule": UpdateSize(samples=8, batch=16, value_epochs=1),
     "lora_rank": 2,
     "evaluation_samples": 8,
     "picture_every": 2,

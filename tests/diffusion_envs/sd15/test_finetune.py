@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ctrl.noise import normals_by_sample
 from diffusion_envs import objectives, rewards, samplers, sd15
+from diffusion_envs.models.stable_diffusion_pipeline import tiny_folder
+from diffusion_envs.runs.evaluation import HELD_OUT, evaluate
 from diffusion_envs.sd15.build import build
-from diffusion_envs.sd15.pipeline import tiny_folder
 from diffusion_envs.sd15.transfer import load_adapter, transfer
-from diffusion_envs.training.evaluation import HELD_OUT, evaluate
-from diffusion_envs.training.loop import PreflightError, Schedule
+from diffusion_envs.training.trainer import PreflightError
+from diffusion_envs.training.update_size import UpdateSize
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
 
@@ -27,7 +28,7 @@ SMALL = {
     "prompts": PROMPTS,
     "steps": 3,
     "updates": 3,
-    "schedule": Schedule(samples=4, batch=8, value_epochs=1),
+    "schedule": UpdateSize(samples=4, batch=8, value_epochs=1),
     "lora_rank": 2,
     "evaluation_samples": 4,
     "picture_every": 2,
@@ -189,7 +190,7 @@ def test_training_on_an_ode_is_refused_before_anything_is_written(tmp_path):
 def test_time_subsampling_is_unbiased():
     """The gradient with one step a path, averaged over all choices, is that with all steps."""
     from diffusion_envs.training import parallel
-    from diffusion_envs.training.loop import Trainer
+    from diffusion_envs.training.trainer import Trainer
 
     built = small_model(samplers.DDIM(1.0))
     trainer = Trainer(
@@ -218,7 +219,7 @@ def test_time_subsampling_is_unbiased():
 
 
 def test_preflight_refuses_an_adapter_that_is_not_fresh(tmp_path, monkeypatch):
-    from diffusion_envs.sd15 import pipeline
+    from diffusion_envs.models import stable_diffusion_pipeline as pipeline
 
     attach = pipeline.attach_lora
 
@@ -251,7 +252,7 @@ def test_preflight_refuses_an_adapter_that_is_not_fresh(tmp_path, monkeypatch):
         ({"resolution": 20}, "resolution"),
         ({"model": ""}, "model"),
         ({"judges": {"same": rewards.Colour("red")}}, "judge"),
-        ({"schedule": Schedule(samples=4, train_steps=9)}, "train_steps"),
+        ({"schedule": UpdateSize(samples=4, train_steps=9)}, "train_steps"),
     ],
 )
 def test_bad_arguments_are_named_and_nothing_is_written(change, message, tmp_path):

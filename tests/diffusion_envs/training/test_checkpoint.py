@@ -17,8 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_envs.training import checkpoint
-from diffusion_envs.training.checkpoint import CheckpointError
+from diffusion_envs.runs import checkpoint
+from diffusion_envs.runs.checkpoint import CheckpointError
 
 FILES = ("tensors.safetensors", "state.json", "manifest.json")
 STATE = {"weights": torch.arange(12.0).view(3, 4), "update": 7, "note": "uneven"}
@@ -340,7 +340,7 @@ def test_a_crash_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path
 WRITERS = """
 import os, sys
 import torch
-from diffusion_envs.training import checkpoint
+from diffusion_envs.runs import checkpoint
 
 def write(folder, again):
     log = os.open(folder + ".log", os.O_WRONLY | os.O_CREAT)

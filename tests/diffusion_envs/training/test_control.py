@@ -20,9 +20,10 @@ from diffusion_envs.objectives import (
     ScoreAsAction,
 )
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.training import control
-from diffusion_envs.training.control import TargetKL
-from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.training import kl_controller as control
+from diffusion_envs.training.kl_controller import TargetKL
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 from verification.claims.training_loop import Process
 
 PROBLEM, SAMPLER = GaussianProblem(), DDIM(1.0).bind(table(), 4)
@@ -33,7 +34,7 @@ def trainer(objective: Objective, target: TargetKL | None, eta: float = 1.0, **s
     return Trainer(
         environment,
         objective,
-        Schedule(**{"samples": 12, "batch": 4096, "value_epochs": 1} | schedule),
+        UpdateSize(**{"samples": 12, "batch": 4096, "value_epochs": 1} | schedule),
         parameters,
         accelerator=Process(),
         target_kl=target,

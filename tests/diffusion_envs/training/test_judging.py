@@ -19,8 +19,9 @@ from diffusion_envs.exact.problems import GaussianProblem, table
 from diffusion_envs.objectives import D3PO
 from diffusion_envs.preferences import MissingChoicesError, Recorded
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.training.judging import leaving_images
-from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.runs.human_choices import leaving_images
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 
 folder = Path(sys.argv[1])
 accelerator = Accelerator(cpu=True)
@@ -30,7 +31,7 @@ environment.decode = lambda x: x[:, :1, None, None].sigmoid().expand(-1, 3, 8, 8
 environment.reward = lambda images, prompts: images.mean((1, 2, 3))
 for name in ("none", "half", "all"):
     trainer = Trainer(
-        environment, D3PO(), Schedule(samples=8), parameters, accelerator=accelerator,
+        environment, D3PO(), UpdateSize(samples=8), parameters, accelerator=accelerator,
         preference=Recorded(folder / f"{name}.jsonl"),
     )
     try:

@@ -14,7 +14,7 @@ from diffusion_envs.objectives import (
     ReinforceAdjointMatching,
 )
 from diffusion_envs.training.lessons import NoisedData, drawn_levels, drawn_noise
-from diffusion_envs.training.loop import Trainer
+from diffusion_envs.training.trainer import Trainer
 from tests.diffusion_envs.objectives.small_runs import numbers, trainer
 
 PATHS, STEPS, DRAWS = 12, 4, 3

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from diffusion_envs import rewards
-from diffusion_envs.training.evaluation import Evaluation
-from diffusion_envs.training.panel import (
+from diffusion_envs.runs.evaluation import Evaluation
+from diffusion_envs.runs.over_optimisation import (
     cosine_distances,
     embeddings,
     mean_over_pairs,

@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from diffusion_envs.training.plots import decimals
-from diffusion_envs.training.report import write_report
-from diffusion_envs.training.tracking import grid
+from diffusion_envs.runs.plots import decimals
+from diffusion_envs.runs.report import write_report
+from diffusion_envs.runs.tracking import grid
 
 PARTS = ("summary.json", "metrics.jsonl", "panel.jsonl", "samples", "transfer.json")
 VOID = {"meta", "img", "br", "hr", "link", "input"}

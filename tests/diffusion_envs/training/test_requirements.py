@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffusion_envs.environment import Environment
 from diffusion_envs.exact.problems import GaussianProblem, table
 from diffusion_envs.objectives import (
     BackpropObjective,
@@ -28,9 +29,9 @@ from diffusion_envs.objectives import (
 from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, Recorded
 from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Scheduler
 from diffusion_envs.sd15.__main__ import OBJECTIVES
-from diffusion_envs.training.control import TargetKL
-from diffusion_envs.training.environment import Environment
-from diffusion_envs.training.loop import Schedule, Trainer
+from diffusion_envs.training.kl_controller import TargetKL
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
 from verification.claims.training_loop import Process
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers deprecates freely
@@ -95,7 +96,7 @@ class Combination:
         return Trainer(
             environment,
             self.objective,
-            Schedule(**settings),
+            UpdateSize(**settings),
             parameters,
             accelerator=Process(),
             preference=self.preference,

@@ -13,7 +13,7 @@ from diffusion_envs.objectives.score_as_action import drawn_log_ratio
 from diffusion_envs.rewards import Colour
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.sd15.build import build
-from diffusion_envs.training.loop import PreflightError, Trainer
+from diffusion_envs.training.trainer import PreflightError, Trainer
 from verification.claim import Setting
 from verification.claims.training_loop import SAMPLES, STEPS, network_of, trainer
 

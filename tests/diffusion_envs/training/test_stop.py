@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import binom, t
 
-from diffusion_envs.training.stop import Look, StopRule, Watch, check
+from diffusion_envs.runs.early_stopping import Look, StopRule, Watch, check
 
 DOUBLE = torch.float64
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ctrl import Estimate
-from diffusion_envs.training.tracking import Tracker, grid, read_metrics
+from diffusion_envs.runs.tracking import Tracker, grid, read_metrics
 
 
 def numbers(update):

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_envs.training import plots
-from diffusion_envs.training.panel import verdict
-from diffusion_envs.training.tracking import read_metrics
+from diffusion_envs.runs import plots
+from diffusion_envs.runs.over_optimisation import verdict
+from diffusion_envs.runs.tracking import read_metrics
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60676f; --page: #f7f8f9; --card: #fff;

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from PIL import Image
 
 from diffusion_envs.preferences import MissingChoicesError
-from diffusion_envs.training.tracking import grid
+from diffusion_envs.runs.tracking import grid
 
 PLACE = "to_judge"  # in the run's folder
 
@@ -38,28 +37,6 @@ def leave(folder: Path, missing: MissingChoicesError) -> Path:
         first = after
     (place / "groups.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return place
-
-
-def of_all_processes(
-    missing: MissingChoicesError | None, accelerator: Accelerator
-) -> MissingChoicesError | None:
-    """What any of the processes misses, on all of them; None if no one misses anything."""
-    if accelerator.num_processes == 1:
-        return missing
-    mine = []
-    if missing is not None:
-        images = None if missing.images is None else missing.images.cpu()
-        mine = [(str(missing), missing.groups, images, missing.prompts)]
-    found = gather_object(mine)
-    if not found:
-        return None
-    words, groups, images, prompts = zip(*found, strict=True)
-    return MissingChoicesError(
-        "; ".join(dict.fromkeys(words)),
-        groups=[members for part in groups for members in part],
-        images=None if any(part is None for part in images) else torch.cat(images),
-        prompts=[prompt for part in prompts for prompt in part],
-    )
 
 
 def leaving_images(

@@ -24,7 +24,7 @@ from scipy.special import stdtr
 from torch import Tensor
 
 from ctrl import Estimate
-from diffusion_envs.training.evaluation import Evaluation
+from diffusion_envs.runs.evaluation import Evaluation
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ctrl import DeterministicPolicy
 from diffusion_envs import rewards
 from diffusion_envs.objectives import Rollout
-from diffusion_envs.training.environment import Environment
+from diffusion_envs.environment import Environment
 
 HELD_OUT = "held-out"  # the stream's name: training never draws from it
 WATCHED = "watched"  # another, for what decides when to stop: the last evaluation never sees it

@@ -20,7 +20,7 @@ from ctrl.devices import as_like, sent, together
 from ctrl.noise import normals_by_sample
 from diffusion_envs import rewards
 from diffusion_envs.denoising import path_kl_per_step, tweedie_mean
-from diffusion_envs.objectives import Rollout
+from diffusion_envs.rollout import Rollout
 from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
 
 Mean = Callable[[Tensor, Tensor], Tensor]  # (time, states) -> score

@@ -23,6 +23,7 @@ from ctrl import Estimate
 from ctrl.devices import as_like, read, sent
 from ctrl.noise import stream
 from diffusion_envs.denoising import path_kl_per_step
+from diffusion_envs.environment import Environment, Sample
 from diffusion_envs.objectives import (
     BackpropObjective,
     NoisedObjective,
@@ -32,13 +33,14 @@ from diffusion_envs.objectives import (
 )
 from diffusion_envs.objectives.protocol import log_ratio_rounding, score_rounding
 from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, compare
-from diffusion_envs.training import control, judging, parallel
+from diffusion_envs.training import kl_controller as control
+from diffusion_envs.training import parallel
 from diffusion_envs.training.critic import Critic, NonFiniteError
-from diffusion_envs.training.environment import Environment, Sample
 from diffusion_envs.training.lessons import LastSteps, Lesson, NoisedData, PathSteps
-from diffusion_envs.training.schedule import Schedule, require_fit
+from diffusion_envs.training.requirements import require_fit
+from diffusion_envs.training.update_size import UpdateSize
 
-__all__ = ["NonFiniteError", "PreflightError", "Schedule", "Trainer"]
+__all__ = ["NonFiniteError", "PreflightError", "Trainer"]
 
 
 class PreflightError(RuntimeError):
@@ -63,7 +65,7 @@ class Trainer:
         self,
         environment: Environment,
         objective: Objective,
-        schedule: Schedule,
+        schedule: UpdateSize,
         parameters: list[nn.Parameter],
         *,
         accelerator: Accelerator,
@@ -228,7 +230,7 @@ class Trainer:
             )
         except MissingChoicesError as error:
             missing = error
-        missing = judging.of_all_processes(missing, self.accelerator)
+        missing = parallel.missing_anywhere(missing, self.accelerator)
         if missing is not None:
             raise missing
         assert found is not None

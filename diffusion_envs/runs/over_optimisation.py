@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ctrl import Estimate
 from diffusion_envs import rewards
-from diffusion_envs.training.evaluation import Evaluation
+from diffusion_envs.runs.evaluation import Evaluation
 
 PIXELS = "pixels"
 _WATCHED = ("judge_gain.", "diversity_gain.")

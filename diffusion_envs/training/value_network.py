@@ -5,7 +5,7 @@ network. With c_skip = cos(pi s / 2) and c_out = sin(pi s / 2) at noising time s
 terminal condition V = r holds exactly at the data end, whatever the network says.
 
 Source  "Score as Action" (arXiv 2502.01819), section on the value network; in the Gaussian case the
-        residual c_out F has a closed form (``diffusion_envs.gaussian``).
+        residual c_out F has a closed form (``diffusion_envs.exact.gaussian``).
 """
 
 import math

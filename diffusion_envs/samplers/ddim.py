@@ -1,24 +1,21 @@
-"""Samplers: DDIM with its transition density, and any diffusers scheduler as a black box.
+"""DDIM with its transition density.
 
 Sources  [DDIM] Song, Meng & Ermon 2021, arXiv 2010.02502, equations 12 and 16.
 """
 
-import copy
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NoReturn, TypeAlias
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ctrl import ControlledSDE, TimeGrid
 from ctrl.devices import as_like
 from diffusion_envs.denoising import generation_sde, kl_factor
-from diffusion_envs.schedule import DDPMTable
+from diffusion_envs.noise_schedules import DDPMTable
 
 State: TypeAlias = Float[Tensor, " rows *event"]
 Steps: TypeAlias = Int64[Tensor, " rows"]
@@ -262,178 +259,3 @@ class BoundDDIM:
         """One transition, driven by a Brownian increment over [t0, t1]."""
         mean, std = self.transition(sde, t0, t1, states, action)
         return mean + std * (increment / math.sqrt(float(t1 - t0)))
-
-
-@dataclass(frozen=True, eq=False)
-class BlackBox:
-    """Any diffusers scheduler (DPM-Solver++, UniPC, Heun, ...), to evaluate with: no density."""
-
-    scheduler: Any
-    steps: int
-
-    def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be an integer of at least 1, got {self.steps!r}")
-        if not callable(getattr(self.scheduler, "set_timesteps", None)):
-            raise TypeError(
-                f"scheduler must be a diffusers scheduler, got {type(self.scheduler).__name__}"
-            )
-
-    @property
-    def has_density(self) -> bool:
-        """Never: what a step does is the scheduler's own affair."""
-        return False
-
-    def log_ratio(self, *_: Any) -> NoReturn:
-        """Refused.
-
-        Raises:
-            TypeError: always; the message names the remedy.
-        """
-        raise TypeError(
-            f"{type(self.scheduler).__name__} is a black box and has no transition density; "
-            "sample with DDIM(eta > 0), or treat drawn scores as the decision"
-        )
-
-    @torch.no_grad()
-    def sample(
-        self,
-        predict: Callable[[Tensor, Tensor], Tensor],
-        start: Float[Tensor, " paths *event"],
-        generator: Generator | list[Generator] | None = None,
-    ) -> Float[Tensor, " paths *event"]:
-        """Samples, from standard normals.
-
-        Args:
-            predict: (scaled states, timestep []) -> the network's prediction, of the kind that the
-                scheduler's ``prediction_type`` says. Some schedulers ask at fractional timesteps.
-            start: standard normals.
-            generator: for schedulers that draw noise, one or one a path.
-
-        Raises:
-            ValueError: the scheduler draws noise, and there is no generator.
-        """
-        scheduler = copy.deepcopy(self.scheduler)  # schedulers remember their steps
-        scheduler.set_timesteps(self.steps, device=start.device)
-        extra = {}
-        if "generator" in inspect.signature(scheduler.step).parameters:
-            extra["generator"] = generator
-        if generator is None and _draws_noise(scheduler):
-            raise ValueError(
-                f"generator must be given: {type(scheduler).__name__} draws noise as it samples"
-            )
-        states = start * float(scheduler.init_noise_sigma)
-        for timestep in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(states, timestep)
-            states = scheduler.step(
-                predict(scaled, timestep), timestep, states, **extra
-            ).prev_sample
-        return states
-
-
-@dataclass(frozen=True)
-class Scheduler:
-    """A black box by the name of its class in diffusers, made from a model's own schedule.
-
-    Attributes:
-        name: "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler", ...
-        options: settings of that class that differ from the model's scheduler's.
-    """
-
-    name: str
-    options: tuple[tuple[str, Any], ...] = ()
-
-    def __post_init__(self) -> None:
-        if "trained_betas" not in self._settings():
-            raise ValueError(
-                f"name must be a scheduler of diffusers that takes a table of betas "
-                f"(DPMSolverMultistepScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler, "
-                f"...), got {self.name!r}"
-            )
-
-    @property
-    def has_density(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def label(self) -> str:
-        """For tables and plots."""
-        options = ", ".join(f"{name}={value}" for name, value in self.options)
-        return self.name.removesuffix("Scheduler") + (f" ({options})" if options else "")
-
-    def _settings(self) -> frozenset[str]:
-        """Names of what the class can be told; none if there is no such class."""
-        import diffusers
-
-        kind = getattr(diffusers, self.name, None)
-        return frozenset() if kind is None else frozenset(inspect.signature(kind).parameters)
-
-    def bind(
-        self, table: DDPMTable, steps: int, prediction_type: str = "epsilon"
-    ) -> "BoundBlackBox":
-        """This scheduler on a model's table, with so many steps.
-
-        Args:
-            table: of the model.
-            steps: of the scheduler; some call the network more than once a step (Heun: 2 - 1/steps
-                times).
-            prediction_type: of the network, in diffusers' words.
-
-        Raises:
-            ValueError: the table has fewer entries than ``steps``.
-        """
-        import diffusers
-
-        betas = 1 - table.alphas_cumprod / torch.cat(
-            [table.alphas_cumprod.new_ones(1), table.alphas_cumprod[:-1]]
-        )
-        kind = getattr(diffusers, self.name)
-        known = {"timestep_spacing": "trailing", "prediction_type": prediction_type}
-        settings = {name: value for name, value in known.items() if name in self._settings()}
-        scheduler = kind(
-            num_train_timesteps=len(betas),
-            trained_betas=betas.cpu().numpy(),
-            **settings | dict(self.options),
-        )
-        return BoundBlackBox(scheduler, table, steps)
-
-
-Sampler: TypeAlias = DDIM | Scheduler
-"""What a user names; ``bind`` puts it on a model's noise levels."""
-
-
-@dataclass(frozen=True, eq=False)
-class BoundBlackBox:
-    """A scheduler on a table of noise levels: it makes data, and shows nothing of how."""
-
-    scheduler: Any
-    table: DDPMTable
-    steps: int
-
-    def __post_init__(self) -> None:
-        BlackBox(self.scheduler, self.steps)  # refuses what is no scheduler, or no number of steps
-        if self.steps > (most := len(self.table.alphas_cumprod)):
-            raise ValueError(f"steps must be at most the table's {most} entries, got {self.steps}")
-
-    @property
-    def has_density(self) -> bool:
-        """Never."""
-        return False
-
-    def sample(
-        self,
-        predict: Callable[[Tensor, Tensor], Tensor],
-        start: Float[Tensor, " paths *event"],
-        generators: list[Generator] | None = None,
-    ) -> Float[Tensor, " paths *event"]:
-        """As ``BlackBox.sample``, one generator a path for schedulers that draw noise."""
-        return BlackBox(self.scheduler, self.steps).sample(predict, start, generators)
-
-
-def _draws_noise(scheduler: Any) -> bool:
-    """Whether a scheduler's steps are random, as far as its name and settings tell."""
-    name, kind = type(scheduler).__name__, str(scheduler.config.get("algorithm_type", ""))
-    return kind.startswith("sde") or any(
-        word in name for word in ("Ancestral", "SDE", "DDPM", "LCM", "TCD")
-    )
