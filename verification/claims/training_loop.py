@@ -201,7 +201,7 @@ KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
         ),
         wrong(
             "timestep of another step",
-            "diffusion_envs.environment.Environment.score",
+            "diffusion_envs.environment.Environment.action",
             "[sent(step, self.device)]",
             "[sent(step, self.device) - 1]",
         ),

@@ -198,7 +198,7 @@ def test_samples_must_fill_whole_groups(small_trainer):
 def test_it_rests_at_a_known_share_of_what_can_be_gained():
     """Where the spread of the reward, in which the KL is weighed, is that of the policy at rest."""
     problem, sampler = GaussianProblem(), DDIM(1.0).bind(exact.table(), 20)
-    steps, spread = linear_policy.Steps.of_ddim(sampler), 1.0
+    steps, spread = linear_policy.Steps.of(sampler), 1.0
     kl, curvature = (steps.score_gain / steps.std).square(), problem.quadratic.curvature
     unit = torch.eye(2, dtype=torch.float64)
     for _ in range(60):
