@@ -7,7 +7,8 @@ v = (x - x0_hat) / s. A step leads from s to u = s - h.
               sigma_s^2 = a^2 s / (1 - s):
                   x' = x - h (v + sigma_s^2 / (2 s) (x + (1 - s) v)) + sigma_s sqrt(h) z.
               As g^2 = 2 s / (1 - s) it is the eta family's, eta = a / sqrt(2); a = sqrt(2) is the
-              time reversal, which forgets its start.
+              time reversal. Since int g^2 is infinite at s = 1 it forgets its start at every a > 0:
+              its KL-regularised optimum is the tilt of the data.
     DDIM      x' = (1 - u) x0_hat + sqrt(u^2 - c^2) eps_hat + c z, exact where x0_hat is constant,
               c = eta u sqrt(1 - SNR(s) / SNR(u)).
     CPS       the same with c = u sin(a pi / 2): noise that does not shrink with the step.
@@ -33,11 +34,11 @@ from torch import Tensor
 
 from ctrl import ControlledSDE
 from diffusion_envs.denoising import denoised_sde, kl_factor
-from diffusion_envs.noise_schedules import FlowTable
+from diffusion_envs.noise_schedules import DDPMTable, FlowTable
 from diffusion_envs.samplers.gaussian_steps import Action, GaussianSteps
 
 
-def _require_flow(name: str, table: object) -> FlowTable:
+def _require_flow(name: str, table: DDPMTable | FlowTable) -> FlowTable:
     if not isinstance(table, FlowTable):
         raise TypeError(
             f"{name} needs the table of a rectified flow (FlowTable), got {type(table).__name__}: "
@@ -74,7 +75,7 @@ class FlowSDE:
         return f"flow SDE a {self.noise_level:g}"
 
     def bind(
-        self, table: FlowTable, steps: int, prediction_type: str = "flow_prediction"
+        self, table: DDPMTable | FlowTable, steps: int, prediction_type: str = "flow_prediction"
     ) -> "BoundFlowSDE":
         """This sampler on a flow's noise levels, with so many steps.
 
@@ -104,7 +105,7 @@ class CPS:
         return f"CPS a {self.noise_level:g}"
 
     def bind(
-        self, table: FlowTable, steps: int, prediction_type: str = "flow_prediction"
+        self, table: DDPMTable | FlowTable, steps: int, prediction_type: str = "flow_prediction"
     ) -> "BoundCPS":
         """This sampler on a flow's noise levels, with so many steps.
 

@@ -114,7 +114,12 @@ def test_the_path_kl_is_half_the_increase_of_the_snr(generator):
     found = sampler.path_kl(change, 0 * change)
     close(found, expected, rtol=1e-9, atol=0)
     whole = 0.5 * factor * (0.97 / 0.03) ** 2  # of all steps at a constant unit change
-    close(sampler.path_kl_gain.sum() / 2, torch.tensor(whole).double(), rtol=1e-12, atol=0)
+    close(
+        sampler.path_kl_gain.sum() / 2,
+        whole * torch.ones((), dtype=torch.float64),
+        rtol=1e-12,
+        atol=0,
+    )
 
 
 def test_with_eta_1_the_chain_costs_what_the_sde_does():
@@ -167,34 +172,27 @@ def test_the_sde_is_that_of_the_source(generator):
     s = 0.37
     velocity, noise = (x - x0) / s, 0.8 * math.sqrt(s / (1 - s))
     drift = -(velocity + noise**2 / (2 * s) * (x + (1 - s) * velocity))
-    t = torch.tensor(1 - s).double()
+    t = torch.tensor(1 - s, dtype=torch.float64)
     close(sampler.sde.drift(t, x, x0), drift, rtol=1e-10, atol=1e-12)
-    close(torch.as_tensor(sampler.sde.diffusion(t, x)), torch.tensor(noise).double())
+    close(torch.as_tensor(sampler.sde.diffusion(t, x)), torch.tensor(noise, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("sampler", [FlowSDE(0.8), DDIM(0.5), DDIM(1.0)], ids=lambda s: s.label)
-def test_chains_tend_to_the_law_of_the_data(sampler):
-    """Under the exact expected data; the SDE's first steps never shrink, but are forgotten."""
-    problem = GaussianProblem()
-    zero = torch.zeros(2, 2, dtype=torch.float64)
-    misses = []
-    for steps in (50, 200):
-        bound = sampler.bind(FlowTable(end=1e-3), steps)
-        law = problem.law_of(zero.expand(steps, 2, 2), zero[0].expand(steps, 2), bound)
-        misses.append(float((law.covariance - problem.data.covariance).abs().max()))
-        close(law.mean, problem.data.mean, rtol=0, atol=0.05)
-    assert misses[1] < 0.5 * misses[0]
-
-
-def test_the_memoryless_optimum_tends_to_the_tilt():
+def test_chains_tend_to_the_data_and_their_optima_to_the_tilt(sampler):
+    """At first order; Flow-GRPO's first steps never shrink, but all noise forgets a pure start."""
     problem = GaussianProblem()
     tilted = gaussian.tilt(problem.data, problem.quadratic, problem.kl_weight)
-    misses = []
-    for steps in (20, 80, 320):
-        law = problem.best_law(DDIM(1.0).bind(FlowTable(shift=3.0, end=1e-3), steps))
-        misses.append(float((law.mean - tilted.mean).norm()))
-    assert misses[0] > 3 * misses[1] > 9 * misses[2]
-    assert misses[2] < 0.02
+    zero = torch.zeros(100, 2, 2, dtype=torch.float64)
+    misses, of_optima = [], []
+    for steps in (25, 100):
+        bound = sampler.bind(FlowTable(shift=3.0, end=1e-3), steps)
+        law = problem.law_of(zero[:steps], zero[:steps, 0], bound)
+        misses.append(float((law.covariance - problem.data.covariance).abs().max()))
+        close(law.mean, 0.999 * problem.data.mean, rtol=1e-9, atol=0)
+        of_optima.append(float((problem.best_law(bound).mean - tilted.mean).norm()))
+    assert misses[1] < 0.4 * misses[0]
+    assert of_optima[1] < 0.4 * of_optima[0]
+    assert of_optima[1] < 0.06
 
 
 def trainer(objective: objectives.Objective, sampler: Any, **size: Any) -> Trainer:
@@ -287,19 +285,20 @@ def test_it_is_fine_tuned_by_the_same_trainer(objective):
 
 
 def test_it_comes_near_the_optimum():
-    """70 updates of adjoint matching: from the start at least 80 % of the way to the optimum."""
-    problem, sampler = GaussianProblem(), SAMPLERS["flow-sde"]
+    """50 updates of adjoint matching: from the start at least 90 % of the way to the optimum."""
+    problem = GaussianProblem()
+    sampler = FlowSDE(0.9).bind(FlowTable(shift=1.7, end=0.1), 5)
     objective = objectives.AdjointMatching(
         kl_weight=problem.kl_weight, learning_rate=0.03, path_kl=True
     )
     run = trainer(objective, sampler, samples=64)
     start = problem.evaluate(run.environment.model, sampler).objective
     best = problem.optimum(sampler).objective
-    for _ in run.updates(70):
+    for _ in run.updates(50):
         pass
     reached = problem.evaluate(run.environment.model, sampler).objective
     assert start < reached < best
-    assert best - reached < 0.2 * (best - start)
+    assert best - reached < 0.1 * (best - start)
 
 
 def test_it_resumes_bit_for_bit():
@@ -358,7 +357,11 @@ def test_a_model_that_tells_only_scores_is_refused():
         (lambda: FlowTable(shift=0.0), "shift must be a positive finite number"),
         (lambda: FlowSDE().bind(FLOW, 1), "steps must be an integer of at least 2, got 1"),
         (
-            lambda: CPS().bind(FlowTable(), 3).log_ratio(*[torch.tensor([[1.0]])] * 4),
+            lambda: (
+                CPS()
+                .bind(FlowTable(), 3)
+                .log_ratio(torch.tensor([0]), *[torch.tensor([[1.0]])] * 3)
+            ),
             "step 2 of this sampler has no noise",
         ),
     ],
@@ -369,8 +372,9 @@ def test_bad_settings_are_named(make, message):
 
 
 def test_wrong_types_are_named():
-    with pytest.raises(TypeError, match="noise_level must be a number, got True"):
-        FlowSDE(True)
+    for kind in (FlowSDE, CPS):
+        with pytest.raises(TypeError, match="noise_level"):
+            kind("0.7")
     with pytest.raises(TypeError, match=r"FlowSDE needs the table of a rectified flow.*DDPMTable"):
         FlowSDE().bind(table(), 4)
 
