@@ -214,10 +214,9 @@ KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
         wrong(
             "adapter ignored while sampling",
             SAMPLE,
-            "            means.append(self.model(states, timestep.expand(len(states)), "
-            "conditions))",
+            "            means.append(self._act(states, timestep.expand(len(states)), conditions))",
             "            with self.model.pretrained():\n"
-            "                means.append(self.model(states, timestep.expand(len(states)), "
+            "                means.append(self._act(states, timestep.expand(len(states)), "
             "conditions))",
         ),
         wrong(
