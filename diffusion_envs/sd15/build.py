@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -104,3 +105,58 @@ def _bound(
     pipe: StableDiffusionPipeline, sampler: samplers.Sampler, table: DDPMTable, steps: int
 ) -> samplers.BoundDDIM | samplers.BoundBlackBox:
     return sampler.bind(table, steps, pipe.scheduler.config.prediction_type)
+
+
+class Loaded:
+    """A loaded pipeline with its adapter, as a model of ``runs.finetune``."""
+
+    def __init__(self, built: Model) -> None:
+        environment = built.environment
+        self._pipe, self._score = built.pipe, environment.score
+        self.event, self.device = environment.event, environment.device
+        self.decode, self.table, self.parameters = environment.decode, built.table, built.parameters
+        self.prediction_type = str(built.pipe.scheduler.config.prediction_type)
+        self.pretrained, self.prediction = self._score.pretrained, self._score.prediction
+
+    def __call__(self, states: Any, timesteps: Any, condition: Any) -> Any:
+        return self._score(states, timesteps, condition)
+
+    @property
+    def precision(self) -> torch.dtype:
+        return self._score.precision
+
+    @property
+    def calls(self) -> int:
+        return self._score.calls
+
+    @calls.setter
+    def calls(self, count: int) -> None:
+        self._score.calls = count
+
+    def condition(self, prompts: Sequence[str]) -> Any:
+        return pipeline.embed_prompts(self._pipe, list(prompts))
+
+    def export(self, folder: Path) -> Path:
+        return pipeline.export_lora(self._pipe.unet, folder)
+
+
+def load(options: Any, *, device: torch.device, batch: int, seed: int) -> Loaded:
+    """The model of these options (``StableDiffusion``) with a fresh adapter."""
+    built = build(
+        model=options.model,
+        reward=rewards.Colour(),
+        prompts=[""],
+        sampler=samplers.DDIM(),
+        steps=1,
+        guidance=options.guidance,
+        batch=batch,
+        lora_rank=options.lora_rank,
+        lora_targets=options.lora_targets,
+        precision=options.precision,
+        resolution=options.resolution,
+        device=device,
+        seed=seed,
+    )
+    if options.gradient_checkpointing:
+        built.environment.score.recompute_activations()
+    return Loaded(built)

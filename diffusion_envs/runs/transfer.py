@@ -1,19 +1,18 @@
 """Step and solver transfer: a model fine-tuned at one step count, judged at others."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ctrl import Estimate
-from diffusion_envs.runs import checkpoint
+from diffusion_envs import rewards
 from diffusion_envs.runs.evaluation import evaluate
+from diffusion_envs.runs.exported import load_exported
+from diffusion_envs.runs.finetune import make_environment
 from diffusion_envs.runs.report import write_report
 from diffusion_envs.runs.run_folder import write_json
 from diffusion_envs.samplers import Sampler
-from diffusion_envs.sd15.build import Model
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,17 @@ class Row:
 
 def transfer(
     folder: str | Path,
-    built: Model,
+    model: Any,
     *,
+    reward: rewards.Reward,
+    prompts: Sequence[str],
+    seed: int,
     steps: Sequence[int],
     samplers: Sequence[Sampler],
     samples: int,
     batch: int = 32,
 ) -> list[Row]:
-    """Judge a finished run at other step counts; write ``transfer.json`` and the report anew.
+    """Judge what a run exported at other step counts; write ``transfer.json`` and the report anew.
 
     Every row uses the same held-out seeds. The stochastic sampler's noise is drawn step by step,
     so rows of other step counts share the starting noise only. Heun's scheduler calls the network
@@ -49,24 +51,31 @@ def transfer(
 
     Args:
         folder: of the run.
-        built: the model of the run, as ``build`` makes it from the run's settings.
+        model: of the run, freshly loaded.
+        reward: of the run.
+        prompts: of the run.
+        seed: of the run.
         steps: step counts to try.
         samplers: DDIM at one or several eta, 0 included, and schedulers of diffusers by name.
         samples: held-out samples of each.
         batch: samples rolled out at once.
 
     Raises:
-        FileNotFoundError: the run has no checkpoint yet.
+        FileNotFoundError: the run has exported no model yet.
         ValueError: a step count is out of range.
     """
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
     folder = Path(folder)
-    grids = [(kind, n, built.bind(kind, n)) for kind in samplers for n in steps]
-    load_adapter(folder, built)
+    parts = {"reward": reward, "prompts": prompts, "seed": seed}
+    grids = [
+        (kind, n, make_environment(model, sampler=kind, steps=n, **parts))
+        for kind in samplers
+        for n in steps
+    ]
+    load_exported(model, folder)
     rows = []
-    for kind, n, bound in grids:
-        environment = replace(built.environment, sampler=bound)
+    for kind, n, environment in grids:
         before = evaluate(environment, samples, batch=batch, pretrained=True).rewards
         after = evaluate(environment, samples, batch=batch).rewards
         gain = Estimate.of(after - before)
@@ -74,13 +83,3 @@ def transfer(
     write_json(folder / "transfer.json", [row.as_dict() for row in rows])
     write_report(folder)
     return rows
-
-
-def load_adapter(folder: Path, built: Model) -> None:
-    """Put the adapter of a run's newest checkpoint into a freshly built model."""
-    found = checkpoint.latest(folder / "checkpoints")
-    if found is None:
-        raise FileNotFoundError(f"run {folder} has no checkpoint yet; let it finish or resume it")
-    with torch.no_grad():
-        for parameter, tensor in zip(built.parameters, found.state["adapter"], strict=True):
-            parameter.copy_(tensor)
