@@ -25,9 +25,9 @@ from diffusion_envs.environment import Environment
 from diffusion_envs.exact import GaussianProblem, MixtureProblem, Outcome, table
 from diffusion_envs.models.stable_diffusion_pipeline import tiny_folder
 from diffusion_envs.noise_schedules import DDPMTable
+from diffusion_envs.runs.command_line import CLASS_PROMPTS
 from diffusion_envs.runs.evaluation import evaluate
 from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Sampler, Scheduler
-from diffusion_envs.sd15.__main__ import CLASS_PROMPTS
 from diffusion_envs.sd15.build import build
 from diffusion_envs.training.trainer import NonFiniteError, Trainer
 from diffusion_envs.training.update_size import UpdateSize

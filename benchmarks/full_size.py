@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusion_envs import rewards, sd15
+from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.tiny.captions import write_tokenizer
 from diffusion_envs.tiny.train_denoiser import scheduler
@@ -79,17 +80,19 @@ def main() -> None:
         millions = build(folder / "model")
         started = time.monotonic()
         sd15.finetune(
-            model=folder / "model",
+            sd15.StableDiffusion(
+                folder / "model",
+                precision="bfloat16",
+                resolution=512 if gpu else 256,
+                gradient_checkpointing=True,
+            ),
             reward=rewards.JpegCompressibility(),
             prompts=["a photo of a cat", "a photo of a ship"],
             output=folder / "run",
             steps=options.steps,
             updates=1,
-            schedule=UpdateSize(samples=samples, batch=4 if gpu else 2, value_epochs=1),
-            evaluation_samples=2,
-            precision="bfloat16",
-            resolution=512 if gpu else 256,
-            gradient_checkpointing=True,
+            size=UpdateSize(samples=samples, batch=4 if gpu else 2, value_epochs=1),
+            options=RunOptions(evaluation_samples=2),
         )
         seconds = time.monotonic() - started
         line = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])

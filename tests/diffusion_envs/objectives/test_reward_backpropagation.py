@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from diffusion_envs import rewards, sd15
+from diffusion_envs import rewards
 from diffusion_envs.environment import Environment
 from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.gaussian import Affine, Quadratic, score_coefficients
@@ -29,6 +29,7 @@ from tests.diffusion_envs.objectives.small_runs import (
     numbers,
     trainer,
 )
+from tests.diffusion_envs.sd15.calling import finetune
 from tests.diffusion_envs.test_two_views import (
     DATA,
     GAIN,
@@ -368,7 +369,7 @@ TINY = {
     "prompts": ["a photo of a cat"],
     "steps": 3,
     "updates": 2,
-    "schedule": UpdateSize(samples=2, batch=2),
+    "size": UpdateSize(samples=2, batch=2),
     "lora_rank": 1,
     "evaluation_samples": 2,
     "progress": False,
@@ -380,12 +381,10 @@ TINY = {
 @pytest.mark.parametrize("objective", [ReFL(), DRaFT(last=3)], ids=["refl", "draft"])
 def test_images_are_fine_tuned_by_a_classifiers_gradient(objective, tmp_path):
     reward = rewards.PromptAlignment()
-    run = sd15.finetune(reward=reward, objective=objective, output=tmp_path / "run", **TINY)
+    run = finetune(reward=reward, objective=objective, output=tmp_path / "run", **TINY)
     assert run.path_kl.mean > 0
 
 
 def test_a_reward_without_a_gradient_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="JpegCompressibility does not declare differentiable"):
-        sd15.finetune(
-            reward=rewards.JpegCompressibility(), objective=DRaFT(), output=tmp_path, **TINY
-        )
+        finetune(reward=rewards.JpegCompressibility(), objective=DRaFT(), output=tmp_path, **TINY)
