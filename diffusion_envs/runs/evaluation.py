@@ -68,16 +68,18 @@ def evaluate(
     """
     spent = environment.reward_queries, environment.score.calls
     parts = []
-    with environment.score.pretrained() if pretrained else nullcontext():
-        for first in range(0, samples, batch):
-            indices = range(first, min(first + batch, samples))
-            condition = torch.tensor([i % len(environment.prompts) for i in indices])
-            parts.append(
-                environment.sample(
-                    lambda mean, _: DeterministicPolicy(mean), indices, condition, stream=stream
+    try:
+        with environment.score.pretrained() if pretrained else nullcontext():
+            for first in range(0, samples, batch):
+                indices = range(first, min(first + batch, samples))
+                condition = torch.tensor([i % len(environment.prompts) for i in indices])
+                parts.append(
+                    environment.sample(
+                        lambda mean, _: DeterministicPolicy(mean), indices, condition, stream=stream
+                    )
                 )
-            )
-    environment.reward_queries, environment.score.calls = spent
+    finally:  # also of an evaluation that is interrupted
+        environment.reward_queries, environment.score.calls = spent
     images = torch.cat([part.images.cpu() for part in parts])
     prompts = [prompt for part in parts for prompt in part.prompts]
     return Evaluation(

@@ -10,7 +10,7 @@ import numpy as np
 _ENDINGS = (".txt", ".json", ".jsonl", ".csv")
 
 
-def read_prompts(prompts: Iterable[str] | Path) -> tuple[str, ...]:
+def read_prompts(prompts: Any) -> tuple[str, ...]:
     """Prompts as a tuple of strings, from any iterable of them or from a file.
 
     A file holds one prompt a line (empty lines are passed over), or a JSON list of strings.
@@ -22,9 +22,8 @@ def read_prompts(prompts: Iterable[str] | Path) -> tuple[str, ...]:
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of strings, got the string {prompts!r}")
-    words = _read(prompts) if isinstance(prompts, Path) else prompts
     try:
-        taken = list(words)
+        taken = list(_read(prompts) if isinstance(prompts, Path) else prompts)
     except TypeError:
         raise TypeError(
             f"prompts must be a list of strings, got {type(prompts).__name__}"

@@ -14,7 +14,7 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -35,6 +35,14 @@ class Unnamed:
 
     setting: str
     why: str
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused, where a reward or a judge is called.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{self.setting} was {self.why}")
 
 
 def describe(value: Any) -> Any:
@@ -85,10 +93,11 @@ def rebuild(described: Any, setting: str = "") -> Any:
         return tuple(rebuild(v, f"{setting}[{k}]") for k, v in enumerate(described))
     if not isinstance(described, Mapping):
         return described
-    if "float" in described:
-        return float(described["float"])
-    if "path" in described:
-        return Path(described["path"])
+    if len(described) == 1 and isinstance(word := next(iter(described.values())), str):
+        if "float" in described:
+            return float(word)
+        if "path" in described:
+            return Path(word)
     kind = _kind(described)
     if kind is None:
         return {k: rebuild(v, f"{setting}.{k}" if setting else k) for k, v in described.items()}

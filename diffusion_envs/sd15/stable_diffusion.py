@@ -1,9 +1,10 @@
 """Which Stable Diffusion model, and how it is used: all that its weights do not say."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ class StableDiffusion:
         guidance: classifier-free guidance scale; 1 is none.
         lora_rank: of the adapter.
         lora_targets: names of the layers that get one.
-        precision: of the network; float16 is for CUDA only.
+        precision: of the network: float32, bfloat16 or (CUDA only) float16.
         resolution: pixels a side; the model's own if left out.
         gradient_checkpointing: recompute activations: less memory, more time.
         device: cpu or cuda; what there is if left out.
@@ -29,8 +30,8 @@ class StableDiffusion:
     model: str | Path = "tiny"
     guidance: float = 3.0
     lora_rank: int = 8
-    lora_targets: tuple[str, ...] = ATTENTION
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    lora_targets: Sequence[str] = ATTENTION
+    precision: str = "float32"
     resolution: int | None = None
     gradient_checkpointing: bool = False
     device: str | None = None

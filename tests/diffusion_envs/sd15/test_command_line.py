@@ -27,7 +27,14 @@ SMALL = [
 
 
 def run(*arguments: str | Path) -> int:
-    return command_line.main(FAMILY, [str(a) for a in arguments])
+    return command_line.main(FAMILY, once([str(a) for a in arguments]))
+
+
+def once(words: list[str]) -> list[str]:
+    """The last of an option's values only: on a command line it may stand once."""
+    flags = [k for k, word in enumerate(words) if word.startswith("--")] + [len(words)]
+    pieces = {words[a]: words[a:b] for a, b in zip(flags, flags[1:], strict=False)}
+    return words[: flags[0]] + [word for piece in pieces.values() for word in piece]
 
 
 @pytest.mark.parametrize(
