@@ -66,10 +66,10 @@ def evaluate(
         pretrained: evaluate the model without its adapter.
         stream: names the noise.
     """
-    spent = environment.reward_queries, environment.score.calls
+    spent = environment.reward_queries, environment.model.calls
     parts = []
     try:
-        with environment.score.pretrained() if pretrained else nullcontext():
+        with environment.pretrained() if pretrained else nullcontext():
             for first in range(0, samples, batch):
                 indices = range(first, min(first + batch, samples))
                 condition = torch.tensor([i % len(environment.prompts) for i in indices])
@@ -79,7 +79,7 @@ def evaluate(
                     )
                 )
     finally:  # also of an evaluation that is interrupted
-        environment.reward_queries, environment.score.calls = spent
+        environment.reward_queries, environment.model.calls = spent
     images = torch.cat([part.images.cpu() for part in parts])
     prompts = [prompt for part in parts for prompt in part.prompts]
     return Evaluation(

@@ -2,16 +2,16 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from diffusion_envs.models.protocol import Model
 from diffusion_envs.runs import checkpoint
 
 _PLACE = "exported"  # in the run's folder
 
 
-def export(model: Any, folder: Path, update: int) -> Path:
+def export(model: Model, folder: Path, update: int) -> Path:
     """Write the model as it is; the file that its own library loads.
 
     Raises:
@@ -25,7 +25,7 @@ def export(model: Any, folder: Path, update: int) -> Path:
     return model.export(folder)
 
 
-def load_exported(model: Any, folder: Path) -> int:
+def load_exported(model: Model, folder: Path) -> int:
     """Put the exported parameters of a run into a freshly loaded model.
 
     Returns:

@@ -1,14 +1,15 @@
 """Fine-tune a diffusion model with a reward: from prompts to an export and a report."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from diffusion_envs import rewards, samplers
 from diffusion_envs.environment import Environment
+from diffusion_envs.models.protocol import Model
 from diffusion_envs.objectives import NoisedObjective, Objective, ScoreAsAction
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.callbacks import Callbacks
@@ -43,13 +44,13 @@ class Loadable(Protocol):
         """Either "cpu" or "cuda"; None for what there is."""
         ...
 
-    def load(self, *, device: torch.device, batch: int, seed: int) -> Any:
+    def load(self, *, device: torch.device, batch: int, seed: int) -> Model:
         """The model with a fresh adapter, on a device, with so many rows at once."""
         ...
 
 
 def finetune(
-    model: Any,
+    model: Loadable | Model,
     *,
     reward: rewards.Reward,
     prompts: Iterable[str] | Path,
@@ -113,16 +114,22 @@ def finetune(
         if isinstance(model, Loadable):
             model = model.load(device=accelerator.device, batch=size.batch, seed=seed)
         environment = make_environment(
-            model, sampler=sampler, steps=steps, reward=reward, prompts=prompts, seed=seed
+            model,
+            sampler=sampler,
+            steps=steps,
+            reward=reward,
+            prompts=prompts,
+            seed=seed,
+            batch=size.batch,
         )
         trainer = Trainer(
             environment,
             objective,
             size,
-            model.parameters,
             accelerator=accelerator,
             preference=options.preference,
             target_kl=options.target_kl,
+            log_path_kl=options.log_path_kl,
         )
         folder = Path(output).expanduser()
         if main:
@@ -181,25 +188,23 @@ def finetune(
 
 
 def make_environment(
-    model: Any,
+    model: Model,
     *,
     sampler: samplers.Sampler,
     steps: int,
     reward: rewards.Reward,
-    prompts: Iterable[str],
+    prompts: Sequence[str],
     seed: int,
+    batch: int = 64,
 ) -> Environment:
     """A loaded model with a sampler on its noise levels, a reward and prompts."""
     return Environment(
-        score=model,
+        model=model,
         sampler=sampler.bind(model.table, steps, model.prediction_type),
-        decode=model.decode,
         reward=reward,
         prompts=list(prompts),
-        context=model.condition(list(prompts)),
-        event=model.event,
         seed=seed,
-        device=model.device,
+        batch=batch,
     )
 
 

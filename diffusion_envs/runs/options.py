@@ -30,6 +30,8 @@ class RunOptions:
             dense-reward): the reward if left out, people's choices recorded in a file of JSON
             lines, {"order": [best, ..., worst]} each, or a function. A run that meets samples
             without a choice leaves their images and waits to be resumed.
+        log_path_kl: report the path KL of every update also where the method does not need it, at
+            the price of a network call a step.
         wandb: log to Weights & Biases too.
         progress: show a progress bar.
     """
@@ -41,6 +43,7 @@ class RunOptions:
     target_kl: TargetKL | None = None
     stop: tyro.conf.Suppress[StopRule | None] = None  # three options of the command line
     preference: Annotated[Preference | None, tyro.conf.arg(name="preferences")] = None
+    log_path_kl: bool = False
     wandb: bool = False
     progress: bool = True
 

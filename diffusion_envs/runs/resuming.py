@@ -42,7 +42,7 @@ class Checkpoints(Callback):
         self._costs = {name: found.state[name] for name in ("reward_queries", "network_calls")}
         if not self._trainer.accelerator.is_main_process:  # the log adds them up
             self._trainer.environment.reward_queries = 0
-            self._trainer.environment.score.calls = 0
+            self._trainer.environment.model.calls = 0
         self._pending = False
 
     def state(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ctrl import Estimate
 from diffusion_envs import rewards
+from diffusion_envs.models.protocol import Model
 from diffusion_envs.runs.evaluation import evaluate
 from diffusion_envs.runs.exported import load_exported
 from diffusion_envs.runs.finetune import make_environment
@@ -33,7 +34,7 @@ class Row:
 
 def transfer(
     folder: str | Path,
-    model: Any,
+    model: Model,
     *,
     reward: rewards.Reward,
     prompts: Sequence[str],
@@ -67,9 +68,20 @@ def transfer(
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
     folder = Path(folder)
-    parts = {"reward": reward, "prompts": prompts, "seed": seed}
     grids = [
-        (kind, n, make_environment(model, sampler=kind, steps=n, **parts))
+        (
+            kind,
+            n,
+            make_environment(
+                model,
+                sampler=kind,
+                steps=n,
+                reward=reward,
+                prompts=prompts,
+                seed=seed,
+                batch=batch,
+            ),
+        )
         for kind in samplers
         for n in steps
     ]

@@ -13,7 +13,7 @@ from torch import nn
 from diffusion_envs import rewards, samplers
 from diffusion_envs.environment import Environment
 from diffusion_envs.models import stable_diffusion_pipeline as pipeline
-from diffusion_envs.models.text_to_image_unet import GuidedScore
+from diffusion_envs.models.text_to_image_unet import GuidedScore, TextToImageUNet
 from diffusion_envs.noise_schedules import DDPMTable
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -72,7 +72,6 @@ def build(
     smallest = factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     if side < smallest or side % smallest:
         raise ValueError(f"resolution must be a positive multiple of {smallest}, got {resolution}")
-    context = pipeline.embed_prompts(pipe, list(prompts))
     empty = pipeline.embed_prompts(pipe, [""])[0]
     parameters = pipeline.attach_lora(
         pipe.unet, rank=lora_rank, targets=tuple(lora_targets), seed=seed
@@ -87,16 +86,23 @@ def build(
         batch=batch,
         precision=PRECISIONS[precision],
     )
-    environment = Environment(
+    network = TextToImageUNet(
         score=score,
-        sampler=_bound(pipe, sampler, table, steps),
+        event=(pipe.unet.config.in_channels, side // factor, side // factor),
+        table=table,
+        encode=lambda words: pipeline.embed_prompts(pipe, list(words)),
         decode=partial(pipeline.decode, pipe.vae, batch=batch),
+        parameters=parameters,
+        device=device,
+        write=partial(pipeline.export_lora, pipe.unet),
+    )
+    environment = Environment(
+        model=network,
+        sampler=_bound(pipe, sampler, table, steps),
         reward=reward,
         prompts=list(prompts),
-        context=context,
-        event=(pipe.unet.config.in_channels, side // factor, side // factor),
         seed=seed,
-        device=device,
+        batch=batch,
     )
     return Model(pipe, environment, parameters, table)
 
@@ -107,40 +113,7 @@ def _bound(
     return sampler.bind(table, steps, pipe.scheduler.config.prediction_type)
 
 
-class Loaded:
-    """A loaded pipeline with its adapter, as a model of ``runs.finetune``."""
-
-    def __init__(self, built: Model) -> None:
-        environment = built.environment
-        self._pipe, self._score = built.pipe, environment.score
-        self.event, self.device = environment.event, environment.device
-        self.decode, self.table, self.parameters = environment.decode, built.table, built.parameters
-        self.prediction_type = str(built.pipe.scheduler.config.prediction_type)
-        self.pretrained, self.prediction = self._score.pretrained, self._score.prediction
-
-    def __call__(self, states: Any, timesteps: Any, condition: Any) -> Any:
-        return self._score(states, timesteps, condition)
-
-    @property
-    def precision(self) -> torch.dtype:
-        return self._score.precision
-
-    @property
-    def calls(self) -> int:
-        return self._score.calls
-
-    @calls.setter
-    def calls(self, count: int) -> None:
-        self._score.calls = count
-
-    def condition(self, prompts: Sequence[str]) -> Any:
-        return pipeline.embed_prompts(self._pipe, list(prompts))
-
-    def export(self, folder: Path) -> Path:
-        return pipeline.export_lora(self._pipe.unet, folder)
-
-
-def load(options: Any, *, device: torch.device, batch: int, seed: int) -> Loaded:
+def load(options: Any, *, device: torch.device, batch: int, seed: int) -> TextToImageUNet:
     """The model of these options (``StableDiffusion``) with a fresh adapter."""
     built = build(
         model=options.model,
@@ -157,6 +130,8 @@ def load(options: Any, *, device: torch.device, batch: int, seed: int) -> Loaded
         device=device,
         seed=seed,
     )
+    model = built.environment.model
+    assert isinstance(model, TextToImageUNet)
     if options.gradient_checkpointing:
-        built.environment.score.recompute_activations()
-    return Loaded(built)
+        model.score.recompute_activations()
+    return model

@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from diffusion_envs.models.protocol import Model
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,7 +59,7 @@ class StableDiffusion:
         """For reports."""
         return str(self.model)
 
-    def load(self, *, device: torch.device, batch: int, seed: int) -> Any:
+    def load(self, *, device: torch.device, batch: int, seed: int) -> Model:
         """The pipeline with a fresh adapter.
 
         Args:

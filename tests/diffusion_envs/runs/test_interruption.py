@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -36,10 +37,8 @@ def test_the_first_signal_raises_and_the_handlers_come_back(number):
 def test_a_signal_whose_exception_is_dropped_is_seen_at_the_next_check():
     with interruptible() as interruption:
         interruption.check()
-        try:
+        with suppress(KeyboardInterrupt):  # as Python drops what is raised in a destructor
             os.kill(os.getpid(), signal.SIGTERM)
-        except KeyboardInterrupt:  # as Python drops what is raised in a destructor
-            pass
         with pytest.raises(KeyboardInterrupt):
             interruption.check()
 

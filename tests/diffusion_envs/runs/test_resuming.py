@@ -6,26 +6,27 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.callbacks import Callback, Callbacks
 from diffusion_envs.runs.resuming import Checkpoints
+from diffusion_envs.training.trainer import Trainer
 
 
-class Toy:
+class Toy(Trainer):
     """A trainer as far as checkpoints know one: one weight, changed in place within an update."""
 
     def __init__(self, *, main: bool = True) -> None:
         self.weight, self.update = torch.zeros(3), 0
-        score = SimpleNamespace(calls=0)
-        self.environment = SimpleNamespace(reward_queries=0, score=score, model=score)
+        self.environment = SimpleNamespace(reward_queries=0, model=SimpleNamespace(calls=0))
         self.accelerator = SimpleNamespace(is_main_process=main, num_processes=1)
 
     def state(self) -> dict[str, Any]:
         environment = self.environment
         costs = {
             "reward_queries": environment.reward_queries,
-            "network_calls": environment.score.calls,
+            "network_calls": environment.model.calls,
         }
         return {"weight": self.weight, "update": self.update} | costs
 
@@ -33,18 +34,18 @@ class Toy:
         self.weight.copy_(state["weight"])
         self.update = state["update"]
         self.environment.reward_queries = state["reward_queries"]
-        self.environment.score.calls = state["network_calls"]
+        self.environment.model.calls = state["network_calls"]
 
     def step(self, processes: int = 1) -> dict[str, Any]:
         self.weight += 0.5  # half an update, in which a signal may come
         self.environment.reward_queries += 48
-        self.environment.score.calls += 10
+        self.environment.model.calls += 10
         self.weight += 0.5
         self.update += 1
         return {
             "update": self.update,
             "reward_queries": processes * self.environment.reward_queries,
-            "network_calls": processes * self.environment.score.calls,
+            "network_calls": processes * self.environment.model.calls,
         }
 
 
@@ -163,7 +164,7 @@ def test_costs_go_on_from_the_total_of_all_processes(first, then, tmp_path):
         checkpoints(tmp_path, each, 1).load()
         each.step()
     assert sum(each.environment.reward_queries for each in world) == 48 * (first + then)
-    assert sum(each.environment.score.calls for each in world) == 10 * (first + then)
+    assert sum(each.environment.model.calls for each in world) == 10 * (first + then)
 
 
 def test_the_state_that_is_held_is_a_copy(tmp_path):
@@ -198,7 +199,16 @@ class Part(Callback):
             raise OSError("disk full")
 
 
-ALONE = SimpleNamespace(num_processes=1)
+class Alone(Accelerator):
+    """One process."""
+
+    num_processes = 1
+
+    def __init__(self) -> None:
+        """Nothing is started."""
+
+
+ALONE = Alone()
 
 
 def test_all_callbacks_end_whatever_is_raised():

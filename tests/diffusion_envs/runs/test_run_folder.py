@@ -122,7 +122,7 @@ def test_updates_may_grow_and_are_stored_before_anything_is_trained(tmp_path):
         raise KeyboardInterrupt
     assert read_settings(tmp_path)["updates"] == 30
     with (
-        pytest.raises(ValueError, match="updates must be at least 30, .* got 3: leave it"),
+        pytest.raises(ValueError, match=r"updates must be at least 30, .* got 3: leave it"),
         open_run(tmp_path, SETTINGS, resume=True),
     ):
         pass

@@ -154,5 +154,5 @@ def test_a_reward_of_another_class_differs_but_one_without_a_name_is_let_through
 def test_fields_of_another_version_are_named():
     kept = stored(samplers.DDIM(0.5))
     kept["eta"] = "much"
-    with pytest.raises(ValueError, match="sampler was stored by another version of .*DDIM"):
+    with pytest.raises(ValueError, match=r"sampler was stored by another version of .*DDIM"):
         rebuild(kept, "sampler")

@@ -1,6 +1,7 @@
 """The command line: names become objects, errors name the option, a stopped run goes on."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -33,7 +34,7 @@ def run(*arguments: str | Path) -> int:
 def once(words: list[str]) -> list[str]:
     """The last of an option's values only: on a command line it may stand once."""
     flags = [k for k, word in enumerate(words) if word.startswith("--")] + [len(words)]
-    pieces = {words[a]: words[a:b] for a, b in zip(flags, flags[1:], strict=False)}
+    pieces = {words[a]: words[a:b] for a, b in itertools.pairwise(flags)}
     return words[: flags[0]] + [word for piece in pieces.values() for word in piece]
 
 

@@ -198,11 +198,10 @@ def test_time_subsampling_is_unbiased():
         environment_of(model, samplers.DDIM(1.0)),
         objectives.ScoreAsAction(),
         replace(SMALL["size"], samples=2),
-        model.parameters,
         accelerator=parallel.start(),
     )
     rollout = trainer.sample().rollout
-    lesson = trainer.lesson(rollout)
+    lesson = trainer.losses(rollout)
 
     def gradient(which: Tensor) -> Tensor:
         for parameter in model.parameters:
