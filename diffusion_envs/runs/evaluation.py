@@ -144,10 +144,25 @@ def evaluate_pretrained(
     return made
 
 
+def require_the_runs_reward(environment: Environment, path: Path, batch: int) -> None:
+    """Refuse a reward that scores the pictures in ``path`` otherwise than when they were made.
+
+    Raises:
+        ValueError: it does.
+        RewardError: the reward raises or returns something unusable.
+    """
+    try:
+        stored = _read(path, environment, None, {})
+    except (SafetensorError, KeyError, OSError):  # nothing to compare with: it is damaged
+        return
+    _require_same_rewards(stored, environment, {}, batch, path)
+
+
 def _read(
-    path: Path, environment: Environment, samples: int, judges: Mapping[str, rewards.Reward]
+    path: Path, environment: Environment, samples: int | None, judges: Mapping[str, rewards.Reward]
 ) -> Evaluation:
     stored, prompts = load_file(path), environment.prompts
+    samples = len(stored["rewards"]) if samples is None else samples
     read = Evaluation(
         rewards=stored["rewards"],
         judged={name: stored[f"judged.{name}"] for name in judges},

@@ -143,7 +143,7 @@ def differences(stored: Any, wanted: Any, setting: str = "") -> list[tuple[str, 
         if len(kinds) > 1 and None not in kinds:
             blind = "loaded" in kinds or not (_has_a_name(stored) and _has_a_name(wanted))
             return [] if blind else [(setting, stored["name"], wanted["name"])]
-        if kinds == {"function"} and not (_has_a_name(stored) and _has_a_name(wanted)):
+        if None not in kinds and not (_has_a_name(stored) and _has_a_name(wanted)):
             return []
         if kinds == {"class"} and stored["class"] != wanted["class"]:
             return [(setting, stored["name"], wanted["name"])]

@@ -8,7 +8,7 @@ from typing import Any
 from ctrl import Estimate
 from diffusion_envs import rewards
 from diffusion_envs.models.protocol import Model
-from diffusion_envs.runs.evaluation import evaluate
+from diffusion_envs.runs.evaluation import evaluate, require_the_runs_reward
 from diffusion_envs.runs.exported import load_exported
 from diffusion_envs.runs.finetune import make_environment
 from diffusion_envs.runs.report import write_report
@@ -63,7 +63,7 @@ def transfer(
 
     Raises:
         FileNotFoundError: the run has exported no model yet.
-        ValueError: a step count is out of range.
+        ValueError: a step count is out of range, or the reward is not the run's.
     """
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
@@ -86,12 +86,14 @@ def transfer(
         for n in steps
     ]
     load_exported(model, folder)
+    before = folder / "evaluation" / "before.safetensors"
+    for _, _, environment in grids[:1]:
+        require_the_runs_reward(environment, before, batch)
     rows = []
     for kind, n, environment in grids:
-        before = evaluate(environment, samples, batch=batch, pretrained=True).rewards
-        after = evaluate(environment, samples, batch=batch).rewards
-        gain = Estimate.of(after - before)
-        rows.append(Row(kind.label, n, Estimate.of(before), Estimate.of(after), gain))
+        was = evaluate(environment, samples, batch=batch, pretrained=True).rewards
+        now = evaluate(environment, samples, batch=batch).rewards
+        rows.append(Row(kind.label, n, *(Estimate.of(r) for r in (was, now, now - was))))
     write_json(folder / "transfer.json", [row.as_dict() for row in rows])
     write_report(folder)
     return rows
