@@ -60,8 +60,8 @@ def whole(tmp_path_factory) -> Path:
 
 
 # Calls: one of the pretrained model's evaluation, two an update (images, and denoised ones), and
-# one of the pictures after the second update and of the last evaluation. An update is whole when its
-# pictures are made, too.
+# one of the pictures after the second update and of the last evaluation. An update is whole when
+# its pictures are made, too.
 @pytest.mark.parametrize(("at", "kept"), [(1, 0), (2, 0), (5, 1), (6, 1), (8, 2), (9, 3)])
 def test_a_signal_at_any_time_loses_no_whole_update(at, kept, whole, tmp_path):
     folder = tmp_path / "cut"
