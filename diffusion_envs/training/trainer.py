@@ -323,9 +323,20 @@ class Trainer:
             "reward_queries": self._over_processes(self.environment.reward_queries),
             "network_calls": self._over_processes(self.environment.model.calls),
             "seconds": self.seconds,
-            **numbers,
+            **self._of_all_processes(numbers),
             "memory": _peak_memory(self.environment.device),
         }
+
+    def _of_all_processes(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Means over the processes; of what is called a minimum or a maximum, that."""
+        if self.accelerator.num_processes == 1:
+            return numbers
+        mine = torch.tensor([list(numbers.values())], dtype=torch.float64)
+        every = parallel.gather(mine.to(self.environment.device), self.accelerator).cpu()
+        least, most, mean = every.amin(0).tolist(), every.amax(0).tolist(), every.mean(0).tolist()
+        kinds = {"min": least, "max": most}
+        names = enumerate(numbers)
+        return {name: kinds.get(name.rpartition("_")[2], mean)[k] for k, name in names}
 
     def _over_processes(self, count: int) -> int:
         if self.accelerator.num_processes == 1:
