@@ -5,7 +5,7 @@ no state. There are three kinds, by what they learn from; a method derives from 
 loop knows the kinds, never the methods:
 
     PathObjective      steps of sampled paths: policy gradients, preferences, adjoint matching
-    NoisedObjective    data that the model made, noised anew: any sampler will do
+    NoisedObjective    data that the model made, re-noised: any sampler will do
     BackpropObjective  the last steps of the sampler, differentiated with the reward
 
 What it needs is declared, so that a sampler or a reward that cannot serve is refused at the start.
@@ -61,7 +61,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class NoisedRows:
-    """Data that a policy made, noised anew: state = alpha data + sigma noise.
+    """Data that a policy made, re-noised: state = alpha data + sigma noise.
 
     Only ``mean`` carries a gradient. Scores that the objective does not need are None.
     """
@@ -112,8 +112,8 @@ class Objective:
     needs_preferences: ClassVar[bool] = False
     needs_value: ClassVar[bool] = False
     needs_fresh_rollouts: ClassVar[bool] = False  # one optimiser step, then sample anew
-    # roll-outs are of the policy that is trained, or follow it: their path KL tells its own
-    samples_itself: ClassVar[bool] = True
+    # roll-outs come from the trained policy, or from one that follows it: their path KL is its own
+    on_policy: ClassVar[bool] = True
 
     @property
     def needs_reference(self) -> bool:
@@ -144,7 +144,7 @@ class PathObjective(Objective, ABC):
     needs_density: ClassVar[bool] = True
     needs_targets: ClassVar[bool] = False
     joins_steps: ClassVar[bool] = False  # a loss is of whole paths: their used steps come together
-    fits_end: ClassVar[bool] = False  # the network is asked at the last node too, and learns it
+    fits_end: ClassVar[bool] = False  # the value network is also fitted at the final node
     value_sees_denoised: ClassVar[bool] = False  # V is a function of x0_hat; no reward query
 
     @property
@@ -158,7 +158,7 @@ class PathObjective(Objective, ABC):
         return False
 
     def action_std(self, sigma: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
-        """Spread of the drawn score at a noise level; 0 if it is not drawn."""
+        """Standard deviation of the drawn score at a noise level; 0 if it is not drawn."""
         return torch.zeros_like(sigma)
 
     def targets(self, rollout: Rollout, model: Model) -> Tensor | None:
@@ -220,7 +220,7 @@ class PathObjective(Objective, ABC):
 
 @dataclass(frozen=True)
 class NoisedObjective(Objective, ABC):
-    """Learns from data that the model made with any sampler, noised anew."""
+    """Learns from data that the model made with any sampler, re-noised."""
 
     draws: int = 4  # noised states of each sample: pairs of one noise level and opposite noise
 
@@ -343,17 +343,20 @@ def trusted_width(rows: Rows, clip: float, clip_per_pixel: float | None) -> Floa
 
 
 def per_prompt(
-    rewards: Float[Tensor, " paths"], condition: Int64[Tensor, " paths"], least: float = 1e-8
+    rewards: Float[Tensor, " paths"], condition: Int64[Tensor, " paths"], std_offset: float
 ) -> Float[Tensor, " paths"]:
-    """Rewards standardised within each prompt; a prompt seen once, or with equal ones, gets 0."""
+    """(r - mean) / (std + std_offset) within each prompt, by the population standard deviation.
+
+    A prompt with one reward, or with equal ones, gets 0.
+    """
     host, condition = rewards.cpu(), condition.cpu()  # read once, not for every prompt
-    found = torch.zeros_like(host)
+    standardised = torch.zeros_like(host)
     for prompt in condition.unique():
         one = condition == prompt
         values = host[one]
         if bool((values != values[0]).any()):  # round-off of equal ones must not be blown up
-            found[one] = (values - values.mean()) / (values.std() + least)
-    return sent(found, rewards.device)
+            standardised[one] = (values - values.mean()) / (values.std(correction=0) + std_offset)
+    return sent(standardised, rewards.device)
 
 
 def require_positive(**settings: float) -> None:
