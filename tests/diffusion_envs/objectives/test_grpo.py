@@ -18,6 +18,17 @@ from diffusion_envs.objectives import GRPO, Rollout
 from diffusion_envs.samplers import DDIM
 from tests.diffusion_envs.objectives.random_rows import column, rows
 from tests.diffusion_envs.objectives.resting_points import gained, resting
+from tests.diffusion_envs.test_two_views import (
+    DATA,
+    GAIN,
+    REWARD,
+    SHIFT,
+    START,
+    TABLES,
+    VIEW_B,
+    exact_gradient,
+    flat,
+)
 
 ROWS = 7
 
@@ -95,6 +106,22 @@ def test_ddims_kl_near_the_data_is_many_times_the_sdes():
     assert ratio.argmax() == 49
     assert ratio.max().item() == pytest.approx(21, rel=0.01)
     assert 1 < ratio.min().item() < 1.1
+
+
+def test_the_last_step_that_both_projects_leave_out_has_little_of_the_gradient():
+    """1.6 % at 50 steps; and DanceGRPO's 0.6 of the steps before it are 29."""
+    sampler = DDIM(1.0).bind(TABLES["sd15"], 50)
+    steps, leaves = linear_policy.Steps.of_ddim(sampler), (GAIN.clone(), SHIFT.clone())
+    frozen = linear_policy.chain(DATA, sampler.table, steps, *leaves)
+    free = [x.requires_grad_() for x in (GAIN.clone(), SHIFT.clone())]
+    moving = linear_policy.chain(DATA, sampler.table, steps, *free)
+    law = START
+    for k in range(49):
+        law = frozen[k].after(law)
+    last = flat(torch.autograd.grad(REWARD.expectation(moving[49].after(law)), free))
+    whole = exact_gradient(dataclasses.replace(VIEW_B, kl_weight=0.0), sampler)
+    assert (last.norm() / whole.norm()).item() == pytest.approx(0.0162, abs=5e-5)
+    assert int(0.6 * (50 - 1)) == 29
 
 
 # -- advantages -----------------------------------------------------------------------------------
