@@ -231,14 +231,15 @@ def test_alignprop_begins_at_a_normally_distributed_place(generator):
     assert set(cuts(AlignProp(place=0.5, place_std=0.0), 50, generator)[:, 0].tolist()) == {25}
 
 
-def test_alignprop_draws_a_place_again_until_it_is_a_step(generator):
+@pytest.mark.parametrize("place", [0.84, 0.05], ids=["late", "early"])
+def test_alignprop_draws_a_place_again_until_it_is_a_step(place, generator):
     """With the same numbers, by a loop that is written out here."""
     again = torch.Generator().set_state(generator.get_state())
     refused = 0
     for _ in range(500):
-        while not 0 <= (place := 50 * (0.84 + 0.1 * torch.randn((), generator=again).item())) < 50:
+        while not 0 <= (x := 50 * (place + 0.1 * torch.randn((), generator=again).item())) < 50:
             refused += 1
-        assert AlignProp().cut(50, generator) == (int(place), 50)
+        assert AlignProp(place=place).cut(50, generator) == (int(x), 50)
     assert refused > 10
 
 
