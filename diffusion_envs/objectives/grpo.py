@@ -48,16 +48,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.trust_region import clipped_surrogate
-from diffusion_envs.objectives.protocol import (
-    PathObjective,
-    Rollout,
-    Rows,
-    per_prompt,
-    require_not_negative,
-    require_positive,
-    transition_kl,
-    trusted_width,
-)
+from diffusion_envs.objectives.path_steps import PathObjective, Rows, transition_kl, trusted_width
+from diffusion_envs.objectives.protocol import per_prompt, require_not_negative, require_positive
+from diffusion_envs.rollout import Rollout
 
 STD_OFFSET = 1e-4  # reward, added to a standard deviation before dividing; as in Flow-GRPO
 

@@ -43,14 +43,9 @@ from torch import Tensor
 
 from ctrl.devices import sent
 from diffusion_envs.denoising import tweedie_mean, v_from_score
-from diffusion_envs.objectives.protocol import (
-    NoisedObjective,
-    NoisedRows,
-    Rollout,
-    require_count,
-    require_not_negative,
-    require_positive,
-)
+from diffusion_envs.objectives.noised_data import NoisedObjective, NoisedRows
+from diffusion_envs.objectives.protocol import require_count, require_not_negative, require_positive
+from diffusion_envs.rollout import Rollout
 
 STD_OFFSET = 1e-4  # reward, added to a standard deviation before dividing; as published
 LEAST_ERROR = 1e-5  # of a prediction, below which weights grow no further; as published

@@ -13,18 +13,18 @@ from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import (
     Objective,
     Rollout,
-    Rows,
     ScoreAsAction,
     ScoreAsActionReleased,
     ScoreAsActionSampled,
 )
+from diffusion_envs.objectives.score_as_action import DrawnRows
 from diffusion_envs.samplers import DDIM
 from tests.diffusion_envs.objectives.small_runs import trainer
 
 ROWS, EVENT = 5, (3, 2, 2)
 
 
-def rows(generator: torch.Generator, moved: float) -> Rows:
+def rows(generator: torch.Generator, moved: float) -> DrawnRows:
     """Rows whose current policy is ``moved`` away from the sampling one."""
 
     def normal(*shape: int) -> Tensor:
@@ -32,7 +32,7 @@ def rows(generator: torch.Generator, moved: float) -> Rows:
 
     old = normal(ROWS, *EVENT)
     std = 0.3 + normal(ROWS).square()
-    return Rows(
+    return DrawnRows(
         mean=(old + moved * normal(ROWS, *EVENT)).requires_grad_(),
         old_mean=old,
         reference_score=normal(ROWS, *EVENT),
@@ -247,9 +247,9 @@ def test_a_critic_that_is_fitted_first_hardly_changes_the_released_advantages():
     sample, objective = run.sample(), run.objective
     assert isinstance(objective, ScoreAsActionReleased)
     before = objective.advantages(sample.rollout)
-    run.critic.improve(objective, sample.rollout, sample.denoised_rewards, run.update)
+    run.critic.improve(sample.rollout, sample.denoised_rewards, run.update)
     with torch.no_grad():
-        values = run.critic.values(objective, sample.rollout, sample.denoised_rewards)
+        values = run.critic.values(sample.rollout, sample.denoised_rewards)
     after = objective.advantages(dataclasses.replace(sample.rollout, values=values))
     assert not torch.equal(before, after)
     assert torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1] > 0.97
