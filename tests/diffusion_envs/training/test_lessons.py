@@ -33,9 +33,9 @@ NETWORK_CALLS: dict[str, tuple[NoisedObjective, dict[str, int], tuple[int, int]]
     "nft, which samples from an older policy from its second update on": (
         DiffusionNFT(draws=DRAWS),
         {},
-        (3, 3),  # current, pretrained and old, which is the current one in the first update
+        (2, 3),  # current and pretrained; then old too
     ),
-    "nft without a charge": (DiffusionNFT(draws=DRAWS, velocity_weight=0.0), {}, (2, 2)),
+    "nft without a charge": (DiffusionNFT(draws=DRAWS, velocity_weight=0.0), {}, (1, 2)),
     "nft on policy": (ON_POLICY, {}, (2, 2)),
     "nft on policy, two passes": (ON_POLICY, {"epochs": 2}, (3, 3)),
     "nft on policy, two optimiser steps": (ON_POLICY, {"minibatches": 2}, (3, 3)),
