@@ -70,11 +70,12 @@ def test_the_lock_of_a_killed_process_is_taken_over(how, tmp_path):
 
 
 def test_a_lock_of_another_machine_that_is_held_is_never_taken_over(tmp_path):
-    folder = tmp_path / "run"
+    folder, ended = tmp_path / "run", subprocess.Popen(["true"])
+    ended.wait()
     with open_run(folder, SETTINGS, resume=False):
-        (folder / "run.lock").write_text("pid 1 on host elsewhere")
+        (folder / "run.lock").write_text(f"pid {ended.pid} on host elsewhere")
         with (
-            pytest.raises(FileExistsError, match="pid 1 on host elsewhere"),
+            pytest.raises(FileExistsError, match=f"pid {ended.pid} on host elsewhere"),
             open_run(folder, SETTINGS, resume=True),
         ):
             pass
