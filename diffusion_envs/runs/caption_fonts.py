@@ -51,9 +51,11 @@ def draw(canvas: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, fill: 
 
 def has_glyph(font: _Font, character: str) -> bool:
     """Whether the font draws something of its own for a character."""
+    if unicodedata.category(character) in ("Cc", "Cn", "Co", "Cs"):
+        return False  # control characters, unassigned or private ones, half a surrogate pair
     try:
         mask, missing = font.getmask(character), font.getmask(_NOT_A_CHARACTER)
-    except (UnicodeError, OSError):  # half of a surrogate pair; a damaged font
+    except OSError:  # a damaged font
         return False
     if character.isspace():
         return True
@@ -104,16 +106,27 @@ def _load(path: str) -> _Font | None:
 
 @cache
 def _paths() -> tuple[str, ...]:
-    """DejaVu Sans, then the system's fonts, upright and regular ones first."""
+    return (*_dejavu(), *_in_order(_system()))
+
+
+def _dejavu() -> list[str]:
     try:
-        from matplotlib import font_manager, get_data_path
+        from matplotlib import get_data_path
     except ImportError:
-        return ()
-    dejavu = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return (str(dejavu), *_in_order(font_manager.findSystemFonts()))
+        return []
+    return [str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")]
+
+
+def _system() -> list[str]:
+    try:
+        from matplotlib import font_manager
+    except ImportError:
+        return []
+    return font_manager.findSystemFonts()
 
 
 def _in_order(paths: Iterable[str]) -> list[str]:
+    """Upright and regular ones first."""
     styles = ("bold", "black", "light", "thin", "italic", "oblique", "condensed", "mono", "serif")
 
     def rank(path: str) -> tuple[int, str]:

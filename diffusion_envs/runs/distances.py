@@ -84,5 +84,7 @@ def standard_deviation(values: Float[Tensor, " n"]) -> Estimate:
     if n < 2:
         return Estimate(0.0, math.inf, n)
     std = sample.std().item()
-    error = (sample - sample.mean()).square().std().item() / math.sqrt(n) / (2 * std) if std else 0.0
+    error = (
+        (sample - sample.mean()).square().std().item() / math.sqrt(n) / (2 * std) if std else 0.0
+    )
     return Estimate(std, error, n)

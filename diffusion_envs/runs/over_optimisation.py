@@ -371,9 +371,7 @@ def _opening(seen: _Findings, since: int | None, now: Mapping[str, Any]) -> str:
     return _nothing_fell(seen, now, reward, unjudged)
 
 
-def _nothing_fell(
-    seen: _Findings, now: Mapping[str, Any], reward: str, unjudged: bool
-) -> str:
+def _nothing_fell(seen: _Findings, now: Mapping[str, Any], reward: str, unjudged: bool) -> str:
     changes = {_name(key): _read(now, key) for key in now if key.startswith(_WATCHED)}
     held = [f"{name} ({changes[name]})" for name in changes if name in seen.held]
     unclear = [f"{name} ({changes[name]})" for name in changes if name not in seen.held]

@@ -19,7 +19,7 @@ from diffusion_envs.preferences import Preference
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.early_stopping import Decision, Look, StopRule, Watch
 from diffusion_envs.runs.early_stopping import check as check_stop
-from diffusion_envs.runs.evaluation import WATCHED, Evaluation, evaluate
+from diffusion_envs.runs.evaluation import WATCHED, Evaluation, by_prompt, evaluate
 from diffusion_envs.runs.human_choices import leaving_images
 from diffusion_envs.runs.over_optimisation import Verdict, embeddings, metrics, verdict
 from diffusion_envs.runs.progress import bar
@@ -423,6 +423,10 @@ def _finish(
                 }
                 for name in judge_gains
             },
+        }
+        summary["by_prompt"] = {
+            prompt: {part: value.as_dict() for part, value in parts.items()}
+            for prompt, parts in by_prompt(before, after).items()
         }
         plain = {name: value.as_dict() for name, value in numbers.items()}
         summary["over_optimisation_metrics"] = plain

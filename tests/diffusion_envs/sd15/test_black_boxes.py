@@ -56,7 +56,11 @@ def test_a_cut_run_of_a_black_box_goes_on_to_the_same_numbers(tmp_path):
     settings = SMALL | {"objective": objectives.DiffusionNFT(draws=2), "sampler": DPM}
     whole = sd15.finetune(output=tmp_path / "whole", **settings)
     sd15.finetune(output=tmp_path / "cut", **settings | {"updates": 1})
-    for name in ("summary.json", "over_optimisation.jsonl", "report.html"):  # as if it had been stopped
+    for name in (
+        "summary.json",
+        "over_optimisation.jsonl",
+        "report.html",
+    ):  # as if it had been stopped
         (tmp_path / "cut" / name).unlink(missing_ok=True)
     cut = sd15.finetune(output=tmp_path / "cut", resume=True, **settings)
     assert cut.reward == whole.reward

@@ -410,7 +410,9 @@ def test_pictures_of_noise_are_lost_through_the_metrics_themselves(generator):
     """Structured pictures become independent noise of another colour, 800 nats away."""
     n = 16
     smooth = torch.rand(n, 3, 1, 1, generator=generator).expand(n, 3, 8, 8) * 0.6
-    noise = torch.rand(n, 3, 8, 8, generator=generator) * torch.tensor([1.0, 0.3, 0.3])[:, None, None]
+    noise = (
+        torch.rand(n, 3, 8, 8, generator=generator) * torch.tensor([1.0, 0.3, 0.3])[:, None, None]
+    )
     nats = torch.full((n,), 800.0) + torch.rand(n, generator=generator)
     before = Evaluation(torch.rand(n, generator=generator), {}, nats, smooth, ["-"] * n)
     after = Evaluation(1 + before.rewards, {}, nats, noise, ["-"] * n)
