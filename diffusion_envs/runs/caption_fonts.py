@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 _SIZE = 13  # pixels; DejaVu and most system fonts are wider than Pillow's own and drawn smaller
 _NOT_A_CHARACTER = "\U0010ffff"  # which every font draws as it draws what it lacks
@@ -53,14 +53,19 @@ def has_glyph(font: _Font, character: str) -> bool:
     """Whether the font draws something of its own for a character."""
     if unicodedata.category(character) in ("Cc", "Cn", "Co", "Cs"):
         return False  # control characters, unassigned or private ones, half a surrogate pair
-    try:
-        mask, missing = font.getmask(character), font.getmask(_NOT_A_CHARACTER)
-    except OSError:  # a damaged font
-        return False
     if character.isspace():
         return True
-    blank = mask.getbbox() is None
-    return not blank and (mask.size != missing.size or bytes(mask) != bytes(missing))
+    try:
+        drawn, missing = (_ink(font, text) for text in (character, _NOT_A_CHARACTER))
+    except OSError:  # a damaged font
+        return False
+    return any(drawn) and drawn != missing
+
+
+def _ink(font: _Font, text: str) -> bytes:
+    canvas = Image.new("L", (5 * _SIZE, 3 * _SIZE))
+    ImageDraw.Draw(canvas).text((2 * _SIZE, 2 * _SIZE), text, font=font, fill=255, anchor="ls")
+    return canvas.tobytes()
 
 
 def _is_invisible(character: str) -> bool:

@@ -67,9 +67,11 @@ def _resized(picture: np.ndarray) -> Image.Image:
     tile = Image.fromarray(picture)
     if max(tile.size) > _LARGE:
         shrink = _LARGE / max(tile.size)
-        return tile.resize([max(1, round(side * shrink)) for side in tile.size], Image.LANCZOS)
+        return tile.resize(
+            [max(1, round(side * shrink)) for side in tile.size], Image.Resampling.LANCZOS
+        )
     factor = max(1, _SMALL // max(tile.size))
-    return tile.resize([side * factor for side in tile.size], Image.NEAREST)
+    return tile.resize([side * factor for side in tile.size], Image.Resampling.NEAREST)
 
 
 def _wrapped(text: str, width: int) -> list[str]:
@@ -147,10 +149,12 @@ class Tracker:
         enabled: bool = True,
     ) -> None:
         self.folder, self.enabled = folder, enabled
-        self._wandb: Any = None
+        self._service: Any = None  # the module wandb
+        self._wandb: Any = None  # its run
         if not enabled:
             return
-        self._service = require_wandb() if wandb else None
+        if wandb:
+            self._service = require_wandb()
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / "metrics.jsonl"
