@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ctrl import DeterministicPolicy, Estimate
 from diffusion_envs import rewards
-from diffusion_envs.objectives import Rollout
 from diffusion_envs.environment import Environment
+from diffusion_envs.objectives import Rollout
 
 HELD_OUT = "held-out"  # the stream's name: training never draws from it
 WATCHED = "watched"  # another, for what decides when to stop: the last evaluation never sees it

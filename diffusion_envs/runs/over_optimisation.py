@@ -23,8 +23,8 @@ Verdict     A sentence opens with a fall only if the fall is both beyond chance 
     judge       JUDGE_FALL = 0.2 standard deviations of the pretrained model's samples. If both
                 laws are normal, a picture of the fine-tuned model then beats one of the pretrained
                 model with probability Phi(-0.2 / sqrt 2) = 44 %, instead of 50 %.
-    diversity   DIVERSITY_FALL = 10 % of the pretrained model's: what is lost if f = sqrt(0.1) = 32 %
-                of the pictures of a prompt become one and the same (a share f^2 of the pairs).
+    diversity   DIVERSITY_FALL = 10 % of the pretrained model's: what is lost if a share f =
+                sqrt(0.1) = 32 % of a prompt's pictures become one and the same (f^2 of its pairs).
                 It has collapsed with COLLAPSE = 50 % lost: 71 % are one and the same.
     pictures    are lost if they are far from the pretrained ones in every space, and no judge has
                 held. Far is more than c times the separation:
@@ -41,11 +41,11 @@ Verdict     A sentence opens with a fall only if the fall is both beyond chance 
                 (N - 1) / N, 12.8 nats for N = one million. Further than that is no selection that
                 anyone could have made instead of fine-tuning.
 
-Chance      One verdict, asked once about all the lines of a run, names a fall that is not there with
-            probability at most LEVEL = 5 % (Bonferroni): half of LEVEL is for the comparisons of
-            the last line with the pretrained model (each judge, each diversity, the pictures), half
-            for those with each earlier line, which show what rises first and falls later; all of
-            LEVEL is for the former if there is one line only. The bound holds for any dependence
+Chance      One verdict, asked once about all the lines of a run, names a fall that is not there
+            with probability at most LEVEL = 5 % (Bonferroni): half of LEVEL is for the comparisons
+            of the last line with the pretrained model (each judge, each diversity, the pictures),
+            half for those with each earlier line, which show what rises first and falls later; all
+            of LEVEL is for the former if there is one line only. The bound holds for any dependence
             between metrics and lines, as far as t-bounds do. Simulated rates: see
             benchmarks/over_optimisation.py. A verdict asked after every line, as in the report of
             an unfinished run, is another chance to be wrong each time.

@@ -454,7 +454,7 @@ def test_pictures_of_noise_are_lost_through_the_metrics_themselves(generator):
 def test_false_alarms_are_no_more_than_five_per_cent(setting):
     runs = 400
     rates = simulate(setting, runs, seed=5)
-    # of a rate of 5 %, two standard errors below: a test that is right at its level may pass by luck
+    # two standard errors of a rate of 5 % above it: a verdict exactly at its level passes
     assert rates["false_alarms"] <= LEVEL + 2 * math.sqrt(LEVEL * (1 - LEVEL) / runs)
     assert rates["accusations"] <= rates["false_alarms"]
 
