@@ -294,7 +294,7 @@ def _findings(lines: Sequence[Mapping[str, Any]], level: float) -> _Findings:
             severe.add(name)
     judges = {name for name in held if name.startswith("judge ")} - falls.keys()
     if not judges and _lost(now, from_pretrained):
-        falls["pictures"] = "no nearer to the pretrained ones than to any others"
+        falls["pictures"] = "nothing left of the pretrained ones of their seeds"
         severe.add("pictures")
     risen = rise.beyond(0.0, LEVEL / 2)
     return _Findings(rise, risen, falls, frozenset(severe), frozenset(held - falls.keys()))
@@ -424,7 +424,7 @@ def _distances(seen: _Findings, now: Mapping[str, Any]) -> list[str]:
 
 
 def _fell(name: str, how: str) -> str:
-    return f"the pictures are {how}" if name == "pictures" else f"{name} fell ({how})"
+    return f"the pictures have {how}" if name == "pictures" else f"{name} fell ({how})"
 
 
 def _size(key: str, fall: _Change, unit: _Change) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 _BLUE = "#2264b0"
 _COLOURS = (_BLUE, "#c65f10", "#2a7f4f", "#7b4aa0", "#b3261e", "#4d4d4d", "#0f8b8d", "#a8851a")
-_MARKERS = "osD^vP*"  # 7 and 8 have no common divisor: 56 samplers look different
+_MARKERS = "osD^vP*"  # 7 and 8 have no common divisor: 56 samplers are told apart
 _WIDTH = 1.96  # standard errors either side of a mean: a 95 % interval
 _Point = tuple[int | float, Mapping[str, Any]]  # where, and the estimate there
 

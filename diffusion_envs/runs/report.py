@@ -292,17 +292,17 @@ def _by_prompt(summary: Mapping[str, Any] | None) -> str:
 
 
 def _pictures(folder: Path, summary: Mapping[str, Any] | None) -> str:
-    found = {int(path.stem[5:]): path for path in sorted(folder.glob("step-*.png"))}
+    grids = {int(path.stem[5:]): path for path in sorted(folder.glob("step-*.png"))}
     exported = (summary or {}).get("update")
-    if exported in found:  # a run that was stopped has pictures of later models
-        found = {update: path for update, path in found.items() if update <= exported}
-    if not found:
+    if exported in grids:  # a run that was stopped has pictures of later models
+        grids = {update: path for update, path in grids.items() if update <= exported}
+    if not grids:
         return "<h2>Before and after</h2><p>No pictures yet.</p>"
     figures = []
-    for update in dict.fromkeys((min(found), max(found))):
+    for update in dict.fromkeys((min(grids), max(grids))):
         words = f"after {update} updates" if update else "before: the pretrained model"
         alt = f"Grid of generated pictures with their prompts, {words}"
-        figures.append(_figure(found[update].read_bytes(), "png", alt, words))
+        figures.append(_figure(grids[update].read_bytes(), "png", alt, words))
     return (
         "<h2>Before and after</h2>"
         '<p class="muted">The same prompts and seeds in the same places.</p>'

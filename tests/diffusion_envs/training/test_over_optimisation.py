@@ -357,7 +357,7 @@ def test_pictures_that_are_lost_are_seen_without_a_judge_and_without_an_embeddin
     assert said.since == 20
     assert said.sentence == (
         "Over-optimisation: since update 20 the reward has risen (+0.5 ± 0.05 over the pretrained "
-        "model) while the pictures are no nearer to the pretrained ones than to any others. The "
+        "model) while the pictures have nothing left of the pretrained ones of their seeds. The "
         "path KL from the pretrained model is 824 nats, beyond what choosing the best of a million "
         "pretrained pictures would cost (13). Mean distance of a picture from the pretrained one "
         "of its seed, against that of two pretrained pictures: 0.29 against 0.2 (pixels)."
