@@ -80,7 +80,7 @@ class TinyProblem:
             seed=seed,
         )
         self._environment = dataclasses.replace(built.environment, sampler=sampler)
-        return self._environment, built.parameters
+        return self._environment, built.environment.model.parameters
 
     def evaluate(self, score: Any, sampler: BoundDDIM | BoundBlackBox) -> Outcome:
         """Means over held-out samples, of the environment that was made last.
@@ -89,7 +89,7 @@ class TinyProblem:
             ValueError: the score is that of another environment.
         """
         assert self._environment is not None
-        if score is not None and score is not self._environment.score:
+        if score is not None and score is not self._environment.model:
             raise ValueError("score must be that of the environment that was made last")
         environment = dataclasses.replace(self._environment, sampler=sampler)
         judges = {"judge": self._judge}
@@ -101,7 +101,7 @@ class TinyProblem:
     def optimum(self, sampler: BoundDDIM) -> Outcome:
         """Unknown: one unit of J above the pretrained model, so that shares are gains."""
         assert self._environment is not None
-        with self._environment.score.pretrained():
+        with self._environment.model.pretrained():
             start = self.evaluate(None, sampler)
         return dataclasses.replace(start, objective=start.objective + 1)
 
@@ -156,7 +156,7 @@ class Budget:
     def left(self, environment: Any) -> float:
         """Share that is not spent yet."""
         queries = environment.reward_queries / self.queries
-        return 1 - max(queries, environment.score.calls / self.calls)
+        return 1 - max(queries, environment.model.calls / self.calls)
 
 
 def methods() -> dict[str, Entry]:
@@ -221,15 +221,13 @@ def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed
     levels = problem.table if images else table()
     judge = DDIM(eta=1.0).bind(levels, budget.steps)
     sampler = (entry.sampler or DDIM(eta=1.0)).bind(levels, entry.steps or budget.steps)
-    environment, parameters = problem.environment(sampler, seed)
+    environment = problem.environment(sampler, seed)
     common: dict[str, Any] = {"samples": budget.samples, "weight_decay": 0.0}
     common["batch"] = 64 if images else 1_000_000
     schedule = UpdateSize(**common | dict(entry.schedule))
     objective = dataclasses.replace(entry.objective(problem.kl_weight), learning_rate=rate)
-    trainer = Trainer(
-        environment, objective, schedule, parameters, accelerator=Accelerator(cpu=True)
-    )
-    score: Any = environment.score
+    trainer = Trainer(environment, objective, schedule, accelerator=Accelerator(cpu=True))
+    score: Any = environment.model
     best, start = problem.optimum(judge), problem.evaluate(score, judge)
     gap = best.objective - start.objective
     curve: list[dict[str, float]] = []
@@ -242,7 +240,7 @@ def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed
             curve.append(
                 {
                     "queries": environment.reward_queries,
-                    "calls": environment.score.calls,
+                    "calls": environment.model.calls,
                     "seconds": time.perf_counter() - began - judged,
                     "share": (outcome.objective - start.objective) / gap,
                     **dataclasses.asdict(outcome),

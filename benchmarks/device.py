@@ -129,9 +129,7 @@ def model(device: str = NAME) -> Model:
 def trainer(objective: objectives.Objective, built: Model) -> Trainer:
     """A fresh trainer of a model."""
     schedule = UpdateSize(samples=SAMPLES, batch=BATCH, value_epochs=1)
-    return Trainer(
-        built.environment, objective, schedule, built.parameters, accelerator=parallel.start()
-    )
+    return Trainer(built.environment, objective, schedule, accelerator=parallel.start())
 
 
 def without_rewards(counts: Counts) -> int:

@@ -265,8 +265,8 @@ class Correction(nn.Module):
 def pretrained_score(problem: GaussianProblem | MixtureProblem, table: DDPMTable) -> CorrectedScore:
     """The exact score of the noised data."""
     sampler = BoundDDIM(1.0, table, 2)
-    environment, _ = problem.environment(sampler, 0)
-    score = environment.score
+    environment = problem.environment(sampler, 0)
+    score = environment.model
     assert isinstance(score, CorrectedScore)
     return CorrectedScore(score.exact, NoCorrection(), table.alphas_cumprod)
 

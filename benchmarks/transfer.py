@@ -162,18 +162,16 @@ def train(
     The value network, where a method has one, sees as many paths at once at any number of steps.
     """
     sampler = DDIM(eta=1.0).bind(table(), steps)
-    environment, parameters = problem.environment(sampler, seed)
+    environment = problem.environment(sampler, seed)
     settings: dict[str, Any] = {"samples": options.samples, "batch": 1_000_000, "weight_decay": 0.0}
     settings["value_batch"] = 6 * (steps + 1)
     schedule = UpdateSize(**settings | dict(entry.schedule))
     objective = dataclasses.replace(entry.objective(problem.kl_weight), learning_rate=rate)
-    trainer = Trainer(
-        environment, objective, schedule, parameters, accelerator=Accelerator(cpu=True)
-    )
+    trainer = Trainer(environment, objective, schedule, accelerator=Accelerator(cpu=True))
     began, budget = time.perf_counter(), contenders.Budget(queries=options.queries)
     for _ in contenders.spend(trainer, budget):
         pass
-    score = environment.score
+    score = environment.model
     assert isinstance(score, CorrectedScore)
     return score, {
         "queries": environment.reward_queries,
@@ -187,11 +185,12 @@ def trained(
     problem: GaussianProblem | MixtureProblem, weights: Sequence[Sequence[float]]
 ) -> CorrectedScore:
     """The score with these weights."""
-    environment, parameters = problem.environment(DDIM(1.0).bind(table(), 2), 0)
+    environment = problem.environment(DDIM(1.0).bind(table(), 2), 0)
+    parameters = environment.model.parameters
     with torch.no_grad():
         for parameter, numbers in zip(parameters, weights, strict=True):
             parameter.copy_(torch.tensor(numbers).view_as(parameter))
-    score = environment.score
+    score = environment.model
     assert isinstance(score, CorrectedScore)
     return score
 

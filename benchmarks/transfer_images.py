@@ -93,16 +93,14 @@ def judged(environment: Any, problem: TinyProblem, options: Options) -> dict[str
 def trained(training: Training, problem: TinyProblem, options: Options) -> Any:
     """An environment whose adapter has learned; its rate falls linearly to 0 with the calls."""
     sampler = DDIM(1.0).bind(problem.table, training.steps)
-    environment, parameters = problem.environment(sampler, options.seed)
+    environment = problem.environment(sampler, options.seed)
     schedule = UpdateSize(samples=options.samples, weight_decay=0.0)
-    trainer = Trainer(
-        environment, training.objective, schedule, parameters, accelerator=Accelerator(cpu=True)
-    )
+    trainer = Trainer(environment, training.objective, schedule, accelerator=Accelerator(cpu=True))
     budget = Budget(queries=10**9, calls=options.calls)
     for _ in spend(trainer, budget):
         pass
     if budget.left(environment) > 0:
-        raise FloatingPointError(f"training diverged after {environment.score.calls} network calls")
+        raise FloatingPointError(f"training diverged after {environment.model.calls} network calls")
     return environment
 
 
@@ -110,7 +108,7 @@ def main(options: Options) -> None:
     """Train, judge, write."""
     torch.set_num_threads(1)
     console, problem = Console(width=200), TinyProblem()
-    environment, _ = problem.environment(DDIM(1.0).bind(problem.table, 10), options.seed)
+    environment = problem.environment(DDIM(1.0).bind(problem.table, 10), options.seed)
     before = judged(environment, problem, options)
     rows: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for name, training in TRAININGS.items():

@@ -44,7 +44,6 @@ def main() -> None:
         built.environment,
         objectives.ScoreAsAction(),
         UpdateSize(samples=SAMPLES),
-        built.parameters,
         accelerator=parallel.start(),
     )
     calls: list[tuple[str, Callable[[], Any]]] = []
@@ -95,7 +94,7 @@ def record(
     def forward(states: Tensor, timesteps: Tensor, **settings: Any) -> Any:
         with_gradient = torch.is_grad_enabled()
         context = settings["encoder_hidden_states"]
-        adapter_off = built.environment.score._adapter_off
+        adapter_off = built.environment.model.score._adapter_off
 
         def again() -> None:
             with torch.set_grad_enabled(with_gradient):

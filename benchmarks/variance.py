@@ -234,7 +234,8 @@ class Measured:
         self.problem, self.estimator, self.options = problem, estimator, options
         self.weights = weights
         self.sampler = DDIM(eta=1.0).bind(table(), steps)
-        self.environment, self.parameters = problem.environment(self.sampler, options.seed)
+        self.environment = problem.environment(self.sampler, options.seed)
+        self.parameters = self.environment.model.parameters
         with torch.no_grad():
             for parameter, value in zip(self.parameters, weights, strict=True):
                 parameter.copy_(value)
@@ -250,7 +251,6 @@ class Measured:
             self.environment,
             self.objective,
             schedule,
-            self.parameters,
             accelerator=Accelerator(cpu=True),
         )
 
@@ -286,11 +286,11 @@ class Measured:
         trainer.update = 1  # the first one checks that the adapter is fresh
         for group in trainer.optimiser.param_groups:
             group["lr"] = 0.0
-        queries, calls = self.environment.reward_queries, self.environment.score.calls
+        queries, calls = self.environment.reward_queries, self.environment.model.calls
         trainer.step()
         cost = {
             "queries": self.environment.reward_queries - queries,
-            "calls": self.environment.score.calls - calls,
+            "calls": self.environment.model.calls - calls,
         }
         if self.estimator.value == "network":
             if self.learns not in critics:
@@ -319,7 +319,7 @@ class Measured:
             return None
         if self.estimator.value == "network":
             with torch.no_grad():
-                return self.trainer.critic.values(self.objective, rollout, sample.denoised_rewards)
+                return self.trainer.critic.values(rollout, sample.denoised_rewards)
         if self.estimator.value == "none":
             zeros = torch.zeros_like(rollout.states[:, :-1, 0])
             return torch.cat([zeros, rollout.rewards[:, None]], dim=1)
@@ -343,7 +343,7 @@ class Measured:
         size, found = self.options.samples, []
         for batch in range(self.options.batches):
             part = rollout.chosen(torch.arange(batch * size, (batch + 1) * size))
-            lesson = self.trainer.lesson(part)
+            lesson = self.trainer.losses(part)
             generator = torch.Generator().manual_seed(batch)
             for parameter in self.parameters:
                 parameter.grad = None

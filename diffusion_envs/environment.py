@@ -1,15 +1,14 @@
-"""A text-to-image model as an environment: roll-outs, rewards, and what they cost.
+"""A diffusion model as an environment: model, sampler, reward, prompts; roll-outs and costs.
 
-Costs are counted in three currencies: reward queries, network calls (one per row and guidance
-branch), seconds. Noise is drawn from streams named by the global index of a sample, so a sample is
-the same in any batch and on any process.
+Three cost measures are kept: reward queries, network calls (one a row and guidance branch),
+seconds. Noise is drawn from streams named by the global index of a sample, so a sample is the same
+in any batch and on any process.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -19,7 +18,8 @@ import ctrl
 from ctrl.devices import as_like, sent, together
 from ctrl.noise import normals_by_sample
 from diffusion_envs import rewards
-from diffusion_envs.denoising import path_kl_per_step, tweedie_mean
+from diffusion_envs.denoising import tweedie_mean
+from diffusion_envs.models.protocol import Condition, Model
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
 
@@ -28,29 +28,9 @@ Level = Callable[[Tensor], Tensor]  # time -> sigma
 Judge = Callable[[rewards.Reward, Tensor, Sequence[str]], Tensor]
 
 
-@runtime_checkable
-class ScoreNetwork(Protocol):
-    """A network with an adapter, as a function from noisy states to scores (``GuidedScore``)."""
-
-    calls: int
-    precision: torch.dtype
-
-    def __call__(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """Scores, float32."""
-        ...
-
-    def prediction(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """What the network itself predicts, for black-box samplers."""
-        ...
-
-    def pretrained(self) -> AbstractContextManager[None]:
-        """Within this context the adapter is off."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A roll-out with its pictures, for the loop's eyes."""
+    """A roll-out with its decoded images."""
 
     rollout: Rollout
     images: Float[Tensor, " paths *picture"]
@@ -60,44 +40,81 @@ class Sample:
 
 @dataclass
 class Environment:
-    """A generation SDE driven by a network's score, and the reward that judges its images.
+    """A generation SDE driven by a model's score, and the reward that judges its images.
 
     Attributes:
-        score: the network; its adapter is the policy.
-        sampler: transitions on a grid.
-        decode: latents to pictures in [0, 1].
+        model: the network; its adapter is the policy.
+        sampler: transitions on a grid, or a black box.
         reward: judges the pictures.
         prompts: what to ask for.
-        context: the prompts' embeddings, [prompts, tokens, width].
-        event: shape of a latent.
         seed: of the run.
-        device: of the network.
         judge: how a reward is asked: (reward, pictures, prompts) -> [n], checked.
+        batch: pictures that are decoded and judged at once; memory, not mathematics.
         reward_queries: so far.
         monitoring_calls: of the network, so far, that no method needs: they are in no budget.
     """
 
-    score: ScoreNetwork
+    model: Model
     sampler: BoundDDIM | BoundBlackBox
-    decode: Callable[[Tensor], Tensor]
     reward: rewards.Reward
     prompts: Sequence[str]
-    context: Float[Tensor, "prompts tokens width"]
-    event: tuple[int, ...]
     seed: int
-    device: torch.device
     judge: Judge = rewards.score
+    batch: int = 64
     reward_queries: int = field(default=0)
     monitoring_calls: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        self._conditions = self.model.condition(list(self.prompts))
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self.model.device
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        """Shape of a state."""
+        return self.model.event
 
     @property
     def problem(self) -> ctrl.ControlProblem:
         """Generation as a control problem: terminal reward only, the action is the score."""
-        return ctrl.ControlProblem(self.sampler.sde, horizon=self.sampler.table.horizon)
+        return ctrl.ControlProblem(self.steps.sde, horizon=self.steps.table.horizon)
 
-    def context_of(self, condition: Int64[Tensor, " rows"]) -> Float[Tensor, "rows tokens width"]:
-        """The embedding of each row's prompt, on the device."""
-        return sent(self.context, self.device)[sent(condition, self.device)]
+    @property
+    def steps(self) -> BoundDDIM:
+        """The sampler, where it shows its steps.
+
+        Raises:
+            TypeError: the sampler is a black box.
+        """
+        if not isinstance(self.sampler, BoundDDIM):
+            raise TypeError(
+                "sampler must show its steps, but this one is a black box: use DDIM(eta)"
+            )
+        return self.sampler
+
+    def condition_of(self, prompt: Int64[Tensor, " rows"]) -> Condition:
+        """What the model is conditioned on in each row, by the index of its prompt."""
+        return self._conditions[sent(prompt, self.device)]
+
+    def features_of(self, prompt: Int64[Tensor, " rows"]) -> Float[Tensor, "rows width"]:
+        """The same as one vector a row, for a value network."""
+        return self.model.features(self.condition_of(prompt))
+
+    def score(
+        self,
+        states: Float[Tensor, " rows *event"],
+        step: Int64[Tensor, " rows"] | int,
+        prompt: Int64[Tensor, " rows"],
+    ) -> Float[Tensor, " rows *event"]:
+        """The policy's score at the left of a step of the sampler: one for all rows, or of each."""
+        if isinstance(step, int):
+            timesteps = sent(self.steps.timesteps[step], self.device).expand(len(states))
+        else:
+            timesteps = sent(self.steps.timesteps, self.device)[sent(step, self.device)]
+        return self.model(states, timesteps, self.condition_of(prompt))
 
     @torch.no_grad()
     @together()
@@ -111,26 +128,29 @@ class Environment:
         denoised: bool = False,
         group: int = 1,
         shared_start: bool = False,
+        reference: bool = True,
         count_reference: bool = True,
     ) -> Sample:
         """Roll out one path for every global sample index.
 
         Args:
-            policy: how to act, given the network's score and the noise level at a time.
+            policy: how to act, from the network's score and the noise level at a time.
             samples: global indices; each names its own noise.
             condition: index of each path's prompt.
             stream: names the noise, so that evaluation never sees training's.
             denoised: also reward the denoised image at every node (as the value network needs).
             group: paths in a row that are judged together.
             shared_start: whether they share their starting noise.
-            count_reference: whether the pretrained model's scores are part of the method's cost;
-                where they only serve to report the path KL, they are counted apart.
+            reference: whether the pretrained model's scores, and so the path KL, are computed; the
+                KL is NaN otherwise.
+            count_reference: whether these calls are part of the method's cost; where they only
+                serve to report the path KL, they are counted apart.
         """
         start = self._starts(stream, samples, group if shared_start else 1)
         if isinstance(self.sampler, BoundBlackBox):
             return self._black_box(self.sampler, start, samples, condition, stream, group)
         sampler, steps = self.sampler, len(self.sampler.timesteps)
-        context = self.context_of(condition)
+        conditions = self.condition_of(condition)
         normals = self._normals((steps, *self.event), stream, "transition", samples)
         drawn = self._normals((steps, *self.event), stream, "action", samples)
         timesteps, levels = sent(sampler.timesteps, self.device), as_like(sampler.sigma, normals)
@@ -138,7 +158,7 @@ class Environment:
 
         def mean(t: Tensor, states: Tensor) -> Tensor:
             timestep = timesteps[len(means)]
-            means.append(self.score(states, timestep.expand(len(states)), context))
+            means.append(self.model(states, timestep.expand(len(states)), conditions))
             return means[-1]
 
         widths = as_like(sampler.grid.steps, normals).sqrt().view(1, -1, *[1] * len(self.event))
@@ -151,21 +171,12 @@ class Environment:
             noise=ctrl.Noise(increments=normals * widths, actions=drawn),
             keep=("states", "actions"),
         )
-        before = paths.states[:, :-1]
-        spent = self.score.calls
-        with self.score.pretrained():
-            reference = self.score(
-                before.flatten(0, 1),
-                timesteps.repeat(len(start)),
-                context.repeat_interleave(steps, 0),
-            ).view_as(before)
-        if not count_reference:
-            self.monitoring_calls += self.score.calls - spent
-            self.score.calls = spent
-        scores = torch.stack(means, dim=1)
-        images = self.decode(paths.states[:, -1])
+        before, scores = paths.states[:, :-1], torch.stack(means, dim=1)
+        pretrained = None
+        if reference:
+            pretrained = self._pretrained_scores(before, condition, counted=count_reference)
         prompts = [self.prompts[k] for k in condition.tolist()]
-        achieved = self._judge(images, prompts)
+        images, achieved = self._pictures_and_rewards(paths.states[:, -1], prompts)
         denoised_rewards = None
         if denoised:
             alpha, sigma = (
@@ -174,15 +185,15 @@ class Environment:
             )
             guesses = tweedie_mean(before, scores, alpha, sigma).flatten(0, 1)
             repeated = [prompt for prompt in prompts for _ in range(steps)]
-            judged = self._judge(self.decode(guesses), repeated).view(-1, steps)
+            judged = self._rewards(guesses, repeated).view(-1, steps)
             denoised_rewards = torch.cat([judged, achieved[:, None]], dim=1)
         rollout = Rollout(
             states=paths.states,
             means=scores,
             actions=paths.actions,
             noises=normals,
-            reference_scores=reference,
-            costs=self._costs(scores, reference),
+            reference_scores=pretrained,
+            costs=self._costs(scores, pretrained),
             values=None,
             rewards=achieved,
             step_sizes=as_like(sampler.integrated_g2, scores),
@@ -190,6 +201,26 @@ class Environment:
             group=group,
         )
         return Sample(rollout, images, denoised_rewards, prompts)
+
+    def _pretrained_scores(
+        self,
+        states: Float[Tensor, "paths steps *event"],
+        condition: Int64[Tensor, " paths"],
+        *,
+        counted: bool,
+    ) -> Float[Tensor, "paths steps *event"]:
+        paths, steps = states.shape[:2]
+        spent = self.model.calls
+        with self.model.pretrained():
+            scores = self.score(
+                states.flatten(0, 1),
+                torch.arange(steps).repeat(paths),
+                condition.repeat_interleave(steps),
+            )
+        if not counted:
+            self.monitoring_calls += self.model.calls - spent
+            self.model.calls = spent
+        return scores.view_as(states)
 
     def _black_box(
         self,
@@ -200,15 +231,16 @@ class Environment:
         stream: str,
         group: int,
     ) -> Sample:
-        """The end of every path; what led there is the scheduler's own affair."""
-        context = self.context_of(condition)
+        """The end of every path; the intermediate states are not exposed."""
+        conditions = self.condition_of(condition)
         generators = [ctrl.noise.stream(self.seed, stream, "scheduler", i) for i in samples]
         data = sampler.sample(
-            lambda x, t: self.score.prediction(x, sent(t, self.device).expand(len(x)), context),
+            lambda x, t: self.model.prediction(x, sent(t, self.device).expand(len(x)), conditions),
             start,
             generators,
         )
-        images, prompts = self.decode(data), [self.prompts[k] for k in condition.tolist()]
+        prompts = [self.prompts[k] for k in condition.tolist()]
+        images, achieved = self._pictures_and_rewards(data, prompts)
         none = data.new_empty(len(data), 0, *data.shape[1:])
         rollout = Rollout(
             states=data[:, None],
@@ -218,7 +250,7 @@ class Environment:
             reference_scores=none,
             costs=none.new_empty(len(data), 0),
             values=None,
-            rewards=self._judge(images, prompts),
+            rewards=achieved,
             step_sizes=none.new_empty(0),
             condition=condition,
             group=group,
@@ -229,19 +261,16 @@ class Environment:
 
     def pretrained(self) -> AbstractContextManager[None]:
         """Within this context the model is the pretrained one."""
-        return self.score.pretrained()
+        return self.model.pretrained()
 
     def pretrained_mean(
         self, step: int, states: Tensor, condition: Int64[Tensor, " paths"]
     ) -> Tensor:
         """Mean of the next state after this step under the pretrained model; differentiable."""
-        assert isinstance(self.sampler, BoundDDIM)
         which = torch.full((len(states),), step, device=self.device)
-        context = self.context_of(condition)
-        timesteps = sent(self.sampler.timesteps, self.device)[which]
-        with self.score.pretrained():
-            score = self.score(states, timesteps, context)
-        return self.sampler.mean(which, states, score)
+        with self.model.pretrained():
+            score = self.score(states, which, condition)
+        return self.steps.mean(which, states, score)
 
     def differentiable_reward(
         self, states: Tensor, condition: Int64[Tensor, " paths"]
@@ -254,7 +283,7 @@ class Environment:
         """
         prompts = [self.prompts[k] for k in condition.tolist()]
         self.reward_queries += len(states)
-        images = self.decode(states)
+        images = self.model.decode(states)
         assert images.requires_grad or not (states.requires_grad and torch.is_grad_enabled())
         return rewards.differentiable_score(self.reward, images, prompts)
 
@@ -265,13 +294,23 @@ class Environment:
             total = self.differentiable_reward(asked, condition).sum()
             return torch.autograd.grad(total, asked)[0]
 
-    def _costs(self, scores: Tensor, reference: Tensor) -> Float[Tensor, "paths steps"]:
-        """Path KL of every step, nats; infinite for an ODE, whose laws are mutually singular."""
-        assert isinstance(self.sampler, BoundDDIM)
-        if self.sampler.eta == 0:
-            return scores.new_full(scores.shape[:2], math.inf)
-        widths = as_like(self.sampler.integrated_g2, scores)
-        return path_kl_per_step(scores, reference, widths, factor=self.sampler.kl_factor)
+    def _costs(self, scores: Tensor, pretrained: Tensor | None) -> Float[Tensor, "paths steps"]:
+        """Path KL of every step, nats; NaN where the pretrained model was not asked."""
+        if pretrained is None:
+            return scores.new_full(scores.shape[:2], math.nan)
+        return self.steps.path_kl(scores, pretrained)
+
+    def _pictures_and_rewards(
+        self, states: Tensor, prompts: list[str]
+    ) -> tuple[Float[Tensor, " n *picture"], Float[Tensor, " n"]]:
+        images = torch.cat([self.model.decode(part) for part in states.split(self.batch)])
+        parts = zip(images.split(self.batch), _split(prompts, self.batch), strict=True)
+        return images, torch.cat([self._judge(*part) for part in parts])
+
+    def _rewards(self, states: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
+        """Rewards of many states, of which few pictures are held at once."""
+        parts = zip(states.split(self.batch), _split(prompts, self.batch), strict=True)
+        return torch.cat([self._judge(self.model.decode(x), words) for x, words in parts])
 
     def _judge(self, images: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
         self.reward_queries += len(images)
@@ -288,3 +327,7 @@ class Environment:
         return normals_by_sample(
             shape, seed=self.seed, name=(stream, what), samples=samples, device=self.device
         )
+
+
+def _split(prompts: list[str], size: int) -> list[list[str]]:
+    return [prompts[k : k + size] for k in range(0, len(prompts), size)]

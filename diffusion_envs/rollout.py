@@ -21,14 +21,14 @@ class Rollout:
     means: Float[Tensor, "paths steps *event"]  # the policy's mean score at the left of each step
     actions: Float[Tensor, "paths steps *event"]  # the score that was used; means, if not drawn
     noises: Float[Tensor, "paths steps *event"]  # standard normals that drove the transitions
-    reference_scores: Float[Tensor, "paths steps *event"]
-    costs: Float[Tensor, "paths steps"]  # path KL of each step from the pretrained model, nats
+    reference_scores: Float[Tensor, "paths steps *event"] | None  # None: they were not asked for
+    # path KL of each step from the pretrained model, nats; NaN where its scores were not asked for
+    costs: Float[Tensor, "paths steps"]
     values: Float[Tensor, "paths nodes"] | None  # reward; the last column is the terminal reward
     rewards: Float[Tensor, " paths"]
-    step_sizes: Float[Tensor, " steps"]  # int g^2 dt over each step: the clock in which g = 1
+    step_sizes: Float[Tensor, " steps"]  # int g^2 dt: time rescaled to unit diffusion
     condition: Int64[Tensor, " paths"]  # index of the prompt
     group: int = 1  # paths in a row that share a prompt, and are judged together
-    targets: Float[Tensor, "paths steps *event"] | None = None  # by ``PathObjective.targets``
     preferences: Float[Tensor, " paths"] | None = None  # larger is preferred within a group
 
     def chosen(self, rows: Int64[Tensor, " rows"]) -> "Rollout":

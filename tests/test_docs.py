@@ -88,7 +88,7 @@ def test_the_method_that_the_document_adds_improves_a_policy():
     names = {"__name__": "added"}
     exec(compile(source[0], "methods.md", "exec", dont_inherit=True), names)  # our own text
     problem, sampler = GaussianProblem(), DDIM(eta=1.0).bind(table(), 8)
-    environment, parameters = problem.environment(sampler, seed=0)
+    environment = problem.environment(sampler, seed=0)
     objective = dataclasses.replace(
         names["Reinforce"](), kl_weight=problem.kl_weight, learning_rate=0.01
     )
@@ -96,13 +96,12 @@ def test_the_method_that_the_document_adds_improves_a_policy():
         environment,
         objective,
         UpdateSize(samples=128, batch=10_000, weight_decay=0.0),
-        parameters,
         accelerator=Accelerator(cpu=True),
     )
-    before = problem.evaluate(environment.score, sampler).objective
+    before = problem.evaluate(environment.model, sampler).objective
     for _ in trainer.updates(25):
         pass
-    after = problem.evaluate(environment.score, sampler).objective
+    after = problem.evaluate(environment.model, sampler).objective
     best = problem.optimum(sampler).objective
     assert after - before > 0.3 * (best - before)
 

@@ -31,10 +31,13 @@ diffusion_envs.samplers.ddim diffusion_envs.samplers.diffusers_scheduler diffusi
 diffusion_envs.cifar10.data diffusion_envs.cifar10
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
 diffusion_envs.rewards.classifier diffusion_envs.rewards
-diffusion_envs.models.text_to_image_unet diffusion_envs.models.stable_diffusion_pipeline
+diffusion_envs.models.protocol diffusion_envs.models.text_to_image_unet
+diffusion_envs.models.stable_diffusion_pipeline
 diffusion_envs.models.exact diffusion_envs.models
 diffusion_envs.rollout diffusion_envs.environment
 diffusion_envs.preferences diffusion_envs.objectives.protocol
+diffusion_envs.objectives.path_steps diffusion_envs.objectives.noised_data
+diffusion_envs.objectives.last_steps
 diffusion_envs.objectives.adjoint_matching diffusion_envs.objectives.ram
 diffusion_envs.objectives.score_as_action diffusion_envs.objectives.ddpo
 diffusion_envs.objectives.dpok diffusion_envs.objectives.grpo diffusion_envs.objectives.tdpo
@@ -45,7 +48,7 @@ diffusion_envs.objectives
 diffusion_envs.training.update_size diffusion_envs.training.parallel
 diffusion_envs.training.kl_controller diffusion_envs.training.requirements
 diffusion_envs.training.value_network
-diffusion_envs.training.critic diffusion_envs.training.lessons diffusion_envs.training.trainer
+diffusion_envs.training.critic diffusion_envs.training.trainer
 diffusion_envs.training
 diffusion_envs.exact.gaussian diffusion_envs.exact.linear_policy
 diffusion_envs.exact.rewards diffusion_envs.exact.problems diffusion_envs.exact

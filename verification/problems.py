@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ctrl
 from diffusion_envs.exact import gaussian, linear_policy
-from diffusion_envs.noise_schedules import DDPMTable, UpdateSize, VPLinear
+from diffusion_envs.noise_schedules import DDPMTable, NoiseSchedule, VPLinear
 from verification.claim import Setting
 from verification.closed_form.ornstein_uhlenbeck import OrnsteinUhlenbeck
 from verification.closed_form.samplers import integrated_rates
@@ -60,7 +60,7 @@ def table(model: VPGaussian, entries: int, **options: bool | int | str) -> DDPMT
 
 def generation(
     data: gaussian.Gaussian,
-    schedule: UpdateSize,
+    schedule: NoiseSchedule,
     eta: float = 1.0,
     gain: Tensor | None = None,
     shift: Tensor | None = None,

@@ -100,7 +100,6 @@ def _ours(where: Device, model: str | Path, batch: int) -> Iterator[dict[str, An
         built.environment,
         objectives.DDPO(),
         UpdateSize(samples=_sizes(where, batch)["samples"], batch=batch),
-        built.parameters,
         accelerator=parallel.start(where.device.type),
     )
     yield _line(where, batch, "sampled", trainer.sample)
@@ -138,7 +137,7 @@ def _plain(built: Model, steps: int, batch: int) -> PlainDDPO:
         context=environment.context[:1],
         event=environment.event,
         judge=judge,
-        optimiser=torch.optim.AdamW(built.parameters, lr=1e-4),
+        optimiser=torch.optim.AdamW(built.environment.model.parameters, lr=1e-4),
         batch=batch,
-        dtype=environment.score.precision,
+        dtype=environment.model.precision,
     )

@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ctrl.devices import as_like
 from ctrl.noise import stream
@@ -63,8 +63,8 @@ class Problem(Protocol):
 
     def environment(
         self, sampler: BoundSampler, seed: int, device: torch.device | str = "cpu"
-    ) -> tuple[Environment, list[nn.Parameter]]:
-        """A fresh model to fine-tune, and its adapter's parameters."""
+    ) -> Environment:
+        """A fresh model to fine-tune."""
         ...
 
     def evaluate(self, score: CorrectedScore, sampler: BoundDDIM) -> Outcome:
@@ -77,23 +77,17 @@ class Problem(Protocol):
 
 
 def _environment(
-    score: CorrectedScore,
+    model: CorrectedScore,
     reward: QuadraticReward | CosineReward,
-    dim: int,
     sampler: BoundSampler,
     seed: int,
-    device: torch.device | str,
 ) -> Environment:
     return Environment(
-        score=score,
+        model=model,
         sampler=sampler,
-        decode=lambda states: states,
         reward=reward,
         prompts=["-"],
-        context=torch.zeros(1, 1, 1, device=device),
-        event=(dim,),
         seed=seed,
-        device=torch.device(device),
         judge=lambda asked, states, prompts: asked(states, prompts).detach(),
     )
 
@@ -126,7 +120,7 @@ class GaussianProblem:
 
     def environment(
         self, sampler: BoundSampler, seed: int, device: torch.device | str = "cpu"
-    ) -> tuple[Environment, list[nn.Parameter]]:
+    ) -> Environment:
         """The exact model with an affine correction."""
         correction = AffineCorrection(len(self.mean)).to(device)
         data = self.data
@@ -138,10 +132,11 @@ class GaussianProblem:
             gap = (states - alpha[:, None] * mean.to(states)) @ vectors.to(states)
             return -(gap / spread) @ vectors.to(states).T
 
-        score = CorrectedScore(exact, correction, sampler.table.alphas_cumprod.to(device))
+        model = CorrectedScore(
+            exact, correction, sampler.table, len(self.mean), torch.device(device)
+        )
         reward = QuadraticReward(self.quadratic)
-        parameters = list(correction.parameters())
-        return _environment(score, reward, len(self.mean), sampler, seed, device), parameters
+        return _environment(model, reward, sampler, seed)
 
     def evaluate(self, score: CorrectedScore, sampler: BoundDDIM) -> Outcome:
         """By recursions of means and covariances."""
@@ -284,13 +279,11 @@ class MixtureProblem:
 
     def environment(
         self, sampler: BoundSampler, seed: int, device: torch.device | str = "cpu"
-    ) -> tuple[Environment, list[nn.Parameter]]:
+    ) -> Environment:
         """The exact model with a neural correction."""
         correction = NeuralCorrection(1, generator=stream(seed, "correction")).to(device)
-        abar = sampler.table.alphas_cumprod.to(device)
-        score = CorrectedScore(self.exact_score, correction, abar)
-        environment = _environment(score, self.reward, 1, sampler, seed, device)
-        return environment, list(correction.parameters())
+        model = CorrectedScore(self.exact_score, correction, sampler.table, 1, torch.device(device))
+        return _environment(model, self.reward, sampler, seed)
 
     def evaluate(self, score: CorrectedScore, sampler: BoundDDIM) -> Outcome:
         """By carrying the law of the state over the grid."""

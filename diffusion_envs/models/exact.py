@@ -6,14 +6,18 @@ are.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
+
+from diffusion_envs.noise_schedules import DDPMTable
 
 
 class AffineCorrection(nn.Module):
@@ -83,27 +87,57 @@ def legendre(alpha: Float[Tensor, " n"], terms: int) -> Float[Tensor, "n terms"]
 
 @dataclass
 class CorrectedScore:
-    """Exact score plus correction, as the loop knows a network (``ScoreNetwork``).
+    """Exact score plus correction, as the loop knows a model (``protocol.Model``).
 
     Attributes:
         exact: (states, alpha [n], sigma [n]) -> score of the noised data law.
         correction: the adapter.
-        alphas_cumprod: alpha^2 by timestep.
+        table: noise levels by timestep.
+        dim: of a state.
+        device: of the correction.
+        prediction_type: what ``prediction`` answers.
+        precision: of the correction's arithmetic.
         calls: evaluations so far, one a row.
     """
 
     exact: Callable[[Tensor, Tensor, Tensor], Tensor]
     correction: nn.Module
-    alphas_cumprod: Float[Tensor, " timesteps"]
-    calls: int = 0
+    table: DDPMTable
+    dim: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    prediction_type: str = "epsilon"
     precision: torch.dtype = torch.float32
+    calls: int = 0
     _adapter_off: bool = False
+
+    def __post_init__(self) -> None:
+        self.event: tuple[int, ...] = (self.dim,)
+        self.parameters = list(self.correction.parameters())
+        self._alphas_cumprod = self.table.alphas_cumprod.to(self.device)
+
+    def condition(self, prompts: Sequence[str]) -> Float[Tensor, "prompts 1"]:
+        """Nothing: the law of the data is one."""
+        return torch.zeros(len(prompts), 1, device=self.device)
+
+    def features(self, condition: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
+        """Nothing, as one number a row."""
+        return condition
+
+    def decode(self, states: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
+        """The states themselves: rewards are of them."""
+        return states
+
+    def export(self, folder: Path) -> Path:
+        """Write the correction's tensors."""
+        path = folder / "correction.safetensors"
+        save_file({k: v.contiguous() for k, v in self.correction.state_dict().items()}, path)
+        return path
 
     def __call__(
         self,
         states: Float[Tensor, "n dim"],
         timesteps: Tensor,
-        context: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Float[Tensor, "n dim"]:
         """Scores at a noise level that belongs to each row."""
         self.calls += len(states)
@@ -113,18 +147,18 @@ class CorrectedScore:
         return score if self._adapter_off else score + self.correction(states, alpha)
 
     def prediction(
-        self, states: Float[Tensor, "n dim"], timesteps: Tensor, context: Tensor | None = None
+        self, states: Float[Tensor, "n dim"], timesteps: Tensor, condition: Tensor | None = None
     ) -> Float[Tensor, "n dim"]:
         """epsilon = -sigma score; timesteps may be fractional."""
         sigma = (1 - self._abar(timesteps)).sqrt().to(states)
-        return -sigma[:, None] * self(states, timesteps, context)
+        return -sigma[:, None] * self(states, timesteps, condition)
 
     def _abar(self, timesteps: Tensor) -> Tensor:
         if not timesteps.is_floating_point():
-            return self.alphas_cumprod[timesteps]
-        low = timesteps.floor().long().clamp(0, len(self.alphas_cumprod) - 1)
-        high = (low + 1).clamp(max=len(self.alphas_cumprod) - 1)
-        logs = self.alphas_cumprod.log()
+            return self._alphas_cumprod[timesteps]
+        low = timesteps.floor().long().clamp(0, len(self._alphas_cumprod) - 1)
+        high = (low + 1).clamp(max=len(self._alphas_cumprod) - 1)
+        logs = self._alphas_cumprod.log()
         return torch.lerp(logs[low], logs[high], timesteps.double() - low).exp()
 
     @contextmanager

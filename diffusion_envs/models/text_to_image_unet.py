@@ -5,9 +5,10 @@ conditional and unconditional predictions; the result, as a score, is the mean o
 pretrained model is the same network with its adapter switched off, so no second copy is held.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctrl.devices import as_like
 from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
+from diffusion_envs.noise_schedules import DDPMTable
 
 _TO_SCORE = {
     "epsilon": score_from_epsilon,
@@ -140,3 +142,89 @@ class GuidedScore:
         else:
             self.unet.enable_adapters()
         self._adapter_off = off
+
+
+@dataclass
+class TextToImageUNet:
+    """A text-to-image UNet with its adapter, as the loop knows a model (``protocol.Model``).
+
+    Attributes:
+        score: the guided network.
+        event: shape of a latent.
+        table: noise levels by timestep.
+        encode: prompts to their embeddings, [prompts, tokens, width].
+        decode: latents to pictures in [0, 1]; differentiable.
+        parameters: of the adapter, float32.
+        device: of the network.
+        write: writes the adapter into a folder, for plain diffusers.
+    """
+
+    score: GuidedScore
+    event: tuple[int, ...]
+    table: DDPMTable
+    encode: Callable[[Sequence[str]], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    parameters: list[nn.Parameter]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    write: Callable[[Path], Path] | None = None
+
+    @property
+    def calls(self) -> int:
+        """Evaluations of the network so far, one per row and guidance branch."""
+        return self.score.calls
+
+    @calls.setter
+    def calls(self, count: int) -> None:
+        self.score.calls = count
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Dtype of the network's arithmetic."""
+        return self.score.precision
+
+    @property
+    def prediction_type(self) -> str:
+        """What the network itself predicts, in diffusers' words."""
+        return self.score.prediction_type
+
+    def condition(self, prompts: Sequence[str]) -> Float[Tensor, "prompts tokens width"]:
+        """Embeddings of the prompts."""
+        return self.encode(prompts)
+
+    def features(
+        self, condition: Float[Tensor, "rows tokens width"]
+    ) -> Float[Tensor, "rows width"]:
+        """The mean embedding of a prompt's tokens."""
+        return condition.mean(1)
+
+    def __call__(
+        self,
+        states: Float[Tensor, " rows *event"],
+        timesteps: Int64[Tensor, " rows"],
+        condition: Float[Tensor, "rows tokens width"],
+    ) -> Float[Tensor, " rows *event"]:
+        """Guided scores of noisy latents, float32."""
+        return self.score(states, timesteps, condition)
+
+    def prediction(
+        self,
+        states: Float[Tensor, " rows *event"],
+        timesteps: Tensor,
+        condition: Float[Tensor, "rows tokens width"],
+    ) -> Float[Tensor, " rows *event"]:
+        """The network's own prediction, guided."""
+        return self.score.prediction(states, timesteps, condition)
+
+    def pretrained(self) -> AbstractContextManager[None]:
+        """Within this context the adapter is off."""
+        return self.score.pretrained()
+
+    def export(self, folder: Path) -> Path:
+        """Write the adapter for ``pipe.load_lora_weights``.
+
+        Raises:
+            ValueError: this model has nothing to write its adapter with.
+        """
+        if self.write is None:
+            raise ValueError("write must be set to export the adapter")
+        return self.write(folder)

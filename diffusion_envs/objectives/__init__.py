@@ -8,16 +8,11 @@ from diffusion_envs.objectives.distributional import DistributionalOptimisation,
 from diffusion_envs.objectives.dpok import DPOK
 from diffusion_envs.objectives.dxmi import ContinuousDxMI, ContinuousDxMIReleased, DxMI
 from diffusion_envs.objectives.grpo import GRPO
+from diffusion_envs.objectives.last_steps import BackpropObjective
 from diffusion_envs.objectives.nft import DiffusionNFT
-from diffusion_envs.objectives.protocol import (
-    BackpropObjective,
-    NoisedObjective,
-    NoisedRows,
-    Objective,
-    PathObjective,
-    Rollout,
-    Rows,
-)
+from diffusion_envs.objectives.noised_data import NoisedObjective, NoisedRows
+from diffusion_envs.objectives.path_steps import PathObjective, Rows
+from diffusion_envs.objectives.protocol import Objective
 from diffusion_envs.objectives.ram import ReinforceAdjointMatching
 from diffusion_envs.objectives.reward_backpropagation import AlignProp, DRaFT, ReFL
 from diffusion_envs.objectives.score_as_action import (
@@ -26,6 +21,7 @@ from diffusion_envs.objectives.score_as_action import (
     ScoreAsActionSampled,
 )
 from diffusion_envs.objectives.tdpo import TDPO, TDPOReset
+from diffusion_envs.rollout import Rollout
 
 __all__ = [
     "D3PO",

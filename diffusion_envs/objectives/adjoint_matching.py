@@ -32,20 +32,36 @@ Sources      [AM] Domingo-Enrich, Drozdzal, Karrer & Chen 2024, adjoint matching
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from diffusion_envs.objectives.protocol import (
-    Model,
-    PathObjective,
-    Rollout,
-    Rows,
-    require_positive,
-)
+from diffusion_envs.objectives.path_steps import PathObjective, Rows, Steps
+from diffusion_envs.objectives.protocol import require_positive
+from diffusion_envs.rollout import Rollout
+
+
+@runtime_checkable
+class PretrainedChain(Protocol):
+    """What the adjoint is computed with: the pretrained model's steps, the reward's gradient."""
+
+    def pretrained(self) -> AbstractContextManager[None]:
+        """Within this context the model is the pretrained one."""
+        ...
+
+    def pretrained_mean(
+        self, step: int, states: Tensor, condition: Int64[Tensor, " paths"]
+    ) -> Tensor:
+        """Mean of the next state after this step under the pretrained model."""
+        ...
+
+    def reward_gradient(self, states: Tensor, condition: Int64[Tensor, " paths"]) -> Tensor:
+        """Gradient of the reward with respect to the last states."""
+        ...
 
 
 def lean_adjoint(
@@ -116,6 +132,13 @@ def matching_loss(
     return 0.5 * (control + target).square().flatten(1).sum(1)
 
 
+@dataclass(frozen=True, eq=False)
+class AdjointRows(Rows):
+    """Rows with the lean adjoint at the end of each step, reward/state."""
+
+    adjoint: Float[Tensor, " rows *event"]
+
+
 @dataclass(frozen=True)
 class AdjointMatching(PathObjective):
     """Regression of each step's control on the lean adjoint at its end ([AM]).
@@ -128,12 +151,13 @@ class AdjointMatching(PathObjective):
     path_kl: bool = False  # charge the SDE's path KL, not that of the chain's transitions
 
     needs_reward_gradient: ClassVar[bool] = True
-    needs_targets: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_positive(kl_weight=self.kl_weight, learning_rate=self.learning_rate)
 
-    def targets(self, rollout: Rollout, model: Model) -> Float[Tensor, "paths steps *event"]:
+    def targets(
+        self, rollout: Rollout, model: PretrainedChain
+    ) -> Float[Tensor, "paths steps *event"]:
         """The lean adjoint at the end of every step, reward/state."""
         condition = rollout.condition
         slope = model.reward_gradient(rollout.states[:, -1], condition)
@@ -150,12 +174,17 @@ class AdjointMatching(PathObjective):
         """None: no decision is judged by what came of it."""
         return torch.zeros_like(rollout.costs)
 
-    def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
+    def rows(self, common: Rows, steps: Steps) -> AdjointRows:
+        """With the adjoints."""
+        assert steps.targets is not None
+        return AdjointRows(**vars(common), adjoint=steps.targets)
+
+    def loss(self, rows: AdjointRows) -> Float[Tensor, " rows"]:
         """1/2 |c^(1/2) (score - reference) + c^(-1/2) score_gain a / kl_weight|^2: one summand."""
-        assert rows.target is not None  # needs_targets
+        assert rows.reference_score is not None
         root = rows.score_gain / rows.std  # of what a step costs
         if self.path_kl:
             root = (rows.kl_factor * rows.step_size).sqrt()
         gap = (rows.mean - rows.reference_score).flatten(1)
-        wanted = (rows.score_gain / root / self.kl_weight)[:, None] * rows.target.flatten(1)
+        wanted = (rows.score_gain / root / self.kl_weight)[:, None] * rows.adjoint.flatten(1)
         return 0.5 * (root[:, None] * gap + wanted).square().sum(1)

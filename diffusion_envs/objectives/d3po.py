@@ -35,14 +35,28 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from diffusion_envs.objectives.protocol import (
+from diffusion_envs.objectives.path_steps import (
     PathObjective,
-    Rollout,
     Rows,
+    Steps,
     coordinates,
     reference_log_ratio,
-    require_positive,
 )
+from diffusion_envs.objectives.protocol import require_positive
+from diffusion_envs.rollout import Rollout
+
+
+@dataclass(frozen=True, eq=False)
+class PreferenceRows(Rows):
+    """Rows of which some are preferred to others of their group."""
+
+    preference: Float[Tensor, " rows"]  # larger is preferred within a group
+
+
+def preference_of(steps: Steps) -> Float[Tensor, " rows"]:
+    """The preference of each row's path."""
+    assert steps.rollout.preferences is not None  # needs_preferences
+    return steps.rollout.preferences[steps.path].to(steps.rollout.means)
 
 
 @dataclass(frozen=True)
@@ -100,9 +114,12 @@ class D3PO(PathObjective):
         """None are used: the preferences say it all."""
         return torch.zeros_like(rollout.costs)
 
-    def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
+    def rows(self, common: Rows, steps: Steps) -> PreferenceRows:
+        """With the preferences."""
+        return PreferenceRows(**vars(common), preference=preference_of(steps))
+
+    def loss(self, rows: PreferenceRows) -> Float[Tensor, " rows"]:
         """-log sigmoid of beta times the preferred step's clipped log-ratio over the other's."""
-        assert rows.preference is not None  # needs_preferences
         beta = self.beta_per_pixel / coordinates(rows) if self.beta is None else self.beta
         one, other = reference_log_ratio(rows).clamp(*self.trusted(rows)).view(-1, 2).unbind(1)
         first, second = rows.preference.view(-1, 2).unbind(1)

@@ -38,15 +38,14 @@ from torch import Tensor
 
 from ctrl.devices import sent
 from ctrl.trust_region import clipped_surrogate
-from diffusion_envs.objectives.protocol import (
+from diffusion_envs.objectives.path_steps import (
     PathObjective,
-    Rollout,
     Rows,
-    per_prompt,
-    require_positive,
     transition_log_ratio,
     trusted_width,
 )
+from diffusion_envs.objectives.protocol import per_prompt, require_positive
+from diffusion_envs.rollout import Rollout
 
 
 def standardised(

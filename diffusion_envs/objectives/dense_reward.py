@@ -39,15 +39,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.devices import sent
-from diffusion_envs.objectives.protocol import (
+from diffusion_envs.objectives.d3po import PreferenceRows, preference_of
+from diffusion_envs.objectives.path_steps import (
     PathObjective,
-    Rollout,
     Rows,
+    Steps,
     coordinates,
     reference_log_ratio,
-    require_positive,
     trusted_width,
 )
+from diffusion_envs.objectives.protocol import require_positive
+from diffusion_envs.rollout import Rollout
 
 
 def plackett_luce(
@@ -57,6 +59,13 @@ def plackett_luce(
     ordered = logits.gather(-1, preference.argsort(-1, descending=True))
     left = ordered.flip(-1).logcumsumexp(-1).flip(-1)  # of this item and all that are worse
     return (left - ordered).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedRows(PreferenceRows):
+    """Rows of which several steps of a group come together: ``view(-1, joined, group, ...)``."""
+
+    joined: int
 
 
 @dataclass(frozen=True)
@@ -120,18 +129,21 @@ class DenseReward(PathObjective):
         """None are used: the preferences say it all."""
         return torch.zeros_like(rollout.costs)
 
-    def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
+    def rows(self, common: Rows, steps: Steps) -> JoinedRows:
+        """With the preferences, the steps of a path together."""
+        return JoinedRows(**vars(common), preference=preference_of(steps), joined=steps.joined)
+
+    def loss(self, rows: JoinedRows) -> Float[Tensor, " rows"]:
         """-log likelihood of the preferred order, averaged over the lists of a group."""
-        assert rows.preference is not None  # needs_preferences
         beta = self.beta_per_pixel / coordinates(rows) if self.beta is None else self.beta
         width = self.half_width(rows)
         ratio = reference_log_ratio(rows).clamp(-width, width)
-        logits = beta * ratio.view(-1, rows.steps, self.members).mean(1)
-        preference = rows.preference.view(-1, rows.steps, self.members)[:, 0]
+        logits = beta * ratio.view(-1, rows.joined, self.members).mean(1)
+        preference = rows.preference.view(-1, rows.joined, self.members)[:, 0]
         every = list(itertools.combinations(range(self.members), self.compared))
         lists = sent(torch.tensor(every), ratio.device)
         asked = preference[:, lists]  # [groups, lists, compared]
         losses = plackett_luce(logits[:, lists], asked)
         tied = (asked.sort(-1).values.diff(dim=-1) == 0).any(-1)
         loss = torch.where(tied, 0 * losses, losses).mean(1)
-        return loss.repeat_interleave(rows.steps * self.members)
+        return loss.repeat_interleave(rows.joined * self.members)

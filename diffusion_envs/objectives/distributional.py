@@ -49,13 +49,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.devices import sent
-from diffusion_envs.objectives.protocol import (
-    NoisedObjective,
-    NoisedRows,
-    Rollout,
-    require_count,
-    require_positive,
-)
+from diffusion_envs.objectives.noised_data import NoisedObjective, NoisedRows
+from diffusion_envs.objectives.protocol import require_count, require_positive
+from diffusion_envs.rollout import Rollout
 
 FirstVariation: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(rewards [n], weights [n] of sum 1) -> the first variation of U at each sample, reward."""

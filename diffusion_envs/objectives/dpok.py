@@ -47,21 +47,29 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_envs.objectives.protocol import (
+from diffusion_envs.objectives.path_steps import (
     PathObjective,
-    Rollout,
     Rows,
+    Steps,
     path_kl_rate,
-    require_not_negative,
-    require_positive,
     transition_kl,
     trusted_width,
 )
+from diffusion_envs.objectives.protocol import require_not_negative, require_positive
+from diffusion_envs.rollout import Rollout
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseLevelRows(Rows):
+    """Rows with the noise level at the left of each step: epsilon = -sigma score."""
+
+    sigma: Float[Tensor, " rows"]
 
 
 def noise_gap(rows: Rows) -> Float[Tensor, " rows"]:
     """|epsilon_th - epsilon_pre|^2 of every row, summed; epsilon = -sigma score."""
-    assert rows.sigma is not None
+    assert isinstance(rows, NoiseLevelRows)
+    assert rows.reference_score is not None
     gap = (rows.mean - rows.reference_score).flatten(1) * rows.sigma[:, None]
     return gap.square().sum(1)
 
@@ -117,6 +125,10 @@ class DPOK(PathObjective):
             return gains
         later = rollout.costs.flip(1).cumsum(1).flip(1) - rollout.costs
         return gains - self.cost_weight * later
+
+    def rows(self, common: Rows, steps: Steps) -> NoiseLevelRows:
+        """With the noise levels."""
+        return NoiseLevelRows(**vars(common), sigma=steps.at_step(steps.sampler.sigma[:-1]))
 
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
         """The same at every step."""

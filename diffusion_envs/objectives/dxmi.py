@@ -35,6 +35,7 @@ Sources      Yoon et al. 2024, "Maximum entropy inverse reinforcement learning o
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,20 +43,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_envs.objectives.protocol import (
+from diffusion_envs.objectives.path_steps import (
     PathObjective,
-    Rollout,
     Rows,
+    Steps,
     coordinates,
     path_kl_rate,
-    require_not_negative,
-    require_positive,
 )
+from diffusion_envs.objectives.protocol import require_not_negative, require_positive
+from diffusion_envs.rollout import Rollout
 
 
-def next_state(rows: Rows) -> Float[Tensor, " rows *event"]:
+@dataclass(frozen=True, eq=False)
+class ValueRows(Rows):
+    """Rows with the step that they make, and the value network at both of its ends."""
+
+    state: Float[Tensor, " rows *event"]  # at the left of the step
+    next_mean: Float[Tensor, " rows *event"]  # of the next state; carries a gradient
+    value: Callable[[Tensor], Tensor]  # V at any states at the left of each row's step
+    next_value: Callable[[Tensor], Tensor]  # and at the right
+
+
+def next_state(rows: ValueRows) -> Float[Tensor, " rows *event"]:
     """The sampled next state as a function of the current policy, its noise kept."""
-    assert rows.next_mean is not None
     std = rows.std.view(-1, *[1] * (rows.noise.ndim - 1))
     return rows.next_mean + std * rows.noise
 
@@ -83,6 +93,21 @@ class _ByValue(PathObjective):
         """The KL, if it has a weight, is charged to the value too."""
         return self.kl_weight
 
+    def rows(self, common: Rows, steps: Steps) -> ValueRows:
+        """With the next state's mean, and the values."""
+        assert steps.values is not None  # needs_value
+        values, path, step = steps.values, steps.path, steps.step
+        state = steps.rollout.states[path, step]
+        shape = (-1, *[1] * (state.ndim - 1))
+        gain = steps.at_step(steps.sampler.state_gain).view(shape)
+        return ValueRows(
+            **vars(common),
+            state=state,
+            next_mean=gain * state + common.score_gain.view(shape) * common.mean,
+            value=lambda x: values(step, x, path),
+            next_value=lambda x: values(step + 1, x, path),
+        )
+
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
         """None are used: the value's gradient says it all."""
         return torch.zeros_like(rollout.costs)
@@ -99,10 +124,8 @@ class DxMI(_ByValue):
         super().__post_init__()
         require_not_negative(entropy_weight=self.entropy_weight, move_weight=self.move_weight)
 
-    def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
+    def loss(self, rows: ValueRows) -> Float[Tensor, " rows"]:
         """-V(x') + moves - entropy + kl_weight * path KL, reward."""
-        assert rows.next_value is not None  # needs_value
-        assert rows.state is not None
         after = next_state(rows)
         moves = (after - rows.state).square().flatten(1).mean(1) / (2 * usual_move(rows.step_size))
         entropy = self.entropy_weight * rows.std.log()
@@ -124,20 +147,18 @@ class ContinuousDxMI(_ByValue):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-    def _moves(self, rows: Rows) -> Tensor:
-        assert rows.state is not None
+    def _moves(self, rows: ValueRows) -> Tensor:
         return next_state(rows).clamp(-self.state_clip, self.state_clip) - rows.state
 
     def clipped(self, rows: Rows) -> Float[Tensor, " rows"]:
         """Share of each row's coordinates that have no gradient, by the clips of moves, states."""
+        assert isinstance(rows, ValueRows)
         outside = next_state(rows).abs() > self.state_clip
         outside |= self._moves(rows).abs() > self.move_clip
         return outside.flatten(1).sum(1).to(rows.step_size) / coordinates(rows)
 
-    def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
+    def loss(self, rows: ValueRows) -> Float[Tensor, " rows"]:
         """-<grad V(x), x' - x> + kl_weight * path KL, reward; with its clips."""
-        assert rows.value is not None  # needs_value
-        assert rows.state is not None
         with torch.enable_grad():
             before = rows.state.detach().requires_grad_()
             slope = torch.autograd.grad(rows.value(before).sum(), before)[0]

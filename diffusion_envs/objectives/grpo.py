@@ -42,16 +42,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.trust_region import clipped_surrogate
-from diffusion_envs.objectives.protocol import (
-    PathObjective,
-    Rollout,
-    Rows,
-    per_prompt,
-    require_not_negative,
-    require_positive,
-    transition_kl,
-    trusted_width,
-)
+from diffusion_envs.objectives.path_steps import PathObjective, Rows, transition_kl, trusted_width
+from diffusion_envs.objectives.protocol import per_prompt, require_not_negative, require_positive
+from diffusion_envs.rollout import Rollout
 
 
 def group_advantages(

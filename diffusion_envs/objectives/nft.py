@@ -40,14 +40,9 @@ from torch import Tensor
 
 from ctrl.devices import sent
 from diffusion_envs.denoising import tweedie_mean, v_from_score
-from diffusion_envs.objectives.protocol import (
-    NoisedObjective,
-    NoisedRows,
-    Rollout,
-    require_count,
-    require_not_negative,
-    require_positive,
-)
+from diffusion_envs.objectives.noised_data import NoisedObjective, NoisedRows
+from diffusion_envs.objectives.protocol import require_count, require_not_negative, require_positive
+from diffusion_envs.rollout import Rollout
 
 LEAST_ERROR = 1e-5  # of a prediction, below which weights grow no further; as published
 

@@ -56,13 +56,9 @@ from torch import Tensor
 
 from ctrl.devices import sent
 from diffusion_envs.denoising import Level, State
-from diffusion_envs.objectives.protocol import (
-    NoisedObjective,
-    NoisedRows,
-    Rollout,
-    require_count,
-    require_positive,
-)
+from diffusion_envs.objectives.noised_data import NoisedObjective, NoisedRows
+from diffusion_envs.objectives.protocol import require_count, require_positive
+from diffusion_envs.rollout import Rollout
 
 
 def score_from_velocity(states: State, velocity: State, s: Level) -> State:

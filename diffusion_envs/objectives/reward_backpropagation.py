@@ -36,11 +36,8 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from diffusion_envs.objectives.protocol import (
-    BackpropObjective,
-    require_not_negative,
-    require_positive,
-)
+from diffusion_envs.objectives.last_steps import BackpropObjective
+from diffusion_envs.objectives.protocol import require_not_negative, require_positive
 
 
 @dataclass(frozen=True)

@@ -25,19 +25,27 @@ from torch import Tensor
 
 from ctrl import GaussianPolicy, Policy
 from ctrl.policy_gradient import clipped_surrogate, continuous_gae
-from diffusion_envs.objectives.protocol import (
+from diffusion_envs.objectives.path_steps import (
     PathObjective,
-    Rollout,
     Rows,
+    Steps,
     coordinates,
     path_kl_rate,
-    require_not_negative,
-    require_positive,
     transition_log_ratio,
 )
+from diffusion_envs.objectives.protocol import require_not_negative, require_positive
+from diffusion_envs.rollout import Rollout
 
 
-def drawn_log_ratio(rows: Rows) -> Float[Tensor, " rows"]:
+@dataclass(frozen=True, eq=False)
+class DrawnRows(Rows):
+    """Rows whose decision is the score that was drawn."""
+
+    action: Float[Tensor, " rows *event"]  # the drawn score
+    action_std: Float[Tensor, " rows"]
+
+
+def drawn_log_ratio(rows: DrawnRows) -> Float[Tensor, " rows"]:
     """log pi_th(a_k | x_k) - log pi_old(a_k | x_k) of a Gaussian policy, summed, nats."""
     shift = (rows.mean - rows.old_mean).flatten(1) / rows.action_std[:, None]
     drawn = (rows.action - rows.old_mean).flatten(1) / rows.action_std[:, None]
@@ -85,7 +93,9 @@ class _ContinuousTime(PathObjective):
         Centring subtracts (up to the factor 1 - 1/paths) the mean of the *other* paths, a baseline.
         """
         assert rollout.values is not None  # needs_value
-        rewards = -self.kl_weight * rollout.costs
+        rewards = torch.zeros_like(rollout.costs)
+        if self.kl_weight > 0:  # costs are not known where nothing charges them
+            rewards = -self.kl_weight * rollout.costs
         gains = continuous_gae(rollout.values, rewards, rollout.step_sizes, self.gae_rate)
         return gains - gains.mean(0)
 
@@ -132,8 +142,17 @@ class ScoreAsActionSampled(_ContinuousTime):
         """exploration / sigma."""
         return self.exploration / sigma
 
+    def rows(self, common: Rows, steps: Steps) -> DrawnRows:
+        """With the scores that were drawn."""
+        return DrawnRows(
+            **vars(common),
+            action=steps.rollout.actions[steps.path, steps.step],
+            action_std=self.action_std(steps.at_step(steps.sampler.sigma[:-1])),
+        )
+
     def log_ratio(self, rows: Rows) -> Float[Tensor, " rows"]:
-        """Of the drawn score."""
+        """The log-ratio of the drawn score."""
+        assert isinstance(rows, DrawnRows)
         return drawn_log_ratio(rows)
 
     def loss(self, rows: Rows) -> Float[Tensor, " rows"]:

@@ -49,14 +49,9 @@ from torch import Generator, Tensor, nn
 
 from ctrl.devices import as_like
 from ctrl.trust_region import clipped_surrogate
-from diffusion_envs.objectives.protocol import (
-    PathObjective,
-    Rollout,
-    Rows,
-    require_not_negative,
-    require_positive,
-    trusted_width,
-)
+from diffusion_envs.objectives.path_steps import PathObjective, Rows, trusted_width
+from diffusion_envs.objectives.protocol import require_not_negative, require_positive
+from diffusion_envs.rollout import Rollout
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,9 @@ def evaluate(
         pretrained: evaluate the model without its adapter.
         stream: names the noise.
     """
-    spent = environment.reward_queries, environment.score.calls
+    spent = environment.reward_queries, environment.model.calls
     parts = []
-    with environment.score.pretrained() if pretrained else nullcontext():
+    with environment.pretrained() if pretrained else nullcontext():
         for first in range(0, samples, batch):
             indices = range(first, min(first + batch, samples))
             condition = torch.tensor([i % len(environment.prompts) for i in indices])
@@ -70,7 +70,7 @@ def evaluate(
                     lambda mean, _: DeterministicPolicy(mean), indices, condition, stream=stream
                 )
             )
-    environment.reward_queries, environment.score.calls = spent
+    environment.reward_queries, environment.model.calls = spent
     images = torch.cat([part.images.cpu() for part in parts])
     prompts = [prompt for part in parts for prompt in part.prompts]
     return Evaluation(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ctrl import ControlledSDE, TimeGrid
 from ctrl.devices import as_like
-from diffusion_envs.denoising import generation_sde, kl_factor
+from diffusion_envs.denoising import generation_sde, kl_factor, path_kl_per_step
 from diffusion_envs.noise_schedules import DDPMTable
 
 State: TypeAlias = Float[Tensor, " rows *event"]
@@ -137,6 +137,16 @@ class BoundDDIM:
         return self.state_gain * self.sigma[:-1].square() - direct * self.sigma[:-1]
 
     @property
+    def shows_steps(self) -> bool:
+        """Its states between start and data are known."""
+        return True
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether this is an ODE: no step has noise."""
+        return self.eta == 0
+
+    @property
     def has_density(self) -> bool:
         """Whether every transition has a density: none has standard deviation 0."""
         return bool((self.std > 0).all())
@@ -145,6 +155,23 @@ class BoundDDIM:
     def kl_factor(self) -> float:
         """Of the path KL at this eta."""
         return kl_factor(self.eta)
+
+    @property
+    def path_kl_gain(self) -> Float[Tensor, " steps"]:
+        """Path KL of a step for half a square of the score's change, nats."""
+        return self.kl_factor * self.integrated_g2
+
+    def path_kl(
+        self, scores: Float[Tensor, "paths steps *event"], references: Tensor
+    ) -> Float[Tensor, "paths steps"]:
+        """Path KL of every step from the reference's, nats; of the SDE, not of the chain.
+
+        Infinite for an ODE, whose laws are mutually singular.
+        """
+        if self.eta == 0:
+            return scores.new_full(scores.shape[:2], math.inf)
+        widths = as_like(self.integrated_g2, scores)
+        return path_kl_per_step(scores, references, widths, factor=self.kl_factor)
 
     # -- rows of any steps ------------------------------------------------------------------------
 

@@ -162,6 +162,16 @@ class BoundBlackBox:
             raise ValueError(f"steps must be at most the table's {most} entries, got {self.steps}")
 
     @property
+    def shows_steps(self) -> bool:
+        """Its intermediate states are not exposed."""
+        return False
+
+    @property
+    def deterministic(self) -> bool:
+        """Not known."""
+        return False
+
+    @property
     def has_density(self) -> bool:
         """Never."""
         return False

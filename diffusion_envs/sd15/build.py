@@ -12,7 +12,7 @@ from torch import nn
 from diffusion_envs import rewards, samplers
 from diffusion_envs.environment import Environment
 from diffusion_envs.models import stable_diffusion_pipeline as pipeline
-from diffusion_envs.models.text_to_image_unet import GuidedScore
+from diffusion_envs.models.text_to_image_unet import GuidedScore, TextToImageUNet
 from diffusion_envs.noise_schedules import DDPMTable
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -71,7 +71,6 @@ def build(
     smallest = factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     if side < smallest or side % smallest:
         raise ValueError(f"resolution must be a positive multiple of {smallest}, got {resolution}")
-    context = pipeline.embed_prompts(pipe, list(prompts))
     empty = pipeline.embed_prompts(pipe, [""])[0]
     parameters = pipeline.attach_lora(
         pipe.unet, rank=lora_rank, targets=tuple(lora_targets), seed=seed
@@ -86,16 +85,23 @@ def build(
         batch=batch,
         precision=PRECISIONS[precision],
     )
-    environment = Environment(
+    network = TextToImageUNet(
         score=score,
-        sampler=_bound(pipe, sampler, table, steps),
+        event=(pipe.unet.config.in_channels, side // factor, side // factor),
+        table=table,
+        encode=lambda words: pipeline.embed_prompts(pipe, list(words)),
         decode=partial(pipeline.decode, pipe.vae, batch=batch),
+        parameters=parameters,
+        device=device,
+        write=partial(pipeline.export_lora, pipe.unet),
+    )
+    environment = Environment(
+        model=network,
+        sampler=_bound(pipe, sampler, table, steps),
         reward=reward,
         prompts=list(prompts),
-        context=context,
-        event=(pipe.unet.config.in_channels, side // factor, side // factor),
         seed=seed,
-        device=device,
+        batch=batch,
     )
     return Model(pipe, environment, parameters, table)
 

@@ -13,7 +13,7 @@ from torch import nn
 from ctrl import Estimate
 from diffusion_envs import rewards, samplers
 from diffusion_envs.models import stable_diffusion_pipeline as pipeline
-from diffusion_envs.models.text_to_image_unet import GuidedScore
+from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.objectives import NoisedObjective, Objective, ScoreAsAction
 from diffusion_envs.preferences import Preference
 from diffusion_envs.runs import checkpoint
@@ -167,13 +167,12 @@ def finetune(
         seed=seed,
     )
     if gradient_checkpointing:
-        assert isinstance(built.environment.score, GuidedScore)
-        built.environment.score.recompute_activations()
+        assert isinstance(built.environment.model, TextToImageUNet)
+        built.environment.model.score.recompute_activations()
     trainer = Trainer(
         built.environment,
         objective,
         schedule,
-        built.parameters,
         accelerator=accelerator,
         target_kl=target_kl,
         preference=preference,

@@ -6,6 +6,7 @@ martingale loss of realised returns (``diffusion_envs.training.value_network``).
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,8 +17,8 @@ from ctrl.devices import as_like, sent
 from ctrl.noise import stream
 from diffusion_envs.denoising import tweedie_mean
 from diffusion_envs.environment import Environment
-from diffusion_envs.objectives import PathObjective, Rollout
-from diffusion_envs.samplers import BoundDDIM
+from diffusion_envs.objectives import Objective
+from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import parallel
 from diffusion_envs.training.update_size import UpdateSize
 from diffusion_envs.training.value_network import combine, martingale_loss, value_network
@@ -32,7 +33,8 @@ class Critic:
 
     Args:
         environment: whose states it sees.
-        schedule: how long it learns, and how fast.
+        objective: what it is asked for.
+        size: how long it learns, and how fast.
         accelerator: the processes of this run.
         stream_name: names the order in which it sees the states.
     """
@@ -40,62 +42,70 @@ class Critic:
     def __init__(
         self,
         environment: Environment,
-        schedule: UpdateSize,
+        objective: Objective,
+        size: UpdateSize,
         accelerator: Accelerator,
         stream_name: str,
     ) -> None:
-        self.environment, self.schedule = environment, schedule
+        self.environment, self.objective, self.size = environment, objective, size
         self.accelerator, self.stream_name = accelerator, stream_name
         self.network = value_network(
             environment.event,
-            environment.context.shape[-1],
+            environment.features_of(torch.tensor([0])).shape[-1],
             generator=stream(environment.seed, "value network"),
         ).to(environment.device)
         self.optimiser = torch.optim.AdamW(
-            self.network.parameters(), lr=schedule.value_learning_rate, weight_decay=0.01
+            self.network.parameters(), lr=size.value_learning_rate, weight_decay=0.01
         )
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.network.load_state_dict(state["network"])
+        self.optimiser.load_state_dict(state["optimiser"])
 
     def values(
         self,
-        objective: PathObjective,
         rollout: Rollout,
         denoised_rewards: Float[Tensor, "paths nodes"] | None,
     ) -> Float[Tensor, "paths nodes"]:
         """V at every node: c_skip r(x0_hat) + c_out F, or F alone where nothing was denoised."""
-        times = as_like(self.environment.sampler.noising_times, rollout.rewards)
-        residual = self.network(*self.shown(objective, rollout)).view(rollout.states.shape[:2])
+        times = as_like(self.environment.steps.noising_times, rollout.rewards)
+        residual = self.network(*self.shown(rollout)).view(rollout.states.shape[:2])
         values = residual
         if denoised_rewards is not None:
             values = combine(times, denoised_rewards, residual)
         return torch.cat([values[:, :-1], rollout.rewards[:, None]], dim=1)  # V = r at the end
 
-    def shown(self, objective: PathObjective, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+    def shown(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """What the network is shown: (noising time, state, prompt) of every node."""
-        (paths, nodes), sampler = rollout.states.shape[:2], self.environment.sampler
-        assert isinstance(sampler, BoundDDIM)
+        (paths, nodes), sampler = rollout.states.shape[:2], self.environment.steps
         states, times = rollout.states, as_like(sampler.noising_times, rollout.rewards)
-        if objective.value_sees_denoised:
+        if self.objective.value_sees_denoised:
             alpha, sigma = (
                 as_like(level[:-1], states).view(1, -1, *[1] * (states.ndim - 2))
                 for level in (sampler.alpha, sampler.sigma)
             )
             guesses = tweedie_mean(states[:, :-1], rollout.means, alpha, sigma)
             states = torch.cat([guesses, states[:, -1:]], dim=1)
-        pooled = self._pooled(rollout).repeat_interleave(nodes, 0)
-        return times.repeat(paths), states.flatten(0, 1), pooled
+        features = self.environment.features_of(rollout.condition).repeat_interleave(nodes, 0)
+        return times.repeat(paths), states.flatten(0, 1), features
 
     def at(self, rollout: Rollout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """(node, states, path) -> the network's value of each row, differentiable in the states."""
-        times, pooled = self.environment.sampler.noising_times, self._pooled(rollout)
+        times = self.environment.steps.noising_times
+        features = self.environment.features_of(rollout.condition)
 
         def value(node: Tensor, states: Tensor, path: Tensor) -> Tensor:
-            return self.network(as_like(times, states)[node], states, pooled[path])
+            return self.network(as_like(times, states)[node], states, features[path])
 
         return value
 
     def improve(
         self,
-        objective: PathObjective,
         rollout: Rollout,
         denoised_rewards: Float[Tensor, "paths nodes"] | None,
         update: int,
@@ -108,13 +118,11 @@ class Critic:
         Raises:
             NonFiniteError: a gradient is not finite; no weight was changed by it.
         """
-        loss = self._fit(objective, rollout, denoised_rewards, update)
-        objective.maintain(
+        loss = self._fit(rollout, denoised_rewards, update)
+        self.objective.maintain(
             self.network,
             self.optimiser,
-            lambda: tuple(
-                parallel.gather(x, self.accelerator) for x in self.shown(objective, rollout)
-            ),
+            lambda: tuple(parallel.gather(x, self.accelerator) for x in self.shown(rollout)),
             update,
             stream(self.environment.seed, self.stream_name, "maintain", update),
         )
@@ -122,20 +130,21 @@ class Critic:
 
     def _fit(
         self,
-        objective: PathObjective,
         rollout: Rollout,
         denoised_rewards: Float[Tensor, "paths nodes"] | None,
         update: int,
     ) -> float:
         """Martingale loss of the realised returns to go; returns the loss in the last pass."""
-        environment, schedule = self.environment, self.schedule
-        kl_weight = objective.cost_weight
+        environment, size = self.environment, self.size
+        kl_weight = self.objective.cost_weight
         to_go = rollout.costs.flip(1).cumsum(1).flip(1)
-        returns = rollout.rewards[:, None] - kl_weight * to_go
+        returns = rollout.rewards[:, None].expand_as(to_go)
+        if kl_weight > 0:  # costs are not known where nothing charges them
+            returns = returns - kl_weight * to_go
         returns = torch.cat([returns, rollout.rewards[:, None]], dim=1)
-        per_batch = max(1, schedule.value_batch // returns.shape[1])
+        per_batch = max(1, size.value_batch // returns.shape[1])
         total, count = rollout.rewards.new_zeros(()), 0
-        for epoch in range(schedule.value_epochs):
+        for epoch in range(size.value_epochs):
             shuffle = stream(
                 environment.seed,
                 self.stream_name,
@@ -148,9 +157,9 @@ class Critic:
             for part in torch.randperm(len(returns), generator=shuffle).split(per_batch):
                 chosen, part = rollout.chosen(part), sent(part, returns.device)
                 seen = None if denoised_rewards is None else denoised_rewards[part]
-                values = self.values(objective, chosen, seen)
+                values = self.values(chosen, seen)
                 losses = martingale_loss(values, returns[part], rollout.step_sizes)
-                if objective.fits_end:
+                if self.objective.fits_end:
                     last = torch.full_like(part, returns.shape[1] - 1)
                     end = self.at(rollout)(last, rollout.states[part, -1], part)
                     gap = end - returns[part, -1]
@@ -166,6 +175,3 @@ class Critic:
                 total += losses.detach().sum() / rollout.step_sizes.sum()
                 count += len(part)
         return total.item() / count
-
-    def _pooled(self, rollout: Rollout) -> Float[Tensor, "paths width"]:
-        return self.environment.context_of(rollout.condition).mean(1)

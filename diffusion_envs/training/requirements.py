@@ -2,10 +2,10 @@
 
 from diffusion_envs import rewards
 from diffusion_envs.environment import Environment
-from diffusion_envs.objectives import BackpropObjective, NoisedObjective, Objective, PathObjective
+from diffusion_envs.objectives import Objective
 from diffusion_envs.preferences import Preference
 from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
-from diffusion_envs.training import kl_controller as control
+from diffusion_envs.training import kl_controller
 from diffusion_envs.training.update_size import UpdateSize
 
 
@@ -13,7 +13,7 @@ def require_inputs(
     objective: Objective,
     reward: rewards.Reward,
     preference: Preference | None,
-    target_kl: control.TargetKL | None,
+    target_kl: kl_controller.TargetKL | None,
 ) -> None:
     """Refuse what the objective cannot use, before a model is loaded.
 
@@ -34,15 +34,15 @@ def require_inputs(
             "from preferences (D3PO, DenseReward), or leave it out"
         )
     if target_kl is not None:
-        control.require_steerable(objective)
+        kl_controller.require_steerable(objective)
 
 
 def require_fit(
     environment: Environment,
     objective: Objective,
-    schedule: UpdateSize,
+    size: UpdateSize,
     processes: int,
-    target_kl: control.TargetKL | None,
+    target_kl: kl_controller.TargetKL | None,
     preference: Preference | None = None,
 ) -> None:
     """Refuse what cannot be trained, before anything is sampled.
@@ -54,29 +54,28 @@ def require_fit(
     require_inputs(objective, environment.reward, preference, target_kl)
     _require_sampler(environment.sampler, objective, target_kl)
     name, steps = type(objective).__name__, environment.sampler.steps
-    if schedule.samples < 2:
+    if size.samples < 2:
         raise ValueError(
-            f"samples must be at least 2 for {name} to compare them, got {schedule.samples}: use "
-            "more"
+            f"samples must be at least 2 for {name} to compare them, got {size.samples}: use more"
         )
-    share = processes * schedule.minibatches * objective.group
-    if schedule.samples % share:
+    share = processes * size.minibatches * objective.group
+    if size.samples % share:
         raise ValueError(
-            f"samples ({schedule.samples}) must be a multiple of processes x minibatches x the "
-            f"group of {name}, {processes} x {schedule.minibatches} x {objective.group} = {share}: "
-            f"use {share * max(1, round(schedule.samples / share))}"
+            f"samples ({size.samples}) must be a multiple of processes x minibatches x the "
+            f"group of {name}, {processes} x {size.minibatches} x {objective.group} = {share}: "
+            f"use {share * max(1, round(size.samples / share))}"
         )
-    if schedule.train_steps is not None and not isinstance(objective, PathObjective):
+    if size.train_steps is not None and not objective.chooses_steps:
         raise ValueError(
-            f"train_steps ({schedule.train_steps}) chooses among the steps of a path, and {name} "
+            f"train_steps ({size.train_steps}) chooses among the steps of a path, and {name} "
             "does not learn from them: leave it out"
         )
-    if schedule.train_steps is not None and schedule.train_steps > steps:
+    if size.train_steps is not None and size.train_steps > steps:
         raise ValueError(
-            f"train_steps ({schedule.train_steps}) must be at most the sampler's steps ({steps}) "
+            f"train_steps ({size.train_steps}) must be at most the sampler's steps ({steps}) "
             f"that {name} learns from: use fewer, or leave it out"
         )
-    if objective.needs_fresh_rollouts and (taken := schedule.epochs * schedule.minibatches) > 1:
+    if objective.needs_fresh_rollouts and (taken := size.epochs * size.minibatches) > 1:
         raise ValueError(
             f"{name} corrects for no change of policy within a roll-out: "
             f"use epochs=1 and minibatches=1, got {taken} optimiser steps"
@@ -84,28 +83,34 @@ def require_fit(
 
 
 def _require_sampler(
-    sampler: BoundDDIM | BoundBlackBox, objective: Objective, target_kl: control.TargetKL | None
+    sampler: BoundDDIM | BoundBlackBox,
+    objective: Objective,
+    target_kl: kl_controller.TargetKL | None,
 ) -> None:
     """Refuse a sampler that does not show or have what is learned from."""
     name = type(objective).__name__
-    on_grid = sampler if isinstance(sampler, BoundDDIM) else None
-    if on_grid is None and not isinstance(objective, NoisedObjective):
+    ode = sampler.shows_steps and sampler.deterministic
+    if objective.needs_steps and not sampler.shows_steps:
         raise ValueError(
             f"{name} learns from the steps of the sampler, and a black box shows none: use DDIM, "
             "or an objective that learns from data (DiffusionNFT, ReinforceAdjointMatching, "
             "DistributionalOptimisation)"
         )
-    ode = on_grid is not None and on_grid.eta == 0
-    if target_kl is not None and (on_grid is None or ode):
+    if target_kl is not None and (ode or not sampler.shows_steps):
         raise ValueError(
             f"target_kl needs a path KL to steer {name} by, and this sampler has none: an ODE's is "
             "infinite, a black box's not known; use DDIM(eta > 0), or set kl_weight"
         )
-    if ode and isinstance(objective, BackpropObjective) and objective.needs_reference:
+    if (
+        ode
+        and objective.needs_steps
+        and not objective.needs_noisy_steps
+        and (objective.needs_reference)
+    ):
         raise ValueError(
             f"{name} charges a path KL, and an ODE's is infinite: use DDIM(eta > 0), or kl_weight=0"
         )
-    if ode and isinstance(objective, PathObjective):
+    if ode and objective.needs_noisy_steps:
         raise ValueError(
             f"{name} learns from noisy steps, and an ODE has none (no transition density, an "
             "infinite path KL): use DDIM(eta > 0), or an objective that learns from data "

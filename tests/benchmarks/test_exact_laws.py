@@ -27,12 +27,13 @@ BLACK_BOXES = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDi
 
 def trained(problem):
     """A score with a correction that is not zero."""
-    environment, parameters = problem.environment(CHAIN, seed=3)
+    environment = problem.environment(CHAIN, seed=3)
+    parameters = environment.model.parameters
     for index, parameter in enumerate(parameters):
         with torch.no_grad():
             drawn = torch.randn(parameter.shape, generator=stream(5, "weights", index))
             parameter.add_(0.05 * drawn)
-    return environment.score
+    return environment.model
 
 
 def test_the_gaussian_chain_is_judged_as_by_the_problem_itself():
@@ -73,7 +74,8 @@ def test_a_deterministic_solver_maps_any_start_as_the_law_says(kind, generator):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_samples_of_the_loop_have_the_law_that_is_judged(eta):
     problem, sampler = GaussianProblem(), DDIM(eta).bind(TABLE, 10)
-    environment, parameters = problem.environment(sampler, seed=3)
+    environment = problem.environment(sampler, seed=3)
+    parameters = environment.model.parameters
     score = trained(problem)
     with torch.no_grad():
         others = score.correction.parameters()

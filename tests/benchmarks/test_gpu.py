@@ -35,9 +35,12 @@ def test_the_plain_loop_has_the_old_policys_densities():
         found = plain.log_prob(0, x, mean + std * noise)
     # (mean + std z - mean) / std misses z by eps |mean| / std, about 1e-6 here
     torch.testing.assert_close(found, -noise.square().flatten(1).mean(1) / 2, rtol=1e-4, atol=1e-5)
-    before = [p.detach().clone() for p in built.parameters]
+    before = [p.detach().clone() for p in built.environment.model.parameters]
     plain.update(4, torch.Generator().manual_seed(2))
-    assert any(not torch.equal(a, b) for a, b in zip(before, built.parameters, strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(before, built.environment.model.parameters, strict=True)
+    )
 
 
 def test_out_of_memory_is_a_line_and_the_others_go_on(monkeypatch):

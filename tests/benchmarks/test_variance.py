@@ -23,11 +23,12 @@ def measured(name, **settings):
 
 
 def test_the_differentiable_objective_is_the_problems_own():
-    environment, parameters = PROBLEM.environment(CHAIN, seed=0)
+    environment = PROBLEM.environment(CHAIN, seed=0)
+    parameters = environment.model.parameters
     with torch.no_grad():
         for parameter, value in zip(parameters, WEIGHTS, strict=True):
             parameter.copy_(value)
-    expected = PROBLEM.evaluate(environment.score, CHAIN)
+    expected = PROBLEM.evaluate(environment.model, CHAIN)
     with torch.no_grad():
         found = affine_objective(PROBLEM, CHAIN, variance.exact_correction(WEIGHTS))
     assert float(found) == pytest.approx(expected.objective, rel=1e-6)  # its weights are float32

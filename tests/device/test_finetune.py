@@ -51,9 +51,9 @@ def told(numbers):
 def exact_trainer(problem, objective, device):
     """The loop on an exact problem."""
     sampler = samplers.DDIM().bind(table(), 4)
-    environment, parameters = problem.environment(sampler, 5, device)
+    environment = problem.environment(sampler, 5, device)
     schedule = UpdateSize(samples=12, batch=10, value_epochs=1)
-    return Trainer(environment, objective, schedule, parameters, accelerator=Process())
+    return Trainer(environment, objective, schedule, accelerator=Process())
 
 
 def adapter(run):
@@ -78,8 +78,8 @@ def test_objectives_learn_what_they_learn_on_the_cpu_and_wait_no_more_than_they_
     run, host = (exact_trainer(problem, objective, device) for device in (NAME, "cpu"))
     run.step()
     checkpoint.save(tmp_path, 1, run.state())
-    calls, network = [], run.environment.score.exact
-    run.environment.score.exact = lambda *inputs: calls.append(1) or network(*inputs)
+    calls, network = [], run.environment.model.exact
+    run.environment.model.exact = lambda *inputs: calls.append(1) or network(*inputs)
     with counting(*OURS, passing_over=[READING]) as counts:
         said = run.step()
     lines = "\n".join(counts.lines())
@@ -92,7 +92,7 @@ def test_objectives_learn_what_they_learn_on_the_cpu_and_wait_no_more_than_they_
     torch.testing.assert_close(adapter(run), adapter(host), rtol=1e-4, atol=1e-6)
     assert adapter(run).abs().max() > 0
     here, there = (
-        problem.evaluate(each.environment.score, each.environment.sampler) for each in (run, host)
+        problem.evaluate(each.environment.model, each.environment.sampler) for each in (run, host)
     )
     assert here.objective == pytest.approx(there.objective, rel=1e-4)
 
@@ -127,7 +127,7 @@ def test_a_mixture_is_judged_wherever_it_was_trained():
     for run in runs:
         run.step()
     torch.testing.assert_close(adapter(runs[0]), adapter(runs[1]), rtol=1e-4, atol=1e-6)
-    outcomes = [problem.evaluate(r.environment.score, r.environment.sampler) for r in runs]
+    outcomes = [problem.evaluate(r.environment.model, r.environment.sampler) for r in runs]
     assert outcomes[0].reward == pytest.approx(outcomes[1].reward, rel=1e-4)
 
 

@@ -18,7 +18,7 @@ from tests.device.test_ctrl import CASES, setting
 from tests.device.test_finetune import SYNCHRONISATIONS, exact_trainer
 from verification.planting import Edit, planted
 
-LESSONS = "diffusion_envs.training.lessons"
+LOSSES = "diffusion_envs.objectives"
 
 
 def same_numbers(name):
@@ -91,10 +91,10 @@ MISTAKES = [
             same_numbers, "gibbs_policy"),
     Mistake("ctrl.torchsde_solver._drawn", "sent(drawn.normal_(generator=generator), like.device)",
             "drawn.normal_(generator=generator)", same_numbers, "simulate, TorchSDE srk"),
-    Mistake(f"{LESSONS}.PathSteps.rows", "sent(which, environment.device)", "which",
+    Mistake(f"{LOSSES}.path_steps.PathLosses.rows", "sent(which, environment.device)", "which",
             update, "ScoreAsAction"),
-    Mistake(f"{LESSONS}.NoisedData._states", "sent(which, self.environment.device)", "which",
-            update, "DiffusionNFT"),
+    Mistake(f"{LOSSES}.noised_data.NoisedLosses._states",
+            "sent(which, self.environment.device)", "which", update, "DiffusionNFT"),
     Mistake("diffusion_envs.environment.Environment._judge",
             "sent(self.judge(self.reward, images, prompts), self.device)",
             "self.judge(self.reward, images, prompts).cpu()", update, "DDPO"),
@@ -124,7 +124,7 @@ MISTAKES = [
     Mistake("ctrl.torchsde_solver.TorchSDE._pieces", "area, length =",
             "_name_of(begin, end, increment); area, length =",
             no_waiting, "simulate, TorchSDE euler"),
-    Mistake(f"{LESSONS}.PathSteps.losses", "self._log_ratios.append(",
+    Mistake(f"{LOSSES}.path_steps.PathLosses.losses", "self._log_ratios.append(",
             "which.to(self.advantages.device); self._log_ratios.append(", update, "ScoreAsAction"),
     Mistake("diffusion_envs.objectives.nft.DiffusionNFT.advantages", "rollout.rewards.cpu(),",
             "rollout.rewards,", update, "DiffusionNFT"),

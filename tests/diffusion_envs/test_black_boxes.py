@@ -1,7 +1,6 @@
 """Schedulers of diffusers by name, on a model's own noise levels."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -23,20 +22,20 @@ NAMES = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscrete
 PROBLEM = GaussianProblem()
 
 
-def exact_model(kind: Sampler, steps: int, seed: int = 0) -> tuple[Environment, list[Any]]:
+def exact_model(kind: Sampler, steps: int, seed: int = 0) -> Environment:
     """The exact problem's model, sampled by any sampler."""
-    environment, parameters = PROBLEM.environment(DDIM(1.0).bind(table(), 5), seed)
-    return replace(environment, sampler=kind.bind(table(), steps)), parameters
+    environment = PROBLEM.environment(DDIM(1.0).bind(table(), 5), seed)
+    return replace(environment, sampler=kind.bind(table(), steps))
 
 
 def affine_map(name: str, steps: int) -> tuple[Tensor, Tensor]:
     """What a deterministic sampler makes of standard normals where the score is affine."""
     sampler = Scheduler(name).bind(table(), steps)
-    environment, _ = PROBLEM.environment(DDIM(1.0).bind(table(), 5), seed=0)
+    environment = PROBLEM.environment(DDIM(1.0).bind(table(), 5), seed=0)
     start = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     with torch.no_grad():
         ends = sampler.sample(
-            lambda x, t: environment.score.prediction(x, t.expand(len(x))), start
+            lambda x, t: environment.model.prediction(x, t.expand(len(x))), start
         ).double()
     return (ends[1:] - ends[0]).T, ends[0]
 
@@ -55,8 +54,8 @@ def test_what_it_generates_tends_to_the_data(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kind_of_prediction_does_not_matter(name):
-    environment, _ = PROBLEM.environment(DDIM(1.0).bind(table(), 5), seed=0)
-    score, abar = environment.score, table().alphas_cumprod
+    environment = PROBLEM.environment(DDIM(1.0).bind(table(), 5), seed=0)
+    score, abar = environment.model, table().alphas_cumprod
     start = torch.tensor([[0.3, -0.8], [1.4, 0.2]])
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -79,7 +78,7 @@ def test_seeds_are_those_of_every_other_sampler(name, monkeypatch):
     """A sample begins with the same noise whatever the sampler, in whatever batch."""
     starts = {}
     for kind in (DDIM(1.0), Scheduler(name)):
-        environment, _ = exact_model(kind, 5, seed=3)
+        environment = exact_model(kind, 5, seed=3)
         found: list[Tensor] = []
         normals = environment._starts
         monkeypatch.setattr(
@@ -92,19 +91,18 @@ def test_seeds_are_those_of_every_other_sampler(name, monkeypatch):
 
 
 def test_the_path_kl_of_a_black_box_is_not_known():
-    environment, _ = exact_model(Scheduler(NAMES[0]), 5)
+    environment = exact_model(Scheduler(NAMES[0]), 5)
     assert bool(evaluate(environment, 4).path_kl.isnan().all())
 
 
 def test_a_black_box_trains_what_learns_from_data(generator):
     """On the exact problem the expected reward rises; it is judged on the ODE that sampled."""
-    environment, parameters = exact_model(Scheduler(NAMES[0]), 10)
+    environment = exact_model(Scheduler(NAMES[0]), 10)
     before = evaluate(environment, 1024, batch=1024).rewards
     trainer = Trainer(
         environment,
         DiffusionNFT(learning_rate=1e-2),
         UpdateSize(samples=128, batch=1024, weight_decay=0.0),
-        parameters,
         accelerator=Accelerator(cpu=True),
     )
     for numbers in trainer.updates(12):

@@ -21,7 +21,8 @@ from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.gaussian import Gaussian, Quadratic, shift_response, transition
 from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.noise_schedules import DDPMTable, VPLinear
-from diffusion_envs.objectives import Rollout, Rows, ScoreAsAction, ScoreAsActionSampled
+from diffusion_envs.objectives import Rollout, ScoreAsAction, ScoreAsActionSampled
+from diffusion_envs.objectives.score_as_action import DrawnRows
 from diffusion_envs.samplers import DDIM
 
 
@@ -133,7 +134,7 @@ def rows_of(objective, sampler, rollout, gain, shift, *, node=0, **changed):
     def wide(per_step):
         return per_step.expand(len(states), -1).flatten()
 
-    rows = Rows(
+    rows = DrawnRows(
         mean=(rollout.reference_scores + change).flatten(0, 1),
         old_mean=(rollout.reference_scores + change.detach()).flatten(0, 1),
         reference_score=rollout.reference_scores.flatten(0, 1),

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from ctrl.noise import stream
 from ctrl.trust_region import clipped_surrogate
 from diffusion_envs.environment import Environment, Sample
-from diffusion_envs.models.text_to_image_unet import GuidedScore
+from diffusion_envs.models.text_to_image_unet import GuidedScore, TextToImageUNet
 from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import ScoreAsAction
-from diffusion_envs.objectives.protocol import Rows, path_kl_rate
+from diffusion_envs.objectives.path_steps import PathLosses, Rows, path_kl_rate
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.training.lessons import PathSteps
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 from verification.claim import Check, Setting, claim, pathwise, rounding, stated, wrong
@@ -97,22 +96,25 @@ def trainer(
     score = GuidedScore(
         network, TABLE, "epsilon", 1.7, torch.randn(2, 3, generator=generator), batch=64
     )
-    environment = Environment(
+    model = TextToImageUNet(
         score=score,
-        sampler=DDIM(eta=ETA).bind(DDPMTable(TABLE), STEPS),
+        event=EVENT,
+        table=DDPMTable(TABLE),
+        encode=lambda prompts: context,
         decode=lambda latents: latents[:, [0, 1, 0]].sigmoid(),
+        parameters=[network.a, network.b],
+    )
+    environment = Environment(
+        model=model,
+        sampler=DDIM(eta=ETA).bind(DDPMTable(TABLE), STEPS),
         reward=lambda images, prompts: 3 * images.mean((1, 2, 3)) + images[:, 1, 0, 1],
         prompts=["one", "two", "three"],
-        context=context,
-        event=EVENT,
         seed=41,
-        device=torch.device("cpu"),
     )
     made = Trainer(
         environment,
         ScoreAsAction(kl_weight=KL_WEIGHT, learning_rate=1e-3),
         UpdateSize(samples=SAMPLES, batch=batch, max_gradient_norm=1e9, value_epochs=1, **schedule),
-        [network.a, network.b],
         accelerator=process or Process(),
     )
     made.update = 3
@@ -121,7 +123,7 @@ def trainer(
 
 def network_of(made: Trainer) -> Network:
     """Its network."""
-    network = made.environment.score.unet
+    network = made.environment.model.score.unet
     assert isinstance(network, Network)
     return network
 
@@ -142,7 +144,7 @@ def by_hand(made: Trainer) -> tuple[Sampler, np.ndarray, np.ndarray]:
 def units_of_ratio(rows: Rows) -> float:
     """Units by which a log-ratio that is 0 may be off, the network being asked in other batches.
 
-    As in ``objectives.protocol.log_ratio_rounding``, but for this network: a predicted noise is a
+    As in ``objectives.path_steps.log_ratio_rounding``, but for this network: a predicted noise is a
     sum of 16 + 3 + 1 + 2 terms, and guidance multiplies the roundings of its branches by 1.7 and
     0.7. A score may so be off by sqrt(22) * 1.84 = 8.6 units of |score|, and <shift, z> by 6 times
     that in units of the transition's standard deviation. An advantage is multiplied by the ratio,
@@ -153,13 +155,13 @@ def units_of_ratio(rows: Rows) -> float:
     return rounding(16 + 3 + 1 + 2, 6 * math.hypot(1.7, 0.7) * size.item())
 
 
-ROWS = "diffusion_envs.training.lessons.PathSteps.rows"
-LOSSES = "diffusion_envs.training.lessons.PathSteps.losses"
+ROWS = "diffusion_envs.objectives.path_steps.PathLosses.rows"
+LOSSES = "diffusion_envs.objectives.path_steps.PathLosses.losses"
 IMPROVE = "diffusion_envs.training.trainer.Trainer._improve_adapter"
 LOSS = "diffusion_envs.objectives.score_as_action.ScoreAsAction.loss"
 SAMPLE = "diffusion_envs.environment.Environment.sample"
 PRETRAINED = "diffusion_envs.models.text_to_image_unet.GuidedScore._switch"
-KL_RATE = "diffusion_envs.objectives.protocol.path_kl_rate"
+KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
 
 
 @claim(
@@ -199,9 +201,9 @@ KL_RATE = "diffusion_envs.objectives.protocol.path_kl_rate"
         ),
         wrong(
             "timestep of another step",
-            ROWS,
-            "self._timesteps[step]",
-            "self._timesteps[step - 1]",
+            "diffusion_envs.environment.Environment.score",
+            "[sent(step, self.device)]",
+            "[sent(step, self.device) - 1]",
         ),
         wrong(
             "prompts not shuffled with their rows",
@@ -212,10 +214,11 @@ KL_RATE = "diffusion_envs.objectives.protocol.path_kl_rate"
         wrong(
             "adapter ignored while sampling",
             SAMPLE,
-            "            means.append(self.score(states, timestep.expand(len(states)), context))",
-            "            with self.score.pretrained():\n"
-            "                means.append(self.score(states, timestep.expand(len(states)), "
-            "context))",
+            "            means.append(self.model(states, timestep.expand(len(states)), "
+            "conditions))",
+            "            with self.model.pretrained():\n"
+            "                means.append(self.model(states, timestep.expand(len(states)), "
+            "conditions))",
         ),
         wrong(
             "the reference is the policy itself",
@@ -242,8 +245,8 @@ KL_RATE = "diffusion_envs.objectives.protocol.path_kl_rate"
         wrong("KL reported is not the KL trained: factor", KL_RATE, "rows.kl_factor * ", ""),
         wrong(
             "KL of the ancestral sampler reported",
-            "diffusion_envs.environment.Environment._costs",
-            "factor=self.sampler.kl_factor",
+            "diffusion_envs.samplers.BoundDDIM.path_kl",
+            "factor=self.kl_factor",
             "factor=1.0",
         ),
         wrong(
@@ -285,12 +288,12 @@ KL_RATE = "diffusion_envs.objectives.protocol.path_kl_rate"
         wrong(
             "pretrained weights trained",
             "diffusion_envs.training.trainer.Trainer.__init__",
-            "            parameters, lr=objective",
-            "            environment.score.unet.parameters(), lr=objective",
+            "            self.parameters, lr=objective",
+            "            environment.model.score.unet.parameters(), lr=objective",
         ),
         wrong(
             "transition's noise of another variance in the ratio",
-            "diffusion_envs.objectives.protocol.transition_log_ratio",
+            "diffusion_envs.objectives.path_steps.transition_log_ratio",
             "(rows.score_gain / rows.std)",
             "(rows.score_gain / rows.std.square())",
         ),
@@ -307,11 +310,11 @@ def training_loop(setting: Setting) -> Iterator[Check]:
     order = torch.randperm(SAMPLES * STEPS, generator=stream(setting.seed, "rows"))
     which = torch.cartesian_prod(torch.arange(SAMPLES), torch.arange(STEPS))[order]
     with torch.no_grad():
-        lesson = made.lesson(rollout)
-        advantages = made._advantages(rollout)
-        assert isinstance(lesson, PathSteps)
-        rows = lesson.rows(which)
-        pieces = [lesson.rows(piece) for size in (1, 5, 24) for piece in which.split(size)]
+        update = made.losses(rollout)
+        assert isinstance(update, PathLosses)
+        advantages = update.advantages
+        rows = update.rows(which)
+        pieces = [update.rows(piece) for size in (1, 5, 24) for piece in which.split(size)]
         ratio = torch.cat([made.objective.log_ratio(piece) for piece in pieces]).exp()
         trained, losses = path_kl_rate(rows), made.objective.loss(rows)
     check = pathwise("ratio before the first step is 1", ratio, torch.ones_like(ratio))

@@ -57,9 +57,10 @@ def test_the_grid_agrees_with_the_closed_form():
 
 @pytest.mark.parametrize("problem", [GaussianProblem(), MixtureProblem()], ids=["gauss", "mix"])
 def test_nothing_beats_the_optimum_and_the_pretrained_model_costs_nothing(problem, generator):
-    environment, parameters = problem.environment(SAMPLER, seed=0)
+    environment = problem.environment(SAMPLER, seed=0)
+    parameters = environment.model.parameters
     best = problem.optimum(SAMPLER)
-    start = problem.evaluate(environment.score, SAMPLER)
+    start = problem.evaluate(environment.model, SAMPLER)
     assert start.path_kl == pytest.approx(0, abs=1e-12)
     assert best.kl_to_optimum == pytest.approx(0, abs=1e-9)
     assert start.objective < best.objective
@@ -67,7 +68,7 @@ def test_nothing_beats_the_optimum_and_the_pretrained_model_costs_nothing(proble
         with torch.no_grad():
             for p in parameters:
                 p.add_(0.05 * torch.randn(p.shape, generator=generator))
-        moved = problem.evaluate(environment.score, SAMPLER)
+        moved = problem.evaluate(environment.model, SAMPLER)
         assert moved.objective < best.objective
         assert moved.kl_to_optimum > 0
         assert moved.path_kl > 0
@@ -75,11 +76,12 @@ def test_nothing_beats_the_optimum_and_the_pretrained_model_costs_nothing(proble
 
 @pytest.mark.parametrize("problem", [GaussianProblem(), MixtureProblem()], ids=["gauss", "mix"])
 def test_the_exact_judgement_is_that_of_samples(problem, generator):
-    environment, parameters = problem.environment(SAMPLER, seed=3)
+    environment = problem.environment(SAMPLER, seed=3)
+    parameters = environment.model.parameters
     with torch.no_grad():
         for p in parameters:
             p.add_(0.08 * torch.randn(p.shape, generator=generator))
-    exact = problem.evaluate(environment.score, SAMPLER)
+    exact = problem.evaluate(environment.model, SAMPLER)
     drawn = evaluate(environment, 4000, batch=4000)
     for values, expected in ((drawn.rewards, exact.reward), (drawn.path_kl, exact.path_kl)):
         error = float(values.std() / len(values) ** 0.5)
@@ -127,11 +129,11 @@ def test_rewards_have_gradients():
 
 
 def test_predictions_at_fractional_timesteps_lie_between():
-    environment, _ = GaussianProblem().environment(SAMPLER, seed=0)
+    environment = GaussianProblem().environment(SAMPLER, seed=0)
     x = torch.tensor([[0.3, -0.2]])
     low, mid, high = (
-        environment.score.prediction(x, torch.tensor([t])) for t in (300.0, 300.5, 301.0)
+        environment.model.prediction(x, torch.tensor([t])) for t in (300.0, 300.5, 301.0)
     )
     assert bool(((mid - low) * (high - mid) >= 0).all())
-    whole = environment.score.prediction(x, torch.tensor([300]))
+    whole = environment.model.prediction(x, torch.tensor([300]))
     torch.testing.assert_close(low, whole)

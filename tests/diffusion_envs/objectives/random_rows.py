@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from diffusion_envs.objectives import Rows
+from diffusion_envs.objectives.dpok import NoiseLevelRows
 
 EVENT = (3, 2, 2)
 
@@ -16,30 +17,35 @@ def column(x: Tensor) -> Tensor:
 
 
 def rows(
-    generator: torch.Generator, moved: float, *, count: int = 7, reference: float = 0.3, **more: Any
-) -> Rows:
+    generator: torch.Generator,
+    moved: float,
+    *,
+    count: int = 7,
+    reference: float = 0.3,
+    kind: type[Rows] = NoiseLevelRows,
+    **more: Any,
+) -> Any:
     """Rows whose policy is ``moved`` away from the sampling one, and that from the pretrained."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     old = normal(count, *EVENT)
-    return Rows(
+    common = Rows(
         mean=(old + moved * normal(count, *EVENT)).requires_grad_(),
         old_mean=old,
         reference_score=old + reference * normal(count, *EVENT),
-        action=old,
         noise=normal(count, *EVENT),
         advantage=normal(count),
         step_size=0.1 + normal(count).square(),
         horizon=torch.tensor(4.3, dtype=torch.float64),
         score_gain=0.2 + normal(count).square(),
         std=0.3 + normal(count).square(),
-        action_std=torch.zeros(count, dtype=torch.float64),
         kl_factor=1.37,
-        sigma=0.1 + normal(count).square(),
-        **more,
     )
+    if kind is NoiseLevelRows:
+        more["sigma"] = 0.1 + normal(count).square()
+    return kind(**vars(common), **more)
 
 
 def close(found: Tensor, expected: Tensor) -> None:

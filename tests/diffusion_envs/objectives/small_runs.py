@@ -15,17 +15,21 @@ PROBLEM = GaussianProblem()
 
 
 def trainer(
-    objective: Objective, preference: Preference | None = None, seed: int = 5, **schedule: Any
+    objective: Objective,
+    preference: Preference | None = None,
+    seed: int = 5,
+    log_path_kl: bool = False,
+    **schedule: Any,
 ) -> Trainer:
     """A fresh run of 12 samples an update, in pieces of 10 rows."""
-    environment, parameters = PROBLEM.environment(DDIM(1.0).bind(table(), STEPS), seed)
+    environment = PROBLEM.environment(DDIM(1.0).bind(table(), STEPS), seed)
     return Trainer(
         environment,
         objective,
         UpdateSize(**{"samples": 12, "batch": 10, "value_epochs": 1} | schedule),
-        parameters,
         accelerator=Process(),
         preference=preference,
+        log_path_kl=log_path_kl,
     )
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from diffusion_envs import rewards
 from diffusion_envs.exact import GaussianProblem, gaussian, table
-from diffusion_envs.objectives import AdjointMatching, Rollout, Rows
-from diffusion_envs.objectives.adjoint_matching import lean_adjoint, matching_loss
+from diffusion_envs.objectives import AdjointMatching, Rollout
+from diffusion_envs.objectives.adjoint_matching import AdjointRows, lean_adjoint, matching_loss
+from diffusion_envs.objectives.path_steps import PathLosses
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.sd15.build import build
-from diffusion_envs.training.lessons import PathSteps
 
 PATHS, STEPS, EVENT = 3, 4, (2, 3)
 GAIN = torch.tensor([0.4, 0.9, 0.3, 1.7], dtype=torch.float64)
@@ -84,20 +84,18 @@ def test_a_rows_loss_is_its_summand_of_the_paths(generator):
         return values.expand(PATHS, -1).flatten()
 
     filler, zeros = normals(generator, PATHS * STEPS, *EVENT), torch.zeros(PATHS * STEPS).double()
-    rows = Rows(
+    rows = AdjointRows(
         mean=scores.flatten(0, 1),
         old_mean=filler,
         reference_score=reference.flatten(0, 1),
-        action=filler,
         noise=filler,
         advantage=zeros,
         step_size=zeros,
         horizon=torch.tensor(1.0).double(),
         score_gain=wide(GAIN),
         std=wide(STD),
-        action_std=zeros,
         kl_factor=1.37,
-        target=adjoint[:, 1:].flatten(0, 1),
+        adjoint=adjoint[:, 1:].flatten(0, 1),
     )
     found = objective.loss(rows).view(PATHS, STEPS)
     by_hand = np.zeros((PATHS, STEPS))
@@ -182,20 +180,18 @@ def gradient(objective: AdjointMatching, at: list[Any], sampling: list[Any]) -> 
     shift = torch.stack([torch.as_tensor(c) / b[k] for k, (_, c) in enumerate(at)])
     gain, shift = gain.requires_grad_(), shift.requires_grad_()
     mean = reference + torch.einsum("kij,pkj->pki", gain, before) + shift
-    rows = Rows(
+    rows = AdjointRows(
         mean=mean.flatten(0, 1),
         old_mean=reference.flatten(0, 1),
         reference_score=reference.flatten(0, 1),
-        action=reference.flatten(0, 1),
         noise=z[:, 1:].flatten(0, 1),
         advantage=objective.advantages(rollout).flatten(),
         step_size=sampler.integrated_g2.expand(len(states), -1).flatten(),
         horizon=sampler.integrated_g2.sum(),
         score_gain=steps.flatten(),
         std=std.expand(len(states), -1).flatten(),
-        action_std=torch.zeros_like(steps).flatten(),
         kl_factor=sampler.kl_factor,
-        target=target.flatten(0, 1),
+        adjoint=target.flatten(0, 1),
     )
     total = objective.loss(rows).sum() / len(states)
     found = torch.autograd.grad(total, (gain, shift))
@@ -245,7 +241,7 @@ def test_what_the_kl_of_the_chain_costs_where_the_path_kl_is_judged():
 
 def test_targets_of_the_real_environment_are_products_of_jacobians():
     problem, sampler = GaussianProblem(), DDIM(1.0).bind(table(), 4)
-    environment, _ = problem.environment(sampler, seed=0)
+    environment = problem.environment(sampler, seed=0)
     sample = environment.sample(
         AdjointMatching().policy, range(5), torch.zeros(5, dtype=torch.int64), stream="train"
     )
@@ -280,7 +276,7 @@ def test_checkpointed_activations_change_nothing():
         lora_rank=2,
     )
     with torch.no_grad():
-        for parameter in built.parameters:
+        for parameter in built.environment.model.parameters:
             parameter.fill_(0.05)
     objective, none = AdjointMatching(), torch.zeros(2, dtype=torch.int64)
     rollout = built.environment.sample(objective.policy, range(2), none, stream="train").rollout
@@ -296,9 +292,9 @@ def test_targets_do_not_depend_on_how_many_paths_are_carried_at_once(small_train
     found = []
     for batch in (64, 5):
         made = small_trainer(AdjointMatching(), batch=batch)
-        lesson = made.lesson(made.sample().rollout)
-        assert isinstance(lesson, PathSteps)
-        found.append(lesson.rollout.targets)
+        lesson = made.losses(made.sample().rollout)
+        assert isinstance(lesson, PathLosses)
+        found.append(lesson.targets)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 

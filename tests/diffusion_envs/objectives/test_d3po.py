@@ -12,7 +12,8 @@ from torch.distributions import Normal
 
 from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.gaussian import Quadratic
-from diffusion_envs.objectives import D3PO, Rollout, Rows
+from diffusion_envs.objectives import D3PO, Rollout
+from diffusion_envs.objectives.d3po import PreferenceRows
 from diffusion_envs.samplers import DDIM
 from tests.diffusion_envs.objectives import random_rows
 from tests.diffusion_envs.objectives.random_rows import EVENT
@@ -24,13 +25,15 @@ PIXELS = math.prod(EVENT)
 SLOPE = torch.tensor([0.7, -0.4], dtype=torch.float64)  # of a linear reward
 
 
-def rows(generator: torch.Generator, moved: float) -> Rows:
+def rows(generator: torch.Generator, moved: float) -> PreferenceRows:
     """Three pairs whose policy is ``moved`` away from the sampling one."""
     chosen = torch.tensor([0.3, -2.0, 1.0, 1.5, -0.4, -0.4], dtype=torch.float64)
-    return random_rows.rows(generator, moved, count=ROWS, reference=0.1, preference=chosen)
+    return random_rows.rows(
+        generator, moved, count=ROWS, reference=0.1, kind=PreferenceRows, preference=chosen
+    )
 
 
-def mean_log_ratio(r: Rows) -> Tensor:
+def mean_log_ratio(r: PreferenceRows) -> Tensor:
     """log p_th(x') - log p_pre(x'), the mean over coordinates."""
     gain, std = (v.view(-1, 1, 1, 1) for v in (r.score_gain, r.std))
     after = gain * r.old_mean + std * r.noise
@@ -129,18 +132,16 @@ def test_the_first_gradient_is_that_of_the_reward_over_its_spread():
     def wide(per_step: Tensor) -> Tensor:
         return per_step.repeat_interleave(2)
 
-    r = Rows(
+    r = PreferenceRows(
         mean=moved,
         old_mean=moved.detach(),
         reference_score=moved.detach(),
-        action=moved.detach(),
         noise=noises,
         advantage=wide(zero.new_zeros(3)),
         step_size=wide(sampler.integrated_g2),
         horizon=sampler.integrated_g2.sum(),
         score_gain=wide(sampler.score_gain),
         std=wide(sampler.std),
-        action_std=wide(zero.new_zeros(3)),
         kl_factor=1.0,
         preference=zero.new_tensor([1.0, 0.0] * 3),
     )
@@ -167,18 +168,16 @@ def step_loss(shift: Tensor, spread: float, steps: int, nodes: int = 80) -> Tens
     wide = ones.repeat_interleave(2)
     losses = []
     for preference in ([1.0, 0.0], [0.0, 1.0]):
-        r = Rows(
+        r = PreferenceRows(
             mean=zeros + shift,
             old_mean=zeros,
             reference_score=zeros,
-            action=zeros,
             noise=torch.stack([here / 2, -here / 2], dim=1).flatten()[:, None],
             advantage=0 * wide,
             step_size=wide,
             horizon=ones[0],
             score_gain=wide,
             std=wide,
-            action_std=0 * wide,
             kl_factor=1.0,
             preference=torch.tensor(preference, dtype=torch.float64).repeat(nodes),
         )

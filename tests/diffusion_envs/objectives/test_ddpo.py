@@ -123,14 +123,12 @@ def test_the_clip_takes_a_known_share_of_the_gradient(moved, share):
         mean=mean,
         old_mean=torch.zeros_like(mean),
         reference_score=torch.zeros_like(mean),
-        action=torch.zeros_like(mean),
         noise=z[:, None],
         advantage=z,
         step_size=one,
         horizon=one.sum(),
         score_gain=one,
         std=one,
-        action_std=0 * one,
         kl_factor=1.0,
     )
     density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from diffusion_envs.exact import linear_policy
-from diffusion_envs.objectives import DenseReward, Rows
-from diffusion_envs.objectives.dense_reward import plackett_luce
+from diffusion_envs.objectives import DenseReward
+from diffusion_envs.objectives.dense_reward import JoinedRows, plackett_luce
 from diffusion_envs.samplers import DDIM
 from tests.diffusion_envs.objectives.small_runs import assert_runs_and_resumes, trainer
 from tests.diffusion_envs.test_two_views import DATA, GAIN, SHIFT, TABLES
@@ -22,7 +22,7 @@ PIXELS = math.prod(EVENT)
 PREFERENCE = torch.tensor([[0.3, -2.0, 1.0, 1.5], [0.2, 7.0, 0.2, -1.0]], dtype=torch.float64)
 
 
-def rows(generator: torch.Generator, moved: float) -> Rows:
+def rows(generator: torch.Generator, moved: float) -> JoinedRows:
     """Two groups of four paths at three steps; two of the second group are tied."""
     n = GROUPS * STEPS * MEMBERS
 
@@ -30,25 +30,23 @@ def rows(generator: torch.Generator, moved: float) -> Rows:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     old = normal(n, *EVENT)
-    return Rows(
+    return JoinedRows(
         mean=(old + moved * normal(n, *EVENT)).requires_grad_(),
         old_mean=old,
         reference_score=old + 0.1 * normal(n, *EVENT),
-        action=old,
         noise=normal(n, *EVENT),
         advantage=normal(n),
         step_size=0.1 + normal(n).square(),
         horizon=torch.tensor(4.3, dtype=torch.float64),
         score_gain=0.2 + normal(n).square(),
         std=0.3 + normal(n).square(),
-        action_std=torch.zeros(n, dtype=torch.float64),
         kl_factor=1.37,
         preference=PREFERENCE[:, None].expand(GROUPS, STEPS, MEMBERS).flatten(),
-        steps=STEPS,
+        joined=STEPS,
     )
 
 
-def mean_log_ratios(r: Rows) -> np.ndarray:
+def mean_log_ratios(r: JoinedRows) -> np.ndarray:
     """log p_th(x') - log p_pre(x'), the mean over coordinates, [groups, steps, members]."""
     mean, old, reference, noise = (
         x.detach().flatten(1).numpy() for x in (r.mean, r.old_mean, r.reference_score, r.noise)
@@ -91,7 +89,7 @@ def test_the_loss_is_the_mean_over_all_lists_of_the_published_one(compared, move
 
 def test_a_published_pair_lies_within_a_thousandth_of_log_two(generator):
     far = dataclasses.replace(rows(generator, 30.0), preference=torch.arange(24).double())
-    losses = DenseReward(members=2, compared=2).loss(dataclasses.replace(far, steps=1))
+    losses = DenseReward(members=2, compared=2).loss(dataclasses.replace(far, joined=1))
     assert losses.min() > 0.6921
     assert losses.max() < 0.6942
 
@@ -151,20 +149,19 @@ def test_the_first_gradient_is_the_rewards_with_discounted_steps(steps, turned, 
     assert probabilities is not None
     shift = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     zero, one = torch.zeros(2 * steps, 2).double(), torch.ones(2 * steps).double()
-    r = Rows(
+    r = JoinedRows(
         mean=zero + shift,
         old_mean=zero,
         reference_score=zero,
-        action=zero,
         noise=torch.stack([noise, -noise], dim=1).flatten(0, 1),
         advantage=0 * one,
         step_size=one,
         horizon=one[0],
         score_gain=sampler.score_gain.repeat_interleave(2),
         std=sampler.std.repeat_interleave(2),
-        action_std=0 * one,
         kl_factor=1.0,
         preference=torch.tensor([1.0, 0.0] * steps, dtype=torch.float64),
+        joined=1,
     )
     loss = (objective.loss(r) * probabilities.repeat_interleave(2)).sum() / 2  # all one-step draws
     (found,) = torch.autograd.grad(loss, shift)
@@ -191,21 +188,19 @@ def test_whole_paths_judged_together_are_at_rest_at_the_tilt():
         shift = torch.tensor(moved, dtype=torch.float64, requires_grad=True)
         total = torch.zeros((), dtype=torch.float64)
         for probability, first in ((chosen, 1.0), (1 - chosen, 0.0)):
-            r = Rows(
+            r = JoinedRows(
                 mean=0 * noise + shift,
                 old_mean=0 * noise,
                 reference_score=0 * noise,
-                action=0 * noise,
                 noise=noise,
                 advantage=0 * one,
                 step_size=one,
                 horizon=one[0],
                 score_gain=one,
                 std=one,
-                action_std=0 * one,
                 kl_factor=1.0,
                 preference=torch.tensor([first, 1 - first] * 2 * 3600, dtype=torch.float64),
-                steps=2,
+                joined=2,
             )
             total = total + (weight * probability * objective.loss(r)[::4]).sum()
         (slope_there,) = torch.autograd.grad(total, shift)
@@ -226,7 +221,7 @@ def test_half_of_the_weight_lies_on_the_first_seven_of_fifty_steps():
 
 def test_the_loop_draws_steps_with_these_probabilities(generator):
     run = trainer(DenseReward(members=2, discount=0.6))
-    lesson: Any = run.lesson(run.sample().rollout)
+    lesson: Any = run.losses(run.sample().rollout)
     drawn = lesson._steps(40_000, 2, generator)
     share = torch.stack([(drawn == k).double().mean() for k in range(4)])
     expected = DenseReward(discount=0.6).step_probabilities(4)
@@ -242,7 +237,7 @@ def test_a_gradient_does_not_depend_on_the_pieces_that_the_loop_cuts(generator):
         with torch.no_grad():
             for parameter in run.parameters:
                 parameter.fill_(0.05)
-        lesson = run.lesson(run.sample().rollout)
+        lesson = run.losses(run.sample().rollout)
         for loss in lesson.losses(torch.arange(4), torch.Generator().manual_seed(3)):
             loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in run.parameters if p.grad is not None]))

@@ -245,7 +245,7 @@ def generated(problem: GaussianProblem, sampler: BoundDDIM | BoundBlackBox) -> G
             step = Affine(a * unit + b * slope[k], b * offset[k], sampler.std[k].square() * unit)
             law = step.after(law)
         return law
-    score = problem.environment(sampler, 0)[0].score
+    score = problem.environment(sampler, 0).model
     points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     ends = sampler.sample(lambda x, t: score.prediction(x, t.expand(len(x))), points).double()
     root = (ends[1:] - ends[0]).T

@@ -11,7 +11,8 @@ from torch.distributions import Normal, kl_divergence
 from diffusion_envs import exact
 from diffusion_envs.exact import GaussianProblem, gaussian
 from diffusion_envs.noise_schedules import DDPMTable
-from diffusion_envs.objectives import DPOK, Rows
+from diffusion_envs.objectives import DPOK
+from diffusion_envs.objectives.dpok import NoiseLevelRows
 from diffusion_envs.samplers import DDIM, BoundDDIM
 from tests.diffusion_envs.objectives.random_rows import close, column, rows
 from tests.diffusion_envs.objectives.resting_points import gained, resting
@@ -19,14 +20,14 @@ from tests.diffusion_envs.objectives.resting_points import gained, resting
 ROWS = 7
 
 
-def laws(r: Rows) -> tuple[Normal, Normal, Normal]:
+def laws(r: NoiseLevelRows) -> tuple[Normal, Normal, Normal]:
     """Of the next state under the current, the sampling and the pretrained policy."""
     scores = (r.mean, r.old_mean, r.reference_score)
     new, old, pre = (Normal(column(r.score_gain) * s, column(r.std)) for s in scores)
     return new, old, pre
 
 
-def log_ratio(r: Rows) -> Tensor:
+def log_ratio(r: NoiseLevelRows) -> Tensor:
     new, old, _ = laws(r)
     after = old.mean + old.stddev * r.noise
     return (new.log_prob(after) - old.log_prob(after)).flatten(1).sum(1)
@@ -180,18 +181,16 @@ def test_there_its_expected_gradient_is_zero_at_every_state(penalty):
         score = (reference + scale * (gain[k] @ x + shift[k])).requires_grad_()
         after = sampler.mean(torch.full((4,), k), x.expand(4, 2), score.detach().expand(4, 2))
         n = torch.ones(4, dtype=torch.float64)
-        rows = Rows(
+        rows = NoiseLevelRows(
             mean=score.expand(4, 2),
             old_mean=score.detach().expand(4, 2),
             reference_score=reference.expand(4, 2),
-            action=score.detach().expand(4, 2),
             noise=noise,
             advantage=values[k + 1](after + sampler.std[k] * noise) - values[k](x),
             step_size=sampler.integrated_g2[k] * n,
             horizon=sampler.integrated_g2.sum(),
             score_gain=sampler.score_gain[k] * n,
             std=sampler.std[k] * n,
-            action_std=0 * n,
             kl_factor=sampler.kl_factor,
             sigma=sampler.sigma[k] * n,
         )
@@ -214,18 +213,16 @@ def test_the_truncation_takes_a_known_share_of_the_gradient(moved, share):
     one = torch.ones_like(z)
     mean = torch.full((len(z), 1), moved, dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(len(z), 1, dtype=torch.float64)
-    rows = Rows(
+    rows = NoiseLevelRows(
         mean=mean,
         old_mean=zero,
         reference_score=zero,
-        action=zero,
         noise=z[:, None],
         advantage=z,
         step_size=one,
         horizon=one.sum(),
         score_gain=one,
         std=one,
-        action_std=0 * one,
         kl_factor=1.0,
         sigma=one,
     )

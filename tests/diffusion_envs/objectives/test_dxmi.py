@@ -1,7 +1,7 @@
 """Steps that climb a value, against the exact gradients of a linear Gaussian model."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.gaussian import Gaussian, Quadratic
 from diffusion_envs.objectives import ContinuousDxMI, ContinuousDxMIReleased, DxMI, Rows
-from diffusion_envs.objectives.dxmi import usual_move
+from diffusion_envs.objectives.dxmi import ValueRows, usual_move
 from diffusion_envs.samplers import DDIM, BoundDDIM
 from tests.diffusion_envs.objectives.small_runs import assert_runs_and_resumes, numbers, trainer
 from tests.diffusion_envs.test_two_views import (
@@ -36,7 +36,7 @@ ROWS, EVENT = 5, (3, 2, 2)
 ROUND_OFF = 1e-11
 
 
-def rows(generator: torch.Generator) -> Rows:
+def rows(generator: torch.Generator) -> ValueRows:
     """Rows with a value that is a cubic polynomial of the state."""
 
     def normal(*shape: int) -> Tensor:
@@ -45,18 +45,16 @@ def rows(generator: torch.Generator) -> Rows:
     mean = normal(ROWS, *EVENT).requires_grad_()
     state, gain = normal(ROWS, *EVENT), 0.2 + normal(ROWS).square()
     weight = normal(2, *EVENT)
-    return Rows(
+    return ValueRows(
         mean=mean,
         old_mean=normal(ROWS, *EVENT),
         reference_score=normal(ROWS, *EVENT),
-        action=mean,
         noise=normal(ROWS, *EVENT),
         advantage=normal(ROWS),
         step_size=0.1 + normal(ROWS).square(),
         horizon=torch.tensor(4.3, dtype=torch.float64),
         score_gain=gain,
         std=0.3 + normal(ROWS).square(),
-        action_std=torch.zeros(ROWS, dtype=torch.float64),
         kl_factor=1.37,
         state=state,
         next_mean=1.1 * state + gain.view(-1, 1, 1, 1) * mean,
@@ -65,13 +63,13 @@ def rows(generator: torch.Generator) -> Rows:
     )
 
 
-def after(r: Rows) -> Tensor:
+def after(r: ValueRows) -> Tensor:
     """The next state, written out."""
     gain, std = (v.view(-1, 1, 1, 1) for v in (r.score_gain, r.std))
     return 1.1 * r.state + gain * r.mean + std * r.noise
 
 
-def path_kl(r: Rows) -> Tensor:
+def path_kl(r: ValueRows) -> Tensor:
     gap = (r.mean - r.reference_score).square().flatten(1).sum(1)
     return 0.5 * 1.37 * r.step_size * gap
 
@@ -168,8 +166,8 @@ def estimated(
     state_gain, score_gain = (
         v.expand(paths, -1).flatten()[:, None] for v in (sampler.state_gain, sampler.score_gain)
     )
-    r = replace(
-        r,
+    r = ValueRows(
+        **{f.name: getattr(r, f.name) for f in fields(Rows)},
         state=state,
         next_mean=state_gain * state + score_gain * r.mean,
         value=at(0),
@@ -271,21 +269,21 @@ def test_the_published_clip_of_moves_leaves_few_coordinates(steps, mean, first, 
     dim = 4000
     noise = torch.randn(steps, dim, generator=generator, dtype=torch.float64)
     zero, zeros = 0 * noise, sampler.std * 0
-    r = Rows(
+    r = ValueRows(
         mean=zero,
         old_mean=zero,
         reference_score=zero,
-        action=zero,
         noise=noise,
         advantage=zeros,
         step_size=sampler.integrated_g2,
         horizon=sampler.integrated_g2.sum(),
         score_gain=sampler.score_gain,
         std=sampler.std,
-        action_std=zeros,
         kl_factor=1.0,
         state=zero,
         next_mean=zero,
+        value=lambda x: x,
+        next_value=lambda x: x,
     )
     still = ContinuousDxMIReleased(state_clip=math.inf).clipped(r)
     assert (still - outside).abs().max() < 5 * 0.5 / dim**0.5

@@ -15,8 +15,8 @@ from diffusion_envs.exact import GaussianProblem, gaussian, table
 from diffusion_envs.exact.gaussian import Gaussian, Quadratic
 from diffusion_envs.noise_schedules import DDPMTable, RectifiedFlow
 from diffusion_envs.objectives import NoisedRows, ReinforceAdjointMatching, Rollout, ram
+from diffusion_envs.objectives.noised_data import NoisedLosses
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.training.lessons import NoisedData
 
 S = torch.tensor(0.37, dtype=torch.float64)
 
@@ -211,7 +211,8 @@ def test_the_bridge_is_the_conditional_law_of_the_joint_one():
 def test_a_drawn_bridge_has_the_law_and_the_cost_that_it_should():
     """Of one sample, 20000 states between: moments of the score, and the expected cost."""
     problem, sampler = GaussianProblem(), DDIM(1.0).bind(table(50), 5)
-    environment, parameters = problem.environment(sampler, seed=0)
+    environment = problem.environment(sampler, seed=0)
+    parameters = environment.model.parameters
     with torch.no_grad():
         parameters[0][0] = tensor([[0.3, -0.1], [0.2, 0.4]])
         parameters[1][0] = tensor([0.5, -0.2])
@@ -219,7 +220,7 @@ def test_a_drawn_bridge_has_the_law_and_the_cost_that_it_should():
     one = torch.zeros(1)
     made = rollout(one, one.long(), torch.tensor([[0.9, -0.4]]))
     objective = ReinforceAdjointMatching(draws=draws, path_cost=True)
-    lesson = NoisedData(
+    lesson = NoisedLosses(
         environment, objective, made, one, stream(3, "bridge"), nullcontext, batch=10**6
     )
     t = 30

@@ -1,9 +1,10 @@
 """Derivatives through the end of the sampler, against the exact ones of a linear Gaussian model."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,11 +17,11 @@ from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.gaussian import Affine, Quadratic, score_coefficients
 from diffusion_envs.exact.problems import table
 from diffusion_envs.exact.rewards import QuadraticReward
-from diffusion_envs.models.text_to_image_unet import GuidedScore
+from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.objectives import AlignProp, BackpropObjective, DRaFT, ReFL
+from diffusion_envs.objectives.last_steps import LastLosses
 from diffusion_envs.samplers import DDIM, BoundDDIM
 from diffusion_envs.sd15.build import build
-from diffusion_envs.training.lessons import LastSteps
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.objectives.small_runs import (
@@ -54,6 +55,20 @@ class LinearScore:
     def __init__(self, sampler: BoundDDIM, gain: Tensor, shift: Tensor) -> None:
         self.sampler, self.gain, self.shift = sampler, gain, shift
         self.calls, self.precision, self.adapted = 0, torch.float32, True
+        self.event, self.table, self.prediction_type = (2,), sampler.table, "epsilon"
+        self.parameters, self.device = [], torch.device("cpu")
+
+    def condition(self, prompts: Sequence[str]) -> Tensor:
+        return torch.zeros(len(prompts), 1)
+
+    def features(self, condition: Tensor) -> Tensor:
+        return condition
+
+    def decode(self, states: Tensor) -> Tensor:
+        return states
+
+    def export(self, folder: Path) -> Path:
+        raise NotImplementedError
 
     def __call__(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         times = (timesteps.double() + 1) / len(self.sampler.table.alphas_cumprod)
@@ -77,17 +92,13 @@ def gradient(objective: BackpropObjective, sampler: BoundDDIM) -> Tensor:
     assert (weights - weights[0]).abs().max() < 1e-15
     gain, shift = leaves()
     environment = Environment(
-        score=LinearScore(sampler, gain, shift),
+        model=LinearScore(sampler, gain, shift),
         sampler=sampler,
-        decode=lambda states: states,
         reward=QuadraticReward(REWARD),
         prompts=["-"],
-        context=torch.zeros(1, 1, 1),
-        event=(2,),
         seed=0,
-        device=torch.device("cpu"),
     )
-    lesson = LastSteps(environment, objective, rollout, batch=100)
+    lesson = LastLosses(environment, objective, rollout, batch=100)
     losses = lesson.losses(torch.arange(len(weights)), torch.Generator().manual_seed(1))
     return flat(torch.autograd.grad(torch.stack(list(losses)).sum(), (gain, shift)))
 
@@ -295,21 +306,21 @@ def tiny_gradient(objective: BackpropObjective, recompute: str) -> tuple[Tensor,
         lora_rank=2,
     )
     with torch.no_grad():
-        for parameter in built.parameters:
+        for parameter in built.environment.model.parameters:
             parameter.fill_(0.05)
     environment, none = built.environment, torch.zeros(2, dtype=torch.int64)
     rollout = environment.sample(objective.policy, range(2), none, stream="train").rollout
-    score = environment.score
-    assert isinstance(score, GuidedScore)
+    assert isinstance(environment.model, TextToImageUNet)
+    score = environment.model.score
     if recompute == "ours":
         score.recompute_activations()
     elif recompute == "diffusers":
         built.pipe.unet.enable_gradient_checkpointing()
     score.calls = 0
-    lesson = LastSteps(environment, objective, rollout, batch=2)
+    lesson = LastLosses(environment, objective, rollout, batch=2)
     for loss in lesson.losses(torch.arange(2), torch.Generator()):
         loss.backward()
-    gradients = [p.grad for p in built.parameters]
+    gradients = [p.grad for p in built.environment.model.parameters]
     return torch.cat([g.flatten() for g in gradients if g is not None]), score.calls
 
 
@@ -345,17 +356,19 @@ CALLS = {
 @pytest.mark.parametrize(("objective", "passes"), CALLS.values(), ids=CALLS)
 def test_pretrained_scores_are_computed_where_a_kl_is_charged(objective, passes):
     """Network calls of an update of 12 paths of 4 steps; the log's path KL is counted apart."""
-    run = trainer(objective)
-    log = numbers(run, 2)
-    assert [line["network_calls"] for line in log] == [12 * (4 + passes), 24 * (4 + passes)]
-    assert run.environment.monitoring_calls == 2 * 12 * 4
+    for asked, monitoring in ((False, 0), (True, 2 * 12 * 4)):
+        run = trainer(objective, log_path_kl=asked)
+        log = numbers(run, 2)
+        assert [line["network_calls"] for line in log] == [12 * (4 + passes), 24 * (4 + passes)]
+        assert ["path_kl" in line for line in log] == [asked, asked]
+        assert run.environment.monitoring_calls == monitoring
 
 
 def test_an_ode_can_be_differentiated_where_no_kl_is_charged():
     def run(objective: BackpropObjective) -> Trainer:
-        environment, parameters = PROBLEM.environment(DDIM(0.0).bind(table(), 4), seed=5)
+        environment = PROBLEM.environment(DDIM(0.0).bind(table(), 4), seed=5)
         schedule = UpdateSize(samples=12)
-        return Trainer(environment, objective, schedule, parameters, accelerator=Process())
+        return Trainer(environment, objective, schedule, accelerator=Process())
 
     (line,) = run(DRaFT(last=3)).updates(1)
     assert line["gradient_norm"] > 0

@@ -12,16 +12,16 @@ from ctrl import DeterministicPolicy, GaussianPolicy
 from diffusion_envs.objectives import (
     Objective,
     Rollout,
-    Rows,
     ScoreAsAction,
     ScoreAsActionReleased,
     ScoreAsActionSampled,
 )
+from diffusion_envs.objectives.score_as_action import DrawnRows
 
 ROWS, EVENT = 5, (3, 2, 2)
 
 
-def rows(generator: torch.Generator, moved: float) -> Rows:
+def rows(generator: torch.Generator, moved: float) -> DrawnRows:
     """Rows whose current policy is ``moved`` away from the sampling one."""
 
     def normal(*shape: int) -> Tensor:
@@ -29,7 +29,7 @@ def rows(generator: torch.Generator, moved: float) -> Rows:
 
     old = normal(ROWS, *EVENT)
     std = 0.3 + normal(ROWS).square()
-    return Rows(
+    return DrawnRows(
         mean=(old + moved * normal(ROWS, *EVENT)).requires_grad_(),
         old_mean=old,
         reference_score=normal(ROWS, *EVENT),

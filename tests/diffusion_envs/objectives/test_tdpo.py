@@ -31,14 +31,12 @@ def test_the_loss_is_the_published_maximum(generator):
         mean=old + 0.1 * normal(ROWS, *EVENT),
         old_mean=old,
         reference_score=normal(ROWS, *EVENT),
-        action=old,
         noise=normal(ROWS, *EVENT),
         advantage=normal(ROWS),
         step_size=0.1 + normal(ROWS).square(),
         horizon=torch.tensor(4.3, dtype=torch.float64),
         score_gain=0.2 + normal(ROWS).square(),
         std=0.3 + normal(ROWS).square(),
-        action_std=torch.zeros(ROWS, dtype=torch.float64),
         kl_factor=1.37,
     )
     new, before = (Normal(column(r.score_gain) * s, column(r.std)) for s in (r.mean, r.old_mean))
@@ -128,11 +126,11 @@ def test_the_critic_sees_denoised_states_and_nothing_is_asked_for_it(small_train
     with torch.no_grad():
         made.parameters[1].fill_(0.1)  # away from the pretrained model, whose guesses differ
     sample = made.sample()
-    assert (sample.rollout.means - sample.rollout.reference_scores).abs().max() > 0.01
+    assert sample.rollout.reference_scores is None  # no KL is charged
     assert made.environment.reward_queries == 12
     assert sample.denoised_rewards is None
     rollout, sampler = sample.rollout, made.environment.sampler
-    times, states, _ = made.critic.shown(TDPO(), rollout)
+    times, states, _ = made.critic.shown(rollout)
     states = states.unflatten(0, (12, 5))
     for k in range(4):
         abar = float(sampler.alpha_bar[k])
@@ -140,7 +138,7 @@ def test_the_critic_sees_denoised_states_and_nothing_is_asked_for_it(small_train
         torch.testing.assert_close(states[:, k], guess, rtol=1e-5, atol=1e-5)
     assert torch.equal(states[:, 4], rollout.states[:, 4])
     torch.testing.assert_close(times[:5].double(), sampler.noising_times, rtol=0, atol=1e-6)
-    noisy = small_trainer(DPOK()).critic.shown(DPOK(), rollout)[1]
+    noisy = small_trainer(DPOK()).critic.shown(rollout)[1]
     assert torch.equal(noisy.unflatten(0, (12, 5)), rollout.states)
 
 
@@ -335,6 +333,6 @@ def test_the_published_number_of_optimiser_steps_costs_no_more_network_calls(sma
         made.optimiser.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
         made.update = 1  # without the preflight's calls
         made.step()
-        seen[name] = len(steps), made.environment.score.calls
+        seen[name] = len(steps), made.environment.model.calls
     assert [steps for steps, _ in seen.values()] == [1, 8, 12]
     assert len({calls for _, calls in seen.values()}) == 1

@@ -197,18 +197,19 @@ def test_time_subsampling_is_unbiased():
         built.environment,
         objectives.ScoreAsAction(),
         replace(SMALL["schedule"], samples=2),
-        built.parameters,
         accelerator=parallel.start(),
     )
     rollout = trainer.sample().rollout
-    lesson = trainer.lesson(rollout)
+    lesson = trainer.losses(rollout)
 
     def gradient(which: Tensor) -> Tensor:
-        for parameter in built.parameters:
+        for parameter in built.environment.model.parameters:
             parameter.grad = None
         losses = trainer.objective.loss(lesson.rows(which))
         (losses.sum() * 3 / len(which)).backward()
-        return torch.cat([p.grad.flatten() for p in built.parameters if p.grad is not None])
+        return torch.cat(
+            [p.grad.flatten() for p in built.environment.model.parameters if p.grad is not None]
+        )
 
     paths = torch.arange(2)
     every = gradient(torch.cartesian_prod(paths, torch.arange(3)))

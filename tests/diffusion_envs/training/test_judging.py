@@ -26,12 +26,12 @@ from diffusion_envs.training.update_size import UpdateSize
 folder = Path(sys.argv[1])
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
-environment, parameters = GaussianProblem().environment(DDIM(1.0).bind(table(), 2), 5)
-environment.decode = lambda x: x[:, :1, None, None].sigmoid().expand(-1, 3, 8, 8)
+environment = GaussianProblem().environment(DDIM(1.0).bind(table(), 2), 5)
+environment.model.decode = lambda x: x[:, :1, None, None].sigmoid().expand(-1, 3, 8, 8)
 environment.reward = lambda images, prompts: images.mean((1, 2, 3))
 for name in ("none", "half", "all"):
     trainer = Trainer(
-        environment, D3PO(), UpdateSize(samples=8), parameters, accelerator=accelerator,
+        environment, D3PO(), UpdateSize(samples=8), accelerator=accelerator,
         preference=Recorded(folder / f"{name}.jsonl"),
     )
     try:

@@ -1,4 +1,4 @@
-"""What a lesson costs in network calls, and which scores it is given."""
+"""What an update's losses cost in network calls, and which scores it is given."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +13,7 @@ from diffusion_envs.objectives import (
     NoisedObjective,
     ReinforceAdjointMatching,
 )
-from diffusion_envs.training.lessons import NoisedData, drawn_levels, drawn_noise
+from diffusion_envs.objectives.noised_data import NoisedLosses, drawn_levels, drawn_noise
 from diffusion_envs.training.trainer import Trainer
 from tests.diffusion_envs.objectives.small_runs import numbers, trainer
 
@@ -52,19 +52,20 @@ NETWORK_CALLS: dict[str, tuple[NoisedObjective, dict[str, int], tuple[int, int]]
 
 @pytest.mark.parametrize("case", NETWORK_CALLS.values(), ids=NETWORK_CALLS)
 def test_data_cost_the_network_calls_that_their_loss_needs(case):
-    """And what the log's path KL takes is counted apart."""
+    """And what the log's path KL takes, where it is asked for, is counted apart."""
     objective, schedule, passes = case
-    run = trainer(objective, **schedule)
-    assert calls(run, 2) == [SAMPLED + k * NOISED for k in passes]
-    assert run.environment.monitoring_calls == 2 * SAMPLED
+    for asked, monitoring in ((False, 0), (True, 2 * SAMPLED)):
+        run = trainer(objective, log_path_kl=asked, **schedule)
+        assert calls(run, 2) == [SAMPLED + k * NOISED for k in passes]
+        assert run.environment.monitoring_calls == monitoring
 
 
-def lesson(run: Trainer, objective: NoisedObjective, old: Any) -> NoisedData:
+def lesson(run: Trainer, objective: NoisedObjective, old: Any) -> NoisedLosses:
     """Of the run's samples, the same for every ``old``."""
     rollout = run.sample().rollout
     advantages = objective.advantages(rollout)
     generator = stream(3, "noise")
-    return NoisedData(run.environment, objective, rollout, advantages, generator, old, batch=10)
+    return NoisedLosses(run.environment, objective, rollout, advantages, generator, old, batch=10)
 
 
 def moved(run: Trainer) -> None:

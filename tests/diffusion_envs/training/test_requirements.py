@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion_envs.environment import Environment
 from diffusion_envs.exact.problems import GaussianProblem, table
@@ -89,7 +89,7 @@ class Combination:
     schedule: dict[str, Any]
     target: TargetKL | None
 
-    def trainer(self, made: Environment, parameters: list[nn.Parameter]) -> Trainer:
+    def trainer(self, made: Environment) -> Trainer:
         reward = made.reward if self.gradient else Opaque(made.reward)
         environment = replace(made, sampler=self.sampler, reward=reward)
         settings = {"samples": SAMPLES, "batch": 4096, "value_epochs": 1} | self.schedule
@@ -97,7 +97,6 @@ class Combination:
             environment,
             self.objective,
             UpdateSize(**settings),
-            parameters,
             accelerator=Process(),
             preference=self.preference,
             target_kl=self.target,
@@ -144,24 +143,24 @@ def combinations(objective: Objective, folder: Path) -> Iterator[Combination]:
         yield Combination(objective, *one)
 
 
-def fresh() -> tuple[Environment, list[nn.Parameter]]:
+def fresh() -> Environment:
     return PROBLEM.environment(SAMPLERS["eta 1"], 5)
 
 
-UNTOUCHED, PARAMETERS = fresh()  # by what does not sample
+UNTOUCHED = fresh()  # by what does not sample
 
 
 def assert_refused(one: Combination) -> None:
     with pytest.raises(ValueError) as refusal:  # noqa: PT011  # its text is what is tested
-        one.trainer(UNTOUCHED, PARAMETERS)
-    assert UNTOUCHED.score.calls == 0
+        one.trainer(UNTOUCHED)
+    assert UNTOUCHED.model.calls == 0
     said = str(refusal.value)
     assert type(one.objective).__name__ in said
     assert re.search(r"\b(use|set|leave)\b", said), said
 
 
 def assert_trains(one: Combination) -> None:
-    made = one.trainer(*fresh())
+    made = one.trainer(fresh())
     before = [p.detach().clone() for p in made.parameters]
     if isinstance(one.preference, Recorded):
         with pytest.raises(MissingChoicesError, match="nobody_chose"):
@@ -187,7 +186,7 @@ def test_a_combination_trains_or_is_refused_before_anything_is_sampled(name, set
             elif one.gradient and not (one.schedule and (one.target or one.preference)):
                 assert_trains(one)
             else:  # trains as neighbours do: the gradient is not used, one thing more is
-                one.trainer(UNTOUCHED, PARAMETERS)
+                one.trainer(UNTOUCHED)
         except Exception as error:
             error.add_note(str(one))
             raise

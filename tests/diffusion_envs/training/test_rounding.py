@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from diffusion_envs.objectives.protocol import (
+from diffusion_envs.objectives.path_steps import (
     Rows,
     log_ratio_rounding,
     score_rounding,
     transition_log_ratio,
 )
-from diffusion_envs.objectives.score_as_action import drawn_log_ratio
+from diffusion_envs.objectives.score_as_action import DrawnRows, drawn_log_ratio
 from diffusion_envs.rewards import Colour
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.sd15.build import build
@@ -25,19 +25,19 @@ def fresh(guidance: float = 7.5, batch: int = 64) -> Trainer:
     """A run before its first update: the adapter is on, and adds 0."""
     made = trainer(Setting(), batch=batch)
     made.update = 0
-    made.environment.score.guidance = guidance
+    made.environment.model.score.guidance = guidance
     with torch.no_grad():
         network_of(made).b.zero_()
     return made
 
 
-def rows_of(paths: int, dim: int, generator, exploration: float = 0.0) -> Rows:
+def rows_of(paths: int, dim: int, generator, exploration: float = 0.0) -> DrawnRows:
     def normal(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
     old, std = 3.7 * normal(paths, dim), 0.05 + torch.rand(paths, generator=generator).double()
     spread = exploration * std
-    return Rows(
+    return DrawnRows(
         mean=old,
         old_mean=old,
         reference_score=old,
@@ -64,7 +64,7 @@ def test_scores_that_differ_by_the_rounding_allowed_for_keep_within_the_bound(
     off = torch.randn(40_000, 16, dtype=torch.float64, generator=generator)
     off *= score_rounding(torch.float32) * (rows.old_mean.norm(dim=1) / off.norm(dim=1))[:, None]
     changed = Rows(**{**vars(rows), "mean": rows.old_mean + off})
-    share = log_ratio(changed).abs() / log_ratio_rounding(rows, torch.float32)
+    share = log_ratio(changed).abs() / log_ratio_rounding(rows, torch.float32, rows.action_std)
     assert 0.6 < share.max() < 1
 
 
@@ -72,7 +72,7 @@ def test_scores_that_differ_by_the_rounding_allowed_for_keep_within_the_bound(
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 def test_in_any_batches_the_ratio_is_1_up_to_the_bound(guidance, batch):
     made = fresh(guidance)
-    lesson = made.lesson(made.sample().rollout)
+    lesson = made.losses(made.sample().rollout)
     with torch.no_grad():
         for piece in WHICH.split(batch):
             rows = lesson.rows(piece)
@@ -83,7 +83,7 @@ def test_in_any_batches_the_ratio_is_1_up_to_the_bound(guidance, batch):
 def test_in_one_batch_the_ratio_is_1_bit_for_bit():
     """All paths of one step at once, as the roll-out asks for them."""
     made = fresh()
-    lesson = made.lesson(made.sample().rollout)
+    lesson = made.losses(made.sample().rollout)
     with torch.no_grad():
         for step in range(STEPS):
             rows = lesson.rows(WHICH[WHICH[:, 1] == step])
@@ -94,17 +94,17 @@ def test_in_one_batch_the_ratio_is_1_bit_for_bit():
 @pytest.mark.parametrize("guidance", [1.0, 7.5, 20.0])
 def test_the_preflight_lets_round_off_pass(guidance, batch):
     made = fresh(guidance, batch)
-    made._preflight(made.lesson(made.sample().rollout))
+    made.losses(made.sample().rollout).check_fresh()
 
 
 def test_the_preflight_sees_weights_that_moved_by_a_thousandth():
     """The mildest of its mistakes: half precision in one of the two places makes 2e-3 or more."""
     made = fresh()
-    lesson = made.lesson(made.sample().rollout)
+    lesson = made.losses(made.sample().rollout)
     with torch.no_grad():
         network_of(made).base.mul_(1.001)
     with pytest.raises(PreflightError, match="log-ratio"):
-        made._preflight(lesson)
+        lesson.check_fresh()
 
 
 def test_the_preflight_sees_a_pretrained_model_that_is_a_little_off():
@@ -112,7 +112,7 @@ def test_the_preflight_sees_a_pretrained_model_that_is_a_little_off():
     with torch.no_grad():
         network_of(made).b.add_(1e-3)
     with pytest.raises(PreflightError, match="path KL"):
-        made._preflight(made.lesson(made.sample().rollout))
+        made.losses(made.sample().rollout).check_fresh()
 
 
 @pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
@@ -127,7 +127,7 @@ def test_the_rounding_allowed_for_is_several_times_the_embedded_networks():
         batch=64,
         lora_rank=2,
     )
-    score, context = built.environment.score, built.environment.context[torch.arange(12) % 2]
+    score, context = built.environment.model, built.environment.context[torch.arange(12) % 2]
     states = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     worst = 0.0
     with torch.no_grad():

@@ -1,0 +1,89 @@
+"""What the loop asks of a model family: scores, a frozen pretrained self, pictures, an export."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from diffusion_envs.noise_schedules import DDPMTable
+
+Condition: TypeAlias = Any
+"""What a model is conditioned on, a row each: opaque, but ``condition[rows]`` picks rows of it."""
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A diffusion model with an adapter that trains: a function from noisy states to scores.
+
+    Attributes:
+        event: shape of a state, without the batch.
+        table: noise levels by timestep.
+        prediction_type: what the network itself predicts, in diffusers' words: "epsilon", "sample"
+            or "v_prediction".
+        precision: dtype of the network's arithmetic.
+        parameters: those that train, float32; the policy that a fresh adapter makes is the
+            pretrained model.
+        calls: evaluations of the network so far, one a row and guidance branch.
+    """
+
+    event: tuple[int, ...]
+    table: DDPMTable
+    prediction_type: str
+    parameters: list[nn.Parameter]
+    calls: int
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Dtype of the network's arithmetic."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is, and where states must be."""
+        ...
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """What the model is conditioned on for each of the prompts.
+
+        Raises:
+            ValueError: a prompt cannot be encoded; it is named.
+        """
+        ...
+
+    def features(self, condition: Condition) -> Float[Tensor, "rows width"]:
+        """The condition as one vector a row, for a value network."""
+        ...
+
+    def __call__(
+        self,
+        states: Float[Tensor, " rows *event"],
+        timesteps: Int64[Tensor, " rows"],
+        condition: Condition,
+    ) -> Float[Tensor, " rows *event"]:
+        """Scores of noisy states, float32: the action of the policy, 1/state."""
+        ...
+
+    def prediction(
+        self, states: Float[Tensor, " rows *event"], timesteps: Tensor, condition: Condition
+    ) -> Float[Tensor, " rows *event"]:
+        """What the network itself predicts, for schedulers of diffusers.
+
+        Its kind is ``prediction_type``; timesteps may be fractional.
+        """
+        ...
+
+    def pretrained(self) -> AbstractContextManager[None]:
+        """Within this context the adapter is off: the model is the pretrained one."""
+        ...
+
+    def decode(self, states: Float[Tensor, " rows *event"]) -> Float[Tensor, " rows *picture"]:
+        """Pictures in [0, 1] of states without noise; differentiable."""
+        ...
+
+    def export(self, folder: Path) -> Path:
+        """Write the adapter into a folder in the format that plain diffusers loads; its path."""
+        ...
