@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl import ControlledSDE
-from diffusion_envs.noise_schedules import UpdateSize
+from diffusion_envs.noise_schedules import Schedule
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """(RL time [], states [paths, *event]) -> [paths, *event], 1/state."""
@@ -30,11 +30,11 @@ State: TypeAlias = Float[Tensor, "*state"]
 Level: TypeAlias = Float[Tensor, "*#state"]
 
 
-def _noising_time(schedule: UpdateSize, t: Tensor | float, states: Tensor) -> Tensor:
+def _noising_time(schedule: Schedule, t: Tensor | float, states: Tensor) -> Tensor:
     return schedule.horizon - torch.as_tensor(t, dtype=states.dtype, device=states.device)
 
 
-def generation_sde(schedule: UpdateSize, eta: float = 1.0) -> ControlledSDE:
+def generation_sde(schedule: Schedule, eta: float = 1.0) -> ControlledSDE:
     """The generation SDE of the eta family ([S21] equation 6 is eta = 1, equation 13 eta = 0).
 
     Args:
@@ -101,7 +101,7 @@ def path_kl_per_step(
 
 
 def kl_running_reward(
-    schedule: UpdateSize, reference: Score, weight: float, eta: float = 1.0
+    schedule: Schedule, reference: Score, weight: float, eta: float = 1.0
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """-weight * (path KL per unit of time): a running reward (t, x, a) -> [paths], reward/time.
 

@@ -25,7 +25,7 @@ _ROUNDING = 1e-3  # of a timestep: how far round-off may carry a time past a nod
 
 
 @runtime_checkable
-class UpdateSize(Protocol):
+class Schedule(Protocol):
     """Signal, noise and their dynamics as functions of noising time."""
 
     @property

@@ -4,13 +4,15 @@ Constants are chosen for sensitivity: no zero, no one, no two equal, no symmetri
 stationary start, an uneven grid. A mistake that is invisible at 0 or 1 is visible here.
 """
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
 
 import ctrl
 from diffusion_envs.exact import gaussian, linear_policy
-from diffusion_envs.noise_schedules import DDPMTable, UpdateSize, VPLinear
+from diffusion_envs.noise_schedules import DDPMTable, Schedule, VPLinear
 from verification.claim import Setting
 from verification.closed_form.ornstein_uhlenbeck import OrnsteinUhlenbeck
 from verification.closed_form.samplers import integrated_rates
@@ -18,6 +20,8 @@ from verification.closed_form.vp_gaussian import Normal, VPGaussian
 
 NODES = (0.0, 0.1, 0.35, 0.5, 0.9)  # uneven
 HORIZON = NODES[-1]
+NoiseKind = Literal["diagonal", "scalar", "general"]
+"""How Brownian motions drive the coordinates of a ``ctrl.ControlledSDE``."""
 
 
 def grid(setting: Setting) -> ctrl.TimeGrid:
@@ -60,7 +64,7 @@ def table(model: VPGaussian, entries: int, **options: bool | int | str) -> DDPMT
 
 def generation(
     data: gaussian.Gaussian,
-    schedule: UpdateSize,
+    schedule: Schedule,
     eta: float = 1.0,
     gain: Tensor | None = None,
     shift: Tensor | None = None,

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.linear.margin import margin, solve
-from diffusion_envs.noise_schedules import UpdateSize
+from diffusion_envs.noise_schedules import Schedule
 
 Vector: TypeAlias = Float[Tensor, "*batch dim"]
 Matrix: TypeAlias = Float[Tensor, "*batch dim dim"]
@@ -122,7 +122,7 @@ class Affine:
 # -- the pretrained model -------------------------------------------------------------------------
 
 
-def _noised_spectrum(data: Gaussian, schedule: UpdateSize, s: Tensor) -> Tensor:
+def _noised_spectrum(data: Gaussian, schedule: Schedule, s: Tensor) -> Tensor:
     """Eigenvalues of the noised covariance, [*times, dim]."""
     alpha, sigma = schedule.alpha(s)[..., None], schedule.sigma(s)[..., None]
     return alpha.square() * data.spectrum[0] + sigma.square()
@@ -134,14 +134,14 @@ def _with_spectrum(data: Gaussian, values: Tensor) -> Tensor:
     return (vectors * values[..., None, :]) @ vectors.mT
 
 
-def marginal(data: Gaussian, schedule: UpdateSize, s: Float[Tensor, "*times"]) -> Gaussian:
+def marginal(data: Gaussian, schedule: Schedule, s: Float[Tensor, "*times"]) -> Gaussian:
     """Law of the data noised to s."""
     mean = schedule.alpha(s)[..., None] * data.mean
     return Gaussian(mean, _with_spectrum(data, _noised_spectrum(data, schedule, s)))
 
 
 def score_coefficients(
-    data: Gaussian, schedule: UpdateSize, s: Float[Tensor, "*times"]
+    data: Gaussian, schedule: Schedule, s: Float[Tensor, "*times"]
 ) -> tuple[Float[Tensor, "*times dim dim"], Float[Tensor, "*times dim"]]:
     """(matrix, shift) of the score x -> matrix x + shift of the data noised to s."""
     matrix = _with_spectrum(data, -1 / _noised_spectrum(data, schedule, s))
@@ -149,7 +149,7 @@ def score_coefficients(
 
 
 def score(
-    data: Gaussian, schedule: UpdateSize, s: Float[Tensor, ""], x: Float[Tensor, "paths dim"]
+    data: Gaussian, schedule: Schedule, s: Float[Tensor, ""], x: Float[Tensor, "paths dim"]
 ) -> Float[Tensor, "paths dim"]:
     """Score of the data noised to s, 1/state."""
     matrix, shift = score_coefficients(data, schedule, s)
@@ -158,7 +158,7 @@ def score(
 
 def transition(
     data: Gaussian,
-    schedule: UpdateSize,
+    schedule: Schedule,
     s_from: Float[Tensor, "*times"],
     s_to: Float[Tensor, "*times"],
     eta: float = 1.0,
@@ -183,7 +183,7 @@ def transition(
 
 
 def shift_response(
-    data: Gaussian, schedule: UpdateSize, s_from: Float[Tensor, ""], s_to: Float[Tensor, ""]
+    data: Gaussian, schedule: Schedule, s_from: Float[Tensor, ""], s_to: Float[Tensor, ""]
 ) -> Float[Tensor, "dim dim"]:
     """d(mean at s_to) / dc if score + c is played from s_from on; eta = 1, variance preserving.
 
@@ -240,7 +240,7 @@ def tilt(data: Gaussian, reward: Quadratic, kl_weight: float) -> Gaussian:
 
 def optimal_value(
     data: Gaussian,
-    schedule: UpdateSize,
+    schedule: Schedule,
     reward: Quadratic,
     kl_weight: float,
     s: Float[Tensor, ""],

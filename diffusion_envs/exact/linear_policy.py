@@ -14,7 +14,7 @@ from torch import Tensor
 from ctrl import ControlProblem
 from diffusion_envs.denoising import Score, generation_sde, kl_factor, kl_running_reward
 from diffusion_envs.exact.gaussian import Affine, Gaussian, Quadratic, score, score_coefficients
-from diffusion_envs.noise_schedules import UpdateSize
+from diffusion_envs.noise_schedules import Schedule
 from diffusion_envs.samplers import BoundDDIM
 
 # -- on a grid ------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ class Steps:
 
     @classmethod
     def of_euler(
-        cls, schedule: UpdateSize, noising_times: Float[Tensor, " nodes"], eta: float = 1.0
+        cls, schedule: Schedule, noising_times: Float[Tensor, " nodes"], eta: float = 1.0
     ) -> "Steps":
         """Those of Euler-Maruyama for the generation SDE; its path KL is left-point too."""
         s, h = noising_times[:-1], -noising_times.diff()
@@ -59,7 +59,7 @@ class Steps:
 
 def chain(
     data: Gaussian,
-    schedule: UpdateSize,
+    schedule: Schedule,
     steps: Steps,
     gain: Float[Tensor, "dim dim"],
     shift: Float[Tensor, " dim"],
@@ -129,7 +129,7 @@ def chain_values(steps: Affine, reward: Quadratic, running: Quadratic) -> list[Q
 
 def continuous_value(
     data: Gaussian,
-    schedule: UpdateSize,
+    schedule: Schedule,
     start: Gaussian,
     s_from: float,
     s_to: float,
@@ -185,7 +185,7 @@ def _moved(
 
 def linear_score(
     data: Gaussian,
-    schedule: UpdateSize,
+    schedule: Schedule,
     gain: Float[Tensor, "dim dim"],
     shift: Float[Tensor, " dim"],
 ) -> Score:
@@ -200,7 +200,7 @@ def linear_score(
 
 def problem(
     data: Gaussian,
-    schedule: UpdateSize,
+    schedule: Schedule,
     reward: Quadratic,
     kl_weight: float = 0.0,
     eta: float = 1.0,

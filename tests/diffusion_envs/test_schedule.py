@@ -12,7 +12,7 @@ from diffusion_envs.noise_schedules import (
     Cosine,
     DDPMTable,
     RectifiedFlow,
-    UpdateSize,
+    Schedule,
     VPLinear,
 )
 
@@ -75,7 +75,7 @@ def test_log_snr_and_the_data_end(schedule):
     zero = torch.zeros(2, dtype=torch.float64)
     torch.testing.assert_close(schedule.alpha(zero), zero + 1, rtol=0, atol=1e-15)
     torch.testing.assert_close(schedule.sigma(zero), zero, rtol=0, atol=1e-15)
-    assert isinstance(schedule, UpdateSize)
+    assert isinstance(schedule, Schedule)
 
 
 def test_schedules_are_their_sources_formulas():

@@ -15,7 +15,7 @@ from diffusion_envs.noise_schedules import (
     Cosine,
     DDPMTable,
     RectifiedFlow,
-    UpdateSize,
+    Schedule,
     VPLinear,
 )
 from diffusion_envs.samplers import DDIM
@@ -30,7 +30,7 @@ _VP = "diffusion_envs.noise_schedules._VariancePreserving"
 _AT = "diffusion_envs.noise_schedules"
 
 
-def everyone() -> dict[str, tuple[UpdateSize, tuple[np.ndarray, np.ndarray]]]:
+def everyone() -> dict[str, tuple[Schedule, tuple[np.ndarray, np.ndarray]]]:
     """Name -> the schedule, and alpha and sigma by its source."""
     table = DDPMTable(torch.tensor(ALPHA_BARS, dtype=torch.float64))
     return {
@@ -168,10 +168,10 @@ def schedules(setting: Setting) -> Iterator[Check]:
     for name, (schedule, (alpha, sigma)) in everyone().items():
         cuts = np.arange(1, ENTRIES) / ENTRIES if name == "table" else ()
 
-        def k(u: np.ndarray, of: UpdateSize = schedule) -> np.ndarray:
+        def k(u: np.ndarray, of: Schedule = schedule) -> np.ndarray:
             return of.drift_coefficient(setting.tensor(u)).double().cpu().numpy()
 
-        def g2(u: np.ndarray, of: UpdateSize = schedule) -> np.ndarray:
+        def g2(u: np.ndarray, of: Schedule = schedule) -> np.ndarray:
             return of.g2(setting.tensor(u)).double().cpu().numpy()
 
         yield pathwise(f"{name}: signal", schedule.alpha(s), alpha)

@@ -16,7 +16,7 @@ from torch import Tensor
 import ctrl
 from diffusion_envs.exact import gaussian
 from diffusion_envs.exact.gaussian import Gaussian
-from diffusion_envs.noise_schedules import VE, UpdateSize
+from diffusion_envs.noise_schedules import VE, Schedule
 from verification.claim import Check, Setting, Wrong, claim, expectation, limit, wrong
 from verification.closed_form.samplers import Nodes, euler_steps, extrapolated, whole
 from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, Normal, Transition, VPGaussian
@@ -30,12 +30,12 @@ UNEVEN = (0.0, 0.13, 0.4, 0.55, 0.9)  # RL time
 LOW, HIGH = 0.3, 2.2  # of the variance-exploding schedule
 
 
-def start(data: Gaussian, schedule: UpdateSize, s: Tensor) -> Gaussian:
+def start(data: Gaussian, schedule: Schedule, s: Tensor) -> Gaussian:
     """Law of the first state: the data's, noised to s."""
     return gaussian.marginal(data, schedule, s)
 
 
-def generated(setting: Setting, schedule: UpdateSize, nodes: Tensor) -> tuple[Transition, Normal]:
+def generated(setting: Setting, schedule: Schedule, nodes: Tensor) -> tuple[Transition, Normal]:
     """Transition and law at the last node of production's Euler chain with the exact score."""
     data = gaussian_data(setting, DATA)
     problem, policy = generation(data, schedule)
