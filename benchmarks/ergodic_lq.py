@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -114,7 +115,7 @@ def run(method: str, seed: int) -> dict[str, object]:
     }
 
 
-def draw(runs: list[dict[str, object]]) -> Figure:
+def draw(runs: list[dict[str, Any]]) -> Figure:
     """Gap to the optimal average reward, every seed a line."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()

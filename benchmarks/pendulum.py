@@ -41,7 +41,7 @@ class Network(nn.Module):
         """One number a state."""
         angle, velocity = x[..., :1], x[..., 1:]
         seen = torch.cat([angle.cos(), angle.sin(), velocity / 3], dim=-1)
-        return self.layers(seen.to(self.layers[0].weight.dtype)).to(x.dtype)
+        return self.layers(seen.to(next(self.layers.parameters()).dtype)).to(x.dtype)
 
 
 def learn(pendulum: NoisyPendulum, seed: int, updates: int) -> ctrl.GaussianPolicy:

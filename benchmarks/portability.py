@@ -211,6 +211,7 @@ def table(found: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 1 where a test failed."""
+    assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", action="store_true", help="two kernels, the fewest tests")
     parser.add_argument("--processes", type=int, default=2, help="kernels at a time")

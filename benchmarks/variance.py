@@ -288,7 +288,7 @@ class Measured:
             group["lr"] = 0.0
         queries, calls = self.environment.reward_queries, self.environment.score.calls
         trainer.step()
-        cost = {
+        cost: dict[str, float] = {
             "queries": self.environment.reward_queries - queries,
             "calls": self.environment.score.calls - calls,
         }

@@ -82,7 +82,7 @@ def _signs(n: int) -> Tensor:
 def mean(values: Tensor, paths: ctrl.Paths) -> Tensor:
     """The exact expectation of what has one value per path: a weighted sum over the first axis."""
     assert paths.weights is not None
-    return torch.tensordot(paths.weights, values, dims=([0], [0]))
+    return torch.tensordot(paths.weights, values, dims=1)
 
 
 def point_start(noise: ctrl.Noise, state: list[float]) -> Tensor:

@@ -133,7 +133,7 @@ def decide(
             evidence = walk[:, -1]
         n, total = n + len(x), total + float(x.sum())
         squares += float(x.square().sum())
-        against = (max(float(peak[0]), float(peak[1])), float(peak[2]), float(peak[3]))
+        against = _by_hypothesis(peak)
         if against[0] >= math.log(2 / false_fail):
             return Decision(Verdict.FAIL, n, claimed + total / n, against)
         refuted = min(against[1], against[2]) >= math.log(1 / false_pass)
@@ -144,9 +144,16 @@ def decide(
             break
     if not n:
         raise ValueError("stream must hold at least one sample")
+    against = _by_hypothesis(peak)
     spread = squares / n - (total / n) ** 2
     if spread > _ALARM * variance:
         reason = f"the samples' variance {spread:.3g} is above its bound {variance:.3g}"
         return Decision(Verdict.INCONCLUSIVE, n, claimed + total / n, against, None, reason)
     needed = max(2 * n, samples_needed(tolerance, variance, false_pass))
     return Decision(Verdict.INCONCLUSIVE, n, claimed + total / n, against, needed)
+
+
+def _by_hypothesis(peak: Tensor) -> tuple[float, float, float]:
+    """Log-evidence against the claimed mean, on either side, and against the two edges."""
+    low, high, below, above = peak.tolist()
+    return max(low, high), below, above

@@ -28,7 +28,7 @@ def remainder(difference: sp.Expr) -> float:
     """
     symbols = sorted(difference.free_symbols, key=str)
     point = {symbol: _POINT[i % 8] + i // 8 for i, symbol in enumerate(symbols)}
-    value = sp.N(difference.subs(point), 50)
+    value = sp.N(difference.subs(list(point.items())), 50)
     size = abs(sp.N(value, 50))
     if not size.is_number or size is sp.nan:
         return math.nan

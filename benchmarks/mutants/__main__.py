@@ -19,6 +19,7 @@ from benchmarks.mutants.mutate import MODULES
 
 def main() -> int:
     """Run, print the table, judge."""
+    assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", metavar="module", help="to mutate (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("runs/mutants"), help="of the results")

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Session:
             of its own module's.
     """
 
-    modules: list[str]
+    modules: Sequence[str]
     folder: Path
     budget: float
     _failure: str = field(default="", init=False)
@@ -304,10 +304,11 @@ def _recode(old: types.FunctionType, new: types.FunctionType) -> bool:
         merged = theirs
     if repr(merged) != repr(mine):
         old.__defaults__, changed = merged, True
-    for name, value in (old.__kwdefaults__ or {}).items():
+    by_name = old.__kwdefaults__ or {}  # the function's own, no copy
+    for name, value in by_name.items():
         chosen = _chosen(value, (new.__kwdefaults__ or {})[name])
         if repr(chosen) != repr(value):
-            old.__kwdefaults__[name], changed = chosen, True
+            by_name[name], changed = chosen, True
     return changed
 
 
@@ -414,7 +415,7 @@ def _digest(*paths: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
-def run(modules: list[str], folder: Path, budget: float, tests: Iterable[str] = TESTS) -> None:
+def run(modules: Sequence[str], folder: Path, budget: float, tests: Iterable[str] = TESTS) -> None:
     """Try the mutants of ``modules`` that have no result in ``folder`` yet."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [

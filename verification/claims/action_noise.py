@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import ctrl
+from ctrl.policy import policy_kl
 from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
@@ -190,5 +191,5 @@ def action_noise(setting: Setting) -> Iterator[Check]:
     x = setting.tensor([[0.4, -0.9], [1.3, 0.2]])
     change = setting.tensor([0.7, -0.4])
     moved_policy = ctrl.GaussianPolicy(lambda t, x: pretrained.mean(t, x) + change, STD)
-    each = ctrl.policy.policy_kl(moved_policy, drawn, setting.tensor(0.3), x)
+    each = policy_kl(moved_policy, drawn, setting.tensor(0.3), x)
     yield pathwise("KL of one step's actions", each, [(0.7**2 + 0.4**2) / (2 * STD**2)] * 2)

@@ -152,7 +152,9 @@ def cost_of_exploration(setting: Setting) -> Iterator[Check]:
     flat = ctrl.linear.cost_of_exploration(production(replace(lq, discount=0.0), setting), HORIZON)
     want = exact.exploration_cost(lq.temperature, 2, 0.0, HORIZON)
     yield pathwise("over a horizon, without discount: cost_of_exploration", flat, want)
-    means = [
+    mean_drawn, mean_best = (
         torch.cat([each.laws.gain[0].flatten(), each.laws.offset[0]]) for each in (drawn, best)
-    ]
-    yield pathwise("the mean of the policy does not depend on the temperature", *means)
+    )
+    yield pathwise(
+        "the mean of the policy does not depend on the temperature", mean_drawn, mean_best
+    )

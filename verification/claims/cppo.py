@@ -8,6 +8,7 @@ and with d for d' in the second it is the surrogate, right to first order in pi'
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,7 +173,7 @@ def parameters(setting: Setting) -> list[Tensor]:
 
 
 def one_update(
-    setting: Setting, p: LQChain, rate: float, **options: float
+    setting: Setting, p: LQChain, rate: float, **options: Any
 ) -> tuple[np.ndarray, float, ctrl.Paths]:
     """Parameters and penalty after one update of production's agent, and its paths."""
     module = Learned(setting)
@@ -182,7 +183,7 @@ def one_update(
     update = agents.cppo(
         exploratory_lq.problem(p),
         module,
-        lambda m: exploratory_lq.policy(*m.theta),
+        lambda _: exploratory_lq.policy(*module.theta),
         value,
         lambda: exploratory_lq.drawn_paths(setting, p, parameters(setting), nodes),
         torch.optim.SGD(module.parameters(), lr=rate),

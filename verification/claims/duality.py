@@ -87,7 +87,7 @@ def chain_performance(setting: Setting, eta: float, controls: list) -> Tensor:
     problem = linear_policy.problem(data, rate, quadratic(setting, REWARD), KL_WEIGHT, eta)
     start = point_start(noise, STATES[0])
     paths = ctrl.simulate(problem, ctrl.DeterministicPolicy(action), start, grid, noise=noise)
-    return mean(ctrl.paths.returns_to_go(problem, paths)[:, 0], paths)
+    return mean(ctrl.returns_to_go(problem, paths)[:, 0], paths)
 
 
 @claim(

@@ -144,9 +144,11 @@ def eta_family(setting: Setting) -> Iterator[Check]:
     costs = [(1 + eta**2) ** 2 / (8 * eta**2) * energy for eta in noisy]
     yield pathwise("path KL of a shift, each eta", [shift_kl(setting, e) for e in noisy], costs)
     exact_g2 = setting.tensor([MODEL.integrated_beta(FROM, TO)])
-    scores = setting.tensor(np.stack([SHIFT, 0 * SHIFT]))[:, None, None]
+    shift = setting.tensor(SHIFT)[None, None]
     found_costs = [
-        denoising.path_kl_per_step(*scores, exact_g2, factor=denoising.kl_factor(eta)).item()
+        denoising.path_kl_per_step(
+            shift, 0 * shift, exact_g2, factor=denoising.kl_factor(eta)
+        ).item()
         for eta in noisy
     ]
     whole_step = float(SHIFT @ SHIFT) * MODEL.integrated_beta(FROM, TO)

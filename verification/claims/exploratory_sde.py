@@ -54,6 +54,7 @@ def moments_after(
     action = (1,) if policy.is_random else None
     rule = ctrl.noise.gauss_hermite(setting.tensor([h]), nodes=3, action=action)
     points = setting.tensor(np.linspace(-1.0, 1.0, exact.ORDER + 1))
+    assert rule.weights is not None
     many, states = len(rule.increments), len(points)
     noise = ctrl.Noise(
         rule.increments.repeat(states, 1, 1),

@@ -344,7 +344,7 @@ def numbers(setting: Setting, p: closed.OrnsteinUhlenbeck) -> list[Tensor]:
 def path_kl_limit(setting: Setting) -> Iterator[Check]:
     """The chain's KL on refined grids, against the closed form."""
     exact = closed.path_kl(P, HORIZON)
-    found = ctrl.linear.ornstein_uhlenbeck_path_kl(*numbers(setting, P), HORIZON)
+    found = ctrl.linear.ornstein_uhlenbeck_path_kl(*numbers(setting, P), time=HORIZON)
     yield expectation("KL of linear SDEs by one matrix exponential, closed form", found, exact)
     law, reference, spread, start = [
         [setting.tensor(part) for part in parts]

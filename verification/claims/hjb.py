@@ -10,6 +10,7 @@ of the error is the grid's wall, the step in time, or (weak noise) the artificia
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -47,10 +48,17 @@ def near(table: Tensor, axes: tuple[Axis, ...], width: float) -> tuple[np.ndarra
     return x[inside], table.reshape(len(x)).numpy()[inside]
 
 
-def solved(p: exact.Scalar, noise: float, axes: tuple[Axis, ...], **options: str) -> hjb.Solution:
+def solved(
+    p: exact.Scalar,
+    noise: float,
+    axes: tuple[Axis, ...],
+    differences: Literal["monotone", "central"] = "monotone",
+) -> hjb.Solution:
     """By production's grid."""
     problem = production(problem_of(p, noise), Setting()).problem()
-    return hjb.solve_discounted(problem, axes, gauss_legendre(-7.0, 7.0, 36), **options)
+    return hjb.solve_discounted(
+        problem, axes, gauss_legendre(-7.0, 7.0, 36), differences=differences
+    )
 
 
 def order(errors: list[float]) -> float:
@@ -157,7 +165,11 @@ def hjb_on_a_grid(setting: Setting) -> Iterator[Check]:
     actions = gauss_legendre(-7.0, 7.0, 36)
     axes = (Axis(-5.0, 5.0, 41),)
     S, e, c = exact.riccati(lq, HORIZON)
-    for name, method, counts in (("Euler", 1, (16, 32, 64)), ("differentiation", 2, (8, 16, 32))):
+    methods: tuple[tuple[str, Literal[1, 2], tuple[int, ...]], ...] = (
+        ("Euler", 1, (16, 32, 64)),
+        ("differentiation", 2, (8, 16, 32)),
+    )
+    for name, method, counts in methods:
         rows = []
         for steps in counts:
             found = hjb.solve_finite_horizon(

@@ -5,6 +5,7 @@ derivative of column j, in the direction of column j. The reference takes it by 
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from verification.closed_form.linear_moments import first, noise_drift, second
 TIME = 0.7
 STATES = ((0.3, -1.1), (0.9, 0.45), (-0.6, 1.7))
 NOISE_DRIFT = "ctrl.sde.ControlledSDE.noise_drift"
-ENTRIES: dict[str, Callable[..., tuple[tuple[object, ...], ...]]] = {
+ENTRIES: dict[str, Callable[..., tuple[tuple[Any, ...], ...]]] = {
     "diagonal": lambda cos, x, y: ((0.5 + 0.3 * cos(x), 0 * x), (0 * y, 0.5 + 0.3 * cos(y))),
     "scalar": lambda cos, x, y: ((0.7 + 0.4 * x * y,), (0.2 * y * y + cos(x),)),
     "general": lambda cos, x, y: (

@@ -235,6 +235,7 @@ def exploratory_lq_with_horizon(setting: Setting) -> Iterator[Check]:
 
     # every action, at any time: gam log pi = q
     policy, t = solution.policy(), _tensor(0.53, setting)
+    assert isinstance(policy, ctrl.GaussianPolicy)  # the temperature is positive
     x, a = _tensor(X, setting), _tensor(ACTIONS, setting)
     q = q_rate(problem.problem(HORIZON), solution.value, t, x, a)
     log_pi = lq.temperature * policy.log_prob(t, x, a)
@@ -307,6 +308,8 @@ def exploratory_lq_without_horizon(setting: Setting) -> Iterator[Check]:
     plain = ctrl.linear.evaluate_lq_ergodic(cold, best.law).average_reward
     law = best.law
     classical = ctrl.linear.solve_lq_ergodic(cold).average_reward
+    assert classical is not None
+    assert plain is not None
     got = [float(each) for each in (law.gain, law.offset, law.covariance, classical, plain)]
     want = [-0.354249, -0.708497, 0.035425, 0.708497, 0.658497]
     yield limit("the benchmark's published numbers, to their six digits", got, want)

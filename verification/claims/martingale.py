@@ -15,6 +15,7 @@ from torch import Tensor
 
 import ctrl
 from ctrl import martingale as mg
+from ctrl.paths import kept_actions
 from ctrl.value import Value
 from verification.claim import Check, Setting, claim, expectation, pathwise, wrong
 from verification.closed_form import exploratory_chain as exact
@@ -69,7 +70,7 @@ def exact_value(setting: Setting, times: Sequence[float] = NODES) -> Value:
 
 def basis(paths: ctrl.Paths) -> Tensor:
     """1, x, x^2, x eps, eps^2 - 1, eps the noise of the action before: the past alone."""
-    x, a = paths.states[:, :-1, 0], paths.actions[..., 0]
+    x, a = paths.states[:, :-1, 0], kept_actions(paths)[..., 0]
     eps = (a - POLICY.gain * x - POLICY.offset) / POLICY.std
     first = torch.zeros_like(x[:, :1])
     before = torch.cat([first, eps[:, :-1]], dim=1)
@@ -84,7 +85,7 @@ def discounts(paths: ctrl.Paths) -> Tensor:
 
 def earned(paths: ctrl.Paths) -> Tensor:
     """Discounted reward, entropy and terminal reward of every path, written out."""
-    x, a, last = paths.states[:, :-1, 0], paths.actions[..., 0], paths.states[:, -1, 0]
+    x, a, last = paths.states[:, :-1, 0], kept_actions(paths)[..., 0], paths.states[:, -1, 0]
     eps = (a - POLICY.gain * x - POLICY.offset) / POLICY.std
     log_prob = -0.5 * eps**2 - np.log(POLICY.std * np.sqrt(2 * np.pi))
     rate = -0.5 * (C.state_cost * x**2 + C.action_cost * a**2) - C.temperature * log_prob

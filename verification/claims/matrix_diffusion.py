@@ -15,6 +15,7 @@ from verification.claim import Check, Setting, claim, expectation, pathwise, wro
 from verification.closed_form import weighted_norm
 from verification.closed_form.gaussian_law import log_density
 from verification.cubature import mean, point_start
+from verification.problems import NoiseKind
 
 CONDITIONS = (3.0, 1e3, 1e6)
 SHIFT = (0.37, -0.82)
@@ -22,7 +23,9 @@ NODES = (0.0, 0.2, 0.65)
 MATRIX = ((0.5, -0.3, 0.4), (0.2, 0.7, -0.6))
 
 
-def whitened(setting: Setting, sigma: Tensor, shift: Tensor, noise: str = "general") -> Tensor:
+def whitened(
+    setting: Setting, sigma: Tensor, shift: Tensor, noise: NoiseKind = "general"
+) -> Tensor:
     """u of one state of two coordinates."""
     count = sigma.shape[1] if noise == "general" else None
     value = sigma if noise == "general" else sigma[:, 0]
@@ -31,7 +34,7 @@ def whitened(setting: Setting, sigma: Tensor, shift: Tensor, noise: str = "gener
     return sde.whiten(setting.tensor(0.2), x, shift[None])[0]
 
 
-def refused(setting: Setting, sigma: list[list[float]], noise: str = "general") -> bool:
+def refused(setting: Setting, sigma: list[list[float]], noise: NoiseKind = "general") -> bool:
     """Whether a drift that the noise does not reach has no control."""
     try:
         whitened(setting, setting.tensor(sigma), setting.tensor(SHIFT), noise)

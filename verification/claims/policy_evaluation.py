@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def losses(e: exact.Evaluation, paths: ctrl.Paths, decay: float) -> dict[str, Lo
     """What the methods descend; of squares, what they should not."""
     p, xi = problem(e), mg.features_along(tests)
 
-    def gmm(v: ctrl.value.Value, weighting: str) -> Tensor:
+    def gmm(v: ctrl.value.Value, weighting: Literal["identity", "covariance"]) -> Tensor:
         return mg.cgtd_loss(xi, v, p, paths, weighting=weighting)
 
     return {
@@ -95,11 +96,13 @@ def root(
     loss: Loss, paths: ctrl.Paths, phi: mg.Features, known: ctrl.value.Value | None = None
 ) -> np.ndarray:
     """Where the gradient, which is affine in the coefficients, vanishes."""
+    weights = paths.weights
+    assert weights is not None
 
     def gradient(theta: Tensor) -> Tensor:
         theta = theta.requires_grad_()
         each = loss(mg.LinearValue(phi, theta, known))
-        total = each if each.ndim == 0 else paths.weights @ each
+        total = each if each.ndim == 0 else weights @ each
         return torch.autograd.grad(total, theta)[0]
 
     unit = torch.eye(phi(paths.grid.nodes[0], paths.states[:, 0]).shape[1]).to(paths.states)

@@ -12,6 +12,7 @@ from torch import Tensor
 import ctrl
 from ctrl import martingale as mg
 from ctrl import q_learning as ql
+from ctrl.paths import kept_actions
 from ctrl.value import Value
 from verification.claim import Check, Setting, claim, expectation, limit, pathwise, wrong
 from verification.claims.martingale import (
@@ -55,7 +56,7 @@ def basis(behaviour: exact.Feedback) -> mg.TestFunctions:
     """1, x, x^2, x eps, eps^2 - 1, eps the noise of the step's own action."""
 
     def tests(paths: ctrl.Paths) -> Tensor:
-        x, a = paths.states[:, :-1, 0], paths.actions[..., 0]
+        x, a = paths.states[:, :-1, 0], kept_actions(paths)[..., 0]
         eps = (a - behaviour.gain * x - behaviour.offset) / behaviour.std
         return torch.stack([torch.ones_like(x), x, x**2, x * eps, eps**2 - 1], dim=2)
 
@@ -392,7 +393,7 @@ def slopes_of_squares(value: Value, q: ql.QRate, paths: ctrl.Paths) -> tuple[Ten
 
 def left_over(paths: ctrl.Paths, value: Value, q: ql.QRate) -> Tensor:
     """Discounted reward, terminal reward too, less q, less the first value: step by step."""
-    nodes, x, a = paths.grid.nodes, paths.states, paths.actions
+    nodes, x, a = paths.grid.nodes, paths.states, kept_actions(paths)
     policy = gaussian(POLICY)
     total = earned(paths) - value(nodes[0], x[:, 0])
     for k, h in enumerate(nodes.diff()):
@@ -453,6 +454,7 @@ def one_step_rates(setting: Setting, h: float, x: Tensor, a: Tensor) -> Tensor:
     paths = ctrl.simulate(endless(LQ), policy, x.repeat_interleave(many, 0), grid, noise=noise)
     gains = mg.increments(moving, replace(endless(LQ), temperature=0.0), paths)
     masses = ctrl.noise.gauss_hermite(grid.steps, nodes=3).weights
+    assert masses is not None
     return gains.view(len(x), many) @ masses / h
 
 

@@ -86,7 +86,8 @@ def ratio_of_kls(entries: int) -> float:
     scores = torch.tensor([[0.3, -0.8]], dtype=torch.float64), torch.zeros(1, 2).double()
     of_chain = sampler.transition_kl(torch.tensor([k]), *scores)
     of_sde = denoising.path_kl_per_step(
-        *[score[:, None] for score in scores],
+        scores[0][:, None],
+        scores[1][:, None],
         sampler.integrated_g2[k : k + 1],
         factor=sampler.kl_factor,
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,7 +188,12 @@ def _tiny_rates(setting: Setting, runs: int) -> tuple[float, float, float]:
     all samples that were drawn until the verdict.
     """
     g = torch.Generator().manual_seed(setting.seed)
-    settings = {"tolerance": TOLERANCE, "variance": 1.0, "false_fail": TINY, "false_pass": TINY}
+    settings: dict[str, Any] = {
+        "tolerance": TOLERANCE,
+        "variance": 1.0,
+        "false_fail": TINY,
+        "false_pass": TINY,
+    }
     fail = passed = used = 0.0
     for _ in range(runs):
         one = decide(_batches(LAWS["normal"], TOLERANCE, g), 0.0, **settings)

@@ -54,6 +54,11 @@ GAUSSIAN_KL = [
 ]
 
 
+def columns(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """The first and the second of every pair."""
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
 def gap_of(path: float, terminal: float) -> float:
     """By how much the KL of the terminal laws is below that of the paths."""
     return path - terminal
@@ -240,8 +245,8 @@ def terminal_kl(setting: Setting) -> Iterator[Check]:
 
     given = (P.pull, P.shift, P.reference_pull, P.reference_shift, P.noise, P.mean, P.std**2)
     numbers = [setting.tensor(value) for value in given]
-    whole = float(ctrl.linear.ornstein_uhlenbeck_path_kl(*numbers, HORIZON))
-    part = float(ctrl.linear.ornstein_uhlenbeck_terminal_kl(*numbers, HORIZON))
+    whole = float(ctrl.linear.ornstein_uhlenbeck_path_kl(*numbers, time=HORIZON))
+    part = float(ctrl.linear.ornstein_uhlenbeck_terminal_kl(*numbers, time=HORIZON))
     yield expectation("terminal KL, continuous time", part, closed.terminal_kl(P, HORIZON))
     yield expectation(
         "path KL - terminal KL, continuous time, against the reversed drifts",
@@ -258,7 +263,7 @@ def terminal_kl(setting: Setting) -> Iterator[Check]:
         pairs.append((low, high))
         # dP/dP_ref = h(T, X_T) / h(0, X_0)
         arrive, left = reference_law(0.0).of(-1), tilted.states[:, 0, 0] - P.mean
-        slope = np.prod(1 - P.reference_pull * np.diff(nodes))
+        slope = float(np.prod(1 - P.reference_pull * np.diff(nodes)))
         expected = float(arrive.mean[0]) + slope * left
         mass = 0.5 * REWARD**2 * float(arrive.covariance[0, 0])
         yield expectation(
@@ -269,9 +274,7 @@ def terminal_kl(setting: Setting) -> Iterator[Check]:
             ratio,
             REWARD * (tilted.states[:, -1, 0] - expected) - mass,
         )
-    yield bound(
-        "terminal KL <= path KL, with a case of equality", *map(list, zip(*pairs, strict=True))
-    )
+    yield bound("terminal KL <= path KL, with a case of equality", *columns(pairs))
 
     kept = np.exp(-NOISED)
     at_end = VARIANCE * (1 - kept) / (kept * VARIANCE + 1 - kept)  # Var(X_T | X_0)
@@ -380,4 +383,4 @@ def initial_laws(setting: Setting) -> Iterator[Check]:
         ),
     )
     pairs.append((kl(*ends), float(mean(found, paths))))
-    yield bound("terminal KL <= initial KL + path KL", *map(list, zip(*pairs, strict=True)))
+    yield bound("terminal KL <= initial KL + path KL", *columns(pairs))

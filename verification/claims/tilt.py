@@ -130,7 +130,8 @@ def tilt(setting: Setting) -> Iterator[Check]:
 
 def ou_value(setting: Setting, time_to_go: float | Tensor) -> linear.Quadratic:
     """V* of the Ornstein-Uhlenbeck base at some time to go."""
-    base = linear.transition(*(setting.tensor(each) for each in BASE), time_to_go)
+    A, b, G = (setting.tensor(each) for each in BASE)
+    base = linear.transition(A, b, G, time_to_go)
     Q, slope, c = (setting.tensor(each) for each in REWARD)
     return linear.kl_optimal_value(base, Q, slope, KL_WEIGHT, c)
 

@@ -7,6 +7,7 @@ and KLs are to agree on every path, to round-off.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import ctrl
 from verification.claim import Check, Setting, claim, expectation, pathwise, wrong
 from verification.closed_form import ornstein_uhlenbeck as closed
 from verification.cubature import gaussian_start, mean, point_start
-from verification.problems import NODES, grid, ornstein_uhlenbeck
+from verification.problems import NODES, NoiseKind, grid, ornstein_uhlenbeck
 
 P = closed.OrnsteinUhlenbeck()
 MATRIX = ((0.5, -0.3, 0.4), (0.2, 0.7, -0.6))
@@ -89,8 +90,9 @@ def by_torchsde(
         increments = torch.nn.functional.pad(increments, (0, 1), value=0.3)
     states, ratios = [start], []
     for k, (t0, t1) in enumerate(itertools.pairwise(nodes)):
+        motion: Any = Increment(increments[:, k])  # all that torchsde asks of its own class
         found, ratio = torchsde.sdeint(
-            equation, states[-1], torch.stack([t0, t1]), bm=Increment(increments[:, k]),
+            equation, states[-1], torch.stack([t0, t1]), bm=motion,
             method="euler", dt=2.0, logqp=True,
         )  # fmt: skip  # one step: dt is cut at the last of the times
         states.append(found[-1])
@@ -98,7 +100,7 @@ def by_torchsde(
     return torch.stack(states, 1), torch.stack(ratios, 1)
 
 
-def curved(setting: Setting, noise: str) -> tuple[ctrl.ControlledSDE, ctrl.Paths]:
+def curved(setting: Setting, noise: NoiseKind) -> tuple[ctrl.ControlledSDE, ctrl.Paths]:
     """The equation of ``Equation``, written for ctrl, on quadrature paths."""
     matrix = setting.tensor(MATRIX)
 

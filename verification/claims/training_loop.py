@@ -23,6 +23,7 @@ from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import ScoreAsAction
 from diffusion_envs.objectives.protocol import Rows, path_kl_rate
 from diffusion_envs.samplers import DDIM
+from diffusion_envs.samplers.ddim import BoundDDIM
 from diffusion_envs.training.lessons import PathSteps
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
@@ -75,8 +76,15 @@ class Process(Accelerator):
     def __init__(self, index: int = 0, processes: int = 1) -> None:
         self._index, self._processes = index, processes
 
-    num_processes = property(lambda self: self._processes)
-    process_index = property(lambda self: self._index)
+    @property
+    def num_processes(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]  # accelerate types it as NoReturn
+        """How many there are said to be."""
+        return self._processes
+
+    @property
+    def process_index(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]  # as above
+        """Which one this is."""
+        return self._index
 
     def gather(self, tensor: Any) -> Any:
         """Nothing comes from elsewhere."""
@@ -121,9 +129,18 @@ def trainer(
 
 def network_of(made: Trainer) -> Network:
     """Its network."""
-    network = made.environment.score.unet
+    score = made.environment.score
+    assert isinstance(score, GuidedScore)
+    network = score.unet
     assert isinstance(network, Network)
     return network
+
+
+def sampler_of(made: Trainer) -> BoundDDIM:
+    """Its sampler."""
+    sampler = made.environment.sampler
+    assert isinstance(sampler, BoundDDIM)
+    return sampler
 
 
 def flat(values: Tensor, keep: int = 2) -> np.ndarray:
@@ -134,7 +151,7 @@ def flat(values: Tensor, keep: int = 2) -> np.ndarray:
 def by_hand(made: Trainer) -> tuple[Sampler, np.ndarray, np.ndarray]:
     """The sampler's tables and the adapter."""
     network = network_of(made)
-    alpha_bar = made.environment.sampler.alpha_bar.numpy()
+    alpha_bar = sampler_of(made).alpha_bar.numpy()
     a, b = (p.detach().double().numpy() for p in (network.a, network.b))
     return Sampler(ETA, alpha_bar), a, b
 
@@ -306,14 +323,16 @@ def training_loop(setting: Setting) -> Iterator[Check]:
     yield pathwise("path KL of every step, by hand", rollout.costs, costs)
     order = torch.randperm(SAMPLES * STEPS, generator=stream(setting.seed, "rows"))
     which = torch.cartesian_prod(torch.arange(SAMPLES), torch.arange(STEPS))[order]
+    objective = made.objective
+    assert isinstance(objective, ScoreAsAction)
     with torch.no_grad():
         lesson = made.lesson(rollout)
         advantages = made._advantages(rollout)
         assert isinstance(lesson, PathSteps)
         rows = lesson.rows(which)
         pieces = [lesson.rows(piece) for size in (1, 5, 24) for piece in which.split(size)]
-        ratio = torch.cat([made.objective.log_ratio(piece) for piece in pieces]).exp()
-        trained, losses = path_kl_rate(rows), made.objective.loss(rows)
+        ratio = torch.cat([objective.log_ratio(piece) for piece in pieces]).exp()
+        trained, losses = path_kl_rate(rows), objective.loss(rows)
     check = pathwise("ratio before the first step is 1", ratio, torch.ones_like(ratio))
     yield stated(check, units=units_of_ratio(rows))
     path, step = which.unbind(1)
@@ -323,7 +342,7 @@ def training_loop(setting: Setting) -> Iterator[Check]:
     share = float(np.abs(a_k).max()) / losses.abs().max().item()
     yield stated(check, units=share * units_of_ratio(rows))
     after = rollout.states[path, step + 1]
-    mean = made.environment.sampler.mean(step, rollout.states[path, step], rows.old_mean)
+    mean = sampler_of(made).mean(step, rollout.states[path, step], rows.old_mean)
     std = torch.as_tensor(s.std).to(after)[step].view(-1, 1, 1, 1)
     yield pathwise("a row's noise leads to its next state", mean + std * rows.noise, after)
     want = linear_adapter.gradient(

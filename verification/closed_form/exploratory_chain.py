@@ -13,6 +13,7 @@ Everything is a polynomial of normals, so expectations follow from three rules:
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.polynomial import Polynomial
@@ -57,8 +58,8 @@ class ExploratoryChain:
         return mean, self.noise**2 * h + (h * self.control * policy.std) ** 2
 
 
-def expected(p: Polynomial, mean: Polynomial | float, variance: float) -> Polynomial | float:
-    """E p(Y) of Y ~ N(mean, variance), p of degree 5 at most."""
+def expected(p: Polynomial, mean: Polynomial | float, variance: float) -> Any:
+    """E p(Y) of Y ~ N(mean, variance), p of degree 5 at most: a polynomial if the mean is one."""
     return p(mean) + variance / 2 * p.deriv(2)(mean) + variance**2 / 8 * p.deriv(4)(mean)
 
 

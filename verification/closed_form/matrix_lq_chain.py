@@ -52,7 +52,7 @@ def chain_value(
     spread = scale @ scale.T
     entropy = 0.5 * DIM * np.log(2 * np.pi * np.e) + np.log(np.diag(scale)).sum()
     P, e, c = -p.terminal_cost, np.zeros(DIM), 0.0
-    found = [(P, e, c)]
+    backward: list[tuple[np.ndarray, np.ndarray, float | complex]] = [(P, e, c)]
     for h in np.diff(nodes)[::-1]:
         keep = np.exp(-p.discount * h)
         F, b = np.eye(DIM) + h * (p.drift + p.push @ gain), h * p.push @ offset
@@ -62,14 +62,14 @@ def chain_value(
         c = c + h * (p.temperature * entropy - cost)
         e = keep * F.T @ (P @ b + e) - h * gain.T @ p.action_cost @ offset
         P = keep * F.T @ P @ F - h * (p.state_cost + gain.T @ p.action_cost @ gain)
-        found.append((P, e, c))
-    return found[::-1]
+        backward.append((P, e, c))
+    return backward[::-1]
 
 
 def performance(p: MatrixLQ, theta: np.ndarray, nodes: np.ndarray) -> float | complex:
     """V(0, start)."""
     (P, e, c), x = chain_value(p, theta, nodes)[0], np.array(p.start)
-    return x @ P @ x / 2 + e @ x + c
+    return (x @ P @ x / 2 + e @ x + c).item()
 
 
 def gradient(function: Callable[[np.ndarray], float | complex], theta: np.ndarray) -> np.ndarray:
