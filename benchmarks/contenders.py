@@ -93,9 +93,9 @@ class TinyProblem:
             raise ValueError("score must be that of the environment that was made last")
         environment = dataclasses.replace(self._environment, sampler=sampler)
         judges = {"judge": self._judge}
-        found = evaluate(environment, self.samples, batch=50, judges=judges)
-        reward, nats = float(found.rewards.mean()), float(found.path_kl.mean())
-        held_out = float(found.judged["judge"].mean())
+        evaluation = evaluate(environment, self.samples, batch=50, judges=judges)
+        reward, nats = float(evaluation.rewards.mean()), float(evaluation.path_kl.mean())
+        held_out = float(evaluation.judged["judge"].mean())
         return Seen(reward, nats, reward - self.kl_weight * nats, math.nan, held_out)
 
     def optimum(self, sampler: BoundDDIM) -> Outcome:
@@ -300,9 +300,9 @@ class Runs:
 
     def __init__(self, path: Path, say: Callable[[str], object] = print) -> None:
         self.path, self.say = path, say
-        self.found: list[dict[str, Any]] = []
+        self.results: list[dict[str, Any]] = []
         if path.exists():
-            self.found = [json.loads(line) for line in path.read_text().splitlines()]
+            self.results = [json.loads(line) for line in path.read_text().splitlines()]
 
     def get(
         self,
@@ -326,36 +326,36 @@ class Runs:
             "training": training(entry, problem, budget),
             **dataclasses.asdict(budget),
         }
-        for one in self.found:
+        for one in self.results:
             same = all(one[key] == value for key, value in wanted.items())
             if same and math.isclose(one["rate"], rate):
                 return one
         if not make:
             raise MissingRunError(f"{name} at rate {rate:g}, seed {seed}")
-        found = run(name, entry, problem, budget, rate, seed)
-        self.found.append(found)
+        result = run(name, entry, problem, budget, rate, seed)
+        self.results.append(result)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        self.say(f"{name}  rate {rate:g}  seed {seed}  share {final(found):.4f}")
-        return found
+            file.write(json.dumps(result) + "\n")
+        self.say(f"{name}  rate {rate:g}  seed {seed}  share {final(result):.4f}")
+        return result
 
 
-def final(found: dict[str, Any]) -> float:
+def final(result: dict[str, Any]) -> float:
     """Share at the end of a run; minus infinity, if it diverged."""
-    whole = found["curve"] and not found["diverged"]
-    share = found["curve"][-1]["share"] if whole else -math.inf
+    whole = result["curve"] and not result["diverged"]
+    share = result["curve"][-1]["share"] if whole else -math.inf
     return share if math.isfinite(share) else -math.inf
 
 
-def swept_score(found: dict[str, Any]) -> float:
+def swept_score(result: dict[str, Any]) -> float:
     """What a run counts for in a sweep: its final share, or its worst if that is below -1.
 
     A rate at which a run first loses more than the whole gap and then recovers is one at which
     another seed may not; the reported ones should not have to show that. At least -10.
     """
-    worst = min((point["share"] for point in found["curve"]), default=-math.inf)
-    score = worst if worst < -1 else final(found)
+    worst = min((point["share"] for point in result["curve"]), default=-math.inf)
+    score = worst if worst < -1 else final(result)
     return score if score > -10 else -10.0  # also where it is not a number
 
 
@@ -366,11 +366,11 @@ def swept(score: Callable[[float], float], first: Sequence[float]) -> float:
     """The best learning rate, from a sweep that goes on while its best lies at an end of it."""
     places = [min(range(len(RATES)), key=lambda k: abs(math.log(RATES[k] / r))) for r in first]
     low, high = min(places), max(places)
-    found = {k: score(RATES[k]) for k in range(low, high + 1)}
+    scores = {k: score(RATES[k]) for k in range(low, high + 1)}
     while True:
-        best = max(found, key=lambda k: found[k])
+        best = max(scores, key=lambda k: scores[k])
         beyond = {low: low - 1, high: high + 1}.get(best)
         if beyond is None or not 0 <= beyond < len(RATES):
             return RATES[best]
-        found[beyond] = score(RATES[beyond])
+        scores[beyond] = score(RATES[beyond])
         low, high = min(low, beyond), max(high, beyond)

@@ -142,8 +142,8 @@ def main() -> None:
         of = [one for one in runs if one["method"] == method]
         for key in ("gain", "offset", "variance", "average_reward", "learned_average_reward"):
             numbers = [float(one[key]) for one in of]  # type: ignore[arg-type]  # JSON
-            mean, spread = statistics.mean(numbers), statistics.stdev(numbers)
-            summary[f"{method} {key}"] = {"mean": mean, "standard_deviation": spread}
+            mean, std = statistics.mean(numbers), statistics.stdev(numbers)
+            summary[f"{method} {key}"] = {"mean": mean, "standard_deviation": std}
     print(json.dumps(summary))
     (DOCS / "ergodic_lq.json").write_text(json.dumps({"summary": summary, "runs": runs}) + "\n")
     draw(runs).savefig(DOCS / "ergodic_lq.png", dpi=110)

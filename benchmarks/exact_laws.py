@@ -294,13 +294,13 @@ def change_coefficients(
 ) -> tuple[Float[Tensor, "n dim dim"], Float[Tensor, "n dim"]]:
     """(D, c) of the optimal score less the pretrained one, D x + c, at these signals."""
     alpha = alpha.double()[:, None]
-    found = []
+    coefficients = []
     for law in (target_of(problem), problem.data):
         values, vectors = law.spectrum
         precision = 1 / (alpha.square() * values + 1 - alpha.square())
         inverse = (vectors * precision[:, None, :]) @ vectors.mT
-        found.append((-inverse, alpha * torch.einsum("nij,j->ni", inverse, law.mean)))
-    (gain, shift), (gain_before, shift_before) = found
+        coefficients.append((-inverse, alpha * torch.einsum("nij,j->ni", inverse, law.mean)))
+    (gain, shift), (gain_before, shift_before) = coefficients
     return gain - gain_before, shift - shift_before
 
 
@@ -317,11 +317,11 @@ def _mixture_change(problem: MixtureProblem) -> Callable[[Tensor, Tensor], Tenso
             torch.tensor(v).to(x) for v in (problem.weights, problem.means, problem.stds)
         )
         noise = 1 - a.square()
-        spread = a.square() * stds.square() + noise
+        variance = a.square() * stds.square() + noise
         gap = x - a * means
-        share = weights.log() - 0.5 * spread.log() - 0.5 * gap.square() / spread
-        middle = means + a * stds.square() * gap / spread
-        width = (stds.square() * noise / spread).sqrt()
+        share = weights.log() - 0.5 * variance.log() - 0.5 * gap.square() / variance
+        middle = means + a * stds.square() * gap / variance
+        width = (stds.square() * noise / variance).sqrt()
         data = middle[..., None] + width[..., None] * nodes  # [n, components, nodes]
         log_mass = share[..., None] + masses.log().to(x)
         reward = problem.reward(data.reshape(-1, 1), ["-"] * data.numel()).view(data.shape)
@@ -353,10 +353,10 @@ def table_of_optimum(
     def change(states: Tensor, alpha: Tensor) -> Tensor:
         gap = (alpha.double()[:, None] - known).abs()
         at = gap.argmin(1)
-        found = torch.einsum("nij,nj->ni", gains[at], states.double()) + shifts[at]
+        correction = torch.einsum("nij,nj->ni", gains[at], states.double()) + shifts[at]
         if elsewhere == "zero":  # neighbours in the table differ by more than 1e-6
-            found = found * (gap.min(1).values < 1e-7)[:, None]
-        return found
+            correction = correction * (gap.min(1).values < 1e-7)[:, None]
+        return correction
 
     score = pretrained_score(problem, sampler.table)
     return CorrectedScore(score.exact, Correction(change), sampler.table.alphas_cumprod)

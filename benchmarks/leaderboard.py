@@ -105,8 +105,8 @@ def summary(name: str, entry: Entry, runs: Sequence[dict[str, Any]], rate: float
     best = [max(point["share"] for point in one["curve"]) for one in runs]
 
     def mean(values: Sequence[float]) -> tuple[float, float]:
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        return statistics.fmean(values), spread / math.sqrt(len(values))
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        return statistics.fmean(values), std / math.sqrt(len(values))
 
     return {
         "method": name,

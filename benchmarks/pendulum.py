@@ -102,8 +102,8 @@ def main() -> None:
     )
 
     def evaluated(policy: ctrl.Policy) -> Tensor:
-        found = hjb.evaluate_discounted(pendulum.problem, policy, axes, differences="central")
-        return found(zero, STATES)
+        value = hjb.evaluate_discounted(pendulum.problem, policy, axes, differences="central")
+        return value(zero, STATES)
 
     worst = evaluated(idle)
     print(json.dumps({"optimum": best.tolist(), "no torque": worst.tolist()}))
@@ -111,10 +111,10 @@ def main() -> None:
     for seed in range(chosen.seeds):
         started = time.perf_counter()
         policy = learn(pendulum, seed, chosen.updates)
-        found = evaluated(policy)
-        share = ((found - worst) / (best - worst)).tolist()
+        rewards = evaluated(policy)
+        share = ((rewards - worst) / (best - worst)).tolist()
         shares += share
-        line = {"seed": seed, "value": found.tolist(), "share_of_the_gain": share}
+        line = {"seed": seed, "value": rewards.tolist(), "share_of_the_gain": share}
         line |= {"std": policy.std, "seconds": round(time.perf_counter() - started, 1)}
         print(json.dumps(line), flush=True)
     print(json.dumps({"least share": min(shares), "mean share": statistics.mean(shares)}))

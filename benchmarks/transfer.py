@@ -122,17 +122,17 @@ class Options:
 @functools.cache
 def solvers() -> dict[tuple[str, int], BoundSampler]:
     """Everything that a trained policy is judged on, by name and number of steps."""
-    found: dict[tuple[str, int], BoundSampler] = {}
+    bound: dict[tuple[str, int], BoundSampler] = {}
     for eta, steps in itertools.product((1.0, 0.0), (10, 25, 50, 100)):
-        found[f"DDIM eta {eta:g}", steps] = DDIM(eta).bind(table(), steps)
+        bound[f"DDIM eta {eta:g}", steps] = DDIM(eta).bind(table(), steps)
     black_boxes = {
         "DPM-Solver++": "DPMSolverMultistepScheduler",
         "UniPC": "UniPCMultistepScheduler",
         "Heun": "HeunDiscreteScheduler",
     }
     for (name, kind), steps in itertools.product(black_boxes.items(), (10, 25)):
-        found[name, steps] = Scheduler(kind).bind(table(), steps)
-    return found
+        bound[name, steps] = Scheduler(kind).bind(table(), steps)
+    return bound
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -210,12 +210,12 @@ def judged(problem: GaussianProblem | MixtureProblem, score: CorrectedScore) -> 
 
 def judgements(run: Mapping[str, Any]) -> Judgements:
     """Those that were stored with a run."""
-    return {(solver, steps): Judged(**found) for solver, steps, found in run["judged"]}
+    return {(solver, steps): Judged(**values) for solver, steps, values in run["judged"]}
 
 
 def known(problem: GaussianProblem | MixtureProblem, train_steps: int) -> dict[str, Judgements]:
     """Policies that need no training."""
-    found = {
+    scores = {
         "pretrained": exact_laws.pretrained_score(problem, table()),
         "optimum": exact_laws.optimal_score(problem, table()),
     }
@@ -223,10 +223,10 @@ def known(problem: GaussianProblem | MixtureProblem, train_steps: int) -> dict[s
         chain = DDIM(1.0).bind(table(), train_steps)
         choices: tuple[Literal["nearest", "zero"], ...] = ("nearest", "zero")
         for elsewhere in choices:
-            found[f"optimum of the chain, a table, {elsewhere} elsewhere"] = (
+            scores[f"optimum of the chain, a table, {elsewhere} elsewhere"] = (
                 exact_laws.table_of_optimum(problem, chain, elsewhere=elsewhere)
             )
-    return {name: judged(problem, score) for name, score in found.items()}
+    return {name: judged(problem, score) for name, score in scores.items()}
 
 
 @functools.cache
@@ -239,7 +239,7 @@ def numbers(
     problem: GaussianProblem | MixtureProblem, one: Judgements, references: Mapping[str, Judgements]
 ) -> dict[tuple[str, int], dict[str, float | None]]:
     """A policy's numbers on every solver, shares among them."""
-    found = {}
+    collected = {}
     for (name, steps), it in one.items():
         start, best = (references[which][name, steps] for which in ("pretrained", "optimum"))
         row: dict[str, float | None] = {
@@ -259,14 +259,14 @@ def numbers(
             row["share_of_j"] = (value - start.reward) / (
                 chain_optimum(problem, steps) - start.reward
             )
-        found[name, steps] = row
-    return found
+        collected[name, steps] = row
+    return collected
 
 
 def mean(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.fmean(values), spread / math.sqrt(len(values))
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), std / math.sqrt(len(values))
 
 
 QUANTITIES = (
@@ -347,8 +347,10 @@ def _rows_of_problem(
                 return one
         score, cost = train(problem, entries[method], options, steps, key["rate"], seed)
         weights = [p.detach().flatten().tolist() for p in score.correction.parameters()]
-        found = [[*where, dataclasses.asdict(it)] for where, it in judged(problem, score).items()]
-        cost |= {"spent": cost["queries"], "weights": weights, "judged": found}
+        judgements_of_run = [
+            [*where, dataclasses.asdict(it)] for where, it in judged(problem, score).items()
+        ]
+        cost |= {"spent": cost["queries"], "weights": weights, "judged": judgements_of_run}
         runs.append(cost | key)  # what is asked for, not what was spent, tells runs apart
         with stored.open("a") as file:
             file.write(json.dumps(runs[-1]) + "\n")
@@ -360,7 +362,7 @@ def _rows_of_problem(
     count = options.mixture_seeds if mixture else options.seeds
     plan = [(m, options.train_steps) for m in chosen]
     plan += [(m, options.few_steps) for m in options.few_step_methods]
-    found = {
+    costs = {
         (method, steps): [need(method, steps, seed) for seed in range(count)]
         for method, steps in plan
     }
@@ -369,7 +371,7 @@ def _rows_of_problem(
         key: dict[str, Any] = {"problem": name, "method": method, "trained": False}
         key |= {"train_steps": options.train_steps, "aims": True, "rate": None}
         rows += rows_of(key, [numbers(problem, one, references)], options.train_steps)
-    for (method, steps), cost in found.items():
+    for (method, steps), cost in costs.items():
         seeds = [numbers(problem, judgements(run), references) for run in cost]
         key: dict[str, Any] = {"problem": name, "method": method, "trained": True}
         key |= {"train_steps": steps}

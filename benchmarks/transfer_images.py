@@ -82,12 +82,12 @@ class Options:
 
 def judged(environment: Any, problem: TinyProblem, options: Options) -> dict[str, Evaluation]:
     """By every sampler."""
-    found = {}
+    evaluations = {}
     for name, (sampler, steps) in SAMPLERS.items():
         other = dataclasses.replace(environment, sampler=sampler.bind(problem.table, steps))
         judges = {"judge": rewards.PromptAlignment("judge")}
-        found[name] = evaluate(other, options.held_out, judges=judges, batch=50)
-    return found
+        evaluations[name] = evaluate(other, options.held_out, judges=judges, batch=50)
+    return evaluations
 
 
 def trained(training: Training, problem: TinyProblem, options: Options) -> Any:
@@ -116,11 +116,11 @@ def main(options: Options) -> None:
     for name, training in TRAININGS.items():
         after = judged(trained(training, problem, options), problem, options)
         rows[name] = {}
-        for sampler, found in after.items():
+        for sampler, evaluation in after.items():
             start = before[sampler]
             pairs = {
-                "reward": found.rewards - start.rewards,
-                "held_out": found.judged["judge"] - start.judged["judge"],
+                "reward": evaluation.rewards - start.rewards,
+                "held_out": evaluation.judged["judge"] - start.judged["judge"],
             }
             gains = {key: Estimate.of(gap) for key, gap in pairs.items()}
             rows[name][sampler] = {key: (e.mean, e.standard_error) for key, e in gains.items()}
@@ -128,18 +128,20 @@ def main(options: Options) -> None:
     table = Table(box=None, header_style="dim")
     for column in ("judged on", "pretrained", *rows):
         table.add_column(column, no_wrap=True)
-    for sampler, found in before.items():
+    for sampler, evaluation in before.items():
         cells = [
             " / ".join(f"{mean:.2f}({error:.2f})" for mean, error in row[sampler].values())
             for row in rows.values()
         ]
-        table.add_row(sampler, f"{float(found.rewards.mean()):.2f}", *cells)
+        table.add_row(sampler, f"{float(evaluation.rewards.mean()):.2f}", *cells)
     console.print(table)
     options.output.mkdir(parents=True, exist_ok=True)
     record = {
         "options": dataclasses.asdict(options) | {"output": ""},
         "versions": versions(),
-        "pretrained": {name: float(found.rewards.mean()) for name, found in before.items()},
+        "pretrained": {
+            name: float(evaluation.rewards.mean()) for name, evaluation in before.items()
+        },
         "gains": rows,
     }
     path = options.output / "transfer_images.json"

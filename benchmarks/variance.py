@@ -182,8 +182,8 @@ def half_way(problem: GaussianProblem) -> list[Tensor]:
     root = -torch.cat([abar.new_zeros(1), abar.log()]).diff()
     root = root.sqrt()[:, None]
     terms = len(AffineCorrection(dim).shift)
-    found = torch.linalg.lstsq(root * legendre(alpha, terms), root * wanted).solution
-    return [0.5 * found[:, : dim**2].reshape(-1, dim, dim), 0.5 * found[:, dim**2 :]]
+    solution = torch.linalg.lstsq(root * legendre(alpha, terms), root * wanted).solution
+    return [0.5 * solution[:, : dim**2].reshape(-1, dim, dim), 0.5 * solution[:, dim**2 :]]
 
 
 def exact_correction(weights: Sequence[Tensor]) -> AffineCorrection:
@@ -323,24 +323,24 @@ class Measured:
         if self.estimator.value == "none":
             zeros = torch.zeros_like(rollout.states[:, :-1, 0])
             return torch.cat([zeros, rollout.rewards[:, None]], dim=1)
-        spread = self.objective.action_std(self.sampler.sigma[:-1])
+        action_std = self.objective.action_std(self.sampler.sigma[:-1])
         with torch.no_grad():
             values = affine_values(
                 self.problem,
                 self.sampler,
                 exact_correction(self.weights),
-                spread,
+                action_std,
                 self.objective.cost_weight,
             )
             states = rollout.states.double()
-            found = [value(states[:, k]) for k, value in enumerate(values)]
-        return torch.stack(found, dim=1).to(rollout.rewards)
+            by_step = [value(states[:, k]) for k, value in enumerate(values)]
+        return torch.stack(by_step, dim=1).to(rollout.rewards)
 
     def gradients(self, sample: Sample) -> Float[Tensor, "batches parameters"]:
         """Ascent direction of every batch: minus the gradient of the loss."""
         rollout = dataclasses.replace(sample.rollout, group=self.objective.group)
         rollout = dataclasses.replace(rollout, values=self.values(sample))
-        size, found = self.options.samples, []
+        size, gradients = self.options.samples, []
         for batch in range(self.options.batches):
             part = rollout.chosen(torch.arange(batch * size, (batch + 1) * size))
             lesson = self.trainer.lesson(part)
@@ -349,8 +349,8 @@ class Measured:
                 parameter.grad = None
             for loss in lesson.losses(torch.arange(size // self.objective.group), generator):
                 loss.backward()
-            found.append(-flat([p.grad for p in self.parameters]))
-        return torch.stack(found)
+            gradients.append(-flat([p.grad for p in self.parameters]))
+        return torch.stack(gradients)
 
 
 # -- numbers --------------------------------------------------------------------------------------
@@ -366,8 +366,8 @@ def summary(
         left_out = torch.tensor(
             [number(torch.cat([*blocks[:k], *blocks[k + 1 :]])) for k in range(len(blocks))]
         )
-        spread = (left_out - left_out.mean()).square().sum() * (len(blocks) - 1) / len(blocks)
-        return number(gradients), float(spread.sqrt())
+        jackknife = (left_out - left_out.mean()).square().sum() * (len(blocks) - 1) / len(blocks)
+        return number(gradients), float(jackknife.sqrt())
 
     single = torch.nn.functional.cosine_similarity(gradients, truth[None], dim=1)
     quartiles = torch.quantile(single, torch.tensor([0.25, 0.5, 0.75]).to(single))
@@ -448,8 +448,8 @@ def _measure(
     sample = samples[measured.acts]
     cost = measured.prepare(sample, critics)
     gradients = measured.gradients(sample)
-    found = summary(gradients, exact_gradient(problem, measured.sampler, weights))
-    relative = found["relative_variance"][0]
+    summarised = summary(gradients, exact_gradient(problem, measured.sampler, weights))
+    relative = summarised["relative_variance"][0]
     chain = problem.optimum(measured.sampler).objective
     with torch.no_grad():
         there, start = (
@@ -457,7 +457,7 @@ def _measure(
             for w in (weights, [torch.zeros_like(w) for w in weights])
         )
     return (
-        found
+        summarised
         | cost
         | {
             "queries_to_1": relative * cost["queries"],

@@ -48,10 +48,10 @@ def controls(
                 _require_equal_diffusions(sde, t, x, a, a_ref)
             shift = sde.drift_at(t, x, a) - sde.drift_at(t, x, a_ref)
             each.append(sde.whiten(t, x, shift, a))
-        found = torch.stack(each, dim=1)
-        finite = torch.isfinite(found).all(2).all(0)
+        u = torch.stack(each, dim=1)
+        finite = torch.isfinite(u).all(2).all(0)
         require(finite.all(), lambda: _not_finite(finite, nodes))
-    return found
+    return u
 
 
 def _not_finite(finite: Tensor, nodes: Tensor) -> ValueError:

@@ -166,8 +166,8 @@ class PathStreams:
         while True:
             for index, generator in enumerate(generators):
                 chunk[:, index] = drawn.normal_(generator=generator)[:, : block * width]
-            moved = chunk.view(_CHUNK, -1, *event)[:, begin : begin + paths]
-            yield from sent(moved, like.device)
+            selected = chunk.view(_CHUNK, -1, *event)[:, begin : begin + paths]
+            yield from sent(selected, like.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -438,10 +438,10 @@ def _places(coarse: Tensor, fine: Tensor) -> list[int]:
         raise ValueError(
             f"coarse_nodes must be among fine_nodes, but coarse_nodes[{k}] = {coarse[k]:g} is not"
         )
-    found = [int(place) for place in places]
-    if found[0] != 0 or found[-1] != len(fine) - 1:
+    indices = [int(place) for place in places]
+    if indices[0] != 0 or indices[-1] != len(fine) - 1:
         raise ValueError("coarse_nodes and fine_nodes must begin and end together")
-    return found
+    return indices
 
 
 def _check_step_sizes(step_sizes: Float[Tensor, " steps"]) -> None:

@@ -322,9 +322,9 @@ def regularised_rewards(
     if not problem.temperature:
         return rewards
     if not isinstance(policy, RandomPolicy):
-        given = "none" if policy is None else type(policy).__name__
+        kind = "none" if policy is None else type(policy).__name__
         raise ValueError(
-            f"policy must be one that draws its actions and knows their density, got {given}: "
+            f"policy must be one that draws its actions and knows their density, got {kind}: "
             f"problem.temperature = {problem.temperature:g} pays for its entropy"
         )
     require_memoryless(policy, paths)

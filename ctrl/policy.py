@@ -269,8 +269,8 @@ def mean_action(
 
 def _checked_noise(mean: Tensor, noise: Tensor | None) -> Tensor:
     if noise is None or noise.shape != mean.shape:
-        given = "none" if noise is None else str(list(noise.shape))
-        raise ValueError(f"noise must be {list(mean.shape)}, as the mean is, got {given}")
+        shape = "none" if noise is None else str(list(noise.shape))
+        raise ValueError(f"noise must be {list(mean.shape)}, as the mean is, got {shape}")
     return noise
 
 

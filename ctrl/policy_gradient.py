@@ -294,11 +294,11 @@ def pathwise_gradient(
         if sde.controls_diffusion:
             return q_rate(problem, value, t, x, a)
         # the other terms of q do not depend on the action
-        found = transport(sde, value, t, x, a)
+        transported = transport(sde, value, t, x, a)
         if problem.running_reward is None:
-            return found
+            return transported
         paid = problem.running_reward(t, x, a)
-        return found + one_a_path("running_reward", paid, len(x))
+        return transported + one_a_path("running_reward", paid, len(x))
 
     def one(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         fixed = a.detach().requires_grad_()

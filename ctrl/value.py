@@ -39,11 +39,11 @@ def values(value: Value, problem: ControlProblem, paths: Paths) -> Float[Tensor,
     def at(t: Tensor, x: Tensor) -> Tensor:
         return one_a_path("value", value(t, x), len(x))
 
-    found = all_finite("value", over_nodes(at, paths))
+    unpinned = all_finite("value", over_nodes(at, paths))
     if not ends_at_horizon(problem, paths.grid):
-        return found
+        return unpinned
     terminal = terminal_rewards(problem, paths.states[:, -1])
-    return torch.cat([found[:, :-1], terminal.unsqueeze(1)], dim=1)
+    return torch.cat([unpinned[:, :-1], terminal.unsqueeze(1)], dim=1)
 
 
 def martingale_increments(
@@ -185,7 +185,7 @@ def _probed(
     """sigma z of every probe z, some at a time."""
     for some in _some_at_a_time(probes.shape[1], states):
         each = probes[:, some].to(states).unbind(1)
-        yield torch.stack([sde.spread(t, states, z, actions) for z in each])
+        yield torch.stack([sde.diffuse(t, states, z, actions) for z in each])
 
 
 def _some_at_a_time(count: int, states: Tensor) -> Iterator[slice]:

@@ -176,12 +176,12 @@ def bound(name: str, smaller: Numbers, larger: Numbers, scale: float | None = No
     """smaller <= larger; the deviation is the largest excess."""
     a, b = _array(smaller), _array(larger)
     size = float(np.abs(b).max()) if scale is None else scale
-    found = _compared(name, "bound", a, b, size)
+    check = _compared(name, "bound", a, b, size)
     over = np.maximum(a - b, 0.0) / size  # NaN stays
     at = int(np.argmax(a - b))
     values = (float(a.flat[at]), float(b.flat[at]))
-    deviation = float(over.max()) if not math.isnan(found.deviation) else math.nan
-    return replace(found, deviation=deviation, values=values)
+    deviation = float(over.max()) if not math.isnan(check.deviation) else math.nan
+    return replace(check, deviation=deviation, values=values)
 
 
 def sampled(

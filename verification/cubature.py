@@ -122,6 +122,6 @@ def affine_end(
     end = ctrl.simulate_end(
         problem, policy, start, grid, solver, noise=ctrl.Noise(increments, drawn)
     )
-    moved = (end[1:] - end[:1]).double().cpu().numpy()
-    F, spread = moved[:dim].T, moved[dim:].T
-    return Transition(F, end[0].double().cpu().numpy(), spread @ spread.T)
+    differences = (end[1:] - end[:1]).double().cpu().numpy()
+    F, noise_matrix = differences[:dim].T, differences[dim:].T
+    return Transition(F, end[0].double().cpu().numpy(), noise_matrix @ noise_matrix.T)

@@ -85,7 +85,7 @@ class Outcome:
         return (
             self.verdict is Verdict.PASS
             and not self.error
-            and all(found.rejected for found in self.wrongs)
+            and all(rejection.rejected for rejection in self.wrongs)
         )
 
 
@@ -205,25 +205,25 @@ def _rejection(
     tolerances: Mapping[str, Tolerance],
     rates: Rates,
 ) -> Rejection:
-    found: list[Measured] = []
+    measured: list[Measured] = []
     try:
         with planted(*wrong.edits):
             for check in claim.body(setting):
                 if check.name in tolerances:
-                    found.append(_judged(check, claim, tolerances, setting, rates))
+                    measured.append(_judged(check, claim, tolerances, setting, rates))
     except PlantingError as error:
         return Rejection(wrong.name, False, note=str(error))
     except Exception as error:
         if wrong.raises is not None and isinstance(error, wrong.raises):
             note = f"refused with {type(error).__name__}: {error}"
             return Rejection(wrong.name, True, note=note)
-        if all(check.verdict is not Verdict.FAIL for check in found):
+        if all(check.verdict is not Verdict.FAIL for check in measured):
             return Rejection(wrong.name, False, note=traceback.format_exc(limit=-2))
-    if not found:
+    if not measured:
         return Rejection(wrong.name, False, note="no check has a tolerance")
-    deviations = {check.name: check.deviation for check in found}
-    failed = [check for check in found if check.verdict is Verdict.FAIL]
-    by = max(failed or found, key=_excess)
+    deviations = {check.name: check.deviation for check in measured}
+    failed = [check for check in measured if check.verdict is Verdict.FAIL]
+    by = max(failed or measured, key=_excess)
     return Rejection(wrong.name, bool(failed), by.name, deviations)
 
 

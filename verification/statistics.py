@@ -137,17 +137,17 @@ def decide(
         if against[0] >= math.log(2 / false_fail):
             return Decision(Verdict.FAIL, n, claimed + total / n, against)
         refuted = min(against[1], against[2]) >= math.log(1 / false_pass)
-        spread = squares / n - (total / n) ** 2 if n else 0.0
-        if refuted and spread <= _ALARM * variance:
+        sample_variance = squares / n - (total / n) ** 2 if n else 0.0
+        if refuted and sample_variance <= _ALARM * variance:
             return Decision(Verdict.PASS, n, claimed + total / n, against)
         if n >= most:
             break
     if not n:
         raise ValueError("stream must hold at least one sample")
     against = _by_hypothesis(peak)
-    spread = squares / n - (total / n) ** 2
-    if spread > _ALARM * variance:
-        reason = f"the samples' variance {spread:.3g} is above its bound {variance:.3g}"
+    sample_variance = squares / n - (total / n) ** 2
+    if sample_variance > _ALARM * variance:
+        reason = f"the samples' variance {sample_variance:.3g} is above its bound {variance:.3g}"
         return Decision(Verdict.INCONCLUSIVE, n, claimed + total / n, against, None, reason)
     needed = max(2 * n, samples_needed(tolerance, variance, false_pass))
     return Decision(Verdict.INCONCLUSIVE, n, claimed + total / n, against, needed)

@@ -114,7 +114,7 @@ def mutants(name: str, source: str) -> list[Mutant]:
     end = source[len(begin) + sum(map(len, pieces)) :]
     seen = {_meaning(piece) for piece in pieces}
     counts: Counter[tuple[str, str]] = Counter()
-    found = []
+    collected = []
     for change in visitor.changes:
         statement = module.body[change.place].deep_replace(change.before, change.after)
         piece = module.code_for_node(statement)  # type: ignore[arg-type]  # nodes
@@ -127,8 +127,8 @@ def mutants(name: str, source: str) -> list[Mutant]:
         diff = difference(source, mutated)
         counts[change.function, diff] += 1
         number = counts[change.function, diff]
-        found.append(Mutant(name, change.function, change.lines, diff, number, mutated))
-    return found
+        collected.append(Mutant(name, change.function, change.lines, diff, number, mutated))
+    return collected
 
 
 def _meaning(code: str) -> str:

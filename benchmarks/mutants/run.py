@@ -127,9 +127,9 @@ class Session:
         data = cover.get_data()
         lines: dict[str, dict[int, list[str]]] = {}
         for path in data.measured_files():
-            found = data.contexts_by_lineno(path)
+            contexts_of = data.contexts_by_lineno(path)
             lines[str(Path(path).relative_to(ROOT))] = {
-                line: sorted(set(contexts) - {""}) for line, contexts in found.items()
+                line: sorted(set(contexts) - {""}) for line, contexts in contexts_of.items()
             }
         return {"lines": lines, "seconds": seconds, "failed": failed}
 
@@ -203,16 +203,16 @@ class Reach:
         """The tests to try, in order: killers of its neighbours, its module's own, then others."""
         path = path_of(mutant.module).relative_to(ROOT)
         own = f"/test_{path.stem}.py::"
-        found: set[str] = set()
+        reached: set[str] = set()
         for depth, (begin, end) in enumerate((*mutant.lines, (1, 10_000))):
             for line in range(begin, end + 1):
-                found |= self.lines.get((str(path), line), set())
-            if found:  # a default is read when the module is imported: no test reaches its line
-                found |= {test for test in self.seconds if own in test and depth}
+                reached |= self.lines.get((str(path), line), set())
+            if reached:  # a default is read when the module is imported: no test reaches its line
+                reached |= {test for test in self.seconds if own in test and depth}
                 break
-        found -= self.failed
-        ordered = sorted(found, key=lambda test: (own not in test, self.seconds[test]))
-        chosen = sorted((test for test in first if test in found), key=self.seconds.__getitem__)
+        reached -= self.failed
+        ordered = sorted(reached, key=lambda test: (own not in test, self.seconds[test]))
+        chosen = sorted((test for test in first if test in reached), key=self.seconds.__getitem__)
         spent = [0.0, 0.0]
         for test in ordered:
             if test not in chosen:
@@ -407,8 +407,8 @@ def text_of(test: str) -> str:
 @functools.cache
 def _functions_of(file: Path) -> dict[str, str]:
     tree = ast.parse(file.read_text()) if file.exists() else ast.Module([], [])
-    found = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-    return {f.name: hashlib.sha256(ast.dump(f).encode()).hexdigest()[:12] for f in found}
+    definitions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    return {f.name: hashlib.sha256(ast.dump(f).encode()).hexdigest()[:12] for f in definitions}
 
 
 def _digest(*paths: Path) -> str:

@@ -120,13 +120,15 @@ def follow(panel: Panel, start: Float[Tensor, "*batch dim"], horizon: float) -> 
     while begin < 1:
         while begin % 0.5**halvings or begin + 0.5**halvings > 1:
             halvings += 1
-        found = panel(begin * horizon, halvings, y)
-        coefficients = None if found is None else torch.tensordot(to_coefficients, found, 1)
-        if found is not None and coefficients is not None and _resolved(coefficients):
+        panel_values = panel(begin * horizon, halvings, y)
+        coefficients = (
+            None if panel_values is None else torch.tensordot(to_coefficients, panel_values, 1)
+        )
+        if panel_values is not None and coefficients is not None and _resolved(coefficients):
             begin += 0.5**halvings
             breaks.append(begin * horizon)
             panels.append(coefficients)
-            y, hold = found[-1], hold - 1
+            y, hold = panel_values[-1], hold - 1
             if hold < 0 and halvings and _resolved(coefficients, doubled=True):
                 halvings -= 1
         else:

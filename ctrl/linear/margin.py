@@ -79,7 +79,7 @@ def solve(
     Raises:
         ValueError: the matrix is singular, or the solution is not finite.
     """
-    found, info = torch.linalg.solve_ex(matrix, right)
-    if bool((info != 0).any()) or not bool(torch.isfinite(found).all()):
+    solution, info = torch.linalg.solve_ex(matrix, right)
+    if bool((info != 0).any()) or not bool(torch.isfinite(solution).all()):
         raise ValueError(refusal)
-    return found
+    return solution

@@ -441,13 +441,13 @@ def _optimal_law(lq: LinearQuadratic) -> LinearGaussian:
     the optimum the first derivatives of the policy are right, after two the first three.
     """
     with torch.no_grad():
-        law, moved = _by_sign(lq) or _stabilising(lq), math.inf
+        law, relative = _by_sign(lq) or _stabilising(lq), math.inf
         for _ in range(NEWTON_STEPS):
             after = _improved(lq, law)
             change = (after.gain - law.gain).abs().amax() + (after.offset - law.offset).abs().amax()
             size = after.gain.abs().amax() + after.offset.abs().amax() + 1e-300
-            before, moved, law = moved, float((change / size).detach()), after
-            if moved < 1e-15 or (moved < 1e-6 and moved >= before):
+            before, relative, law = relative, float((change / size).detach()), after
+            if relative < 1e-15 or (relative < 1e-6 and relative >= before):
                 break
         else:
             raise ValueError(
@@ -500,9 +500,9 @@ def _by_sign(lq: LinearQuadratic) -> LinearGaussian | None:
         norms = [each.square().sum((-2, -1)).sqrt()[..., None, None] for each in (sign, inverse)]
         scale = (norms[1] / norms[0]).sqrt()
         after = 0.5 * (scale * sign + inverse / scale)
-        moved = ((after - sign).square().sum((-2, -1)).sqrt()[..., None, None] / norms[0]).max()
+        relative = ((after - sign).square().sum((-2, -1)).sqrt()[..., None, None] / norms[0]).max()
         sign = after
-        if not bool(moved > 1e-9):
+        if not bool(relative > 1e-9):
             break
     if not bool(torch.isfinite(sign).all()):
         return None

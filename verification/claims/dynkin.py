@@ -21,7 +21,7 @@ from verification.problems import NODES, NoiseKind
 LINEAR = exact.Linear(
     drift=np.array([[-0.7, 0.4], [0.2, -1.1]]),
     push=np.array([0.3, -0.5]),
-    spread=np.array([[0.6, -0.25], [0.15, 0.45]]),  # not symmetric
+    noise=np.array([[0.6, -0.25], [0.15, 0.45]]),  # not symmetric
     start=np.array([0.8, -0.3]),
 )
 POINTS = np.array([[0.7, -0.4], [-1.1, 0.6], [0.3, 1.2]])
@@ -37,11 +37,11 @@ def phi(t: Tensor, x: Tensor) -> Tensor:
 
 
 def linear(setting: Setting) -> ctrl.ControlledSDE:
-    """dX = (drift X + a) dt + spread dW; ``push`` is the action that is held."""
-    drift, spread = setting.tensor(LINEAR.drift), setting.tensor(LINEAR.spread)
+    """dX = (drift X + a) dt + noise dW; ``push`` is the action that is held."""
+    drift, noise = setting.tensor(LINEAR.drift), setting.tensor(LINEAR.noise)
     return ctrl.ControlledSDE(
         lambda t, x, a: x @ drift.T + a,
-        lambda t, x: spread.expand(len(x), 2, 2),
+        lambda t, x: noise.expand(len(x), 2, 2),
         "general",
         2,
     )
@@ -52,8 +52,8 @@ def rates(
 ) -> np.ndarray:
     """L phi by the library."""
     actions = setting.tensor(np.broadcast_to(a, x.shape).copy())
-    found = ctrl.value.generator(sde, phi, setting.tensor(t), setting.tensor(x), actions)
-    return found.double().cpu().numpy()
+    generated = ctrl.value.generator(sde, phi, setting.tensor(t), setting.tensor(x), actions)
+    return generated.double().cpu().numpy()
 
 
 @claim(
@@ -152,7 +152,7 @@ def dynkin_formula(setting: Setting) -> Iterator[Check]:
     drift = POINTS @ LINEAR.drift.T + LINEAR.push
     shape = 0.3 + 0.2 * POINTS**2
     by_noise: dict[NoiseKind, np.ndarray] = {
-        "general": np.broadcast_to(LINEAR.spread @ LINEAR.spread.T, (3, 2, 2)),
+        "general": np.broadcast_to(LINEAR.noise @ LINEAR.noise.T, (3, 2, 2)),
         "scalar": np.einsum("pi,pj->pij", shape, shape),
         "diagonal": np.einsum("pi,pj,ij->pij", shape, shape, np.eye(2)),
     }
@@ -187,9 +187,9 @@ def dynkin_formula(setting: Setting) -> Iterator[Check]:
         ctrl.value.generator(bare.sde, square, t, paths.states[:, k], actions[:, k])
         for k, t in enumerate(paths.grid.nodes[:-1])
     ]
-    moved = (C.drift * x + C.control * a) * h + C.noise * increments[..., 0]
+    state_change = (C.drift * x + C.control * a) * h + C.noise * increments[..., 0]
     rest = (0.8 * x - 0.3) * C.noise * increments[..., 0]
-    rest = rest + 0.4 * (moved**2 - C.noise**2 * h)
+    rest = rest + 0.4 * (state_change**2 - C.noise**2 * h)
     yield pathwise("Ito's formula on every Euler path", dm, torch.stack(rate, 1) * h + rest)
 
 
@@ -303,8 +303,8 @@ def discounted_return(setting: Setting) -> Iterator[Check]:
     ]
     yield expectation("mean return to go at every node", mean(returns, paths), known)
     late = replace(paths, grid=ctrl.TimeGrid(paths.grid.nodes + 0.3))
-    found = ctrl.value.discount_factors(problem(), late)
-    yield pathwise("discount factors of a late grid", found, np.exp(-C.discount * times[:-1]))
+    factors = ctrl.value.discount_factors(problem(), late)
+    yield pathwise("discount factors of a late grid", factors, np.exp(-C.discount * times[:-1]))
     sums = []
     for steps in GRIDS:
         even = setting.tensor(np.linspace(0, SQUARES.horizon, steps + 1))

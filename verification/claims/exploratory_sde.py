@@ -196,27 +196,29 @@ def exploratory_sde(setting: Setting) -> Iterator[Check]:
     noise = ctrl.noise.gauss_hermite(grid.steps, nodes=4, action=(1,))
     start = point_start(noise, [p.start])
     paths = ctrl.simulate(ctrl.ControlProblem(sde, 0.5), policy, start, grid, noise=noise)
-    found = torch.stack([mean(paths.states[:, -1, 0] ** k, paths) for k in range(1, 5)])
+    chain_moments = torch.stack([mean(paths.states[:, -1, 0] ** k, paths) for k in range(1, 5)])
     chain = exact.chain_moments(p, np.diff([0.0, 0.2, 0.5]))
-    yield expectation("moments 1 to 4 of the chain that draws its actions", found, chain)
+    yield expectation("moments 1 to 4 of the chain that draws its actions", chain_moments, chain)
 
     law = exact.moments(p)
     still = ctrl.DeterministicPolicy(policy.mean)
-    found = vanishing_step(sde, policy, setting)
-    yield limit("moments of drawn actions, as steps vanish: the averaged SDE's", found, law)
-    found = vanishing_step(ctrl.exploratory_sde(sde, policy), still, setting)
-    yield limit("moments of the averaged SDE, as steps vanish", found, law)
+    drawn_moments = vanishing_step(sde, policy, setting)
+    yield limit("moments of drawn actions, as steps vanish: the averaged SDE's", drawn_moments, law)
+    averaged_moments = vanishing_step(ctrl.exploratory_sde(sde, policy), still, setting)
+    yield limit("moments of the averaged SDE, as steps vanish", averaged_moments, law)
 
     free = free_sde(p)
     alone = exact.moments(p, controlled=False)
-    found = vanishing_step(ctrl.exploratory_sde(free, policy), still, setting)
-    yield limit("diffusion free of the action: the law under the mean action", found, alone)
+    free_moments = vanishing_step(ctrl.exploratory_sde(free, policy), still, setting)
+    yield limit("diffusion free of the action: the law under the mean action", free_moments, alone)
     if setting.dtype == torch.float64:
         rates = []
         for steps in STEPS:
             drawn, kept = (moments_after(free, each, steps, setting) for each in (policy, still))
             excess = (drawn[1] - drawn[0] ** 2) - (kept[1] - kept[0] ** 2)
             rates.append(float(excess) * steps / p.horizon)
-        found = (8 * rates[2] - 6 * rates[1] + rates[0]) / 3
+        excess_rate = (8 * rates[2] - 6 * rates[1] + rates[0]) / 3
         rate = exact.excess_variance_rate(p)
-        yield limit("diffusion free of the action: variance in excess, per step size", found, rate)
+        yield limit(
+            "diffusion free of the action: variance in excess, per step size", excess_rate, rate
+        )

@@ -142,14 +142,14 @@ def hjb_on_a_grid(setting: Setting) -> Iterator[Check]:
     """Without horizon, with one, and the orders."""
     p = SCALAR
     form = exact.solve_scalar(p)
-    found = solved(p, NOISE, WIDE, differences="central")
-    x, v = near(found.value.table, WIDE, 1.0)
+    solution = solved(p, NOISE, WIDE, differences="central")
+    x, v = near(solution.value.table, WIDE, 1.0)
     constant = (form.rate + NOISE**2 * form.k2 / 2) / p.discount
     want = form.k2 * x**2 / 2 + form.k1 * x + constant
     yield limit("discounted: value", v, want)
-    _, mean = near(found.mean_action.table, WIDE, 1.0)
+    _, mean = near(solution.mean_action.table, WIDE, 1.0)
     yield limit("discounted: mean of the policy", mean, form.gain * x + form.offset)
-    _, std = near(found.action_std.table, WIDE, 1.0)
+    _, std = near(solution.action_std.table, WIDE, 1.0)
     yield limit("discounted: spread of the policy", std, math.sqrt(form.variance) + 0 * x)
 
     lq = problem_of(p, NOISE)
@@ -172,10 +172,10 @@ def hjb_on_a_grid(setting: Setting) -> Iterator[Check]:
     for name, method, counts in methods:
         rows = []
         for steps in counts:
-            found = hjb.solve_finite_horizon(
+            solution = hjb.solve_finite_horizon(
                 problem, axes, actions, steps=steps, order=method, differences="central"
             )
-            x, v = near(found.value.table[0], axes, 0.8)
+            x, v = near(solution.value.table[0], axes, 0.8)
             rows.append(v)
         level = [float(row[-2]) for row in rows]
         if method == 2:
@@ -188,10 +188,10 @@ def hjb_on_a_grid(setting: Setting) -> Iterator[Check]:
         axes = (Axis(-5.0, 5.0, 41),)
         level = []
         for steps in (64, 128, 256):
-            found = hjb.solve_finite_horizon(
+            solution = hjb.solve_finite_horizon(
                 problem, axes, actions, steps=steps, order=1, differences="central"
             )
-            level.append(float(near(found.value.table[0], axes, 0.8)[1][-2]))
+            level.append(float(near(solution.value.table[0], axes, 0.8)[1][-2]))
         yield limit("backward Euler: order in time", order(level), 1.0)
         weak = replace(p, D=0.0)
         form = exact.solve_scalar(weak)

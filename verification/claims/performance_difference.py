@@ -223,13 +223,15 @@ def surrogate_of_the_performance(setting: Setting) -> Iterator[Check]:
     old, near = policy(*theta), policy(*parameters(setting, NEAR))
     with torch.no_grad():
         paths = paths_of_old(setting, SHORT, rule=9)
-        found = mean(pg.surrogate(stated, value, old, near, paths), paths)
+        linearised = mean(pg.surrogate(stated, value, old, near, paths), paths)
         there = drawn_paths(setting, P, parameters(setting, NEAR), SHORT)
         whole = mean(pg.performance_difference(stated, value, near, there), there)
     here = lq_chain.q_rate_sum(P, SHORT, valued=OLD, visiting=OLD, acting=NEAR)
-    moved = lq_chain.q_rate_sum(P, SHORT, valued=OLD, visiting=NEAR, acting=NEAR)
-    yield expectation("surrogate, against the old states' moments", found, here)
-    yield expectation("what it misses: the change of the state law", whole - found, moved - here)
+    both_changed = lq_chain.q_rate_sum(P, SHORT, valued=OLD, visiting=NEAR, acting=NEAR)
+    yield expectation("surrogate, against the old states' moments", linearised, here)
+    yield expectation(
+        "what it misses: the change of the state law", whole - linearised, both_changed - here
+    )
     paths = paths_of_old(setting, NODES)
     slope = torch.autograd.grad(mean(pg.surrogate(stated, value, old, old, paths), paths), theta)
     series = lq_chain.value_series(P, OLD)

@@ -111,10 +111,10 @@ def root(
     return torch.linalg.solve(slope, -offset).double().cpu().numpy()
 
 
-def extrapolated(found: list[np.ndarray]) -> np.ndarray:
+def extrapolated(results: list[np.ndarray]) -> np.ndarray:
     """The limit of results on grids of ``STEPS``, by a polynomial in the step size."""
     powers = np.vander(1 / np.array(STEPS, dtype=float), increasing=True)
-    return np.linalg.solve(powers, np.array(found))[0]
+    return np.linalg.solve(powers, np.array(results))[0]
 
 
 def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> Tensor:
@@ -313,17 +313,17 @@ def policy_evaluation(setting: Setting) -> Iterator[Check]:
 
 def limits(setting: Setting) -> Iterator[Check]:
     """Extrapolated from production code on grids of up to 48 steps."""
-    found: dict[str, list[np.ndarray]] = {method: [] for method in LIMITS}
+    roots: dict[str, list[np.ndarray]] = {method: [] for method in LIMITS}
     factors = []
     for steps in STEPS:
         paths = sampled(PLAIN, torch.linspace(0, PLAIN.horizon, steps + 1).to(setting.tensor(1.0)))
         for method in LIMITS:
-            found[method].append(root(losses(PLAIN, paths, DECAY)[method], paths, features))
+            roots[method].append(root(losses(PLAIN, paths, DECAY)[method], paths, features))
         squares = losses(PLAIN, paths, DECAY)["squares"]
         factors.append(root(squares, paths, true_value(PLAIN, paths.grid.nodes)) * steps)
     continuous = exact.continuous(PLAIN, DECAY)
     for method, printed in LIMITS.items():
-        got = extrapolated(found[method])
+        got = extrapolated(roots[method])
         yield limit(f"{method}: limit of small steps, by integrals", got, continuous[method])
         yield limit(f"{method}: the number in print", continuous[method], printed)
     name = "squares of c V, c / h"

@@ -91,11 +91,11 @@ def by_torchsde(
     states, ratios = [start], []
     for k, (t0, t1) in enumerate(itertools.pairwise(nodes)):
         motion: Any = Increment(increments[:, k])  # all that torchsde asks of its own class
-        found, ratio = torchsde.sdeint(
+        both_ends, ratio = torchsde.sdeint(
             equation, states[-1], torch.stack([t0, t1]), bm=motion,
             method="euler", dt=2.0, logqp=True,
         )  # fmt: skip  # one step: dt is cut at the last of the times
-        states.append(found[-1])
+        states.append(both_ends[-1])
         ratios.append(ratio[0])
     return torch.stack(states, 1), torch.stack(ratios, 1)
 
@@ -111,9 +111,9 @@ def curved(setting: Setting, noise: NoiseKind) -> tuple[ctrl.ControlledSDE, ctrl
     count, width = (None, 2) if noise == "diagonal" else (3, 3)
     sde = ctrl.ControlledSDE(lambda t, x, a: a - 0.3 * x.sin(), diffusion, noise, count)
     nodes = ctrl.TimeGrid(setting.tensor([0.0, 0.15, 0.6]))
-    given = ctrl.noise.gauss_hermite(nodes.steps, nodes=3, noise=(width,))
-    problem, start = ctrl.ControlProblem(sde, 0.6), point_start(given, [0.4, -0.9])
-    return sde, ctrl.simulate(problem, POLICY, start, nodes, noise=given)
+    noise_rule = ctrl.noise.gauss_hermite(nodes.steps, nodes=3, noise=(width,))
+    problem, start = ctrl.ControlProblem(sde, 0.6), point_start(noise_rule, [0.4, -0.9])
+    return sde, ctrl.simulate(problem, POLICY, start, nodes, noise=noise_rule)
 
 
 @claim(
@@ -182,7 +182,7 @@ def curved(setting: Setting, noise: NoiseKind) -> tuple[ctrl.ControlledSDE, ctrl
         ),
         wrong(
             "transposed diffusion in a step",
-            "ctrl.sde.ControlledSDE.spread",
+            "ctrl.sde.ControlledSDE.diffuse",
             '"pij,pj->pi", sigma, increment',
             '"pij,pj->pi", sigma.flip(-1), increment',
         ),

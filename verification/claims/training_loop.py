@@ -63,11 +63,11 @@ class Network(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Any:
         """As a diffusers UNet answers."""
         flat = x.flatten(1)
-        found = flat @ self.base.T + encoder_hidden_states.mean(1) @ self.context.T
-        found = found + timesteps[:, None] * self.time
+        predicted = flat @ self.base.T + encoder_hidden_states.mean(1) @ self.context.T
+        predicted = predicted + timesteps[:, None] * self.time
         if self.adapted:
-            found = found + flat @ self.a.T @ self.b.T
-        return SimpleNamespace(sample=found.view_as(x))
+            predicted = predicted + flat @ self.a.T @ self.b.T
+        return SimpleNamespace(sample=predicted.view_as(x))
 
 
 class Process(Accelerator):
@@ -355,8 +355,8 @@ def training_loop(setting: Setting) -> Iterator[Check]:
         frozen = [network.base.clone(), network.context.clone(), network.time.clone()]
         numbers = one.step()
         for name, parameter, grad in zip("AB", (network.a, network.b), want, strict=True):
-            found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            check = pathwise(f"gradient in {name}, {batch} rows at once", found, grad)
+            slope = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            check = pathwise(f"gradient in {name}, {batch} rows at once", slope, grad)
             yield stated(check, units=units_of_ratio(rows) / 6)
     kept = torch.cat([w.flatten() for w in (network.base, network.context, network.time)])
     yield pathwise("pretrained weights", kept, torch.cat([w.flatten() for w in frozen]))
@@ -436,15 +436,15 @@ DRAW = "diffusion_envs.training.trainer.Trainer.sample"
 
 def noises(setting: Setting, processes: int) -> Tensor:
     """Start and transition noise of two updates, [updates * samples, 1 + steps, dim]."""
-    found = []
+    by_update = []
     for update in (3, 4):
         for index in range(processes):
             made = trainer(setting, process=Process(index, processes))
             made.update = update
             with torch.no_grad():
                 sample = made.sample()
-            found.append(_of(sample))
-    return torch.cat(found)
+            by_update.append(_of(sample))
+    return torch.cat(by_update)
 
 
 def _of(sample: Sample) -> Tensor:
@@ -487,8 +487,8 @@ def noise_of_samples(setting: Setting) -> Iterator[Check]:
     """Counts of distinct vectors, and equality over numbers of processes."""
     parts = [noises(setting, processes) for processes in (1, 2, 3)]
     asked = float(2 * SAMPLES * (1 + STEPS))
-    found = [_distinct(one) for one in parts]
-    yield pathwise("distinct noise vectors of 1, 2, 3 processes", found, [asked] * 3)
+    counts = [_distinct(one) for one in parts]
+    yield pathwise("distinct noise vectors of 1, 2, 3 processes", counts, [asked] * 3)
     gaps = torch.stack([one - parts[0] for one in parts])
     yield pathwise("noise of 1, 2, 3 processes is one", gaps, 0 * gaps, scale=1.0)
     made = trainer(setting)

@@ -132,8 +132,8 @@ def shift_response(model: VPGaussian, eta: float) -> float:
     low = np.log(model.alpha(model.horizon))
     log_alpha = 0.5 * low * (1 - nodes)  # beta ds = -2 d log(alpha)
     alpha = np.exp(log_alpha)
-    spread = alpha**2 * variance + 1 - alpha**2
-    F = alpha ** (eta**2) * (variance / spread) ** (0.5 * (1 + eta**2))
+    noised_variance = alpha**2 * variance + 1 - alpha**2
+    F = alpha ** (eta**2) * (variance / noised_variance) ** (0.5 * (1 + eta**2))
     return float(-0.5 * low * (weights @ (F * (1 + eta**2))))
 
 
@@ -219,11 +219,11 @@ def response_of_steps(model: VPGaussian, steps: int, trained: int) -> float:
     """
     s = np.linspace(1.0, 0.0, steps + 1)
     slopes, pushes = euler_chain(model, s).slope, -np.diff(s) * rates(model, s[:-1])
-    moved = 0.0
+    response = 0.0
     for k in range(steps):
         known = (k * trained) % steps == 0
-        moved = slopes[k] * moved + pushes[k] * known
-    return float(moved)
+        response = slopes[k] * response + pushes[k] * known
+    return float(response)
 
 
 def best_euler_shift(
