@@ -6,8 +6,8 @@ that are reported (0.001 ends at a gain of 0.02 on one seed, 0.03 collapses); th
 sweeps on a seed of their own, and a third of the baseline's calls (``fraction``). Each changes
 one thing against the row that its name goes on from.
 
-All are judged on held-out samples of the 10-step sampler, whatever they were trained on. A row's
-cost is the number of network calls at which its mean reward over seeds, between two judgements in
+All are evaluated on held-out samples of the 10-step sampler, whatever they were trained on. A row's
+cost is the number of network calls at which its mean reward over seeds, between two evaluations in
 a straight line, passes the mean that the baseline ends with.
 
     python -m benchmarks.calls_to_reward
@@ -50,7 +50,7 @@ def _ours(kl_weight: float, denoised: bool = True) -> o.Objective:
 
 
 def ladder(steps: int) -> dict[str, Entry]:
-    """The rows, where the judge takes so many steps; half as many are few."""
+    """The rows, where the evaluation takes so many steps; half as many are few."""
     few = max(1, steps // 2)
     half = (("train_steps", few),)
     accurate = Scheduler("DPMSolverMultistepScheduler")
@@ -75,8 +75,8 @@ class Options:
         calls: of the baseline.
         fraction: of it, for all others.
         samples: an update.
-        steps: of the baseline's and of the judge's sampler.
-        every: updates, between two judgements.
+        steps: of the baseline's and of the evaluation's sampler.
+        every: updates, between two evaluations.
         baseline_every: of the baseline's, whose runs are longer.
         seeds: that are reported.
         sweep_seeds: of the learning rates' sweep.
@@ -102,7 +102,7 @@ class Options:
     output: Path = DOCS
 
     def budget(self, name: str) -> Budget:
-        """Of a row of the ladder."""
+        """Budget of a row of the ladder."""
         if name == BASELINE:
             return Budget(10**9, self.calls, self.samples, self.steps, self.baseline_every)
         calls = round(self.calls * self.fraction)
@@ -110,14 +110,14 @@ class Options:
 
 
 def gain(result: dict[str, Any], at: int = -1, key: str = "reward") -> float:
-    """Over the pretrained model, at a judgement; minus infinity, if there is none."""
+    """Over the pretrained model, at an evaluation; minus infinity, if there is none."""
     if not result["curve"]:
         return -math.inf
     return result["curve"][at][key] - result["start"][key]
 
 
 def mean_curve(runs: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
-    """(calls, mean gain in reward) at every judgement that all seeds have, from (0, 0)."""
+    """(calls, mean gain in reward) at every evaluation that all seeds have, from (0, 0)."""
     length = min(len(one["curve"]) for one in runs)
     return [(0.0, 0.0)] + [
         (
@@ -129,7 +129,7 @@ def mean_curve(runs: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
 
 
 def calls_until(curve: Sequence[tuple[float, float]], target: float) -> float:
-    """Where a piecewise linear curve passes the target first; infinity, if it does not."""
+    """First crossing of the target by a piecewise linear curve; infinity if there is none."""
     for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if y1 >= target:
             return x1 if y1 == y0 else x0 + (x1 - x0) * max(0.0, (target - y0) / (y1 - y0))

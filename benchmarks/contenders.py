@@ -1,8 +1,8 @@
 """Who takes part in the comparisons, and one run of one of them.
 
-Every run starts from the same pretrained model and gets the same adapter, optimiser and judge; its
-learning rate falls linearly to 0 with the share of its budget that is spent. The policy is judged
-on one sampler, whatever it was trained on.
+Every run starts from the same pretrained model and gets the same adapter, optimiser and evaluation;
+its learning rate falls linearly to 0 with the share of its budget that is spent. The policy is
+evaluated on one sampler, whatever it was trained on.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from diffusion_envs.training.update_size import UpdateSize
 
 @dataclass(frozen=True)
 class Seen(Outcome):
-    """Of images: an estimate, and what a reward that was not trained on says.
+    """Outcome on images: an estimate, and the held-out reward.
 
     Attributes:
         held_out: mean of that reward.
@@ -46,11 +46,11 @@ class Seen(Outcome):
 
 @dataclass(eq=False)
 class TinyProblem:
-    """The embedded image model and the reward of its demonstration; judged on held-out seeds.
+    """The embedded image model and the reward of its demonstration; evaluated on held-out seeds.
 
     Attributes:
         kl_weight: reward per nat of path KL.
-        samples: held-out samples of a judgement.
+        samples: held-out samples of an evaluation.
     """
 
     kl_weight: float = 0.01
@@ -124,8 +124,8 @@ class Entry:
         objective: kl_weight -> the objective; where it has no KL term, that is part of the method.
         schedule: what differs from the common schedule.
         aims: whether it should reach the KL-regularised optimum.
-        sampler: of training; DDIM with eta 1, if not given. The judge's is always that.
-        steps: of training; the judge's, if not given.
+        sampler: of training; DDIM with eta 1, if not given. The evaluation's is always that.
+        steps: of training; the evaluation's, if not given.
     """
 
     objective: Callable[[float], o.Objective]
@@ -137,14 +137,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend, and how it is judged.
+    """Limits of what a run may spend, and how it is evaluated.
 
     Attributes:
         queries: of the reward.
         calls: of the network; whichever ends first.
         samples: an update.
-        steps: of the judge's sampler.
-        every: updates, between two judgements.
+        steps: of the evaluation's sampler.
+        every: updates, between two evaluations.
     """
 
     queries: int = 12_800
@@ -213,13 +213,13 @@ def methods() -> dict[str, Entry]:
 
 
 def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed: int) -> Any:
-    """One run: the curve of outcomes on the judge's sampler, and what it cost.
+    """One run: the curve of outcomes on the evaluation's sampler, and what it cost.
 
     A run that diverges (a gradient or a reward that is not finite) ends there, and says so.
     """
     images = isinstance(problem, TinyProblem)
     levels = problem.table if images else table()
-    judge = DDIM(eta=1.0).bind(levels, budget.steps)
+    evaluation_sampler = DDIM(eta=1.0).bind(levels, budget.steps)
     sampler = (entry.sampler or DDIM(eta=1.0)).bind(levels, entry.steps or budget.steps)
     environment, parameters = problem.environment(sampler, seed)
     common: dict[str, Any] = {"samples": budget.samples, "weight_decay": 0.0}
@@ -230,20 +230,20 @@ def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed
         environment, objective, schedule, parameters, accelerator=Accelerator(cpu=True)
     )
     score: Any = environment.score
-    best, start = problem.optimum(judge), problem.evaluate(score, judge)
+    best, start = problem.optimum(evaluation_sampler), problem.evaluate(score, evaluation_sampler)
     gap = best.objective - start.objective
     curve: list[dict[str, float]] = []
-    began, judged = time.perf_counter(), 0.0
+    began, evaluating = time.perf_counter(), 0.0
     for _ in spend(trainer, budget):
         now = time.perf_counter()
         if trainer.update % budget.every == 0 or budget.left(environment) <= 0:
-            outcome = problem.evaluate(score, judge)
-            judged += time.perf_counter() - now
+            outcome = problem.evaluate(score, evaluation_sampler)
+            evaluating += time.perf_counter() - now
             curve.append(
                 {
                     "queries": environment.reward_queries,
                     "calls": environment.score.calls,
-                    "seconds": time.perf_counter() - began - judged,
+                    "seconds": time.perf_counter() - began - evaluating,
                     "share": (outcome.objective - start.objective) / gap,
                     **dataclasses.asdict(outcome),
                 }
@@ -279,7 +279,7 @@ def spend(trainer: Trainer, budget: Budget) -> Iterator[None]:
 
 
 def training(entry: Entry, problem: Any, budget: Budget) -> str:
-    """What is trained and how, in words: a run of another is not a run of this."""
+    """Description of what is trained and how: a stored run of another one does not count."""
     objective = re.sub(r" at 0x[0-9a-f]+", "", repr(entry.objective(problem.kl_weight)))
     sampler, steps = entry.sampler or DDIM(eta=1.0), entry.steps or budget.steps
     changed = " ".join(f"{key}={value}" for key, value in entry.schedule)
@@ -349,7 +349,7 @@ def final(result: dict[str, Any]) -> float:
 
 
 def swept_score(result: dict[str, Any]) -> float:
-    """What a run counts for in a sweep: its final share, or its worst if that is below -1.
+    """Score of a run in a sweep: its final share, or its worst if that is below -1.
 
     A rate at which a run first loses more than the whole gap and then recovers is one at which
     another seed may not; the reported ones should not have to show that. At least -10.

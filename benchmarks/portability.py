@@ -95,7 +95,7 @@ PLAIN = "addopts=--import-mode=importlib --strict-markers"
 
 @dataclass(frozen=True)
 class Row:
-    """What one choice of kernels came to.
+    """Test results under one choice of kernels.
 
     Attributes:
         kernel: that was asked for.
@@ -197,7 +197,7 @@ def rows(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """As Markdown."""
+    """Table of the rows in Markdown."""
     lines = [
         "| setting | fingerprint | passed | failed | s | |",
         "| --- | --- | --: | --: | --: | --- |",

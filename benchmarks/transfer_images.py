@@ -63,13 +63,13 @@ TRAININGS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Train with few steps, judge with others.
+    """Train with few steps, evaluate with others.
 
     Attributes:
         calls: of the network, for every training.
         samples: an update.
-        held_out: samples of a judgement.
-        seed: of training and judgement.
+        held_out: samples of an evaluation.
+        seed: of training and evaluation.
         output: folder of the results.
     """
 
@@ -80,7 +80,7 @@ class Options:
     output: Path = DOCS
 
 
-def judged(environment: Any, problem: TinyProblem, options: Options) -> dict[str, Evaluation]:
+def evaluated(environment: Any, problem: TinyProblem, options: Options) -> dict[str, Evaluation]:
     """By every sampler."""
     evaluations = {}
     for name, (sampler, steps) in SAMPLERS.items():
@@ -107,14 +107,14 @@ def trained(training: Training, problem: TinyProblem, options: Options) -> Any:
 
 
 def main(options: Options) -> None:
-    """Train, judge, write."""
+    """Train, evaluate, write."""
     torch.set_num_threads(1)
     console, problem = Console(width=200), TinyProblem()
     environment, _ = problem.environment(DDIM(1.0).bind(problem.table, 10), options.seed)
-    before = judged(environment, problem, options)
+    before = evaluated(environment, problem, options)
     rows: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for name, training in TRAININGS.items():
-        after = judged(trained(training, problem, options), problem, options)
+        after = evaluated(trained(training, problem, options), problem, options)
         rows[name] = {}
         for sampler, evaluation in after.items():
             start = before[sampler]
@@ -126,7 +126,7 @@ def main(options: Options) -> None:
             rows[name][sampler] = {key: (e.mean, e.standard_error) for key, e in gains.items()}
         console.print(name, {key: value["reward"] for key, value in rows[name].items()})
     table = Table(box=None, header_style="dim")
-    for column in ("judged on", "pretrained", *rows):
+    for column in ("evaluated on", "pretrained", *rows):
         table.add_column(column, no_wrap=True)
     for sampler, evaluation in before.items():
         cells = [

@@ -198,7 +198,7 @@ def exact_correction(weights: Sequence[Tensor]) -> AffineCorrection:
 def exact_gradient(
     problem: GaussianProblem, sampler: BoundDDIM, weights: Sequence[Tensor]
 ) -> Float[Tensor, " parameters"]:
-    """Of J on the sampler's chain."""
+    """Gradient of J on the sampler's chain."""
     correction = exact_correction(weights)
     affine_objective(problem, sampler, correction).backward()
     return flat([p.grad for p in correction.parameters()])
@@ -213,7 +213,7 @@ def flat(tensors: Sequence[Tensor | None]) -> Float[Tensor, " parameters"]:
 
 
 class Measured:
-    """An estimator at a policy: what trains there, and the roll-outs that it judges.
+    """An estimator at a policy: what trains there, and the roll-outs that it uses.
 
     Args:
         problem: the Gaussian one.
@@ -303,12 +303,12 @@ class Measured:
 
     @property
     def acts(self) -> tuple[Any, ...]:
-        """What its roll-outs depend on."""
+        """Everything that its roll-outs depend on."""
         return (getattr(self.objective, "exploration", 0.0), self.denoised)
 
     @property
     def learns(self) -> tuple[Any, ...]:
-        """What its value network depends on."""
+        """Everything that its value network depends on."""
         assert isinstance(self.objective, o.PathObjective)
         return (*self.acts, self.objective.cost_weight, self.objective.value_sees_denoised)
 
@@ -389,7 +389,7 @@ def relative_variance(gradients: Float[Tensor, "batches parameters"]) -> float:
 def cosine_of_mean(
     gradients: Float[Tensor, "batches parameters"], truth: Float[Tensor, " parameters"]
 ) -> float:
-    """Of E g with the truth; the noise of the mean is taken off its length, as above."""
+    """Cosine of E g with the truth; the noise of the mean is taken off its length, as above."""
     middle = gradients.mean(0)
     length = middle.square().sum() - gradients.var(0).sum() / len(gradients)
     return float(middle @ truth / length.sqrt() / truth.norm()) if length > 0 else math.nan

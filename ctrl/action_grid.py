@@ -40,7 +40,7 @@ class ActionGrid:
             raise ValueError(f"weights must be positive, got {float(self.weights.min()):g}")
 
     def ends(self) -> Tensor:
-        """Which nodes are outermost in some coordinate, [nodes]."""
+        """Whether each node is outermost in some coordinate, [nodes]."""
         flat = self.nodes.reshape(len(self.nodes), -1)
         return ((flat == flat.amin(0)) | (flat == flat.amax(0))).any(-1)
 

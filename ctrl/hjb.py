@@ -55,7 +55,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """What solves the HJB equation on a grid; the functions are ``GridFunction`` of (t, x).
+    """Value and policy that solve the HJB equation on a grid, functions of (t, x) each.
 
     Attributes:
         value: V, reward, [paths]; its ``table`` is [times, *nodes].
@@ -355,7 +355,7 @@ def _solution(
 
 
 def _function(axes: tuple[Axis, ...], times: Tensor, rows: list[Tensor]) -> GridFunction:
-    """Of what was solved from the last time to the first."""
+    """The solution on the grid, from values that were computed from the last time to the first."""
     table = torch.stack(rows[::-1])
     shape = [axis.nodes for axis in axes]
     return GridFunction(axes, times, table.view(len(rows), *shape, *table.shape[2:]))

@@ -128,7 +128,7 @@ def moments(
 
     Args:
         tests: paths -> [paths, steps, tests].
-        increments: dM, in each step's money.
+        increments: dM, each discounted to its own step's time.
         problem: whose discount counts.
         paths: that both belong to.
         sees_action: whether xi may depend on the action of its own step.

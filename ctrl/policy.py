@@ -242,7 +242,7 @@ def policy_kl(
     """KL(pi(. | t, x) || pi_ref(. | t, x)) of every path's action, nats.
 
     Of the actions that the policies draw (view A), not of the paths: ``girsanov.path_kl`` is that,
-    and does not see the spread of the actions.
+    and does not see the covariance of the actions.
     """
     return kl_divergence(policy.distribution(t, states), reference.distribution(t, states))
 

@@ -405,7 +405,7 @@ def _roll_out_with_graph(
 
 
 class _Interval(NamedTuple):
-    """Where a step is taken.
+    """Times and index of one step.
 
     Attributes:
         k: index of the step.

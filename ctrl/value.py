@@ -53,7 +53,7 @@ def martingale_increments(
     rewards: Float[Tensor, "paths steps"],
     average_reward: float | Float[Tensor, ""] = 0.0,
 ) -> Float[Tensor, "paths steps"]:
-    """dM of every step, in that step's money: reward.
+    """dM of every step, discounted to that step's time: reward.
 
     Args:
         value: V.
@@ -165,7 +165,7 @@ _CHUNK = 2**25  # bytes of directions at a time
 def _columns(
     sde: ControlledSDE, t: Tensor, states: Tensor, actions: Tensor
 ) -> Iterator[Float[Tensor, " motions paths *event"]]:
-    """What each Brownian motion moves the states by, one direction a motion, some at a time."""
+    """Columns of sigma, one direction for each Brownian motion, some at a time."""
     sigma = as_like(sde.diffusion_at(t, states, actions), states)
     motions = math.prod(sde.noise_shape(tuple(states.shape[1:])))
     for some in _some_at_a_time(motions, states):

@@ -39,7 +39,7 @@ _FEWEST_VARIANTS = 3
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a body runs: it takes its numbers' type and device, and its generators, from here.
+    """Precision, device and random generators with which a claim's body runs.
 
     Attributes:
         dtype: of all tensors.
@@ -168,7 +168,7 @@ def limit(
 
 
 def proof(name: str, left: Numbers, scale: float = 1.0) -> Check:
-    """What is left of an identity's difference: exactly 0 where it is proven."""
+    """Remainder of an identity's difference: exactly 0 where it is proven."""
     return _compared(name, "proof", left, np.zeros(np.shape(_array(left))), scale)
 
 

@@ -60,7 +60,7 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """What is chosen, in a line."""
+        """The choice of kernels, in one line."""
         return " ".join(f"{k}={v}" for k, v in self.variables.items()) or "usual"
 
     @property

@@ -41,7 +41,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one claim showed, under one kernel or under several.
+    """Deviations that one claim showed, under one kernel or under several.
 
     Attributes:
         right: check -> what the right code shows.
@@ -259,7 +259,7 @@ class _Rounds(TorchDispatchMode):
         self.operations: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """As the operation would be; its name is kept if it rounds."""
+        """Run the operation, and keep its name if it rounds."""
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         single = [x for x in args if isinstance(x, Tensor) and x.dtype == torch.float32]

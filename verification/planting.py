@@ -76,7 +76,7 @@ class Edit:
         return inspect.cleandoc(body[start:end]), inspect.cleandoc(wrong)
 
     def _place(self, function: FunctionType) -> int:
-        """Where in the function's source the text stands, its docstring left aside."""
+        """Position of the text in the function's source, its docstring left aside."""
         source, first, last = _source(function)
         body = "".join(source[first:last])
         start, end = _docstring(body)
@@ -122,7 +122,7 @@ def _source(function: FunctionType) -> tuple[list[str], int, int]:
 
 
 def _docstring(body: str) -> tuple[int, int]:
-    """Where in a function's source its docstring begins and ends; nowhere, if it has none."""
+    """Begin and end of the docstring in a function's source; both 0 if there is none."""
     plain = textwrap.dedent(body)
     indent = len(body) - len(body.lstrip())
     try:
@@ -141,7 +141,7 @@ def _docstring(body: str) -> tuple[int, int]:
 
 
 def _function(target: str) -> FunctionType:
-    """What a dotted name stands for, under its decorators."""
+    """The function that a dotted name stands for, without its decorators."""
     parts = target.split(".")
     member: object = None
     for length in range(len(parts) - 1, 0, -1):

@@ -281,7 +281,7 @@ def _mistakes(claim: Record) -> str:
 
 
 def _place(value: float | str) -> float:
-    """Where a deviation lies on the axis, in per cent; what is no number lies at its end."""
+    """Position of a deviation on the axis, in per cent; NaN lies at its end."""
     number = float(value)
     power = math.log10(max(number, 10**_LOW)) if math.isfinite(number) else _HIGH
     return 100 * (min(max(power, _LOW), _HIGH) - _LOW) / (_HIGH - _LOW)

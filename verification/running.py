@@ -51,7 +51,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Rejection:
-    """What became of a wrong variant.
+    """Result of running a wrong variant.
 
     Attributes:
         name: of the variant.
@@ -118,7 +118,7 @@ def run(
     began = time.perf_counter()
     try:
         checks = tuple(
-            _judged(check, claim, tolerances, setting, rates) for check in claim.body(setting)
+            _decided(check, claim, tolerances, setting, rates) for check in claim.body(setting)
         )
         error = "" if checks else "the claim has no checks"
     except Exception:
@@ -138,7 +138,7 @@ def run(
     return Outcome(claim, verdict, checks, wrongs, time.perf_counter() - began, error)
 
 
-def _judged(
+def _decided(
     check: Check | Sampled,
     claim: Claim,
     tolerances: Mapping[str, Tolerance],
@@ -210,7 +210,7 @@ def _rejection(
         with planted(*wrong.edits):
             for check in claim.body(setting):
                 if check.name in tolerances:
-                    measured.append(_judged(check, claim, tolerances, setting, rates))
+                    measured.append(_decided(check, claim, tolerances, setting, rates))
     except PlantingError as error:
         return Rejection(wrong.name, False, note=str(error))
     except Exception as error:
@@ -228,7 +228,7 @@ def _rejection(
 
 
 def _excess(check: Measured) -> float:
-    """How many times its tolerance a check is off; not a number is more than any."""
+    """Deviation in units of the tolerance; infinite for NaN."""
     assert check.tolerance is not None
     return math.inf if math.isnan(check.deviation) else check.deviation / check.tolerance
 

@@ -28,7 +28,7 @@ _ALARM = 1.25  # sample variance over its bound, beyond which nothing passes
 
 
 class Verdict(enum.Enum):
-    """What a test says. It has no truth value, so that INCONCLUSIVE cannot read as a pass."""
+    """Result of a test. It has no truth value, so that INCONCLUSIVE cannot read as a pass."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -66,7 +66,7 @@ def influence(x: Tensor) -> Tensor:
 
 
 def samples_needed(tolerance: float, variance: float, false_pass: float = 1e-6) -> int:
-    """How many samples a right claim takes to pass, about: 1.4 times the single refutation's.
+    """Approximate number of samples until a right claim passes: 1.4 times the single refutation's.
 
     2 log(1 / false_pass) v / tolerance^2 would refute one side on average; both must be.
     """

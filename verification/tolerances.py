@@ -62,7 +62,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Right:
-    """What the right code shows in one check.
+    """Deviation of the right code in one check.
 
     Attributes:
         route: of the check.
@@ -83,7 +83,7 @@ def floor(right: Right) -> float:
 
 
 def units_seen(single: Right) -> float:
-    """How many units of round-off a check was off by in float32; 1 where they say nothing.
+    """Deviation of a check in float32, in units of round-off; 1 where that says nothing.
 
     A limit's deviation is an error of approximation and a sampled check's is the pilot's.
     """

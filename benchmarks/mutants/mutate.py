@@ -230,7 +230,7 @@ def _raises(body: cst.BaseSuite) -> bool:
 
 
 def _changed(node: cst.CSTNode, *, in_function: bool) -> Iterator[cst.CSTNode]:
-    """What may stand in a node's place."""
+    """Mutations of one node."""
     if not in_function and not isinstance(node, cst.BaseNumber | cst.Name):
         return
     for kind, operator in mutation_operators:

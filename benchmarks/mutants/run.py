@@ -346,7 +346,7 @@ def _functions(thing: Any) -> Iterator[types.FunctionType]:
 
 
 def fork(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """What ``work`` returns in a silent copy of this process; ``{"signal": name}`` if it dies."""
+    """Result of ``work`` in a silent copy of this process; ``{"signal": name}`` if it dies."""
     out, into = os.pipe()
     child = os.fork()
     if not child:

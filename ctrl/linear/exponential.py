@@ -41,7 +41,7 @@ def exponential(matrix: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batc
 
 
 def unit(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch 1 1"]:
-    """What to divide a block by, that its row sums are at most 1; 1 for zeros. A constant."""
+    """Divisor that makes a block's row sums at most 1; 1 for zeros. A constant."""
     size = matrix.detach().abs().sum(-1).amax(-1)[..., None, None]
     return torch.where(size > 0, size, torch.ones_like(size))
 

@@ -136,7 +136,7 @@ def kl_optimal_drift(
     G: Float[Tensor, "*G dim noise"],
     kl_weight: float | Float[Tensor, " *weight"],
 ) -> Affine:
-    """What the optimal control adds to the drift: G G' grad V* / kl_weight, as a function of x.
+    """Change of the drift by the optimal control: G G' grad V* / kl_weight, as a function of x.
 
     Args:
         value: V* at the same time, by ``kl_optimal_value``.

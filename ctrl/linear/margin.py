@@ -1,4 +1,4 @@
-"""How far from an edge a computed number must be, that round-off does not decide on which side.
+"""Margins: a number this far from an edge is on its side of it, whatever the round-off.
 
 Eigenvalues come out as those of a matrix that differs from the one meant by the round-off of making
 and of decomposing it, a modest multiple of dim * eps * size, where size bounds what was added up to

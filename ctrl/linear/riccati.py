@@ -277,7 +277,7 @@ def evaluate_lq_ergodic(lq: LinearQuadratic, law: LinearGaussian) -> Stationary:
 
 
 def cost_of_exploration(lq: LinearQuadratic, horizon: float = math.inf) -> Float[Tensor, " *batch"]:
-    """What drawing the optimal actions costs: temperature * action dim / 2 * int e^{-discount t}.
+    """Cost of drawing the optimal actions: temperature * action dim / 2 * int e^{-discount t}.
 
     The optimal value without temperature, less the plain reward (without its entropy) of the
     optimal exploratory policy: ``temperature dim / (2 discount)`` without horizon ([WZZ20]
@@ -322,7 +322,7 @@ def check_law(lq: LinearQuadratic, law: LinearGaussian, time_dependent: bool = F
     if bool(((lq.rates[1] > 0) & flat).any()):
         raise ValueError(
             "covariance must be positive definite where the temperature is positive: the entropy "
-            f"of a policy without spread is minus infinity; its least eigenvalue is {least.min():g}"
+            f"of a deterministic policy is minus infinity; its least eigenvalue is {least.min():g}"
         )
 
 
@@ -417,7 +417,7 @@ def _closed_loop(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Tensor, Tens
 
 
 def _decays(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Tensor, Tensor]:
-    """Of every problem, whether exp(-discount t) E|X_t|^2 decays beyond round-off; and its rate."""
+    """Whether exp(-discount t) E|X_t|^2 decays beyond round-off in each problem; and its rate."""
     rate, margin = growth(*_closed_loop(lq, law))
     return rate < -margin, rate
 
@@ -517,8 +517,8 @@ def _by_sign(lq: LinearQuadratic) -> LinearGaussian | None:
 def _stabilising(lq: LinearQuadratic) -> LinearGaussian:
     """Some policy under which exp(-discount t) E|X_t|^2 decays.
 
-    Found for |x|^2 + |a|^2 as the cost, and for a discount so large that no action is needed; the
-    discount is lowered as far as the policy allows, and the policy improved, in turn.
+    It is computed for |x|^2 + |a|^2 as the cost, and for a discount so large that no action is
+    needed; the discount is lowered as far as the policy allows, and the policy improved, in turn.
     """
     eyes = [torch.eye(matrix.shape[-1]).to(matrix).expand_as(matrix) for matrix in (lq.M, lq.N)]
     law = LinearGaussian(0 * lq.R, 0 * lq.l, 0 * lq.N)

@@ -195,7 +195,7 @@ def test_paths_of_a_black_box_are_refused_where_the_dynamics_are_needed():
         lambda: transitions.log_ratio(SDE, EULER, MEAN, OTHER, still),
         lambda: ql.q_rates(plain, value, replace(drawn, grid=drawn.grid)),
     ):
-        with pytest.raises(ValueError, match="black box moved them"):
+        with pytest.raises(ValueError, match="black box simulated them"):
             call()
 
 

@@ -63,7 +63,7 @@ def _law(model: VPGaussian) -> tuple[np.ndarray, np.ndarray]:
 
 
 def end_variance(one: Chain) -> float:
-    """Of the generated data."""
+    """Variance of the generated data."""
     return float(one.moments(MODEL.noised(1.0))[1][-1])
 
 

@@ -172,6 +172,12 @@ def parameters(setting: Setting) -> list[Tensor]:
     return exploratory_lq.parameters(setting, THETA)
 
 
+def policy_of(module: nn.Module) -> ctrl.GaussianPolicy:
+    """The policy with a module's parameters."""
+    assert isinstance(module, Learned)
+    return exploratory_lq.policy(*module.theta)
+
+
 def one_update(
     setting: Setting, p: LQChain, rate: float, **options: Any
 ) -> tuple[np.ndarray, float, ctrl.Paths]:
@@ -183,7 +189,7 @@ def one_update(
     update = agents.cppo(
         exploratory_lq.problem(p),
         module,
-        lambda _: exploratory_lq.policy(*module.theta),
+        policy_of,
         value,
         lambda: exploratory_lq.drawn_paths(setting, p, parameters(setting), nodes),
         torch.optim.SGD(module.parameters(), lr=rate),

@@ -33,7 +33,7 @@ def sampler() -> BoundDDIM:
 
 
 def log_density(at: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Of independent normals, summed over coordinates."""
+    """Log-density of independent normals, summed over coordinates."""
     gaps = (at - mean) / std
     return np.sum(-0.5 * gaps**2 - np.log(std) - 0.5 * np.log(2 * np.pi), axis=-1)
 

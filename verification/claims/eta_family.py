@@ -36,7 +36,7 @@ _TRANSITION = "diffusion_envs.exact.gaussian.transition"
 
 
 def chain(setting: Setting, eta: float, nodes: torch.Tensor) -> Transition:
-    """What production's Euler chain does from the first node to the last."""
+    """Transition of production's Euler chain from the first node to the last."""
     data = gaussian_data(setting, DATA)
     problem, policy = generation(data, vp_linear(MODEL), eta)
     return affine_end(problem, policy, ctrl.TimeGrid(nodes), data.mean)

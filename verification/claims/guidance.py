@@ -50,7 +50,7 @@ class Network(nn.Module):
 
 
 def predicted(context: np.ndarray) -> np.ndarray:
-    """What ``Network`` predicts."""
+    """Predictions of ``Network``."""
     return 0.5 * STATES + context - TIMESTEPS[:, None] / 8
 
 

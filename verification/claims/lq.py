@@ -70,7 +70,7 @@ def exact_flat(value: exact.Quadratic) -> np.ndarray:
 
 
 def numbers(solution: ctrl.linear.Stationary) -> list[float]:
-    """As ``exact.ScalarSolution``, of production's solution."""
+    """Numbers of production's solution, in the order of ``exact.ScalarSolution``."""
     value, law, discount = solution.quadratic, solution.law, solution.lq.rates[0]
     average = solution.average_reward
     rate = discount * value.constant if average is None else average
@@ -237,7 +237,7 @@ def exploratory_lq_with_horizon(setting: Setting) -> Iterator[Check]:
 
     # every action, at any time: gam log pi = q
     policy, t = solution.policy(), _tensor(0.53, setting)
-    assert isinstance(policy, ctrl.GaussianPolicy)  # the temperature is positive
+    assert not isinstance(policy, ctrl.DeterministicPolicy)  # the temperature is positive
     x, a = _tensor(X, setting), _tensor(ACTIONS, setting)
     q = q_rate(problem.problem(HORIZON), solution.value, t, x, a)
     log_pi = lq.temperature * policy.log_prob(t, x, a)

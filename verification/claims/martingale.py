@@ -305,7 +305,7 @@ def stationary_value(setting: Setting, discount: float) -> tuple[Polynomial, Val
 
 
 def root(loss: Callable[[Value], Tensor], phi: mg.Features, paths: ctrl.Paths) -> Tensor:
-    """Where the mean gradient, affine in the coefficients of these features, vanishes."""
+    """Coefficients of these features at which the mean gradient, affine in them, vanishes."""
 
     def gradient(theta: Tensor) -> Tensor:
         theta = theta.requires_grad_()

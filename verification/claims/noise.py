@@ -205,7 +205,7 @@ NAMES: tuple[tuple[int, tuple[str | int, ...]], ...] = (
 
 
 def distinct(rows: Tensor) -> float:
-    """How many different rows there are."""
+    """Number of different rows."""
     return float(len({tuple(row) for row in rows.flatten(1).tolist()}))
 
 

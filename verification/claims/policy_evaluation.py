@@ -76,7 +76,7 @@ def true_value(e: exact.Evaluation, nodes: Tensor) -> mg.Features:
 
 
 def losses(e: exact.Evaluation, paths: ctrl.Paths, decay: float) -> dict[str, Loss]:
-    """What the methods descend; of squares, what they should not."""
+    """Losses that the methods descend, and the squares, which are the wrong loss."""
     p, xi = problem(e), mg.features_along(tests)
 
     def gmm(v: ctrl.value.Value, weighting: Literal["identity", "covariance"]) -> Tensor:
@@ -95,7 +95,7 @@ def losses(e: exact.Evaluation, paths: ctrl.Paths, decay: float) -> dict[str, Lo
 def root(
     loss: Loss, paths: ctrl.Paths, phi: mg.Features, known: ctrl.value.Value | None = None
 ) -> np.ndarray:
-    """Where the gradient, which is affine in the coefficients, vanishes."""
+    """Coefficients at which the gradient, which is affine in them, vanishes."""
     weights = paths.weights
     assert weights is not None
 
@@ -118,7 +118,7 @@ def extrapolated(results: list[np.ndarray]) -> np.ndarray:
 
 
 def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> Tensor:
-    """Of every path's own loss, at coefficients away from every root, [paths, 3]."""
+    """Gradients of every path's own loss, at coefficients away from every root, [paths, 3]."""
     theta = paths.states.new_tensor([0.7, -0.4, 0.25]).repeat(len(paths.states), 1)
     theta.requires_grad_()
     each = loss(lambda t, x: (features(t, x) * theta).sum(1))

@@ -81,7 +81,7 @@ def parameters(setting: Setting) -> list[Tensor]:
 
 
 def row(gradients: tuple[Tensor, ...]) -> Tensor:
-    """Of K, k and the lower triangle of L, in a row."""
+    """Gradients in K, k and the lower triangle of L, in one row."""
     gain, offset, *scale = gradients
     return torch.cat([gain.flatten(), offset, *(each[lq.LOWER] for each in scale)])
 

@@ -45,7 +45,7 @@ class LawPolicy:
         return self.law.mean(states)
 
     def act(self, mean: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
-        """As the law's own policy."""
+        """Draw actions like the law's own policy."""
         return self.law.policy().act(mean, t, noise)
 
 

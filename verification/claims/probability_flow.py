@@ -35,14 +35,14 @@ _SAMPLER = "diffusion_envs.samplers.BoundDDIM"
 
 
 def euler(setting: Setting, nodes: torch.Tensor) -> Transition:
-    """What production's Euler steps of the flow do from the first node to the last."""
+    """Transition of production's Euler steps of the flow from the first node to the last."""
     data = gaussian_data(setting, DATA)
     problem, policy = generation(data, vp_linear(MODEL), eta=0.0)
     return affine_end(problem, policy, ctrl.TimeGrid(nodes), data.mean)
 
 
 def ddim(setting: Setting, steps: int) -> tuple[Transition, Nodes]:
-    """What production's DDIM with eta = 0 does, and its nodes."""
+    """Transition of production's DDIM with eta = 0, and its nodes."""
     data = gaussian_data(setting, DATA)
     sampler = DDIM(0.0).bind(table(MODEL, steps, spacing="trailing", final_is_one=True), steps)
     problem, policy = generation(data, sampler.table, eta=0.0)

@@ -72,7 +72,7 @@ def centred(w: Tensor, x: Tensor, a: Tensor) -> Tensor:
 def root(
     loss: Callable[[Value, ql.QRate], Tensor], value: Value, q: ql.QRate, paths: ctrl.Paths
 ) -> Tensor:
-    """Where a loss of V = c_0 value, and of q with c_1 of its own size and c_2, c_3 more, rests.
+    """Stationary c of a loss: V = c_0 value, q with c_1 of its own size and c_2, c_3 more.
 
     All these q obey the constraint. The gradient is affine in c.
     """

@@ -68,7 +68,7 @@ def mean_gradient(
 
 
 def guidance(setting: Setting, model: Normal, reward: exact.Quadratic, x: Tensor) -> Tensor:
-    """What RAM's target adds to the pretrained velocity on average, for each of the states."""
+    """Mean change of the pretrained velocity by RAM's target, for each of the states."""
     velocity_change = velocity(setting, model, x) - velocity(setting, DATA, x)
     return velocity_change - mean_gradient(setting, model, DATA, reward, x)
 

@@ -45,7 +45,7 @@ def value(
 
 
 def response(setting: Setting, model: VPGaussian, eta: float, substeps: int) -> float:
-    """How far score + 1 moves the mean, with the leading error (of order 4) taken out."""
+    """Shift of the mean by score + 1, with the leading error (of order 4) taken out."""
     zero = setting.tensor([[0.0]])
     mean = Quadratic(zero, zero[0] + 1, zero.sum())
     coarse, fine = (

@@ -74,13 +74,13 @@ def regret_ratio(bests: list[tuple[float, float]]) -> float:
 
 
 def entry(t: Tensor, trained: int) -> float:
-    """Of a table with one entry a step: 1 at the steps it was trained on, 0 at other times."""
+    """Entry of a table with one a step: 1 at the steps it was trained on, 0 at other times."""
     place = float(t) * trained
     return 1.0 if abs(place - round(place)) < 1e-3 else 0.0
 
 
 def realised(setting: Setting, trained: int, used: int) -> float:
-    """How far a table moves the mean of production's Euler paths: one without, one with it."""
+    """Shift of the mean of production's Euler paths by a table: paths with it less without it."""
     data = gaussian_data(setting, DATA)
     problem, pretrained = generation(data, vp_linear(MODEL))
     which = setting.tensor([[0.0], [1.0]])

@@ -297,7 +297,7 @@ REFERENCE_START = (-0.2, 0.45)  # mean and standard deviation; P's are in closed
 
 
 def started_from(law: tuple[float, float], reference: tuple[float, float]) -> tuple[float, float]:
-    """Whose initial law the paths begin with."""
+    """The law from which the paths start."""
     return law
 
 

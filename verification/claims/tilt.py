@@ -31,7 +31,7 @@ TIME = 0.37  # noising time where values are compared
 
 
 def coefficients(Q: Tensor, slope: Tensor, constant: Tensor) -> Tensor:
-    """Of a quadratic, in one vector."""
+    """Coefficients of a quadratic, in one vector."""
     return torch.cat([Q.flatten(), slope, constant.reshape(1)])
 
 

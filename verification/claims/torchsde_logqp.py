@@ -42,7 +42,7 @@ class Increment:
 
 
 class Equation(torch.nn.Module):
-    """What torchsde asks for: drift f, diffusion g, and drift h of the reference."""
+    """Drift f, diffusion g and the reference's drift h, in torchsde's interface."""
 
     sde_type = "ito"
 

@@ -53,15 +53,15 @@ class Network(nn.Module):
         self.adapted = True
 
     def disable_adapters(self) -> None:
-        """The pretrained network from here on."""
+        """Switch the adapter off: the pretrained network."""
         self.adapted = False
 
     def enable_adapters(self) -> None:
-        """With the adapter again."""
+        """Switch the adapter on again."""
         self.adapted = True
 
     def forward(self, x: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Any:
-        """As a diffusers UNet answers."""
+        """Predict the noise, in the form of a diffusers UNet."""
         flat = x.flatten(1)
         predicted = flat @ self.base.T + encoder_hidden_states.mean(1) @ self.context.T
         predicted = predicted + timesteps[:, None] * self.time
@@ -71,14 +71,14 @@ class Network(nn.Module):
 
 
 class Process(Accelerator):
-    """One of several processes that have nothing to say to each other."""
+    """One of several processes that do not communicate."""
 
     def __init__(self, index: int = 0, processes: int = 1) -> None:
         self._index, self._processes = index, processes
 
     @property
     def num_processes(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]  # accelerate types it as NoReturn
-        """How many there are said to be."""
+        """Number of processes that this one is told of."""
         return self._processes
 
     @property
@@ -144,7 +144,7 @@ def sampler_of(made: Trainer) -> BoundDDIM:
 
 
 def flat(values: Tensor, keep: int = 2) -> np.ndarray:
-    """As numpy, in double precision, events flattened."""
+    """Convert to numpy, in double precision, events flattened."""
     return values.detach().double().flatten(keep).numpy()
 
 

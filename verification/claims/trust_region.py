@@ -35,17 +35,17 @@ SHIFTS = (0.05, 0.4, -0.9)
 
 
 def quadratic(m: Tensor, variance: Tensor) -> Tensor:
-    """Of -curvature x^2 / 2."""
+    """Expectation of -curvature x^2 / 2 under N(m, variance)."""
     return -0.5 * CURVATURE * (m.square() + variance)
 
 
 def cosine(m: Tensor, variance: Tensor) -> Tensor:
-    """Of cos(frequency x)."""
+    """Expectation of cos(frequency x) under N(m, variance)."""
     return torch.cos(FREQUENCY * m) * torch.exp(-(FREQUENCY**2) * variance / 2)
 
 
 def exponential(m: Tensor, variance: Tensor) -> Tensor:
-    """Of exp(0.7 x)."""
+    """Expectation of exp(0.7 x) under N(m, variance)."""
     return torch.exp(0.7 * m + 0.7**2 * variance / 2)
 
 

@@ -220,7 +220,7 @@ def value_network(setting: Setting) -> Iterator[Check]:
 
 
 def best_loss(setting: Setting, s: float, first: str, affine: bool) -> Tensor:
-    """What the best residual of a class leaves, E (V - first - F)^2: least squares on nodes."""
+    """Least E (V - first - F)^2 over a class of residuals F: least squares on nodes."""
     x, weights = nodes(setting, s)
     reward, skip = quadratic(setting, REWARD), skip_weights(setting.tensor(s))[0]
     guess = reward(denoised(setting, s, x))

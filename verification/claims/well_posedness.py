@@ -55,7 +55,7 @@ def superlinear(x: Tensor) -> Tensor:
 
 
 def root(x: Tensor) -> Tensor:
-    """Of infinite slope at 0."""
+    """A square root on both sides of 0, where its slope is infinite."""
     return x.abs().sqrt()
 
 

@@ -234,19 +234,19 @@ def slope_of_the_martingale_loss(
     along, laws, steps = values(c, policy, nodes), state_laws(c, behaviour, nodes), np.diff(nodes)
     off = in_noise(rate, behaviour)
     action_mean = off[0] + off[2]
-    money = np.exp(-c.discount * (nodes[:-1] - nodes[0]))
+    factors = np.exp(-c.discount * (nodes[:-1] - nodes[0]))
     total, ahead = 0.0, Polynomial([0.0])  # sum_{l > j} e^{-discount t_l} h_l E[rate_l | x_{j + 1}]
     for j in range(len(steps) - 2, -1, -1):
         if j < len(steps) - 2:
             ahead = expected(ahead, *c.after(behaviour, steps[j + 1]))
-        ahead = ahead + money[j + 1] * steps[j + 1] * action_mean
+        ahead = ahead + factors[j + 1] * steps[j + 1] * action_mean
         mean, variance = c.after(behaviour, steps[j])
         v, value = c.noise**2 * steps[j], np.exp(-c.discount * steps[j]) * along[j + 1]
         # Cov(V(X'), ahead(X') | x, a) at X' ~ N(y, v), then over y ~ N(mean(x), variance - v)
         both = v * value.deriv() * ahead.deriv() + v**2 / 2 * value.deriv(2) * ahead.deriv(2)
         m, state_variance = laws[j]
         where = (float(mean(m)), float(mean.coef[1] ** 2 * state_variance + variance - v))
-        total -= 2 * money[j] * (nodes[j + 1] - nodes[0]) * float(expected(both, *where))
+        total -= 2 * factors[j] * (nodes[j + 1] - nodes[0]) * float(expected(both, *where))
     return total
 
 

@@ -209,7 +209,7 @@ def _moment_system(lq: LQ, law: Law) -> tuple[np.ndarray, np.ndarray]:
 
 
 def entropy(Sigma: np.ndarray) -> float:
-    """Of N(., Sigma), nats."""
+    """Entropy of N(., Sigma), nats."""
     return float(np.linalg.slogdet(2 * math.pi * math.e * Sigma)[1]) / 2
 
 

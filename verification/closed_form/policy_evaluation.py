@@ -50,12 +50,12 @@ def chain(e: Evaluation, nodes: np.ndarray, decay: float) -> dict[str, np.ndarra
     squares, squares_right = np.zeros((3, 3)), np.zeros(3)
     mean, variance = e.mean, e.variance
     for k, h in enumerate(np.diff(nodes)):
-        now, after, money = e.horizon - nodes[k], e.horizon - nodes[k + 1], np.exp(-e.discount * h)
+        now, after, factor = e.horizon - nodes[k], e.horizon - nodes[k + 1], np.exp(-e.discount * h)
         weight, f, v = np.exp(-e.discount * (nodes[k] - nodes[0])), 1 - e.pull * h, e.noise**2 * h
         step = np.array([[1, 0, 0], [0, f, 0], [v, 0, f**2]])
         g = gram(mean, variance)
-        shift = money * after * step - now * np.eye(3)
-        pay = e.terminal * (money * step[2] - np.eye(3)[2]) + h * np.eye(3)[2]
+        shift = factor * after * step - now * np.eye(3)
+        pay = e.terminal * (factor * step[2] - np.eye(3)[2]) + h * np.eye(3)[2]
         project += weight**2 * h * now**2 * g
         target += weight**2 * h * now * g @ (true[k] - [0, 0, e.terminal])
         trace = trace + h * now * g  # E xi m', with the step itself
@@ -71,8 +71,10 @@ def chain(e: Evaluation, nodes: np.ndarray, decay: float) -> dict[str, np.ndarra
             [v, 2 * f * v * g[0, 1]],
             [2 * f * v * g[0, 1], 4 * f**2 * v * g[1, 1] + 2 * v**2],
         ]
-        squares += shift @ g @ shift.T + (money * after) ** 2 * conditional_covariance
-        squares_right += shift @ g @ pay + money**2 * after * e.terminal * conditional_covariance[2]
+        squares += shift @ g @ shift.T + (factor * after) ** 2 * conditional_covariance
+        squares_right += (
+            shift @ g @ pay + factor**2 * after * e.terminal * conditional_covariance[2]
+        )
         mean, variance = f * mean, f**2 * variance + v
     weighted = moments.T @ np.linalg.inv(covariance)
     return {

@@ -71,7 +71,7 @@ class Chain:
         return density / density.sum(0)
 
     def value(self, mass: np.ndarray) -> np.ndarray:
-        """Of a policy, its entropy relative to the weights paid."""
+        """Value of a policy that is paid its entropy relative to the weights."""
         entropy = -scipy.special.rel_entr(mass, self.weights[:, None]).sum(0)
         paid = (mass * self.r).sum(0) + self.temperature * entropy
         return self.resolvent(mass, paid)

@@ -38,7 +38,7 @@ def alpha_bar(s: float) -> float:
 
 
 def weight(eta: float) -> float:
-    """Of int g^2 E |difference of scores|^2 dt in the path KL."""
+    """Weight of int g^2 E |difference of scores|^2 dt in the path KL."""
     return (1 + eta**2) ** 2 / (8 * eta**2)
 
 

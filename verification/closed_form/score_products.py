@@ -88,7 +88,7 @@ def transitions(p: LinearReward, nodes: np.ndarray) -> np.ndarray:
 
 
 def limits(p: LinearReward, horizon: float) -> tuple[np.ndarray, np.ndarray]:
-    """As h -> 0: h times the variances of view A that diverge, (return, return less V); and view B.
+    """Limits of the variances as h -> 0: view A diverges, (return, return less V), times h; view B.
 
     dV has the variance int w(t)^2 dt / std^2 in view A, and 0 in view B.
     """
