@@ -181,7 +181,7 @@ def methods() -> dict[str, Entry]:
             lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, exact_kl=True), aims=False
         ),
         "dpok (path KL)": Entry(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, path_kl=True)),
-        "grpo": Entry(lambda b: o.GRPO(kl_weight=b), aims=False),  # in units of the reward's spread
+        "grpo": Entry(lambda b: o.GRPO(kl_weight=b), aims=False),  # in units of the reward's std
         "tdpo": Entry(lambda b: o.TDPO(), aims=False),
         "tdpo-r": Entry(lambda b: o.TDPOReset(), aims=False),
         # preferences

@@ -387,7 +387,7 @@ def affine_values(
         problem: whose reward it is.
         sampler: DDIM with eta > 0.
         correction: the policy.
-        action_std: spread of the score at every step, if it is drawn around its mean.
+        action_std: standard deviation of the score at every step, if it is drawn around its mean.
         kl_weight: charged along the path; the problem's, if not given.
     """
     weight = problem.kl_weight if kl_weight is None else kl_weight

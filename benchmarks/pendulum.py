@@ -95,7 +95,7 @@ def main() -> None:
     optimum = pendulum.reference(chosen.resolution)
     zero = torch.zeros((), dtype=torch.float64)
     best = optimum.value(zero, STATES)
-    idle = ctrl.GaussianPolicy(lambda t, x: 0 * x[:, :1], 0.577)  # the optimal spread, no torque
+    idle = ctrl.GaussianPolicy(lambda t, x: 0 * x[:, :1], 0.577)  # the optimal std, no torque
     axes = (
         hjb.Axis(-math.pi, math.pi, chosen.resolution, "periodic"),
         hjb.Axis(-pendulum.fastest, pendulum.fastest, chosen.resolution + 1),

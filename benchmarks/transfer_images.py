@@ -2,7 +2,7 @@
 
 Every row is one adapter; every column the gain in the held-out samples' reward, over the pretrained
 model with the same sampler and the same seeds, and its standard error over these pairs (one
-training run: the spread between runs is not in it). The second number is what a classifier says
+training run: the variation between runs is not in it). The second number is what a classifier says
 that was not trained on. Learning rates are those of ``benchmarks.calls_to_reward``. A step of Heun
 calls the network twice, but for the last.
 

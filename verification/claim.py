@@ -74,7 +74,7 @@ class Check:
         route: one of ``ROUTES``.
         deviation: at least 0, relative to the scale of what is claimed; NaN where anything was
             not a number.
-        values: what was found and what is claimed, by two routes; of several numbers the pair
+        values: the computed and the claimed number, by two routes; of several numbers the pair
             that is furthest apart.
         count: how many numbers were compared.
         curve: step sizes and errors, to draw, where the check is about convergence.
@@ -158,7 +158,7 @@ def limit(
 
     Args:
         name: what converges.
-        got: the limit or order found.
+        got: the computed limit or order.
         want: the limit or order claimed.
         scale: what the deviation is relative to; the size of ``want`` if not given.
         curve: pairs of step size and error, for the report's plot.

@@ -28,7 +28,7 @@ class Measured:
         log_evidence: as ``statistics.Decision``, if sampled.
         needed: samples that would decide, if these did not.
         note: why, in words, where there is more to say.
-        values: what was found and what is claimed (``claim.Check``).
+        values: the computed and the claimed number (``claim.Check``).
         count: how many numbers were compared.
         curve: step sizes and errors, where the check is about convergence.
         precision: in which it computes, where a tolerance says so.

@@ -1,6 +1,6 @@
-"""How much the performance depends on the spread of the drawn actions.
+"""Dependence of the performance on the standard deviation of the drawn actions.
 
-In continuous time only through what the spread is paid or charged for: with a terminal reward, a
+In continuous time only through what that is paid or charged for: with a terminal reward, a
 drift affine in the action and an uncontrolled diffusion it does not, because q is linear in the
 action. On a grid actions are held over a step, which adds O(h).
 """

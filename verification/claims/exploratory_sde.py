@@ -4,7 +4,7 @@
 
 It is the squares of the diffusion that average: sigma at the mean action, or the mean of sigma,
 give another law. Where the drift is affine in the action and the diffusion does not depend on it,
-the spread of the actions drops out, and on a grid it is seen in first order of the step only.
+the covariance of the actions drops out, and on a grid it is seen in first order of the step only.
 """
 
 from collections.abc import Iterator

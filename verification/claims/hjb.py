@@ -2,7 +2,7 @@
 
     rho v = gam log int exp((b v_x + sigma^2 v_xx / 2 + r) / gam) da
 
-A scheme on a grid, which knows nothing of quadratics, finds the value, the mean and the spread of
+A scheme on a grid, which knows nothing of quadratics, finds the value, the mean and the std of
 the linear-quadratic closed form. Central differences of a quadratic are exact, so that what is left
 of the error is the grid's wall, the step in time, or (weak noise) the artificial noise.
 """

@@ -33,9 +33,9 @@ from verification.exploratory_lq import (
 )
 
 P = LQChain()
-# view B: the next state is decided, so the action's spread has no part
+# view B: the next state is decided, so the action's std has no part
 TRANSITIONS = replace(P, noise_slope=0.0, noise_push=0.0, temperature=0.0)
-SILENT = np.array([THETA[0], THETA[1], -40.0])  # a spread of 4e-18 is none
+SILENT = np.array([THETA[0], THETA[1], -40.0])  # a std of 4e-18 is none
 
 
 def gradient(each: Tensor, paths: ctrl.Paths, theta: list[Tensor]) -> Tensor:

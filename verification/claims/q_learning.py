@@ -461,7 +461,7 @@ def one_step_rates(setting: Setting, h: float, x: Tensor, a: Tensor) -> Tensor:
 
 
 def off_policy_moments(setting: Setting, steps: int, offset: float) -> np.ndarray:
-    """E int xi dM of V* and q* + moved along another policy's Euler paths up to time 1."""
+    """E int xi dM of V* and q* + offset along another policy's Euler paths up to time 1."""
     grid = ctrl.TimeGrid(setting.tensor(np.linspace(0, 1, steps + 1)))
     start, noise = degree_five(grid, C.mean, C.std, draws=True)
     paths = ctrl.simulate(endless(PLAIN), gaussian(BEHAVIOUR), start, grid, noise=noise)

@@ -98,7 +98,7 @@ class Process(Accelerator):
 def trainer(
     setting: Setting, batch: int = 64, process: Process | None = None, **schedule: Any
 ) -> Trainer:
-    """The loop in the midst of a run: three updates are done, the adapter has moved."""
+    """The loop in the midst of a run: three updates are done, the adapter is no longer fresh."""
     generator = stream(setting.seed, "network")
     network = Network(generator)
     context = torch.randn(PROMPTS, 2, 3, generator=generator)

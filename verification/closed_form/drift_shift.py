@@ -60,7 +60,7 @@ def quadratic_gap(p: DriftShift, curvature: float, shift: float, nodes: np.ndarr
 
 
 def shift_chi2(mean_shift: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """chi^2 of two Gaussians of one variance, whose means differ by ``moved``."""
+    """chi^2 of two Gaussians of one variance, whose means differ by ``mean_shift``."""
     return np.expm1(mean_shift**2 / variance)
 
 

@@ -225,7 +225,7 @@ def moments_of_a_wrong_pair(
 def slope_of_the_martingale_loss(
     c: ExploratoryChain, policy: Feedback, behaviour: Feedback, nodes: np.ndarray, rate: np.ndarray
 ) -> float:
-    """d/dpsi E sum_k h_k (M_T - M_k)^2 at the true pair, q moved by psi rate, along behaviour.
+    """d/dpsi E sum_k h_k (M_T - M_k)^2 at the true pair, q changed by psi rate, along behaviour.
 
     d(M_T - M_k)/dpsi = -sum_{l >= k} e^{-discount t_l} rate(x_l, a_l) h_l, and dM_j is correlated
     with rate(x_l, a_l) for j < l only, through the mean of the rate given x_l. If that is 0, as it
@@ -257,10 +257,10 @@ def slope_of_squares(
     nodes: np.ndarray,
     direction: Polynomial,
 ) -> float:
-    """d/dtheta E sum_k dM_k^2 at the true pair, V moved by theta moved before the end.
+    """d/dtheta E sum_k dM_k^2 at the true pair, V changed by theta direction before the end.
 
-    2 E dM_k e^{-discount h} moved(X') = 2 e^{-2 discount h} E Cov(V(X'), moved(X') | x, a): what is
-    random in V' is squared, and does not average out.
+    2 E dM_k e^{-discount h} direction(X') = 2 e^{-2 discount h} E Cov(V(X'), direction(X') | x, a):
+    what is random in V' is squared, and does not average out.
     """
     along, laws, steps = values(c, policy, nodes), state_laws(c, behaviour, nodes), np.diff(nodes)
     total = 0.0
