@@ -285,8 +285,8 @@ def _agreed(watch: Watch | None, accelerator: Accelerator) -> Decision | None:
     if watch is None:
         return None
     mine = watch.decision if accelerator.is_main_process else Decision(0)
-    stop = parallel.main_says(int(mine.reason is not None), accelerator)
-    best = parallel.main_says(mine.best, accelerator)
+    stop = parallel.broadcast_from_main(int(mine.reason is not None), accelerator)
+    best = parallel.broadcast_from_main(mine.best, accelerator)
     return Decision(best, (mine.reason or "the main process says so") if stop else None)
 
 
