@@ -55,9 +55,10 @@ diffusion_envs.exact.rewards diffusion_envs.exact.problems diffusion_envs.exact
 diffusion_envs.runs.checkpoint diffusion_envs.runs.settings diffusion_envs.runs.run_folder
 diffusion_envs.runs.prompts diffusion_envs.runs.interruption diffusion_envs.runs.callbacks
 diffusion_envs.runs.progress
-diffusion_envs.runs.tracking diffusion_envs.runs.plots diffusion_envs.runs.human_choices
+diffusion_envs.runs.caption_fonts diffusion_envs.runs.tracking diffusion_envs.runs.plots
+diffusion_envs.runs.human_choices
 diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping diffusion_envs.runs.options
-diffusion_envs.runs.over_optimisation diffusion_envs.runs.report
+diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation diffusion_envs.runs.report
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
 diffusion_envs.runs.summary diffusion_envs.runs.finetune diffusion_envs.runs.transfer
 diffusion_envs.runs.command_line diffusion_envs.runs

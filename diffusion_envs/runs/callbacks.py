@@ -51,5 +51,5 @@ class Callbacks:
 
     def _agreed(self, reasons: Sequence[str | None]) -> str | None:
         mine = "; ".join(reason for reason in reasons if reason) or None
-        stop = parallel.main_says(int(mine is not None), self.accelerator)
+        stop = parallel.broadcast_from_main(int(mine is not None), self.accelerator)
         return (mine or "the main process says so") if stop else None

@@ -308,6 +308,14 @@ def _one_word(
                 is_instance=lambda value: True,
                 str_from_instance=lambda made, write=write: [write(made)],
             )
+    if info.type == (bool | str):
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="PROJECT",
+            instance_from_str=lambda words: words[0] if words else True,
+            is_instance=lambda value: isinstance(value, bool | str),
+            str_from_instance=lambda value: [str(value)],
+        )
     if info.type == Mapping[str, rewards.Reward]:
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs="*",

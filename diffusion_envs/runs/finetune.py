@@ -26,7 +26,7 @@ from diffusion_envs.runs.resuming import Checkpoints
 from diffusion_envs.runs.run_folder import open_run
 from diffusion_envs.runs.settings import describe
 from diffusion_envs.runs.summary import Run, summarise
-from diffusion_envs.runs.tracking import Tracker
+from diffusion_envs.runs.tracking import Tracker, require_wandb
 from diffusion_envs.training import parallel
 from diffusion_envs.training.requirements import require_inputs
 from diffusion_envs.training.trainer import Trainer
@@ -108,6 +108,8 @@ def finetune(
         if name not in ("output", "resume")
     }
     _check(reward, objective, sampler, steps, updates, options)
+    if options.wandb:
+        require_wandb()
     with interruptible() as interruption, ExitStack() as stack:
         accelerator = parallel.start(None if model.device is None else str(model.device))
         main = accelerator.is_main_process
@@ -170,7 +172,7 @@ def finetune(
         if stopping is not None:
             stop = stopping.told(trainer.update, reason, updates, len(options.judges))
         if stopping is not None and reason is not None:
-            best = parallel.main_says(stopping.decision.best if main else 0, accelerator)
+            best = parallel.broadcast_from_main(stopping.decision.best if main else 0, accelerator)
             trainer.load_state(checkpoint.load(folder / "best" / f"step-{best:06d}").state)
         before, after, metrics = evaluations.last(finished=reason is None)
         exported = export(model, folder, trainer.update) if main else folder

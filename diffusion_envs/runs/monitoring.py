@@ -9,7 +9,7 @@ from diffusion_envs.environment import Environment
 from diffusion_envs.runs.callbacks import Callback
 from diffusion_envs.runs.evaluation import Evaluation, evaluate, evaluate_pretrained
 from diffusion_envs.runs.options import RunOptions
-from diffusion_envs.runs.over_optimisation import embeddings, panel
+from diffusion_envs.runs.over_optimisation import embeddings, metrics
 from diffusion_envs.runs.tracking import Tracker
 from diffusion_envs.training.trainer import Trainer
 
@@ -76,7 +76,7 @@ class Evaluations(Callback):
             return
         now = self._evaluate(min(PICTURES, self._options.evaluation_samples))
         self._show(update, now)
-        self._tracker.panel(update, panel(self.before, now, self._embedders))
+        self._tracker.over_optimisation(update, metrics(self.before, now, self._embedders))
 
     def last(self, *, finished: bool) -> tuple[Evaluation, Evaluation, dict[str, Estimate]]:
         """The pretrained model, the one to export, and the metrics of the latter.
@@ -87,10 +87,10 @@ class Evaluations(Callback):
         after = self._evaluate(self._options.evaluation_samples)
         before = self.before or after
         self._show(self._trainer.update, after)
-        metrics = panel(before, after, self._embedders)
+        numbers = metrics(before, after, self._embedders)
         if finished:
-            self._tracker.panel(self._trainer.update, metrics)
-        return before, after, metrics
+            self._tracker.over_optimisation(self._trainer.update, numbers)
+        return before, after, numbers
 
     def _evaluate(self, samples: int) -> Evaluation:
         judges = self._options.judges

@@ -32,7 +32,7 @@ class RunOptions:
             without a choice leaves their images and waits to be resumed.
         log_path_kl: report the path KL of every update also where the method does not need it, at
             the price of a network call a step.
-        wandb: log to Weights & Biases too.
+        wandb: log to Weights & Biases too; or the name of the project ("ctrl" if left out).
         progress: show a progress bar.
     """
 
@@ -44,7 +44,7 @@ class RunOptions:
     stop: tyro.conf.Suppress[StopRule | None] = None  # three options of the command line
     preference: Annotated[Preference | None, tyro.conf.arg(name="preferences")] = None
     log_path_kl: bool = False
-    wandb: bool = False
+    wandb: bool | str = False
     progress: bool = True
 
     def __post_init__(self) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ctrl import Estimate
-from diffusion_envs.runs.evaluation import Evaluation
+from diffusion_envs.runs.evaluation import Evaluation, by_prompt
 from diffusion_envs.runs.over_optimisation import Verdict, verdict
 from diffusion_envs.runs.report import write_report
 from diffusion_envs.runs.run_folder import write_json
-from diffusion_envs.runs.tracking import read_metrics
+from diffusion_envs.runs.tracking import OVER_OPTIMISATION, read_metrics
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Run:
     reward_gain: Estimate  # after minus before, paired by seed
     path_kl: Estimate | None  # from the pretrained model, nats; None of an ODE or a black box
     judge_gains: Mapping[str, Estimate]  # after minus before, by held-out reward
-    panel: Mapping[str, Estimate]  # of runs/over_optimisation.py: diversity and distance too
+    metrics: Mapping[str, Estimate]  # of runs/over_optimisation.py: diversity and distance too
     over_optimisation: Verdict  # of the exported model
     update: int  # after which the exported model was taken
     stopped: str | None = None  # why the stop rule ended the run, if it did
@@ -37,7 +37,7 @@ def summarise(
     exported: Path,
     before: Evaluation,
     after: Evaluation,
-    panel: Mapping[str, Estimate],
+    metrics: Mapping[str, Estimate],
     *,
     update: int,
     stop: Mapping[str, Any] | None,
@@ -51,7 +51,7 @@ def summarise(
         exported: the file that was exported.
         before: the pretrained model.
         after: the exported model, on the same seeds.
-        panel: over-optimisation metrics of the exported model.
+        metrics: over-optimisation metrics of the exported model.
         update: after which the exported model was taken.
         stop: what the stop rule did, if there is one.
         prompts: of the run.
@@ -60,8 +60,8 @@ def summarise(
     judge_gains = {
         name: Estimate.of(value - before.judged[name]) for name, value in after.judged.items()
     }
-    lines = read_metrics(folder / "panel.jsonl") if write else []
-    last = {name: value.as_dict() for name, value in panel.items()} | {"update": update}
+    lines = read_metrics(folder / OVER_OPTIMISATION) if write else []
+    last = {name: value.as_dict() for name, value in metrics.items()} | {"update": update}
     judgement = verdict([line for line in lines if line["update"] < update] + [last])
     assert judgement is not None  # there is a line
     run = Run(
@@ -71,9 +71,9 @@ def summarise(
         reward_before=Estimate.of(before.rewards),
         reward=Estimate.of(after.rewards),
         reward_gain=Estimate.of(after.rewards - before.rewards),
-        path_kl=panel.get("path_kl"),
+        path_kl=metrics.get("path_kl"),
         judge_gains=judge_gains,
-        panel=panel,
+        metrics=metrics,
         over_optimisation=judgement,
         update=update,
         stopped=None if stop is None else stop["reason"],
@@ -90,7 +90,11 @@ def summarise(
             **({} if run.path_kl is None else {"path_kl": run.path_kl.as_dict()}),
             "reward": _compared(run.reward_before, run.reward, run.reward_gain),
             "judges": judged,
-            "panel": {name: value.as_dict() for name, value in panel.items()},
+            "by_prompt": {
+                prompt: {part: value.as_dict() for part, value in parts.items()}
+                for prompt, parts in by_prompt(before, after).items()
+            },
+            "over_optimisation_metrics": {n: value.as_dict() for n, value in metrics.items()},
             "over_optimisation": dataclasses.asdict(judgement),
         }
         write_json(folder / "summary.json", summary)
