@@ -6,8 +6,8 @@ that are reported (0.001 ends at a gain of 0.02 on one seed, 0.03 collapses); th
 sweeps on a seed of their own, and a third of the baseline's calls (``fraction``). Each changes
 one thing against the row that its name goes on from.
 
-All are judged on held-out samples of the 10-step sampler, whatever they were trained on. A row's
-cost is the number of network calls at which its mean reward over seeds, between two judgements in
+All are evaluated on held-out samples of the 10-step sampler, whatever they were trained on. A row's
+cost is the number of network calls at which its mean reward over seeds, between two evaluations in
 a straight line, passes the mean that the baseline ends with.
 
     python -m benchmarks.calls_to_reward
@@ -50,7 +50,7 @@ def _ours(kl_weight: float, denoised: bool = True) -> o.Objective:
 
 
 def ladder(steps: int) -> dict[str, Entry]:
-    """The rows, where the judge takes so many steps; half as many are few."""
+    """The rows, where the evaluation takes so many steps; half as many are few."""
     few = max(1, steps // 2)
     half = (("train_steps", few),)
     accurate = Scheduler("DPMSolverMultistepScheduler")
@@ -75,8 +75,8 @@ class Options:
         calls: of the baseline.
         fraction: of it, for all others.
         samples: an update.
-        steps: of the baseline's and of the judge's sampler.
-        every: updates, between two judgements.
+        steps: of the baseline's and of the evaluation's sampler.
+        every: updates, between two evaluations.
         baseline_every: of the baseline's, whose runs are longer.
         seeds: that are reported.
         sweep_seeds: of the learning rates' sweep.
@@ -102,22 +102,22 @@ class Options:
     output: Path = DOCS
 
     def budget(self, name: str) -> Budget:
-        """Of a row of the ladder."""
+        """Budget of a row of the ladder."""
         if name == BASELINE:
             return Budget(10**9, self.calls, self.samples, self.steps, self.baseline_every)
         calls = round(self.calls * self.fraction)
         return Budget(10**9, calls, self.samples, self.steps, self.every)
 
 
-def gain(found: dict[str, Any], at: int = -1, key: str = "reward") -> float:
-    """Over the pretrained model, at a judgement; minus infinity, if there is none."""
-    if not found["curve"]:
+def gain(result: dict[str, Any], at: int = -1, key: str = "reward") -> float:
+    """Over the pretrained model, at an evaluation; minus infinity, if there is none."""
+    if not result["curve"]:
         return -math.inf
-    return found["curve"][at][key] - found["start"][key]
+    return result["curve"][at][key] - result["start"][key]
 
 
 def mean_curve(runs: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
-    """(calls, mean gain in reward) at every judgement that all seeds have, from (0, 0)."""
+    """(calls, mean gain in reward) at every evaluation that all seeds have, from (0, 0)."""
     length = min(len(one["curve"]) for one in runs)
     return [(0.0, 0.0)] + [
         (
@@ -129,7 +129,7 @@ def mean_curve(runs: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
 
 
 def calls_until(curve: Sequence[tuple[float, float]], target: float) -> float:
-    """Where a piecewise linear curve passes the target first; infinity, if it does not."""
+    """First crossing of the target by a piecewise linear curve; infinity if there is none."""
     for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if y1 >= target:
             return x1 if y1 == y0 else x0 + (x1 - x0) * max(0.0, (target - y0) / (y1 - y0))
@@ -146,7 +146,7 @@ def main(options: Options) -> None:
     chosen = options.rows or tuple(entries)
     if unknown := set(chosen) - set(entries):
         raise SystemExit(f"unknown rows {sorted(unknown)}; there are {', '.join(entries)}")
-    found: dict[str, tuple[float, list[dict[str, Any]]]] = {}
+    results: dict[str, tuple[float, list[dict[str, Any]]]] = {}
     reported, sweep = range(options.seeds), range(100, 100 + options.sweep_seeds)
     for name in chosen:
         get = partial(store.get, name, entries[name], problem, options.budget(name))
@@ -162,15 +162,15 @@ def main(options: Options) -> None:
             rate = max(options.baseline_rates, key=score)
         else:
             rate = swept(score, options.learning_rates)
-        found[name] = rate, [one for seed in reported if (one := get(rate, seed))["curve"]]
-    if BASELINE in found:
-        _write(found, options, console)
+        results[name] = rate, [one for seed in reported if (one := get(rate, seed))["curve"]]
+    if BASELINE in results:
+        _write(results, options, console)
 
 
 def _row(runs: Sequence[dict[str, Any]], rate: float, target: float) -> dict[str, Any]:
     def mean(values: Sequence[float]) -> tuple[float, float]:
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        return statistics.fmean(values), spread / math.sqrt(len(values))
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        return statistics.fmean(values), std / math.sqrt(len(values))
 
     last = [one["curve"][-1] for one in runs]
     until = calls_until(mean_curve(runs), target)
@@ -188,10 +188,10 @@ def _row(runs: Sequence[dict[str, Any]], rate: float, target: float) -> dict[str
 
 
 def _write(
-    found: dict[str, tuple[float, list[dict[str, Any]]]], options: Options, console: Console
+    ladder: dict[str, tuple[float, list[dict[str, Any]]]], options: Options, console: Console
 ) -> None:
-    target = statistics.fmean(gain(one) for one in found[BASELINE][1])
-    rows = {name: _row(runs, rate, target) for name, (rate, runs) in found.items()}
+    target = statistics.fmean(gain(one) for one in ladder[BASELINE][1])
+    rows = {name: _row(runs, rate, target) for name, (rate, runs) in ladder.items()}
     spent = rows[BASELINE]["calls"]
     shown = Table(box=None, header_style="dim")
     shown.add_column("method", no_wrap=True)
@@ -213,7 +213,7 @@ def _write(
     with (options.output / "calls_to_reward.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "seed", "calls", "queries", "gain", "held-out gain", "path KL"])
-        for name, (_, runs) in found.items():
+        for name, (_, runs) in ladder.items():
             for one in runs:
                 for k, p in enumerate(one["curve"]):
                     gains = (f"{gain(one, k, key):.5g}" for key in ("reward", "held_out"))
@@ -229,7 +229,7 @@ def _write(
     path.write_text(json.dumps(record, indent=1, default=str) + "\n")
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
-    for name, (_, runs) in found.items():
+    for name, (_, runs) in ladder.items():
         x, y = zip(*mean_curve(runs), strict=True)
         axes.plot(x, y, label=name, linewidth=1.6, color="black" if name == BASELINE else None)
     axes.axhline(target, color="black", linewidth=0.8, linestyle=":")

@@ -1,8 +1,8 @@
 """Who takes part in the comparisons, and one run of one of them.
 
-Every run starts from the same pretrained model and gets the same adapter, optimiser and judge; its
-learning rate falls linearly to 0 with the share of its budget that is spent. The policy is judged
-on one sampler, whatever it was trained on.
+Every run starts from the same pretrained model and gets the same adapter, optimiser and evaluation;
+its learning rate falls linearly to 0 with the share of its budget that is spent. The policy is
+evaluated on one sampler, whatever it was trained on.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from diffusion_envs import objectives as o
 from diffusion_envs import rewards
@@ -25,9 +25,9 @@ from diffusion_envs.environment import Environment
 from diffusion_envs.exact import GaussianProblem, MixtureProblem, Outcome, table
 from diffusion_envs.models.stable_diffusion_pipeline import tiny_folder
 from diffusion_envs.noise_schedules import DDPMTable
+from diffusion_envs.runs.command_line import CLASS_PROMPTS
 from diffusion_envs.runs.evaluation import evaluate
 from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Sampler, Scheduler
-from diffusion_envs.sd15.__main__ import CLASS_PROMPTS
 from diffusion_envs.sd15.build import build
 from diffusion_envs.training.trainer import NonFiniteError, Trainer
 from diffusion_envs.training.update_size import UpdateSize
@@ -35,7 +35,7 @@ from diffusion_envs.training.update_size import UpdateSize
 
 @dataclass(frozen=True)
 class Seen(Outcome):
-    """Of images: an estimate, and what a reward that was not trained on says.
+    """Outcome on images: an estimate, and the held-out reward.
 
     Attributes:
         held_out: mean of that reward.
@@ -46,11 +46,11 @@ class Seen(Outcome):
 
 @dataclass(eq=False)
 class TinyProblem:
-    """The embedded image model and the reward of its demonstration; judged on held-out seeds.
+    """The embedded image model and the reward of its demonstration; evaluated on held-out seeds.
 
     Attributes:
         kl_weight: reward per nat of path KL.
-        samples: held-out samples of a judgement.
+        samples: held-out samples of an evaluation.
     """
 
     kl_weight: float = 0.01
@@ -93,9 +93,9 @@ class TinyProblem:
             raise ValueError("score must be that of the environment that was made last")
         environment = dataclasses.replace(self._environment, sampler=sampler)
         judges = {"judge": self._judge}
-        found = evaluate(environment, self.samples, batch=50, judges=judges)
-        reward, nats = float(found.rewards.mean()), float(found.path_kl.mean())
-        held_out = float(found.judged["judge"].mean())
+        evaluation = evaluate(environment, self.samples, batch=50, judges=judges)
+        reward, nats = float(evaluation.rewards.mean()), float(evaluation.path_kl.mean())
+        held_out = float(evaluation.judged["judge"].mean())
         return Seen(reward, nats, reward - self.kl_weight * nats, math.nan, held_out)
 
     def optimum(self, sampler: BoundDDIM) -> Outcome:
@@ -124,8 +124,8 @@ class Entry:
         objective: kl_weight -> the objective; where it has no KL term, that is part of the method.
         schedule: what differs from the common schedule.
         aims: whether it should reach the KL-regularised optimum.
-        sampler: of training; DDIM with eta 1, if not given. The judge's is always that.
-        steps: of training; the judge's, if not given.
+        sampler: of training; DDIM with eta 1, if not given. The evaluation's is always that.
+        steps: of training; the evaluation's, if not given.
     """
 
     objective: Callable[[float], o.Objective]
@@ -137,14 +137,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend, and how it is judged.
+    """Limits of what a run may spend, and how it is evaluated.
 
     Attributes:
         queries: of the reward.
         calls: of the network; whichever ends first.
         samples: an update.
-        steps: of the judge's sampler.
-        every: updates, between two judgements.
+        steps: of the evaluation's sampler.
+        every: updates, between two evaluations.
     """
 
     queries: int = 12_800
@@ -181,7 +181,7 @@ def methods() -> dict[str, Entry]:
             lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, exact_kl=True), aims=False
         ),
         "dpok (path KL)": Entry(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, path_kl=True)),
-        "grpo": Entry(lambda b: o.GRPO(kl_weight=b), aims=False),  # in units of the reward's spread
+        "grpo": Entry(lambda b: o.GRPO(kl_weight=b), aims=False),  # in units of the reward's std
         "tdpo": Entry(lambda b: o.TDPO(), aims=False),
         "tdpo-r": Entry(lambda b: o.TDPOReset(), aims=False),
         # preferences
@@ -213,13 +213,13 @@ def methods() -> dict[str, Entry]:
 
 
 def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed: int) -> Any:
-    """One run: the curve of outcomes on the judge's sampler, and what it cost.
+    """One run: the curve of outcomes on the evaluation's sampler, and what it cost.
 
     A run that diverges (a gradient or a reward that is not finite) ends there, and says so.
     """
     images = isinstance(problem, TinyProblem)
     levels = problem.table if images else table()
-    judge = DDIM(eta=1.0).bind(levels, budget.steps)
+    evaluation_sampler = DDIM(eta=1.0).bind(levels, budget.steps)
     sampler = (entry.sampler or DDIM(eta=1.0)).bind(levels, entry.steps or budget.steps)
     environment = problem.environment(sampler, seed)
     common: dict[str, Any] = {"samples": budget.samples, "weight_decay": 0.0}
@@ -228,20 +228,20 @@ def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed
     objective = dataclasses.replace(entry.objective(problem.kl_weight), learning_rate=rate)
     trainer = Trainer(environment, objective, schedule, accelerator=Accelerator(cpu=True))
     score: Any = environment.model
-    best, start = problem.optimum(judge), problem.evaluate(score, judge)
+    best, start = problem.optimum(evaluation_sampler), problem.evaluate(score, evaluation_sampler)
     gap = best.objective - start.objective
     curve: list[dict[str, float]] = []
-    began, judged = time.perf_counter(), 0.0
+    began, evaluating = time.perf_counter(), 0.0
     for _ in spend(trainer, budget):
         now = time.perf_counter()
         if trainer.update % budget.every == 0 or budget.left(environment) <= 0:
-            outcome = problem.evaluate(score, judge)
-            judged += time.perf_counter() - now
+            outcome = problem.evaluate(score, evaluation_sampler)
+            evaluating += time.perf_counter() - now
             curve.append(
                 {
                     "queries": environment.reward_queries,
                     "calls": environment.model.calls,
-                    "seconds": time.perf_counter() - began - judged,
+                    "seconds": time.perf_counter() - began - evaluating,
                     "share": (outcome.objective - start.objective) / gap,
                     **dataclasses.asdict(outcome),
                 }
@@ -277,7 +277,7 @@ def spend(trainer: Trainer, budget: Budget) -> Iterator[None]:
 
 
 def training(entry: Entry, problem: Any, budget: Budget) -> str:
-    """What is trained and how, in words: a run of another is not a run of this."""
+    """Description of what is trained and how: a stored run of another one does not count."""
     objective = re.sub(r" at 0x[0-9a-f]+", "", repr(entry.objective(problem.kl_weight)))
     sampler, steps = entry.sampler or DDIM(eta=1.0), entry.steps or budget.steps
     changed = " ".join(f"{key}={value}" for key, value in entry.schedule)
@@ -298,9 +298,9 @@ class Runs:
 
     def __init__(self, path: Path, say: Callable[[str], object] = print) -> None:
         self.path, self.say = path, say
-        self.found: list[dict[str, Any]] = []
+        self.results: list[dict[str, Any]] = []
         if path.exists():
-            self.found = [json.loads(line) for line in path.read_text().splitlines()]
+            self.results = [json.loads(line) for line in path.read_text().splitlines()]
 
     def get(
         self,
@@ -324,36 +324,36 @@ class Runs:
             "training": training(entry, problem, budget),
             **dataclasses.asdict(budget),
         }
-        for one in self.found:
+        for one in self.results:
             same = all(one[key] == value for key, value in wanted.items())
             if same and math.isclose(one["rate"], rate):
                 return one
         if not make:
             raise MissingRunError(f"{name} at rate {rate:g}, seed {seed}")
-        found = run(name, entry, problem, budget, rate, seed)
-        self.found.append(found)
+        result = run(name, entry, problem, budget, rate, seed)
+        self.results.append(result)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        self.say(f"{name}  rate {rate:g}  seed {seed}  share {final(found):.4f}")
-        return found
+            file.write(json.dumps(result) + "\n")
+        self.say(f"{name}  rate {rate:g}  seed {seed}  share {final(result):.4f}")
+        return result
 
 
-def final(found: dict[str, Any]) -> float:
+def final(result: dict[str, Any]) -> float:
     """Share at the end of a run; minus infinity, if it diverged."""
-    whole = found["curve"] and not found["diverged"]
-    share = found["curve"][-1]["share"] if whole else -math.inf
+    whole = result["curve"] and not result["diverged"]
+    share = result["curve"][-1]["share"] if whole else -math.inf
     return share if math.isfinite(share) else -math.inf
 
 
-def swept_score(found: dict[str, Any]) -> float:
-    """What a run counts for in a sweep: its final share, or its worst if that is below -1.
+def swept_score(result: dict[str, Any]) -> float:
+    """Score of a run in a sweep: its final share, or its worst if that is below -1.
 
     A rate at which a run first loses more than the whole gap and then recovers is one at which
     another seed may not; the reported ones should not have to show that. At least -10.
     """
-    worst = min((point["share"] for point in found["curve"]), default=-math.inf)
-    score = worst if worst < -1 else final(found)
+    worst = min((point["share"] for point in result["curve"]), default=-math.inf)
+    score = worst if worst < -1 else final(result)
     return score if score > -10 else -10.0  # also where it is not a number
 
 
@@ -364,11 +364,11 @@ def swept(score: Callable[[float], float], first: Sequence[float]) -> float:
     """The best learning rate, from a sweep that goes on while its best lies at an end of it."""
     places = [min(range(len(RATES)), key=lambda k: abs(math.log(RATES[k] / r))) for r in first]
     low, high = min(places), max(places)
-    found = {k: score(RATES[k]) for k in range(low, high + 1)}
+    scores = {k: score(RATES[k]) for k in range(low, high + 1)}
     while True:
-        best = max(found, key=lambda k: found[k])
+        best = max(scores, key=lambda k: scores[k])
         beyond = {low: low - 1, high: high + 1}.get(best)
         if beyond is None or not 0 <= beyond < len(RATES):
             return RATES[best]
-        found[beyond] = score(RATES[beyond])
+        scores[beyond] = score(RATES[beyond])
         low, high = min(low, beyond), max(high, beyond)

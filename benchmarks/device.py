@@ -188,7 +188,7 @@ def one_update(run: Trainer, built: Model) -> Update:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """What runs inside is not counted."""
+    """Do not count what runs inside."""
     from tests.device import counting as module
 
     watching, module._counting[:] = list(module._counting), []

@@ -8,10 +8,10 @@ import functools
 import sys
 import time
 
-import diffrax
-import jax
-import jax.numpy as jnp
-import lineax
+import diffrax  # pyright: ignore[reportMissingImports]  # in an environment of its own
+import jax  # pyright: ignore[reportMissingImports]  # in an environment of its own
+import jax.numpy as jnp  # pyright: ignore[reportMissingImports]  # in an environment of its own
+import lineax  # pyright: ignore[reportMissingImports]  # in an environment of its own
 
 PATHS, DIM = 4096, 8
 

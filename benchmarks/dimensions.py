@@ -29,12 +29,16 @@ PATHS, STEPS, PROBES = 256, 5, 8
 def seconds(function: Callable[[], object], runs: int = RUNS) -> dict[str, float]:
     """Median, least and most processor seconds of a few runs, after one that is not counted."""
     function()
-    found = []
+    durations = []
     for _ in range(runs):
         began = time.process_time()
         function()
-        found.append(time.process_time() - began)
-    return {"seconds": statistics.median(found), "least": min(found), "most": max(found)}
+        durations.append(time.process_time() - began)
+    return {
+        "seconds": statistics.median(durations),
+        "least": min(durations),
+        "most": max(durations),
+    }
 
 
 def problems(n: int) -> Iterator[tuple[str, LinearQuadratic]]:
@@ -64,8 +68,8 @@ def problems(n: int) -> Iterator[tuple[str, LinearQuadratic]]:
 def slope(lq: LinearQuadratic) -> Tensor:
     """The derivative of the best average reward in the drift's matrix."""
     A = lq.A.clone().requires_grad_()
-    moved = LinearQuadratic(A, lq.B, lq.sigma, lq.M, lq.N, lq.R, lq.p)
-    reward = ctrl.linear.solve_lq_ergodic(moved).average_reward
+    shifted = LinearQuadratic(A, lq.B, lq.sigma, lq.M, lq.N, lq.R, lq.p)
+    reward = ctrl.linear.solve_lq_ergodic(shifted).average_reward
     assert reward is not None
     return torch.autograd.grad(reward, A)[0]
 

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -114,7 +115,7 @@ def run(method: str, seed: int) -> dict[str, object]:
     }
 
 
-def draw(runs: list[dict[str, object]]) -> Figure:
+def draw(runs: list[dict[str, Any]]) -> Figure:
     """Gap to the optimal average reward, every seed a line."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -141,8 +142,8 @@ def main() -> None:
         of = [one for one in runs if one["method"] == method]
         for key in ("gain", "offset", "variance", "average_reward", "learned_average_reward"):
             numbers = [float(one[key]) for one in of]  # type: ignore[arg-type]  # JSON
-            mean, spread = statistics.mean(numbers), statistics.stdev(numbers)
-            summary[f"{method} {key}"] = {"mean": mean, "standard_deviation": spread}
+            mean, std = statistics.mean(numbers), statistics.stdev(numbers)
+            summary[f"{method} {key}"] = {"mean": mean, "standard_deviation": std}
     print(json.dumps(summary))
     (DOCS / "ergodic_lq.json").write_text(json.dumps({"summary": summary, "runs": runs}) + "\n")
     draw(runs).savefig(DOCS / "ergodic_lq.png", dpi=110)

@@ -41,8 +41,8 @@ from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What a score generates with a sampler.
+class ExactOutcome:
+    """Reward and divergences of the law that a score generates with a sampler.
 
     Attributes:
         reward: expected.
@@ -65,15 +65,15 @@ def in_float64(score: CorrectedScore) -> CorrectedScore:
     )
 
 
-def judge(
+def evaluate(
     problem: GaussianProblem | MixtureProblem, score: CorrectedScore, sampler: BoundSampler
-) -> Judged:
-    """The generated law of a score, judged; no random number enters."""
+) -> ExactOutcome:
+    """Evaluate the generated law of a score exactly; no random number enters."""
     score = in_float64(score)
     with torch.no_grad():
         if isinstance(problem, GaussianProblem):
-            return _judge_gaussian(problem, score, sampler)
-        return _judge_mixture(problem, score, sampler)
+            return _evaluate_gaussian(problem, score, sampler)
+        return _evaluate_mixture(problem, score, sampler)
 
 
 # -- Gaussian problem -----------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def generated(score: CorrectedScore, sampler: BoundSampler, dim: int) -> Gaussia
 
 
 def run_black_box(score: CorrectedScore, sampler: BoundBlackBox, start: Tensor) -> Tensor:
-    """What the scheduler makes of these starts."""
+    """Run the scheduler from these starts."""
     return sampler.sample(lambda x, t: score.prediction(x, t.expand(len(x))), start)
 
 
@@ -136,15 +136,15 @@ def target_of(problem: GaussianProblem) -> Gaussian:
     return gaussian.tilt(problem.data, problem.quadratic, problem.kl_weight)
 
 
-def _judge_gaussian(
+def _evaluate_gaussian(
     problem: GaussianProblem, score: CorrectedScore, sampler: BoundSampler
-) -> Judged:
+) -> ExactOutcome:
     dim = len(problem.mean)
     law = generated(score, sampler, dim)
     reward = float(problem.quadratic.expectation(law))
     to_target = gaussian_kl(law, target_of(problem))
     if not (isinstance(sampler, BoundDDIM) and sampler.eta > 0):
-        return Judged(reward, to_target)
+        return ExactOutcome(reward, to_target)
     steps, paid, law = Steps.of(sampler), 0.0, _standard(problem)
     for k in range(sampler.steps):
         alpha = sampler.alpha[k]
@@ -156,7 +156,7 @@ def _judge_gaussian(
             Quadratic(cost.curvature[0], cost.slope[0], cost.constant[0]).expectation(law)
         )
         law = affine_step(score, sampler, k, dim).after(law)
-    return Judged(reward, to_target, paid, gaussian_kl(law, _best_gaussian(problem, sampler)))
+    return ExactOutcome(reward, to_target, paid, gaussian_kl(law, _best_gaussian(problem, sampler)))
 
 
 @functools.cache
@@ -183,7 +183,9 @@ def _log_data(problem: MixtureProblem, x: Tensor) -> Tensor:
     return torch.logsumexp((weights / stds / math.sqrt(2 * math.pi)).log() - 0.5 * gap**2, 1)
 
 
-def _judge_mixture(problem: MixtureProblem, score: CorrectedScore, sampler: BoundSampler) -> Judged:
+def _evaluate_mixture(
+    problem: MixtureProblem, score: CorrectedScore, sampler: BoundSampler
+) -> ExactOutcome:
     if isinstance(sampler, BoundDDIM) and sampler.eta > 0:
         states = problem.grid[:, None]
         changes = torch.stack(
@@ -196,13 +198,13 @@ def _judge_mixture(problem: MixtureProblem, score: CorrectedScore, sampler: Boun
         best = _best_mixture(problem, sampler)
         tiny = 1e-300
         log_density = (law.clamp(min=tiny) / (problem.grid[1] - problem.grid[0])).log()
-        return Judged(
+        return ExactOutcome(
             reward=float(law @ problem.rewards),
             kl_to_target=float(law @ (log_density - log_target(problem, problem.grid))),
             path_kl=paid,
             kl_to_chain=float(law @ (law.clamp(min=tiny) / best.clamp(min=tiny)).log()),
         )
-    return _judge_deterministic(problem, score, sampler)
+    return _evaluate_deterministic(problem, score, sampler)
 
 
 @functools.cache
@@ -211,9 +213,9 @@ def _best_mixture(problem: MixtureProblem, sampler: BoundDDIM) -> Tensor:
     return problem.law_of(problem.best_correction(sampler), sampler)[0]
 
 
-def _judge_deterministic(
+def _evaluate_deterministic(
     problem: MixtureProblem, score: CorrectedScore, sampler: BoundSampler
-) -> Judged:
+) -> ExactOutcome:
     start = torch.linspace(-5.5, 5.5, 2201, dtype=torch.float64)
     states = start[:, None]
     if isinstance(sampler, BoundBlackBox):
@@ -225,7 +227,7 @@ def _judge_deterministic(
     return _pushed(problem, start, end)
 
 
-def _pushed(problem: MixtureProblem, start: Tensor, end: Tensor) -> Judged:
+def _pushed(problem: MixtureProblem, start: Tensor, end: Tensor) -> ExactOutcome:
     """A standard normal start, mapped to ``end``: trapezoidal sums, central differences."""
     log_start = -0.5 * start.square() - 0.5 * math.log(2 * math.pi)
     weight = log_start.exp() * (start[1] - start[0])
@@ -233,10 +235,10 @@ def _pushed(problem: MixtureProblem, start: Tensor, end: Tensor) -> Judged:
     (slope,) = torch.gradient(end, spacing=(start,), edge_order=2)
     inside = start.abs() < 4.5  # further out lie 7e-6 of the starts, where the map may fold
     if not bool((slope[inside] > 0).all()):
-        return Judged(reward, math.nan)
+        return ExactOutcome(reward, math.nan)
     log_density = log_start - slope.clamp(min=1e-12).log()
     gap = (log_density - log_target(problem, end)) * weight
-    return Judged(reward, float(gap[inside].sum()))
+    return ExactOutcome(reward, float(gap[inside].sum()))
 
 
 # -- policies that are known, not trained ---------------------------------------------------------
@@ -294,13 +296,13 @@ def change_coefficients(
 ) -> tuple[Float[Tensor, "n dim dim"], Float[Tensor, "n dim"]]:
     """(D, c) of the optimal score less the pretrained one, D x + c, at these signals."""
     alpha = alpha.double()[:, None]
-    found = []
+    coefficients = []
     for law in (target_of(problem), problem.data):
         values, vectors = law.spectrum
         precision = 1 / (alpha.square() * values + 1 - alpha.square())
         inverse = (vectors * precision[:, None, :]) @ vectors.mT
-        found.append((-inverse, alpha * torch.einsum("nij,j->ni", inverse, law.mean)))
-    (gain, shift), (gain_before, shift_before) = found
+        coefficients.append((-inverse, alpha * torch.einsum("nij,j->ni", inverse, law.mean)))
+    (gain, shift), (gain_before, shift_before) = coefficients
     return gain - gain_before, shift - shift_before
 
 
@@ -317,11 +319,11 @@ def _mixture_change(problem: MixtureProblem) -> Callable[[Tensor, Tensor], Tenso
             torch.tensor(v).to(x) for v in (problem.weights, problem.means, problem.stds)
         )
         noise = 1 - a.square()
-        spread = a.square() * stds.square() + noise
+        variance = a.square() * stds.square() + noise
         gap = x - a * means
-        share = weights.log() - 0.5 * spread.log() - 0.5 * gap.square() / spread
-        middle = means + a * stds.square() * gap / spread
-        width = (stds.square() * noise / spread).sqrt()
+        share = weights.log() - 0.5 * variance.log() - 0.5 * gap.square() / variance
+        middle = means + a * stds.square() * gap / variance
+        width = (stds.square() * noise / variance).sqrt()
         data = middle[..., None] + width[..., None] * nodes  # [n, components, nodes]
         log_mass = share[..., None] + masses.log().to(x)
         reward = problem.reward(data.reshape(-1, 1), ["-"] * data.numel()).view(data.shape)
@@ -353,10 +355,10 @@ def table_of_optimum(
     def change(states: Tensor, alpha: Tensor) -> Tensor:
         gap = (alpha.double()[:, None] - known).abs()
         at = gap.argmin(1)
-        found = torch.einsum("nij,nj->ni", gains[at], states.double()) + shifts[at]
+        correction = torch.einsum("nij,nj->ni", gains[at], states.double()) + shifts[at]
         if elsewhere == "zero":  # neighbours in the table differ by more than 1e-6
-            found = found * (gap.min(1).values < 1e-7)[:, None]
-        return found
+            correction = correction * (gap.min(1).values < 1e-7)[:, None]
+        return correction
 
     score = pretrained_score(problem, sampler.table)
     return CorrectedScore(score.exact, Correction(change), sampler.table.alphas_cumprod)
@@ -385,7 +387,7 @@ def affine_values(
         problem: whose reward it is.
         sampler: DDIM with eta > 0.
         correction: the policy.
-        action_std: spread of the score at every step, if it is drawn around its mean.
+        action_std: standard deviation of the score at every step, if it is drawn around its mean.
         kl_weight: charged along the path; the problem's, if not given.
     """
     weight = problem.kl_weight if kl_weight is None else kl_weight

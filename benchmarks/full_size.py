@@ -12,12 +12,16 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusion_envs import rewards, sd15
+from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.tiny.captions import write_tokenizer
 from diffusion_envs.tiny.train_denoiser import scheduler
@@ -29,10 +33,14 @@ def build(folder: Path) -> dict[str, int]:
     torch.set_default_dtype(torch.bfloat16)
     unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64, attention_head_dim=8)
     levels = 4
+    # diffusers annotates these as tuples of one
+    blocks: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": (128, 256, 512, 512),
+    }
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(128, 256, 512, 512),
+        **blocks,
         layers_per_block=2,
         latent_channels=4,
         sample_size=512,
@@ -49,14 +57,16 @@ def build(folder: Path) -> dict[str, int]:
     )
     torch.set_default_dtype(torch.float32)
     write_tokenizer(folder / "tokenizer")  # a subset of the ids that the text encoder knows
+    absent: Any = None  # diffusers takes it, its annotations do not
+    sampler: Any = scheduler()  # annotated as an enumeration
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=unet,
-        scheduler=scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
+        scheduler=sampler,
+        safety_checker=absent,
+        feature_extractor=absent,
         requires_safety_checker=False,
     )
     pipe.save_pretrained(folder)
@@ -79,17 +89,19 @@ def main() -> None:
         millions = build(folder / "model")
         started = time.monotonic()
         sd15.finetune(
-            model=folder / "model",
+            sd15.StableDiffusion(
+                folder / "model",
+                precision="bfloat16",
+                resolution=512 if gpu else 256,
+                gradient_checkpointing=True,
+            ),
             reward=rewards.JpegCompressibility(),
             prompts=["a photo of a cat", "a photo of a ship"],
             output=folder / "run",
             steps=options.steps,
             updates=1,
-            schedule=UpdateSize(samples=samples, batch=4 if gpu else 2, value_epochs=1),
-            evaluation_samples=2,
-            precision="bfloat16",
-            resolution=512 if gpu else 256,
-            gradient_checkpointing=True,
+            size=UpdateSize(samples=samples, batch=4 if gpu else 2, value_epochs=1),
+            options=RunOptions(evaluation_samples=2),
         )
         seconds = time.monotonic() - started
         line = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])

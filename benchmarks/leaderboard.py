@@ -1,13 +1,13 @@
 """All methods on one loop, with equal reward queries: what they reach, and what it costs.
 
 Every method starts from the same pretrained model, gets the same adapter, optimiser and number of
-reward queries, and is judged on the same sampler; it trains on that sampler too, unless it learns
-from data and does better with another (``benchmarks.contenders``).
-Its learning rate falls linearly to 0 with the queries that are spent; where it begins is chosen by
-a sweep on seeds of its own, which widens until its best lies inside, and in which a run that falls
-far below the pretrained model on its way counts as that; then the method is run on the seeds that
-are reported. On problems whose optimum is known (``diffusion_envs.exact``) what is reported is
-exact, not sampled: the policy is judged on the chain of the judge's sampler,
+reward queries, and is evaluated on the same sampler; it trains on that sampler too, unless it
+learns from data and does better with another (``benchmarks.contenders``). Its learning rate falls
+linearly to 0 with the queries that are spent; where it begins is chosen by a sweep on seeds of its
+own, which widens until its best lies inside, and in which a run that falls far below the pretrained
+model on its way counts as that; then the method is run on the seeds that are reported. On problems
+whose optimum is known (``diffusion_envs.exact``) what is reported is exact, not sampled: the policy
+is evaluated on the chain of the evaluation's sampler,
 
     share    (J - J_pretrained) / (J_optimum - J_pretrained),  J = E[reward] - kl_weight path KL
     KL       of the generated law from the optimum's, nats
@@ -70,7 +70,7 @@ class Options:
         methods: some of them; all, if none is given.
         queries: of the reward, for every run.
         calls: of the network, for every run; whichever ends first.
-        every: updates, between two judgements.
+        every: updates, between two evaluations.
         samples: an update.
         steps: of the sampler.
         seeds: that are reported.
@@ -95,7 +95,7 @@ class Options:
 
     @property
     def budget(self) -> Budget:
-        """Of every run."""
+        """Budget of every run."""
         return Budget(self.queries, self.calls, self.samples, self.steps, self.every)
 
 
@@ -105,8 +105,8 @@ def summary(name: str, entry: Entry, runs: Sequence[dict[str, Any]], rate: float
     best = [max(point["share"] for point in one["curve"]) for one in runs]
 
     def mean(values: Sequence[float]) -> tuple[float, float]:
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        return statistics.fmean(values), spread / math.sqrt(len(values))
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        return statistics.fmean(values), std / math.sqrt(len(values))
 
     return {
         "method": name,
@@ -126,11 +126,11 @@ def summary(name: str, entry: Entry, runs: Sequence[dict[str, Any]], rate: float
     }
 
 
-def _first(runs: Sequence[dict[str, Any]], currency: str, share: float) -> float | None:
+def _first(runs: Sequence[dict[str, Any]], measure: str, share: float) -> float | None:
     """Median over seeds of what it cost until 90 % of the gap were closed; None if not in most."""
     costs = []
     for one in runs:
-        reached = [p[currency] for p in one["curve"] if p["share"] >= share]
+        reached = [p[measure] for p in one["curve"] if p["share"] >= share]
         costs.append(reached[0] if reached else math.inf)
     middle = statistics.median(costs)
     return middle if math.isfinite(middle) else None
@@ -245,7 +245,7 @@ def markdown(rows: Sequence[dict[str, Any]], options: Options) -> str:
         f"# Leaderboard: {options.problem}",
         "",
         f"Problem: {ABOUT[options.problem]}; kl_weight {PROBLEMS[options.problem]().kl_weight:g}. "
-        "Judged on DDIM with eta "
+        "Evaluated on DDIM with eta "
         f"1 and {options.steps} steps; {options.samples} samples an update where the method has no",
         f"need of its own; at most {options.queries:,} reward queries; "
         f"{max(row['seeds'] for row in rows)} seeds, standard error of the mean in brackets; "
@@ -281,16 +281,16 @@ def _picture(
     used: Mapping[str, Sequence[dict[str, Any]]],
     options: Options,
 ) -> None:
-    """Share of the gap against each currency, the median run of each method."""
+    """Share of the gap against each measure, the median run of each method."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
-    for axes, currency in zip(
+    for axes, measure in zip(
         figure.subplots(1, 3, sharey=True), ("queries", "calls", "seconds"), strict=True
     ):
         for k, row in enumerate(rows):
             picked = used[row["method"]]
             length = min(len(one["curve"]) for one in picked)
             x = [
-                statistics.fmean(one["curve"][i][currency] for one in picked) for i in range(length)
+                statistics.fmean(one["curve"][i][measure] for one in picked) for i in range(length)
             ]
             y = [
                 statistics.median(one["curve"][i]["share"] for one in picked) for i in range(length)
@@ -298,7 +298,7 @@ def _picture(
             style = "-" if row["aims"] else ":"
             axes.plot(x, y, style, color=f"C{k % 10}", label=row["method"], linewidth=1.4)
         axes.axhline(1, color="black", linewidth=0.8)
-        axes.set(xlabel=currency, xscale="log", ylim=(-0.2, 1.05))
+        axes.set(xlabel=measure, xscale="log", ylim=(-0.2, 1.05))
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("share of the gap in J that is closed")
     figure.axes[-1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

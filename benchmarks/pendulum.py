@@ -41,7 +41,7 @@ class Network(nn.Module):
         """One number a state."""
         angle, velocity = x[..., :1], x[..., 1:]
         seen = torch.cat([angle.cos(), angle.sin(), velocity / 3], dim=-1)
-        return self.layers(seen.to(self.layers[0].weight.dtype)).to(x.dtype)
+        return self.layers(seen.to(next(self.layers.parameters()).dtype)).to(x.dtype)
 
 
 def learn(pendulum: NoisyPendulum, seed: int, updates: int) -> ctrl.GaussianPolicy:
@@ -95,15 +95,15 @@ def main() -> None:
     optimum = pendulum.reference(chosen.resolution)
     zero = torch.zeros((), dtype=torch.float64)
     best = optimum.value(zero, STATES)
-    idle = ctrl.GaussianPolicy(lambda t, x: 0 * x[:, :1], 0.577)  # the optimal spread, no torque
+    idle = ctrl.GaussianPolicy(lambda t, x: 0 * x[:, :1], 0.577)  # the optimal std, no torque
     axes = (
         hjb.Axis(-math.pi, math.pi, chosen.resolution, "periodic"),
         hjb.Axis(-pendulum.fastest, pendulum.fastest, chosen.resolution + 1),
     )
 
     def evaluated(policy: ctrl.Policy) -> Tensor:
-        found = hjb.evaluate_discounted(pendulum.problem, policy, axes, differences="central")
-        return found(zero, STATES)
+        value = hjb.evaluate_discounted(pendulum.problem, policy, axes, differences="central")
+        return value(zero, STATES)
 
     worst = evaluated(idle)
     print(json.dumps({"optimum": best.tolist(), "no torque": worst.tolist()}))
@@ -111,10 +111,10 @@ def main() -> None:
     for seed in range(chosen.seeds):
         started = time.perf_counter()
         policy = learn(pendulum, seed, chosen.updates)
-        found = evaluated(policy)
-        share = ((found - worst) / (best - worst)).tolist()
+        rewards = evaluated(policy)
+        share = ((rewards - worst) / (best - worst)).tolist()
         shares += share
-        line = {"seed": seed, "value": found.tolist(), "share_of_the_gain": share}
+        line = {"seed": seed, "value": rewards.tolist(), "share_of_the_gain": share}
         line |= {"std": policy.std, "seconds": round(time.perf_counter() - started, 1)}
         print(json.dumps(line), flush=True)
     print(json.dumps({"least share": min(shares), "mean share": statistics.mean(shares)}))

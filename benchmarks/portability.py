@@ -95,7 +95,7 @@ PLAIN = "addopts=--import-mode=importlib --strict-markers"
 
 @dataclass(frozen=True)
 class Row:
-    """What one choice of kernels came to.
+    """Test results under one choice of kernels.
 
     Attributes:
         kernel: that was asked for.
@@ -165,20 +165,20 @@ def rows(
 ) -> list[Row]:
     """Every kernel's row, in order; those of equal fingerprints are run once."""
     known: dict[str, Kernel] = {}
-    found: dict[int, Row] = {}
+    collected: dict[int, Row] = {}
     waiting: list[tuple[int, Kernel, str, str]] = []
     for at, kernel in enumerate(kernels):
         if kernel.missing:
-            found[at] = Row(kernel, "", f"left out: this processor has no {kernel.missing}")
+            collected[at] = Row(kernel, "", f"left out: this processor has no {kernel.missing}")
             continue
         digits = identify(kernel)
         note = f"falls back: this processor has no {kernel.replaced}" if kernel.replaced else ""
         threads = kernel.variables.get("OMP_NUM_THREADS", "1")
         if not digits:
-            found[at] = Row(kernel, "", "cannot run here", failed=0)
+            collected[at] = Row(kernel, "", "cannot run here", failed=0)
         elif (key := f"{digits}/{threads}") in known:
             same = f"same kernels as {known[key].name}"
-            found[at] = Row(kernel, digits, f"{same}; {note}" if note else same)
+            collected[at] = Row(kernel, digits, f"{same}; {note}" if note else same)
         else:
             known[key] = kernel
             waiting.append((at, kernel, digits, note))
@@ -192,17 +192,17 @@ def rows(
         return at, Row(kernel, digits, note, passed, failed, seconds, failures)
 
     with ThreadPoolExecutor(processes) as pool:
-        found.update(pool.map(one, waiting))
-    return [found[at] for at in range(len(kernels))]
+        collected.update(pool.map(one, waiting))
+    return [collected[at] for at in range(len(kernels))]
 
 
-def table(found: Sequence[Row]) -> str:
-    """As Markdown."""
+def table(rows: Sequence[Row]) -> str:
+    """Table of the rows in Markdown."""
     lines = [
         "| setting | fingerprint | passed | failed | s | |",
         "| --- | --- | --: | --: | --: | --- |",
     ]
-    for row in found:
+    for row in rows:
         ran = row.passed + row.failed > 0
         counts = f"{row.passed} | {row.failed} | {row.seconds:.0f}" if ran else " |  | "
         lines.append(f"| {row.kernel.name} | {row.fingerprint} | {counts} | {row.says} |")
@@ -211,23 +211,24 @@ def table(found: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 1 where a test failed."""
+    assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", action="store_true", help="two kernels, the fewest tests")
     parser.add_argument("--processes", type=int, default=2, help="kernels at a time")
     options = parser.parse_args(arguments)
     tests = [*(FEWEST if options.sample else PARTS), "-k", LEFT_OUT]
     began = time.perf_counter()
-    found = rows(
+    measured = rows(
         SAMPLE if options.sample else MATRIX,
         lambda kernel: tested(kernel, tests),
         processes=options.processes,
     )
-    print(f"{processor()}\n\n{table(found)}\n")
-    for row in found:
+    print(f"{processor()}\n\n{table(measured)}\n")
+    for row in measured:
         for name in row.failures:
             print(f"{row.kernel.name}: {name}")
-    failed = sum(row.failed for row in found)
-    kernels = len({row.fingerprint for row in found if row.passed + row.failed > 0})
+    failed = sum(row.failed for row in measured)
+    kernels = len({row.fingerprint for row in measured if row.passed + row.failed > 0})
     print(f"{kernels} different kernels, {failed} failures, {time.perf_counter() - began:.0f} s")
     return 1 if failed or not kernels else 0
 

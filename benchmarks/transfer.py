@@ -1,7 +1,7 @@
-"""Trained at one number of steps, judged exactly at others and with other solvers.
+"""Trained at one number of steps, evaluated exactly at others and with other solvers.
 
 Every method trains on DDIM with eta = 1 and ``train_steps`` steps, with equal reward queries, as in
-``benchmarks.leaderboard``. The same adapter is then judged, without a random number, on the law
+``benchmarks.leaderboard``. The same adapter is then evaluated, without a random number, on the law
 that it generates (``benchmarks.exact_laws``):
 
     DDIM, eta = 1 and eta = 0     10, 25, 50 and 100 steps
@@ -18,7 +18,7 @@ What is lost by transfer is a share's difference from that of the solver of trai
     python -m benchmarks.transfer
     python -m benchmarks.transfer --problems gaussian mixture
 
-Runs are appended to a JSON-lines file, with their weights and judgements, and not repeated; table,
+Runs are appended to a JSON-lines file, with their weights and outcomes, and not repeated; table,
 CSV and picture are made anew from all of it.
 """
 
@@ -44,7 +44,7 @@ from rich.table import Table
 
 from benchmarks import contenders, exact_laws
 from benchmarks.contenders import Entry
-from benchmarks.exact_laws import Judged
+from benchmarks.exact_laws import ExactOutcome
 from diffusion_envs import objectives as o
 from diffusion_envs.exact import CorrectedScore, GaussianProblem, MixtureProblem, table
 from diffusion_envs.exact.problems import BoundSampler
@@ -121,18 +121,18 @@ class Options:
 
 @functools.cache
 def solvers() -> dict[tuple[str, int], BoundSampler]:
-    """Everything that a trained policy is judged on, by name and number of steps."""
-    found: dict[tuple[str, int], BoundSampler] = {}
+    """Everything that a trained policy is evaluated on, by name and number of steps."""
+    bound: dict[tuple[str, int], BoundSampler] = {}
     for eta, steps in itertools.product((1.0, 0.0), (10, 25, 50, 100)):
-        found[f"DDIM eta {eta:g}", steps] = DDIM(eta).bind(table(), steps)
+        bound[f"DDIM eta {eta:g}", steps] = DDIM(eta).bind(table(), steps)
     black_boxes = {
         "DPM-Solver++": "DPMSolverMultistepScheduler",
         "UniPC": "UniPCMultistepScheduler",
         "Heun": "HeunDiscreteScheduler",
     }
     for (name, kind), steps in itertools.product(black_boxes.items(), (10, 25)):
-        found[name, steps] = Scheduler(kind).bind(table(), steps)
-    return found
+        bound[name, steps] = Scheduler(kind).bind(table(), steps)
+    return bound
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def methods() -> dict[str, Entry]:
 
 
 def learning_rates(problem: str, names: Sequence[str]) -> dict[str, float]:
-    """Where each method's learning rate begins."""
+    """Initial learning rate of each method."""
     return {name: RATES[problem].get(name, OTHER_RATE) for name in names}
 
 
@@ -195,26 +195,26 @@ def trained(
     return score
 
 
-# -- judging --------------------------------------------------------------------------------------
+# -- evaluation ------------------------------------------------------------------------------------
 
-Judgements = dict[tuple[str, int], Judged]
+Outcomes = dict[tuple[str, int], ExactOutcome]
 
 
-def judged(problem: GaussianProblem | MixtureProblem, score: CorrectedScore) -> Judgements:
+def evaluated(problem: GaussianProblem | MixtureProblem, score: CorrectedScore) -> Outcomes:
     """A score on every solver."""
     return {
-        where: exact_laws.judge(problem, score, sampler) for where, sampler in solvers().items()
+        where: exact_laws.evaluate(problem, score, sampler) for where, sampler in solvers().items()
     }
 
 
-def judgements(run: Mapping[str, Any]) -> Judgements:
+def stored_outcomes(run: Mapping[str, Any]) -> Outcomes:
     """Those that were stored with a run."""
-    return {(solver, steps): Judged(**found) for solver, steps, found in run["judged"]}
+    return {(solver, steps): ExactOutcome(**values) for solver, steps, values in run["judged"]}
 
 
-def known(problem: GaussianProblem | MixtureProblem, train_steps: int) -> dict[str, Judgements]:
+def known(problem: GaussianProblem | MixtureProblem, train_steps: int) -> dict[str, Outcomes]:
     """Policies that need no training."""
-    found = {
+    scores = {
         "pretrained": exact_laws.pretrained_score(problem, table()),
         "optimum": exact_laws.optimal_score(problem, table()),
     }
@@ -222,10 +222,10 @@ def known(problem: GaussianProblem | MixtureProblem, train_steps: int) -> dict[s
         chain = DDIM(1.0).bind(table(), train_steps)
         choices: tuple[Literal["nearest", "zero"], ...] = ("nearest", "zero")
         for elsewhere in choices:
-            found[f"optimum of the chain, a table, {elsewhere} elsewhere"] = (
+            scores[f"optimum of the chain, a table, {elsewhere} elsewhere"] = (
                 exact_laws.table_of_optimum(problem, chain, elsewhere=elsewhere)
             )
-    return {name: judged(problem, score) for name, score in found.items()}
+    return {name: evaluated(problem, score) for name, score in scores.items()}
 
 
 @functools.cache
@@ -235,10 +235,10 @@ def chain_optimum(problem: GaussianProblem | MixtureProblem, steps: int) -> floa
 
 
 def numbers(
-    problem: GaussianProblem | MixtureProblem, one: Judgements, references: Mapping[str, Judgements]
+    problem: GaussianProblem | MixtureProblem, one: Outcomes, references: Mapping[str, Outcomes]
 ) -> dict[tuple[str, int], dict[str, float | None]]:
     """A policy's numbers on every solver, shares among them."""
-    found = {}
+    collected = {}
     for (name, steps), it in one.items():
         start, best = (references[which][name, steps] for which in ("pretrained", "optimum"))
         row: dict[str, float | None] = {
@@ -258,14 +258,14 @@ def numbers(
             row["share_of_j"] = (value - start.reward) / (
                 chain_optimum(problem, steps) - start.reward
             )
-        found[name, steps] = row
-    return found
+        collected[name, steps] = row
+    return collected
 
 
 def mean(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.fmean(values), spread / math.sqrt(len(values))
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), std / math.sqrt(len(values))
 
 
 QUANTITIES = (
@@ -307,7 +307,7 @@ def rows_of(
 
 
 def main(options: Options) -> None:
-    """Train what is missing; then judge everything anew, and write it."""
+    """Train what is missing; then evaluate everything anew, and write it."""
     torch.set_num_threads(1)
     console, entries = Console(width=210), methods()
     asked = {*options.methods, *options.mixture_methods, *options.few_step_methods}
@@ -346,8 +346,10 @@ def _rows_of_problem(
                 return one
         score, cost = train(problem, entries[method], options, steps, key["rate"], seed)
         weights = [p.detach().flatten().tolist() for p in score.correction.parameters()]
-        found = [[*where, dataclasses.asdict(it)] for where, it in judged(problem, score).items()]
-        cost |= {"spent": cost["queries"], "weights": weights, "judged": found}
+        outcomes = [
+            [*where, dataclasses.asdict(it)] for where, it in evaluated(problem, score).items()
+        ]
+        cost |= {"spent": cost["queries"], "weights": weights, "judged": outcomes}
         runs.append(cost | key)  # what is asked for, not what was spent, tells runs apart
         with stored.open("a") as file:
             file.write(json.dumps(runs[-1]) + "\n")
@@ -359,7 +361,7 @@ def _rows_of_problem(
     count = options.mixture_seeds if mixture else options.seeds
     plan = [(m, options.train_steps) for m in chosen]
     plan += [(m, options.few_steps) for m in options.few_step_methods]
-    found = {
+    costs = {
         (method, steps): [need(method, steps, seed) for seed in range(count)]
         for method, steps in plan
     }
@@ -368,8 +370,8 @@ def _rows_of_problem(
         key: dict[str, Any] = {"problem": name, "method": method, "trained": False}
         key |= {"train_steps": options.train_steps, "aims": True, "rate": None}
         rows += rows_of(key, [numbers(problem, one, references)], options.train_steps)
-    for (method, steps), cost in found.items():
-        seeds = [numbers(problem, judgements(run), references) for run in cost]
+    for (method, steps), cost in costs.items():
+        seeds = [numbers(problem, stored_outcomes(run), references) for run in cost]
         key: dict[str, Any] = {"problem": name, "method": method, "trained": True}
         key |= {"train_steps": steps}
         key |= {"aims": entries[method].aims, "rate": cost[0]["rate"]}

@@ -2,7 +2,7 @@
 
 Every row is one adapter; every column the gain in the held-out samples' reward, over the pretrained
 model with the same sampler and the same seeds, and its standard error over these pairs (one
-training run: the spread between runs is not in it). The second number is what a classifier says
+training run: the variation between runs is not in it). The second number is what a classifier says
 that was not trained on. Learning rates are those of ``benchmarks.calls_to_reward``. A step of Heun
 calls the network twice, but for the last.
 
@@ -63,13 +63,13 @@ TRAININGS = {
 
 @dataclass(frozen=True)
 class Options:
-    """Train with few steps, judge with others.
+    """Train with few steps, evaluate with others.
 
     Attributes:
         calls: of the network, for every training.
         samples: an update.
-        held_out: samples of a judgement.
-        seed: of training and judgement.
+        held_out: samples of an evaluation.
+        seed: of training and evaluation.
         output: folder of the results.
     """
 
@@ -80,14 +80,14 @@ class Options:
     output: Path = DOCS
 
 
-def judged(environment: Any, problem: TinyProblem, options: Options) -> dict[str, Evaluation]:
+def evaluated(environment: Any, problem: TinyProblem, options: Options) -> dict[str, Evaluation]:
     """By every sampler."""
-    found = {}
+    evaluations = {}
     for name, (sampler, steps) in SAMPLERS.items():
         other = dataclasses.replace(environment, sampler=sampler.bind(problem.table, steps))
         judges = {"judge": rewards.PromptAlignment("judge")}
-        found[name] = evaluate(other, options.held_out, judges=judges, batch=50)
-    return found
+        evaluations[name] = evaluate(other, options.held_out, judges=judges, batch=50)
+    return evaluations
 
 
 def trained(training: Training, problem: TinyProblem, options: Options) -> Any:
@@ -105,39 +105,41 @@ def trained(training: Training, problem: TinyProblem, options: Options) -> Any:
 
 
 def main(options: Options) -> None:
-    """Train, judge, write."""
+    """Train, evaluate, write."""
     torch.set_num_threads(1)
     console, problem = Console(width=200), TinyProblem()
     environment = problem.environment(DDIM(1.0).bind(problem.table, 10), options.seed)
-    before = judged(environment, problem, options)
+    before = evaluated(environment, problem, options)
     rows: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for name, training in TRAININGS.items():
-        after = judged(trained(training, problem, options), problem, options)
+        after = evaluated(trained(training, problem, options), problem, options)
         rows[name] = {}
-        for sampler, found in after.items():
+        for sampler, evaluation in after.items():
             start = before[sampler]
             pairs = {
-                "reward": found.rewards - start.rewards,
-                "held_out": found.judged["judge"] - start.judged["judge"],
+                "reward": evaluation.rewards - start.rewards,
+                "held_out": evaluation.judged["judge"] - start.judged["judge"],
             }
             gains = {key: Estimate.of(gap) for key, gap in pairs.items()}
             rows[name][sampler] = {key: (e.mean, e.standard_error) for key, e in gains.items()}
         console.print(name, {key: value["reward"] for key, value in rows[name].items()})
     table = Table(box=None, header_style="dim")
-    for column in ("judged on", "pretrained", *rows):
+    for column in ("evaluated on", "pretrained", *rows):
         table.add_column(column, no_wrap=True)
-    for sampler, found in before.items():
+    for sampler, evaluation in before.items():
         cells = [
             " / ".join(f"{mean:.2f}({error:.2f})" for mean, error in row[sampler].values())
             for row in rows.values()
         ]
-        table.add_row(sampler, f"{float(found.rewards.mean()):.2f}", *cells)
+        table.add_row(sampler, f"{float(evaluation.rewards.mean()):.2f}", *cells)
     console.print(table)
     options.output.mkdir(parents=True, exist_ok=True)
     record = {
         "options": dataclasses.asdict(options) | {"output": ""},
         "versions": versions(),
-        "pretrained": {name: float(found.rewards.mean()) for name, found in before.items()},
+        "pretrained": {
+            name: float(evaluation.rewards.mean()) for name, evaluation in before.items()
+        },
         "gains": rows,
     }
     path = options.output / "transfer_images.json"

@@ -117,7 +117,7 @@ def record(
         calls.append(("vae", again))
         return call_decode(latents, **settings)
 
-    def judge(images: Tensor, prompts: list[str]) -> Tensor:
+    def recorded_reward(images: Tensor, prompts: list[str]) -> Tensor:
         def again() -> None:
             with torch.no_grad():
                 reward(images, prompts)
@@ -126,7 +126,7 @@ def record(
         return reward(images, prompts)
 
     unet.forward, vae.decode = forward, decode
-    built.environment.reward = judge
+    built.environment.reward = recorded_reward
 
 
 if __name__ == "__main__":

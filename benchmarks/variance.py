@@ -182,8 +182,8 @@ def half_way(problem: GaussianProblem) -> list[Tensor]:
     root = -torch.cat([abar.new_zeros(1), abar.log()]).diff()
     root = root.sqrt()[:, None]
     terms = len(AffineCorrection(dim).shift)
-    found = torch.linalg.lstsq(root * legendre(alpha, terms), root * wanted).solution
-    return [0.5 * found[:, : dim**2].reshape(-1, dim, dim), 0.5 * found[:, dim**2 :]]
+    solution = torch.linalg.lstsq(root * legendre(alpha, terms), root * wanted).solution
+    return [0.5 * solution[:, : dim**2].reshape(-1, dim, dim), 0.5 * solution[:, dim**2 :]]
 
 
 def exact_correction(weights: Sequence[Tensor]) -> AffineCorrection:
@@ -198,7 +198,7 @@ def exact_correction(weights: Sequence[Tensor]) -> AffineCorrection:
 def exact_gradient(
     problem: GaussianProblem, sampler: BoundDDIM, weights: Sequence[Tensor]
 ) -> Float[Tensor, " parameters"]:
-    """Of J on the sampler's chain."""
+    """Gradient of J on the sampler's chain."""
     correction = exact_correction(weights)
     affine_objective(problem, sampler, correction).backward()
     return flat([p.grad for p in correction.parameters()])
@@ -213,7 +213,7 @@ def flat(tensors: Sequence[Tensor | None]) -> Float[Tensor, " parameters"]:
 
 
 class Measured:
-    """An estimator at a policy: what trains there, and the roll-outs that it judges.
+    """An estimator at a policy: what trains there, and the roll-outs that it uses.
 
     Args:
         problem: the Gaussian one.
@@ -288,7 +288,7 @@ class Measured:
             group["lr"] = 0.0
         queries, calls = self.environment.reward_queries, self.environment.model.calls
         trainer.step()
-        cost = {
+        cost: dict[str, float] = {
             "queries": self.environment.reward_queries - queries,
             "calls": self.environment.model.calls - calls,
         }
@@ -303,12 +303,12 @@ class Measured:
 
     @property
     def acts(self) -> tuple[Any, ...]:
-        """What its roll-outs depend on."""
+        """Everything that its roll-outs depend on."""
         return (getattr(self.objective, "exploration", 0.0), self.denoised)
 
     @property
     def learns(self) -> tuple[Any, ...]:
-        """What its value network depends on."""
+        """Everything that its value network depends on."""
         assert isinstance(self.objective, o.PathObjective)
         return (*self.acts, self.objective.cost_weight, self.objective.value_sees_denoised)
 
@@ -323,24 +323,24 @@ class Measured:
         if self.estimator.value == "none":
             zeros = torch.zeros_like(rollout.states[:, :-1, 0])
             return torch.cat([zeros, rollout.rewards[:, None]], dim=1)
-        spread = self.objective.action_std(self.sampler.sigma[:-1])
+        action_std = self.objective.action_std(self.sampler.sigma[:-1])
         with torch.no_grad():
             values = affine_values(
                 self.problem,
                 self.sampler,
                 exact_correction(self.weights),
-                spread,
+                action_std,
                 self.objective.cost_weight,
             )
             states = rollout.states.double()
-            found = [value(states[:, k]) for k, value in enumerate(values)]
-        return torch.stack(found, dim=1).to(rollout.rewards)
+            by_step = [value(states[:, k]) for k, value in enumerate(values)]
+        return torch.stack(by_step, dim=1).to(rollout.rewards)
 
     def gradients(self, sample: Sample) -> Float[Tensor, "batches parameters"]:
         """Ascent direction of every batch: minus the gradient of the loss."""
         rollout = dataclasses.replace(sample.rollout, group=self.objective.group)
         rollout = dataclasses.replace(rollout, values=self.values(sample))
-        size, found = self.options.samples, []
+        size, gradients = self.options.samples, []
         for batch in range(self.options.batches):
             part = rollout.chosen(torch.arange(batch * size, (batch + 1) * size))
             lesson = self.trainer.losses(part)
@@ -349,8 +349,8 @@ class Measured:
                 parameter.grad = None
             for loss in lesson.losses(torch.arange(size // self.objective.group), generator):
                 loss.backward()
-            found.append(-flat([p.grad for p in self.parameters]))
-        return torch.stack(found)
+            gradients.append(-flat([p.grad for p in self.parameters]))
+        return torch.stack(gradients)
 
 
 # -- numbers --------------------------------------------------------------------------------------
@@ -366,8 +366,8 @@ def summary(
         left_out = torch.tensor(
             [number(torch.cat([*blocks[:k], *blocks[k + 1 :]])) for k in range(len(blocks))]
         )
-        spread = (left_out - left_out.mean()).square().sum() * (len(blocks) - 1) / len(blocks)
-        return number(gradients), float(spread.sqrt())
+        jackknife = (left_out - left_out.mean()).square().sum() * (len(blocks) - 1) / len(blocks)
+        return number(gradients), float(jackknife.sqrt())
 
     single = torch.nn.functional.cosine_similarity(gradients, truth[None], dim=1)
     quartiles = torch.quantile(single, torch.tensor([0.25, 0.5, 0.75]).to(single))
@@ -389,7 +389,7 @@ def relative_variance(gradients: Float[Tensor, "batches parameters"]) -> float:
 def cosine_of_mean(
     gradients: Float[Tensor, "batches parameters"], truth: Float[Tensor, " parameters"]
 ) -> float:
-    """Of E g with the truth; the noise of the mean is taken off its length, as above."""
+    """Cosine of E g with the truth; the noise of the mean is taken off its length, as above."""
     middle = gradients.mean(0)
     length = middle.square().sum() - gradients.var(0).sum() / len(gradients)
     return float(middle @ truth / length.sqrt() / truth.norm()) if length > 0 else math.nan
@@ -448,8 +448,8 @@ def _measure(
     sample = samples[measured.acts]
     cost = measured.prepare(sample, critics)
     gradients = measured.gradients(sample)
-    found = summary(gradients, exact_gradient(problem, measured.sampler, weights))
-    relative = found["relative_variance"][0]
+    summarised = summary(gradients, exact_gradient(problem, measured.sampler, weights))
+    relative = summarised["relative_variance"][0]
     chain = problem.optimum(measured.sampler).objective
     with torch.no_grad():
         there, start = (
@@ -457,7 +457,7 @@ def _measure(
             for w in (weights, [torch.zeros_like(w) for w in weights])
         )
     return (
-        found
+        summarised
         | cost
         | {
             "queries_to_1": relative * cost["queries"],

@@ -22,25 +22,25 @@ class ActionGrid:
     weights: Float[Tensor, " nodes"]
 
     def __post_init__(self) -> None:
-        for name, given in (("nodes", self.nodes), ("weights", self.weights)):
-            if given.dtype != torch.float64 or not bool(torch.isfinite(given).all()):
-                raise ValueError(f"{name} must be finite and float64, got {given.dtype}")
+        for name, tensor in (("nodes", self.nodes), ("weights", self.weights)):
+            if tensor.dtype != torch.float64 or not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name} must be finite and float64, got {tensor.dtype}")
         if self.nodes.ndim < 1 or self.weights.shape != self.nodes.shape[:1] or not len(self.nodes):
             raise ValueError(
                 f"weights must be [nodes], one for each of the nodes [nodes, *action], got "
                 f"{list(self.weights.shape)} for {list(self.nodes.shape)}"
             )
-        for name, given in (("nodes", self.nodes), ("weights", self.weights)):
-            if given.device.type != "cpu":
+        for name, tensor in (("nodes", self.nodes), ("weights", self.weights)):
+            if tensor.device.type != "cpu":
                 raise ValueError(
                     f"{name} must be on the CPU, where the HJB equation is solved, got them on "
-                    f"{given.device}: {name}.cpu()"
+                    f"{tensor.device}: {name}.cpu()"
                 )
         if bool((self.weights <= 0).any()):
             raise ValueError(f"weights must be positive, got {float(self.weights.min()):g}")
 
     def ends(self) -> Tensor:
-        """Which nodes are outermost in some coordinate, [nodes]."""
+        """Whether each node is outermost in some coordinate, [nodes]."""
         flat = self.nodes.reshape(len(self.nodes), -1)
         return ((flat == flat.amin(0)) | (flat == flat.amax(0))).any(-1)
 
@@ -50,8 +50,8 @@ class ActionGrid:
         """Mean and standard deviation of the action under probabilities of the nodes."""
         flat = self.nodes.reshape(len(self.nodes), -1)
         mean = mass.T @ flat
-        spread = (flat.unsqueeze(1) - mean).square()  # [nodes, points, action]
-        std = (mass.unsqueeze(-1) * spread).sum(0).sqrt()
+        squares = (flat.unsqueeze(1) - mean).square()  # [nodes, points, action]
+        std = (mass.unsqueeze(-1) * squares).sum(0).sqrt()
         shape = (mass.shape[1], *self.nodes.shape[1:])
         return mean.view(shape), std.view(shape)
 

@@ -149,6 +149,6 @@ def backward(
             slope, source, guess = 1 / h, v / h, v
         else:  # v_t = (4 later - latest - 3 v) / (2 h)
             slope, source, guess = 1.5 / h, (4 * v - before) / (2 * h), 2 * v - before
-        found = method.solve(chain, improve, discount + slope, source, guess)
-        before, v = v, found.v
-        yield found
+        solved = method.solve(chain, improve, discount + slope, source, guess)
+        before, v = v, solved.v
+        yield solved

@@ -53,11 +53,11 @@ class Estimate:
         sample = values.detach().cpu().double()  # one copy, and float64 is not everywhere
         if bad := int((~torch.isfinite(sample)).sum()):
             raise ValueError(f"values must be finite, but {bad} of {len(sample)} are not")
-        given = {
+        by_name = {
             "quadrature_weights": quadrature_weights,
             "importance_weights": importance_weights,
         }
-        chosen = {name: weights for name, weights in given.items() if weights is not None}
+        chosen = {name: weights for name, weights in by_name.items() if weights is not None}
         if len(chosen) > 1:
             raise ValueError("give quadrature_weights or importance_weights, not both")
         if not chosen:

@@ -5,7 +5,7 @@
 ([WZZ] equations 6 and 8; in this library "exploratory" and "relaxed" mean this.) Roll-outs that
 draw an action at every node and hold it have this law in the limit of small steps, with an error
 O(h). Where the drift is affine in the action and the diffusion control-free, it is the SDE under
-the mean action: the spread drops out.
+the mean action: the standard deviation of the actions drops out.
 
 Sources  [WZZ] Wang, Zariphopoulou & Zhou 2020, reinforcement learning in continuous time and space,
          JMLR 21.
@@ -34,7 +34,7 @@ def exploratory_sde(
 
     Args:
         sde: the dynamics, in the sense of Ito.
-        policy: one of the Gaussian policies; only its spread is used.
+        policy: one of the Gaussian policies; only its standard deviation is used.
         nodes: of the rule for each coordinate of the action.
         state_dim: coordinates of the state; needed for scalar or general noise whose diffusion is
             controlled, since its average takes a Brownian motion for each.
@@ -95,7 +95,7 @@ def drawn_actions(
     """Weights and actions [paths, *action] of a Gauss-Hermite rule for a Gaussian policy.
 
     Args:
-        policy: whose spread is used.
+        policy: whose standard deviation is used.
         t: time, [].
         mean: of the actions, [paths, *action].
         nodes: of the rule for each coordinate of the action.

@@ -33,7 +33,7 @@ def controls(
 
     Raises:
         ValueError: the diffusion is singular where the drifts differ, or a control is not finite;
-            a black box moved the paths, or a policy has a memory.
+            a black box simulated the paths, or a policy has a memory.
     """
     require_dynamics(paths)
     nodes = as_like(paths.grid.nodes[:-1], paths.states)
@@ -48,10 +48,10 @@ def controls(
                 _require_equal_diffusions(sde, t, x, a, a_ref)
             shift = sde.drift_at(t, x, a) - sde.drift_at(t, x, a_ref)
             each.append(sde.whiten(t, x, shift, a))
-        found = torch.stack(each, dim=1)
-        finite = torch.isfinite(found).all(2).all(0)
+        u = torch.stack(each, dim=1)
+        finite = torch.isfinite(u).all(2).all(0)
         require(finite.all(), lambda: _not_finite(finite, nodes))
-    return found
+    return u
 
 
 def _not_finite(finite: Tensor, nodes: Tensor) -> ValueError:
@@ -82,8 +82,8 @@ def path_kl(
 ) -> Float[Tensor, " paths"]:
     """KL(P || P_ref) = E[ 1/2 int |u|^2 dt ], one value per path, nats ([SaA] Theorem 3.1).
 
-    The laws are those of the SDE with the mean action: the spread of a random policy drops out in
-    continuous time, and moves the value by O(step) where actions are drawn and held.
+    The laws are those of the SDE with the mean action: the covariance of a random policy drops out
+    in continuous time, and moves the value by O(step) where actions are drawn and held.
 
     Args:
         sde: the dynamics, shared by both policies.
@@ -117,11 +117,11 @@ def log_ratio(
         sde: the dynamics, shared by both policies.
         policy: under which the paths were sampled; deterministic.
         reference: the law in the denominator.
-        paths: states at every node, and the increments that moved them.
+        paths: states at every node, and the increments that drove them.
 
     Raises:
         ValueError: the paths have not kept their increments, the policy draws its actions (the
-            increments are then not all that moved the states), or the diffusion is singular.
+            increments are then not all that drove the states), or the diffusion is singular.
     """
     if paths.increments is None:
         raise ValueError(

@@ -120,12 +120,12 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if k >= len(nodes) - 1:
             raise ValueError("the episode is over: call reset()")
         wanted = self.action_space.shape
-        given = np.asarray(action, dtype=np.float64)
-        if given.shape != wanted or not np.isfinite(given).all():
+        requested = np.asarray(action, dtype=np.float64)
+        if requested.shape != wanted or not np.isfinite(requested).all():
             raise ValueError(f"action must be finite, of shape {wanted}, got {action!r}")
         box = self.action_space
         assert isinstance(box, spaces.Box)  # made in __init__
-        a = torch.as_tensor(np.clip(given, box.low, box.high))
+        a = torch.as_tensor(np.clip(requested, box.low, box.high))
         t0, t1 = nodes[k].double(), nodes[k + 1].double()
         x, a = self._state.unsqueeze(0), a.unsqueeze(0)
         reward, h = 0.0, float(t1 - t0)
@@ -235,7 +235,7 @@ def sample(
 
 
 def _vector(observed: Any) -> Tensor:
-    found = torch.as_tensor(np.asarray(observed, dtype=np.float64))
-    if found.ndim != 1 or not bool(torch.isfinite(found).all()):
+    vector = torch.as_tensor(np.asarray(observed, dtype=np.float64))
+    if vector.ndim != 1 or not bool(torch.isfinite(vector).all()):
         raise ValueError(f"observations must be finite vectors, got {observed!r}")
-    return found
+    return vector

@@ -55,7 +55,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """What solves the HJB equation on a grid; the functions are ``GridFunction`` of (t, x).
+    """Value and policy that solve the HJB equation on a grid, functions of (t, x) each.
 
     Attributes:
         value: V, reward, [paths]; its ``table`` is [times, *nodes].
@@ -142,10 +142,10 @@ def solve_discounted(
         each, monotone = actions.nodes.unsqueeze(1), differences == "monotone"
         chain = markov_chain(problem, axes, 0.0, each, monotone=monotone)
         start = chain.rewards.new_zeros(chain.rewards.shape[1])
-        found = PolicyIteration(tolerance, iterations).solve(
+        solved = PolicyIteration(tolerance, iterations).solve(
             chain, _best(problem, actions), problem.discount, torch.zeros_like(start), start
         )
-        return _solution(problem, axes, actions, torch.zeros(1), iter([found]))
+        return _solution(problem, axes, actions, torch.zeros(1), iter([solved]))
 
 
 def solve_finite_horizon(
@@ -187,8 +187,8 @@ def solve_finite_horizon(
             return markov_chain(problem, axes, t, each, monotone=monotone), improve
 
         times = _times(problem, steps, order)
-        found = backward(at, times, _terminal(problem, axes), problem.discount, method, order)
-        return _solution(problem, axes, actions, times, found)
+        solved = backward(at, times, _terminal(problem, axes), problem.discount, method, order)
+        return _solution(problem, axes, actions, times, solved)
 
 
 def evaluate_discounted(
@@ -260,10 +260,10 @@ def evaluate_finite_horizon(
             return _given(problem, policy, axes, t, action_nodes, differences == "monotone")
 
         times = _times(problem, steps, order)
-        found = backward(
+        solved = backward(
             at, times, _terminal(problem, axes), problem.discount, PolicyIteration(1e-9, 5), order
         )
-        return _function(axes, times, [one.v for one in found])
+        return _function(axes, times, [one.v for one in solved])
 
 
 def _times(problem: ControlProblem, steps: int, order: int) -> Float[Tensor, " times"]:
@@ -326,14 +326,14 @@ def _solution(
     axes: tuple[Axis, ...],
     actions: ActionGrid,
     times: Tensor,
-    found: Iterator[Solved],
+    solved: Iterator[Solved],
 ) -> Solution:
     ends = actions.ends().to(torch.float64)
     v: list[Tensor] = []
     moments: list[tuple[Tensor, Tensor]] = []
     end_mass: list[Tensor] = []
     residual, iterations = 0.0, 0
-    for one in found:
+    for one in solved:
         largest = float(one.mass.max())
         if problem.temperature > 0 and largest > 0.6:
             raise ValueError(
@@ -355,7 +355,7 @@ def _solution(
 
 
 def _function(axes: tuple[Axis, ...], times: Tensor, rows: list[Tensor]) -> GridFunction:
-    """Of what was solved from the last time to the first."""
+    """The solution on the grid, from values that were computed from the last time to the first."""
     table = torch.stack(rows[::-1])
     shape = [axis.nodes for axis in axes]
     return GridFunction(axes, times, table.view(len(rows), *shape, *table.shape[2:]))

@@ -48,10 +48,10 @@ class MarkovChain:
 
     def hamiltonian(self, v: Float[Tensor, " points"]) -> Float[Tensor, "actions points"]:
         """r + L^a v, reward/time."""
-        found = self.rewards.clone()
+        total = self.rewards.clone()
         for neighbour, rate in zip(self.neighbours, self.rates, strict=True):
-            found.addcmul_(rate, v[neighbour] - v)
-        return found
+            total.addcmul_(rate, v[neighbour] - v)
+        return total
 
     def resolvent(
         self,
@@ -119,8 +119,8 @@ def _coefficients(
             raise ValueError(
                 f"running_reward must return [{len(x)}], one for each state, got {list(r.shape)}"
             )
-    for name, found in (("drift", b), ("diffusion", sigma), ("running_reward", r)):
-        if not bool(torch.isfinite(found).all()):
+    for name, values in (("drift", b), ("diffusion", sigma), ("running_reward", r)):
+        if not bool(torch.isfinite(values).all()):
             raise ValueError(f"{name} must be finite on the grid, at t = {t:g} it is not")
     covariance = sigma @ sigma.mT
     return b.view(many, n, dim), covariance.view(many, n, dim, dim), r.to(x).view(many, n)
@@ -146,20 +146,20 @@ def _rates(
     for i, axis in enumerate(axes):
         h = axis.spacing
         noise = covariance[..., i, i] / (2 * h * h)
-        spread = noise - diagonal
-        if bool((spread < -1e-12 * noise.abs().max()).any()):
+        diffusive = noise - diagonal
+        if bool((diffusive < -1e-12 * noise.abs().max()).any()):
             raise ValueError(
                 "the noises of the two coordinates are correlated too strongly for a monotone "
                 f"scheme: the covariance must have |c_01| <= c_{i}{i} h_{1 - i} / h_{i} for "
                 "spacings h; choose spacings in the ratio of the noises, or differences='central'"
             )
-        spread, pull = spread.clamp(min=0), drift[..., i] / (2 * h)
-        full = torch.maximum(spread, pull.abs()) if monotone else spread
+        diffusive, pull = diffusive.clamp(min=0), drift[..., i] / (2 * h)
+        full = torch.maximum(diffusive, pull.abs()) if monotone else diffusive
         for sign in (1, -1):
             rate = (full + sign * pull).unflatten(1, shape).clone()
             if not axis.periodic:
                 inner, outer = (0, -1)[::sign]  # noise is mirrored and outward drift ends at a wall
-                inward = torch.maximum(2 * spread, 2 * sign * pull).unflatten(1, shape)
+                inward = torch.maximum(2 * diffusive, 2 * sign * pull).unflatten(1, shape)
                 rate.select(i + 1, inner).copy_(inward.select(i + 1, inner))
                 rate.select(i + 1, outer).zero_()
             moves.append(tuple(sign if j == i else 0 for j in range(len(axes))))

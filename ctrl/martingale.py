@@ -128,7 +128,7 @@ def moments(
 
     Args:
         tests: paths -> [paths, steps, tests].
-        increments: dM, in each step's money.
+        increments: dM, each discounted to its own step's time.
         problem: whose discount counts.
         paths: that both belong to.
         sees_action: whether xi may depend on the action of its own step.
@@ -203,9 +203,10 @@ def require_adapted(tests: TestFunctions, paths: Paths, *, sees_action: bool) ->
     row = torch.arange(len(before), device=before.device)
     gap = (before[row, probe] - after[row, probe]).abs().reshape(len(row), -1).amax(1)
     scale = before[row, probe].abs().reshape(len(row), -1).amax(1)
-    moved = gap > 1e3 * torch.finfo(gap.dtype).eps * scale  # batched arithmetic rounds differently
-    if bool(moved.any()):
-        k = int(probe[moved.nonzero()[0, 0]])
+    # batched arithmetic rounds differently
+    changed = gap > 1e3 * torch.finfo(gap.dtype).eps * scale
+    if bool(changed.any()):
+        k = int(probe[changed.nonzero()[0, 0]])
         raise ValueError(
             f"tests must be adapted: at step {k} (t = {paths.grid.nodes[k]:g}) a test function "
             "changes with what happens after it (or with other paths); let it depend on its own "
@@ -282,8 +283,8 @@ class LinearValue:
 
     def __call__(self, t: Tensor, states: Float[Tensor, " paths *event"]) -> Tensor:
         """J at (t, x), reward."""
-        found = self.features(t, states) @ self.coefficients
-        return found if self.base is None else found + self.base(t, states)
+        fitted = self.features(t, states) @ self.coefficients
+        return fitted if self.base is None else fitted + self.base(t, states)
 
 
 def clstd(
@@ -345,10 +346,10 @@ def clstd(
             "along these paths (a constant, in an ergodic or undiscounted problem), or they depend "
             "on one another"
         )
-    found = torch.linalg.solve(matrix, target)
+    solution = torch.linalg.solve(matrix, target)
     if not ergodic:
-        return LinearValue(features, found, base)
-    return LinearValue(features, found[:-1], base, float(found[-1]))
+        return LinearValue(features, solution, base)
+    return LinearValue(features, solution[:-1], base, float(solution[-1]))
 
 
 def cgtd_loss(

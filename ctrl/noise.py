@@ -33,8 +33,8 @@ _WORDS = 624  # of the Mersenne Twister's state
 def _state_template() -> tuple[bytes, int]:
     """A fresh CPU generator's state, and where in it the Mersenne Twister's words begin.
 
-    The layout is torch's own business, so it is found by looking for the words that a known seed
-    must give (Matsumoto & Nishimura's initialisation), not assumed.
+    The layout is torch's own business, so it is identified by looking for the words that a known
+    seed must give (Matsumoto & Nishimura's initialisation), not assumed.
     """
     seed = 12345
     words = np.zeros(_WORDS, dtype=np.uint64)
@@ -95,7 +95,8 @@ def normals_by_sample(
     """Standard normals ``[len(samples), *shape]``, one stream for each global sample index.
 
     Row i depends on ``(seed, name, samples[i])`` alone: the same sample gets the same noise in any
-    batch, on any process. The numbers are drawn on the CPU and moved, so devices agree too.
+    batch, on any process. The numbers are drawn on the CPU and sent to the device, so devices agree
+    too.
     """
     rows = [
         torch.randn(shape, generator=stream(seed, *name, index), dtype=dtype) for index in samples
@@ -118,7 +119,8 @@ class PathStreams:
     how paths are split into batches or processes, nor on what was asked for before. Consecutive
     blocks of 256 paths share a stream (one path each where a row of it has 2048 numbers or more),
     so splitting costs most at block boundaries. Increments and actions have streams of their own,
-    and so have the two precisions. The numbers are drawn on the CPU and moved, so devices agree.
+    and so have the two precisions. The numbers are drawn on the CPU and sent to the device, so
+    devices agree.
 
     Attributes:
         seed: of the run.
@@ -166,8 +168,8 @@ class PathStreams:
         while True:
             for index, generator in enumerate(generators):
                 chunk[:, index] = drawn.normal_(generator=generator)[:, : block * width]
-            moved = chunk.view(_CHUNK, -1, *event)[:, begin : begin + paths]
-            yield from sent(moved, like.device)
+            selected = chunk.view(_CHUNK, -1, *event)[:, begin : begin + paths]
+            yield from sent(selected, like.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +247,7 @@ _TOGETHER = 2**24  # bytes of increments that a device draws at once
 
 
 def steps_at_once(row: Tensor) -> int:
-    """How many steps' increments are drawn together: one on the CPU, where they stay in cache.
+    """Number of steps that are drawn together: one on the CPU, where they stay in cache.
 
     On a device every call is a launch, which for small rows costs more than what it does.
     """
@@ -438,10 +440,10 @@ def _places(coarse: Tensor, fine: Tensor) -> list[int]:
         raise ValueError(
             f"coarse_nodes must be among fine_nodes, but coarse_nodes[{k}] = {coarse[k]:g} is not"
         )
-    found = [int(place) for place in places]
-    if found[0] != 0 or found[-1] != len(fine) - 1:
+    indices = [int(place) for place in places]
+    if indices[0] != 0 or indices[-1] != len(fine) - 1:
         raise ValueError("coarse_nodes and fine_nodes must begin and end together")
-    return found
+    return indices
 
 
 def _check_step_sizes(step_sizes: Float[Tensor, " steps"]) -> None:

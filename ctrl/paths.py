@@ -83,7 +83,7 @@ class Paths:
             quadrature rule, or ``girsanov.importance_weights``.
         rewards: running reward of every step, integrated over it, where the simulator pays it
             rather than the problem.
-        black_box: whether a simulator moved the states, and not the problem's ``sde``: then what
+        black_box: whether a simulator computed the states, and not the problem's ``sde``: then what
             needs the dynamics (q-rates, path likelihoods) refuses the paths.
     """
 
@@ -145,15 +145,15 @@ class Paths:
 
 
 def require_dynamics(paths: Paths) -> None:
-    """Refuse paths that were not moved by the problem's ``sde``, where its coefficients count.
+    """Refuse paths that were not simulated by the problem's ``sde``, where its coefficients count.
 
     Raises:
-        ValueError: a simulator moved them.
+        ValueError: a black box simulated them.
     """
     if paths.black_box:
         raise ValueError(
             "paths must be those of problem.sde, whose coefficients are needed here, but a black "
-            "box moved them; use what learns from paths alone: ctrl.martingale, the losses of "
+            "box simulated them; use what learns from paths alone: ctrl.martingale, the losses of "
             "ctrl.q_learning, policy_gradient.return_gradient or temporal_difference_gradient"
         )
 
@@ -322,9 +322,9 @@ def regularised_rewards(
     if not problem.temperature:
         return rewards
     if not isinstance(policy, RandomPolicy):
-        given = "none" if policy is None else type(policy).__name__
+        kind = "none" if policy is None else type(policy).__name__
         raise ValueError(
-            f"policy must be one that draws its actions and knows their density, got {given}: "
+            f"policy must be one that draws its actions and knows their density, got {kind}: "
             f"problem.temperature = {problem.temperature:g} pays for its entropy"
         )
     require_memoryless(policy, paths)
@@ -356,7 +356,7 @@ def require_whole(problem: ControlProblem, grid: TimeGrid) -> None:
 def returns_to_go(
     problem: ControlProblem, paths: Paths, policy: Policy | None = None
 ) -> Float[Tensor, "paths nodes"]:
-    """Discounted reward from every node to the horizon, in that node's money.
+    """Discounted reward from every node to the horizon, discounted to that node's time.
 
     Args:
         problem: which pays.

@@ -56,13 +56,13 @@ class NoisyPendulum:
             Axis(-self.fastest, self.fastest, resolution + 1),
         )
         actions = trapezoid(-self.strongest, self.strongest, action_nodes)
-        found = solve_discounted(self.problem, axes, actions, differences="central")
-        if (lost := float(found.end_mass.table.max())) > 1e-3:
+        solution = solve_discounted(self.problem, axes, actions, differences="central")
+        if (lost := float(solution.end_mass.table.max())) > 1e-3:
             raise ValueError(
                 f"strongest must be a torque that is never needed, but {self.strongest:g} has "
                 f"{lost:.2g} of the optimal policy's mass somewhere; raise it"
             )
-        return found
+        return solution
 
 
 def noisy_pendulum(
@@ -100,10 +100,10 @@ def noisy_pendulum(
     Raises:
         ValueError: a number is out of its range.
     """
-    given = {"gravity": gravity, "damping": damping, "velocity_cost": velocity_cost}
+    numbers = {"gravity": gravity, "damping": damping, "velocity_cost": velocity_cost}
     positive = {"noise": noise, "torque_cost": torque_cost, "discount": discount}
     positive |= {"fastest": fastest, "strongest": strongest}
-    for name, number in (given | positive).items():
+    for name, number in (numbers | positive).items():
         if not math.isfinite(number) or number < 0 or (name in positive and number == 0):
             least = "positive" if name in positive else "at least 0"
             raise ValueError(f"{name} must be {least} and finite, got {number}")

@@ -77,9 +77,9 @@ def plot_value(
     axes = _axes(axes)
     if isinstance(states, Tensor):
         for share, time in zip(_shades(len(times)), times, strict=True):
-            found = value(states.new_tensor(time), states.unsqueeze(1)).detach()
+            heights = value(states.new_tensor(time), states.unsqueeze(1)).detach()
             label = f"t = {time:g}"
-            axes.plot(_array(states), _array(found), color=_colour(share), label=label)
+            axes.plot(_array(states), _array(heights), color=_colour(share), label=label)
         axes.set(xlabel="state", ylabel="value (reward)")
         axes.legend(frameon=False)
         return axes
@@ -87,8 +87,8 @@ def plot_value(
         raise ValueError(f"times must be one for two coordinates, got {list(times)}")
     first, second = states
     points = torch.cartesian_prod(first, second)
-    found = value(first.new_tensor(times[0]), points).detach().view(len(first), len(second))
-    shown = axes.contourf(_array(first), _array(second), _array(found.T), levels=24)
+    heights = value(first.new_tensor(times[0]), points).detach().view(len(first), len(second))
+    shown = axes.contourf(_array(first), _array(second), _array(heights.T), levels=24)
     bar = axes.figure.colorbar(shown, ax=axes)
     bar.set_label("value (reward)")
     axes.set(xlabel="state 0", ylabel="state 1", title=f"t = {times[0]:g}")
@@ -131,12 +131,12 @@ def plot_policy(
         axes.plot(_array(states), line, color=_colour(share), label=f"t = {time:g}")
         if policy.is_random:
             # act is affine in its noise: the variance is the sum over unit normals
-            spread = torch.zeros_like(mean)
+            variance = torch.zeros_like(mean)
             for j in range(mean.shape[1]):
                 unit = torch.zeros_like(mean)
                 unit[:, j] = 1
-                spread = spread + (policy.act(mean, t, unit).detach() - mean).square()
-            width = _array(spread[:, coordinate].sqrt())
+                variance = variance + (policy.act(mean, t, unit).detach() - mean).square()
+            width = _array(variance[:, coordinate].sqrt())
             axes.fill_between(
                 _array(states), line - width, line + width, color=_colour(share), alpha=0.15, lw=0
             )

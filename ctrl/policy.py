@@ -242,7 +242,7 @@ def policy_kl(
     """KL(pi(. | t, x) || pi_ref(. | t, x)) of every path's action, nats.
 
     Of the actions that the policies draw (view A), not of the paths: ``girsanov.path_kl`` is that,
-    and does not see the spread of the actions.
+    and does not see the covariance of the actions.
     """
     return kl_divergence(policy.distribution(t, states), reference.distribution(t, states))
 
@@ -269,8 +269,8 @@ def mean_action(
 
 def _checked_noise(mean: Tensor, noise: Tensor | None) -> Tensor:
     if noise is None or noise.shape != mean.shape:
-        given = "none" if noise is None else str(list(noise.shape))
-        raise ValueError(f"noise must be {list(mean.shape)}, as the mean is, got {given}")
+        shape = "none" if noise is None else str(list(noise.shape))
+        raise ValueError(f"noise must be {list(mean.shape)}, as the mean is, got {shape}")
     return noise
 
 

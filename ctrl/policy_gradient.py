@@ -16,7 +16,7 @@ continuous-time problem on a grid they are biased by O(h).
 What counts as the decision is an argument, a named thing:
     ``DrawnActions()``      (view A) the policy draws a score and holds it; any solver.
     ``Transitions(solver)`` (view B) the next state is decided, by the noise of the SDE; solvers
-                            with a transition density. The spread of the policy drops out.
+                            with a transition density. The policy's std drops out.
 The return's variance grows like the number of steps in view A and not in view B.
 
 Sources  [SaA] Zhao, Chen, Zhang, Yao & Tang 2025, "Score as Action", arXiv 2502.01819.
@@ -72,7 +72,7 @@ __all__ = [
 
 @runtime_checkable
 class Decisions(Protocol):
-    """What the policy decides at every step."""
+    """Decision of the policy at every step: a drawn action, or the next state."""
 
     def log_prob(
         self, problem: ControlProblem, policy: Policy, paths: Paths
@@ -153,7 +153,7 @@ class Transitions:
         if problem.temperature:
             raise ValueError(
                 f"problem.temperature must be 0, got {problem.temperature:g}: where the next state "
-                "is the decision, the spread of the actions drops out; use DrawnActions()"
+                "is the decision, the covariance of the actions drops out; use DrawnActions()"
             )
         return transitions.log_prob(problem.sde, self.solver, policy, paths)
 
@@ -275,7 +275,7 @@ def pathwise_gradient(
     """(d a / d theta)' grad_a (q - temperature log pi) dt, the states held ([SaA] Theorem 4.1).
 
     For a terminal reward this is E int g^2 (d mu / d theta)' grad V dt. Actions are written as mean
-    plus spread times the noise that made them, which is kept.
+    plus scale times the noise that made them, which is kept.
 
     Args:
         problem: which pays, and whose dynamics q needs.
@@ -284,7 +284,7 @@ def pathwise_gradient(
         paths: with their actions.
 
     Raises:
-        ValueError: a black box moved the paths, or the policy has a memory.
+        ValueError: a black box simulated the paths, or the policy has a memory.
     """
     require_dynamics(paths)
     require_memoryless(policy, paths)
@@ -294,11 +294,11 @@ def pathwise_gradient(
         if sde.controls_diffusion:
             return q_rate(problem, value, t, x, a)
         # the other terms of q do not depend on the action
-        found = transport(sde, value, t, x, a)
+        transported = transport(sde, value, t, x, a)
         if problem.running_reward is None:
-            return found
+            return transported
         paid = problem.running_reward(t, x, a)
-        return found + one_a_path("running_reward", paid, len(x))
+        return transported + one_a_path("running_reward", paid, len(x))
 
     def one(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         fixed = a.detach().requires_grad_()
@@ -355,7 +355,7 @@ def performance_difference(
         probes: for ``q_rates`` of many dimensions.
 
     Raises:
-        ValueError: the grid ends before a finite horizon, a black box moved the paths, or the
+        ValueError: the grid ends before a finite horizon, a black box simulated the paths, or the
             policy has a memory.
     """
     if math.isfinite(problem.horizon):
@@ -387,8 +387,8 @@ def surrogate(
         probes: for ``q_rates`` of many dimensions.
 
     Raises:
-        ValueError: the grid ends before a finite horizon, a black box moved the paths, or a policy
-            has a memory.
+        ValueError: the grid ends before a finite horizon, a black box simulated the paths, or a
+            policy has a memory.
     """
     if math.isfinite(problem.horizon):
         require_whole(problem, paths.grid)

@@ -1,4 +1,4 @@
-"""What is to be controlled, and for which reward."""
+"""Control problems: an SDE with its running and terminal rewards."""
 
 import math
 from collections.abc import Callable

@@ -149,10 +149,10 @@ def ornstein_uhlenbeck_tracking(
         temperature=temperature,
     )
     if isinstance(policy, DeterministicPolicy):
-        moved = DeterministicPolicy(mean)
+        optimal = DeterministicPolicy(mean)
     else:
-        moved = GaussianPolicy(mean, math.sqrt(float(solution.law.covariance)))
-    return SolvedProblem(problem, moved, lambda t, x: solution.value(t, x - target))
+        optimal = GaussianPolicy(mean, math.sqrt(float(solution.law.covariance)))
+    return SolvedProblem(problem, optimal, lambda t, x: solution.value(t, x - target))
 
 
 def mean_variance_portfolio(
@@ -184,9 +184,9 @@ def mean_variance_portfolio(
     Raises:
         ValueError: a number is out of its range.
     """
-    given = {"sharpe_ratio": sharpe_ratio, "volatility": volatility, "horizon": horizon}
-    given |= {"wealth": wealth, "target": target, "temperature": temperature}
-    for name, number in given.items():
+    numbers = {"sharpe_ratio": sharpe_ratio, "volatility": volatility, "horizon": horizon}
+    numbers |= {"wealth": wealth, "target": target, "temperature": temperature}
+    for name, number in numbers.items():
         if not math.isfinite(number):
             raise ValueError(f"{name} must be finite, got {number}")
     if sharpe_ratio == 0:

@@ -90,13 +90,13 @@ def q_rates(
     Args:
         problem: whose dynamics, running reward and discount count.
         value: as for ``q_rate``.
-        paths: moved by ``problem.sde``, with their actions.
+        paths: simulated by ``problem.sde``, with their actions.
         probes: random signs that estimate the trace of the Hessian without bias
             (``noise.random_signs``, ``value.generator``), for states of many dimensions; the exact
             trace, two evaluations of V for each Brownian motion, if not given.
 
     Raises:
-        ValueError: a black box moved the paths, or as ``q_rate``.
+        ValueError: a black box simulated the paths, or as ``q_rate``.
     """
     require_dynamics(paths)
 
@@ -317,7 +317,7 @@ def increments(
     paths: Paths,
     average_reward: float | Float[Tensor, ""] = 0.0,
 ) -> Float[Tensor, "paths steps"]:
-    """dM of every step: e^{-discount h} V_{k+1} - V_k + (r - q) h, in that step's money.
+    """dM of every step: e^{-discount h} V_{k+1} - V_k + (r - q) h, discounted to that step's time.
 
     The entropy is in q: there is no further term for it, on- or off-policy.
     """

@@ -142,14 +142,14 @@ class ControlledSDE:
         controlled = cast(ControlledDiffusion, self.diffusion)
         return call("diffusion", controlled, t, states, actions)
 
-    def spread(
+    def diffuse(
         self,
         t: Tensor,
         states: Float[Tensor, " paths *event"],
         increment: Tensor,
         actions: Tensor | None = None,
     ) -> Float[Tensor, " paths *event"]:
-        """sigma(t, X) dW."""
+        """What Brownian increments add to the states: sigma(t, X) dW, state."""
         sigma = self.diffusion_at(t, states, actions)
         if self.noise == "diagonal":
             return sigma * increment
@@ -206,16 +206,16 @@ class ControlledSDE:
         sigma, pull = cast(
             tuple[Tensor, Callable[[Tensor], tuple[Tensor]]], torch.func.vjp(diffusion, states)
         )
-        found = pull(torch.ones_like(sigma))[0]
+        derivative = pull(torch.ones_like(sigma))[0]
         # of a diagonal Jacobian: J' w = w (J' 1) for every w
         coordinates = max(1, states[0].numel())
         w = torch.linspace(1, 2, coordinates, dtype=states.dtype, device=states.device)
         w = w.view(states.shape[1:])
-        missed = (pull(w.expand_as(sigma).contiguous())[0] - w * found).abs().max()
-        slack = 1e3 * torch.finfo(states.dtype).eps * found.abs().max()
+        missed = (pull(w.expand_as(sigma).contiguous())[0] - w * derivative).abs().max()
+        slack = 1e3 * torch.finfo(states.dtype).eps * derivative.abs().max()
         # not (... > ...): what is not a number is reported where the states are looked at
         require(~(missed > slack), lambda: ValueError(_MIXED))
-        return found
+        return derivative
 
     def require_calculus(self, calculus: str, solver: str) -> None:
         """Refuse an equation in the other sense.

@@ -208,8 +208,8 @@ class _Given:
 
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
         """W(t + h) - W(t) of step k, in ``into`` if that is given."""
-        given = self.noise.increments[:, k]
-        return given if into is None else into.copy_(given)
+        increment = self.noise.increments[:, k]
+        return increment if into is None else into.copy_(increment)
 
     def for_action(self, k: int, mean: Tensor) -> Tensor:
         """Standard normals for the actions of step k."""
@@ -405,7 +405,7 @@ def _roll_out_with_graph(
 
 
 class _Interval(NamedTuple):
-    """Where a step is taken.
+    """Times and index of one step.
 
     Attributes:
         k: index of the step.

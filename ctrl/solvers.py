@@ -101,8 +101,8 @@ class EulerMaruyama:
         """One step."""
         sde.require_calculus("ito", "EulerMaruyama")
         t = as_like(t0, states)
-        moved = states + float(t1 - t0) * sde.drift_at(t, states, action)
-        return moved + sde.spread(t, states, increment, action)
+        drifted = states + float(t1 - t0) * sde.drift_at(t, states, action)
+        return drifted + sde.diffuse(t, states, increment, action)
 
     def step_into(
         self,
@@ -119,7 +119,7 @@ class EulerMaruyama:
         t = as_like(t0, states)
         sigma = sde.diffusion_at(t, states, action) if sde.noise == "diagonal" else None
         if sigma is None:
-            torch.add(states, sde.spread(t, states, increment, action), out=after)
+            torch.add(states, sde.diffuse(t, states, increment, action), out=after)
         elif isinstance(sigma, Tensor):
             torch.addcmul(states, sigma, increment, out=after)
         else:
@@ -170,9 +170,9 @@ class Milstein:
                 noise whose sigma_i depends on another coordinate.
         """
         t, h = as_like(t0, states), float(t1 - t0)
-        moved = states + h * sde.drift_at(t, states, action)
-        moved = moved + sde.spread(t, states, increment, action)
-        return moved + self._correction(sde, t, h, states, action, increment)
+        drifted = states + h * sde.drift_at(t, states, action)
+        drifted = drifted + sde.diffuse(t, states, increment, action)
+        return drifted + self._correction(sde, t, h, states, action, increment)
 
     def step_into(
         self,
@@ -231,10 +231,10 @@ class Heun:
         """
         sde.require_calculus("stratonovich", "Heun")
         t, end, h = as_like(t0, states), as_like(t1, states), float(t1 - t0)
-        here = h * sde.drift_at(t, states, action) + sde.spread(t, states, increment, action)
+        here = h * sde.drift_at(t, states, action) + sde.diffuse(t, states, increment, action)
         there = states + here
         over_there = h * sde.drift_at(end, there, action)
-        return states + 0.5 * (here + over_there + sde.spread(end, there, increment, action))
+        return states + 0.5 * (here + over_there + sde.diffuse(end, there, increment, action))
 
 
 @dataclass(frozen=True)

@@ -115,12 +115,12 @@ class GridFunction:
         table = sent(self.table, states.device).reshape(len(self.times) * points, -1)
         index, weight = _corners(corners, self.axes, states.device)
         if len(self.times) == 1:
-            found = _mixed(table, index, weight)
+            interpolated = _mixed(table, index, weight)
         else:
             k, share = self._between_times(t, states.device)
             before, after = (_mixed(table, index + i * points, weight) for i in (k, k + 1))
-            found = torch.lerp(before, after, share.to(before))
-        return found.to(states.dtype).reshape(len(states), *event)
+            interpolated = torch.lerp(before, after, share.to(before))
+        return interpolated.to(states.dtype).reshape(len(states), *event)
 
     def to(self, device: torch.device | str) -> "GridFunction":
         """The same function with its table on a device."""

@@ -34,17 +34,17 @@ def require_time_homogeneous(
     def at(time: float) -> dict[str, Tensor]:
         t = states.new_tensor(time)
         sigma = problem.sde.diffusion_at(t, states, actions)
-        found = {
+        coefficients = {
             "drift": problem.sde.drift_at(t, states, actions),
             "diffusion": torch.as_tensor(sigma, dtype=states.dtype),
         }
         if problem.running_reward is not None:
-            found["running_reward"] = problem.running_reward(t, states, actions)
+            coefficients["running_reward"] = problem.running_reward(t, states, actions)
         if policy is not None:
             mean = mean_action(policy, t, states)
             noise = torch.ones_like(mean) if policy.is_random else None
-            found["policy"] = policy.act(mean, t, noise)
-        return found
+            coefficients["policy"] = policy.act(mean, t, noise)
+        return coefficients
 
     with torch.no_grad():
         first = at(0.0)

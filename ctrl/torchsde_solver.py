@@ -205,8 +205,10 @@ class TorchSDE:
             return x
 
         if self.adjoint and torch.is_grad_enabled():
-            _refuse_strangers(_Equation(sde, states.shape, action), begin, flat, self.parameters)
-            flat = cast(Tensor, _Alone.apply(advance, flat, action, *self.parameters))
+            _require_listed_parameters(
+                _Equation(sde, states.shape, action), begin, flat, self.parameters
+            )
+            flat = cast(Tensor, _IsolatedGraph.apply(advance, flat, action, *self.parameters))
         else:
             flat = advance(flat, action)
         return flat.reshape_as(states)
@@ -320,7 +322,7 @@ class TorchSDE:
         )[-1]  # fmt: skip
 
 
-class _Alone(torch.autograd.Function):
+class _IsolatedGraph(torch.autograd.Function):
     """A function of states and action whose graph is kept apart from what these came from.
 
     torchsde's adjoint differentiates in its parameters at every step backwards. Were the action
@@ -345,12 +347,12 @@ class _Alone(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
         """Its vector-Jacobian products."""
         wanted = [value for value in ctx.inputs if value.requires_grad]
-        found = iter(
+        gradients = iter(
             torch.autograd.grad(
                 ctx.value, wanted, grad_outputs, retain_graph=True, allow_unused=True
             )
         )
-        return None, *(next(found) if value.requires_grad else None for value in ctx.inputs)
+        return None, *(next(gradients) if value.requires_grad else None for value in ctx.inputs)
 
 
 class _Equation:
@@ -434,7 +436,7 @@ def _name_of(begin: Tensor, end: Tensor, increment: Tensor) -> int:
     return int.from_bytes(digest[:16], "little")
 
 
-def _refuse_strangers(
+def _require_listed_parameters(
     equation: _Equation, t: Tensor, states: Tensor, parameters: tuple[Tensor, ...]
 ) -> None:
     """Refuse coefficients whose gradient the adjoint would leave out without a word.

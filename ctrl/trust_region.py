@@ -36,8 +36,8 @@ def clipped_surrogate(
         log_ratio: log density of the step's decision, new over old policy, summed over coordinates.
         advantage: of that decision, reward.
         half_width: trusted |log_ratio| of each row, nats. A step of size h has a log-ratio of
-            spread proportional to sqrt(h), so a range that is to mean the same on every grid
-            scales so too.
+            standard deviation proportional to sqrt(h), so a range that is to mean the same on every
+            grid scales so too.
 
     Returns:
         The surrogate gain of each row, reward. At equal policies its gradient is that of

@@ -39,11 +39,11 @@ def values(value: Value, problem: ControlProblem, paths: Paths) -> Float[Tensor,
     def at(t: Tensor, x: Tensor) -> Tensor:
         return one_a_path("value", value(t, x), len(x))
 
-    found = all_finite("value", over_nodes(at, paths))
+    unpinned = all_finite("value", over_nodes(at, paths))
     if not ends_at_horizon(problem, paths.grid):
-        return found
+        return unpinned
     terminal = terminal_rewards(problem, paths.states[:, -1])
-    return torch.cat([found[:, :-1], terminal.unsqueeze(1)], dim=1)
+    return torch.cat([unpinned[:, :-1], terminal.unsqueeze(1)], dim=1)
 
 
 def martingale_increments(
@@ -53,7 +53,7 @@ def martingale_increments(
     rewards: Float[Tensor, "paths steps"],
     average_reward: float | Float[Tensor, ""] = 0.0,
 ) -> Float[Tensor, "paths steps"]:
-    """dM of every step, in that step's money: reward.
+    """dM of every step, discounted to that step's time: reward.
 
     Args:
         value: V.
@@ -165,7 +165,7 @@ _CHUNK = 2**25  # bytes of directions at a time
 def _columns(
     sde: ControlledSDE, t: Tensor, states: Tensor, actions: Tensor
 ) -> Iterator[Float[Tensor, " motions paths *event"]]:
-    """What each Brownian motion moves the states by, one direction a motion, some at a time."""
+    """Columns of sigma, one direction for each Brownian motion, some at a time."""
     sigma = as_like(sde.diffusion_at(t, states, actions), states)
     motions = math.prod(sde.noise_shape(tuple(states.shape[1:])))
     for some in _some_at_a_time(motions, states):
@@ -185,7 +185,7 @@ def _probed(
     """sigma z of every probe z, some at a time."""
     for some in _some_at_a_time(probes.shape[1], states):
         each = probes[:, some].to(states).unbind(1)
-        yield torch.stack([sde.spread(t, states, z, actions) for z in each])
+        yield torch.stack([sde.diffuse(t, states, z, actions) for z in each])
 
 
 def _some_at_a_time(count: int, states: Tensor) -> Iterator[slice]:

@@ -54,15 +54,21 @@ diffusion_envs.training.critic diffusion_envs.training.trainer
 diffusion_envs.training
 diffusion_envs.exact.gaussian diffusion_envs.exact.linear_policy
 diffusion_envs.exact.rewards diffusion_envs.exact.problems diffusion_envs.exact
-diffusion_envs.runs.progress diffusion_envs.runs.checkpoint diffusion_envs.runs.run_folder
-diffusion_envs.runs.tracking diffusion_envs.runs.plots diffusion_envs.runs.human_choices
-diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping
-diffusion_envs.runs.over_optimisation diffusion_envs.runs.report diffusion_envs.runs
+diffusion_envs.runs.checkpoint diffusion_envs.runs.settings diffusion_envs.runs.run_folder
+diffusion_envs.runs.prompts diffusion_envs.runs.interruption diffusion_envs.runs.callbacks
+diffusion_envs.runs.progress
+diffusion_envs.runs.caption_fonts diffusion_envs.runs.tracking diffusion_envs.runs.plots
+diffusion_envs.runs.human_choices
+diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping diffusion_envs.runs.options
+diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation diffusion_envs.runs.report
+diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
+diffusion_envs.runs.summary diffusion_envs.runs.finetune diffusion_envs.runs.transfer
+diffusion_envs.runs.command_line diffusion_envs.runs
 diffusion_envs.tiny.captions diffusion_envs.tiny.fit diffusion_envs.tiny.train_classifier
 diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser
 diffusion_envs.tiny diffusion_envs.tiny.measure diffusion_envs.tiny.__main__
-diffusion_envs.sd15.build diffusion_envs.sd15.transfer
-diffusion_envs.sd15.finetune diffusion_envs.sd15 diffusion_envs.sd15.__main__
+diffusion_envs.sd15.build diffusion_envs.sd15.stable_diffusion
+diffusion_envs.sd15 diffusion_envs.sd15.__main__
 verification verification.statistics verification.planting verification.claim
 verification.tolerances verification.kernels verification.running verification.record
 verification.symbolic verification.backward_induction

@@ -81,15 +81,15 @@ def chosen(names: Sequence[str]) -> list[str]:
     """
     if not names:
         return list(CLAIMS)
-    found: set[str] = set()
+    matches: set[str] = set()
     for name in names:
         matching = fnmatch.filter(CLAIMS, name)
         if not matching:
             near = difflib.get_close_matches(name, CLAIMS, n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(near)}?" if near else "see --list"
             raise UnknownClaimError(f"there is no claim {name!r}: {hint}")
-        found |= set(matching)
-    return [name for name in CLAIMS if name in found]
+        matches |= set(matching)
+    return [name for name in CLAIMS if name in matches]
 
 
 def main(options: Options) -> int:
@@ -132,13 +132,13 @@ def main(options: Options) -> int:
         )
         for name in track(names, "claims", console=console, transient=True)
     ]
-    found = record.of(outcomes, setting, rates, time.perf_counter() - began)
+    recorded = record.of(outcomes, setting, rates, time.perf_counter() - began)
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "verification.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.output / "verification.json").write_text(json.dumps(recorded, indent=1) + "\n")
     page = options.output / "report.html"
-    page.write_text(report.page(found), encoding="utf-8")
+    page.write_text(report.page(recorded), encoding="utf-8")
     if options.document is not None:
-        options.document.write_text(report.document(found), encoding="utf-8")
+        options.document.write_text(report.document(recorded), encoding="utf-8")
     for outcome in outcomes:
         if len(outcomes) == 1 or not outcome.holds:
             _details(outcome, console)
@@ -148,7 +148,7 @@ def main(options: Options) -> int:
     variants = sum(len(outcome.wrongs) for outcome in outcomes)
     console.print(
         f"{held} of {len(outcomes)} claims hold, {rejected} of {variants} wrong variants rejected, "
-        f"{found['seconds']:.0f} s. {page}",
+        f"{recorded['seconds']:.0f} s. {page}",
         style="green" if held == len(outcomes) else "bold red",
         highlight=False,
     )
@@ -190,12 +190,14 @@ def _details(outcome: Outcome, console: Console) -> None:
         more = f"; about {check.needed} samples would decide" if check.needed else ""
         text = f"  {check.verdict.value}: {check.name}: {check.deviation:.1e}, tolerance {limit}"
         line(f"{text} {check.note}{more}".rstrip(), check.verdict is Verdict.PASS)
-    for found in outcome.wrongs:
-        how = found.note
-        if found.by:
-            how = f"{found.deviations[found.by]:.1e} by {found.by!r} {found.note}".rstrip()
+    for rejection in outcome.wrongs:
+        how = rejection.note
+        if rejection.by:
+            deviation = rejection.deviations[rejection.by]
+            how = f"{deviation:.1e} by {rejection.by!r} {rejection.note}".rstrip()
         line(
-            f"  {'rejected' if found.rejected else 'ACCEPTED'}: {found.name}: {how}", found.rejected
+            f"  {'rejected' if rejection.rejected else 'ACCEPTED'}: {rejection.name}: {how}",
+            rejection.rejected,
         )
     if outcome.error:
         line(outcome.error, False)

@@ -43,10 +43,10 @@ def backwards(
     for t0, t1 in reversed(list(pairwise(nodes))):
         noise, weights = draws((t1 - t0).reshape(1))
         where = x.repeat_interleave(len(weights))[:, None]
-        found = after(t0, t1, where, noise.repeat(count, *[1] * (noise.ndim - 1))).detach()
-        shifted = torch.exp(1j * (found - where).view(count, -1, 1) * waves)
-        moved = (shifted * weights[:, None]).sum(1) * torch.exp(1j * x[:, None] * waves)
-        values = (moved @ (torch.fft.fft(values) / count)).real
+        next_states = after(t0, t1, where, noise.repeat(count, *[1] * (noise.ndim - 1))).detach()
+        shifted = torch.exp(1j * (next_states - where).view(count, -1, 1) * waves)
+        step_transform = (shifted * weights[:, None]).sum(1) * torch.exp(1j * x[:, None] * waves)
+        values = (step_transform @ (torch.fft.fft(values) / count)).real
     return values
 
 

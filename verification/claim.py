@@ -39,7 +39,7 @@ _FEWEST_VARIANTS = 3
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a body runs: it takes its numbers' type and device, and its generators, from here.
+    """Precision, device and random generators with which a claim's body runs.
 
     Attributes:
         dtype: of all tensors.
@@ -74,7 +74,7 @@ class Check:
         route: one of ``ROUTES``.
         deviation: at least 0, relative to the scale of what is claimed; NaN where anything was
             not a number.
-        values: what was found and what is claimed, by two routes; of several numbers the pair
+        values: the computed and the claimed number, by two routes; of several numbers the pair
             that is furthest apart.
         count: how many numbers were compared.
         curve: step sizes and errors, to draw, where the check is about convergence.
@@ -158,7 +158,7 @@ def limit(
 
     Args:
         name: what converges.
-        got: the limit or order found.
+        got: the computed limit or order.
         want: the limit or order claimed.
         scale: what the deviation is relative to; the size of ``want`` if not given.
         curve: pairs of step size and error, for the report's plot.
@@ -168,7 +168,7 @@ def limit(
 
 
 def proof(name: str, left: Numbers, scale: float = 1.0) -> Check:
-    """What is left of an identity's difference: exactly 0 where it is proven."""
+    """Remainder of an identity's difference: exactly 0 where it is proven."""
     return _compared(name, "proof", left, np.zeros(np.shape(_array(left))), scale)
 
 
@@ -176,12 +176,12 @@ def bound(name: str, smaller: Numbers, larger: Numbers, scale: float | None = No
     """smaller <= larger; the deviation is the largest excess."""
     a, b = _array(smaller), _array(larger)
     size = float(np.abs(b).max()) if scale is None else scale
-    found = _compared(name, "bound", a, b, size)
+    check = _compared(name, "bound", a, b, size)
     over = np.maximum(a - b, 0.0) / size  # NaN stays
     at = int(np.argmax(a - b))
     values = (float(a.flat[at]), float(b.flat[at]))
-    deviation = float(over.max()) if not math.isnan(found.deviation) else math.nan
-    return replace(found, deviation=deviation, values=values)
+    deviation = float(over.max()) if not math.isnan(check.deviation) else math.nan
+    return replace(check, deviation=deviation, values=values)
 
 
 def sampled(

@@ -28,7 +28,7 @@ def gaussian_start(
 def degree_five(
     grid: ctrl.TimeGrid, mean: float, std: float, *, draws: bool
 ) -> tuple[Tensor, ctrl.Noise]:
-    """As ``gaussian_start``, with few paths: exact for polynomials of degree 5.
+    """Quadrature like ``gaussian_start``, with fewer paths: exact for polynomials of degree 5.
 
     For n independent normals: a times plus or minus each unit vector, and b times vectors of signs,
     with s = (n - 2) / (n + 2), a^2 = 2 / (1 - s), b^2 = 1 / s and the masses (1 - s)^2 / 4 each and
@@ -82,7 +82,7 @@ def _signs(n: int) -> Tensor:
 def mean(values: Tensor, paths: ctrl.Paths) -> Tensor:
     """The exact expectation of what has one value per path: a weighted sum over the first axis."""
     assert paths.weights is not None
-    return torch.tensordot(paths.weights, values, dims=([0], [0]))
+    return torch.tensordot(paths.weights, values, dims=1)
 
 
 def point_start(noise: ctrl.Noise, state: list[float]) -> Tensor:
@@ -99,7 +99,7 @@ def affine_end(
     like: Tensor,
     solver: ctrl.Solver | None = None,
 ) -> Transition:
-    """What a linear scheme does from the first node to the last: X_end = F x + f + N(0, C).
+    """Transition of a linear scheme from the first node to the last: X_end = F x + f + N(0, C).
 
     Read off ``ctrl.simulate_end``: a path from 0, one from every basis state, and one for every
     normal variable of a path, those of drawn actions included. Exact only if the scheme is linear.
@@ -122,6 +122,6 @@ def affine_end(
     end = ctrl.simulate_end(
         problem, policy, start, grid, solver, noise=ctrl.Noise(increments, drawn)
     )
-    moved = (end[1:] - end[:1]).double().cpu().numpy()
-    F, spread = moved[:dim].T, moved[dim:].T
-    return Transition(F, end[0].double().cpu().numpy(), spread @ spread.T)
+    differences = (end[1:] - end[:1]).double().cpu().numpy()
+    F, noise_matrix = differences[:dim].T, differences[dim:].T
+    return Transition(F, end[0].double().cpu().numpy(), noise_matrix @ noise_matrix.T)

@@ -60,7 +60,7 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """What is chosen, in a line."""
+        """The choice of kernels, in one line."""
         return " ".join(f"{k}={v}" for k, v in self.variables.items()) or "usual"
 
     @property
@@ -138,8 +138,8 @@ def fingerprint() -> str:
     a = _inputs(torch.float64, 40, 40).numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for found in (a @ a.T, np.linalg.solve(a, a.T), scipy.linalg.expm(a), np.exp(a).sum()):
-            digest.update(np.asarray(found).tobytes())
+        for result in (a @ a.T, np.linalg.solve(a, a.T), scipy.linalg.expm(a), np.exp(a).sum()):
+            digest.update(np.asarray(result).tobytes())
     return digest.hexdigest()[:12]
 
 

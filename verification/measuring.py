@@ -41,7 +41,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one claim showed, under one kernel or under several.
+    """Deviations that one claim showed, under one kernel or under several.
 
     Attributes:
         right: check -> what the right code shows.
@@ -174,15 +174,15 @@ def over_kernels(
     """
     with ThreadPoolExecutor(processes) as pool:
         parts = list(pool.map(lambda kernel: _under(kernel, names, told), kernels))
-    found: dict[str, dict[str, Observation]] = {precision: {} for precision in PRECISIONS}
+    observations: dict[str, dict[str, Observation]] = {precision: {} for precision in PRECISIONS}
     for precision in PRECISIONS:
         for name in names:
             seen = [part[precision, name] for part in parts if (precision, name) in part]
             if seen:
-                found[precision][name] = merged(seen)
+                observations[precision][name] = merged(seen)
             elif precision == "float64":
-                found[precision][name] = Observation(complaints=("no kernel measured it",))
-    return found
+                observations[precision][name] = Observation(complaints=("no kernel measured it",))
+    return observations
 
 
 def _under(
@@ -192,7 +192,7 @@ def _under(
         told(f"{kernel.name}: left out, this processor has no {kernel.missing}")
         return {}
     command = [sys.executable, "-m", __name__, *names]
-    found: dict[tuple[str, str], Observation] = {}
+    observations: dict[tuple[str, str], Observation] = {}
     with subprocess.Popen(
         command, env=kernel.environ(), stdout=subprocess.PIPE, text=True
     ) as process:
@@ -200,10 +200,13 @@ def _under(
         for line in process.stdout:
             if line.startswith("{"):
                 one = json.loads(line)
-                found[one["precision"], one["claim"]] = _observation(one["observation"])
+                observations[one["precision"], one["claim"]] = _observation(one["observation"])
     if process.returncode:
-        told(f"{kernel.name}: its process ended with {process.returncode} after {len(found)} lines")
-    return found
+        told(
+            f"{kernel.name}: its process ended with {process.returncode} after "
+            f"{len(observations)} lines"
+        )
+    return observations
 
 
 def _observation(plain: dict[str, Any]) -> Observation:
@@ -256,15 +259,15 @@ class _Rounds(TorchDispatchMode):
         self.operations: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """As the operation would be; its name is kept if it rounds."""
-        found = func(*args, **(kwargs or {}))
+        """Run the operation, and keep its name if it rounds."""
+        result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         single = [x for x in args if isinstance(x, Tensor) and x.dtype == torch.float32]
-        results = found if isinstance(found, tuple | list) else [found]
+        results = result if isinstance(result, tuple | list) else [result]
         made = any(isinstance(x, Tensor) and x.dtype == torch.float32 for x in results)
         if single and made and name not in _EXACT and not name.endswith("_like"):
             self.operations.add(name)
-        return found
+        return result
 
 
 def unstated_singles(claim: Claim) -> dict[str, tuple[str, ...]]:
@@ -273,7 +276,7 @@ def unstated_singles(claim: Claim) -> dict[str, tuple[str, ...]]:
     With each the operations that rounded. A claim says so by its ``precision``, a check by its own
     (float64, where its numbers are such that float32 holds them exactly).
     """
-    found: dict[str, tuple[str, ...]] = {}
+    unstated: dict[str, tuple[str, ...]] = {}
     checks = iter(claim.body(Setting()))
     while claim.precision is None:
         with _Rounds() as rounds:
@@ -282,8 +285,8 @@ def unstated_singles(claim: Claim) -> dict[str, tuple[str, ...]]:
             break
         stated = check.precision if isinstance(check, Check) else None
         if rounds.operations and stated is None:
-            found[check.name] = tuple(sorted(rounds.operations))
-    return found
+            unstated[check.name] = tuple(sorted(rounds.operations))
+    return unstated
 
 
 def main(names: Sequence[str]) -> None:

@@ -54,14 +54,14 @@ class Edit:
         body = body[:at] + self.new + body[at + len(self.old) :]
         text = "".join([*source[:first], body, *source[last:]])
         whole = compile(text, right.co_filename, "exec", dont_inherit=True)
-        found = [
+        matches = [
             code
             for code in _inner(whole)
             if code.co_qualname == right.co_qualname and code.co_firstlineno - 1 == first
         ]
-        if len(found) != 1 or found[0].co_freevars != right.co_freevars:
+        if len(matches) != 1 or matches[0].co_freevars != right.co_freevars:
             raise PlantingError(f"{self.target} cannot be compiled by itself")
-        return found[0]
+        return matches[0]
 
     def lines(self) -> tuple[str, str]:
         """The lines of source that differ, right and wrong, for a reader."""
@@ -76,7 +76,7 @@ class Edit:
         return inspect.cleandoc(body[start:end]), inspect.cleandoc(wrong)
 
     def _place(self, function: FunctionType) -> int:
-        """Where in the function's source the text stands, its docstring left aside."""
+        """Position of the text in the function's source, its docstring left aside."""
         source, first, last = _source(function)
         body = "".join(source[first:last])
         start, end = _docstring(body)
@@ -122,7 +122,7 @@ def _source(function: FunctionType) -> tuple[list[str], int, int]:
 
 
 def _docstring(body: str) -> tuple[int, int]:
-    """Where in a function's source its docstring begins and ends; nowhere, if it has none."""
+    """Begin and end of the docstring in a function's source; both 0 if there is none."""
     plain = textwrap.dedent(body)
     indent = len(body) - len(body.lstrip())
     try:
@@ -141,34 +141,34 @@ def _docstring(body: str) -> tuple[int, int]:
 
 
 def _function(target: str) -> FunctionType:
-    """What a dotted name stands for, under its decorators."""
+    """The function that a dotted name stands for, without its decorators."""
     parts = target.split(".")
-    found: object = None
+    member: object = None
     for length in range(len(parts) - 1, 0, -1):
         try:
-            found = importlib.import_module(".".join(parts[:length]))
+            member = importlib.import_module(".".join(parts[:length]))
         except ModuleNotFoundError:
             continue
         for part in parts[length:]:
             try:
-                found = (
-                    getattr(found, part)
-                    if isinstance(found, ModuleType)
-                    else inspect.getattr_static(found, part)
+                member = (
+                    getattr(member, part)
+                    if isinstance(member, ModuleType)
+                    else inspect.getattr_static(member, part)
                 )
             except AttributeError:
-                raise PlantingError(f"there is no {target}: no {part} in {found!r}") from None
+                raise PlantingError(f"there is no {target}: no {part} in {member!r}") from None
         break
-    if isinstance(found, property):
-        found = found.fget
-    elif isinstance(found, functools.cached_property):
-        found = found.func
-    elif isinstance(found, staticmethod | classmethod):
-        found = found.__func__
-    found = inspect.unwrap(found) if callable(found) else found
-    if not isinstance(found, FunctionType):
-        raise PlantingError(f"{target} is no function written in Python, but {found!r}")
-    return found
+    if isinstance(member, property):
+        member = member.fget
+    elif isinstance(member, functools.cached_property):
+        member = member.func
+    elif isinstance(member, staticmethod | classmethod):
+        member = member.__func__
+    member = inspect.unwrap(member) if callable(member) else member
+    if not isinstance(member, FunctionType):
+        raise PlantingError(f"{target} is no function written in Python, but {member!r}")
+    return member
 
 
 def _inner(code: CodeType) -> Iterator[CodeType]:

@@ -4,6 +4,8 @@ Constants are chosen for sensitivity: no zero, no one, no two equal, no symmetri
 stationary start, an uneven grid. A mistake that is invisible at 0 or 1 is visible here.
 """
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from verification.closed_form.vp_gaussian import Normal, VPGaussian
 
 NODES = (0.0, 0.1, 0.35, 0.5, 0.9)  # uneven
 HORIZON = NODES[-1]
+NoiseKind = Literal["diagonal", "scalar", "general"]
+"""How Brownian motions drive the coordinates of a ``ctrl.ControlledSDE``."""
 
 
 def grid(setting: Setting) -> ctrl.TimeGrid:

@@ -56,12 +56,12 @@ def _claim(outcome: Outcome) -> dict[str, Any]:
         "seconds": round(outcome.seconds, 3),
         "error": outcome.error,
         "checks": [_check(check) for check in outcome.checks],
-        "wrongs": [_wrong(found, planted[found.name]) for found in outcome.wrongs],
+        "wrongs": [_wrong(rejection, planted[rejection.name]) for rejection in outcome.wrongs],
     }
 
 
 def _check(check: Measured) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "name": check.name,
         "route": check.route,
         "verdict": check.verdict.value,
@@ -73,13 +73,13 @@ def _check(check: Measured) -> dict[str, Any]:
         "count": check.count,
     }
     if check.n is not None:
-        found |= {"n": check.n, "log_evidence": check.log_evidence, "needed": check.needed}
+        numbers |= {"n": check.n, "log_evidence": check.log_evidence, "needed": check.needed}
     if check.curve:
-        found["curve"] = check.curve
-    return found | ({"note": check.note} if check.note else {})
+        numbers["curve"] = check.curve
+    return numbers | ({"note": check.note} if check.note else {})
 
 
-def _wrong(found: Rejection, wrong: Wrong) -> dict[str, Any]:
+def _wrong(rejection: Rejection, wrong: Wrong) -> dict[str, Any]:
     edits = []
     for edit in wrong.edits:
         try:
@@ -88,11 +88,11 @@ def _wrong(found: Rejection, wrong: Wrong) -> dict[str, Any]:
             right, mistaken = edit.old, edit.new
         edits.append({"target": edit.target, "right": right, "wrong": mistaken})
     return {
-        "name": found.name,
-        "rejected": found.rejected,
-        "by": found.by,
-        "deviations": {name: _number(value) for name, value in found.deviations.items()},
-        "note": found.note,
+        "name": rejection.name,
+        "rejected": rejection.rejected,
+        "by": rejection.by,
+        "deviations": {name: _number(value) for name, value in rejection.deviations.items()},
+        "note": rejection.note,
         "edits": edits,
     }
 

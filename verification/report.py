@@ -85,12 +85,13 @@ pre { overflow-x: auto; font-size: .85rem; }
 """
 
 
-def page(found: Record) -> str:
+def page(record: Record) -> str:
     """The record as HTML: an overview, then a card for every claim."""
-    claims = found["claims"]
+    claims = record["claims"]
     parts = [
-        f"<header><h1>{_headline(found)}</h1><p class='muted'>{_circumstances(found)}</p></header>",
-        _tiles(found),
+        f"<header><h1>{_headline(record)}</h1>"
+        f"<p class='muted'>{_circumstances(record)}</p></header>",
+        _tiles(record),
         _how_to_read(),
         _overview(claims),
         *(_card(claim) for claim in claims),
@@ -98,7 +99,7 @@ def page(found: Record) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Verification: {_headline(found)}</title><style>{_STYLE}</style></head>"
+        f"<title>Verification: {_headline(record)}</title><style>{_STYLE}</style></head>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
 
@@ -106,25 +107,25 @@ def page(found: Record) -> str:
 # -- words ---------------------------------------------------------------------------------------
 
 
-def _headline(found: Record) -> str:
-    claims = found["claims"]
+def _headline(record: Record) -> str:
+    claims = record["claims"]
     held = sum(claim["holds"] for claim in claims)
     if held == len(claims):
         return f"All {held} claims hold" if held > 1 else "The claim holds"
     return f"{len(claims) - held} of {len(claims)} claims do not hold"
 
 
-def _circumstances(found: Record) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    extent = "every check" if found["full"] else "the quick checks"
+def _circumstances(record: Record) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    extent = "every check" if record["full"] else "the quick checks"
     return html.escape(
-        f"{extent}, {found['precision']}, {found['device']}, {found['threads']} thread, "
-        f"seed {found['seed']}, {found['seconds']:.0f} s; {versions}"
+        f"{extent}, {record['precision']}, {record['device']}, {record['threads']} thread, "
+        f"seed {record['seed']}, {record['seconds']:.0f} s; {versions}"
     )
 
 
-def _tiles(found: Record) -> str:
-    claims = found["claims"]
+def _tiles(record: Record) -> str:
+    claims = record["claims"]
     checks = sum(len(claim["checks"]) for claim in claims)
     wrongs = [wrong for claim in claims for wrong in claim["wrongs"]]
     rejected = sum(wrong["rejected"] for wrong in wrongs)
@@ -133,7 +134,7 @@ def _tiles(found: Record) -> str:
         (f"{held} / {len(claims)}", "claims hold", held == len(claims)),
         (f"{checks}", "checks on the right code", True),
         (f"{rejected} / {len(wrongs)}", "planted mistakes rejected", rejected == len(wrongs)),
-        (f"{found['false_fail']:.0e}", "false alarms, of each sequential test, at most", True),
+        (f"{record['false_fail']:.0e}", "false alarms, of each sequential test, at most", True),
     ]
     return (
         "<div class='tiles'>"
@@ -240,9 +241,9 @@ def _numbers(check: Record) -> str:
     route, off = check["route"], f"deviation {_short(check['deviation'])}"
     if check["tolerance"] is not None:
         off += f", tolerance {_short(check['tolerance'])}"
-    found, claimed = _digits(check["found"]), _digits(check["claimed"])
+    value, claimed = _digits(check["found"]), _digits(check["claimed"])
     relation = "&le;" if route == "bound" else "="
-    pair = "" if route == "proof" else f"{found} {relation} {claimed} &middot; "
+    pair = "" if route == "proof" else f"{value} {relation} {claimed} &middot; "
     several = f", worst of {check['count']}" if check["count"] > 1 else ""
     samples = f", {check['n']} samples" if "n" in check else ""
     return f"{route}: {pair}{off}{several}{samples}"
@@ -280,7 +281,7 @@ def _mistakes(claim: Record) -> str:
 
 
 def _place(value: float | str) -> float:
-    """Where a deviation lies on the axis, in per cent; what is no number lies at its end."""
+    """Position of a deviation on the axis, in per cent; NaN lies at its end."""
     number = float(value)
     power = math.log10(max(number, 10**_LOW)) if math.isfinite(number) else _HIGH
     return 100 * (min(max(power, _LOW), _HIGH) - _LOW) / (_HIGH - _LOW)
@@ -344,20 +345,20 @@ def _digits(value: float | str) -> str:
 # -- for the repository --------------------------------------------------------------------------
 
 
-def document(found: Record) -> str:
+def document(record: Record) -> str:
     """The record as Markdown, with what does not change from run to run."""
-    claims = found["claims"]
+    claims = record["claims"]
     checks = sum(len(claim["checks"]) for claim in claims)
     wrongs = sum(len(claim["wrongs"]) for claim in claims)
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         "# What is verified",
         "",
         "Generated: `python -m verification --full --document docs/verification.md`.",
         "",
-        f"{_headline(found)}: {checks} checks on the right code, and {wrongs} planted mistakes, of "
-        f"which {sum(w['rejected'] for c in claims for w in c['wrongs'])} are rejected "
-        f"({found['precision']}, {found['device']}, {versions}).",
+        f"{_headline(record)}: {checks} checks on the right code, and {wrongs} planted mistakes, "
+        f"of which {sum(w['rejected'] for c in claims for w in c['wrongs'])} are rejected "
+        f"({record['precision']}, {record['device']}, {versions}).",
         "",
         "A claim is a statement from the literature. Its checks run the library's own code on "
         "problems whose answers are known by another route, and compare. Then a mistake is planted "
@@ -387,8 +388,8 @@ def document(found: Record) -> str:
         lines += ["| --- | --- | --- | --- | --- | --- |"]
         for check in claim["checks"]:
             tolerance = "" if check["tolerance"] is None else _short(check["tolerance"])
-            own = check.get("precision") or found["precision"]
-            route = check["route"] + ("" if own == found["precision"] else f", in {own}")
+            own = check.get("precision") or record["precision"]
+            route = check["route"] + ("" if own == record["precision"] else f", in {own}")
             lines.append(
                 f"| {_cell(check['name'])} | {route} | {_digits(check['found'])} | "
                 f"{_digits(check['claimed'])} | {_short(check['deviation'])} | {tolerance} |"

@@ -28,7 +28,7 @@ class Measured:
         log_evidence: as ``statistics.Decision``, if sampled.
         needed: samples that would decide, if these did not.
         note: why, in words, where there is more to say.
-        values: what was found and what is claimed (``claim.Check``).
+        values: the computed and the claimed number (``claim.Check``).
         count: how many numbers were compared.
         curve: step sizes and errors, where the check is about convergence.
         precision: in which it computes, where a tolerance says so.
@@ -51,7 +51,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Rejection:
-    """What became of a wrong variant.
+    """Result of running a wrong variant.
 
     Attributes:
         name: of the variant.
@@ -85,7 +85,7 @@ class Outcome:
         return (
             self.verdict is Verdict.PASS
             and not self.error
-            and all(found.rejected for found in self.wrongs)
+            and all(rejection.rejected for rejection in self.wrongs)
         )
 
 
@@ -118,7 +118,7 @@ def run(
     began = time.perf_counter()
     try:
         checks = tuple(
-            _judged(check, claim, tolerances, setting, rates) for check in claim.body(setting)
+            _decided(check, claim, tolerances, setting, rates) for check in claim.body(setting)
         )
         error = "" if checks else "the claim has no checks"
     except Exception:
@@ -138,7 +138,7 @@ def run(
     return Outcome(claim, verdict, checks, wrongs, time.perf_counter() - began, error)
 
 
-def _judged(
+def _decided(
     check: Check | Sampled,
     claim: Claim,
     tolerances: Mapping[str, Tolerance],
@@ -205,30 +205,30 @@ def _rejection(
     tolerances: Mapping[str, Tolerance],
     rates: Rates,
 ) -> Rejection:
-    found: list[Measured] = []
+    measured: list[Measured] = []
     try:
         with planted(*wrong.edits):
             for check in claim.body(setting):
                 if check.name in tolerances:
-                    found.append(_judged(check, claim, tolerances, setting, rates))
+                    measured.append(_decided(check, claim, tolerances, setting, rates))
     except PlantingError as error:
         return Rejection(wrong.name, False, note=str(error))
     except Exception as error:
         if wrong.raises is not None and isinstance(error, wrong.raises):
             note = f"refused with {type(error).__name__}: {error}"
             return Rejection(wrong.name, True, note=note)
-        if all(check.verdict is not Verdict.FAIL for check in found):
+        if all(check.verdict is not Verdict.FAIL for check in measured):
             return Rejection(wrong.name, False, note=traceback.format_exc(limit=-2))
-    if not found:
+    if not measured:
         return Rejection(wrong.name, False, note="no check has a tolerance")
-    deviations = {check.name: check.deviation for check in found}
-    failed = [check for check in found if check.verdict is Verdict.FAIL]
-    by = max(failed or found, key=_excess)
+    deviations = {check.name: check.deviation for check in measured}
+    failed = [check for check in measured if check.verdict is Verdict.FAIL]
+    by = max(failed or measured, key=_excess)
     return Rejection(wrong.name, bool(failed), by.name, deviations)
 
 
 def _excess(check: Measured) -> float:
-    """How many times its tolerance a check is off; not a number is more than any."""
+    """Deviation in units of the tolerance; infinite for NaN."""
     assert check.tolerance is not None
     return math.inf if math.isnan(check.deviation) else check.deviation / check.tolerance
 

@@ -28,7 +28,7 @@ _ALARM = 1.25  # sample variance over its bound, beyond which nothing passes
 
 
 class Verdict(enum.Enum):
-    """What a test says. It has no truth value, so that INCONCLUSIVE cannot read as a pass."""
+    """Result of a test. It has no truth value, so that INCONCLUSIVE cannot read as a pass."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -66,7 +66,7 @@ def influence(x: Tensor) -> Tensor:
 
 
 def samples_needed(tolerance: float, variance: float, false_pass: float = 1e-6) -> int:
-    """How many samples a right claim takes to pass, about: 1.4 times the single refutation's.
+    """Approximate number of samples until a right claim passes: 1.4 times the single refutation's.
 
     2 log(1 / false_pass) v / tolerance^2 would refute one side on average; both must be.
     """
@@ -133,20 +133,27 @@ def decide(
             evidence = walk[:, -1]
         n, total = n + len(x), total + float(x.sum())
         squares += float(x.square().sum())
-        against = (max(float(peak[0]), float(peak[1])), float(peak[2]), float(peak[3]))
+        against = _by_hypothesis(peak)
         if against[0] >= math.log(2 / false_fail):
             return Decision(Verdict.FAIL, n, claimed + total / n, against)
         refuted = min(against[1], against[2]) >= math.log(1 / false_pass)
-        spread = squares / n - (total / n) ** 2 if n else 0.0
-        if refuted and spread <= _ALARM * variance:
+        sample_variance = squares / n - (total / n) ** 2 if n else 0.0
+        if refuted and sample_variance <= _ALARM * variance:
             return Decision(Verdict.PASS, n, claimed + total / n, against)
         if n >= most:
             break
     if not n:
         raise ValueError("stream must hold at least one sample")
-    spread = squares / n - (total / n) ** 2
-    if spread > _ALARM * variance:
-        reason = f"the samples' variance {spread:.3g} is above its bound {variance:.3g}"
+    against = _by_hypothesis(peak)
+    sample_variance = squares / n - (total / n) ** 2
+    if sample_variance > _ALARM * variance:
+        reason = f"the samples' variance {sample_variance:.3g} is above its bound {variance:.3g}"
         return Decision(Verdict.INCONCLUSIVE, n, claimed + total / n, against, None, reason)
     needed = max(2 * n, samples_needed(tolerance, variance, false_pass))
     return Decision(Verdict.INCONCLUSIVE, n, claimed + total / n, against, needed)
+
+
+def _by_hypothesis(peak: Tensor) -> tuple[float, float, float]:
+    """Log-evidence against the claimed mean, on either side, and against the two edges."""
+    low, high, below, above = peak.tolist()
+    return max(low, high), below, above

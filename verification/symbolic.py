@@ -28,7 +28,7 @@ def remainder(difference: sp.Expr) -> float:
     """
     symbols = sorted(difference.free_symbols, key=str)
     point = {symbol: _POINT[i % 8] + i // 8 for i, symbol in enumerate(symbols)}
-    value = sp.N(difference.subs(point), 50)
+    value = sp.N(difference.subs(list(point.items())), 50)
     size = abs(sp.N(value, 50))
     if not size.is_number or size is sp.nan:
         return math.nan
@@ -90,8 +90,8 @@ def ou_path_kl(time: sp.Expr) -> sp.Expr:
     e1, e2 = (1 - sp.exp(-N * time)) / N, (1 - sp.exp(-2 * N * time)) / (2 * N)
     first = centre * time + (m - centre) * e1
     second = centre**2 * time + 2 * centre * (m - centre) * e1 + (m - centre) ** 2 * e2
-    spread = limit * time + (P - limit) * e2
-    return (N**2 * (spread + second) - 2 * N * y * first + y**2 * time) / (2 * g**2)
+    variance_integral = limit * time + (P - limit) * e2
+    return (N**2 * (variance_integral + second) - 2 * N * y * first + y**2 * time) / (2 * g**2)
 
 
 def ou_kl_rate(time: sp.Expr) -> sp.Expr:
@@ -221,8 +221,8 @@ def heun_mean(drift: sp.Expr, diffusion: sp.Expr) -> sp.Expr:
     e = sp.Symbol("e", real=True)
     slope = sp.diff(diffusion, x)
     predicted = diffusion + slope * diffusion * e  # + higher orders, of mean O(h^2)
-    moved = drift * h + (diffusion + predicted) / 2 * e
-    return mean_of(moved, e, sp.Integer(0), h)
+    change = drift * h + (diffusion + predicted) / 2 * e
+    return mean_of(change, e, sp.Integer(0), h)
 
 
 # -- flow matching -------------------------------------------------------------------------------

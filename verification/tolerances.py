@@ -62,7 +62,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Right:
-    """What the right code shows in one check.
+    """Deviation of the right code in one check.
 
     Attributes:
         route: of the check.
@@ -83,7 +83,7 @@ def floor(right: Right) -> float:
 
 
 def units_seen(single: Right) -> float:
-    """How many units of round-off a check was off by in float32; 1 where they say nothing.
+    """Deviation of a check in float32, in units of round-off; 1 where that says nothing.
 
     A limit's deviation is an error of approximation and a sampled check's is the pilot's.
     """
@@ -136,8 +136,10 @@ def derive(
         least = floor(shown)
         free = room(shown.route, shown.dtype) ** 2
         effects = {
-            name: min(found.get(check, 0.0), 1e6) if not math.isnan(found.get(check, 0.0)) else 1e6
-            for name, found in wrong.items()
+            name: min(deviations.get(check, 0.0), 1e6)
+            if not math.isnan(deviations.get(check, 0.0))
+            else 1e6
+            for name, deviations in wrong.items()
         }
         visible = {name: effect for name, effect in effects.items() if effect >= free * least}
         if not visible:
@@ -166,8 +168,8 @@ def derive(
     for name in wrong:
         if name not in seen:
             ratios = [
-                found / floor(right[check])
-                for check, found in wrong[name].items()
+                deviations / floor(right[check])
+                for check, deviations in wrong[name].items()
                 if check in right
             ]
             complaints.append(

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.gpu.timing import Device
 from diffusion_envs import rewards, sd15
+from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.training.update_size import UpdateSize
 
 UPDATES = 4
@@ -24,17 +25,14 @@ def rows(where: Device) -> Iterator[dict[str, Any]]:
         def run(name: str, updates: int, resume: bool = False) -> dict[str, Any]:
             began = time.perf_counter()
             done = sd15.finetune(
-                model="tiny",
+                sd15.StableDiffusion("tiny", guidance=1.0, device=where.device.type),
                 reward=rewards.Colour("red"),
                 prompts=["a photo of a cat", "a photo of a ship"],
                 output=folders[name],
                 steps=steps,
                 updates=updates,
-                guidance=1.0,
-                schedule=UpdateSize(samples=samples, batch=64),
-                evaluation_samples=samples,
-                device=where.device.type,
-                progress=False,
+                size=UpdateSize(samples=samples, batch=64),
+                options=RunOptions(evaluation_samples=samples, progress=False),
                 resume=resume,
             )
             return {

@@ -1,4 +1,4 @@
-"""Try every mutant that has no result yet, write docs/mutants.md, and judge.
+"""Try every mutant that has no result yet, write docs/mutants.md, and say if enough are killed.
 
     python -m benchmarks.mutants                 # all modules
     python -m benchmarks.mutants ctrl.girsanov   # one; prints its survivors, writes nothing
@@ -18,7 +18,8 @@ from benchmarks.mutants.mutate import MODULES
 
 
 def main() -> int:
-    """Run, print the table, judge."""
+    """Run, print the table; 1 if not enough mutants are killed."""
+    assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", metavar="module", help="to mutate (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("runs/mutants"), help="of the results")

@@ -115,7 +115,7 @@ def mutants(name: str, source: str) -> list[Mutant]:
     end = source[len(begin) + sum(map(len, pieces)) :]
     seen = {_meaning(piece) for piece in pieces}
     counts: Counter[tuple[str, str]] = Counter()
-    found = []
+    collected = []
     for change in visitor.changes:
         statement = module.body[change.place].deep_replace(change.before, change.after)
         piece = module.code_for_node(statement)  # type: ignore[arg-type]  # nodes
@@ -128,8 +128,8 @@ def mutants(name: str, source: str) -> list[Mutant]:
         diff = difference(source, mutated)
         counts[change.function, diff] += 1
         number = counts[change.function, diff]
-        found.append(Mutant(name, change.function, change.lines, diff, number, mutated))
-    return found
+        collected.append(Mutant(name, change.function, change.lines, diff, number, mutated))
+    return collected
 
 
 def _meaning(code: str) -> str:
@@ -231,7 +231,7 @@ def _raises(body: cst.BaseSuite) -> bool:
 
 
 def _changed(node: cst.CSTNode, *, in_function: bool) -> Iterator[cst.CSTNode]:
-    """What may stand in a node's place."""
+    """Mutations of one node."""
     if not in_function and not isinstance(node, cst.BaseNumber | cst.Name):
         return
     for kind, operator in mutation_operators:

@@ -37,7 +37,7 @@ class Tally:
 
     @property
     def killed(self) -> Counter[str]:
-        """How many were killed, by what."""
+        """Number of killed mutants by what killed them."""
         kinds = (one["by"] for one in self.results.values() if one["verdict"] == "killed")
         return Counter(kind if kind in ("assertion", "time") else "error" for kind in kinds)
 
@@ -132,7 +132,7 @@ def _cell(text: str) -> str:
 
 
 def verdict(tallies: list[Tally]) -> list[str]:
-    """What keeps this from being good enough, in words."""
+    """Reasons why the result is not good enough, in words."""
     wrong = []
     for each in tallies:
         if not each.complete:

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Session:
             of its own module's.
     """
 
-    modules: list[str]
+    modules: Sequence[str]
     folder: Path
     budget: float
     _failure: str = field(default="", init=False)
@@ -127,9 +127,9 @@ class Session:
         data = cover.get_data()
         lines: dict[str, dict[int, list[str]]] = {}
         for path in data.measured_files():
-            found = data.contexts_by_lineno(path)
+            contexts_of = data.contexts_by_lineno(path)
             lines[str(Path(path).relative_to(ROOT))] = {
-                line: sorted(set(contexts) - {""}) for line, contexts in found.items()
+                line: sorted(set(contexts) - {""}) for line, contexts in contexts_of.items()
             }
         return {"lines": lines, "seconds": seconds, "failed": failed}
 
@@ -203,16 +203,16 @@ class Reach:
         """The tests to try, in order: killers of its neighbours, its module's own, then others."""
         path = path_of(mutant.module).relative_to(ROOT)
         own = f"/test_{path.stem}.py::"
-        found: set[str] = set()
+        reached: set[str] = set()
         for depth, (begin, end) in enumerate((*mutant.lines, (1, 10_000))):
             for line in range(begin, end + 1):
-                found |= self.lines.get((str(path), line), set())
-            if found:  # a default is read when the module is imported: no test reaches its line
-                found |= {test for test in self.seconds if own in test and depth}
+                reached |= self.lines.get((str(path), line), set())
+            if reached:  # a default is read when the module is imported: no test reaches its line
+                reached |= {test for test in self.seconds if own in test and depth}
                 break
-        found -= self.failed
-        ordered = sorted(found, key=lambda test: (own not in test, self.seconds[test]))
-        chosen = sorted((test for test in first if test in found), key=self.seconds.__getitem__)
+        reached -= self.failed
+        ordered = sorted(reached, key=lambda test: (own not in test, self.seconds[test]))
+        chosen = sorted((test for test in first if test in reached), key=self.seconds.__getitem__)
         spent = [0.0, 0.0]
         for test in ordered:
             if test not in chosen:
@@ -304,10 +304,11 @@ def _recode(old: types.FunctionType, new: types.FunctionType) -> bool:
         merged = theirs
     if repr(merged) != repr(mine):
         old.__defaults__, changed = merged, True
-    for name, value in (old.__kwdefaults__ or {}).items():
+    by_name = old.__kwdefaults__ or {}  # the function's own, no copy
+    for name, value in by_name.items():
         chosen = _chosen(value, (new.__kwdefaults__ or {})[name])
         if repr(chosen) != repr(value):
-            old.__kwdefaults__[name], changed = chosen, True
+            by_name[name], changed = chosen, True
     return changed
 
 
@@ -345,7 +346,7 @@ def _functions(thing: Any) -> Iterator[types.FunctionType]:
 
 
 def fork(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """What ``work`` returns in a silent copy of this process; ``{"signal": name}`` if it dies."""
+    """Result of ``work`` in a silent copy of this process; ``{"signal": name}`` if it dies."""
     out, into = os.pipe()
     child = os.fork()
     if not child:
@@ -406,15 +407,15 @@ def text_of(test: str) -> str:
 @functools.cache
 def _functions_of(file: Path) -> dict[str, str]:
     tree = ast.parse(file.read_text()) if file.exists() else ast.Module([], [])
-    found = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-    return {f.name: hashlib.sha256(ast.dump(f).encode()).hexdigest()[:12] for f in found}
+    definitions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    return {f.name: hashlib.sha256(ast.dump(f).encode()).hexdigest()[:12] for f in definitions}
 
 
 def _digest(*paths: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
-def run(modules: list[str], folder: Path, budget: float, tests: Iterable[str] = TESTS) -> None:
+def run(modules: Sequence[str], folder: Path, budget: float, tests: Iterable[str] = TESTS) -> None:
     """Try the mutants of ``modules`` that have no result in ``folder`` yet."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [

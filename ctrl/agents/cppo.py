@@ -97,12 +97,12 @@ def cppo(
             )
             descend(-gain, actor)
         with torch.no_grad():
-            _, spread = _surrogate(
+            _, root_kl = _surrogate(
                 problem, policy(module), old, paths, old_log_prob, advantages, penalty
             )
-        if spread > (1 + tolerance) * target:
+        if root_kl > (1 + tolerance) * target:
             penalty *= factor
-        elif spread < (1 - tolerance) * target:
+        elif root_kl < (1 - tolerance) * target:
             penalty /= factor
         yield paths, penalty
 

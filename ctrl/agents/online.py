@@ -17,7 +17,7 @@ from ctrl.time_homogeneity import require_time_homogeneous
 
 @dataclass(frozen=True, eq=False)
 class OnlineStep:
-    """What an online agent has just lived through.
+    """One step of online experience.
 
     Attributes:
         time: since the start.

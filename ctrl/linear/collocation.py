@@ -4,7 +4,7 @@
 
 On a panel of time, y is a Chebyshev polynomial through its values at the Chebyshev points. Where
 these are known in closed form they are asked for (``follow``). Else p' is the interpolant of
-rate(t, p) at the points, found by Picard's iteration, which is one batched evaluation of ``rate`` a
+rate(t, p) at the points, by Picard's iteration, which is one batched evaluation of ``rate`` a
 sweep (``integrate``, [CN63]). A panel on which the iteration or the polynomial's coefficients have
 not converged to round-off is halved: panels are what halving [0, horizon] leads to. The answer is
 differentiable in everything that the values and the start depend on, and in time.
@@ -27,7 +27,7 @@ Rate = Callable[[Tensor, Tensor], Tensor]
 
 Panel = Callable[[float, int, Tensor], Tensor | None]
 """(begin, halvings, y at begin) -> y at the points of [begin, begin + horizon / 2^halvings],
-[nodes, *batch, dim]; None where they are not found."""
+[nodes, *batch, dim]; None where they are not resolved."""
 
 DEGREE = 16
 SWEEPS = 20  # a panel that needs more is halved
@@ -120,13 +120,15 @@ def follow(panel: Panel, start: Float[Tensor, "*batch dim"], horizon: float) -> 
     while begin < 1:
         while begin % 0.5**halvings or begin + 0.5**halvings > 1:
             halvings += 1
-        found = panel(begin * horizon, halvings, y)
-        coefficients = None if found is None else torch.tensordot(to_coefficients, found, 1)
-        if found is not None and coefficients is not None and _resolved(coefficients):
+        panel_values = panel(begin * horizon, halvings, y)
+        coefficients = (
+            None if panel_values is None else torch.tensordot(to_coefficients, panel_values, 1)
+        )
+        if panel_values is not None and coefficients is not None and _resolved(coefficients):
             begin += 0.5**halvings
             breaks.append(begin * horizon)
             panels.append(coefficients)
-            y, hold = found[-1], hold - 1
+            y, hold = panel_values[-1], hold - 1
             if hold < 0 and halvings and _resolved(coefficients, doubled=True):
                 halvings -= 1
         else:

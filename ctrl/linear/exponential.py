@@ -34,14 +34,14 @@ def exponential(matrix: Float[Tensor, "*batch dim dim"]) -> Float[Tensor, "*batc
             (``unit``): its size counts in the squarings.
     """
     halvings = torch.log2(matrix.detach().abs().sum(-1).amax(-1).clamp(min=1)).ceil().long()
-    found = _taylor(matrix * torch.exp2(-halvings.to(matrix))[..., None, None])
+    power = _taylor(matrix * torch.exp2(-halvings.to(matrix))[..., None, None])
     for k in range(int(largest(halvings))):
-        found = torch.where((halvings > k)[..., None, None], found @ found, found)
-    return found
+        power = torch.where((halvings > k)[..., None, None], power @ power, power)
+    return power
 
 
 def unit(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch 1 1"]:
-    """What to divide a block by, that its row sums are at most 1; 1 for zeros. A constant."""
+    """Divisor that makes a block's row sums at most 1; 1 for zeros. A constant."""
     size = matrix.detach().abs().sum(-1).amax(-1)[..., None, None]
     return torch.where(size > 0, size, torch.ones_like(size))
 
@@ -51,9 +51,9 @@ def _taylor(matrix: Tensor) -> Tensor:
     powers = [torch.eye(matrix.shape[-1]).to(matrix).expand_as(matrix), matrix]
     for _ in range(_STRIDE - 1):
         powers.append(powers[-1] @ matrix)
-    found = powers[0] / math.factorial(_DEGREE)
+    total = powers[0] / math.factorial(_DEGREE)
     for low in range(_DEGREE - _STRIDE, -1, -_STRIDE):
-        found = found @ powers[_STRIDE]
+        total = total @ powers[_STRIDE]
         for j in range(_STRIDE):
-            found = found + powers[j] / math.factorial(low + j)
-    return found
+            total = total + powers[j] / math.factorial(low + j)
+    return total

@@ -39,13 +39,13 @@ class Transition:
 
     def of(self, start: Gaussian) -> Gaussian:
         """The law of X_t for a Gaussian start."""
-        spread = self.F @ start.covariance @ self.F.mT + self.C
-        return Gaussian(times(self.F, start.mean) + self.f, spread)
+        covariance = self.F @ start.covariance @ self.F.mT + self.C
+        return Gaussian(times(self.F, start.mean) + self.f, covariance)
 
     def then(self, later: "Transition") -> "Transition":
         """This transition and a later one in a row."""
-        moved = later.of(Gaussian(self.f, self.C))
-        return Transition(later.F @ self.F, moved.mean, moved.covariance)
+        law = later.of(Gaussian(self.f, self.C))
+        return Transition(later.F @ self.F, law.mean, law.covariance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +81,10 @@ def transition(
     Raises:
         ValueError: shapes that do not fit, numbers that are not finite, or a negative time.
     """
-    given = require_float64(A=A, b=b, G=G, time=scalar(time, A))
-    dim, noise = given["A"].shape[-1], given["G"].shape[-1]
+    tensors = require_float64(A=A, b=b, G=G, time=scalar(time, A))
+    dim, noise = tensors["A"].shape[-1], tensors["G"].shape[-1]
     events = {"A": (dim, dim), "b": (dim,), "G": (dim, noise), "time": ()}
-    full = broadcast_batches(given, events)
+    full = broadcast_batches(tensors, events)
     _require_duration(full["time"])
     return _transition(full["A"], full["b"], full["G"], full["time"])
 
@@ -136,9 +136,9 @@ def gaussian_moments(
     Raises:
         ValueError: as ``transition``; or the start does not fit.
     """
-    found = transition(A, b, G, time)
+    step = transition(A, b, G, time)
     _check_gaussian("start", start, A.shape[-1])
-    return found.of(start)
+    return step.of(start)
 
 
 def linear_path_kl(
@@ -164,15 +164,15 @@ def linear_path_kl(
         ValueError: as ``transition``; or the drifts differ where there is no noise, so that the KL
             is infinite.
     """
-    given = require_float64(
+    tensors = require_float64(
         A1=law.matrix, b1=law.vector, A0=reference.matrix, b0=reference.vector, G=G,
         mean=start.mean, covariance=start.covariance, time=scalar(time, G),
     )  # fmt: skip
-    n, noise = given["G"].shape[-2:]
+    n, noise = tensors["G"].shape[-2:]
     matrix, vector = (n, n), (n,)
     events = {"A1": matrix, "b1": vector, "A0": matrix, "b0": vector, "G": (n, noise)}
     events |= {"mean": vector, "covariance": matrix, "time": ()}
-    full = broadcast_batches(given, events)
+    full = broadcast_batches(tensors, events)
     _require_duration(full["time"])
     require_symmetric("covariance", full["covariance"])
     return _path_kl(*full.values())
@@ -195,10 +195,10 @@ def _path_kl(
     drift = lift(torch.cat([A1, b1.unsqueeze(-1)], dim=-1), (0, 0, 0, 1))
     z = torch.cat([m, torch.ones_like(m[..., :1])], dim=-1)
     second = z.unsqueeze(-1) * z.unsqueeze(-2) + lift(P, (0, 1, 0, 1))
-    spread = lift(G @ G.mT, (0, 1, 0, 1))
+    covariance = lift(G @ G.mT, (0, 1, 0, 1))
     energy = 0.5 * (u.mT @ u)
     once, twice = _energy_integrals(drift, energy, t)
-    return (once * second).sum((-2, -1)) + (twice * spread).sum((-2, -1))
+    return (once * second).sum((-2, -1)) + (twice * covariance).sum((-2, -1))
 
 
 def _energy_integrals(drift: Tensor, energy: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,14 +216,14 @@ def _energy_integrals(drift: Tensor, energy: Tensor, t: Tensor) -> tuple[Tensor,
         [zero, zero, h * drift],
     ]
     grown = exponential(torch.cat([torch.cat(row, dim=-1) for row in blocks], dim=-2))
-    moved = grown[..., 2 * n :, 2 * n :]
-    once = 2 * h * size * moved.mT @ grown[..., n : 2 * n, 2 * n :]
-    twice = 4 * h * h * size * moved.mT @ grown[..., :n, 2 * n :]
+    flow = grown[..., 2 * n :, 2 * n :]
+    once = 2 * h * size * flow.mT @ grown[..., n : 2 * n, 2 * n :]
+    twice = 4 * h * h * size * flow.mT @ grown[..., :n, 2 * n :]
     for k in range(int(largest(doublings))):
         more = (doublings > k)[..., None, None]
-        twice = torch.where(more, twice + h * once + moved.mT @ twice @ moved, twice)
-        once = torch.where(more, once + moved.mT @ once @ moved, once)
-        moved, h = torch.where(more, moved @ moved, moved), torch.where(more, 2 * h, h)
+        twice = torch.where(more, twice + h * once + flow.mT @ twice @ flow, twice)
+        once = torch.where(more, once + flow.mT @ once @ flow, once)
+        flow, h = torch.where(more, flow @ flow, flow), torch.where(more, 2 * h, h)
     return once, twice
 
 
@@ -239,14 +239,14 @@ def gaussian_kl(law: Gaussian, reference: Gaussian) -> Float[Tensor, " *batch"]:
     Raises:
         ValueError: shapes that do not fit, or a covariance that is not positive definite.
     """
-    given = require_float64(
+    tensors = require_float64(
         mean=law.mean, covariance=law.covariance,
         reference_mean=reference.mean, reference_covariance=reference.covariance,
     )  # fmt: skip
-    n = given["mean"].shape[-1]
+    n = tensors["mean"].shape[-1]
     events = {"mean": (n,), "covariance": (n, n)}
     events |= {"reference_" + name: event for name, event in events.items()}
-    m1, S1, m0, S0 = broadcast_batches(given, events).values()
+    m1, S1, m0, S0 = broadcast_batches(tensors, events).values()
     for name, matrix in (("covariance", S1), ("reference_covariance", S0)):
         require_symmetric(name, matrix)
         require_positive_definite(name, matrix, "or the KL is infinite")
@@ -331,17 +331,17 @@ def ornstein_uhlenbeck_terminal_kl(
     )
 
 
-def require_float64(**given: Tensor) -> dict[str, Tensor]:
+def require_float64(**tensors: Tensor) -> dict[str, Tensor]:
     """The same, refused where one is not a float64 tensor.
 
     Raises:
         TypeError: one is not.
     """
-    for name, tensor in given.items():
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.float64:
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a float64 tensor, got {kind}")
-    return given
+    return tensors
 
 
 def _require_duration(time: Tensor) -> None:
@@ -350,8 +350,8 @@ def _require_duration(time: Tensor) -> None:
 
 
 def _check_gaussian(name: str, law: Gaussian, dim: int) -> None:
-    given = require_float64(mean=law.mean, covariance=law.covariance)
-    broadcast_batches(given, {"mean": (dim,), "covariance": (dim, dim)})
+    tensors = require_float64(mean=law.mean, covariance=law.covariance)
+    broadcast_batches(tensors, {"mean": (dim,), "covariance": (dim, dim)})
     require_symmetric(f"{name}.covariance", law.covariance)
 
 

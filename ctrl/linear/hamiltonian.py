@@ -57,8 +57,8 @@ class HamiltonianFlow:
         """P at times / 2^halvings, [times, *batch, dim, dim]; not finite where it explodes."""
         E, G, H = self._maps(halvings)
         ahead = torch.linalg.solve_ex(_one_plus(G @ P / self.unit), E).result
-        found = H + E.mT @ (P / self.unit) @ ahead
-        return 0.5 * self.unit * (found + found.mT)
+        hessian = H + E.mT @ (P / self.unit) @ ahead
+        return 0.5 * self.unit * (hessian + hessian.mT)
 
     def _maps(self, halvings: int) -> Maps:
         if halvings not in self.known:

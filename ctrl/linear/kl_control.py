@@ -57,17 +57,17 @@ def tilt(
     Raises:
         ValueError: S^{-1} + Q/b is not positive definite: the maximum is infinite.
     """
-    given = require_float64(mean=law.mean, covariance=law.covariance, Q=Q, l=l)
-    given |= require_float64(kl_weight=scalar(kl_weight, Q), c=scalar(c, Q))
+    tensors = require_float64(mean=law.mean, covariance=law.covariance, Q=Q, l=l)
+    tensors |= require_float64(kl_weight=scalar(kl_weight, Q), c=scalar(c, Q))
     n = law.mean.shape[-1]
     events = {"mean": (n,), "covariance": (n, n), "Q": (n, n), "l": (n,), "kl_weight": (), "c": ()}
-    m, S, Qs, ls, b, cs = broadcast_batches(given, events).values()
+    m, S, Qs, ls, b, cs = broadcast_batches(tensors, events).values()
     require_symmetric("covariance", S)
     identity = torch.eye(n).to(S)
     value = kl_optimal_value(Transition(identity.expand_as(S), 0 * m, S), Qs, ls, b, cs)
-    spread = solve(identity + S @ Qs / b[..., None, None], S, _NO_TILT)
+    covariance = solve(identity + S @ Qs / b[..., None, None], S, _NO_TILT)
     mean = m + times(S, value.gradient(m)) / b[..., None]
-    return Tilted(Gaussian(mean, 0.5 * (spread + spread.mT)), value(m) / b)
+    return Tilted(Gaussian(mean, 0.5 * (covariance + covariance.mT)), value(m) / b)
 
 
 def kl_optimal_value(
@@ -94,12 +94,12 @@ def kl_optimal_value(
     Raises:
         ValueError: C^{-1} + Q/b is not positive definite: the value is infinite.
     """
-    given = require_float64(
+    tensors = require_float64(
         F=base.F, f=base.f, C=base.C, Q=Q, l=l, kl_weight=scalar(kl_weight, Q), c=scalar(c, Q)
     )
-    n = given["F"].shape[-1]
+    n = tensors["F"].shape[-1]
     events = {"F": (n, n), "f": (n,), "C": (n, n), "Q": (n, n), "l": (n,), "kl_weight": (), "c": ()}
-    full = broadcast_batches(given, events)
+    full = broadcast_batches(tensors, events)
     require_symmetric("C", full["C"])
     require_symmetric("Q", full["Q"])
     if not bool((full["kl_weight"] > 0).all()):
@@ -121,13 +121,13 @@ def _cole_hopf(
     grow = torch.eye(Q.shape[-1]).to(Q) + C @ weighted
     K = solve(grow, torch.eye(Q.shape[-1]).to(Q).expand_as(Q), _NO_TILT)
     kept = 0.5 * (Q @ K + (Q @ K).mT)  # symmetric but for round-off
-    spread = (slope * times(K, times(C, slope))).sum(-1) / (2 * b)
+    noise_term = (slope * times(K, times(C, slope))).sum(-1) / (2 * b)
     logdet = torch.linalg.slogdet(grow).logabsdet
     lean = times(K.mT, slope)
     return Quadratic(
         hessian=-F.mT @ kept @ F,
         slope=times(F.mT, lean - times(kept, f)),
-        constant=c + spread - 0.5 * b * logdet + ((lean - 0.5 * times(kept, f)) * f).sum(-1),
+        constant=c + noise_term - 0.5 * b * logdet + ((lean - 0.5 * times(kept, f)) * f).sum(-1),
     )
 
 
@@ -136,7 +136,7 @@ def kl_optimal_drift(
     G: Float[Tensor, "*G dim noise"],
     kl_weight: float | Float[Tensor, " *weight"],
 ) -> Affine:
-    """What the optimal control adds to the drift: G G' grad V* / kl_weight, as a function of x.
+    """Change of the drift by the optimal control: G G' grad V* / kl_weight, as a function of x.
 
     Args:
         value: V* at the same time, by ``kl_optimal_value``.
@@ -144,8 +144,8 @@ def kl_optimal_drift(
         kl_weight: b > 0, reward per nat.
     """
     b = scalar(kl_weight, G)
-    spread = G @ G.mT / b[..., None, None]
-    return Affine(spread @ value.hessian, times(spread, value.slope))
+    gain = G @ G.mT / b[..., None, None]
+    return Affine(gain @ value.hessian, times(gain, value.slope))
 
 
 def _require_tilt(C: Tensor, weighted: Tensor) -> None:

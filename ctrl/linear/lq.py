@@ -139,15 +139,15 @@ class LinearQuadratic:
     temperature: float | Float[Tensor, "..."] = 0.0
 
     def __post_init__(self) -> None:
-        given = self._tensors()
+        tensors = self._tensors()
         for name in ("A", "B", "sigma"):
-            if given[name].ndim < 2:
-                raise ValueError(f"{name} must be a matrix, got {list(given[name].shape)}")
+            if tensors[name].ndim < 2:
+                raise ValueError(f"{name} must be a matrix, got {list(tensors[name].shape)}")
         n, k, m = self.A.shape[-1], self.B.shape[-1], self.sigma.shape[-1]
         events = {"A": (n, n), "B": (n, k), "sigma": (n, m), "M": (n, n), "N": (k, k)}
         events |= {"R": (k, n), "p": (n,), "l": (k,), "H": (n, n), "h": (n,), "f": (n,)}
         events |= {"C": (m, n, n), "D": (m, n, k), "discount": (), "temperature": ()}
-        for name, tensor in broadcast_batches(given, events).items():
+        for name, tensor in broadcast_batches(tensors, events).items():
             object.__setattr__(self, name, tensor)
         for name in ("M", "N", "H"):
             require_symmetric(name, getattr(self, name))
@@ -207,10 +207,12 @@ class LinearQuadratic:
         def controlled(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
             return free(t, x) + times(self.D.to(x), a.unsqueeze(-2)).mT
 
-        moved = bool(self.D.any())
-        diffusion = controlled if moved else free
+        controls_diffusion = bool(self.D.any())
+        diffusion = controlled if controls_diffusion else free
         noise_dim = self.sigma.shape[-1]
-        return ControlledSDE(drift, diffusion, "general", noise_dim, controls_diffusion=moved)
+        return ControlledSDE(
+            drift, diffusion, "general", noise_dim, controls_diffusion=controls_diffusion
+        )
 
     def problem(self, horizon: float = math.inf) -> ControlProblem:
         """The same as a problem for ``simulate`` and the estimators.
@@ -248,8 +250,8 @@ def value_rate(lq: LinearQuadratic, value: Quadratic, law: LinearGaussian) -> Qu
         s = s + times(D, k.unsqueeze(-2))
     each, carried = S.unsqueeze(-3), s @ S.mT  # the same S for every Brownian motion
     both = S @ A - K.mT @ lq.R
-    spread = (C.mT @ each @ C).sum(-3) - lq.M - K.mT @ lq.N @ K
-    hessian = both + both.mT + spread - discount[..., None, None] * S
+    quadratic = (C.mT @ each @ C).sum(-3) - lq.M - K.mT @ lq.N @ K
+    hessian = both + both.mT + quadratic - discount[..., None, None] * S
     shift = times(A.mT, e) + times(S, f) + times(C.mT, carried[..., :scaled, :]).sum(-2)
     slope = shift - lq.p - times(lq.R.mT, k) - times(K.mT, times(lq.N, k) + lq.l)
     constant = (e * f).sum(-1) + 0.5 * (s * carried).sum((-2, -1))
@@ -284,11 +286,11 @@ def greedy(lq: LinearQuadratic, value: Quadratic) -> LinearGaussian:
     g = times(lq.B.mT, e) + times(DS, lq.sigma.mT[..., : D.shape[-3], :]).sum(-2) - lq.l
     root, info = torch.linalg.cholesky_ex(curvature(lq, S))
     root = torch.where((info == 0)[..., None, None], root, torch.nan)
-    found = torch.cholesky_solve(torch.cat([G, g.unsqueeze(-1)], dim=-1), root)
+    gains = torch.cholesky_solve(torch.cat([G, g.unsqueeze(-1)], dim=-1), root)
     _, temperature = lq.rates
     eye = torch.eye(root.shape[-1]).to(root).expand_as(root)
     covariance = temperature[..., None, None] * torch.cholesky_solve(eye, root)
-    return LinearGaussian(found[..., :-1], found[..., -1], 0.5 * (covariance + covariance.mT))
+    return LinearGaussian(gains[..., :-1], gains[..., -1], 0.5 * (covariance + covariance.mT))
 
 
 def improve_lq(lq: LinearQuadratic, value: Quadratic) -> LinearGaussian:
@@ -331,7 +333,7 @@ def times(matrix: Float[Tensor, "..."], vector: Float[Tensor, "..."]) -> Float[T
 
 
 def broadcast_batches(
-    given: Mapping[str, Tensor], events: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, Tensor], events: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """The same with one batch shape for all: [*batch, *event]; the number 0 stands for zeros.
 
@@ -340,21 +342,21 @@ def broadcast_batches(
     """
     batches: dict[str, torch.Size] = {}
     for name, event in events.items():
-        shape, many = given[name].shape, len(event)
-        if given[name] is ZERO or (event and not given[name].ndim and not given[name]):
+        shape, many = tensors[name].shape, len(event)
+        if tensors[name] is ZERO or (event and not tensors[name].ndim and not tensors[name]):
             batches[name] = torch.Size()
         elif len(shape) < many or tuple(shape[len(shape) - many :]) != event:
             raise ValueError(f"{name} must be [*batch, {_listed(event)}], got {list(shape)}")
         else:
             batches[name] = shape[: len(shape) - many]
-        if not bool(torch.isfinite(given[name]).all()):
-            raise ValueError(f"{name} must be finite, got {given[name].tolist()}")
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise ValueError(f"{name} must be finite, got {tensors[name].tolist()}")
     try:
         batch = torch.broadcast_shapes(*batches.values())
     except RuntimeError:
         listed = {name: list(shape) for name, shape in batches.items() if shape}
         raise ValueError(f"leading (batch) dimensions must fit each other, got {listed}") from None
-    return {name: given[name].expand((*batch, *event)) for name, event in events.items()}
+    return {name: tensors[name].expand((*batch, *event)) for name, event in events.items()}
 
 
 def _listed(event: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""How far from an edge a computed number must be, that round-off does not decide on which side.
+"""Margins: a number this far from an edge is on its side of it, whatever the round-off.
 
 Eigenvalues come out as those of a matrix that differs from the one meant by the round-off of making
 and of decomposing it, a modest multiple of dim * eps * size, where size bounds what was added up to
@@ -79,7 +79,7 @@ def solve(
     Raises:
         ValueError: the matrix is singular, or the solution is not finite.
     """
-    found, info = torch.linalg.solve_ex(matrix, right)
-    if bool((info != 0).any()) or not bool(torch.isfinite(found).all()):
+    solution, info = torch.linalg.solve_ex(matrix, right)
+    if bool((info != 0).any()) or not bool(torch.isfinite(solution).all()):
         raise ValueError(refusal)
-    return found
+    return solution

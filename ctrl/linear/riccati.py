@@ -277,7 +277,7 @@ def evaluate_lq_ergodic(lq: LinearQuadratic, law: LinearGaussian) -> Stationary:
 
 
 def cost_of_exploration(lq: LinearQuadratic, horizon: float = math.inf) -> Float[Tensor, " *batch"]:
-    """What drawing the optimal actions costs: temperature * action dim / 2 * int e^{-discount t}.
+    """Cost of drawing the optimal actions: temperature * action dim / 2 * int e^{-discount t}.
 
     The optimal value without temperature, less the plain reward (without its entropy) of the
     optimal exploratory policy: ``temperature dim / (2 discount)`` without horizon ([WZZ20]
@@ -322,7 +322,7 @@ def check_law(lq: LinearQuadratic, law: LinearGaussian, time_dependent: bool = F
     if bool(((lq.rates[1] > 0) & flat).any()):
         raise ValueError(
             "covariance must be positive definite where the temperature is positive: the entropy "
-            f"of a policy without spread is minus infinity; its least eigenvalue is {least.min():g}"
+            f"of a deterministic policy is minus infinity; its least eigenvalue is {least.min():g}"
         )
 
 
@@ -417,7 +417,7 @@ def _closed_loop(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Tensor, Tens
 
 
 def _decays(lq: LinearQuadratic, law: LinearGaussian) -> tuple[Tensor, Tensor]:
-    """Of every problem, whether exp(-discount t) E|X_t|^2 decays beyond round-off; and its rate."""
+    """Whether exp(-discount t) E|X_t|^2 decays beyond round-off in each problem; and its rate."""
     rate, margin = growth(*_closed_loop(lq, law))
     return rate < -margin, rate
 
@@ -441,13 +441,13 @@ def _optimal_law(lq: LinearQuadratic) -> LinearGaussian:
     the optimum the first derivatives of the policy are right, after two the first three.
     """
     with torch.no_grad():
-        law, moved = _by_sign(lq) or _stabilising(lq), math.inf
+        law, relative = _by_sign(lq) or _stabilising(lq), math.inf
         for _ in range(NEWTON_STEPS):
             after = _improved(lq, law)
             change = (after.gain - law.gain).abs().amax() + (after.offset - law.offset).abs().amax()
             size = after.gain.abs().amax() + after.offset.abs().amax() + 1e-300
-            before, moved, law = moved, float((change / size).detach()), after
-            if moved < 1e-15 or (moved < 1e-6 and moved >= before):
+            before, relative, law = relative, float((change / size).detach()), after
+            if relative < 1e-15 or (relative < 1e-6 and relative >= before):
                 break
         else:
             raise ValueError(
@@ -500,9 +500,9 @@ def _by_sign(lq: LinearQuadratic) -> LinearGaussian | None:
         norms = [each.square().sum((-2, -1)).sqrt()[..., None, None] for each in (sign, inverse)]
         scale = (norms[1] / norms[0]).sqrt()
         after = 0.5 * (scale * sign + inverse / scale)
-        moved = ((after - sign).square().sum((-2, -1)).sqrt()[..., None, None] / norms[0]).max()
+        relative = ((after - sign).square().sum((-2, -1)).sqrt()[..., None, None] / norms[0]).max()
         sign = after
-        if not bool(moved > 1e-9):
+        if not bool(relative > 1e-9):
             break
     if not bool(torch.isfinite(sign).all()):
         return None
@@ -517,8 +517,8 @@ def _by_sign(lq: LinearQuadratic) -> LinearGaussian | None:
 def _stabilising(lq: LinearQuadratic) -> LinearGaussian:
     """Some policy under which exp(-discount t) E|X_t|^2 decays.
 
-    Found for |x|^2 + |a|^2 as the cost, and for a discount so large that no action is needed; the
-    discount is lowered as far as the policy allows, and the policy improved, in turn.
+    It is computed for |x|^2 + |a|^2 as the cost, and for a discount so large that no action is
+    needed; the discount is lowered as far as the policy allows, and the policy improved, in turn.
     """
     eyes = [torch.eye(matrix.shape[-1]).to(matrix).expand_as(matrix) for matrix in (lq.M, lq.N)]
     law = LinearGaussian(0 * lq.R, 0 * lq.l, 0 * lq.N)

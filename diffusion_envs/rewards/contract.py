@@ -1,8 +1,9 @@
 """The contract of a reward, and the one place where rewards are called.
 
 A reward is any callable (images [n, 3, h, w] in [0, 1], prompts) -> [n], larger is better. It
-leaves the images as they are, and may declare ``differentiable = True``. Whatever else it does is
-caught here, so nothing unusable reaches the weights.
+gets a copy of the images, so it may change them in place, and may declare
+``differentiable = True``. Whatever else it does is caught here, so nothing unusable reaches the
+weights.
 """
 
 import difflib
@@ -21,6 +22,7 @@ from torch import Tensor
 from ctrl.devices import read
 
 Reward = Callable[[Tensor, Sequence[str]], Any]
+_LOADED: dict[int, tuple[Any, str]] = {}  # what ``load`` has made, and by which name
 
 
 @runtime_checkable
@@ -70,7 +72,7 @@ def score(
             "the model overflowed: use float32 or bfloat16"
         )
     try:
-        returned = reward(images, list(prompts))
+        returned = reward(images.clone(), list(prompts))
     except Exception as error:  # whatever a user's function raises
         raise RewardError(
             f"reward {name} raised {type(error).__name__} on images {list(images.shape)}: {error}; "
@@ -104,7 +106,7 @@ def differentiable_score(
     """
     name = reward_name(reward)
     try:
-        values = reward(images, list(prompts))
+        values = reward(images.clone(), list(prompts))
     except Exception as error:  # whatever a user's function raises
         raise RewardError(
             f"reward {name} raised {type(error).__name__} on images {list(images.shape)}: {error}"
@@ -133,7 +135,7 @@ def embed(embedder: Embedder, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor,
     """
     name = type(embedder).__name__
     try:
-        found = embedder.embedding(images)
+        found = embedder.embedding(images.clone())
     except Exception as error:  # whatever a user's function raises
         raise RewardError(
             f"embedding of {name} raised {type(error).__name__} on images {list(images.shape)}: "
@@ -182,18 +184,19 @@ def _as_tensor(returned: Any, name: str, rule: str) -> Tensor:
         raise RewardError(f"{rule}; got an integer too large for any float: {error}") from error
 
 
-def load(spec: str) -> Reward:
-    """A user's own reward by name.
+def load(spec: str, kind: str = "reward") -> Any:
+    """A user's own reward by name, or judge, preference or objective.
 
     Args:
         spec: "my_module:my_function"; a class is made without arguments.
+        kind: what it is to be, for messages.
 
     Raises:
         ValueError: ``spec`` has another form, or names nothing that can be called.
     """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
-        raise ValueError(f"reward must be given as my_module:my_function, got {spec!r}")
+        raise ValueError(f"{kind} must be given as my_module:my_function, got {spec!r}")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever a user's module raises
@@ -201,22 +204,29 @@ def load(spec: str) -> Reward:
         if isinstance(error, ModuleNotFoundError) and error.name == module_name:
             hint = _nearest(module_name, (found.name for found in pkgutil.iter_modules()))
         raise ValueError(
-            f"reward {spec!r}: cannot import {module_name}: {type(error).__name__}: {error}{hint}"
+            f"{kind} {spec!r}: cannot import {module_name}: {type(error).__name__}: {error}{hint}"
         ) from error
     if not hasattr(module, attribute):
         hint = _nearest(attribute, dir(module))
-        raise ValueError(f"reward {spec!r}: {module_name} has no {attribute!r}{hint}")
+        raise ValueError(f"{kind} {spec!r}: {module_name} has no {attribute!r}{hint}")
     found = getattr(module, attribute)
     try:
         made = found() if isinstance(found, type) else found
     except Exception as error:  # whatever a user's class raises
         raise ValueError(
-            f"reward {spec!r}: a class must be made without arguments, but {attribute}() raised "
+            f"{kind} {spec!r}: a class must be made without arguments, but {attribute}() raised "
             f"{type(error).__name__}: {error}; name a function or a ready object instead"
         ) from error
     if not callable(made):
-        raise ValueError(f"reward {spec!r} must be callable, got {made!r:.80}")
+        raise ValueError(f"{kind} {spec!r} must be callable, got {made!r:.80}")
+    _LOADED[id(made)] = made, spec
     return made
+
+
+def name_of_loaded(reward: Any) -> str | None:
+    """The name by which ``load`` has made this very object, if it did."""
+    made, spec = _LOADED.get(id(reward), (None, None))
+    return spec if made is reward else None
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -114,6 +114,13 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {k: _join(v, tensors) for k, v in value.items()}
 
 
+def copied(state: Any) -> Any:
+    """The state as it is now, on the CPU, for a later ``save``."""
+    tensors: dict[str, Tensor] = {}
+    tree = _split(state, "state", tensors)
+    return _join(tree, _copied(tensors))
+
+
 def _steps(folder: Path) -> list[tuple[int, Path]]:
     """The checkpoints in ``folder``, whole or damaged, oldest first."""
     found = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in folder.glob("step-*"))

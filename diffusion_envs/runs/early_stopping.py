@@ -1,22 +1,25 @@
 """When to stop: a judge falls while the reward still rises, or the path KL passes a limit.
 
-The model is looked at every few updates, on held-out seeds that neither training nor the last
-evaluation uses; so the choice of the best look does not flatter the final numbers. The pretrained
-model is the first look.
+The model is evaluated every few updates, on held-out seeds that neither training nor the last
+evaluation uses; so the choice of the best evaluation does not flatter the final numbers. The
+pretrained model's is the first.
 
-A judge has fallen when the mean of its paired differences (same seeds) between the newest look and
-that judge's best one is below -z standard errors. Choosing the best of k looks is k chances to be
-wrong, so by the union bound, if nothing changes between looks and the differences are normal,
+A judge has fallen when the mean of its paired differences (same seeds) between the newest
+evaluation and that judge's best one is below -z standard errors. Choosing the best of k is k
+chances to be wrong, so by the union bound, if nothing changes from one evaluation to the next and
+the differences are normal,
 
-    P(stop within K looks) <= judges K (K + 1) / 2 P(T > z),   T Student's with samples - 1 degrees
+    P(stop within K evaluations) <= judges K (K + 1) / 2 P(T > z)
 
-however the looks depend on each other (``StopRule.false_stop_bound``). The bound is about the
-noise of looking: where training itself makes the model fluctuate, a fall of its judge is real.
+with T of Student's law with samples - 1 degrees, however the evaluations depend on each other
+(``StopRule.false_stop_bound``). The bound is about the noise of evaluation: where training itself
+makes the model fluctuate, a fall of its judge is real.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -24,12 +27,16 @@ from scipy.special import stdtr
 from torch import Tensor
 
 from ctrl import Estimate
-from diffusion_envs.runs.evaluation import Evaluation
+from diffusion_envs import rewards
+from diffusion_envs.environment import Environment
+from diffusion_envs.runs import checkpoint
+from diffusion_envs.runs.callbacks import Callback
+from diffusion_envs.runs.evaluation import WATCHED, Evaluation, evaluate
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
-    """What was seen after some updates: one number per held-out sample, of the same seeds."""
+class Scores:
+    """A model's after some updates: one number per held-out sample, of the same seeds."""
 
     update: int
     rewards: Float[Tensor, " n"]
@@ -37,12 +44,12 @@ class Look:
     path_kl: Float[Tensor, " n"]  # nats
 
     @classmethod
-    def of(cls, update: int, seen: Evaluation) -> "Look":
-        """An evaluation, without its pictures."""
-        return cls(update, seen.rewards, dict(seen.judged), seen.path_kl)
+    def of(cls, update: int, evaluation: Evaluation) -> "Scores":
+        """Those of an evaluation, without its pictures."""
+        return cls(update, evaluation.rewards, dict(evaluation.judged), evaluation.path_kl)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; ``Look(**state)`` is the look again."""
+        """For a checkpoint; ``Scores(**state)`` are the same again."""
         return {
             "update": self.update,
             "rewards": self.rewards,
@@ -53,10 +60,10 @@ class Look:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the looks so far say.
+    """What follows from the evaluations so far.
 
     Attributes:
-        best: update of the look whose model is worth keeping.
+        best: update of the evaluation whose model is worth keeping.
         reason: to stop, in words; None to go on.
     """
 
@@ -69,11 +76,12 @@ class StopRule:
     """Stop when reward is bought from the judges, or too far from the pretrained model.
 
     Attributes:
-        z: standard errors by which a judge must have fallen from its best look. None: judges choose
-            the best look, but end nothing.
+        z: standard errors by which a judge must have fallen from its best evaluation, while the
+            reward rises, to stop (3.5 is a good value). None: judges choose the best model, but end
+            nothing.
         max_path_kl: nats; the mean path KL beyond which to stop. None for no limit.
-        every: updates between looks.
-        samples: held-out samples of a look.
+        every: updates between evaluations.
+        samples: held-out samples of an evaluation.
     """
 
     z: float | None = 3.5
@@ -89,28 +97,28 @@ class StopRule:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
-    def decide(self, looks: Sequence[Look]) -> Decision:
-        """Stop or go on, and which look is best.
+    def decide(self, scores: Sequence[Scores]) -> Decision:
+        """Stop or go on, and which model is best.
 
-        Best is the highest mean over judges, each in units of its spread over the pretrained
-        model's samples; the reward itself where there is no judge. Looks beyond ``max_path_kl``
-        are not eligible; of equals the earliest is best.
+        Best is the highest mean over judges, each in units of its standard deviation over the
+        pretrained model's samples; the reward itself where there is no judge. Models beyond
+        ``max_path_kl`` are not eligible; of equals the earliest is best.
 
         Args:
-            looks: oldest first; the first is the pretrained model.
+            scores: oldest first; the first are the pretrained model's.
 
         Raises:
-            ValueError: there is no look.
+            ValueError: there are none.
         """
-        if not looks:
-            raise ValueError("looks must hold at least one, the pretrained model")
-        eligible = [look for look in looks if not self._too_far(look)] or list(looks[:1])
-        best = max(eligible, key=lambda look: _merit(look, looks[0])).update
-        now = looks[-1]
+        if not scores:
+            raise ValueError("scores must hold at least one, the pretrained model's")
+        eligible = [each for each in scores if not self._too_far(each)] or list(scores[:1])
+        best = max(eligible, key=lambda each: _merit(each, scores[0])).update
+        now = scores[-1]
         reasons = [
             words
             for name in now.judged
-            if (words := self._fallen(name, looks[:-1], now)) is not None
+            if (words := self._fallen(name, scores[:-1], now)) is not None
         ]
         if self._too_far(now):
             nats = Estimate.of(now.path_kl)
@@ -119,20 +127,20 @@ class StopRule:
 
     def false_stop_bound(self, updates: int, judges: int) -> float:
         """Bound on the probability that noise alone stops a run through its judges."""
-        looks = updates // self.every
-        pairs = looks * (looks + 1) / 2
+        evaluations = updates // self.every
+        pairs = evaluations * (evaluations + 1) / 2
         if self.z is None:
             return 0.0
         return min(1.0, judges * pairs * float(stdtr(self.samples - 1, -self.z)))
 
-    def _too_far(self, look: Look) -> bool:
-        return self.max_path_kl is not None and look.path_kl.mean().item() > self.max_path_kl
+    def _too_far(self, scores: Scores) -> bool:
+        return self.max_path_kl is not None and scores.path_kl.mean().item() > self.max_path_kl
 
-    def _fallen(self, name: str, before: Sequence[Look], now: Look) -> str | None:
-        """Words, if this judge has fallen from its best look while the reward rose."""
+    def _fallen(self, name: str, before: Sequence[Scores], now: Scores) -> str | None:
+        """Words, if this judge has fallen from its best mean while the reward rose."""
         if not before or self.z is None:
             return None
-        best = max(before, key=lambda look: look.judged[name].double().mean().item())
+        best = max(before, key=lambda each: each.judged[name].double().mean().item())
         fall = Estimate.of(now.judged[name] - best.judged[name])
         rise = Estimate.of(now.rewards - best.rewards)
         if not (fall.mean < -self.z * fall.standard_error and rise.mean > 0):
@@ -144,63 +152,107 @@ class StopRule:
         )
 
 
-def _merit(look: Look, pretrained: Look) -> float:
-    """Mean over judges in units of their spread, or the reward."""
-    if not look.judged:
-        return look.rewards.double().mean().item()
+def _merit(scores: Scores, pretrained: Scores) -> float:
+    """Mean over judges in units of their standard deviation, or the reward."""
+    if not scores.judged:
+        return scores.rewards.double().mean().item()
     parts = []
-    for name, values in look.judged.items():
-        spread = pretrained.judged[name].double().std().item()
-        parts.append(values.double().mean().item() / (spread or 1.0))
+    for name, values in scores.judged.items():
+        deviation = pretrained.judged[name].double().std().item()
+        parts.append(values.double().mean().item() / (deviation or 1.0))
     return sum(parts) / len(parts)
 
 
-class Watch:
-    """The looks of a run: made on time, kept with its checkpoints, the best model beside them.
+class EarlyStopping(Callback):
+    """Evaluates the model on time, keeps the best one, and ends the run when the rule says so.
 
     Args:
-        rule: when to look, and when to stop.
-        look: (updates done, the pretrained model instead?) -> what is seen.
+        rule: when to evaluate, and when to stop.
+        measure: (updates done, the pretrained model instead?) -> its scores.
         keep: stores the model as the best of this many updates.
     """
 
     def __init__(
         self,
         rule: StopRule,
-        look: Callable[[int, bool], Look],
+        measure: Callable[[int, bool], Scores],
         keep: Callable[[int], None],
     ) -> None:
-        self.rule, self._look, self._keep = rule, look, keep
-        self.looks: list[Look] = []
+        self.rule, self._measure, self._keep = rule, measure, keep
+        self.scores: list[Scores] = []
+
+    @classmethod
+    def of(
+        cls,
+        rule: StopRule,
+        environment: Environment,
+        state: Callable[[], Any],
+        folder: Path,
+        *,
+        judges: Mapping[str, rewards.Reward],
+        batch: int,
+    ) -> "EarlyStopping":
+        """On seeds of its own; ``state`` of the best model is kept in ``folder``."""
+
+        def measure(update: int, pretrained: bool) -> Scores:
+            evaluation = evaluate(
+                environment,
+                rule.samples,
+                judges=judges,
+                batch=batch,
+                pretrained=pretrained,
+                stream=WATCHED,
+            )
+            return Scores.of(update, evaluation)
+
+        def keep(update: int) -> None:
+            # two, because the newest is written before the checkpoint that says it is the best
+            checkpoint.save(folder, update, state(), keep=2)
+
+        return cls(rule, measure, keep)
 
     @property
     def decision(self) -> Decision:
-        """Of the looks so far."""
-        return self.rule.decide(self.looks)
+        """By the scores so far."""
+        return self.rule.decide(self.scores)
 
-    def begin(self) -> None:
-        """Look at the pretrained model, unless a checkpoint brought that look back."""
-        if not self.looks:
-            self.looks.append(self._look(0, True))
+    def begin(self) -> str | None:
+        """Score the pretrained model, unless a checkpoint brought that back."""
+        if not self.scores:
+            self.scores.append(self._measure(0, True))
             self._keep(0)
+        return self.decision.reason
 
-    def after(self, update: int) -> Decision | None:
-        """Look if it is time; None if it is not."""
+    def evaluate(self, update: int) -> Decision | None:
+        """Score the model if it is time; None if it is not."""
         if update % self.rule.every:
             return None
-        self.looks.append(self._look(update, False))
+        self.scores.append(self._measure(update, False))
         decision = self.decision
         if decision.best == update:
             self._keep(update)
         return decision
 
+    def after(self, numbers: Mapping[str, Any]) -> str | None:
+        """The reason to stop, if it is time and there is one."""
+        decision = self.evaluate(numbers["update"])
+        return None if decision is None else decision.reason
+
+    def told(self, update: int, reason: str | None, updates: int, judges: int) -> dict[str, Any]:
+        """For the summary: when and why it stopped, and how often noise alone makes it stop."""
+        when, bound = (
+            None if reason is None else update,
+            self.rule.false_stop_bound(updates, judges),
+        )
+        return {"update": when, "reason": reason, "false_stop_bound": bound}
+
     def state(self) -> list[dict[str, Any]]:
         """For a checkpoint."""
-        return [look.state() for look in self.looks]
+        return [scores.state() for scores in self.scores]
 
     def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Go on from a checkpoint."""
-        self.looks = [Look(**look) for look in state]
+        self.scores = [Scores(**scores) for scores in state]
 
 
 def check(rule: StopRule, judges: Mapping[str, Any]) -> None:

@@ -1,21 +1,28 @@
 """Judging a fine-tuned model on held-out seeds, paired with the pretrained one."""
 
+import logging
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ctrl import DeterministicPolicy
+from ctrl import DeterministicPolicy, Estimate
 from diffusion_envs import rewards
-from diffusion_envs.objectives import Rollout
 from diffusion_envs.environment import Environment
+from diffusion_envs.rollout import Rollout
+from diffusion_envs.runs.checkpoint import CheckpointError
 
 HELD_OUT = "held-out"  # the stream's name: training never draws from it
 WATCHED = "watched"  # another, for what decides when to stop: the last evaluation never sees it
+_SAME = 1e-3  # of a reward and of its standard deviation: a device may round otherwise
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,16 +68,18 @@ def evaluate(
     """
     spent = environment.reward_queries, environment.model.calls
     parts = []
-    with environment.pretrained() if pretrained else nullcontext():
-        for first in range(0, samples, batch):
-            indices = range(first, min(first + batch, samples))
-            condition = torch.tensor([i % len(environment.prompts) for i in indices])
-            parts.append(
-                environment.sample(
-                    lambda mean, _: DeterministicPolicy(mean), indices, condition, stream=stream
+    try:
+        with environment.pretrained() if pretrained else nullcontext():
+            for first in range(0, samples, batch):
+                indices = range(first, min(first + batch, samples))
+                condition = torch.tensor([i % len(environment.prompts) for i in indices])
+                parts.append(
+                    environment.sample(
+                        lambda mean, _: DeterministicPolicy(mean), indices, condition, stream=stream
+                    )
                 )
-            )
-    environment.reward_queries, environment.model.calls = spent
+    finally:  # also of an evaluation that is interrupted
+        environment.reward_queries, environment.model.calls = spent
     images = torch.cat([part.images.cpu() for part in parts])
     prompts = [prompt for part in parts for prompt in part.prompts]
     return Evaluation(
@@ -88,3 +97,142 @@ def _path_kl(rollout: Rollout) -> Float[Tensor, " n"]:
     """Of each path, nats; NaN where its steps are not known."""
     known = rollout.costs.shape[1] > 0
     return rollout.costs.sum(1) if known else torch.full_like(rollout.rewards, math.nan)
+
+
+def by_prompt(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Estimate]]:
+    """Reward of each prompt before and after, and the paired difference.
+
+    Args:
+        before: the pretrained model.
+        after: the fine-tuned model on the same seeds.
+    """
+    parts = {
+        "before": before.rewards,
+        "after": after.rewards,
+        "difference": after.rewards - before.rewards,
+    }
+    members = {
+        prompt: [i for i, name in enumerate(after.prompts) if name == prompt]
+        for prompt in dict.fromkeys(after.prompts)
+    }
+    return {
+        prompt: {part: Estimate.of(values[rows]) for part, values in parts.items()}
+        for prompt, rows in members.items()
+    }
+
+
+# -- the pretrained model's, kept in the folder of a run -------------------------------------------
+
+
+def evaluate_pretrained(
+    environment: Environment,
+    samples: int,
+    path: Path,
+    *,
+    judges: Mapping[str, rewards.Reward],
+    batch: int,
+) -> Evaluation:
+    """The pretrained model on the held-out seeds: read from ``path``, or made and written there.
+
+    What is read is scored again, so that no gain is ever measured between two rewards. A file that
+    is damaged is made anew.
+
+    Raises:
+        ValueError: the reward or a judge scores the stored pictures otherwise.
+        CheckpointError: the file cannot be written.
+    """
+    if path.is_file():
+        try:
+            stored = _read(path, environment, samples, judges)
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            _log.warning("%s is damaged and is made anew: %s", path, error)
+        else:
+            _require_same_rewards(stored, environment, judges, batch, path)
+            return stored
+    made = evaluate(environment, samples, judges=judges, batch=batch, pretrained=True)
+    tensors = {"rewards": made.rewards, "path_kl": made.path_kl, "images": made.images}
+    tensors |= {f"judged.{name}": value for name, value in made.judged.items()}
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"could not write the pretrained model's evaluation to {path}: {error}. Free space or "
+            "choose another output folder, then resume"
+        ) from error
+    return made
+
+
+def require_the_runs_reward(environment: Environment, path: Path, batch: int) -> None:
+    """Refuse a reward that scores the pictures in ``path`` otherwise than when they were made.
+
+    Raises:
+        ValueError: it does.
+        RewardError: the reward raises or returns something unusable.
+    """
+    try:
+        stored = _read(path, environment, None, {})
+    except (SafetensorError, KeyError, OSError):  # nothing to compare with: it is damaged
+        return
+    _require_same_rewards(stored, environment, {}, batch, path)
+
+
+def _read(
+    path: Path, environment: Environment, samples: int | None, judges: Mapping[str, rewards.Reward]
+) -> Evaluation:
+    stored, prompts = load_file(path), environment.prompts
+    samples = len(stored["rewards"]) if samples is None else samples
+    read = Evaluation(
+        rewards=stored["rewards"],
+        judged={name: stored[f"judged.{name}"] for name in judges},
+        path_kl=stored["path_kl"],
+        images=stored["images"],
+        prompts=[prompts[i % len(prompts)] for i in range(samples)],
+    )
+    if {len(value) for value in (read.rewards, read.images, *read.judged.values())} != {samples}:
+        raise ValueError(f"it does not hold {samples} samples")
+    return read
+
+
+def _require_same_rewards(
+    stored: Evaluation,
+    environment: Environment,
+    judges: Mapping[str, rewards.Reward],
+    batch: int,
+    path: Path,
+) -> None:
+    """Refuse a reward or judge that scores stored pictures otherwise than when they were made.
+
+    One that does not agree with itself either, asked twice, is random: of it nothing is known.
+    """
+
+    def scores(reward: rewards.Reward, size: int, where: torch.device) -> Tensor:
+        return torch.cat(
+            [
+                environment.judge(
+                    reward, stored.images[k : k + size].to(where), stored.prompts[k : k + size]
+                ).cpu()
+                for k in range(0, len(stored.images), size)
+            ]
+        )
+
+    whole, cpu = len(stored.images), torch.device("cpu")
+    asked = {"reward": (environment.reward, stored.rewards, batch, environment.device)}
+    asked |= {f"judge {n}": (judge, stored.judged[n], whole, cpu) for n, judge in judges.items()}
+    for name, (reward, then, size, where) in asked.items():
+        now, width = scores(reward, size, where), _SAME * then.std()
+        differ = (now - then).abs() > _SAME * then.abs() + width
+        if not bool(differ.any()):
+            continue
+        again = scores(reward, size, where)
+        if bool(((again - now).abs() > _SAME * now.abs() + width).any()):
+            continue
+        k = int(differ.nonzero()[0])
+        raise ValueError(
+            f"{name} is not the one that this run was started with: picture {k} "
+            f"({stored.prompts[k]!r}) of {path} scored {then[k]:.6g} then and scores {now[k]:.6g} "
+            "now; resume with the reward and judges of the start, or start a new run"
+        )

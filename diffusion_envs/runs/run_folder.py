@@ -1,55 +1,32 @@
-"""The folder of a run: one run, never two; all its settings in ``config.json``."""
+"""The folder of a run: one run and one process, never two; all its settings in ``config.json``."""
 
-import dataclasses
+import fcntl
 import importlib.metadata
 import json
-import math
+import os
 import platform
+import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+from diffusion_envs.runs.settings import differences
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "torchsde")
-
-
-def describe(value: Any) -> Any:
-    """A JSON form of a setting: dataclasses by name and fields, functions and classes by name.
-
-    Raises:
-        TypeError: a setting has no description.
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # which JSON has no number for: no clip is inf
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Path | torch.dtype | torch.device):
-        return str(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {
-            f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
-        }
-        return {"name": type(value).__qualname__, **fields}
-    if isinstance(value, Mapping):
-        return {str(k): describe(v) for k, v in value.items()}
-    if isinstance(value, Sequence):
-        return [describe(v) for v in value]
-    name = getattr(value, "__qualname__", None) or type(value).__qualname__
-    module = getattr(value, "__module__", None) or type(value).__module__
-    return f"{module}:{name}"
+_LOCK, _PARTIAL = "run.lock", "config.json.partial"  # all that a start may leave that was killed
 
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries whose change could change a run."""
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            known[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            known[package] = "not installed"
+    return known
 
 
 def commit() -> str | None:
@@ -74,60 +51,136 @@ def write_json(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
-def open_run(
-    folder: str | Path,
-    settings: Mapping[str, Any],
-    *,
-    resume: bool,
-    command: Mapping[str, Any] | None = None,
-) -> Path:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that a run was started with, as ``describe`` gives them.
+
+    Raises:
+        FileNotFoundError: ``folder`` holds no run.
+        ValueError: ``config.json`` is damaged, or an earlier version wrote it.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"resume needs a run, but {folder} holds no config.json")
+    try:
+        settings = json.loads(config.read_text())["settings"]
+        if not isinstance(settings, dict):
+            raise TypeError("its settings are no mapping")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config} is damaged: {error}") from error
+    if "options" not in settings:
+        raise ValueError(
+            f"{config} was written by an earlier version, which stored no options; go on with "
+            "that version, or start anew"
+        )
+    return settings
+
+
+@contextmanager
+def open_run(folder: str | Path, settings: Mapping[str, Any], *, resume: bool) -> Iterator[Path]:
     """Make the folder of a new run, or check that it holds the run that is to go on.
+
+    Within the context no other process can open it. A number of updates that has grown is stored at
+    once, so that a run that is stopped again goes on to the new number.
 
     Args:
         folder: of the run.
         settings: everything that changes its numbers, as ``describe`` gives it. ``updates`` may
             grow on resuming, nothing else may differ.
         resume: go on with the run in ``folder``.
-        command: the command line that started the run, if one did.
 
     Raises:
-        FileExistsError: ``folder`` holds something, and ``resume`` is not asked for.
+        FileExistsError: ``folder`` holds something, and ``resume`` is not asked for; or another
+            process has it.
         FileNotFoundError: ``resume`` is asked for, but ``folder`` holds no run.
         NotADirectoryError: ``folder`` is a file.
         ValueError: the run in ``folder`` was started with other settings; they are named.
         OSError: ``folder`` cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     config = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output must be a folder, but {folder} is a file")
-    if not resume:
-        if folder.is_dir() and any(folder.iterdir()):
-            what = "another run" if config.is_file() else "other files"
+    if resume:
+        read_settings(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if resume:
+            _check_settings(folder, json.loads(json.dumps(settings)))
+        elif held := [path for path in folder.iterdir() if path.name not in (_LOCK, _PARTIAL)]:
+            what = "another run" if config in held else "other files"
             raise FileExistsError(
                 f"output {folder} holds {what}; choose a new folder, or resume the run with "
                 f"--resume {folder} "
                 "(resume=True)"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        known = {"settings": settings, "command": command}
-        write_json(config, known | {"versions": versions(), "commit": commit()})
-        return folder
-    if not config.is_file():
-        raise FileNotFoundError(f"resume needs a run, but {folder} holds no config.json")
+        else:
+            known = {"settings": settings, "versions": versions(), "commit": commit()}
+            write_json(config, known)
+        yield folder
+
+
+def _check_settings(folder: Path, wanted: dict[str, Any]) -> None:
+    """Refuse other settings than the run's; store a number of updates that has grown."""
+    stored = read_settings(folder)
+    if differing := differences(stored, wanted):
+        words = "; ".join(f"{name}: {then!r} then, {now!r} now" for name, then, now in differing)
+        raise ValueError(f"{folder} was started with other settings: {words}")
+    if wanted["updates"] < stored["updates"]:
+        raise ValueError(
+            f"updates must be at least {stored['updates']}, to which the run in {folder} goes, got "
+            f"{wanted['updates']}: leave it out, or give a larger number"
+        )
+    if wanted["updates"] > stored["updates"]:
+        known = json.loads((folder / "config.json").read_text())
+        grown = {"settings": stored | {"updates": wanted["updates"]}}
+        write_json(folder / "config.json", known | grown)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process however it ends.
+
+    Raises:
+        FileExistsError: another process holds it; it is named.
+    """
+    path = folder / _LOCK
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 1000).decode(errors="replace")
+            os.close(handle)
+            if _is_dead(owner):  # a child that it left behind keeps the lock
+                path.unlink(missing_ok=True)
+                continue
+            raise FileExistsError(
+                f"output {folder} belongs to another process that is running, {owner or 'unknown'}:"
+                " wait until it ends, or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            break
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            break
+        os.close(handle)  # its former owner took the file away in between
     try:
-        stored = json.loads(config.read_text())["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config} is damaged: {error}") from error
-    wanted = json.loads(json.dumps(settings))
-    differing = [
-        f"{name}: {stored.get(name)!r} then, {wanted.get(name)!r} now"
-        for name in sorted(stored.keys() | wanted.keys())
-        if name != "updates" and stored.get(name) != wanted.get(name)
-    ]
-    if differing:
-        raise ValueError(f"{folder} was started with other settings: {'; '.join(differing)}")
-    if wanted.get("updates", 0) > stored.get("updates", 0):
-        known = json.loads(config.read_text())
-        write_json(config, known | {"settings": stored | {"updates": wanted["updates"]}})
-    return folder
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"pid {os.getpid()} on host {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether the process that a lock names ran on this machine and runs no more."""
+    words = owner.split()
+    if len(words) != 5 or words[-1] != socket.gethostname() or not words[1].isdigit():
+        return False
+    try:
+        os.kill(int(words[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -1,19 +1,23 @@
-"""Stable Diffusion as an environment: fine-tune it with ``finetune``, or from the command line.
+"""Stable Diffusion as an environment: fine-tune it with ``finetune``, or from the command line."""
 
-``finetune`` and ``Run`` are imported when they are first used: diffusers and transformers are
-heavy.
-"""
-
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Run", "finetune"]
+from diffusion_envs.runs.finetune import Run
+from diffusion_envs.runs.finetune import finetune as _finetune
+from diffusion_envs.sd15.stable_diffusion import StableDiffusion
+
+__all__ = ["Run", "StableDiffusion", "finetune"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        import importlib
+def finetune(model: str | Path | StableDiffusion = "tiny", **arguments: Any) -> Run:
+    """``runs.finetune.finetune``, which documents ``arguments``, with a Stable Diffusion model.
 
-        module = importlib.import_module("diffusion_envs.sd15.finetune")
-        globals().update(Run=module.Run, finetune=module.finetune)  # not the submodule of that name
-        return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    Args:
+        model: "tiny", a folder in diffusers' layout, or a hub id; ``StableDiffusion`` for other
+            guidance, adapter, precision or device.
+        arguments: reward, prompts, output, objective, sampler, steps, updates, size, options, seed,
+            resume.
+    """
+    named = model if isinstance(model, StableDiffusion) else StableDiffusion(model)
+    return _finetune(named, **arguments)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -110,3 +111,27 @@ def _bound(
     pipe: StableDiffusionPipeline, sampler: samplers.Sampler, table: DDPMTable, steps: int
 ) -> samplers.BoundDDIM | samplers.BoundBlackBox:
     return sampler.bind(table, steps, pipe.scheduler.config.prediction_type)
+
+
+def load(options: Any, *, device: torch.device, batch: int, seed: int) -> TextToImageUNet:
+    """The model of these options (``StableDiffusion``) with a fresh adapter."""
+    built = build(
+        model=options.model,
+        reward=rewards.Colour(),
+        prompts=[""],
+        sampler=samplers.DDIM(),
+        steps=1,
+        guidance=options.guidance,
+        batch=batch,
+        lora_rank=options.lora_rank,
+        lora_targets=options.lora_targets,
+        precision=options.precision,
+        resolution=options.resolution,
+        device=device,
+        seed=seed,
+    )
+    model = built.environment.model
+    assert isinstance(model, TextToImageUNet)
+    if options.gradient_checkpointing:
+        model.score.recompute_activations()
+    return model

@@ -60,8 +60,8 @@ def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) 
         gradient.copy_(mean.view_as(gradient))
 
 
-def main_says(number: int, accelerator: Accelerator) -> int:
-    """The main process's number, on all of them."""
+def broadcast_from_main(number: int, accelerator: Accelerator) -> int:
+    """Give every process the number that the main process holds."""
     if accelerator.num_processes == 1:
         return number
     return int(gather(torch.tensor([number], device=accelerator.device), accelerator)[0])

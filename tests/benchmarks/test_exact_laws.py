@@ -39,7 +39,7 @@ def trained(problem):
 def test_the_gaussian_chain_is_judged_as_by_the_problem_itself():
     problem = GaussianProblem()
     score = trained(problem)
-    found, expected = exact_laws.judge(problem, score, CHAIN), problem.evaluate(score, CHAIN)
+    found, expected = exact_laws.evaluate(problem, score, CHAIN), problem.evaluate(score, CHAIN)
     # the score's own eigenvalues are float32: 6e-8 relative, over 12 steps
     assert found.reward == pytest.approx(expected.reward, rel=1e-5, abs=1e-6)
     assert found.path_kl == pytest.approx(expected.path_kl, rel=1e-5)
@@ -49,7 +49,7 @@ def test_the_gaussian_chain_is_judged_as_by_the_problem_itself():
 def test_the_mixture_chain_is_judged_as_by_the_problem_itself():
     problem = MixtureProblem(points=201)
     score = trained(problem)
-    found, expected = exact_laws.judge(problem, score, CHAIN), problem.evaluate(score, CHAIN)
+    found, expected = exact_laws.evaluate(problem, score, CHAIN), problem.evaluate(score, CHAIN)
     # there the correction is evaluated in float32; measured: up to 2e-5
     assert found.reward == pytest.approx(expected.reward, rel=1e-4)
     assert found.path_kl == pytest.approx(expected.path_kl, rel=1e-4)
@@ -106,7 +106,7 @@ def test_what_is_not_affine_is_refused():
 def test_the_optimum_generates_the_target_as_steps_grow(problem):
     score = exact_laws.optimal_score(problem, TABLE)
     few, more = (
-        exact_laws.judge(problem, score, DDIM(0.0).bind(TABLE, steps)).kl_to_target
+        exact_laws.evaluate(problem, score, DDIM(0.0).bind(TABLE, steps)).kl_to_target
         for steps in (20, 40)
     )
     # from data to target it is about 0.9 nats; moments err by O(1 / steps), the KL by its square
@@ -138,7 +138,7 @@ def test_a_pushed_density_is_that_of_an_affine_map():
     problem = MixtureProblem(weights=(1.0,), means=(0.4,), stds=(0.6,))
     score = exact_laws.pretrained_score(problem, TABLE)
     sampler = DDIM(0.0).bind(TABLE, 20)
-    found = exact_laws.judge(problem, score, sampler)
+    found = exact_laws.evaluate(problem, score, sampler)
     law = exact_laws.generated(score, sampler, 1)
     x = torch.linspace(-4, 4, 8001, dtype=torch.float64)
     std = float(law.covariance[0, 0].sqrt())
@@ -154,7 +154,7 @@ def test_a_map_that_folds_has_no_kl_but_a_reward():
     folding = Correction(lambda x, alpha: 40 * torch.sin(6 * x))
     score = exact_laws.pretrained_score(problem, TABLE)
     folded = CorrectedScore(score.exact, folding, TABLE.alphas_cumprod)
-    found = exact_laws.judge(problem, folded, DDIM(0.0).bind(TABLE, 10))
+    found = exact_laws.evaluate(problem, folded, DDIM(0.0).bind(TABLE, 10))
     assert math.isnan(found.kl_to_target)
     assert math.isfinite(found.reward)
 
@@ -164,7 +164,7 @@ def test_the_table_of_the_optimum_is_the_optimum_on_its_own_chain():
     best = problem.optimum(CHAIN)
     for elsewhere in ("nearest", "zero"):
         score = exact_laws.table_of_optimum(problem, CHAIN, elsewhere=elsewhere)
-        found = exact_laws.judge(problem, score, CHAIN)
+        found = exact_laws.evaluate(problem, score, CHAIN)
         assert found.reward == pytest.approx(best.reward, rel=1e-6)
         assert found.path_kl == pytest.approx(best.path_kl, rel=1e-6)
         assert abs(found.kl_to_chain) < 1e-9

@@ -221,34 +221,36 @@ def finite(result):
 
 def main():
     """Print every bad input that was taken, and every good one that was refused."""
-    found = []
+    collected = []
     for name, (function, arguments) in CASES.items():
         right = function(**arguments)
         assert finite(right), name
         for argument in arguments:
             for kind, spoil in BAD.items():
-                given = arguments | {argument: spoil(arguments[argument])}
+                spoilt = arguments | {argument: spoil(arguments[argument])}
                 try:
-                    result = function(**given)
+                    result = function(**spoilt)
                 except (ValueError, TypeError):
                     continue
                 except RuntimeError:
                     if kind == "another axis":  # raised by the caller's own drift
                         continue
-                    found.append(f"{name}: {argument} {kind}: RuntimeError")
+                    collected.append(f"{name}: {argument} {kind}: RuntimeError")
                     continue
                 except Exception as error:
-                    found.append(f"{name}: {argument} {kind}: {type(error).__name__}: {error}")
+                    collected.append(f"{name}: {argument} {kind}: {type(error).__name__}: {error}")
                     continue
                 fits = finite(result) and result.shape == right.shape
                 if not fits and not allowed(name, arguments, kind, result):
-                    found.append(f"{name}: {argument} {kind} gave {list(result.shape)} {result}")
+                    collected.append(
+                        f"{name}: {argument} {kind} gave {list(result.shape)} {result}"
+                    )
             for kind, same in GOOD.items():
                 result = function(**arguments | {argument: same(arguments[argument])})
                 if not torch.allclose(result.detach(), right.detach(), rtol=1e-12, atol=1e-12):
-                    found.append(f"{name}: {argument} {kind} gave another answer")
-    sys.stdout.writelines(line.replace("\n", " ")[:160] + "\n" for line in found)
-    return bool(found)
+                    collected.append(f"{name}: {argument} {kind} gave another answer")
+    sys.stdout.writelines(line.replace("\n", " ")[:160] + "\n" for line in collected)
+    return bool(collected)
 
 
 if __name__ == "__main__":

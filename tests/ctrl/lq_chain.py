@@ -43,19 +43,19 @@ def values(gain, offset, log_std, nodes=NODES, temperature=TEMPERATURE, discount
     s2 = (2 * log_std).exp()
     zero = torch.zeros((), dtype=torch.float64)
     p, e, c = zero - H, zero, zero
-    found = [(p, e, c)]
+    backward = [(p, e, c)]
     for h in nodes.diff().flip(0):
         keep = torch.exp(-discount * h)
         f, b = 1 + h * (A + B * gain), h * B * offset  # mean of X'
-        spread = S**2 * h + (h * B) ** 2 * s2
+        variance = S**2 * h + (h * B) ** 2 * s2
         entropy = 0.5 * math.log(2 * math.pi * math.e) + log_std
         new_p = keep * p * f**2 - h * (M + N * gain**2)
         new_e = keep * (p * f * b + e * f) - h * N * gain * offset
-        new_c = keep * (p * (b**2 + spread) / 2 + e * b + c)
+        new_c = keep * (p * (b**2 + variance) / 2 + e * b + c)
         new_c = new_c + h * (temperature * entropy - N * (offset**2 + s2) / 2)
         p, e, c = new_p, new_e, new_c
-        found.append((p, e, c))
-    return found[::-1]
+        backward.append((p, e, c))
+    return backward[::-1]
 
 
 def performance(coefficients, start=START):

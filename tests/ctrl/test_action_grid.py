@@ -12,9 +12,9 @@ def test_gauss_legendre_integrates_polynomials_over_a_box():
     low, high = torch.tensor([-1.0, 0.5]), torch.tensor([2.0, 1.25])
     grid = gauss_legendre(low, high, 3)  # exact to degree 5 in each coordinate
     x, y = grid.nodes.unbind(-1)
-    found = float(grid.weights @ (x**5 * y**4))
+    integral = float(grid.weights @ (x**5 * y**4))
     exact = (2**6 - 1) / 6 * (1.25**5 - 0.5**5) / 5
-    assert found == pytest.approx(exact, rel=1e-13)
+    assert integral == pytest.approx(exact, rel=1e-13)
 
 
 def test_the_trapezoid_rule_is_spectral_for_a_density_that_vanishes_at_the_ends():
@@ -23,9 +23,9 @@ def test_the_trapezoid_rule_is_spectral_for_a_density_that_vanishes_at_the_ends(
     density = (-0.5 * ((a - 0.3) / std) ** 2).exp() / (std * math.sqrt(2 * math.pi))
     # 2 exp(-2 pi^2 (std / spacing)^2) = 5e-17
     assert float(grid.weights @ density) == pytest.approx(1, abs=1e-14)
-    mean, spread = grid.moments((grid.weights * density).unsqueeze(1))
+    mean, grid_std = grid.moments((grid.weights * density).unsqueeze(1))
     assert float(mean) == pytest.approx(0.3, abs=1e-13)
-    assert float(spread) == pytest.approx(std, abs=1e-13)
+    assert float(grid_std) == pytest.approx(std, abs=1e-13)
 
 
 def test_the_trapezoid_rule_integrates_linear_functions():

@@ -61,7 +61,7 @@ def test_clipped_surrogate_refuses_shapes_that_would_broadcast():
 def test_nothing_is_discounted_unless_asked():
     values = torch.tensor([[0.3, -0.7, 1.1]], dtype=torch.float64)
     rewards = torch.tensor([[0.2, 0.5]], dtype=torch.float64)
-    found = temporal_differences(values, rewards, torch.tensor([0.3, 0.6]).double())
-    torch.testing.assert_close(found, values.diff() + rewards)
+    deltas = temporal_differences(values, rewards, torch.tensor([0.3, 0.6]).double())
+    torch.testing.assert_close(deltas, values.diff() + rewards)
     summed = continuous_gae(values, rewards, torch.tensor([0.3, 0.6]).double(), 0.0)
     torch.testing.assert_close(summed[:, 0], (values.diff() + rewards).sum(1))

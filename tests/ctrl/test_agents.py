@@ -150,17 +150,17 @@ def test_policy_iteration_is_newtons_method_on_the_ergodic_problem():
 
     def evaluate(policy):
         gain = float(policy.mean(one[0], one[:, None]))
-        spread = math.sqrt(temperature / n)
+        std = math.sqrt(temperature / n)
         keep = 1 + h * (a + b * gain)
-        at_rest = (s**2 * h + (h * b * spread) ** 2) / (1 - keep**2)
+        at_rest = (s**2 * h + (h * b * std) ** 2) / (1 - keep**2)
         noise = ctrl.noise.gauss_hermite(
             torch.tensor([at_rest, h], dtype=torch.float64), nodes=4, action=(1,)
         )
-        given = ctrl.Noise(
+        later_noise = ctrl.Noise(
             noise.increments[:, 1:].contiguous(), noise.actions[:, 1:].contiguous(), noise.weights
         )
         start = noise.increments[:, 0].contiguous()
-        paths = ctrl.simulate(problem, policy, start, grid, noise=given)
+        paths = ctrl.simulate(problem, policy, start, grid, noise=later_noise)
         return mg.clstd(lambda t, x: x.square(), problem, paths, policy, ergodic=True)
 
     def improve(value):

@@ -32,37 +32,37 @@ def results(device, dtype):
     )
     noise = ctrl.Noise(increments * GRID.steps.sqrt()[:, None].to(device, dtype), drawn)
     start = torch.linspace(-1, 1, 32, dtype=torch.float64).view(16, 2).to(device, dtype)
-    found = {}
+    collected = {}
     for solver in (
         ctrl.EulerMaruyama(), ctrl.Milstein(), ctrl.Heun(), ctrl.TorchSDE("milstein"),
         ctrl.TorchSDE("midpoint"),
     ):  # fmt: skip
-        given = sde.to_stratonovich() if solver in STRATONOVICH else sde
+        equation = sde.to_stratonovich() if solver in STRATONOVICH else sde
         paths = ctrl.simulate(
-            ctrl.ControlProblem(given, 0.8), mean, start, GRID, solver, noise=noise
+            ctrl.ControlProblem(equation, 0.8), mean, start, GRID, solver, noise=noise
         )
-        found[repr(solver)] = paths.states[:, -1, 0]
+        collected[repr(solver)] = paths.states[:, -1, 0]
     paths = ctrl.simulate(problem, mean, start, GRID, noise=noise)
-    found["path KL"] = ctrl.girsanov.path_kl(sde, mean, reference, paths)
-    found["log ratio"] = ctrl.girsanov.log_ratio(sde, mean, reference, paths)
+    collected["path KL"] = ctrl.girsanov.path_kl(sde, mean, reference, paths)
+    collected["log ratio"] = ctrl.girsanov.log_ratio(sde, mean, reference, paths)
     paths = ctrl.simulate(problem, policy, start, GRID, noise=noise)
-    found["returns"] = ctrl.returns_to_go(problem, paths, policy)[:, 0]
-    found["martingale"] = mg.increments(value, problem, paths, policy).sum(1)
-    found["q"] = ql.q_rates(problem, value, paths).sum(1)
-    found["gradient"] = pg.temporal_difference_gradient(problem, policy, value, paths)
-    found["pathwise"] = pg.pathwise_gradient(problem, policy, value, paths)
+    collected["returns"] = ctrl.returns_to_go(problem, paths, policy)[:, 0]
+    collected["martingale"] = mg.increments(value, problem, paths, policy).sum(1)
+    collected["q"] = ql.q_rates(problem, value, paths).sum(1)
+    collected["gradient"] = pg.temporal_difference_gradient(problem, policy, value, paths)
+    collected["pathwise"] = pg.pathwise_gradient(problem, policy, value, paths)
     tests = mg.features_along(lambda t, x: x)
-    found["orthogonality"] = mg.orthogonality(tests, value, problem, paths, policy)[:, 0]
-    return found
+    collected["orthogonality"] = mg.orthogonality(tests, value, problem, paths, policy)[:, 0]
+    return collected
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), KINDS)
 def test_other_precisions_and_devices_agree_with_float64(device, dtype, tolerance):
     """A few dozen operations of relative error 6e-8 on numbers of order 1 to 10."""
     expected = results("cpu", torch.float64)
-    for name, found in results(device, dtype).items():
-        assert found.dtype == dtype, name
-        assert found.device.type == device, name
+    for name, end in results(device, dtype).items():
+        assert end.dtype == dtype, name
+        assert end.device.type == device, name
         torch.testing.assert_close(
-            found.cpu().double(), expected[name], rtol=tolerance, atol=tolerance, msg=name
+            end.cpu().double(), expected[name], rtol=tolerance, atol=tolerance, msg=name
         )

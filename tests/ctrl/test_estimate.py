@@ -15,8 +15,8 @@ def test_estimates_are_means_with_their_standard_error(values):
     tensor = torch.tensor(values, dtype=torch.float64)
     estimate = ctrl.Estimate.of(tensor)
     assert estimate.mean == pytest.approx(sum(values) / len(values), rel=1e-9, abs=1e-9)
-    spread = float(tensor.std()) / math.sqrt(len(values))
-    assert estimate.standard_error == pytest.approx(spread, rel=1e-9, abs=1e-9)
+    standard_error = float(tensor.std()) / math.sqrt(len(values))
+    assert estimate.standard_error == pytest.approx(standard_error, rel=1e-9, abs=1e-9)
 
 
 def test_estimates_print_value_and_error():
@@ -53,16 +53,16 @@ def test_importance_weights_leave_a_standard_error(generator):
     shift, samples, repeats = 0.7, 400, 2000
     x = torch.randn(repeats, samples, dtype=torch.float64, generator=generator)
     weights = torch.softmax(shift * x, 1)  # of N(shift, 1) instead
-    found = [
+    estimates = [
         ctrl.Estimate.of(row.square(), importance_weights=w)
         for row, w in zip(x, weights, strict=True)
     ]
-    means = torch.tensor([each.mean for each in found], dtype=torch.float64)
-    errors = torch.tensor([each.standard_error for each in found], dtype=torch.float64)
-    spread = means.std()
+    means = torch.tensor([each.mean for each in estimates], dtype=torch.float64)
+    errors = torch.tensor([each.standard_error for each in estimates], dtype=torch.float64)
+    std = means.std()
     # bias of both is O(1 / samples); the relative error of a standard deviation is 1 / sqrt(2 n)
-    assert abs(errors.mean() / spread - 1) < 4 / (2 * repeats) ** 0.5 + 10 / samples
-    assert abs(means.mean() - (1 + shift**2)) < 4 * spread / repeats**0.5 + 10 / samples
+    assert abs(errors.mean() / std - 1) < 4 / (2 * repeats) ** 0.5 + 10 / samples
+    assert abs(means.mean() - (1 + shift**2)) < 4 * std / repeats**0.5 + 10 / samples
 
 
 def test_an_importance_sample_of_one_has_no_known_error():

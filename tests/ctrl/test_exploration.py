@@ -29,8 +29,8 @@ def test_drift_and_diffusion_average_as_in_the_paper(noise, noise_dim):
     torch.testing.assert_close(averaged.drift_at(T, X, a), A * X + B * a, rtol=1e-14, atol=1e-14)
     # E (C x + D a)^2 = (C x + D mean)^2 + D^2 std^2
     expected = ((C * X + D * a).square() + D**2 * std**2).sqrt()
-    found = torch.as_tensor(averaged.diffusion_at(T, X, a)).reshape(2, 1)
-    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+    sigma = torch.as_tensor(averaged.diffusion_at(T, X, a)).reshape(2, 1)
+    torch.testing.assert_close(sigma, expected, rtol=1e-14, atol=0)
 
 
 def test_correlated_actions_average_to_a_full_covariance():
@@ -126,8 +126,8 @@ def test_coefficients_and_spread_may_move_in_time(noise, noise_dim):
     drift = A * X + (B + 0.3) * (a.square() + 0.7**2)
     torch.testing.assert_close(averaged.drift_at(T, X, a), drift, rtol=1e-13, atol=1e-14)
     variance = ((C + 0.3) * X + (D + 0.3) * a).square() + (D + 0.3) ** 2 * 0.7**2
-    found = torch.as_tensor(averaged.diffusion_at(T, X, a)).reshape(2, 1)
-    torch.testing.assert_close(found.square(), variance, rtol=1e-13, atol=0)
+    averaged_sigma = torch.as_tensor(averaged.diffusion_at(T, X, a)).reshape(2, 1)
+    torch.testing.assert_close(averaged_sigma.square(), variance, rtol=1e-13, atol=0)
 
 
 def test_a_free_diffusion_of_general_noise_keeps_its_brownian_motions():

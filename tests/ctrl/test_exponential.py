@@ -27,8 +27,8 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 def to_fifty_digits(matrix: Tensor) -> Tensor:
     with mpmath.workdps(50):
-        found = mpmath.expm(mpmath.matrix(matrix.tolist()))
-    return tensor([[float(each) for each in row] for row in found.tolist()])
+        power = mpmath.expm(mpmath.matrix(matrix.tolist()))
+    return tensor([[float(each) for each in row] for row in power.tolist()])
 
 
 @given(st.integers(0, 2**31), st.integers(1, 5), st.floats(-8, math.log10(50)))
@@ -56,11 +56,11 @@ def test_it_is_scipys_in_many_dimensions(dim, size):
 @pytest.mark.parametrize("rate", [1e-9, 3e-3, 0.03, 0.4, 20.0])
 def test_a_block_beside_the_diagonal_is_exact_of_its_own_size(rate, size):
     # int_0^1 e^{-rate s} size e^{rate (1 - s)} ds and the like: [[-a, c], [0, a]]
-    found = exponential(tensor([[-rate, size], [0.0, rate]]))
+    power = exponential(tensor([[-rate, size], [0.0, rate]]))
     with mpmath.workdps(40):
         expected = float(mpmath.mpf(size) * mpmath.sinh(mpmath.mpf(rate)) / mpmath.mpf(rate))
-    assert float(found[0, 1]) == pytest.approx(expected, rel=16 * EPS * (1 + 2 * rate))
-    assert float(found[1, 0]) == 0
+    assert float(power[0, 1]) == pytest.approx(expected, rel=16 * EPS * (1 + 2 * rate))
+    assert float(power[1, 0]) == 0
 
 
 def test_derivatives_forward_and_backward_to_the_third():
@@ -84,12 +84,12 @@ def test_derivatives_forward_and_backward_to_the_third():
 def test_a_batch_of_all_sizes_is_its_members_vectorised_or_not():
     sizes = tensor([1e-8, 0.02, 1.3, 40.0])[:, None, None, None]
     many = sizes * draw(5, 4, 2, 3, 3)
-    found, mapped = exponential(many), torch.func.vmap(torch.func.vmap(exponential))(many)
+    power, mapped = exponential(many), torch.func.vmap(torch.func.vmap(exponential))(many)
     for i in range(4):
         for j in range(2):
             alone = exponential(many[i, j])
             atol = 64 * EPS * float(alone.abs().max())  # squarings do not differ, products may
-            torch.testing.assert_close(found[i, j], alone, rtol=0, atol=atol)
+            torch.testing.assert_close(power[i, j], alone, rtol=0, atol=atol)
             torch.testing.assert_close(mapped[i, j], alone, rtol=0, atol=atol)
     slopes = torch.func.vmap(torch.func.jacrev(exponential))(many[:, 0])
     assert slopes.shape == (4, 3, 3, 3, 3)

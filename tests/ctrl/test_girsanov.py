@@ -89,10 +89,10 @@ def test_both_forms_of_the_kl_have_the_same_expectation():
     torch.testing.assert_close(
         (weights * running).sum(), (weights * likelihood).sum(), rtol=1e-12, atol=0
     )
-    spread = [
+    variances = [
         float((weights * (v - (weights * v).sum()).square()).sum()) for v in (running, likelihood)
     ]
-    assert spread[0] < spread[1]  # the running form is the other's conditional expectation
+    assert variances[0] < variances[1]  # the running form is the other's conditional expectation
 
 
 def test_log_ratio_is_the_ratio_of_transition_densities_on_every_path(generator):
@@ -265,8 +265,8 @@ def test_effective_sample_size_counts_equal_paths():
 
 
 def test_importance_weights_survive_huge_ratios_and_refuse_nan():
-    found = ctrl.girsanov.importance_weights(torch.tensor([-2000.0, 3000.0, math.inf]))
-    torch.testing.assert_close(found, torch.tensor([1.0, 0.0, 0.0]))
+    normalised = ctrl.girsanov.importance_weights(torch.tensor([-2000.0, 3000.0, math.inf]))
+    torch.testing.assert_close(normalised, torch.tensor([1.0, 0.0, 0.0]))
     for bad in (math.nan, -math.inf):
         with pytest.raises(ValueError, match="log_ratio"):
             ctrl.girsanov.importance_weights(torch.tensor([0.0, bad]))
@@ -286,8 +286,8 @@ def test_policies_that_move_the_diffusion_have_no_likelihood_ratio():
     shift = 2 * (0.4 - 0.9 * paths.states[:, :-1, 0])
     sigma = 0.3 + (0.4 - 0.9 * paths.states[:, :-1, 0]).square()
     expected = (0.5 * (shift / sigma).square() * paths.grid.steps).sum(1)
-    found = ctrl.girsanov.path_kl(sde, policy, mirrored, paths)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    divergence = ctrl.girsanov.path_kl(sde, policy, mirrored, paths)
+    torch.testing.assert_close(divergence, expected, rtol=1e-12, atol=0)
 
 
 def test_controls_keep_the_precision_of_the_states(generator):
@@ -342,7 +342,7 @@ def test_weights_of_no_paths_of_tables_and_of_integers_are_refused():
         with pytest.raises((ValueError, TypeError)):
             girsanov.importance_weights(bad)
     weights = torch.tensor([0.6, 0.0, 0.4], dtype=torch.float64)
-    found = girsanov.importance_weights(torch.zeros(3, dtype=torch.float64), weights)
-    torch.testing.assert_close(found, weights)  # a path without weight has none afterwards
+    normalised = girsanov.importance_weights(torch.zeros(3, dtype=torch.float64), weights)
+    torch.testing.assert_close(normalised, weights)  # a path without weight has none afterwards
     with pytest.raises(ValueError, match="non-negative"):
         girsanov.importance_weights(torch.zeros(3), torch.tensor([0.6, -0.1, 0.5]))

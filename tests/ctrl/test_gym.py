@@ -134,12 +134,12 @@ def test_every_episode_has_a_start_of_its_own():
             made, policy, ctrl.uniform_grid(1.0, 3), paths, seed=seed, generator=torch.Generator()
         )
 
-    found = run(5, 20)
-    assert len(found.states[:, 0].unique(dim=0)) == 20
-    assert len(found.states[:, 1].unique(dim=0)) == 20
-    assert torch.equal(run(5, 20).states, found.states)
-    assert torch.equal(run(6, 19).states, found.states[1:])
-    assert found.black_box
+    episodes = run(5, 20)
+    assert len(episodes.states[:, 0].unique(dim=0)) == 20
+    assert len(episodes.states[:, 1].unique(dim=0)) == 20
+    assert torch.equal(run(5, 20).states, episodes.states)
+    assert torch.equal(run(6, 19).states, episodes.states[1:])
+    assert episodes.black_box
 
 
 def test_another_librarys_environment_is_a_black_box_to_learn_from():

@@ -94,21 +94,21 @@ WIDE = (Axis(-5.0, 5.0, 101),)
 @pytest.mark.parametrize("D", [0.0, 0.5])
 def test_scalar_exploratory_lq_is_the_closed_form(D):
     lq = Scalar(D)
-    found = hjb.solve_discounted(
+    solution = hjb.solve_discounted(
         lq.problem(), WIDE, gauss_legendre(-8.0, 8.0, 41), differences="central"
     )
     k2, k1, k0, K, k = lq.coefficients()
-    x, v = inside(found.value.table, WIDE, 1.0)
+    x, v = inside(solution.value.table, WIDE, 1.0)
     # central differences of a quadratic are exact; what is left is the wall, 4 away, seen through
     # e^{-4^2 / (2 variance)} with a stationary variance below 0.5 (D = 0: 2e-9)
     torch.testing.assert_close(v, k2 * x**2 / 2 + k1 * x + k0, rtol=0, atol=1e-5)
-    x, mean = inside(found.mean_action.table, WIDE, 1.0)
+    x, mean = inside(solution.mean_action.table, WIDE, 1.0)
     torch.testing.assert_close(mean, K * x + k, rtol=0, atol=1e-4)
-    x, std = inside(found.action_std.table, WIDE, 1.0)
-    spread = math.sqrt(lq.lam / (lq.N - k2 * D * D))
-    torch.testing.assert_close(std, torch.full_like(std, spread), rtol=0, atol=1e-5)
-    assert found.residual < 1e-11  # round-off: rates of 1e3 times values of 10
-    assert found.end_mass.table[0, 40:61].max() < 1e-10
+    x, std = inside(solution.action_std.table, WIDE, 1.0)
+    exact_std = math.sqrt(lq.lam / (lq.N - k2 * D * D))
+    torch.testing.assert_close(std, torch.full_like(std, exact_std), rtol=0, atol=1e-5)
+    assert solution.residual < 1e-11  # round-off: rates of 1e3 times values of 10
+    assert solution.end_mass.table[0, 40:61].max() < 1e-10
 
 
 def test_monotone_differences_are_of_order_one_where_noise_is_weak():
@@ -118,8 +118,8 @@ def test_monotone_differences_are_of_order_one_where_noise_is_weak():
     errors = []
     for nodes in (21, 41, 81, 161):
         axes = (Axis(-4.0, 4.0, nodes),)
-        found = hjb.solve_discounted(lq.problem(), axes, gauss_legendre(-8.0, 8.0, 41))
-        x, v = inside(found.value.table, axes, 0.8)
+        solution = hjb.solve_discounted(lq.problem(), axes, gauss_legendre(-8.0, 8.0, 41))
+        x, v = inside(solution.value.table, axes, 0.8)
         errors.append(float((v - (k2 * x**2 / 2 + k1 * x + k0)).abs().max()))
     orders = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     assert all(0.8 < one < 1.3 for one in orders), (errors, orders)
@@ -132,8 +132,8 @@ def test_the_value_without_entropy_is_below_the_optimum_by_at_most_what_the_node
     k0 -= lq.lam / (2 * lq.rho) * math.log(2 * math.pi * lq.lam / lq.N)  # the entropy's share
     gaps = []
     for nodes in (33, 65, 129):
-        found = hjb.solve_discounted(lq.problem(0.0), WIDE, trapezoid(-8.0, 8.0, nodes))
-        x, v = inside(found.value.table, WIDE, 1.0)
+        solution = hjb.solve_discounted(lq.problem(0.0), WIDE, trapezoid(-8.0, 8.0, nodes))
+        x, v = inside(solution.value.table, WIDE, 1.0)
         gap = k2 * x**2 / 2 + k1 * x + k0 - v
         missed = lq.N * (16 / (nodes - 1) / 2) ** 2 / 2 / lq.rho
         assert -1e-8 < float(gap.min()) <= float(gap.max()) < missed
@@ -164,17 +164,17 @@ def test_evaluating_a_linear_policy_is_the_closed_form():
     noise = lq.s**2 + D * D * (k * k + std**2)
     pay = -(N * (k * k + std**2) / 2 + L * k) + lq.lam * math.log(std * math.sqrt(17.079468445347))
     p0 = (p1 * B * k + p2 * noise / 2 + pay) / lq.rho  # 2 pi e = 17.079468...
-    found = hjb.evaluate_discounted(lq.problem(), policy, WIDE, differences="central")
-    x, v = inside(found.table, WIDE, 1.0)
+    evaluated = hjb.evaluate_discounted(lq.problem(), policy, WIDE, differences="central")
+    x, v = inside(evaluated.table, WIDE, 1.0)
     # as above: the wall, for a stationary variance of 0.36
     torch.testing.assert_close(v, p2 * x**2 / 2 + p1 * x + p0, rtol=0, atol=1e-5)
 
 
 def test_the_optimal_policy_has_the_optimal_value():
     problem = Scalar(0.0).problem()
-    found = hjb.solve_discounted(problem, WIDE, gauss_legendre(-8.0, 8.0, 41))
-    again = hjb.evaluate_discounted(problem, found.policy(), WIDE)
-    _, v = inside(found.value.table, WIDE, 1.0)
+    solution = hjb.solve_discounted(problem, WIDE, gauss_legendre(-8.0, 8.0, 41))
+    again = hjb.evaluate_discounted(problem, solution.policy(), WIDE)
+    _, v = inside(solution.value.table, WIDE, 1.0)
     _, w = inside(again.table, WIDE, 1.0)
     torch.testing.assert_close(w, v, rtol=0, atol=1e-6)
 
@@ -210,17 +210,17 @@ def plane() -> tuple[ControlProblem, np.ndarray, float]:
 def test_two_dimensional_lq_with_correlated_noise_is_that_of_scipy(differences):
     problem, Pi, constant = plane()
     axes = (Axis(-4.0, 4.0, 41), Axis(-4.0, 4.0, 33))
-    found = hjb.solve_discounted(
+    solution = hjb.solve_discounted(
         problem, axes, gauss_legendre(-6.0, 6.0, 41), differences=differences
     )
-    x, v = inside(found.value.table, axes, 1.0)
+    x, v = inside(solution.value.table, axes, 1.0)
     exact = constant - 0.5 * (x @ torch.from_numpy(Pi) * x).sum(-1, keepdim=True)
     # the wall, 3 away, for a stationary variance below 0.3: e^{-15}; monotone differences add
     # noise where |b| h > sigma^2, far out or for rare actions
     atol = {"central": 1e-6, "monotone": 5e-2}[differences]
     torch.testing.assert_close(v, exact, rtol=0, atol=atol)
     gain = -torch.from_numpy(np.array([[0.3, 0.9]]) @ Pi) / 0.8
-    x, mean = inside(found.mean_action.table, axes, 1.0)
+    x, mean = inside(solution.mean_action.table, axes, 1.0)
     torch.testing.assert_close(mean, x @ gain.T, rtol=0, atol=10 * atol)
 
 
@@ -255,9 +255,9 @@ def test_a_fourier_mode_decays_as_the_scheme_says():
         second.append((4 * second[-1] - second[-2]) / (3 + 2 * step))
     mode = (k * CIRCLE[0].points() + 0.3).cos()
     for order, factors in ((1, first), (2, second)):
-        found = hjb.solve_finite_horizon(problem, CIRCLE, IDLE, steps=steps, order=order)
+        solution = hjb.solve_finite_horizon(problem, CIRCLE, IDLE, steps=steps, order=order)
         exact = torch.tensor(factors[::-1], dtype=torch.float64)[:, None] * mode
-        torch.testing.assert_close(found.value.table, exact, rtol=0, atol=1e-13)
+        torch.testing.assert_close(solution.value.table, exact, rtol=0, atol=1e-13)
         policy = DeterministicPolicy(lambda t, x: 0 * x)
         again = hjb.evaluate_finite_horizon(problem, policy, CIRCLE, steps=steps, order=order)
         torch.testing.assert_close(again.table, exact, rtol=0, atol=1e-13)
@@ -285,8 +285,8 @@ def test_a_plane_wave_under_correlated_noise_is_the_symbol_of_the_stencil(share)
         rate += (c[i][i] / h[i] ** 2 - abs(cross)) * (1 - math.cos(angle[i]))
     x = torch.cartesian_prod(*(axis.points() for axis in axes))
     exact = (k[0] * x[:, 0] + k[1] * x[:, 1]).cos() / rate
-    found = hjb.solve_discounted(problem, axes, IDLE)
-    torch.testing.assert_close(found.value.table.reshape(-1), exact, rtol=0, atol=1e-12)
+    solution = hjb.solve_discounted(problem, axes, IDLE)
+    torch.testing.assert_close(solution.value.table.reshape(-1), exact, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("share", [0.9, -0.9])
@@ -311,8 +311,8 @@ def test_a_plane_wave_is_the_symbol_of_central_differences_for_any_correlation(s
     rate += sum(c[i][i] * (1 - math.cos(angle[i])) / h[i] ** 2 for i in range(2))
     x = torch.cartesian_prod(*(axis.points() for axis in axes))
     exact = (k[0] * x[:, 0] + k[1] * x[:, 1]).cos() / rate
-    found = hjb.solve_discounted(problem, axes, IDLE, differences="central")
-    torch.testing.assert_close(found.value.table.reshape(-1), exact, rtol=0, atol=1e-12)
+    solution = hjb.solve_discounted(problem, axes, IDLE, differences="central")
+    torch.testing.assert_close(solution.value.table.reshape(-1), exact, rtol=0, atol=1e-12)
 
 
 def test_transport_without_noise_is_upwind():
@@ -323,12 +323,12 @@ def test_transport_without_noise_is_upwind():
         lambda t, x, a: x[:, 0].cos(),
         discount=0.5,
     )
-    found = hjb.solve_discounted(problem, CIRCLE, IDLE).value.table[0]
+    table = hjb.solve_discounted(problem, CIRCLE, IDLE).value.table[0]
     h = CIRCLE[0].spacing
     symbol = 1 / (0.5 - 1.3 / h * (complex(math.cos(h), math.sin(h)) - 1))
     x = CIRCLE[0].points()
     exact = symbol.real * x.cos() - symbol.imag * x.sin()
-    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+    torch.testing.assert_close(table, exact, rtol=0, atol=1e-12)
 
 
 # --- finite horizon ---------------------------------------------------------------------------
@@ -362,11 +362,11 @@ def test_a_bounded_nonlinear_problem_converges_to_cole_hopf(order):
         axes = (Axis(-math.pi, math.pi, 20 * factor, "periodic"),)
         # second order in space, so steps in proportion to nodes^2 / order
         steps = 8 * factor ** (2 // order)
-        found = hjb.solve_finite_horizon(
+        solution = hjb.solve_finite_horizon(
             problem, axes, trapezoid(-6.0, 6.0, 41), steps=steps, order=order
         )
         exact = cole_hopf(sigma, N, temperature, horizon, axes[0].points())
-        errors.append(float((found.value.table[0] - exact).abs().max()))
+        errors.append(float((solution.value.table[0] - exact).abs().max()))
     orders = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     # two in the spacing; two-sided, as the next term is two orders smaller
     assert all(1.8 < one < 2.2 for one in orders), (errors, orders)
@@ -394,7 +394,7 @@ def test_finite_horizon_lq_converges_in_time_to_the_riccati_equation(order):
     P, c = scipy.integrate.solve_ivp(rates, (0, T), [H, 0], rtol=1e-12, atol=1e-12).y[:, -1]
     errors = []
     for steps in (10, 20, 40):
-        found = hjb.solve_finite_horizon(
+        solution = hjb.solve_finite_horizon(
             problem,
             WIDE,
             gauss_legendre(-8.0, 8.0, 61),
@@ -402,14 +402,14 @@ def test_finite_horizon_lq_converges_in_time_to_the_riccati_equation(order):
             order=order,
             differences="central",
         )
-        x, v = inside(found.value.table[0], WIDE, 1.0)
+        x, v = inside(solution.value.table[0], WIDE, 1.0)
         errors.append(float((v - (c - P * x**2 / 2)).abs().max()))
     orders = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     # space is exact; the next term of the error is one order smaller: 10 % at these steps
     assert all(abs(one - order) < 0.2 for one in orders), (errors, orders)
     t = torch.tensor(T / 2, dtype=torch.float64)
     P = scipy.integrate.solve_ivp(rates, (0, T / 2), [H, 0], rtol=1e-12, atol=1e-12).y[0, -1]
-    mean = found.mean_action(t, x)
+    mean = solution.mean_action(t, x)
     torch.testing.assert_close(mean, -B * P / N * x, rtol=0, atol=0.02)
 
 
@@ -441,10 +441,10 @@ def random_problem(seed: int, temperature: float) -> tuple[ControlProblem, Actio
 def test_the_solution_is_the_fixed_point_of_value_iteration(seed, temperature, periodic):
     problem, actions = random_problem(seed, temperature)
     axis = Axis(-1.5, 1.5, 9, "periodic" if periodic else "reflecting")
-    found = hjb.solve_discounted(problem, (axis,), actions)
+    solution = hjb.solve_discounted(problem, (axis,), actions)
     x, h, n = axis.points().numpy(), axis.spacing, axis.nodes
     sde, discount = problem.sde, problem.discount
-    v = found.value.table[0].numpy()
+    v = solution.value.table[0].numpy()
     best = np.empty(n)
     for i in range(n):  # written out from the book: one state, one action at a time
         H = []
@@ -498,14 +498,14 @@ def test_a_better_reward_gives_a_better_value_everywhere(seed, temperature):
 
 def test_the_optimal_policy_can_be_simulated(generator):
     problem = bounded_problem(1.1, 0.7, 0.2, 0.5)
-    found = hjb.solve_finite_horizon(problem, CIRCLE, trapezoid(-6.0, 6.0, 31), steps=5)
-    policy = found.policy()
+    solution = hjb.solve_finite_horizon(problem, CIRCLE, trapezoid(-6.0, 6.0, 31), steps=5)
+    policy = solution.policy()
     assert isinstance(policy, GaussianPolicy)
     for dtype in (torch.float64, torch.float32):
         start = torch.full((3, 1), 4.0, dtype=dtype)
         paths = simulate(problem, policy, start, uniform_grid(0.5, 10), generator=generator)
         assert paths.states.dtype == dtype
-        assert found.value(torch.tensor(0.5), start).dtype == dtype
+        assert solution.value(torch.tensor(0.5), start).dtype == dtype
     cold = hjb.solve_finite_horizon(
         bounded_problem(1.1, 0.7, 0.0, 0.5), CIRCLE, trapezoid(-6.0, 6.0, 31), steps=5
     )
@@ -520,9 +520,9 @@ def test_a_policy_whose_spread_depends_on_the_state_is_refused():
         discount=1.0,
         temperature=0.5,
     )
-    found = hjb.solve_discounted(problem, CIRCLE, trapezoid(-4.0, 4.0, 41))
+    solution = hjb.solve_discounted(problem, CIRCLE, trapezoid(-4.0, 4.0, 41))
     with pytest.raises(ValueError, match="depends on the state"):
-        found.policy()
+        solution.policy()
 
 
 @pytest.mark.parametrize(("variation", "refused"), [(0.1, True), (0.03, False)])
@@ -535,14 +535,14 @@ def test_a_spread_that_varies_by_more_than_five_percent_is_refused(variation, re
         discount=1.0,
         temperature=0.5,
     )
-    found = hjb.solve_discounted(problem, CIRCLE, trapezoid(-4.0, 4.0, 81))
-    std = found.action_std.table
+    solution = hjb.solve_discounted(problem, CIRCLE, trapezoid(-4.0, 4.0, 81))
+    std = solution.action_std.table
     assert (std / std.mean() - 1).abs().max() == pytest.approx(variation, rel=0.3)
     if refused:
         with pytest.raises(ValueError, match="depends on the state"):
-            found.policy()
+            solution.policy()
     else:
-        assert isinstance(found.policy(), GaussianPolicy)
+        assert isinstance(solution.policy(), GaussianPolicy)
 
 
 def periodic(period, place, phase=0.4):
@@ -674,8 +674,8 @@ def test_one_step_and_scalar_actions_are_enough():
         1.0,
         terminal_reward=lambda x: x[:, 0].cos(),
     )
-    found = hjb.solve_finite_horizon(problem, CIRCLE, actions, steps=1)
-    assert found.value.table.shape == (2, 24)
-    assert found.mean_action.table.shape == (2, 24)
+    solution = hjb.solve_finite_horizon(problem, CIRCLE, actions, steps=1)
+    assert solution.value.table.shape == (2, 24)
+    assert solution.mean_action.table.shape == (2, 24)
     policy = hjb.solve_finite_horizon(problem, CIRCLE, actions, steps=1).policy()
     assert policy.mean(NOW, torch.zeros(4, 1)).shape == (4,)

@@ -30,9 +30,9 @@ def draw(seed: int, *shape: int) -> Tensor:
 def positive(seed: int, dim: int, condition: float = 10.0) -> Tensor:
     """Symmetric, with eigenvalues from 1 down to 1 / condition."""
     basis = torch.linalg.qr(draw(seed, dim, dim)).Q
-    spread = torch.logspace(0, -math.log10(condition), dim, dtype=torch.float64)
-    found = basis @ torch.diag(spread) @ basis.T
-    return 0.5 * (found + found.T)
+    eigenvalues = torch.logspace(0, -math.log10(condition), dim, dtype=torch.float64)
+    matrix = basis @ torch.diag(eigenvalues) @ basis.T
+    return 0.5 * (matrix + matrix.T)
 
 
 def integrated(A: Tensor, b: Tensor, G: Tensor, time: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,28 +58,30 @@ SEEDS, DIMS = st.integers(0, 2**31), st.integers(1, 4)
 @given(SEEDS, DIMS, st.floats(0.05, 3))
 def test_transition_solves_the_moment_equations(seed, dim, time):
     A, b, G = draw(seed, dim, dim), draw(seed + 1, dim), draw(seed + 2, dim, 2)
-    found = linear.transition(A, b, G, time)
-    for one, other in zip((found.F, found.f, found.C), integrated(A, b, G, time), strict=True):
+    transition = linear.transition(A, b, G, time)
+    for one, other in zip(
+        (transition.F, transition.f, transition.C), integrated(A, b, G, time), strict=True
+    ):
         scale = float(other.abs().max()) + 1  # unstable A: entries of hundreds
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10 * scale)
 
 
 def test_transition_of_brownian_motion_with_drift():
     b, G = tensor([0.3, -1.2]), tensor([[0.5], [2.0]])
-    found = linear.transition(torch.zeros(2, 2, dtype=torch.float64), b, G, 1.7)
-    torch.testing.assert_close(found.F, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-15)
-    torch.testing.assert_close(found.f, 1.7 * b, rtol=1e-14, atol=0)
-    torch.testing.assert_close(found.C, 1.7 * G @ G.T, rtol=1e-14, atol=0)
+    transition = linear.transition(torch.zeros(2, 2, dtype=torch.float64), b, G, 1.7)
+    torch.testing.assert_close(transition.F, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(transition.f, 1.7 * b, rtol=1e-14, atol=0)
+    torch.testing.assert_close(transition.C, 1.7 * G @ G.T, rtol=1e-14, atol=0)
 
 
 def test_stiff_transition_is_the_stationary_law():
     # 1e4 relaxation times of the fastest direction: e^{-A t} alone would overflow
     A = -tensor([[1000.0, 300.0], [0.0, 2.0]])
     b, G = tensor([1.0, 2.0]), tensor([[0.7, 0.0], [0.2, 1.0]])
-    found = linear.transition(A, b, G, 20.0)
+    transition = linear.transition(A, b, G, 20.0)
     stationary = scipy.linalg.solve_continuous_lyapunov(A.numpy(), -(G @ G.T).numpy())
-    torch.testing.assert_close(found.C, torch.from_numpy(stationary), rtol=1e-11, atol=1e-14)
-    torch.testing.assert_close(found.f, -torch.linalg.solve(A, b), rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(transition.C, torch.from_numpy(stationary), rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(transition.f, -torch.linalg.solve(A, b), rtol=1e-11, atol=1e-14)
 
 
 @given(SEEDS, DIMS)
@@ -96,12 +98,12 @@ def test_transitions_in_a_row_are_one(seed, dim):
 def test_slow_and_weak_transitions_keep_all_their_digits(rate, noise, shift):
     k, g, b = 10**rate, 10**noise, 10**shift
     for pull in (k, -min(k, 3.0)):
-        found = linear.transition(tensor([[-pull]]), tensor([b]), tensor([[g]]), 1.0)
+        transition = linear.transition(tensor([[-pull]]), tensor([b]), tensor([[g]]), 1.0)
         with mpmath.workdps(40):
             a = mpmath.mpf(-pull)
             f, C = b * mpmath.expm1(a) / a, mpmath.mpf(g) ** 2 * mpmath.expm1(2 * a) / (2 * a)
             expected = [float(each) for each in (mpmath.exp(a), f, C)]
-        for one, other in zip((found.F, found.f, found.C), expected, strict=True):
+        for one, other in zip((transition.F, transition.f, transition.C), expected, strict=True):
             # a doubling doubles what round-off there is
             assert float(one) == pytest.approx(other, rel=64 * EPS * (1 + 2 * abs(pull)))
 
@@ -123,7 +125,7 @@ def test_terminal_kl_of_slow_laws_is_the_closed_form(rate, difference, variance)
     k1 = 10**rate
     k0, c1, c0, g, m, T = k1 * (1 + difference), 0.003, -0.002, 0.04, 0.3, 0.9
     numbers = (k1, c1, k0, c0, g, m, variance, T)
-    found = linear.ornstein_uhlenbeck_terminal_kl(*[tensor(each) for each in numbers])
+    divergence = linear.ornstein_uhlenbeck_terminal_kl(*[tensor(each) for each in numbers])
     with mpmath.workdps(40):
 
         def law(pull, shift):
@@ -135,31 +137,29 @@ def test_terminal_kl_of_slow_laws_is_the_closed_form(rate, difference, variance)
         expected = float((S1 / S0 - 1 - mpmath.log(S1 / S0) + (m1 - m0) ** 2 / S0) / 2)
         # what round-off of the laws moves: the means' against their gap, and the variances'
         lever = float(abs(m1 - m0) * abs(m) / S0 + abs(S1 / S0 - 1))
-    assert float(found) == pytest.approx(expected, rel=1e-14, abs=256 * EPS * lever)
+    assert float(divergence) == pytest.approx(expected, rel=1e-14, abs=256 * EPS * lever)
 
 
 def test_no_time_moves_nothing():
-    found = linear.transition(draw(0, 3, 3), draw(1, 3), draw(2, 3, 2), 0.0)
-    assert torch.equal(found.F, torch.eye(3, dtype=torch.float64))
-    assert not bool(found.f.any())
-    assert not bool(found.C.any())
+    transition = linear.transition(draw(0, 3, 3), draw(1, 3), draw(2, 3, 2), 0.0)
+    assert torch.equal(transition.F, torch.eye(3, dtype=torch.float64))
+    assert not bool(transition.f.any())
+    assert not bool(transition.C.any())
 
 
 def test_a_batch_is_its_members():
     A, b, G = draw(0, 2, 5, 3, 3), draw(1, 5, 3), draw(2, 3, 2)
     time = torch.linspace(0.1, 2, 5, dtype=torch.float64)
     start = Gaussian(draw(3, 3), positive(4, 3))
-    found = linear.gaussian_moments(A, b, G, start, time)
+    law = linear.gaussian_moments(A, b, G, start, time)
     reference = Affine(0.5 * A[0, 0], -b[1])
     G_full = draw(5, 3, 3)
     kl = linear.linear_path_kl(Affine(A, b), reference, G_full, start, time)
     for i in range(2):
         for j in range(5):
             one = linear.gaussian_moments(A[i, j], b[j], G, start, float(time[j]))
-            torch.testing.assert_close(found.mean[i, j], one.mean, rtol=1e-11, atol=1e-11)
-            torch.testing.assert_close(
-                found.covariance[i, j], one.covariance, rtol=1e-11, atol=1e-11
-            )
+            torch.testing.assert_close(law.mean[i, j], one.mean, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(law.covariance[i, j], one.covariance, rtol=1e-11, atol=1e-11)
             alone = linear.linear_path_kl(
                 Affine(A[i, j], b[j]), reference, G_full, start, float(time[j])
             )
@@ -170,9 +170,9 @@ def test_moments_are_those_of_the_transition():
     A, b, G = draw(0, 3, 3), draw(1, 3), draw(2, 3, 1)
     m, P = draw(3, 3), positive(4, 3)
     F, f, C = integrated(A, b, G, 0.8)
-    found = linear.gaussian_moments(A, b, G, Gaussian(m, P), 0.8)
-    torch.testing.assert_close(found.mean, F @ m + f, **CLOSE)
-    torch.testing.assert_close(found.covariance, F @ P @ F.T + C, **CLOSE)
+    law = linear.gaussian_moments(A, b, G, Gaussian(m, P), 0.8)
+    torch.testing.assert_close(law.mean, F @ m + f, **CLOSE)
+    torch.testing.assert_close(law.covariance, F @ P @ F.T + C, **CLOSE)
 
 
 # ---- divergences
@@ -197,30 +197,30 @@ LAWS = (SHIFTS, PULLS, SHIFTS, st.floats(0.3, 2), SHIFTS, st.floats(0, 1), st.fl
 
 @given(st.tuples(PULLS, *LAWS))
 def test_ornstein_uhlenbeck_path_kl_is_the_closed_form(numbers):
-    found = linear.ornstein_uhlenbeck_path_kl(*[tensor(number) for number in numbers])
+    divergence = linear.ornstein_uhlenbeck_path_kl(*[tensor(number) for number in numbers])
     expected = closed_form_path_kl(*numbers)
-    assert float(found) == pytest.approx(expected, rel=1e-10, abs=1e-11)
+    assert float(divergence) == pytest.approx(expected, rel=1e-10, abs=1e-11)
 
 
 @given(st.tuples(st.floats(-1, 3), *LAWS))
 def test_terminal_kl_is_at_most_the_path_kl(numbers):
-    given = [tensor(number) for number in numbers]
-    terminal = linear.ornstein_uhlenbeck_terminal_kl(*given)
-    path = linear.ornstein_uhlenbeck_path_kl(*given)
+    tensors = [tensor(number) for number in numbers]
+    terminal = linear.ornstein_uhlenbeck_terminal_kl(*tensors)
+    path = linear.ornstein_uhlenbeck_path_kl(*tensors)
     assert 0 <= float(terminal) <= float(path) + 1e-12 * (1 + float(path))
 
 
 def test_known_divergences_of_two_ornstein_uhlenbeck_laws():
     # k 1.3 -> 0 by the limit of small k, from the closed form at 1e-3 and its expansion
-    given = [tensor(each) for each in (0.0, 0.35, 0.4, 0.1, 0.7, 0.6, 0.09, 0.9)]
-    found = linear.ornstein_uhlenbeck_path_kl(*given)
+    tensors = [tensor(each) for each in (0.0, 0.35, 0.4, 0.1, 0.7, 0.6, 0.09, 0.9)]
+    divergence = linear.ornstein_uhlenbeck_path_kl(*tensors)
     # E X_s = .6 + .35 s, Var X_s = .09 + .49 s; u = (.4 X + .25) / .7
     expected = scipy.integrate.quad(
         lambda s: ((0.4 * (0.6 + 0.35 * s) + 0.25) ** 2 + 0.16 * (0.09 + 0.49 * s)) / (2 * 0.49),
         0,
         0.9,
     )[0]
-    assert float(found) == pytest.approx(expected, rel=1e-13)
+    assert float(divergence) == pytest.approx(expected, rel=1e-13)
 
 
 @given(SEEDS, DIMS)
@@ -242,8 +242,8 @@ def test_path_kl_is_the_integral_of_the_energy(seed, dim):
     expected = scipy.integrate.solve_ivp(
         rate, (0, 0.9), start, method="DOP853", rtol=1e-13, atol=1e-13
     ).y[-1, -1]
-    found = linear.linear_path_kl(Affine(A1, b1), Affine(A0, b0), G, Gaussian(m, P), 0.9)
-    assert float(found) == pytest.approx(float(expected), rel=1e-9)
+    divergence = linear.linear_path_kl(Affine(A1, b1), Affine(A0, b0), G, Gaussian(m, P), 0.9)
+    assert float(divergence) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_path_kl_counts_only_directions_with_noise():
@@ -251,9 +251,9 @@ def test_path_kl_counts_only_directions_with_noise():
     G = tensor([[0.0], [0.5]])
     A1, A0 = tensor([[0.0, 1.0], [-2.0, -0.3]]), tensor([[0.0, 1.0], [0.0, -0.3]])
     zero, start = torch.zeros(2, dtype=torch.float64), Gaussian(tensor([1.0, 0.0]), positive(0, 2))
-    found = linear.linear_path_kl(Affine(A1, zero), Affine(A0, zero), G, start, 1e-6)
+    divergence = linear.linear_path_kl(Affine(A1, zero), Affine(A0, zero), G, start, 1e-6)
     rate = 0.5 * 4 * (1 + float(start.covariance[0, 0])) / 0.25
-    assert float(found) == pytest.approx(1e-6 * rate, rel=1e-5)  # first order in the duration
+    assert float(divergence) == pytest.approx(1e-6 * rate, rel=1e-5)  # first order in the duration
     with pytest.raises(ValueError, match="infinite"):
         linear.linear_path_kl(
             Affine(A1, zero), Affine(A0 + tensor([[0.0, 0.1], [0, 0]]), zero), G, start, 1.0
@@ -350,11 +350,11 @@ def quadrature_tilt(m: float, s: float, Q: float, slope: float, b: float, c: flo
 @pytest.mark.parametrize("Q", [0.7, 0.0, -0.5])
 def test_tilt_is_the_reweighted_law(Q):
     law = Gaussian(tensor([0.4]), tensor([[0.6]]))
-    found = linear.tilt(law, tensor([[Q]]), tensor([0.9]), 0.8, 0.25)
+    tilted = linear.tilt(law, tensor([[Q]]), tensor([0.9]), 0.8, 0.25)
     log_z, mean, variance = quadrature_tilt(0.4, 0.6, Q, 0.9, 0.8, 0.25)
-    assert float(found.log_normaliser) == pytest.approx(log_z, rel=1e-9)
-    assert float(found.law.mean) == pytest.approx(mean, rel=1e-9)
-    assert float(found.law.covariance) == pytest.approx(variance, rel=1e-8)
+    assert float(tilted.log_normaliser) == pytest.approx(log_z, rel=1e-9)
+    assert float(tilted.law.mean) == pytest.approx(mean, rel=1e-9)
+    assert float(tilted.law.covariance) == pytest.approx(variance, rel=1e-8)
 
 
 @given(SEEDS, DIMS, st.floats(1, 1e4), st.floats(0.2, 3))
@@ -362,16 +362,16 @@ def test_tilt_completes_the_square(seed, dim, condition, b):
     m, S = draw(seed, dim), positive(seed + 1, dim, condition)
     Q, slope = 0.2 * draw(seed + 2, dim, dim), draw(seed + 3, dim)
     Q = Q @ Q.T
-    found = linear.tilt(Gaussian(m, S), Q, slope, b)
+    tilted = linear.tilt(Gaussian(m, S), Q, slope, b)
     precision = np.linalg.inv(S.numpy()) + Q.numpy() / b
-    spread = np.linalg.inv(precision)
-    mean = spread @ (np.linalg.solve(S.numpy(), m.numpy()) + slope.numpy() / b)
+    covariance = np.linalg.inv(precision)
+    mean = covariance @ (np.linalg.solve(S.numpy(), m.numpy()) + slope.numpy() / b)
     bound = 1e-13 * condition  # what inverting S loses
     torch.testing.assert_close(
-        found.law.covariance, torch.from_numpy(spread), rtol=10 * bound, atol=10 * bound
+        tilted.law.covariance, torch.from_numpy(covariance), rtol=10 * bound, atol=10 * bound
     )
     torch.testing.assert_close(
-        found.law.mean, torch.from_numpy(mean), rtol=100 * bound, atol=100 * bound
+        tilted.law.mean, torch.from_numpy(mean), rtol=100 * bound, atol=100 * bound
     )
 
 
@@ -379,29 +379,29 @@ def test_tilt_completes_the_square(seed, dim, condition, b):
 def test_log_normaliser_is_the_best_reward_less_kl(seed, dim, b):
     law = Gaussian(draw(seed, dim), positive(seed + 1, dim))
     Q, slope = positive(seed + 2, dim), draw(seed + 3, dim)
-    found = linear.tilt(law, Q, slope, b, -0.4)
+    tilted = linear.tilt(law, Q, slope, b, -0.4)
 
     def objective(candidate: Gaussian) -> float:
         m, S = candidate.mean, candidate.covariance
         reward = -0.5 * (m @ Q @ m + (Q * S).sum()) + slope @ m - 0.4
         return float(reward - b * linear.gaussian_kl(candidate, law))
 
-    best = objective(found.law)
-    assert best == pytest.approx(b * float(found.log_normaliser), rel=1e-11, abs=1e-11)
-    assert objective(Gaussian(found.law.mean + 0.01, found.law.covariance)) < best
-    assert objective(Gaussian(found.law.mean, 1.01 * found.law.covariance)) < best
+    best = objective(tilted.law)
+    assert best == pytest.approx(b * float(tilted.log_normaliser), rel=1e-11, abs=1e-11)
+    assert objective(Gaussian(tilted.law.mean + 0.01, tilted.law.covariance)) < best
+    assert objective(Gaussian(tilted.law.mean, 1.01 * tilted.law.covariance)) < best
 
 
 def test_a_direction_without_variance_is_not_tilted():
     law = Gaussian(tensor([0.4, -0.2]), tensor([[0.6, 0.0], [0.0, 0.0]]))
     Q = tensor([[0.7, 0.3], [0.3, -50.0]])
-    found = linear.tilt(law, Q, tensor([0.9, 5.0]), 0.8)
+    tilted = linear.tilt(law, Q, tensor([0.9, 5.0]), 0.8)
     # given x_2 = -.2 the reward of x_1 has the slope .9 - .3 (-.2)
     log_z, mean, variance = quadrature_tilt(0.4, 0.6, 0.7, 0.96, 0.8, 25 * 0.04 + 5 * -0.2)
-    assert float(found.log_normaliser) == pytest.approx(log_z, rel=1e-9)
-    torch.testing.assert_close(found.law.mean, tensor([mean, -0.2]), rtol=1e-9, atol=0)
+    assert float(tilted.log_normaliser) == pytest.approx(log_z, rel=1e-9)
+    torch.testing.assert_close(tilted.law.mean, tensor([mean, -0.2]), rtol=1e-9, atol=0)
     expected = tensor([[variance, 0.0], [0.0, 0.0]])
-    torch.testing.assert_close(found.law.covariance, expected, rtol=1e-8, atol=1e-15)
+    torch.testing.assert_close(tilted.law.covariance, expected, rtol=1e-8, atol=1e-15)
 
 
 @given(SEEDS, st.integers(1, 5), st.floats(-9, 9), st.floats(0.01, 30), st.integers(-3, 3))
@@ -437,16 +437,18 @@ def test_kl_optimal_value_solves_its_hamilton_jacobi_bellman_equation(seed, dim,
     now, rate = torch.func.jvp(lambda t: value(t)(x), (t,), (torch.ones_like(t),))
     V = value(t)
     gradient, drift = V.gradient(x), linear.kl_optimal_drift(V, G, b)
-    spread = G @ G.T
+    covariance_rate = G @ G.T
     residual = (
         rate
         + (gradient * (x @ A.T + shift)).sum(-1)
-        + 0.5 * (spread * V.hessian).sum()
-        + ((gradient @ spread) * gradient).sum(-1) / (2 * b)
+        + 0.5 * (covariance_rate * V.hessian).sum()
+        + ((gradient @ covariance_rate) * gradient).sum(-1) / (2 * b)
     )
-    scale = float(now.abs().max() + gradient.square().max() * (1 + spread.abs().max()) + 1)
+    scale = float(now.abs().max() + gradient.square().max() * (1 + covariance_rate.abs().max()) + 1)
     torch.testing.assert_close(residual, torch.zeros_like(residual), rtol=0, atol=1e-11 * scale)
-    torch.testing.assert_close(drift(x), gradient @ spread / b, rtol=1e-12, atol=1e-12 * scale)
+    torch.testing.assert_close(
+        drift(x), gradient @ covariance_rate / b, rtol=1e-12, atol=1e-12 * scale
+    )
     end = value(tensor(1.0))(x)
     reward = -0.5 * ((x @ Q) * x).sum(-1) + x @ slope + 0.3
     torch.testing.assert_close(end, reward, rtol=1e-13, atol=1e-13)
@@ -483,8 +485,8 @@ def test_derivatives_in_every_argument(dim):
     time, weight = tensor(0.7).requires_grad_(), tensor(1.3).requires_grad_()
 
     def moments(A, b, G, m, L, time):
-        found = linear.gaussian_moments(A, b, G, Gaussian(m, spd(L)), time)
-        return found.mean, found.covariance
+        law = linear.gaussian_moments(A, b, G, Gaussian(m, spd(L)), time)
+        return law.mean, law.covariance
 
     def path(A, b, A0, b0, G, m, L, time):
         start = Gaussian(m, spd(L))
@@ -494,8 +496,8 @@ def test_derivatives_in_every_argument(dim):
         return linear.gaussian_kl(Gaussian(m, spd(L)), Gaussian(m0, spd(L0)))
 
     def tilted(m, L, L0, slope, weight):
-        found = linear.tilt(Gaussian(m, spd(L)), 0.1 * sym(L0), slope, 3 + weight, weight)
-        return found.law.mean, found.law.covariance, found.log_normaliser
+        tilted_law = linear.tilt(Gaussian(m, spd(L)), 0.1 * sym(L0), slope, 3 + weight, weight)
+        return tilted_law.law.mean, tilted_law.law.covariance, tilted_law.log_normaliser
 
     gradcheck = torch.autograd.gradcheck
     assert gradcheck(moments, (A, b, G, m, L, time))
@@ -539,12 +541,12 @@ GOOD = {"A": -EYE, "b": ZERO2, "G": EYE, "time": 1.0}
     ids=str,
 )
 def test_bad_linear_sdes_are_refused(bad):
-    given = GOOD | bad
+    arguments = GOOD | bad
     with pytest.raises((ValueError, TypeError)):
-        linear.transition(**given)
-    time = given.pop("time")
+        linear.transition(**arguments)
+    time = arguments.pop("time")
     with pytest.raises((ValueError, TypeError)):
-        linear.gaussian_moments(**given, start=Gaussian(ZERO2, EYE), time=time)
+        linear.gaussian_moments(**arguments, start=Gaussian(ZERO2, EYE), time=time)
 
 
 def test_bad_laws_and_weights_are_refused():
@@ -602,10 +604,10 @@ def test_drifts_that_differ_in_some_entries_only_are_covered_up_to_round_off():
     G, start = positive(0, 3) + draw(1, 3, 3), Gaussian(draw(2, 3), positive(3, 3))
     shift = tensor([[0.0, 0.3, 0.0], [0.0, 0.0, -1.7], [0.0, 0.0, 0.0]])
     zero = torch.zeros(3, dtype=torch.float64)
-    found = linear.linear_path_kl(Affine(shift, zero), Affine(0 * shift, zero), G, start, 1e-7)
+    divergence = linear.linear_path_kl(Affine(shift, zero), Affine(0 * shift, zero), G, start, 1e-7)
     u = torch.linalg.solve(G, shift)
     second = start.covariance + torch.outer(start.mean, start.mean)
-    assert float(found) == pytest.approx(0.5e-7 * float((u.T @ u * second).sum()), rel=1e-5)
+    assert float(divergence) == pytest.approx(0.5e-7 * float((u.T @ u * second).sum()), rel=1e-5)
 
 
 def test_a_batch_of_tilts_is_its_members():
@@ -613,7 +615,7 @@ def test_a_batch_of_tilts_is_its_members():
     Q, slope = torch.stack([0.3 * positive(k, 2) for k in range(4, 8)]), draw(1, 4, 2)
     weight, constant = tensor([0.5, 0.8, 1.3, 2.1]), tensor([0.1, -0.4, 0.7, 0.0])
     G = draw(2, 2, 3)
-    found = linear.tilt(laws, Q, slope, weight, constant)
+    tilted = linear.tilt(laws, Q, slope, weight, constant)
     base = linear.transition(-EYE, draw(4, 4, 2), G, weight)
     value = linear.kl_optimal_value(base, Q, slope, weight, constant)
     drift = linear.kl_optimal_drift(value, G, weight)
@@ -622,9 +624,9 @@ def test_a_batch_of_tilts_is_its_members():
         b, c = float(weight[k]), float(constant[k])
         law = Gaussian(laws.mean[k], laws.covariance[k])
         one = linear.tilt(law, Q[k], slope[k], b, c)
-        torch.testing.assert_close(found.law.mean[k], one.law.mean)
-        torch.testing.assert_close(found.law.covariance[k], one.law.covariance)
-        torch.testing.assert_close(found.log_normaliser[k], one.log_normaliser)
+        torch.testing.assert_close(tilted.law.mean[k], one.law.mean)
+        torch.testing.assert_close(tilted.law.covariance[k], one.law.covariance)
+        torch.testing.assert_close(tilted.log_normaliser[k], one.log_normaliser)
         here = linear.Transition(base.F[k], base.f[k], base.C[k])
         alone = linear.kl_optimal_value(here, Q[k], slope[k], b, c)
         for name in ("hessian", "slope", "constant"):
@@ -690,12 +692,12 @@ def test_one_lopsided_member_of_a_batch_is_refused():
 def test_a_batch_of_divergences_is_its_members_and_the_bad_law_is_named():
     one = Gaussian(draw(0, 3, 2), torch.stack([positive(k, 2) for k in range(3)]))
     other = Gaussian(draw(1, 3, 2), torch.stack([positive(k, 2) for k in range(3, 6)]))
-    found = linear.gaussian_kl(one, other)
+    divergence = linear.gaussian_kl(one, other)
     for k in range(3):
         alone = linear.gaussian_kl(
             Gaussian(one.mean[k], one.covariance[k]), Gaussian(other.mean[k], other.covariance[k])
         )
-        torch.testing.assert_close(found[k], alone)
+        torch.testing.assert_close(divergence[k], alone)
     flat = Gaussian(ZERO2, 0 * EYE)
     with pytest.raises(ValueError, match=r"^covariance must"):
         linear.gaussian_kl(flat, Gaussian(ZERO2, EYE))
@@ -714,7 +716,7 @@ def test_tilts_of_two_batch_dimensions_are_as_good_as_of_one():
 
 def test_a_stiff_member_or_direction_does_not_overflow_beside_a_tame_one():
     A = torch.stack([torch.diag(tensor([-1e5, -0.01])), torch.diag(tensor([-0.02, -0.03]))])
-    found = linear.transition(A, ZERO2, EYE, 20.0)
-    for one, rates in zip(found.C, (tensor([1e5, 0.01]), tensor([0.02, 0.03])), strict=True):
+    transition = linear.transition(A, ZERO2, EYE, 20.0)
+    for one, rates in zip(transition.C, (tensor([1e5, 0.01]), tensor([0.02, 0.03])), strict=True):
         expected = -torch.expm1(-40 * rates) / (2 * rates)
         torch.testing.assert_close(one.diagonal(), expected, rtol=1e-9, atol=0)

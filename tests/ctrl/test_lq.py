@@ -28,7 +28,7 @@ def random_lq(
     condition: float = 10.0,
     discount: float = 0.3,
     temperature: float = 0.2,
-    moved: float = 0.3,
+    controlled_noise: float = 0.3,
 ) -> LinearQuadratic:
     """Every coefficient there is; M - R'N^{-1}R stays positive."""
     g = torch.Generator().manual_seed(seed)
@@ -39,9 +39,9 @@ def random_lq(
 
     def positive(size: int) -> Tensor:
         basis = torch.linalg.qr(draw(size, size)).Q
-        spread = torch.logspace(0, -math.log10(condition), size, dtype=torch.float64)
-        found = basis @ torch.diag(spread) @ basis.T
-        return 0.5 * (found + found.T)
+        eigenvalues = torch.logspace(0, -math.log10(condition), size, dtype=torch.float64)
+        matrix = basis @ torch.diag(eigenvalues) @ basis.T
+        return 0.5 * (matrix + matrix.T)
 
     return LinearQuadratic(
         A=draw(dim, dim) / dim**0.5,
@@ -55,8 +55,8 @@ def random_lq(
         H=positive(dim),
         h=draw(dim),
         f=draw(dim),
-        C=moved * draw(noise, dim, dim) / dim**0.5,
-        D=moved * draw(noise, dim, actions),
+        C=controlled_noise * draw(noise, dim, dim) / dim**0.5,
+        D=controlled_noise * draw(noise, dim, actions),
         discount=discount,
         temperature=temperature,
     )
@@ -103,14 +103,14 @@ def test_value_rate_is_the_expected_q_rate_and_the_entropy(seed, dim, actions):
     law = LinearGaussian(points(seed + 2, actions, dim), points(seed + 3, actions), root @ root.T)
     x = points(seed + 4, 3, dim)
     # q is quadratic in the action: its mean over mu +- sqrt(k) L e_j is exact
-    spread = actions**0.5 * torch.cat([root.T, -root.T])
+    offsets = actions**0.5 * torch.cat([root.T, -root.T])
     problem = lq.problem(1.0)
-    q = [q_rate(problem, lambda t, x: value(x), T, x, law.mean(x) + one) for one in spread]
+    q = [q_rate(problem, lambda t, x: value(x), T, x, law.mean(x) + one) for one in offsets]
     entropy = torch.distributions.MultivariateNormal(law.offset, law.covariance).entropy()
     expected = torch.stack(q).mean(0) + 0.2 * entropy
     scale = float(torch.stack(q).abs().max()) + 1
-    found = value_rate(lq, value, law)(x)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * scale)
+    value_rates = value_rate(lq, value, law)(x)
+    torch.testing.assert_close(value_rates, expected, rtol=0, atol=1e-12 * scale)
 
 
 @given(SEEDS, DIMS, ACTIONS)
@@ -168,7 +168,7 @@ def test_paths_keep_their_precision():
 
 def test_noise_is_controlled_only_where_the_action_moves_it():
     assert random_lq(0, 2).sde.controls_diffusion
-    still = random_lq(0, 2, moved=0.0).sde
+    still = random_lq(0, 2, controlled_noise=0.0).sde
     assert not still.controls_diffusion
     assert still.diffusion_at(T, points(0, 3, 2)).shape == (3, 2, 2)
 
@@ -413,12 +413,12 @@ def test_noise_that_is_left_out_and_noise_of_zeros_are_the_same():
     half = LinearQuadratic(**vars(still) | {"D": left_out.D})  # one is enough for both
     assert [part.shape[-3] for part in half.scaled_noise] == [2, 2]
     value, law = random_quadratic(2, 3), improve_lq(zeros, random_quadratic(3, 3))
-    for found, expected in (
+    for computed, expected in (
         (value_rate(still, value, law), value_rate(zeros, value, law)),
         (improve_lq(still, value), improve_lq(zeros, value)),
     ):
         for name, part in vars(expected).items():
-            torch.testing.assert_close(getattr(found, name), part)
+            torch.testing.assert_close(getattr(computed, name), part)
     learned = torch.zeros(2, 3, 3, dtype=torch.float64, requires_grad=True)
     value_rate(LinearQuadratic(**vars(still) | {"C": learned}), value, law).slope.sum().backward()
     assert bool(learned.grad.any())  # at zero the value has a slope in C: that of C'S sigma
@@ -449,9 +449,9 @@ def test_two_batch_dimensions_are_as_good_as_one():
     lq, v = nested(flat), nested(value)
     assert lq.sde.noise_dim == 2
     law, expected = improve_lq(lq, v), improve_lq(flat, value)
-    for found, other in (
+    for with_two, other in (
         (law, expected),
         (value_rate(lq, v, law), value_rate(flat, value, expected)),
     ):
         for name, part in vars(other).items():
-            torch.testing.assert_close(getattr(found, name)[0], part)
+            torch.testing.assert_close(getattr(with_two, name)[0], part)

@@ -93,11 +93,11 @@ def test_derivatives_to_the_second(dim):
 def test_a_batch_is_its_members(dim):
     A = torch.stack([stable(k, dim, 10.0**-k) for k in range(4)])
     Q = torch.stack([symmetric(k, dim) for k in range(4)])
-    found = lyapunov(A[None], torch.zeros(1, 4, 0, dim, dim, dtype=torch.float64), Q[None])[0]
+    solution = lyapunov(A[None], torch.zeros(1, 4, 0, dim, dim, dtype=torch.float64), Q[None])[0]
     for k in range(4):
         alone = lyapunov(A[k], none(dim), Q[k])
         scale = float(alone.abs().max()) * 10**k
-        torch.testing.assert_close(found[k], alone, rtol=0, atol=1e-12 * scale)
+        torch.testing.assert_close(solution[k], alone, rtol=0, atol=1e-12 * scale)
 
 
 @pytest.mark.parametrize("dim", [2, SMALL + 4])

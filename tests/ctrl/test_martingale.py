@@ -114,17 +114,17 @@ def root(loss, paths):
     return torch.linalg.solve(jacobian, -offset).numpy()
 
 
-def assert_coefficients(found, expected):
+def assert_coefficients(coefficients, expected):
     # round-off of 4 ** 4 paths through a 3 x 3 system of condition below 1e4
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(coefficients, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.8])
 def test_martingale_loss_is_least_at_the_projection_of_the_true_value(discount):
     settings = {"discount": discount}
     paths = sampled(UNEVEN, settings)
-    found = root(lambda v: mg.martingale_loss(v, problem(**settings), paths), paths)
-    assert_coefficients(found, oracle(UNEVEN.nodes.numpy(), discount)["projection"])
+    coefficients = root(lambda v: mg.martingale_loss(v, problem(**settings), paths), paths)
+    assert_coefficients(coefficients, oracle(UNEVEN.nodes.numpy(), discount)["projection"])
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.8])
@@ -132,35 +132,37 @@ def test_ctd0_and_clstd_solve_the_moment_equation(discount):
     settings = {"discount": discount}
     paths, expected = sampled(UNEVEN, settings), oracle(UNEVEN.nodes.numpy(), discount)["moment"]
     assert_coefficients(root(lambda v: mg.ctd0(v, problem(**settings), paths), paths), expected)
-    found = mg.clstd(features, problem(**settings), paths).coefficients
-    assert_coefficients(found.numpy(), expected)
+    coefficients = mg.clstd(features, problem(**settings), paths).coefficients
+    assert_coefficients(coefficients.numpy(), expected)
 
 
 def test_gradient_td_has_the_same_root_under_both_weightings():
     paths, expected = sampled(UNEVEN), oracle(UNEVEN.nodes.numpy())["moment"]
     tests = mg.features_along(features)
     for weighting in ("identity", "covariance"):
-        found = root(
+        coefficients = root(
             lambda v, w=weighting: mg.cgtd_loss(tests, v, problem(), paths, weighting=w), paths
         )
-        np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-8)  # condition squared
+        np.testing.assert_allclose(
+            coefficients, expected, rtol=1e-7, atol=1e-8
+        )  # condition squared
 
 
 def test_ctd_lambda_goes_from_the_projection_to_the_moment_equation():
     paths, limits = sampled(UNEVEN), oracle(UNEVEN.nodes.numpy())
-    found = {
+    coefficients = {
         decay: root(lambda v, d=decay: mg.ctd_lambda(v, problem(), paths, d), paths)
         for decay in (0.0, 2.0, 400.0)
     }
-    assert_coefficients(found[0.0], limits["projection"])
+    assert_coefficients(coefficients[0.0], limits["projection"])
     apart = np.abs(limits["projection"] - limits["moment"]).max()
-    assert np.abs(found[2.0] - limits["projection"]).max() > 0.05 * apart
+    assert np.abs(coefficients[2.0] - limits["projection"]).max() > 0.05 * apart
     # at 400 / time the past is worth e^{-100} on this grid, but h weights the steps: CTD(0) with
     # weights h_k, which on an even grid is CTD(0)
     even = ctrl.uniform_grid(T, 3)
     paths = sampled(even)
-    found = root(lambda v: mg.ctd_lambda(v, problem(), paths, 400.0), paths)
-    assert_coefficients(found, oracle(even.nodes.numpy())["moment"])
+    coefficients = root(lambda v: mg.ctd_lambda(v, problem(), paths, 400.0), paths)
+    assert_coefficients(coefficients, oracle(even.nodes.numpy())["moment"])
 
 
 def test_limits_of_the_exact_recursion_are_those_of_the_theory():
@@ -175,8 +177,8 @@ def test_limits_of_the_exact_recursion_are_those_of_the_theory():
 
 def test_the_naive_residual_goes_somewhere_else():
     paths, limits = sampled(UNEVEN), oracle(UNEVEN.nodes.numpy())
-    found = root(lambda v: mg.increments(v, problem(), paths).square().sum(1), paths)
-    assert_coefficients(found, limits["naive"])
+    coefficients = root(lambda v: mg.increments(v, problem(), paths).square().sum(1), paths)
+    assert_coefficients(coefficients, limits["naive"])
     assert np.abs(limits["naive"] - limits["moment"]).max() > 0.05
 
 
@@ -300,16 +302,16 @@ def test_ergodic_least_squares_finds_value_and_average():
     at_rest = S**2 * h / (1 - f**2)
     noise = ctrl.noise.gauss_hermite(torch.tensor([1.0, h, h], dtype=torch.float64), nodes=5)
     start = at_rest**0.5 * noise.increments[:, 0]
-    given = ctrl.Noise(noise.increments[:, 1:].contiguous(), weights=noise.weights)
-    paths = ctrl.simulate(endless, POLICY, start, grid, noise=given)
+    later_noise = ctrl.Noise(noise.increments[:, 1:].contiguous(), weights=noise.weights)
+    paths = ctrl.simulate(endless, POLICY, start, grid, noise=later_noise)
 
     def quadratic(t, x):
         return torch.cat([x, x**2], dim=1)
 
-    found = mg.clstd(quadratic, endless, paths, ergodic=True)
+    fit = mg.clstd(quadratic, endless, paths, ergodic=True)
     # V = c x^2: c (f^2 - 1) x^2 + x^2 h = 0 and average = at_rest
-    np.testing.assert_allclose(found.coefficients, [0, h / (1 - f**2)], atol=1e-12)
-    assert found.average_reward == pytest.approx(at_rest, rel=1e-12)
+    np.testing.assert_allclose(fit.coefficients, [0, h / (1 - f**2)], atol=1e-12)
+    assert fit.average_reward == pytest.approx(at_rest, rel=1e-12)
     with pytest.raises(ValueError, match="determine"):
         mg.clstd(basis, endless, paths, ergodic=True)  # the constant is a martingale
     with pytest.raises(ValueError, match="ergodic"):
@@ -374,7 +376,7 @@ def few(generator):
 
 def terms(problem, policy, paths, value, average=0.0):
     """Discounted dM of every path and step, by loops."""
-    nodes, found = paths.grid.nodes, torch.zeros(len(paths.states), 3, dtype=torch.float64)
+    nodes, total = paths.grid.nodes, torch.zeros(len(paths.states), 3, dtype=torch.float64)
     for p in range(len(paths.states)):
         x = paths.states[p : p + 1]
         j = [value(t, x[:, k]) for k, t in enumerate(nodes[:-1])] + [
@@ -385,8 +387,8 @@ def terms(problem, policy, paths, value, average=0.0):
             pay = problem.running_reward(t, x[:, k], a) - average
             pay = pay - lq.TEMPERATURE * policy.log_prob(t, x[:, k], a)
             step = torch.exp(-lq.DISCOUNT * h) * j[k + 1] - j[k] + pay * h
-            found[p, k] = torch.exp(-lq.DISCOUNT * t) * step[0]
-    return found
+            total[p, k] = torch.exp(-lq.DISCOUNT * t) * step[0]
+    return total
 
 
 def linear(theta, base=known):
@@ -402,8 +404,8 @@ def gradients(loss, theta=THETA):
     return torch.func.jacrev(lambda one: loss(linear(one)))(theta)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+def close(computed, expected):
+    torch.testing.assert_close(computed, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_martingale_loss_is_the_squared_gap_to_the_end_of_the_martingale(few):
@@ -422,20 +424,20 @@ def test_orthogonality_is_the_sum_of_test_functions_times_increments(few):
     each = mg.orthogonality(mg.features_along(timed), *arguments)
     close(each, (xi * dm[..., None]).sum(1))
     mean = each.mean(0)  # no weights: equal ones
-    found = mg.cgtd_loss(mg.features_along(timed), *arguments)
-    close(found, 0.5 * (mean @ mean))
+    loss = mg.cgtd_loss(mg.features_along(timed), *arguments)
+    close(loss, 0.5 * (mean @ mean))
     covariance = torch.einsum("k,pki,pkj->ij", lq.GRID.steps, xi, xi) / len(xi)
-    found = mg.cgtd_loss(mg.features_along(timed), *arguments, weighting="covariance")
+    loss = mg.cgtd_loss(mg.features_along(timed), *arguments, weighting="covariance")
     expected = 0.5 * mean @ torch.linalg.solve(covariance, mean)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
 
 
 def test_ctd0_descends_against_features_times_increments(few):
     problem, policy, paths = few
     dm = terms(problem, policy, paths, linear(THETA), AVERAGE)
     xi = mg.features_along(timed)(paths)
-    found = gradients(lambda value: mg.ctd0(value, problem, paths, policy, AVERAGE))
-    close(found, -(xi * dm[..., None]).sum(1))
+    slope = gradients(lambda value: mg.ctd0(value, problem, paths, policy, AVERAGE))
+    close(slope, -(xi * dm[..., None]).sum(1))
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.7])
@@ -445,17 +447,17 @@ def test_ctd_lambda_descends_against_decayed_features_times_increments(few, deca
     t, h = lq.NODES[:-1], lq.GRID.steps
     past = (t[:, None] >= t) * torch.exp(-decay * (t[:, None] - t)) * h  # [now, then]
     xi = torch.einsum("kl,plm->pkm", past, phi)
-    found = gradients(lambda value: mg.ctd_lambda(value, problem, paths, decay, policy, AVERAGE))
-    close(found, -(xi * dm[..., None]).sum(1))
+    slope = gradients(lambda value: mg.ctd_lambda(value, problem, paths, decay, policy, AVERAGE))
+    close(slope, -(xi * dm[..., None]).sum(1))
 
 
 def test_least_squares_leave_no_moment_beside_a_known_part(few):
     """Without weights, and with what the problem pays at its horizon."""
     problem, policy, paths = few
-    found = mg.clstd(timed, problem, paths, policy, base=known)
+    fit = mg.clstd(timed, problem, paths, policy, base=known)
     t, x = lq.NODES[1], paths.states[:, 1]
-    close(found(t, x), timed(t, x) @ found.coefficients + known(t, x))
-    moments = mg.orthogonality(mg.features_along(timed), found, problem, paths, policy).mean(0)
+    close(fit(t, x), timed(t, x) @ fit.coefficients + known(t, x))
+    moments = mg.orthogonality(mg.features_along(timed), fit, problem, paths, policy).mean(0)
     assert moments.abs().max() < 1e-12
     plain = mg.clstd(timed, problem, paths, policy)
     assert plain.base is None
@@ -467,12 +469,12 @@ def test_ergodic_least_squares_beside_a_known_part(few):
     settings = {"terminal_reward": None, "discount": 0.0, "temperature": 0.0}
     endless = replace(problem, horizon=float("inf"), **settings)
     quadratic = lambda t, x: torch.cat([x, x**2], dim=1)
-    found = mg.clstd(quadratic, endless, paths, base=known, ergodic=True)
+    fit = mg.clstd(quadratic, endless, paths, base=known, ergodic=True)
     with_one = mg.features_along(timed)  # {1, x, x^2}, but for a factor of the time
     tests = lambda p: with_one(p) / (1.3 + lq.NODES[:-1, None])
-    average = found.average_reward
+    average = fit.average_reward
     assert average != 0
-    moments = mg.orthogonality(tests, found, endless, paths, average_reward=average)
+    moments = mg.orthogonality(tests, fit, endless, paths, average_reward=average)
     assert moments.mean(0).abs().max() < 1e-12
 
 
@@ -563,7 +565,7 @@ def test_the_covariance_of_moving_test_functions_is_held_fixed(few):
 
     theta = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
     loss = mg.cgtd_loss(tests(theta), *arguments, weighting="covariance")
-    (found,) = torch.autograd.grad(loss, theta)
+    (slope,) = torch.autograd.grad(loss, theta)
     # m = theta m_1 and A = A_1 / theta^2 is held: d(m'A m / 2) = m_1'A_1 m_1 / theta
     one = mg.cgtd_loss(tests(1.0), *arguments, weighting="covariance")
-    torch.testing.assert_close(found, 2 * one / 1.3, rtol=1e-9, atol=0)
+    torch.testing.assert_close(slope, 2 * one / 1.3, rtol=1e-9, atol=0)

@@ -197,9 +197,9 @@ def inside(paths, first, settings, noise="diagonal", graph=False):
         ctrl.uniform_grid(0.9, 9), ctrl.TorchSDE(**settings),
     )  # fmt: skip
     streams = ctrl.noise.PathStreams(7, ("test", 3), first)
-    found = ctrl.simulate(*arguments, generator=streams, differentiable=graph)
-    assert torch.equal(found.states[:, -1], ctrl.simulate_end(*arguments, generator=streams))
-    return found
+    simulated = ctrl.simulate(*arguments, generator=streams, differentiable=graph)
+    assert torch.equal(simulated.states[:, -1], ctrl.simulate_end(*arguments, generator=streams))
+    return simulated
 
 
 @pytest.mark.parametrize("settings", INSIDE, ids=str)
@@ -371,13 +371,13 @@ def test_the_bridge_has_the_conditional_mean_and_covariance_of_brownian_motion(m
 
     eye = torch.eye(4, dtype=torch.float64)
     mean = torch.stack([refined(row, 0 * eye[0]) for row in eye[:2, :2]], 1)
-    spread = torch.stack([refined(0 * eye[0, :2], row) for row in eye], 1)
+    root = torch.stack([refined(0 * eye[0, :2], row) for row in eye], 1)
     # conditioning the Gaussian N(0, diag h) on its sums over the coarse steps
     h, sums = FINE.diff().diag(), torch.zeros(2, 6, dtype=torch.float64)
     sums[0, :3], sums[1, 3:] = 1, 1
     gain = h @ sums.T @ torch.linalg.inv(sums @ h @ sums.T)
     torch.testing.assert_close(mean, gain, rtol=1e-13, atol=1e-15)
-    torch.testing.assert_close(spread @ spread.T, h - gain @ sums @ h, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(root @ root.T, h - gain @ sums @ h, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -433,8 +433,8 @@ def test_refining_takes_one_source_of_normals():
     for given in (both, {}):
         with pytest.raises(ValueError, match="exactly one of generator and normals"):
             ctrl.noise.refine(increments, coarse, fine, **given)
-    found = ctrl.noise.refine(increments, coarse, fine, normals=both["normals"])
-    torch.testing.assert_close(found[:, 0], torch.full((3, 2), 0.4 + (0.4 * 0.6) ** 0.5))
+    refined = ctrl.noise.refine(increments, coarse, fine, normals=both["normals"])
+    torch.testing.assert_close(refined[:, 0], torch.full((3, 2), 0.4 + (0.4 * 0.6) ** 0.5))
 
 
 def test_antithetic_quadrature_keeps_its_expectation():

@@ -87,8 +87,8 @@ def test_a_grid_too_fine_for_its_precision_is_refused():
 def test_integrals_along_a_path_read_the_left_end(generator):
     grid = ctrl.TimeGrid(torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64))
     rates = torch.tensor([[2.0, 5.0], [-1.0, 4.0]], dtype=torch.float64)
-    found = ctrl.time_integral(rates, grid)
-    torch.testing.assert_close(found, torch.tensor([0.6 + 3.5, -0.3 + 2.8]).double())
+    integral = ctrl.time_integral(rates, grid)
+    torch.testing.assert_close(integral, torch.tensor([0.6 + 3.5, -0.3 + 2.8]).double())
     w = torch.randn(2, 2, 3, dtype=torch.float64, generator=generator)
     torch.testing.assert_close(ctrl.ito_sum(2 * w, w), 2 * w.square().sum((1, 2)))
     with pytest.raises((ValueError, TypeError), match="rates"):
@@ -197,11 +197,11 @@ def test_observed_rewards_replace_the_problems_and_are_never_added_to_them():
 def test_entropy_is_paid_by_the_log_density_of_what_was_drawn():
     problem, policy, paths = chain()
     plain = ctrl.running_rewards(problem, paths)
-    found = ctrl.regularised_rewards(problem, paths, policy)
+    rewards = ctrl.regularised_rewards(problem, paths, policy)
     k = 1
     share = policy.log_prob(paths.grid.nodes[k], paths.states[:, k], paths.actions[:, k])
     by_hand = plain[:, k] - lq.TEMPERATURE * share * paths.grid.steps[k]
-    torch.testing.assert_close(found[:, k], by_hand, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(rewards[:, k], by_hand, rtol=1e-13, atol=1e-14)
     for nobody in (None, ctrl.DeterministicPolicy(lambda t, x: x)):
         with pytest.raises(ValueError, match="policy"):
             ctrl.regularised_rewards(problem, paths, nobody)
@@ -211,9 +211,9 @@ def test_the_mean_return_is_the_value_of_the_chain():
     theta = lq.parameters()
     problem, policy = lq.problem(), lq.policy(*theta)
     paths = lq.paths(problem, policy)
-    found = float((paths.weights @ ctrl.returns_to_go(problem, paths, policy)[:, 0]).detach())
+    mean_return = float((paths.weights @ ctrl.returns_to_go(problem, paths, policy)[:, 0]).detach())
     expected = float(lq.performance(lq.values(*theta)).detach())
-    assert found == pytest.approx(expected, rel=1e-12)  # 5 ** 6 weighted paths
+    assert mean_return == pytest.approx(expected, rel=1e-12)  # 5 ** 6 weighted paths
 
 
 def test_an_endless_problem_never_ends():
@@ -295,12 +295,12 @@ def test_rewards_and_entropy_are_read_at_their_own_times():
     moving = ctrl.GaussianPolicy(lambda t, x: (0.3 - t) * x, lambda t: 0.5 + t)
     reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] - a[:, 0]
     problem = replace(lq.problem(), running_reward=reward, horizon=1.0)
-    found = ctrl.regularised_rewards(problem, PATHS, moving)
+    rewards = ctrl.regularised_rewards(problem, PATHS, moving)
     for k, (t, h) in enumerate(((0.0, 0.3), (0.3, 0.7))):
         x = a = STATES[:, k, 0]
         law = torch.distributions.Normal((0.3 - t) * x, 0.5 + t)
         rate = (1 + 2 * t) * x - a - lq.TEMPERATURE * law.log_prob(a)
-        torch.testing.assert_close(found[:, k], rate * h, rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(rewards[:, k], rate * h, rtol=1e-13, atol=1e-14)
 
 
 def test_a_uniform_grid_is_in_double_precision_on_the_cpu_unless_told():
@@ -326,11 +326,11 @@ def test_many_steps_are_taken_four_megabytes_of_states_at_a_time(megabytes, call
     states = torch.zeros(1, 9, megabytes * 2**18)
     paths = ctrl.Paths(states, torch.zeros(1, 8, 1), None, ctrl.uniform_grid(1.0, 8))
     seen = []
-    found = ctrl.paths.over_steps(
+    each_step = ctrl.paths.over_steps(
         lambda t, x, a: seen.append(1) or t + x[:, 0] + a[:, 0], paths, paths.actions
     )
     assert len(seen) == calls
-    torch.testing.assert_close(found[0], paths.grid.nodes[:-1].float())
+    torch.testing.assert_close(each_step[0], paths.grid.nodes[:-1].float())
 
 
 def test_numbers_that_are_not_finite_are_counted_by_path():

@@ -24,9 +24,9 @@ def references():
 
 
 def test_the_reference_converges_with_order_two_to_the_recorded_limit(references):
-    coarse, middle, fine = (found.value(NOW, STATES) for found in references.values())
-    for found in references.values():  # no error of interpolation
-        for i, axis in enumerate(found.value.axes):
+    coarse, middle, fine = (reference.value(NOW, STATES) for reference in references.values())
+    for reference in references.values():  # no error of interpolation
+        for i, axis in enumerate(reference.value.axes):
             place = (STATES[:, i] - axis.low) / axis.spacing
             torch.testing.assert_close(place, place.round(), rtol=0, atol=1e-9)
     ratio = (coarse - middle).abs().max() / (middle - fine).abs().max()
@@ -41,23 +41,26 @@ def test_monotone_differences_tend_to_the_same_value():
     errors = []
     for n in (24, 48, 96):
         axes = (hjb.Axis(-math.pi, math.pi, n, "periodic"), hjb.Axis(-6.0, 6.0, n + 1))
-        found = hjb.solve_discounted(pendulum.problem, axes, hjb.trapezoid(-8.0, 8.0, 41))
-        errors.append(float((found.value(NOW, STATES) - RECORDED).abs().max()))
+        solution = hjb.solve_discounted(pendulum.problem, axes, hjb.trapezoid(-8.0, 8.0, 41))
+        errors.append(float((solution.value(NOW, STATES) - RECORDED).abs().max()))
     orders = [math.log2(errors[i] / errors[i + 1]) for i in range(2)]
     assert all(0.6 < order < 1.4 for order in orders), (errors, orders)  # upwind in the angle: one
 
 
 def test_the_reference_is_symmetric(references):
-    found = references[48]
+    solution = references[48]
     torch.testing.assert_close(
-        found.value(NOW, -STATES), found.value(NOW, STATES), rtol=0, atol=1e-9
+        solution.value(NOW, -STATES), solution.value(NOW, STATES), rtol=0, atol=1e-9
     )
     turned = STATES + STATES.new_tensor([2 * math.pi, 0.0])
     torch.testing.assert_close(
-        found.mean_action(NOW, turned), found.mean_action(NOW, STATES), rtol=0, atol=1e-9
+        solution.mean_action(NOW, turned), solution.mean_action(NOW, STATES), rtol=0, atol=1e-9
     )
     torch.testing.assert_close(
-        found.mean_action(NOW, -STATES[2:]), -found.mean_action(NOW, STATES[2:]), rtol=0, atol=1e-9
+        solution.mean_action(NOW, -STATES[2:]),
+        -solution.mean_action(NOW, STATES[2:]),
+        rtol=0,
+        atol=1e-9,
     )
 
 
@@ -89,12 +92,12 @@ def test_the_policy_earns_what_the_equation_says(references, generator):
 
 def test_the_optimum_is_better_than_letting_go(references):
     pendulum = noisy_pendulum(temperature=0.0)
-    found = pendulum.reference(48, action_nodes=81)
-    axes = found.value.axes
+    solution = pendulum.reference(48, action_nodes=81)
+    axes = solution.value.axes
     idle = hjb.evaluate_discounted(
         pendulum.problem, DeterministicPolicy(lambda t, x: 0 * x[:, :1]), axes
     )
-    assert bool((found.value(NOW, STATES) > idle(NOW, STATES) + 0.3).all())
+    assert bool((solution.value(NOW, STATES) > idle(NOW, STATES) + 0.3).all())
 
 
 @pytest.mark.parametrize(

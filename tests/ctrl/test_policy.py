@@ -178,9 +178,9 @@ def test_actions_are_mean_plus_scale_times_noise_at_every_time(policy):
     t = torch.tensor(0.35, dtype=torch.float64)
     x, noise = torch.tensor([[0.4, -1.1]] * 2).double(), torch.eye(2, dtype=torch.float64)
     mean, covariance = moments(policy, t, x)
-    moved = policy.act(policy.mean(t, x), t, noise) - mean
-    torch.testing.assert_close(moved.T @ moved, covariance)
-    assert bool((moved.diagonal() > 0).all())  # along the noise, not against it
+    deviation = policy.act(policy.mean(t, x), t, noise) - mean
+    torch.testing.assert_close(deviation.T @ deviation, covariance)
+    assert bool((deviation.diagonal() > 0).all())  # along the noise, not against it
 
 
 def test_divergence_of_two_policies_at_one_time():
@@ -196,10 +196,10 @@ def test_divergence_of_two_policies_at_one_time():
     diagonal = ctrl.MultivariateGaussianPolicy(
         MOVING[1].mean, lambda t: (0.3 + t) * torch.eye(2, dtype=torch.float64)
     )
-    found = ctrl.policy.policy_kl(MOVING[0], diagonal, t, x)
-    torch.testing.assert_close(found, gaussian_kl(*MOVING))
-    found = ctrl.policy.policy_kl(diagonal, MOVING[0], t, x)
-    torch.testing.assert_close(found, gaussian_kl(*MOVING[::-1]))
+    divergence = ctrl.policy.policy_kl(MOVING[0], diagonal, t, x)
+    torch.testing.assert_close(divergence, gaussian_kl(*MOVING))
+    divergence = ctrl.policy.policy_kl(diagonal, MOVING[0], t, x)
+    torch.testing.assert_close(divergence, gaussian_kl(*MOVING[::-1]))
 
 
 def test_spreads_that_are_not_positive_somewhere_are_refused():

@@ -21,8 +21,8 @@ def gradient(each, paths, parameters):
     return torch.autograd.grad(paths.weights @ each, parameters, retain_graph=True)
 
 
-def assert_same(found, expected, **tolerance):
-    for one, other in zip(found, expected, strict=True):
+def assert_same(gradients, expected, **tolerance):
+    for one, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(one, other, **tolerance)
 
 
@@ -60,8 +60,8 @@ def wrong_discount(problem, policy, value, paths):
 
 
 def score_at_the_next_state(problem, policy, value, paths):
-    moved = replace(paths, states=torch.cat([paths.states[:, 1:], paths.states[:, -1:]], 1))
-    log_prob = pg.DrawnActions().log_prob(problem, policy, moved)
+    next_paths = replace(paths, states=torch.cat([paths.states[:, 1:], paths.states[:, -1:]], 1))
+    log_prob = pg.DrawnActions().log_prob(problem, policy, next_paths)
     dm = ctrl.martingale.increments(value, problem, paths, policy).detach()
     return (ctrl.value.discount_factors(problem, paths) * log_prob * dm).sum(1)
 
@@ -76,8 +76,8 @@ def no_outer_discount(problem, policy, value, paths):
 )
 def test_the_comparison_rejects_wrong_variants(setting, wrong):
     theta, problem, policy, value, paths = setting
-    found = gradient(wrong(problem, policy, value, paths), paths, theta)
-    gaps = [abs(float(f - e)) for f, e in zip(found, exact_gradient(theta), strict=True)]
+    slope = gradient(wrong(problem, policy, value, paths), paths, theta)
+    gaps = [abs(float(f - e)) for f, e in zip(slope, exact_gradient(theta), strict=True)]
     assert max(gaps) > 1e-3
 
 
@@ -145,11 +145,11 @@ def test_transitions_see_that_the_action_itself_is_paid_for(random):
 
     policy = ctrl.GaussianPolicy(mean, 1.0) if random else ctrl.DeterministicPolicy(mean)
     view = pg.Transitions(ctrl.EulerMaruyama())
-    found = pg.return_gradient(problem, policy, paths, decisions=view)
-    assert_same(gradient(found, paths, (gain, offset)), expected, **ROUND_OFF)
+    slope = pg.return_gradient(problem, policy, paths, decisions=view)
+    assert_same(gradient(slope, paths, (gain, offset)), expected, **ROUND_OFF)
     # any function of (t, x) as V: the one-step difference is of the same mean less what V misses
-    found = pg.return_gradient(problem, policy, paths, lambda t, x: x.sin().sum(1), view)
-    assert_same(gradient(found, paths, (gain, offset)), expected, **ROUND_OFF)
+    slope = pg.return_gradient(problem, policy, paths, lambda t, x: x.sin().sum(1), view)
+    assert_same(gradient(slope, paths, (gain, offset)), expected, **ROUND_OFF)
 
 
 def terminal_problem():
@@ -202,8 +202,8 @@ def test_q_rates_tend_to_the_gradient_of_the_continuous_problem_at_order_one(vie
         else:
             named = pg.DrawnActions() if drawn else pg.Transitions(ctrl.EulerMaruyama())
             each = pg.q_rate_gradient(problem, policy, value, paths, named)
-        found = gradient(each, paths, theta)
-        gaps.append([abs(float(f - e)) for f, e in zip(found, expected, strict=True)])
+        slope = gradient(each, paths, theta)
+        gaps.append([abs(float(f - e)) for f, e in zip(slope, expected, strict=True)])
     first, last = gaps[0], gaps[-1]
     refinement = 3 if view == "drawn" else 4
     for coarse, fine in zip(first, last, strict=True):
@@ -243,11 +243,11 @@ def test_variance_of_the_return_estimator_grows_with_the_steps_only_for_drawn_ac
         named = pg.DrawnActions() if view == "drawn" else pg.Transitions(ctrl.EulerMaruyama())
 
         def log_prob(shift, mean_std=0.5, paths=paths, named=named, problem=problem):
-            moved = lambda t, x: (shift - 0.6) * x
+            shifted = lambda t, x: (shift - 0.6) * x
             policy = (
-                ctrl.GaussianPolicy(moved, mean_std)
+                ctrl.GaussianPolicy(shifted, mean_std)
                 if isinstance(named, pg.DrawnActions)
-                else ctrl.DeterministicPolicy(moved)
+                else ctrl.DeterministicPolicy(shifted)
             )
             return named.log_prob(problem, policy, paths).sum(1)
 
@@ -324,14 +324,14 @@ def test_multivariate_actions_are_reparametrised_exactly():
     start = torch.tensor([[0.7, -0.4]], dtype=torch.float64).expand(len(noise.increments), 2)
     paths = ctrl.simulate(problem, policy, start, grid, noise=noise)
     value = lambda t, x: -x.square().sum(1)
-    found = [
+    slope = [
         gradient(each, paths, [gain, scale])
         for each in (
             pg.q_rate_gradient(problem, policy, value, paths),
             pg.pathwise_gradient(problem, policy, value, paths),
         )
     ]
-    assert_same([found[0][0], found[0][1].tril()], [found[1][0], found[1][1].tril()], **ROUND_OFF)
+    assert_same([slope[0][0], slope[0][1].tril()], [slope[1][0], slope[1][1].tril()], **ROUND_OFF)
 
 
 def test_infinite_rate_is_the_one_step_difference(setting):
@@ -384,14 +384,14 @@ def test_estimators_are_their_sums_over_steps(few):
     problem, paths = few
     rates = at_every_step(regularised(problem, OLD), paths)
     log_prob = at_every_step(OLD.log_prob, paths)
-    found = pg.q_rate_gradient(problem, OLD, timely, paths)
-    torch.testing.assert_close(found, (DISCOUNTED * log_prob * rates).sum(1), **ROUND_OFF)
+    slope = pg.q_rate_gradient(problem, OLD, timely, paths)
+    torch.testing.assert_close(slope, (DISCOUNTED * log_prob * rates).sum(1), **ROUND_OFF)
     new = at_every_step(regularised(problem, NEW), paths)
-    found = pg.performance_difference(problem, timely, NEW, paths)
-    torch.testing.assert_close(found, (DISCOUNTED * new).sum(1), **ROUND_OFF)
+    per_path = pg.performance_difference(problem, timely, NEW, paths)
+    torch.testing.assert_close(per_path, (DISCOUNTED * new).sum(1), **ROUND_OFF)
     ratio = (at_every_step(NEW.log_prob, paths) - log_prob).exp()
-    found = pg.surrogate(problem, timely, OLD, NEW, paths)
-    torch.testing.assert_close(found, (DISCOUNTED * ratio * new).sum(1), **ROUND_OFF)
+    per_path = pg.surrogate(problem, timely, OLD, NEW, paths)
+    torch.testing.assert_close(per_path, (DISCOUNTED * ratio * new).sum(1), **ROUND_OFF)
 
 
 def test_pathwise_gradient_is_slope_times_action(few):
@@ -404,19 +404,19 @@ def test_pathwise_gradient_is_slope_times_action(few):
         return (slope * a)[:, 0]
 
     expected = (DISCOUNTED * at_every_step(term, paths)).sum(1)
-    found = pg.pathwise_gradient(problem, OLD, timely, paths)
-    torch.testing.assert_close(found, expected, **ROUND_OFF)
+    derivative = pg.pathwise_gradient(problem, OLD, timely, paths)
+    torch.testing.assert_close(derivative, expected, **ROUND_OFF)
 
 
 def test_worth_of_a_transition_is_the_slope_of_v_times_its_surprise(few):
     problem, paths = few
     view = pg.Transitions(ctrl.EulerMaruyama())
-    found = view.advantages(problem, OLD, timely, paths)
+    advantages = view.advantages(problem, OLD, timely, paths)
     for k, t in enumerate(lq.NODES[:-1]):
         x, h = paths.states[:, k, 0], lq.GRID.steps[k]
         surprise = paths.states[:, k + 1, 0] - x - h * (lq.A * x + lq.B * moving(t, x))
         expected = (2 * (1.3 + t) * x - 0.4) * surprise
-        torch.testing.assert_close(found[:, k], expected, **ROUND_OFF)
+        torch.testing.assert_close(advantages[:, k], expected, **ROUND_OFF)
 
 
 def test_a_surrogate_differentiates_the_new_policy_alone(few):
@@ -425,12 +425,12 @@ def test_a_surrogate_differentiates_the_new_policy_alone(few):
     both = ctrl.GaussianPolicy(lambda t, x: moving(t, x) + theta, 0.7)
     cold = replace(problem, temperature=0.0)
     each = pg.surrogate(cold, timely, both, both, paths)
-    (found,) = torch.autograd.grad(each.sum(), theta)
+    (slope,) = torch.autograd.grad(each.sum(), theta)
     log_prob = at_every_step(both.log_prob, paths)
     rates = ctrl.q_learning.q_rates(cold, timely, paths)
     (expected,) = torch.autograd.grad((DISCOUNTED * log_prob * rates).sum(), theta)
-    torch.testing.assert_close(found, expected, **ROUND_OFF)
-    assert float(found) != 0
+    torch.testing.assert_close(slope, expected, **ROUND_OFF)
+    assert float(slope) != 0
 
 
 def test_estimators_keep_the_precision_of_the_paths(few):
@@ -439,7 +439,7 @@ def test_estimators_keep_the_precision_of_the_paths(few):
         paths, states=paths.states.float(), actions=paths.actions.float(), increments=None
     )
     cold, view = replace(problem, temperature=0.0), pg.Transitions(ctrl.EulerMaruyama())
-    for found in (
+    for estimate in (
         pg.return_gradient(problem, OLD, half, timely),
         pg.temporal_difference_gradient(problem, OLD, timely, half, rate=0.7),
         pg.q_rate_gradient(problem, OLD, timely, half),
@@ -448,7 +448,7 @@ def test_estimators_keep_the_precision_of_the_paths(few):
         pg.performance_difference(problem, timely, NEW, half),
         pg.surrogate(problem, timely, OLD, NEW, half),
     ):
-        assert found.dtype == torch.float32
+        assert estimate.dtype == torch.float32
 
 
 def test_a_baseline_is_taken_from_the_return_of_every_step(few):
@@ -457,8 +457,8 @@ def test_a_baseline_is_taken_from_the_return_of_every_step(few):
     less = ahead - at_every_step(lambda t, x, a: timely(t, x), paths)
     factors = torch.exp(-lq.DISCOUNT * lq.NODES[:-1])
     expected = (factors * at_every_step(OLD.log_prob, paths) * less).sum(1)
-    found = pg.return_gradient(problem, OLD, paths, timely)
-    torch.testing.assert_close(found, expected, **ROUND_OFF)
+    slope = pg.return_gradient(problem, OLD, paths, timely)
+    torch.testing.assert_close(slope, expected, **ROUND_OFF)
 
 
 def test_one_path_has_a_pathwise_gradient_too(few):
@@ -466,5 +466,5 @@ def test_one_path_has_a_pathwise_gradient_too(few):
     one = replace(
         paths, states=paths.states[:1], actions=paths.actions[:1], increments=paths.increments[:1]
     )
-    found = pg.pathwise_gradient(problem, OLD, timely, one)
-    torch.testing.assert_close(found, pg.pathwise_gradient(problem, OLD, timely, paths)[:1])
+    slope = pg.pathwise_gradient(problem, OLD, timely, one)
+    torch.testing.assert_close(slope, pg.pathwise_gradient(problem, OLD, timely, paths)[:1])

@@ -89,8 +89,8 @@ def test_tracking_solves_its_equation(pull, level, noise, target, state_cost, ac
         temperature=0.2,
     )
     scale = 1 + float(solved.value(tensor(0.0), X).abs().max())
-    found = residual(solved, tensor(0.0))
-    torch.testing.assert_close(found, NONE, rtol=0, atol=1e-12 * scale)
+    equation_residual = residual(solved, tensor(0.0))
+    torch.testing.assert_close(equation_residual, NONE, rtol=0, atol=1e-12 * scale)
 
 
 def test_tracking_value_is_the_expected_reward():
@@ -111,8 +111,8 @@ def test_tracking_value_is_the_expected_reward():
     y = scipy.integrate.solve_ivp(
         rate, (0, 110), [0.9, 0.0, 0.0], method="DOP853", rtol=1e-13, atol=1e-14
     ).y[-1, -1]
-    found = float(solved.value(t, tensor([[0.9]])))
-    assert found == pytest.approx(y, rel=1e-10)  # the rest is e^{-33}
+    value = float(solved.value(t, tensor([[0.9]])))
+    assert value == pytest.approx(y, rel=1e-10)  # the rest is e^{-33}
 
 
 def test_tracking_without_temperature_is_deterministic():

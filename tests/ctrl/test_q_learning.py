@@ -27,7 +27,7 @@ def quadratic_value(t, x):
 def test_q_rate_is_the_formula():
     a = torch.tensor([[0.2], [1.1], [-0.5]], dtype=torch.float64)
     problem = lq.problem()
-    found = ql.q_rate(problem, quadratic_value, T, X, a)
+    rates = ql.q_rate(problem, quadratic_value, T, X, a)
     x, u = X[:, 0], a[:, 0]
     curvature = 0.4 * T - 0.9
     by_hand = (
@@ -37,7 +37,7 @@ def test_q_rate_is_the_formula():
         - 0.5 * (lq.M * x**2 + lq.N * u**2)
         - lq.DISCOUNT * quadratic_value(T, X)
     )
-    torch.testing.assert_close(found, by_hand, **ROUND_OFF)
+    torch.testing.assert_close(rates, by_hand, **ROUND_OFF)
 
 
 @given(temperature=st.floats(0.05, 2.0), std=st.floats(0.1, 2.0), mean=st.floats(-1.0, 1.0))
@@ -220,8 +220,8 @@ def slope(chain, kind, loss, at):
 
     def rate(t, x, a):
         x, eps = x[:, 0], (a - policy.mean(t, x).detach())[:, 0]
-        spread = policy.std_at(t).detach()
-        return q(t, x[:, None], a) + theta[2] * x * eps + theta[3] * (eps**2 - spread**2)
+        std = policy.std_at(t).detach()
+        return q(t, x[:, None], a) + theta[2] * x * eps + theta[3] * (eps**2 - std**2)
 
     each = loss(v, rate, problem, paths)
     return torch.autograd.grad(paths.weights @ each, theta)[0].abs()
@@ -234,15 +234,15 @@ def slope(chain, kind, loss, at):
 def test_losses_are_stationary_at_the_pair_and_nowhere_near(chain, kind, loss):
     assert float(slope(chain, kind, loss, [0.0, 0.0, 0.0, 0.0]).max()) < 1e-12
     for i in range(4):
-        moved = [0.1 * (i == j) for j in range(4)]
-        assert float(slope(chain, kind, loss, moved)[i]) > 1e-3
+        displaced = [0.1 * (i == j) for j in range(4)]
+        assert float(slope(chain, kind, loss, displaced)[i]) > 1e-3
 
 
 def test_the_martingale_loss_is_biased_off_policy(chain):
     """Not an accident of the step: d_psi q is correlated with the martingale's past there."""
-    found = slope(chain, "off", ql.martingale_loss, [0.0, 0.0, 0.0, 0.0])
-    assert float(found[:2].max()) < 1e-12
-    assert float(found[2:].max()) > 1e-3
+    gradient = slope(chain, "off", ql.martingale_loss, [0.0, 0.0, 0.0, 0.0])
+    assert float(gradient[:2].max()) < 1e-12
+    assert float(gradient[2:].max()) > 1e-3
 
 
 def test_a_test_function_may_see_its_action_but_not_what_follows(chain):
@@ -313,13 +313,13 @@ def test_losses_are_their_sums_over_steps(few):
     problem, paths = few
     dm = discounted_increments(problem, paths, timely, moving)
     expected = (lq.GRID.steps * dm.flip(1).cumsum(1).flip(1).square()).sum(1)
-    found = ql.martingale_loss(timely, moving, problem, paths)
-    torch.testing.assert_close(found, expected, **ROUND_OFF)
+    per_path = ql.martingale_loss(timely, moving, problem, paths)
+    torch.testing.assert_close(per_path, expected, **ROUND_OFF)
     dm = discounted_increments(problem, paths, timely, moving, 0.15)
     tests = lambda p: torch.cat([p.states[:, :-1], p.actions], 2)
-    found = ql.orthogonality(tests, timely, moving, problem, paths, 0.15)
+    per_path = ql.orthogonality(tests, timely, moving, problem, paths, 0.15)
     expected = (tests(paths) * dm[..., None]).sum(1)
-    torch.testing.assert_close(found, expected, **ROUND_OFF)
+    torch.testing.assert_close(per_path, expected, **ROUND_OFF)
 
     def loss(theta):
         scaled = lambda t, x: theta[0] * timely(t, x)
@@ -357,8 +357,8 @@ def test_q_of_a_policy_and_of_a_problem_that_move_in_time():
     # a ~ N(0, 0.64): E moving = t - (0.7 - 0.4 t) 0.64; entropy log 0.8 + 1/2 log(2 pi e)
     entropy = math.log(0.8) + 0.5 * math.log(2 * math.pi * math.e)
     expected = moving(T, X, a) - (0.3 - 0.58 * 0.64) - 0.7 * entropy
-    found = ql.ConsistentQ(moving, MOVING, 0.7)(T, X, a)
-    torch.testing.assert_close(found, expected, **ROUND_OFF)
+    rates = ql.ConsistentQ(moving, MOVING, 0.7)(T, X, a)
+    torch.testing.assert_close(rates, expected, **ROUND_OFF)
     reward = lambda t, x, a: (1 + 2 * t) * x[:, 0] * a[:, 0]
     problem = replace(lq.problem(), running_reward=reward)
     silent = replace(lq.problem(), running_reward=None)
@@ -372,11 +372,11 @@ def test_the_rule_of_a_consistent_q_is_exact_below_degree_sixteen_and_one_node_w
     even = lambda n: lambda t, x, a: a[:, 0] ** n
     zero = torch.zeros_like(X)
     for n, moment, exact in ((14, 135135, True), (16, 2027025, False)):
-        found = -ql.ConsistentQ(even(n), policy, 0.0)(T, X, zero)
-        assert torch.allclose(found, torch.full_like(found, moment), rtol=1e-10) == exact
+        rates = -ql.ConsistentQ(even(n), policy, 0.0)(T, X, zero)
+        assert torch.allclose(rates, torch.full_like(rates, moment), rtol=1e-10) == exact
     # the rule of n nodes misses E a^(2 n) by n!
     torch.testing.assert_close(
-        2027025 - found, torch.full_like(found, math.factorial(8)), rtol=1e-6, atol=0
+        2027025 - rates, torch.full_like(rates, math.factorial(8)), rtol=1e-6, atol=0
     )
     one = ql.ConsistentQ(even(1), policy, 0.0, nodes=1)
     torch.testing.assert_close(one(T, X, X), X[:, 0], **ROUND_OFF)
@@ -388,9 +388,9 @@ def test_states_may_have_no_axis_beside_the_paths_but_actions_must_fit_them(monk
     states = X[:, 0]
     value = lambda t, x: (0.4 * t - 0.9) * x.square() + 0.3 * x
     flat = replace(lq.problem(), running_reward=lambda t, x, a: -0.5 * (lq.M * x**2 + lq.N * a**2))
-    found = ql.q_rate(flat, value, T, states, 0.4 * states)
+    rates = ql.q_rate(flat, value, T, states, 0.4 * states)
     expected = ql.q_rate(lq.problem(), quadratic_value, T, X, 0.4 * X)
-    torch.testing.assert_close(found, expected, **ROUND_OFF)
+    torch.testing.assert_close(rates, expected, **ROUND_OFF)
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in production
     for x, a in ((X, X[:2]), (X[:0], X[:0]), (X, X[0, 0])):
         with pytest.raises(ValueError, match="actions must begin with"):

@@ -32,9 +32,9 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 def positive(seed: int, dim: int, condition: float = 10.0) -> Tensor:
     basis = torch.linalg.qr(draw(seed, dim, dim)).Q
-    spread = torch.logspace(0, -math.log10(condition), dim, dtype=torch.float64)
-    found = basis @ torch.diag(spread) @ basis.T
-    return 0.5 * (found + found.T)
+    eigenvalues = torch.logspace(0, -math.log10(condition), dim, dtype=torch.float64)
+    matrix = basis @ torch.diag(eigenvalues) @ basis.T
+    return 0.5 * (matrix + matrix.T)
 
 
 def random_lq(
@@ -42,7 +42,7 @@ def random_lq(
     dim: int,
     *,
     condition: float = 10.0,
-    moved: float = 0.3,
+    controlled_noise: float = 0.3,
     discount: float = 0.3,
     temperature: float = 0.2,
 ) -> LinearQuadratic:
@@ -59,8 +59,8 @@ def random_lq(
         H=positive(seed + 8, dim, condition),
         h=draw(seed + 9, dim),
         f=draw(seed + 10, dim),
-        C=moved * draw(seed + 11, 2, dim, dim) / dim**0.5,
-        D=moved * draw(seed + 12, 2, dim, 2),
+        C=controlled_noise * draw(seed + 11, 2, dim, dim) / dim**0.5,
+        D=controlled_noise * draw(seed + 12, 2, dim, 2),
         discount=discount,
         temperature=temperature,
     )
@@ -193,11 +193,11 @@ def test_the_value_of_a_bad_policy_may_have_no_improvement():
     # the action moves the noise, whose value is 3: N - D'S D = 1 - 3 before the end
     lq = LinearQuadratic(**ONE | {"M": tensor([[0.0]])}, H=tensor([[-3.0]]), D=tensor([[[1.0]]]))
     still = LinearGaussian(tensor([[-1.0]]), tensor([0.0]), tensor([[0.0]]))
-    found = linear.evaluate_lq(lq, still, tensor([0.0, 1.0]))
+    evaluated = linear.evaluate_lq(lq, still, tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match=r"least eigenvalue is -2.* at t = 0\.9"):
-        found.law_at(tensor(0.9))
+        evaluated.law_at(tensor(0.9))
     with pytest.raises(ValueError, match=r"at t = times from 0\.9 to 1"):
-        torch.func.vmap(lambda t: found.law_at(t).gain)(tensor([0.9, 1.0]))
+        torch.func.vmap(lambda t: evaluated.law_at(t).gain)(tensor([0.9, 1.0]))
 
 
 def test_a_policy_of_a_solution_drives_paths_and_their_rates():
@@ -260,11 +260,11 @@ def random_law(seed: int, dim: int) -> LinearGaussian:
 @given(SEEDS, DIMS)
 def test_value_of_a_policy_is_its_expected_reward(seed, dim):
     lq, law, x = random_lq(seed, dim), random_law(seed + 20, dim), draw(seed + 30, dim)
-    found = linear.evaluate_lq(lq, law, NODES)
+    evaluated = linear.evaluate_lq(lq, law, NODES)
     parts = law.gain, law.offset, law.covariance
     expected = value_by_moments(lq, lambda t: parts, x, 0.35, 1.3)
-    value = found.value(NODES[1], x.unsqueeze(0))
-    scale = 1 + float(found.values.hessian.abs().max() * x.square().sum())
+    value = evaluated.value(NODES[1], x.unsqueeze(0))
+    scale = 1 + float(evaluated.values.hessian.abs().max() * x.square().sum())
     assert float(value) == pytest.approx(expected, rel=1e-10, abs=1e-11 * scale)
 
 
@@ -281,8 +281,8 @@ def test_value_of_a_policy_that_changes_over_time():
         at = law(tensor([t]))
         return at.gain[0], at.offset[0], at.covariance[0]
 
-    found = linear.evaluate_lq(lq, law, NODES).value(NODES[0], x.unsqueeze(0))
-    assert float(found) == pytest.approx(value_by_moments(lq, one, x, 0.2, 1.3), rel=1e-10)
+    policy_value = linear.evaluate_lq(lq, law, NODES).value(NODES[0], x.unsqueeze(0))
+    assert float(policy_value) == pytest.approx(value_by_moments(lq, one, x, 0.2, 1.3), rel=1e-10)
 
 
 @settings(max_examples=4)
@@ -352,8 +352,8 @@ def test_discounted_scalar_problem_is_the_published_one(A, B, C, D, R, P, L, rho
             linear.solve_lq_discounted(lq)
         return
     k2, k1, k0, K, k, variance = expected
-    found = linear.solve_lq_discounted(lq)
-    value, law = found.quadratic, found.law
+    solution = linear.solve_lq_discounted(lq)
+    value, law = solution.quadratic, solution.law
     pairs = [(value.hessian, k2), (value.slope, k1), (value.constant, k0)]
     pairs += [(law.gain, K), (law.offset, k), (law.covariance, variance)]
     for one, other in pairs:
@@ -364,15 +364,15 @@ def test_discounted_scalar_problem_is_the_published_one(A, B, C, D, R, P, L, rho
 @settings(max_examples=7)
 @given(SEEDS, DIMS, st.floats(1, 1e6))
 def test_discounted_value_is_that_of_the_algebraic_riccati_equation(seed, dim, condition):
-    lq = endless(random_lq(seed, dim, condition=condition, moved=0.0))
+    lq = endless(random_lq(seed, dim, condition=condition, controlled_noise=0.0))
     kept = (lq.A - 0.15 * torch.eye(dim, dtype=torch.float64)).numpy()  # discount .3
     M, N, R, B = (getattr(lq, name).numpy() for name in "MNRB")
     # conditioned problems only: scipy's own residual bounds the comparison
     P = scipy.linalg.solve_continuous_are(kept, B, M, N, s=R.T)
-    found = linear.solve_lq_discounted(lq).quadratic.hessian
+    hessian = linear.solve_lq_discounted(lq).quadratic.hessian
     scale = float(np.abs(P).max())
     assume(scale < 1e4)
-    torch.testing.assert_close(found, torch.from_numpy(-P), rtol=0, atol=1e-9 * scale)
+    torch.testing.assert_close(hessian, torch.from_numpy(-P), rtol=0, atol=1e-9 * scale)
 
 
 @settings(max_examples=7)
@@ -381,30 +381,30 @@ def test_stationary_solutions_solve_the_hamilton_jacobi_bellman_equation(seed, d
     lq = endless(random_lq(seed, dim, discount=1.0))
     x, t = draw(seed, 4, dim), tensor(0.0)
     try:
-        found = linear.solve_lq_discounted(lq)
+        solution = linear.solve_lq_discounted(lq)
     except ValueError:  # the noise C can be too large for any policy
         assume(False)
-    a = found.law.mean(x) + draw(seed + 1, 4, 2)
-    q = q_rate(lq.problem(), found.value, t, x, a)
-    scale = 10 + float(found.value(t, x).abs().max() + a.square().max())
-    log_pi = found.policy().log_prob(t, x, a)
+    a = solution.law.mean(x) + draw(seed + 1, 4, 2)
+    q = q_rate(lq.problem(), solution.value, t, x, a)
+    scale = 10 + float(solution.value(t, x).abs().max() + a.square().max())
+    log_pi = solution.policy().log_prob(t, x, a)
     torch.testing.assert_close(q, 0.2 * log_pi, rtol=0, atol=1e-11 * scale)
 
     shifted = lq.A - 1.5 * torch.eye(dim, dtype=torch.float64)  # as stable without a discount
     averaged = endless(lq, A=shifted, discount=0.0)
-    found = linear.solve_lq_ergodic(averaged)
-    a = found.law.mean(x) + draw(seed + 1, 4, 2)
-    q = q_rate(averaged.problem(), found.value, t, x, a) - found.average_reward
-    log_pi = found.policy().log_prob(t, x, a)
-    scale = 10 + float(found.value(t, x).abs().max() + a.square().max())
+    solution = linear.solve_lq_ergodic(averaged)
+    a = solution.law.mean(x) + draw(seed + 1, 4, 2)
+    q = q_rate(averaged.problem(), solution.value, t, x, a) - solution.average_reward
+    log_pi = solution.policy().log_prob(t, x, a)
+    scale = 10 + float(solution.value(t, x).abs().max() + a.square().max())
     torch.testing.assert_close(q, 0.2 * log_pi, rtol=0, atol=1e-11 * scale)
 
 
 def test_a_long_horizon_forgets_its_end():
     lq = random_lq(2, 3)
-    found = linear.solve_lq(lq, tensor([0.0, 60.0]))
+    solution = linear.solve_lq(lq, tensor([0.0, 60.0]))
     stationary = linear.solve_lq_discounted(lq)
-    values = found.values
+    values = solution.values
     torch.testing.assert_close(values.hessian[0], stationary.quadratic.hessian, rtol=0, atol=1e-10)
     # the slope and the constant remember it as e^{-.3 60}
     torch.testing.assert_close(values.slope[0], stationary.quadratic.slope, rtol=0, atol=1e-6)
@@ -417,10 +417,10 @@ def test_average_reward_is_the_slope_of_a_long_horizons_value():
     )
     long, longer = (linear.solve_lq(lq, tensor([0.0, end])).values for end in (20.0, 21.0))
     gain = longer.constant[0] - long.constant[0]
-    found = linear.solve_lq_ergodic(lq)
+    solution = linear.solve_lq_ergodic(lq)
     # the closed loop, faster than e^{-t}, has forgotten the end but for e^{-20}
-    assert float(gain) == pytest.approx(float(found.average_reward), rel=1e-8)
-    torch.testing.assert_close(long.slope[0], found.quadratic.slope, rtol=0, atol=1e-8)
+    assert float(gain) == pytest.approx(float(solution.average_reward), rel=1e-8)
+    torch.testing.assert_close(long.slope[0], solution.quadratic.slope, rtol=0, atol=1e-8)
 
 
 @settings(max_examples=8)
@@ -433,17 +433,17 @@ def test_value_of_a_stationary_policy_is_its_expected_reward(seed, dim):
     law, x = random_law(seed + 20, dim), draw(seed + 30, dim)
     law = LinearGaussian(0.2 * law.gain, law.offset, law.covariance)
     try:
-        found = linear.evaluate_lq_discounted(lq, law)
+        evaluated = linear.evaluate_lq_discounted(lq, law)
     except ValueError:
         assume(False)
     parts = law.gain, law.offset, law.covariance
     # with the value itself as the reward at time 2: the programming principle
-    V = found.quadratic
+    V = evaluated.quadratic
     ended = LinearQuadratic(**{**vars(lq), "H": -V.hessian, "h": -V.slope})
     expected = value_by_moments(ended, lambda t: parts, x, 0.0, 2.0)
     expected += math.exp(-0.8 * 2) * float(V.constant)
     scale = 1 + abs(float(V.constant)) + float(V.hessian.abs().max())
-    value = found.value(tensor(0.0), x.unsqueeze(0))
+    value = evaluated.value(tensor(0.0), x.unsqueeze(0))
     assert float(value) == pytest.approx(expected, rel=1e-10, abs=1e-11 * scale)
 
 
@@ -473,10 +473,10 @@ def test_a_problem_whose_costs_do_not_see_an_unstable_state_is_stabilised():
     lq = LinearQuadratic(
         tensor([[1.0]]), tensor([[1.0]]), tensor([[0.5]]), tensor([[0.0]]), tensor([[2.0]])
     )
-    found = linear.solve_lq_ergodic(lq)
+    solution = linear.solve_lq_ergodic(lq)
     # 2 A S + S^2 B^2 / N = 0: S = -2 A N / B^2, K = S B / N = -2 A / B
-    assert float(found.law.gain) == pytest.approx(-2.0, rel=1e-12)
-    assert float(found.quadratic.hessian) == pytest.approx(-4.0, rel=1e-12)
+    assert float(solution.law.gain) == pytest.approx(-2.0, rel=1e-12)
+    assert float(solution.quadratic.hessian) == pytest.approx(-4.0, rel=1e-12)
 
 
 # ---- margins of stability, and many dimensions
@@ -513,13 +513,13 @@ def test_agents_that_average_are_controlled(seed, dim, rate, discount):
     one = torch.eye(dim, dtype=torch.float64)
     lq = simple(A, one, discount=discount)
     solve = linear.solve_lq_discounted if discount else linear.solve_lq_ergodic
-    found = solve(lq)
+    solution = solve(lq)
     kept = (A - 0.5 * discount * one).numpy()
     expected = -torch.from_numpy(scipy.linalg.solve_continuous_are(kept, *[one.numpy()] * 3))
-    S = found.quadratic.hessian
+    S = solution.quadratic.hessian
     scale = float(expected.norm())
     torch.testing.assert_close(S, expected, rtol=0, atol=1e-12 * scale * dim)
-    reward = found.average_reward if discount == 0 else discount * found.quadratic.constant
+    reward = solution.average_reward if discount == 0 else discount * solution.quadratic.constant
     assert float(reward) == pytest.approx(0.5 * float(expected.trace()), rel=1e-11)
     idle = LinearGaussian(0 * one, 0 * one[0], 0 * one)
     evaluate = linear.evaluate_lq_discounted if discount else linear.evaluate_lq_ergodic
@@ -534,10 +534,10 @@ def test_a_margin_of_stability_is_found_in_any_member_of_a_batch():
     A = torch.stack([averaging(0, 3, 0.7), averaging(0, 3, 0.7) - one])
     for order in ([0, 1], [1, 0]):
         lq = LinearQuadratic(A[order], one, one, one, one)
-        found = linear.solve_lq_ergodic(lq)
+        solution = linear.solve_lq_ergodic(lq)
         for k, i in enumerate(order):
             alone = linear.solve_lq_ergodic(simple(A[i], one))
-            torch.testing.assert_close(found.average_reward[k], alone.average_reward)
+            torch.testing.assert_close(solution.average_reward[k], alone.average_reward)
         idle = LinearGaussian(0 * one, 0 * one[0], 0 * one)
         with pytest.raises(ValueError, match="gain must keep"):
             linear.evaluate_lq_ergodic(lq, idle)
@@ -563,13 +563,13 @@ def test_sixty_dimensions_take_no_kronecker_product(kind, actions):
     settings |= {"f": draw(5, dim), "temperature": 0.3}
     for discount, solve in ((0.0, linear.solve_lq_ergodic), (0.7, linear.solve_lq_discounted)):
         lq = simple(A, B, discount=discount, **settings)
-        found = solve(lq)
-        left, size = residual(lq, found.quadratic.hessian)
+        solved_lq = solve(lq)
+        left, size = residual(lq, solved_lq.quadratic.hessian)
         assert left <= 8 * dim * EPS * size
         # the Hamilton-Jacobi-Bellman equation, linear terms and entropy too
-        q = value_rate(lq, found.quadratic, found.law)
-        constant = 0.0 if discount else float(found.average_reward)
-        scale = 1 + float(found.quadratic.slope.norm() * (1 + A.norm()))
+        q = value_rate(lq, solved_lq.quadratic, solved_lq.law)
+        constant = 0.0 if discount else float(solved_lq.average_reward)
+        scale = 1 + float(solved_lq.quadratic.slope.norm() * (1 + A.norm()))
         assert float(q.slope.abs().max()) <= 1e-12 * scale
         assert float(q.constant) == pytest.approx(constant, rel=1e-11, abs=1e-11 * scale)
     lq = simple(A, B, H=torch.eye(dim).double(), h=draw(8, dim), discount=0.2, **settings)
@@ -593,17 +593,17 @@ def test_the_flow_and_collocation_agree(seed, dim, discount):
     # zeros that are given are noise to collocation, and those left out are none to the flow
     full = random_lq(seed, dim, discount=discount)
     still = LinearQuadratic(**{n: each for n, each in vars(full).items() if n not in "CD"})
-    moved = LinearQuadratic(**vars(full) | {"C": 0 * full.C, "D": 0 * full.D})
+    quiet = LinearQuadratic(**vars(full) | {"C": 0 * full.C, "D": 0 * full.D})
     law, times = random_law(seed, dim), torch.linspace(0.2, 1.3, 9, dtype=torch.float64)
     for one, other in (
-        (linear.solve_lq(still, NODES), linear.solve_lq(moved, NODES)),
-        (linear.evaluate_lq(still, law, NODES), linear.evaluate_lq(moved, law, NODES)),
+        (linear.solve_lq(still, NODES), linear.solve_lq(quiet, NODES)),
+        (linear.evaluate_lq(still, law, NODES), linear.evaluate_lq(quiet, law, NODES)),
     ):
-        found, expected = one.value_at(times), other.value_at(times)
+        by_flow, expected = one.value_at(times), other.value_at(times)
         for name in ("hessian", "slope", "constant"):
             part = getattr(expected, name)
             scale = 1 + float(max(each.abs().max() for each in vars(expected).values()))
-            torch.testing.assert_close(getattr(found, name), part, rtol=0, atol=1e-12 * scale)
+            torch.testing.assert_close(getattr(by_flow, name), part, rtol=0, atol=1e-12 * scale)
 
 
 def test_a_stiff_problem_is_followed_to_its_rest():
@@ -611,12 +611,12 @@ def test_a_stiff_problem_is_followed_to_its_rest():
     A, B = torch.diag(tensor([-1.0, 0.3])), torch.diag(tensor([1.0, 1e3]))
     M = torch.diag(tensor([1.0, 9.0]))
     lq = LinearQuadratic(A, B, torch.eye(2).double(), M, torch.eye(2).double())
-    found = linear.solve_lq(lq, tensor([0.0, 40.0])).values.hessian[0]
+    hessian = linear.solve_lq(lq, tensor([0.0, 40.0])).values.hessian[0]
     # s = (a - sqrt(a^2 + b^2 m)) / b^2 for each
     expected = [
         (a + math.sqrt(a * a + b * b * m)) / b**2 for a, b, m in ((-1, 1, 1), (0.3, 1e3, 9))
     ]
-    torch.testing.assert_close(found.diagonal(), -tensor(expected), rtol=1e-11, atol=0)
+    torch.testing.assert_close(hessian.diagonal(), -tensor(expected), rtol=1e-11, atol=0)
 
 
 # ---- exploration
@@ -660,14 +660,14 @@ def test_a_batch_is_its_members():
         }
     )
     x, t = draw(0, 3, 2), tensor(0.5)
-    found = linear.solve_lq(many, NODES)
+    solution = linear.solve_lq(many, NODES)
     stationary = linear.solve_lq_discounted(many)
     value = linear.evaluate_lq(many, random_law(0, 2), NODES).value(t, x)
     for i, one in enumerate(members):
         alone = linear.solve_lq(one, NODES)
         expected = alone.value(t, x[i : i + 1])[0]
-        torch.testing.assert_close(found.value(t, x)[i], expected, rtol=1e-11, atol=1e-11)
-        gain = found.laws.gain[:, i]
+        torch.testing.assert_close(solution.value(t, x)[i], expected, rtol=1e-11, atol=1e-11)
+        gain = solution.laws.gain[:, i]
         torch.testing.assert_close(gain, alone.laws.gain, rtol=1e-11, atol=1e-11)
         expected = linear.solve_lq_discounted(one).value(t, x[i : i + 1])[0]
         torch.testing.assert_close(stationary.value(t, x)[i], expected, rtol=1e-10, atol=1e-10)
@@ -681,10 +681,10 @@ NAMES += ["discount", "temperature"]
 
 def rebuilt(*values: Tensor) -> LinearQuadratic:
     """From free tensors; the costs are made symmetric, as a single entry's change is not."""
-    given = dict(zip(NAMES, values, strict=True))
+    by_name = dict(zip(NAMES, values, strict=True))
     for name in ("M", "N", "H"):
-        given[name] = 0.5 * (given[name] + given[name].mT)
-    return LinearQuadratic(**given)
+        by_name[name] = 0.5 * (by_name[name] + by_name[name].mT)
+    return LinearQuadratic(**by_name)
 
 
 def inputs(lq: LinearQuadratic) -> list[Tensor]:
@@ -693,9 +693,9 @@ def inputs(lq: LinearQuadratic) -> list[Tensor]:
 
 def test_derivatives_of_a_finite_horizon_in_everything():
     def solve(t, x, times, *values):
-        found = linear.solve_lq(rebuilt(*values), times)
-        law = found.law_at(t)
-        return found.value(t, x), law.gain, law.offset, law.covariance
+        solution = linear.solve_lq(rebuilt(*values), times)
+        law = solution.law_at(t)
+        return solution.value(t, x), law.gain, law.offset, law.covariance
 
     t, x = tensor(0.4).requires_grad_(), draw(0, 2, 2).requires_grad_()
     times = tensor([0.1, 0.8]).requires_grad_()
@@ -713,22 +713,22 @@ def test_derivatives_of_a_policys_value_in_the_policy():
     stable = endless(lq, A=lq.A - 3 * torch.eye(2, dtype=torch.float64))
     x = draw(0, 2, 2)
     law = random_law(1, 2)
-    given = (0.1 * law.gain, law.offset, torch.linalg.cholesky(law.covariance))
-    assert torch.autograd.gradcheck(evaluate, [each.requires_grad_() for each in given])
+    parameters = (0.1 * law.gain, law.offset, torch.linalg.cholesky(law.covariance))
+    assert torch.autograd.gradcheck(evaluate, [each.requires_grad_() for each in parameters])
 
 
 def test_derivatives_of_stationary_solutions_in_everything():
     def discounted(*values):
-        found = linear.solve_lq_discounted(rebuilt(*values))
-        return found.quadratic.hessian, found.value(tensor(0.0), x), found.law.gain
+        solution = linear.solve_lq_discounted(rebuilt(*values))
+        return solution.quadratic.hessian, solution.value(tensor(0.0), x), solution.law.gain
 
     def ergodic(*values):
         free = dict(zip(NAMES, values, strict=True))
         lq = endless(
             rebuilt(*values), A=free["A"] - 3 * torch.eye(2, dtype=torch.float64), discount=0.0
         )
-        found = linear.solve_lq_ergodic(lq)
-        return found.average_reward, found.law.offset, found.law.covariance
+        solution = linear.solve_lq_ergodic(lq)
+        return solution.average_reward, solution.law.offset, solution.law.covariance
 
     x = draw(0, 2, 2)
     assert torch.autograd.gradcheck(discounted, inputs(random_lq(1, 2)), fast_mode=True)
@@ -981,12 +981,12 @@ def test_two_batch_dimensions_are_as_good_as_one(solve):
     flat = LinearQuadratic(**parts)
     lq = LinearQuadratic(**{name: part.unsqueeze(0) for name, part in parts.items()})
     torch.testing.assert_close(linear.cost_of_exploration(lq)[0], linear.cost_of_exploration(flat))
-    found, expected = (
+    nested, expected = (
         each.quadratic if hasattr(each, "quadratic") else each.value_at(SHORT[0])
         for each in (solve(lq), solve(flat))
     )
     for name in ("hessian", "slope", "constant"):
-        one, other = getattr(found, name)[0], getattr(expected, name)
+        one, other = getattr(nested, name)[0], getattr(expected, name)
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 

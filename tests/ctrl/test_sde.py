@@ -49,7 +49,7 @@ def test_diffusions_that_would_broadcast_are_refused(noise, noise_dim, shape):
     x = torch.zeros(3, 2, dtype=torch.float64)
     increment = torch.zeros(3, *sde.noise_shape((2,)), dtype=torch.float64)
     with pytest.raises(ValueError, match="diffusion must return"):
-        sde.spread(T, x, increment)
+        sde.diffuse(T, x, increment)
     with pytest.raises(ValueError, match="diffusion must return"):
         sde.whiten(T, x, x)
 
@@ -82,8 +82,8 @@ def test_whitening_undoes_spreading(seed, noise, event):
         "scalar" if noise == "scalar" else "diagonal",
     )
     u = torch.randn(4, *sde.noise_shape(event), dtype=torch.float64, generator=g)
-    found = sde.whiten(T, x, sde.spread(T, x, u))
-    torch.testing.assert_close(found, u.reshape(4, -1), rtol=1e-12, atol=1e-12)
+    whitened = sde.whiten(T, x, sde.diffuse(T, x, u))
+    torch.testing.assert_close(whitened, u.reshape(4, -1), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "scalar", "general"])

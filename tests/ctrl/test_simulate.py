@@ -143,8 +143,8 @@ def test_quadrature_gives_the_chains_exact_moments():
     paths = ctrl.simulate(ctrl.ControlProblem(sde, 1.0), policy, start, grid, noise=noise)
     mean, second = 0.9, 0.81
     for h in grid.steps.tolist():
-        spread = h * (0.04 + 0.2 * mean + 0.25 * second)
-        mean, second = (1 - 1.3 * h) * mean, (1 - 1.3 * h) ** 2 * second + spread
+        variance = h * (0.04 + 0.2 * mean + 0.25 * second)
+        mean, second = (1 - 1.3 * h) * mean, (1 - 1.3 * h) ** 2 * second + variance
     last, weights = paths.states[:, -1, 0], paths.weights
     assert weights is not None
     assert (weights * last).sum().item() == pytest.approx(mean, rel=1e-12)
@@ -205,8 +205,8 @@ def test_brownian_increments_are_what_simulate_draws(kind, keep):
     increments = ctrl.noise.brownian_increments(
         grid.steps, 7, sde.noise_shape((2,)), generator=torch.Generator().manual_seed(5)
     )
-    given = ctrl.simulate(problem, POLICY, start, grid, noise=ctrl.Noise(increments), keep=keep)
-    torch.testing.assert_close(drawn.states, given.states, rtol=1e-13, atol=1e-13)
+    replayed = ctrl.simulate(problem, POLICY, start, grid, noise=ctrl.Noise(increments), keep=keep)
+    torch.testing.assert_close(drawn.states, replayed.states, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("event", [(), (1,), (4, 8, 8)], ids=str)
@@ -401,10 +401,10 @@ def test_milstein_adds_half_sigma_dsigma_of_the_excess(noise):
     sde = ctrl.ControlledSDE(lambda t, x, a: 0.3 * x, diffusion, noise, motions)
     increment = dw[:, 0] if noise == "scalar" else dw
     t0, t1 = (torch.tensor(v, dtype=torch.float64) for v in (0.2, 0.3))
-    found = ctrl.Milstein().step(sde, t0, t1, x, x, increment)
+    after = ctrl.Milstein().step(sde, t0, t1, x, x, increment)
     h = float(t1 - t0)
     by_hand = x + 0.3 * x * h + 0.5 * x * dw + 0.5 * 0.5 * 0.5 * x * (dw.square() - h)
-    torch.testing.assert_close(found, by_hand, rtol=1e-14, atol=0)
+    torch.testing.assert_close(after, by_hand, rtol=1e-14, atol=0)
 
 
 def test_heun_averages_both_ends():
@@ -417,8 +417,8 @@ def test_heun_averages_both_ends():
     t1 = t0 + h
     there = x + (t0 * x + a) * h + x**2 * dw
     by_hand = x + 0.5 * ((t0 * x + a) + (t1 * there + a)) * h + 0.5 * (x**2 + there**2) * dw
-    found = ctrl.Heun().step(sde, t0, t1, x, a, dw)
-    torch.testing.assert_close(found, by_hand, rtol=1e-14, atol=0)
+    after = ctrl.Heun().step(sde, t0, t1, x, a, dw)
+    torch.testing.assert_close(after, by_hand, rtol=1e-14, atol=0)
 
 
 def test_a_solver_refuses_the_other_calculus_and_noise_it_cannot_take():

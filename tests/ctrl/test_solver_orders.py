@@ -43,10 +43,10 @@ def expectation(solver, sde, steps, widen=lambda h: h**0.5):
     h = HORIZON / steps
     x = POINTS.repeat_interleave(RULE)[:, None]
     dw = (widen(h) * NORMALS).repeat(NODES)[:, None]
-    return backwards(moved(solver, sde, h, x, dw), MASSES, steps)
+    return backwards(stepped(solver, sde, h, x, dw), MASSES, steps)
 
 
-def moved(solver, sde, h, x, dw):
+def stepped(solver, sde, h, x, dw):
     """One production step from x."""
     t0 = torch.zeros((), dtype=torch.float64)
     return solver.step(sde, t0, t0 + h, x, torch.zeros_like(x), dw).detach()
@@ -64,9 +64,9 @@ def backwards(after, masses, steps):
 
 
 def orders_and_limit(solver, sde, **settings):
-    found = [expectation(solver, sde, steps, **settings) for steps in (32, 64, 128, 256)]
-    gaps = -np.diff(found)
-    return np.log2(gaps[:-1] / gaps[1:]), 2 * found[-1] - found[-2]
+    means = [expectation(solver, sde, steps, **settings) for steps in (32, 64, 128, 256)]
+    gaps = -np.diff(means)
+    return np.log2(gaps[:-1] / gaps[1:]), 2 * means[-1] - means[-2]
 
 
 OURS = {
@@ -92,12 +92,12 @@ def limit():
 @pytest.mark.parametrize("name", [*OURS, *THEIRS])
 def test_weak_order_is_one_and_the_limit_is_everybodys(name, limit):
     solver, sde = (OURS | THEIRS)[name]
-    orders, found = orders_and_limit(solver, sde)
+    orders, limit_of_means = orders_and_limit(solver, sde)
     # the next term of the expansion moves a local order by O(h): at most 0.012 at 128 steps
     assert abs(orders[-1] - 1) < 0.02, orders
     assert abs(orders[-1] - 1) < abs(orders[0] - 1) + 1e-3
     # extrapolated once, an error of second order is left: (1 / 256)^2 times a constant below 0.1
-    assert abs(found - limit) < 2e-6
+    assert abs(limit_of_means - limit) < 2e-6
 
 
 def test_heun_of_additive_noise_is_of_weak_order_two():
@@ -143,8 +143,8 @@ def test_wrong_variants_have_another_limit(wrong, effect, limit):
     else:
         share = {"no correction": 0.0, "correction's sign": 0.5}.get(wrong, -1.0)
         solver, sde = ctrl.Heun(), shifted(share)
-    _, found = orders_and_limit(solver, sde, **settings)
-    assert abs(found - limit) > effect
+    _, limit_of_means = orders_and_limit(solver, sde, **settings)
+    assert abs(limit_of_means - limit) > effect
 
 
 # --- exact moments of one step of geometric Brownian motion
@@ -206,7 +206,7 @@ def srk_expectation(steps, width=1.0):
     w, integral = (value.repeat(NODES)[:, None] for value in pairs(h, width))
     x = POINTS.repeat_interleave(len(FIRST))[:, None]
     return backwards(
-        moved(WithIntegral("srk", integral=integral), ITO, h, x, w), PAIR_MASSES, steps
+        stepped(WithIntegral("srk", integral=integral), ITO, h, x, w), PAIR_MASSES, steps
     )
 
 
@@ -226,12 +226,12 @@ def test_srk_has_weak_order_one_and_a_half_for_a_linear_equation():
     def gaps(h):
         w, integral = (value[:, None] for value in pairs(h))
         x = torch.ones_like(w)
-        end = moved(WithIntegral("srk", integral=integral), sde, h, x, w)[:, 0]
+        end = stepped(WithIntegral("srk", integral=integral), sde, h, x, w)[:, 0]
         mean, square = float(PAIR_MASSES @ end), float(PAIR_MASSES @ end.square())
         return mean - math.exp(mu * h), square - math.exp((2 * mu + sigma**2) * h)
 
-    found = np.array([gaps(2.0**-k) for k in range(5, 10)])
-    mean, square = found.T
+    errors = np.array([gaps(2.0**-k) for k in range(5, 10)])
+    mean, square = errors.T
     # the mean is that of a third-order method for ordinary equations; the next term is O(h)
     assert abs(np.log2(mean[1] / mean[2]) - 4) < 0.02
     # the square's terms are h^(5/2), h^3, h^(7/2): the second is eliminated
@@ -294,11 +294,11 @@ def strong_order(solver, sde, increments):
 @pytest.mark.parametrize("name", STRONG)
 def test_strong_order(name, increments):
     solver, sde, order = STRONG[name]
-    found, error = strong_order(solver, sde, increments)
+    measured_order, error = strong_order(solver, sde, increments)
     # groups of 500 paths tell the slope to 0.01 to 0.03; half a unit separates orders, and at 64
     # steps the next order moves a slope by less than 0.05
     assert error < 0.04
-    assert abs(found - order) < 0.05 + 4 * error, (found, error)
+    assert abs(measured_order - order) < 0.05 + 4 * error, (measured_order, error)
 
 
 @dataclass(frozen=True)
@@ -314,8 +314,8 @@ class WrongMilstein:
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, 0.5, 1.1])
 def test_wrong_corrections_are_not_of_strong_order_one(factor, increments):
-    found, error = strong_order(WrongMilstein(factor), GEOMETRIC, increments)
-    assert abs(found - 1) > 0.05 + 4 * error
+    order, error = strong_order(WrongMilstein(factor), GEOMETRIC, increments)
+    assert abs(order - 1) > 0.05 + 4 * error
 
 
 def test_two_paths_that_are_not_one_have_no_order(increments):
@@ -342,7 +342,7 @@ def test_srk_has_strong_order_one_and_a_half_with_the_paths_own_integrals():
     def end(w, integral):
         h, x = 1 / len(w), torch.full((paths, 1), 0.8, dtype=torch.float64)
         for one, area in zip(w, integral, strict=True):
-            x = moved(WithIntegral("srk", integral=area), SWIFT, h, x, one)
+            x = stepped(WithIntegral("srk", integral=area), SWIFT, h, x, one)
         return x
 
     finest = end(w, integral)
@@ -357,6 +357,10 @@ def test_srk_has_strong_order_one_and_a_half_with_the_paths_own_integrals():
         return (end(sums, whole) - finest).square().view(GROUPS, -1).mean(1)
 
     for coupled, order in ((True, 1.5), (False, 1.0)):
-        found, uncertainty = slope([error(16, coupled), error(32, coupled)])
+        measured_order, uncertainty = slope([error(16, coupled), error(32, coupled)])
         assert uncertainty < 0.06
-        assert abs(found - order) < 0.05 + 4 * uncertainty, (coupled, found, uncertainty)
+        assert abs(measured_order - order) < 0.05 + 4 * uncertainty, (
+            coupled,
+            measured_order,
+            uncertainty,
+        )

@@ -92,8 +92,8 @@ def moving(noise, controlled):
     """b = (1 + t) a - x; sigma = 0.3 + t + 0.2 x (+ 0.1 a), and its derivative in x is 0.2."""
 
     def sigma(t, x, *action):
-        spread = 0.3 + t + 0.2 * x + (0.1 * action[0] if action else 0)
-        return spread[:, :, None] if noise == "general" else spread
+        size = 0.3 + t + 0.2 * x + (0.1 * action[0] if action else 0)
+        return size[:, :, None] if noise == "general" else size
 
     diffusion = sigma if controlled else lambda t, x: sigma(t, x)
     return ctrl.ControlledSDE(
@@ -147,8 +147,8 @@ def test_heuns_step_is_its_formula(controlled):
     there = X + h * b + s * W
     b_end, s_end = rates(0.65, there)
     expected = X + 0.5 * h * (b + b_end) + 0.5 * (s + s_end) * W
-    found = ctrl.Heun().step(stratonovich, T0, T1, X, A, W)
-    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+    after = ctrl.Heun().step(stratonovich, T0, T1, X, A, W)
+    torch.testing.assert_close(after, expected, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("solver", [EULER, ctrl.Milstein(), ctrl.Heun()], ids=repr)

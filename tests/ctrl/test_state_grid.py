@@ -24,11 +24,11 @@ def test_interpolation_in_time_and_state_is_that_of_scipy(seed, paths):
     table, x = draw(seed, 4, 5, 4, 2), draw(seed + 1, paths, 2)
     x = torch.tensor([-1.0, 0.5]) + torch.tensor([3.0, 1.0]) * x
     t = 0.2 + 1.5 * draw(seed + 2)
-    found = GridFunction(AXES, TIMES, table)(t, x)
+    interpolated = GridFunction(AXES, TIMES, table)(t, x)
     nodes = (TIMES.numpy(), *(axis.points().numpy() for axis in AXES))
     at = np.column_stack([np.full(paths, float(t)), x.numpy()])
     exact = scipy.interpolate.RegularGridInterpolator(nodes, table.numpy())(at)
-    torch.testing.assert_close(found, torch.from_numpy(exact), rtol=0, atol=1e-12)
+    torch.testing.assert_close(interpolated, torch.from_numpy(exact), rtol=0, atol=1e-12)
 
 
 @given(st.integers(0, 2**31), st.integers(-3, 3))
@@ -59,9 +59,9 @@ def test_neighbours_wrap_or_mirror():
 def test_the_answer_has_the_dtype_of_the_states(dtype):
     function = GridFunction(AXES, TIMES, draw(3, 4, 5, 4))
     x = torch.tensor([[-1.0, 0.5], [2.0, 1.5]], dtype=dtype)
-    found = function(torch.tensor(1.7), x)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found, function.table[-1, [0, -1], [0, -1]].to(dtype))
+    interpolated = function(torch.tensor(1.7), x)
+    assert interpolated.dtype == dtype
+    torch.testing.assert_close(interpolated, function.table[-1, [0, -1], [0, -1]].to(dtype))
 
 
 def test_empty_expanded_and_strided_states_are_fine():

@@ -32,11 +32,11 @@ def test_finite_differences_agree_with_riccati(riccati):
     problem = ctrl.ControlProblem(sde, math.inf, lq.running_reward, discount=0.4, temperature=0.15)
     axis = hjb.Axis(-6.0, 6.0, 601)
     actions = hjb.trapezoid(-14.0, 16.0, 301)
-    found = hjb.solve_discounted(problem, (axis,), actions, differences="central")
+    solution = hjb.solve_discounted(problem, (axis,), actions, differences="central")
     # the scheme is exact for quadratics; what is left is the walls, six deviations away
-    torch.testing.assert_close(found.value(ZERO, X), exact.value(ZERO, X), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(solution.value(ZERO, X), exact.value(ZERO, X), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        found.mean_action(ZERO, X), exact.policy().mean(ZERO, X), rtol=1e-3, atol=1e-3
+        solution.mean_action(ZERO, X), exact.policy().mean(ZERO, X), rtol=1e-3, atol=1e-3
     )
 
 
@@ -51,10 +51,10 @@ def test_the_learned_value_agrees_with_riccati_at_first_order_in_the_step(riccat
             torch.tensor([1.0, h], dtype=torch.float64), nodes=5, action=(1,)
         )
         start = 0.7 * noise.increments[:, 0]
-        given = ctrl.Noise(
+        later_noise = ctrl.Noise(
             noise.increments[:, 1:].contiguous(), noise.actions[:, 1:].contiguous(), noise.weights
         )
-        paths = ctrl.simulate(problem, policy, start, grid, noise=given)
+        paths = ctrl.simulate(problem, policy, start, grid, noise=later_noise)
 
         def quadratic(t, x):
             return torch.cat([torch.ones_like(x), x, x.square()], dim=1)

@@ -196,12 +196,12 @@ WIDE = ctrl.TimeGrid(
 
 def gradients(solver, calculus, grid, noise="diagonal", controlled=False):
     """Of E |X_T|^2 in drift, diffusion, policy and start; ``solver`` is made of the leaves."""
-    gain, spread, feedback = (
+    gain, volatility, feedback = (
         torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.4, 0.3, -0.2)
     )
 
     def sigma(t, x, *a):
-        value = 0.2 + spread * x + (0.3 * a[0] if a else 0.0)
+        value = 0.2 + volatility * x + (0.3 * a[0] if a else 0.0)
         return value if noise != "general" else torch.stack([value, 0.4 * x.flip(1)], dim=2)
 
     def controlled_sigma(t, x, a):
@@ -214,21 +214,21 @@ def gradients(solver, calculus, grid, noise="diagonal", controlled=False):
     start = torch.linspace(0.3, 1.5, 128, dtype=torch.float64).view(64, 2).requires_grad_()
     paths = ctrl.simulate(
         ctrl.ControlProblem(sde, 1.0), ctrl.DeterministicPolicy(lambda t, x: feedback * x), start,
-        grid, solver((gain, spread)), generator=torch.Generator().manual_seed(5),
+        grid, solver((gain, volatility)), generator=torch.Generator().manual_seed(5),
         differentiable=True,
     )  # fmt: skip
-    leaves = (gain, spread, feedback, start)
+    leaves = (gain, volatility, feedback, start)
     return torch.autograd.grad(paths.states[:, -1].square().mean(), leaves)
 
 
 def gap(method, calculus, grid, **equation):
     """Greatest relative difference of the adjoint's gradients from backpropagation's."""
     kept = gradients(lambda _: ctrl.TorchSDE(method), calculus, grid, **equation)
-    found = gradients(
+    slope = gradients(
         lambda leaves: ctrl.TorchSDE(method, adjoint=True, parameters=leaves),
         calculus, grid, **equation,
     )  # fmt: skip
-    return max(float((f - k).abs().max() / k.abs().max()) for f, k in zip(found, kept, strict=True))
+    return max(float((f - k).abs().max() / k.abs().max()) for f, k in zip(slope, kept, strict=True))
 
 
 @pytest.mark.parametrize("noise", ["diagonal", "scalar", "general"])
@@ -280,8 +280,8 @@ def test_gradients_are_difference_quotients():
         plain = {name: settings[name] for name in ("method", "dt") if name in settings}
         with torch.no_grad():
             slope = (value(at + step, plain) - value(at - step, plain)) / (2 * step)
-        found = torch.autograd.grad(value(at, settings), at)[0]
-        torch.testing.assert_close(found, slope, rtol=1e-7, atol=1e-9)
+        gradient = torch.autograd.grad(value(at, settings), at)[0]
+        torch.testing.assert_close(gradient, slope, rtol=1e-7, atol=1e-9)
 
 
 def test_the_adjoint_refuses_to_lose_a_gradient():
@@ -289,8 +289,8 @@ def test_the_adjoint_refuses_to_lose_a_gradient():
     sde = ctrl.ControlledSDE(lambda t, x, a: layer(x) + a, lambda t, x: 0.3)
     start = torch.ones(4, 2, dtype=torch.float64)
     problem, noise = ctrl.ControlProblem(sde, 2.0), torch.ones(4, 3, 2, dtype=torch.float64)
-    for given in ((), (layer.weight,)):
-        solver = ctrl.TorchSDE("euler", adjoint=True, parameters=given)
+    for listed in ((), (layer.weight,)):
+        solver = ctrl.TorchSDE("euler", adjoint=True, parameters=listed)
         with pytest.raises(ValueError, match="parameters must hold every leaf"):
             ctrl.simulate(
                 problem, HOLD, start, GRID, solver, noise=ctrl.Noise(noise), differentiable=True
@@ -302,8 +302,10 @@ def test_the_adjoint_refuses_to_lose_a_gradient():
     loss = paths.states.square().mean()
     once = torch.autograd.grad(loss, layer.weight, retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(loss, layer.weight)[0], once)
-    spread = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    noisy = ctrl.ControlProblem(ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: spread * x), 2.0)
+    volatility = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    noisy = ctrl.ControlProblem(
+        ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: volatility * x), 2.0
+    )
     with pytest.raises(ValueError, match="parameters must hold every leaf"):
         ctrl.simulate(
             noisy, HOLD, start, GRID, solver, noise=ctrl.Noise(noise), differentiable=True
@@ -444,10 +446,10 @@ def test_coefficients_see_times_and_constants_as_our_own_solvers_show_them():
         return torch.tensor(0.5)
 
     start = torch.ones(4, 2)
-    found = states(ctrl.ControlledSDE(drift, diffusion), ctrl.TorchSDE("milstein"), start)
+    end_states = states(ctrl.ControlledSDE(drift, diffusion), ctrl.TorchSDE("milstein"), start)
     assert set(seen) == {torch.float32}
     number = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.5)
-    torch.testing.assert_close(found, states(number, ctrl.EulerMaruyama(), start))
+    torch.testing.assert_close(end_states, states(number, ctrl.EulerMaruyama(), start))
     scalar = ctrl.ControlledSDE(drift, diffusion, "scalar")
     torch.testing.assert_close(
         states(scalar, ctrl.TorchSDE("euler"), start), states(scalar, ctrl.EulerMaruyama(), start)

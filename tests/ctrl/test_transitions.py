@@ -63,10 +63,10 @@ def test_log_densities_and_divergences_are_those_of_torch(seed, event, solver, c
         new, old = law(POLICY), law(REFERENCE)
         density, before = new.log_prob(after), old.log_prob(after)
         each = (density, density - before, kl_divergence(new, old))
-        for found, expected in zip((log_prob, log_ratio, kl), each, strict=True):
+        for computed, expected in zip((log_prob, log_ratio, kl), each, strict=True):
             # sums of at most 12 terms, each at most about 1e4 at spreads of 0.2 and more
             torch.testing.assert_close(
-                found[:, k], expected.reshape(6, -1).sum(1), rtol=1e-10, atol=1e-10
+                computed[:, k], expected.reshape(6, -1).sum(1), rtol=1e-10, atol=1e-10
             )
 
 

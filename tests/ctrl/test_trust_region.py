@@ -43,12 +43,12 @@ def quadratic_gap(shift, action=0.3, q=1.1):
 
 @pytest.mark.parametrize("shift", [0.05, 0.4, -0.9])
 def test_bounds_for_unbounded_rewards_hold_and_are_of_second_order(shift):
-    gap, lipschitz, variance, moved = quadratic_gap(shift)
+    gap, lipschitz, variance, mean_shift = quadratic_gap(shift)
     bounds = {
         "transport": tr.transport(lipschitz, variance, path_kl(shift), GRID),
-        "wasserstein": tr.wasserstein(lipschitz, moved.abs(), GRID),
+        "wasserstein": tr.wasserstein(lipschitz, mean_shift.abs(), GRID),
         "chi square": tr.chi_square(
-            lipschitz.square() * variance, torch.expm1(moved.square() / variance), GRID
+            lipschitz.square() * variance, torch.expm1(mean_shift.square() / variance), GRID
         ),
     }
     for name, bound in bounds.items():
@@ -61,14 +61,16 @@ def test_bounds_for_unbounded_rewards_hold_and_are_of_second_order(shift):
 
 def test_the_constants_cannot_be_halved_everywhere():
     """Transport and chi square come within a factor of 2 somewhere; half of either fails there."""
-    gap, lipschitz, variance, moved = quadratic_gap(0.1)
-    chi = tr.chi_square(lipschitz.square() * variance, torch.expm1(moved.square() / variance), GRID)
+    gap, lipschitz, variance, mean_shift = quadratic_gap(0.1)
+    chi = tr.chi_square(
+        lipschitz.square() * variance, torch.expm1(mean_shift.square() / variance), GRID
+    )
     assert float(chi) / 2 < abs(gap)
     # deterministic start, no restoring force: the mean moves as far as the KL allows
     times = GRID.nodes[1:-1]
     grid = ctrl.TimeGrid(GRID.nodes[1:])
-    kl, spread = 0.1**2 * times / (2 * S**2), S**2 * times
-    bound = tr.transport(torch.ones_like(times), spread, kl, grid)
+    kl, reward_variance = 0.1**2 * times / (2 * S**2), S**2 * times
+    bound = tr.transport(torch.ones_like(times), reward_variance, kl, grid)
     exact = float((0.1 * times * grid.steps).sum())
     assert float(bound) == pytest.approx(exact, rel=1e-9)
 
@@ -124,8 +126,8 @@ def test_bad_input_is_refused():
 def test_penalised_surrogate_is_the_formula_and_has_a_finite_slope_at_equal_policies():
     log_ratio = torch.tensor([0.2, -0.1], dtype=torch.float64)
     advantage, kl = torch.tensor([1.5, -0.4]).double(), torch.tensor([0.04, 0.09]).double()
-    found = tr.penalised_surrogate(log_ratio, advantage, kl, 0.7)
-    torch.testing.assert_close(found, log_ratio.exp() * advantage - 0.7 * kl.sqrt())
+    penalised = tr.penalised_surrogate(log_ratio, advantage, kl, 0.7)
+    torch.testing.assert_close(penalised, log_ratio.exp() * advantage - 0.7 * kl.sqrt())
     theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     tr.penalised_surrogate(theta, advantage, theta.square(), 0.7).sum().backward()
     assert bool(torch.isfinite(theta.grad).all())

@@ -195,7 +195,7 @@ def test_paths_of_a_black_box_are_refused_where_the_dynamics_are_needed():
         lambda: transitions.log_ratio(SDE, EULER, MEAN, OTHER, still),
         lambda: ql.q_rates(plain, value, replace(drawn, grid=drawn.grid)),
     ):
-        with pytest.raises(ValueError, match="black box moved them"):
+        with pytest.raises(ValueError, match="black box simulated them"):
             call()
 
 
@@ -212,11 +212,11 @@ def test_what_learns_from_paths_alone_takes_those_of_a_black_box():
     torch.testing.assert_close(ql.martingale_loss(exact, nothing, problem, paths), zeros, **close)
     dm = mg.increments(exact, problem, paths)
     torch.testing.assert_close(dm, torch.zeros_like(dm), **close)
-    for found in (
+    for loss in (
         pg.return_gradient(problem, DRAWN, paths),
         pg.temporal_difference_gradient(problem, DRAWN, exact, paths),
     ):
-        assert bool(torch.isfinite(found).all())
+        assert bool(torch.isfinite(loss).all())
 
 
 # --- grids that end early ------------------------------------------------------------------------
@@ -272,13 +272,13 @@ def test_arrays_and_lists_are_named_as_what_they_are(monkeypatch):
 
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in production
     states, actions = np.zeros((3, 5, 2)), np.zeros((3, 4, 2))
-    for given, name in (
+    for argument, name in (
         ((states, None, None), "states"),
         ((torch.zeros(3, 5, 2), actions, None), "actions"),
         ((torch.zeros(3, 5, 2), None, actions.tolist()), "increments"),
     ):
         with pytest.raises(TypeError, match=f"{name} must be a torch tensor.*as_tensor"):
-            ctrl.Paths(*given, grid=GRID)
+            ctrl.Paths(*argument, grid=GRID)
     with pytest.raises(TypeError, match="grid must be a TimeGrid"):
         ctrl.Paths(torch.zeros(3, 5, 2), None, None, grid=GRID.nodes)
 
@@ -297,11 +297,11 @@ def test_coefficients_of_the_wrong_arguments_are_refused_when_they_are_given():
 def test_how_many_arguments_a_function_takes():
     functions = [lambda: 0, lambda a: 0, lambda a, b=1: 0, lambda *a: 0, lambda a, *, b: 0]
     expected = {(0, 0), (1, 1), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)}
-    found = {
+    counts_that_fit = {
         (k, count) for (k, f), count in itertools.product(enumerate(functions), range(3))
         if takes(f, count)
     }  # fmt: skip
-    assert found == expected
+    assert counts_that_fit == expected
 
 
 @pytest.mark.parametrize(

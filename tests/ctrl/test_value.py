@@ -22,18 +22,18 @@ def value(t, x):
 
 
 def slope(x):
-    found = 2 * torch.sin(T) * x
-    found[:, 0] += 3 * x[:, 0] ** 2 * x[:, 1]
-    found[:, 1] += x[:, 0] ** 3
-    return found
+    gradient_by_hand = 2 * torch.sin(T) * x
+    gradient_by_hand[:, 0] += 3 * x[:, 0] ** 2 * x[:, 1]
+    gradient_by_hand[:, 1] += x[:, 0] ** 3
+    return gradient_by_hand
 
 
 def curvature(x):
-    found = 2 * torch.sin(T) * torch.eye(2, dtype=x.dtype).repeat(len(x), 1, 1)
-    found[:, 0, 0] += 6 * x[:, 0] * x[:, 1]
-    found[:, 0, 1] += 3 * x[:, 0] ** 2
-    found[:, 1, 0] += 3 * x[:, 0] ** 2
-    return found
+    hessian_by_hand = 2 * torch.sin(T) * torch.eye(2, dtype=x.dtype).repeat(len(x), 1, 1)
+    hessian_by_hand[:, 0, 0] += 6 * x[:, 0] * x[:, 1]
+    hessian_by_hand[:, 0, 1] += 3 * x[:, 0] ** 2
+    hessian_by_hand[:, 1, 0] += 3 * x[:, 0] ** 2
+    return hessian_by_hand
 
 
 def expected(x, a, columns):
@@ -82,13 +82,13 @@ def test_generator_of_a_network_has_parameter_gradients_and_takes_images():
     ).double()
     sde = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.6)
     x, a = (v.view(5, 1, 2, 3) for v in points(6))
-    found = generator(sde, lambda t, x: (1 + t) * net(x).squeeze(1), T, x, a)
+    generated = generator(sde, lambda t, x: (1 + t) * net(x).squeeze(1), T, x, a)
     hessian = torch.autograd.functional.hessian(lambda x: (1 + T) * net(x).sum(), x)
     laplacian = torch.einsum("pijkpijk->p", hessian)
     grad = torch.autograd.grad(((1 + T) * net(x.requires_grad_())).sum(), x)[0]
     by_hand = net(x).squeeze(1) + ((a - x) * grad).flatten(1).sum(1) + 0.18 * laplacian
-    torch.testing.assert_close(found, by_hand, **ROUND_OFF)
-    found.sum().backward()
+    torch.testing.assert_close(generated, by_hand, **ROUND_OFF)
+    generated.sum().backward()
     assert net[1].weight.grad.abs().sum() > 0
 
 
@@ -154,8 +154,8 @@ def test_the_generator_knows_the_time_of_drift_and_diffusion(noise):
     x, a = points(2)
 
     def sigma(t, x):
-        spread = 0.3 + 0.1 * x + t
-        return torch.diag_embed(spread) if noise == "general" else spread
+        size = 0.3 + 0.1 * x + t
+        return torch.diag_embed(size) if noise == "general" else size
 
     motions = 2 if noise == "general" else None
     moving = ctrl.ControlledSDE(lambda t, x, a: (1 + t) * a - x, sigma, noise, motions)
@@ -204,9 +204,9 @@ def test_directions_a_few_at_a_time_give_the_same_generator(kind, monkeypatch):
     together = [generator(sde, value, T, x, a, each) for each in (None, probes)]
     for budget in (1, 2 * x.numel() * 8):
         monkeypatch.setattr(ctrl.value, "_CHUNK", budget)
-        for given, expected in zip((None, probes), together, strict=True):
-            found = generator(sde, value, T, x, a, given)
-            torch.testing.assert_close(found, expected, **ROUND_OFF)
+        for chosen, expected in zip((None, probes), together, strict=True):
+            generated = generator(sde, value, T, x, a, chosen)
+            torch.testing.assert_close(generated, expected, **ROUND_OFF)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (4, 3, 2), (5, 3, 3), (5,)])

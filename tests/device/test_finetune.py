@@ -10,12 +10,12 @@ from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.exact.problems import GaussianProblem, MixtureProblem, table
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.evaluation import evaluate
-from diffusion_envs.sd15 import finetune
 from diffusion_envs.training import parallel
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 from tests.device.counting import counting
 from tests.device.memory import NAME
+from tests.diffusion_envs.sd15.calling import finetune
 from verification.claims.training_loop import Process
 
 SYNCHRONISATIONS = {
@@ -157,7 +157,7 @@ def test_a_whole_run_on_the_device_is_resumed_bit_for_bit(tmp_path, monkeypatch)
         "prompts": ["a photo of a cat", "a photo of a ship"],
         "steps": 2,
         "guidance": 2.0,
-        "schedule": UpdateSize(samples=2, value_epochs=1),
+        "size": UpdateSize(samples=2, value_epochs=1),
         "lora_rank": 2,
         "evaluation_samples": 2,
         "precision": "bfloat16",
@@ -167,7 +167,7 @@ def test_a_whole_run_on_the_device_is_resumed_bit_for_bit(tmp_path, monkeypatch)
     whole = finetune(updates=2, output=tmp_path / "whole", **arguments)
     finetune(updates=1, output=tmp_path / "cut", **arguments)
     resumed = finetune(updates=2, output=tmp_path / "cut", resume=True, **arguments)
-    assert resumed.lora.read_bytes() == whole.lora.read_bytes()
+    assert resumed.exported.read_bytes() == whole.exported.read_bytes()
     lines = [
         [told(json.loads(line)) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
         for run in (whole, resumed)

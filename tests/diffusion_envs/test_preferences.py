@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusion_envs import rewards, sd15
+from diffusion_envs import rewards
 from diffusion_envs.objectives import D3PO, DenseReward, Objective
 from diffusion_envs.preferences import (
     BradleyTerry,
@@ -23,10 +23,12 @@ from diffusion_envs.preferences import (
     Recorded,
     compare,
 )
+from diffusion_envs.runs import command_line
 from diffusion_envs.runs.human_choices import leave
-from diffusion_envs.sd15.__main__ import main
+from diffusion_envs.sd15.__main__ import FAMILY
 from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.objectives.small_runs import numbers, trainer
+from tests.diffusion_envs.sd15.calling import finetune
 
 SAMPLES, GROUP = range(8, 14), 2
 REWARDS = torch.tensor([0.3, 1.0, -2.0, -2.0, 5.0, 4.0])
@@ -222,7 +224,7 @@ SMALL = {
     "objective": D3PO(learning_rate=1e-2),
     "steps": 2,
     "updates": 2,
-    "schedule": UpdateSize(samples=4, batch=8),
+    "size": UpdateSize(samples=4, batch=8),
     "lora_rank": 1,
     "evaluation_samples": 2,
     "progress": False,
@@ -235,7 +237,7 @@ def test_a_run_waits_for_people_and_ends_as_one_that_never_waited(tmp_path):
     folder, path = tmp_path / "waiting", tmp_path / "choices.jsonl"
     settings = SMALL | {"output": folder, "preference": Recorded(path)}
     with pytest.raises(MissingChoicesError, match="to_judge"):
-        sd15.finetune(**settings)
+        finetune(**settings)
     assert not (folder / "metrics.jsonl").is_file() or not (folder / "metrics.jsonl").read_text()
     for pairs in ([[0, 1], [2, 3]], [[4, 5], [6, 7]]):
         left = sorted(p.name for p in (folder / "to_judge").glob("sample-*.png"))
@@ -244,10 +246,10 @@ def test_a_run_waits_for_people_and_ends_as_one_that_never_waited(tmp_path):
             file.writelines(json.dumps({"order": pair}) + "\n" for pair in pairs)
         if pairs[0][0] == 0:
             with pytest.raises(MissingChoicesError):
-                sd15.finetune(**settings, resume=True)
-    sd15.finetune(**settings, resume=True)
+                finetune(**settings, resume=True)
+    finetune(**settings, resume=True)
     other = tmp_path / "asked"
-    sd15.finetune(**SMALL | {"output": other, "preference": lower_number})
+    finetune(**SMALL | {"output": other, "preference": lower_number})
     name = "pytorch_lora_weights.safetensors"
     one, two = load_file(folder / name), load_file(other / name)
     assert all(torch.equal(one[k], two[k]) for k in two)
@@ -266,19 +268,24 @@ def test_the_command_line_waits_and_goes_on(tmp_path, capsys):
     folder, path = tmp_path / "run", tmp_path / "choices.jsonl"
     small = ["--steps", "2", "--updates", "1", "--samples", "2", "--evaluation-samples", "2"]
     start = ["--output", folder, "--reward", "red", "--objective", "d3po", "--preferences", path]
-    assert main([str(a) for a in [*start, *small, "--lora-rank", "1", "--device", "cpu"]]) == 3
+    assert (
+        command_line.main(
+            FAMILY, [str(a) for a in [*start, *small, "--lora-rank", "1", "--device", "cpu"]]
+        )
+        == 3
+    )
     said = capsys.readouterr().err
     assert "waiting" in said
     assert str(folder / "to_judge") in said
     assert f"--resume {folder}" in said
     path.write_text((folder / "to_judge" / "groups.jsonl").read_text())
-    assert main(["--resume", str(folder)]) == 0
+    assert command_line.main(FAMILY, ["--resume", str(folder)]) == 0
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 def test_choices_without_an_objective_that_learns_from_them_are_refused(tmp_path):
     with pytest.raises(ValueError, match="ScoreAsAction learns from rewards"):
-        sd15.finetune(
+        finetune(
             reward=rewards.Colour("red"),
             prompts=["a photo of a cat"],
             output=tmp_path / "run",

@@ -96,10 +96,10 @@ def test_right_code_passes_and_every_mistake_is_rejected():
     assert line.effect == pytest.approx(0.01, rel=1e-6)
     assert line.variant == "off by 1 %"
     assert line.right * 1e3 <= line.tolerance <= line.effect / 1e3
-    found = run(one, SETTING, table)
-    assert found.holds
-    assert found.verdict is Verdict.PASS
-    assert [w.rejected for w in found.wrongs] == [True] * 3
+    outcome = run(one, SETTING, table)
+    assert outcome.holds
+    assert outcome.verdict is Verdict.PASS
+    assert [w.rejected for w in outcome.wrongs] == [True] * 3
 
 
 def test_a_mistake_that_nothing_sees_is_a_complaint_and_is_accepted():
@@ -111,10 +111,10 @@ def test_a_mistake_that_nothing_sees_is_a_complaint_and_is_accepted():
     table, complaints = measure(one, SETTING)
     assert len(complaints) == 1
     assert "'sign' is seen by no check" in complaints[0]
-    found = run(one, SETTING, table)
-    assert not found.holds
-    assert found.verdict is Verdict.PASS
-    assert [w.rejected for w in found.wrongs] == [True, True, False]
+    outcome = run(one, SETTING, table)
+    assert not outcome.holds
+    assert outcome.verdict is Verdict.PASS
+    assert [w.rejected for w in outcome.wrongs] == [True, True, False]
 
 
 def test_a_check_that_cannot_fail_is_a_complaint_and_gets_no_tolerance():
@@ -125,9 +125,9 @@ def test_a_check_that_cannot_fail_is_a_complaint_and_gets_no_tolerance():
     table, complaints = measure(made(vacuous), SETTING)
     assert list(table) == ["squares"]
     assert "'at least 0' cannot fail" in complaints[0]
-    found = run(made(vacuous), SETTING, table)
-    assert found.verdict is Verdict.FAIL
-    assert "no tolerance" in found.checks[1].note
+    outcome = run(made(vacuous), SETTING, table)
+    assert outcome.verdict is Verdict.FAIL
+    assert "no tolerance" in outcome.checks[1].note
 
 
 def test_wrong_code_fails_with_its_deviation():
@@ -136,9 +136,9 @@ def test_wrong_code_fails_with_its_deviation():
         yield pathwise("squares", half_square(x) * (1 + 1e-3), [0.045])
 
     table, _ = measure(made(body_of_squares), SETTING)
-    found = run(made(off), SETTING, table)
-    assert found.verdict is Verdict.FAIL
-    assert found.checks[0].deviation == pytest.approx(1e-3)
+    outcome = run(made(off), SETTING, table)
+    assert outcome.verdict is Verdict.FAIL
+    assert outcome.checks[0].deviation == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -155,18 +155,18 @@ def test_a_body_that_raises_fails_and_the_error_is_told():
     def raises(setting):
         yield pathwise("squares", [1.0, 2.0], [1.0])
 
-    found = run(made(raises), SETTING, {}, plant=False)
-    assert found.verdict is Verdict.FAIL
-    assert "compares shapes [2] and [1]" in found.error
+    outcome = run(made(raises), SETTING, {}, plant=False)
+    assert outcome.verdict is Verdict.FAIL
+    assert "compares shapes [2] and [1]" in outcome.error
 
 
 def test_a_claim_without_checks_proves_nothing():
     def empty(setting):
         yield from ()
 
-    found = run(made(empty), SETTING, {}, plant=False)
-    assert found.verdict is Verdict.FAIL
-    assert "no checks" in found.error
+    outcome = run(made(empty), SETTING, {}, plant=False)
+    assert outcome.verdict is Verdict.FAIL
+    assert "no checks" in outcome.error
 
 
 def test_a_mistake_that_the_code_refuses_counts_only_if_that_is_said():
@@ -182,9 +182,9 @@ def test_a_mistake_that_the_code_refuses_counts_only_if_that_is_said():
     said = [*WRONGS[:2], wrong("sign", HERE, "return 0.5", "return -0.5", raises=ValueError)]
     table, complaints = measure(made(strict, said), SETTING)
     assert not complaints
-    found = run(made(strict, said), SETTING, table)
-    assert found.holds
-    assert "refused with ValueError: negative" in found.wrongs[2].note
+    outcome = run(made(strict, said), SETTING, table)
+    assert outcome.holds
+    assert "refused with ValueError: negative" in outcome.wrongs[2].note
     # and one that is said to be refused, but is not, is a complaint
     said[0] = wrong("no 1/2", HERE, "0.5 * x", "x", raises=ValueError)
     assert "is not refused" in measure(made(strict, said), SETTING)[1][0]
@@ -206,18 +206,18 @@ def test_a_sampled_check_decides_and_rejects():
     table, complaints = measure(one, SETTING)
     assert not complaints
     assert table["mean"].tolerance == pytest.approx(table["mean"].effect / 2, rel=0.05)
-    found = run(one, SETTING, table)
-    assert found.holds
-    assert found.checks[0].n > 1000
-    assert found.checks[0].log_evidence is not None
+    outcome = run(one, SETTING, table)
+    assert outcome.holds
+    assert outcome.checks[0].n > 1000
+    assert outcome.checks[0].log_evidence is not None
 
 
 def test_too_few_samples_are_inconclusive_and_a_failure_with_the_number_that_would_do():
     lines = {"mean": Tolerance("sampled", 0.01, 0.18, "v", 0.09)}
-    found = run(made(means), SETTING, lines, Rates(most=50), plant=False)
-    assert found.verdict is Verdict.INCONCLUSIVE
-    assert not found.holds
-    assert found.checks[0].needed > 1000
+    outcome = run(made(means), SETTING, lines, Rates(most=50), plant=False)
+    assert outcome.verdict is Verdict.INCONCLUSIVE
+    assert not outcome.holds
+    assert outcome.checks[0].needed > 1000
 
 
 def test_the_same_variants_get_the_same_random_numbers():
@@ -348,9 +348,9 @@ def test_a_check_states_its_own_precision():
     whole = measure(made(mixed, precision=torch.float32), SETTING)[0]
     assert whole["squares"].precision == "float32"
     # a table that was measured in another precision holds for nothing
-    found = run(made(mixed, precision=torch.float32), SETTING, table, plant=False)
-    assert found.verdict is Verdict.FAIL
-    assert "measured in float64, computed in float32" in found.checks[0].note
+    outcome = run(made(mixed, precision=torch.float32), SETTING, table, plant=False)
+    assert outcome.verdict is Verdict.FAIL
+    assert "measured in float64, computed in float32" in outcome.checks[0].note
 
 
 def test_float32_in_a_body_that_does_not_say_so_is_a_complaint():

@@ -11,32 +11,32 @@ from verification.running import run
 TABLE = tolerances.load()
 
 
-def why(found):
+def why(outcome):
     """What to read when it fails."""
-    lines = [found.error] if found.error else []
+    lines = [outcome.error] if outcome.error else []
     lines += [
         f"{check.verdict.value}: {check.name}: {check.deviation:.1e}, tolerance {check.tolerance}"
-        for check in found.checks
+        for check in outcome.checks
     ]
     lines += [
-        f"accepted: {w.name}: {w.note or w.deviations}" for w in found.wrongs if not w.rejected
+        f"accepted: {w.name}: {w.note or w.deviations}" for w in outcome.wrongs if not w.rejected
     ]
-    return "\n".join([found.claim.name, *lines])
+    return "\n".join([outcome.claim.name, *lines])
 
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", CLAIMS)
 def test_the_claim_holds_and_rejects_every_mistake(name):
-    found = run(CLAIMS[name], Setting(), TABLE["float64"].get(name, {}))
-    assert found.holds, why(found)
+    outcome = run(CLAIMS[name], Setting(), TABLE["float64"].get(name, {}))
+    assert outcome.holds, why(outcome)
 
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", [name for name, claim in CLAIMS.items() if claim.single])
 def test_the_claim_holds_in_single_precision(name):
     setting = Setting(dtype=torch.float32)
-    found = run(CLAIMS[name], setting, TABLE["float32"].get(name, {}), plant=False)
-    assert found.holds, why(found)
+    outcome = run(CLAIMS[name], setting, TABLE["float32"].get(name, {}), plant=False)
+    assert outcome.holds, why(outcome)
 
 
 @pytest.mark.gpu
@@ -48,8 +48,8 @@ def test_the_claim_holds_on_cuda(name, precision):
     if precision == "float32" and not claim.single:
         pytest.skip(claim.why_double)
     setting = Setting(dtype=getattr(torch, precision), device=torch.device("cuda"))
-    found = run(claim, setting, TABLE[precision].get(name, {}), plant=False)
-    assert found.holds, why(found)
+    outcome = run(claim, setting, TABLE[precision].get(name, {}), plant=False)
+    assert outcome.holds, why(outcome)
 
 
 def test_closed_forms_stand_on_their_own():

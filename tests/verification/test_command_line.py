@@ -58,9 +58,9 @@ def test_a_run_says_what_it_did(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1 of 1 claims hold" in out
     assert "score over std" in out  # one claim alone shows its variants
-    found = json.loads((tmp_path / "verification.json").read_text())
-    assert found["holds"] is True
-    (one,) = found["claims"]
+    record = json.loads((tmp_path / "verification.json").read_text())
+    assert record["holds"] is True
+    (one,) = record["claims"]
     assert one["name"] == QUICK
     assert {"deviation", "tolerance", "verdict", "route"} <= set(one["checks"][0])
     assert all(wrong["rejected"] and wrong["by"] for wrong in one["wrongs"])

@@ -31,11 +31,11 @@ def rates(law, shift, tolerance, false_fail, false_pass, runs, g):
     counts = dict.fromkeys(Verdict, 0)
     for _ in range(runs):
         samples = LAWS[law](most, g) + shift
-        found = decide(
+        decision = decide(
             samples.split(50), 0.0, tolerance=tolerance, variance=1.0,
             false_fail=false_fail, false_pass=false_pass, most=most,
         )  # fmt: skip
-        counts[found.verdict] += 1
+        counts[decision.verdict] += 1
     return counts[Verdict.PASS] / runs, counts[Verdict.FAIL] / runs
 
 
@@ -52,12 +52,12 @@ def test_error_rates_are_below_what_is_stated(law, generator):
 
 
 def test_gross_errors_fail_at_the_strictest_rates(generator):
-    found = decide(
+    decision = decide(
         (torch.randn(500, generator=generator) + 1.0 for _ in range(20)), 0.0,
         tolerance=0.5, variance=1.2,
     )  # fmt: skip
-    assert found.verdict is Verdict.FAIL
-    assert found.n <= 500
+    assert decision.verdict is Verdict.FAIL
+    assert decision.n <= 500
 
 
 def test_a_right_claim_passes_with_about_the_samples_that_are_planned(generator):
@@ -65,9 +65,9 @@ def test_a_right_claim_passes_with_about_the_samples_that_are_planned(generator)
     used = []
     for _ in range(20):
         samples = torch.randn(4 * planned, generator=generator, dtype=torch.float64)
-        found = decide(samples.split(20), 0.0, tolerance=0.1, variance=1.0)
-        assert found.verdict is Verdict.PASS
-        used.append(found.n)
+        decision = decide(samples.split(20), 0.0, tolerance=0.1, variance=1.0)
+        assert decision.verdict is Verdict.PASS
+        used.append(decision.n)
     # the plan is the mean; 20 runs of a spread of a third
     assert 0.7 * planned < sum(used) / len(used) < 1.3 * planned
 
@@ -82,20 +82,20 @@ def test_influence_is_catonis_bound():
 
 
 def test_too_few_samples_are_inconclusive_and_say_how_many_would_do():
-    found = decide([torch.zeros(3)], 0.0, tolerance=0.01, variance=1.0)
-    assert found.verdict is Verdict.INCONCLUSIVE
-    assert found.needed >= samples_needed(0.01, 1.0)
+    decision = decide([torch.zeros(3)], 0.0, tolerance=0.01, variance=1.0)
+    assert decision.verdict is Verdict.INCONCLUSIVE
+    assert decision.needed >= samples_needed(0.01, 1.0)
     with pytest.raises(TypeError, match="truth value"):
-        bool(found.verdict)
+        bool(decision.verdict)
 
 
 def test_nan_fails_at_once_and_wild_samples_never_pass(generator):
     batches = [torch.zeros(10), torch.tensor([0.0, math.nan])]
     assert decide(batches, 0.0, tolerance=0.1, variance=1.0).verdict is Verdict.FAIL
     wild = 3 * torch.randn(20_000, generator=generator)
-    found = decide(wild.split(1000), 0.0, tolerance=0.5, variance=1.0, most=20_000)
-    assert found.verdict is not Verdict.PASS
-    assert "variance" in found.reason or found.verdict is Verdict.FAIL
+    decision = decide(wild.split(1000), 0.0, tolerance=0.5, variance=1.0, most=20_000)
+    assert decision.verdict is not Verdict.PASS
+    assert "variance" in decision.reason or decision.verdict is Verdict.FAIL
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def walked(batches, claimed, tolerance, variance, false_fail, false_pass, most):
         n, mean = len(seen), sum(seen) / len(seen)
         if evidence[0] >= math.log(2 / false_fail):
             return Verdict.FAIL, n, mean, evidence
-        spread = sum((sample - mean) ** 2 for sample in seen) / n
-        if min(evidence[1:]) >= math.log(1 / false_pass) and spread <= 1.25 * variance:
+        sample_variance = sum((sample - mean) ** 2 for sample in seen) / n
+        if min(evidence[1:]) >= math.log(1 / false_pass) and sample_variance <= 1.25 * variance:
             return Verdict.PASS, n, mean, evidence
         if n >= most:
             break
@@ -151,15 +151,15 @@ def test_decisions_are_those_of_the_walks(shift, size, most, rates, generator):
     }  # fmt: skip
     batches = samples.split(size)
     verdict, n, mean, evidence = walked([batch.tolist() for batch in batches], **settings)
-    found = decide(iter(batches), **settings)
-    assert (found.verdict, found.n) == (verdict, n)
-    assert found.mean == pytest.approx(mean, rel=1e-12)
-    assert found.log_evidence == pytest.approx(evidence, rel=1e-10, abs=1e-12)
-    assert found.reason == ""
+    decision = decide(iter(batches), **settings)
+    assert (decision.verdict, decision.n) == (verdict, n)
+    assert decision.mean == pytest.approx(mean, rel=1e-12)
+    assert decision.log_evidence == pytest.approx(evidence, rel=1e-10, abs=1e-12)
+    assert decision.reason == ""
     if verdict is Verdict.INCONCLUSIVE:
-        assert found.needed == max(2 * n, samples_needed(0.4, 1.3, rates[1]))
+        assert decision.needed == max(2 * n, samples_needed(0.4, 1.3, rates[1]))
     else:
-        assert found.needed is None
+        assert decision.needed is None
 
 
 def test_the_plan_is_twice_the_logarithm_of_the_rate_by_the_squared_signal():
@@ -173,22 +173,22 @@ def test_rates_are_a_millionth_and_samples_ten_million_unless_told():
     """Samples of 1, or of 0: each adds log(1 + 1 + 1/2) - 1/2 to one walk, or to two."""
     for value, bound in ((1.0, 2e6), (0.0, 1e6)):
         samples = torch.full((200,), value, dtype=torch.float64)
-        found = decide(samples.split(1), 0.0, tolerance=1.0, variance=1.0)
+        decision = decide(samples.split(1), 0.0, tolerance=1.0, variance=1.0)
         step = math.log(2.5) - 0.5
-        assert found.n == math.ceil(math.log(bound) / step)
-    found = decide(torch.ones(9).split(1), 0.0, tolerance=1.0, variance=1.0, false_fail=0.4)
-    assert found.n == math.ceil(math.log(2 / 0.4) / step)
+        assert decision.n == math.ceil(math.log(bound) / step)
+    decision = decide(torch.ones(9).split(1), 0.0, tolerance=1.0, variance=1.0, false_fail=0.4)
+    assert decision.n == math.ceil(math.log(2 / 0.4) / step)
     (most,) = (p for p in inspect.signature(decide).parameters.values() if p.name == "most")
     assert most.default == 10_000_000
 
 
 def test_a_bad_number_is_reported_with_what_was_read():
     batches = [torch.zeros(10), torch.tensor([0.0, math.inf, 0.0])]
-    found = decide(batches, 0.0, tolerance=0.1, variance=1.0)
-    assert (found.verdict, found.n, found.needed) == (Verdict.FAIL, 13, None)
-    assert math.isnan(found.mean)
-    assert found.log_evidence == (math.inf, 0.0, 0.0)
-    assert found.reason == "not finite"
+    decision = decide(batches, 0.0, tolerance=0.1, variance=1.0)
+    assert (decision.verdict, decision.n, decision.needed) == (Verdict.FAIL, 13, None)
+    assert math.isnan(decision.mean)
+    assert decision.log_evidence == (math.inf, 0.0, 0.0)
+    assert decision.reason == "not finite"
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.25, -0.25])
@@ -196,21 +196,21 @@ def test_a_bad_number_is_reported_with_what_was_read():
 def test_a_variance_above_its_bound_by_a_quarter_passes_nothing(ratio, offset):
     """Samples of exactly that variance, about a mean that is not quite what is claimed."""
     pair = 0.7 + offset + torch.tensor([ratio, ratio], dtype=torch.float64).sqrt() * SIGNS
-    found = decide(pair.repeat(200).split(2), 0.7, tolerance=1.0, variance=1.0, most=400)
-    assert found.verdict is (Verdict.PASS if ratio < 1.25 else Verdict.INCONCLUSIVE)
+    decision = decide(pair.repeat(200).split(2), 0.7, tolerance=1.0, variance=1.0, most=400)
+    assert decision.verdict is (Verdict.PASS if ratio < 1.25 else Verdict.INCONCLUSIVE)
     settings = (0.7, 1.0, 1.0, 1e-6, 1e-6, 400)
-    assert found.n == walked([pair.tolist()] * 200, *settings)[1]
-    assert found.mean == pytest.approx(0.7 + offset, abs=1e-12)
+    assert decision.n == walked([pair.tolist()] * 200, *settings)[1]
+    assert decision.mean == pytest.approx(0.7 + offset, abs=1e-12)
     if ratio > 1.25:
-        assert "variance 1.3 is above its bound 1" in found.reason
-        assert (found.n, found.needed) == (400, None)
-        assert min(found.log_evidence[1:]) >= math.log(1e6)
+        assert "variance 1.3 is above its bound 1" in decision.reason
+        assert (decision.n, decision.needed) == (400, None)
+        assert min(decision.log_evidence[1:]) >= math.log(1e6)
 
 
 def test_a_stream_without_end_is_read_no_further_than_allowed():
     endless = itertools.repeat(torch.zeros(6, dtype=torch.float64))
-    found = decide(endless, 0.0, tolerance=0.1, variance=1.0, most=20)
-    assert (found.verdict, found.n) == (Verdict.INCONCLUSIVE, 20)
+    decision = decide(endless, 0.0, tolerance=0.1, variance=1.0, most=20)
+    assert (decision.verdict, decision.n) == (Verdict.INCONCLUSIVE, 20)
 
 
 @pytest.mark.parametrize("name", ["tolerance", "variance", "false_fail", "false_pass"])
@@ -225,9 +225,9 @@ def test_batches_of_any_shape_are_flattened_empty_ones_skipped_and_gradients_cut
     settings = {"claimed": 0.1, "tolerance": 0.3, "variance": 1.0}
     plain = decide([samples.detach()], **settings)
     odd = [samples[:0], samples[:12].view(3, 4), samples[:0], samples[12:].float().view(2, 3, 2)]
-    found = decide(odd, **settings)
-    assert (found.verdict, found.n) == (plain.verdict, 24)
-    assert found.log_evidence == pytest.approx(plain.log_evidence, abs=1e-6)
+    decision = decide(odd, **settings)
+    assert (decision.verdict, decision.n) == (plain.verdict, 24)
+    assert decision.log_evidence == pytest.approx(plain.log_evidence, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_claims_and_numbers_of_samples_out_of_range_are_refused(name, value):
 
 def test_where_the_plan_was_not_enough_twice_as_many_are_asked_for():
     half = torch.full((1000,), 0.2, dtype=torch.float64)  # as far from the claim as from its edge
-    found = decide([half], 0.0, tolerance=0.4, variance=1.3)
+    decision = decide([half], 0.0, tolerance=0.4, variance=1.3)
     assert samples_needed(0.4, 1.3) < 1000
-    assert (found.verdict, found.needed) == (Verdict.INCONCLUSIVE, 2000)
-    assert found.mean == pytest.approx(0.2)
+    assert (decision.verdict, decision.needed) == (Verdict.INCONCLUSIVE, 2000)
+    assert decision.mean == pytest.approx(0.2)

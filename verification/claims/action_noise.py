@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import ctrl
+from ctrl.policy import policy_kl
 from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
@@ -41,7 +42,7 @@ def chain(count: int, std: float, shift: float = 0.0) -> Chain:
     """Production's Euler steps whose score is drawn around score + shift."""
     data = gaussian_data(TABLES, Normal(*_law(MODEL)))
     steps = Steps.of_euler(vp_linear(MODEL), 1 - ctrl.uniform_grid(1.0, count).nodes)
-    found = linear_policy.chain(
+    steps_of_chain = linear_policy.chain(
         data,
         vp_linear(MODEL),
         steps,
@@ -49,7 +50,12 @@ def chain(count: int, std: float, shift: float = 0.0) -> Chain:
         torch.full_like(data.mean, shift),
         action_std=torch.full_like(steps.std, std),
     )
-    return Chain(*(v.reshape(-1).numpy() for v in (found.matrix, found.shift, found.covariance)))
+    return Chain(
+        *(
+            v.reshape(-1).numpy()
+            for v in (steps_of_chain.matrix, steps_of_chain.shift, steps_of_chain.covariance)
+        )
+    )
 
 
 def _law(model: VPGaussian) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +63,7 @@ def _law(model: VPGaussian) -> tuple[np.ndarray, np.ndarray]:
 
 
 def end_variance(one: Chain) -> float:
-    """Of the generated data."""
+    """Variance of the generated data."""
     return float(one.moments(MODEL.noised(1.0))[1][-1])
 
 
@@ -145,18 +151,18 @@ def action_noise(setting: Setting) -> Iterator[Check]:
     problem, pretrained = generation(data, vp_linear(PLANE))
     drawn = ctrl.GaussianPolicy(pretrained.mean, STD)
     grid = ctrl.TimeGrid(torch.tensor(UNEVEN, dtype=torch.float64))
-    found = affine_end(problem, drawn, grid, data.mean)
+    euler_end = affine_end(problem, drawn, grid, data.mean)
     want = whole(drawn_steps(Normal(*_law(PLANE)), Nodes.of(PLANE, 1 - UNEVEN), STD))
-    yield expectation("Euler, four uneven steps: covariance", found.C, want.C)
-    yield expectation("Euler, four uneven steps: slope", found.F, want.F)
+    yield expectation("Euler, four uneven steps: covariance", euler_end.C, want.C)
+    yield expectation("Euler, four uneven steps: slope", euler_end.F, want.F)
 
     sampler = DDIM(0.8).bind(table(PLANE, 4, spacing="trailing", final_is_one=True), 4)
     problem, pretrained = generation(data, sampler.table, 0.8)
     drawn = ctrl.GaussianPolicy(pretrained.mean, STD)
-    found = affine_end(problem, drawn, sampler.grid, data.mean, sampler)
+    ddim_end = affine_end(problem, drawn, sampler.grid, data.mean, sampler)
     nodes = Nodes.of(PLANE, sampler.noising_times.tolist())
     want = whole(drawn_steps(Normal(*_law(PLANE)), nodes, STD, eta=0.8))
-    yield expectation("DDIM, four steps: covariance", found.C, want.C)
+    yield expectation("DDIM, four steps: covariance", ddim_end.C, want.C)
 
     counts = (50, 100, 200, 400, 800)
     widened = [n * (end_variance(chain(n, STD)) - end_variance(chain(n, 0.0))) for n in counts]
@@ -178,8 +184,8 @@ def action_noise(setting: Setting) -> Iterator[Check]:
 
     grid_kls = []
     for n in counts:
-        base, moved = chain(n, STD), chain(n, STD, SHIFT)
-        grid_kls.append(moved.kl(base, MODEL.noised(1.0)))
+        base, shifted = chain(n, STD), chain(n, STD, SHIFT)
+        grid_kls.append(shifted.kl(base, MODEL.noised(1.0)))
     beta = rates(MODEL, np.linspace(1, 0, 101)[:-1]) / 100
     exact_kl = float(np.sum(beta * SHIFT**2 / (2 * (1 + beta * STD**2))))
     yield expectation("KL of the states on a grid of 100 steps", grid_kls[1], exact_kl)
@@ -190,5 +196,5 @@ def action_noise(setting: Setting) -> Iterator[Check]:
     x = setting.tensor([[0.4, -0.9], [1.3, 0.2]])
     change = setting.tensor([0.7, -0.4])
     moved_policy = ctrl.GaussianPolicy(lambda t, x: pretrained.mean(t, x) + change, STD)
-    each = ctrl.policy.policy_kl(moved_policy, drawn, setting.tensor(0.3), x)
+    each = policy_kl(moved_policy, drawn, setting.tensor(0.3), x)
     yield pathwise("KL of one step's actions", each, [(0.7**2 + 0.4**2) / (2 * STD**2)] * 2)

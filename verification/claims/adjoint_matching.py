@@ -91,8 +91,8 @@ def loss_gradient(
     pretrained = torch.einsum("kij,pkj->pki", slope, x) + offset
     scores = pretrained + torch.einsum("kij,pkj->pki", gain, x) + shift
     loss = matching_loss(scores, pretrained, adjoint, steps.score_gain, steps.std, KL_WEIGHT)
-    found = torch.autograd.grad(mean(loss, paths), (gain, shift))
-    return torch.cat([each.flatten() for each in found])
+    slopes = torch.autograd.grad(mean(loss, paths), (gain, shift))
+    return torch.cat([each.flatten() for each in slopes])
 
 
 def bent(k: int, x: Tensor) -> Tensor:
@@ -194,15 +194,15 @@ def adjoint_matching(setting: Setting) -> Iterator[Check]:
     for eta in (1.0, 0.6):
         chain = exact.euler_chain(SHORT, NOISING_TIMES, eta)
         values, optimum = exact.chain_optimum(chain, REWARD, KL_WEIGHT)
-        steps, found = euler(setting, eta), []
+        steps, adjoints = euler(setting, eta), []
         for start in STATES:
             paths = sampled(setting, eta, steps, optimum, start)
             end = quadratic(setting, REWARD).gradient(paths.states[:, -1])
             adjoint = lean_adjoint(carrier(setting, steps, optimum), paths.states, end)
-            found.append(mean(adjoint[:, 0], paths))
+            adjoints.append(mean(adjoint[:, 0], paths))
         yield expectation(
             f"eta {eta}: E*[a | x] is -grad V* of the chain",
-            torch.stack(found),
+            torch.stack(adjoints),
             np.array(STATES) @ values[0].Q - values[0].l,
         )
         none = [(0 * K, 0 * k) for K, k in optimum]

@@ -45,13 +45,13 @@ def by_definition(
 ) -> np.ndarray:
     """sum_{l >= k} e^{-(discount + rate) (t_l - t_k)} delta_l, all double sums written out."""
     times = np.concatenate([[0.0], np.cumsum(h)])
-    found = np.zeros_like(rewards)
+    sums = np.zeros_like(rewards)
     for k in range(len(h)):
         for step in range(k, len(h)):
             later = math.exp(-discount * h[step]) * along[:, step + 1]
             delta = later - along[:, step] + rewards[:, step]
-            found[:, k] += math.exp(-(discount + rate) * (times[step] - times[k])) * delta
-    return found
+            sums[:, k] += math.exp(-(discount + rate) * (times[step] - times[k])) * delta
+    return sums
 
 
 @claim(
@@ -151,7 +151,7 @@ def continuous_advantages(setting: Setting) -> Iterator[Check]:
     deltas = temporal_differences(along, rewards, paths.grid.steps, P.discount)
     yield pathwise("infinite rate: one difference", single, deltas)
 
-    def given(z: float, nodes: np.ndarray, value: Value, rate: float) -> Tensor:
+    def conditional_mean(z: float, nodes: np.ndarray, value: Value, rate: float) -> Tensor:
         after = paths_after(setting, nodes, z)
         return mean(advantages(setting, value, after, rate)[:, 0], after)
 
@@ -159,16 +159,21 @@ def continuous_advantages(setting: Setting) -> Iterator[Check]:
     series, own = lq_chain.value_series(P, THETA), lq_chain.chain_value(P, THETA, nodes)
     true = np.array([lq_chain.series_at(series, lq.HORIZON - t) for t in nodes])
     for rate in (0.0, RATE, math.inf):
-        found = torch.stack([given(z, nodes, smooth, rate) for z in actions])
+        means = torch.stack([conditional_mean(z, nodes, smooth, rate) for z in actions])
         wanted = [
             lq_chain.expected_advantage(P, THETA, nodes, true, rate, a) for a in actions.values()
         ]
-        yield expectation(f"mean given the action, rate {rate:g}", found, wanted)
-    found = torch.stack([given(-0.8, nodes, chain, rate) for rate in (0.0, RATE, math.inf)])
+        yield expectation(f"mean given the action, rate {rate:g}", means, wanted)
+    means_by_rate = torch.stack(
+        [conditional_mean(-0.8, nodes, chain, rate) for rate in (0.0, RATE, math.inf)]
+    )
     wanted = lq_chain.expected_advantage(P, THETA, nodes, own, math.inf, actions[-0.8])
-    yield expectation("the grid's own V: one mean for all rates", found, np.full(3, wanted))
+    yield expectation("the grid's own V: one mean for all rates", means_by_rate, np.full(3, wanted))
     grids = [np.linspace(0, lq.HORIZON, steps + 1) for steps in (1, 2, 3)]
-    gaps = [(given(0.6, n, smooth, RATE) - given(-0.8, n, smooth, RATE)) / n[1] for n in grids]
+    gaps = [
+        (conditional_mean(0.6, n, smooth, RATE) - conditional_mean(-0.8, n, smooth, RATE)) / n[1]
+        for n in grids
+    ]
     slope = lq_chain.q_difference(P, THETA, true[0], actions[0.6], actions[-0.8])
     yield limit("by h, steps to 0: q of one action less q of another", lq.to_zero(*gaps), slope)
     for rate in (0.0, RATE):

@@ -34,9 +34,9 @@ def of_reference() -> np.ndarray:
     """Their means under the reference law, which is Gaussian."""
     law = closed.euler_laws(P, np.array(NODES))[1]
     _, middle, end = law.mean
-    spread = law.covariance
-    wave = np.cos(FREQUENCY * end) * np.exp(-0.5 * FREQUENCY**2 * spread[2, 2])
-    return np.array([end, end**2 + spread[2, 2], middle * end + spread[1, 2], wave])
+    covariance = law.covariance
+    wave = np.cos(FREQUENCY * end) * np.exp(-0.5 * FREQUENCY**2 * covariance[2, 2])
+    return np.array([end, end**2 + covariance[2, 2], middle * end + covariance[1, 2], wave])
 
 
 def weighted(setting: Setting, nodes: int) -> tuple[ctrl.Paths, Tensor, Tensor]:
@@ -140,9 +140,9 @@ def change_of_measure(setting: Setting) -> Iterator[Check]:
     yield expectation(
         "mean of the weights before they are normalised", mean((-ratio).exp(), paths), 1.0
     )
-    found = weights @ functions(paths)
+    expectations = weights @ functions(paths)
     for name, one, exact in zip(
-        ("X_T", "X_T^2", "X_t X_T", "cos(w X_T)"), found, of_reference(), strict=True
+        ("X_T", "X_T^2", "X_t X_T", "cos(w X_T)"), expectations, of_reference(), strict=True
     ):
         yield expectation(f"E[w f], f = {name}", one, exact)
     laws = closed.euler_laws(P, np.array(NODES))

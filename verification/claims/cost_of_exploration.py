@@ -72,8 +72,8 @@ COST, GREEDY = "ctrl.linear.riccati.cost_of_exploration", "ctrl.linear.lq.greedy
         wrong(
             "mean of the policy moved by the temperature",
             GREEDY,
-            "found[..., :-1], found[..., -1],",
-            "found[..., :-1], (1 + temperature[..., None]) * found[..., -1],",
+            "gains[..., :-1], gains[..., -1],",
+            "gains[..., :-1], (1 + temperature[..., None]) * gains[..., -1],",
         ),
         wrong(
             "price of drawing missing",
@@ -124,11 +124,11 @@ def cost_of_exploration(setting: Setting) -> Iterator[Check]:
         S = best.quadratic.hessian.cpu().numpy()
         W = lq.N - np.einsum("jia,ik,jkb->ab", lq.D, S, lq.D)
         gain = exact.entropy_gain(W, lq.temperature, lq.discount)
-        found = drawn.quadratic(x) - best.quadratic(x)
-        yield expectation(f"{number}, discounted: V_gam - V_0", found, gain * np.ones(2))
+        value_gain = drawn.quadratic(x) - best.quadratic(x)
+        yield expectation(f"{number}, discounted: V_gam - V_0", value_gain, gain * np.ones(2))
         if actions == 1:
-            moved = replace(lq, A=lq.A - 0.5 * np.eye(2), discount=0.0)  # comes to rest
-            warm = production(replace(moved, H=0 * lq.H, h=0 * lq.h), setting)
+            shifted = replace(lq, A=lq.A - 0.5 * np.eye(2), discount=0.0)  # comes to rest
+            warm = production(replace(shifted, H=0 * lq.H, h=0 * lq.h), setting)
             cold = classical(warm)
             best, drawn = (ctrl.linear.solve_lq_ergodic(each) for each in (cold, warm))
             plain = ctrl.linear.evaluate_lq_ergodic(cold, drawn.law)
@@ -152,7 +152,9 @@ def cost_of_exploration(setting: Setting) -> Iterator[Check]:
     flat = ctrl.linear.cost_of_exploration(production(replace(lq, discount=0.0), setting), HORIZON)
     want = exact.exploration_cost(lq.temperature, 2, 0.0, HORIZON)
     yield pathwise("over a horizon, without discount: cost_of_exploration", flat, want)
-    means = [
+    mean_drawn, mean_best = (
         torch.cat([each.laws.gain[0].flatten(), each.laws.offset[0]]) for each in (drawn, best)
-    ]
-    yield pathwise("the mean of the policy does not depend on the temperature", *means)
+    )
+    yield pathwise(
+        "the mean of the policy does not depend on the temperature", mean_drawn, mean_best
+    )

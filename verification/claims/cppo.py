@@ -8,6 +8,7 @@ and with d for d' in the second it is the surrogate, right to first order in pi'
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ MOVE = exact.Law(
 )
 
 
-def moved(by: float) -> exact.Law:
+def policy_at(by: float) -> exact.Law:
     """Another policy."""
     return exact.Law(LAW.K + by * MOVE.K, LAW.k + by * MOVE.k, LAW.Sigma + by * MOVE.Sigma)
 
@@ -62,9 +63,9 @@ def advantage(
 
 def gain(lq: exact.LQ, new: exact.Law, occupied: exact.Law, setting: Setting) -> float:
     """(1/rho) E_{x ~ d, a ~ new}[q - gam log new], q of the old policy, d of ``occupied``."""
-    given = production(lq, setting)
-    old = ctrl.linear.evaluate_lq_discounted(given, production_law(LAW, setting))
-    policy, problem = production_law(new, setting).policy(), given.problem()
+    as_tensors = production(lq, setting)
+    old = ctrl.linear.evaluate_lq_discounted(as_tensors, production_law(LAW, setting))
+    policy, problem = production_law(new, setting).policy(), as_tensors.problem()
     assert isinstance(policy, ctrl.MultivariateGaussianPolicy)
     rate = advantage(problem, old.value, policy)
     x, weights = states(lq, occupied)
@@ -76,12 +77,12 @@ def gain(lq: exact.LQ, new: exact.Law, occupied: exact.Law, setting: Setting) ->
 
 def slope(lq: exact.LQ, setting: Setting) -> Tensor:
     """(1/rho) E_{x ~ d, a ~ pi}[grad log pi (q - gam log pi)] in K, k and the root of Sigma."""
-    given = production(lq, setting)
-    old = ctrl.linear.evaluate_lq_discounted(given, production_law(LAW, setting))
+    as_tensors = production(lq, setting)
+    old = ctrl.linear.evaluate_lq_discounted(as_tensors, production_law(LAW, setting))
     root = torch.linalg.cholesky(torch.from_numpy(LAW.Sigma)).requires_grad_()
     K, k = (torch.tensor(each, requires_grad=True) for each in (LAW.K, LAW.k))
     policy = ctrl.MultivariateGaussianPolicy(lambda t, x: x @ K.T + k, root)
-    rate = advantage(given.problem(), old.value, policy)
+    rate = advantage(as_tensors.problem(), old.value, policy)
     x, weights = states(lq, LAW)
     t, total = torch.zeros((), dtype=torch.float64), torch.zeros_like(weights)
     with torch.no_grad():
@@ -144,17 +145,17 @@ def discounted_occupation(setting: Setting) -> Iterator[Check]:
     lq = exact.example()
     lq = replace(lq, H=0 * lq.H, h=0 * lq.h)
     before = exact.discounted_value_by_moments(lq, LAW, START)
-    after = [exact.discounted_value_by_moments(lq, moved(by), START) for by in (1.0, 0.1, 0.05)]
-    found = gain(lq, moved(1.0), moved(1.0), setting)
-    yield expectation("performance difference", found, after[0] - before)
-    found = gain(lq, LAW, LAW, setting)
-    yield expectation("the same policy gains nothing", found, 0.0, abs(after[0] - before))
+    after = [exact.discounted_value_by_moments(lq, policy_at(by), START) for by in (1.0, 0.1, 0.05)]
+    change = gain(lq, policy_at(1.0), policy_at(1.0), setting)
+    yield expectation("performance difference", change, after[0] - before)
+    no_change = gain(lq, LAW, LAW, setting)
+    yield expectation("the same policy gains nothing", no_change, 0.0, abs(after[0] - before))
     want = exact.gradient_in_law(lq, LAW, START)
     yield expectation(
         "gradient in gain, offset and root of the covariance", slope(lq, setting), want
     )
-    near = [gain(lq, moved(by), LAW, setting) for by in (0.1, 0.05)]
-    left = [value - before - found for value, found in zip(after[1:], near, strict=True)]
+    near = [gain(lq, policy_at(by), LAW, setting) for by in (0.1, 0.05)]
+    left = [value - before - no_change for value, no_change in zip(after[1:], near, strict=True)]
     yield limit("surrogate: half the change, a quarter of the error", left[0] / left[1], 4.0)
 
 
@@ -171,8 +172,14 @@ def parameters(setting: Setting) -> list[Tensor]:
     return exploratory_lq.parameters(setting, THETA)
 
 
+def policy_of(module: nn.Module) -> ctrl.GaussianPolicy:
+    """The policy with a module's parameters."""
+    assert isinstance(module, Learned)
+    return exploratory_lq.policy(*module.theta)
+
+
 def one_update(
-    setting: Setting, p: LQChain, rate: float, **options: float
+    setting: Setting, p: LQChain, rate: float, **options: Any
 ) -> tuple[np.ndarray, float, ctrl.Paths]:
     """Parameters and penalty after one update of production's agent, and its paths."""
     module = Learned(setting)
@@ -182,7 +189,7 @@ def one_update(
     update = agents.cppo(
         exploratory_lq.problem(p),
         module,
-        lambda m: exploratory_lq.policy(*m.theta),
+        policy_of,
         value,
         lambda: exploratory_lq.drawn_paths(setting, p, parameters(setting), nodes),
         torch.optim.SGD(module.parameters(), lr=rate),
@@ -265,14 +272,14 @@ SURROGATE = "ctrl.agents.cppo._surrogate"
         wrong(
             "penalty moves the wrong way",
             "ctrl.agents.cppo.cppo",
-            "if spread > (1",
-            "if spread < (1",
+            "if root_kl > (1",
+            "if root_kl < (1",
         ),
         wrong(
             "tolerance ignored",
             "ctrl.agents.cppo.cppo",
-            "elif spread < (1 - tolerance) * target",
-            "elif spread < target",
+            "elif root_kl < (1 - tolerance) * target",
+            "elif root_kl < target",
         ),
     ],
 )
@@ -283,7 +290,7 @@ def cppo_update(setting: Setting) -> Iterator[Check]:
     after, _, paths = one_update(setting, p, rate)
     want = lq_chain.gradient(lambda theta: lq_chain.performance(p, theta, nodes), THETA)
     yield expectation("first step: the exact gradient", (after - THETA) / rate, want)
-    spread = mean_root_kl(after, paths)
+    root_kl = mean_root_kl(after, paths)
     moves = {1 / 1.11: 1.5, 1 / 1.09: 1.0, 1 / 0.91: 1.0, 1 / 0.89: 1 / 1.5}
-    found = [one_update(setting, p, rate, target=spread * each)[1] / 0.7 for each in moves]
-    yield pathwise("penalty: up, kept, kept, down", found, list(moves.values()))
+    penalties = [one_update(setting, p, rate, target=root_kl * each)[1] / 0.7 for each in moves]
+    yield pathwise("penalty: up, kept, kept, down", penalties, list(moves.values()))

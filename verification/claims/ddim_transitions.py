@@ -33,7 +33,7 @@ def sampler() -> BoundDDIM:
 
 
 def log_density(at: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Of independent normals, summed over coordinates."""
+    """Log-density of independent normals, summed over coordinates."""
     gaps = (at - mean) / std
     return np.sum(-0.5 * gaps**2 - np.log(std) - 0.5 * np.log(2 * np.pi), axis=-1)
 
@@ -177,12 +177,12 @@ def ddim_transitions(setting: Setting) -> Iterator[Check]:
         kls.append(np.sum(((mean - other) / std) ** 2, axis=-1) / 2)
     yield pathwise("paths", paths.states, np.stack(states, axis=1))
     of = (ddim.sde, ddim, policy)
-    found = ctrl.transitions.log_prob(*of, paths)
-    yield pathwise("log-probability along paths", found, np.stack(log_probs, axis=1))
-    found = ctrl.transitions.log_ratio(*of, reference, paths)
-    yield pathwise("log-ratio along paths", found, np.stack(log_ratios, axis=1))
-    found = ctrl.transitions.transition_kl(*of, reference, paths)
-    yield pathwise("KL along paths", found, np.stack(kls, axis=1))
+    path_log_prob = ctrl.transitions.log_prob(*of, paths)
+    yield pathwise("log-probability along paths", path_log_prob, np.stack(log_probs, axis=1))
+    path_log_ratio = ctrl.transitions.log_ratio(*of, reference, paths)
+    yield pathwise("log-ratio along paths", path_log_ratio, np.stack(log_ratios, axis=1))
+    path_kl = ctrl.transitions.transition_kl(*of, reference, paths)
+    yield pathwise("KL along paths", path_kl, np.stack(kls, axis=1))
 
     noiseless = DDIM(ETA).bind(table(MODEL, STEPS, spacing="trailing", final_is_one=True), STEPS)
     try:

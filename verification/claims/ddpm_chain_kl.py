@@ -128,21 +128,21 @@ def ddpm_chain_kl(setting: Setting) -> Iterator[Check]:
     """Chain KLs by production's steps: against independent recursions, and in the limit."""
     for model, beta in ((MODEL, "constant"), (RISING, "rising")):
         s, start = np.arange(100, 0, -1) / 100, model.noised(1.0)
-        found, exact = chains(100, model), exact_chain(model, s)
+        laws, exact = chains(100, model), exact_chain(model, s)
         for name, want in (("DDPM", ddpm_chain(model, s)), ("Euler", euler_chain(model, s))):
             got = [
-                divergence(found["exact"], found[name], model),
-                divergence(found[name], found["exact"], model),
+                divergence(laws["exact"], laws[name], model),
+                divergence(laws[name], laws["exact"], model),
             ]
             answer = [exact.kl(want, start), want.kl(exact, start)]
             yield expectation(f"{name}, beta {beta}, 100 steps: both directions", got, answer)
-    found = [chains(count) for count in (100, 1000, 10_000)]
-    published = [divergence(c["exact"], c["DDPM"]) for c in found]
+    refined = [chains(count) for count in (100, 1000, 10_000)]
+    published = [divergence(c["exact"], c["DDPM"]) for c in refined]
     yield limit("KL(exact || DDPM) as published", published, [0.23503, 0.27973, 0.28737])
     fine = {count: chains(count) for count in FINE}
     towards = [divergence(c["exact"], c["DDPM"]) for c in fine.values()]
-    found = without_logarithm(FINE, towards)
-    yield limit("KL(exact || DDPM), many steps", found, EULER_GAMMA / 2)
+    limit_kl = without_logarithm(FINE, towards)
+    yield limit("KL(exact || DDPM), many steps", limit_kl, EULER_GAMMA / 2)
     away = [divergence(c["DDPM"], c["exact"]) for c in fine.values()]
     yield limit(
         "KL(DDPM || exact), many steps", without_logarithm(FINE, away), (1 - EULER_GAMMA) / 2

@@ -38,7 +38,7 @@ def performance(
     setting: Setting, gain: Tensor, shift: Tensor, weight: float = KL_WEIGHT, eta: float = 1.0
 ) -> Tensor:
     """J of score + gain x + shift, in continuous time: extrapolated, the method has order 4."""
-    found = [
+    by_steps = [
         linear_policy.continuous_value(
             normal(setting, DATA),
             schedule(SHORT),
@@ -54,7 +54,7 @@ def performance(
         )
         for substeps in (30, 60)
     ]
-    return (16 * found[1] - found[0]) / 15
+    return (16 * by_steps[1] - by_steps[0]) / 15
 
 
 def best(setting: Setting) -> Tensor:
@@ -87,7 +87,7 @@ def chain_performance(setting: Setting, eta: float, controls: list) -> Tensor:
     problem = linear_policy.problem(data, rate, quadratic(setting, REWARD), KL_WEIGHT, eta)
     start = point_start(noise, STATES[0])
     paths = ctrl.simulate(problem, ctrl.DeterministicPolicy(action), start, grid, noise=noise)
-    return mean(ctrl.paths.returns_to_go(problem, paths)[:, 0], paths)
+    return mean(ctrl.returns_to_go(problem, paths)[:, 0], paths)
 
 
 @claim(
@@ -170,8 +170,8 @@ def kl_duality(setting: Setting) -> Iterator[Check]:
             SHORT, START, gain, shift, KL_WEIGHT,
             lambda s: exact.optimal_value(SHORT, REWARD, KL_WEIGHT, s),
         )  # fmt: skip
-        found = performance(setting, setting.tensor(gain), setting.tensor(shift))
-        yield expectation(f"J* - J of {name} change is b KL(P || P*)", top - found, lost)
+        performed = performance(setting, setting.tensor(gain), setting.tensor(shift))
+        yield expectation(f"J* - J of {name} change is b KL(P || P*)", top - performed, lost)
     for eta in (1.0, 0.6):
         chain = exact.euler_chain(SHORT, NOISING_TIMES, eta)
         values, optimum = exact.chain_optimum(chain, REWARD, KL_WEIGHT)
@@ -179,9 +179,9 @@ def kl_duality(setting: Setting) -> Iterator[Check]:
         got = chain_performance(setting, eta, optimum)
         yield expectation(f"eta {eta}: J of the chain's optimum is V*", got, highest)
         for size in (1.0, -0.4):
-            moved = [(K + size * GAIN, k + size * SHIFT) for K, k in optimum]
-            lost = exact.chain_regret(chain, values, optimum, moved, KL_WEIGHT, STATES[0])
-            less = chain_performance(setting, eta, moved)
+            perturbed = [(K + size * GAIN, k + size * SHIFT) for K, k in optimum]
+            lost = exact.chain_regret(chain, values, optimum, perturbed, KL_WEIGHT, STATES[0])
+            less = chain_performance(setting, eta, perturbed)
             yield expectation(f"eta {eta}: loss of a policy off by {size}", highest - less, lost)
             yield bound(f"eta {eta}: a policy off by {size} is no better", less, highest)
 
@@ -287,10 +287,10 @@ def linear_policies(setting: Setting) -> Iterator[Check]:
             policies.performance(SHORT, START, GAIN, SHIFT, REWARD, KL_WEIGHT, eta),
         )
     leaves = gain.clone().requires_grad_(), shift.clone().requires_grad_()
-    found = torch.autograd.grad(performance(setting, *leaves, weight=0.0), leaves)
+    gradients = torch.autograd.grad(performance(setting, *leaves, weight=0.0), leaves)
     slopes = policies.gradient(SHORT, START, GAIN, SHIFT, REWARD)
-    yield expectation("gradient in the gain: int g^2 E[grad V X']", found[0], slopes[0])
-    yield expectation("gradient in the shift: int g^2 E[grad V]", found[1], slopes[1])
+    yield expectation("gradient in the gain: int g^2 E[grad V X']", gradients[0], slopes[0])
+    yield expectation("gradient in the shift: int g^2 E[grad V]", gradients[1], slopes[1])
 
     at_one = VPGaussian(DATA.mean, np.diag([1.0, 0.38]), 2.0, 2.0)
     for name, p in (("w 1.52 and .38", SHORT), ("w 1 and .38", at_one)):
@@ -299,12 +299,12 @@ def linear_policies(setting: Setting) -> Iterator[Check]:
         yield expectation(f"{name}: response to a shift, int F g^2", G, policies.response(p))
     none, G = torch.zeros_like(gain), policies.response(SHORT)
     law = SHORT.posterior(1.0).of(START)
-    moved = Normal(law.mean + G @ SHIFT, law.covariance)
+    shifted_law = Normal(law.mean + G @ SHIFT, law.covariance)
     cost = 0.5 * SHIFT @ SHIFT * SHORT.integrated_beta(1.0)
     yield expectation(
         "J of a shift: mean moved by G c, cost |c|^2 int g^2 / 2",
         performance(setting, none, shift),
-        REWARD.expectation(moved) - KL_WEIGHT * cost,
+        REWARD.expectation(shifted_law) - KL_WEIGHT * cost,
     )
 
     steps = linear_policy.Steps.of_euler(schedule(SHORT), setting.tensor(NOISING_TIMES), 0.7)
@@ -356,8 +356,8 @@ TEMPERATURE, HORIZON = 0.35, 0.85
         wrong(
             "temperature moves the mean",
             "ctrl.linear.lq.greedy",
-            "found[..., -1], 0.5",
-            "found[..., -1] + temperature[..., None], 0.5",
+            "gains[..., -1], 0.5",
+            "gains[..., -1] + temperature[..., None], 0.5",
         ),
         wrong(
             "spread of the policy without the temperature",

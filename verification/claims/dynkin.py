@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import ctrl
+from ctrl.paths import kept_actions
 from verification.claim import Check, Setting, claim, expectation, limit, pathwise, wrong
 from verification.claims import policy_evaluation as evaluation
 from verification.claims.martingale import POLICY, C, earned, gaussian, problem, sampled
@@ -15,12 +16,12 @@ from verification.closed_form import dynkin as exact
 from verification.closed_form import exploratory_chain as chain
 from verification.closed_form.policy_evaluation import Evaluation
 from verification.cubature import mean
-from verification.problems import NODES
+from verification.problems import NODES, NoiseKind
 
 LINEAR = exact.Linear(
     drift=np.array([[-0.7, 0.4], [0.2, -1.1]]),
     push=np.array([0.3, -0.5]),
-    spread=np.array([[0.6, -0.25], [0.15, 0.45]]),  # not symmetric
+    noise=np.array([[0.6, -0.25], [0.15, 0.45]]),  # not symmetric
     start=np.array([0.8, -0.3]),
 )
 POINTS = np.array([[0.7, -0.4], [-1.1, 0.6], [0.3, 1.2]])
@@ -36,11 +37,11 @@ def phi(t: Tensor, x: Tensor) -> Tensor:
 
 
 def linear(setting: Setting) -> ctrl.ControlledSDE:
-    """dX = (drift X + a) dt + spread dW; ``push`` is the action that is held."""
-    drift, spread = setting.tensor(LINEAR.drift), setting.tensor(LINEAR.spread)
+    """dX = (drift X + a) dt + noise dW; ``push`` is the action that is held."""
+    drift, noise = setting.tensor(LINEAR.drift), setting.tensor(LINEAR.noise)
     return ctrl.ControlledSDE(
         lambda t, x, a: x @ drift.T + a,
-        lambda t, x: spread.expand(len(x), 2, 2),
+        lambda t, x: noise.expand(len(x), 2, 2),
         "general",
         2,
     )
@@ -51,8 +52,8 @@ def rates(
 ) -> np.ndarray:
     """L phi by the library."""
     actions = setting.tensor(np.broadcast_to(a, x.shape).copy())
-    found = ctrl.value.generator(sde, phi, setting.tensor(t), setting.tensor(x), actions)
-    return found.double().cpu().numpy()
+    generated = ctrl.value.generator(sde, phi, setting.tensor(t), setting.tensor(x), actions)
+    return generated.double().cpu().numpy()
 
 
 @claim(
@@ -150,17 +151,17 @@ def dynkin_formula(setting: Setting) -> Iterator[Check]:
 
     drift = POINTS @ LINEAR.drift.T + LINEAR.push
     shape = 0.3 + 0.2 * POINTS**2
-    by_noise = {
-        "general": np.broadcast_to(LINEAR.spread @ LINEAR.spread.T, (3, 2, 2)),
+    by_noise: dict[NoiseKind, np.ndarray] = {
+        "general": np.broadcast_to(LINEAR.noise @ LINEAR.noise.T, (3, 2, 2)),
         "scalar": np.einsum("pi,pj->pij", shape, shape),
         "diagonal": np.einsum("pi,pj,ij->pij", shape, shape, np.eye(2)),
     }
-    for noise, square in by_noise.items():
+    for noise, product in by_noise.items():
         sde = linear(setting)
         if noise != "general":
             sde = ctrl.ControlledSDE(sde.drift, lambda t, x: 0.3 + 0.2 * x**2, noise)
         got = rates(setting, sde, TIME, POINTS, LINEAR.push)
-        want = exact.generator(TIME, POINTS, drift, square)
+        want = exact.generator(TIME, POINTS, drift, product)
         yield pathwise(f"L phi by hand, {noise} noise", got, want)
 
     b, s, n = -0.7, 0.6, 3
@@ -174,19 +175,21 @@ def dynkin_formula(setting: Setting) -> Iterator[Check]:
     # J = 0 pinned nowhere: dM of a problem without end and reward is phi(X') - phi(X)
     paths = sampled(setting)
     bare = ctrl.ControlProblem(problem().sde, float("inf"))
-    x, a, h = paths.states[:, :-1, 0], paths.actions[..., 0], paths.grid.nodes.diff()
+    actions, increments = kept_actions(paths), paths.increments
+    assert increments is not None
+    x, a, h = paths.states[:, :-1, 0], actions[..., 0], paths.grid.nodes.diff()
 
     def square(t: Tensor, x: Tensor) -> Tensor:
         return 0.4 * x[:, 0] ** 2 - 0.3 * x[:, 0]
 
     dm = ctrl.martingale.increments(square, bare, paths)
     rate = [
-        ctrl.value.generator(bare.sde, square, t, paths.states[:, k], paths.actions[:, k])
+        ctrl.value.generator(bare.sde, square, t, paths.states[:, k], actions[:, k])
         for k, t in enumerate(paths.grid.nodes[:-1])
     ]
-    moved = (C.drift * x + C.control * a) * h + C.noise * paths.increments[..., 0]
-    rest = (0.8 * x - 0.3) * C.noise * paths.increments[..., 0]
-    rest = rest + 0.4 * (moved**2 - C.noise**2 * h)
+    state_change = (C.drift * x + C.control * a) * h + C.noise * increments[..., 0]
+    rest = (0.8 * x - 0.3) * C.noise * increments[..., 0]
+    rest = rest + 0.4 * (state_change**2 - C.noise**2 * h)
     yield pathwise("Ito's formula on every Euler path", dm, torch.stack(rate, 1) * h + rest)
 
 
@@ -300,8 +303,8 @@ def discounted_return(setting: Setting) -> Iterator[Check]:
     ]
     yield expectation("mean return to go at every node", mean(returns, paths), known)
     late = replace(paths, grid=ctrl.TimeGrid(paths.grid.nodes + 0.3))
-    found = ctrl.value.discount_factors(problem(), late)
-    yield pathwise("discount factors of a late grid", found, np.exp(-C.discount * times[:-1]))
+    factors = ctrl.value.discount_factors(problem(), late)
+    yield pathwise("discount factors of a late grid", factors, np.exp(-C.discount * times[:-1]))
     sums = []
     for steps in GRIDS:
         even = setting.tensor(np.linspace(0, SQUARES.horizon, steps + 1))

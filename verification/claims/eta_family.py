@@ -36,7 +36,7 @@ _TRANSITION = "diffusion_envs.exact.gaussian.transition"
 
 
 def chain(setting: Setting, eta: float, nodes: torch.Tensor) -> Transition:
-    """What production's Euler chain does from the first node to the last."""
+    """Transition of production's Euler chain from the first node to the last."""
     data = gaussian_data(setting, DATA)
     problem, policy = generation(data, vp_linear(MODEL), eta)
     return affine_end(problem, policy, ctrl.TimeGrid(nodes), data.mean)
@@ -93,12 +93,12 @@ def eta_family(setting: Setting) -> Iterator[Check]:
     """Chains at four values of eta against recursions and closed forms; the path KL of a shift."""
     nodes = torch.tensor(UNEVEN, dtype=torch.float64)
     levels = Nodes.of(MODEL, MODEL.horizon - np.array(UNEVEN))
-    found = [chain(setting, eta, nodes) for eta in ETAS]
+    steps = [chain(setting, eta, nodes) for eta in ETAS]
     want = [whole(euler_steps(DATA, levels, eta)) for eta in ETAS]
     name = "four uneven steps, each eta: "
-    yield expectation(name + "slope", [step.F for step in found], [step.F for step in want])
-    yield expectation(name + "offset", [step.f for step in found], [step.f for step in want])
-    yield expectation(name + "noise", [step.C for step in found], [step.C for step in want])
+    yield expectation(name + "slope", [step.F for step in steps], [step.F for step in want])
+    yield expectation(name + "offset", [step.f for step in steps], [step.f for step in want])
+    yield expectation(name + "noise", [step.C for step in steps], [step.C for step in want])
 
     production = [
         gaussian.transition(
@@ -113,8 +113,10 @@ def eta_family(setting: Setting) -> Iterator[Check]:
     exact = [eta_transition(MODEL, FROM, TO, eta) for eta in ETAS]
     slopes = torch.stack([step.matrix for step in production])
     yield pathwise("closed-form transition, each eta: slope", slopes, [step.F for step in exact])
-    spreads = torch.stack([step.covariance for step in production])
-    yield pathwise("closed-form transition, each eta: noise", spreads, [step.C for step in exact])
+    covariances_of_steps = torch.stack([step.covariance for step in production])
+    yield pathwise(
+        "closed-form transition, each eta: noise", covariances_of_steps, [step.C for step in exact]
+    )
 
     start = MODEL.noised(MODEL.horizon)
     ends = [
@@ -126,8 +128,10 @@ def eta_family(setting: Setting) -> Iterator[Check]:
     ]
     means = [extrapolated([step.of(start).mean for step in one]) for one in ends]
     yield limit("many steps, each eta: mean of the data", means, [MEAN] * len(ETAS))
-    spread = [extrapolated([step.of(start).covariance for step in one]) for one in ends]
-    yield limit("many steps, each eta: covariance of the data", spread, [COVARIANCE] * len(ETAS))
+    covariances = [extrapolated([step.of(start).covariance for step in one]) for one in ends]
+    yield limit(
+        "many steps, each eta: covariance of the data", covariances, [COVARIANCE] * len(ETAS)
+    )
     limits = [extrapolated([step.F for step in one]) for one in ends]
     exact = [eta_transition(MODEL, MODEL.horizon, 0.0, eta) for eta in ETAS]
     yield limit("many steps, each eta: slope", limits, [step.F for step in exact])
@@ -136,17 +140,21 @@ def eta_family(setting: Setting) -> Iterator[Check]:
     name = "many steps, each eta, from N(0, I): "
     means = [extrapolated([step.of(ideal).mean for step in one]) for one in ends]
     yield limit(name + "mean", means, [step.of(ideal).mean for step in exact])
-    spread = [extrapolated([step.of(ideal).covariance for step in one]) for one in ends]
-    yield limit(name + "covariance", spread, [step.of(ideal).covariance for step in exact])
+    ideal_covariances = [extrapolated([step.of(ideal).covariance for step in one]) for one in ends]
+    yield limit(
+        name + "covariance", ideal_covariances, [step.of(ideal).covariance for step in exact]
+    )
 
     noisy = ETAS[1:]
     energy = float(SHIFT @ SHIFT) * float(levels.g2[:-1] @ -np.diff(levels.s))
     costs = [(1 + eta**2) ** 2 / (8 * eta**2) * energy for eta in noisy]
     yield pathwise("path KL of a shift, each eta", [shift_kl(setting, e) for e in noisy], costs)
     exact_g2 = setting.tensor([MODEL.integrated_beta(FROM, TO)])
-    scores = setting.tensor(np.stack([SHIFT, 0 * SHIFT]))[:, None, None]
+    shift = setting.tensor(SHIFT)[None, None]
     found_costs = [
-        denoising.path_kl_per_step(*scores, exact_g2, factor=denoising.kl_factor(eta)).item()
+        denoising.path_kl_per_step(
+            shift, 0 * shift, exact_g2, factor=denoising.kl_factor(eta)
+        ).item()
         for eta in noisy
     ]
     whole_step = float(SHIFT @ SHIFT) * MODEL.integrated_beta(FROM, TO)

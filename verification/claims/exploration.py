@@ -1,6 +1,6 @@
-"""How much the performance depends on the spread of the drawn actions.
+"""Dependence of the performance on the standard deviation of the drawn actions.
 
-In continuous time only through what the spread is paid or charged for: with a terminal reward, a
+In continuous time only through what that is paid or charged for: with a terminal reward, a
 drift affine in the action and an uncontrolled diffusion it does not, because q is linear in the
 action. On a grid actions are held over a step, which adds O(h).
 """
@@ -114,8 +114,8 @@ def gradient_in_the_exploration_scale(setting: Setting) -> Iterator[Check]:
 
     exact = lq_chain.gradient(lambda th: lq_chain.performance(PLAIN, th, lq.NODES), THETA)
     yield expectation("return: what held actions add on a grid", by_return(lq.NODES), exact[2])
-    found = by_difference(lq.NODES)
-    yield expectation("temporal difference: the same", found, exact[2])
+    difference_slope = by_difference(lq.NODES)
+    yield expectation("temporal difference: the same", difference_slope, exact[2])
     scale = abs(exact[0])
     yield expectation("q-rates: 0 on a grid", by_rates(PLAIN, lq.NODES), 0.0, scale=scale)
     grids = [np.linspace(0, lq.HORIZON, steps + 1) for steps in (1, 2, 3)]
@@ -127,8 +127,8 @@ def gradient_in_the_exploration_scale(setting: Setting) -> Iterator[Check]:
     series = lq_chain.value_series(CONTROLLED, THETA)
     along = np.array([lq_chain.series_at(series, lq.HORIZON - t) for t in lq.NODES])
     stays = lq_chain.q_rate_gradient(CONTROLLED, THETA, lq.NODES, along)[2]
-    found = by_rates(CONTROLLED, lq.NODES)
-    yield expectation("q-rates where the action moves the diffusion: not 0", found, stays)
+    rates_slope = by_rates(CONTROLLED, lq.NODES)
+    yield expectation("q-rates where the action moves the diffusion: not 0", rates_slope, stays)
 
 
 def _slope(each: Tensor, paths: ctrl.Paths, log_std: Tensor) -> Tensor:

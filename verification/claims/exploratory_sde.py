@@ -4,7 +4,7 @@
 
 It is the squares of the diffusion that average: sigma at the mean action, or the mean of sigma,
 give another law. Where the drift is affine in the action and the diffusion does not depend on it,
-the spread of the actions drops out, and on a grid it is seen in first order of the step only.
+the covariance of the actions drops out, and on a grid it is seen in first order of the step only.
 """
 
 from collections.abc import Iterator
@@ -54,6 +54,7 @@ def moments_after(
     action = (1,) if policy.is_random else None
     rule = ctrl.noise.gauss_hermite(setting.tensor([h]), nodes=3, action=action)
     points = setting.tensor(np.linspace(-1.0, 1.0, exact.ORDER + 1))
+    assert rule.weights is not None
     many, states = len(rule.increments), len(points)
     noise = ctrl.Noise(
         rule.increments.repeat(states, 1, 1),
@@ -195,27 +196,29 @@ def exploratory_sde(setting: Setting) -> Iterator[Check]:
     noise = ctrl.noise.gauss_hermite(grid.steps, nodes=4, action=(1,))
     start = point_start(noise, [p.start])
     paths = ctrl.simulate(ctrl.ControlProblem(sde, 0.5), policy, start, grid, noise=noise)
-    found = torch.stack([mean(paths.states[:, -1, 0] ** k, paths) for k in range(1, 5)])
+    chain_moments = torch.stack([mean(paths.states[:, -1, 0] ** k, paths) for k in range(1, 5)])
     chain = exact.chain_moments(p, np.diff([0.0, 0.2, 0.5]))
-    yield expectation("moments 1 to 4 of the chain that draws its actions", found, chain)
+    yield expectation("moments 1 to 4 of the chain that draws its actions", chain_moments, chain)
 
     law = exact.moments(p)
     still = ctrl.DeterministicPolicy(policy.mean)
-    found = vanishing_step(sde, policy, setting)
-    yield limit("moments of drawn actions, as steps vanish: the averaged SDE's", found, law)
-    found = vanishing_step(ctrl.exploratory_sde(sde, policy), still, setting)
-    yield limit("moments of the averaged SDE, as steps vanish", found, law)
+    drawn_moments = vanishing_step(sde, policy, setting)
+    yield limit("moments of drawn actions, as steps vanish: the averaged SDE's", drawn_moments, law)
+    averaged_moments = vanishing_step(ctrl.exploratory_sde(sde, policy), still, setting)
+    yield limit("moments of the averaged SDE, as steps vanish", averaged_moments, law)
 
     free = free_sde(p)
     alone = exact.moments(p, controlled=False)
-    found = vanishing_step(ctrl.exploratory_sde(free, policy), still, setting)
-    yield limit("diffusion free of the action: the law under the mean action", found, alone)
+    free_moments = vanishing_step(ctrl.exploratory_sde(free, policy), still, setting)
+    yield limit("diffusion free of the action: the law under the mean action", free_moments, alone)
     if setting.dtype == torch.float64:
         rates = []
         for steps in STEPS:
             drawn, kept = (moments_after(free, each, steps, setting) for each in (policy, still))
             excess = (drawn[1] - drawn[0] ** 2) - (kept[1] - kept[0] ** 2)
             rates.append(float(excess) * steps / p.horizon)
-        found = (8 * rates[2] - 6 * rates[1] + rates[0]) / 3
+        excess_rate = (8 * rates[2] - 6 * rates[1] + rates[0]) / 3
         rate = exact.excess_variance_rate(p)
-        yield limit("diffusion free of the action: variance in excess, per step size", found, rate)
+        yield limit(
+            "diffusion free of the action: variance in excess, per step size", excess_rate, rate
+        )

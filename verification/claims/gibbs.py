@@ -59,10 +59,10 @@ def over_actions(rate: QRate, t: Tensor, x: Tensor, grid: ActionGrid) -> Tensor:
 
 def regularised(rate: QRate, policy: RandomPolicy, gam: float, t: Tensor, x: Tensor) -> Tensor:
     """E_pi[q - gam log pi] at every x, by production's rule over actions."""
-    found = torch.zeros_like(x[:, 0])
+    average = torch.zeros_like(x[:, 0])
     for weight, a in drawn_actions(policy, t, policy.mean(t, x), 3):
-        found = found + weight * (rate(t, x, a) - gam * policy.log_prob(t, x, a))
-    return found
+        average = average + weight * (rate(t, x, a) - gam * policy.log_prob(t, x, a))
+    return average
 
 
 BELLMAN, IMPROVE = "ctrl.bellman.gibbs", "ctrl.q_learning.gibbs_policy"
@@ -178,14 +178,14 @@ def gibbs_policies(setting: Setting) -> Iterator[Check]:
     yield pathwise("gam log pi = q - gam log int exp(q/gam), at any action", log_pi, excess)
 
     grid = action_grid()
-    found, mass = bellman.gibbs(grid.weights, gam)(over_actions(rate, t, x, grid))
+    grid_maximum, mass = bellman.gibbs(grid.weights, gam)(over_actions(rate, t, x, grid))
     formula = [soft_maximum(lq, VALUE, SLOPE, each) for each in X]
-    yield pathwise("soft maximum, on a grid: by completing the square", found, formula)
-    yield pathwise("soft maximum, on a grid: by brute force", found, best)
+    yield pathwise("soft maximum, on a grid: by completing the square", grid_maximum, formula)
+    yield pathwise("soft maximum, on a grid: by brute force", grid_maximum, best)
     mean, std = grid.moments(mass)
-    spread = np.stack([np.sqrt(np.diag(each.covariance)) for each in brute])
+    stds = np.stack([np.sqrt(np.diag(each.covariance)) for each in brute])
     moments = torch.cat([mean, std])
-    yield pathwise("the policy on a grid: its moments", moments, np.concatenate([means, spread]))
+    yield pathwise("the policy on a grid: its moments", moments, np.concatenate([means, stds]))
 
     own = regularised(rate, policy, gam, t, x)
     yield expectation("the Gibbs policy attains the soft maximum", own, best)

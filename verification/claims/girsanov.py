@@ -79,10 +79,10 @@ def curved_densities(states: np.ndarray, nodes: np.ndarray) -> np.ndarray:
         x, after = states[:, k], states[:, k + 1]
         own = 0.8 - 1.1 * x[:, ::-1] + 0.6 * nodes[k] - 0.3 * np.sin(x)
         other = -0.4 * x - 0.3 * np.sin(x)
-        spread = np.eye(2) * ((0.5 + 0.2 * np.tanh(x)) ** 2 * h)[:, None, :]
+        covariance = np.eye(2) * ((0.5 + 0.2 * np.tanh(x)) ** 2 * h)[:, None, :]
         one, ref = (
-            log_density(after, x + h * own, spread),
-            log_density(after, x + h * other, spread),
+            log_density(after, x + h * own, covariance),
+            log_density(after, x + h * other, covariance),
         )
         each.append(one - ref)
     return np.stack(each, axis=1)
@@ -231,8 +231,8 @@ def path_kl(setting: Setting) -> Iterator[Check]:
     steps = curved_densities(paths.states.double().numpy(), nodes)
     yield pathwise("log-ratio, coefficients not linear, on every path", ratio, steps.sum(1))
     euler = ctrl.EulerMaruyama()
-    found = ctrl.transitions.log_ratio(sde, euler, CURVED, CURVED_REFERENCE, paths)
-    yield pathwise("log-ratio of every transition, coefficients not linear", found, steps)
+    step_ratios = ctrl.transitions.log_ratio(sde, euler, CURVED, CURVED_REFERENCE, paths)
+    yield pathwise("log-ratio of every transition, coefficients not linear", step_ratios, steps)
     running = ctrl.girsanov.path_kl(sde, CURVED, CURVED_REFERENCE, paths)
     chain = ctrl.transitions.transition_kl(sde, euler, CURVED, CURVED_REFERENCE, paths).sum(1)
     yield pathwise("running form, against the transitions' KLs on every path", running, chain)
@@ -248,14 +248,14 @@ def marginal_paths(setting: Setting, steps: int) -> ctrl.Paths:
     rule = ctrl.noise.gauss_hermite(setting.tensor([1.0]), nodes=3)
     points, weights = rule.increments[:, 0], rule.weights
     assert weights is not None
-    centre, spread = setting.tensor(P.mean), setting.tensor(P.std)
-    euler, states = ctrl.EulerMaruyama(), [centre + spread * points]
+    centre, marginal_std = setting.tensor(P.mean), setting.tensor(P.std)
+    euler, states = ctrl.EulerMaruyama(), [centre + marginal_std * points]
     for t0, t1 in zip(even.nodes[:-1], even.nodes[1:], strict=True):
         x = states[-1]
-        moved, std = euler.transition(problem.sde, t0, t1, x, policy.mean(t0, x))
-        centre = (weights @ moved)[0]
-        spread = ((weights @ (moved - centre).square())[0] + std.square()).sqrt()
-        states.append(centre + spread * points)
+        after, std = euler.transition(problem.sde, t0, t1, x, policy.mean(t0, x))
+        centre = (weights @ after)[0]
+        marginal_std = ((weights @ (after - centre).square())[0] + std.square()).sqrt()
+        states.append(centre + marginal_std * points)
     return ctrl.Paths(torch.stack(states, 1), None, None, even, weights)
 
 
@@ -268,8 +268,8 @@ def chain_kl(setting: Setting, steps: int) -> float:
 
 def numbers(setting: Setting, p: closed.OrnsteinUhlenbeck) -> list[Tensor]:
     """The arguments of ``ctrl.linear.ornstein_uhlenbeck_path_kl``, but for the time."""
-    given = (p.pull, p.shift, p.reference_pull, p.reference_shift, p.noise, p.mean, p.std**2)
-    return [setting.tensor(value) for value in given]
+    parameters = (p.pull, p.shift, p.reference_pull, p.reference_shift, p.noise, p.mean, p.std**2)
+    return [setting.tensor(value) for value in parameters]
 
 
 @claim(
@@ -311,8 +311,8 @@ def numbers(setting: Setting, p: closed.OrnsteinUhlenbeck) -> list[Tensor]:
         wrong(
             "no noise in the moments of the closed form",
             "ctrl.linear.gaussian._path_kl",
-            "(twice * spread)",
-            "(0 * twice * spread)",
+            "(twice * covariance)",
+            "(0 * twice * covariance)",
         ),
         wrong(
             "factor 1/2 dropped in the closed form",
@@ -344,24 +344,24 @@ def numbers(setting: Setting, p: closed.OrnsteinUhlenbeck) -> list[Tensor]:
 def path_kl_limit(setting: Setting) -> Iterator[Check]:
     """The chain's KL on refined grids, against the closed form."""
     exact = closed.path_kl(P, HORIZON)
-    found = ctrl.linear.ornstein_uhlenbeck_path_kl(*numbers(setting, P), HORIZON)
-    yield expectation("KL of linear SDEs by one matrix exponential, closed form", found, exact)
-    law, reference, spread, start = [
+    closed_kl = ctrl.linear.ornstein_uhlenbeck_path_kl(*numbers(setting, P), time=HORIZON)
+    yield expectation("KL of linear SDEs by one matrix exponential, closed form", closed_kl, exact)
+    law, reference, noise, start = [
         [setting.tensor(part) for part in parts]
         for parts in (matrices.LAW, matrices.REFERENCE, [matrices.NOISE], matrices.START)
     ]
-    found = ctrl.linear.linear_path_kl(
+    matrix_kl = ctrl.linear.linear_path_kl(
         ctrl.linear.Affine(*law),
         ctrl.linear.Affine(*reference),
-        spread[0],
+        noise[0],
         ctrl.linear.Gaussian(*start),
         HORIZON,
     )
     exact_matrices = matrices.path_kl(HORIZON)
-    yield expectation("the same with matrices, by equations of moments", found, exact_matrices)
+    yield expectation("the same with matrices, by equations of moments", matrix_kl, exact_matrices)
     grids = (16, 32, 64, 128)
     kls = [chain_kl(setting, steps) for steps in grids]
-    curve = [(HORIZON / n, found - exact) for n, found in zip(grids, kls, strict=True)]
+    curve = [(HORIZON / n, matrix_kl - exact) for n, matrix_kl in zip(grids, kls, strict=True)]
     order = math.log2((kls[2] - exact) / (kls[3] - exact)) if kls[2] != kls[3] else math.nan
     yield limit("local order of the chain's KL, from 64 to 128 steps", order, 1.0, curve=curve)
     while len(kls) > 1:

@@ -58,15 +58,15 @@ def variances(setting: Setting, nodes: np.ndarray, drawn: bool) -> Tensor:
     view = pg.DrawnActions() if drawn else pg.Transitions(ctrl.EulerMaruyama())
     stated, value = problem(P), chain_value(setting, P, nodes)
     paths = ctrl.simulate(stated, policy, start, grid, noise=noise)
-    found = []
+    by_estimator = []
     for each in (
         pg.return_gradient(stated, policy, paths, decisions=view),
         pg.return_gradient(stated, policy, paths, value, view),
         pg.temporal_difference_gradient(stated, policy, value, paths, view),
     ):
         (slope,) = torch.autograd.grad(each.sum(), offset)
-        found.append(mean(slope.square(), paths) - mean(slope, paths).square())
-    return torch.stack(found).squeeze(1)
+        by_estimator.append(mean(slope.square(), paths) - mean(slope, paths).square())
+    return torch.stack(by_estimator).squeeze(1)
 
 
 @claim(
@@ -141,8 +141,8 @@ def variance_of_policy_gradients(setting: Setting) -> Iterator[Check]:
     names = ("the return", "the return less V", "dV")
     exact = (score_products.drawn(P, UNEVEN), score_products.transitions(P, UNEVEN))
     for view, drawn, one in zip(("drawn action", "next state"), (True, False), exact, strict=True):
-        found = variances(setting, UNEVEN, drawn)
-        for name, got, want in zip(names, found, one, strict=True):
+        drawn_variances = variances(setting, UNEVEN, drawn)
+        for name, got, want in zip(names, drawn_variances, one, strict=True):
             yield expectation(f"{view}: variance with {name}", got, want)
     diverging, finite = score_products.limits(P, HORIZON)
     scaled, plain = [], []

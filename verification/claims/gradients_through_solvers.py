@@ -45,9 +45,9 @@ def gradient_by_paths(
         differentiable=True,
     )
     value = mean(paths.states[:, -1, 0].square(), paths)
-    found = torch.autograd.grad(value, leaves, allow_unused=True)
+    slopes = torch.autograd.grad(value, leaves, allow_unused=True)
     return float(value.detach()), torch.stack(
-        [torch.zeros_like(pull) if one is None else one for one in found]
+        [torch.zeros_like(pull) if one is None else one for one in slopes]
     )
 
 
@@ -63,8 +63,8 @@ def gradient_by_paths(
         wrong(
             "states detached in Euler's step",
             EULER,
-            "moved = states +",
-            "moved = states.detach() +",
+            "drifted = states +",
+            "drifted = states.detach() +",
         ),
         wrong(
             "drift detached",
@@ -86,15 +86,15 @@ def gradient_by_paths(
         ),
         wrong(
             "diffusion detached",
-            "ctrl.sde.ControlledSDE.spread",
+            "ctrl.sde.ControlledSDE.diffuse",
             "return sigma * increment\n",
             "return sigma.detach() * increment\n",
         ),
         wrong(
             "correction detached",
             "ctrl.sde.ControlledSDE._own_derivative",
-            "return found",
-            "return found.detach()",
+            "return derivative",
+            "return derivative.detach()",
         ),
         wrong(
             "paths detached",
@@ -150,16 +150,16 @@ def gradients_through_solvers(setting: Setting) -> Iterator[Check]:
         "adjoint of reversible_heun": ("Heun", ctrl.TorchSDE("reversible_heun", adjoint=True)),
     }
     for name, (scheme, solver) in solvers.items():
-        value, found = gradient_by_paths(setting, solver, NODES, stratonovich=scheme == "Heun")
+        value, slopes = gradient_by_paths(setting, solver, NODES, stratonovich=scheme == "Heun")
         want = second_moment(scheme, NUMBERS, steps).real
         yield expectation(f"{name}: second moment", value, want)
-        yield expectation(f"{name}: its gradient", found, gradient(scheme, NUMBERS, steps))
+        yield expectation(f"{name}: its gradient", slopes, gradient(scheme, NUMBERS, steps))
     errors = []
     for count in (1, 2, 4):
         even = tuple(np.linspace(0, 0.4, count + 1).tolist())
-        _, found = gradient_by_paths(setting, ctrl.TorchSDE("euler", adjoint=True), even)
+        _, adjoint_slopes = gradient_by_paths(setting, ctrl.TorchSDE("euler", adjoint=True), even)
         exact = gradient("Euler-Maruyama", NUMBERS, np.diff(even))
-        errors.append(float(np.abs(found.double().cpu().numpy() - exact).max()))
+        errors.append(float(np.abs(adjoint_slopes.double().cpu().numpy() - exact).max()))
     yield limit("adjoint of euler: local order of its error", local_order(errors, 0.0), 1.0)
 
 
@@ -207,8 +207,8 @@ SCALAR = ctrl.ControlledSDE(
         wrong(
             "in place: scalar noise twice",
             INTO,
-            "torch.add(states, sde.spread(t, states, increment, action), out=after)",
-            "torch.add(states, sde.spread(t, states, 2 * increment, action), out=after)",
+            "torch.add(states, sde.diffuse(t, states, increment, action), out=after)",
+            "torch.add(states, sde.diffuse(t, states, 2 * increment, action), out=after)",
         ),
         wrong(
             "Milstein in place without its term",
@@ -257,8 +257,8 @@ def solvers_that_are_one(setting: Setting) -> Iterator[Check]:
         yield pathwise(f"{name}: in place and not", whole, stepped(solver, sde, increments))
         kept = start.clone()
         end = ctrl.simulate_end(problem, policy, kept, grid, solver, noise=noise)
-        found = torch.stack([end, kept])
-        yield pathwise(f"{name}: the end alone", found, torch.stack([whole[:, -1], start]))
+        ends = torch.stack([end, kept])
+        yield pathwise(f"{name}: the end alone", ends, torch.stack([whole[:, -1], start]))
 
     nodes = grid.nodes.tolist()
 
@@ -268,8 +268,10 @@ def solvers_that_are_one(setting: Setting) -> Iterator[Check]:
         return ctrl.EulerMaruyama().step(ITO, t0, t1, x, action, increment)
 
     problem = ctrl.ControlProblem(ITO, NODES[-1])
-    found = ctrl.simulate(problem, policy, start, grid, ctrl.BlackBox(box)).states
-    yield pathwise("a black box with Euler's step", found, stepped(ctrl.EulerMaruyama(), ITO, many))
+    box_states = ctrl.simulate(problem, policy, start, grid, ctrl.BlackBox(box)).states
+    yield pathwise(
+        "a black box with Euler's step", box_states, stepped(ctrl.EulerMaruyama(), ITO, many)
+    )
 
 
 @claim(
@@ -302,15 +304,15 @@ def solvers_that_are_one(setting: Setting) -> Iterator[Check]:
 )
 def adaptive_steps(setting: Setting) -> Iterator[Check]:
     """Against the exact solution, which depends on the increment alone."""
-    pull, spread, horizon = -0.7, 0.55, 0.1
-    sde = ctrl.ControlledSDE(lambda t, x, a: pull * x, lambda t, x: spread * x)
+    pull, volatility, horizon = -0.7, 0.55, 0.1
+    sde = ctrl.ControlledSDE(lambda t, x, a: pull * x, lambda t, x: volatility * x)
     t0, t1 = setting.tensor([0.0, horizon])
     x, w = setting.tensor([[1.3], [0.8]]), setting.tensor([[0.6], [-0.45]])
     solver = ctrl.TorchSDE("srk", adaptive=True, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        found = solver.step(sde, t0, t1, x, 0 * x, w)
+        after = solver.step(sde, t0, t1, x, 0 * x, w)
     exact = [
-        [start * math.exp((pull - spread**2 / 2) * horizon + spread * end)]
+        [start * math.exp((pull - volatility**2 / 2) * horizon + volatility * end)]
         for start, end in zip((1.3, 0.8), (0.6, -0.45), strict=True)
     ]
-    yield limit("adaptive steps, along two paths", found, exact)
+    yield limit("adaptive steps, along two paths", after, exact)

@@ -50,7 +50,7 @@ class Network(nn.Module):
 
 
 def predicted(context: np.ndarray) -> np.ndarray:
-    """What ``Network`` predicts."""
+    """Predictions of ``Network``."""
     return 0.5 * STATES + context - TIMESTEPS[:, None] / 8
 
 
@@ -67,12 +67,12 @@ def score_of(kind: str, prediction: np.ndarray) -> np.ndarray:
 
 
 def guided_policy(
-    data: Gaussian, given: Gaussian, schedule: VPLinear, scale: float
+    data: Gaussian, conditioned: Gaussian, schedule: VPLinear, scale: float
 ) -> ctrl.DeterministicPolicy:
     """Guidance with two exact scores."""
     zero = 0 * data.covariance, 0 * data.mean
     plain = linear_policy.linear_score(data, schedule, *zero)
-    conditional = linear_policy.linear_score(given, schedule, *zero)
+    conditional = linear_policy.linear_score(conditioned, schedule, *zero)
 
     def mean(t: Tensor, x: Tensor) -> Tensor:
         return plain(t, x) + scale * (conditional(t, x) - plain(t, x))
@@ -82,13 +82,13 @@ def guided_policy(
 
 def generated(setting: Setting, scale: float, steps: int) -> Normal:
     """Law at the data of production's guided Euler chain, from the noised law of powers."""
-    data, given, schedule = (
+    data, conditioned, schedule = (
         gaussian_data(setting, DATA),
         gaussian_data(setting, GIVEN),
         vp_linear(MODEL),
     )
     problem = generation(data, schedule)[0]
-    policy = guided_policy(data, given, schedule, scale)
+    policy = guided_policy(data, conditioned, schedule, scale)
     step = affine_end(problem, policy, ctrl.uniform_grid(1.0, steps), data.mean)
     return step.of(MODEL.with_data(POWERS).noised(1.0))
 
@@ -166,14 +166,14 @@ def guidance(setting: Setting) -> Iterator[Check]:
     x, context = setting.tensor(STATES), setting.tensor(CONTEXT)[:, None]
     steps = torch.as_tensor(TIMESTEPS, device=x.device)
     for kind in KINDS:
-        found = GuidedScore(Network(), bars, kind, SCALE, empty)(x, steps, context)
-        plain, given = (score_of(kind, predicted(c)) for c in (EMPTY, CONTEXT))
-        check = pathwise(f"guided score, {kind}", found, plain + SCALE * (given - plain))
+        guided = GuidedScore(Network(), bars, kind, SCALE, empty)(x, steps, context)
+        plain, conditional = (score_of(kind, predicted(c)) for c in (EMPTY, CONTEXT))
+        check = pathwise(f"guided score, {kind}", guided, plain + SCALE * (conditional - plain))
         yield stated(check, precision=setting.dtype)
     with torch.no_grad():
         chunked = GuidedScore(Network(), bars, KINDS[0], SCALE, empty, batch=2)(x, steps, context)
-    plain, given = (score_of(KINDS[0], predicted(c)) for c in (EMPTY, CONTEXT))
-    check = pathwise("the same in chunks", chunked, plain + SCALE * (given - plain))
+    plain, conditional = (score_of(KINDS[0], predicted(c)) for c in (EMPTY, CONTEXT))
+    check = pathwise("the same in chunks", chunked, plain + SCALE * (conditional - plain))
     yield stated(check, precision=setting.dtype)
     unguided = GuidedScore(Network(), bars, KINDS[2], 1.0, empty)(x, steps, context)
     yield pathwise(
@@ -181,13 +181,13 @@ def guidance(setting: Setting) -> Iterator[Check]:
     )
 
     laws = [generated(setting, SCALE, n) for n in (10, 20, 40, 80)]
-    mean, spread = (
+    mean, covariance = (
         extrapolated([law.mean for law in laws]),
         extrapolated([law.covariance for law in laws]),
     )
     exact = guided_law(MODEL, GIVEN, SCALE, MODEL.with_data(POWERS).noised(1.0))
     yield limit("law that guidance generates: mean", mean, exact.mean)
-    yield limit("law that guidance generates: variance", spread, exact.covariance)
+    yield limit("law that guidance generates: variance", covariance, exact.covariance)
     apart = (exact.mean - POWERS.mean)[0], (exact.covariance - POWERS.covariance)[0, 0]
-    found = (mean - POWERS.mean)[0], (spread - POWERS.covariance)[0, 0]
-    yield limit("how far that is from the law of powers", found, apart)
+    gaps = (mean - POWERS.mean)[0], (covariance - POWERS.covariance)[0, 0]
+    yield limit("how far that is from the law of powers", gaps, apart)

@@ -2,7 +2,7 @@
 
     rho v = gam log int exp((b v_x + sigma^2 v_xx / 2 + r) / gam) da
 
-A scheme on a grid, which knows nothing of quadratics, finds the value, the mean and the spread of
+A scheme on a grid, which knows nothing of quadratics, finds the value, the mean and the std of
 the linear-quadratic closed form. Central differences of a quadratic are exact, so that what is left
 of the error is the grid's wall, the step in time, or (weak noise) the artificial noise.
 """
@@ -10,6 +10,7 @@ of the error is the grid's wall, the step in time, or (weak noise) the artificia
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -47,10 +48,17 @@ def near(table: Tensor, axes: tuple[Axis, ...], width: float) -> tuple[np.ndarra
     return x[inside], table.reshape(len(x)).numpy()[inside]
 
 
-def solved(p: exact.Scalar, noise: float, axes: tuple[Axis, ...], **options: str) -> hjb.Solution:
+def solved(
+    p: exact.Scalar,
+    noise: float,
+    axes: tuple[Axis, ...],
+    differences: Literal["monotone", "central"] = "monotone",
+) -> hjb.Solution:
     """By production's grid."""
     problem = production(problem_of(p, noise), Setting()).problem()
-    return hjb.solve_discounted(problem, axes, gauss_legendre(-7.0, 7.0, 36), **options)
+    return hjb.solve_discounted(
+        problem, axes, gauss_legendre(-7.0, 7.0, 36), differences=differences
+    )
 
 
 def order(errors: list[float]) -> float:
@@ -134,14 +142,14 @@ def hjb_on_a_grid(setting: Setting) -> Iterator[Check]:
     """Without horizon, with one, and the orders."""
     p = SCALAR
     form = exact.solve_scalar(p)
-    found = solved(p, NOISE, WIDE, differences="central")
-    x, v = near(found.value.table, WIDE, 1.0)
+    solution = solved(p, NOISE, WIDE, differences="central")
+    x, v = near(solution.value.table, WIDE, 1.0)
     constant = (form.rate + NOISE**2 * form.k2 / 2) / p.discount
     want = form.k2 * x**2 / 2 + form.k1 * x + constant
     yield limit("discounted: value", v, want)
-    _, mean = near(found.mean_action.table, WIDE, 1.0)
+    _, mean = near(solution.mean_action.table, WIDE, 1.0)
     yield limit("discounted: mean of the policy", mean, form.gain * x + form.offset)
-    _, std = near(found.action_std.table, WIDE, 1.0)
+    _, std = near(solution.action_std.table, WIDE, 1.0)
     yield limit("discounted: spread of the policy", std, math.sqrt(form.variance) + 0 * x)
 
     lq = problem_of(p, NOISE)
@@ -157,13 +165,17 @@ def hjb_on_a_grid(setting: Setting) -> Iterator[Check]:
     actions = gauss_legendre(-7.0, 7.0, 36)
     axes = (Axis(-5.0, 5.0, 41),)
     S, e, c = exact.riccati(lq, HORIZON)
-    for name, method, counts in (("Euler", 1, (16, 32, 64)), ("differentiation", 2, (8, 16, 32))):
+    methods: tuple[tuple[str, Literal[1, 2], tuple[int, ...]], ...] = (
+        ("Euler", 1, (16, 32, 64)),
+        ("differentiation", 2, (8, 16, 32)),
+    )
+    for name, method, counts in methods:
         rows = []
         for steps in counts:
-            found = hjb.solve_finite_horizon(
+            solution = hjb.solve_finite_horizon(
                 problem, axes, actions, steps=steps, order=method, differences="central"
             )
-            x, v = near(found.value.table[0], axes, 0.8)
+            x, v = near(solution.value.table[0], axes, 0.8)
             rows.append(v)
         level = [float(row[-2]) for row in rows]
         if method == 2:
@@ -176,10 +188,10 @@ def hjb_on_a_grid(setting: Setting) -> Iterator[Check]:
         axes = (Axis(-5.0, 5.0, 41),)
         level = []
         for steps in (64, 128, 256):
-            found = hjb.solve_finite_horizon(
+            solution = hjb.solve_finite_horizon(
                 problem, axes, actions, steps=steps, order=1, differences="central"
             )
-            level.append(float(near(found.value.table[0], axes, 0.8)[1][-2]))
+            level.append(float(near(solution.value.table[0], axes, 0.8)[1][-2]))
         yield limit("backward Euler: order in time", order(level), 1.0)
         weak = replace(p, D=0.0)
         form = exact.solve_scalar(weak)

@@ -5,6 +5,7 @@ derivative of column j, in the direction of column j. The reference takes it by 
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from verification.closed_form.linear_moments import first, noise_drift, second
 TIME = 0.7
 STATES = ((0.3, -1.1), (0.9, 0.45), (-0.6, 1.7))
 NOISE_DRIFT = "ctrl.sde.ControlledSDE.noise_drift"
-ENTRIES: dict[str, Callable[..., tuple[tuple[object, ...], ...]]] = {
+ENTRIES: dict[str, Callable[..., tuple[tuple[Any, ...], ...]]] = {
     "diagonal": lambda cos, x, y: ((0.5 + 0.3 * cos(x), 0 * x), (0 * y, 0.5 + 0.3 * cos(y))),
     "scalar": lambda cos, x, y: ((0.7 + 0.4 * x * y,), (0.2 * y * y + cos(x),)),
     "general": lambda cos, x, y: (
@@ -70,7 +71,7 @@ def refusals(setting: Setting) -> list[float]:
     """1 for every call that an equation in the other sense makes raise, 0 for one that answers."""
     x = setting.tensor(STATES)
     t0, t1 = setting.tensor([0.2, 0.3])
-    found: list[float] = []
+    raised: list[float] = []
     for solver in SOLVERS:
         of_ito = not (isinstance(solver, ctrl.Heun) or getattr(solver, "method", "") == "heun")
         sde = equation("diagonal", "stratonovich" if of_ito else "ito")
@@ -82,10 +83,10 @@ def refusals(setting: Setting) -> list[float]:
         for call in calls:
             try:
                 call(sde, t0, t1, x, 0 * x, 0.1 * x)
-                found.append(0.0)
+                raised.append(0.0)
             except ValueError:
-                found.append(1.0)
-    return found
+                raised.append(1.0)
+    return raised
 
 
 DRIFT = ((-0.4, 0.7), (0.25, -0.9))
@@ -173,7 +174,12 @@ def moments(setting: Setting, steps: int) -> tuple[Tensor, Tensor]:
             "for column, j in each]).sum(0)",
             "for column, j in each])[-1]",
         ),
-        wrong("sigma transposed", "ctrl.sde.ControlledSDE.spread", '"pij,pj->pi"', '"pji,pj->pi"'),
+        wrong(
+            "sigma transposed",
+            "ctrl.sde.ControlledSDE.diffuse",
+            '"pij,pj->pi"',
+            '"pji,pj->pi"',
+        ),
         wrong(
             "the other sense accepted",
             "ctrl.sde.ControlledSDE.require_calculus",
@@ -201,14 +207,16 @@ def ito_and_stratonovich(setting: Setting) -> Iterator[Check]:
     for noise in ENTRIES:
         sde = equation(noise, "stratonovich")
         plain, ito = sde.drift_at(t, x, a), sde.to_ito()
-        found = ito.drift_at(t, x, a) - plain
+        correction = ito.drift_at(t, x, a) - plain
         yield pathwise(
-            f"correction for {noise} noise, by complex steps", found, by_complex_steps(noise) / 2
+            f"correction for {noise} noise, by complex steps",
+            correction,
+            by_complex_steps(noise) / 2,
         )
         back = ito.to_stratonovich().drift_at(t, x, a)
         yield pathwise(f"there and back, {noise} noise", back, plain)
-    found = refusals(setting)
-    yield pathwise("solvers that refuse the other sense", found, [1.0] * len(found))
+    raised = refusals(setting)
+    yield pathwise("solvers that refuse the other sense", raised, [1.0] * len(raised))
     recursions = [moments(setting, steps) for steps in (4, 8, 16, 32, 64)]
     drift, columns, start = np.array(DRIFT), np.array(COLUMNS), np.array(START)
     for k, want in enumerate(

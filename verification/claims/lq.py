@@ -69,10 +69,10 @@ def exact_flat(value: exact.Quadratic) -> np.ndarray:
     return np.concatenate([value[0].ravel(), value[1], [value[2]]])
 
 
-def numbers(found: ctrl.linear.Stationary) -> list[float]:
-    """As ``exact.ScalarSolution``, of production's solution."""
-    value, law, discount = found.quadratic, found.law, found.lq.rates[0]
-    average = found.average_reward
+def numbers(solution: ctrl.linear.Stationary) -> list[float]:
+    """Numbers of production's solution, in the order of ``exact.ScalarSolution``."""
+    value, law, discount = solution.quadratic, solution.law, solution.lq.rates[0]
+    average = solution.average_reward
     rate = discount * value.constant if average is None else average
     each = (value.hessian, value.slope, rate, law.gain, law.offset, law.covariance)
     return [float(one) for one in each]
@@ -80,8 +80,8 @@ def numbers(found: ctrl.linear.Stationary) -> list[float]:
 
 def published(p: exact.Scalar) -> list[float]:
     """The published formulas, in the same order."""
-    found = exact.solve_scalar(p)
-    return [getattr(found, each.name) for each in fields(found)]
+    solution = exact.solve_scalar(p)
+    return [getattr(solution, each.name) for each in fields(solution)]
 
 
 VALUE, GREEDY = "ctrl.linear.lq.value_rate", "ctrl.linear.lq.greedy"
@@ -129,8 +129,8 @@ WRONGS = [
     wrong(
         "policy's mean halved",
         GREEDY,
-        "LinearGaussian(found[..., :-1],",
-        "LinearGaussian(0.5 * found[..., :-1],",
+        "LinearGaussian(gains[..., :-1],",
+        "LinearGaussian(0.5 * gains[..., :-1],",
     ),
     wrong(
         "action's noise missing in W",
@@ -158,7 +158,9 @@ WRONGS = [
     source="Wang, Zariphopoulou & Zhou 2020, section 4; Yong & Zhou 1999, chapter 6",
     wrongs=[
         *WRONGS,
-        wrong("A for 2 A", VALUE, "both + both.mT + spread", "0.5 * (both + both.mT) + spread"),
+        wrong(
+            "A for 2 A", VALUE, "both + both.mT + quadratic", "0.5 * (both + both.mT) + quadratic"
+        ),
         wrong(
             "sign of the state's cost",
             VALUE,
@@ -168,8 +170,8 @@ WRONGS = [
         wrong(
             "sign of the discount",
             VALUE,
-            "spread - discount[..., None, None] * S",
-            "spread + discount[..., None, None] * S",
+            "quadratic - discount[..., None, None] * S",
+            "quadratic + discount[..., None, None] * S",
         ),
         wrong(
             "discount missing in the slope",
@@ -235,15 +237,16 @@ def exploratory_lq_with_horizon(setting: Setting) -> Iterator[Check]:
 
     # every action, at any time: gam log pi = q
     policy, t = solution.policy(), _tensor(0.53, setting)
+    assert not isinstance(policy, ctrl.DeterministicPolicy)  # the temperature is positive
     x, a = _tensor(X, setting), _tensor(ACTIONS, setting)
     q = q_rate(problem.problem(HORIZON), solution.value, t, x, a)
     log_pi = lq.temperature * policy.log_prob(t, x, a)
     yield pathwise("HJB equation: q = gam log pi at any action", q, log_pi)
 
     law = production_law(LAW, setting)
-    found = ctrl.linear.evaluate_lq(problem, law, times).value(times[0], x)
+    policy_value = ctrl.linear.evaluate_lq(problem, law, times).value(times[0], x)
     want = [exact.value_by_moments(lq, LAW, each, HORIZON) for each in X]
-    yield expectation("value of a policy, by the moments of its state", found, want)
+    yield expectation("value of a policy, by the moments of its state", policy_value, want)
 
 
 def evaluated(lq: LinearQuadratic, law: LinearGaussian, x: Tensor) -> Tensor:
@@ -307,6 +310,8 @@ def exploratory_lq_without_horizon(setting: Setting) -> Iterator[Check]:
     plain = ctrl.linear.evaluate_lq_ergodic(cold, best.law).average_reward
     law = best.law
     classical = ctrl.linear.solve_lq_ergodic(cold).average_reward
+    assert classical is not None
+    assert plain is not None
     got = [float(each) for each in (law.gain, law.offset, law.covariance, classical, plain)]
     want = [-0.354249, -0.708497, 0.035425, 0.708497, 0.658497]
     yield limit("the benchmark's published numbers, to their six digits", got, want)
@@ -325,9 +330,9 @@ def exploratory_lq_without_horizon(setting: Setting) -> Iterator[Check]:
     want = [exact.discounted_value_by_moments(lq, LAW, each) for each in X]
     yield expectation("several dimensions: value of a policy, by moments", got, want)
     lq = replace(lq, discount=0.0)
-    found = ctrl.linear.evaluate_lq_ergodic(production(lq, setting), production_law(LAW, setting))
-    assert found.average_reward is not None
+    ergodic = ctrl.linear.evaluate_lq_ergodic(production(lq, setting), production_law(LAW, setting))
+    assert ergodic.average_reward is not None
     want = exact.average_reward_by_moments(lq, LAW)
     yield expectation(
-        "several dimensions: average of a policy, at rest", found.average_reward, want
+        "several dimensions: average of a policy, at rest", ergodic.average_reward, want
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import ctrl
 from ctrl import martingale as mg
+from ctrl.paths import kept_actions
 from ctrl.value import Value
 from verification.claim import Check, Setting, claim, expectation, pathwise, wrong
 from verification.closed_form import exploratory_chain as exact
@@ -49,7 +50,7 @@ def sampled(
 ) -> ctrl.Paths:
     """Paths whose weighted means are expectations, of polynomials up to degree 5."""
     grid = ctrl.TimeGrid(setting.tensor(times))
-    start, noise = degree_five(grid, C.mean, C.spread, draws=True)
+    start, noise = degree_five(grid, C.mean, C.std, draws=True)
     return ctrl.simulate(problem(), gaussian(policy), start, grid, noise=noise)
 
 
@@ -69,12 +70,12 @@ def exact_value(setting: Setting, times: Sequence[float] = NODES) -> Value:
 
 def basis(paths: ctrl.Paths) -> Tensor:
     """1, x, x^2, x eps, eps^2 - 1, eps the noise of the action before: the past alone."""
-    x, a = paths.states[:, :-1, 0], paths.actions[..., 0]
+    x, a = paths.states[:, :-1, 0], kept_actions(paths)[..., 0]
     eps = (a - POLICY.gain * x - POLICY.offset) / POLICY.std
     first = torch.zeros_like(x[:, :1])
     before = torch.cat([first, eps[:, :-1]], dim=1)
-    spread = torch.cat([first, eps[:, :-1] ** 2 - 1], dim=1)
-    return torch.stack([torch.ones_like(x), x, x**2, x * before, spread], dim=2)
+    squares = torch.cat([first, eps[:, :-1] ** 2 - 1], dim=1)
+    return torch.stack([torch.ones_like(x), x, x**2, x * before, squares], dim=2)
 
 
 def discounts(paths: ctrl.Paths) -> Tensor:
@@ -84,7 +85,7 @@ def discounts(paths: ctrl.Paths) -> Tensor:
 
 def earned(paths: ctrl.Paths) -> Tensor:
     """Discounted reward, entropy and terminal reward of every path, written out."""
-    x, a, last = paths.states[:, :-1, 0], paths.actions[..., 0], paths.states[:, -1, 0]
+    x, a, last = paths.states[:, :-1, 0], kept_actions(paths)[..., 0], paths.states[:, -1, 0]
     eps = (a - POLICY.gain * x - POLICY.offset) / POLICY.std
     log_prob = -0.5 * eps**2 - np.log(POLICY.std * np.sqrt(2 * np.pi))
     rate = -0.5 * (C.state_cost * x**2 + C.action_cost * a**2) - C.temperature * log_prob
@@ -248,7 +249,7 @@ ERGODIC = replace(ENDLESS, discount=0.0)
         wrong(
             "whether test functions look ahead is not asked",
             "ctrl.martingale.require_adapted",
-            "if bool(moved.any())",
+            "if bool(changed.any())",
             "if False",
         ),
         wrong(
@@ -275,9 +276,9 @@ def martingale_characterisation(setting: Setting) -> Iterator[Check]:
         c = setting.tensor(ERROR.coef)
         return value(t, x) + c[0] + c[1] * x[:, 0] + c[2] * x[:, 0] ** 2
 
-    found = mean(mg.orthogonality(basis, off, problem(), paths, policy), paths)
+    orthogonality = mean(mg.orthogonality(basis, off, problem(), paths, policy), paths)
     known = exact.moments_of_a_wrong_value(C, POLICY, nodes, ERROR)
-    yield expectation("E int xi dM of a wrong value has its known size", found, known)
+    yield expectation("E int xi dM of a wrong value has its known size", orthogonality, known)
     # whatever J is, M_T - M_0 is what was earned less J(0, X_0)
     dm = mg.increments(off, problem(), paths, policy)
     whole = mg.moments(state, dm, problem(), paths, sees_action=False)[:, 0]
@@ -285,9 +286,9 @@ def martingale_characterisation(setting: Setting) -> Iterator[Check]:
     yield pathwise("M_T - M_0, against what was earned, on every path", whole, left)
     # what is not adapted: refused, and for a reason
     ahead = mg.increments(value, problem(), paths, policy) * paths.states[:, 1:, 0]
-    found = mean((discounts(paths) * ahead).sum(1), paths)
+    anticipating = mean((discounts(paths) * ahead).sum(1), paths)
     known = exact.look_ahead(C, POLICY, nodes)
-    yield expectation("E int xi dM of the true value, xi = X(t + h), is not 0", found, known)
+    yield expectation("E int xi dM of the true value, xi = X(t + h), is not 0", anticipating, known)
     tries = [lambda p: p.states[:, 1:], lambda p: p.actions, lambda p: p.increments]
     answers = [
         is_refused(lambda xi=xi: mg.orthogonality(xi, value, problem(), paths, policy))
@@ -304,7 +305,7 @@ def stationary_value(setting: Setting, discount: float) -> tuple[Polynomial, Val
 
 
 def root(loss: Callable[[Value], Tensor], phi: mg.Features, paths: ctrl.Paths) -> Tensor:
-    """Where the mean gradient, affine in the coefficients of these features, vanishes."""
+    """Coefficients of these features at which the mean gradient, affine in them, vanishes."""
 
     def gradient(theta: Tensor) -> Tensor:
         theta = theta.requires_grad_()
@@ -415,7 +416,7 @@ def infinite_horizon(setting: Setting) -> Iterator[Check]:
     """Discounted and ergodic values of equal steps without end."""
     even = ctrl.TimeGrid(STEP * torch.arange(STEPS + 1).to(setting.tensor(1.0)))
     policy = gaussian(POLICY)
-    start, noise = degree_five(even, C.mean, C.spread, draws=True)
+    start, noise = degree_five(even, C.mean, C.std, draws=True)
     paths = ctrl.simulate(ENDLESS, policy, start, even, noise=noise)
 
     along, value, _ = stationary_value(setting, C.discount)
@@ -443,12 +444,12 @@ def infinite_horizon(setting: Setting) -> Iterator[Check]:
         "CTD(lambda)": lambda v: mg.ctd_lambda(v, ERGODIC, paths, 1.7, policy, average),
     }.items():
         yield expectation(f"ergodic: {name}", root(loss, quadratic, paths), along.coef[1:])
-    found = mg.clstd(quadratic, ERGODIC, paths, policy, ergodic=True)
-    yield expectation("ergodic: CLSTD", found.coefficients, along.coef[1:])
-    yield expectation("ergodic: CLSTD's average", found.average_reward, average)
-    moved = mg.increments(lambda t, x: value(t, x) + 0.8, ERGODIC, paths, policy, average)
+    fit = mg.clstd(quadratic, ERGODIC, paths, policy, ergodic=True)
+    yield expectation("ergodic: CLSTD", fit.coefficients, along.coef[1:])
+    yield expectation("ergodic: CLSTD's average", fit.average_reward, average)
+    raised = mg.increments(lambda t, x: value(t, x) + 0.8, ERGODIC, paths, policy, average)
     same = mg.increments(value, ERGODIC, paths, policy, average)
-    yield pathwise("ergodic: a constant in J changes no dM", moved, same)
+    yield pathwise("ergodic: a constant in J changes no dM", raised, same)
     answers = [
         is_refused(lambda: mg.clstd(full_quadratic, ERGODIC, paths, policy, ergodic=True)),
         is_refused(lambda: mg.martingale_loss(value, ENDLESS, paths, policy)),

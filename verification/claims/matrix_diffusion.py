@@ -15,6 +15,7 @@ from verification.claim import Check, Setting, claim, expectation, pathwise, wro
 from verification.closed_form import weighted_norm
 from verification.closed_form.gaussian_law import log_density
 from verification.cubature import mean, point_start
+from verification.problems import NoiseKind
 
 CONDITIONS = (3.0, 1e3, 1e6)
 SHIFT = (0.37, -0.82)
@@ -22,7 +23,9 @@ NODES = (0.0, 0.2, 0.65)
 MATRIX = ((0.5, -0.3, 0.4), (0.2, 0.7, -0.6))
 
 
-def whitened(setting: Setting, sigma: Tensor, shift: Tensor, noise: str = "general") -> Tensor:
+def whitened(
+    setting: Setting, sigma: Tensor, shift: Tensor, noise: NoiseKind = "general"
+) -> Tensor:
     """u of one state of two coordinates."""
     count = sigma.shape[1] if noise == "general" else None
     value = sigma if noise == "general" else sigma[:, 0]
@@ -31,7 +34,7 @@ def whitened(setting: Setting, sigma: Tensor, shift: Tensor, noise: str = "gener
     return sde.whiten(setting.tensor(0.2), x, shift[None])[0]
 
 
-def refused(setting: Setting, sigma: list[list[float]], noise: str = "general") -> bool:
+def refused(setting: Setting, sigma: list[list[float]], noise: NoiseKind = "general") -> bool:
     """Whether a drift that the noise does not reach has no control."""
     try:
         whitened(setting, setting.tensor(sigma), setting.tensor(SHIFT), noise)
@@ -57,11 +60,11 @@ def densities(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         x, after = states[:, k], states[:, k + 1]
         drift, base = 0.8 - 1.1 * x[:, ::-1] - 0.3 * np.sin(x), -0.4 * x - 0.3 * np.sin(x)
         sigma = np.array(MATRIX) * (1 + 0.3 * np.tanh(x[:, ::-1]))[:, :, None] + 0.2 * NODES[k]
-        spread = h * sigma @ sigma.transpose(0, 2, 1)
-        one = log_density(after, x + h * drift, spread)
-        ratios.append(one - log_density(after, x + h * base, spread))
+        covariance = h * sigma @ sigma.transpose(0, 2, 1)
+        one = log_density(after, x + h * drift, covariance)
+        ratios.append(one - log_density(after, x + h * base, covariance))
         gap = h * (drift - base)
-        kls.append(0.5 * (gap * np.linalg.solve(spread, gap[..., None])[..., 0]).sum(1))
+        kls.append(0.5 * (gap * np.linalg.solve(covariance, gap[..., None])[..., 0]).sum(1))
     return np.stack(ratios, 1), np.stack(kls, 1)
 
 
@@ -180,27 +183,27 @@ def matrix_diffusion(setting: Setting) -> Iterator[Check]:
     start = point_start(noise, [0.4, -0.9])
     paths = ctrl.simulate(ctrl.ControlProblem(sde, NODES[-1]), POLICY, start, nodes, noise=noise)
     ratios, kls = densities(paths.states.double().numpy())
-    found = ctrl.girsanov.log_ratio(sde, POLICY, REFERENCE, paths)
-    yield pathwise("log-ratio, against normal densities on every path", found, ratios.sum(1))
+    ratio = ctrl.girsanov.log_ratio(sde, POLICY, REFERENCE, paths)
+    yield pathwise("log-ratio, against normal densities on every path", ratio, ratios.sum(1))
     running = ctrl.girsanov.path_kl(sde, POLICY, REFERENCE, paths)
     yield pathwise("running form, against the KLs of the transitions", running, kls.sum(1))
     yield expectation(
         "mean of the log-ratio, against that of the running form",
-        mean(found, paths),
+        mean(ratio, paths),
         mean(running, paths),
     )
 
-    given = setting.tensor([0.45, 0.8])
-    whole = whitened(setting, torch.diag(given), shift)
+    scales = setting.tensor([0.45, 0.8])
+    whole = whitened(setting, torch.diag(scales), shift)
     yield expectation(
         "one motion a coordinate, written as a vector and as a matrix",
-        whitened(setting, given[:, None], shift, "diagonal"),
+        whitened(setting, scales[:, None], shift, "diagonal"),
         whole,
     )
     yield expectation(
-        "one motion a coordinate, |u|^2 by hand", whole.square().sum(), by_hand(given)
+        "one motion a coordinate, |u|^2 by hand", whole.square().sum(), by_hand(scales)
     )
-    along = whitened(setting, given[:, None], 1.7 * given, "scalar")
+    along = whitened(setting, scales[:, None], 1.7 * scales, "scalar")
     yield expectation("one motion for both coordinates, |u|^2", along.square().sum(), 1.7**2)
     yield expectation(
         "drifts that the noise does not reach, refused",

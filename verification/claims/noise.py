@@ -80,12 +80,12 @@ def gaussian_quadrature(setting: Setting) -> Iterator[Check]:
     w, z = noise.increments[..., 0], noise.actions[..., 0]
     one, other, drawn = w[:, 0], w[:, 1], z[:, 0]
     powers = [(a, b, c) for a in range(6) for b in range(6) for c in (0, 2, 3, 4)]
-    found = [float(noise.weights @ (one**a * other**b * drawn**c)) for a, b, c in powers]
+    moments = [float(noise.weights @ (one**a * other**b * drawn**c)) for a, b, c in powers]
     want = [
         normal_moment(a, STEPS[0]) * normal_moment(b, STEPS[1]) * normal_moment(c, 1.0)
         for a, b, c in powers
     ]
-    yield expectation("moments up to degree 2 nodes - 1", found, want)
+    yield expectation("moments up to degree 2 nodes - 1", moments, want)
     short = [
         normal_moment(2 * nodes, h) - float(noise.weights @ w[:, k] ** (2 * nodes))
         for k, h in enumerate(STEPS)
@@ -161,18 +161,24 @@ def brownian_bridge(setting: Setting) -> Iterator[Check]:
     """The law of refined increments, read off the linear map that makes them."""
     paths, inner = 24, 3  # inner nodes, each with a normal
     coarse, fine = setting.tensor(COARSE), setting.tensor(FINE)
-    given = coarse.new_empty(paths, 2).normal_(generator=setting.generator("given"))
-    found = ctrl.noise.refine(given, coarse, fine, generator=setting.generator("bridge"))
+    coarse_increments = coarse.new_empty(paths, 2).normal_(generator=setting.generator("given"))
+    refined = ctrl.noise.refine(
+        coarse_increments, coarse, fine, generator=setting.generator("bridge")
+    )
     again = setting.generator("bridge")
-    normals = [torch.empty_like(given[:, 0]).normal_(generator=again) for _ in range(inner)]
-    inputs = torch.cat([given, torch.stack(normals, dim=1)], dim=1).double()
-    matrix = torch.linalg.lstsq(inputs, found.double()).solution.T  # [fine, coarse + normals]
+    normals = [
+        torch.empty_like(coarse_increments[:, 0]).normal_(generator=again) for _ in range(inner)
+    ]
+    inputs = torch.cat([coarse_increments, torch.stack(normals, dim=1)], dim=1).double()
+    matrix = torch.linalg.lstsq(inputs, refined.double()).solution.T  # [fine, coarse + normals]
     gain, covariance = bridge(COARSE, FINE)
-    yield pathwise("nothing but the increments and one normal a node", inputs @ matrix.T, found)
+    yield pathwise("nothing but the increments and one normal a node", inputs @ matrix.T, refined)
     yield expectation("mean given the coarse increments", matrix[:, :2], gain)
     root = matrix[:, 2:]
     yield expectation("covariance given the coarse increments", root @ root.T, covariance)
-    yield pathwise("coarsen undoes refine", ctrl.noise.coarsen(found, fine, coarse), given)
+    yield pathwise(
+        "coarsen undoes refine", ctrl.noise.coarsen(refined, fine, coarse), coarse_increments
+    )
     probes = torch.eye(len(FINE) - 1).to(fine)
     yield pathwise("coarsen sums", ctrl.noise.coarsen(probes, fine, coarse).T, sums(COARSE, FINE))
 
@@ -199,7 +205,7 @@ NAMES: tuple[tuple[int, tuple[str | int, ...]], ...] = (
 
 
 def distinct(rows: Tensor) -> float:
-    """How many different rows there are."""
+    """Number of different rows."""
     return float(len({tuple(row) for row in rows.flatten(1).tolist()}))
 
 
@@ -210,14 +216,14 @@ def by_parts(
     sde = ctrl.ControlledSDE(lambda t, x, a: a - 0.4 * x, lambda t, x: 0.7)
     policy = ctrl.GaussianPolicy(lambda t, x: 0 * x, std=1.0)  # actions are the normals
     grid = ctrl.TimeGrid(setting.tensor(TIMES))
-    problem, first, found = ctrl.ControlProblem(sde, TIMES[-1]), 0, []
+    problem, first, parts = ctrl.ControlProblem(sde, TIMES[-1]), 0, []
     for paths in split:
         streams = PathStreams(seed, ("roll-out", 3), first_path=first)
         start = setting.tensor([[0.8, -0.3]]).expand(paths, -1).contiguous()
-        found.append(ctrl.simulate(problem, policy, start, grid, generator=streams))
+        parts.append(ctrl.simulate(problem, policy, start, grid, generator=streams))
         first += paths
     kinds = ("states", "increments", "actions")
-    states, increments, actions = (torch.cat([getattr(p, k) for p in found]) for k in kinds)
+    states, increments, actions = (torch.cat([getattr(p, k) for p in parts]) for k in kinds)
     return states, increments, actions
 
 
@@ -255,8 +261,8 @@ ROWS = "ctrl.noise.PathStreams.rows"
         wrong(
             "the same noise at every step",
             ROWS,
-            "yield from sent(moved, like.device)",
-            "yield from sent(moved, like.device)[:1].expand_as(moved)",
+            "yield from sent(selected, like.device)",
+            "yield from sent(selected, like.device)[:1].expand_as(selected)",
         ),
         wrong(
             "the generator advanced twice a step",
@@ -315,13 +321,13 @@ def random_streams(setting: Setting) -> Iterator[Check]:
         yield pathwise(f"{kind} of 1, 2 and 4 processes are one", gaps, 0 * gaps, scale)
     roots = setting.tensor(TIMES).diff().sqrt()[:, None]
     # every step of every path is a request, and so is every action, of two runs
-    found = []
+    counts = []
     for split, one in zip(SPLITS, parts, strict=True):
         runs = (one, by_parts(setting, split, seed=42))
         normals = [(run[1] / roots, run[2]) for run in runs]
-        found.append(distinct(torch.cat([n.flatten(0, 1) for run in normals for n in run])))
+        counts.append(distinct(torch.cat([n.flatten(0, 1) for run in normals for n in run])))
     asked = float(2 * 2 * 3 * PATHS)
-    yield pathwise("distinct noise vectors of 1, 2, 4 processes", found, [asked] * len(found))
+    yield pathwise("distinct noise vectors of 1, 2, 4 processes", counts, [asked] * len(counts))
     normal = whole[1] / roots
     rows = PathStreams(41, ("roll-out", 3)).rows("increments", PATHS, whole[0][:, 0])
     drawn = torch.stack([next(rows).clone() for _ in range(3)], dim=1)

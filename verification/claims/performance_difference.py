@@ -31,7 +31,7 @@ from verification.exploratory_lq import (
 P = LQChain()
 OLD = lq_chain.THETA
 NEW = np.array([-0.2, 0.6, -0.75])
-NEAR = np.array([0.3, 0.4, OLD[2]])  # of the old spread: then the ratio is entire in the noise
+NEAR = np.array([0.3, 0.4, OLD[2]])  # of the old std: then the ratio is entire in the noise
 SHORT = np.array([0.0, 0.35, 0.9])
 
 
@@ -147,13 +147,13 @@ def performance_difference(setting: Setting) -> Iterator[Check]:
     """On a grid, against moments; in the limit, against both performances."""
     stated, value, new = problem(P), value_of_old(setting), policy(*parameters(setting, NEW))
 
-    def found(nodes: np.ndarray) -> Tensor:
+    def difference(nodes: np.ndarray) -> Tensor:
         paths = paths_of_new(setting, nodes)
         return mean(pg.performance_difference(stated, value, new, paths), paths)
 
     exact = lq_chain.q_rate_sum(P, NODES, valued=OLD, visiting=NEW, acting=NEW)
-    yield expectation("on a grid, against the states' moments", found(NODES), exact)
-    finer = [found(np.linspace(0, HORIZON, steps + 1)) for steps in (1, 2, 3)]
+    yield expectation("on a grid, against the states' moments", difference(NODES), exact)
+    finer = [difference(np.linspace(0, HORIZON, steps + 1)) for steps in (1, 2, 3)]
     old, better = [lq_chain.continuous_performance(P, theta, HORIZON) for theta in (OLD, NEW)]
     yield limit(
         "steps to 0: the difference of performances", to_zero(*finer), np.real(better - old)
@@ -223,13 +223,15 @@ def surrogate_of_the_performance(setting: Setting) -> Iterator[Check]:
     old, near = policy(*theta), policy(*parameters(setting, NEAR))
     with torch.no_grad():
         paths = paths_of_old(setting, SHORT, rule=9)
-        found = mean(pg.surrogate(stated, value, old, near, paths), paths)
+        linearised = mean(pg.surrogate(stated, value, old, near, paths), paths)
         there = drawn_paths(setting, P, parameters(setting, NEAR), SHORT)
         whole = mean(pg.performance_difference(stated, value, near, there), there)
     here = lq_chain.q_rate_sum(P, SHORT, valued=OLD, visiting=OLD, acting=NEAR)
-    moved = lq_chain.q_rate_sum(P, SHORT, valued=OLD, visiting=NEAR, acting=NEAR)
-    yield expectation("surrogate, against the old states' moments", found, here)
-    yield expectation("what it misses: the change of the state law", whole - found, moved - here)
+    both_changed = lq_chain.q_rate_sum(P, SHORT, valued=OLD, visiting=NEAR, acting=NEAR)
+    yield expectation("surrogate, against the old states' moments", linearised, here)
+    yield expectation(
+        "what it misses: the change of the state law", whole - linearised, both_changed - here
+    )
     paths = paths_of_old(setting, NODES)
     slope = torch.autograd.grad(mean(pg.surrogate(stated, value, old, old, paths), paths), theta)
     series = lq_chain.value_series(P, OLD)

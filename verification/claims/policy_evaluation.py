@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -75,10 +76,10 @@ def true_value(e: exact.Evaluation, nodes: Tensor) -> mg.Features:
 
 
 def losses(e: exact.Evaluation, paths: ctrl.Paths, decay: float) -> dict[str, Loss]:
-    """What the methods descend; of squares, what they should not."""
+    """Losses that the methods descend, and the squares, which are the wrong loss."""
     p, xi = problem(e), mg.features_along(tests)
 
-    def gmm(v: ctrl.value.Value, weighting: str) -> Tensor:
+    def gmm(v: ctrl.value.Value, weighting: Literal["identity", "covariance"]) -> Tensor:
         return mg.cgtd_loss(xi, v, p, paths, weighting=weighting)
 
     return {
@@ -94,12 +95,14 @@ def losses(e: exact.Evaluation, paths: ctrl.Paths, decay: float) -> dict[str, Lo
 def root(
     loss: Loss, paths: ctrl.Paths, phi: mg.Features, known: ctrl.value.Value | None = None
 ) -> np.ndarray:
-    """Where the gradient, which is affine in the coefficients, vanishes."""
+    """Coefficients at which the gradient, which is affine in them, vanishes."""
+    weights = paths.weights
+    assert weights is not None
 
     def gradient(theta: Tensor) -> Tensor:
         theta = theta.requires_grad_()
         each = loss(mg.LinearValue(phi, theta, known))
-        total = each if each.ndim == 0 else paths.weights @ each
+        total = each if each.ndim == 0 else weights @ each
         return torch.autograd.grad(total, theta)[0]
 
     unit = torch.eye(phi(paths.grid.nodes[0], paths.states[:, 0]).shape[1]).to(paths.states)
@@ -108,14 +111,14 @@ def root(
     return torch.linalg.solve(slope, -offset).double().cpu().numpy()
 
 
-def extrapolated(found: list[np.ndarray]) -> np.ndarray:
+def extrapolated(results: list[np.ndarray]) -> np.ndarray:
     """The limit of results on grids of ``STEPS``, by a polynomial in the step size."""
     powers = np.vander(1 / np.array(STEPS, dtype=float), increasing=True)
-    return np.linalg.solve(powers, np.array(found))[0]
+    return np.linalg.solve(powers, np.array(results))[0]
 
 
 def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> Tensor:
-    """Of every path's own loss, at coefficients away from every root, [paths, 3]."""
+    """Gradients of every path's own loss, at coefficients away from every root, [paths, 3]."""
     theta = paths.states.new_tensor([0.7, -0.4, 0.25]).repeat(len(paths.states), 1)
     theta.requires_grad_()
     each = loss(lambda t, x: (features(t, x) * theta).sum(1))
@@ -310,17 +313,17 @@ def policy_evaluation(setting: Setting) -> Iterator[Check]:
 
 def limits(setting: Setting) -> Iterator[Check]:
     """Extrapolated from production code on grids of up to 48 steps."""
-    found: dict[str, list[np.ndarray]] = {method: [] for method in LIMITS}
+    roots: dict[str, list[np.ndarray]] = {method: [] for method in LIMITS}
     factors = []
     for steps in STEPS:
         paths = sampled(PLAIN, torch.linspace(0, PLAIN.horizon, steps + 1).to(setting.tensor(1.0)))
         for method in LIMITS:
-            found[method].append(root(losses(PLAIN, paths, DECAY)[method], paths, features))
+            roots[method].append(root(losses(PLAIN, paths, DECAY)[method], paths, features))
         squares = losses(PLAIN, paths, DECAY)["squares"]
         factors.append(root(squares, paths, true_value(PLAIN, paths.grid.nodes)) * steps)
     continuous = exact.continuous(PLAIN, DECAY)
     for method, printed in LIMITS.items():
-        got = extrapolated(found[method])
+        got = extrapolated(roots[method])
         yield limit(f"{method}: limit of small steps, by integrals", got, continuous[method])
         yield limit(f"{method}: the number in print", continuous[method], printed)
     name = "squares of c V, c / h"

@@ -33,9 +33,9 @@ from verification.exploratory_lq import (
 )
 
 P = LQChain()
-# view B: the next state is decided, so the action's spread has no part
+# view B: the next state is decided, so the action's std has no part
 TRANSITIONS = replace(P, noise_slope=0.0, noise_push=0.0, temperature=0.0)
-SILENT = np.array([THETA[0], THETA[1], -40.0])  # a spread of 4e-18 is none
+SILENT = np.array([THETA[0], THETA[1], -40.0])  # a std of 4e-18 is none
 
 
 def gradient(each: Tensor, paths: ctrl.Paths, theta: list[Tensor]) -> Tensor:
@@ -201,9 +201,9 @@ def policy_gradient(setting: Setting) -> Iterator[Check]:
     paths = drawn_paths(setting, P, theta, NODES)
     backward = lq_chain.gradient(lambda th: lq_chain.performance(P, th, NODES), THETA)
     forward = lq_chain.gradient(lambda th: lq_chain.forward_performance(P, th, NODES), THETA)
-    found = gradient(pg.return_gradient(stated, chosen, paths), paths, theta)
-    yield expectation("return, against the derivative of a backward recursion", found, backward)
-    yield expectation("return, against the derivative of the states' moments", found, forward)
+    slope = gradient(pg.return_gradient(stated, chosen, paths), paths, theta)
+    yield expectation("return, against the derivative of a backward recursion", slope, backward)
+    yield expectation("return, against the derivative of the states' moments", slope, forward)
     each = pg.return_gradient(stated, chosen, paths, value)
     yield expectation("return less V", gradient(each, paths, theta), backward)
     each = pg.temporal_difference_gradient(stated, chosen, value, paths)

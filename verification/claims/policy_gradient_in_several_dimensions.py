@@ -81,7 +81,7 @@ def parameters(setting: Setting) -> list[Tensor]:
 
 
 def row(gradients: tuple[Tensor, ...]) -> Tensor:
-    """Of K, k and the lower triangle of L, in a row."""
+    """Gradients in K, k and the lower triangle of L, in one row."""
     gain, offset, *scale = gradients
     return torch.cat([gain.flatten(), offset, *(each[lq.LOWER] for each in scale)])
 
@@ -128,7 +128,7 @@ def row(gradients: tuple[Tensor, ...]) -> Tensor:
         ),
         wrong(
             "noise matrix transposed in the states",
-            "ctrl.sde.ControlledSDE.spread",
+            "ctrl.sde.ControlledSDE.diffuse",
             '"pij,pj->pi"',
             '"pji,pj->pi"',
         ),
@@ -176,15 +176,15 @@ def policy_gradient_in_several_dimensions(setting: Setting) -> Iterator[Check]:
         ("return", pg.return_gradient(stated, drawn, paths)),
         ("dV", pg.temporal_difference_gradient(stated, drawn, value, paths)),
     ):
-        found = row(torch.autograd.grad(mean(each, paths), theta))
-        yield expectation(f"drawn action: {name}", found, exact)
+        slope = row(torch.autograd.grad(mean(each, paths), theta))
+        yield expectation(f"drawn action: {name}", slope, exact)
     stein = lq.q_rate_gradient(P, THETA, NODES, CURVE, TILT)
     for name, each in (
         ("q-rates", pg.q_rate_gradient(stated, drawn, any_value(setting), paths)),
         ("pathwise form", pg.pathwise_gradient(stated, drawn, any_value(setting), paths)),
     ):
-        found = row(torch.autograd.grad(mean(each, paths), theta))
-        yield expectation(f"drawn action: {name}", found, stein)
+        slope = row(torch.autograd.grad(mean(each, paths), theta))
+        yield expectation(f"drawn action: {name}", slope, stein)
     stated, mean_action = problem(setting, DIAGONAL), ctrl.DeterministicPolicy(average)
     noise = ctrl.noise.gauss_hermite(grid.steps, nodes=3, noise=(DIM,))
     start = point_start(noise, list(P.start))
@@ -195,9 +195,9 @@ def policy_gradient_in_several_dimensions(setting: Setting) -> Iterator[Check]:
         ("return", pg.return_gradient(stated, mean_action, paths, decisions=view)),
         ("dV", pg.temporal_difference_gradient(stated, mean_action, value, paths, view)),
     ):
-        found = row(torch.autograd.grad(mean(each, paths), theta[:2]))
-        yield expectation(f"next state: {name}", found, exact)
+        slope = row(torch.autograd.grad(mean(each, paths), theta[:2]))
+        yield expectation(f"next state: {name}", slope, exact)
     each = pg.q_rate_gradient(stated, mean_action, any_value(setting), paths, view)
-    found = row(torch.autograd.grad(mean(each, paths), theta[:2]))
+    slope = row(torch.autograd.grad(mean(each, paths), theta[:2]))
     stein = lq.q_rate_gradient(DIAGONAL, SILENT, NODES, CURVE, TILT)[:6]
-    yield expectation("next state: q-rates", found, stein)
+    yield expectation("next state: q-rates", slope, stein)

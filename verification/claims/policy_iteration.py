@@ -45,7 +45,7 @@ class LawPolicy:
         return self.law.mean(states)
 
     def act(self, mean: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
-        """As the law's own policy."""
+        """Draw actions like the law's own policy."""
         return self.law.policy().act(mean, t, noise)
 
 
@@ -78,8 +78,8 @@ def iterates(lq: LinearQuadratic, iterations: int) -> list[ctrl.linear.Stationar
         wrong(
             "one step of improvement only half way",
             GREEDY,
-            "LinearGaussian(found[..., :-1],",
-            "LinearGaussian(0.5 * found[..., :-1],",
+            "LinearGaussian(gains[..., :-1],",
+            "LinearGaussian(0.5 * gains[..., :-1],",
         ),
         wrong("inverse of the temperature", GREEDY, "covariance = temp", "covariance = 1 / temp"),
         wrong(
@@ -92,14 +92,14 @@ def iterates(lq: LinearQuadratic, iterations: int) -> list[ctrl.linear.Stationar
         wrong(
             "worse actions taken for better ones",
             GREEDY,
-            "return LinearGaussian(found[..., :-1], found[..., -1],",
-            "return LinearGaussian(found[..., :-1], -found[..., -1],",
+            "return LinearGaussian(gains[..., :-1], gains[..., -1],",
+            "return LinearGaussian(gains[..., :-1], -gains[..., -1],",
         ),
         wrong(
             "gain that shrinks with the temperature",
             GREEDY,
-            "LinearGaussian(found[..., :-1],",
-            "LinearGaussian(found[..., :-1] / (1 + temperature[..., None, None]),",
+            "LinearGaussian(gains[..., :-1],",
+            "LinearGaussian(gains[..., :-1] / (1 + temperature[..., None, None]),",
         ),
         wrong("price of drawing missing", VALUE, "constant - drawn + _ent", "constant + _ent"),
         wrong("sign of the entropy", VALUE, "- drawn + _entropy", "- drawn - _entropy"),
@@ -121,12 +121,12 @@ def iterates(lq: LinearQuadratic, iterations: int) -> list[ctrl.linear.Stationar
 def policy_iteration_is_newtons_method(setting: Setting) -> Iterator[Check]:
     """Every step against Newton's, in several dimensions; the constant in one."""
     lq = replace(exact_lq.example(), discount=1.3)
-    found = iterates(production(lq, setting), ITERATIONS)
-    rows = [flat(each.quadratic) for each in found]
+    solutions = iterates(production(lq, setting), ITERATIONS)
+    rows = [flat(each.quadratic) for each in solutions]
     newton = np.stack([exact.newton(lq, row.cpu().numpy()) for row in rows[:-1]])
     yield pathwise("each step is Newton's", torch.stack(rows[1:]), newton)
     x = torch.as_tensor(X, device=setting.device)
-    values = torch.stack([each.quadratic(x) for each in found])
+    values = torch.stack([each.quadratic(x) for each in solutions])
     yield bound("no step makes the policy worse", values[:-1], values[1:])
     p = exact_lq.DISCOUNTED
     steps = iterates(scalar(p, setting), 6)
@@ -220,13 +220,13 @@ def rate_of_policy_improvement(setting: Setting) -> Iterator[Check]:
     target = chain.gibbs(best)
     x = torch.linspace(-3, 3, p.points, dtype=torch.float64)
     values, masses = soft_iterates(p, 0.3 * x.sin() - 0.2, 6)
-    found = values.numpy()
-    policies = [chain.gibbs(v) for v in found[:-1]]
+    iterated = values.numpy()
+    policies = [chain.gibbs(v) for v in iterated[:-1]]
     again = np.stack([chain.value(mass) for mass in policies])
     yield pathwise("each step is the value of the Gibbs policy", values[1:], again)
     yield pathwise("the Gibbs policies", masses, np.stack(policies))
-    yield expectation("the end of the iteration: by value iteration", found[-1], best)
-    error = best - found
+    yield expectation("the end of the iteration: by value iteration", iterated[-1], best)
+    error = best - iterated
     identity = [
         chain.resolvent(mass, p.temperature * exact.divergence(mass, target)) for mass in policies
     ]
@@ -256,11 +256,11 @@ def next_error(p: exact.Circle, error: np.ndarray) -> tuple[np.ndarray, np.ndarr
     chain = exact.chain(p)
     best = chain.optimum()
     values, _ = soft_iterates(p, torch.from_numpy(best - error), 1)
-    mass, moved = chain.gibbs(best), chain.L @ error
-    variance = (mass * (moved - (mass * moved).sum(0)) ** 2).sum(0)
+    mass, rate_errors = chain.gibbs(best), chain.L @ error
+    variance = (mass * (rate_errors - (mass * rate_errors).sum(0)) ** 2).sum(0)
     return best - values[1].numpy(), chain.resolvent(mass, variance / (2 * p.temperature))
 
 
-def largest_error(moved: np.ndarray, gam: float, discount: float) -> float:
+def largest_error(rate_errors: np.ndarray, gam: float, discount: float) -> float:
     """osc^2 / (8 gam rho) of the rates that an error of the value moves."""
-    return float((moved.max(0) - moved.min(0)).max() ** 2 / (8 * gam * discount))
+    return float((rate_errors.max(0) - rate_errors.min(0)).max() ** 2 / (8 * gam * discount))

@@ -35,19 +35,19 @@ _SAMPLER = "diffusion_envs.samplers.BoundDDIM"
 
 
 def euler(setting: Setting, nodes: torch.Tensor) -> Transition:
-    """What production's Euler steps of the flow do from the first node to the last."""
+    """Transition of production's Euler steps of the flow from the first node to the last."""
     data = gaussian_data(setting, DATA)
     problem, policy = generation(data, vp_linear(MODEL), eta=0.0)
     return affine_end(problem, policy, ctrl.TimeGrid(nodes), data.mean)
 
 
 def ddim(setting: Setting, steps: int) -> tuple[Transition, Nodes]:
-    """What production's DDIM with eta = 0 does, and its nodes."""
+    """Transition of production's DDIM with eta = 0, and its nodes."""
     data = gaussian_data(setting, DATA)
     sampler = DDIM(0.0).bind(table(MODEL, steps, spacing="trailing", final_is_one=True), steps)
     problem, policy = generation(data, sampler.table, eta=0.0)
-    found = affine_end(problem, policy, sampler.grid, data.mean, sampler)
-    return found, Nodes.of(MODEL, np.linspace(1, 0, steps + 1))
+    end = affine_end(problem, policy, sampler.grid, data.mean, sampler)
+    return end, Nodes.of(MODEL, np.linspace(1, 0, steps + 1))
 
 
 @claim(
@@ -89,11 +89,11 @@ def ddim(setting: Setting, steps: int) -> tuple[Transition, Nodes]:
 )
 def probability_flow(setting: Setting) -> Iterator[Check]:
     """Euler and DDIM steps against the same recursions in numpy; their limits, and the map."""
-    found = euler(setting, torch.tensor(UNEVEN, dtype=torch.float64))
+    euler_end = euler(setting, torch.tensor(UNEVEN, dtype=torch.float64))
     want = whole(euler_steps(DATA, Nodes.of(MODEL, 1 - np.array(UNEVEN)), eta=0.0))
-    yield expectation("Euler, four uneven steps: slope", found.F, want.F)
-    yield expectation("Euler, four uneven steps: offset", found.f, want.f)
-    yield expectation("Euler, four uneven steps: no noise", found.C, want.C, scale=1.0)
+    yield expectation("Euler, four uneven steps: slope", euler_end.F, want.F)
+    yield expectation("Euler, four uneven steps: offset", euler_end.f, want.f)
+    yield expectation("Euler, four uneven steps: no noise", euler_end.C, want.C, scale=1.0)
 
     flow = MODEL.flow(FROM, TO)
     step = gaussian.transition(
@@ -107,11 +107,11 @@ def probability_flow(setting: Setting) -> Iterator[Check]:
     yield pathwise("closed-form map: offset", step.shift, flow.f)
     yield pathwise("closed-form map: no noise", step.covariance, flow.C, scale=1.0)
 
-    found, nodes = ddim(setting, 5)
+    ddim_end, nodes = ddim(setting, 5)
     want = whole(ddim_steps(DATA, nodes, 0.0))
-    yield expectation("DDIM, five steps: slope", found.F, want.F)
-    yield expectation("DDIM, five steps: offset", found.f, want.f)
-    yield expectation("DDIM, five steps: no noise", found.C, want.C, scale=1.0)
+    yield expectation("DDIM, five steps: slope", ddim_end.F, want.F)
+    yield expectation("DDIM, five steps: offset", ddim_end.f, want.f)
+    yield expectation("DDIM, five steps: no noise", ddim_end.C, want.C, scale=1.0)
 
     counts, flow = (10, 20, 40, 80), MODEL.flow(1.0, 0.0)
     chains = [euler(setting, torch.linspace(0, 1, n + 1, dtype=torch.float64)) for n in counts]

@@ -12,6 +12,7 @@ from torch import Tensor
 import ctrl
 from ctrl import martingale as mg
 from ctrl import q_learning as ql
+from ctrl.paths import kept_actions
 from ctrl.value import Value
 from verification.claim import Check, Setting, claim, expectation, limit, pathwise, wrong
 from verification.claims.martingale import (
@@ -55,7 +56,7 @@ def basis(behaviour: exact.Feedback) -> mg.TestFunctions:
     """1, x, x^2, x eps, eps^2 - 1, eps the noise of the step's own action."""
 
     def tests(paths: ctrl.Paths) -> Tensor:
-        x, a = paths.states[:, :-1, 0], paths.actions[..., 0]
+        x, a = paths.states[:, :-1, 0], kept_actions(paths)[..., 0]
         eps = (a - behaviour.gain * x - behaviour.offset) / behaviour.std
         return torch.stack([torch.ones_like(x), x, x**2, x * eps, eps**2 - 1], dim=2)
 
@@ -71,7 +72,7 @@ def centred(w: Tensor, x: Tensor, a: Tensor) -> Tensor:
 def root(
     loss: Callable[[Value, ql.QRate], Tensor], value: Value, q: ql.QRate, paths: ctrl.Paths
 ) -> Tensor:
-    """Where a loss of V = c_0 value, and of q with c_1 of its own size and c_2, c_3 more, rests.
+    """Stationary c of a loss: V = c_0 value, q with c_1 of its own size and c_2, c_3 more.
 
     All these q obey the constraint. The gradient is affine in c.
     """
@@ -268,10 +269,12 @@ def q_learning(setting: Setting) -> Iterator[Check]:
         moments = mean(ql.orthogonality(xi, value, q, problem(), paths), paths)
         for name, moment in zip(NAMES, moments, strict=True):
             yield expectation(f"{kind}: E int xi dM = 0, xi = {name}", moment, 0.0, size)
-        found = mean(ql.orthogonality(xi, off_value, off_q, problem(), paths), paths)
+        orthogonality = mean(ql.orthogonality(xi, off_value, off_q, problem(), paths), paths)
         rates = np.tile(RATE_ERROR, (len(nodes) - 1, 1))
         known = exact.moments_of_a_wrong_pair(C, behaviour, nodes, ERROR, rates)
-        yield expectation(f"{kind}: E int xi dM of a wrong pair has its known size", found, known)
+        yield expectation(
+            f"{kind}: E int xi dM of a wrong pair has its known size", orthogonality, known
+        )
         rests = root(
             lambda v, r, p=paths: ql.orthogonality_loss(v, r, problem(), p), value, q, paths
         )
@@ -285,10 +288,10 @@ def q_learning(setting: Setting) -> Iterator[Check]:
     got, want, scale = ql.rates(held, off), ql.rates(q, off), abs(off.states).max()
     yield pathwise("E_pi[q - temperature log pi] = 0", got, want, float(scale))
     loose = ql.ConsistentQ(off_q, gaussian(POLICY), C.temperature, nodes=3)
-    moved = ql.rates(loose, off) - ql.rates(off_q, off)
+    rate_change = ql.rates(loose, off) - ql.rates(off_q, off)
     mean_error = sum(exact.in_noise(RATE_ERROR, POLICY)[::2], Polynomial([0.0]))
     known = -mean_error(off.states[:, :-1, 0].double().cpu().numpy())
-    yield pathwise("the constraint, imposed on a q that breaks it", moved, known)
+    yield pathwise("the constraint, imposed on a q that breaks it", rate_change, known)
 
     # whatever (V, q) is, M_T - M_0 is what was earned, less q, less V(0, X_0)
     dm = ql.increments(off_value, off_q, problem(), off)
@@ -304,17 +307,17 @@ def q_learning(setting: Setting) -> Iterator[Check]:
     def scaled(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         return 2 * q(t, x, a) - C.temperature * gaussian(POLICY).log_prob(t, x, a)
 
-    found = mean(ql.orthogonality(basis(POLICY), value, scaled, problem(), on), on)
+    scaled_q = mean(ql.orthogonality(basis(POLICY), value, scaled, problem(), on), on)
     known = exact.moments_of_a_wrong_pair(C, POLICY, nodes, none, beyond)
-    yield expectation("on-policy: q scaled, by 1, x, x^2 (unseen) and the rest", found, known)
+    yield expectation("on-policy: q scaled, by 1, x, x^2 (unseen) and the rest", scaled_q, known)
     yield expectation("on-policy: q scaled is unseen by functions of x", known[:3], [0.0] * 3, size)
 
     # what does not hold off-policy
     state = mg.features_along(lambda t, x: torch.cat([x**0, x, x**2], dim=1))
     policy = gaussian(POLICY)
-    found = mean(mg.orthogonality(state, value, problem(), off, policy), off)
+    without_q = mean(mg.orthogonality(state, value, problem(), off, policy), off)
     known = exact.moments_of_a_wrong_pair(C, BEHAVIOUR, nodes, none, -beyond)[:3]
-    yield expectation("off-policy: the condition of values, without q, is off by", found, known)
+    yield expectation("off-policy: the condition of values, without q, is off by", without_q, known)
 
     def loss(paths: ctrl.Paths) -> Callable[[Value, ql.QRate], Tensor]:
         return lambda v, r: ql.martingale_loss(v, r, problem(), paths)
@@ -337,7 +340,7 @@ def q_learning(setting: Setting) -> Iterator[Check]:
     if setting.full:
         coarse, fine = (6, 12, 24), (16, 32, 64)
         even = {steps: np.linspace(0, NODES[-1], steps + 1).tolist() for steps in coarse + fine}
-        found = [
+        pair_slopes = [
             slope_at_the_pair(
                 exact_value(setting, even[steps]),
                 exact_q(setting, even[steps]),
@@ -345,15 +348,15 @@ def q_learning(setting: Setting) -> Iterator[Check]:
             )
             for steps in coarse
         ]
-        got = extrapolated([f.double().cpu().numpy() for f in found], 1 / np.array(coarse))
+        got = extrapolated([f.double().cpu().numpy() for f in pair_slopes], 1 / np.array(coarse))
         want = extrapolated([bias(np.array(even[steps])) for steps in fine], 1 / np.array(fine))
         yield limit("off-policy: that slope does not vanish with the steps", got, want)
 
 
-def extrapolated(found: list[np.ndarray], sizes: np.ndarray) -> np.ndarray:
+def extrapolated(results: list[np.ndarray], sizes: np.ndarray) -> np.ndarray:
     """The limit of results at these step sizes, by a polynomial in them."""
     powers = np.vander(sizes, increasing=True)
-    return np.linalg.solve(powers, np.array(found))[0]
+    return np.linalg.solve(powers, np.array(results))[0]
 
 
 def bias(nodes: np.ndarray) -> np.ndarray:
@@ -392,7 +395,7 @@ def slopes_of_squares(value: Value, q: ql.QRate, paths: ctrl.Paths) -> tuple[Ten
 
 def left_over(paths: ctrl.Paths, value: Value, q: ql.QRate) -> Tensor:
     """Discounted reward, terminal reward too, less q, less the first value: step by step."""
-    nodes, x, a = paths.grid.nodes, paths.states, paths.actions
+    nodes, x, a = paths.grid.nodes, paths.states, kept_actions(paths)
     policy = gaussian(POLICY)
     total = earned(paths) - value(nodes[0], x[:, 0])
     for k, h in enumerate(nodes.diff()):
@@ -403,7 +406,7 @@ def left_over(paths: ctrl.Paths, value: Value, q: ql.QRate) -> Tensor:
 
 
 LQ = closed.Endless()
-PLAIN = replace(LQ, spread=0.0, shake=0.0)  # additive noise: what quadrature is exact for
+PLAIN = replace(LQ, noise_slope=0.0, noise_push=0.0)  # additive noise: what quadrature is exact for
 LEVEL, MOVES = np.array([0.6, -0.4, -0.9]), np.array([0.3, 0.2, 0.5])  # J and d_t J in 1, x, x^2
 GRIDS = (4, 8, 16, 32)
 SIZES, ZERO = 1 / np.array(GRIDS), np.zeros(5)
@@ -413,7 +416,7 @@ def endless(e: closed.Endless) -> ctrl.ControlProblem:
     """The problem without end, whose diffusion may be controlled too."""
     sde = ctrl.ControlledSDE(
         lambda t, x, a: e.drift * x + e.control * a,
-        lambda t, x, a: e.spread * x + e.shake * a + e.noise,
+        lambda t, x, a: e.noise_slope * x + e.noise_push * a + e.noise,
         controls_diffusion=True,
     )
 
@@ -453,20 +456,21 @@ def one_step_rates(setting: Setting, h: float, x: Tensor, a: Tensor) -> Tensor:
     paths = ctrl.simulate(endless(LQ), policy, x.repeat_interleave(many, 0), grid, noise=noise)
     gains = mg.increments(moving, replace(endless(LQ), temperature=0.0), paths)
     masses = ctrl.noise.gauss_hermite(grid.steps, nodes=3).weights
+    assert masses is not None
     return gains.view(len(x), many) @ masses / h
 
 
-def off_policy_moments(setting: Setting, steps: int, moved: float) -> np.ndarray:
-    """E int xi dM of V* and q* + moved along another policy's Euler paths up to time 1."""
+def off_policy_moments(setting: Setting, steps: int, offset: float) -> np.ndarray:
+    """E int xi dM of V* and q* + offset along another policy's Euler paths up to time 1."""
     grid = ctrl.TimeGrid(setting.tensor(np.linspace(0, 1, steps + 1)))
-    start, noise = degree_five(grid, C.mean, C.spread, draws=True)
+    start, noise = degree_five(grid, C.mean, C.std, draws=True)
     paths = ctrl.simulate(endless(PLAIN), gaussian(BEHAVIOUR), start, grid, noise=noise)
     value, policy = optimal(PLAIN)
     gibbs = ql.GibbsQ(policy, PLAIN.temperature)
-    found = ql.orthogonality(
-        basis(BEHAVIOUR), value, lambda *at: gibbs(*at) + moved, endless(PLAIN), paths
+    orthogonality = ql.orthogonality(
+        basis(BEHAVIOUR), value, lambda *at: gibbs(*at) + offset, endless(PLAIN), paths
     )
-    return mean(found, paths).double().cpu().numpy()
+    return mean(orthogonality, paths).double().cpu().numpy()
 
 
 @claim(
@@ -574,8 +578,8 @@ def off_policy_moments(setting: Setting, steps: int, moved: float) -> np.ndarray
         wrong(
             "q not centred",
             "verification.claims.q_learning.off_policy_moments",
-            "lambda *at: gibbs(*at) + moved",
-            "lambda *at: gibbs(*at) + moved - 0.05",
+            "lambda *at: gibbs(*at) + offset",
+            "lambda *at: gibbs(*at) + offset - 0.05",
             full=True,
         ),
         wrong(
@@ -623,7 +627,7 @@ def q_rate(setting: Setting) -> Iterator[Check]:
         got = torch.cat([better.mean(t, x)[:, 0], better.scale_at(t, x)[:, 0]])
         yield pathwise(f"exp(q / temperature) of {name}", got, improved(curvature, slope))
     grid = ctrl.TimeGrid(setting.tensor(NODES))
-    start, noise = degree_five(grid, C.mean, C.spread, draws=True)
+    start, noise = degree_five(grid, C.mean, C.std, draws=True)
     paths = ctrl.simulate(endless(LQ), gaussian(BEHAVIOUR), start, grid, noise=noise)
     got, want = ql.q_rates(endless(LQ), value, paths), ql.rates(by_policy, paths)
     yield pathwise("q along paths of another policy", got, want)

@@ -49,7 +49,7 @@ def mean_gradient(
     setting: Setting, model: Normal, pretrained: Normal, reward: exact.Quadratic, states: Tensor
 ) -> Tensor:
     """d E[loss | x] / dv / 2 at the model's own velocity, for each of the states."""
-    found = []
+    gradients = []
     for x in states:
         data, epsilon, weights = pairs(setting, model, pretrained, x)
         rows = x.expand_as(data)
@@ -63,14 +63,14 @@ def mean_gradient(
             KL_WEIGHT,
         ).detach()
         loss = (ram.matching_loss(v, target) * weights).sum()
-        found.append(torch.autograd.grad(loss, v)[0].sum(0) / 2)
-    return torch.stack(found)
+        gradients.append(torch.autograd.grad(loss, v)[0].sum(0) / 2)
+    return torch.stack(gradients)
 
 
 def guidance(setting: Setting, model: Normal, reward: exact.Quadratic, x: Tensor) -> Tensor:
-    """What RAM's target adds to the pretrained velocity on average, for each of the states."""
-    moved = velocity(setting, model, x) - velocity(setting, DATA, x)
-    return moved - mean_gradient(setting, model, DATA, reward, x)
+    """Mean change of the pretrained velocity by RAM's target, for each of the states."""
+    velocity_change = velocity(setting, model, x) - velocity(setting, DATA, x)
+    return velocity_change - mean_gradient(setting, model, DATA, reward, x)
 
 
 def lost(reward: exact.Quadratic, b: float, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -39,8 +39,8 @@ def simulated(
     """Quadrature paths from START under SCORE: two nodes are exact for squares."""
     widths = torch.cat([grid.steps.new_ones(1), grid.steps])
     both = ctrl.noise.gauss_hermite(setting.tensor(widths), nodes=2, noise=(2,))
-    spread = setting.tensor(np.sqrt(np.diag(START.covariance)))
-    start = setting.tensor(START.mean) + spread * both.increments[:, 0]
+    std = setting.tensor(np.sqrt(np.diag(START.covariance)))
+    start = setting.tensor(START.mean) + std * both.increments[:, 0]
     noise = ctrl.Noise(both.increments[:, 1:], weights=both.weights)
     problem = ctrl.ControlProblem(sde, 1.0)
     return ctrl.simulate(problem, linear(setting, closed.SCORE), start, grid, solver, noise=noise)
@@ -60,8 +60,8 @@ def left_point(paths: ctrl.Paths) -> Tensor:
 
 def table(entries: int) -> DDPMTable:
     """The schedule as a model's table of alpha-bar."""
-    found = [closed.alpha_bar(i / entries) for i in range(1, entries + 1)]
-    return DDPMTable(torch.tensor(found, dtype=torch.float64), spacing="trailing")
+    alpha_bars = [closed.alpha_bar(i / entries) for i in range(1, entries + 1)]
+    return DDPMTable(torch.tensor(alpha_bars, dtype=torch.float64), spacing="trailing")
 
 
 def of_sampler(sampler: BoundDDIM, setting: Setting, paths: ctrl.Paths) -> Tensor:
@@ -86,7 +86,8 @@ def ratio_of_kls(entries: int) -> float:
     scores = torch.tensor([[0.3, -0.8]], dtype=torch.float64), torch.zeros(1, 2).double()
     of_chain = sampler.transition_kl(torch.tensor([k]), *scores)
     of_sde = denoising.path_kl_per_step(
-        *[score[:, None] for score in scores],
+        scores[0][:, None],
+        scores[1][:, None],
         sampler.integrated_g2[k : k + 1],
         factor=sampler.kl_factor,
     )
@@ -275,8 +276,10 @@ def sampler_kl(setting: Setting) -> Iterator[Check]:
 
     ends = setting.tensor([1 - t for t in NODES])
     exact = [np.log(closed.alpha_bar(1 - b) / closed.alpha_bar(1 - a)) for a, b in pairs(NODES)]
-    found = SCHEDULE.integrated_g2(ends[1:], ends[:-1])
-    yield expectation("int g^2 dt of every step, against log(abar_{k+1} / abar_k)", found, exact)
+    integrals = SCHEDULE.integrated_g2(ends[1:], ends[:-1])
+    yield expectation(
+        "int g^2 dt of every step, against log(abar_{k+1} / abar_k)", integrals, exact
+    )
 
     eta = ETAS[0]
     sampler = DDIM(eta).bind(table(30), 3)

@@ -180,8 +180,8 @@ def schedules(setting: Setting) -> Iterator[Check]:
         yield expectation(f"{name}: signal that the drift leaves", levels[:, 0], alpha)
         yield expectation(f"{name}: noise that drift and diffusion make", levels[:, 1], sigma)
         change = [exact.integral(g2, a, b, cuts) for a, b in pairwise(TIMES)]
-        found = schedule.integrated_g2(s[:-1], s[1:])
-        yield expectation(f"{name}: integral of g^2", found, change)
+        integral = schedule.integrated_g2(s[:-1], s[1:])
+        yield expectation(f"{name}: integral of g^2", integral, change)
         yield pathwise(f"{name}: log of the SNR", schedule.log_snr(s), 2 * np.log(alpha / sigma))
 
     bars = torch.tensor(ALPHA_BARS, dtype=torch.float64)

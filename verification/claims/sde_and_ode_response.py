@@ -45,7 +45,7 @@ def value(
 
 
 def response(setting: Setting, model: VPGaussian, eta: float, substeps: int) -> float:
-    """How far score + 1 moves the mean, with the leading error (of order 4) taken out."""
+    """Shift of the mean by score + 1, with the leading error (of order 4) taken out."""
     zero = setting.tensor([[0.0]])
     mean = Quadratic(zero, zero[0] + 1, zero.sum())
     coarse, fine = (
@@ -136,18 +136,18 @@ def sde_and_ode_response(setting: Setting) -> Iterator[Check]:
     for model, name in ((SHORT, "variance below 1"), (WIDE, "variance above 1")):
         variance, alpha = float(model.covariance[0, 0]), model.alpha(1.0)
         data = gaussian_data(setting, Normal(model.mean, model.covariance))
-        found = gaussian.shift_response(data, vp_linear(model), *ends)
+        sde_response = gaussian.shift_response(data, vp_linear(model), *ends)
         exact = samplers.sde_response(variance, alpha)
-        yield pathwise(f"{name}: response of the SDE, closed form", found, [[exact]])
-        found = response(setting, model, 0.0, 8)
+        yield pathwise(f"{name}: response of the SDE, closed form", sde_response, [[exact]])
+        ode_response = response(setting, model, 0.0, 8)
         exact = samplers.ode_response(variance, alpha)
-        yield limit(f"{name}: response of the ODE, closed form", found, exact)
-    found = [response(setting, SHORT, eta, 8) for eta in ETAS]
+        yield limit(f"{name}: response of the ODE, closed form", ode_response, exact)
+    responses = [response(setting, SHORT, eta, 8) for eta in ETAS]
     values = [samplers.shift_response(SHORT, eta) for eta in ETAS]
-    yield limit("response, each eta, against quadrature", found, values)
+    yield limit("response, each eta, against quadrature", responses, values)
     if setting.full:
-        found = [response(setting, MODEL, eta, 100) for eta in (0.0, 1.0)]
-        yield limit("published instance: response of ODE and SDE", found, [3.665, 1.240])
+        published = [response(setting, MODEL, eta, 100) for eta in (0.0, 1.0)]
+        yield limit("published instance: response of ODE and SDE", published, [3.665, 1.240])
 
     laws = [sampled(eta, 0.7) for eta in ETAS]
     name = "DDIM, six steps, score + c, each eta: "
@@ -158,9 +158,9 @@ def sde_and_ode_response(setting: Setting) -> Iterator[Check]:
         [law.covariance for _, law in laws],
     )
 
-    moved = SHORT.with_data(OTHER)
+    other_model = SHORT.with_data(OTHER)
     reward = Quadratic(setting.tensor([[1.4]]), setting.tensor([0.6]), setting.tensor(0.2))
-    played = [value(setting, moved, eta, reward, 0.0, 16) for eta in ETAS]
+    played = [value(setting, other_model, eta, reward, 0.0, 16) for eta in ETAS]
     mean, variance = float(OTHER.mean[0]), float(OTHER.covariance[0, 0])
     exact = -0.7 * (mean**2 + variance) + 0.6 * mean + 0.2
     yield limit("score of a noised law: its mean reward, each eta", played, [exact] * 3)
@@ -171,7 +171,9 @@ def sde_and_ode_response(setting: Setting) -> Iterator[Check]:
     ]
     began = gaussian_data(setting, SHORT.noised(1.0))
     unlike = [normal(step.after(began)) for step in steps]
-    exact = [samplers.eta_transition(moved, 1.0, 0.0, eta).of(SHORT.noised(1.0)) for eta in ETAS]
+    exact = [
+        samplers.eta_transition(other_model, 1.0, 0.0, eta).of(SHORT.noised(1.0)) for eta in ETAS
+    ]
     name = "the same from another start, each eta: "
     yield pathwise(name + "mean", [law.mean for law in unlike], [law.mean for law in exact])
     yield pathwise(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,8 +64,10 @@ def supermartingale_of_the_sequential_test(setting: Setting) -> Iterator[Check]:
     tight = (_normal_mean(0.02) - 1) / (0.02**2 / 2)
     yield bound("(E exp(phi(lam X)) - 1) / (lam^2 / 2) as lam tends to 0 is 1", [0.99], [tight])
     samples = torch.randn(50, generator=setting.generator("evidence"), dtype=torch.float64)
-    found = decide([samples], 0.1, tolerance=0.3, variance=1.4, false_fail=1e-9)
-    yield pathwise("evidence, against the running maxima", found.log_evidence, _evidence(samples))
+    decision = decide([samples], 0.1, tolerance=0.3, variance=1.4, false_fail=1e-9)
+    yield pathwise(
+        "evidence, against the running maxima", decision.log_evidence, _evidence(samples)
+    )
 
 
 def _phi(x: float) -> float:
@@ -162,7 +165,7 @@ def _shares(setting: Setting, name: str, shift: float, runs: int) -> tuple[float
     """Shares of FAIL and of PASS at 1 % each."""
     g = torch.Generator().manual_seed(setting.seed + len(name) + round(10 * shift))
     most = 20 * samples_needed(0.7, 1.0, RATE)
-    found = [
+    decisions = [
         decide(
             _batches(LAWS[name], shift, g),
             0.0,
@@ -175,8 +178,8 @@ def _shares(setting: Setting, name: str, shift: float, runs: int) -> tuple[float
         for _ in range(runs)
     ]
     return (
-        sum(one.verdict is Verdict.FAIL for one in found) / runs,
-        sum(one.verdict is Verdict.PASS for one in found) / runs,
+        sum(one.verdict is Verdict.FAIL for one in decisions) / runs,
+        sum(one.verdict is Verdict.PASS for one in decisions) / runs,
     )
 
 
@@ -187,7 +190,12 @@ def _tiny_rates(setting: Setting, runs: int) -> tuple[float, float, float]:
     all samples that were drawn until the verdict.
     """
     g = torch.Generator().manual_seed(setting.seed)
-    settings = {"tolerance": TOLERANCE, "variance": 1.0, "false_fail": TINY, "false_pass": TINY}
+    settings: dict[str, Any] = {
+        "tolerance": TOLERANCE,
+        "variance": 1.0,
+        "false_fail": TINY,
+        "false_pass": TINY,
+    }
     fail = passed = used = 0.0
     for _ in range(runs):
         one = decide(_batches(LAWS["normal"], TOLERANCE, g), 0.0, **settings)

@@ -39,17 +39,17 @@ def means(
     x = points(POINTS, setting.tensor(0.0))
     density = (c.peak * (x - c.centre).cos()).exp()
     density = density / density.sum()
-    found: list[float] = []
+    by_steps: list[float] = []
     for steps in STEPS:
         nodes = ctrl.uniform_grid(c.horizon, steps).nodes.to(x)
         values = expectation(solver, sde, FEEDBACK, x.sin().exp(), nodes, rule=8)
-        found.append(float(density @ values))
-    return found
+        by_steps.append(float(density @ values))
+    return by_steps
 
 
-def curve(found: list[float], want: float, c: Circle = C) -> list[tuple[float, float]]:
+def curve(by_steps: list[float], want: float, c: Circle = C) -> list[tuple[float, float]]:
     """Step sizes and errors, for the report's plot."""
-    return [(c.horizon / steps, one - want) for steps, one in zip(STEPS, found, strict=True)]
+    return [(c.horizon / steps, one - want) for steps, one in zip(STEPS, by_steps, strict=True)]
 
 
 OURS = {"EulerMaruyama": ctrl.EulerMaruyama(), "Milstein": ctrl.Milstein(), "Heun": ctrl.Heun()}
@@ -88,15 +88,16 @@ METHODS = ("euler", "milstein", "euler_heun", "heun", "midpoint", "reversible_he
         wrong(
             "diffusion not averaged over the step",
             "ctrl.solvers.Heun.step",
-            "sde.spread(end, there, increment, action)",
-            "sde.spread(t, states, increment, action)",
+            "sde.diffuse(end, there, increment, action)",
+            "sde.diffuse(t, states, increment, action)",
         ),
         wrong(
             "diffusion at the end only",
             "ctrl.solvers.Heun.step",
-            "return states + 0.5 * (here + over_there + sde.spread(end, there, increment, action))",
+            "return states + 0.5 * "
+            "(here + over_there + sde.diffuse(end, there, increment, action))",
             "return there + 0.5 * (over_there - h * sde.drift_at(t, states, action)) "
-            "- sde.spread(t, states, increment) + sde.spread(end, there, increment)",
+            "- sde.diffuse(t, states, increment) + sde.diffuse(end, there, increment)",
         ),
         wrong(
             "dt for sqrt(dt)",
@@ -106,13 +107,13 @@ METHODS = ("euler", "milstein", "euler_heun", "heun", "midpoint", "reversible_he
         ),
         wrong(
             "g^2 for g",
-            "ctrl.sde.ControlledSDE.spread",
+            "ctrl.sde.ControlledSDE.diffuse",
             "return sigma * increment\n",
             "return sigma * sigma * increment\n",
         ),
         wrong(
             "noise variance + 1 %",
-            "ctrl.sde.ControlledSDE.spread",
+            "ctrl.sde.ControlledSDE.diffuse",
             "return sigma * increment\n",
             "return 1.005 * sigma * increment\n",
         ),
@@ -140,8 +141,8 @@ METHODS = ("euler", "milstein", "euler_heun", "heun", "midpoint", "reversible_he
         wrong(
             "second derivative with g for g^2 in the reference",
             "verification.closed_form.circle.backward",
-            "0.5 * spread**2",
-            "0.5 * spread",
+            "0.5 * diffusion**2",
+            "0.5 * diffusion",
         ),
         wrong(
             "second derivative + 0.4 % in the reference",
@@ -156,10 +157,10 @@ def weak_orders(setting: Setting) -> Iterator[Check]:
     want = backward(C)
     yield exact("the references: Kolmogorov backward and forward", forward(C), want)
     for name, solver in OURS.items():
-        found = means(setting, solver, ITO.to_stratonovich() if name == "Heun" else ITO)
-        order = local_order(found, want)
-        yield limit(f"{name}: local weak order", order, 1.0, curve=curve(found, want))
-        yield limit(f"{name}: extrapolated limit", extrapolated(found), want)
+        by_steps = means(setting, solver, ITO.to_stratonovich() if name == "Heun" else ITO)
+        order = local_order(by_steps, want)
+        yield limit(f"{name}: local weak order", order, 1.0, curve=curve(by_steps, want))
+        yield limit(f"{name}: extrapolated limit", extrapolated(by_steps), want)
 
 
 @claim(
@@ -217,10 +218,10 @@ def weak_orders_of_torchsde(setting: Setting) -> Iterator[Check]:
     want = backward(C)
     for name in METHODS if setting.full else QUICK:
         sde = ITO if name in ("euler", "milstein") else ITO.to_stratonovich()
-        found = means(setting, ctrl.TorchSDE(name), sde)
-        order = local_order(found, want)
-        yield limit(f"{name}: local weak order", order, 1.0, curve=curve(found, want))
-        yield limit(f"{name}: extrapolated limit", extrapolated(found), want)
+        by_steps = means(setting, ctrl.TorchSDE(name), sde)
+        order = local_order(by_steps, want)
+        yield limit(f"{name}: local weak order", order, 1.0, curve=curve(by_steps, want))
+        yield limit(f"{name}: extrapolated limit", extrapolated(by_steps), want)
 
 
 EVEN = replace(C, swing=0.0, centre=1.6)  # noise that does not depend on the state
@@ -256,8 +257,8 @@ EVEN = replace(C, swing=0.0, centre=1.6)  # noise that does not depend on the st
         wrong(
             "noise at the start only",
             "ctrl.solvers.Heun.step",
-            "sde.spread(end, there, increment, action)",
-            "sde.spread(t, states, increment, action)",
+            "sde.diffuse(end, there, increment, action)",
+            "sde.diffuse(t, states, increment, action)",
         ),
         wrong(
             "drift + 0.1 %",
@@ -276,9 +277,9 @@ def additive_noise_weak_order_two(setting: Setting) -> Iterator[Check]:
     )
     whole = replace(sde, drift=lambda t, x, a: sde.drift(t, x, C.steer * x.cos()))
     want = backward(EVEN)
-    found = means(setting, ctrl.Heun(), whole, EVEN)
-    line = curve(found, want, EVEN)
-    yield limit("Heun: local weak order is 2", local_order(found, want), 2.0, curve=line)
-    yield limit("Heun: extrapolated limit", extrapolated(found, power=2), want)
+    by_steps = means(setting, ctrl.Heun(), whole, EVEN)
+    line = curve(by_steps, want, EVEN)
+    yield limit("Heun: local weak order is 2", local_order(by_steps, want), 2.0, curve=line)
+    yield limit("Heun: extrapolated limit", extrapolated(by_steps, power=2), want)
     held = means(setting, ctrl.Heun(), sde, EVEN)
     yield limit("Heun with a feedback held: local weak order is 1", local_order(held, want), 1.0)

@@ -74,13 +74,13 @@ def regret_ratio(bests: list[tuple[float, float]]) -> float:
 
 
 def entry(t: Tensor, trained: int) -> float:
-    """Of a table with one entry a step: 1 at the steps it was trained on, 0 at other times."""
+    """Entry of a table with one a step: 1 at the steps it was trained on, 0 at other times."""
     place = float(t) * trained
     return 1.0 if abs(place - round(place)) < 1e-3 else 0.0
 
 
 def realised(setting: Setting, trained: int, used: int) -> float:
-    """How far a table moves the mean of production's Euler paths: one without, one with it."""
+    """Shift of the mean of production's Euler paths by a table: paths with it less without it."""
     data = gaussian_data(setting, DATA)
     problem, pretrained = generation(data, vp_linear(MODEL))
     which = setting.tensor([[0.0], [1.0]])
@@ -175,23 +175,23 @@ _COST = "diffusion_envs.exact.linear_policy.kl_cost"
 )
 def step_transfer(setting: Setting) -> Iterator[Check]:
     """Both arms of the figure, by production's recursions and paths, against numpy."""
-    found = {n: best(euler(n)) for n in COUNTS}
+    optima = {n: best(euler(n)) for n in COUNTS}
     want = {n: best_euler_shift(MODEL, n, CURVATURE, SLOPE, KL_WEIGHT) for n in (25, 50, 100)}
-    shifts = [found[n][0] for n in want]
+    shifts = [optima[n][0] for n in want]
     yield expectation(
         "smooth, Euler: best shift at 25, 50, 100 steps", shifts, [c for c, _ in want.values()]
     )
-    bends = [found[n][1] for n in want]
+    bends = [optima[n][1] for n in want]
     yield expectation(
         "smooth, Euler: curvature of the objective", bends, [b for _, b in want.values()]
     )
-    gain = 0.5 * found[100][1] * found[100][0] ** 2
-    fraction = 1 - 0.5 * found[100][1] * (found[100][0] - found[50][0]) ** 2 / gain
+    gain = 0.5 * optima[100][1] * optima[100][0] ** 2
+    fraction = 1 - 0.5 * optima[100][1] * (optima[100][0] - optima[50][0]) ** 2 / gain
     exact = 1 - (want[50][0] / want[100][0] - 1) ** 2
     yield expectation(
         "smooth, Euler: fraction of the gain kept from 50 to 100 steps", fraction, exact
     )
-    ratios = [regret_ratio([found[n] for n in COUNTS[k : k + 3]]) for k in range(4)]
+    ratios = [regret_ratio([optima[n] for n in COUNTS[k : k + 3]]) for k in range(4)]
     tends = float(extrapolated(ratios))
     yield limit("smooth, Euler: regret at half over twice the steps, many steps", tends, 4.0)
     ratios = [
@@ -199,20 +199,23 @@ def step_transfer(setting: Setting) -> Iterator[Check]:
     ]
     yield limit("smooth, DDPM and DDIM: the same around 50 steps", ratios, [4.60, 4.49])
 
-    moved = {
+    shifts_by_steps = {
         (trained, used): realised(setting, trained, used)
         for trained in (25, 50)
         for used in (25, 50, 100)
     }
-    got = [moved[50, used] / moved[50, 50] for used in (25, 100)]
+    got = [shifts_by_steps[50, used] / shifts_by_steps[50, 50] for used in (25, 100)]
     whole = response_of_steps(MODEL, 50, 50)
     exact = [response_of_steps(MODEL, used, 50) / whole for used in (25, 100)]
     yield expectation("table of 50 steps: fraction realised at 25 and 100", got, exact)
-    halves = [moved[trained, 2 * trained] / moved[trained, trained] for trained in (25, 50)]
+    halves = [
+        shifts_by_steps[trained, 2 * trained] / shifts_by_steps[trained, trained]
+        for trained in (25, 50)
+    ]
     yield limit(
         "table: fraction realised at twice the steps",
         float(extrapolated(halves)),
         0.5,
     )
-    quarter = moved[25, 100] / moved[25, 25]
+    quarter = shifts_by_steps[25, 100] / shifts_by_steps[25, 25]
     yield limit("table: fraction realised at four times the steps", quarter, 0.25)

@@ -97,8 +97,8 @@ def error_by_products(
         wrong(
             "diffusion not averaged",
             "ctrl.solvers.Heun.step",
-            "sde.spread(end, there, increment, action)",
-            "sde.spread(t, states, increment, action)",
+            "sde.diffuse(end, there, increment, action)",
+            "sde.diffuse(t, states, increment, action)",
         ),
         wrong(
             "predictor without noise",
@@ -140,10 +140,10 @@ def strong_orders(setting: Setting) -> Iterator[Check]:
         solvers["torchsde's midpoint"] = (ctrl.TorchSDE("midpoint"), stratonovich, 1.0)
     for name, (solver, sde, order) in solvers.items():
         if name in ("Euler-Maruyama", "Milstein", "Heun"):
-            found = error_by_products(setting, solver, sde, list(UNEVEN))
+            mean_square = error_by_products(setting, solver, sde, list(UNEVEN))
             want = mean_square_error(P, name, np.array(UNEVEN))
             yield expectation(
-                f"{name}: mean square error, against a recursion by hand", found, want
+                f"{name}: mean square error, against a recursion by hand", mean_square, want
             )
         errors = [
             math.sqrt(error_by_products(setting, solver, sde, grid.nodes.tolist()))
@@ -202,13 +202,13 @@ def difference(setting: Setting, solver: ctrl.Solver, sde: ctrl.ControlledSDE, s
         noise = ctrl.Noise(increments)
         return ctrl.simulate_end(problem, STILL, start, grid, solver, noise=noise)
 
-    found = []
+    transfers = []
     for grid, increments in ((coarse, sums), (fine, rule.increments)):
         # a step is linear: probed with unit vectors
         units = [x.expand(len(increments), -1).contiguous() for x in torch.eye(2).to(increments)]
-        found.append(torch.stack([run(grid, increments, x) for x in units], dim=-1))
+        transfers.append(torch.stack([run(grid, increments, x) for x in units], dim=-1))
     assert rule.weights is not None
-    return root_of_recursion(setting, torch.stack(found), rule.weights, steps)
+    return root_of_recursion(setting, torch.stack(transfers), rule.weights, steps)
 
 
 def root_of_recursion(setting: Setting, pair: Tensor, weights: Tensor, steps: int) -> float:
@@ -280,14 +280,14 @@ def half_area(h: float, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         wrong(
             "diffusion not averaged",
             "ctrl.solvers.Heun.step",
-            "sde.spread(end, there, increment, action)",
-            "sde.spread(t, states, increment, action)",
+            "sde.diffuse(end, there, increment, action)",
+            "sde.diffuse(t, states, increment, action)",
         ),
         wrong(
             "columns exchanged at the end of the step",
             "ctrl.solvers.Heun.step",
-            "sde.spread(end, there, increment, action)",
-            "sde.spread(end, there, increment.flip(-1), action)",
+            "sde.diffuse(end, there, increment, action)",
+            "sde.diffuse(end, there, increment.flip(-1), action)",
         ),
         wrong(
             "derivative of sigma in the wrong direction",
@@ -318,8 +318,8 @@ def half_area(h: float, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         wrong(
             "additive noise that depends on the step",
             "ctrl.solvers.EulerMaruyama.step_into",
-            "sde.spread(t, states, increment, action)",
-            "(1 + float(t1 - t0) ** 0.5) * sde.spread(t, states, increment, action)",
+            "sde.diffuse(t, states, increment, action)",
+            "(1 + float(t1 - t0) ** 0.5) * sde.diffuse(t, states, increment, action)",
         ),
     ],
 )
@@ -347,5 +347,5 @@ def strong_orders_of_several_brownian_motions(setting: Setting) -> Iterator[Chec
         errors = [with_areas(setting, sde, steps, own) for steps in (8, 16, 32, 64)]
         name = "the path's integrals" if own else "integrals drawn anew"
         line = [(1 / steps, e) for steps, e in zip((8, 16, 32, 64), errors, strict=True)]
-        found = local_order(errors, 0.0)
-        yield limit(f"srk, {name}: local strong order", found, order, curve=line)
+        strong_order = local_order(errors, 0.0)
+        yield limit(f"srk, {name}: local strong order", strong_order, order, curve=line)

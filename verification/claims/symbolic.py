@@ -145,11 +145,11 @@ def proof_of_time_reversal(setting: Setting) -> Iterator[Check]:
 def proof_of_tweedie(setting: Setting) -> Iterator[Check]:
     """Tweedie's formula against Bayes' rule."""
     alpha = sp.Symbol("alpha", positive=True)
-    found = f.tweedie(alpha)
-    yield proof("Tweedie - Bayes", f.remainder(found - f.posterior_mean(alpha)))
+    formula = f.tweedie(alpha)
+    yield proof("Tweedie - Bayes", f.remainder(formula - f.posterior_mean(alpha)))
     noise = 1 - alpha**2
-    spread = noise * f.S / (alpha**2 * f.S + noise)
-    left = sp.diff(found, f.x) - spread * alpha / noise
+    posterior_variance = noise * f.S / (alpha**2 * f.S + noise)
+    left = sp.diff(formula, f.x) - posterior_variance * alpha / noise
     yield proof("its derivative - Var alpha / sigma^2", f.remainder(left))
 
 
@@ -329,8 +329,8 @@ def proof_of_the_ito_correction(setting: Setting) -> Iterator[Check]:
 def proof_of_the_velocity_and_the_score(setting: Setting) -> Iterator[Check]:
     """Velocities and scores determine each other."""
     time = sp.Symbol("tau", positive=True)
-    found = f.score_from_velocity(f.velocity(time), time)
-    yield proof("from the velocity - from the density", f.remainder(found - f.flow_score(time)))
+    score = f.score_from_velocity(f.velocity(time), time)
+    yield proof("from the velocity - from the density", f.remainder(score - f.flow_score(time)))
     other = f.flow_score(time).subs({f.m: f.k, f.S: f.P})
     shift = f.velocity(time).subs({f.m: f.k, f.S: f.P}) - f.velocity(time)
     left = shift + time / (1 - time) * (other - f.flow_score(time))

@@ -54,6 +54,11 @@ GAUSSIAN_KL = [
 ]
 
 
+def columns(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """The first and the second of every pair."""
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
 def gap_of(path: float, terminal: float) -> float:
     """By how much the KL of the terminal laws is below that of the paths."""
     return path - terminal
@@ -129,14 +134,14 @@ def cheapest_shift(setting: Setting, steps: int) -> float:
     schedule = VPLinear(NOISED, NOISED)
     data = gaussian.Gaussian(setting.tensor([0.0]), setting.tensor([[VARIANCE]]))
     end = setting.tensor(0.0)
-    spread = gaussian.transition(data, schedule, setting.tensor(1.0), end).covariance[0, 0]
+    variance = gaussian.transition(data, schedule, setting.tensor(1.0), end).covariance[0, 0]
 
     def pretrained(t: Tensor, x: Tensor) -> Tensor:
         return gaussian.score(data, schedule, 1 - t, x)
 
     def shifted(t: Tensor, x: Tensor) -> Tensor:
         response = gaussian.transition(data, schedule, 1 - t, end).matrix[0, 0]
-        return pretrained(t, x) + response * MOVED / spread
+        return pretrained(t, x) + response * MOVED / variance
 
     even = ctrl.uniform_grid(1.0, steps, dtype=setting.dtype, device=setting.device)
     anywhere = ctrl.Paths(setting.tensor([[[0.3]] * (steps + 1)]), None, None, even)
@@ -173,14 +178,14 @@ def cheapest_shift(setting: Setting, steps: int) -> float:
         wrong(
             "the path given X_0, not X_T",
             "verification.closed_form.gaussian_law.conditional",
-            "given %= len(law.mean)",
-            "given = 0",
+            "known %= len(law.mean)",
+            "known = 0",
         ),
         wrong(
             "end of the wrong law",
             "verification.closed_form.gaussian_law.conditional_kl",
-            "law.mean[given], law.covariance[given, given]",
-            "reference.mean[given], reference.covariance[given, given]",
+            "law.mean[known], law.covariance[known, known]",
+            "reference.mean[known], reference.covariance[known, known]",
         ),
         wrong(
             "sign of the score in the reversed drift",
@@ -238,10 +243,10 @@ def terminal_kl(setting: Setting) -> Iterator[Check]:
         conditional_kl(*laws, -1),
     )
 
-    given = (P.pull, P.shift, P.reference_pull, P.reference_shift, P.noise, P.mean, P.std**2)
-    numbers = [setting.tensor(value) for value in given]
-    whole = float(ctrl.linear.ornstein_uhlenbeck_path_kl(*numbers, HORIZON))
-    part = float(ctrl.linear.ornstein_uhlenbeck_terminal_kl(*numbers, HORIZON))
+    parameters = (P.pull, P.shift, P.reference_pull, P.reference_shift, P.noise, P.mean, P.std**2)
+    numbers = [setting.tensor(value) for value in parameters]
+    whole = float(ctrl.linear.ornstein_uhlenbeck_path_kl(*numbers, time=HORIZON))
+    part = float(ctrl.linear.ornstein_uhlenbeck_terminal_kl(*numbers, time=HORIZON))
     yield expectation("terminal KL, continuous time", part, closed.terminal_kl(P, HORIZON))
     yield expectation(
         "path KL - terminal KL, continuous time, against the reversed drifts",
@@ -258,7 +263,7 @@ def terminal_kl(setting: Setting) -> Iterator[Check]:
         pairs.append((low, high))
         # dP/dP_ref = h(T, X_T) / h(0, X_0)
         arrive, left = reference_law(0.0).of(-1), tilted.states[:, 0, 0] - P.mean
-        slope = np.prod(1 - P.reference_pull * np.diff(nodes))
+        slope = float(np.prod(1 - P.reference_pull * np.diff(nodes)))
         expected = float(arrive.mean[0]) + slope * left
         mass = 0.5 * REWARD**2 * float(arrive.covariance[0, 0])
         yield expectation(
@@ -269,9 +274,7 @@ def terminal_kl(setting: Setting) -> Iterator[Check]:
             ratio,
             REWARD * (tilted.states[:, -1, 0] - expected) - mass,
         )
-    yield bound(
-        "terminal KL <= path KL, with a case of equality", *map(list, zip(*pairs, strict=True))
-    )
+    yield bound("terminal KL <= path KL, with a case of equality", *columns(pairs))
 
     kept = np.exp(-NOISED)
     at_end = VARIANCE * (1 - kept) / (kept * VARIANCE + 1 - kept)  # Var(X_T | X_0)
@@ -283,18 +286,18 @@ def terminal_kl(setting: Setting) -> Iterator[Check]:
     yield limit(
         "path KL of a Doob shift of a diffusion model (.22306)", sums[0], exact, curve=curve
     )
-    moved = ctrl.linear.gaussian_kl(
+    shifted_kl = ctrl.linear.gaussian_kl(
         ctrl.linear.Gaussian(setting.tensor([MOVED]), setting.tensor([[VARIANCE]])),
         ctrl.linear.Gaussian(setting.tensor([0.0]), setting.tensor([[VARIANCE]])),
     )
-    yield expectation("its terminal KL (.20833)", moved, MOVED**2 / (2 * VARIANCE))
+    yield expectation("its terminal KL (.20833)", shifted_kl, MOVED**2 / (2 * VARIANCE))
 
 
 REFERENCE_START = (-0.2, 0.45)  # mean and standard deviation; P's are in closed.OrnsteinUhlenbeck
 
 
 def started_from(law: tuple[float, float], reference: tuple[float, float]) -> tuple[float, float]:
-    """Whose initial law the paths begin with."""
+    """The law from which the paths start."""
     return law
 
 
@@ -355,8 +358,8 @@ def initial_laws(setting: Setting) -> Iterator[Check]:
     begins = float(ctrl.linear.gaussian_kl(rho, rho_ref))
     law = closed.euler_laws(P, nodes)[0]
     other = closed.euler_law(P.reference_pull, P.reference_shift, P.noise, *REFERENCE_START, nodes)
-    found = ctrl.girsanov.terminal_kl_bound(problem.sde, policy, reference, paths, begins)
-    whole = float(mean(found, paths))
+    path_bound = ctrl.girsanov.terminal_kl_bound(problem.sde, policy, reference, paths, begins)
+    whole = float(mean(path_bound, paths))
     yield expectation("KL of the joint laws, different initial laws", whole, kl(law, other))
 
     x = paths.states[..., 0].double().numpy()
@@ -371,7 +374,7 @@ def initial_laws(setting: Setting) -> Iterator[Check]:
     short = ctrl.TimeGrid(setting.tensor([0.0, 0.02, 0.05]))
     start, noise = gaussian_start(short, P.mean, P.std, nodes=3)
     paths = ctrl.simulate(problem, policy, start, short, noise=noise)
-    found = ctrl.girsanov.terminal_kl_bound(problem.sde, policy, reference, paths, begins)
+    path_bound = ctrl.girsanov.terminal_kl_bound(problem.sde, policy, reference, paths, begins)
     brief = short.nodes.double().numpy()
     ends = (
         closed.euler_laws(P, brief)[0].of(-1),
@@ -379,5 +382,5 @@ def initial_laws(setting: Setting) -> Iterator[Check]:
             -1
         ),
     )
-    pairs.append((kl(*ends), float(mean(found, paths))))
-    yield bound("terminal KL <= initial KL + path KL", *map(list, zip(*pairs, strict=True)))
+    pairs.append((kl(*ends), float(mean(path_bound, paths))))
+    yield bound("terminal KL <= initial KL + path KL", *columns(pairs))

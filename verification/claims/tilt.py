@@ -31,7 +31,7 @@ TIME = 0.37  # noising time where values are compared
 
 
 def coefficients(Q: Tensor, slope: Tensor, constant: Tensor) -> Tensor:
-    """Of a quadratic, in one vector."""
+    """Coefficients of a quadratic, in one vector."""
     return torch.cat([Q.flatten(), slope, constant.reshape(1)])
 
 
@@ -115,22 +115,23 @@ def tilt(setting: Setting) -> Iterator[Check]:
     )
     data = linear.Gaussian(setting.tensor(DATA.mean), setting.tensor(DATA.covariance))
     Q, slope, c = (setting.tensor(each) for each in REWARD)
-    found = linear.tilt(data, Q, slope, b, c)
-    yield expectation("ctrl: mean, against completed squares", found.law.mean, tilted.mean)
+    tilted_law = linear.tilt(data, Q, slope, b, c)
+    yield expectation("ctrl: mean, against completed squares", tilted_law.law.mean, tilted.mean)
     yield expectation(
-        "ctrl: covariance, against completed squares", found.law.covariance, tilted.covariance
+        "ctrl: covariance, against completed squares", tilted_law.law.covariance, tilted.covariance
     )
-    yield expectation("ctrl: log Z, against completed squares", found.log_normaliser, log_z)
+    yield expectation("ctrl: log Z, against completed squares", tilted_law.log_normaliser, log_z)
     value = linear.Quadratic(-Q, slope, c)
-    gain = value(found.law.mean) - 0.5 * (Q * found.law.covariance).sum()
-    divergence = linear.gaussian_kl(found.law, data)
+    gain = value(tilted_law.law.mean) - 0.5 * (Q * tilted_law.law.covariance).sum()
+    divergence = linear.gaussian_kl(tilted_law.law, data)
     yield expectation("its E[r] - b KL is b log Z", gain - b * divergence, b * log_z)
     yield expectation("its KL from the data, against another formula", divergence, kl(tilted, DATA))
 
 
 def ou_value(setting: Setting, time_to_go: float | Tensor) -> linear.Quadratic:
     """V* of the Ornstein-Uhlenbeck base at some time to go."""
-    base = linear.transition(*(setting.tensor(each) for each in BASE), time_to_go)
+    A, b, G = (setting.tensor(each) for each in BASE)
+    base = linear.transition(A, b, G, time_to_go)
     Q, slope, c = (setting.tensor(each) for each in REWARD)
     return linear.kl_optimal_value(base, Q, slope, KL_WEIGHT, c)
 
@@ -237,9 +238,9 @@ def cole_hopf(setting: Setting) -> Iterator[Check]:
     yield pathwise("drift change, against GG' grad V* / b", drift(x), steps[..., 0])
     left = setting.tensor(TO_GO)
     rate = torch.func.jvp(lambda u: ou_value(setting, u)(x), (left,), (torch.ones_like(left),))[1]
-    slope, spread = value.gradient(x), setting.tensor(G @ G.T)
+    slope, noise_covariance = value.gradient(x), setting.tensor(G @ G.T)
     transport = (slope * (x @ setting.tensor(A).mT + setting.tensor(a))).sum(-1)
-    curved = 0.5 * (spread * value.hessian).sum()
+    curved = 0.5 * (noise_covariance * value.hessian).sum()
     best = 0.5 * (slope * drift(x)).sum(-1)  # |G' grad V|^2 / (2b)
     yield pathwise(
         "HJB: what V* loses per time to go, against the rest", rate, transport + curved + best

@@ -173,5 +173,5 @@ def time_reversal(setting: Setting) -> Iterator[Check]:
     yield limit("many steps: covariance of the data", covariance, COVARIANCE)
     slope = extrapolated([step.F for step, _ in ends])
     yield limit("many steps: slope of the posterior", slope, exact.F)
-    spread = extrapolated([step.C for step, _ in ends])
-    yield limit("many steps: covariance of the posterior", spread, exact.C)
+    covariance_limit = extrapolated([step.C for step, _ in ends])
+    yield limit("many steps: covariance of the posterior", covariance_limit, exact.C)

@@ -7,6 +7,7 @@ and KLs are to agree on every path, to round-off.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import ctrl
 from verification.claim import Check, Setting, claim, expectation, pathwise, wrong
 from verification.closed_form import ornstein_uhlenbeck as closed
 from verification.cubature import gaussian_start, mean, point_start
-from verification.problems import NODES, grid, ornstein_uhlenbeck
+from verification.problems import NODES, NoiseKind, grid, ornstein_uhlenbeck
 
 P = closed.OrnsteinUhlenbeck()
 MATRIX = ((0.5, -0.3, 0.4), (0.2, 0.7, -0.6))
@@ -41,7 +42,7 @@ class Increment:
 
 
 class Equation(torch.nn.Module):
-    """What torchsde asks for: drift f, diffusion g, and drift h of the reference."""
+    """Drift f, diffusion g and the reference's drift h, in torchsde's interface."""
 
     sde_type = "ito"
 
@@ -89,16 +90,17 @@ def by_torchsde(
         increments = torch.nn.functional.pad(increments, (0, 1), value=0.3)
     states, ratios = [start], []
     for k, (t0, t1) in enumerate(itertools.pairwise(nodes)):
-        found, ratio = torchsde.sdeint(
-            equation, states[-1], torch.stack([t0, t1]), bm=Increment(increments[:, k]),
+        motion: Any = Increment(increments[:, k])  # all that torchsde asks of its own class
+        both_ends, ratio = torchsde.sdeint(
+            equation, states[-1], torch.stack([t0, t1]), bm=motion,
             method="euler", dt=2.0, logqp=True,
         )  # fmt: skip  # one step: dt is cut at the last of the times
-        states.append(found[-1])
+        states.append(both_ends[-1])
         ratios.append(ratio[0])
     return torch.stack(states, 1), torch.stack(ratios, 1)
 
 
-def curved(setting: Setting, noise: str) -> tuple[ctrl.ControlledSDE, ctrl.Paths]:
+def curved(setting: Setting, noise: NoiseKind) -> tuple[ctrl.ControlledSDE, ctrl.Paths]:
     """The equation of ``Equation``, written for ctrl, on quadrature paths."""
     matrix = setting.tensor(MATRIX)
 
@@ -109,9 +111,9 @@ def curved(setting: Setting, noise: str) -> tuple[ctrl.ControlledSDE, ctrl.Paths
     count, width = (None, 2) if noise == "diagonal" else (3, 3)
     sde = ctrl.ControlledSDE(lambda t, x, a: a - 0.3 * x.sin(), diffusion, noise, count)
     nodes = ctrl.TimeGrid(setting.tensor([0.0, 0.15, 0.6]))
-    given = ctrl.noise.gauss_hermite(nodes.steps, nodes=3, noise=(width,))
-    problem, start = ctrl.ControlProblem(sde, 0.6), point_start(given, [0.4, -0.9])
-    return sde, ctrl.simulate(problem, POLICY, start, nodes, noise=given)
+    noise_rule = ctrl.noise.gauss_hermite(nodes.steps, nodes=3, noise=(width,))
+    problem, start = ctrl.ControlProblem(sde, 0.6), point_start(noise_rule, [0.4, -0.9])
+    return sde, ctrl.simulate(problem, POLICY, start, nodes, noise=noise_rule)
 
 
 @claim(
@@ -180,7 +182,7 @@ def curved(setting: Setting, noise: str) -> tuple[ctrl.ControlledSDE, ctrl.Paths
         ),
         wrong(
             "transposed diffusion in a step",
-            "ctrl.sde.ControlledSDE.spread",
+            "ctrl.sde.ControlledSDE.diffuse",
             '"pij,pj->pi", sigma, increment',
             '"pij,pj->pi", sigma.flip(-1), increment',
         ),

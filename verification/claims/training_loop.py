@@ -23,6 +23,7 @@ from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import ScoreAsAction
 from diffusion_envs.objectives.path_steps import PathLosses, Rows, path_kl_rate
 from diffusion_envs.samplers import DDIM
+from diffusion_envs.samplers.ddim import BoundDDIM
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 from verification.claim import Check, Setting, claim, pathwise, rounding, stated, wrong
@@ -51,31 +52,38 @@ class Network(nn.Module):
         self.adapted = True
 
     def disable_adapters(self) -> None:
-        """The pretrained network from here on."""
+        """Switch the adapter off: the pretrained network."""
         self.adapted = False
 
     def enable_adapters(self) -> None:
-        """With the adapter again."""
+        """Switch the adapter on again."""
         self.adapted = True
 
     def forward(self, x: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Any:
-        """As a diffusers UNet answers."""
+        """Predict the noise, in the form of a diffusers UNet."""
         flat = x.flatten(1)
-        found = flat @ self.base.T + encoder_hidden_states.mean(1) @ self.context.T
-        found = found + timesteps[:, None] * self.time
+        predicted = flat @ self.base.T + encoder_hidden_states.mean(1) @ self.context.T
+        predicted = predicted + timesteps[:, None] * self.time
         if self.adapted:
-            found = found + flat @ self.a.T @ self.b.T
-        return SimpleNamespace(sample=found.view_as(x))
+            predicted = predicted + flat @ self.a.T @ self.b.T
+        return SimpleNamespace(sample=predicted.view_as(x))
 
 
 class Process(Accelerator):
-    """One of several processes that have nothing to say to each other."""
+    """One of several processes that do not communicate."""
 
     def __init__(self, index: int = 0, processes: int = 1) -> None:
         self._index, self._processes = index, processes
 
-    num_processes = property(lambda self: self._processes)
-    process_index = property(lambda self: self._index)
+    @property
+    def num_processes(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]  # accelerate types it as NoReturn
+        """Number of processes that this one is told of."""
+        return self._processes
+
+    @property
+    def process_index(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]  # as above
+        """Which one this is."""
+        return self._index
 
     def gather(self, tensor: Any) -> Any:
         """Nothing comes from elsewhere."""
@@ -89,7 +97,7 @@ class Process(Accelerator):
 def trainer(
     setting: Setting, batch: int = 64, process: Process | None = None, **schedule: Any
 ) -> Trainer:
-    """The loop in the midst of a run: three updates are done, the adapter has moved."""
+    """The loop in the midst of a run: three updates are done, the adapter is no longer fresh."""
     generator = stream(setting.seed, "network")
     network = Network(generator)
     context = torch.randn(PROMPTS, 2, 3, generator=generator)
@@ -123,20 +131,29 @@ def trainer(
 
 def network_of(made: Trainer) -> Network:
     """Its network."""
-    network = made.environment.model.score.unet
+    model = made.environment.model
+    assert isinstance(model, TextToImageUNet)
+    network = model.score.unet
     assert isinstance(network, Network)
     return network
 
 
+def sampler_of(made: Trainer) -> BoundDDIM:
+    """Its sampler."""
+    sampler = made.environment.sampler
+    assert isinstance(sampler, BoundDDIM)
+    return sampler
+
+
 def flat(values: Tensor, keep: int = 2) -> np.ndarray:
-    """As numpy, in double precision, events flattened."""
+    """Convert to numpy, in double precision, events flattened."""
     return values.detach().double().flatten(keep).numpy()
 
 
 def by_hand(made: Trainer) -> tuple[Sampler, np.ndarray, np.ndarray]:
     """The sampler's tables and the adapter."""
     network = network_of(made)
-    alpha_bar = made.environment.sampler.alpha_bar.numpy()
+    alpha_bar = sampler_of(made).alpha_bar.numpy()
     a, b = (p.detach().double().numpy() for p in (network.a, network.b))
     return Sampler(ETA, alpha_bar), a, b
 
@@ -308,14 +325,16 @@ def training_loop(setting: Setting) -> Iterator[Check]:
     yield pathwise("path KL of every step, by hand", rollout.costs, costs)
     order = torch.randperm(SAMPLES * STEPS, generator=stream(setting.seed, "rows"))
     which = torch.cartesian_prod(torch.arange(SAMPLES), torch.arange(STEPS))[order]
+    objective = made.objective
+    assert isinstance(objective, ScoreAsAction)
     with torch.no_grad():
         update = made.losses(rollout)
         assert isinstance(update, PathLosses)
         advantages = update.advantages
         rows = update.rows(which)
         pieces = [update.rows(piece) for size in (1, 5, 24) for piece in which.split(size)]
-        ratio = torch.cat([made.objective.log_ratio(piece) for piece in pieces]).exp()
-        trained, losses = path_kl_rate(rows), made.objective.loss(rows)
+        ratio = torch.cat([objective.log_ratio(piece) for piece in pieces]).exp()
+        trained, losses = path_kl_rate(rows), objective.loss(rows)
     check = pathwise("ratio before the first step is 1", ratio, torch.ones_like(ratio))
     yield stated(check, units=units_of_ratio(rows))
     path, step = which.unbind(1)
@@ -325,7 +344,7 @@ def training_loop(setting: Setting) -> Iterator[Check]:
     share = float(np.abs(a_k).max()) / losses.abs().max().item()
     yield stated(check, units=share * units_of_ratio(rows))
     after = rollout.states[path, step + 1]
-    mean = made.environment.sampler.mean(step, rollout.states[path, step], rows.old_mean)
+    mean = sampler_of(made).mean(step, rollout.states[path, step], rows.old_mean)
     std = torch.as_tensor(s.std).to(after)[step].view(-1, 1, 1, 1)
     yield pathwise("a row's noise leads to its next state", mean + std * rows.noise, after)
     want = linear_adapter.gradient(
@@ -338,8 +357,8 @@ def training_loop(setting: Setting) -> Iterator[Check]:
         frozen = [network.base.clone(), network.context.clone(), network.time.clone()]
         numbers = one.step()
         for name, parameter, grad in zip("AB", (network.a, network.b), want, strict=True):
-            found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            check = pathwise(f"gradient in {name}, {batch} rows at once", found, grad)
+            slope = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            check = pathwise(f"gradient in {name}, {batch} rows at once", slope, grad)
             yield stated(check, units=units_of_ratio(rows) / 6)
     kept = torch.cat([w.flatten() for w in (network.base, network.context, network.time)])
     yield pathwise("pretrained weights", kept, torch.cat([w.flatten() for w in frozen]))
@@ -419,15 +438,15 @@ DRAW = "diffusion_envs.training.trainer.Trainer.sample"
 
 def noises(setting: Setting, processes: int) -> Tensor:
     """Start and transition noise of two updates, [updates * samples, 1 + steps, dim]."""
-    found = []
+    by_update = []
     for update in (3, 4):
         for index in range(processes):
             made = trainer(setting, process=Process(index, processes))
             made.update = update
             with torch.no_grad():
                 sample = made.sample()
-            found.append(_of(sample))
-    return torch.cat(found)
+            by_update.append(_of(sample))
+    return torch.cat(by_update)
 
 
 def _of(sample: Sample) -> Tensor:
@@ -470,8 +489,8 @@ def noise_of_samples(setting: Setting) -> Iterator[Check]:
     """Counts of distinct vectors, and equality over numbers of processes."""
     parts = [noises(setting, processes) for processes in (1, 2, 3)]
     asked = float(2 * SAMPLES * (1 + STEPS))
-    found = [_distinct(one) for one in parts]
-    yield pathwise("distinct noise vectors of 1, 2, 3 processes", found, [asked] * 3)
+    counts = [_distinct(one) for one in parts]
+    yield pathwise("distinct noise vectors of 1, 2, 3 processes", counts, [asked] * 3)
     gaps = torch.stack([one - parts[0] for one in parts])
     yield pathwise("noise of 1, 2, 3 processes is one", gaps, 0 * gaps, scale=1.0)
     made = trainer(setting)

@@ -35,17 +35,17 @@ SHIFTS = (0.05, 0.4, -0.9)
 
 
 def quadratic(m: Tensor, variance: Tensor) -> Tensor:
-    """Of -curvature x^2 / 2."""
+    """Expectation of -curvature x^2 / 2 under N(m, variance)."""
     return -0.5 * CURVATURE * (m.square() + variance)
 
 
 def cosine(m: Tensor, variance: Tensor) -> Tensor:
-    """Of cos(frequency x)."""
+    """Expectation of cos(frequency x) under N(m, variance)."""
     return torch.cos(FREQUENCY * m) * torch.exp(-(FREQUENCY**2) * variance / 2)
 
 
 def exponential(m: Tensor, variance: Tensor) -> Tensor:
-    """Of exp(0.7 x)."""
+    """Expectation of exp(0.7 x) under N(m, variance)."""
     return torch.exp(0.7 * m + 0.7**2 * variance / 2)
 
 
@@ -62,11 +62,11 @@ def gap_and_kl(
     def value(t: Tensor, x: Tensor) -> Tensor:
         left = HORIZON - t
         factor = torch.exp(-p.pull * left)
-        offset, spread = p.action * left, p.noise**2 * left
+        offset, variance = p.action * left, p.noise**2 * left
         if p.pull:
             offset = p.action * (1 - factor) / p.pull
-            spread = p.noise**2 * (1 - factor.square()) / (2 * p.pull)
-        return expected(factor * x[:, 0] + offset, spread)
+            variance = p.noise**2 * (1 - factor.square()) / (2 * p.pull)
+        return expected(factor * x[:, 0] + offset, variance)
 
     problem = ctrl.ControlProblem(
         ctrl.ControlledSDE(lambda t, x, a: a - p.pull * x, lambda t, x: p.noise),
@@ -188,8 +188,8 @@ EVEN = wrong(
         wrong(
             "chi-square of Gaussians with 1/2 in the exponent",
             "verification.closed_form.drift_shift.shift_chi2",
-            "moved**2 / variance",
-            "moved**2 / (2 * variance)",
+            "mean_shift**2 / variance",
+            "mean_shift**2 / (2 * variance)",
         ),
         wrong(
             "K_t of the step before",
@@ -206,24 +206,24 @@ def trust_region(setting: Setting) -> Iterator[Check]:
     def bounds(p: DriftShift, shift: float, kl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         slope = drift_shift.quadratic_slope(p, CURVATURE, shift, NODES)
         old, variance = drift_shift.laws(p, 0.0, NODES)
-        moved = drift_shift.laws(p, shift, NODES)[0] - old
-        L, P, W = (setting.tensor(each) for each in (np.abs(slope), variance, np.abs(moved)))
-        chi2 = setting.tensor(drift_shift.shift_chi2(moved, np.maximum(variance, 1e-300)))
+        mean_shift = drift_shift.laws(p, shift, NODES)[0] - old
+        L, P, W = (setting.tensor(each) for each in (np.abs(slope), variance, np.abs(mean_shift)))
+        chi2 = setting.tensor(drift_shift.shift_chi2(mean_shift, np.maximum(variance, 1e-300)))
         return (
             tr.transport(L, P, kl, grid),
             tr.wasserstein(L, W, grid),
             tr.chi_square(L.square() * P, chi2, grid),
         )
 
-    found, exact, each = [], [], []
+    reward_gaps, exact, each = [], [], []
     for shift in SHIFTS:
         gap, kl = gap_and_kl(setting, PULLED, quadratic, shift, rule=2)
-        found.append(gap)
+        reward_gaps.append(gap)
         exact.append(drift_shift.quadratic_gap(PULLED, CURVATURE, shift, NODES))
         each.append(torch.stack(bounds(PULLED, shift, kl)))
-    gaps, (transport, wasserstein, chi_square) = torch.stack(found), torch.stack(each, dim=1)
+    gaps, (transport, wasserstein, chi_square) = torch.stack(reward_gaps), torch.stack(each, dim=1)
     yield expectation("gap of a quadratic reward, against Gaussian moments", gaps, exact)
-    second = torch.stack([g / s**2 for g, s in zip(found, SHIFTS, strict=True)])
+    second = torch.stack([g / s**2 for g, s in zip(reward_gaps, SHIFTS, strict=True)])
     yield expectation("gap by the squared shift: one number", second[1:], second[:1].expand(2))
     yield bound("transport", gaps.abs(), transport)
     yield bound("chi-square", gaps.abs(), chi_square)
@@ -235,13 +235,13 @@ def trust_region(setting: Setting) -> Iterator[Check]:
     # frequency = shift / noise^2 makes h proportional to the likelihood ratio
     tilt = 0.7 * FREE.noise**2
     gap, _ = gap_and_kl(setting, FREE, exponential, tilt, rule=8)
-    _, spread = drift_shift.exponential_rate(FREE, 0.7, tilt, NODES, 0.0)
+    _, variance_of_reward = drift_shift.exponential_rate(FREE, 0.7, tilt, NODES, 0.0)
     old, variance = drift_shift.laws(FREE, 0.0, NODES)
-    moved = drift_shift.laws(FREE, tilt, NODES)[0] - old
-    chi2 = drift_shift.shift_chi2(moved, np.maximum(variance, 1e-300))
+    tilted_shift = drift_shift.laws(FREE, tilt, NODES)[0] - old
+    chi2 = drift_shift.shift_chi2(tilted_shift, np.maximum(variance, 1e-300))
     exact_gap = drift_shift.exponential_gap(FREE, 0.7, tilt, NODES)
     yield expectation("gap of an exponential reward, against its closed form", gap, exact_gap)
-    tight = tr.chi_square(setting.tensor(spread), setting.tensor(chi2), grid)
+    tight = tr.chi_square(setting.tensor(variance_of_reward), setting.tensor(chi2), grid)
     yield expectation("chi-square: equality for an exponential reward", tight, gap)
 
 
@@ -425,18 +425,18 @@ def clipped_and_penalised_surrogates(setting: Setting) -> Iterator[Check]:
     )
     log_ratio, advantage, width = (setting.tensor(column) for column in table.T)
     log_ratio.requires_grad_()
-    found = tr.clipped_surrogate(log_ratio, advantage, width)
-    (slope,) = torch.autograd.grad(found.sum(), log_ratio)
+    clipped_value = tr.clipped_surrogate(log_ratio, advantage, width)
+    (slope,) = torch.autograd.grad(clipped_value.sum(), log_ratio)
     exact, exact_slope = clipped(*table.T)
-    yield pathwise("clipped surrogate", found, exact)
+    yield pathwise("clipped surrogate", clipped_value, exact)
     yield pathwise("its slope in the log-ratio", slope, exact_slope)
     kl = setting.tensor(0.01 + table[:, 2] ** 2 * table[:, 1] ** 2)
-    found = tr.penalised_surrogate(log_ratio, advantage, kl, 0.65)
+    penalised_value = tr.penalised_surrogate(log_ratio, advantage, kl, 0.65)
     exact = np.exp(table[:, 0]) * table[:, 1] - 0.65 * np.hypot(0.1, table[:, 2] * table[:, 1])
-    yield pathwise("penalised surrogate", found, exact)
+    yield pathwise("penalised surrogate", penalised_value, exact)
     equal = setting.tensor(np.zeros(len(table))).requires_grad_()
-    found = tr.penalised_surrogate(equal, advantage, equal.square(), 0.65)
-    (slope,) = torch.autograd.grad(found.sum(), equal)
+    at_equality = tr.penalised_surrogate(equal, advantage, equal.square(), 0.65)
+    (slope,) = torch.autograd.grad(at_equality.sum(), equal)
     yield pathwise("slope of the penalised surrogate at equal policies", slope, table[:, 1])
 
 

@@ -102,11 +102,13 @@ def tweedie(setting: Setting) -> Iterator[Check]:
     mixture, a, b = Mixture(), 0.8, 0.55  # alpha^2 + sigma^2 is not 1 here
     points = (-1.4, -0.35, 0.9)
     scores = setting.tensor([[mixture.score(p, a, b)] for p in points])
-    found = denoising.tweedie_mean(
+    posterior_mean = denoising.tweedie_mean(
         setting.tensor(points)[:, None], scores, setting.tensor(a), setting.tensor(b)
     )
     exact = [[mixture.posterior_mean(p, a, b)] for p in points]
-    yield expectation("a mixture: mean given the noised state, by quadrature", found, exact)
+    yield expectation(
+        "a mixture: mean given the noised state, by quadrature", posterior_mean, exact
+    )
 
 
 ALPHAS, SIGMAS = [0.9, 0.6, 1.0], [0.3, 0.8, 0.45]  # only the second preserves variance
@@ -208,8 +210,8 @@ def predictions(setting: Setting) -> Iterator[Check]:
         ("v", v, denoising.score_from_v, denoising.v_from_score),
     )
     for name, prediction, there, back in kinds:
-        found = there(setting.tensor(x), setting.tensor(prediction), *levels)
-        yield pathwise(f"score of {name}", found, score)
+        computed_score = there(setting.tensor(x), setting.tensor(prediction), *levels)
+        yield pathwise(f"score of {name}", computed_score, score)
         yield pathwise(
             f"{name} of the score",
             back(setting.tensor(x), setting.tensor(score), *levels),

@@ -177,11 +177,11 @@ def value_function_bias(setting: Setting) -> Iterator[Check]:
 
 def _extrapolated(quantity: Callable[[VPGaussian], torch.Tensor], power: int) -> torch.Tensor:
     """The limit of quantity / alpha_T^power, whose error is of the order alpha_T^2."""
-    found = []
+    by_model = []
     for beta in (6.0, 6.0 + 2 * np.log(2)):  # alpha_T^2 = e^-beta: a quarter of it
         p = VPGaussian(DATA.mean, DATA.covariance, beta, beta)
-        found.append(quantity(p) / p.alpha(1.0) ** power)
-    return (4 * found[1] - found[0]) / 3
+        by_model.append(quantity(p) / p.alpha(1.0) ** power)
+    return (4 * by_model[1] - by_model[0]) / 3
 
 
 # Where the tilt begins to exist: b above EDGE.
@@ -265,8 +265,8 @@ def existence_of_the_tilt(setting: Setting) -> Iterator[Check]:
     got, want = [], []
     for b in WEIGHTS[:2]:
         for s in times:
-            found = schedule(SHORT), r, b, setting.tensor(s), end
-            got.append(accepted(gaussian.optimal_value, data, *found))
+            arguments = schedule(SHORT), r, b, setting.tensor(s), end
+            got.append(accepted(gaussian.optimal_value, data, *arguments))
             want.append(exists(SHORT.posterior(s).C, b))
     yield pathwise("which times have a value", got, want)
 

@@ -43,9 +43,9 @@ def residual(setting: Setting, s: float, x: Tensor) -> Tensor:
     at = setting.tensor(s)
     skip, out = skip_weights(at)
     posterior = gaussian.transition(normal(setting, DATA), schedule(SHORT), at, setting.tensor(0.0))
-    spread = torch.trace(setting.tensor(REWARD.Q) @ posterior.covariance)
+    reward_curvature = torch.trace(setting.tensor(REWARD.Q) @ posterior.covariance)
     guess = quadratic(setting, REWARD)(denoised(setting, s, x))
-    return ((1 - skip) * guess - 0.5 * spread) / out
+    return ((1 - skip) * guess - 0.5 * reward_curvature) / out
 
 
 def paths(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,8 +156,8 @@ def loss(
         wrong(
             "sign of the residual target's constant",
             "verification.claims.value_network.residual",
-            "- 0.5 * spread",
-            "+ 0.5 * spread",
+            "- 0.5 * reward_curvature",
+            "+ 0.5 * reward_curvature",
         ),
         wrong(
             "residual target without dividing by c_out",
@@ -200,11 +200,14 @@ def value_network(setting: Setting) -> Iterator[Check]:
     )
     h = [SHORT.integrated_beta(a, b) for a, b in itertools.pairwise(TIMES)]
     least = sum(w * exact.irreducible(SHORT, REWARD, s) for w, s in zip(h, TIMES[:-1], strict=True))
-    found = loss(setting, along, states, weights, clock)
-    yield expectation("loss of V: int E Var(r | X_t) dt", found, least)
-    spread = REWARD.variance(SHORT.noised(0.0))
-    left = [spread - exact.value(SHORT, REWARD, s).variance(SHORT.noised(s)) for s in TIMES[:-1]]
-    yield expectation("loss of V: int (Var r - Var V_t) dt", found, float(np.dot(h, left)))
+    value_loss = loss(setting, along, states, weights, clock)
+    yield expectation("loss of V: int E Var(r | X_t) dt", value_loss, least)
+    reward_variance = REWARD.variance(SHORT.noised(0.0))
+    left = [
+        reward_variance - exact.value(SHORT, REWARD, s).variance(SHORT.noised(s))
+        for s in TIMES[:-1]
+    ]
+    yield expectation("loss of V: int (Var r - Var V_t) dt", value_loss, float(np.dot(h, left)))
     tilted = states @ setting.tensor([0.4, -0.7]) + 0.3  # some function d of the state
     moments = [SHORT.noised(s) for s in TIMES[:-1]]
     w = np.array([0.4, -0.7])
@@ -217,7 +220,7 @@ def value_network(setting: Setting) -> Iterator[Check]:
 
 
 def best_loss(setting: Setting, s: float, first: str, affine: bool) -> Tensor:
-    """What the best residual of a class leaves, E (V - first - F)^2: least squares on nodes."""
+    """Least E (V - first - F)^2 over a class of residuals F: least squares on nodes."""
     x, weights = nodes(setting, s)
     reward, skip = quadratic(setting, REWARD), skip_weights(setting.tensor(s))[0]
     guess = reward(denoised(setting, s, x))
@@ -246,7 +249,7 @@ def nodes(setting: Setting, s: float) -> tuple[Tensor, Tensor]:
     return law.mean + z @ torch.linalg.cholesky(law.covariance).mT, noise.weights
 
 
-def spread_of_target(setting: Setting, s: float) -> Tensor:
+def std_of_target(setting: Setting, s: float) -> Tensor:
     """Var F*(s, X_s) of the production weights."""
     x, weights = nodes(setting, s)
     wanted = residual(setting, s, x)
@@ -325,7 +328,7 @@ def spread_of_target(setting: Setting, s: float) -> Tensor:
 )
 def skip_designs(setting: Setting) -> Iterator[Check]:
     """Six designs, two classes of residuals, three times; then their order."""
-    found = {}
+    errors = {}
     for first in ("constant 1", "cosine", "linear", "none", "both noisy", "both denoised"):
         skip = SKIPS.get(first, SKIPS["cosine"])
         want = np.array(
@@ -333,10 +336,10 @@ def skip_designs(setting: Setting) -> Iterator[Check]:
         )
         for column, kind in enumerate(("constant", "affine")):
             rows = [best_loss(setting, s, first, kind == "affine") for s in TIMES[:-1]]
-            found[first, kind] = torch.stack(rows)
+            errors[first, kind] = torch.stack(rows)
             yield expectation(
                 f"{first}: what a residual {kind} in x leaves",
-                found[first, kind],
+                errors[first, kind],
                 want[:, column],
                 scale=_total(),
             )
@@ -348,14 +351,14 @@ def skip_designs(setting: Setting) -> Iterator[Check]:
     ):
         yield bound(
             f"{kind} residual: {smaller} leaves no more than {larger}",
-            found[smaller, kind],
-            found[larger, kind],
+            errors[smaller, kind],
+            errors[larger, kind],
             scale=_total(),
         )
     variances = [
         np.tan(0.25 * np.pi * s) ** 2 * exact.excess(SHORT, REWARD, s, 0.0)[0] for s in TIMES[:-1]
     ]
-    targets = torch.stack([spread_of_target(setting, s) for s in TIMES[:-1]])
+    targets = torch.stack([std_of_target(setting, s) for s in TIMES[:-1]])
     yield expectation("variance of the cosine's target", targets, variances)
 
 

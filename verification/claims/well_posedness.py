@@ -55,7 +55,7 @@ def superlinear(x: Tensor) -> Tensor:
 
 
 def root(x: Tensor) -> Tensor:
-    """Of infinite slope at 0."""
+    """A square root on both sides of 0, where its slope is infinite."""
     return x.abs().sqrt()
 
 
@@ -70,7 +70,7 @@ def paths_of(
     """dX = (drift(X) + K a) dt + noise dW on quadrature paths, a = gain sin(X) + GAIN parameter."""
     sde = ctrl.ControlledSDE(
         lambda t, x, a: drift(x) + K * a,
-        lambda t, x: noise if isinstance(noise, float) else noise(x),
+        lambda t, x: noise(x) if callable(noise) else noise,
     )
     policy = ctrl.DeterministicPolicy(lambda t, x: gain * torch.sin(x) + GAIN * parameter)
     rule = ctrl.noise.gauss_hermite(grid(setting).steps, nodes=4)
@@ -214,10 +214,10 @@ def well_posedness(setting: Setting) -> Iterator[Check]:
         one, other = (paths_of(drift, noise, start, setting) for start in (x, y))
         gap = one.states - other.states
         relation = "<=" if compare is bound else "="
-        found = mean(gap[:, -1, 0].square(), one)
+        gap_square = mean(gap[:, -1, 0].square(), one)
         most = exact.mean_square(x - y, STEPS, L=L, s=S)
         text = f"{name}E |X - Y|^2 {relation} e^((2L + s^2) T) |x - y|^2"
-        yield compare(text, found, most)
+        yield compare(text, gap_square, most)
         if compare is bound:
             top = mean(gap[:, :, 0].abs().amax(1).square(), one)
             yield bound("E max |X - Y|^2", top, exact.largest(x - y, STEPS, L=L, s=S))
@@ -233,8 +233,8 @@ def well_posedness(setting: Setting) -> Iterator[Check]:
     push = K * GAIN * 0.2
     one = paths_of(curved_drift, lambda x: curved_noise(x) + SIGMA0, x, setting)
     known = {"L": L, "s": S, "b0": push, "sigma0": SIGMA0}
-    found = mean(one.states[:, -1, 0].square(), one)
-    yield bound("E |X|^2", found, exact.mean_square(x, STEPS, **known))
+    mean_square = mean(one.states[:, -1, 0].square(), one)
+    yield bound("E |X|^2", mean_square, exact.mean_square(x, STEPS, **known))
     top = mean(one.states[:, :, 0].abs().amax(1).square(), one)
     yield bound("E max |X|^2", top, exact.largest(x, STEPS, **known))
     one = paths_of(torch.zeros_like, SIGMA0, 0.001, setting, parameter=0.0)
@@ -261,9 +261,9 @@ def well_posedness(setting: Setting) -> Iterator[Check]:
     yield limit("dX = X^(1/2) dt: two solutions from 0", left, wanted)
     for start in (0.1, 0.001):
         one = paths_of(torch.zeros_like, root, start, setting, parameter=0.0)
-        found = mean(one.states[:, -1, 0].square(), one)
+        uncontrolled_square = mean(one.states[:, -1, 0].square(), one)
         yield bound(
             f"dX = X^(1/2) dW: E |X - 0|^2 >= x^2 + T x, x = {start}",
             start**2 + HORIZON * start,
-            found,
+            uncontrolled_square,
         )

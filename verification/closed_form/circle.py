@@ -45,8 +45,8 @@ def backward(c: Circle, points: int = 48) -> float:
         hat = np.fft.fft(u)
         first, second = np.fft.ifft(waves * hat).real, np.fft.ifft(waves**2 * hat).real
         drift = c.lift + c.bend * t + c.steer * np.cos(x) + c.pull * np.sin(x)
-        spread = (c.noise + c.swing * np.cos(x)) * (1 + c.growth * t)
-        return drift * first + 0.5 * spread**2 * second
+        diffusion = (c.noise + c.swing * np.cos(x)) * (1 + c.growth * t)
+        return drift * first + 0.5 * diffusion**2 * second
 
     u = solve_ivp(past, (0, c.horizon), np.exp(np.sin(x)), **_EXACT).y[:, -1]
     density = np.exp(c.peak * np.cos(x - c.centre))

@@ -24,12 +24,12 @@ class DriftShift:
 
 def laws(p: DriftShift, shift: float, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of the Euler chain at the left end of every step."""
-    mean, variance, found = p.mean, p.std**2, []
+    mean, variance, moments = p.mean, p.std**2, []
     for h in np.diff(nodes):
-        found.append((mean, variance))
+        moments.append((mean, variance))
         mean = mean + h * (p.action + shift - p.pull * mean)
         variance = (1 - p.pull * h) ** 2 * variance + p.noise**2 * h
-    means, variances = np.array(found).T
+    means, variances = np.array(moments).T
     return means, variances
 
 
@@ -39,12 +39,12 @@ def path_kl(p: DriftShift, shift: float, nodes: np.ndarray) -> np.ndarray:
 
 
 def flow(p: DriftShift, left: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """X_T | X_t = x is N(factor x + offset, spread) under the old policy: these three."""
+    """X_T | X_t = x is N(factor x + offset, variance) under the old policy: these three."""
     factor = np.exp(-p.pull * left)
     if p.pull == 0:
         return factor, p.action * left, p.noise**2 * left
-    spread = p.noise**2 * (1 - factor**2) / (2 * p.pull)
-    return factor, p.action * (1 - factor) / p.pull, spread
+    variance = p.noise**2 * (1 - factor**2) / (2 * p.pull)
+    return factor, p.action * (1 - factor) / p.pull, variance
 
 
 def quadratic_slope(p: DriftShift, curvature: float, shift: float, nodes: np.ndarray) -> np.ndarray:
@@ -55,29 +55,29 @@ def quadratic_slope(p: DriftShift, curvature: float, shift: float, nodes: np.nda
 
 def quadratic_gap(p: DriftShift, curvature: float, shift: float, nodes: np.ndarray) -> float:
     """The gap for a quadratic reward."""
-    moved = laws(p, shift, nodes)[0] - laws(p, 0.0, nodes)[0]
-    return float(np.diff(nodes) @ (quadratic_slope(p, curvature, shift, nodes) * moved))
+    mean_shift = laws(p, shift, nodes)[0] - laws(p, 0.0, nodes)[0]
+    return float(np.diff(nodes) @ (quadratic_slope(p, curvature, shift, nodes) * mean_shift))
 
 
-def shift_chi2(moved: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """chi^2 of two Gaussians of one variance, whose means differ by ``moved``."""
-    return np.expm1(moved**2 / variance)
+def shift_chi2(mean_shift: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """chi^2 of two Gaussians of one variance, whose means differ by ``mean_shift``."""
+    return np.expm1(mean_shift**2 / variance)
 
 
 def cosine_oscillation(
     p: DriftShift, frequency: float, shift: float, nodes: np.ndarray
 ) -> np.ndarray:
     """sup h - inf h at every step."""
-    factor, _, spread = flow(p, nodes[-1] - nodes[:-1])
-    return 2 * np.abs(shift * frequency * factor) * np.exp(-(frequency**2) * spread / 2)
+    factor, _, flow_variance = flow(p, nodes[-1] - nodes[:-1])
+    return 2 * np.abs(shift * frequency * factor) * np.exp(-(frequency**2) * flow_variance / 2)
 
 
 def cosine_gap(p: DriftShift, frequency: float, shift: float, nodes: np.ndarray) -> float:
     """The gap for a cosine."""
-    factor, offset, spread = flow(p, nodes[-1] - nodes[:-1])
+    factor, offset, flow_variance = flow(p, nodes[-1] - nodes[:-1])
 
     def expected(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-        damping = np.exp(-(frequency**2) * (spread + factor**2 * variance) / 2)
+        damping = np.exp(-(frequency**2) * (flow_variance + factor**2 * variance) / 2)
         sine = np.sin(frequency * (factor * mean + offset))
         return -shift * frequency * factor * damping * sine
 
@@ -95,11 +95,11 @@ def exponential_rate(
     p: DriftShift, frequency: float, shift: float, nodes: np.ndarray, visiting: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of h for an exponential reward, under the law shifted by ``visiting``."""
-    factor, offset, spread = flow(p, nodes[-1] - nodes[:-1])
+    factor, offset, flow_variance = flow(p, nodes[-1] - nodes[:-1])
     mean, variance = laws(p, visiting, nodes)
     width = (frequency * factor) ** 2 * variance
     level = shift * frequency * factor
-    level = level * np.exp(frequency * (factor * mean + offset) + frequency**2 * spread / 2)
+    level = level * np.exp(frequency * (factor * mean + offset) + frequency**2 * flow_variance / 2)
     return level * np.exp(width / 2), level**2 * np.exp(width) * np.expm1(width)
 
 

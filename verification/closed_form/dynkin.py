@@ -8,11 +8,11 @@ from scipy.linalg import expm
 
 @dataclass(frozen=True)
 class Linear:
-    """dX = (drift X + push) dt + spread dW in the plane, from a point."""
+    """dX = (drift X + push) dt + noise dW in the plane, from a point."""
 
     drift: np.ndarray
     push: np.ndarray
-    spread: np.ndarray
+    noise: np.ndarray
     start: np.ndarray
 
     def law(self, t: float) -> tuple[np.ndarray, np.ndarray]:
@@ -20,7 +20,7 @@ class Linear:
         d = len(self.start)
         block = np.zeros((2 * d, 2 * d))
         block[:d, :d], block[d:, d:] = -self.drift, self.drift.T
-        block[:d, d:] = self.spread @ self.spread.T
+        block[:d, d:] = self.noise @ self.noise.T
         whole = expm(block * t)
         flow = whole[d:, d:].T
         affine = np.zeros((d + 1, d + 1))

@@ -55,14 +55,14 @@ def generator(p: Scalar, controlled: bool = True) -> np.ndarray:
     square = [level**2 + p.D**2 * p.s**2, 2 * slope * level, slope**2]
     if not controlled:
         square = [p.noise**2, 0.0, 0.0]
-    found = np.zeros((ORDER + 1, ORDER + 1))
+    rows = np.zeros((ORDER + 1, ORDER + 1))
     for k in range(1, ORDER + 1):
-        found[k, k] += k * drift
-        found[k, k - 1] += k * shift
+        rows[k, k] += k * drift
+        rows[k, k - 1] += k * shift
         for j, each in enumerate(square):
             if k >= 2:
-                found[k, k - 2 + j] += k * (k - 1) / 2 * each
-    return found
+                rows[k, k - 2 + j] += k * (k - 1) / 2 * each
+    return rows
 
 
 def moments(p: Scalar, controlled: bool = True) -> np.ndarray:
@@ -73,10 +73,10 @@ def moments(p: Scalar, controlled: bool = True) -> np.ndarray:
 
 def chain_moments(p: Scalar, steps: np.ndarray) -> np.ndarray:
     """E X^k, k = 1 .. 4, of the Euler chain that draws an action at every node (E = G = 0)."""
-    found = p.start ** np.arange(ORDER + 1)
+    moments = p.start ** np.arange(ORDER + 1)
     for h in steps:
-        found = _step(p, float(h)) @ found
-    return found[1:]
+        moments = _step(p, float(h)) @ moments
+    return moments[1:]
 
 
 def _step(p: Scalar, h: float) -> np.ndarray:
@@ -111,7 +111,9 @@ class Plane:
 
 def plane_averages(p: Plane, x: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Averaged drift [points, 2] and covariance [points, 2, 2]."""
-    F, J, spread = np.array(p.F), np.array(p.J), np.array(p.L) @ np.array(p.L).T
-    drift = np.stack([mean[:, 0] * mean[:, 1] + spread[0, 1], x[:, 0] + mean[:, 1]], axis=1)
+    F, J, action_covariance = np.array(p.F), np.array(p.J), np.array(p.L) @ np.array(p.L).T
+    drift = np.stack(
+        [mean[:, 0] * mean[:, 1] + action_covariance[0, 1], x[:, 0] + mean[:, 1]], axis=1
+    )
     centre = x @ F.T + mean @ J.T
-    return drift, centre[:, :, None] * centre[:, None, :] + J @ spread @ J.T
+    return drift, centre[:, :, None] * centre[:, None, :] + J @ action_covariance @ J.T

@@ -3,7 +3,7 @@
     X' = X + h (drift X + control a) + noise dW,    a ~ N(gain X + offset, std^2) held over a step
     reward   -(state_cost X^2 + action_cost a^2) / 2 - temperature log pi  per unit of time,
              terminal_slope X - terminal_cost X^2 / 2 at the end;  discounted continuously
-    start    N(mean, spread^2)
+    start    N(mean, std^2)
 
 Everything is a polynomial of normals, so expectations follow from three rules:
     E p(X') given X     = p(m) + v/2 p''(m), m and v its mean and variance, for p of degree 3
@@ -13,6 +13,7 @@ Everything is a polynomial of normals, so expectations follow from three rules:
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.polynomial import Polynomial
@@ -49,7 +50,7 @@ class ExploratoryChain:
     discount: float = 0.3
     temperature: float = 0.2
     mean: float = 0.7
-    spread: float = 0.45
+    std: float = 0.45
 
     def after(self, policy: Feedback, h: float) -> tuple[Polynomial, float]:
         """Mean of X' as a polynomial of X, and its variance."""
@@ -57,8 +58,8 @@ class ExploratoryChain:
         return mean, self.noise**2 * h + (h * self.control * policy.std) ** 2
 
 
-def expected(p: Polynomial, mean: Polynomial | float, variance: float) -> Polynomial | float:
-    """E p(Y) of Y ~ N(mean, variance), p of degree 5 at most."""
+def expected(p: Polynomial, mean: Polynomial | float, variance: float) -> Any:
+    """E p(Y) of Y ~ N(mean, variance), p of degree 5 at most: a polynomial if the mean is one."""
     return p(mean) + variance / 2 * p.deriv(2)(mean) + variance**2 / 8 * p.deriv(4)(mean)
 
 
@@ -71,11 +72,11 @@ def reward(c: ExploratoryChain, policy: Feedback) -> Polynomial:
 
 def values(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> list[Polynomial]:
     """V of every node by backward recursion."""
-    found = [Polynomial([0, c.terminal_slope, -c.terminal_cost / 2])]
+    backward = [Polynomial([0, c.terminal_slope, -c.terminal_cost / 2])]
     for h in np.diff(nodes)[::-1]:
-        later = expected(found[-1], *c.after(policy, h))
-        found.append(np.exp(-c.discount * h) * later + h * reward(c, policy))
-    return found[::-1]
+        later = expected(backward[-1], *c.after(policy, h))
+        backward.append(np.exp(-c.discount * h) * later + h * reward(c, policy))
+    return backward[::-1]
 
 
 def stationary(
@@ -101,12 +102,12 @@ def state_laws(
     c: ExploratoryChain, policy: Feedback, nodes: np.ndarray
 ) -> list[tuple[float, float]]:
     """Mean and variance of X at every node."""
-    found = [(c.mean, c.spread**2)]
+    laws = [(c.mean, c.std**2)]
     for h in np.diff(nodes):
         mean, variance = c.after(policy, h)
-        m, v = found[-1]
-        found.append((float(mean(m)), float(mean.coef[1] ** 2 * v + variance)))
-    return found
+        m, v = laws[-1]
+        laws.append((float(mean(m)), float(mean.coef[1] ** 2 * v + variance)))
+    return laws
 
 
 def rates(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> np.ndarray:
@@ -115,7 +116,7 @@ def rates(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> np.ndarra
     Returns:
         Its coefficients [steps, 6] of 1, x, x^2, a, a x, a^2.
     """
-    found, along = [], values(c, policy, nodes)
+    by_step, along = [], values(c, policy, nodes)
     for k, h in enumerate(np.diff(nodes)):
         constant, slope, curvature = np.exp(-c.discount * h) * along[k + 1].coef
         f, b = 1 + h * c.drift, h * c.control  # X' = f x + b a + noise dW
@@ -129,8 +130,8 @@ def rates(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> np.ndarra
         ]
         here = [*along[k].coef, 0, 0, 0]
         paid = [0, 0, -c.state_cost / 2, 0, 0, -c.action_cost / 2]
-        found.append((np.array(later) - np.array(here)) / h + np.array(paid))
-    return np.array(found)
+        by_step.append((np.array(later) - np.array(here)) / h + np.array(paid))
+    return np.array(by_step)
 
 
 def moments_of_a_wrong_value(
@@ -148,11 +149,11 @@ def moments_of_a_wrong_value(
         gap = -error
         if k < len(steps) - 1:
             gap = gap + np.exp(-c.discount * h) * expected(error, *c.after(policy, h))
-        found = [expected(p * gap, *laws[k]) for p in (x**0, x, x**2)]
+        moments = [expected(p * gap, *laws[k]) for p in (x**0, x, x**2)]
         pushed = steps[k - 1] * c.control * policy.std if k else 0.0  # d x_k / d eps
-        found.append(pushed * expected((x * gap).deriv(), *laws[k]))
-        found.append(pushed**2 * expected(gap.deriv(2), *laws[k]))
-        total += np.exp(-c.discount * (nodes[k] - nodes[0])) * np.array(found)
+        moments.append(pushed * expected((x * gap).deriv(), *laws[k]))
+        moments.append(pushed**2 * expected(gap.deriv(2), *laws[k]))
+        total += np.exp(-c.discount * (nodes[k] - nodes[0])) * np.array(moments)
     return total
 
 
@@ -215,16 +216,16 @@ def moments_of_a_wrong_pair(
         still = keep * expected(error, ahead, c.noise**2 * h) - error - h * off[0]
         sloped = keep * pushed * error.deriv()(ahead) - h * off[1]
         curved = keep * pushed**2 * error.deriv(2)(ahead) / 2 - h * off[2]
-        found = [expected(p * (still + curved), *laws[k]) for p in (x**0, x, x**2)]
-        found += [expected(x * sloped, *laws[k]), expected(2 * curved, *laws[k])]
-        total += np.exp(-c.discount * (nodes[k] - nodes[0])) * np.array(found)
+        moments = [expected(p * (still + curved), *laws[k]) for p in (x**0, x, x**2)]
+        moments += [expected(x * sloped, *laws[k]), expected(2 * curved, *laws[k])]
+        total += np.exp(-c.discount * (nodes[k] - nodes[0])) * np.array(moments)
     return total
 
 
 def slope_of_the_martingale_loss(
     c: ExploratoryChain, policy: Feedback, behaviour: Feedback, nodes: np.ndarray, rate: np.ndarray
 ) -> float:
-    """d/dpsi E sum_k h_k (M_T - M_k)^2 at the true pair, q moved by psi rate, along behaviour.
+    """d/dpsi E sum_k h_k (M_T - M_k)^2 at the true pair, q changed by psi rate, along behaviour.
 
     d(M_T - M_k)/dpsi = -sum_{l >= k} e^{-discount t_l} rate(x_l, a_l) h_l, and dM_j is correlated
     with rate(x_l, a_l) for j < l only, through the mean of the rate given x_l. If that is 0, as it
@@ -232,37 +233,43 @@ def slope_of_the_martingale_loss(
     """
     along, laws, steps = values(c, policy, nodes), state_laws(c, behaviour, nodes), np.diff(nodes)
     off = in_noise(rate, behaviour)
-    given = off[0] + off[2]
-    money = np.exp(-c.discount * (nodes[:-1] - nodes[0]))
+    action_mean = off[0] + off[2]
+    factors = np.exp(-c.discount * (nodes[:-1] - nodes[0]))
     total, ahead = 0.0, Polynomial([0.0])  # sum_{l > j} e^{-discount t_l} h_l E[rate_l | x_{j + 1}]
     for j in range(len(steps) - 2, -1, -1):
         if j < len(steps) - 2:
             ahead = expected(ahead, *c.after(behaviour, steps[j + 1]))
-        ahead = ahead + money[j + 1] * steps[j + 1] * given
+        ahead = ahead + factors[j + 1] * steps[j + 1] * action_mean
         mean, variance = c.after(behaviour, steps[j])
         v, value = c.noise**2 * steps[j], np.exp(-c.discount * steps[j]) * along[j + 1]
         # Cov(V(X'), ahead(X') | x, a) at X' ~ N(y, v), then over y ~ N(mean(x), variance - v)
         both = v * value.deriv() * ahead.deriv() + v**2 / 2 * value.deriv(2) * ahead.deriv(2)
-        m, spread = laws[j]
-        where = (float(mean(m)), float(mean.coef[1] ** 2 * spread + variance - v))
-        total -= 2 * money[j] * (nodes[j + 1] - nodes[0]) * float(expected(both, *where))
+        m, state_variance = laws[j]
+        where = (float(mean(m)), float(mean.coef[1] ** 2 * state_variance + variance - v))
+        total -= 2 * factors[j] * (nodes[j + 1] - nodes[0]) * float(expected(both, *where))
     return total
 
 
 def slope_of_squares(
-    c: ExploratoryChain, policy: Feedback, behaviour: Feedback, nodes: np.ndarray, moved: Polynomial
+    c: ExploratoryChain,
+    policy: Feedback,
+    behaviour: Feedback,
+    nodes: np.ndarray,
+    direction: Polynomial,
 ) -> float:
-    """d/dtheta E sum_k dM_k^2 at the true pair, V moved by theta moved before the end.
+    """d/dtheta E sum_k dM_k^2 at the true pair, V changed by theta direction before the end.
 
-    2 E dM_k e^{-discount h} moved(X') = 2 e^{-2 discount h} E Cov(V(X'), moved(X') | x, a): what is
-    random in V' is squared, and does not average out.
+    2 E dM_k e^{-discount h} direction(X') = 2 e^{-2 discount h} E Cov(V(X'), direction(X') | x, a):
+    what is random in V' is squared, and does not average out.
     """
     along, laws, steps = values(c, policy, nodes), state_laws(c, behaviour, nodes), np.diff(nodes)
     total = 0.0
     for k, h in enumerate(steps[:-1]):
         mean, variance = c.after(behaviour, h)
-        v, value, (m, spread) = c.noise**2 * h, along[k + 1], laws[k]
-        both = v * value.deriv() * moved.deriv() + v**2 / 2 * value.deriv(2) * moved.deriv(2)
-        where = (float(mean(m)), float(mean.coef[1] ** 2 * spread + variance - v))
+        v, value, (m, state_variance) = c.noise**2 * h, along[k + 1], laws[k]
+        both = v * value.deriv() * direction.deriv() + v**2 / 2 * value.deriv(2) * direction.deriv(
+            2
+        )
+        where = (float(mean(m)), float(mean.coef[1] ** 2 * state_variance + variance - v))
         total += 2 * np.exp(-2 * c.discount * h) * float(expected(both, *where))
     return total

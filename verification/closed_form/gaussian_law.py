@@ -27,26 +27,26 @@ def kl(law: Law, reference: Law) -> float:
     """KL(law || reference), nats."""
     precision = np.linalg.inv(reference.covariance)
     gap = law.mean - reference.mean
-    spread = np.trace(precision @ law.covariance) - len(gap)
+    trace = np.trace(precision @ law.covariance) - len(gap)
     volume = np.linalg.slogdet(reference.covariance)[1] - np.linalg.slogdet(law.covariance)[1]
-    return float(0.5 * (spread + gap @ precision @ gap + volume))
+    return float(0.5 * (trace + gap @ precision @ gap + volume))
 
 
-def conditional(law: Law, given: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def conditional(law: Law, known: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Slope, constant and covariance of the other variables given one."""
-    given %= len(law.mean)
-    rest = [index for index in range(len(law.mean)) if index != given]
-    across = law.covariance[rest, given]
-    slope = across / law.covariance[given, given]
+    known %= len(law.mean)
+    rest = [index for index in range(len(law.mean)) if index != known]
+    across = law.covariance[rest, known]
+    slope = across / law.covariance[known, known]
     left = law.covariance[np.ix_(rest, rest)] - np.outer(slope, across)
-    return slope, law.mean[rest] - slope * law.mean[given], left
+    return slope, law.mean[rest] - slope * law.mean[known], left
 
 
-def conditional_kl(law: Law, reference: Law, given: int) -> float:
+def conditional_kl(law: Law, reference: Law, known: int) -> float:
     """E KL(others | one), the one distributed as under ``law``, nats."""
-    slope, constant, covariance = conditional(law, given)
-    reference_slope, reference_constant, reference_covariance = conditional(reference, given)
-    mean, variance = law.mean[given], law.covariance[given, given]
+    slope, constant, covariance = conditional(law, known)
+    reference_slope, reference_constant, reference_covariance = conditional(reference, known)
+    mean, variance = law.mean[known], law.covariance[known, known]
     steeper = slope - reference_slope
     apart = constant - reference_constant + steeper * mean
     precision = np.linalg.inv(reference_covariance)

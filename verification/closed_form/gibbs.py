@@ -66,7 +66,7 @@ def _monomials(a: np.ndarray) -> np.ndarray:
 
 
 def log_density(mean: np.ndarray, covariance: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Of N(mean, covariance) at each action, nats."""
+    """Log-density of N(mean, covariance) at each action, nats."""
     gap = actions - mean
     square = np.einsum("ni,ij,nj->n", gap, np.linalg.inv(covariance), gap)
     return -(square + np.linalg.slogdet(2 * np.pi * covariance)[1]) / 2

@@ -33,7 +33,7 @@ class Sampler:
 
     @property
     def std(self) -> np.ndarray:
-        """Of every transition."""
+        """Standard deviation of every transition."""
         a, b = self.alpha_bar[:-1], self.alpha_bar[1:]
         return self.eta * np.sqrt((1 - b) / (1 - a) * (1 - a / b))
 
@@ -45,7 +45,7 @@ class Sampler:
 
     @property
     def factor(self) -> float:
-        """Of the path KL."""
+        """Factor of the path KL."""
         return ((1 + self.eta**2) / (2 * self.eta)) ** 2
 
 
@@ -55,7 +55,7 @@ def shift(s: Sampler, a: np.ndarray, b: np.ndarray, states: np.ndarray) -> np.nd
 
 
 def path_kl(s: Sampler, a: np.ndarray, b: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """Of every path and step, nats."""
+    """Path KL of every path and step, nats."""
     return 0.5 * s.factor * s.clock * (shift(s, a, b, states) ** 2).sum(-1)
 
 

@@ -16,19 +16,23 @@ START = (np.array([0.6, -0.4]), np.array([[0.3, 0.1], [0.1, 0.2]]))
 def path_kl(time: float) -> float:
     """On [0, time], nats."""
     (matrix, vector), (reference, constant) = LAW, REFERENCE
-    spread = NOISE @ NOISE.T
-    weight = np.linalg.inv(spread)
+    noise_covariance = NOISE @ NOISE.T
+    weight = np.linalg.inv(noise_covariance)
 
     def rate(_: float, y: np.ndarray) -> np.ndarray:
         mean, covariance = y[:2], y[2:6].reshape(2, 2)
         apart = (matrix - reference) @ mean + vector - constant
         turn = matrix - reference
         energy = apart @ weight @ apart + np.trace(turn.T @ weight @ turn @ covariance)
-        moved = matrix @ covariance
+        transported = matrix @ covariance
         return np.concatenate(
-            [matrix @ mean + vector, (moved + moved.T + spread).ravel(), [0.5 * energy]]
+            [
+                matrix @ mean + vector,
+                (transported + transported.T + noise_covariance).ravel(),
+                [0.5 * energy],
+            ]
         )
 
     start = np.concatenate([START[0], START[1].ravel(), [0.0]])
-    found = solve_ivp(rate, (0, time), start, method="DOP853", rtol=1e-12, atol=1e-13)
-    return float(found.y[-1, -1])
+    solution = solve_ivp(rate, (0, time), start, method="DOP853", rtol=1e-12, atol=1e-13)
+    return float(solution.y[-1, -1])

@@ -31,9 +31,9 @@ def _run(
         s, m, P = p.horizon - t, v[:n], v[n : n + n * n].reshape(n, n)
         (matrix, vector), g2 = p.score(s), p.beta(s)
         A = g2 * (push * (matrix + gain) + 0.5 * np.eye(n))
-        moved = A @ P + P @ A.T + eta**2 * g2 * np.eye(n)
+        covariance_rate = A @ P + P @ A.T + eta**2 * g2 * np.eye(n)
         paid = np.atleast_1d(cost(s, Normal(m, P)))
-        return np.concatenate([A @ m + push * g2 * (vector + shift), moved.ravel(), paid])
+        return np.concatenate([A @ m + push * g2 * (vector + shift), covariance_rate.ravel(), paid])
 
     paid = np.atleast_1d(cost(p.horizon, start))
     first = np.concatenate([start.mean, start.covariance.ravel(), 0 * paid])
@@ -105,8 +105,8 @@ def gradient(
             [(np.outer(slope, law.mean) - P @ law.covariance).ravel(), slope]
         )
 
-    found = _run(p, start, gain, shift, 1.0, rates)[1]
-    return found[: n * n].reshape(n, n), found[n * n :]
+    integrals = _run(p, start, gain, shift, 1.0, rates)[1]
+    return integrals[: n * n].reshape(n, n), integrals[n * n :]
 
 
 def response(p: VPGaussian) -> np.ndarray:

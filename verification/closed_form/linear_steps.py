@@ -13,7 +13,7 @@ NAMES = ("pull", "gain", "noise", "start")
 def second_moment(scheme: str, numbers: np.ndarray, steps: np.ndarray) -> complex:
     """E X_T^2, for (pull, gain, noise, start), real or complex."""
     pull, gain, noise, start = numbers
-    found = start**2
+    moment = start**2
     for h in steps:
         if scheme == "Euler-Maruyama":
             r = np.array([1 + (pull + gain) * h, noise])
@@ -30,8 +30,8 @@ def second_moment(scheme: str, numbers: np.ndarray, steps: np.ndarray) -> comple
             raise ValueError(f"there is no scheme {scheme!r} here")
         square = np.convolve(r, r)
         moments = np.array([1, 0, h, 0, 3 * h**2])[: len(square)]
-        found = found * (square @ moments)
-    return complex(found)
+        moment = moment * (square @ moments)
+    return complex(moment)
 
 
 def gradient(scheme: str, numbers: np.ndarray, steps: np.ndarray) -> np.ndarray:

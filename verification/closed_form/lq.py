@@ -91,8 +91,8 @@ def q_rate(lq: LQ, value: Quadratic, slope: Quadratic, x: np.ndarray, a: np.ndar
     gain = (lq.A @ x + lq.B @ a + lq.f) @ (S @ x + e) + np.einsum("ji,ik,jk", noise, S, noise) / 2
     cost = x @ lq.M @ x / 2 + a @ lq.R @ x + a @ lq.N @ a / 2 + lq.p @ x + lq.l @ a
     here = x @ S @ x / 2 + e @ x + c
-    moved = x @ slope[0] @ x / 2 + slope[1] @ x + slope[2]
-    return float(moved + gain - cost - lq.discount * here)
+    in_time = x @ slope[0] @ x / 2 + slope[1] @ x + slope[2]
+    return float(in_time + gain - cost - lq.discount * here)
 
 
 def soft_maximum(lq: LQ, value: Quadratic, slope: Quadratic, x: np.ndarray) -> float:
@@ -102,8 +102,8 @@ def soft_maximum(lq: LQ, value: Quadratic, slope: Quadratic, x: np.ndarray) -> f
     noise = lq.C @ x + lq.sigma
     linear = lq.B.T @ (S @ x + e) + np.einsum("jia,ik,jk", lq.D, S, noise) - lq.R @ x - lq.l
     best = np.linalg.solve(W, linear)
-    spread = np.linalg.slogdet(2 * math.pi * lq.temperature * np.linalg.inv(W))[1]
-    return q_rate(lq, value, slope, x, best) + lq.temperature / 2 * float(spread)
+    log_det = np.linalg.slogdet(2 * math.pi * lq.temperature * np.linalg.inv(W))[1]
+    return q_rate(lq, value, slope, x, best) + lq.temperature / 2 * float(log_det)
 
 
 # ---- the optimum over a finite horizon, in two ways
@@ -125,8 +125,8 @@ def riccati_rate(lq: LQ, y: np.ndarray) -> np.ndarray:
     K = np.linalg.solve(W, np.column_stack([G, g]))
     k = k + g @ K[:, -1] / 2 - lq.discount * c
     if lq.temperature:
-        spread = (2 * np.pi * lq.temperature) ** len(W) / np.linalg.det(W)
-        k = k + lq.temperature / 2 * np.log(spread)
+        volume = (2 * np.pi * lq.temperature) ** len(W) / np.linalg.det(W)
+        k = k + lq.temperature / 2 * np.log(volume)
     S_rate, e_rate = Q + G.T @ K[:, :-1] - lq.discount * S, q + G.T @ K[:, -1]
     return np.concatenate([S_rate.ravel(), e_rate - lq.discount * e, [k]])
 
@@ -135,7 +135,7 @@ def riccati(lq: LQ, horizon: float) -> Quadratic:
     """The optimal value at time to go ``horizon``: the completed square, by DOP853."""
     n = len(lq.A)
     start = np.concatenate([-lq.H.ravel(), -lq.h, [0.0]])
-    found = scipy.integrate.solve_ivp(
+    solution = scipy.integrate.solve_ivp(
         lambda _, y: riccati_rate(lq, y),
         (0, horizon),
         start,
@@ -143,7 +143,7 @@ def riccati(lq: LQ, horizon: float) -> Quadratic:
         rtol=3e-14,
         atol=1e-14,
     )
-    y = found.y[:, -1]
+    y = solution.y[:, -1]
     return y[: n * n].reshape(n, n), y[n * n : -1], float(y[-1])
 
 
@@ -209,7 +209,7 @@ def _moment_system(lq: LQ, law: Law) -> tuple[np.ndarray, np.ndarray]:
 
 
 def entropy(Sigma: np.ndarray) -> float:
-    """Of N(., Sigma), nats."""
+    """Entropy of N(., Sigma), nats."""
     return float(np.linalg.slogdet(2 * math.pi * math.e * Sigma)[1]) / 2
 
 
@@ -304,8 +304,8 @@ def solve_scalar(p: Scalar) -> ScalarSolution:
     k1 = -(p.L * gain + p.P) / (p.discount - p.A - p.B * gain)
     rate = (k1 * p.B - p.L) ** 2 / (2 * W)
     if p.temperature:
-        spread = math.log(2 * math.pi * math.e * p.temperature / W)
-        rate += p.temperature / 2 * (spread - 1)
+        log_variance = math.log(2 * math.pi * math.e * p.temperature / W)
+        rate += p.temperature / 2 * (log_variance - 1)
     return ScalarSolution(k2, k1, rate, gain, (k1 * p.B - p.L) / W, p.temperature / W)
 
 
@@ -328,8 +328,8 @@ def exploration_cost(temperature: float, actions: int, discount: float, horizon:
 
 def entropy_gain(W: np.ndarray, temperature: float, discount: float) -> float:
     """V_gam - V_0 without horizon: gam log det(2 pi gam W^{-1}) / (2 discount)."""
-    spread = float(np.linalg.slogdet(2 * math.pi * temperature * np.linalg.inv(W))[1])
-    return temperature * spread / (2 * discount)
+    log_det = float(np.linalg.slogdet(2 * math.pi * temperature * np.linalg.inv(W))[1])
+    return temperature * log_det / (2 * discount)
 
 
 # ---- discounted occupation
@@ -354,15 +354,15 @@ def gradient_in_law(lq: LQ, law: Law, x: np.ndarray) -> np.ndarray:
     def value(theta: np.ndarray) -> float:
         low = np.zeros((m, m))
         low[rows, columns] = theta[m * n + m :]
-        moved = Law(theta[: m * n].reshape(m, n), theta[m * n : m * n + m], low @ low.T)
-        return discounted_value_by_moments(lq, moved, x)
+        shifted = Law(theta[: m * n].reshape(m, n), theta[m * n : m * n + m], low @ low.T)
+        return discounted_value_by_moments(lq, shifted, x)
 
-    found = []
+    by_coordinate = []
     for unit in np.eye(len(theta)):
         slopes = [(value(theta + h * unit) - value(theta - h * unit)) / (2 * h) for h in _STEPS]
         one, two = ((4 * b - a) / 3 for a, b in itertools.pairwise(slopes))
-        found.append((16 * two - one) / 15)
-    return np.array(found)
+        by_coordinate.append((16 * two - one) / 15)
+    return np.array(by_coordinate)
 
 
 _STEPS = (4e-3, 2e-3, 1e-3)

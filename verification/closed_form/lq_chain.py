@@ -43,11 +43,13 @@ def gradient(function: Callable[[np.ndarray], float | complex], theta: np.ndarra
 
 def chain_value(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> np.ndarray:
     """(p, e, c) of V at every node of the chain, [nodes, 3]: backward recursion."""
-    found = [np.array([-p.terminal_cost, 0.0, 0.0])]
+    backward = [np.array([-p.terminal_cost, 0.0, 0.0])]
     for h in np.diff(nodes)[::-1]:
         keep = np.exp(-p.discount * h)
-        found.append(keep * _expected_next(p, theta, h, found[-1]) + _expected_reward(p, theta, h))
-    return np.array(found[::-1])
+        backward.append(
+            keep * _expected_next(p, theta, h, backward[-1]) + _expected_reward(p, theta, h)
+        )
+    return np.array(backward[::-1])
 
 
 def _expected_next(p: LQChain, theta: np.ndarray, h: float, row: np.ndarray) -> np.ndarray:
@@ -56,12 +58,12 @@ def _expected_next(p: LQChain, theta: np.ndarray, h: float, row: np.ndarray) -> 
     variance = np.exp(2 * log_std)
     sigma, slope = p.noise + p.noise_push * offset, p.noise_slope + p.noise_push * gain
     f, b = 1 + h * (p.drift_slope + p.push * gain), h * p.push * offset  # E X' = f x + b
-    spread = h * sigma**2 + variance * (h * p.noise_push**2 + h**2 * p.push**2)
+    variance_next = h * sigma**2 + variance * (h * p.noise_push**2 + h**2 * p.push**2)
     return np.array(
         [
             square * (f**2 + h * slope**2),
             square * (f * b + h * slope * sigma) + linear * f,
-            square * (b**2 + spread) / 2 + linear * b + constant,
+            square * (b**2 + variance_next) / 2 + linear * b + constant,
         ]
     )
 
@@ -91,14 +93,14 @@ def state_moments(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> np.ndarra
     variance = np.exp(2 * log_std)
     sigma, slope = p.noise + p.noise_push * offset, p.noise_slope + p.noise_push * gain
     mean, square = p.start, p.start**2
-    found = [(mean, square)]
+    moments = [(mean, square)]
     for h in np.diff(nodes):
         f, b = 1 + h * (p.drift_slope + p.push * gain), h * p.push * offset
-        moved = f**2 * square + 2 * f * b * mean + b**2 + variance * (h * p.push) ** 2
-        spread = slope**2 * square + 2 * slope * sigma * mean + sigma**2
-        mean, square = f * mean + b, moved + h * (spread + variance * p.noise_push**2)
-        found.append((mean, square))
-    return np.array(found)
+        mean_square = f**2 * square + 2 * f * b * mean + b**2 + variance * (h * p.push) ** 2
+        noise_square = slope**2 * square + 2 * slope * sigma * mean + sigma**2
+        mean, square = f * mean + b, mean_square + h * (noise_square + variance * p.noise_push**2)
+        moments.append((mean, square))
+    return np.array(moments)
 
 
 def forward_performance(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> float | complex:
@@ -197,18 +199,18 @@ def regularised_q(
     variance = np.exp(2 * log_std)
     sigma, slope = p.noise + p.noise_push * offset, p.noise_slope + p.noise_push * gain
     pull, shift = p.drift_slope + p.push * gain, p.push * offset
-    spread = square * (sigma**2 + p.noise_push**2 * variance) / 2
+    noise_term = square * (sigma**2 + p.noise_push**2 * variance) / 2
     cost = p.action_cost * (offset**2 + variance) / 2
     paid = p.temperature * _entropy(log_std)
-    found = np.array(
+    averages = np.array(
         [
             (2 * pull + slope**2) * square / 2 - (p.state_cost + p.action_cost * gain**2) / 2,
             pull * linear + shift * square + square * slope * sigma - p.action_cost * gain * offset,
-            shift * linear + spread - cost + paid,
+            shift * linear + noise_term - cost + paid,
         ]
     )
     halves = np.array([0.5, 1.0, 1.0])
-    return found - halves * (decay + p.discount * value)
+    return averages - halves * (decay + p.discount * value)
 
 
 def q_rate_sum(
@@ -269,14 +271,14 @@ def average_advantages(
     A_k = sum_l e^{-(discount + rate) (t_l - t_k)} delta_l, so backwards A = delta + keep E A'. It
     is 0 where the values are the chain's own.
     """
-    ahead, found = np.zeros(3), []
+    ahead, backward = np.zeros(3), []
     for k in range(len(nodes) - 2, -1, -1):
         h = nodes[k + 1] - nodes[k]
         delta = np.exp(-p.discount * h) * _expected_next(p, theta, h, values[k + 1]) - values[k]
         delta = delta + _expected_reward(p, theta, h)
         ahead = delta + np.exp(-(p.discount + rate) * h) * _expected_next(p, theta, h, ahead)
-        found.append(ahead)
-    return np.array(found[::-1])
+        backward.append(ahead)
+    return np.array(backward[::-1])
 
 
 def baseline_rate(p: LQChain, theta: np.ndarray, horizon: float, rate: float) -> float:
@@ -284,13 +286,13 @@ def baseline_rate(p: LQChain, theta: np.ndarray, horizon: float, rate: float) ->
 
     The recursion on 200 and 400 steps, extrapolated: errors of O(h^2).
     """
-    series, found = value_series(p, theta), []
+    series, advantages = value_series(p, theta), []
     for steps in (200, 400):
         nodes = np.linspace(0, horizon, steps + 1)
         values = np.array([series_at(series, horizon - t) for t in nodes])
         row = average_advantages(p, theta, nodes, values, rate)[0]
-        found.append(row @ np.array([p.start**2 / 2, p.start, 1.0]) * steps / horizon)
-    return float(2 * found[1] - found[0])
+        advantages.append(row @ np.array([p.start**2 / 2, p.start, 1.0]) * steps / horizon)
+    return float(2 * advantages[1] - advantages[0])
 
 
 def expected_advantage(
@@ -326,8 +328,8 @@ def q_difference(
     bend = square * p.noise_push**2 - p.action_cost
     mean, variance = gain * x + offset, np.exp(2 * log_std)
     farther = ((action - mean) ** 2 - (other - mean) ** 2) / (2 * variance)
-    moved = slope * (action - other) + bend * (action**2 - other**2) / 2
-    return float(moved + p.temperature * farther)
+    rate_gap = slope * (action - other) + bend * (action**2 - other**2) / 2
+    return float(rate_gap + p.temperature * farther)
 
 
 def held_action_slope(p: LQChain, theta: np.ndarray, horizon: float) -> float:

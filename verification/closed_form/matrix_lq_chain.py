@@ -49,27 +49,27 @@ def chain_value(
 ) -> list[tuple[np.ndarray, np.ndarray, float | complex]]:
     """(P, e, c) of V = x'Px/2 + e'x + c at every node: backward recursion."""
     gain, offset, scale = unpack(theta)
-    spread = scale @ scale.T
+    action_covariance = scale @ scale.T
     entropy = 0.5 * DIM * np.log(2 * np.pi * np.e) + np.log(np.diag(scale)).sum()
     P, e, c = -p.terminal_cost, np.zeros(DIM), 0.0
-    found = [(P, e, c)]
+    backward: list[tuple[np.ndarray, np.ndarray, float | complex]] = [(P, e, c)]
     for h in np.diff(nodes)[::-1]:
         keep = np.exp(-p.discount * h)
         F, b = np.eye(DIM) + h * (p.drift + p.push @ gain), h * p.push @ offset
-        covariance = h * p.noise @ p.noise.T + h**2 * p.push @ spread @ p.push.T
-        cost = (offset @ p.action_cost @ offset + np.trace(p.action_cost @ spread)) / 2
+        covariance = h * p.noise @ p.noise.T + h**2 * p.push @ action_covariance @ p.push.T
+        cost = (offset @ p.action_cost @ offset + np.trace(p.action_cost @ action_covariance)) / 2
         c = keep * (b @ P @ b / 2 + e @ b + np.trace(P @ covariance) / 2 + c)
         c = c + h * (p.temperature * entropy - cost)
         e = keep * F.T @ (P @ b + e) - h * gain.T @ p.action_cost @ offset
         P = keep * F.T @ P @ F - h * (p.state_cost + gain.T @ p.action_cost @ gain)
-        found.append((P, e, c))
-    return found[::-1]
+        backward.append((P, e, c))
+    return backward[::-1]
 
 
 def performance(p: MatrixLQ, theta: np.ndarray, nodes: np.ndarray) -> float | complex:
     """V(0, start)."""
     (P, e, c), x = chain_value(p, theta, nodes)[0], np.array(p.start)
-    return x @ P @ x / 2 + e @ x + c
+    return (x @ P @ x / 2 + e @ x + c).item()
 
 
 def gradient(function: Callable[[np.ndarray], float | complex], theta: np.ndarray) -> np.ndarray:
@@ -98,7 +98,7 @@ def q_rate_gradient(
         F, b = np.eye(DIM) + h * (p.drift + p.push @ gain), h * p.push @ offset
         covariance = h * p.noise @ p.noise.T
         covariance = covariance + h**2 * p.push @ scale @ scale.T @ p.push.T
-        moved = F @ mean
-        second = F @ second @ F.T + np.outer(moved, b) + np.outer(b, moved) + np.outer(b, b)
-        second, mean = second + covariance, moved + b
+        next_mean = F @ mean
+        second = F @ second @ F.T + np.outer(next_mean, b) + np.outer(b, next_mean) + np.outer(b, b)
+        second, mean = second + covariance, next_mean + b
     return total

@@ -17,13 +17,13 @@ class Mixture:
     variances: tuple[float, float] = (0.15, 0.4)
 
     def density(self, y: np.ndarray) -> np.ndarray:
-        """Of the data."""
+        """Density of the data."""
         parts = zip(self.weights, self.means, self.variances, strict=True)
         each = [w * np.exp(-((y - m) ** 2) / (2 * v)) / np.sqrt(v) for w, m, v in parts]
         return np.sum(each, axis=0) / np.sqrt(2 * np.pi)
 
     def score(self, x: float, alpha: float, sigma: float) -> float:
-        """Of Y at x."""
+        """Score of Y at x."""
         variances = [alpha**2 * v + sigma**2 for v in self.variances]
         gaps = [x - alpha * m for m in self.means]
         shares = [

@@ -5,7 +5,8 @@
     J(t, x) = terminal x^2 + (horizon - t) coefficients . (1, x, x^2)
 
 In the monomials m(x) = (1, x, x^2) everything is a matrix: E[m(X')|x] = step m, gram = E m m',
-the mean of dM given x is (shift' coefficients + pay) . m, and its variance comes from ``spread``.
+the mean of dM given x is (shift' coefficients + pay) . m, and its variance comes from
+``conditional_covariance``.
 """
 
 from dataclasses import dataclass
@@ -49,12 +50,12 @@ def chain(e: Evaluation, nodes: np.ndarray, decay: float) -> dict[str, np.ndarra
     squares, squares_right = np.zeros((3, 3)), np.zeros(3)
     mean, variance = e.mean, e.variance
     for k, h in enumerate(np.diff(nodes)):
-        now, after, money = e.horizon - nodes[k], e.horizon - nodes[k + 1], np.exp(-e.discount * h)
+        now, after, factor = e.horizon - nodes[k], e.horizon - nodes[k + 1], np.exp(-e.discount * h)
         weight, f, v = np.exp(-e.discount * (nodes[k] - nodes[0])), 1 - e.pull * h, e.noise**2 * h
         step = np.array([[1, 0, 0], [0, f, 0], [v, 0, f**2]])
         g = gram(mean, variance)
-        shift = money * after * step - now * np.eye(3)
-        pay = e.terminal * (money * step[2] - np.eye(3)[2]) + h * np.eye(3)[2]
+        shift = factor * after * step - now * np.eye(3)
+        pay = e.terminal * (factor * step[2] - np.eye(3)[2]) + h * np.eye(3)[2]
         project += weight**2 * h * now**2 * g
         target += weight**2 * h * now * g @ (true[k] - [0, 0, e.terminal])
         trace = trace + h * now * g  # E xi m', with the step itself
@@ -65,13 +66,15 @@ def chain(e: Evaluation, nodes: np.ndarray, decay: float) -> dict[str, np.ndarra
         moments += weight * tests @ g @ shift.T
         moments_right += weight * tests @ g @ pay
         covariance += h * tests @ g @ tests.T
-        spread = np.zeros((3, 3))  # E Cov(m(X') | X)
-        spread[1:, 1:] = [
+        conditional_covariance = np.zeros((3, 3))  # E Cov(m(X') | X)
+        conditional_covariance[1:, 1:] = [
             [v, 2 * f * v * g[0, 1]],
             [2 * f * v * g[0, 1], 4 * f**2 * v * g[1, 1] + 2 * v**2],
         ]
-        squares += shift @ g @ shift.T + (money * after) ** 2 * spread
-        squares_right += shift @ g @ pay + money**2 * after * e.terminal * spread[2]
+        squares += shift @ g @ shift.T + (factor * after) ** 2 * conditional_covariance
+        squares_right += (
+            shift @ g @ pay + factor**2 * after * e.terminal * conditional_covariance[2]
+        )
         mean, variance = f * mean, f**2 * variance + v
     weighted = moments.T @ np.linalg.inv(covariance)
     return {
@@ -86,12 +89,14 @@ def chain(e: Evaluation, nodes: np.ndarray, decay: float) -> dict[str, np.ndarra
 
 def values(e: Evaluation, nodes: np.ndarray) -> np.ndarray:
     """The chain's value at every node, in (1, x, x^2)."""
-    found = [np.array([0, 0, e.terminal])]
+    backward = [np.array([0, 0, e.terminal])]
     for h in np.diff(nodes)[::-1]:
-        constant, _, curvature = found[-1]
+        constant, _, curvature = backward[-1]
         keep, f, v = np.exp(-e.discount * h), 1 - e.pull * h, e.noise**2 * h
-        found.append(np.array([keep * (constant + curvature * v), 0, h + keep * curvature * f**2]))
-    return np.array(found[::-1])
+        backward.append(
+            np.array([keep * (constant + curvature * v), 0, h + keep * curvature * f**2])
+        )
+    return np.array(backward[::-1])
 
 
 def squares_of_the_true_value(e: Evaluation, nodes: np.ndarray) -> float:

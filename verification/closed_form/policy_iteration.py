@@ -13,7 +13,7 @@ _STEP = 1e-30  # of complex differentiation, which subtracts nothing
 
 def newton(lq: LQ, y: np.ndarray) -> np.ndarray:
     """y - F'(y)^{-1} F(y), F the Riccati equation of (S, e, c); it knows of no policy."""
-    columns = [riccati_rate(lq, y + 1j * _STEP * unit).imag / _STEP for unit in np.eye(len(y))]
+    columns = [np.imag(riccati_rate(lq, y + 1j * _STEP * unit)) / _STEP for unit in np.eye(len(y))]
     return y - np.linalg.solve(np.array(columns).T, riccati_rate(lq, y))
 
 
@@ -71,7 +71,7 @@ class Chain:
         return density / density.sum(0)
 
     def value(self, mass: np.ndarray) -> np.ndarray:
-        """Of a policy, its entropy relative to the weights paid."""
+        """Value of a policy that is paid its entropy relative to the weights."""
         entropy = -scipy.special.rel_entr(mass, self.weights[:, None]).sum(0)
         paid = (mass * self.r).sum(0) + self.temperature * entropy
         return self.resolvent(mass, paid)

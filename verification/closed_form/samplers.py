@@ -107,7 +107,7 @@ def extrapolated(values: Sequence[np.ndarray | float]) -> np.ndarray:
 
 
 def eta_transition(model: VPGaussian, s_from: float, s_to: float, eta: float) -> Transition:
-    """Of dX = (-k X + (1 + eta^2) / 2 g2 score) dt + eta sqrt(g2) dW, along the data's axes.
+    """Transition of dX = (-k X + (1 + eta^2) / 2 g2 score) dt + eta sqrt(g2) dW on the data's axes.
 
     d log F = (beta / 2 - (1 + eta^2) / 2 beta / v) dt for an axis of noised variance v, and
     d log v = -(beta / v - beta) dt, d log alpha = beta / 2 dt; so
@@ -123,7 +123,7 @@ def eta_transition(model: VPGaussian, s_from: float, s_to: float, eta: float) ->
 
 
 def shift_response(model: VPGaussian, eta: float) -> float:
-    """How far score + 1 moves the mean of one-dimensional data, int F (1 + eta^2) / 2 beta ds.
+    """Shift of the mean of one-dimensional data by score + 1, int F (1 + eta^2) / 2 beta ds.
 
     By quadrature in log(alpha), where the integrand is tame at both ends.
     """
@@ -132,8 +132,8 @@ def shift_response(model: VPGaussian, eta: float) -> float:
     low = np.log(model.alpha(model.horizon))
     log_alpha = 0.5 * low * (1 - nodes)  # beta ds = -2 d log(alpha)
     alpha = np.exp(log_alpha)
-    spread = alpha**2 * variance + 1 - alpha**2
-    F = alpha ** (eta**2) * (variance / spread) ** (0.5 * (1 + eta**2))
+    noised_variance = alpha**2 * variance + 1 - alpha**2
+    F = alpha ** (eta**2) * (variance / noised_variance) ** (0.5 * (1 + eta**2))
     return float(-0.5 * low * (weights @ (F * (1 + eta**2))))
 
 
@@ -212,18 +212,18 @@ def euler_chain(model: VPGaussian, s: np.ndarray) -> Chain:
 
 
 def response_of_steps(model: VPGaussian, steps: int, trained: int) -> float:
-    """How far Euler steps move the mean of the data, if the score is shifted by 1 at some nodes.
+    """Shift of the data's mean under Euler steps, the score shifted by 1 at some nodes.
 
     Those of the grid of ``trained`` steps, which a table with one entry a step knows; elsewhere the
     score is the pretrained one.
     """
     s = np.linspace(1.0, 0.0, steps + 1)
     slopes, pushes = euler_chain(model, s).slope, -np.diff(s) * rates(model, s[:-1])
-    moved = 0.0
+    response = 0.0
     for k in range(steps):
         known = (k * trained) % steps == 0
-        moved = slopes[k] * moved + pushes[k] * known
-    return float(moved)
+        response = slopes[k] * response + pushes[k] * known
+    return float(response)
 
 
 def best_euler_shift(

@@ -38,28 +38,28 @@ def alpha_bar(s: float) -> float:
 
 
 def weight(eta: float) -> float:
-    """Of int g^2 E |difference of scores|^2 dt in the path KL."""
+    """Weight of int g^2 E |difference of scores|^2 dt in the path KL."""
     return (1 + eta**2) ** 2 / (8 * eta**2)
 
 
 def euler_steps(score: LinearScore, eta: float, nodes: np.ndarray) -> Steps:
     """Euler-Maruyama on the nodes t."""
-    found, eye = [], np.eye(2)
+    transitions, eye = [], np.eye(2)
     for t, h in zip(nodes[:-1], np.diff(nodes), strict=True):
         b, share = beta(1 - t), (1 + eta**2) / 2
         matrix = eye + h * b * (0.5 * eye + share * score.matrix)
-        found.append((matrix, h * b * share * score.vector, eta**2 * b * h * eye))
-    return found
+        transitions.append((matrix, h * b * share * score.vector, eta**2 * b * h * eye))
+    return transitions
 
 
 def ddim_steps(score: LinearScore, eta: float, times: np.ndarray) -> Steps:
     """Song, Meng & Ermon 2021, equation 12, on decreasing noising times, written with epsilon."""
-    found, eye = [], np.eye(2)
+    transitions, eye = [], np.eye(2)
     for s, s_next in itertools.pairwise(times):
         a, b = alpha_bar(s), alpha_bar(s_next)
         variance = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
         epsilon, constant = -np.sqrt(1 - a) * score.matrix, -np.sqrt(1 - a) * score.vector
         # x' = sqrt(b) (x - sqrt(1 - a) epsilon) / sqrt(a) + sqrt(1 - b - variance) epsilon
         gain = np.sqrt(1 - b - variance) - np.sqrt(b / a * (1 - a))
-        found.append((np.sqrt(b / a) * eye + gain * epsilon, gain * constant, variance * eye))
-    return found
+        transitions.append((np.sqrt(b / a) * eye + gain * epsilon, gain * constant, variance * eye))
+    return transitions

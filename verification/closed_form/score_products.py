@@ -88,7 +88,7 @@ def transitions(p: LinearReward, nodes: np.ndarray) -> np.ndarray:
 
 
 def limits(p: LinearReward, horizon: float) -> tuple[np.ndarray, np.ndarray]:
-    """As h -> 0: h times the variances of view A that diverge, (return, return less V); and view B.
+    """Limits of the variances as h -> 0: view A diverges, (return, return less V), times h; view B.
 
     dV has the variance int w(t)^2 dt / std^2 in view A, and 0 in view B.
     """
@@ -96,12 +96,12 @@ def limits(p: LinearReward, horizon: float) -> tuple[np.ndarray, np.ndarray]:
     paid = p.weight * np.exp(-p.discount * T)
     flow = np.exp(a * T)
     level = (paid * (flow * p.start + p.push * p.offset * (flow - 1) / a)) ** 2
-    spread = (paid * p.noise) ** 2 * (flow**2 - 1) / (2 * a)  # int w^2 dt
+    noise_integral = (paid * p.noise) ** 2 * (flow**2 - 1) / (2 * a)  # int w^2 dt
     # int_0^T int_t^T w^2 ds dt, w(s)^2 ~ e^{2 a (T - s)}
     ahead = (paid * p.noise) ** 2 * ((flow**2 - 1) / (2 * a) - T) / (2 * a)
     slope = paid * p.push * (flow - 1) / a
     ratio = (p.push / p.noise) ** 2
     return (
-        np.array([T * (level + spread), ahead]) / p.std**2,
-        np.array([ratio * T * (level + spread) + slope**2, ratio * ahead]),
+        np.array([T * (level + noise_integral), ahead]) / p.std**2,
+        np.array([ratio * T * (level + noise_integral) + slope**2, ratio * ahead]),
     )

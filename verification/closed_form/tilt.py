@@ -158,16 +158,16 @@ def chain_optimum(
         variance = step.std**2
         hard = np.linalg.inv(Q + b / variance * np.eye(len(slope)))  # of -u'(.)u/2 + u'gradient
         K, k = -hard @ Q @ step.F, hard @ (slope - Q @ step.f)
-        total, moved = step.F + K, step.f + k
+        total, offset = step.F + K, step.f + k
         cost = b / variance
         values.append(
             Quadratic(
                 total.T @ Q @ total + cost * K.T @ K,
-                total.T @ (slope - Q @ moved) - cost * K.T @ k,
+                total.T @ (slope - Q @ offset) - cost * K.T @ k,
                 float(
                     c
-                    + slope @ moved
-                    - 0.5 * moved @ Q @ moved
+                    + slope @ offset
+                    - 0.5 * offset @ Q @ offset
                     - 0.5 * variance * np.trace(Q)
                     - 0.5 * cost * k @ k
                 ),
@@ -192,8 +192,8 @@ def chain_regret(
         hardness = after.Q + b / step.std**2 * np.eye(len(k))
         error, offset = K - K_best, k - k_best
         centre = error @ law.mean + offset
-        spread = error @ law.covariance @ error.T
-        total += 0.5 * (centre @ hardness @ centre + np.trace(hardness @ spread))
+        error_covariance = error @ law.covariance @ error.T
+        total += 0.5 * (centre @ hardness @ centre + np.trace(hardness @ error_covariance))
         law = Transition(step.F + K, step.f + k, step.std**2 * np.eye(len(k))).of(law)
     return float(total)
 
@@ -240,9 +240,9 @@ def eta_transition(p: VPGaussian, eta: float) -> Transition:
 
 def tilted_transition(base: Transition, reward: Quadratic, b: float) -> Transition:
     """Every conditional law of a transition, tilted by itself."""
-    spread = np.linalg.inv(np.linalg.inv(base.C) + reward.Q / b)
-    kept = spread @ np.linalg.inv(base.C)
-    return Transition(kept @ base.F, kept @ base.f + spread @ reward.l / b, spread)
+    covariance = np.linalg.inv(np.linalg.inv(base.C) + reward.Q / b)
+    kept = covariance @ np.linalg.inv(base.C)
+    return Transition(kept @ base.F, kept @ base.f + covariance @ reward.l / b, covariance)
 
 
 # No zero, no one, no equal numbers. Q has a negative eigenvalue, but the tilt exists.

@@ -29,14 +29,14 @@ def irreducible(p: VPGaussian, reward: Quadratic, s: float) -> float:
     F, f, C = p.posterior(s)
     law, Q = p.noised(s), reward.Q
     slope = reward.l - Q @ (F @ law.mean + f)
-    moved = F.T @ Q @ C @ Q @ F @ law.covariance
-    return float(0.5 * np.trace(Q @ C @ Q @ C) + slope @ C @ slope + np.trace(moved))
+    product = F.T @ Q @ C @ Q @ F @ law.covariance
+    return float(0.5 * np.trace(Q @ C @ Q @ C) + slope @ C @ slope + np.trace(product))
 
 
 def without_affine(function: Quadratic, law: Normal) -> float:
     """Variance of what the best affine function leaves of a quadratic: tr(QPQP)/2."""
-    spread = function.Q @ law.covariance
-    return float(0.5 * np.trace(spread @ spread))
+    product = function.Q @ law.covariance
+    return float(0.5 * np.trace(product @ product))
 
 
 Skip = Callable[[float], float]

@@ -37,8 +37,8 @@ class Transition(NamedTuple):
 
     def then(self, later: "Transition") -> "Transition":
         """This transition and a later one in a row."""
-        moved = later.of(Normal(self.f, self.C))
-        return Transition(later.F @ self.F, moved.mean, moved.covariance)
+        law = later.of(Normal(self.f, self.C))
+        return Transition(later.F @ self.F, law.mean, law.covariance)
 
 
 class Quadratic(NamedTuple):
@@ -58,8 +58,8 @@ class Quadratic(NamedTuple):
 
     def variance(self, law: Normal) -> float:
         """Its variance under a normal law: tr(QSQS)/2 + |S^{1/2} gradient at the mean|^2."""
-        spread, slope = self.Q @ law.covariance, self.l - self.Q @ law.mean
-        return float(0.5 * np.trace(spread @ spread) + slope @ law.covariance @ slope)
+        product, slope = self.Q @ law.covariance, self.l - self.Q @ law.mean
+        return float(0.5 * np.trace(product @ product) + slope @ law.covariance @ slope)
 
 
 def kl(law: Normal, reference: Normal) -> float:
@@ -104,8 +104,8 @@ class VPGaussian:
     def noised(self, s: float) -> Normal:
         """Law of Y_s."""
         unit = np.eye(len(self.mean))
-        spread = self.alpha(s) ** 2 * self.covariance + self.sigma(s) ** 2 * unit
-        return Normal(self.alpha(s) * self.mean, spread)
+        covariance = self.alpha(s) ** 2 * self.covariance + self.sigma(s) ** 2 * unit
+        return Normal(self.alpha(s) * self.mean, covariance)
 
     def score(self, s: float) -> tuple[np.ndarray, np.ndarray]:
         """(matrix, vector) of the score x -> matrix x + vector of Y_s."""

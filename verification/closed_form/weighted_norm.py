@@ -15,7 +15,7 @@ def rotated(condition: float, columns: int, left: float, right: float) -> np.nda
 
 
 def energy(sigma: Rows, shift: list[float]) -> float:
-    """Of a matrix with two rows and the numbers as they stand in the machine."""
+    """Weighted norm for a matrix with two rows, of the numbers as they stand in the machine."""
     (a, b), y = [[Fraction(x) for x in row] for row in sigma], [Fraction(x) for x in shift]
     aa, ab, bb = (
         sum(x * z for x, z in zip(*pair, strict=True)) for pair in ((a, a), (a, b), (b, b))

@@ -24,10 +24,10 @@ def flow(L: float, steps: np.ndarray) -> float:
 
 def driven(L: float, push: float, steps: np.ndarray) -> float:
     """sum h push prod (1 + L h): what a constant push of the drift moves; push (e^{LT} - 1) / L."""
-    moved = 0.0
+    displacement = 0.0
     for h in steps:
-        moved = (1 + L * h) * moved + h * push
-    return moved
+        displacement = (1 + L * h) * displacement + h * push
+    return displacement
 
 
 def mean_square(

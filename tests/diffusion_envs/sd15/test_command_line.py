@@ -1,6 +1,7 @@
 """The command line: names become objects, errors name the option, a stopped run goes on."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -11,8 +12,11 @@ import pytest
 
 from diffusion_envs import objectives
 from diffusion_envs.objectives import NearTarget
-from diffusion_envs.sd15 import __main__ as commands
-from diffusion_envs.sd15.__main__ import OBJECTIVES, Finetune, _objective, _read, main
+from diffusion_envs.runs import command_line
+from diffusion_envs.runs.command_line import OBJECTIVES, Finetune
+from diffusion_envs.runs.options import RunOptions
+from diffusion_envs.sd15 import StableDiffusion
+from diffusion_envs.sd15.__main__ import FAMILY
 from diffusion_envs.training.update_size import UpdateSize
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
@@ -24,7 +28,14 @@ SMALL = [
 
 
 def run(*arguments: str | Path) -> int:
-    return main([str(a) for a in arguments])
+    return command_line.main(FAMILY, once([str(a) for a in arguments]))
+
+
+def once(words: list[str]) -> list[str]:
+    """The last of an option's values only: on a command line it may stand once."""
+    flags = [k for k, word in enumerate(words) if word.startswith("--")] + [len(words)]
+    pieces = {words[a]: words[a:b] for a, b in itertools.pairwise(flags)}
+    return words[: flags[0]] + [word for piece in pieces.values() for word in piece]
 
 
 @pytest.mark.parametrize(
@@ -120,20 +131,20 @@ def test_every_option_has_a_description(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert run("--help") == 0
     shown = capsys.readouterr().out.partition("Every objective")[0]
-    for kind in (Finetune, UpdateSize):
-        for field in dataclasses.fields(kind):
-            if field.name in ("settings", "schedule"):  # which are options of their own
-                continue
-            flag = "--" + field.name.replace("_", "-")
-            found = re.search(rf"{flag}[ ,](.*?)\(default: ", shown, re.DOTALL)
-            assert found, f"{flag} is not listed"
-            said = re.sub(r"\{.*?\}|--[a-z-]+", "", found[1])  # choices, and the flag that says no
-            assert re.search("[a-z]{3}", said), f"{flag} has no help"
+    structs = ("model", "size", "options", "stop", "objective_settings")  # options of their own
+    names = [f.name for f in dataclasses.fields(Finetune) if f.name not in structs]
+    for kind in (UpdateSize, StableDiffusion, RunOptions):
+        names += [f.name for f in dataclasses.fields(kind) if f.name not in ("stop", "preference")]
+    for name in (*names, "preferences", "stop_z", "stop_path_kl", "stop_every"):
+        flag = "--" + name.replace("_", "-")
+        found = re.search(rf"{flag}[ ,](.*?)\(default: ", shown, re.DOTALL)
+        assert found, f"{flag} is not listed"
+        said = re.sub(r"\{.*?\}|--[a-z-]+", "", found[1])  # choices, and the flag that says no
+        assert re.search("[a-z]{3}", said), f"{flag} has no help"
 
 
 def options(*arguments: str) -> objectives.Objective:
-    read = _read(["--output", "run", *arguments])
-    return _objective(read.objective, read.settings)
+    return command_line.read(FAMILY, ["--output", "run", *arguments]).objective_settings
 
 
 def another(value: Any) -> Any:
@@ -165,14 +176,17 @@ def test_every_setting_of_every_objective_can_be_given(name):
 
 
 def test_no_setting_of_an_objective_is_an_option_of_every_run():
-    common = {f.name for kind in (Finetune, UpdateSize) for f in dataclasses.fields(kind)}
+    kinds = (Finetune, UpdateSize, StableDiffusion, RunOptions)
+    common = {f.name for kind in kinds for f in dataclasses.fields(kind)}
     for kind in OBJECTIVES.values():
         assert not common & {f.name for f in dataclasses.fields(kind)}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_help_explains_every_setting_of_the_objective(name, capsys, monkeypatch):
-    monkeypatch.setattr(commands, "OBJECTIVES", {name: OBJECTIVES[name]})  # only its own in a list
+    monkeypatch.setattr(
+        command_line, "OBJECTIVES", {name: OBJECTIVES[name]}
+    )  # only its own in a list
     monkeypatch.setenv("COLUMNS", "200")
     assert run("--objective", name, "--help") == 0
     shown = capsys.readouterr().out
@@ -206,4 +220,5 @@ def test_a_run_goes_on_with_the_settings_of_its_objective(settings, tmp_path, ca
     assert run("--resume", folder, "--updates", "2") == 0
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     stored = json.loads((folder / "config.json").read_text())
-    assert stored["command"]["settings"] == settings[2:]
+    again = command_line.rebuild(stored["settings"])["objective"]
+    assert again == options(*settings)

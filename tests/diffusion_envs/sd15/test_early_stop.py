@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusion_envs import rewards, sd15
+from diffusion_envs import rewards
 from diffusion_envs.objectives import DDPO, ScoreAsAction
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.report import write_report
 from diffusion_envs.training.kl_controller import TargetKL
 from diffusion_envs.training.update_size import UpdateSize
+from tests.diffusion_envs.sd15.calling import finetune
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
 
@@ -34,7 +35,7 @@ SETTINGS = {
     "steps": 2,
     "guidance": 1.0,
     "updates": 12,
-    "schedule": UpdateSize(samples=8, batch=16, value_epochs=1),
+    "size": UpdateSize(samples=8, batch=16, value_epochs=1),
     "lora_rank": 2,
     "evaluation_samples": 8,
     "picture_every": 2,
@@ -66,7 +67,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("runs") / "stopped"
-    return folder, sd15.finetune(reward=Red(), output=folder, stop=RULE, **SETTINGS)
+    return folder, finetune(reward=Red(), output=folder, stop=RULE, **SETTINGS)
 
 
 def test_it_stops_when_the_judge_falls_and_exports_the_best_model(stopped):
@@ -99,19 +100,19 @@ def test_the_report_says_why_and_when(stopped):
     assert run.over_optimisation.sentence.split("(")[0] in page
 
 
-def test_what_the_panel_measures_is_logged(stopped):
+def test_over_optimisation_metrics_are_logged(stopped):
     folder, run = stopped
-    log = lines(folder / "panel.jsonl")
+    log = lines(folder / "over_optimisation.jsonl")
     last = json.loads((folder / "summary.json").read_text())["stop"]["update"]
     assert [line["update"] for line in log] == list(range(2, last + 1, 2))
     for name in ("judge_gain.blue", "diversity_gain.pixels", "distance.pixels", "path_kl"):
         assert name in log[0]
-        assert name in run.panel
+        assert name in run.metrics
     assert log[-1]["distance.pixels"]["mean"] > log[0]["distance.pixels"]["mean"] > 0
 
 
 def same(one: Path, other: Path) -> None:
-    for name in ("metrics.jsonl", "panel.jsonl"):
+    for name in ("metrics.jsonl", "over_optimisation.jsonl"):
         assert lines(one / name) == lines(other / name)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
     assert summaries[0] == summaries[1]
@@ -127,8 +128,8 @@ def same(one: Path, other: Path) -> None:
 def test_an_interrupted_run_stops_at_the_same_update_bit_for_bit(stopped, tmp_path, at):
     folder = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        sd15.finetune(reward=Red(at), output=folder, stop=RULE, **SETTINGS)
-    sd15.finetune(reward=Red(), output=folder, stop=RULE, resume=True, **SETTINGS)
+        finetune(reward=Red(at), output=folder, stop=RULE, **SETTINGS)
+    finetune(reward=Red(), output=folder, stop=RULE, resume=True, **SETTINGS)
     same(folder, stopped[0])
 
 
@@ -144,25 +145,25 @@ def test_a_crash_between_the_best_model_and_its_checkpoint_loses_neither(
 
     monkeypatch.setattr(checkpoint, "save", crashing)
     with pytest.raises(KeyboardInterrupt):
-        sd15.finetune(reward=Red(), output=folder, stop=RULE, **SETTINGS)
+        finetune(reward=Red(), output=folder, stop=RULE, **SETTINGS)
     monkeypatch.setattr(checkpoint, "save", save)
     found = sorted(path.name for path in (folder / "best").iterdir())
     assert found[-1] == f"step-{stopped[1].update:06d}"
     assert len(found) == 2  # the one before, which the newest checkpoint calls the best, too
-    sd15.finetune(reward=Red(), output=folder, stop=RULE, resume=True, **SETTINGS)
+    finetune(reward=Red(), output=folder, stop=RULE, resume=True, **SETTINGS)
     same(folder, stopped[0])
 
 
 def test_a_rule_that_sees_nothing_leaves_the_run_as_it_is(tmp_path):
     few = SETTINGS | {"updates": 4}
     folder, patient = tmp_path / "ruled", StopRule(z=1000.0, every=2, samples=8)
-    ruled = sd15.finetune(reward=Red(), output=folder, stop=patient, **few)
-    plain = sd15.finetune(reward=Red(), output=tmp_path / "plain", **few)
+    ruled = finetune(reward=Red(), output=folder, stop=patient, **few)
+    plain = finetune(reward=Red(), output=tmp_path / "plain", **few)
     assert ruled.stopped is None
     assert plain.stopped is None
     assert ruled.update == plain.update == 4
     assert ruled.reward == plain.reward
-    assert ruled.panel == plain.panel
+    assert ruled.metrics == plain.metrics
     assert lines(folder / "metrics.jsonl") == lines(tmp_path / "plain" / "metrics.jsonl")
     assert "The stop rule did not end the run" in (folder / "report.html").read_text()
     assert "stop rule" not in (tmp_path / "plain" / "report.html").read_text()
@@ -172,10 +173,10 @@ def test_a_steered_run_logs_its_weight_and_resumes(tmp_path):
     objective = replace(SETTINGS["objective"], kl_weight=0.01)
     few = SETTINGS | {"updates": 4, "objective": objective}
     few |= {"target_kl": TargetKL(0.05, rate=0.5)}
-    sd15.finetune(reward=Red(), output=tmp_path / "whole", **few)
+    finetune(reward=Red(), output=tmp_path / "whole", **few)
     with pytest.raises(KeyboardInterrupt):
-        sd15.finetune(reward=Red(at=5), output=tmp_path / "cut", **few)
-    sd15.finetune(reward=Red(), output=tmp_path / "cut", resume=True, **few)
+        finetune(reward=Red(at=5), output=tmp_path / "cut", **few)
+    finetune(reward=Red(), output=tmp_path / "cut", resume=True, **few)
     same(tmp_path / "whole", tmp_path / "cut")
     weights = [line["kl_weight"] for line in lines(tmp_path / "cut" / "metrics.jsonl")]
     assert weights[:2] == [0.01, pytest.approx(0.01 * math.exp(-0.5))]  # a fresh adapter: 0 nats
@@ -192,5 +193,5 @@ def test_a_steered_run_logs_its_weight_and_resumes(tmp_path):
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_written(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        sd15.finetune(reward=Red(), output=tmp_path / "run", **SETTINGS | change)
+        finetune(reward=Red(), output=tmp_path / "run", **SETTINGS | change)
     assert not (tmp_path / "run").exists()

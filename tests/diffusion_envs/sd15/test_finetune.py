@@ -13,13 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ctrl.noise import normals_by_sample
-from diffusion_envs import objectives, rewards, samplers, sd15
+from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.models.stable_diffusion_pipeline import tiny_folder
 from diffusion_envs.runs.evaluation import HELD_OUT, evaluate
-from diffusion_envs.sd15.build import build
-from diffusion_envs.sd15.transfer import load_adapter, transfer
+from diffusion_envs.runs.exported import load_exported
+from diffusion_envs.runs.finetune import make_environment
+from diffusion_envs.runs.transfer import transfer
+from diffusion_envs.sd15 import StableDiffusion
 from diffusion_envs.training.trainer import PreflightError
 from diffusion_envs.training.update_size import UpdateSize
+from tests.diffusion_envs.sd15.calling import finetune
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
 
@@ -28,7 +31,7 @@ SMALL = {
     "prompts": PROMPTS,
     "steps": 3,
     "updates": 3,
-    "schedule": UpdateSize(samples=4, batch=8, value_epochs=1),
+    "size": UpdateSize(samples=4, batch=8, value_epochs=1),
     "lora_rank": 2,
     "evaluation_samples": 4,
     "picture_every": 2,
@@ -59,7 +62,7 @@ class Interrupted:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    sd15.finetune(reward=Interrupted(at=-1), output=folder, **SMALL)
+    finetune(reward=Interrupted(at=-1), output=folder, **SMALL)
     return folder
 
 
@@ -69,9 +72,9 @@ def finished(tmp_path_factory) -> Path:
 def test_an_interrupted_run_resumes_to_the_same_numbers_bit_for_bit(finished, tmp_path, at):
     folder = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        sd15.finetune(reward=Interrupted(at), output=folder, **SMALL)
+        finetune(reward=Interrupted(at), output=folder, **SMALL)
     torch.rand(7)  # the global stream must not matter
-    sd15.finetune(reward=Interrupted(at=-1), output=folder, resume=True, **SMALL)
+    finetune(reward=Interrupted(at=-1), output=folder, resume=True, **SMALL)
     assert lines(folder) == lines(finished)
     name = "pytorch_lora_weights.safetensors"
     whole, cut = load_file(finished / name), load_file(folder / name)
@@ -116,10 +119,11 @@ def test_plain_diffusers_makes_the_fine_tuned_images(finished):
     latents = normals_by_sample((4, 8, 8), seed=0, name=(HELD_OUT, "start"), samples=range(2))
     settings = {"guidance_scale": 3.0, "num_inference_steps": 3, "eta": 0.0, "output_type": "pt"}
     theirs = pipe(PROMPTS, latents=latents, **settings).images
-    built = small_model(samplers.DDIM(0.0))
-    untouched = evaluate(built.environment, 2).images
-    load_adapter(finished, built)
-    ours = evaluate(built.environment, 2).images
+    model = small_model()
+    environment = environment_of(model, samplers.DDIM(0.0))
+    untouched = evaluate(environment, 2).images
+    load_exported(model, finished)
+    ours = evaluate(environment, 2).images
     # float32 networks called with other batch shapes agree to about 1e-6 a call
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert (
@@ -127,23 +131,20 @@ def test_plain_diffusers_makes_the_fine_tuned_images(finished):
     ).abs().max() > 1e-3  # the adapter matters, so the agreement means something
 
 
-def small_model(sampler: samplers.DDIM):
-    return build(
-        reward=rewards.Colour("red"),
-        prompts=PROMPTS,
-        sampler=sampler,
-        steps=3,
-        guidance=3.0,
-        batch=8,
-        lora_rank=2,
-    )
+JUDGED = {"reward": rewards.Colour("red"), "prompts": PROMPTS, "seed": 0}
+
+
+def small_model() -> Any:
+    return StableDiffusion(lora_rank=2).load(device=torch.device("cpu"), batch=8, seed=0)
+
+
+def environment_of(model: Any, sampler: samplers.DDIM):
+    return make_environment(model, sampler=sampler, steps=3, **JUDGED)
 
 
 def test_transfer_judges_other_step_counts_and_the_ode(finished):
-    built = small_model(samplers.DDIM(1.0))
-    rows = transfer(
-        finished, built, steps=[2, 5], samplers=[samplers.DDIM(1.0), samplers.DDIM(0.0)], samples=4
-    )
+    kinds = [samplers.DDIM(1.0), samplers.DDIM(0.0)]
+    rows = transfer(finished, small_model(), **JUDGED, steps=[2, 5], samplers=kinds, samples=4)
     assert [(row.sampler, row.steps) for row in rows] == [
         ("DDIM eta 1", 2),
         ("DDIM eta 1", 5),
@@ -155,7 +156,7 @@ def test_transfer_judges_other_step_counts_and_the_ode(finished):
 
 
 def test_a_sample_is_the_same_in_any_batch():
-    environment = small_model(samplers.DDIM(1.0)).environment
+    environment = environment_of(small_model(), samplers.DDIM(1.0))
     whole = evaluate(environment, 6, batch=6)
     parts = evaluate(environment, 6, batch=4)
     torch.testing.assert_close(whole.images, parts.images, rtol=0, atol=1e-4)  # as above
@@ -165,7 +166,7 @@ def test_a_sample_is_the_same_in_any_batch():
     "objective", [objectives.ScoreAsActionSampled(), objectives.ScoreAsActionReleased()]
 )
 def test_the_other_objectives_run_in_the_same_loop(objective, tmp_path):
-    run = sd15.finetune(
+    run = finetune(
         reward=rewards.JpegCompressibility(),
         objective=objective,
         output=tmp_path / "run",
@@ -177,7 +178,7 @@ def test_the_other_objectives_run_in_the_same_loop(objective, tmp_path):
 def test_training_on_an_ode_is_refused_before_anything_is_written(tmp_path):
     for objective in (objectives.ScoreAsAction(), objectives.ScoreAsActionSampled()):
         with pytest.raises(ValueError, match="density"):
-            sd15.finetune(
+            finetune(
                 reward=rewards.Colour(),
                 objective=objective,
                 sampler=samplers.DDIM(0.0),
@@ -192,24 +193,22 @@ def test_time_subsampling_is_unbiased():
     from diffusion_envs.training import parallel
     from diffusion_envs.training.trainer import Trainer
 
-    built = small_model(samplers.DDIM(1.0))
+    model = small_model()
     trainer = Trainer(
-        built.environment,
+        environment_of(model, samplers.DDIM(1.0)),
         objectives.ScoreAsAction(),
-        replace(SMALL["schedule"], samples=2),
+        replace(SMALL["size"], samples=2),
         accelerator=parallel.start(),
     )
     rollout = trainer.sample().rollout
     lesson = trainer.losses(rollout)
 
     def gradient(which: Tensor) -> Tensor:
-        for parameter in built.environment.model.parameters:
+        for parameter in model.parameters:
             parameter.grad = None
         losses = trainer.objective.loss(lesson.rows(which))
         (losses.sum() * 3 / len(which)).backward()
-        return torch.cat(
-            [p.grad.flatten() for p in built.environment.model.parameters if p.grad is not None]
-        )
+        return torch.cat([p.grad.flatten() for p in model.parameters if p.grad is not None])
 
     paths = torch.arange(2)
     every = gradient(torch.cartesian_prod(paths, torch.arange(3)))
@@ -232,7 +231,7 @@ def test_preflight_refuses_an_adapter_that_is_not_fresh(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, "attach_lora", spoiled)
     with pytest.raises(PreflightError, match="path KL"):
-        sd15.finetune(reward=rewards.Colour(), output=tmp_path / "run", **SMALL)
+        finetune(reward=rewards.Colour(), output=tmp_path / "run", **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -253,18 +252,18 @@ def test_preflight_refuses_an_adapter_that_is_not_fresh(tmp_path, monkeypatch):
         ({"resolution": 20}, "resolution"),
         ({"model": ""}, "model"),
         ({"judges": {"same": rewards.Colour("red")}}, "judge"),
-        ({"schedule": UpdateSize(samples=4, train_steps=9)}, "train_steps"),
+        ({"size": UpdateSize(samples=4, train_steps=9)}, "train_steps"),
     ],
 )
 def test_bad_arguments_are_named_and_nothing_is_written(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        sd15.finetune(reward=rewards.Colour("red"), output=tmp_path / "run", **SMALL | change)
+        finetune(reward=rewards.Colour("red"), output=tmp_path / "run", **SMALL | change)
     assert not (tmp_path / "run").exists()
 
 
 def test_prompts_that_are_one_string_are_refused(tmp_path):
     with pytest.raises(TypeError, match="list of strings"):
-        sd15.finetune(
+        finetune(
             reward=rewards.Colour(), output=tmp_path, **SMALL | {"prompts": "a photo of a cat"}
         )
 
@@ -274,23 +273,23 @@ def test_a_reward_that_fails_stops_the_run_and_keeps_it(tmp_path):
         return torch.full((len(images),), float("nan"))
 
     with pytest.raises(rewards.RewardError, match="bad must be finite"):
-        sd15.finetune(reward=bad, output=tmp_path / "run", **SMALL)
+        finetune(reward=bad, output=tmp_path / "run", **SMALL)
     assert (tmp_path / "run" / "config.json").is_file()
 
 
 def test_folders_of_other_runs_are_never_overwritten(finished, tmp_path):
     before = (finished / "metrics.jsonl").read_text()
     with pytest.raises(FileExistsError, match="another run"):
-        sd15.finetune(reward=rewards.Colour(), output=finished, **SMALL)
+        finetune(reward=rewards.Colour(), output=finished, **SMALL)
     with pytest.raises(ValueError, match="guidance"):
-        sd15.finetune(reward=Interrupted(-1), output=finished, resume=True, **SMALL, guidance=1.5)
+        finetune(reward=Interrupted(-1), output=finished, resume=True, **SMALL, guidance=1.5)
     with pytest.raises(FileNotFoundError, match="resume"):
-        sd15.finetune(reward=rewards.Colour(), output=tmp_path / "none", resume=True, **SMALL)
+        finetune(reward=rewards.Colour(), output=tmp_path / "none", resume=True, **SMALL)
     assert (finished / "metrics.jsonl").read_text() == before
 
 
 def test_folders_that_are_not_pipelines_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="lacks"):
-        sd15.finetune(reward=rewards.Colour(), model=tmp_path, output=tmp_path / "run", **SMALL)
+        finetune(reward=rewards.Colour(), model=tmp_path, output=tmp_path / "run", **SMALL)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        sd15.finetune(reward=rewards.Colour(), model="./nowhere", output=tmp_path / "run", **SMALL)
+        finetune(reward=rewards.Colour(), model="./nowhere", output=tmp_path / "run", **SMALL)

@@ -5,8 +5,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from diffusion_envs import rewards
-from diffusion_envs.sd15 import finetune
 from diffusion_envs.training import parallel
+from tests.diffusion_envs.sd15.calling import finetune
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,8 @@ from diffusion_envs.objectives import (
     PathObjective,
 )
 from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, Recorded
+from diffusion_envs.runs.command_line import OBJECTIVES
 from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Scheduler
-from diffusion_envs.sd15.__main__ import OBJECTIVES
 from diffusion_envs.training.kl_controller import TargetKL
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize

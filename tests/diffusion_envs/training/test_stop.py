@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import binom, t
 
-from diffusion_envs.runs.early_stopping import Look, StopRule, Watch, check
+from diffusion_envs.runs.early_stopping import EarlyStopping, Scores, StopRule, check
 
 DOUBLE = torch.float64
 
@@ -20,7 +20,7 @@ def looks(
     samples: int = 32,
     noise: float = 0.3,
     path_kl: list[float] | None = None,
-) -> list[Look]:
+) -> list[Scores]:
     """Seeds differ by a standard deviation of 1, looks at one seed by ``noise``."""
     seed = torch.randn(samples, dtype=DOUBLE, generator=generator)
 
@@ -30,12 +30,12 @@ def looks(
 
     nats = path_kl or [0.1 * k for k in range(len(judge))]
     return [
-        Look(10 * k, r, {"clarity": j}, torch.full((samples,), n, dtype=DOUBLE))
+        Scores(10 * k, r, {"clarity": j}, torch.full((samples,), n, dtype=DOUBLE))
         for k, (j, r, n) in enumerate(zip(seen(judge), seen(reward), nats, strict=True))
     ]
 
 
-def first_stop(rule: StopRule, seen: list[Look]) -> int | None:
+def first_stop(rule: StopRule, seen: list[Scores]) -> int | None:
     """The look at which a run ends."""
     return next((k for k in range(len(seen)) if rule.decide(seen[: k + 1]).reason), None)
 
@@ -69,7 +69,7 @@ def test_pairing_matters(generator):
     seen = looks([0.0, -0.35], [0.0, 1.0], generator, samples=36)
     assert StopRule(z=3.0).decide(seen).reason is not None
     other = seen[1].judged["clarity"][torch.randperm(36, generator=generator)]
-    shuffled = Look(10, seen[1].rewards, {"clarity": other}, seen[1].path_kl)
+    shuffled = Scores(10, seen[1].rewards, {"clarity": other}, seen[1].path_kl)
     assert StopRule(z=3.0).decide([seen[0], shuffled]).reason is None
 
 
@@ -86,7 +86,7 @@ def test_noise_stops_no_more_runs_than_promised(generator, judges):
         if judges == 2:
             other = looks([0.0] * (ahead + 1), list(range(ahead + 1)), generator, samples=24)
             seen = [
-                Look(a.update, a.rewards, {**a.judged, "other": b.judged["clarity"]}, a.path_kl)
+                Scores(a.update, a.rewards, {**a.judged, "other": b.judged["clarity"]}, a.path_kl)
                 for a, b in zip(seen, other, strict=True)
             ]
         stops += first_stop(rule, seen) is not None
@@ -116,17 +116,17 @@ def test_passing_the_limit_of_path_kl_stops_and_what_passed_it_is_not_kept(gener
 
 def test_without_judges_the_reward_chooses(generator):
     seen = [
-        Look(k.update, k.rewards, {}, k.path_kl)
+        Scores(k.update, k.rewards, {}, k.path_kl)
         for k in looks([0.0] * 3, [0.0, 2.0, 1.0], generator)
     ]
     assert StopRule(max_path_kl=9.0).decide(seen).best == 10
 
 
 def test_judges_count_in_units_of_their_spread():
-    def look(update: int, coarse: float, fine: float) -> Look:
+    def look(update: int, coarse: float, fine: float) -> Scores:
         base = torch.tensor([-1.0, 1.0], dtype=DOUBLE)
         judged = {"coarse": 1000 * (base + coarse), "fine": base + fine}
-        return Look(update, base, judged, base.abs())
+        return Scores(update, base, judged, base.abs())
 
     # the coarse judge loses 0.3 of its spread, the fine one gains 0.4 of its own
     assert StopRule(z=9.0).decide([look(0, 0.0, 0.0), look(10, -0.3, 0.4)]).best == 10
@@ -136,24 +136,24 @@ def test_judges_count_in_units_of_their_spread():
 def test_a_watch_looks_on_time_keeps_the_best_and_resumes(generator):
     seen = {k.update: k for k in looks([0, 0.5, 1.0, -1.0], [0, 1, 2, 3], generator)}
 
-    def watch(kept: list[int]) -> Watch:
-        return Watch(StopRule(), lambda update, pretrained: seen[update], kept.append)
+    def watch(kept: list[int]) -> EarlyStopping:
+        return EarlyStopping(StopRule(), lambda update, pretrained: seen[update], kept.append)
 
     kept: list[int] = []
     whole = watch(kept)
     whole.begin()
-    found = {update: whole.after(update) for update in range(1, 31)}
+    found = {update: whole.evaluate(update) for update in range(1, 31)}
     assert [update for update, decision in found.items() if decision] == [10, 20, 30]
     assert kept == [0, 10, 20]
     assert found[20].reason is None
     assert found[30].reason is not None
     first, later = watch([]), watch(kept := [])
     first.begin()
-    first.after(10)
+    first.evaluate(10)
     later.load_state(first.state())
     later.begin()
-    assert later.after(20) == found[20]
-    assert later.after(30) == found[30]
+    assert later.evaluate(20) == found[20]
+    assert later.evaluate(30) == found[30]
     assert kept == [20]
 
 

@@ -1,19 +1,19 @@
 """Step and solver transfer: a model fine-tuned at one step count, judged at others."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ctrl import Estimate
-from diffusion_envs.runs import checkpoint
-from diffusion_envs.runs.evaluation import evaluate
+from diffusion_envs import rewards
+from diffusion_envs.models.protocol import Model
+from diffusion_envs.runs.evaluation import evaluate, require_the_runs_reward
+from diffusion_envs.runs.exported import load_exported
+from diffusion_envs.runs.finetune import make_environment
 from diffusion_envs.runs.report import write_report
 from diffusion_envs.runs.run_folder import write_json
 from diffusion_envs.samplers import Sampler
-from diffusion_envs.sd15.build import Model
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,17 @@ class Row:
 
 def transfer(
     folder: str | Path,
-    built: Model,
+    model: Model,
     *,
+    reward: rewards.Reward,
+    prompts: Sequence[str],
+    seed: int,
     steps: Sequence[int],
     samplers: Sequence[Sampler],
     samples: int,
     batch: int = 32,
 ) -> list[Row]:
-    """Judge a finished run at other step counts; write ``transfer.json`` and the report anew.
+    """Judge what a run exported at other step counts; write ``transfer.json`` and the report anew.
 
     Every row uses the same held-out seeds. The stochastic sampler's noise is drawn step by step,
     so rows of other step counts share the starting noise only. Heun's scheduler calls the network
@@ -49,38 +52,48 @@ def transfer(
 
     Args:
         folder: of the run.
-        built: the model of the run, as ``build`` makes it from the run's settings.
+        model: of the run, freshly loaded.
+        reward: of the run.
+        prompts: of the run.
+        seed: of the run.
         steps: step counts to try.
         samplers: DDIM at one or several eta, 0 included, and schedulers of diffusers by name.
         samples: held-out samples of each.
         batch: samples rolled out at once.
 
     Raises:
-        FileNotFoundError: the run has no checkpoint yet.
-        ValueError: a step count is out of range.
+        FileNotFoundError: the run has exported no model yet.
+        ValueError: a step count is out of range, or the reward is not the run's.
     """
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
     folder = Path(folder)
-    grids = [(kind, n, built.bind(kind, n)) for kind in samplers for n in steps]
-    load_adapter(folder, built)
+    grids = [
+        (
+            kind,
+            n,
+            make_environment(
+                model,
+                sampler=kind,
+                steps=n,
+                reward=reward,
+                prompts=prompts,
+                seed=seed,
+                batch=batch,
+            ),
+        )
+        for kind in samplers
+        for n in steps
+    ]
+    load_exported(model, folder)
+    before = folder / "evaluation" / "before.safetensors"
+    for _, _, environment in grids[:1]:
+        require_the_runs_reward(environment, before, batch)
     rows = []
-    for kind, n, bound in grids:
-        environment = replace(built.environment, sampler=bound)
-        before = evaluate(environment, samples, batch=batch, pretrained=True).rewards
-        after = evaluate(environment, samples, batch=batch).rewards
-        gain = Estimate.of(after - before)
-        rows.append(Row(kind.label, n, Estimate.of(before), Estimate.of(after), gain))
+    for kind, n, environment in grids:
+        was = evaluate(environment, samples, batch=batch, pretrained=True).rewards
+        now = evaluate(environment, samples, batch=batch).rewards
+        rows.append(Row(kind.label, n, *(Estimate.of(r) for r in (was, now, now - was))))
     write_json(folder / "transfer.json", [row.as_dict() for row in rows])
     write_report(folder)
     return rows
-
-
-def load_adapter(folder: Path, built: Model) -> None:
-    """Put the adapter of a run's newest checkpoint into a freshly built model."""
-    found = checkpoint.latest(folder / "checkpoints")
-    if found is None:
-        raise FileNotFoundError(f"run {folder} has no checkpoint yet; let it finish or resume it")
-    with torch.no_grad():
-        for parameter, tensor in zip(built.parameters, found.state["adapter"], strict=True):
-            parameter.copy_(tensor)

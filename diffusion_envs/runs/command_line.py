@@ -1,0 +1,639 @@
+"""The command line of a model family: names become objects here, at the edge, and nowhere else.
+
+Its options are the fields of the dataclasses that Python uses (the family's model, ``UpdateSize``,
+``RunOptions``, ``StopRule``, the objective), with their descriptions and defaults. To resume a run
+is to take the fields of the run as defaults.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import docstring_parser
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from diffusion_envs import objectives, rewards, samplers
+from diffusion_envs.cifar10.data import CLASSES
+from diffusion_envs.objectives.distributional import FirstVariation, NearTarget, mean_reward
+from diffusion_envs.preferences import MissingChoicesError, Preference, Recorded
+from diffusion_envs.runs.early_stopping import StopRule
+from diffusion_envs.runs.finetune import finetune
+from diffusion_envs.runs.options import RunOptions
+from diffusion_envs.runs.prompts import from_words
+from diffusion_envs.runs.run_folder import read_settings
+from diffusion_envs.runs.settings import Unnamed, describe, differences, rebuild
+from diffusion_envs.runs.summary import Run
+from diffusion_envs.training.kl_controller import TargetKL
+from diffusion_envs.training.trainer import NonFiniteError, PreflightError
+from diffusion_envs.training.update_size import UpdateSize
+
+REWARDS: dict[str, rewards.Reward] = {
+    "prompt-alignment": rewards.PromptAlignment("reward"),
+    "jpeg-compressibility": rewards.JpegCompressibility(),
+    "jpeg-incompressibility": rewards.JpegIncompressibility(),
+    "red": rewards.Colour("red"),
+    "green": rewards.Colour("green"),
+    "blue": rewards.Colour("blue"),
+}
+JUDGES = REWARDS | {"prompt-alignment-judge": rewards.PromptAlignment("judge")}
+JUDGES_OF = {"prompt-alignment": {"judge": JUDGES["prompt-alignment-judge"]}}  # where none is named
+OBJECTIVES = {
+    "adjoint-matching": objectives.AdjointMatching,
+    "dxmi-continuous-released": objectives.ContinuousDxMIReleased,
+    "dxmi-continuous": objectives.ContinuousDxMI,
+    "dxmi": objectives.DxMI,
+    "align-prop": objectives.AlignProp,
+    "draft": objectives.DRaFT,
+    "refl": objectives.ReFL,
+    "dense-reward": objectives.DenseReward,
+    "d3po": objectives.D3PO,
+    "ddpo": objectives.DDPO,
+    "ddpo-sf": objectives.DDPOScoreFunction,
+    "distributional": objectives.DistributionalOptimisation,
+    "dpok": objectives.DPOK,
+    "grpo": objectives.GRPO,
+    "tdpo": objectives.TDPO,
+    "tdpo-r": objectives.TDPOReset,
+    "nft": objectives.DiffusionNFT,
+    "ram": objectives.ReinforceAdjointMatching,
+    "score-as-action": objectives.ScoreAsAction,
+    "score-as-action-sampled": objectives.ScoreAsActionSampled,
+    "score-as-action-released": objectives.ScoreAsActionReleased,
+}
+SAMPLERS: dict[str, samplers.Sampler] = {
+    "ddim": samplers.DDIM(),
+    "ddim-ode": samplers.DDIM(0.0),
+    "dpm++": samplers.Scheduler("DPMSolverMultistepScheduler"),
+    "unipc": samplers.Scheduler("UniPCMultistepScheduler"),
+    "heun": samplers.Scheduler("HeunDiscreteScheduler"),
+}
+CLASS_PROMPTS = tuple(f"a photo of a{'n' if name[0] in 'aeiou' else ''} {name}" for name in CLASSES)
+OWN = "my_module:my_function"
+_STOP = {"stop_z": "z", "stop_path_kl": "max_path_kl", "stop_every": "every"}
+_FLAGS = {"preference": "preferences"} | {name: flag for flag, name in _STOP.items()}
+
+_NEVER = StopRule(z=None)
+ModelOptions = TypeVar("ModelOptions")
+ObjectiveSettings = TypeVar("ObjectiveSettings")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models with a command line.
+
+    Attributes:
+        program: how it is called.
+        model: dataclass of what to load (``runs.finetune.Loadable``), with defaults.
+    """
+
+    program: str
+    model: Callable[..., Any]
+
+
+def _explained(name: str) -> Any:
+    """An option of ``finetune``, described and defaulted there."""
+    documented = {p.arg_name: p.description for p in docstring_parser.parse(_DOC).params}
+    return tyro.conf.arg(help=documented[name])
+
+
+_DOC = finetune.__doc__ or ""
+_DEFAULTS = {name: p.default for name, p in inspect.signature(finetune).parameters.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Generic[ModelOptions, ObjectiveSettings]):
+    """Fine-tune a diffusion model with a reward.
+
+    Attributes:
+        reward: prompt-alignment, jpeg-compressibility, jpeg-incompressibility, red, green, blue, or
+            your own as my_module:my_function.
+        prompts: what to ask for, or a file with one prompt a line or a JSON list; the ten CIFAR-10
+            classes if left out.
+        output: folder of the run.
+        resume: folder of a run to go on with; every other option is then the run's. Updates may
+            grow; device, progress and wandb may be chosen anew.
+        objective: score-as-action, ddpo, dpok, grpo, tdpo, ..., or your own as my_module:MyClass;
+            each has settings of its own, which follow as options (--objective grpo --help explains
+            grpo's).
+        sampler: ddim; or, for objectives that learn from data (nft, ram, distributional), ddim-ode,
+            dpm++, unipc or heun.
+        eta: stochasticity of ddim: 1, the SDE, if left out; 0 is the ODE (which has no density).
+    """
+
+    model: ModelOptions
+    reward: rewards.Reward = REWARDS["prompt-alignment"]
+    prompts: tuple[str, ...] = CLASS_PROMPTS
+    output: Path | None = None
+    resume: Path | None = None
+    objective: str = "score-as-action"
+    sampler: samplers.Sampler = SAMPLERS["ddim"]
+    eta: float | None = None
+    steps: Annotated[int, _explained("steps")] = _DEFAULTS["steps"]
+    updates: Annotated[int, _explained("updates")] = _DEFAULTS["updates"]
+    seed: Annotated[int, _explained("seed")] = _DEFAULTS["seed"]
+    size: UpdateSize = field(default_factory=UpdateSize)
+    options: RunOptions = field(default_factory=RunOptions)
+    stop: StopRule = _NEVER
+    objective_settings: ObjectiveSettings
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of ``finetune``.
+
+        Raises:
+            ValueError: eta is not for this sampler; or something that the run was started with has
+                no name.
+        """
+        sampler, stop = self.sampler, None
+        if self.eta is not None:
+            if not isinstance(sampler, samplers.DDIM) or sampler == SAMPLERS["ddim-ode"]:
+                raise ValueError(f"eta is for the sampler ddim, and this one is {sampler.label}")
+            sampler = samplers.DDIM(self.eta)
+        if self.stop.z is not None or self.stop.max_path_kl is not None:
+            stop = dataclasses.replace(self.stop, samples=self.options.evaluation_samples)
+        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("resume", "eta", "stop", "objective_settings"):
+            del named[name]
+        options = dataclasses.replace(self.options, stop=stop)
+        named |= {"objective": self.objective_settings, "sampler": sampler, "options": options}
+        judges = {f"judges {name}": judge for name, judge in options.judges.items()}
+        for name, value in {**named, **judges, "preferences": options.preference}.items():
+            if isinstance(value, Unnamed):
+                option, _, judge = name.partition(" ")
+                raise ValueError(
+                    f"the {value.setting} of this run was {value.why}; give it with --{option} "
+                    + (f"{judge}={OWN}" if judge else OWN)
+                )
+        return named
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """How a fine-tuned model does at other step counts, paired with the pretrained one.
+
+    Attributes:
+        run: folder of a finished run.
+        steps: step counts to try.
+        samplers: ddim (with the run's eta), ddim-ode (eta 0), dpm++, unipc, heun.
+        samples: held-out samples of each.
+        device: cpu or cuda; the run's if left out.
+        reward: my_module:my_function, where the run's reward has no name of its own.
+    """
+
+    run: tyro.conf.Positional[Path]
+    steps: tuple[int, ...] = (10, 25, 50, 100)
+    samplers: tuple[str, ...] = ("ddim",)
+    samples: int = 64
+    device: Literal["cpu", "cuda"] | None = None
+    reward: str | None = None
+
+
+# -- names and objects -----------------------------------------------------------------------------
+
+
+def _named(kind: str, name: str, table: Mapping[str, Any], own: str = "") -> Any:
+    """The entry of a table, or an error that suggests the nearest; or your own, by import.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    if own and ":" in name:
+        sys.path.insert(0, os.getcwd())  # a user's module beside them
+        return rewards.load(name, kind)
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    mine = f" (or your own, as {own})" if own else ""
+    raise ValueError(f"{kind} must be one of {', '.join(table)}, got {name!r}{hint}{mine}")
+
+
+def _objective_class(name: str) -> Any:
+    if ":" not in name:
+        return _named("objective", name, OBJECTIVES)
+    return type(_named("objective", name, {}, "my_module:MyClass"))
+
+
+def _name_of(value: Any, table: Mapping[str, Any]) -> str:
+    """What to write for an object."""
+    known = next((name for name, each in table.items() if each == value), None)
+    if known is not None or isinstance(value, Unnamed):
+        return known or value.why
+    described = describe(value)
+    return next((described[k] for k in ("function", "loaded", "class") if k in described), "?")
+
+
+def _judges(words: list[str]) -> dict[str, rewards.Reward]:
+    pairs = [word.partition("=") for word in words]
+    if bad := [name for name, equals, reward in pairs if not (name and equals and reward)]:
+        raise ValueError(f"judges must be given as NAME=REWARD, got {bad[0]!r}")
+    return {name: _named("judge", reward, JUDGES, OWN) for name, _, reward in pairs}
+
+
+def _preference(word: str) -> Preference | None:
+    module, colon, name = word.partition(":")
+    if colon and name.isidentifier() and module.replace(".", "_").isidentifier():
+        return _named("preferences", word, {}, OWN)
+    return None if word == "None" else Recorded(Path(word))
+
+
+def _variation(name: str) -> FirstVariation:
+    if name == "mean":
+        return mean_reward
+    kind, _, target = name.partition(":")
+    try:
+        if kind != "near":
+            raise ValueError(kind)
+        return NearTarget(float(target))
+    except ValueError:
+        raise ValueError(f"must be mean or near:REWARD such as near:5.0, got {name!r}") from None
+
+
+def _variation_name(made: Any) -> str:
+    return f"near:{made.target}" if isinstance(made, NearTarget) else "mean"
+
+
+# type, how it is written, a word made an object, an object made words
+_PRIMITIVES: list[tuple[Any, str, Callable[[str], Any], Callable[[Any], str]]] = [
+    (FirstVariation, "mean|near:REWARD", _variation, _variation_name),
+    (
+        rewards.Reward,
+        f"NAME|{OWN}",
+        lambda word: _named("reward", word, REWARDS, OWN),
+        lambda made: _name_of(made, REWARDS),
+    ),
+    (
+        samplers.Sampler,
+        "NAME",
+        lambda word: _named("sampler", word, SAMPLERS),
+        lambda made: _name_of(made, SAMPLERS),
+    ),
+    (
+        TargetKL | None,
+        "NATS",
+        lambda word: None if word == "None" else TargetKL(float(word)),
+        lambda made: "None" if made is None else str(made.nats),
+    ),
+    (
+        Preference | None,
+        f"FILE|{OWN}",
+        _preference,
+        lambda made: (
+            str(made.path) if isinstance(made, Recorded) else _name_of(made, {"None": None})
+        ),
+    ),
+]
+_registry = tyro.constructors.ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _one_word(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Objects that are named by one word."""
+    for kind, metavar, make, write in _PRIMITIVES:
+        if info.type == kind:
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=1,
+                metavar=metavar,
+                instance_from_str=lambda words, make=make: make(words[0]),
+                is_instance=lambda value: True,
+                str_from_instance=lambda made, write=write: [write(made)],
+            )
+    if info.type == (bool | str):
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="PROJECT",
+            instance_from_str=lambda words: words[0] if words else True,
+            is_instance=lambda value: isinstance(value, bool | str),
+            str_from_instance=lambda value: [str(value)],
+        )
+    if info.type == Mapping[str, rewards.Reward]:
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="NAME=REWARD",
+            instance_from_str=_judges,
+            is_instance=lambda value: True,
+            str_from_instance=lambda made: [f"{k}={_name_of(v, JUDGES)}" for k, v in made.items()],
+        )
+    return None
+
+
+@_registry.struct_rule
+def _stop_rule(
+    info: tyro.constructors.StructTypeInfo,
+) -> tyro.constructors.StructConstructorSpec | None:
+    """A stop rule by its three options; its samples are the evaluation's."""
+    if info.type is not StopRule:
+        return None
+    explained = {
+        p.arg_name: p.description for p in docstring_parser.parse_from_object(StopRule).params
+    }
+    kinds = {f.name: f.type for f in dataclasses.fields(StopRule)}
+    return tyro.constructors.StructConstructorSpec(
+        instantiate=lambda **given: StopRule(**{_STOP[flag]: v for flag, v in given.items()}),
+        fields=tuple(
+            tyro.constructors.StructFieldSpec(
+                name=flag,
+                type=kinds[name],  # pyright: ignore[reportArgumentType]  # never a string here
+                default=getattr(info.default, name),
+                helptext=explained[name],
+            )
+            for flag, name in _STOP.items()
+        ),
+    )
+
+
+# -- reading a command -----------------------------------------------------------------------------
+
+
+def _given(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Options that stand on the command line, with their words.
+
+    Raises:
+        ValueError: one stands there twice.
+    """
+    flags: list[str] = []
+    given: dict[str, list[str]] = {}
+    for word in arguments:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            flags.append("--" + flag[2:].replace("_", "-").removeprefix("no-"))
+            given[flags[-1]] = [value] if equals else []
+        elif flags:
+            given[flags[-1]].append(word)
+    if twice := [flag for flag, times in Counter(flags).items() if times > 1]:
+        raise ValueError(f"{twice[0]} stands on the command line twice: give it once")
+    return given
+
+
+def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any]:
+    """The options of a run: those of the command line, and the run's where one is resumed.
+
+    Raises:
+        ValueError: an option is unknown, stands there twice, or is not the run's.
+        FileNotFoundError: the run to resume is not there.
+        SystemExit: an option is of the wrong type, or help is asked for; it is printed.
+    """
+    given = _given(arguments)
+    folder = Path(given["--resume"][0]) if given.get("--resume") else None
+    default = _fresh(family) if folder is None else _stored(family, folder)
+    if given.get("--objective"):
+        name = given["--objective"][0]
+        kind, own = _objective_class(name), default.objective_settings
+        settings = own if type(own) is kind else kind()
+        default = dataclasses.replace(default, objective=name, objective_settings=settings)
+    kind: Any = type(default.objective_settings)
+    try:
+        options, unknown = tyro.cli(
+            tyro.conf.OmitArgPrefixes[Finetune[family.model, kind]],
+            args=list(arguments),
+            default=default,
+            prog=family.program,
+            registry=_registry,
+            return_unknown_args=True,
+        )
+    except SystemExit:
+        if {"-h", "--help"} & set(arguments):
+            _list_objectives()
+        raise
+    if unknown:
+        raise ValueError(_unknown(unknown, options))
+    if "--prompts" in given:
+        options = dataclasses.replace(options, prompts=from_words(options.prompts))
+    if folder is not None:
+        _require_the_runs(options, default, given)
+        return dataclasses.replace(options, output=folder)
+    if "--judges" not in given:
+        judges = JUDGES_OF.get(_name_of(options.reward, REWARDS), {})
+        watched = dataclasses.replace(options.options, judges=judges)
+        options = dataclasses.replace(options, options=watched)
+    if options.output is None:
+        raise ValueError("output must name the folder of the run, for example --output runs/demo")
+    return options
+
+
+def _fresh(family: Family) -> Finetune[Any, Any]:
+    """The options of a run that has not begun, as they are if none is named."""
+    return Finetune(model=family.model(), objective_settings=objectives.ScoreAsAction())
+
+
+def _stored(family: Family, folder: Path) -> Finetune[Any, Any]:
+    """The options of the run in a folder.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: it is damaged, or of another family.
+    """
+    settings = rebuild(read_settings(folder))
+    if isinstance(family.model, type) and not isinstance(settings["model"], family.model):
+        model = settings["model"]
+        what = model.why if isinstance(model, Unnamed) else type(model).__name__
+        raise ValueError(
+            f"{folder} holds a run of {what}, and {family.program} is for "
+            f"{family.model.__name__}: resume it where it was started"
+        )
+    options, objective = settings.pop("options"), settings.pop("objective")
+    names = {kind: name for name, kind in OBJECTIVES.items()}
+    return Finetune(
+        **settings,
+        resume=folder,
+        objective=names.get(type(objective)) or _name_of(objective, {}),
+        objective_settings=objective,
+        options=dataclasses.replace(options, stop=None),
+        stop=options.stop or _NEVER,
+    )
+
+
+def _require_the_runs(
+    options: Finetune[Any, Any], run: Finetune[Any, Any], given: Mapping[str, list[str]]
+) -> None:
+    """Refuse options that differ from those of the run that is resumed; updates may grow.
+
+    Raises:
+        ValueError: an option differs; it is named.
+    """
+    assert run.resume is not None
+    if options.output not in (None, run.resume):
+        raise ValueError(f"resume goes on in its own folder; leave out --output {options.output}")
+    stored = read_settings(run.resume)
+    wanted = {k: describe(v) for k, v in options.arguments().items() if k != "output"}
+    differing = differences(stored, wanted)
+    if wanted["updates"] < stored["updates"]:
+        differing.append(("updates", stored["updates"], wanted["updates"]))
+    words = []
+    for setting, then, now in differing:
+        parts = [_FLAGS.get(part, part).replace("_", "-") for part in setting.split(".")]
+        flag = next((f"--{part}" for part in reversed(parts) if f"--{part}" in given), None)
+        now = now if flag is None else " ".join(given[flag])
+        words.append(f"{flag or setting} {now} (it has {then})".replace("  ", " "))
+    if words:
+        less = "; updates may grow only" if "--updates" in " ".join(words) else ""
+        raise ValueError(
+            f"resume takes every option from the run; leave out {', '.join(words)}{less}"
+        )
+
+
+def _settings_of(settings: Any) -> dict[str, str]:
+    """Options that a dataclass makes, with its values."""
+    return {
+        "--" + f.name.replace("_", "-"): _variation_name(value) if callable(value) else str(value)
+        for f in dataclasses.fields(settings)
+        for value in [getattr(settings, f.name)]
+    }
+
+
+def _unknown(words: Sequence[str], options: Finetune[Any, Any]) -> str:
+    """What to say of words that are no option: of this objective, or of the command."""
+    flag = words[0].partition("=")[0]
+    own = _settings_of(options.objective_settings)
+    parts = (options, options.model, options.size, options.options)
+    common = ["--" + _FLAGS.get(f.name, f.name) for part in parts for f in dataclasses.fields(part)]
+    common = [name.replace("_", "-") for name in [*common, *(f"--{flag}" for flag in _STOP)]]
+    near = difflib.get_close_matches(flag, [*own, *common], n=1, cutoff=0.75)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    if any(flag in _settings_of(kind()) for kind in OBJECTIVES.values()):
+        return (
+            f"objective {options.objective} has no setting {' '.join(words)}{hint}; its settings "
+            f"are {' '.join(f'{k} {v}' for k, v in own.items())}, and --help shows the options of "
+            "every run"
+        )
+    return (
+        f"there is no option {' '.join(words)}{hint}; --help shows the options of every run, and "
+        f"objective {options.objective} has {' '.join(own)}"
+    )
+
+
+def _list_objectives() -> None:
+    table = Table("objective", "settings and defaults", title="Every objective")
+    for name, kind in OBJECTIVES.items():
+        table.add_row(name, " ".join(f"{k} {v}" for k, v in _settings_of(kind()).items()))
+    Console().print(table)
+
+
+# -- carrying it out -------------------------------------------------------------------------------
+
+
+def _show(run: Run, options: Finetune[Any, Any]) -> None:
+    """Say in words how it went."""
+    samples, reward = options.options.evaluation_samples, _name_of(options.reward, REWARDS)
+    table = Table(title=f"{reward}, {samples} held-out samples")
+    for heading in ("", "before", "after", "paired difference", "standard errors"):
+        table.add_column(heading)
+    gain = run.reward_gain
+    table.add_row("reward", str(run.reward_before), str(run.reward), str(gain), _errors(gain))
+    for name, judged in run.judge_gains.items():
+        table.add_row(name, "", "", str(judged), _errors(judged))
+    console = Console()
+    console.print(table)
+    if run.path_kl is not None:
+        console.print(f"path KL from the pretrained model: {run.path_kl} nats")
+    console.print(run.over_optimisation.sentence)
+    if run.stopped is not None:
+        console.print(f"stopped: {run.stopped}; exported: the model of update {run.update}")
+    console.print(f"exported: {run.exported}")
+    console.print(f"pictures: {run.folder / 'samples'}")
+    console.print(f"report:   {run.report}")
+
+
+def _errors(estimate: Any) -> str:
+    error = estimate.standard_error
+    return f"{estimate.mean / error:+.1f}" if error > 0 else "-"
+
+
+def run_evaluate(family: Family, options: Evaluate) -> None:
+    """Measure step transfer of a finished run; print, plot and store it."""
+    from diffusion_envs.runs.transfer import transfer
+    from diffusion_envs.training import parallel
+
+    if not (options.run / "config.json").is_file():
+        raise FileNotFoundError(f"run must be the folder of a run, but {options.run} holds none")
+    run = _stored(family, options.run)
+    eta = run.sampler.eta if isinstance(run.sampler, samplers.DDIM) else 1.0
+    kinds = [_named("samplers", name, SAMPLERS) for name in options.samplers]
+    kinds = [samplers.DDIM(eta) if kind == SAMPLERS["ddim"] else kind for kind in kinds]
+    reward = run.reward
+    if options.reward is not None:
+        reward = _named("reward", options.reward, REWARDS, OWN)
+    if isinstance(reward, Unnamed):
+        raise ValueError(f"the reward of this run was {reward.why}; give it with --reward {OWN}")
+    device = options.device or run.model.device
+    model = run.model.load(
+        device=parallel.start(device).device, batch=run.size.batch, seed=run.seed
+    )
+    rows = transfer(
+        options.run,
+        model,
+        reward=reward,
+        prompts=run.prompts,
+        seed=run.seed,
+        steps=options.steps,
+        samplers=kinds,
+        samples=options.samples,
+    )
+    title = f"Transfer of {options.run}, {options.samples} held-out samples, paired seeds"
+    table = Table("sampler", "steps", "before", "after", "paired difference", title=title)
+    for row in rows:
+        estimates = (str(value) for value in (row.before, row.after, row.difference))
+        table.add_row(row.sampler, str(row.steps), *estimates)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"stored in {options.run / 'transfer.json'}; plotted in {options.run / 'report.html'}"
+    )
+
+
+def _quiet_libraries() -> None:
+    """Leave the terminal to our own progress bar."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+    import diffusers
+    import transformers
+
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def main(family: Family, arguments: Sequence[str]) -> int:
+    """Run one command; the verdict is the exit code."""
+    folder: Path | None = None
+    try:
+        if arguments[:1] == ["evaluate"]:
+            words = list(arguments[1:])
+            evaluation = tyro.cli(Evaluate, args=words, prog=f"{family.program} evaluate")
+            _quiet_libraries()
+            run_evaluate(family, evaluation)
+        else:
+            options = read(family, arguments)
+            folder = options.output
+            named = options.arguments()
+            _quiet_libraries()
+            _show(finetune(**named, resume=options.resume is not None), options)
+    except SystemExit as ended:  # help, or an option of the wrong type: it is printed
+        return int(ended.code or 0)
+    except KeyboardInterrupt:
+        if folder is not None:
+            begun = (folder.expanduser() / "config.json").is_file()
+            again = f"go on with: {family.program} --resume {folder}"
+            _say("\nstopped; " + (again if begun else "it had not begun: start it again"))
+        return 130
+    except MissingChoicesError as missing:
+        _say(f"waiting: {missing}\ngo on with: {family.program} --resume {folder}")
+        return 3
+    except (ValueError, TypeError, OSError, PreflightError, NonFiniteError, RuntimeError) as error:
+        _say(f"error: {error}")
+        return 2
+    return 0
+
+
+def _say(words: str) -> None:
+    sys.stderr.write(words + "\n")

@@ -1,0 +1,250 @@
+"""Fine-tune a diffusion model with a reward: from prompts to an export and a report."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from diffusion_envs import rewards, samplers
+from diffusion_envs.environment import Environment
+from diffusion_envs.models.protocol import Model
+from diffusion_envs.objectives import NoisedObjective, Objective, ScoreAsAction
+from diffusion_envs.runs import checkpoint
+from diffusion_envs.runs.callbacks import Callbacks
+from diffusion_envs.runs.early_stopping import EarlyStopping
+from diffusion_envs.runs.early_stopping import check as check_stop
+from diffusion_envs.runs.exported import export
+from diffusion_envs.runs.human_choices import leaving_images
+from diffusion_envs.runs.interruption import interruptible
+from diffusion_envs.runs.monitoring import Evaluations, Logging
+from diffusion_envs.runs.options import RunOptions
+from diffusion_envs.runs.progress import ProgressBar
+from diffusion_envs.runs.prompts import read_prompts
+from diffusion_envs.runs.resuming import Checkpoints
+from diffusion_envs.runs.run_folder import open_run
+from diffusion_envs.runs.settings import describe
+from diffusion_envs.runs.summary import Run, summarise
+from diffusion_envs.runs.tracking import Tracker, require_wandb
+from diffusion_envs.training import parallel
+from diffusion_envs.training.requirements import require_inputs
+from diffusion_envs.training.trainer import Trainer
+from diffusion_envs.training.update_size import UpdateSize
+
+_SIZE, _OPTIONS = UpdateSize(), RunOptions()
+
+
+@runtime_checkable
+class Loadable(Protocol):
+    """Names a model and how it is used, such as ``sd15.StableDiffusion``: a frozen dataclass."""
+
+    @property
+    def device(self) -> str | None:
+        """Either "cpu" or "cuda"; None for what there is."""
+        ...
+
+    def load(self, *, device: torch.device, batch: int, seed: int) -> Model:
+        """The model with a fresh adapter, on a device, with so many rows at once."""
+        ...
+
+
+def finetune(
+    model: Loadable | Model,
+    *,
+    reward: rewards.Reward,
+    prompts: Iterable[str] | Path,
+    output: str | Path,
+    objective: Objective | None = None,
+    sampler: samplers.Sampler | None = None,
+    steps: int = 20,
+    updates: int = 50,
+    size: UpdateSize = _SIZE,
+    options: RunOptions = _OPTIONS,
+    seed: int = 0,
+    resume: bool = False,
+) -> Run:
+    """Fine-tune ``model`` so that its images earn more ``reward``, near its pretrained self.
+
+    The run can be stopped at any moment and resumed with the same arguments and ``resume=True``: on
+    one machine, with the same versions and thread count, to the same numbers bit for bit.
+
+    Args:
+        model: what to load (a ``Loadable``, such as ``sd15.StableDiffusion``), or a loaded model.
+        reward: (images [n, 3, h, w] in [0, 1], prompts) -> [n]; larger is better.
+        prompts: what to ask for, or a file of it; samples take them in turn.
+        output: folder of the run (``docs/run_folder.md`` says what is in it).
+        objective: the method; ``ScoreAsAction()`` if left out.
+        sampler: how images are made; ``DDIM(eta=1.0)`` if left out. Objectives that learn from data
+            (DiffusionNFT, ReinforceAdjointMatching, DistributionalOptimisation) take any,
+            ``Scheduler("DPMSolverMultistepScheduler")`` for one.
+        steps: of the sampler.
+        updates: of the policy; a run that is resumed may get more.
+        size: samples, epochs, batch and rates of an update.
+        options: how the run is watched, stored and stopped.
+        seed: of all randomness.
+        resume: go on with the run in ``output``.
+
+    Returns:
+        Folder, export, report, and estimates on held-out seeds.
+
+    Raises:
+        ValueError: an argument is out of range, or arguments do not go together; or the device is
+            not there; or a run is resumed with other settings or another reward.
+        FileExistsError: ``output`` holds something and ``resume`` is not asked for, or another
+            process is at work in it.
+        FileNotFoundError: the model or the run to resume is not there.
+        RewardError: the reward raises or returns something unusable.
+        PreflightError: what must hold before the first update does not.
+        CheckpointError: a checkpoint cannot be written or read.
+        MissingChoicesError: recorded choices do not reach as far as the samples; the images to
+            choose from are in the run's folder, and the run can be resumed.
+    """
+    objective, sampler = objective or ScoreAsAction(), sampler or samplers.DDIM()
+    prompts = read_prompts(prompts)
+    settings = {
+        name: describe(value)
+        for name, value in locals().items()
+        if name not in ("output", "resume")
+    }
+    _check(reward, objective, sampler, steps, updates, options)
+    if options.wandb:
+        require_wandb()
+    with interruptible() as interruption, ExitStack() as stack:
+        accelerator = parallel.start(None if model.device is None else str(model.device))
+        main = accelerator.is_main_process
+        if isinstance(model, Loadable):
+            model = model.load(device=accelerator.device, batch=size.batch, seed=seed)
+        environment = make_environment(
+            model,
+            sampler=sampler,
+            steps=steps,
+            reward=reward,
+            prompts=prompts,
+            seed=seed,
+            batch=size.batch,
+        )
+        trainer = Trainer(
+            environment,
+            objective,
+            size,
+            accelerator=accelerator,
+            preference=options.preference,
+            target_kl=options.target_kl,
+            log_path_kl=options.log_path_kl,
+        )
+        folder = Path(output).expanduser()
+        if main:
+            stack.enter_context(open_run(folder, settings, resume=resume))
+        accelerator.wait_for_everyone()
+
+        stopping = None
+        if options.stop is not None:
+            stopping = EarlyStopping.of(
+                options.stop,
+                environment,
+                trainer.state,
+                folder / "best",
+                judges=options.judges,
+                batch=size.batch,
+            )
+        ruled = [] if stopping is None else [stopping]
+        checkpoints = Checkpoints(folder / "checkpoints", trainer, options.checkpoint_every, ruled)
+        checkpoints.load()
+        tracker = stack.enter_context(
+            Tracker(folder, first_update=trainer.update, wandb=options.wandb, enabled=main)
+        )
+        evaluations = Evaluations(trainer, tracker, folder, options, size.batch, updates)
+        bar = ProgressBar(updates, done=trainer.update, shown=options.progress)
+        parts = [Logging(tracker), bar, evaluations, *ruled, checkpoints] if main else []
+        callbacks = Callbacks(parts, accelerator)
+
+        with callbacks.running() as reason:
+            total = updates if reason is None else trainer.update
+            for numbers in leaving_images(trainer.updates(total), folder, accelerator):
+                reason = callbacks.after(numbers)
+                interruption.check()
+                if reason is not None:
+                    break
+        accelerator.wait_for_everyone()
+
+        stop = None
+        if stopping is not None:
+            stop = stopping.told(trainer.update, reason, updates, len(options.judges))
+        if stopping is not None and reason is not None:
+            best = parallel.broadcast_from_main(stopping.decision.best if main else 0, accelerator)
+            trainer.load_state(checkpoint.load(folder / "best" / f"step-{best:06d}").state)
+        before, after, metrics = evaluations.last(finished=reason is None)
+        exported = export(model, folder, trainer.update) if main else folder
+        return summarise(
+            folder,
+            exported,
+            before,
+            after,
+            metrics,
+            update=trainer.update,
+            stop=stop,
+            prompts=prompts,
+            write=main,
+        )
+
+
+def make_environment(
+    model: Model,
+    *,
+    sampler: samplers.Sampler,
+    steps: int,
+    reward: rewards.Reward,
+    prompts: Sequence[str],
+    seed: int,
+    batch: int = 64,
+) -> Environment:
+    """A loaded model with a sampler on its noise levels, a reward and prompts."""
+    return Environment(
+        model=model,
+        sampler=sampler.bind(model.table, steps, model.prediction_type),
+        reward=reward,
+        prompts=list(prompts),
+        seed=seed,
+        batch=batch,
+    )
+
+
+def _check(
+    reward: rewards.Reward,
+    objective: Objective,
+    sampler: samplers.Sampler,
+    steps: int,
+    updates: int,
+    options: RunOptions,
+) -> None:
+    """Refuse arguments that can be judged before anything is loaded."""
+    if not callable(reward):
+        raise TypeError(f"reward must be callable, got {reward!r}")
+    for name, value, bound in (("steps", steps, 1), ("updates", updates, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+            raise ValueError(f"{name} must be an integer of at least {bound}, got {value!r}")
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an objective, got {objective!r}")
+    if not (sampler.has_density or isinstance(objective, NoisedObjective)):
+        what = "an ODE" if isinstance(sampler, samplers.DDIM) else "a black box"
+        raise ValueError(
+            f"{sampler.label} is {what}: its transitions have no density, of which "
+            f"{type(objective).__name__} learns; train with DDIM(eta > 0) (the result can be "
+            "evaluated with any sampler), or with an objective that learns from data "
+            "(DiffusionNFT, ReinforceAdjointMatching, DistributionalOptimisation)"
+        )
+    stop = options.stop
+    if not sampler.has_density and stop is not None and stop.max_path_kl is not None:
+        raise ValueError(
+            f"max_path_kl needs a path KL, and that of {sampler.label} is infinite or not known; "
+            "let a judge stop the run, or train with DDIM(eta > 0)"
+        )
+    require_inputs(objective, reward, options.preference, options.target_kl)
+    for name, judge in options.judges.items():
+        if judge is reward or judge == reward:
+            raise ValueError(
+                f"judge {name!r} is the reward itself; nothing may judge its own training"
+            )
+    if stop is not None:
+        check_stop(stop, options.judges)

@@ -1,0 +1,50 @@
+"""Signals that ask a run to end: the first is obeyed in good order, a second one at once."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interruption:
+    """Whether an end was asked for; Python drops exceptions that are raised in a destructor."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if it was."""
+        if self.requested:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def interruptible() -> Iterator[Interruption]:
+    """Within this context SIGTERM and Ctrl-C raise KeyboardInterrupt, once; then they kill.
+
+    Handlers of the caller's own are left alone, and so is every thread but the main one, where
+    Python lets no handler be set.
+    """
+    interruption = Interruption()
+    former = {}
+
+    def obey(number: int, frame: FrameType | None) -> None:
+        for each in former:
+            signal.signal(each, signal.SIG_DFL)
+        interruption.requested = True
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        own = (signal.SIG_DFL, signal.default_int_handler)
+        former = {each: signal.getsignal(each) for each in _SIGNALS}
+        former = {each: handler for each, handler in former.items() if handler in own}
+    for each in former:
+        signal.signal(each, obey)
+    try:
+        yield interruption
+    finally:
+        for each, handler in former.items():
+            signal.signal(each, handler)

@@ -1,0 +1,100 @@
+"""What a run shows as it goes on: numbers, pictures, and what becomes of held-out seeds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ctrl import Estimate
+from diffusion_envs.environment import Environment
+from diffusion_envs.runs.callbacks import Callback
+from diffusion_envs.runs.evaluation import Evaluation, evaluate, evaluate_pretrained
+from diffusion_envs.runs.options import RunOptions
+from diffusion_envs.runs.over_optimisation import embeddings, metrics
+from diffusion_envs.runs.tracking import Tracker
+from diffusion_envs.training.trainer import Trainer
+
+PICTURES = 32  # in the grid of a step
+
+
+class Logging(Callback):
+    """Every update's numbers, for ``metrics.jsonl`` and TensorBoard."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def after(self, numbers: Mapping[str, Any]) -> None:
+        """One line."""
+        self._tracker.log(numbers)
+
+
+class Evaluations(Callback):
+    """Held-out seeds: the pretrained model, pictures and over-optimisation metrics on the way.
+
+    Args:
+        trainer: whose model is evaluated.
+        tracker: where pictures and numbers go.
+        folder: of the run.
+        options: judges, numbers of samples, and how often.
+        batch: samples rolled out at once.
+        total: updates after which the last evaluation is made, by ``last``.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        tracker: Tracker,
+        folder: Path,
+        options: RunOptions,
+        batch: int,
+        total: int,
+    ) -> None:
+        self._trainer, self._tracker, self._folder = trainer, tracker, folder
+        self._options, self._batch, self._total = options, batch, total
+        self._embedders = embeddings(self._environment.reward, options.judges)
+        self.before: Evaluation | None = None
+
+    @property
+    def _environment(self) -> Environment:
+        return self._trainer.environment
+
+    def begin(self) -> None:
+        """Evaluate the pretrained model, or read what an earlier part of this run has stored."""
+        self.before = evaluate_pretrained(
+            self._environment,
+            self._options.evaluation_samples,
+            self._folder / "evaluation" / "before.safetensors",  # only the export lies at the top
+            judges=self._options.judges,
+            batch=self._batch,
+        )
+        if self._trainer.update == 0:
+            self._show(0, self.before)
+
+    def after(self, numbers: Mapping[str, Any]) -> None:
+        """Pictures and metrics of some held-out seeds, if it is time."""
+        update = numbers["update"]
+        if self.before is None or update % self._options.picture_every or update >= self._total:
+            return
+        now = self._evaluate(min(PICTURES, self._options.evaluation_samples))
+        self._show(update, now)
+        self._tracker.over_optimisation(update, metrics(self.before, now, self._embedders))
+
+    def last(self, *, finished: bool) -> tuple[Evaluation, Evaluation, dict[str, Estimate]]:
+        """The pretrained model, the one to export, and the metrics of the latter.
+
+        They are logged if the run is finished: not if an earlier model is exported. Processes that
+        have not begun take the exported model for both: they have nothing to report.
+        """
+        after = self._evaluate(self._options.evaluation_samples)
+        before = self.before or after
+        self._show(self._trainer.update, after)
+        numbers = metrics(before, after, self._embedders)
+        if finished:
+            self._tracker.over_optimisation(self._trainer.update, numbers)
+        return before, after, numbers
+
+    def _evaluate(self, samples: int) -> Evaluation:
+        judges = self._options.judges
+        return evaluate(self._environment, samples, judges=judges, batch=self._batch)
+
+    def _show(self, update: int, seen: Evaluation) -> None:
+        self._tracker.pictures(update, seen.images[:PICTURES], seen.prompts[:PICTURES])

@@ -1,0 +1,58 @@
+"""How a run is watched, stored and stopped: one class for Python and the command line."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from diffusion_envs import rewards
+from diffusion_envs.preferences import Preference, Recorded
+from diffusion_envs.runs.early_stopping import StopRule
+from diffusion_envs.training.kl_controller import TargetKL
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is watched, stored and stopped.
+
+    Attributes:
+        evaluation_samples: held-out samples, before and after, paired by seed.
+        checkpoint_every: updates between checkpoints; a run that is told to end writes one, too.
+        picture_every: updates between pictures and over-optimisation metrics.
+        judges: rewards that only judge, by name; the reward itself is refused.
+        target_kl: path KL to keep, nats: kl_weight, which is then only where it begins, moves after
+            every update.
+        stop: when to end the run early; then the best model that was evaluated is exported.
+        preference: who prefers which sample, for objectives that learn from preferences (d3po,
+            dense-reward): the reward if left out, people's choices recorded in a file of JSON
+            lines, {"order": [best, ..., worst]} each, or a function. A run that meets samples
+            without a choice leaves their images and waits to be resumed.
+        log_path_kl: report the path KL of every update also where the method does not need it, at
+            the price of a network call a step.
+        wandb: log to Weights & Biases too; or the name of the project ("ctrl" if left out).
+        progress: show a progress bar.
+    """
+
+    evaluation_samples: int = 64
+    checkpoint_every: int = 1
+    picture_every: int = 10
+    judges: Mapping[str, rewards.Reward] = field(default_factory=dict)
+    target_kl: TargetKL | None = None
+    stop: tyro.conf.Suppress[StopRule | None] = None  # three options of the command line
+    preference: Annotated[Preference | None, tyro.conf.arg(name="preferences")] = None
+    log_path_kl: bool = False
+    wandb: bool | str = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        least = {"evaluation_samples": 2, "checkpoint_every": 1, "picture_every": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+                raise ValueError(f"{name} must be an integer of at least {bound}, got {value!r}")
+        if isinstance(self.preference, Recorded):  # a resumed run may be in another directory
+            path = Path(self.preference.path).expanduser().absolute()
+            object.__setattr__(self, "preference", dataclasses.replace(self.preference, path=path))

@@ -1,0 +1,108 @@
+"""What a finished run has to show: estimates on held-out seeds, an export, a report."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctrl import Estimate
+from diffusion_envs.runs.evaluation import Evaluation, by_prompt
+from diffusion_envs.runs.over_optimisation import Verdict, verdict
+from diffusion_envs.runs.report import write_report
+from diffusion_envs.runs.run_folder import write_json
+from diffusion_envs.runs.tracking import OVER_OPTIMISATION, read_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run has to show. Estimates are over held-out seeds."""
+
+    folder: Path
+    exported: Path  # the file that the model's own library loads
+    report: Path
+    reward_before: Estimate
+    reward: Estimate
+    reward_gain: Estimate  # after minus before, paired by seed
+    path_kl: Estimate | None  # from the pretrained model, nats; None of an ODE or a black box
+    judge_gains: Mapping[str, Estimate]  # after minus before, by held-out reward
+    metrics: Mapping[str, Estimate]  # of runs/over_optimisation.py: diversity and distance too
+    over_optimisation: Verdict  # of the exported model
+    update: int  # after which the exported model was taken
+    stopped: str | None = None  # why the stop rule ended the run, if it did
+
+
+def summarise(
+    folder: Path,
+    exported: Path,
+    before: Evaluation,
+    after: Evaluation,
+    metrics: Mapping[str, Estimate],
+    *,
+    update: int,
+    stop: Mapping[str, Any] | None,
+    prompts: Sequence[str],
+    write: bool,
+) -> Run:
+    """Say how a run went; write ``summary.json`` and the report.
+
+    Args:
+        folder: of the run.
+        exported: the file that was exported.
+        before: the pretrained model.
+        after: the exported model, on the same seeds.
+        metrics: over-optimisation metrics of the exported model.
+        update: after which the exported model was taken.
+        stop: what the stop rule did, if there is one.
+        prompts: of the run.
+        write: False on all processes but the main one, which has the logs.
+    """
+    judge_gains = {
+        name: Estimate.of(value - before.judged[name]) for name, value in after.judged.items()
+    }
+    lines = read_metrics(folder / OVER_OPTIMISATION) if write else []
+    last = {name: value.as_dict() for name, value in metrics.items()} | {"update": update}
+    judgement = verdict([line for line in lines if line["update"] < update] + [last])
+    assert judgement is not None  # there is a line
+    run = Run(
+        folder=folder,
+        exported=exported,
+        report=folder / "report.html",
+        reward_before=Estimate.of(before.rewards),
+        reward=Estimate.of(after.rewards),
+        reward_gain=Estimate.of(after.rewards - before.rewards),
+        path_kl=metrics.get("path_kl"),
+        judge_gains=judge_gains,
+        metrics=metrics,
+        over_optimisation=judgement,
+        update=update,
+        stopped=None if stop is None else stop["reason"],
+    )
+    if write:
+        judged = {
+            name: _compared(Estimate.of(before.judged[name]), Estimate.of(after.judged[name]), gain)
+            for name, gain in judge_gains.items()
+        }
+        summary = {
+            "prompts": list(prompts),
+            "update": update,
+            "stop": stop,
+            **({} if run.path_kl is None else {"path_kl": run.path_kl.as_dict()}),
+            "reward": _compared(run.reward_before, run.reward, run.reward_gain),
+            "judges": judged,
+            "by_prompt": {
+                prompt: {part: value.as_dict() for part, value in parts.items()}
+                for prompt, parts in by_prompt(before, after).items()
+            },
+            "over_optimisation_metrics": {n: value.as_dict() for n, value in metrics.items()},
+            "over_optimisation": dataclasses.asdict(judgement),
+        }
+        write_json(folder / "summary.json", summary)
+        write_report(folder)
+    return run
+
+
+def _compared(before: Estimate, after: Estimate, difference: Estimate) -> dict[str, Any]:
+    """Plain JSON."""
+    named = {"before": before, "after": after, "difference": difference}
+    return {name: value.as_dict() for name, value in named.items()}

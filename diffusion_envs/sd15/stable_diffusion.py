@@ -1,0 +1,76 @@
+"""Which Stable Diffusion model, and how it is used: all that its weights do not say."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from diffusion_envs.models.protocol import Model
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """Which Stable Diffusion model, and how it is used.
+
+    Attributes:
+        model: "tiny", a folder in diffusers' layout, or a hub id.
+        guidance: classifier-free guidance scale; 1 is none.
+        lora_rank: of the adapter.
+        lora_targets: names of the layers that get one.
+        precision: of the network: float32, bfloat16 or (CUDA only) float16.
+        resolution: pixels a side; the model's own if left out.
+        gradient_checkpointing: recompute activations: less memory, more time.
+        device: cpu or cuda; what there is if left out.
+    """
+
+    model: str | Path = "tiny"
+    guidance: float = 3.0
+    lora_rank: int = 8
+    lora_targets: Sequence[str] = ATTENTION
+    precision: str = "float32"
+    resolution: int | None = None
+    gradient_checkpointing: bool = False
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {sorted(PRECISIONS)}, got {self.precision!r}"
+            )
+        if not (self.guidance >= 0 and math.isfinite(self.guidance)):
+            raise ValueError(f"guidance must be a finite number of at least 0, got {self.guidance}")
+        rank = self.lora_rank
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"lora_rank must be an integer of at least 1, got {rank!r}")
+        folder = Path(self.model).expanduser()
+        if str(self.model).strip() not in ("", "tiny") and folder.is_dir():
+            object.__setattr__(self, "model", str(folder.absolute()))  # to be resumed from anywhere
+        else:
+            object.__setattr__(self, "model", str(self.model))
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+
+    @property
+    def label(self) -> str:
+        """For reports."""
+        return str(self.model)
+
+    def load(self, *, device: torch.device, batch: int, seed: int) -> Model:
+        """The pipeline with a fresh adapter.
+
+        Args:
+            device: where the networks go; ``self.device`` is what was asked for.
+            batch: most rows that one call of the network gets when no gradient is asked for.
+            seed: of the adapter's initial weights.
+
+        Raises:
+            ValueError: an argument does not fit the model.
+            FileNotFoundError: the model is not there.
+        """
+        from diffusion_envs.sd15.build import load  # diffusers and transformers are heavy
+
+        return load(self, device=device, batch=batch, seed=seed)

@@ -1,0 +1,81 @@
+"""A signal ends a run in good order, a second one at once, and none goes by unseen."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+import pytest
+
+from diffusion_envs.runs.interruption import interruptible
+
+TWICE = """
+import os, signal, sys, time
+from diffusion_envs.runs.interruption import interruptible
+
+with interruptible():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:  # a run that saves, and hangs
+        print("saving", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_raises_and_the_handlers_come_back(number):
+    former = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(KeyboardInterrupt), interruptible() as interruption:
+        os.kill(os.getpid(), number)
+    assert interruption.requested
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == former
+
+
+def test_a_signal_whose_exception_is_dropped_is_seen_at_the_next_check():
+    with interruptible() as interruption:
+        interruption.check()
+        with suppress(KeyboardInterrupt):  # as Python drops what is raised in a destructor
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            interruption.check()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process_at_once(number):
+    process = subprocess.Popen([sys.executable, "-c", TWICE], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == "saving\n"
+        process.send_signal(number)
+        assert process.wait(timeout=20) == -number
+
+
+def test_a_handler_of_the_callers_own_is_left_alone():
+    seen = []
+    former = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert seen == [1]
+
+
+def test_in_another_thread_nothing_is_set():
+    raised = []
+
+    def work() -> None:
+        try:
+            with interruptible() as interruption:
+                interruption.check()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert raised == []
