@@ -32,7 +32,7 @@ class Model:
 
     def bind(
         self, sampler: samplers.Sampler, steps: int
-    ) -> samplers.BoundDDIM | samplers.BoundBlackBox:
+    ) -> samplers.GaussianSteps | samplers.BoundBlackBox:
         """A sampler on this model's noise levels."""
         return _bound(self.pipe, sampler, self.table, steps)
 
@@ -109,7 +109,7 @@ def build(
 
 def _bound(
     pipe: StableDiffusionPipeline, sampler: samplers.Sampler, table: DDPMTable, steps: int
-) -> samplers.BoundDDIM | samplers.BoundBlackBox:
+) -> samplers.GaussianSteps | samplers.BoundBlackBox:
     return sampler.bind(table, steps, pipe.scheduler.config.prediction_type)
 
 
