@@ -86,6 +86,7 @@ PARTS = (
         f"tests/diffusion_envs/objectives/test_{name}.py"
         for name in ("adjoint_matching", "ddpo", "grpo", "ram", "score_as_action")
     ),
+    "tests/diffusion_envs/samplers/test_flow_sde.py",
     "tests/diffusion_envs/training/test_lessons.py",
 )  # fmt: skip
 LEFT_OUT = "not mistake and not refused"  # planted ones, as above; a refusal does not round

@@ -27,7 +27,8 @@ ctrl.girsanov ctrl.martingale ctrl.q_learning ctrl.policy_gradient ctrl.trust_re
 ctrl.advantages ctrl.transitions ctrl.exploration ctrl.policy ctrl.solvers ctrl.paths
 ctrl.linear.gaussian ctrl.linear.kl_control ctrl.linear.lq ctrl.linear.riccati
 diffusion_envs.noise_schedules diffusion_envs.denoising diffusion_envs.exact.gaussian
-diffusion_envs.exact.linear_policy diffusion_envs.samplers.ddim
+diffusion_envs.exact.linear_policy diffusion_envs.samplers.gaussian_steps
+diffusion_envs.samplers.ddim diffusion_envs.samplers.flow_sde
 diffusion_envs.samplers.diffusers_scheduler diffusion_envs.training.value_network
 diffusion_envs.objectives.score_as_action verification.statistics
 """.split()  # noqa: SIM905  # a list literal of thirty strings reads worse
