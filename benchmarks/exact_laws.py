@@ -145,7 +145,7 @@ def _evaluate_gaussian(
     to_target = gaussian_kl(law, target_of(problem))
     if not (isinstance(sampler, BoundDDIM) and sampler.eta > 0):
         return ExactOutcome(reward, to_target)
-    steps, paid, law = Steps.of_ddim(sampler), 0.0, _standard(problem)
+    steps, paid, law = Steps.of(sampler), 0.0, _standard(problem)
     for k in range(sampler.steps):
         alpha = sampler.alpha[k]
         gain, shift = affine_map(
@@ -391,7 +391,7 @@ def affine_values(
         kl_weight: charged along the path; the problem's, if not given.
     """
     weight = problem.kl_weight if kl_weight is None else kl_weight
-    steps, dim = Steps.of_ddim(sampler), len(problem.mean)
+    steps, dim = Steps.of(sampler), len(problem.mean)
     gain, shift = correction.coefficients(legendre(sampler.alpha[:-1], len(correction.shift)))
     slope, offset = gaussian.score_coefficients(
         problem.data, sampler.table, sampler.noising_times[:-1]

@@ -57,6 +57,23 @@ def generation_sde(schedule: NoiseSchedule, eta: float = 1.0) -> ControlledSDE:
     return ControlledSDE(drift, diffusion)
 
 
+def denoised_sde(schedule: NoiseSchedule, eta: float = 1.0) -> ControlledSDE:
+    """``generation_sde`` with the expected data for its action: score = (alpha a - x) / sigma^2.
+
+    Its drift is infinite where no signal is left and eta > 0.
+
+    Raises:
+        ValueError: ``eta`` is negative or not finite.
+    """
+    sde = generation_sde(schedule, eta)
+
+    def drift(t: Tensor, x: Tensor, x0: Tensor) -> Tensor:
+        s = _noising_time(schedule, t, x)
+        return sde.drift(t, x, score_from_x0(x, x0, schedule.alpha(s), schedule.sigma(s)))
+
+    return ControlledSDE(drift, sde.diffusion)
+
+
 def kl_factor(eta: float) -> float:
     """((1 + eta^2) / (2 eta))^2: the eta family's path KL over that of eta = 1 at equal scores.
 

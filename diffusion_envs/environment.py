@@ -18,12 +18,11 @@ import ctrl
 from ctrl.devices import as_like, sent, together
 from ctrl.noise import normals_by_sample
 from diffusion_envs import rewards
-from diffusion_envs.denoising import tweedie_mean
-from diffusion_envs.models.protocol import Condition, Model
+from diffusion_envs.models.protocol import Condition, Denoiser, Model
 from diffusion_envs.rollout import Rollout
-from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
+from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
 
-Mean = Callable[[Tensor, Tensor], Tensor]  # (time, states) -> score
+Mean = Callable[[Tensor, Tensor], Tensor]  # (time, states) -> action
 Level = Callable[[Tensor], Tensor]  # time -> sigma
 Judge = Callable[[rewards.Reward, Tensor, Sequence[str]], Tensor]
 
@@ -40,7 +39,10 @@ class Sample:
 
 @dataclass
 class Environment:
-    """A generation SDE driven by a model's score, and the reward that judges its images.
+    """A generation SDE driven by a model, and the reward that judges its images.
+
+    The action is the model's score, or its expected data where the sampler starts without signal
+    (``samplers.gaussian_steps``).
 
     Attributes:
         model: the network; its adapter is the policy.
@@ -55,7 +57,7 @@ class Environment:
     """
 
     model: Model
-    sampler: BoundDDIM | BoundBlackBox
+    sampler: GaussianSteps | BoundBlackBox
     reward: rewards.Reward
     prompts: Sequence[str]
     seed: int
@@ -65,6 +67,14 @@ class Environment:
     monitoring_calls: int = field(default=0)
 
     def __post_init__(self) -> None:
+        shown = self.sampler if isinstance(self.sampler, GaussianSteps) else None
+        self._denoises = shown is not None and shown.action == "denoised"
+        if self._denoises and not isinstance(self.model, Denoiser):
+            raise TypeError(
+                f"the sampler starts where no signal is left, and there a score tells nothing; "
+                f"model must tell the expected data, but {type(self.model).__name__} has no method "
+                "'denoised': add it, or use a table whose last entry has some signal"
+            )
         self._conditions = self.model.condition(list(self.prompts))
 
     @property
@@ -79,17 +89,17 @@ class Environment:
 
     @property
     def problem(self) -> ctrl.ControlProblem:
-        """Generation as a control problem: terminal reward only, the action is the score."""
-        return ctrl.ControlProblem(self.steps.sde, horizon=self.steps.table.horizon)
+        """Generation as a control problem: terminal reward only, the action is the sampler's."""
+        return ctrl.ControlProblem(self.steps.sde, horizon=self.steps.schedule.horizon)
 
     @property
-    def steps(self) -> BoundDDIM:
+    def steps(self) -> GaussianSteps:
         """The sampler, where it shows its steps.
 
         Raises:
             TypeError: the sampler is a black box.
         """
-        if not isinstance(self.sampler, BoundDDIM):
+        if not isinstance(self.sampler, GaussianSteps):
             raise TypeError(
                 "sampler must show its steps, but this one is a black box: use DDIM(eta)"
             )
@@ -103,18 +113,24 @@ class Environment:
         """The same as one vector a row, for a value network."""
         return self.model.features(self.condition_of(prompt))
 
-    def score(
+    def action(
         self,
         states: Float[Tensor, " rows *event"],
         step: Int64[Tensor, " rows"] | int,
         prompt: Int64[Tensor, " rows"],
     ) -> Float[Tensor, " rows *event"]:
-        """The policy's score at the left of a step of the sampler: one for all rows, or of each."""
+        """The policy's mean action at the left of a step: one step for all rows, or of each."""
         if isinstance(step, int):
             timesteps = sent(self.steps.timesteps[step], self.device).expand(len(states))
         else:
             timesteps = sent(self.steps.timesteps, self.device)[sent(step, self.device)]
-        return self.model(states, timesteps, self.condition_of(prompt))
+        return self._act(states, timesteps, self.condition_of(prompt))
+
+    def _act(self, states: Tensor, timesteps: Tensor, conditions: Condition) -> Tensor:
+        if self._denoises:
+            assert isinstance(self.model, Denoiser)
+            return self.model.denoised(states, timesteps, conditions)
+        return self.model(states, timesteps, conditions)
 
     @torch.no_grad()
     @together()
@@ -134,14 +150,14 @@ class Environment:
         """Roll out one path for every global sample index.
 
         Args:
-            policy: how to act, from the network's score and the noise level at a time.
+            policy: how to act, from the network's action and the noise level at a time.
             samples: global indices; each names its own noise.
             condition: index of each path's prompt.
             stream: names the noise, so that evaluation never sees training's.
             denoised: also reward the denoised image at every node (as the value network needs).
             group: paths in a row that are judged together.
             shared_start: whether they share their starting noise.
-            reference: whether the pretrained model's scores, and so the path KL, are computed; the
+            reference: whether the pretrained model's actions, and so the path KL, are computed; the
                 KL is NaN otherwise.
             count_reference: whether these calls are part of the method's cost; where they only
                 serve to report the path KL, they are counted apart.
@@ -158,7 +174,7 @@ class Environment:
 
         def mean(t: Tensor, states: Tensor) -> Tensor:
             timestep = timesteps[len(means)]
-            means.append(self.model(states, timestep.expand(len(states)), conditions))
+            means.append(self._act(states, timestep.expand(len(states)), conditions))
             return means[-1]
 
         widths = as_like(sampler.grid.steps, normals).sqrt().view(1, -1, *[1] * len(self.event))
@@ -179,11 +195,7 @@ class Environment:
         images, achieved = self._pictures_and_rewards(paths.states[:, -1], prompts)
         denoised_rewards = None
         if denoised:
-            alpha, sigma = (
-                as_like(level[:-1], scores).view(1, -1, *[1] * len(self.event))
-                for level in (sampler.alpha, sampler.sigma)
-            )
-            guesses = tweedie_mean(before, scores, alpha, sigma).flatten(0, 1)
+            guesses = sampler.denoised(before, scores).flatten(0, 1)
             repeated = [prompt for prompt in prompts for _ in range(steps)]
             judged = self._rewards(guesses, repeated).view(-1, steps)
             denoised_rewards = torch.cat([judged, achieved[:, None]], dim=1)
@@ -196,7 +208,7 @@ class Environment:
             costs=self._costs(scores, pretrained),
             values=None,
             rewards=achieved,
-            step_sizes=as_like(sampler.integrated_g2, scores),
+            step_sizes=as_like(sampler.step_sizes, scores),
             condition=condition,
             group=group,
         )
@@ -217,7 +229,7 @@ class Environment:
         paths, steps = states.shape[:2]
         spent = self.model.calls
         with self.model.pretrained():
-            scores = self.score(
+            scores = self.action(
                 states.flatten(0, 1),
                 torch.arange(steps).repeat(paths),
                 condition.repeat_interleave(steps),
@@ -273,8 +285,8 @@ class Environment:
         """Mean of the next state after this step under the pretrained model; differentiable."""
         which = torch.full((len(states),), step, device=self.device)
         with self.model.pretrained():
-            score = self.score(states, which, condition)
-        return self.steps.mean(which, states, score)
+            action = self.action(states, which, condition)
+        return self.steps.mean(which, states, action)
 
     def differentiable_reward(
         self, states: Tensor, condition: Int64[Tensor, " paths"]

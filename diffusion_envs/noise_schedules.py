@@ -229,6 +229,52 @@ class RectifiedFlow:
         return 2 * (s0 - s1) + 2 * ((-s0).log1p() - (-s1).log1p())
 
 
+@dataclass(frozen=True)
+class FlowTable(RectifiedFlow):
+    """A trained rectified flow: x = (1 - s) x0 + s eps on all of [0, 1], pure noise at s = 1.
+
+    At s = 1 no signal is left: the drift coefficient and g^2 are infinite there, the log-SNR minus
+    infinity; alpha, sigma and the expected data are finite. The network is told 1000 s, as those of
+    diffusers are.
+
+    Attributes:
+        shift: nodes stand at shift u / (1 + (shift - 1) u) for equally spaced u (Esser et al. 2024,
+            arXiv 2403.03206, equation 23): above 1 more of them are noisy. Stable Diffusion 3: 3.
+        end: noising time where sampling ends, 0 for clean data.
+        num_train_timesteps: what the network is told at s = 1.
+    """
+
+    horizon: float = field(default=1.0, init=False)
+    shift: float = 1.0
+    end: float = 0.0
+    num_train_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            shift=float(self.shift), num_train_timesteps=float(self.num_train_timesteps)
+        )
+        if not 0 <= self.end < 1:
+            raise ValueError(f"end must be in [0, 1), got {self.end}: 0 is clean data")
+
+    def nodes(self, steps: int) -> Float[Tensor, " nodes"]:
+        """Noising times of a sampler of so many steps, from 1 to ``end``, float64.
+
+        diffusers' FlowMatchEulerDiscreteScheduler spaces ``steps`` of them between 1 and (shifted)
+        1 / num_train_timesteps, and ends at 0 after those.
+
+        Raises:
+            ValueError: ``steps`` is not an integer of at least 2.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
+            raise ValueError(
+                f"steps must be an integer of at least 2, got {steps!r}: one step from pure noise "
+                "has no path KL"
+            )
+        first = self.end / (self.shift - (self.shift - 1) * self.end)  # shifted to ``end``
+        u = torch.linspace(1.0, first, steps + 1, dtype=torch.float64)
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+
 @dataclass(frozen=True, eq=False)
 class DDPMTable(_VariancePreserving):
     """A trained model's table of alpha^2 ("alpha-bar"), in continuous time on [0, 1].

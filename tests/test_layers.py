@@ -27,7 +27,9 @@ ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents
 ctrl.gym ctrl.plots ctrl
 diffusion_envs
 diffusion_envs.noise_schedules diffusion_envs.denoising
-diffusion_envs.samplers.ddim diffusion_envs.samplers.diffusers_scheduler diffusion_envs.samplers
+diffusion_envs.samplers.gaussian_steps diffusion_envs.samplers.flow_sde
+diffusion_envs.samplers.ddim diffusion_envs.samplers.diffusers_scheduler
+diffusion_envs.samplers
 diffusion_envs.cifar10.data diffusion_envs.cifar10
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
 diffusion_envs.rewards.classifier diffusion_envs.rewards

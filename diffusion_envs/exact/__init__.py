@@ -9,10 +9,16 @@ from diffusion_envs.exact.problems import (
     table,
 )
 from diffusion_envs.exact.rewards import CosineReward, QuadraticReward
-from diffusion_envs.models.exact import AffineCorrection, CorrectedScore, NeuralCorrection
+from diffusion_envs.models.exact import (
+    AffineCorrection,
+    CorrectedDenoiser,
+    CorrectedScore,
+    NeuralCorrection,
+)
 
 __all__ = [
     "AffineCorrection",
+    "CorrectedDenoiser",
     "CorrectedScore",
     "CosineReward",
     "GaussianProblem",

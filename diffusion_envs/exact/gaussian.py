@@ -148,6 +148,19 @@ def score_coefficients(
     return matrix, -_apply(matrix, schedule.alpha(s)[..., None] * data.mean)
 
 
+def denoised_coefficients(
+    data: Gaussian, schedule: NoiseSchedule, s: Float[Tensor, "*times"]
+) -> tuple[Float[Tensor, "*times dim dim"], Float[Tensor, "*times dim"]]:
+    """(matrix, shift) of the expected data x -> matrix x + shift given the data noised to s.
+
+    Finite where no signal is left: the data's mean, whatever x.
+    """
+    alpha = schedule.alpha(s)[..., None]
+    gains = alpha * data.spectrum[0] / _noised_spectrum(data, schedule, s)
+    matrix = _with_spectrum(data, gains)
+    return matrix, data.mean - _apply(matrix, alpha * data.mean)
+
+
 def score(
     data: Gaussian, schedule: NoiseSchedule, s: Float[Tensor, ""], x: Float[Tensor, "paths dim"]
 ) -> Float[Tensor, "paths dim"]:

@@ -15,30 +15,33 @@ from ctrl import ControlProblem
 from diffusion_envs.denoising import Score, generation_sde, kl_factor, kl_running_reward
 from diffusion_envs.exact.gaussian import Affine, Gaussian, Quadratic, score, score_coefficients
 from diffusion_envs.noise_schedules import NoiseSchedule
-from diffusion_envs.samplers import BoundDDIM
+from diffusion_envs.samplers import GaussianSteps
 
 # -- on a grid ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """A sampler's steps: x' = state_gain x + score_gain score + std z, from noising_times[k]."""
+    """A sampler's steps: x' = state_gain x + score_gain a + std z, from noising_times[k].
+
+    The action a is the score, but for samplers that act by the expected data.
+    """
 
     noising_times: Float[Tensor, " nodes"]
     state_gain: Float[Tensor, " steps"]
     score_gain: Float[Tensor, " steps"]
     std: Float[Tensor, " steps"]
-    cost: Float[Tensor, " steps"]  # path KL of a step per half square of the score's change, nats
+    cost: Float[Tensor, " steps"]  # path KL of a step per half square of the action's change, nats
 
     @classmethod
-    def of_ddim(cls, sampler: BoundDDIM) -> "Steps":
-        """Those of DDIM with eta > 0."""
+    def of(cls, sampler: GaussianSteps) -> "Steps":
+        """Those of a sampler with noise."""
         return cls(
             sampler.noising_times,
             sampler.state_gain,
-            sampler.score_gain,
+            sampler.gain,
             sampler.std,
-            sampler.kl_factor * sampler.integrated_g2,
+            sampler.path_kl_gain,
         )
 
     @classmethod

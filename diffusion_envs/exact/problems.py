@@ -1,7 +1,8 @@
 """Fine-tuning problems whose optimum is known: what a method reaches can be told exactly.
 
-Data of a known law, its exact noised score as the pretrained model, a reward of the generated
-vector, and reward per nat of path KL. For any policy ``evaluate`` gives, without a random number,
+Data of a known law, its exact noised score (on a rectified flow its exact expected data) as the
+pretrained model, a reward of the generated vector, and reward per nat of path KL. For any policy
+``evaluate`` gives, without a random number,
     J = E[reward] - kl_weight * path KL
 of the sampler's own chain, and the KL of what it generates from what the optimum of that chain
 generates. The optimum itself comes from dynamic programming on the chain: in closed form for
@@ -25,11 +26,18 @@ from diffusion_envs.exact import gaussian
 from diffusion_envs.exact.gaussian import Affine, Gaussian, Quadratic
 from diffusion_envs.exact.linear_policy import Steps, kl_cost
 from diffusion_envs.exact.rewards import CosineReward, QuadraticReward
-from diffusion_envs.models.exact import AffineCorrection, CorrectedScore, NeuralCorrection, legendre
-from diffusion_envs.noise_schedules import DDPMTable
-from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
+from diffusion_envs.models.exact import (
+    AffineCorrection,
+    Corrected,
+    CorrectedDenoiser,
+    CorrectedScore,
+    NeuralCorrection,
+    legendre,
+)
+from diffusion_envs.noise_schedules import DDPMTable, FlowTable
+from diffusion_envs.samplers import BoundBlackBox, BoundDDIM, GaussianSteps
 
-BoundSampler: TypeAlias = BoundDDIM | BoundBlackBox
+BoundSampler: TypeAlias = GaussianSteps | BoundBlackBox
 
 
 def table(steps: int = 1000, least: float = 0.1, most: float = 20.0) -> DDPMTable:
@@ -76,8 +84,12 @@ class Problem(Protocol):
         ...
 
 
+def _table_of(sampler: BoundSampler) -> DDPMTable | FlowTable:
+    return sampler.schedule if isinstance(sampler, GaussianSteps) else sampler.table
+
+
 def _environment(
-    model: CorrectedScore,
+    model: Corrected,
     reward: QuadraticReward | CosineReward,
     sampler: BoundSampler,
     seed: int,
@@ -121,24 +133,30 @@ class GaussianProblem:
     def environment(
         self, sampler: BoundSampler, seed: int, device: torch.device | str = "cpu"
     ) -> Environment:
-        """The exact model with an affine correction."""
+        """The exact model with an affine correction of the score, on a flow of x0_hat."""
         correction = AffineCorrection(len(self.mean)).to(device)
         data = self.data
         mean = data.mean.to(device)
         values, vectors = (v.float().to(device) for v in data.spectrum)
 
         def exact(states: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-            spread = alpha.square()[:, None] * values + sigma.square()[:, None]
+            variance = alpha.square()[:, None] * values + sigma.square()[:, None]
             gap = (states - alpha[:, None] * mean.to(states)) @ vectors.to(states)
-            return -(gap / spread) @ vectors.to(states).T
+            return -(gap / variance) @ vectors.to(states).T
 
-        model = CorrectedScore(
-            exact, correction, sampler.table, len(self.mean), torch.device(device)
-        )
+        def denoised(states: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+            gained = (alpha[:, None] * values) * (exact(states, alpha, sigma) @ vectors.to(states))
+            return mean.to(states) - gained @ vectors.to(states).T
+
+        table, where = _table_of(sampler), torch.device(device)
+        if isinstance(table, FlowTable):
+            model = CorrectedDenoiser(denoised, correction, table, len(self.mean), where)
+        else:
+            model = CorrectedScore(exact, correction, table, len(self.mean), where)
         reward = QuadraticReward(self.quadratic)
         return _environment(model, reward, sampler, seed)
 
-    def evaluate(self, score: CorrectedScore, sampler: BoundDDIM) -> Outcome:
+    def evaluate(self, score: Corrected, sampler: GaussianSteps) -> Outcome:
         """By recursions of means and covariances."""
         assert isinstance(score.correction, AffineCorrection)
         with torch.no_grad():
@@ -146,7 +164,7 @@ class GaussianProblem:
             gain, shift = score.correction.coefficients(basis)
         return self.outcome_of(gain, shift, sampler)
 
-    def optimum(self, sampler: BoundDDIM) -> Outcome:
+    def optimum(self, sampler: GaussianSteps) -> Outcome:
         """By dynamic programming: the best correction at every step is affine."""
         return self.outcome_of(*self.best_correction(sampler), sampler)
 
@@ -154,10 +172,10 @@ class GaussianProblem:
         self,
         gain: Float[Tensor, "steps dim dim"],
         shift: Float[Tensor, "steps dim"],
-        sampler: BoundDDIM,
+        sampler: GaussianSteps,
     ) -> Outcome:
-        """Of the pretrained score plus gain x + shift at every step; float64."""
-        steps = Steps.of_ddim(sampler)
+        """Of the pretrained action plus gain x + shift at every step; float64."""
+        steps = Steps.of(sampler)
         law, paid = self._start(), 0.0
         pretrained = self._pretrained(sampler)
         for k in range(len(steps.std)):
@@ -171,17 +189,23 @@ class GaussianProblem:
         dim = len(self.mean)
         return Gaussian(_double([0.0] * dim), torch.eye(dim, dtype=torch.float64))
 
-    def _pretrained(self, sampler: BoundDDIM) -> tuple[Tensor, Tensor]:
-        return gaussian.score_coefficients(self.data, sampler.table, sampler.noising_times[:-1])
+    def _pretrained(self, sampler: GaussianSteps) -> tuple[Tensor, Tensor]:
+        """(matrices, shifts) of the pretrained model's action at the left of every step."""
+        coefficients = (
+            gaussian.score_coefficients
+            if sampler.action == "score"
+            else gaussian.denoised_coefficients
+        )
+        return coefficients(self.data, sampler.schedule, sampler.noising_times[:-1])
 
     def best_correction(
-        self, sampler: BoundDDIM
+        self, sampler: GaussianSteps
     ) -> tuple[Float[Tensor, "steps dim dim"], Float[Tensor, "steps dim"]]:
-        """(gain, shift) of the chain's optimum: the score changes by u = gain x + shift.
+        """(gain, shift) of the chain's optimum: the action changes by u = gain x + shift.
 
-        u maximises V_{k+1} after the step with score + u, less kl_weight cost |u|^2 / 2.
+        u maximises V_{k+1} after the step with action + u, less kl_weight cost |u|^2 / 2.
         """
-        steps, pretrained = Steps.of_ddim(sampler), self._pretrained(sampler)
+        steps, pretrained = Steps.of(sampler), self._pretrained(sampler)
         unit = torch.eye(len(self.mean), dtype=torch.float64)
         value, gains, shifts = self.quadratic, [], []
         for k in reversed(range(len(steps.std))):
@@ -197,10 +221,18 @@ class GaussianProblem:
             value = value.before(moved) + _paid(price, gain, shift)
         return torch.stack(gains[::-1]), torch.stack(shifts[::-1])
 
-    def best_law(self, sampler: BoundDDIM) -> Gaussian:
+    def best_law(self, sampler: GaussianSteps) -> Gaussian:
         """What the chain's optimum generates."""
-        gain, shift = self.best_correction(sampler)
-        steps, pretrained, law = Steps.of_ddim(sampler), self._pretrained(sampler), self._start()
+        return self.law_of(*self.best_correction(sampler), sampler)
+
+    def law_of(
+        self,
+        gain: Float[Tensor, "steps dim dim"],
+        shift: Float[Tensor, "steps dim"],
+        sampler: GaussianSteps,
+    ) -> Gaussian:
+        """What the pretrained action plus gain x + shift generates; float64."""
+        steps, pretrained, law = Steps.of(sampler), self._pretrained(sampler), self._start()
         for k in range(len(steps.std)):
             law = _moved(pretrained, steps, k, gain[k], shift[k]).after(law)
         return law
@@ -209,7 +241,7 @@ class GaussianProblem:
 def _moved(
     pretrained: tuple[Tensor, Tensor], steps: Steps, k: int, gain: Tensor, shift: Tensor
 ) -> Affine:
-    """Step k under the pretrained score plus gain x + shift."""
+    """Step k under the pretrained action plus gain x + shift."""
     slope, offset = (v[k] for v in pretrained)
     unit = torch.eye(len(shift)).to(shift)
     return Affine(
@@ -280,9 +312,19 @@ class MixtureProblem:
     def environment(
         self, sampler: BoundSampler, seed: int, device: torch.device | str = "cpu"
     ) -> Environment:
-        """The exact model with a neural correction."""
+        """The exact model with a neural correction.
+
+        Raises:
+            TypeError: the sampler is on a rectified flow.
+        """
+        table = _table_of(sampler)
+        if not isinstance(table, DDPMTable):
+            raise TypeError(
+                "sampler must be on a variance-preserving table (DDPMTable), got one on "
+                f"{type(table).__name__}: use GaussianProblem for a flow"
+            )
         correction = NeuralCorrection(1, generator=stream(seed, "correction")).to(device)
-        model = CorrectedScore(self.exact_score, correction, sampler.table, 1, torch.device(device))
+        model = CorrectedScore(self.exact_score, correction, table, 1, torch.device(device))
         return _environment(model, self.reward, sampler, seed)
 
     def evaluate(self, score: CorrectedScore, sampler: BoundDDIM) -> Outcome:

@@ -1,15 +1,17 @@
-"""The exact score of a data law, with a small network added that is trained: a model to fine-tune.
+"""What is exact of a data law, with a small network added that is trained: a model to fine-tune.
 
-It stands where an image model's network stands in the loop: the exact score is the pretrained
-model, the correction the adapter, zero at first. Scores and predictions are float32, as a network's
-are.
+It stands where an image model's network stands in the loop: the exact score (on a flow the exact
+expected data) is the pretrained model, the correction the adapter, zero at first. Answers are
+float32, as a network's are.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -17,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion_envs.noise_schedules import DDPMTable
+from diffusion_envs.denoising import score_from_x0
+from diffusion_envs.noise_schedules import DDPMTable, FlowTable
 
 
 class AffineCorrection(nn.Module):
@@ -37,7 +40,7 @@ class AffineCorrection(nn.Module):
     def forward(
         self, states: Float[Tensor, "n dim"], alpha: Float[Tensor, " n"]
     ) -> Float[Tensor, "n dim"]:
-        """The correction of the score."""
+        """The correction."""
         basis = legendre(alpha, len(self.shift))
         gain, shift = self.coefficients(basis)
         return torch.einsum("nij,nj->ni", gain, states) + shift
@@ -69,7 +72,7 @@ class NeuralCorrection(nn.Module):
     def forward(
         self, states: Float[Tensor, "n dim"], alpha: Float[Tensor, " n"]
     ) -> Float[Tensor, "n dim"]:
-        """The correction of the score."""
+        """The correction."""
         seen = torch.cat([states, legendre(alpha, 6)[:, 1:].to(states)], dim=1)
         x = functional.silu(self.enter(seen))
         x = functional.silu(self.hidden(x) + x)
@@ -85,13 +88,16 @@ def legendre(alpha: Float[Tensor, " n"], terms: int) -> Float[Tensor, "n terms"]
     return torch.stack(found[:terms], dim=1)
 
 
+Table = TypeVar("Table", DDPMTable, FlowTable)
+
+
 @dataclass
-class CorrectedScore:
-    """Exact score plus correction, as the loop knows a model (``protocol.Model``).
+class _Corrected(ABC, Generic[Table]):
+    """What an exact law says of noisy states plus a correction: the loop's model.
 
     Attributes:
-        exact: (states, alpha [n], sigma [n]) -> score of the noised data law.
-        correction: the adapter.
+        exact: (states, alpha [n], sigma [n]) -> what the noised data law says.
+        correction: the adapter, added to that.
         table: noise levels by timestep.
         dim: of a state.
         device: of the correction.
@@ -102,7 +108,7 @@ class CorrectedScore:
 
     exact: Callable[[Tensor, Tensor, Tensor], Tensor]
     correction: nn.Module
-    table: DDPMTable
+    table: Table
     dim: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     prediction_type: str = "epsilon"
@@ -113,7 +119,6 @@ class CorrectedScore:
     def __post_init__(self) -> None:
         self.event: tuple[int, ...] = (self.dim,)
         self.parameters = list(self.correction.parameters())
-        self._alphas_cumprod = self.table.alphas_cumprod.to(self.device)
 
     def condition(self, prompts: Sequence[str]) -> Float[Tensor, "prompts 1"]:
         """Nothing: the law of the data is one."""
@@ -133,6 +138,35 @@ class CorrectedScore:
         save_file({k: v.contiguous() for k, v in self.correction.state_dict().items()}, path)
         return path
 
+    @abstractmethod
+    def _levels(self, timesteps: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) of each row."""
+
+    def _corrected(self, states: Tensor, timesteps: Tensor) -> Tensor:
+        """The exact answer plus the correction, at a noise level that belongs to each row."""
+        self.calls += len(states)
+        alpha, sigma = self._levels(timesteps, states)
+        answer = self.exact(states, alpha, sigma)
+        return answer if self._adapter_off else answer + self.correction(states, alpha)
+
+    @contextmanager
+    def pretrained(self) -> Iterator[None]:
+        """Within this context the answer is the exact one."""
+        before, self._adapter_off = self._adapter_off, True
+        try:
+            yield
+        finally:
+            self._adapter_off = before
+
+
+@dataclass
+class CorrectedScore(_Corrected[DDPMTable]):
+    """Exact score plus correction, as the loop knows a model (``protocol.Model``)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._alphas_cumprod = self.table.alphas_cumprod.to(self.device)
+
     def __call__(
         self,
         states: Float[Tensor, "n dim"],
@@ -140,11 +174,7 @@ class CorrectedScore:
         condition: Tensor | None = None,
     ) -> Float[Tensor, "n dim"]:
         """Scores at a noise level that belongs to each row."""
-        self.calls += len(states)
-        abar = self._abar(timesteps).to(states)
-        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
-        score = self.exact(states, alpha, sigma)
-        return score if self._adapter_off else score + self.correction(states, alpha)
+        return self._corrected(states, timesteps)
 
     def prediction(
         self, states: Float[Tensor, "n dim"], timesteps: Tensor, condition: Tensor | None = None
@@ -152,6 +182,10 @@ class CorrectedScore:
         """epsilon = -sigma score; timesteps may be fractional."""
         sigma = (1 - self._abar(timesteps)).sqrt().to(states)
         return -sigma[:, None] * self(states, timesteps, condition)
+
+    def _levels(self, timesteps: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        abar = self._abar(timesteps).to(states)
+        return abar.sqrt(), (1 - abar).sqrt()
 
     def _abar(self, timesteps: Tensor) -> Tensor:
         if not timesteps.is_floating_point():
@@ -161,11 +195,42 @@ class CorrectedScore:
         logs = self._alphas_cumprod.log()
         return torch.lerp(logs[low], logs[high], timesteps.double() - low).exp()
 
-    @contextmanager
-    def pretrained(self) -> Iterator[None]:
-        """Within this context the score is the exact one."""
-        before, self._adapter_off = self._adapter_off, True
-        try:
-            yield
-        finally:
-            self._adapter_off = before
+
+@dataclass
+class CorrectedDenoiser(_Corrected[FlowTable]):
+    """Exact expected data plus correction, on a rectified flow (``protocol.Denoiser``)."""
+
+    prediction_type: str = "flow_prediction"
+
+    def denoised(
+        self,
+        states: Float[Tensor, "n dim"],
+        timesteps: Tensor,
+        condition: Tensor | None = None,
+    ) -> Float[Tensor, "n dim"]:
+        """x0_hat at a noise level that belongs to each row; finite without signal."""
+        return self._corrected(states, timesteps)
+
+    def __call__(
+        self,
+        states: Float[Tensor, "n dim"],
+        timesteps: Tensor,
+        condition: Tensor | None = None,
+    ) -> Float[Tensor, "n dim"]:
+        """Scores (alpha x0_hat - x) / sigma^2: without signal -x, whatever the correction."""
+        alpha, sigma = (level[:, None] for level in self._levels(timesteps, states))
+        return score_from_x0(states, self.denoised(states, timesteps, condition), alpha, sigma)
+
+    def prediction(
+        self, states: Float[Tensor, "n dim"], timesteps: Tensor, condition: Tensor | None = None
+    ) -> Float[Tensor, "n dim"]:
+        """The flow's velocity eps - x0 = (x - x0_hat) / s."""
+        sigma = self._levels(timesteps, states)[1][:, None]
+        return (states - self.denoised(states, timesteps, condition)) / sigma
+
+    def _levels(self, timesteps: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        s = timesteps.to(states) / self.table.num_train_timesteps
+        return self.table.alpha(s), self.table.sigma(s)
+
+
+Corrected: TypeAlias = CorrectedScore | CorrectedDenoiser

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from diffusion_envs.noise_schedules import DDPMTable
+from diffusion_envs.noise_schedules import DDPMTable, FlowTable
 
 Condition: TypeAlias = Any
 """What a model is conditioned on, a row each: opaque, but ``condition[rows]`` picks rows of it."""
@@ -21,9 +21,8 @@ class Model(Protocol):
 
     Attributes:
         event: shape of a state, without the batch.
-        table: noise levels by timestep.
-        prediction_type: what the network itself predicts, in diffusers' words: "epsilon", "sample"
-            or "v_prediction".
+        prediction_type: what the network itself predicts, in diffusers' words: "epsilon", "sample",
+            "v_prediction" or "flow_prediction".
         precision: dtype of the network's arithmetic.
         parameters: those that train, float32; the policy that a fresh adapter makes is the
             pretrained model.
@@ -31,10 +30,14 @@ class Model(Protocol):
     """
 
     event: tuple[int, ...]
-    table: DDPMTable
     prediction_type: str
     parameters: list[nn.Parameter]
     calls: int
+
+    @property
+    def table(self) -> DDPMTable | FlowTable:
+        """Noise levels by timestep."""
+        ...
 
     @property
     def precision(self) -> torch.dtype:
@@ -86,4 +89,18 @@ class Model(Protocol):
 
     def export(self, folder: Path) -> Path:
         """Write the adapter into a folder in the format that plain diffusers loads; its path."""
+        ...
+
+
+@runtime_checkable
+class Denoiser(Model, Protocol):
+    """A model that also tells the expected data, finite where no signal is left (alpha = 0)."""
+
+    def denoised(
+        self,
+        states: Float[Tensor, " rows *event"],
+        timesteps: Tensor,
+        condition: Condition,
+    ) -> Float[Tensor, " rows *event"]:
+        """x0_hat of noisy states, float32: the action of samplers that start without signal."""
         ...

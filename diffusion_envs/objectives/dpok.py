@@ -97,6 +97,7 @@ class DPOK(PathObjective):
     path_kl: bool = False  # the SDE's path KL for it, charged to the return too: no bias (2)
 
     needs_value: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = True  # a change of the score, in units of predicted noise
 
     def __post_init__(self) -> None:
         require_positive(

@@ -126,6 +126,8 @@ class DxMI(_ByValue):
     entropy_weight: float = 0.1  # tau1, reward per nat of a coordinate's transition
     move_weight: float = 0.01  # tau2, reward per half squared move, relative to the usual one
 
+    needs_scores: ClassVar[bool] = True  # moves are compared by int g^2, the clock of scores
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_not_negative(entropy_weight=self.entropy_weight, move_weight=self.move_weight)

@@ -10,7 +10,6 @@ from jaxtyping import Float, Int64
 from torch import Generator, Tensor
 
 from ctrl.devices import as_like, sent
-from diffusion_envs.denoising import tweedie_mean
 from diffusion_envs.environment import Environment
 from diffusion_envs.objectives.protocol import Objective, Update
 from diffusion_envs.rollout import Rollout
@@ -83,20 +82,19 @@ class LastLosses:
         states = rollout.states[paths, first]
         nats = states.new_zeros(len(paths))
         for k in range(first, last):
-            score = environment.score(states, k, condition)
+            action = environment.action(states, k, condition)
             if k == last - 1 and last < rollout.costs.shape[1]:
-                alpha, sigma = (as_like(v[k], states) for v in (sampler.alpha, sampler.sigma))
-                states = tweedie_mean(states, score, alpha, sigma)
+                states = sampler.denoised_at(k, states, action)
                 break
             if self.objective.needs_reference:
                 # with its gradient: the state is that of this policy, and the KL changes with it
                 with environment.pretrained():
-                    reference = environment.score(states, k, condition)
-                gap = (score - reference).square().flatten(1).sum(1)
+                    reference = environment.action(states, k, condition)
+                gap = (action - reference).square().flatten(1).sum(1)
                 nats = nats + 0.5 * as_like(sampler.path_kl_gain[k], states) * gap
-            gains = (sampler.state_gain, sampler.score_gain, sampler.std)
-            state_gain, score_gain, std = (as_like(table[k], states) for table in gains)
-            states = state_gain * states + score_gain * score + std * rollout.noises[paths, k]
+            gains = (sampler.state_gain, sampler.gain, sampler.std)
+            state_gain, gain, std = (as_like(table[k], states) for table in gains)
+            states = state_gain * states + gain * action + std * rollout.noises[paths, k]
         return environment.differentiable_reward(states, condition), nats
 
     def check_fresh(self) -> None:

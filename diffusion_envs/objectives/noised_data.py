@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from ctrl.devices import as_like, sent
 from diffusion_envs.denoising import noising_bridge
 from diffusion_envs.environment import Environment
+from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives.protocol import Objective, Update
 from diffusion_envs.rollout import Rollout
 
@@ -47,6 +48,7 @@ class NoisedObjective(Objective):
     draws: int = 4  # noised states of each sample: pairs of one noise level and opposite noise
 
     needs_steps: ClassVar[bool] = False
+    needs_scores: ClassVar[bool] = True
     needs_old: ClassVar[bool] = True  # the scores of the policy that sampled enter the loss
 
     @property
@@ -136,7 +138,7 @@ class NoisedLosses:
         self.environment, self.objective, self.rollout = environment, objective, rollout
         self.advantages, self.batch = advantages, batch
         data = rollout.states[:, -1]
-        log_abar = environment.model.table.alphas_cumprod.double().log()
+        log_abar = _table(environment).alphas_cumprod.double().log()
         shape = (len(data), objective.draws)
         first = 1 if objective.needs_bridge else 0  # no state lies before the first timestep
         self.timestep = drawn_levels(*shape, first, len(log_abar), generator)
@@ -161,7 +163,7 @@ class NoisedLosses:
 
     def _levels(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         like = self.rollout.states
-        abar = as_like(self.environment.model.table.alphas_cumprod[timestep], like)
+        abar = as_like(_table(self.environment).alphas_cumprod[timestep], like)
         return abar.sqrt(), (1 - abar).sqrt()
 
     def _states(self, which: Int64[Tensor, "rows 2"]) -> Tensor:
@@ -276,3 +278,10 @@ class NoisedLosses:
 
 def _wide(values: Tensor, ndim: int) -> Tensor:
     return values.view(*values.shape, *[1] * (ndim - values.ndim))
+
+
+def _table(environment: Environment) -> DDPMTable:
+    """The noise levels of a model that tells scores."""
+    table = environment.model.table
+    assert isinstance(table, DDPMTable)  # needs_scores
+    return table

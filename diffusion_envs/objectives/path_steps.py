@@ -13,12 +13,14 @@ from torch import Generator, Tensor
 from ctrl.devices import as_like, read, sent
 from diffusion_envs.objectives.protocol import Objective, PreflightError, Update, Values
 from diffusion_envs.rollout import Rollout
-from diffusion_envs.samplers import BoundDDIM
+from diffusion_envs.samplers import GaussianSteps
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Single steps of paths with the current policy's score; only ``mean`` carries a gradient.
+    """Single steps of paths with the current policy's action; only ``mean`` carries a gradient.
+
+    The action is the score, or the expected data (``samplers.gaussian_steps``).
 
     The members of a group stand side by side, at the same step: ``view(-1, group, ...)``; if the
     objective joins steps, ``view(-1, steps, group, ...)``. What one method alone reads is in a
@@ -30,12 +32,13 @@ class Rows:
     reference_score: Float[Tensor, " rows *event"] | None  # pretrained, where it is compared
     noise: Float[Tensor, " rows *event"]  # standard normal that led to the next state
     advantage: Float[Tensor, " rows"]
-    step_size: Float[Tensor, " rows"]  # int g^2 dt
+    step_size: Float[Tensor, " rows"]  # of the sampler's clock; DDIM's is int g^2 dt
     horizon: Float[Tensor, ""]  # sum of all step sizes of a path
-    score_gain: Float[Tensor, " rows"]  # d(mean of the next state) / d(score)
+    score_gain: Float[Tensor, " rows"]  # d(mean of the next state) / d(action)
     std: Float[Tensor, " rows"]  # of the transition
-    # path KL for half a square of the score's change, over the step size: ((1 + eta^2) / (2 eta))^2
-    kl_factor: float
+    # path KL for half a square of the action's change, over the step size: DDIM's is the same at
+    # every step, ((1 + eta^2) / (2 eta))^2
+    kl_factor: float | Float[Tensor, " rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +56,7 @@ class Steps:
     """
 
     rollout: Rollout
-    sampler: BoundDDIM
+    sampler: GaussianSteps
     path: Int64[Tensor, " rows"]
     step: Int64[Tensor, " rows"]
     joined: int
@@ -154,9 +157,13 @@ class PathLosses:
         self.targets = self._targets()
         self.advantages = update.advantages(objective.advantages)
         sampler = self.sampler
-        tables = [sampler.score_gain, sampler.std]
+        tables = [sampler.gain, sampler.std]
         # sent once, not for every row
         self._tables = as_like(torch.stack(tables), self.rollout.means)
+        factor = sampler.kl_factor
+        self._kl_factor = (
+            as_like(factor, self.rollout.means) if isinstance(factor, Tensor) else factor
+        )
         self._log_ratios: list[Tensor] = []
         self._clipped: list[Tensor] = []
 
@@ -204,12 +211,12 @@ class PathLosses:
         )
 
     def rows(self, which: Int64[Tensor, "rows 2"], joined: int = 1) -> Any:
-        """(path, step) pairs as the objective's rows, with the current policy's score."""
+        """(path, step) pairs as the objective's rows, with the current policy's action."""
         rollout, environment = self.rollout, self.environment
         path, step = sent(which, environment.device).unbind(1)
-        mean = environment.score(rollout.states[path, step], step, rollout.condition[which[:, 0]])
+        mean = environment.action(rollout.states[path, step], step, rollout.condition[which[:, 0]])
         score_gain, std = self._tables[:, step]
-        reference = rollout.reference_scores
+        reference, factor = rollout.reference_scores, self._kl_factor
         common = Rows(
             mean=mean,
             old_mean=rollout.means[path, step],
@@ -220,7 +227,7 @@ class PathLosses:
             horizon=rollout.step_sizes.sum().to(mean),
             score_gain=score_gain,
             std=std,
-            kl_factor=self.sampler.kl_factor,
+            kl_factor=factor[step] if isinstance(factor, Tensor) else factor,
         )
         targets = None if self.targets is None else self.targets[path, step]
         steps = Steps(rollout, self.sampler, path, step, joined, targets, self.values)

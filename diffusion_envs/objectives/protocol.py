@@ -96,6 +96,8 @@ class Objective(ABC):
     needs_fresh_rollouts: ClassVar[bool] = False  # one optimiser step, then sample anew
     needs_steps: ClassVar[bool] = True  # of the sampler; a black box shows none
     needs_noisy_steps: ClassVar[bool] = False  # an ODE has none
+    # its formula takes what the sampler is acted on by for a score; on a flow it is expected data
+    needs_scores: ClassVar[bool] = False
     chooses_steps: ClassVar[bool] = False  # some steps of each path may do (``train_steps``)
     # roll-outs come from the trained policy, or from one that follows it: their path KL is its own
     on_policy: ClassVar[bool] = True

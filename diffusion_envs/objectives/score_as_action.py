@@ -127,6 +127,7 @@ class ScoreAsActionSampled(_ContinuousTime):
 
     exploration: float = 0.3  # std of the drawn score, in units of predicted noise
     needs_density: ClassVar[bool] = False
+    needs_scores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,11 +1,26 @@
-"""Samplers: DDIM with its transition density, and any diffusers scheduler as a black box."""
+"""Samplers: Gaussian steps with their densities, and any diffusers scheduler as a black box."""
 
 from typing import TypeAlias
 
 from diffusion_envs.samplers.ddim import DDIM, BoundDDIM
 from diffusion_envs.samplers.diffusers_scheduler import BlackBox, BoundBlackBox, Scheduler
+from diffusion_envs.samplers.flow_sde import CPS, BoundCPS, BoundFlowDDIM, BoundFlowSDE, FlowSDE
+from diffusion_envs.samplers.gaussian_steps import GaussianSteps
 
-Sampler: TypeAlias = DDIM | Scheduler
+Sampler: TypeAlias = DDIM | FlowSDE | CPS | Scheduler
 """What a user names; ``bind`` puts it on a model's noise levels."""
 
-__all__ = ["DDIM", "BlackBox", "BoundBlackBox", "BoundDDIM", "Sampler", "Scheduler"]
+__all__ = [
+    "CPS",
+    "DDIM",
+    "BlackBox",
+    "BoundBlackBox",
+    "BoundCPS",
+    "BoundDDIM",
+    "BoundFlowDDIM",
+    "BoundFlowSDE",
+    "FlowSDE",
+    "GaussianSteps",
+    "Sampler",
+    "Scheduler",
+]

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ctrl.devices import as_like, sent
 from ctrl.noise import stream
-from diffusion_envs.denoising import tweedie_mean
 from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import Objective
 from diffusion_envs.rollout import Rollout
@@ -85,11 +84,7 @@ class Critic:
         (paths, nodes), sampler = rollout.states.shape[:2], self.environment.steps
         states, times = rollout.states, as_like(sampler.noising_times, rollout.rewards)
         if self.objective.value_sees_denoised:
-            alpha, sigma = (
-                as_like(level[:-1], states).view(1, -1, *[1] * (states.ndim - 2))
-                for level in (sampler.alpha, sampler.sigma)
-            )
-            guesses = tweedie_mean(states[:, :-1], rollout.means, alpha, sigma)
+            guesses = sampler.denoised(states[:, :-1], rollout.means)
             states = torch.cat([guesses, states[:, -1:]], dim=1)
         features = self.environment.features_of(rollout.condition).repeat_interleave(nodes, 0)
         return times.repeat(paths), states.flatten(0, 1), features

@@ -4,7 +4,7 @@ from diffusion_envs import rewards
 from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import Objective
 from diffusion_envs.preferences import Preference
-from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
+from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
 from diffusion_envs.training import kl_controller
 from diffusion_envs.training.update_size import UpdateSize
 
@@ -83,7 +83,7 @@ def require_fit(
 
 
 def _require_sampler(
-    sampler: BoundDDIM | BoundBlackBox,
+    sampler: GaussianSteps | BoundBlackBox,
     objective: Objective,
     target_kl: kl_controller.TargetKL | None,
 ) -> None:
@@ -95,6 +95,14 @@ def _require_sampler(
             f"{name} learns from the steps of the sampler, and a black box shows none: use DDIM, "
             "or an objective that learns from data (DiffusionNFT, ReinforceAdjointMatching, "
             "DistributionalOptimisation)"
+        )
+    action = sampler.action if isinstance(sampler, GaussianSteps) else "score"
+    if objective.needs_scores and action != "score":
+        raise ValueError(
+            f"{name} takes the sampler's action for a score, and the action of "
+            f"{type(sampler).__name__} is the expected data ({action!r}), because it starts where "
+            "no signal is left: use an objective of transitions (ScoreAsAction, DDPO, GRPO, "
+            "AdjointMatching), or a model on a table with some signal everywhere"
         )
     if target_kl is not None and (ode or not sampler.shows_steps):
         raise ValueError(

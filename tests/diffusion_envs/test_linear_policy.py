@@ -34,7 +34,7 @@ def sampler_steps(eta=1.0, count=12):
 def test_moments_are_those_of_simulated_paths(eta):
     """Production simulate and sampler on quadrature noise, whose moments are exact."""
     sampler = sampler_steps(eta, 3)
-    steps = linear_policy.chain(DATA, TABLE, Steps.of_ddim(sampler), GAIN, SHIFT)
+    steps = linear_policy.chain(DATA, TABLE, Steps.of(sampler), GAIN, SHIFT)
     laws = linear_policy.moments(steps, START)
     quadrature = ctrl.noise.gauss_hermite(sampler.grid.steps, nodes=3, noise=(2,))
     point = START.mean.expand(len(quadrature.increments), 2)
@@ -56,7 +56,7 @@ def test_moments_are_those_of_simulated_paths(eta):
 
 
 def test_forward_and_backward_recursions_agree_on_the_objective():
-    steps = Steps.of_ddim(sampler_steps())
+    steps = Steps.of(sampler_steps())
     moved = linear_policy.chain(DATA, TABLE, steps, GAIN, SHIFT)
     running = linear_policy.kl_cost(BETA * steps.cost, GAIN, SHIFT)
     laws = linear_policy.moments(moved, START)

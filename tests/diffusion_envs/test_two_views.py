@@ -66,7 +66,7 @@ def flat(gradients):
 
 def setting(objective, sampler, gain, shift):
     """The chain, its running cost: what the sampler really does under this objective's policy."""
-    steps = Steps.of_ddim(sampler)
+    steps = Steps.of(sampler)
     spread = objective.action_std(sampler.sigma[:-1])
     chain = linear_policy.chain(DATA, sampler.table, steps, gain, shift, action_std=spread)
     return chain, linear_policy.kl_cost(objective.kl_weight * steps.cost, gain, shift)

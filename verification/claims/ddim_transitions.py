@@ -69,7 +69,9 @@ _TRANSITIONS = "ctrl.transitions"
         wrong(
             "mean over coordinates", f"{_AT}.log_ratio", ".flatten(1).sum(1)", ".flatten(1).mean(1)"
         ),
-        wrong("policies exchanged", f"{_AT}.log_ratio", "score - old_score)", "old_score - score)"),
+        wrong(
+            "policies exchanged", f"{_AT}.log_ratio", "action - old_action)", "old_action - action)"
+        ),
         wrong("KL without 1/2", f"{_AT}.transition_kl", "return 0.5 *", "return"),
         wrong(
             "KL averaged over coordinates",
@@ -93,8 +95,8 @@ _TRANSITIONS = "ctrl.transitions"
         wrong(
             "mean of the step before",
             f"{_AT}.mean",
-            "self.score_gain, step",
-            "self.score_gain.roll(1), step",
+            "self.gain, step",
+            "self.gain.roll(1), step",
         ),
         wrong("along paths: 1/2 dropped", f"{_TRANSITIONS}.log_ratio", "0.5 * shift", "shift"),
         wrong(

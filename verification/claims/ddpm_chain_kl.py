@@ -48,7 +48,7 @@ def chains(count: int, model: VPGaussian = MODEL) -> dict[str, Chain]:
     euler = Steps.of_euler(schedule, s)
     return {
         "exact": numbers(gaussian.transition(data, schedule, s[:-1], s[1:])),
-        "DDPM": numbers(linear_policy.chain(data, sampler.table, Steps.of_ddim(sampler), *none)),
+        "DDPM": numbers(linear_policy.chain(data, sampler.table, Steps.of(sampler), *none)),
         "Euler": numbers(linear_policy.chain(data, schedule, euler, *none)),
     }
 

@@ -213,8 +213,8 @@ KL_FACTOR = [
         wrong(
             "variance for standard deviation",
             "diffusion_envs.samplers.BoundDDIM._whitened",
-            "self.score_gain / self.std",
-            "self.score_gain / self.std.square()",
+            "self.gain / self.std",
+            "self.gain / self.std.square()",
         ),
         wrong(
             "eta ignored in the mean of DDIM",

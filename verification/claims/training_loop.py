@@ -218,7 +218,7 @@ KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
         ),
         wrong(
             "timestep of another step",
-            "diffusion_envs.environment.Environment.score",
+            "diffusion_envs.environment.Environment.action",
             "[sent(step, self.device)]",
             "[sent(step, self.device) - 1]",
         ),
@@ -231,10 +231,9 @@ KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
         wrong(
             "adapter ignored while sampling",
             SAMPLE,
-            "            means.append(self.model(states, timestep.expand(len(states)), "
-            "conditions))",
+            "            means.append(self._act(states, timestep.expand(len(states)), conditions))",
             "            with self.model.pretrained():\n"
-            "                means.append(self.model(states, timestep.expand(len(states)), "
+            "                means.append(self._act(states, timestep.expand(len(states)), "
             "conditions))",
         ),
         wrong(

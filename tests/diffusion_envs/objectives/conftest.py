@@ -92,7 +92,7 @@ class LinearGaussian:
 
     def chain(self, gain: Tensor, shift: Tensor) -> Any:
         """The sampler's steps under score + gain x + shift."""
-        steps = Steps.of_ddim(self.sampler)
+        steps = Steps.of(self.sampler)
         return linear_policy.chain(self.data, self.sampler.table, steps, gain, shift)
 
     def rows(

@@ -114,7 +114,7 @@ def test_the_first_gradient_is_that_of_the_reward_over_its_spread():
     zero = torch.zeros(2, dtype=torch.float64)
     reward = Quadratic(torch.zeros(2, 2, dtype=torch.float64), SLOPE, zero[0])
     gain, shift = GAIN.clone(), SHIFT.clone().requires_grad_()
-    steps = linear_policy.Steps.of_ddim(sampler)
+    steps = linear_policy.Steps.of(sampler)
     chain = linear_policy.chain(DATA, sampler.table, steps, gain, shift)
     expected_reward = reward.expectation(linear_policy.moments(chain, START)[-1])
     (true,) = torch.autograd.grad(expected_reward, shift)

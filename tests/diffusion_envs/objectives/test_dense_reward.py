@@ -188,7 +188,7 @@ def test_the_first_gradient_is_the_rewards_with_discounted_steps(steps, turned, 
     """
     sampler, beta = DDIM(1.0).bind(TABLES["sd15"], steps), 0.37
     chain = linear_policy.chain(
-        DATA, sampler.table, linear_policy.Steps.of_ddim(sampler), 0 * GAIN, 0 * SHIFT
+        DATA, sampler.table, linear_policy.Steps.of(sampler), 0 * GAIN, 0 * SHIFT
     )
     carried, slopes = torch.tensor([0.7, -0.4], dtype=torch.float64), []
     for k in reversed(range(steps)):

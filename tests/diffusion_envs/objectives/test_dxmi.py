@@ -151,7 +151,7 @@ def test_the_usual_move_is_that_of_the_noising_process():
 
 def values_of(sampler: BoundDDIM, kl_weight: float) -> list[Quadratic]:
     """The value of the policy's own chain at every node."""
-    steps = linear_policy.Steps.of_ddim(sampler)
+    steps = linear_policy.Steps.of(sampler)
     chain = linear_policy.chain(DATA, sampler.table, steps, GAIN, SHIFT)
     running = linear_policy.kl_cost(kl_weight * steps.cost, GAIN, SHIFT)
     return linear_policy.chain_values(chain, REWARD, running)
@@ -212,7 +212,7 @@ def test_a_value_that_is_not_charged_with_the_kl_is_seen():
 def exact_with_moves(sampler: BoundDDIM, weight: float) -> Tensor:
     """Gradient of E[r] - weight * sum of |x' - x|^2 / (2 q d), by the recursion of moments."""
     gain, shift = leaves()
-    steps = linear_policy.Steps.of_ddim(sampler)
+    steps = linear_policy.Steps.of(sampler)
     chain = linear_policy.chain(DATA, sampler.table, steps, gain, shift)
     unit, total, law = torch.eye(2, dtype=torch.float64), torch.zeros(()).double(), START
     q = 2 * (1 - torch.exp(-sampler.integrated_g2 / 2))
@@ -244,7 +244,7 @@ def continuous_gradient(steps: int, offset: int = 0) -> Tensor:
     sampler = DDIM(1.0).bind(SD15, steps)
     values = values_of(sampler, 0.0)
     laws = linear_policy.moments(
-        linear_policy.chain(DATA, sampler.table, linear_policy.Steps.of_ddim(sampler), GAIN, SHIFT),
+        linear_policy.chain(DATA, sampler.table, linear_policy.Steps.of(sampler), GAIN, SHIFT),
         START,
     )
     gain, shift = torch.zeros(2, 2).double(), torch.zeros(2).double()
@@ -270,7 +270,7 @@ def time_independent_gradient(steps: int, nodes: int = 40) -> Tensor:
     sampler = DDIM(1.0).bind(SD15, steps)
     values = values_of(sampler, 0.0)
     chain = linear_policy.chain(
-        DATA, sampler.table, linear_policy.Steps.of_ddim(sampler), GAIN, SHIFT
+        DATA, sampler.table, linear_policy.Steps.of(sampler), GAIN, SHIFT
     )
     laws = linear_policy.moments(chain, START)
     roots = [torch.linalg.cholesky(laws[k].covariance) for k in range(steps + 1)]

@@ -111,7 +111,7 @@ def test_ddims_kl_near_the_data_is_many_times_the_sdes():
 def test_the_last_step_that_both_projects_leave_out_has_little_of_the_gradient():
     """1.6 % at 50 steps; and DanceGRPO's 0.6 of the steps before it are 29."""
     sampler = DDIM(1.0).bind(TABLES["sd15"], 50)
-    steps, leaves = linear_policy.Steps.of_ddim(sampler), (GAIN.clone(), SHIFT.clone())
+    steps, leaves = linear_policy.Steps.of(sampler), (GAIN.clone(), SHIFT.clone())
     frozen = linear_policy.chain(DATA, sampler.table, steps, *leaves)
     free = [x.requires_grad_() for x in (GAIN.clone(), SHIFT.clone())]
     moving = linear_policy.chain(DATA, sampler.table, steps, *free)
@@ -248,7 +248,7 @@ def test_samples_must_fill_whole_groups(small_trainer):
 def test_it_rests_at_a_known_share_of_what_can_be_gained():
     """Where the spread of the reward, in which the KL is weighed, is that of the policy at rest."""
     problem, sampler = GaussianProblem(), DDIM(1.0).bind(exact.table(), 20)
-    steps, spread = linear_policy.Steps.of_ddim(sampler), 1.0
+    steps, spread = linear_policy.Steps.of(sampler), 1.0
     kl, curvature = (steps.score_gain / steps.std).square(), problem.quadratic.curvature
     unit = torch.eye(2, dtype=torch.float64)
     for _ in range(60):

@@ -111,7 +111,7 @@ def truncated(sampler: BoundDDIM, first: int, last: int, kl_weight: float = 0.0)
     By the recursion of moments; of the denoised image if the path is left before its end.
     """
     gain, shift = leaves()
-    steps = linear_policy.Steps.of_ddim(sampler)
+    steps = linear_policy.Steps.of(sampler)
     frozen = linear_policy.chain(DATA, sampler.table, steps, GAIN, SHIFT)
     moving = linear_policy.chain(DATA, sampler.table, steps, gain, shift)
     running = linear_policy.kl_cost(kl_weight * steps.cost, gain, shift)
