@@ -94,7 +94,7 @@ def record(
     def forward(states: Tensor, timesteps: Tensor, **settings: Any) -> Any:
         with_gradient = torch.is_grad_enabled()
         context = settings["encoder_hidden_states"]
-        adapter_off = built.environment.model.score._adapter_off
+        adapter_off = built.environment.model.score.adapter.is_off
 
         def again() -> None:
             with torch.set_grad_enabled(with_gradient):

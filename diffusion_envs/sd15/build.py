@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,13 +10,13 @@ from torch import nn
 
 from diffusion_envs import rewards, samplers
 from diffusion_envs.environment import Environment
-from diffusion_envs.models import stable_diffusion_pipeline as pipeline
-from diffusion_envs.models.text_to_image_unet import GuidedScore, TextToImageUNet
+from diffusion_envs.models.adapters import ATTENTION, PRECISIONS
+from diffusion_envs.models.folders import TINY
+from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.noise_schedules import DDPMTable
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+__all__ = ["ATTENTION", "PRECISIONS", "Model", "build"]
 CPU = torch.device("cpu")
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +32,12 @@ class Model:
         self, sampler: samplers.Sampler, steps: int
     ) -> samplers.BoundDDIM | samplers.BoundBlackBox:
         """A sampler on this model's noise levels."""
-        return _bound(self.pipe, sampler, self.table, steps)
+        return sampler.bind(self.table, steps, self.pipe.scheduler.config.prediction_type)
 
 
 def build(
     *,
-    model: str | Path = pipeline.TINY,
+    model: str | Path = TINY,
     reward: rewards.Reward,
     prompts: Sequence[str],
     sampler: samplers.Sampler,
@@ -60,53 +59,23 @@ def build(
         ValueError: an argument is out of range, or does not fit the model.
         FileNotFoundError: the model is not there.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {sorted(PRECISIONS)}, got {precision!r}")
-    if not (guidance >= 0 and guidance < float("inf")):
-        raise ValueError(f"guidance must be a finite number of at least 0, got {guidance}")
-    pipe = pipeline.load_pipeline(model, precision=PRECISIONS[precision], device=device)
-    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    own = pipe.unet.config.sample_size * factor
-    side = own if resolution is None else resolution
-    smallest = factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    if side < smallest or side % smallest:
-        raise ValueError(f"resolution must be a positive multiple of {smallest}, got {resolution}")
-    empty = pipeline.embed_prompts(pipe, [""])[0]
-    parameters = pipeline.attach_lora(
-        pipe.unet, rank=lora_rank, targets=tuple(lora_targets), seed=seed
-    )
-    table = DDPMTable.from_diffusers(pipe.scheduler)
-    score = GuidedScore(
-        unet=pipe.unet,
-        alphas_cumprod=pipe.scheduler.alphas_cumprod.to(device),
-        prediction_type=pipe.scheduler.config.prediction_type,
+    network = TextToImageUNet.load(
+        model,
         guidance=guidance,
-        unconditional=empty,
+        lora_rank=lora_rank,
+        lora_targets=lora_targets,
+        precision=precision,
+        resolution=resolution,
         batch=batch,
-        precision=PRECISIONS[precision],
-    )
-    network = TextToImageUNet(
-        score=score,
-        event=(pipe.unet.config.in_channels, side // factor, side // factor),
-        table=table,
-        encode=lambda words: pipeline.embed_prompts(pipe, list(words)),
-        decode=partial(pipeline.decode, pipe.vae, batch=batch),
-        parameters=parameters,
         device=device,
-        write=partial(pipeline.export_lora, pipe.unet),
+        seed=seed,
     )
     environment = Environment(
         model=network,
-        sampler=_bound(pipe, sampler, table, steps),
+        sampler=sampler.bind(network.table, steps, network.prediction_type),
         reward=reward,
         prompts=list(prompts),
         seed=seed,
         batch=batch,
     )
-    return Model(pipe, environment, parameters, table)
-
-
-def _bound(
-    pipe: StableDiffusionPipeline, sampler: samplers.Sampler, table: DDPMTable, steps: int
-) -> samplers.BoundDDIM | samplers.BoundBlackBox:
-    return sampler.bind(table, steps, pipe.scheduler.config.prediction_type)
+    return Model(network.pipe, environment, network.parameters, network.table)

@@ -8,7 +8,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ctrl import Estimate
 from diffusion_envs import rewards, samplers
@@ -233,7 +232,7 @@ def finetune(
         stopped = {"update": when, "reason": reason, "false_stop_bound": bound}
     return _finish(
         folder,
-        built.pipe.unet,
+        built.environment.model,
         before,
         after,
         list(prompts),
@@ -367,7 +366,7 @@ def _before(
 
 def _finish(
     folder: Path,
-    unet: nn.Module,
+    model: Any,
     before: Evaluation,
     after: Evaluation,
     prompts: list[str],
@@ -401,7 +400,7 @@ def _finish(
         stopped=None if stopped is None else stopped["reason"],
     )
     if write:
-        pipeline.export_lora(unet, folder)
+        model.export(folder)
         summary: dict[str, Any] = {
             "prompts": prompts,
             "update": update,
