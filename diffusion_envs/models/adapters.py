@@ -143,7 +143,7 @@ def attach_lora(
         ValueError: ``rank`` is not positive, or a target is no layer that can have an adapter;
             every such target is named, with names like it.
     """
-    from diffusers.loaders import PeftAdapterMixin
+    from diffusers.loaders.peft import PeftAdapterMixin
     from peft import LoraConfig, inject_adapter_in_model
 
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -249,14 +249,16 @@ def prove_lora(unet: Any, path: Path, probe: Callable[[nn.Module], Tensor]) -> N
     Raises:
         ExportError: numbers of the adapter are missing or other ones, or outputs differ.
     """
-    from diffusers import StableDiffusionPipeline
+    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
     from peft.utils import get_peft_model_state_dict
 
     fresh = _pretrained_twin(unet)
-    layers, alphas = StableDiffusionPipeline.lora_state_dict(
-        path.parent, weight_name=path.name, local_files_only=True
+    layers, alphas, *_ = StableDiffusionLoraLoaderMixin.lora_state_dict(
+        str(path.parent), weight_name=path.name, local_files_only=True
     )
-    StableDiffusionPipeline.load_lora_into_unet(layers, alphas, fresh, adapter_name="exported")
+    StableDiffusionLoraLoaderMixin.load_lora_into_unet(
+        layers, alphas, fresh, adapter_name="exported"
+    )
     trained = get_peft_model_state_dict(unet)
     loaded: dict[str, Tensor] = {}
     if getattr(fresh, "peft_config", None):
@@ -318,13 +320,13 @@ def merged_twin(network: Any) -> Any:
 
     twin = _pretrained_twin(network)
     weights = dict(twin.named_parameters())
+    layers: list[tuple[str, Any]] = [
+        (name, part) for name, part in network.named_modules() if isinstance(part, LoraLayer)
+    ]
     with torch.no_grad():
-        for name, layer in network.named_modules():
-            if isinstance(layer, LoraLayer):
-                update = layer.get_delta_weight("default")  # pyright: ignore[reportCallIssue]
-                parent, _, leaf = name.rpartition(".")
-                target = twin.get_submodule(parent).get_submodule(leaf)
-                target.weight = nn.Parameter(weights[f"{name}.weight"] + update, False)
+        for name, layer in layers:
+            weight = weights[f"{name}.weight"] + layer.get_delta_weight("default")
+            twin.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
     return twin
 
 

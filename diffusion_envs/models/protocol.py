@@ -22,19 +22,26 @@ class Model(Protocol):
     Attributes:
         event: shape of a state, without the batch.
         table: noise levels by timestep.
-        prediction_type: what the network itself predicts, in diffusers' words: "epsilon", "sample"
-            or "v_prediction".
-        precision: dtype of the network's arithmetic.
         parameters: those that train, float32; the policy that a fresh adapter makes is the
             pretrained model.
-        calls: evaluations of the network so far, one a row and guidance branch.
     """
 
     event: tuple[int, ...]
     table: DDPMTable
-    prediction_type: str
     parameters: list[nn.Parameter]
-    calls: int
+
+    @property
+    def prediction_type(self) -> str:
+        """What the network itself predicts: "epsilon", "sample" or "v_prediction"."""
+        ...
+
+    @property
+    def calls(self) -> int:
+        """Evaluations of the network so far, one a row and guidance branch; can be set."""
+        ...
+
+    @calls.setter
+    def calls(self, count: int) -> None: ...
 
     @property
     def precision(self) -> torch.dtype:
@@ -80,7 +87,7 @@ class Model(Protocol):
         """Within this context the adapter is off: the model is the pretrained one."""
         ...
 
-    def decode(self, states: Float[Tensor, " rows *event"]) -> Float[Tensor, " rows *picture"]:
+    def decode(self, states: Float[Tensor, " rows *event"], /) -> Float[Tensor, " rows *picture"]:
         """Pictures in [0, 1] of states without noise; differentiable."""
         ...
 

@@ -1,9 +1,10 @@
 """Loading a Stable Diffusion pipeline; its text embeddings and its decoder."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,8 +28,8 @@ def load_pipeline(
     *,
     precision: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> StableDiffusionPipeline:
-    """Load a text-to-image pipeline, everything frozen and in evaluation mode.
+) -> Any:
+    """Load a StableDiffusionPipeline, everything frozen and in evaluation mode.
 
     Args:
         model: "tiny", a folder in diffusers' layout, or an id on the Hugging Face hub. Where there
@@ -47,7 +48,7 @@ def load_pipeline(
         raise ValueError("precision float16 is not for CPUs; use float32 or bfloat16")
     folder = local_folder(model, StableDiffusionPipeline, SUPPORTED, _WITHOUT)
     require_parts(folder, _PARTS)
-    pipe = StableDiffusionPipeline.from_pretrained(
+    pipe: Any = StableDiffusionPipeline.from_pretrained(
         folder,
         dtype=precision,
         variant=variant_of(folder, _PARTS[:3]),
@@ -62,7 +63,7 @@ def load_pipeline(
     return pipe
 
 
-def _check_inputs(model: str | Path, pipe: StableDiffusionPipeline) -> None:
+def _check_inputs(model: str | Path, pipe: Any) -> None:
     """Refuse networks that need inputs that a plain text-to-image pipeline does not have."""
     config, latents = pipe.unet.config, pipe.vae.config.latent_channels
     supported = (
@@ -87,9 +88,7 @@ def _check_inputs(model: str | Path, pipe: StableDiffusionPipeline) -> None:
 
 
 @torch.no_grad()
-def embed_prompts(
-    pipe: StableDiffusionPipeline, prompts: list[str]
-) -> Float[Tensor, "prompts tokens width"]:
+def embed_prompts(pipe: Any, prompts: list[str]) -> Float[Tensor, "prompts tokens width"]:
     """Text embeddings of the prompts, as the pipeline computes them.
 
     Tokens of several vectors (textual inversion) count as often as they have vectors.
@@ -112,7 +111,7 @@ def embed_prompts(
 
 
 def decode(
-    vae: AutoencoderKL, latents: Float[Tensor, "n c h w"], batch: int
+    vae: Any, latents: Float[Tensor, "n c h w"], batch: int
 ) -> Float[Tensor, "n 3 height width"]:
     """Pictures in [0, 1], float32, from scaled latents; ``batch`` at a time; differentiable."""
     parts = [

@@ -46,7 +46,7 @@ class GuidedScore:
         precision: dtype of the network's arithmetic; scores come back in float32.
         calls: evaluations of the network so far, one per row and guidance branch.
         guidance_embedding: for networks that were distilled with guidance and read its scale
-            (latent consistency models), [width]; they are called once, without a second branch.
+            (latent consistency models); they are called once, without a second branch.
         adapter: switches the network's adapter off and on.
     """
 
@@ -58,7 +58,7 @@ class GuidedScore:
     batch: int = 64
     precision: torch.dtype = torch.float32
     calls: int = 0
-    guidance_embedding: Float[Tensor, " width"] | None = None
+    guidance_embedding: Float[Tensor, " scale_width"] | None = None
     adapter: adapters.AdapterSwitch = field(init=False)
 
     def __post_init__(self) -> None:

@@ -192,7 +192,7 @@ class UnconditionalUNet:
         Raises:
             ExportError: what diffusers loads is not what was trained.
         """
-        from diffusers import DDPMPipeline
+        from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
         twin = adapters.merged_twin(self.network)
         unproved = folder / f".unproved-{EXPORTED}"
@@ -244,7 +244,8 @@ def _load_pipeline(model: str | Path) -> Any:
             than one picture.
         FileNotFoundError: the model is not there.
     """
-    from diffusers import DDPMPipeline, UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
     folder = folders.local_folder(model, DDPMPipeline, SUPPORTED, {})
     inside = [part for part in ("unet", "scheduler") if (folder / part).is_dir()]
@@ -262,7 +263,7 @@ def _load_pipeline(model: str | Path) -> Any:
     )
     if not isinstance(pipe.unet, UNet2DModel):
         raise ValueError(f"model {model} has a {type(pipe.unet).__name__} as unet; {supported}")
-    config = pipe.unet.config
+    config: Any = pipe.unet.config
     if config.out_channels != config.in_channels:
         raise ValueError(
             f"model {model} has {config.in_channels} input and {config.out_channels} output "

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from diffusion_envs import rewards, samplers
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 class Model:
     """A loaded pipeline with its adapter, as an environment."""
 
-    pipe: StableDiffusionPipeline
+    pipe: Any
     environment: Environment
     parameters: list[nn.Parameter]  # of the adapter
     table: DDPMTable  # the noise schedule
