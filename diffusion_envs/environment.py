@@ -202,6 +202,11 @@ class Environment:
         )
         return Sample(rollout, images, denoised_rewards, prompts)
 
+    def uncount(self, calls: int) -> None:
+        """Take the network calls since there were so many for monitoring: they are in no budget."""
+        self.monitoring_calls += self.model.calls - calls
+        self.model.calls = calls
+
     def _pretrained_scores(
         self,
         states: Float[Tensor, "paths steps *event"],
@@ -218,8 +223,7 @@ class Environment:
                 condition.repeat_interleave(steps),
             )
         if not counted:
-            self.monitoring_calls += self.model.calls - spent
-            self.model.calls = spent
+            self.uncount(spent)
         return scores.view_as(states)
 
     def _black_box(

@@ -54,9 +54,11 @@ diffusion_envs.training
 diffusion_envs.exact.gaussian diffusion_envs.exact.linear_policy
 diffusion_envs.exact.rewards diffusion_envs.exact.problems diffusion_envs.exact
 diffusion_envs.runs.progress diffusion_envs.runs.checkpoint diffusion_envs.runs.run_folder
-diffusion_envs.runs.tracking diffusion_envs.runs.plots diffusion_envs.runs.human_choices
+diffusion_envs.runs.caption_fonts diffusion_envs.runs.tracking
+diffusion_envs.runs.plots diffusion_envs.runs.human_choices
 diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping
-diffusion_envs.runs.over_optimisation diffusion_envs.runs.report diffusion_envs.runs
+diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation
+diffusion_envs.runs.report diffusion_envs.runs
 diffusion_envs.tiny.captions diffusion_envs.tiny.fit diffusion_envs.tiny.train_classifier
 diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser
 diffusion_envs.tiny diffusion_envs.tiny.measure diffusion_envs.tiny.__main__

@@ -171,7 +171,7 @@ class AdjointMatching(PathObjective):
         return adjoint[:, 1:]
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
-        """None: no decision is judged by what came of it."""
+        """Zeros: the loss reads targets only."""
         return torch.zeros_like(rollout.costs)
 
     def rows(self, common: Rows, steps: Steps) -> AdjointRows:

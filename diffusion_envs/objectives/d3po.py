@@ -3,16 +3,16 @@
 Loss         of a pair that shares its prompt and its starting noise, w preferred to l, at each step
                  -log sigmoid(beta (clip L_w - clip L_l)),
              L = log p_th(x_{k+1} | x_k) - log p_pre(x_{k+1} | x_k) of each path's own transition.
-             A tie teaches nothing: its loss is 0. No reward enters but by the order of the pair.
+             The loss of a tie is 0. No reward enters but by the order of the pair.
 At the start (th = pre, where L = 0) the expected gradient is -2 beta times that of the probability
              of being preferred to a fellow sample: exact, whatever the clip. With a reward that is
              linear and Gaussian given the start that is beta / sqrt(pi) grad E[r] / std(r).
-Bias         A step is judged as if the others did not count. If preferences follow the
+Bias         The loss of a step ignores the others. If preferences follow the
              Bradley-Terry law sigmoid(r_w - r_l) (``preferences.BradleyTerry``), the loss of whole
              paths is least at the tilt pre * exp(r / beta); the sum over steps is least at a
              smaller shift, as noise of the other steps makes choices look random: on 4 equal steps
              3 % smaller where r has a standard deviation of 0.3 given the start, 22 % at 1, 60 % at
-             3. If the larger reward always wins there is no such rest.
+             3. If the larger reward always wins there is no such minimum.
 Clip         As published ratio and clip are those of the mean over coordinates, and the clip is
              on both sides of both ratios: outside it the gradient is exactly 0, also where it would
              lead back. With beta = 0.1 and 1 +- 0.1 a loss lies within [0.6832, 0.7032] whatever is
@@ -111,7 +111,7 @@ class D3PO(PathObjective):
         return ((ratio < low) | (ratio > high)).to(ratio)
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
-        """None are used: the preferences say it all."""
+        """Zeros: the loss reads preferences only."""
         return torch.zeros_like(rollout.costs)
 
     def rows(self, common: Rows, steps: Steps) -> PreferenceRows:

@@ -7,18 +7,20 @@ Gradient     DDPO-SF  E sum_k grad log p_th(x_{k+1} | x_k) A
              within its prompt and clipped.
 Exact        With A = r and one optimiser step a roll-out both are unbiased for grad J.
 Biased       (1) Standardising n rewards of a prompt by their own mean multiplies the prompt's
-             gradient by 1 - 1/n, and dividing by their own spread makes it one of J_p / s_p: in all
-             (1 - 1/n) c4(n) / sigma for Gaussian rewards of spread sigma, c4(n) = E s / sigma; that
-             is 0.40, 0.69, 0.92 / sigma at n = 2, 4, 16. Prompts whose rewards vary little are so
-             given as much weight as the others. (2) Later optimiser steps of a roll-out see states
-             of the old policy: IS corrects each step's density, not that of the states before it,
-             nor of the steps after it. On the linear-Gaussian model of the tests its gradient is
-             off by 31 % of its size at a policy 0.05 nats of path KL away, at any number of steps.
-             (3) The clip takes 2 % of a step's gradient where its mean has moved by half a standard
-             deviation along a linear reward, 64 % where by one. (4) SF corrects nothing, so the
-             loop refuses it more than one optimiser step a roll-out.
-Published    (1) A buffer of a prompt's last 16 to 32 rewards, over updates; prompts with fewer than
-             16 are standardised by the whole roll-out. An objective has no state: here they are the
+             gradient by 1 - 1/n, and dividing by their own standard deviation s makes it one of J_p
+             / s_p: in all sqrt(1 - 1/n) c4(n) / sigma for Gaussian rewards of standard deviation
+             sigma, c4(n) = E chi_{n-1} / sqrt(n - 1); that is 0.56, 0.80, 0.95 / sigma at n = 2, 4,
+             16. Prompts whose rewards vary little so weigh as much as the others. (2) Later
+             optimiser steps of a roll-out see states of the old policy: IS corrects each step's
+             density, not that of the states before it, nor of the steps after it. On the
+             linear-Gaussian model of the tests its gradient is off by 31 % of its size at a policy
+             0.05 nats of path KL away, at any number of steps. (3) The clip takes 2 % of a step's
+             gradient where its mean has shifted by half a standard deviation along a linear reward,
+             64 % where by one. (4) SF corrects nothing, so the loop refuses it more than one
+             optimiser step a roll-out.
+Published    As there, s is the population's (n in the denominator) plus 1e-6. Not as there: (1) A
+             buffer of a prompt's last 16 to 32 rewards, over updates; prompts with fewer than 16
+             are standardised by the whole roll-out. An objective has no state: here they are the
              roll-out's own, and the least number is ``min_count``. (2) Log-densities are means over
              pixels, so rho is the d-th root of the ratio of densities: it is 1 up to 1e-4, weighs
              nothing, and has 1/d of the gradient, which AdamW does not see but the clipping of
@@ -47,16 +49,18 @@ from diffusion_envs.objectives.path_steps import (
 from diffusion_envs.objectives.protocol import per_prompt, require_positive
 from diffusion_envs.rollout import Rollout
 
+STD_OFFSET = 1e-6  # reward, added to a standard deviation before dividing; as published
+
 
 def standardised(
     rewards: Float[Tensor, " paths"], condition: Int64[Tensor, " paths"], min_count: int
 ) -> Float[Tensor, " paths"]:
-    """Within each prompt; prompts of fewer than ``min_count`` paths by the whole roll-out."""
+    """Standardised rewards of each prompt, or of all where it has fewer than ``min_count``."""
     host, condition = rewards.cpu(), condition.cpu()
-    everything = per_prompt(host, torch.zeros_like(condition))
+    by_all = per_prompt(host, torch.zeros_like(condition), STD_OFFSET)
     count = condition.bincount()[condition]
-    found = torch.where(count < min_count, everything, per_prompt(host, condition))
-    return sent(found, rewards.device)
+    own = per_prompt(host, condition, STD_OFFSET)
+    return sent(torch.where(count < min_count, by_all, own), rewards.device)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class _DDPO(PathObjective):
         require_positive(learning_rate=self.learning_rate, advantage_clip=self.advantage_clip)
         if self.min_count < 2:
             raise ValueError(
-                f"min_count must be at least 2, as one reward has no spread, got {self.min_count}"
+                "min_count must be at least 2, as the standard deviation of one reward is 0, got "
+                f"{self.min_count}"
             )
 
     @property
@@ -81,8 +86,8 @@ class _DDPO(PathObjective):
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
         """The standardised, clipped reward, the same at every step."""
-        found = standardised(rollout.rewards, rollout.condition, self.min_count)
-        clipped = found.clamp(-self.advantage_clip, self.advantage_clip)
+        rewards = standardised(rollout.rewards, rollout.condition, self.min_count)
+        clipped = rewards.clamp(-self.advantage_clip, self.advantage_clip)
         return clipped[:, None].expand_as(rollout.costs)
 
 

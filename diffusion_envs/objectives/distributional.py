@@ -19,17 +19,17 @@ Biased       By self-normalisation, at first order in 1/n: means under q are off
              gain at n = 1, and 62, 31, 14, 6 percent of it at n = 2, 4, 8, 16. What matters is the
              effective sample size n / E[(w / E w)^2], of which the share in n is logged: where it
              is not several samples a prompt, the model is pulled to single pictures, so that
-             kl_weight must not be small beside the spread of the rewards.
+             kl_weight must not be small beside the standard deviation of the rewards.
 Sampling     Always the pretrained model (``old_decay`` is 1). The rewards in the log are therefore
              its own and do not rise; what was learned shows on held-out seeds. Data of the current
              model would need the density of one model over the other as a further weight, which
              black-box samplers do not have.
 Solver       Its error counts twice: samples that are too narrow are learned as the model's own law,
-             and the chain that then plays this score narrows it again. On ``diffusion_envs.exact.
-             GaussianProblem``, judged on a DDIM chain of 20 steps, infinitely many samples of that
-             chain come to 86.6 percent of the gain that E[r] - kl_weight (path KL) allows there
-             (94.2 with samples of 50 steps, 96.4 of 100); samples of DPM-Solver++ with 20 and 50
-             steps to 97.4 and 98.2, and those of the data's law to 98.2: the rest is what the
+             and the chain that then takes this score narrows it again. On ``diffusion_envs.exact.
+             GaussianProblem``, measured on a DDIM chain of 20 steps, infinitely many samples of
+             that chain come to 86.6 percent of the gain that E[r] - kl_weight (path KL) allows
+             there (94.2 with samples of 50 steps, 96.4 of 100); samples of DPM-Solver++ with 20 and
+             50 steps to 97.4 and 98.2, and those of the data's law to 98.2: the rest is what the
              optimum of continuous time lacks on 20 steps (0.3 on 50). So sample with a solver that
              is accurate, as any will do: ``Scheduler("DPMSolverMultistepScheduler")``.
 Published    A network learns the potential and another the correction of the score, over rounds of
@@ -58,13 +58,13 @@ FirstVariation: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def mean_reward(rewards: Float[Tensor, " n"], weights: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Of U = E_q[r]: the reward itself."""
+    """First variation of U = E_q[r]: the reward itself."""
     return rewards
 
 
 @dataclass(frozen=True)
 class NearTarget:
-    """Of U = -1/2 (E_q[r] - target)^2: as much reward as was asked for, and no more."""
+    """First variation of U = -1/2 (E_q[r] - target)^2: a reward of ``target``, and no more."""
 
     target: float
 
@@ -103,7 +103,7 @@ class DistributionalOptimisation(NoisedObjective):
     rounds: int = 100  # of dual averaging; where U is linear, one does
 
     needs_old: ClassVar[bool] = False
-    samples_itself: ClassVar[bool] = False
+    on_policy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_positive(kl_weight=self.kl_weight, learning_rate=self.learning_rate)
@@ -126,13 +126,13 @@ class DistributionalOptimisation(NoisedObjective):
     def advantages(self, rollout: Rollout) -> Float[Tensor, " paths"]:
         """Weights of dual averaging within each prompt, times its number of samples."""
         host, condition = rollout.rewards.cpu(), rollout.condition.cpu()  # read once
-        found = torch.zeros_like(host)
+        factors = torch.zeros_like(host)
         for prompt in condition.unique():
             one = condition == prompt
             rewards = host[one]
             weights = dual_averaging(rewards, self.first_variation, self.kl_weight, self.rounds)
-            found[one] = len(rewards) * weights
-        return sent(found, rollout.rewards.device)
+            factors[one] = len(rewards) * weights
+        return sent(factors, rollout.rewards.device)
 
     def numbers(self, advantages: Float[Tensor, " paths"]) -> dict[str, float]:
         """The effective sample size, over the number of samples."""

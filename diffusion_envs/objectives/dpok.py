@@ -5,7 +5,7 @@ Loss         of a step, to be minimised ([F] algorithm 1 and the authors' code):
                -reward_weight (r - V(t_k, x_k)) clip(rho_k) + kl_weight |epsilon_th - epsilon_pre|^2
              rho_k = p_th(x_{k+1} | x_k) / p_old(x_{k+1} | x_k). The ratio is truncated, not PPO's
              minimum: outside the range it has no gradient in either direction, so that a step that
-             has gone astray is not called back.
+             has left the range gets no gradient back into it.
 Exact        At equal policies, and for any V, the reward term's gradient is reward_weight grad E r.
 Biased       (1) The published "KL" is the square of the noise prediction's change, alike for all
              steps. KL(p_th(. | x_k) || p_pre(. | x_k)) is (score_gain / (std sigma))^2 / 2
@@ -18,17 +18,18 @@ Biased       (1) The published "KL" is the square of the noise prediction's chan
              decides which those are, and so what the later steps cost. On the linear-Gaussian model
              of the tests the penalty's gradient is off by 34 % (published) and 42 % (exact KL) of
              its size.
-             (3) The truncation takes 2 % of a step's gradient where its mean has moved by half a
+             (3) The truncation takes 2 % of a step's gradient where its mean has shifted by half a
              standard deviation along a linear reward, 64 % where by one; PPO's minimum takes as
              much on the way up the reward, and nothing on the way down. (4) As in ``ddpo``, later
              optimiser steps of a roll-out see states of the old policy.
-At rest      Because of (2) each step weighs its own penalty against the reward to come, and nobody
-             minds what later steps pay. On ``diffusion_envs.exact.GaussianProblem`` that rests at
-             60.4 percent (published), 81.2 (``exact_kl``) of the gain that E[r] - kl_weight (path
-             KL) allows at 20 steps, exactly; at 100 steps 21.3 and 95.6. More samples do not help.
+Fixed point  Because of (2) each step weighs its own penalty against the reward to come, and what
+             later steps pay is ignored. On ``diffusion_envs.exact.GaussianProblem`` that converges
+             to 60.4 percent (published), 81.2 (``exact_kl``) of the gain that E[r] - kl_weight
+             (path KL) allows at 20 steps, exactly; at 100 steps 21.3 and 95.6. More samples do not
+             help.
 Corrected    ``path_kl`` is the gradient of J with the SDE's path KL, whole: the penalty is that KL,
-             and what the later steps pay is taken from the return, and V fits the rest. The optimum
-             is then at rest, and nothing else; the path KL without the return rests at 97.8.
+             and what the later steps pay is taken from the return, and V fits the difference. The
+             optimum is then the one fixed point; the path KL without the return converges to 97.8.
 Published    (1) Steps are drawn from a buffer of 1000, here from the roll-out: nearly the same, as
              20 paths fill it. (2) V is a perceptron on latent and prompt with a gain for each step,
              fitted by plain mean squares to the final reward; here it is the loop's value network.

@@ -1,31 +1,37 @@
-"""GRPO on DDIM: each path is judged by the others of its group, which share the prompt.
+"""GRPO on DDIM: each path is compared with the others of its group, which share the prompt.
 
 Objective    J(th) = E_th[ r(X_T, prompt) ] - kl_weight sum_k KL(p_th(. | x_k) || p_pre(. | x_k)).
 Loss         of a step, to be minimised: kl_weight KL_k - min(rho_k A, clip(rho_k) A), where
              rho_k = p_th(x_{k+1} | x_k) / p_old(x_{k+1} | x_k) and A is the reward less the mean of
-             its group, in units of the group's spread, or of that of the whole roll-out.
-             KL_k is that of the Gaussian transitions, |difference of means|^2 / (2 std^2), nats.
-Two forms    DanceGRPO  group 16, the group's spread, shared_start, kl_weight 0; learning rate 1e-5
-                        for all weights
+             its group, in standard deviations of the group, or of the whole roll-out. KL_k is
+             that of the Gaussian transitions, |difference of means|^2 / (2 std^2), nats.
+Two forms    DanceGRPO  group 16, the group's std, shared_start, kl_weight 0; learning rate 1e-5 for
+                        all weights; UpdateSize(train_steps=29) of 50
              Flow-GRPO  group 24, whole_batch_std, kl_weight 0.004; learning rate 3e-4 for adapters
-Exact        With whole_batch_std and one optimiser step a roll-out the reward term's gradient is
-             (1 - 1/group) / spread times that of E r, but for the spread's own randomness, whether
-             or not a group shares its start: if so, its mean also removes what the start decides.
-Biased       (1) The group's spread weighs prompts, and starts if they are shared, by its inverse;
-             in all (1 - 1/n) c4(n) / sigma for Gaussian rewards (see ``ddpo``). (2) The KL is
+Exact        With whole_batch_std and one optimiser step a roll-out the reward term's gradient is (1
+             - 1/group) / std times that of E r, but for the std's own randomness, whether or not a
+             group shares its start: if so, its mean also removes what the start decides.
+Biased       (1) The group's std weighs prompts, and starts if they are shared, by its inverse; in
+             all sqrt(1 - 1/n) c4(n) / sigma for Gaussian rewards (see ``ddpo``). (2) The KL is
              differentiated at the states that were visited, not through them: on the
              linear-Gaussian model of the tests its gradient is off by 42 % of its size.
              ``ScoreAsAction`` charges it to the return, which has no such bias.
-At rest      On ``diffusion_envs.exact.GaussianProblem``, 20 steps, a kl_weight of 0.5 spreads of
-             the reward (0.27 there) a nat rests at 79.4 percent of the gain that E[r] - 0.5 (path
-             KL) allows, large groups taken for granted: 0.5 is then another weight, each step pays
-             for itself alone, and the transitions' KL is not the path's (``dpok`` has each apart).
-Published    (1) Flow-GRPO divides by a variance that lacks the step's length: its "KL" is the KL
-             times the step, about a tenth of it, and its weight of 0.04 is 0.004 a nat. (2)
+Fixed point  On ``diffusion_envs.exact.GaussianProblem``, 20 steps, a kl_weight of 0.5 standard
+             deviations of the reward (0.27 there) a nat converges to 79.4 percent of the gain that
+             E[r] - 0.5 (path KL) allows, with large groups: 0.5 is then another weight, each step
+             pays for itself alone, and the transitions' KL is not the path's (``dpok`` has each
+             apart).
+Published    (1) A standard deviation here is the population's (n in the denominator) plus 1e-4, as
+             in Flow-GRPO; DanceGRPO's is the sample's plus 1e-8: advantages there are sqrt(1 - 1/n)
+             of these, 0.968 at n = 16. (2) DanceGRPO trains 0.6 of the steps before the last, drawn
+             again for every path: 29 of 50. ``UpdateSize(train_steps=29)`` is as many, shared by a
+             group, the last among them like any other. Flow-GRPO trains all but the last, in order.
+             On the linear-Gaussian model of the tests, 50 steps, the last has 1.6 % of the reward's
+             gradient. (3) Flow-GRPO divides by a variance that lacks the step's length: its "KL" is
+             the KL times the step, about a tenth of it, and its weight of 0.04 is 0.004 a nat. (4)
              Log-densities and KL are means over pixels, here sums; a clip of 1e-4 a pixel is 1.64
-             nats a step at 4 x 64 x 64. (3) Flow-GRPO trains all steps but the last, in order; here
-             all, or UpdateSize.train_steps of them. (4) It leaves out groups of equal rewards; here
-             their advantage is 0, and the KL holds them. (5) Its SDE is that of a flow; here it is
+             nats a step at 4 x 64 x 64. (5) Flow-GRPO leaves out groups of equal rewards; here
+             their advantage is 0, and the KL holds them. (6) Its SDE is that of a flow; here it is
              DDIM with eta. Near the data DDIM's variance is less than int g^2 dt: its KL, the one
              used here, is up to 21 times the path KL that is logged (last of 50 trailing steps of
              Stable Diffusion 1.5, eta = 1).
@@ -46,16 +52,20 @@ from diffusion_envs.objectives.path_steps import PathObjective, Rows, transition
 from diffusion_envs.objectives.protocol import per_prompt, require_not_negative, require_positive
 from diffusion_envs.rollout import Rollout
 
+STD_OFFSET = 1e-4  # reward, added to a standard deviation before dividing; as in Flow-GRPO
+
 
 def group_advantages(
     rewards: Float[Tensor, " paths"], group: int, *, whole_batch_std: bool
 ) -> Float[Tensor, " paths"]:
-    """Rewards less their group's mean, in units of its spread or of the spread of all."""
+    """Rewards less their group's mean, in standard deviations of the group or of all."""
     if not whole_batch_std:
-        return per_prompt(rewards, torch.arange(len(rewards)) // group)
+        return per_prompt(rewards, torch.arange(len(rewards)) // group, STD_OFFSET)
     by_group = rewards.view(-1, group)
-    centred = (by_group - by_group.mean(1, keepdim=True)).flatten() / rewards.std()
-    return centred.where((rewards != rewards[0]).any(), 0.0)
+    centred = (by_group - by_group.mean(1, keepdim=True)).flatten()
+    # round-off of equal rewards must not be blown up
+    standardised = centred / (rewards.std(correction=0) + STD_OFFSET)
+    return standardised.where((rewards != rewards[0]).any(), 0.0)
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class GRPO(PathObjective):
     # settings here, for which a field may take a property's place
     group: int = 16  # pyright: ignore[reportIncompatibleMethodOverride]
     shared_start: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]
-    whole_batch_std: bool = False  # rewards in units of the spread of all, not of their group's
+    whole_batch_std: bool = False  # rewards in standard deviations of all, not of their group
     kl_weight: float = 0.004  # standard deviations of the reward per nat of a transition's KL
     clip: float = 1.64  # trusted |log-ratio| of a step, nats: 1e-4 a pixel of 4 x 64 x 64
     clip_per_pixel: float | None = None  # the published convention: times the coordinates
@@ -97,8 +107,10 @@ class GRPO(PathObjective):
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
         """The group's standardised reward, clipped, the same at every step."""
-        found = group_advantages(rollout.rewards, self.group, whole_batch_std=self.whole_batch_std)
-        clipped = found.clamp(-self.advantage_clip, self.advantage_clip)
+        rewards = group_advantages(
+            rollout.rewards, self.group, whole_batch_std=self.whole_batch_std
+        )
+        clipped = rewards.clamp(-self.advantage_clip, self.advantage_clip)
         return clipped[:, None].expand_as(rollout.costs)
 
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:

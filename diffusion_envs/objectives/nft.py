@@ -1,9 +1,9 @@
 """DiffusionNFT: good samples pull the denoiser, bad ones push it; any sampler, no likelihoods.
 
 Maximised    E[reward], in steps of old policy -> new policy; no term of it is a KL.
-Data         x_0 from the *old* policy by any sampler, noised anew: x = alpha x_0 + sigma epsilon.
+Data         x_0 from the *old* policy by any sampler, re-noised: x = alpha x_0 + sigma epsilon.
              Its optimality r = 1/2 + clip(A, +-c) / (2 c) in [0, 1], A the reward less its prompt's
-             mean, over the spread of all rewards.
+             mean, over the population standard deviation of all rewards plus 1e-4.
 Loss         c [r w+ |x+ - x_0|^2 + (1 - r) w- |x- - x_0|^2] / beta + velocity_weight |v - v_ref|^2,
              means over coordinates, with the implicit positive and negative denoisers
                 x+ = beta x_th + (1 - beta) x_old,     x- = (1 + beta) x_old - beta x_th,
@@ -25,9 +25,12 @@ Biased       (1) The weights multiply errors x_0 - x_old by the inverse of their
              step by 1 - 1/n. (3) velocity_weight is of a mean squared velocity, alike at all noise
              levels; it is not a KL in nats, that is the sum over coordinates of
              int g^2 / 2 |score - reference|^2.
-Published    Noise levels are the sampler's, here all of the table's, uniformly: either way every
-             level has its own, and the same, fixed point. The velocity there is the network's own,
-             a flow's; here v = alpha epsilon - sigma x_0, as variance-preserving models have it.
+Published    (1) The decay of the old policy counts optimiser steps, here updates: the same with one
+             step an update, 0.001 after the first. With UpdateSize(epochs=e, minibatches=m) set
+             ``old_decay_rate`` to 0.001 e m. (2) Noise levels are the sampler's, here all of the
+             table's, uniformly: either way every level has its own, and the same, fixed point. (3)
+             The velocity there is the network's own, a flow's; here v = alpha epsilon - sigma x_0,
+             as variance-preserving models have it.
 
 Sources      [NFT] Zheng et al. 2025, DiffusionNFT, arXiv 2509.16117. Settings: the authors' code.
 """
@@ -44,6 +47,7 @@ from diffusion_envs.objectives.noised_data import NoisedObjective, NoisedRows
 from diffusion_envs.objectives.protocol import require_count, require_not_negative, require_positive
 from diffusion_envs.rollout import Rollout
 
+STD_OFFSET = 1e-4  # reward, added to a standard deviation before dividing; as published
 LEAST_ERROR = 1e-5  # of a prediction, below which weights grow no further; as published
 
 
@@ -61,7 +65,7 @@ class DiffusionNFT(NoisedObjective):
     advantage_clip: float = 5.0  # c, in standard deviations of the reward
     velocity_weight: float = 1e-4  # of the mean squared velocity away from the pretrained one
     most_old_decay: float = 0.5  # that the sampling policy keeps of itself, at most
-    old_decay_rate: float = 1e-3  # by which it grows, an update
+    old_decay_rate: float = 1e-3  # by which it grows, an update of one optimiser step
     weighted: bool = True  # errors by the inverse of their size; False: the fixed point is exact
 
     def __post_init__(self) -> None:
@@ -79,15 +83,15 @@ class DiffusionNFT(NoisedObjective):
 
     @property
     def needs_reference(self) -> bool:
-        """If straying from the pretrained velocity is charged."""
+        """If a distance from the pretrained velocity is charged."""
         return self.velocity_weight > 0
 
     def old_decay(self, update: int) -> float:
-        """min(rate * update, most): on-policy at first, then ever slower."""
-        return min(self.old_decay_rate * update, self.most_old_decay)
+        """min(rate * updates done, most): nearly on-policy at first, then ever slower."""
+        return min(self.old_decay_rate * (update + 1), self.most_old_decay)
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, " paths"]:
-        """Reward less its prompt's mean, over the spread of all rewards; 0 if all are equal."""
+        """Reward less its prompt's mean, in standard deviations of all; 0 if all are equal."""
         rewards, condition = rollout.rewards.cpu(), rollout.condition.cpu()  # read once
         centred = torch.zeros_like(rewards)
         for prompt in condition.unique():
@@ -95,7 +99,7 @@ class DiffusionNFT(NoisedObjective):
             centred[one] = rewards[one] - rewards[one].mean()
         if bool((rewards == rewards[0]).all()):
             return torch.zeros_like(rollout.rewards)
-        return sent(centred / rewards.std(), rollout.rewards.device)
+        return sent(centred / (rewards.std(correction=0) + STD_OFFSET), rollout.rewards.device)
 
     def loss(self, rows: NoisedRows) -> Float[Tensor, " rows"]:
         """c [r w+ |x+ - x_0|^2 + (1 - r) w- |x- - x_0|^2] / beta + weight |v - v_ref|^2."""
@@ -115,8 +119,8 @@ class DiffusionNFT(NoisedObjective):
         assert rows.reference_score is not None  # needs_reference
         velocity = v_from_score(rows.state, rows.mean, *levels)
         reference = v_from_score(rows.state, rows.reference_score, *levels)
-        strayed = (velocity - reference).square().flatten(1).mean(1)
-        return gain + self.velocity_weight * strayed
+        distance = (velocity - reference).square().flatten(1).mean(1)
+        return gain + self.velocity_weight * distance
 
     def _error(
         self, prediction: Float[Tensor, " rows *event"], data: Float[Tensor, " rows *event"]

@@ -249,6 +249,7 @@ class PathLosses:
         gap = score_rounding(precision) * rollout.means
         kl = self.sampler.path_kl(gap, 0 * gap)
         ratios, bounds = list[Tensor](), list[Tensor]()
+        spent = self.environment.model.calls
         with torch.no_grad():
             for piece in rows.split(self.batch):
                 part = self.rows(piece)
@@ -261,6 +262,7 @@ class PathLosses:
                 rollout.costs.sum(1).max(),
                 kl.sum(1).max(),
             )
+        self.environment.uncount(spent)  # no method needs them
         if not worst <= allowed:
             raise PreflightError(
                 f"before the first update the log-ratio of new to old policy must be 0 up to "

@@ -97,8 +97,8 @@ class Objective(ABC):
     needs_steps: ClassVar[bool] = True  # of the sampler; a black box shows none
     needs_noisy_steps: ClassVar[bool] = False  # an ODE has none
     chooses_steps: ClassVar[bool] = False  # some steps of each path may do (``train_steps``)
-    # roll-outs are of the policy that is trained, or follow it: their path KL tells its own
-    samples_itself: ClassVar[bool] = True
+    # roll-outs come from the trained policy, or from one that follows it: their path KL is its own
+    on_policy: ClassVar[bool] = True
     fits_end: ClassVar[bool] = False  # the value network is also fitted at the final node
     value_sees_denoised: ClassVar[bool] = False  # V is a function of x0_hat; no reward query
 
@@ -166,17 +166,20 @@ class Objective(ABC):
 
 
 def per_prompt(
-    rewards: Float[Tensor, " paths"], condition: Int64[Tensor, " paths"], least: float = 1e-8
+    rewards: Float[Tensor, " paths"], condition: Int64[Tensor, " paths"], std_offset: float
 ) -> Float[Tensor, " paths"]:
-    """Rewards standardised within each prompt; a prompt seen once, or with equal ones, gets 0."""
+    """(r - mean) / (std + std_offset) within each prompt, by the population standard deviation.
+
+    A prompt with one reward, or with equal ones, gets 0.
+    """
     host, condition = rewards.cpu(), condition.cpu()  # read once, not for every prompt
-    found = torch.zeros_like(host)
+    standardised = torch.zeros_like(host)
     for prompt in condition.unique():
         one = condition == prompt
         values = host[one]
         if bool((values != values[0]).any()):  # round-off of equal ones must not be blown up
-            found[one] = (values - values.mean()) / (values.std() + least)
-    return sent(found, rewards.device)
+            standardised[one] = (values - values.mean()) / (values.std(correction=0) + std_offset)
+    return sent(standardised, rewards.device)
 
 
 def require_positive(**settings: float) -> None:

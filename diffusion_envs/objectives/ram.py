@@ -1,4 +1,4 @@
-"""Reinforce adjoint matching: predictions are regressed on themselves, moved by rewards of data.
+"""Reinforce adjoint matching: predictions are regressed on themselves, shifted by data's rewards.
 
 Maximised    E[r(X_T)] - kl_weight KL(P_th || P_pre), of paths, where the model forgets its start.
 Setting      Rectified flow: x = (1 - s) x_0 + s epsilon, noising time s, 0 is data. The velocity is
@@ -33,13 +33,13 @@ Biased       Only where the score is not that of the model's own data (a network
              of few steps, a start that is not forgotten): E[R | x] times the gap is then added to
              the target. Rewards are centred by the mean of the prompt's other samples, which are
              independent and so add nothing else; it keeps this product small.
-Solver       On ``diffusion_envs.exact.GaussianProblem``, judged on a DDIM chain of 20 steps, the
+Solver       On ``diffusion_envs.exact.GaussianProblem``, measured on a DDIM chain of 20 steps, the
              method with ``path_cost`` ends near 85 percent of the gain that E[r] - kl_weight (path
              KL) allows there if that chain makes the data too (86.8 after 12,800 samples, 84.2
              after 128,000): they are too narrow, and are learned as the model's own. With accurate
-             data the optimum of continuous time is at rest, 98.2 percent on 20 steps, 99.7 on 50;
-             data of 20 steps of DPM-Solver++ came to 97.4 after 128,000. So sample with an accurate
-             solver; any will do (``distributional`` has exact numbers).
+             data the fixed point is the optimum of continuous time, 98.2 percent on 20 steps, 99.7
+             on 50; data of 20 steps of DPM-Solver++ came to 97.4 after 128,000. So sample with an
+             accurate solver; any will do (``distributional`` has exact numbers).
 Published    The loss is in velocities, which weighs noise levels by (1 + sigma / alpha)^2 relative
              to epsilon's, and times are uniform in s. Its correction is in the paper's section 5,
              not read; the one here is derived above and tested.
@@ -155,8 +155,8 @@ class ReinforceAdjointMatching(NoisedObjective):
         shape = (-1, *[1] * (rows.state.ndim - 1))
         sigma = rows.sigma.view(shape)
         score = rows.mean.detach()
-        moved = -rows.noise / sigma - score
-        wanted = rows.reference_score + (rows.advantage / self.kl_weight).view(shape) * moved
+        gap_to_data = -rows.noise / sigma - score  # grad log p(x | x_0) - score
+        wanted = rows.reference_score + (rows.advantage / self.kl_weight).view(shape) * gap_to_data
         if self.path_cost:
             assert rows.bridge_cost is not None  # needs_bridge
             assert rows.bridge_score is not None

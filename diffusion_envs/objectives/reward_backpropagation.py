@@ -18,11 +18,14 @@ Biased       A shorter cut gives the derivative with respect to what the policy 
              the size; back-propagation from its first place on is turned by 19 and has 28 %.
 Beware       No method here has a limit to how far it goes: AlignProp's authors stop early. Decoders
              clamp pictures to [0, 1]; a saturated pixel has no gradient.
-Differences  One cut is drawn for every ``batch`` of paths. Every sample is rewarded twice, without
-             a gradient after the roll-out and with one at the cut, and both are counted. DRaFT-LV
-             (several noises for the last step) is not here, nor are ReFL's pre-training loss and
-             moving average of weights. Learning rates are for adapters; ReFL's own, 1e-5, is for
-             all weights.
+Differences  One cut is drawn for every ``batch`` of paths, as published. AlignProp's place is the
+             integer part of N(42, 5), drawn again until it is one of the 50 steps, as in the
+             authors' trainer: the last step is alone with probability 0.027. (TRL's port draws
+             uniformly, and the authors' first code drew for every step whether it has a gradient.)
+             Every sample is rewarded twice, without a gradient after the roll-out and with one at
+             the cut, and both are counted. DRaFT-LV (several noises for the last step) is not here,
+             nor are ReFL's pre-training loss and moving average of weights. Learning rates are for
+             adapters; ReFL's own, 1e-5, is for all weights.
 
 Sources      Xu et al. 2023, ImageReward (ReFL), arXiv 2304.05977. Clark et al. 2023, DRaFT,
              arXiv 2309.17400. Prabhudesai et al. 2023, AlignProp, arXiv 2310.03739. Defaults of the
@@ -45,7 +48,7 @@ class ReFL(BackpropObjective):
     """Reward feedback learning: one step with a gradient, at a random late place."""
 
     earliest: float = 0.75  # place of the first step that may be chosen, as a share of the path
-    enough: float = 2.0  # reward from which on nothing is learned
+    enough: float = 2.0  # reward from which on the loss is 0
     scale: float = 1e-3  # of the loss
 
     def __post_init__(self) -> None:
@@ -61,7 +64,7 @@ class ReFL(BackpropObjective):
         return False
 
     def cut(self, steps: int, generator: Generator) -> tuple[int, int]:
-        """One step; the denoised image is looked at, or the finished one after the last step."""
+        """One step; then the denoised image, or the finished one after the last step."""
         least = int(self.earliest * steps)
         first = int(torch.randint(least, steps, (), generator=generator))
         return first, first + 1
@@ -107,7 +110,7 @@ class AlignProp(BackpropObjective):
     """Back-propagation from a random place to the end, towards a target reward."""
 
     place: float = 0.84  # mean of the first step with a gradient, as a share of the path
-    spread: float = 0.1  # its standard deviation; 0 for a fixed place
+    place_std: float = 0.1  # its standard deviation; 0 for a fixed place
     target: float = 10.0  # reward to reach, not to exceed
     scale: float = 0.01  # of the loss
     kl_weight: float = 0.0  # reward per nat of path KL over the differentiated steps
@@ -117,7 +120,7 @@ class AlignProp(BackpropObjective):
             raise ValueError(f"place must be in [0, 1], got {self.place}")
         if not math.isfinite(self.target):
             raise ValueError(f"target must be finite, got {self.target}")
-        require_not_negative(spread=self.spread, kl_weight=self.kl_weight)
+        require_not_negative(place_std=self.place_std, kl_weight=self.kl_weight)
         require_positive(scale=self.scale, learning_rate=self.learning_rate)
 
     @property
@@ -126,9 +129,14 @@ class AlignProp(BackpropObjective):
         return self.kl_weight > 0
 
     def cut(self, steps: int, generator: Generator) -> tuple[int, int]:
-        """A normally distributed place, rounded, that leaves at least one step."""
-        drawn = self.place + self.spread * float(torch.randn((), generator=generator))
-        return min(max(round(drawn * steps), 0), steps - 1), steps
+        """The integer part of N(place, place_std) * steps, drawn again until it is a step."""
+        while True:
+            drawn = self.place + self.place_std * float(torch.randn((), generator=generator))
+            first = math.floor(drawn * steps + 1e-9)  # 0.58 * 50 is 28.999999999999996
+            if 0 <= first < steps:
+                return first, steps
+            if self.place_std == 0:  # a fixed place of 1: the last step
+                return steps - 1, steps
 
     def loss(
         self, rewards: Float[Tensor, " paths"], path_kl: Float[Tensor, " paths"]

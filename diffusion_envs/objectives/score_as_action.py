@@ -58,7 +58,7 @@ class _ContinuousTime(PathObjective):
 
     kl_weight: float = 0.01  # reward per nat of path KL from the pretrained model
     gae_rate: float = 0.5  # forgetting of temporal differences, per unit of int g^2 dt
-    clip: float = 0.5  # trusted spread of the whole path's log-ratio, nats; shared by sqrt(step)
+    clip: float = 0.5  # trusted std of the whole path's log-ratio, nats; a step's is sqrt(share)
     clip_per_pixel: float | None = None  # the older convention: on the mean over coordinates
     denoised: bool = True  # values start from r(x0_hat): one more reward query a step of each path
 
@@ -122,10 +122,10 @@ class ScoreAsActionSampled(_ContinuousTime):
 
     The score is drawn with standard deviation ``exploration / sigma``, which is ``exploration`` in
     units of predicted noise. The KL cost is charged on the mean, not on the drawn score (the two
-    differ by a constant of the policy's spread, theory of exploratory control).
+    differ by a constant of the policy's variance, theory of exploratory control).
     """
 
-    exploration: float = 0.3  # spread of the drawn score, in units of predicted noise
+    exploration: float = 0.3  # std of the drawn score, in units of predicted noise
     needs_density: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class ScoreAsActionSampled(_ContinuousTime):
         )
 
     def log_ratio(self, rows: Rows) -> Float[Tensor, " rows"]:
-        """The log-ratio of the drawn score."""
+        """Log density of the drawn score, current over sampling policy, nats."""
         assert isinstance(rows, DrawnRows)
         return drawn_log_ratio(rows)
 
@@ -168,6 +168,14 @@ class ScoreAsActionReleased(PathObjective):
     Advantages V(x_{k+1}) - V(x_k), standardised over the paths at every step and clipped; ratio and
     clip on the mean log-density over coordinates. It weights the times of the theorem's integral
     unequally, and its trust region depends on resolution and step: here for comparison.
+
+    What the loop does otherwise: (1) The released run fits V to a roll-out before its advantages
+    are computed, here after. In the smallest loop of the tests the two differ little, as values
+    start from the reward of the denoised image: they are correlated by 0.98 or more (192 samples,
+    4 passes of the fit). (2) The fit weighs all steps alike there, by int g^2 here: the first half
+    of 50 trailing steps of Stable Diffusion 1.5 has 76 % of the weight, not 50 %. (3) A process
+    standardises its own m paths there, here the paths of all: that multiplies the gradient for
+    Gaussian advantages by (1 - 1/m) c4(m) = 0.69, 0.92 at m = 4, 16 (see ``ddpo``).
     """
 
     clip_per_pixel: float = 1.5e-5  # trusted |log-ratio| of a step, nats, over the coordinates
@@ -197,11 +205,11 @@ class ScoreAsActionReleased(PathObjective):
         """Value differences, standardised per step over the paths, clipped."""
         assert rollout.values is not None  # needs_value
         gains = rollout.values.diff(dim=1)
-        spread = gains.std(0) + 1e-8  # the released code's guard against a constant reward
-        return ((gains - gains.mean(0)) / spread).clamp(-self.advantage_clip, self.advantage_clip)
+        std = gains.std(0) + 1e-8  # the released code's guard against a constant reward
+        return ((gains - gains.mean(0)) / std).clamp(-self.advantage_clip, self.advantage_clip)
 
     def log_ratio(self, rows: Rows) -> Float[Tensor, " rows"]:
-        """Of the transition, the mean over coordinates instead of the sum."""
+        """Log-ratio of the transition, the mean over coordinates instead of the sum, nats."""
         return transition_log_ratio(rows) / coordinates(rows)
 
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:

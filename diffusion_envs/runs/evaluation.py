@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl import DeterministicPolicy
+from ctrl import DeterministicPolicy, Estimate
 from diffusion_envs import rewards
-from diffusion_envs.objectives import Rollout
 from diffusion_envs.environment import Environment
+from diffusion_envs.objectives import Rollout
 
 HELD_OUT = "held-out"  # the stream's name: training never draws from it
 WATCHED = "watched"  # another, for what decides when to stop: the last evaluation never sees it
@@ -88,3 +88,25 @@ def _path_kl(rollout: Rollout) -> Float[Tensor, " n"]:
     """Of each path, nats; NaN where its steps are not known."""
     known = rollout.costs.shape[1] > 0
     return rollout.costs.sum(1) if known else torch.full_like(rollout.rewards, math.nan)
+
+
+def by_prompt(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Estimate]]:
+    """Reward of each prompt before and after, and the paired difference.
+
+    Args:
+        before: the pretrained model.
+        after: the fine-tuned model on the same seeds.
+    """
+    parts = {
+        "before": before.rewards,
+        "after": after.rewards,
+        "difference": after.rewards - before.rewards,
+    }
+    members = {
+        prompt: [i for i, name in enumerate(after.prompts) if name == prompt]
+        for prompt in dict.fromkeys(after.prompts)
+    }
+    return {
+        prompt: {part: Estimate.of(values[rows]) for part, values in parts.items()}
+        for prompt, rows in members.items()
+    }

@@ -1,27 +1,57 @@
-"""What fine-tuning did besides raising the reward: a panel of numbers, and a sentence about them.
+"""What fine-tuning did besides raising the reward: over-optimisation metrics, and a verdict.
 
-Everything is measured on held-out seeds, paired with the pretrained model on the same seeds:
+Metrics     on held-out seeds, paired with the pretrained model on the same seeds:
 
     reward, reward_gain          and the gain over the pretrained model
-    judge.NAME, judge_gain.NAME  of rewards that only judge
+    judge.NAME, judge_gain.NAME  of held-out rewards
+    judge_std.NAME               standard deviation over the pretrained model's samples
     path_kl                      from the pretrained model, nats; left out where it is not finite
     diversity.SPACE              mean distance of two pictures of one prompt
-    diversity_gain.SPACE         less that of the pretrained model's pictures
+    pretrained_diversity.SPACE   that of the pretrained model's pictures
+    diversity_gain.SPACE         the former less the latter
     distance.SPACE               mean distance of a picture from the pretrained one of its seed
+    separation.SPACE             mean distance of two pretrained pictures, whatever their prompts
 
-Spaces      "pixels": root mean square difference, values in [0, 1], so the distance is too;
-            others: 1 - cosine of the embeddings that a judge or reward offers, in [0, 2].
-Diversity   the mean over prompts of the mean over pairs (a U-statistic in each prompt); its
-            standard error by the jackknife over samples within prompts ([ES81]: never too small in
-            expectation for U-statistics, as n Var(U_n) falls with n), for the gain over the paired
-            samples. On three unequal points it is 27 % too large with 4 samples of a prompt, 10 %
-            with 8. A prompt with one sample has no pair and is left out; with two, the error is
-            unknown (infinite).
+    SPACE is "pixels": root mean square difference, values in [0, 1], so the distance is too; or
+    the name of a judge or reward that offers embeddings: 1 - cosine, in [0, 2]. Diversity is the
+    mean over prompts of the mean over pairs, its standard error by the jackknife; a prompt with one
+    sample has no pair and is left out, with two the error is unknown (infinite).
 
-The verdict compares the last panel with the pretrained model, and with the panel at which a judge
-or a diversity was best, so that it sees what rises first and falls later.
+Verdict     A sentence opens with a fall only if the fall is both beyond chance and large enough to
+            matter: a one-sided t-bound must lie beyond a margin, not beyond 0.
 
-Source      [ES81] Efron & Stein 1981, "The Jackknife Estimate of Variance", Annals of Statistics 9.
+    judge       JUDGE_FALL = 0.2 standard deviations of the pretrained model's samples. If both
+                laws are normal, a picture of the fine-tuned model then beats one of the pretrained
+                model with probability Phi(-0.2 / sqrt 2) = 44 %, instead of 50 %.
+    diversity   DIVERSITY_FALL = 10 % of the pretrained model's: what is lost if a share f =
+                sqrt(0.1) = 32 % of a prompt's pictures become one and the same (f^2 of its pairs).
+                It has collapsed with COLLAPSE = 50 % lost: 71 % are one and the same.
+    pictures    are lost if they are far from the pretrained ones in every space, and no judge has
+                held. Far is more than c times the separation:
+                - c = 1 where the path KL is not known. Another sample of the pretrained model is at
+                  the separation itself, so what is beyond it is no sample of that model.
+                - c = 1/sqrt 2 for pixels, 1/2 for 1 - cosine (half a squared distance), where the
+                  path KL is beyond FAR. That is how far the mean of all pretrained pictures is, as
+                  E|X - EX|^2 = E|X - X'|^2 / 2: a picture further away than one and the same for
+                  all says nothing about the pretrained picture of its seed. This alone proves no
+                  loss, for a chaotic sampler leads to another picture of the same law; the path KL,
+                  which bounds the KL of the laws of pictures from above, excludes that reading
+                  only when it is small. So it must be large too.
+    path KL     is FAR beyond 13 nats: the best of N pretrained pictures has a KL of log N -
+                (N - 1) / N, 12.8 nats for N = one million. Further than that is no selection that
+                anyone could have made instead of fine-tuning.
+
+Chance      One verdict, asked once about all the lines of a run, names a fall that is not there
+            with probability at most LEVEL = 5 % (Bonferroni): half of LEVEL is for the comparisons
+            of the last line with the pretrained model (each judge, each diversity, the pictures),
+            half for those with each earlier line, which show what rises first and falls later; all
+            of LEVEL is for the former if there is one line only. The bound holds for any dependence
+            between metrics and lines, as far as t-bounds do. Simulated rates: see
+            benchmarks/over_optimisation.py. A verdict asked after every line, as in the report of
+            an unfinished run, is another chance to be wrong each time.
+            Differences from an earlier line are taken as independent: both are paired with the same
+            pretrained samples and share seeds, so the error is rather too large. A diversity's
+            t-bound has 2n/3 degrees of freedom, which n samples in prompts of at least 3 have.
 """
 
 import math
@@ -31,72 +61,28 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from scipy.special import stdtrit
 from torch import Tensor
 
 from ctrl import Estimate
 from diffusion_envs import rewards
+from diffusion_envs.runs.distances import (
+    cosine_distances,
+    mean_over_pairs,
+    pixel_distances,
+    standard_deviation,
+)
 from diffusion_envs.runs.evaluation import Evaluation
 
 PIXELS = "pixels"
+LEVEL = 0.05  # probability of a false alarm, at most
+JUDGE_FALL = 0.2  # standard deviations over the pretrained model's samples
+DIVERSITY_FALL, COLLAPSE = 0.1, 0.5  # of the pretrained model's diversity
+FAR = 13.0  # nats
 _WATCHED = ("judge_gain.", "diversity_gain.")
 
 
-# -- the numbers ---------------------------------------------------------------------------------
-
-
-def pixel_distances(
-    one: Float[Tensor, " n *picture"], other: Float[Tensor, " m *picture"]
-) -> Float[Tensor, "n m"]:
-    """Root mean square difference of every picture of one with every one of the other."""
-    flat, to = one.flatten(1).double(), other.flatten(1).double()
-    return _euclidean(flat, to) / math.sqrt(flat.shape[1])
-
-
-def cosine_distances(
-    one: Float[Tensor, "n width"], other: Float[Tensor, "m width"]
-) -> Float[Tensor, "n m"]:
-    """1 - cosine of every two embeddings."""
-    unit, to = (torch.nn.functional.normalize(v.double(), dim=1) for v in (one, other))
-    return 0.5 * _euclidean(unit, to).square()  # |a - b|^2 / 2 = 1 - a.b
-
-
-def _euclidean(one: Tensor, other: Tensor) -> Tensor:
-    direct = "donot_use_mm_for_euclid_dist"  # what is equal is at distance 0 exactly
-    return torch.cdist(one, other, compute_mode=direct)
-
-
-def mean_over_pairs(
-    kernel: Callable[[list[int]], Float[Tensor, "k k"]], prompts: Sequence[str]
-) -> Estimate | None:
-    """Mean over prompts of the mean of a symmetric kernel over pairs, with a jackknife error.
-
-    Args:
-        kernel: of all pairs of some samples, given their indices; its diagonal is not used.
-        prompts: one for each sample.
-
-    Returns:
-        None if no prompt has two samples.
-    """
-    means, variances, used = [], [], 0
-    for prompt in dict.fromkeys(prompts):
-        members = [i for i, name in enumerate(prompts) if name == prompt]
-        n = len(members)
-        if n < 2:
-            continue
-        used += n
-        table = kernel(members).double()
-        rows = table.sum(1) - table.diagonal()  # what each sample's pairs add up to
-        total = rows.sum() / 2
-        means.append(total.item() / (n * (n - 1) / 2))
-        if n == 2:
-            variances.append(math.inf)
-            continue
-        without = (total - rows) / ((n - 1) * (n - 2) / 2)  # the mean with one sample left out
-        variances.append(((n - 1) / n * (without - without.mean()).square().sum()).item())
-    if not means:
-        return None
-    error = math.sqrt(sum(variances)) / len(means)
-    return Estimate(sum(means) / len(means), error, used)
+# -- the metrics ---------------------------------------------------------------------------------
 
 
 def embeddings(
@@ -104,15 +90,15 @@ def embeddings(
 ) -> dict[str, rewards.Embedder]:
     """Those that the reward and the judges offer, by name."""
     named = {"reward": reward, **judges}
-    return {name: found for name, found in named.items() if isinstance(found, rewards.Embedder)}
+    return {name: offer for name, offer in named.items() if isinstance(offer, rewards.Embedder)}
 
 
-def panel(
+def metrics(
     before: Evaluation,
     after: Evaluation,
     embedders: Mapping[str, rewards.Embedder] | None = None,
 ) -> dict[str, Estimate]:
-    """The numbers of a fine-tuned model, paired with the pretrained one (see the module).
+    """The over-optimisation metrics of a fine-tuned model (see the module).
 
     Args:
         before: the pretrained model; it may have more samples than ``after``, not fewer.
@@ -126,185 +112,338 @@ def panel(
     if list(before.prompts[:n]) != list(after.prompts):
         raise ValueError("before and after must be of the same prompts, sample by sample")
     was = before.first(n)
-    found = {"reward": Estimate.of(after.rewards)}
-    found["reward_gain"] = Estimate.of(after.rewards - was.rewards)
+    numbers = {"reward": Estimate.of(after.rewards)}
+    numbers["reward_gain"] = Estimate.of(after.rewards - was.rewards)
     for name, values in after.judged.items():
-        found[f"judge.{name}"] = Estimate.of(values)
-        found[f"judge_gain.{name}"] = Estimate.of(values - was.judged[name])
+        numbers[f"judge.{name}"] = Estimate.of(values)
+        numbers[f"judge_gain.{name}"] = Estimate.of(values - was.judged[name])
+        numbers[f"judge_std.{name}"] = standard_deviation(was.judged[name])
     if bool(torch.isfinite(after.path_kl).all()):
-        found["path_kl"] = Estimate.of(after.path_kl)
+        numbers["path_kl"] = Estimate.of(after.path_kl)
     spaces = {PIXELS: (pixel_distances, was.images, after.images)}
     for name, embedder in (embedders or {}).items():
         old, new = (rewards.embed(embedder, pictures) for pictures in (was.images, after.images))
         spaces[name] = (cosine_distances, old, new)
     for name, (distances, old, new) in spaces.items():
-        found |= _distances(name, distances, old, new, after.prompts)
-    return found
+        numbers |= _in_space(name, distances, old, new, after.prompts)
+    return numbers
 
 
-def _distances(
+def _in_space(
     name: str,
     distances: Callable[[Tensor, Tensor], Tensor],
-    old: Tensor,
-    new: Tensor,
+    old: Float[Tensor, " n *picture"],
+    new: Float[Tensor, " n *picture"],
     prompts: Sequence[str],
 ) -> dict[str, Estimate]:
-    def gain(members: list[int]) -> Tensor:
-        return distances(new[members], new[members]) - distances(old[members], old[members])
+    """Diversity, distance and separation in one space."""
+    formerly = distances(old, old)
+    of_seeds = [distances(new[k : k + 1], old[k : k + 1])[0, 0] for k in range(len(new))]
+    numbers = {"distance": Estimate.of(torch.stack(of_seeds))}
 
-    moved = [distances(new[k : k + 1], old[k : k + 1])[0, 0] for k in range(len(new))]
-    found = {f"distance.{name}": Estimate.of(torch.stack(moved))}
-    diversity = mean_over_pairs(lambda rows: distances(new[rows], new[rows]), prompts)
-    changed = mean_over_pairs(gain, prompts)
-    if diversity is not None and changed is not None:
-        found |= {f"diversity.{name}": diversity, f"diversity_gain.{name}": changed}
-    return found
+    def was(rows: list[int]) -> Tensor:
+        return formerly[rows][:, rows]
+
+    def now(rows: list[int]) -> Tensor:
+        return distances(new[rows], new[rows])
+
+    pairs = {
+        "separation": mean_over_pairs(was, [""] * len(prompts)),
+        "diversity": mean_over_pairs(now, prompts),
+        "pretrained_diversity": mean_over_pairs(was, prompts),
+        "diversity_gain": mean_over_pairs(lambda rows: now(rows) - was(rows), prompts),
+    }
+    numbers |= {what: value for what, value in pairs.items() if value is not None}
+    return {f"{what}.{name}": value for what, value in numbers.items()}
 
 
-# -- the sentence --------------------------------------------------------------------------------
+# -- the verdict ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether reward was gained at the cost of judges or diversity.
+    """Whether reward was gained at the cost of judges, diversity or the pictures themselves.
 
     Attributes:
-        fallen: judges and diversities that fell while the reward rose, as "judge NAME" or
-            "diversity of SPACE"; empty if none did.
-        since: the first update of the panels, up to the last one, that all say so.
-        sentence: plain words.
+        fallen: what fell by more than a margin that matters, as "judge NAME", "diversity of SPACE"
+            or "pictures"; empty if nothing did.
+        since: the update of the first line from which on all say so.
+        sentence: what was seen, in plain words with numbers, and what could not be seen.
+        over_optimised: the reward rose, while a judge fell, a diversity collapsed, or the pictures
+            were lost.
     """
 
     fallen: tuple[str, ...]
     since: int | None
     sentence: str
+    over_optimised: bool = False
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A mean with its standard error and the degrees of freedom of a t-bound."""
+
+    mean: float
+    error: float
+    degrees: float
+
+    def beyond(self, margin: float, level: float) -> bool:
+        """Whether the mean is above a margin but for a probability of ``level``."""
+        return self.mean - margin > self.error * _quantile(self.degrees, level)
+
+    def plus(self, factor: float, other: "_Change") -> "_Change":
+        """This plus ``factor`` times another, of any dependence: errors add up."""
+        error = self.error + abs(factor) * other.error
+        return _Change(self.mean + factor * other.mean, error, min(self.degrees, other.degrees))
+
+    def times(self, factor: float) -> "_Change":
+        """``factor`` times this."""
+        return _Change(factor * self.mean, abs(factor) * self.error, self.degrees)
+
+    def __str__(self) -> str:
+        known = f" ± {self.error:.2g}" if math.isfinite(self.error) else ""
+        return f"{self.mean:+.3g}{known}".replace("-", "\N{MINUS SIGN}")
+
+
+def _quantile(degrees: float, level: float) -> float:
+    return float(stdtrit(degrees, 1 - level))
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What the last of some lines says.
+
+    Attributes:
+        rise: of the reward over the pretrained model.
+        risen: whether that is beyond chance.
+        falls: what fell -> by how much, in words.
+        severe: those of them that make a rise of the reward an over-optimisation.
+        held: names that did not fall by more than their margin, beyond chance.
+    """
+
+    rise: _Change
+    risen: bool
+    falls: Mapping[str, str]
+    severe: frozenset[str]
+    held: frozenset[str]
 
     @property
     def over_optimised(self) -> bool:
-        """Whether anything fell while the reward rose."""
-        return bool(self.fallen)
+        return self.risen and bool(self.severe)
 
 
-def verdict(panels: Sequence[Mapping[str, Any]], z: float = 3.0) -> Verdict | None:
-    """Say whether, and since when, reward rises while judges or diversity fall.
-
-    A rise or a fall counts beyond ``z`` standard errors: of the paired gain over the pretrained
-    model, or of the difference of two panels' gains, as if they were independent (they share seeds,
-    so the error is rather too large). One comparison errs with probability 0.13 % at z = 3; there
-    are two of them for each judge and each diversity of a panel.
+def verdict(lines: Sequence[Mapping[str, Any]], level: float = LEVEL) -> Verdict | None:
+    """Say what fell, by how much and since when, and whether it is over-optimisation.
 
     Args:
-        panels: lines of ``panel.jsonl``, oldest first: ``update``, and estimates as plain JSON.
-        z: standard errors.
+        lines: of ``over_optimisation.jsonl``, oldest first: ``update``, and the metrics as plain
+            JSON.
+        level: probability, at most, that something is said to have fallen that did not fall by its
+            margin (see the module).
 
     Returns:
-        None if there is no panel.
+        None if there is no line.
     """
-    if not panels:
+    if not lines:
         return None
-    last = _traded(panels, z)
-    if last:
-        k = len(panels)
-        while k > 1 and _traded(panels[: k - 1], z):
+    last = _findings(lines, level)
+    since = None
+    if last.falls:
+        k = len(lines)
+        while k > 1:
+            before = _findings(lines[: k - 1], level)
+            if not (before.over_optimised if last.over_optimised else before.falls):
+                break
             k -= 1
-        since = int(panels[k - 1]["update"])
-        judges = any(name.startswith("judge ") for name in last)
-        words = _list([f"{name} ({change})" for name, (_, change) in last.items()])
-        reward = next(iter(last.values()))[0]
-        opening = (
-            f"since update {since} the reward has risen ({reward}) while {words} fell, each by "
-            f"more than {z:g} standard errors"
-        )
-        if judges:
-            sentence = f"Over-optimisation: {opening}."
-        else:
-            sentence = (
-                f"Over-optimisation, if variety matters: {opening}. No judge fell; the optimum "
-                "that was asked for may be less diverse than the pretrained model, too."
+        since = int(lines[k - 1]["update"])
+    sentence = " ".join([_opening(last, since, lines[-1]), *_distances(last, lines[-1])])
+    return Verdict(tuple(last.falls), since, sentence, last.over_optimised)
+
+
+def _findings(lines: Sequence[Mapping[str, Any]], level: float) -> _Findings:
+    now, earlier = lines[-1], lines[:-1]
+    keys = [key for key in now if key.startswith(_WATCHED)]
+    share = level / 2 if earlier else level
+    from_pretrained = share / (len(keys) + 1)  # and the pictures
+    from_earlier = share / max(1, len(keys) * len(earlier))
+    rise = _read(now, "reward_gain")
+    falls, severe, held = dict[str, str](), set[str](), set[str]()
+    for key in keys:
+        name, (unit, factor) = _name(key), _margin(now, key)
+        change = _read(now, key)
+        place = "over the pretrained model"
+        fall = change.times(-1.0)
+        certain = from_pretrained
+        if change.plus(factor, unit).beyond(0.0, certain):
+            held.add(name)
+        if not fall.plus(-factor, unit).beyond(0.0, certain):
+            best = max(
+                (line for line in earlier if key in line),
+                key=lambda line, key=key: line[key]["mean"],
+                default=None,
             )
-        return Verdict(tuple(last), since, sentence)
-    return Verdict((), None, _nothing_fell(panels[-1], z))
+            if best is None or not _since(now, best, "reward_gain").beyond(0.0, LEVEL / 2):
+                continue
+            certain, fall = from_earlier, _since(now, best, key).times(-1.0)
+            place = f"from update {best['update']}"
+            if not fall.plus(-factor, unit).beyond(0.0, certain):
+                continue
+        falls[name] = f"{fall.times(-1.0)} {place}, {_size(key, fall, unit)}"
+        collapsed = fall.plus(-COLLAPSE, unit).beyond(0.0, certain)
+        if key.startswith("judge_gain.") or collapsed:
+            severe.add(name)
+    judges = {name for name in held if name.startswith("judge ")} - falls.keys()
+    if not judges and _lost(now, from_pretrained):
+        falls["pictures"] = "nothing left of the pretrained ones of their seeds"
+        severe.add("pictures")
+    risen = rise.beyond(0.0, LEVEL / 2)
+    return _Findings(rise, risen, falls, frozenset(severe), frozenset(held - falls.keys()))
 
 
-def _traded(panels: Sequence[Mapping[str, Any]], z: float) -> dict[str, tuple[str, str]]:
-    """Name of what fell by the last panel -> (rise of the reward, its fall), in words."""
-    now, found = panels[-1], dict[str, tuple[str, str]]()
-    for key in (key for key in now if key.startswith(_WATCHED)):
-        known = [then for then in panels[:-1] if key in then]
-        best = max(known, key=lambda then: then[key]["mean"], default=None)
-        for then in (None, best) if best is not None else (None,):
-            rise = _change(now, then, "reward_gain")
-            fall = _change(now, then, key)
-            if _beyond(rise, z) and _beyond((-fall[0], fall[1]), z):
-                place = (
-                    "over the pretrained model" if then is None else f"from update {then['update']}"
-                )
-                found.setdefault(_name(key), (f"{_words(rise)} {place}", f"{_words(fall)} {place}"))
-    return found
-
-
-def _change(
-    now: Mapping[str, Any], then: Mapping[str, Any] | None, key: str
-) -> tuple[float, float]:
-    """Mean and standard error of a gain, or of its change since an earlier panel."""
-    mean, error = now[key]["mean"], _error(now[key])
-    if then is None:
-        return mean, error
-    return mean - then[key]["mean"], math.hypot(error, _error(then[key]))
-
-
-def _error(estimate: Mapping[str, Any]) -> float:
-    error = estimate["standard_error"]
-    return math.inf if error is None else error
-
-
-def _beyond(change: tuple[float, float], z: float) -> bool:
-    mean, error = change
-    return mean > 0 and math.isfinite(error) and mean > z * error
-
-
-def _nothing_fell(now: Mapping[str, Any], z: float) -> str:
-    rise = _change(now, None, "reward_gain")
-    watched = [key for key in now if key.startswith(_WATCHED)]
-    if not _beyond(rise, z):
-        changes = {key: _change(now, None, key) for key in watched}
-        lost = [
-            f"{_name(key)} ({_words(change)})"
-            for key, change in changes.items()
-            if _beyond((-change[0], change[1]), z)
-        ]
-        worse = f"; yet {_list(lost)} fell: the model got worse" if lost else ""
-        return (
-            f"The reward has not risen by more than {z:g} standard errors ({_words(rise)}), so "
-            f"there is no over-optimisation to see{worse}."
-        )
-    names = [_name(key) for key in watched]
-    if not names:
-        return (
-            f"The reward has risen ({_words(rise)}); without a judge, and with one picture of a "
-            "prompt, over-optimisation would not show."
-        )
-    judged = any(name.startswith("judge ") for name in names)
-    unseen = "" if judged else " There was no judge, so only a loss of diversity would have shown."
-    return (
-        f"No over-optimisation is seen: the reward has risen ({_words(rise)}), and {_list(names)} "
-        f"{'has' if len(names) == 1 else 'have'} not fallen by more than {z:g} standard errors."
-        f"{unseen}"
+def _lost(now: Mapping[str, Any], level: float) -> bool:
+    """Whether the pictures are far from the pretrained ones in every space."""
+    known = "path_kl" in now
+    if known and not _read(now, "path_kl").beyond(FAR, level):
+        return False
+    spaces = [key.partition(".")[2] for key in now if key.startswith("distance.")]
+    if not spaces or any(f"separation.{space}" not in now for space in spaces):
+        return False
+    return all(
+        _read(now, f"distance.{space}")
+        .plus(-_far(space, known), _read(now, f"separation.{space}"))
+        .beyond(0.0, level)
+        for space in spaces
     )
+
+
+def _far(space: str, path_kl_known: bool) -> float:
+    """The distance that is far, in separations."""
+    if not path_kl_known:
+        return 1.0
+    return math.sqrt(0.5) if space == PIXELS else 0.5
+
+
+def _margin(now: Mapping[str, Any], key: str) -> tuple[_Change, float]:
+    """The unit in which a fall is measured, and how many of them matter."""
+    kind, _, what = key.partition(".")
+    if kind == "judge_gain":
+        return _read(now, f"judge_std.{what}"), JUDGE_FALL
+    return _read(now, f"pretrained_diversity.{what}"), DIVERSITY_FALL
+
+
+def _read(line: Mapping[str, Any], key: str) -> _Change:
+    estimate = line[key]
+    error, n = estimate["standard_error"], estimate["n"]
+    of_pairs = "diversity" in key.partition(".")[0]
+    degrees = max(1.0, 2 * n / 3 if of_pairs else n - 1.0)
+    return _Change(float(estimate["mean"]), math.inf if error is None else float(error), degrees)
+
+
+def _since(now: Mapping[str, Any], then: Mapping[str, Any], key: str) -> _Change:
+    """The change of a gain since an earlier line, as if the two were independent."""
+    new, old = _read(now, key), _read(then, key)
+    degrees = min(new.degrees, old.degrees)
+    return _Change(new.mean - old.mean, math.hypot(new.error, old.error), degrees)
+
+
+# -- words ---------------------------------------------------------------------------------------
+
+
+def _opening(seen: _Findings, since: int | None, now: Mapping[str, Any]) -> str:
+    reward = f"the reward has risen ({seen.rise} over the pretrained model)"
+    words = _list([_fell(name, how) for name, how in seen.falls.items()])
+    unjudged = not any(key.startswith("judge_gain.") for key in now)
+    if not seen.risen:
+        start = f"The reward has not risen beyond chance ({seen.rise})"
+        if seen.falls:
+            return f"{start}, yet since update {since} {words}: the model got worse."
+        return f"{start}, so there is no over-optimisation to see."
+    if seen.falls:
+        only_variety = all(name.startswith("diversity") for name in seen.falls)
+        if not only_variety:
+            return f"Over-optimisation: since update {since} {reward} while {words}."
+        start = "Over-optimisation, if variety matters" if seen.severe else "Less variety"
+        judges = "There was no judge" if unjudged else "No judge fell"
+        return (
+            f"{start}: since update {since} {reward} while {words}. {judges}; the optimum that was "
+            "asked for may be less diverse than the pretrained model, too."
+        )
+    return _nothing_fell(seen, now, reward, unjudged)
+
+
+def _nothing_fell(seen: _Findings, now: Mapping[str, Any], reward: str, unjudged: bool) -> str:
+    changes = {_name(key): _read(now, key) for key in now if key.startswith(_WATCHED)}
+    held = [f"{name} ({changes[name]})" for name in changes if name in seen.held]
+    unclear = [f"{name} ({changes[name]})" for name in changes if name not in seen.held]
+    judged = any(name.startswith("judge ") for name in seen.held)
+    parts = []
+    if held:
+        has = "has" if len(held) == 1 else "have"
+        parts.append(f"{_list(held)} {has} held")
+    if unclear:
+        parts.append(f"samples are too few to tell for {_list(unclear)}")
+    if judged:
+        return f"No over-optimisation is seen: {reward}; {', and '.join(parts)}."
+    if unjudged:
+        parts.append(
+            "there was no judge, so only a loss of diversity would have shown"
+            if changes
+            else "without a judge, and without three pictures of a prompt, over-optimisation "
+            "would not show"
+        )
+    if not held:
+        return f"Over-optimisation cannot be told: {reward}; {', and '.join(parts)}."
+    return f"No loss of diversity is seen: {reward}; {', and '.join(parts)}."
+
+
+def _distances(seen: _Findings, now: Mapping[str, Any]) -> list[str]:
+    """How far the model is from the pretrained one, where that matters to a reader."""
+    far = "path_kl" in now and now["path_kl"]["mean"] > FAR
+    sentences = []
+    if far:
+        judged = any(name.startswith("judge ") for name in seen.held)
+        advice = "" if judged or seen.falls else " Look at the pictures before you use the model."
+        sentences.append(
+            f"The path KL from the pretrained model is {now['path_kl']['mean']:.3g} nats, beyond "
+            f"what choosing the best of a million pretrained pictures would cost ({FAR:g}).{advice}"
+        )
+    if "pictures" in seen.falls or far:
+        spaces = [key.partition(".")[2] for key in now if key.startswith("distance.")]
+        measured = [
+            f"{now[f'distance.{space}']['mean']:.3g} against "
+            f"{now[f'separation.{space}']['mean']:.3g} ({_space(space)})"
+            for space in spaces
+            if f"separation.{space}" in now
+        ]
+        if measured:
+            sentences.append(
+                "Mean distance of a picture from the pretrained one of its seed, against that of "
+                f"two pretrained pictures: {_list(measured)}."
+            )
+    return sentences
+
+
+def _fell(name: str, how: str) -> str:
+    return f"the pictures have {how}" if name == "pictures" else f"{name} fell ({how})"
+
+
+def _size(key: str, fall: _Change, unit: _Change) -> str:
+    share = fall.mean / unit.mean if unit.mean else math.inf
+    if key.startswith("judge_gain."):
+        return f"{share:.2g} standard deviations of the pretrained model's samples"
+    return f"{100 * share:.0f} % of the pretrained model's"
 
 
 def _name(key: str) -> str:
     kind, _, what = key.partition(".")
-    if kind == "judge_gain":
-        return f"judge {what}"
-    return f"diversity of {what}" if what == PIXELS else f"diversity of the {what}'s features"
+    return f"judge {what}" if kind == "judge_gain" else f"diversity of {_space(what)}"
 
 
-def _words(change: tuple[float, float]) -> str:
-    mean, error = change
-    known = f" ± {error:.2g}" if math.isfinite(error) else ""
-    return f"{mean:+.3g}{known}".replace("-", "\N{MINUS SIGN}")
+def _space(name: str) -> str:
+    return name if name == PIXELS else f"the {name}'s features"
 
 
 def _list(words: Sequence[str]) -> str:
+    if not words:
+        return ""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

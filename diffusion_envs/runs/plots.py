@@ -2,11 +2,13 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_BLUE, _ORANGE, _GREEN, _PURPLE = "#2264b0", "#c65f10", "#2a7f4f", "#7b4aa0"
-_COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE)
+_BLUE = "#2264b0"
+_COLOURS = (_BLUE, "#c65f10", "#2a7f4f", "#7b4aa0", "#b3261e", "#4d4d4d", "#0f8b8d", "#a8851a")
+_MARKERS = "osD^vP*"  # 7 and 8 have no common divisor: 56 samplers are told apart
 _WIDTH = 1.96  # standard errors either side of a mean: a 95 % interval
 _Point = tuple[int | float, Mapping[str, Any]]  # where, and the estimate there
 
@@ -22,6 +24,10 @@ def _half_width(estimate: Mapping[str, Any]) -> float:
 
 def curve(points: Sequence[_Point], across: str, up: str) -> bytes:
     """Estimates along an axis, with a band of 95 % intervals."""
+    return _svg(_curve(points, across, up))
+
+
+def _curve(points: Sequence[_Point], across: str, up: str) -> Any:
     from matplotlib.ticker import EngFormatter
 
     figure, axes = _axes(across, up, size=(3.7, 2.6))
@@ -31,15 +37,21 @@ def curve(points: Sequence[_Point], across: str, up: str) -> bytes:
     low, high = ([a + sign * b for a, b in zip(y, half, strict=True)] for sign in (-1, 1))
     axes.fill_between(x, low, high, color=_BLUE, alpha=0.18, linewidth=0)
     axes.plot(x, y, color=_BLUE, linewidth=1.6, marker="." if len(x) < 60 else None)
-    axes.locator_params(axis="x", nbins=6)
+    axes.locator_params(axis="x", nbins=6, integer=True)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250k
-    return _svg(figure)
+    return figure
 
 
 def transfer(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], up: str) -> bytes:
     """Parts of transfer rows against the number of steps, one colour a sampler, 95 % intervals."""
-    figure, axes = _axes("sampling steps", up, size=(5.2, 3.2))
+    return _svg(_transfer(rows, parts, up))
+
+
+def _transfer(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], up: str) -> Any:
     samplers = list(dict.fromkeys(row["sampler"] for row in rows))
+    columns = 2 if max(len(name) for name in samplers) <= 26 else 1
+    size = (5.2, 3.0 + 0.22 * math.ceil(len(samplers) / columns))  # with room for the legend
+    figure, axes = _axes("sampling steps", up, size)
     for k, sampler in enumerate(samplers):
         mine = sorted((row for row in rows if row["sampler"] == sampler), key=lambda r: r["steps"])
         for part in parts:
@@ -52,12 +64,12 @@ def transfer(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], up: str) -
                 [_half_width(row[part]) for row in mine],
                 color=_COLOURS[k % len(_COLOURS)],
                 linestyle="--" if former else "-",
-                marker="o",
+                marker=_MARKERS[k % len(_MARKERS)],
                 markersize=5,
                 markerfacecolor="white" if former else None,
                 capsize=3,
                 linewidth=1.4,
-                label=sampler if not former else None,
+                label=textwrap.shorten(sampler, 60, placeholder="…") if not former else None,
             )
     if "difference" in parts:
         axes.axhline(0, color="#888", linewidth=0.8)
@@ -65,8 +77,8 @@ def transfer(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], up: str) -
     axes.set_xscale("log")
     axes.set_xticks(steps, [str(n) for n in steps])
     axes.minorticks_off()
-    axes.legend(frameon=False)
-    return _svg(figure)
+    figure.legend(loc="outside upper left", frameon=False, ncols=columns, fontsize="small")
+    return figure
 
 
 def _axes(across: str, up: str, size: tuple[float, float]) -> tuple[Any, Any]:
@@ -74,7 +86,8 @@ def _axes(across: str, up: str, size: tuple[float, float]) -> tuple[Any, Any]:
 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    axes.set(xlabel=across, ylabel=up)
+    per_line = round(10 * size[1])  # letters that fit along the axis
+    axes.set(xlabel=across, ylabel=textwrap.fill(up, per_line))
     axes.grid(color="#e4e7ea", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

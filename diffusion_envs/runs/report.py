@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_envs.runs import plots
-from diffusion_envs.runs.over_optimisation import verdict
-from diffusion_envs.runs.tracking import read_metrics
+from diffusion_envs.runs.over_optimisation import FAR, verdict
+from diffusion_envs.runs.tracking import OVER_OPTIMISATION, read_metrics
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60676f; --page: #f7f8f9; --card: #fff;
@@ -32,7 +32,8 @@ h2 { font-size: 1.25rem; margin: 2.8rem 0 .8rem; } p { max-width: 46rem; }
 .tile { padding: .9rem 1.1rem; } .tile b { display: block; font-size: 1.7rem; line-height: 1.25;
   font-variant-numeric: tabular-nums; } .good { color: var(--good); } .bad { color: var(--bad); }
 .tile small { font-size: 1rem; font-weight: normal; color: var(--soft); white-space: nowrap; }
-h3 { font-size: 1rem; font-weight: 600; margin: 1.4rem 0 .6rem; }
+.verdict { font-size: 1.12rem; border-left: .25rem solid var(--line); padding-left: 1rem;
+  margin-top: 1.5rem; } summary { cursor: pointer; margin-top: 1rem; }
 .cards { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 16.5rem), 1fr)); }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
@@ -47,18 +48,24 @@ thead th { color: var(--soft); font-weight: 600; } tbody th { font-weight: 500; 
 code { font-size: .88em; overflow-wrap: anywhere; }
 """
 
-_CURRENCIES = {
-    "update": "updates",
+_COSTS = {
     "reward_queries": "reward queries",
     "network_calls": "network calls",
     "seconds": "seconds",
 }
-_CURVES = {
+_LABELS = {
     "reward": "reward",
     "path_kl": "path KL (nats)",
     "transition_kl": "transition KL (nats)",
     "kl_weight": "kl_weight (reward per nat)",
+    "gradient_norm": "gradient norm",
+    "clipped_fraction": "clipped fraction",
+    "value_loss": "value loss",
 }
+_NOT_DRAWN = {"update", "memory", "ratio_min", "ratio_max", *_COSTS}
+_FEW = 3  # points of a quantity from which on it is drawn; fewer are a table
+_MANY_PROMPTS = 12  # more than so many are folded away
+_Points = Sequence[tuple[int | float, Mapping[str, Any]]]
 
 
 def write_report(folder: str | Path) -> Path:
@@ -74,14 +81,16 @@ def write_report(folder: str | Path) -> Path:
     config = _json(folder / "config.json")
     summary, transfer = _json(folder / "summary.json"), _json(folder / "transfer.json")
     metrics = read_metrics(folder / "metrics.jsonl")
-    panels = read_metrics(folder / "panel.jsonl")
+    lines = read_metrics(folder / OVER_OPTIMISATION)
     name = html.escape(folder.resolve().name)
     parts = [
         f"<header><h1>{name}</h1>{_subtitle(config, metrics)}</header>",
+        _verdict(lines, summary),
         _headline(summary),
+        _by_prompt(summary),
         _pictures(folder / "samples", summary),
-        _panel(panels, summary),
-        _curves(metrics),
+        _over_optimisation(lines, summary),
+        _training(metrics),
         _transfer(transfer),
         _settings(config, summary),
     ]
@@ -171,13 +180,35 @@ def _subtitle(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
         last = metrics[-1]
         words.append(f"{last['update']} updates")
         words += [
-            f"{last[c]:,} {_CURRENCIES[c]}"
-            for c in ("reward_queries", "network_calls")
-            if c in last
+            f"{last[c]:,} {_COSTS[c]}" for c in ("reward_queries", "network_calls") if c in last
         ]
         if "seconds" in last:
             words.append(_span(last["seconds"]))
     return f'<p class="muted">{" &middot; ".join(words)}</p>'
+
+
+def _verdict(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> str:
+    """What fine-tuning did, in words, before any number; and why it ended."""
+    said = (summary or {}).get("over_optimisation")
+    if said:
+        words = [said["sentence"]]
+    else:
+        so_far = verdict(lines)
+        start = "So far: " if summary is None else ""
+        words = [] if so_far is None else [start + so_far.sentence]
+    stop = (summary or {}).get("stop")
+    if summary and stop:
+        chance = f"with probability at most {stop['false_stop_bound']:.2g}"
+        bound = f"noise alone makes a judge stop such a run {chance}"
+        if stop["reason"] is None:
+            words.append(f"The stop rule did not end the run ({bound}).")
+        else:
+            words.append(
+                f"Stopped after update {stop['update']}: {stop['reason']} ({bound}). The exported "
+                f"model is that of update {summary['update']}, the best that the rule saw."
+            )
+    said_so = "".join(f"<p>{html.escape(text)}</p>" for text in words)
+    return f'<div class="verdict">{said_so}</div>' if words else ""
 
 
 def _headline(summary: Mapping[str, Any] | None) -> str:
@@ -188,10 +219,14 @@ def _headline(summary: Mapping[str, Any] | None) -> str:
     for name, value in summary.get("judges", {}).items():
         judged[name if name == "judge" else f"judge: {name}"] = value
     judged = {name: value for name, value in judged.items() if value}
+    nothing_fell = _nothing_fell(summary, judged)
     tiles, rows = [], []
     for name, value in judged.items():
         before, after, gain = (value[part] for part in ("before", "after", "difference"))
-        tiles.append(_tile(f"{name}, paired gain", gain, f"{_in_errors(gain)} standard errors"))
+        below = f"{_in_errors(gain)} standard errors"
+        if name == "reward" and "path_kl" in summary:
+            below += f", at a path KL of {_number(summary['path_kl'])} nats"
+        tiles.append(_tile(f"{name}, paired gain", gain, below, good=nothing_fell))
         numbers = [_number(before), _number(after), _number(gain, "+"), _in_errors(gain)]
         rows.append([html.escape(name), *numbers, str(gain["n"])])
     for name, label in (("path_kl", "path KL"), ("transition_kl", "transition KL")):
@@ -206,30 +241,68 @@ def _headline(summary: Mapping[str, Any] | None) -> str:
     )
 
 
-def _tile(name: str, estimate: Mapping[str, Any], below: str, gain: bool = True) -> str:
-    mean, error = estimate["mean"], estimate["standard_error"]
-    clear = gain and error and abs(mean) > 3 * error
-    kind = ' class="good"' if clear and mean > 0 else ' class="bad"' if clear else ""
-    value, *spread = _number(estimate, "+" if gain else "").split(" ", 1)
-    small = f" <small>{spread[0]}</small>" if spread else ""
+def _nothing_fell(summary: Mapping[str, Any], judged: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a gain is good beyond doubt: nothing fell, and the model is not far away."""
+    fallen = (summary.get("over_optimisation") or {}).get("fallen")
+    worse = any(_clear(value["difference"]) < 0 for value in judged.values())
+    far = "path_kl" in summary and summary["path_kl"]["mean"] > FAR
+    return not (fallen or worse or far)
+
+
+def _clear(gain: Mapping[str, Any]) -> int:
+    """The sign of a gain beyond three standard errors, else 0."""
+    mean, error = gain["mean"], gain["standard_error"]
+    return 0 if not error or abs(mean) <= 3 * error else 1 if mean > 0 else -1
+
+
+def _tile(
+    name: str, estimate: Mapping[str, Any], below: str, gain: bool = True, good: bool = False
+) -> str:
+    sign = _clear(estimate) if gain else 0
+    kind = ' class="good"' if sign > 0 and good else ' class="bad"' if sign < 0 else ""
+    value, *error = _number(estimate, "+" if gain else "").split(" ", 1)
+    small = f" <small>{error[0]}</small>" if error else ""
     return (
         f'<div class="tile"><span class="muted">{html.escape(name)}</span>'
         f'<b{kind}>{value}{small}</b><span class="muted">{below}</span></div>'
     )
 
 
+def _by_prompt(summary: Mapping[str, Any] | None) -> str:
+    """The reward of each prompt, largest gain first."""
+    prompts = (summary or {}).get("by_prompt")
+    if not prompts:
+        return ""
+    ordered = sorted(prompts.items(), key=lambda item: -item[1]["difference"]["mean"])
+    rows = [
+        [
+            html.escape(prompt),
+            *(_number(value[part]) for part in ("before", "after")),
+            _number(value["difference"], "+"),
+            _in_errors(value["difference"]),
+            str(value["difference"]["n"]),
+        ]
+        for prompt, value in ordered
+    ]
+    heads = ["prompt", "before", "after", "paired difference", "in standard errors", "samples"]
+    table = _table(heads, rows)
+    if len(rows) > _MANY_PROMPTS:
+        table = f"<details><summary>All {len(rows)} prompts</summary>{table}</details>"
+    return f"<h2>Reward by prompt</h2>{table}"
+
+
 def _pictures(folder: Path, summary: Mapping[str, Any] | None) -> str:
-    found = {int(path.stem[5:]): path for path in sorted(folder.glob("step-*.png"))}
+    grids = {int(path.stem[5:]): path for path in sorted(folder.glob("step-*.png"))}
     exported = (summary or {}).get("update")
-    if exported in found:  # a run that was stopped has pictures of later models
-        found = {update: path for update, path in found.items() if update <= exported}
-    if not found:
+    if exported in grids:  # a run that was stopped has pictures of later models
+        grids = {update: path for update, path in grids.items() if update <= exported}
+    if not grids:
         return "<h2>Before and after</h2><p>No pictures yet.</p>"
     figures = []
-    for update in dict.fromkeys((min(found), max(found))):
+    for update in dict.fromkeys((min(grids), max(grids))):
         words = f"after {update} updates" if update else "before: the pretrained model"
         alt = f"Grid of generated pictures with their prompts, {words}"
-        figures.append(_figure(found[update].read_bytes(), "png", alt, words))
+        figures.append(_figure(grids[update].read_bytes(), "png", alt, words))
     return (
         "<h2>Before and after</h2>"
         '<p class="muted">The same prompts and seeds in the same places.</p>'
@@ -237,53 +310,55 @@ def _pictures(folder: Path, summary: Mapping[str, Any] | None) -> str:
     )
 
 
-def _panel(panels: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> str:
-    """Judges, diversity and distance over the run, and what they say together."""
+def _over_optimisation(
+    lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None
+) -> str:
+    """Judges, diversity and distance over the run."""
     title = "<h2>Over-optimisation</h2>"
-    final = (summary or {}).get("panel")
-    if not panels and final is None:
+    final = (summary or {}).get("over_optimisation_metrics")
+    if not lines and final is None:
         return f"{title}<p>Nothing is measured yet.</p>"
-    said = verdict(panels)
-    sentence = summary["over_optimisation"]["sentence"] if final and summary else None
-    if sentence is None and said is not None:
-        sentence = said.sentence
-    words = [sentence or ""]
-    stop = (summary or {}).get("stop")
-    if summary and stop:
-        chance = f"with probability at most {stop['false_stop_bound']:.2g}"
-        bound = f"noise alone makes a judge stop such a run {chance}"
-        if stop["reason"] is None:
-            words.append(f"The stop rule did not end the run ({bound}).")
-        else:
-            words.append(
-                f"Stopped after update {stop['update']}: {stop['reason']} ({bound}). The exported "
-                f"model is that of update {summary['update']}, the best that the rule saw."
-            )
-    said_so = "".join(f"<p>{html.escape(text)}</p>" for text in words)
-    figures = []
     drawn_of = ("reward_gain", "judge_gain.", "diversity_gain.", "distance.", "path_kl")
-    names = dict.fromkeys(name for line in panels for name in line if name.startswith(drawn_of))
-    for quantity in names:
-        points = [(line["update"], line[quantity]) for line in panels if quantity in line]
-        label = _quantity(quantity)
-        first, last = (_number(points[k][1]) for k in (0, -1))
-        alt = f"{label} on held-out seeds against updates: from {first} to {last}"
-        svg = plots.curve(points, "updates", label)
-        figures.append(_figure(svg, "svg+xml", alt, label))
-    drawn = f'<div class="cards">{"".join(figures)}</div>' if figures else ""
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith(drawn_of))
+    series = {
+        _quantity(name): [(line["update"], line[name]) for line in lines if name in line]
+        for name in names
+    }
+    drawn = _over_updates(series, "on held-out seeds")
     rows = [[html.escape(_quantity(k)), _number(v), str(v["n"])] for k, v in (final or {}).items()]
     table = _table(["of the exported model", "", "samples"], rows) if rows else ""
     return (
-        f"{title}{said_so}{drawn}{table}"
+        f"{title}{drawn}{table}"
         '<p class="muted">On held-out seeds, paired with the pretrained model on the same seeds. '
         "Diversity is the mean distance of two pictures of one prompt, distance that of a picture "
-        "from the pretrained one of its seed: root mean square difference of pixels, or 1 minus "
-        "the cosine of features; docs/run_folder.md has the formulas.</p>"
+        "from the pretrained one of its seed, separation that of two pretrained pictures: root "
+        "mean square difference of pixels, or 1 minus the cosine of features; docs/run_folder.md "
+        "has the formulas.</p>"
     )
 
 
+def _over_updates(series: Mapping[str, _Points], where: str) -> str:
+    """A plot of each quantity against updates; those of few points in one table."""
+    figures, few = [], {}
+    for label, points in series.items():
+        if len(points) < _FEW:
+            few[label] = {update: _number(estimate) for update, estimate in points}
+            continue
+        first, last = (_number(points[k][1]) for k in (0, -1))
+        alt = f"{label} {where} against updates: from {first} to {last}"
+        figures.append(_figure(plots.curve(points, "updates", label), "svg+xml", alt, label))
+    updates = sorted({update for numbers in few.values() for update in numbers})
+    rows = [
+        [html.escape(label), *(numbers.get(update, "") for update in updates)]
+        for label, numbers in few.items()
+    ]
+    table = _table([where, *(f"update {update}" for update in updates)], rows) if rows else ""
+    cards = f'<div class="cards">{"".join(figures)}</div>' if figures else ""
+    return cards + table
+
+
 def _quantity(name: str) -> str:
-    """Words for a name of the panel."""
+    """Words for the name of an over-optimisation metric."""
     kind, _, what = name.partition(".")
     if not what:
         return {"reward_gain": "gain in reward", "path_kl": "path KL (nats)"}.get(name, name)
@@ -291,9 +366,12 @@ def _quantity(name: str) -> str:
     return {
         "judge": f"judge: {what}",
         "judge_gain": f"gain of judge: {what}",
+        "judge_std": f"standard deviation of judge: {what} (pretrained model)",
         "diversity": f"diversity of {space}",
         "diversity_gain": f"change in diversity of {space}",
+        "pretrained_diversity": f"diversity of {space} (pretrained model)",
         "distance": f"distance in {space}",
+        "separation": f"separation in {space} (pretrained model)",
     }.get(kind, name)
 
 
@@ -302,27 +380,44 @@ def _estimate(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {"mean": value, "standard_error": None, "n": 1}
 
 
-def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
+def _training(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Whatever an update logs, against updates; and what it had cost by then."""
     if not metrics:
         return "<h2>Training</h2><p>No update is done yet.</p>"
-    parts = []
-    for quantity, label in _CURVES.items():
-        figures = []
-        for currency, spent in _CURRENCIES.items():
-            lines = [line for line in metrics if line.get(quantity) and currency in line]
-            if not lines:
-                continue
-            first, last = (_number(_estimate(lines[k][quantity])) for k in (0, -1))
-            alt = f"{label} of the training samples against {spent}: from {first} to {last}"
-            points = [(line[currency], _estimate(line[quantity])) for line in lines]
-            svg = plots.curve(points, spent, label)
-            figures.append(_figure(svg, "svg+xml", alt, f"against {spent}"))
-        if figures:
-            parts.append(f'<h3>{label}</h3><div class="cards">{"".join(figures)}</div>')
+    logged = dict.fromkeys(name for line in metrics for name in line if name not in _NOT_DRAWN)
+    names = [name for name in _LABELS if name in logged]
+    names += [name for name in logged if name not in _LABELS]
+    series = {
+        _LABELS.get(name, name): [
+            (line["update"], _estimate(line[name]))
+            for line in metrics
+            if line.get(name) is not None
+        ]
+        for name in names
+    }
+    drawn = _over_updates(
+        {label: points for label, points in series.items() if points}, "of the training samples"
+    )
     return (
         '<h2>Training</h2><p class="muted">Means over the training samples of an update; bands are '
-        f"95 % intervals.</p>{''.join(parts)}"
+        f"95 % intervals.</p>{drawn}{_costs(metrics)}"
     )
+
+
+def _costs(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Reward and path KL at a few updates beside what had been spent by then."""
+    last = len(metrics) - 1
+    chosen = [metrics[k] for k in sorted({round(last * part / 4) for part in range(5)})]
+    costs = [name for name in _COSTS if name in metrics[-1]]
+    results = [name for name in ("reward", "path_kl") if name in metrics[-1]]
+    rows = []
+    for line in chosen:
+        spent = [_span(line[c]) if c == "seconds" else f"{line[c]:,}" for c in costs if c in line]
+        reached = [_number(_estimate(line[name])) for name in results if name in line]
+        if len(spent) == len(costs) and len(reached) == len(results):
+            rows.append([str(line["update"]), *spent, *reached])
+    heads = ["after update", *(_COSTS[c].replace("seconds", "time") for c in costs)]
+    return _table([*heads, *(_LABELS[name] for name in results)], rows) if costs and rows else ""
 
 
 def _transfer(rows: Sequence[Mapping[str, Any]] | None) -> str:

@@ -1,9 +1,10 @@
-"""What a run leaves for the eye: JSON lines, TensorBoard events, and grids of pictures."""
+"""The logs of a run: JSON lines, TensorBoard, Weights & Biases, and grids of pictures."""
 
 import json
 import logging
 import math
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,15 +12,18 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ctrl.estimate import Estimate
+from diffusion_envs.runs import caption_fonts
 
 _SMALL, _LARGE = 112, 256  # pixels a side: smaller pictures are enlarged, larger ones reduced
 _GAP = 6  # pixels around a picture
 _LINE = 15  # pixels a line of caption
 _CAPTION_LINES = 2
+OVER_OPTIMISATION = "over_optimisation.jsonl"
+PROJECT = "ctrl"  # of Weights & Biases
 _log = logging.getLogger(__name__)
 
 
@@ -44,7 +48,6 @@ def grid(
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     tiles = [_resized(picture) for picture in pixels]
     width, height = tiles[0].size
-    font = ImageFont.load_default(size=13)
     columns = min(columns, len(tiles))
     cell = (width + _GAP, height + _CAPTION_LINES * _LINE + _GAP)
     sheet = Image.new(
@@ -54,8 +57,9 @@ def grid(
     for k, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
         left, top = k % columns * cell[0] + _GAP, k // columns * cell[1] + _GAP
         sheet.paste(tile, (left, top))
-        for row, line in enumerate(_wrapped(caption, font, width)):
-            draw.text((left, top + height + row * _LINE), line, font=font, fill="#333")
+        for row, line in enumerate(_wrapped(caption, width)):
+            corner = left, top + height + row * _LINE
+            caption_fonts.draw(draw, corner, line, fill="#333")
     return sheet
 
 
@@ -63,29 +67,31 @@ def _resized(picture: np.ndarray) -> Image.Image:
     tile = Image.fromarray(picture)
     if max(tile.size) > _LARGE:
         shrink = _LARGE / max(tile.size)
-        return tile.resize([max(1, round(side * shrink)) for side in tile.size], Image.LANCZOS)
+        return tile.resize(
+            [max(1, round(side * shrink)) for side in tile.size], Image.Resampling.LANCZOS
+        )
     factor = max(1, _SMALL // max(tile.size))
-    return tile.resize([side * factor for side in tile.size], Image.NEAREST)
+    return tile.resize([side * factor for side in tile.size], Image.Resampling.NEAREST)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _wrapped(text: str, width: int) -> list[str]:
     """Lines no wider than a picture; what does not fit ends in an ellipsis."""
     lines = [""]
-    for word in text.split():
+    for word in caption_fonts.drawable(text).split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
+        if caption_fonts.width(longer) <= width or not lines[-1]:
             lines[-1] = longer
         else:
             lines.append(word)
     if len(lines) > _CAPTION_LINES:
         lines = [*lines[: _CAPTION_LINES - 1], " ".join(lines[_CAPTION_LINES - 1 :])]
-    return [_cut(line, font, width) for line in lines]
+    return [_cut(line, width) for line in lines]
 
 
-def _cut(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    if font.getlength(line) <= width:
+def _cut(line: str, width: int) -> str:
+    if caption_fonts.width(line) <= width:
         return line
-    while line and font.getlength(line + "…") > width:
+    while line and caption_fonts.width(line + "…") > width:
         line = line[:-1]
     return line + "…"
 
@@ -116,39 +122,49 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Writes ``metrics.jsonl``, ``panel.jsonl``, ``tensorboard/`` and ``samples/`` of a run.
+    """Writes ``metrics.jsonl``, ``over_optimisation.jsonl``, ``tensorboard/`` and ``samples/``.
 
     On resuming, lines of updates that will be done again are dropped first, so that the log of a
-    resumed run is that of an uninterrupted one.
+    resumed run is that of an uninterrupted one. A run of Weights & Biases goes on under the same
+    id, which ``wandb.json`` keeps; its config is the run's ``config.json``.
 
     Args:
         folder: of the run.
         first_update: updates already done.
-        wandb: log to Weights & Biases too.
+        wandb: log to Weights & Biases too: the name of the project, or True for the project
+            "ctrl" (of a resumed run: the project it is in).
         enabled: False on all processes but the main one: then nothing is written.
 
     Raises:
-        ValueError: ``metrics.jsonl`` is damaged, or Weights & Biases is not installed.
+        ValueError: ``metrics.jsonl`` or ``wandb.json`` is damaged, Weights & Biases is not
+            installed or not logged in, or the run is in another project.
     """
 
     def __init__(
-        self, folder: Path, *, first_update: int = 0, wandb: bool = False, enabled: bool = True
+        self,
+        folder: Path,
+        *,
+        first_update: int = 0,
+        wandb: bool | str = False,
+        enabled: bool = True,
     ) -> None:
         self.folder, self.enabled = folder, enabled
-        self._wandb: Any = None
+        self._service: Any = None  # the module wandb
+        self._wandb: Any = None  # its run
         if not enabled:
             return
-        service = _weights_and_biases() if wandb else None
+        if wandb:
+            self._service = require_wandb()
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / "metrics.jsonl"
         self._last = _keep_lines_until(path, first_update)
-        self._last_panel = _keep_lines_until(folder / "panel.jsonl", first_update)
+        self._last_metrics = _keep_lines_until(folder / OVER_OPTIMISATION, first_update)
+        if self._service is not None:
+            self._wandb = _wandb_run(self._service, folder, wandb)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update + 1)
         self._file = path.open("a", encoding="utf-8")
         (folder / "samples").mkdir(exist_ok=True)
-        if service is not None:
-            self._wandb = service.init(project="ctrl", name=folder.name, dir=str(folder))
 
     def __enter__(self) -> "Tracker":
         return self
@@ -194,19 +210,19 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(flat, step=update)
 
-    def panel(self, update: int, numbers: Mapping[str, Estimate]) -> None:
-        """One line of ``panel.jsonl``; nothing if a resumed run has that update's already.
+    def over_optimisation(self, update: int, numbers: Mapping[str, Estimate]) -> None:
+        """A line of ``over_optimisation.jsonl``; none if a resumed run has that update's already.
 
         Raises:
             ValueError: a number is not finite.
         """
-        if not self.enabled or update <= self._last_panel:
+        if not self.enabled or update <= self._last_metrics:
             return
         plain = {name: _plain(name, value) for name, value in numbers.items()}
-        with (self.folder / "panel.jsonl").open("a", encoding="utf-8") as file:
+        with (self.folder / OVER_OPTIMISATION).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"update": update, **plain}, allow_nan=False) + "\n")
-        self._last_panel = update
-        flat = {f"panel/{name}": value.mean for name, value in numbers.items()}
+        self._last_metrics = update
+        flat = {f"over_optimisation/{name}": value.mean for name, value in numbers.items()}
         for name, value in flat.items():
             self._board.add_scalar(name, value, update)
         if self._wandb is not None:
@@ -216,11 +232,15 @@ class Tracker:
         self, update: int, images: Float[Tensor, "n 3 h w"], captions: Sequence[str]
     ) -> None:
         """A grid of pictures, the same prompts and seeds each time."""
-        if self.enabled:
-            path = self.folder / "samples" / f"step-{update:06d}.png"
-            partial = path.with_suffix(".partial")
-            grid(images, captions).save(partial, format="PNG")
-            os.replace(partial, path)
+        if not self.enabled:
+            return
+        path = self.folder / "samples" / f"step-{update:06d}.png"
+        partial = path.with_suffix(".partial")
+        sheet = grid(images, captions)
+        sheet.save(partial, format="PNG")
+        os.replace(partial, path)
+        if self._wandb is not None:
+            self._wandb.log({"samples": self._service.Image(sheet)}, step=update)
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -245,9 +265,51 @@ def _keep_lines_until(path: Path, update: int) -> int:
     return kept[-1]["update"] if kept else 0
 
 
-def _weights_and_biases() -> Any:
+# -- Weights & Biases ----------------------------------------------------------------------------
+
+
+def require_wandb() -> Any:
+    """The ``wandb`` module, logged in: call it before anything is made or evaluated.
+
+    Raises:
+        ValueError: it is not installed, or nobody is logged in.
+    """
     try:
         import wandb  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
         raise ValueError("wandb is not installed: pip install ctrl-diffusion[wandb]") from error
+    try:
+        wandb.login()  # asks for a key where there is a person to ask
+    except wandb.Error as error:
+        raise ValueError(
+            f"wandb cannot log in ({error}); run `wandb login` first, or set WANDB_MODE=offline"
+        ) from error
     return wandb
+
+
+def _wandb_run(service: Any, folder: Path, project: bool | str) -> Any:
+    """The run that ``wandb.json`` names, begun or gone on with."""
+    record = folder / "wandb.json"
+    wanted = None if project is True else project
+    if record.is_file():
+        try:
+            stored = json.loads(record.read_text(encoding="utf-8"))
+            known = {"project": str(stored["project"]), "id": str(stored["id"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{record} is damaged ({error}); delete it to begin a new run of wandb"
+            ) from error
+        if wanted not in (None, known["project"]):
+            raise ValueError(
+                f"wandb must be the project of the run that is resumed, {known['project']!r} "
+                f"(or True), got {wanted!r}; delete {record} to begin a new run of wandb"
+            )
+    else:
+        known = {"project": wanted or PROJECT, "id": secrets.token_hex(4)}
+        partial = record.with_suffix(".partial")
+        partial.write_text(json.dumps(known), encoding="utf-8")
+        os.replace(partial, record)
+    config = folder / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
+    name = folder.resolve().name
+    return service.init(**known, name=name, dir=str(folder), config=settings, resume="allow")

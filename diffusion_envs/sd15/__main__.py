@@ -102,7 +102,7 @@ class Finetune:
         lora_targets: names of the layers that get one.
         evaluation_samples: held-out samples, before and after.
         checkpoint_every: updates between checkpoints.
-        picture_every: updates between pictures and lines of the panel.
+        picture_every: updates between pictures and lines of over-optimisation metrics.
         target_kl: path KL to keep, nats: kl_weight, which is then only where it begins, moves
             after every update.
         stop_z: stop once a judge has fallen by so many standard errors from its best while the

@@ -18,13 +18,13 @@ from diffusion_envs.preferences import Preference
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.early_stopping import Decision, Look, StopRule, Watch
 from diffusion_envs.runs.early_stopping import check as check_stop
-from diffusion_envs.runs.evaluation import WATCHED, Evaluation, evaluate
+from diffusion_envs.runs.evaluation import WATCHED, Evaluation, by_prompt, evaluate
 from diffusion_envs.runs.human_choices import leaving_images
-from diffusion_envs.runs.over_optimisation import Verdict, embeddings, panel, verdict
+from diffusion_envs.runs.over_optimisation import Verdict, embeddings, metrics, verdict
 from diffusion_envs.runs.progress import bar
 from diffusion_envs.runs.report import write_report
 from diffusion_envs.runs.run_folder import describe, open_run, write_json
-from diffusion_envs.runs.tracking import Tracker, read_metrics
+from diffusion_envs.runs.tracking import OVER_OPTIMISATION, Tracker, read_metrics, require_wandb
 from diffusion_envs.sd15.build import ATTENTION, Model, build
 from diffusion_envs.training import kl_controller as control
 from diffusion_envs.training import parallel
@@ -47,7 +47,7 @@ class Run:
     reward_gain: Estimate  # after minus before, paired by seed
     path_kl: Estimate | None  # from the pretrained model, nats; None of an ODE or a black box
     judge_gains: Mapping[str, Estimate]  # after minus before, by held-out reward
-    panel: Mapping[str, Estimate]  # of training/panel.py: diversity and distance too
+    metrics: Mapping[str, Estimate]  # of runs/over_optimisation.py: diversity and distance too
     over_optimisation: Verdict  # of the exported model
     update: int  # after which the exported model was taken
     stopped: str | None = None  # why the stop rule ended the run, if it did
@@ -80,7 +80,7 @@ def finetune(
     device: str | None = None,
     seed: int = 0,
     resume: bool = False,
-    wandb: bool = False,
+    wandb: bool | str = False,
     progress: bool = True,
     command: Mapping[str, Any] | None = None,
 ) -> Run:
@@ -107,7 +107,7 @@ def finetune(
         judges: rewards that only judge, by name; the reward itself is refused.
         evaluation_samples: held-out samples, before and after, paired by seed.
         checkpoint_every: updates.
-        picture_every: updates between pictures and lines of the panel.
+        picture_every: updates between pictures and lines of over-optimisation metrics.
         target_kl: moves the objective's kl_weight so that the path KL tends to a target.
         stop: when to end the run early; then the best model that its looks saw is exported.
         preference: who prefers which sample, for objectives that learn from preferences: the
@@ -118,7 +118,7 @@ def finetune(
         device: "cpu" or "cuda"; what there is if not given.
         seed: of all randomness.
         resume: go on with the run in ``output``.
-        wandb: log to Weights & Biases too.
+        wandb: log to Weights & Biases too: True, or the name of the project ("ctrl" if not given).
         progress: show a progress bar.
         command: the command line's options, stored so that it can resume by itself.
 
@@ -147,6 +147,8 @@ def finetune(
         if name not in ("output", "resume", "progress", "command", "wandb", "device", "embedders")
     }
     _check(arguments)
+    if wandb:
+        require_wandb()
     accelerator = parallel.start(device)
     built = build(
         model=model,
@@ -204,7 +206,7 @@ def finetune(
                     few = min(PICTURES, evaluation_samples)
                     seen = evaluate(built.environment, few, judges=judges, batch=schedule.batch)
                     tracker.pictures(done, seen.images, seen.prompts)
-                    tracker.panel(done, panel(before, seen, embedders))
+                    tracker.over_optimisation(done, metrics(before, seen, embedders))
                 if main and watch is not None:
                     watch.after(done)
                 decision = _agreed(watch, accelerator)
@@ -220,11 +222,11 @@ def finetune(
             trainer.load_state(best.state)
         after = evaluate(built.environment, evaluation_samples, judges=judges, batch=schedule.batch)
         before = before or after  # other processes have nothing to report
-        numbers = panel(before, after, embedders)
+        numbers = metrics(before, after, embedders)
         if main:
             tracker.pictures(trainer.update, after.images[:PICTURES], after.prompts[:PICTURES])
             if reason is None:
-                tracker.panel(trainer.update, numbers)
+                tracker.over_optimisation(trainer.update, numbers)
     stopped = None
     if stop is not None:
         bound = stop.false_stop_bound(updates, len(judges))
@@ -236,7 +238,7 @@ def finetune(
         before,
         after,
         list(prompts),
-        panel=numbers,
+        numbers=numbers,
         update=trainer.update,
         stopped=stopped,
         write=main,
@@ -371,7 +373,7 @@ def _finish(
     after: Evaluation,
     prompts: list[str],
     *,
-    panel: Mapping[str, Estimate],
+    numbers: Mapping[str, Estimate],
     update: int,
     stopped: Mapping[str, Any] | None,
     write: bool,
@@ -381,10 +383,10 @@ def _finish(
     judge_gains = {
         name: Estimate.of(value - before.judged[name]) for name, value in after.judged.items()
     }
-    lines = read_metrics(folder / "panel.jsonl") if write else []
-    final = {name: value.as_dict() for name, value in panel.items()} | {"update": update}
-    found = verdict([line for line in lines if line["update"] < update] + [final])
-    assert found is not None  # there is a panel
+    lines = read_metrics(folder / OVER_OPTIMISATION) if write else []
+    final = {name: value.as_dict() for name, value in numbers.items()} | {"update": update}
+    said = verdict([line for line in lines if line["update"] < update] + [final])
+    assert said is not None  # there is a line
     run = Run(
         folder=folder,
         lora=folder / "pytorch_lora_weights.safetensors",
@@ -392,10 +394,10 @@ def _finish(
         reward_before=Estimate.of(before.rewards),
         reward=Estimate.of(after.rewards),
         reward_gain=gain,
-        path_kl=panel.get("path_kl"),
+        path_kl=numbers.get("path_kl"),
         judge_gains=judge_gains,
-        panel=panel,
-        over_optimisation=found,
+        metrics=numbers,
+        over_optimisation=said,
         update=update,
         stopped=None if stopped is None else stopped["reason"],
     )
@@ -420,8 +422,13 @@ def _finish(
                 for name in judge_gains
             },
         }
-        summary["panel"] = {name: value.as_dict() for name, value in panel.items()}
-        summary["over_optimisation"] = dataclasses.asdict(found)
+        summary["by_prompt"] = {
+            prompt: {part: value.as_dict() for part, value in parts.items()}
+            for prompt, parts in by_prompt(before, after).items()
+        }
+        plain = {name: value.as_dict() for name, value in numbers.items()}
+        summary["over_optimisation_metrics"] = plain
+        summary["over_optimisation"] = dataclasses.asdict(said)
         write_json(folder / "summary.json", summary)
         write_report(folder)
     return run

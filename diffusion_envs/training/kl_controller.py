@@ -86,7 +86,7 @@ def require_steerable(objective: Objective) -> None:
             policy that is trained, so that nothing that is measured answers to the weight.
     """
     kl_weight(objective)
-    if not objective.samples_itself:
+    if not objective.on_policy:
         raise ValueError(
             f"target_kl steers by the path KL of the roll-outs, and those of "
             f"{type(objective).__name__} are not of the policy that is trained: set kl_weight "

@@ -156,9 +156,9 @@ class Trainer:
 
         At the first update its rewards set the scale of the value network.
         """
-        environment, objective = self.environment, self.objective
-        share = self.size.samples // self.accelerator.num_processes
-        first = self.update * self.size.samples + self.accelerator.process_index * share
+        environment, objective, samples = self.environment, self.objective, self.size.samples
+        share = samples // self.accelerator.num_processes
+        first = self.update * samples + self.accelerator.process_index * share
         indices = range(first, first + share)
         # Prompts in turn, so that every roll-out has each of them equally often.
         condition = torch.tensor([i // objective.group % len(environment.prompts) for i in indices])
@@ -208,7 +208,7 @@ class Trainer:
     def losses(self, rollout: Rollout) -> Losses:
         """What the objective learns from this roll-out; made before the weights change."""
         objective, size = self.objective, self.size
-        lags = size.minibatches > 1 or objective.old_decay(self.update) > 0
+        changes = size.minibatches > 1 or self._lags
         return objective.losses_of(
             Update(
                 environment=self.environment,
@@ -216,7 +216,7 @@ class Trainer:
                 advantages=lambda function: self._over_all(function, rollout),
                 values=None if self.critic is None else self.critic.at(rollout),
                 stream=self._generator,
-                old_policy=self._sampling_policy if lags else None,
+                old_policy=self._sampling_policy if changes else None,
                 batch=size.batch,
                 train_steps=size.train_steps,
             )
@@ -278,10 +278,15 @@ class Trainer:
 
     # -- the policy that samples ------------------------------------------------------------------
 
+    @property
+    def _lags(self) -> bool:
+        """Whether the policy that samples is an older one than the current."""
+        return self.update > 0 and self.objective.old_decay(self.update - 1) > 0
+
     @contextmanager
     def _sampling_policy(self) -> Iterator[None]:
         """Within this context the adapter is the one that samples: the current, or an older one."""
-        if not self.objective.old_decay(self.update):
+        if not self._lags:
             yield
             return
         current = [p.detach().clone() for p in self.parameters]
@@ -323,9 +328,20 @@ class Trainer:
             "reward_queries": self._over_processes(self.environment.reward_queries),
             "network_calls": self._over_processes(self.environment.model.calls),
             "seconds": self.seconds,
-            **numbers,
+            **self._of_all_processes(numbers),
             "memory": _peak_memory(self.environment.device),
         }
+
+    def _of_all_processes(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Means over the processes; of what is called a minimum or a maximum, that."""
+        if self.accelerator.num_processes == 1:
+            return numbers
+        mine = torch.tensor([list(numbers.values())], dtype=torch.float64)
+        every = parallel.gather(mine.to(self.environment.device), self.accelerator).cpu()
+        least, most, mean = every.amin(0).tolist(), every.amax(0).tolist(), every.mean(0).tolist()
+        kinds = {"min": least, "max": most}
+        names = enumerate(numbers)
+        return {name: kinds.get(name.rpartition("_")[2], mean)[k] for k, name in names}
 
     def _over_processes(self, count: int) -> int:
         if self.accelerator.num_processes == 1:

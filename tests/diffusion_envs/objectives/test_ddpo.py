@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -149,12 +150,12 @@ def test_the_clip_takes_a_known_share_of_the_gradient(moved, share):
 
 
 def test_standardising_gaussian_rewards_scales_the_gradient_by_a_known_factor():
-    """mean_i A_i z_i of n rewards z of one prompt: (1 - 1/n) c4(n) in expectation.
+    """mean_i A_i z_i of n rewards z of one prompt: sqrt(1 - 1/n) c4(n) in expectation.
 
-    On every draw it is sqrt(n - 1) |z - mean| / n, and the norm is chi-distributed: its mean is an
+    On every draw it is |z - mean| / sqrt(n), and the norm is chi-distributed: its mean is an
     integral over one variable, here by the trapezoidal rule.
     """
-    for n, rounded in ((2, 0.40), (4, 0.69), (16, 0.92)):
+    for n, rounded in ((2, 0.56), (4, 0.80), (16, 0.95)):
         direction = torch.linspace(-1, 1, n, dtype=torch.float64).sin()
         direction = (direction - direction.mean()) / (direction - direction.mean()).norm()
         radius = torch.linspace(0, 12, 40001, dtype=torch.float64)  # its density vanishes there
@@ -166,7 +167,8 @@ def test_standardising_gaussian_rewards_scales_the_gradient_by_a_known_factor():
         advantage = DDPO().advantages(bare(z))[:, 0]
         found = (advantage * (z - 0.7)).mean().item()
         c4 = math.sqrt(2 / (n - 1)) * math.gamma(n / 2) / math.gamma((n - 1) / 2)
-        assert found == pytest.approx((1 - 1 / n) * c4, rel=1e-6)
+        # 1e-6 beside a standard deviation of mean_radius / sqrt(n) is 2e-6 of it at most
+        assert found == pytest.approx(math.sqrt(1 - 1 / n) * c4, rel=3e-6)
         assert found == pytest.approx(rounded, abs=5e-3)
 
 
@@ -196,7 +198,7 @@ PROMPTS = [0, 0, 0, 1, 1, 2, 1]
 
 def by_hand(values: Tensor) -> Tensor:
     gap = values - values.sum() / len(values)
-    return gap / (gap.square().sum() / (len(values) - 1)).sqrt()
+    return gap / ((gap.square().sum() / len(values)).sqrt() + 1e-6)  # as the authors' code
 
 
 @pytest.mark.parametrize("min_count", [2, 3])
@@ -207,20 +209,38 @@ def test_advantages_are_standardised_within_prompts(kind, min_count):
     first, second = [0, 1, 2], [3, 4, 6]
     for members in (first, second):
         expected = by_hand(REWARDS[members])[:, None].expand(-1, 3)
-        torch.testing.assert_close(found[members], expected, rtol=1e-7, atol=0)
+        torch.testing.assert_close(found[members], expected, rtol=1e-12, atol=0)
     alone = by_hand(REWARDS)[5]  # the only one of its prompt: judged by the whole roll-out
-    torch.testing.assert_close(found[5], alone.expand(3), rtol=1e-7, atol=0)
+    torch.testing.assert_close(found[5], alone.expand(3), rtol=1e-12, atol=0)
 
 
 def test_prompts_with_fewer_paths_than_asked_are_judged_by_all():
     found = DDPO(min_count=4).advantages(bare(REWARDS, PROMPTS))[:, 0]
-    torch.testing.assert_close(found, by_hand(REWARDS), rtol=1e-7, atol=0)
+    torch.testing.assert_close(found, by_hand(REWARDS), rtol=1e-12, atol=0)
+
+
+def test_advantages_are_those_that_the_published_tracker_gives():
+    """Its numbers for rewards 1, 2, 4, 8 of one prompt: numpy's default is the population's."""
+    advantage = DDPO().advantages(bare(torch.tensor([1.0, 2.0, 4.0, 8.0]).double()))[:, 0]
+    rewards = np.array([1.0, 2.0, 4.0, 8.0])
+    published = (rewards - np.mean(rewards)) / (np.std(rewards) + 1e-6)
+    assert np.abs(advantage.numpy() - published).max() < 1e-15
+    assert advantage[3].item() == pytest.approx(1.585258, abs=1e-6)  # 4.25 / sqrt(7.1875)
+    sample = (rewards - rewards.mean()) / rewards.std(ddof=1)
+    assert sample[3] / advantage[3].item() == pytest.approx(0.866, abs=1e-3)
 
 
 def test_advantages_are_clipped():
     rewards = torch.zeros(100, dtype=torch.float64)
     rewards[7] = 1.0
     assert DDPO(advantage_clip=5.0).advantages(bare(rewards)).max() == 5.0
+
+
+def stds(rewards: Tensor) -> Tensor:
+    """Standard deviation of every path's three of a prompt; 1 where it is 0."""
+    groups = rewards.view(2, 3)
+    std = (groups - groups.sum(1, keepdim=True) / 3).square().mean(1).sqrt()
+    return std.where(std > 1e-9, 1.0).repeat_interleave(3)[:, None]
 
 
 @given(
@@ -231,9 +251,11 @@ def test_advantages_are_clipped():
 def test_advantages_do_not_depend_on_the_rewards_unit_and_origin(values, scale, shift):
     rewards = torch.tensor(values, dtype=torch.float64)
     before, after = (
-        DDPO().advantages(bare(r, [0, 0, 0, 1, 1, 1])) for r in (rewards, shift + scale * rewards)
+        # in units of the standard deviation itself, without the 1e-6 that is not of the unit
+        DDPO().advantages(bare(r, [0, 0, 0, 1, 1, 1])) * (1 + 1e-6 / stds(r))
+        for r in (rewards, shift + scale * rewards)
     )
-    torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-9)
     for prompt in (slice(0, 3), slice(3, 6)):
         assert abs(before[prompt, 0].sum().item()) < 1e-9
 
@@ -241,7 +263,7 @@ def test_advantages_do_not_depend_on_the_rewards_unit_and_origin(values, scale, 
 @given(st.integers(2, 60), st.floats(-300, 300, width=32))
 def test_equal_rewards_teach_nothing(paths, value):
     rewards = torch.full((paths,), value, dtype=torch.float32)
-    assert per_prompt(rewards, torch.zeros(paths, dtype=torch.int64)).abs().max() == 0
+    assert per_prompt(rewards, torch.zeros(paths, dtype=torch.int64), 1e-6).abs().max() == 0
 
 
 # -- settings and the loop ------------------------------------------------------------------------

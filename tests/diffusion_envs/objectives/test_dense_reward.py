@@ -87,6 +87,61 @@ def test_the_loss_is_the_mean_over_all_lists_of_the_published_one(compared, move
     )
 
 
+def with_random_order(ordered: Tensor, other: Tensor) -> Tensor:
+    """Expected loss of a tie whose order a coin decides: the public code's way."""
+    return 0.5 * (ordered + other)
+
+
+def test_ties_of_the_published_code_pull_less_than_a_thousandth_of_a_choice():
+    """Random order pulls two logits together by tanh(d / 2) / 2; ours has no gradient."""
+    width = 10 * 1e-4  # beta_per_pixel * clip_per_pixel: the largest logit
+    for gap in (0.3 * width, 2 * width):
+        logits = torch.tensor([gap, 0.0], dtype=torch.float64, requires_grad=True)
+        one, other = (plackett_luce(logits, torch.tensor(o).double()) for o in ([1, 0], [0, 1]))
+        (tie,) = torch.autograd.grad(with_random_order(one, other), logits)
+        assert float(tie[0]) == pytest.approx(math.tanh(gap / 2) / 2, rel=1e-9)
+        assert float(tie[0]) < 1e-3 * 0.5  # a choice pulls by 1/2 where logits are equal
+
+
+def test_a_tie_has_no_gradient_and_no_loss(generator):
+    r = dataclasses.replace(rows(generator, 0.1), preference=torch.zeros(24).double())
+    loss = DenseReward(members=MEMBERS).loss(r)
+    loss.sum().backward()
+    assert r.mean.grad is not None
+    assert loss.abs().max() == r.mean.grad.abs().max() == 0
+
+
+def test_one_draw_of_steps_for_all_groups_has_the_same_mean_and_more_variance(generator):
+    """As published, against one for each group, over all draws of a step with its probability."""
+    r = rows(generator, 0.3)
+    objective = DenseReward(members=MEMBERS, discount=0.6, beta=0.7, clip=math.inf)
+    p = objective.step_probabilities(STEPS)
+    assert p is not None
+    with torch.no_grad():
+        alone = dataclasses.replace(r, joined=1)  # a loss of each (group, step)
+        losses = objective.loss(alone).view(GROUPS, STEPS, MEMBERS)[..., 0]
+    shared = losses.mean(0)  # [step]
+    own = (losses[0][:, None] + losses[1]) / 2  # [step of one group, step of the other]
+    means = (p * shared).sum(), (p[:, None] * p * own).sum()
+    torch.testing.assert_close(*means, rtol=1e-12, atol=0)
+    variances = [(p * (x - (p * x).sum()).square()).sum() for x in losses]
+    variance = (p[:, None] * p * (own - means[1]).square()).sum()
+    torch.testing.assert_close(variance, sum(variances) / GROUPS**2, rtol=1e-9, atol=0)
+    # of groups that are alike, where sharing costs all that drawing apart saves
+    alike = (losses[:1].expand(2, -1), losses[:1])
+    both, one = ((p * (x.mean(0) - means_of(p, x)).square()).sum() for x in alike)
+    torch.testing.assert_close(both, one, rtol=1e-12, atol=0)
+    apart = (losses[0][:, None] + losses[0]) / 2
+    assert (p[:, None] * p * (apart - means_of(p, losses[:1])).square()).sum() == pytest.approx(
+        float(one) / GROUPS, rel=1e-9
+    )
+
+
+def means_of(p: Tensor, losses: Tensor) -> Tensor:
+    """Mean over steps and groups."""
+    return (p * losses.mean(0)).sum()
+
+
 def test_a_published_pair_lies_within_a_thousandth_of_log_two(generator):
     far = dataclasses.replace(rows(generator, 30.0), preference=torch.arange(24).double())
     losses = DenseReward(members=2, compared=2).loss(dataclasses.replace(far, joined=1))
@@ -227,6 +282,9 @@ def test_the_loop_draws_steps_with_these_probabilities(generator):
     expected = DenseReward(discount=0.6).step_probabilities(4)
     assert expected is not None
     assert (share - expected).abs().max() < 5 * (0.25 / 80_000) ** 0.5
+    # of two groups, each its own: equal as often as independent draws are
+    same = (drawn[::2, 0] == drawn[1::2, 0]).double().mean()
+    assert (same - expected.square().sum()).abs() < 5 * (0.25 / 20_000) ** 0.5
     assert ((drawn[:, 0] == drawn[:, 1]).double().mean() - expected.square().sum()).abs() < 0.013
 
 

@@ -4,9 +4,11 @@ import math
 from dataclasses import fields, replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.gaussian import Gaussian, Quadratic
@@ -100,6 +102,21 @@ def test_the_loss_of_the_continuous_variant(clip, generator):
     found = torch.autograd.grad(objective.loss(r).sum(), r.mean)[0]
     want = torch.autograd.grad(expected.sum(), r.mean)[0]
     torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
+def test_the_released_variant_takes_the_next_nodes_value_where_the_step_begins(generator):
+    """grad V(t_{k+1}, x_k), written out for the cubic value; clips of pixels."""
+    r = rows(generator)
+    assert r.next_value is not None
+    assert r.state is not None
+    place = torch.ones_like(r.state, requires_grad=True)
+    (slope_at_one,) = torch.autograd.grad(r.next_value(place).sum(), place)
+    with torch.no_grad():
+        slope = slope_at_one * r.state.square()  # 3 w x^2
+        steps = (after(r).clamp(-1, 1) - r.state).clamp(-0.1, 0.1)
+        expected = -(slope * steps).flatten(1).sum(1).clamp(-1, 1)
+    loss = ContinuousDxMIReleased().loss(r).detach()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_share_that_is_logged_is_the_share_without_a_gradient(generator):
@@ -219,8 +236,11 @@ def test_moves_are_charged_to_their_own_step_alone():
 
 
 @cache
-def continuous_gradient(steps: int) -> Tensor:
-    """Exact expectation of the variant's gradient: sum_k score_gain_k E[grad V_k(x) (x, 1)]."""
+def continuous_gradient(steps: int, offset: int = 0) -> Tensor:
+    """Exact expectation of the variant's gradient: sum_k score_gain_k E[grad V_k(x) (x, 1)].
+
+    V_{k + offset}: the value of the step's end at its beginning if that is 1.
+    """
     sampler = DDIM(1.0).bind(SD15, steps)
     values = values_of(sampler, 0.0)
     laws = linear_policy.moments(
@@ -230,8 +250,9 @@ def continuous_gradient(steps: int) -> Tensor:
     gain, shift = torch.zeros(2, 2).double(), torch.zeros(2).double()
     for k in range(steps):
         law: Gaussian = laws[k]
-        slope = values[k].gradient(law.mean)
-        product = slope[:, None] * law.mean - values[k].curvature @ law.covariance
+        value = values[k + offset]
+        slope = value.gradient(law.mean)
+        product = slope[:, None] * law.mean - value.curvature @ law.covariance
         gain, shift = gain + sampler.score_gain[k] * product, shift + sampler.score_gain[k] * slope
     return flat((gain, shift))
 
@@ -239,6 +260,62 @@ def continuous_gradient(steps: int) -> Tensor:
 def test_the_continuous_variants_gradient_is_its_exact_expectation():
     found = estimated(ContinuousDxMI(), DDIM(1.0).bind(SD15, 3))
     assert relative_gap(found, continuous_gradient(3)) < ROUND_OFF
+
+
+def time_independent_gradient(steps: int, nodes: int = 40) -> Tensor:
+    """The same for one V of all nodes: the least-squares fit to V_k, in equal shares of all nodes.
+
+    V(x) = sum_k p_k(x) V_k(x) / sum_k p_k(x), p_k the density of x_k; by quadrature over x_k.
+    """
+    sampler = DDIM(1.0).bind(SD15, steps)
+    values = values_of(sampler, 0.0)
+    chain = linear_policy.chain(
+        DATA, sampler.table, linear_policy.Steps.of_ddim(sampler), GAIN, SHIFT
+    )
+    laws = linear_policy.moments(chain, START)
+    roots = [torch.linalg.cholesky(laws[k].covariance) for k in range(steps + 1)]
+    densities = [MultivariateNormal(laws[k].mean, scale_tril=root) for k, root in enumerate(roots)]
+    point, weight = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(nodes))
+    grid = torch.cartesian_prod(point, point)
+    weights = torch.cartesian_prod(weight, weight).prod(1) / weight.sum() ** 2
+    gain, shift = torch.zeros(2, 2).double(), torch.zeros(2).double()
+    for k in range(steps):
+        x = (laws[k].mean + grid @ roots[k].T).requires_grad_()
+        shares = torch.stack([p.log_prob(x) for p in densities]).softmax(0)
+        value = (shares * torch.stack([v(x) for v in values])).sum()
+        slope = sampler.score_gain[k] * weights[:, None] * torch.autograd.grad(value, x)[0]
+        gain, shift = gain + slope.T @ x.detach(), shift + slope.sum(0)
+    return flat((gain, shift))
+
+
+# Size over the exact gradient's, and angle to it in degrees, at 10, 20, 50 steps.
+SIZES = {
+    "V(t_k, .)": (0.820, 5.60, 0.899, 2.59, 0.957, 1.00),
+    "V(t_{k+1}, .)": (1.062, 3.87, 1.032, 2.12, 1.014, 0.88),
+    "V": (1.315, 13.41, 1.459, 14.05, 1.551, 14.20),
+}
+
+
+@pytest.mark.parametrize(("value", "expected"), SIZES.items(), ids=SIZES)
+def test_which_value_the_continuous_variant_climbs_has_a_known_size(value, expected):
+    """``ContinuousDxMI``, its released form, and the code's value, which does not see the time."""
+    seen = []
+    for steps in (10, 20, 50):
+        exact = exact_gradient(replace(VIEW_B, kl_weight=0.0), DDIM(1.0).bind(SD15, steps))
+        gradient = (
+            time_independent_gradient(steps)
+            if value == "V"
+            else continuous_gradient(steps, int("+1" in value))
+        )
+        cosine = float(torch.cosine_similarity(gradient, exact, dim=0))
+        seen += [float(gradient.norm() / exact.norm()), math.degrees(math.acos(cosine))]
+    assert seen == pytest.approx(expected, abs=6e-3)
+
+
+def test_the_released_gradient_without_clips_is_its_exact_expectation():
+    unclipped = ContinuousDxMIReleased(move_clip=math.inf, state_clip=math.inf, gain_clip=math.inf)
+    found = estimated(unclipped, DDIM(1.0).bind(SD15, 3))
+    assert relative_gap(found, continuous_gradient(3, 1)) < ROUND_OFF
 
 
 # Relative gap, largest component, by number of steps.

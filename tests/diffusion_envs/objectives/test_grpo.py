@@ -18,6 +18,17 @@ from diffusion_envs.objectives import GRPO, Rollout
 from diffusion_envs.samplers import DDIM
 from tests.diffusion_envs.objectives.random_rows import column, rows
 from tests.diffusion_envs.objectives.resting_points import gained, resting
+from tests.diffusion_envs.test_two_views import (
+    DATA,
+    GAIN,
+    REWARD,
+    SHIFT,
+    START,
+    TABLES,
+    VIEW_B,
+    exact_gradient,
+    flat,
+)
 
 ROWS = 7
 
@@ -71,11 +82,11 @@ def test_groups_of_two_have_half_the_gradient_over_the_spread(shared, eta, linea
     leaves = model.gain.clone().requires_grad_(), model.shift.clone().requires_grad_()
     losses = objective.loss(model.rows(groups, objective.advantages(groups), *leaves))
     found = torch.autograd.grad(-2 * losses.mean(), leaves)  # 2 steps a path
-    spread = groups.rewards.std()
+    std = groups.rewards.std(correction=0) + 1e-4
     kl = (model.sampler.score_gain / model.sampler.std).square()
     reward = model.exact()
     cost = model.exact(0.3 * kl, frozen=True) - reward
-    expected = 0.5 * reward / spread + cost
+    expected = 0.5 * reward / std + cost
     gap = torch.cat([g.flatten() for g in found]) - expected
     assert gap.abs().max() < 1e-11 * expected.abs().max()
 
@@ -95,6 +106,22 @@ def test_ddims_kl_near_the_data_is_many_times_the_sdes():
     assert ratio.argmax() == 49
     assert ratio.max().item() == pytest.approx(21, rel=0.01)
     assert 1 < ratio.min().item() < 1.1
+
+
+def test_the_last_step_that_both_projects_leave_out_has_little_of_the_gradient():
+    """1.6 % at 50 steps; and DanceGRPO's 0.6 of the steps before it are 29."""
+    sampler = DDIM(1.0).bind(TABLES["sd15"], 50)
+    steps, leaves = linear_policy.Steps.of_ddim(sampler), (GAIN.clone(), SHIFT.clone())
+    frozen = linear_policy.chain(DATA, sampler.table, steps, *leaves)
+    free = [x.requires_grad_() for x in (GAIN.clone(), SHIFT.clone())]
+    moving = linear_policy.chain(DATA, sampler.table, steps, *free)
+    law = START
+    for k in range(49):
+        law = frozen[k].after(law)
+    last = flat(torch.autograd.grad(REWARD.expectation(moving[49].after(law)), free))
+    whole = exact_gradient(dataclasses.replace(VIEW_B, kl_weight=0.0), sampler)
+    assert (last.norm() / whole.norm()).item() == pytest.approx(0.0162, abs=5e-5)
+    assert int(0.6 * (50 - 1)) == 29
 
 
 # -- advantages -----------------------------------------------------------------------------------
@@ -119,8 +146,16 @@ def bare(rewards: Tensor, steps: int = 3) -> Rollout:
     )
 
 
-def spread(values: Tensor) -> Tensor:
-    return ((values - values.sum() / len(values)).square().sum() / (len(values) - 1)).sqrt()
+def divisor(values: Tensor) -> Tensor:
+    """Of the population and 1e-4, as Flow-GRPO's tracker has it."""
+    return ((values - values.sum() / len(values)).square().sum() / len(values)).sqrt() + 1e-4
+
+
+def divisor_of(rewards: Tensor, whole: bool) -> Tensor:
+    """Standard deviation of every path's group, or of all; 1 where it is 0."""
+    groups = [rewards] * 2 if whole else rewards.view(2, 3)
+    stds = torch.stack([divisor(g) - 1e-4 for g in groups])
+    return stds.where(stds > 1e-9, 1.0).repeat_interleave(3)[:, None]
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -129,9 +164,9 @@ def test_advantages_are_those_of_the_group(whole):
     assert found.shape == (6, 3)
     for members in (slice(0, 3), slice(3, 6)):
         own = REWARDS[members]
-        expected = (own - own.sum() / 3) / spread(REWARDS if whole else own)
+        expected = (own - own.sum() / 3) / divisor(REWARDS if whole else own)
         expected = expected[:, None].expand(3, 3)
-        torch.testing.assert_close(found[members], expected, rtol=1e-7, atol=0)
+        torch.testing.assert_close(found[members], expected, rtol=1e-12, atol=0)
 
 
 @given(
@@ -143,9 +178,24 @@ def test_advantages_are_those_of_the_group(whole):
 def test_advantages_do_not_depend_on_unit_and_origin_of_rewards(values, whole, scale, shift):
     rewards = torch.tensor(values, dtype=torch.float64)
     objective = GRPO(group=3, whole_batch_std=whole)
-    before, after = (objective.advantages(bare(r)) for r in (rewards, shift + scale * rewards))
-    torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
+    before, after = (
+        # in units of the standard deviation itself, without the 1e-4 that is not of the unit
+        objective.advantages(bare(r)) * (1 + 1e-4 / divisor_of(r, whole))
+        for r in (rewards, shift + scale * rewards)
+    )
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-9)
     assert before[:, 0].view(2, 3).sum(1).abs().max() < 1e-9
+
+
+def test_dancegrpos_advantages_are_a_known_share_of_these():
+    """Sample standard deviation plus 1e-8 there: sqrt(1 - 1/n) of ours."""
+    rewards = torch.linspace(-1, 2, 16, dtype=torch.float64).square()
+    dance = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
+    ours = GRPO(group=16).advantages(bare(rewards))[:, 0]
+    torch.testing.assert_close(
+        dance / ours, torch.full_like(ours, (15 / 16) ** 0.5), rtol=2e-4, atol=0
+    )
+    assert float(dance[0] / ours[0]) == pytest.approx(0.968, abs=5e-4)
 
 
 @given(st.integers(2, 20), st.booleans(), st.floats(-300, 300, width=32))

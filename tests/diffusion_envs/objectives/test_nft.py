@@ -136,13 +136,23 @@ def test_advantages_have_mean_0_within_a_prompt_and_do_not_see_scale_or_level(ge
     found = DiffusionNFT().advantages(rollout(rewards, condition))
     for prompt in range(3):
         assert abs(found[condition == prompt].mean()) < 1e-14
-    moved = 7.3 * rewards + tensor([3.0, -50.0, 0.4])[condition]
-    again = DiffusionNFT().advantages(rollout(moved, condition))
+    shifted = 7.3 * rewards + tensor([3.0, -50.0, 0.4])[condition]
+    again = DiffusionNFT().advantages(rollout(shifted, condition))
     # prompts' levels are taken out, and one factor is left for all prompts
     torch.testing.assert_close(again / again.norm(), found / found.norm(), rtol=1e-10, atol=1e-12)
     one = condition == 1
     centred = rewards[one] - rewards[one].mean()
-    torch.testing.assert_close(found[one], centred / rewards.std(), rtol=1e-12, atol=0)
+    std = ((rewards - rewards.sum() / 12).square().sum() / 12).sqrt()  # the population's
+    torch.testing.assert_close(found[one], centred / (std + 1e-4), rtol=1e-12, atol=0)
+
+
+def test_advantages_are_those_that_the_published_tracker_gives():
+    """Two prompts of two: means of each, numpy's standard deviation of all, plus 1e-4."""
+    rewards, condition = tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 0, 1, 1])
+    advantage = DiffusionNFT().advantages(rollout(rewards, condition))
+    published = np.array([-0.5, 0.5, -2.0, 2.0]) / (np.std(rewards.numpy()) + 1e-4)
+    assert np.abs(advantage.numpy() - published).max() < 1e-15
+    assert advantage[3].item() == pytest.approx(0.745976, abs=1e-6)  # 2 / (sqrt(7.1875) + 1e-4)
 
 
 def test_equal_rewards_teach_nothing():
@@ -157,9 +167,30 @@ def test_optimality_lies_between_0_and_1():
     torch.testing.assert_close(found, tensor([0.0, 0.0, 0.0, 0.5, 0.75, 1.0, 1.0]), rtol=0, atol=0)
 
 
-def test_the_sampling_policy_keeps_ever_more_of_itself():
-    objective = DiffusionNFT()
-    assert [objective.old_decay(u) for u in (0, 100, 500, 9000)] == [0.0, 0.1, 0.5, 0.5]
+def published_decay(optimiser_steps: int) -> float:
+    """After an update, in the authors' code: 0.001 for each optimiser step so far, at most 0.5."""
+    return min(0.001 * optimiser_steps, 0.5)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_sampling_policy_keeps_as_much_of_itself_as_published(steps):
+    """One optimiser step an update, or several with the rate times as large."""
+    objective = DiffusionNFT(old_decay_rate=1e-3 * steps)
+    for update in (0, 1, 99, 166, 499, 9000):
+        expected = published_decay(steps * (update + 1))
+        assert objective.old_decay(update) == pytest.approx(expected, rel=1e-12)
+    assert DiffusionNFT().old_decay(0) == 0.001
+
+
+def test_after_an_update_the_sampling_policy_is_that_share_of_its_old_self(small_trainer):
+    made = small_trainer(DiffusionNFT(draws=2, old_decay_rate=0.2, most_old_decay=0.3))
+    kept = [p.detach().clone() for p in made.parameters]
+    for share in (0.2, 0.3, 0.3):
+        list(made.updates(made.update + 1))
+        for old, before, now in zip(made.old, kept, made.parameters, strict=True):
+            torch.testing.assert_close(old, share * before + (1 - share) * now.detach())
+            assert not torch.equal(before, now)
+        kept = [p.clone() for p in made.old]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_refl_differentiates_the_denoised_image_of_one_step(first, monkeypatch):
 
 def test_alignprop_is_the_scaled_derivative_below_its_target():
     sampler = DDIM(1.0).bind(SD15, 3)
-    found = gradient(AlignProp(place=1 / 3, spread=0.0, target=1e6, kl_weight=0.37), sampler)
+    found = gradient(AlignProp(place=1 / 3, place_std=0.0, target=1e6, kl_weight=0.37), sampler)
     assert relative_gap(-found, 0.01 * truncated(sampler, 1, 3, 0.37)) < ROUND_OFF
 
 
@@ -228,12 +229,36 @@ def test_draft_differentiates_the_last_steps(last, first, generator):
 def test_alignprop_begins_at_a_normally_distributed_place(generator):
     found = cuts(AlignProp(), 50, generator)
     assert (found[:, 1] == 50).all()
-    # rounded and cut off at 49: mean and spread of a normal law of mean 42 and spread 5
-    places = (42 + 5 * torch.randn(200_000, generator=generator)).round().clamp(0, 49)
-    begin = found[:, 0].double()
-    assert abs(begin.mean() - places.mean()) < 5 * 5 / 2000**0.5
-    assert float(begin.std()) == pytest.approx(float(places.std()), rel=0.1)
-    assert set(cuts(AlignProp(place=0.5, spread=0.0), 50, generator)[:, 0].tolist()) == {25}
+    begin = found[:, 0]
+    law, shares = NormalDist(42, 5), []
+    for place in range(50):  # int(N(42, 5)), given that it is in the range
+        share = (law.cdf(place + 1) - law.cdf(place)) / (law.cdf(50) - law.cdf(0))
+        seen = float((begin == place).double().mean())
+        assert abs(seen - share) <= 5 * (share * (1 - share) / 2000) ** 0.5 + 1e-3
+        shares.append(share)
+    assert shares[49] == pytest.approx(0.027, abs=5e-4)  # the last step alone
+    mean = sum(k * share for k, share in enumerate(shares))
+    assert abs(float(begin.double().mean()) - mean) < 5 * 5 / 2000**0.5
+    assert set(cuts(AlignProp(place=0.5, place_std=0.0), 50, generator)[:, 0].tolist()) == {25}
+
+
+@pytest.mark.parametrize("place", [0.84, 0.05], ids=["late", "early"])
+def test_alignprop_draws_a_place_again_until_it_is_a_step(place, generator):
+    """With the same numbers, by a loop that is written out here."""
+    again = torch.Generator().set_state(generator.get_state())
+    refused = 0
+    for _ in range(500):
+        while not 0 <= (x := 50 * (place + 0.1 * torch.randn((), generator=again).item())) < 50:
+            refused += 1
+        assert AlignProp(place=place).cut(50, generator) == (int(x), 50)
+    assert refused > 10
+
+
+@pytest.mark.parametrize(
+    ("place", "steps", "first"), [(0.58, 50, 29), (0.0, 7, 0), (1.0, 7, 6), (0.84, 1, 0)]
+)
+def test_a_fixed_place_is_that_step(place, steps, first, generator):
+    assert AlignProp(place=place, place_std=0.0).cut(steps, generator) == (first, steps)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +272,7 @@ def test_alignprop_begins_at_a_normally_distributed_place(generator):
         (DRaFT, {"kl_weight": -1.0}, "kl_weight"),
         (DRaFT, {"learning_rate": 0.0}, "learning_rate"),
         (AlignProp, {"place": 1.1}, "place"),
-        (AlignProp, {"spread": -0.1}, "spread"),
+        (AlignProp, {"place_std": -0.1}, "place_std"),
         (AlignProp, {"target": math.inf}, "target"),
         (AlignProp, {"scale": math.nan}, "scale"),
         (AlignProp, {"kl_weight": math.inf}, "kl_weight"),
@@ -348,8 +373,8 @@ CALLS = {
     "refl": (ReFL(), 1),
     "draft": (DRaFT(last=2), 2),
     "draft with a KL": (DRaFT(last=2, kl_weight=0.1), 4),
-    "align": (AlignProp(place=0.5, spread=0.0), 2),
-    "align with a KL": (AlignProp(place=0.5, spread=0.0, kl_weight=0.1), 4),
+    "align": (AlignProp(place=0.5, place_std=0.0), 2),
+    "align with a KL": (AlignProp(place=0.5, place_std=0.0, kl_weight=0.1), 4),
 }
 
 

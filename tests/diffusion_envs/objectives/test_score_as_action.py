@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from ctrl import DeterministicPolicy, GaussianPolicy
+from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import (
     Objective,
     Rollout,
@@ -17,6 +18,8 @@ from diffusion_envs.objectives import (
     ScoreAsActionSampled,
 )
 from diffusion_envs.objectives.score_as_action import DrawnRows
+from diffusion_envs.samplers import DDIM
+from tests.diffusion_envs.objectives.small_runs import trainer
 
 ROWS, EVENT = 5, (3, 2, 2)
 
@@ -115,8 +118,8 @@ def test_the_older_clip_per_pixel_is_converted_to_the_whole_step(generator):
     torch.testing.assert_close(width, torch.full_like(width, 1e-4 * math.prod(EVENT)))
 
 
-def rollout(generator: torch.Generator) -> Rollout:
-    paths, steps = 6, 4
+def rollout(generator: torch.Generator, paths: int = 6) -> Rollout:
+    steps = 4
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -232,6 +235,47 @@ def test_released_advantages_are_clipped_and_survive_a_constant_value(generator)
     found = ScoreAsActionReleased().advantages(dataclasses.replace(r, values=nearly))
     torch.testing.assert_close(found[:, 0], expected, rtol=1e-6, atol=0)
     assert not found[:, 2:].any()
+
+
+# -- what the loop does otherwise than the released run -------------------------------------------
+
+
+def test_a_critic_that_is_fitted_first_hardly_changes_the_released_advantages():
+    """Values start from the reward of the denoised image: correlation of before with after."""
+    run = trainer(ScoreAsActionReleased(learning_rate=1e-3), seed=0, samples=192, value_epochs=4)
+    list(run.updates(1))
+    sample, objective = run.sample(), run.objective
+    assert isinstance(objective, ScoreAsActionReleased)
+    before = objective.advantages(sample.rollout)
+    run.critic.improve(sample.rollout, sample.denoised_rewards, run.update)
+    with torch.no_grad():
+        values = run.critic.values(sample.rollout, sample.denoised_rewards)
+    after = objective.advantages(dataclasses.replace(sample.rollout, values=values))
+    assert not torch.equal(before, after)
+    assert torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1] > 0.97
+
+
+def test_the_first_half_of_the_steps_has_three_quarters_of_the_critics_weight():
+    """By int g^2; the released run weighs all steps alike."""
+    table = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+    sampler = DDIM(1.0).bind(DDPMTable((1 - table).cumprod(0), spacing="trailing"), 50)
+    share = sampler.integrated_g2[:25].sum() / sampler.integrated_g2.sum()
+    assert share.item() == pytest.approx(0.761, abs=5e-4)
+
+
+@pytest.mark.parametrize(("paths", "rounded"), [(4, 0.69), (16, 0.92)])
+def test_standardising_few_paths_scales_the_released_gradient(paths, rounded, generator):
+    """mean_i A_i z_i is (1 - 1/m) std(z) on every draw; E std(z) = c4(m) for normal z."""
+    z = torch.randn(paths, generator=generator, dtype=torch.float64)
+    values = torch.zeros(paths, 5, dtype=torch.float64)
+    values[:, -1] = z
+    one = dataclasses.replace(rollout(generator, paths), values=values, rewards=z)
+    advantage = ScoreAsActionReleased().advantages(one)[:, -1]
+    assert (advantage * z).mean().item() == pytest.approx(
+        (1 - 1 / paths) * z.std().item(), rel=1e-6
+    )
+    c4 = math.sqrt(2 / (paths - 1)) * math.gamma(paths / 2) / math.gamma((paths - 1) / 2)
+    assert (1 - 1 / paths) * c4 == pytest.approx(rounded, abs=5e-3)
 
 
 @pytest.mark.parametrize("moved", [0.0, 1e-6, 0.4])

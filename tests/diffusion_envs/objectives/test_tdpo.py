@@ -161,6 +161,23 @@ def vectors(generator: torch.Generator) -> tuple[ResidualValueOfVectors, tuple[T
     return value, shown
 
 
+def test_a_few_samples_name_nearly_all_neurons_that_all_name(generator):
+    """Of a fresh critic, ``dormant`` 0: one sample of 64, ten nodes each, beside all."""
+    value = ResidualValue(4, 16, generator=generator)
+    shown = (
+        torch.rand(640, generator=generator),
+        torch.randn(640, 4, 8, 8, generator=generator),
+        torch.randn(640, 16, generator=generator),
+    )
+    few, all_of_them = (
+        torch.cat(active_neurons(value, tuple(x[:count] for x in shown), 0.0))
+        for count in (10, 640)
+    )
+    assert bool((all_of_them | ~few).all())  # ever positive on some: ever positive on all
+    assert 0.97 < few.sum() / all_of_them.sum() <= 1
+    assert all_of_them.double().mean() > 0.99
+
+
 DORMANT = torch.tensor([0, 3, 7])
 
 

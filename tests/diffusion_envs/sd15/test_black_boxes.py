@@ -45,7 +45,7 @@ def test_what_learns_from_data_learns_from_any_sampler(objective, sampler, tmp_p
     assert [line["update"] for line in lines] == [1, 2]
     assert [line["reward_queries"] for line in lines] == [4, 8]
     summary = json.loads((folder / "summary.json").read_text())
-    for shown in (*lines, summary, run.panel):
+    for shown in (*lines, summary, run.metrics):
         assert "path_kl" not in shown
     report = (folder / "report.html").read_text()
     assert "path KL" not in report
@@ -56,7 +56,11 @@ def test_a_cut_run_of_a_black_box_goes_on_to_the_same_numbers(tmp_path):
     settings = SMALL | {"objective": objectives.DiffusionNFT(draws=2), "sampler": DPM}
     whole = sd15.finetune(output=tmp_path / "whole", **settings)
     sd15.finetune(output=tmp_path / "cut", **settings | {"updates": 1})
-    for name in ("summary.json", "panel.jsonl", "report.html"):  # as if it had been stopped
+    for name in (
+        "summary.json",
+        "over_optimisation.jsonl",
+        "report.html",
+    ):  # as if it had been stopped
         (tmp_path / "cut" / name).unlink(missing_ok=True)
     cut = sd15.finetune(output=tmp_path / "cut", resume=True, **settings)
     assert cut.reward == whole.reward

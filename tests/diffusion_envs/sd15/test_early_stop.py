@@ -99,19 +99,19 @@ def test_the_report_says_why_and_when(stopped):
     assert run.over_optimisation.sentence.split("(")[0] in page
 
 
-def test_what_the_panel_measures_is_logged(stopped):
+def test_over_optimisation_metrics_are_logged(stopped):
     folder, run = stopped
-    log = lines(folder / "panel.jsonl")
+    log = lines(folder / "over_optimisation.jsonl")
     last = json.loads((folder / "summary.json").read_text())["stop"]["update"]
     assert [line["update"] for line in log] == list(range(2, last + 1, 2))
     for name in ("judge_gain.blue", "diversity_gain.pixels", "distance.pixels", "path_kl"):
         assert name in log[0]
-        assert name in run.panel
+        assert name in run.metrics
     assert log[-1]["distance.pixels"]["mean"] > log[0]["distance.pixels"]["mean"] > 0
 
 
 def same(one: Path, other: Path) -> None:
-    for name in ("metrics.jsonl", "panel.jsonl"):
+    for name in ("metrics.jsonl", "over_optimisation.jsonl"):
         assert lines(one / name) == lines(other / name)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
     assert summaries[0] == summaries[1]
@@ -162,7 +162,7 @@ def test_a_rule_that_sees_nothing_leaves_the_run_as_it_is(tmp_path):
     assert plain.stopped is None
     assert ruled.update == plain.update == 4
     assert ruled.reward == plain.reward
-    assert ruled.panel == plain.panel
+    assert ruled.metrics == plain.metrics
     assert lines(folder / "metrics.jsonl") == lines(tmp_path / "plain" / "metrics.jsonl")
     assert "The stop rule did not end the run" in (folder / "report.html").read_text()
     assert "stop rule" not in (tmp_path / "plain" / "report.html").read_text()

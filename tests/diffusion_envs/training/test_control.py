@@ -120,7 +120,7 @@ def test_objectives_say_so_if_what_samples_never_follows_what_is_trained():
     """Sampling policies that keep all of themselves, for ever, are those of no own samples."""
     for objective in (DiffusionNFT(), ReinforceAdjointMatching(), DistributionalOptimisation()):
         kept = [objective.old_decay(update) for update in (0, 10, 10**6)]
-        assert objective.samples_itself == (min(kept) < 1)
+        assert objective.on_policy == (min(kept) < 1)
 
 
 def test_the_path_kl_that_is_steered_by_is_paid_for():

@@ -6,12 +6,14 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from diffusion_envs.runs import plots
 from diffusion_envs.runs.plots import decimals
 from diffusion_envs.runs.report import write_report
 from diffusion_envs.runs.tracking import grid
 
-PARTS = ("summary.json", "metrics.jsonl", "panel.jsonl", "samples", "transfer.json")
+PARTS = ("summary.json", "metrics.jsonl", "over_optimisation.jsonl", "samples", "transfer.json")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -40,6 +42,18 @@ def make_run(folder):
             for name in ("judge", "clarity")
         },
         "path_kl": estimate(1.4213, 0.0834),
+        "by_prompt": {
+            "a <cat>": {
+                "before": estimate(-1.3, 0.05),
+                "after": estimate(-1.1, 0.04),
+                "difference": estimate(0.2, 0.03),
+            },
+            "a dog": {
+                "before": estimate(-1.1, 0.05),
+                "after": estimate(-0.3, 0.04),
+                "difference": estimate(0.8, 0.05),
+            },
+        },
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     lines = [
@@ -50,20 +64,28 @@ def make_run(folder):
             "reward_queries": 32 * k,
             "network_calls": 2560 * k,
             "seconds": 70.5 * k,
+            "gradient_norm": 0.5 / k,
+            "clipped_fraction": 0.0 if k < 3 else 0.1,
+            "value_loss": None if k == 1 else 0.3 / k,
+            "loss_of_its_own": 3.0,
+            "memory": 2**30,
         }
         for k in range(1, 6)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    panels = [
+    measured = [
         {
             "update": k,
             "reward_gain": estimate(0.1 * k, 0.02),
             "judge_gain.cla<rity": estimate(0.3 - 0.1 * k, 0.02),
+            "judge_std.cla<rity": estimate(0.2, 0.01),
             "distance.pixels": estimate(0.05 * k, 0.001),
         }
-        for k in (2, 4)
+        for k in (2, 3, 4)
     ]
-    (folder / "panel.jsonl").write_text("".join(json.dumps(line) + "\n" for line in panels))
+    (folder / "over_optimisation.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in measured)
+    )
     (folder / "samples").mkdir()
     for update in (0, 3, 5):
         picture = grid(torch.full((2, 3, 8, 8), update / 5), ["a cat", "a dog"])
@@ -142,26 +164,110 @@ def test_headline_numbers_have_their_standard_errors(page):
     assert "path KL 1.421 ± 0.083 nats away from the pretrained model" in page.text
 
 
-def test_good_and_bad_are_marked_only_beyond_three_standard_errors(tmp_path):
-    folder = make_run(tmp_path / "run")
-    kinds = [b.get("class") for b in read(folder).all("b")]
-    assert kinds.count("good") == 1
-    assert kinds.count("bad") == 2
+def marks(folder, change=lambda summary: None):
+    """The classes of the headline's numbers, after a change of the summary."""
     summary = json.loads((folder / "summary.json").read_text())
-    for part in (summary["reward"], *summary["judges"].values()):
-        part["difference"]["standard_error"] = abs(part["difference"]["mean"]) / 2.9
+    change(summary)
     (folder / "summary.json").write_text(json.dumps(summary))
-    assert not {"good", "bad"} & {b.get("class") for b in read(folder).all("b")}
+    return [b.get("class") for b in read(folder).all("b") if b.get("class")]
 
 
-def test_every_curve_is_drawn_against_updates_and_the_three_currencies(page):
+def scaled(summary, errors):
+    """Every difference at so many standard errors."""
+    for part in (summary["reward"], *summary["judges"].values()):
+        part["difference"]["standard_error"] = abs(part["difference"]["mean"] / errors)
+
+
+def risen(summary):
+    """The judges have risen, too."""
+    for part in summary["judges"].values():
+        part["difference"]["mean"] = 0.41
+
+
+def test_a_fall_is_marked_beyond_three_standard_errors(tmp_path):
+    folder = make_run(tmp_path / "run")
+    assert marks(folder) == ["bad", "bad"]  # and the reward, that rose, is not marked as good
+    assert marks(folder, lambda summary: scaled(summary, 2.9)) == []
+
+
+def test_a_gain_is_marked_as_good_only_where_nothing_speaks_against_it(tmp_path):
+    folder = make_run(tmp_path / "run")
+    assert marks(folder, risen) == ["good", "good", "good"]
+    assert marks(folder, lambda summary: scaled(summary, 2.9)) == []
+    scales = [
+        lambda summary: summary.update(path_kl=estimate(116.0, 3.0)),
+        lambda summary: summary.update(path_kl=estimate(1.0, 0.1)),
+        lambda summary: summary.update(
+            over_optimisation={"fallen": ["pictures"], "since": 3, "sentence": "Lost."}
+        ),
+    ]
+    marks(folder, lambda summary: scaled(summary, 9.0))
+    assert [len(marks(folder, change)) for change in scales] == [0, 3, 0]
+
+
+def test_the_path_kl_stands_beside_the_gain_and_the_verdict_before_all_numbers(page):
+    gain = "+0.491 ± 0.021 +23.8 standard errors, at a path KL of 1.421 ± 0.083 nats"
+    assert f"reward, paired gain {gain}" in page.text
+    assert page.text.index("Over-optimisation: since update 4") < page.text.index("paired gain")
+
+
+def test_whatever_an_update_logs_is_drawn_once_against_updates(page):
     described = [image["alt"].replace("\N{MINUS SIGN}", "-") for image in page.all("img")]
-    for quantity in ("reward", "path KL (nats)"):
-        for currency in ("updates", "reward queries", "network calls", "seconds"):
-            start = f"{quantity} of the training samples against {currency}: from "
-            assert sum(alt.startswith(start) for alt in described) == 1, (quantity, currency)
-    assert "reward of the training samples against updates: from -1.100 ± 0.030 to" in described[5]
+    quantities = ("reward", "path KL (nats)", "gradient norm", "clipped fraction", "value loss")
+    for quantity in (*quantities, "loss_of_its_own"):
+        start = f"{quantity} of the training samples against "
+        drawn = [alt.removeprefix(start) for alt in described if alt.startswith(start)]
+        assert [alt.split(":")[0] for alt in drawn] == ["updates"], quantity
+    assert not any(alt.startswith(("memory", "seconds")) for alt in described)
+    start = "reward of the training samples against updates: from -1.100 ± 0.030 to"
+    assert any(alt.startswith(start) for alt in described)
+    start = "clipped fraction of the training samples against updates: from 0 to 0.1"
+    assert any(alt.startswith(start) for alt in described)
+
+
+def test_what_had_been_spent_stands_beside_what_was_reached(page):
     assert "5 updates · 160 reward queries · 12,800 network calls · 5 min 52 s" in page.text
+    rows = " | ".join(page.cells)
+    heads = "after update | reward queries | network calls | time | reward | path KL (nats)"
+    assert f"{heads} | 1 | 32 | 2,560 | 1 min 10 s | -1.100 ± 0.030 | 0.2 | 2 | 64" in rows
+    assert "5 | 160 | 12,800 | 5 min 52 s | -0.700 ± 0.030 | 1" in rows
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_one_or_two_points_are_a_table_and_no_chart(tmp_path, updates):
+    folder = make_run(tmp_path / "run")
+    for name, kept in (("metrics.jsonl", updates), ("over_optimisation.jsonl", updates)):
+        lines = (folder / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:kept]))
+    page = read(folder)
+    assert not any("against updates" in image["alt"] for image in page.all("img"))
+    rows = " | ".join(page.cells)
+    first = "of the training samples | update 1 | reward | -1.100 ± 0.030"
+    second = "of the training samples | update 1 | update 2 | reward | -1.100 ± 0.030 | -1.000"
+    assert (first if updates == 1 else second) in rows
+    assert "gain of judge: cla<rity | 0.100 ± 0.020" in rows
+
+
+def test_rewards_are_shown_by_prompt_largest_gain_first(page):
+    rows = " | ".join(page.cells)
+    dog = "a dog | -1.100 ± 0.050 | -0.300 ± 0.040 | +0.800 ± 0.050 | +16.0 | 48"
+    assert f"{dog} | a <cat> | -1.300 ± 0.050 | -1.100 ± 0.040 | +0.200 ± 0.030 | +6.7" in rows
+    assert not page.all("details")
+
+
+def test_many_prompts_are_folded_and_none_are_no_table(tmp_path):
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    one = summary["by_prompt"]["a dog"]
+    summary["by_prompt"] = {f"prompt {k}": one for k in range(13)}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = read(folder)
+    assert len(page.all("details")) == 1
+    assert "All 13 prompts" in page.text
+    assert "prompt 12" in page.text
+    del summary["by_prompt"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "Reward by prompt" not in read(folder).text
 
 
 def test_before_and_after_are_the_first_and_the_last_grid(tmp_path):
@@ -182,7 +288,7 @@ def test_nothing_is_fetched(tmp_path):
 
 def test_every_plot_is_whole_svg(page):
     drawn = [i["src"] for i in page.all("img") if i["src"].startswith("data:image/svg+xml;base64,")]
-    assert len(drawn) == 2 * 4 + 2 + 3
+    assert len(drawn) == 6 + 2 + 3
     for source in drawn:
         root = ElementTree.fromstring(base64.b64decode(source.split(",")[1]))
         assert root.tag.endswith("svg")
@@ -216,7 +322,7 @@ def test_transfer_settings_and_versions_are_there(page):
     [
         ("summary.json", "This run is not finished"),
         ("metrics.jsonl", "No update is done yet"),
-        ("panel.jsonl", "Nothing is measured yet"),
+        ("over_optimisation.jsonl", "Nothing is measured yet"),
         ("samples", "No pictures yet"),
         ("transfer.json", "Not measured yet"),
     ],
@@ -244,7 +350,8 @@ def test_over_optimisation_is_said_in_words_and_drawn(page):
 def stopped(folder, reason):
     """The run, with a stop rule."""
     summary = json.loads((folder / "summary.json").read_text())
-    summary |= {"update": 3, "panel": {"diversity.pixels": estimate(0.2, 0.01)}}
+    metrics = {"diversity.pixels": estimate(0.2, 0.01)}
+    summary |= {"update": 3, "over_optimisation_metrics": metrics}
     summary["over_optimisation"] = {"fallen": [], "since": None, "sentence": "All is <well>."}
     summary["stop"] = {"update": 5, "reason": reason, "false_stop_bound": 0.0123}
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -305,3 +412,57 @@ def test_a_damaged_file_is_named(tmp_path, name):
 )
 def test_a_standard_error_is_shown_to_two_figures(error, expected):
     assert decimals(error) == expected
+
+
+# -- plots ---------------------------------------------------------------------------------------
+
+
+def transfer_rows(samplers):
+    part = {name: estimate(-0.9, 0.02) for name in ("before", "after", "difference")}
+    return [
+        {"sampler": name, "steps": steps} | part for name in samplers for steps in (10, 25, 100)
+    ]
+
+
+def laid_out(figure):
+    """The figure, with everything at its place."""
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+LONG = "change in diversity of the aesthetic classifier's features"
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        plots._curve([(k, estimate(k * 1e-5, 1e-6)) for k in range(5)], "updates", LONG),
+        plots._transfer(transfer_rows(["DDIM(eta=1.0)", "Heun"]), ("before", "after"), LONG),
+        plots._transfer(
+            transfer_rows([f"sampler {'x' * 60}{k}" for k in range(9)]), ("after",), "r"
+        ),
+    ],
+    ids=["curve", "transfer", "many samplers"],
+)
+def test_no_word_of_a_plot_is_cut_off(figure):
+    drawn, (width, height) = laid_out(figure).get_tightbbox(), figure.get_size_inches()
+    assert drawn.x0 >= -0.01
+    assert drawn.y0 >= -0.01
+    assert drawn.x1 <= width + 0.01
+    assert drawn.y1 <= height + 0.01
+
+
+def test_the_legend_hides_no_data():
+    figure = plots._transfer(transfer_rows(["DDIM(eta=1.0)", "Heun", "UniPC"]), ("after",), "r")
+    laid_out(figure)
+    (legend,), (axes,) = figure.legends, figure.axes
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_no_two_samplers_look_the_same():
+    names = [f"sampler {k}" for k in range(12)]
+    figure = plots._transfer(transfer_rows(names), ("after",), "r")
+    (axes,) = figure.axes
+    lines = [container.lines[0] for container in axes.containers]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(names)
+    assert len({line.get_color() for line in lines[:8]}) == 8

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.objectives.path_steps import (
-    Rows,
     log_ratio_rounding,
     score_rounding,
     transition_log_ratio,
@@ -63,7 +63,7 @@ def test_scores_that_differ_by_the_rounding_allowed_for_keep_within_the_bound(
     rows = rows_of(40_000, 16, generator, exploration)
     off = torch.randn(40_000, 16, dtype=torch.float64, generator=generator)
     off *= score_rounding(torch.float32) * (rows.old_mean.norm(dim=1) / off.norm(dim=1))[:, None]
-    changed = Rows(**{**vars(rows), "mean": rows.old_mean + off})
+    changed = DrawnRows(**{**vars(rows), "mean": rows.old_mean + off})
     share = log_ratio(changed).abs() / log_ratio_rounding(rows, torch.float32, rows.action_std)
     assert 0.6 < share.max() < 1
 
@@ -127,7 +127,9 @@ def test_the_rounding_allowed_for_is_several_times_the_embedded_networks():
         batch=64,
         lora_rank=2,
     )
-    score, context = built.environment.model, built.environment.context[torch.arange(12) % 2]
+    assert isinstance(built.environment.model, TextToImageUNet)
+    score = built.environment.model.score
+    context = built.environment.condition_of(torch.arange(12) % 2)
     states = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     worst = 0.0
     with torch.no_grad():

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from ctrl import Estimate
-from diffusion_envs.runs.tracking import Tracker, grid, read_metrics
+from diffusion_envs.runs import caption_fonts
+from diffusion_envs.runs.tracking import Tracker, grid, read_metrics, require_wandb
 
 
 def numbers(update):
@@ -141,10 +142,106 @@ def test_other_processes_write_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# -- Weights & Biases ------------------------------------------------------------------------------
+
+
+class FakeWandb:
+    """What of the module is used; keeps what it is told."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, logged_in=True):
+        self.logged_in, self.begun, self.logged, self.finished = logged_in, [], [], 0
+
+    def login(self):
+        if not self.logged_in:
+            raise self.Error("api_key not configured (no-tty)")
+
+    def init(self, **settings):
+        self.begun.append(settings)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+    def Image(self, picture):  # wandb's name
+        return ("image", picture.size)
+
+
+@pytest.fixture
+def service(monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_numbers_metrics_and_pictures_reach_weights_and_biases(tmp_path, service):
+    with Tracker(tmp_path, wandb=True) as tracker:
+        tracker.pictures(0, torch.zeros(1, 3, 8, 8), ["a cat"])
+        tracker.log(numbers(1))
+        tracker.over_optimisation(1, {"path_kl": Estimate(0.3, 0.1, 16)})
+    (step, pictures), (_, first), (_, metrics) = service.logged
+    assert step == 0
+    assert pictures["samples"][0] == "image"
+    assert first["reward"] == 0.1
+    assert "value_loss" not in first
+    assert service.logged[1][0] == 1
+    assert metrics == {"over_optimisation/path_kl": 0.3}
+    assert service.finished == 1
+
+
+def test_a_resumed_run_is_the_same_run_of_weights_and_biases(tmp_path, service):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    settings = {"settings": {"steps": 20}, "commit": "abc"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    for first_update in (0, 2):
+        with Tracker(folder, first_update=first_update, wandb=True):
+            pass
+    first, second = service.begun
+    assert first == second
+    assert first["id"]
+    assert first["resume"] == "allow"
+    assert first["config"] == settings
+    assert (first["project"], first["name"]) == ("ctrl", "mine")
+    (tmp_path / "other").mkdir()
+    with Tracker(tmp_path / "other", wandb=True):
+        pass
+    assert service.begun[2]["id"] != first["id"]
+
+
+def test_the_project_can_be_chosen_and_is_kept(tmp_path, service):
+    for wandb in ("cats", True):
+        with Tracker(tmp_path, wandb=wandb):
+            pass
+    assert [settings["project"] for settings in service.begun] == ["cats", "cats"]
+    with pytest.raises(ValueError, match=r"wandb must be the project .*'cats' .*got 'dogs'"):
+        Tracker(tmp_path, wandb="dogs")
+
+
+def test_a_damaged_record_of_the_run_is_named(tmp_path, service):
+    (tmp_path / "wandb.json").write_text("{")
+    with pytest.raises(ValueError, match=r"wandb\.json is damaged .*delete it"):
+        Tracker(tmp_path, wandb=True)
+
+
 def test_without_weights_and_biases_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    with pytest.raises(ValueError, match=r"pip install ctrl-diffusion\[wandb\]"):
-        Tracker(tmp_path, wandb=True)
+    for refused in (require_wandb, lambda: Tracker(tmp_path, wandb=True)):
+        with pytest.raises(ValueError, match=r"pip install ctrl-diffusion\[wandb\]"):
+            refused()
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_is_not_logged_in_is_told_before_anything_is_made(tmp_path, service):
+    service.logged_in = False
+    for refused in (require_wandb, lambda: Tracker(tmp_path, wandb=True)):
+        with pytest.raises(ValueError, match=r"cannot log in \(api_key .*WANDB_MODE=offline"):
+            refused()
     assert not list(tmp_path.iterdir())
 
 
@@ -186,6 +283,73 @@ def test_a_caption_too_long_for_its_picture_stays_in_its_place():
         sheet = np.asarray(grid(torch.ones(2, 3, 32, 32), [words, ""]))
         ink = (sheet < 128).all(2).any(0)
         assert ink.nonzero()[0].max() < 6 + 102
+
+
+SCRIPTS = [
+    "größer, café, naïve",
+    "кошка и собака",
+    "γάτα και σκύλος",
+    "猫の写真 고양이",
+    "a 🐱 and a 🚀, 👩‍🚀 ❤️",
+    "قطة וחתול",
+    "e\u0301 as two characters",
+    "\ud800 half a pair, \x07 a bell, \U0010ffff no character, \ue000 private",
+    "",
+]
+FONTS = {
+    "all": (),
+    "of matplotlib": ("_system",),
+    "of Pillow": ("_system", "_dejavu"),
+}
+
+
+@pytest.fixture(params=FONTS)
+def fonts(request, monkeypatch):
+    """All fonts that there are, or fewer."""
+    caches = (caption_fonts._font_for, caption_fonts._stand_in, caption_fonts._paths)
+    for cache in caches:
+        cache.cache_clear()
+    for source in FONTS[request.param]:
+        monkeypatch.setattr(caption_fonts, source, list)
+    yield request.param
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
+
+
+def ink(font, text):
+    """The picture of a text, to compare."""
+    mask = font.getmask(text)
+    return mask.size, bytes(mask)
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_no_caption_draws_the_box_of_a_missing_glyph(text, fonts):
+    for part, font in caption_fonts.stretches(text):
+        boxes = {ink(font, missing) for missing in ("\U0010ffff", "\U0010fffe")}
+        assert not {ink(font, character) for character in part} & boxes, (part, font.getname())
+    grid(torch.ones(1, 3, 128, 128), [text])
+
+
+def test_what_no_font_has_is_spelled_out(fonts):
+    few = fonts == "of Pillow"
+    assert caption_fonts.drawable("café") == ("cafe" if few else "café")
+    assert caption_fonts.drawable("ж") == ("U+0436" if few else "ж")
+    assert caption_fonts.drawable("\ue000\ud800") == "U+E000U+D800"
+    assert caption_fonts.drawable("a\u200db\ufe0f") == "ab"
+    if fonts != "all":
+        assert caption_fonts.drawable("猫 🚀") == "U+732B U+1F680"
+
+
+def test_without_matplotlib_captions_are_drawn_all_the_same(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert caption_fonts._dejavu() == []
+    assert caption_fonts._system() == []
+
+
+def test_accents_change_the_picture_of_a_caption():
+    one, other = (np.asarray(grid(torch.ones(1, 3, 64, 64), [c])) for c in ("é", "ж"))
+    assert (one != other).any()
 
 
 def test_the_grid_of_a_step_is_a_png(tmp_path):

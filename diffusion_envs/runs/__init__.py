@@ -1,0 +1,1 @@
+"""Runs: what fine-tuning does around its updates, leaves in a folder and survives."""
