@@ -161,7 +161,9 @@ class Update:
 def one_update(run: Trainer, built: TextToImageUNet) -> Update:
     """One update of a trainer, its network calls counted."""
     calls = Counter[str]()
-    networks: dict[str, nn.Module] = {"unet": built.pipe.unet, "value": run.critic.network}
+    networks: dict[str, nn.Module] = {"unet": built.pipe.unet}
+    if run.critic is not None:
+        networks["value"] = run.critic.network
     hooks = [
         network.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
         for name, network in networks.items()

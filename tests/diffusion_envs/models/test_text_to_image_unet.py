@@ -233,7 +233,6 @@ def test_gradients_are_the_same_with_activations_computed_again(save_small):
     gradients = []
     for again in (False, True):
         model = TextToImageUNet.load(folder, gradient_checkpointing=again)
-        model.score.unet.train()  # diffusers recomputes in training mode only
         generator = torch.Generator().manual_seed(2)
         states = torch.randn(2, *model.event, generator=generator)
         words = model.condition(PROMPTS)
