@@ -71,6 +71,27 @@ class StableDiffusion:
             ValueError: an argument does not fit the model.
             FileNotFoundError: the model is not there.
         """
-        from diffusion_envs.sd15.build import load  # diffusers and transformers are heavy
+        # diffusers and transformers are heavy
+        from diffusion_envs import rewards, samplers
+        from diffusion_envs.models.text_to_image_unet import TextToImageUNet
+        from diffusion_envs.sd15.build import build
 
-        return load(self, device=device, batch=batch, seed=seed)
+        model = build(
+            model=self.model,
+            reward=rewards.Colour(),
+            prompts=[""],
+            sampler=samplers.DDIM(),
+            steps=1,
+            guidance=self.guidance,
+            batch=batch,
+            lora_rank=self.lora_rank,
+            lora_targets=self.lora_targets,
+            precision=self.precision,
+            resolution=self.resolution,
+            device=device,
+            seed=seed,
+        ).environment.model
+        assert isinstance(model, TextToImageUNet)
+        if self.gradient_checkpointing:
+            model.score.recompute_activations()
+        return model
