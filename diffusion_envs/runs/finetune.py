@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -35,6 +35,7 @@ from diffusion_envs.training.update_size import UpdateSize
 _SIZE, _OPTIONS = UpdateSize(), RunOptions()
 
 
+@runtime_checkable
 class Loadable(Protocol):
     """Names a model and how it is used, such as ``sd15.StableDiffusion``: a frozen dataclass."""
 
