@@ -7,10 +7,8 @@ from pathlib import Path
 
 import torch
 
+from diffusion_envs.models.adapters import ATTENTION, PRECISIONS
 from diffusion_envs.models.protocol import Model
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
