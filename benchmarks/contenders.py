@@ -23,12 +23,12 @@ from diffusion_envs import objectives as o
 from diffusion_envs import rewards
 from diffusion_envs.environment import Environment
 from diffusion_envs.exact import GaussianProblem, MixtureProblem, Outcome, table
-from diffusion_envs.models.stable_diffusion_pipeline import tiny_folder
+from diffusion_envs.models.folders import tiny_folder
+from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.runs.command_line import CLASS_PROMPTS
 from diffusion_envs.runs.evaluation import evaluate
 from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Sampler, Scheduler
-from diffusion_envs.sd15.build import build
 from diffusion_envs.training.trainer import NonFiniteError, Trainer
 from diffusion_envs.training.update_size import UpdateSize
 
@@ -69,18 +69,15 @@ class TinyProblem:
 
     def environment(self, sampler: BoundDDIM | BoundBlackBox, seed: int) -> Any:
         """A fresh adapter on the embedded model."""
-        built = build(
+        model = TextToImageUNet.load(guidance=1.0, seed=seed)
+        self._environment = Environment(
+            model=model,
+            sampler=sampler,
             reward=rewards.PromptAlignment("reward"),
             prompts=CLASS_PROMPTS,
-            sampler=DDIM(1.0),
-            steps=sampler.steps,
-            guidance=1.0,
-            batch=64,
-            lora_rank=8,
             seed=seed,
         )
-        self._environment = dataclasses.replace(built.environment, sampler=sampler)
-        return self._environment, built.environment.model.parameters
+        return self._environment, model.parameters
 
     def evaluate(self, score: Any, sampler: BoundDDIM | BoundBlackBox) -> Outcome:
         """Means over held-out samples, of the environment that was made last.

@@ -20,7 +20,8 @@ from torch import nn
 
 import ctrl
 from diffusion_envs import objectives, rewards, samplers
-from diffusion_envs.sd15.build import Model, build
+from diffusion_envs.environment import Environment
+from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.training import parallel
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
@@ -112,24 +113,23 @@ OBJECTIVES: dict[str, objectives.Objective] = {
 }
 
 
-def model(device: str = NAME) -> Model:
+def model(device: str = NAME) -> TextToImageUNet:
     """The embedded image model on the device."""
-    return build(
-        reward=rewards.Colour("red"),
-        prompts=["a photo of a cat", "a photo of a ship"],
-        sampler=samplers.DDIM(),
-        steps=STEPS,
-        guidance=1.0,
-        batch=BATCH,
-        lora_rank=2,
-        device=torch.device(device),
-    )
+    return TextToImageUNet.load(guidance=1.0, batch=BATCH, lora_rank=2, device=device)
 
 
-def trainer(objective: objectives.Objective, built: Model) -> Trainer:
+def trainer(objective: objectives.Objective, built: TextToImageUNet) -> Trainer:
     """A fresh trainer of a model."""
     schedule = UpdateSize(samples=SAMPLES, batch=BATCH, value_epochs=1)
-    return Trainer(built.environment, objective, schedule, accelerator=parallel.start())
+    environment = Environment(
+        model=built,
+        sampler=samplers.DDIM().bind(built.table, STEPS),
+        reward=rewards.Colour("red"),
+        prompts=["a photo of a cat", "a photo of a ship"],
+        seed=0,
+        batch=BATCH,
+    )
+    return Trainer(environment, objective, schedule, accelerator=parallel.start())
 
 
 def without_rewards(counts: Counts) -> int:
@@ -158,10 +158,12 @@ class Update:
         return without_rewards(self.counts)
 
 
-def one_update(run: Trainer, built: Model) -> Update:
+def one_update(run: Trainer, built: TextToImageUNet) -> Update:
     """One update of a trainer, its network calls counted."""
     calls = Counter[str]()
-    networks: dict[str, nn.Module] = {"unet": built.pipe.unet, "value": run.critic.network}
+    networks: dict[str, nn.Module] = {"unet": built.pipe.unet}
+    if run.critic is not None:
+        networks["value"] = run.critic.network
     hooks = [
         network.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
         for name, network in networks.items()

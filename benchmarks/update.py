@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from diffusion_envs import objectives, rewards, samplers
+from diffusion_envs.environment import Environment
+from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.runs.run_folder import versions
-from diffusion_envs.sd15.build import build
 from diffusion_envs.training import parallel
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
@@ -31,23 +32,22 @@ def main() -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     reward = rewards.PromptAlignment("reward")
-    built = build(
+    model = TextToImageUNet.load(guidance=2.0)
+    environment = Environment(
+        model=model,
+        sampler=samplers.DDIM().bind(model.table, STEPS),
         reward=reward,
         prompts=["a photo of a cat", "a photo of a ship"],
-        sampler=samplers.DDIM(),
-        steps=STEPS,
-        guidance=2.0,
-        batch=64,
-        lora_rank=8,
+        seed=0,
     )
     trainer = Trainer(
-        built.environment,
+        environment,
         objectives.ScoreAsAction(),
         UpdateSize(samples=SAMPLES),
         accelerator=parallel.start(),
     )
     calls: list[tuple[str, Callable[[], Any]]] = []
-    record(built.pipe.unet, built.pipe.vae, reward, built, calls)
+    record(model, reward, environment, calls)
     trainer.step()  # the preflight belongs to the first update only
     calls.clear()
     trainer.step()
@@ -86,15 +86,19 @@ def main() -> None:
 
 
 def record(
-    unet: Any, vae: Any, reward: Any, built: Any, calls: list[tuple[str, Callable[[], Any]]]
+    model: TextToImageUNet,
+    reward: Any,
+    environment: Environment,
+    calls: list[tuple[str, Callable[[], Any]]],
 ) -> None:
     """Note every network call of an update as something that can be called again."""
+    unet, vae = model.pipe.unet, model.pipe.vae
     call_unet, call_decode = unet.forward, vae.decode
 
     def forward(states: Tensor, timesteps: Tensor, **settings: Any) -> Any:
         with_gradient = torch.is_grad_enabled()
         context = settings["encoder_hidden_states"]
-        adapter_off = built.environment.model.score._adapter_off
+        adapter_off = model.score.adapter.is_off
 
         def again() -> None:
             with torch.set_grad_enabled(with_gradient):
@@ -126,7 +130,7 @@ def record(
         return reward(images, prompts)
 
     unet.forward, vae.decode = forward, decode
-    built.environment.reward = recorded_reward
+    environment.reward = recorded_reward
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ diffusion_envs.samplers
 diffusion_envs.cifar10.data diffusion_envs.cifar10
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
 diffusion_envs.rewards.classifier diffusion_envs.rewards
-diffusion_envs.models.protocol diffusion_envs.models.text_to_image_unet
-diffusion_envs.models.stable_diffusion_pipeline
+diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
+diffusion_envs.models.noise_table diffusion_envs.models.stable_diffusion_pipeline
+diffusion_envs.models.text_to_image_unet diffusion_envs.models.unconditional_unet
 diffusion_envs.models.exact diffusion_envs.models
 diffusion_envs.rollout diffusion_envs.environment
 diffusion_envs.preferences diffusion_envs.objectives.protocol
@@ -67,7 +68,7 @@ diffusion_envs.runs.command_line diffusion_envs.runs
 diffusion_envs.tiny.captions diffusion_envs.tiny.fit diffusion_envs.tiny.train_classifier
 diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser
 diffusion_envs.tiny diffusion_envs.tiny.measure diffusion_envs.tiny.__main__
-diffusion_envs.sd15.build diffusion_envs.sd15.stable_diffusion
+diffusion_envs.sd15.stable_diffusion
 diffusion_envs.sd15 diffusion_envs.sd15.__main__
 verification verification.statistics verification.planting verification.claim
 verification.tolerances verification.kernels verification.running verification.record

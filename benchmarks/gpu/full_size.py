@@ -17,8 +17,9 @@ from benchmarks.gpu.plain_ddpo import PlainDDPO
 from benchmarks.gpu.timing import Device
 from benchmarks.update import record
 from diffusion_envs import objectives, rewards, samplers
-from diffusion_envs.models.stable_diffusion_pipeline import TINY
-from diffusion_envs.sd15.build import Model, build
+from diffusion_envs.environment import Environment
+from diffusion_envs.models.folders import TINY
+from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.training import parallel
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
@@ -71,19 +72,23 @@ def _sizes(where: Device, batch: int) -> dict[str, int]:
     return {"batch": batch, "steps": STEPS, "samples": max(4, batch)}
 
 
-def _built(where: Device, model: str | Path, batch: int) -> Model:
-    return build(
-        model=model,
-        reward=rewards.Colour("red"),
-        prompts=PROMPTS,
-        sampler=samplers.DDIM(eta=1.0),
-        steps=_sizes(where, batch)["steps"],
+def _built(where: Device, folder: str | Path, batch: int) -> tuple[TextToImageUNet, Environment]:
+    model = TextToImageUNet.load(
+        folder,
         guidance=1.0,
         batch=batch,
-        lora_rank=8,
         precision="float32" if where.rehearsal else "bfloat16",
         device=where.device,
     )
+    environment = Environment(
+        model=model,
+        sampler=samplers.DDIM(eta=1.0).bind(model.table, _sizes(where, batch)["steps"]),
+        reward=rewards.Colour("red"),
+        prompts=PROMPTS,
+        seed=0,
+        batch=batch,
+    )
+    return model, environment
 
 
 def _line(where: Device, batch: int, case: str, function: Callable[[], object]) -> dict[str, Any]:
@@ -94,10 +99,10 @@ def _line(where: Device, batch: int, case: str, function: Callable[[], object]) 
     return {"case": case, **sizes, **timed, "images_per_second": images, "peak_GiB": memory}
 
 
-def _ours(where: Device, model: str | Path, batch: int) -> Iterator[dict[str, Any]]:
-    built = _built(where, model, batch)
+def _ours(where: Device, folder: str | Path, batch: int) -> Iterator[dict[str, Any]]:
+    model, environment = _built(where, folder, batch)
     trainer = Trainer(
-        built.environment,
+        environment,
         objectives.DDPO(),
         UpdateSize(samples=_sizes(where, batch)["samples"], batch=batch),
         accelerator=parallel.start(where.device.type),
@@ -106,38 +111,37 @@ def _ours(where: Device, model: str | Path, batch: int) -> Iterator[dict[str, An
     trainer.step()  # the preflight belongs to the first update only
     whole = _line(where, batch, "an update of DDPO", trainer.step)
     calls: list[tuple[str, Callable[[], Any]]] = []
-    record(built.pipe.unet, built.pipe.vae, built.environment.reward, built, calls)
+    record(model, environment.reward, environment, calls)
     trainer.step()
     replayed = [again for _, again in calls]
     alone = where.seconds(lambda: [again() for again in replayed], runs=2)
     yield {**whole, "over_its_network_calls": whole["seconds"] / alone["seconds"]}
 
 
-def _by_hand(where: Device, model: str | Path, batch: int) -> dict[str, Any]:
+def _by_hand(where: Device, folder: str | Path, batch: int) -> dict[str, Any]:
     sizes = _sizes(where, batch)
-    plain = _plain(_built(where, model, batch), sizes["steps"], batch)
+    plain = _plain(*_built(where, folder, batch), sizes["steps"], batch)
     generator = torch.Generator(where.device).manual_seed(0)
     update = partial(plain.update, sizes["samples"], generator)
     return _line(where, batch, "an update of DDPO by hand", update)
 
 
-def _plain(built: Model, steps: int, batch: int) -> PlainDDPO:
-    environment = built.environment
-    levels = len(built.pipe.scheduler.alphas_cumprod)
+def _plain(model: TextToImageUNet, environment: Environment, steps: int, batch: int) -> PlainDDPO:
+    levels = len(model.table.alphas_cumprod)
     timesteps = torch.linspace(levels - 1, levels / steps, steps).long().tolist()
 
     def judge(latents: torch.Tensor) -> torch.Tensor:
-        images = environment.decode(latents)
+        images = model.decode(latents)
         return environment.reward(images, PROMPTS[:1] * len(images))
 
     return PlainDDPO(
-        unet=built.pipe.unet,
-        alphas_cumprod=built.pipe.scheduler.alphas_cumprod,
+        unet=model.pipe.unet,
+        alphas_cumprod=model.pipe.scheduler.alphas_cumprod,
         timesteps=timesteps,
-        context=environment.context[:1],
-        event=environment.event,
+        context=model.condition(PROMPTS[:1]),
+        event=model.event,
         judge=judge,
-        optimiser=torch.optim.AdamW(built.environment.model.parameters, lr=1e-4),
+        optimiser=torch.optim.AdamW(model.parameters, lr=1e-4),
         batch=batch,
-        dtype=environment.model.precision,
+        dtype=model.precision,
     )

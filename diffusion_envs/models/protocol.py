@@ -21,18 +21,28 @@ class Model(Protocol):
 
     Attributes:
         event: shape of a state, without the batch.
-        prediction_type: what the network itself predicts, in diffusers' words: "epsilon", "sample",
-            "v_prediction" or "flow_prediction".
-        precision: dtype of the network's arithmetic.
         parameters: those that train, float32; the policy that a fresh adapter makes is the
             pretrained model.
-        calls: evaluations of the network so far, one a row and guidance branch.
     """
 
     event: tuple[int, ...]
-    prediction_type: str
     parameters: list[nn.Parameter]
-    calls: int
+
+    @property
+    def prediction_type(self) -> str:
+        """What the network itself predicts, in diffusers' words.
+
+        It is "epsilon", "sample", "v_prediction" or "flow_prediction".
+        """
+        ...
+
+    @property
+    def calls(self) -> int:
+        """Evaluations of the network so far, one a row and guidance branch; can be set."""
+        ...
+
+    @calls.setter
+    def calls(self, count: int) -> None: ...
 
     @property
     def table(self) -> DDPMTable | FlowTable:
@@ -83,7 +93,7 @@ class Model(Protocol):
         """Within this context the adapter is off: the model is the pretrained one."""
         ...
 
-    def decode(self, states: Float[Tensor, " rows *event"]) -> Float[Tensor, " rows *picture"]:
+    def decode(self, states: Float[Tensor, " rows *event"], /) -> Float[Tensor, " rows *picture"]:
         """Pictures in [0, 1] of states without noise; differentiable."""
         ...
 

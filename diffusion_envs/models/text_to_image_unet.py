@@ -1,23 +1,27 @@
-"""Noise-predicting networks as policies: the score is the action.
+"""Text-to-image UNets as policies: the score is the action. Stable Diffusion 1.x and 2.x.
 
 A UNet predicts epsilon, x0 or v of a noised state; classifier-free guidance combines its
 conditional and unconditional predictions; the result, as a score, is the mean of a policy. The
 pretrained model is the same network with its adapter switched off, so no second copy is held.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ctrl.devices import as_like
+from ctrl.noise import stream
 from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
+from diffusion_envs.models import adapters
+from diffusion_envs.models.noise_table import noise_table
 from diffusion_envs.noise_schedules import DDPMTable
 
 _TO_SCORE = {
@@ -35,14 +39,18 @@ class GuidedScore:
         unet: a diffusers UNet2DConditionModel with its adapter attached.
         alphas_cumprod: of the model's schedule, one entry a timestep.
         prediction_type: "epsilon", "sample" or "v_prediction", as in diffusers.
-        guidance: scale; 1 is none (and costs one network call instead of two).
+        guidance: scale, at least 1, which is none (and costs one network call instead of two):
+            diffusers uses none below 1 either, so those scales are refused.
         unconditional: embedding of the empty prompt, [tokens, width].
         batch: most rows that one call of the network gets when no gradient is asked for.
         precision: dtype of the network's arithmetic; scores come back in float32.
         calls: evaluations of the network so far, one per row and guidance branch.
+        guidance_embedding: for networks that were distilled with guidance and read its scale
+            (latent consistency models); they are called once, without a second branch.
+        adapter: switches the network's adapter off and on.
     """
 
-    unet: nn.Module
+    unet: Any
     alphas_cumprod: Float[Tensor, " timesteps"]
     prediction_type: str
     guidance: float
@@ -50,13 +58,18 @@ class GuidedScore:
     batch: int = 64
     precision: torch.dtype = torch.float32
     calls: int = 0
-    _adapter_off: bool = False
+    guidance_embedding: Float[Tensor, " scale_width"] | None = None
+    adapter: adapters.AdapterSwitch = field(init=False)
 
     def __post_init__(self) -> None:
+        check_guidance(self.guidance)
         if self.prediction_type not in _TO_SCORE:
             raise ValueError(
                 f"prediction_type must be one of {sorted(_TO_SCORE)}, got {self.prediction_type!r}"
             )
+        self.adapter = adapters.AdapterSwitch(
+            lambda: self.unet.enable_adapters(), lambda: self.unet.disable_adapters()
+        )
 
     def __call__(
         self,
@@ -77,7 +90,7 @@ class GuidedScore:
         context: Float[Tensor, "rows tokens width"],
     ) -> Float[Tensor, " rows *event"]:
         """The network's own prediction, guided; timesteps may be fractional."""
-        if self.guidance == 1:
+        if self.guidance == 1 or self.guidance_embedding is not None:
             return self._predict(states, timesteps, context)
         empty = as_like(self.unconditional, context).expand_as(context)
         both = self._predict(
@@ -98,50 +111,48 @@ class GuidedScore:
 
     def _predict(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         self.calls += len(states)
-        reduced = self.precision != torch.float32
+        reduced, scale = self.precision != torch.float32, {}
+        if self.guidance_embedding is not None:
+            scale["timestep_cond"] = as_like(self.guidance_embedding, states).expand(
+                len(states), -1
+            )
         with torch.autocast(states.device.type, self.precision, enabled=reduced):
-            return self.unet(states, timesteps, encoder_hidden_states=context).sample.float()
+            predicted = self.unet(states, timesteps, encoder_hidden_states=context, **scale)
+        return predicted.sample.float()
 
     def recompute_activations(self) -> None:
-        """Keep no activations for the gradient but compute them again: less memory, more time.
-
-        A block is computed again with the adapter as it was. Under diffusers' own
-        ``enable_gradient_checkpointing()`` the adapter is as it happens to be when the gradient
-        comes by, so that torch refuses gradients that pass through the pretrained model.
-        """
-
-        def call(block: nn.Module, *inputs: Any) -> Any:
-            off = self._adapter_off
-
-            def as_now(*inputs: Any) -> Any:
-                with self._switched(off):
-                    return block(*inputs)
-
-            return checkpoint(as_now, *inputs, use_reentrant=False)
-
-        self.unet.enable_gradient_checkpointing(call)
+        """Keep no activations for the gradient but compute them again: less memory, more time."""
+        adapters.recompute_activations(self.unet, self.adapter)
 
     def pretrained(self) -> AbstractContextManager[None]:
         """Within this context the adapter is off: the score is the pretrained model's."""
-        return self._switched(off=True)
+        return self.adapter.off()
 
-    @contextmanager
-    def _switched(self, off: bool) -> Iterator[None]:
-        before = self._adapter_off
-        self._switch(off)
-        try:
-            yield
-        finally:
-            self._switch(before)
 
-    def _switch(self, off: bool) -> None:
-        if off == self._adapter_off:
-            return
-        if off:
-            self.unet.disable_adapters()
-        else:
-            self.unet.enable_adapters()
-        self._adapter_off = off
+def check_guidance(guidance: float) -> None:
+    """Refuse scales that diffusers does not use.
+
+    Raises:
+        ValueError: the scale is not finite, or below 1.
+    """
+    if not (math.isfinite(guidance) and guidance >= 1):
+        raise ValueError(
+            f"guidance must be a finite number of at least 1, got {guidance}; 1 is no guidance, "
+            "and below 1 diffusers uses none either, so that its images would be others than "
+            "those that were trained"
+        )
+
+
+def guidance_embedding(guidance: float, width: int) -> Float[Tensor, " width"]:
+    """Sines and cosines of the scale, as networks distilled with guidance read it.
+
+    As diffusers' ``get_guidance_scale_embedding(guidance - 1)`` computes it (Meng et al. 2023,
+    arXiv 2210.03142): float32, of 1000 (guidance - 1).
+    """
+    half = width // 2
+    rates = torch.exp(torch.arange(half) * -(math.log(10000.0) / (half - 1)))
+    angles = 1000.0 * (guidance - 1) * rates
+    return torch.cat([angles.sin(), angles.cos(), angles.new_zeros(width % 2)])
 
 
 @dataclass
@@ -157,6 +168,7 @@ class TextToImageUNet:
         parameters: of the adapter, float32.
         device: of the network.
         write: writes the adapter into a folder, for plain diffusers.
+        pipe: what was loaded; None where the network did not come from a pipeline.
     """
 
     score: GuidedScore
@@ -167,6 +179,90 @@ class TextToImageUNet:
     parameters: list[nn.Parameter]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     write: Callable[[Path], Path] | None = None
+    pipe: Any = None
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path = "tiny",
+        *,
+        guidance: float = 3.0,
+        lora_rank: int = 8,
+        lora_targets: Sequence[str] = adapters.ATTENTION,
+        precision: str = "float32",
+        resolution: int | tuple[int, int] | None = None,
+        batch: int = 64,
+        gradient_checkpointing: bool = False,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> "TextToImageUNet":
+        """Load a Stable Diffusion pipeline (1.x, 2.x) with a fresh LoRA adapter.
+
+        The noise levels are those of the scheduler in the folder, whatever its class
+        (``noise_table``).
+
+        Args:
+            model: "tiny", a folder in diffusers' layout, or a hub id.
+            guidance: classifier-free guidance scale, at least 1, which is none. Networks that read
+                the scale (latent consistency models) are told it instead.
+            lora_rank: of the adapter.
+            lora_targets: names of the layers that get one, or how they end.
+            precision: of the network: "float32", "bfloat16", or on CUDA "float16".
+            resolution: pixels a side, or height and width; the model's own if left out.
+            batch: most rows that one call of the network gets when no gradient is asked for, and
+                latents that are decoded at once.
+            gradient_checkpointing: recompute activations: less memory, more time.
+            device: where the networks go.
+            seed: of the adapter's initial weights.
+
+        Raises:
+            ValueError: an argument is out of range, or does not fit the model; or the model is of a
+                kind that is not supported.
+            FileNotFoundError: the model is not there, or its folder lacks parts.
+        """
+        from diffusion_envs.models import stable_diffusion_pipeline as pipeline
+
+        check_guidance(guidance)
+        device = torch.device(device)
+        dtype = adapters.precision_of(precision, device)
+        pipe = pipeline.load_pipeline(model, precision=dtype, device=device)
+        unet, table = pipe.unet, noise_table(pipe.scheduler)
+        event = (unet.config.in_channels, *_latent_sides(pipe, resolution))
+        parameters = adapters.attach_lora(unet, rank=lora_rank, targets=lora_targets, seed=seed)
+        empty = pipeline.embed_prompts(pipe, [""])[0]
+        width = unet.config.time_cond_proj_dim
+        score = GuidedScore(
+            unet=unet,
+            alphas_cumprod=pipe.scheduler.alphas_cumprod.to(device),
+            prediction_type=pipe.scheduler.config.prediction_type,
+            guidance=guidance,
+            unconditional=empty,
+            batch=batch,
+            precision=dtype,
+            guidance_embedding=None if width is None else guidance_embedding(guidance, width),
+        )
+        if gradient_checkpointing:
+            score.recompute_activations()
+
+        def probe(network: nn.Module) -> Tensor:
+            """Predictions of a network with this one's guidance, at two random states."""
+            noise = stream(0, "probe")
+            states = torch.randn(2, *event, generator=noise).to(device)
+            words = torch.randn(2, *empty.shape, generator=noise).to(device)
+            timesteps = torch.tensor([1, len(table.alphas_cumprod) // 2], device=device)
+            return replace(score, unet=network).prediction(states, timesteps, words)
+
+        return cls(
+            score=score,
+            event=event,
+            table=table,
+            encode=lambda prompts: pipeline.embed_prompts(pipe, list(prompts)),
+            decode=partial(pipeline.decode, pipe.vae, batch=batch),
+            parameters=parameters,
+            device=device,
+            write=partial(adapters.export_lora, unet, probe=probe),
+            pipe=pipe,
+        )
 
     @property
     def calls(self) -> int:
@@ -220,11 +316,30 @@ class TextToImageUNet:
         return self.score.pretrained()
 
     def export(self, folder: Path) -> Path:
-        """Write the adapter for ``pipe.load_lora_weights``.
+        """Write the adapter for ``pipe.load_lora_weights``; plain diffusers has read it back.
 
         Raises:
+            ExportError: what diffusers loads is not the trained adapter.
             ValueError: this model has nothing to write its adapter with.
         """
         if self.write is None:
             raise ValueError("write must be set to export the adapter")
         return self.write(folder)
+
+
+def _latent_sides(pipe: Any, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of a latent.
+
+    Raises:
+        ValueError: a side is not a multiple of what the networks halve it by.
+    """
+    factor = pipe.vae_scale_factor
+    if resolution is None:
+        own = pipe.unet.config.sample_size
+        height, width = (own, own) if isinstance(own, int) else own
+        return height, width
+    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+    smallest = factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    if any(side < smallest or side % smallest for side in (height, width)):
+        raise ValueError(f"resolution must be a positive multiple of {smallest}, got {resolution}")
+    return height // factor, width // factor

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from ctrl import Estimate
 from diffusion_envs import rewards
-from diffusion_envs.environment import Environment
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.callbacks import Callback
 from diffusion_envs.runs.evaluation import WATCHED, Evaluation, evaluate
+from diffusion_envs.training.trainer import Trainer
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,18 +185,16 @@ class EarlyStopping(Callback):
     def of(
         cls,
         rule: StopRule,
-        environment: Environment,
-        state: Callable[[], Any],
+        trainer: Trainer,
         folder: Path,
-        *,
         judges: Mapping[str, rewards.Reward],
         batch: int,
     ) -> "EarlyStopping":
-        """On seeds of its own; ``state`` of the best model is kept in ``folder``."""
+        """On seeds of its own; the state of the best model is kept in ``folder``."""
 
         def measure(update: int, pretrained: bool) -> Scores:
             evaluation = evaluate(
-                environment,
+                trainer.environment,
                 rule.samples,
                 judges=judges,
                 batch=batch,
@@ -207,7 +205,7 @@ class EarlyStopping(Callback):
 
         def keep(update: int) -> None:
             # two, because the newest is written before the checkpoint that says it is the best
-            checkpoint.save(folder, update, state(), keep=2)
+            checkpoint.save(folder, update, trainer.state(), keep=2)
 
         return cls(rule, measure, keep)
 

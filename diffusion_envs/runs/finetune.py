@@ -108,12 +108,10 @@ def finetune(
         if name not in ("output", "resume")
     }
     _check(reward, objective, sampler, steps, updates, options)
-    if options.wandb:
-        require_wandb()
     with interruptible() as interruption, ExitStack() as stack:
         accelerator = parallel.start(None if model.device is None else str(model.device))
         main = accelerator.is_main_process
-        if isinstance(model, Loadable):
+        if not isinstance(model, Model):
             model = model.load(device=accelerator.device, batch=size.batch, seed=seed)
         environment = make_environment(
             model,
@@ -140,14 +138,8 @@ def finetune(
 
         stopping = None
         if options.stop is not None:
-            stopping = EarlyStopping.of(
-                options.stop,
-                environment,
-                trainer.state,
-                folder / "best",
-                judges=options.judges,
-                batch=size.batch,
-            )
+            place = folder / "best"
+            stopping = EarlyStopping.of(options.stop, trainer, place, options.judges, size.batch)
         ruled = [] if stopping is None else [stopping]
         checkpoints = Checkpoints(folder / "checkpoints", trainer, options.checkpoint_every, ruled)
         checkpoints.load()
@@ -171,9 +163,10 @@ def finetune(
         stop = None
         if stopping is not None:
             stop = stopping.told(trainer.update, reason, updates, len(options.judges))
-        if stopping is not None and reason is not None:
-            best = parallel.broadcast_from_main(stopping.decision.best if main else 0, accelerator)
-            trainer.load_state(checkpoint.load(folder / "best" / f"step-{best:06d}").state)
+            if reason is not None:
+                mine = stopping.decision.best if main else 0
+                best = parallel.broadcast_from_main(mine, accelerator)
+                trainer.load_state(checkpoint.load(folder / "best" / f"step-{best:06d}").state)
         before, after, metrics = evaluations.last(finished=reason is None)
         exported = export(model, folder, trainer.update) if main else folder
         return summarise(
@@ -248,3 +241,5 @@ def _check(
             )
     if stop is not None:
         check_stop(stop, options.judges)
+    if options.wandb:
+        require_wandb()

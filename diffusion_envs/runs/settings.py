@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from diffusion_envs.models.protocol import Model
 from diffusion_envs.rewards.contract import name_of_loaded
 
 _KINDS = ("class", "function", "loaded", "instance")
@@ -71,7 +72,7 @@ def describe(value: Any) -> Any:
         return {"function": f"{kind.__module__}:{kind.__qualname__}", **reference}
     if (spec := name_of_loaded(value)) is not None:
         return {"loaded": spec, **reference}
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, Model):  # a loaded one is no name
         fields = {
             f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
         }

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import torch
 
+from diffusion_envs.models.adapters import ATTENTION, PRECISIONS
 from diffusion_envs.models.protocol import Model
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,18 @@ class StableDiffusion:
             ValueError: an argument does not fit the model.
             FileNotFoundError: the model is not there.
         """
-        from diffusion_envs.sd15.build import load  # diffusers and transformers are heavy
+        # diffusers and transformers are heavy
+        from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 
-        return load(self, device=device, batch=batch, seed=seed)
+        return TextToImageUNet.load(
+            self.model,
+            guidance=self.guidance,
+            lora_rank=self.lora_rank,
+            lora_targets=self.lora_targets,
+            precision=self.precision,
+            resolution=self.resolution,
+            batch=batch,
+            gradient_checkpointing=self.gradient_checkpointing,
+            device=device,
+            seed=seed,
+        )

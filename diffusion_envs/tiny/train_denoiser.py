@@ -166,6 +166,10 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
     )
     pipe = pipeline(fitted.cpu())
     pipe.to(torch.float16).save_pretrained(folder)
+    # transformers would load a text encoder in the type it was saved in, diffusers its networks in
+    # float32, and the parts would not fit together
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def _copy_to_cpu(module: nn.Module) -> nn.Module:

@@ -133,9 +133,9 @@ def test_a_mixture_is_judged_wherever_it_was_trained():
 
 def test_a_black_box_samples_on_the_device():
     built = model()
-    sampler = built.bind(samplers.Scheduler("DPMSolverMultistepScheduler"), 2)
-    built.environment.sampler = sampler
-    found = evaluate(built.environment, 2)
+    environment = trainer(objectives.DiffusionNFT(), built).environment
+    environment.sampler = samplers.Scheduler("DPMSolverMultistepScheduler").bind(built.table, 2)
+    found = evaluate(environment, 2)
     assert found.rewards.isfinite().all()
 
 

@@ -177,7 +177,7 @@ LOSSES = "diffusion_envs.objectives.path_steps.PathLosses.losses"
 IMPROVE = "diffusion_envs.training.trainer.Trainer._improve_adapter"
 LOSS = "diffusion_envs.objectives.score_as_action.ScoreAsAction.loss"
 SAMPLE = "diffusion_envs.environment.Environment.sample"
-PRETRAINED = "diffusion_envs.models.text_to_image_unet.GuidedScore._switch"
+PRETRAINED = "diffusion_envs.models.adapters.AdapterSwitch._switch"
 KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
 
 
@@ -239,13 +239,13 @@ KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
         wrong(
             "the reference is the policy itself",
             PRETRAINED,
-            "self.unet.disable_adapters()",
+            "self.disable()",
             "pass",
         ),
         wrong(
             "the adapter stays off after the reference",
             PRETRAINED,
-            "self.unet.enable_adapters()",
+            "self.enable()",
             "pass",
         ),
         wrong(

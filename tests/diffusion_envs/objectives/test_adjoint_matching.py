@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from diffusion_envs import rewards
+from diffusion_envs.environment import Environment
 from diffusion_envs.exact import GaussianProblem, gaussian, table
+from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.objectives import AdjointMatching, Rollout
 from diffusion_envs.objectives.adjoint_matching import AdjointRows, lean_adjoint, matching_loss
 from diffusion_envs.objectives.path_steps import PathLosses
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.sd15.build import build
 
 PATHS, STEPS, EVENT = 3, 4, (2, 3)
 GAIN = torch.tensor([0.4, 0.9, 0.3, 1.7], dtype=torch.float64)
@@ -266,25 +267,22 @@ def test_two_updates_of_the_real_loop(trains):
 @pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
 def test_checkpointed_activations_change_nothing():
     """They are computed again while going backwards: with the adapter still off."""
-    built = build(
+    model = TextToImageUNet.load(guidance=2.0, lora_rank=2)
+    environment = Environment(
+        model=model,
+        sampler=DDIM(1.0).bind(model.table, 2),
         reward=rewards.PromptAlignment("reward"),
         prompts=["a photo of a cat"],
-        sampler=DDIM(1.0),
-        steps=2,
-        guidance=2.0,
-        batch=8,
-        lora_rank=2,
+        seed=0,
     )
     with torch.no_grad():
-        for parameter in built.environment.model.parameters:
+        for parameter in model.parameters:
             parameter.fill_(0.05)
     objective, none = AdjointMatching(), torch.zeros(2, dtype=torch.int64)
-    rollout = built.environment.sample(objective.policy, range(2), none, stream="train").rollout
-    plain = objective.targets(rollout, built.environment)
-    built.pipe.unet.enable_gradient_checkpointing()
-    torch.testing.assert_close(
-        objective.targets(rollout, built.environment), plain, rtol=1e-4, atol=1e-6
-    )
+    rollout = environment.sample(objective.policy, range(2), none, stream="train").rollout
+    plain = objective.targets(rollout, environment)
+    model.pipe.unet.enable_gradient_checkpointing()
+    torch.testing.assert_close(objective.targets(rollout, environment), plain, rtol=1e-4, atol=1e-6)
     assert plain.abs().max() > 1e-4
 
 

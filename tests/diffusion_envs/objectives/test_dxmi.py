@@ -269,9 +269,7 @@ def time_independent_gradient(steps: int, nodes: int = 40) -> Tensor:
     """
     sampler = DDIM(1.0).bind(SD15, steps)
     values = values_of(sampler, 0.0)
-    chain = linear_policy.chain(
-        DATA, sampler.table, linear_policy.Steps.of(sampler), GAIN, SHIFT
-    )
+    chain = linear_policy.chain(DATA, sampler.table, linear_policy.Steps.of(sampler), GAIN, SHIFT)
     laws = linear_policy.moments(chain, START)
     roots = [torch.linalg.cholesky(laws[k].covariance) for k in range(steps + 1)]
     densities = [MultivariateNormal(laws[k].mean, scale_tril=root) for k, root in enumerate(roots)]

@@ -22,7 +22,6 @@ from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.objectives import AlignProp, BackpropObjective, DRaFT, ReFL
 from diffusion_envs.objectives.last_steps import LastLosses
 from diffusion_envs.samplers import DDIM, BoundDDIM
-from diffusion_envs.sd15.build import build
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.objectives.small_runs import (
@@ -297,15 +296,14 @@ def test_it_runs_in_the_loop_and_resumes_to_the_same_numbers(objective):
 @pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
 @pytest.mark.parametrize("reward", [rewards.Colour("red"), rewards.PromptAlignment()], ids=repr)
 def test_rewards_of_decoded_images_have_the_gradient_that_finite_differences_see(reward, generator):
-    environment = build(
+    model = TextToImageUNet.load(guidance=1.0, lora_rank=1)
+    environment = Environment(
+        model=model,
+        sampler=DDIM(1.0).bind(model.table, 3),
         reward=reward,
         prompts=["a photo of a cat", "a photo of a ship"],
-        sampler=DDIM(1.0),
-        steps=3,
-        guidance=1.0,
-        batch=8,
-        lora_rank=1,
-    ).environment
+        seed=0,
+    )
     latents = torch.randn(2, *environment.event, generator=generator)
     condition = torch.tensor([0, 1])
     slope = environment.reward_gradient(latents, condition)
@@ -322,31 +320,29 @@ def test_rewards_of_decoded_images_have_the_gradient_that_finite_differences_see
 
 def tiny_gradient(objective: BackpropObjective, recompute: str) -> tuple[Tensor, int]:
     """Of the tiny network's adapter, away from its start; and the network calls that it took."""
-    built = build(
+    model = TextToImageUNet.load(guidance=2.0, lora_rank=2)
+    environment = Environment(
+        model=model,
+        sampler=DDIM(1.0).bind(model.table, 3),
         reward=rewards.PromptAlignment("reward"),
         prompts=["a photo of a cat"],
-        sampler=DDIM(1.0),
-        steps=3,
-        guidance=2.0,
-        batch=8,
-        lora_rank=2,
+        seed=0,
     )
     with torch.no_grad():
-        for parameter in built.environment.model.parameters:
+        for parameter in model.parameters:
             parameter.fill_(0.05)
-    environment, none = built.environment, torch.zeros(2, dtype=torch.int64)
+    none = torch.zeros(2, dtype=torch.int64)
     rollout = environment.sample(objective.policy, range(2), none, stream="train").rollout
-    assert isinstance(environment.model, TextToImageUNet)
-    score = environment.model.score
+    score = model.score
     if recompute == "ours":
         score.recompute_activations()
     elif recompute == "diffusers":
-        built.pipe.unet.enable_gradient_checkpointing()
+        model.pipe.unet.enable_gradient_checkpointing()
     score.calls = 0
     lesson = LastLosses(environment, objective, rollout, batch=2)
     for loss in lesson.losses(torch.arange(2), torch.Generator()):
         loss.backward()
-    gradients = [p.grad for p in built.environment.model.parameters]
+    gradients = [p.grad for p in model.parameters]
     return torch.cat([g.flatten() for g in gradients if g is not None]), score.calls
 
 

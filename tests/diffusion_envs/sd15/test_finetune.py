@@ -219,9 +219,9 @@ def test_time_subsampling_is_unbiased():
 
 
 def test_preflight_refuses_an_adapter_that_is_not_fresh(tmp_path, monkeypatch):
-    from diffusion_envs.models import stable_diffusion_pipeline as pipeline
+    from diffusion_envs.models import adapters
 
-    attach = pipeline.attach_lora
+    attach = adapters.attach_lora
 
     def spoiled(*args: Any, **settings: Any) -> list[torch.nn.Parameter]:
         parameters = attach(*args, **settings)
@@ -229,7 +229,7 @@ def test_preflight_refuses_an_adapter_that_is_not_fresh(tmp_path, monkeypatch):
             parameter.data.fill_(0.05)
         return parameters
 
-    monkeypatch.setattr(pipeline, "attach_lora", spoiled)
+    monkeypatch.setattr(adapters, "attach_lora", spoiled)
     with pytest.raises(PreflightError, match="path KL"):
         finetune(reward=rewards.Colour(), output=tmp_path / "run", **SMALL)
 

@@ -1,5 +1,6 @@
 """Whole runs of the embedded model: ended by signals, resumed, judged as exported."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,8 +16,10 @@ from torch import Tensor
 from diffusion_envs import rewards, sd15
 from diffusion_envs.models import text_to_image_unet
 from diffusion_envs.runs import checkpoint, command_line
+from diffusion_envs.runs import finetune as runs
 from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.exported import load_exported
+from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.sd15.__main__ import FAMILY
 from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.sd15.calling import finetune
@@ -179,6 +182,21 @@ def test_an_export_that_fails_leaves_the_checkpoint(tmp_path, monkeypatch):
     assert found is not None
     assert found.step == 3
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_loaded_model_trains_alike_and_its_run_belongs_to_python(whole, tmp_path, capsys):
+    named = sd15.StableDiffusion(guidance=1.0, lora_rank=1)
+    model = named.load(device=torch.device("cpu"), batch=8, seed=0)
+    of_model = ("guidance", "lora_rank", "device")
+    settings = {name: value for name, value in SMALL.items() if name not in of_model}
+    names = [f.name for f in dataclasses.fields(RunOptions)]
+    options = RunOptions(**{name: settings.pop(name) for name in names if name in settings})
+    folder = tmp_path / "loaded"
+    runs.finetune(model, reward=Red(), output=folder, options=options, **settings)
+    one, other = (load_file(each / ADAPTER) for each in (whole, folder))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert command_line.main(FAMILY, ["--resume", str(folder), "--reward", "red"]) == 2
+    assert "resume it where it was started" in capsys.readouterr().err
 
 
 def test_prompts_of_a_generator_are_used_up_once(tmp_path):

@@ -10,9 +10,7 @@ from diffusion_envs.objectives.path_steps import (
     transition_log_ratio,
 )
 from diffusion_envs.objectives.score_as_action import DrawnRows, drawn_log_ratio
-from diffusion_envs.rewards import Colour
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.sd15.build import build
 from diffusion_envs.training.trainer import PreflightError, Trainer
 from verification.claim import Setting
 from verification.claims.training_loop import SAMPLES, STEPS, network_of, trainer
@@ -118,22 +116,13 @@ def test_the_preflight_sees_a_pretrained_model_that_is_a_little_off():
 @pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
 def test_the_rounding_allowed_for_is_several_times_the_embedded_networks():
     """Half of what is allowed for would not be four times what guidance 7.5 shows, 38 units."""
-    built = build(
-        reward=Colour("red"),
-        prompts=["a photo of a cat", "a photo of a ship"],
-        sampler=DDIM(1.0),
-        steps=4,
-        guidance=7.5,
-        batch=64,
-        lora_rank=2,
-    )
-    assert isinstance(built.environment.model, TextToImageUNet)
-    score = built.environment.model.score
-    context = built.environment.condition_of(torch.arange(12) % 2)
+    model = TextToImageUNet.load(guidance=7.5, lora_rank=2)
+    score = model.score
+    context = model.condition(["a photo of a cat", "a photo of a ship"])[torch.arange(12) % 2]
     states = torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     worst = 0.0
     with torch.no_grad():
-        for timestep in built.environment.sampler.timesteps:
+        for timestep in DDIM(1.0).bind(model.table, 4).timesteps:
             asked = states, timestep.expand(12), context
             score.batch = 64
             whole = score(*asked)

@@ -1,0 +1,280 @@
+"""Unconditional UNets in pixel space as policies (DDPM; google/ddpm-cifar10-32 for one).
+
+A state is a picture with values in [-1, 1], noised; there is no prompt and no decoder. All weights
+train, or a LoRA adapter; what is exported is a whole pipeline in diffusers' layout either way,
+since diffusers does not load LoRA files into these networks.
+"""
+
+import copy
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from ctrl.devices import as_like
+from ctrl.noise import stream
+from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
+from diffusion_envs.models import adapters, folders
+from diffusion_envs.models.noise_table import trained_levels
+from diffusion_envs.noise_schedules import DDPMTable
+
+EXPORTED = "pipeline"  # the folder that an export makes
+SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+_TO_SCORE = {
+    "epsilon": score_from_epsilon,
+    "sample": score_from_x0,
+    "v_prediction": score_from_v,
+}
+
+
+@dataclass
+class UnconditionalUNet:
+    """An unconditional UNet with what trains on it (``protocol.Model``).
+
+    Attributes:
+        network: a diffusers UNet2DModel.
+        scheduler: of its folder; exported with it.
+        table: noise levels by timestep.
+        prediction_type: "epsilon", "sample" or "v_prediction", as in diffusers.
+        event: shape of a picture, [channels, height, width].
+        parameters: those that train, float32.
+        pretrained_network: a frozen copy where all weights train; None where a LoRA adapter does.
+        batch: most rows that one call of the network gets when no gradient is asked for.
+        precision: dtype of the network's arithmetic; scores come back in float32.
+        device: of the network.
+        calls: evaluations of the network so far, one a row.
+    """
+
+    network: Any
+    scheduler: Any
+    table: DDPMTable
+    prediction_type: str
+    event: tuple[int, ...]
+    parameters: list[nn.Parameter]
+    pretrained_network: nn.Module | None = None
+    batch: int = 64
+    precision: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    calls: int = 0
+    adapter: adapters.AdapterSwitch = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in _TO_SCORE:
+            raise ValueError(
+                f"prediction_type must be one of {sorted(_TO_SCORE)}, got {self.prediction_type!r}"
+            )
+        self.adapter = (
+            adapters.lora_switch(self.network)
+            if self.pretrained_network is None
+            else adapters.AdapterSwitch()
+        )
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        lora_rank: int | None = None,
+        lora_targets: Sequence[str] = adapters.ATTENTION,
+        precision: str = "float32",
+        batch: int = 64,
+        gradient_checkpointing: bool = False,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ) -> "UnconditionalUNet":
+        """Load a DDPM pipeline, all of whose weights train, or a fresh LoRA adapter.
+
+        The scheduler in the folder brings the noise levels. Most of these schedulers clip predicted
+        pictures to [-1, 1] at every step (``clip_sample``), with which a transition is not
+        Gaussian: our samplers do not clip, so pictures differ from those of the plain pipeline as
+        much as with ``"clip_sample": false``.
+
+        Args:
+            model: a folder in the layout of diffusers' DDPMPipeline (unet, scheduler), or a hub id.
+            lora_rank: of the adapter; all weights train if left out, and a frozen copy of the
+                pretrained ones is held as well.
+            lora_targets: names of the layers that get an adapter, or how they end.
+            precision: of the arithmetic: "float32", "bfloat16", or on CUDA "float16"; the weights
+                are float32.
+            batch: most rows that one call of the network gets when no gradient is asked for.
+            gradient_checkpointing: recompute activations: less memory, more time.
+            device: where the network goes.
+            seed: of the adapter's initial weights.
+
+        Raises:
+            ValueError: an argument is out of range, or the model is of a kind that is not
+                supported.
+            FileNotFoundError: the model is not there, or its folder lacks parts.
+        """
+        device = torch.device(device)
+        dtype = adapters.precision_of(precision, device)
+        pipe = _load_pipeline(model)
+        network, frozen = pipe.unet.requires_grad_(False).eval().to(device), None
+        if lora_rank is None:
+            frozen = copy.deepcopy(network)
+            parameters = list(network.requires_grad_(True).parameters())
+        else:
+            parameters = adapters.attach_lora(
+                network, rank=lora_rank, targets=lora_targets, seed=seed
+            )
+        side = network.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        made = cls(
+            network=network,
+            scheduler=pipe.scheduler,
+            table=trained_levels(pipe.scheduler),
+            prediction_type=pipe.scheduler.config.get("prediction_type", "epsilon"),
+            event=(network.config.in_channels, height, width),
+            parameters=parameters,
+            pretrained_network=frozen,
+            batch=batch,
+            precision=dtype,
+            device=device,
+        )
+        if gradient_checkpointing:
+            made.recompute_activations()
+        return made
+
+    def condition(self, prompts: Sequence[str]) -> Float[Tensor, "prompts 1"]:
+        """Nothing: prompts only name rows, for rewards that read them."""
+        return torch.zeros(len(prompts), 1, device=self.device)
+
+    def features(self, condition: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
+        """Nothing, as one number a row."""
+        return condition
+
+    def __call__(
+        self,
+        states: Float[Tensor, " rows *event"],
+        timesteps: Int64[Tensor, " rows"],
+        condition: Any,
+    ) -> Float[Tensor, " rows *event"]:
+        """Scores of noisy pictures, float32."""
+        if torch.is_grad_enabled() or len(states) <= self.batch:
+            return self._score(states, timesteps)
+        parts = zip(states.split(self.batch), timesteps.split(self.batch), strict=True)
+        return torch.cat([self._score(*part) for part in parts])
+
+    def prediction(
+        self, states: Float[Tensor, " rows *event"], timesteps: Tensor, condition: Any
+    ) -> Float[Tensor, " rows *event"]:
+        """The network's own prediction; timesteps may be fractional."""
+        self.calls += len(states)
+        off = self.adapter.is_off and self.pretrained_network is not None
+        return self._predict(self.pretrained_network if off else self.network, states, timesteps)
+
+    def decode(self, states: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Pictures in [0, 1] of states in [-1, 1]; differentiable."""
+        return (states.float() / 2 + 0.5).clamp(0, 1)
+
+    def pretrained(self) -> AbstractContextManager[None]:
+        """Within this context the model is the pretrained one."""
+        return self.adapter.off()
+
+    def recompute_activations(self) -> None:
+        """Keep no activations for the gradient but compute them again: less memory, more time."""
+        for network in (self.network, self.pretrained_network):
+            if network is not None:
+                adapters.recompute_activations(network, self.adapter)
+
+    def export(self, folder: Path) -> Path:
+        """Write ``folder/pipeline`` for ``DDPMPipeline.from_pretrained``, and load it back.
+
+        Returns:
+            The folder of the pipeline, with the weights merged where a LoRA adapter was trained.
+
+        Raises:
+            ExportError: what diffusers loads is not what was trained.
+        """
+        from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+
+        twin = adapters.merged_twin(self.network)
+        unproved = folder / f".unproved-{EXPORTED}"
+        shutil.rmtree(unproved, ignore_errors=True)  # of a process that was killed
+        try:
+            DDPMPipeline(unet=twin, scheduler=self.scheduler).save_pretrained(unproved)
+            loaded: Any = DDPMPipeline.from_pretrained(unproved, local_files_only=True)
+            theirs = loaded.unet.state_dict()
+            lost = [
+                name
+                for name, tensor in twin.state_dict().items()
+                if not torch.equal(theirs[name], tensor.cpu())
+            ]
+            if lost:
+                raise adapters.ExportError(
+                    f"diffusers loads other values than were trained for {', '.join(lost)}; "
+                    "nothing was exported; the checkpoint is intact"
+                )
+            adapters.compare_outputs(self.network, loaded.unet.eval().to(self.device), self._probe)
+            return adapters.publish(unproved, folder / EXPORTED)
+        finally:
+            shutil.rmtree(unproved, ignore_errors=True)
+
+    def _probe(self, network: nn.Module) -> Tensor:
+        """Predictions of a network like this one, at two random states."""
+        states = torch.randn(2, *self.event, generator=stream(0, "probe")).to(self.device)
+        middle = len(self.table.alphas_cumprod) // 2
+        return self._predict(network, states, torch.tensor([1, middle], device=self.device))
+
+    def _score(self, states: Tensor, timesteps: Tensor) -> Tensor:
+        predicted = self.prediction(states, timesteps, None)
+        alpha_bar = as_like(self.table.alphas_cumprod, states)[timesteps].view(
+            -1, *[1] * (states.ndim - 1)
+        )
+        to_score = _TO_SCORE[self.prediction_type]
+        return to_score(states, predicted, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+    def _predict(self, network: Any, states: Tensor, timesteps: Tensor) -> Tensor:
+        reduced = self.precision != torch.float32
+        with torch.autocast(states.device.type, self.precision, enabled=reduced):
+            return network(states, timesteps).sample.float()
+
+
+def _load_pipeline(model: str | Path) -> Any:
+    """The pipeline of a folder or hub id, in float32.
+
+    Raises:
+        ValueError: the network needs more than a noisy picture and a timestep, or predicts more
+            than one picture.
+        FileNotFoundError: the model is not there.
+    """
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+
+    folder = folders.local_folder(model, DDPMPipeline, SUPPORTED, {})
+    inside = [part for part in ("unet", "scheduler") if (folder / part).is_dir()]
+    if inside or not (folder / "config.json").is_file():  # older models lie in the folder itself
+        folders.require_parts(folder, ("unet", "scheduler"))
+    weights = "unet" if inside else "."
+    pipe: Any = DDPMPipeline.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        variant=folders.variant_of(folder, (weights,)),
+        local_files_only=True,
+    )
+    supported = (
+        "supported are UNet2DModels that predict one picture from a noisy one and a timestep"
+    )
+    if not isinstance(pipe.unet, UNet2DModel):
+        raise ValueError(f"model {model} has a {type(pipe.unet).__name__} as unet; {supported}")
+    config: Any = pipe.unet.config
+    if config.out_channels != config.in_channels:
+        raise ValueError(
+            f"model {model} has {config.in_channels} input and {config.out_channels} output "
+            f"channels (a learned variance?); {supported}"
+        )
+    for name in ("class_embed_type", "num_class_embeds"):
+        if (value := config.get(name)) is not None:
+            raise ValueError(f"model {model} has a UNet with {name} {value!r}; {supported}")
+    if config.time_embedding_type == "fourier":
+        raise ValueError(
+            f"model {model} has time_embedding_type 'fourier', as score networks (NCSN++) have; "
+            f"{supported}"
+        )
+    return pipe
