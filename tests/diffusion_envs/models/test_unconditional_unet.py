@@ -17,6 +17,8 @@ from diffusion_envs.models.protocol import Model
 from diffusion_envs.models.unconditional_unet import UnconditionalUNet
 from diffusion_envs.objectives import ScoreAsAction
 from diffusion_envs.rewards import Colour
+from diffusion_envs.runs.finetune import finetune
+from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.training import parallel
 from diffusion_envs.training.trainer import Trainer
@@ -234,3 +236,26 @@ def test_an_export_that_is_not_what_was_trained_is_refused(save_pixels, tmp_path
     with pytest.raises(ExportError, match=r"conv_in\.weight"):
         model.export(tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["pixels"]
+
+
+def test_a_whole_run_knows_no_family(save_pixels, tmp_path):
+    """Prompts mean nothing to it; the run leaves what every run does, and a pipeline."""
+    model = UnconditionalUNet.load(save_pixels(), lora_rank=2)
+    run = finetune(
+        model,
+        reward=Colour("red"),
+        prompts=["picture"],
+        output=tmp_path / "run",
+        steps=3,
+        updates=2,
+        size=UpdateSize(samples=4, batch=8, value_epochs=1),
+        options=RunOptions(evaluation_samples=4, progress=False),
+    )
+    assert run.report.is_file()
+    assert run.path_kl is not None
+    assert run.path_kl.mean > 0
+    pipe = DDPMPipeline.from_pretrained(run.folder / "pipeline")
+    trained = outputs(model.network)
+    torch.testing.assert_close(outputs(pipe.unet), trained, rtol=1e-4, atol=1e-5)
+    with model.pretrained():
+        assert (outputs(model.network) - trained).abs().max() > 1e-6

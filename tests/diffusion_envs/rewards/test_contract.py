@@ -239,3 +239,21 @@ def test_importing_rewards_loads_no_heavy_library():
     code = f"import sys, diffusion_envs.rewards; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_reward_may_change_its_images_in_place_and_no_one_else_sees_it():
+    images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    kept = images.clone()
+
+    def darkens(pictures, prompts):
+        pictures.mul_(-5.0)
+        return pictures.mean((1, 2, 3))
+
+    told = rewards.score(darkens, images, ["a", "b", "c"])
+    torch.testing.assert_close(told, -5 * kept.mean((1, 2, 3)))
+    assert torch.equal(images, kept)
+    leaf = images.clone().requires_grad_()
+    rewards.differentiable_score(darkens, leaf, ["a", "b", "c"]).sum().backward()
+    assert torch.equal(leaf, kept)
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, torch.full_like(kept, -5 / 48))

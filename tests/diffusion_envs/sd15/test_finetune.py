@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ctrl.noise import normals_by_sample
-from diffusion_envs import objectives, rewards, samplers
+from diffusion_envs import objectives, rewards, samplers, sd15
 from diffusion_envs.models.stable_diffusion_pipeline import tiny_folder
 from diffusion_envs.runs.evaluation import HELD_OUT, evaluate
 from diffusion_envs.runs.exported import load_exported
@@ -293,3 +293,26 @@ def test_folders_that_are_not_pipelines_are_refused(tmp_path):
         finetune(reward=rewards.Colour(), model=tmp_path, output=tmp_path / "run", **SMALL)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         finetune(reward=rewards.Colour(), model="./nowhere", output=tmp_path / "run", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "place"),
+    [
+        (
+            "guidance",
+            1.0,
+            r"model=sd15\.StableDiffusion\(\.\.\.\), StableDiffusion\(guidance=1\.0\)",
+        ),
+        ("samples", 8, r"size=UpdateSize\(\.\.\.\), UpdateSize\(samples=8\)"),
+        ("evaluation_samples", 4, r"options=RunOptions\(\.\.\.\)"),
+    ],
+)
+def test_an_option_of_another_place_is_refused_with_its_place(name, value, place, tmp_path):
+    with pytest.raises(TypeError, match=f"^{name} is no argument of finetune: .*{place}"):
+        sd15.finetune(
+            reward=rewards.Colour("red"),
+            prompts=["a cat"],
+            output=tmp_path / "run",
+            **{name: value},
+        )
+    assert not (tmp_path / "run").exists()
