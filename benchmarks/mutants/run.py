@@ -34,6 +34,12 @@ TESTS = (
     "tests/ctrl",
     *(f"tests/diffusion_envs/{path.name}" for path in (ROOT / "tests/diffusion_envs").glob("*.py")),
     "tests/diffusion_envs/objectives",
+    "tests/diffusion_envs/training",
+    "tests/diffusion_envs/samplers",
+    "tests/diffusion_envs/exact",
+    "tests/diffusion_envs/models",
+    "tests/diffusion_envs/runs",
+    "tests/diffusion_envs/sd15",
     "tests/verification/test_statistics.py",
 )
 _SETTINGS = "_hypothesis_internal_use_settings"  # where hypothesis keeps a test's own
