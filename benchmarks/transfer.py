@@ -47,9 +47,8 @@ from benchmarks.contenders import Entry
 from benchmarks.exact_laws import ExactOutcome
 from diffusion_envs import objectives as o
 from diffusion_envs.exact import CorrectedScore, GaussianProblem, MixtureProblem, table
-from diffusion_envs.exact.problems import BoundSampler
 from diffusion_envs.runs.run_folder import versions
-from diffusion_envs.samplers import DDIM, Scheduler
+from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Scheduler
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 
@@ -120,9 +119,9 @@ class Options:
 
 
 @functools.cache
-def solvers() -> dict[tuple[str, int], BoundSampler]:
+def solvers() -> dict[tuple[str, int], BoundDDIM | BoundBlackBox]:
     """Everything that a trained policy is evaluated on, by name and number of steps."""
-    bound: dict[tuple[str, int], BoundSampler] = {}
+    bound: dict[tuple[str, int], BoundDDIM | BoundBlackBox] = {}
     for eta, steps in itertools.product((1.0, 0.0), (10, 25, 50, 100)):
         bound[f"DDIM eta {eta:g}", steps] = DDIM(eta).bind(table(), steps)
     black_boxes = {

@@ -1,6 +1,7 @@
 """A progress bar with the current numbers beside it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +15,16 @@ _COLUMNS = (
     TimeRemainingColumn(),
     TextColumn("{task.fields[numbers]}"),
 )
+
+
+@contextmanager
+def progress_bar(
+    name: str, total: int, *, done: int = 0, shown: bool = True
+) -> Iterator[Callable[[str], None]]:
+    """Within the context, call the result once a step with a line of numbers."""
+    with Progress(*_COLUMNS, disable=not shown) as progress:
+        task = progress.add_task(name, total=total, completed=done, numbers="")
+        yield lambda numbers: progress.update(task, advance=1, numbers=numbers)
 
 
 class ProgressBar(Callback):
