@@ -68,7 +68,7 @@ def chain(
     shift: Float[Tensor, " dim"],
     action_std: Float[Tensor, " steps"] | None = None,
 ) -> Affine:
-    """The steps of a sampler that plays score + gain x + shift, batched over the steps.
+    """The steps of a sampler whose action is score + gain x + shift, batched over the steps.
 
     Args:
         data: that the score belongs to.

@@ -28,8 +28,7 @@ class AffineCorrection(nn.Module):
 
     Args:
         dim: of the state.
-        degree: of the polynomials (Legendre's, on [0, 1]).
-        generator: unused draws nothing: the correction begins at 0.
+        degree: of the polynomials (Legendre's, on [0, 1]); they begin at 0.
     """
 
     def __init__(self, dim: int, degree: int = 5) -> None:
@@ -82,10 +81,11 @@ class NeuralCorrection(nn.Module):
 def legendre(alpha: Float[Tensor, " n"], terms: int) -> Float[Tensor, "n terms"]:
     """Legendre polynomials of 2 alpha - 1, by their recursion."""
     z = 2 * alpha - 1
-    found = [torch.ones_like(z), z]
+    polynomials = [torch.ones_like(z), z]
     for k in range(1, terms - 1):
-        found.append(((2 * k + 1) * z * found[-1] - k * found[-2]) / (k + 1))
-    return torch.stack(found[:terms], dim=1)
+        last, earlier = polynomials[-1], polynomials[-2]
+        polynomials.append(((2 * k + 1) * z * last - k * earlier) / (k + 1))
+    return torch.stack(polynomials[:terms], dim=1)
 
 
 Table = TypeVar("Table", DDPMTable, FlowTable)

@@ -211,7 +211,7 @@ def _check(
     updates: int,
     options: RunOptions,
 ) -> None:
-    """Refuse arguments that can be judged before anything is loaded."""
+    """Refuse arguments that can be checked before anything is loaded."""
     if not callable(reward):
         raise TypeError(f"reward must be callable, got {reward!r}")
     for name, value, bound in (("steps", steps, 1), ("updates", updates, 0)):

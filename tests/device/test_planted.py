@@ -95,9 +95,9 @@ MISTAKES = [
             update, "ScoreAsAction"),
     Mistake(f"{LOSSES}.noised_data.NoisedLosses._states",
             "sent(which, self.environment.device)", "which", update, "DiffusionNFT"),
-    Mistake("diffusion_envs.environment.Environment._judge",
-            "sent(self.judge(self.reward, images, prompts), self.device)",
-            "self.judge(self.reward, images, prompts).cpu()", update, "DDPO"),
+    Mistake("diffusion_envs.environment.Environment._score",
+            "sent(self.score_images(self.reward, images, prompts), self.device)",
+            "self.score_images(self.reward, images, prompts).cpu()", update, "DDPO"),
     # a generator of the CPU
     Mistake("ctrl.noise.fill_increments", "generator=generator",
             "generator=torch.Generator()", same_numbers, "simulate, generator"),
