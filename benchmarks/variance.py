@@ -346,11 +346,11 @@ class Measured:
         size, gradients = self.options.samples, []
         for batch in range(self.options.batches):
             part = rollout.chosen(torch.arange(batch * size, (batch + 1) * size))
-            lesson = self.trainer.losses(part)
+            update_losses = self.trainer.losses(part)
             generator = torch.Generator().manual_seed(batch)
             for parameter in self.parameters:
                 parameter.grad = None
-            for loss in lesson.losses(torch.arange(size // self.objective.group), generator):
+            for loss in update_losses.losses(torch.arange(size // self.objective.group), generator):
                 loss.backward()
             gradients.append(-flat([p.grad for p in self.parameters]))
         return torch.stack(gradients)

@@ -71,7 +71,7 @@ class Environment:
         self._denoises = shown is not None and shown.action == "denoised"
         if self._denoises and not isinstance(self.model, Denoiser):
             raise TypeError(
-                "the sampler starts where no signal is left, and there a score says nothing of the data; "
+                "the sampler starts where no signal is left, and there a score has no information; "
                 f"model must return the expected data, but {type(self.model).__name__} has no "
                 "method 'denoised': add it, or use a table whose last entry has some signal"
             )

@@ -82,7 +82,7 @@ class BlackBox:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """A black box by the name of its class in diffusers, made from a model's own schedule.
+    """A black box by the name of its class in diffusers, made from a model's own noise levels.
 
     Attributes:
         name: "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler", ...
