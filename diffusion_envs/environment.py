@@ -79,7 +79,7 @@ class Environment:
 
     @property
     def device(self) -> torch.device:
-        """The model's."""
+        """The model's device."""
         return self.model.device
 
     @property

@@ -99,7 +99,7 @@ class FromReward:
         samples: range,
         group: int,
     ) -> Float[Tensor, " paths"]:
-        """The rewards themselves."""
+        """Prefer the sample of larger reward: the rewards themselves."""
         return rewards
 
 
@@ -132,7 +132,7 @@ class BradleyTerry:
         samples: range,
         group: int,
     ) -> Float[Tensor, " paths"]:
-        """The rewards with noise."""
+        """Prefer by the rewards with noise added."""
         uniform = torch.stack(
             [
                 torch.rand((), generator=stream(self.seed, "choice", i), dtype=torch.float64)

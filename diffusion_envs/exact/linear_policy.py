@@ -35,7 +35,7 @@ class Steps:
 
     @classmethod
     def of(cls, sampler: GaussianSteps) -> "Steps":
-        """Those of a sampler with noise."""
+        """Coefficients of a sampler with noise."""
         return cls(
             sampler.noising_times,
             sampler.state_gain,

@@ -222,7 +222,7 @@ class GaussianProblem:
         return torch.stack(gains[::-1]), torch.stack(shifts[::-1])
 
     def best_law(self, sampler: GaussianSteps) -> Gaussian:
-        """What the chain's optimum generates."""
+        """Law that the chain's optimum generates."""
         return self.law_of(*self.best_correction(sampler), sampler)
 
     def law_of(
@@ -290,7 +290,7 @@ class MixtureProblem:
 
     @cached_property
     def grid(self) -> Float[Tensor, " points"]:
-        """States."""
+        """The states of the grid, evenly spaced."""
         return torch.linspace(-self.reach, self.reach, self.points, dtype=torch.float64)
 
     @cached_property

@@ -39,7 +39,7 @@ class AffineCorrection(nn.Module):
     def forward(
         self, states: Float[Tensor, "n dim"], alpha: Float[Tensor, " n"]
     ) -> Float[Tensor, "n dim"]:
-        """The correction."""
+        """The correction at every state."""
         basis = legendre(alpha, len(self.shift))
         gain, shift = self.coefficients(basis)
         return torch.einsum("nij,nj->ni", gain, states) + shift
@@ -71,7 +71,7 @@ class NeuralCorrection(nn.Module):
     def forward(
         self, states: Float[Tensor, "n dim"], alpha: Float[Tensor, " n"]
     ) -> Float[Tensor, "n dim"]:
-        """The correction."""
+        """The correction at every state."""
         seen = torch.cat([states, legendre(alpha, 6)[:, 1:].to(states)], dim=1)
         x = functional.silu(self.enter(seen))
         x = functional.silu(self.hidden(x) + x)
@@ -125,7 +125,7 @@ class _Corrected(ABC, Generic[Table]):
         return torch.zeros(len(prompts), 1, device=self.device)
 
     def features(self, condition: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
-        """Nothing, as one number a row."""
+        """Zeros, one number a row."""
         return condition
 
     def decode(self, states: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:

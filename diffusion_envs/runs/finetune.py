@@ -162,7 +162,7 @@ def finetune(
 
         stop = None
         if stopping is not None:
-            stop = stopping.told(trainer.update, reason, updates, len(options.judges))
+            stop = stopping.summary(trainer.update, reason, updates, len(options.judges))
             if reason is not None:
                 mine = stopping.decision.best if main else 0
                 best = parallel.broadcast_from_main(mine, accelerator)

@@ -35,15 +35,15 @@ class ProgressBar(Callback):
         self._task = self._progress.add_task("fine-tuning", total=total, completed=done, numbers="")
 
     def begin(self) -> None:
-        """Show it."""
+        """Show the bar."""
         self._progress.start()
 
     def after(self, numbers: Mapping[str, Any]) -> None:
-        """One update more."""
+        """Advance to this update."""
         nats = f"  path KL {numbers['path_kl']} nats" if "path_kl" in numbers else ""
         words = f"reward {numbers['reward']}{nats}"
         self._progress.update(self._task, completed=numbers["update"], numbers=words)
 
     def end(self) -> None:
-        """Leave it as it is."""
+        """Stop the bar, which stays on the screen."""
         self._progress.stop()

@@ -27,7 +27,7 @@ class Row:
     difference: Estimate  # paired
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """The same as plain JSON."""
         estimates = {n: getattr(self, n).as_dict() for n in ("before", "after", "difference")}
         return {"sampler": self.sampler, "steps": self.steps, **estimates}
 

@@ -39,7 +39,7 @@ class DDIM:
 
     @property
     def label(self) -> str:
-        """For tables and plots."""
+        """Name for tables and plots."""
         return f"DDIM eta {self.eta:g}"
 
     @overload
@@ -91,7 +91,7 @@ class BoundDDIM(GaussianSteps):
 
     @property
     def schedule(self) -> DDPMTable:
-        """The table."""
+        """The table of noise levels."""
         return self.table
 
     @cached_property

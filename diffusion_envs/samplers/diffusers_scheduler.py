@@ -102,12 +102,12 @@ class Scheduler:
 
     @property
     def has_density(self) -> bool:
-        """Never."""
+        """False: a black box has no density."""
         return False
 
     @property
     def label(self) -> str:
-        """For tables and plots."""
+        """Name for tables and plots."""
         options = ", ".join(f"{name}={value}" for name, value in self.options)
         return self.name.removesuffix("Scheduler") + (f" ({options})" if options else "")
 
@@ -174,12 +174,12 @@ class BoundBlackBox:
 
     @property
     def deterministic(self) -> bool:
-        """Not known."""
+        """False: whether its steps have noise is not known."""
         return False
 
     @property
     def has_density(self) -> bool:
-        """Never."""
+        """False: a black box has no density."""
         return False
 
     def sample(

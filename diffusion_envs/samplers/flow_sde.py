@@ -71,7 +71,7 @@ class FlowSDE:
 
     @property
     def label(self) -> str:
-        """For tables and plots."""
+        """Name for tables and plots."""
         return f"flow SDE a {self.noise_level:g}"
 
     def bind(
@@ -101,7 +101,7 @@ class CPS:
 
     @property
     def label(self) -> str:
-        """For tables and plots."""
+        """Name for tables and plots."""
         return f"CPS a {self.noise_level:g}"
 
     def bind(
@@ -122,12 +122,12 @@ class _OnFlow(GaussianSteps):
 
     @property
     def action(self) -> Action:
-        """The expected data."""
+        """The action is the expected data."""
         return "denoised"
 
     @property
     def schedule(self) -> FlowTable:
-        """The flow."""
+        """The flow's noise levels."""
         return self.table
 
     @cached_property
