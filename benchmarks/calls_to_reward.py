@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import Budget, Entry, Runs, TinyProblem, swept
+from benchmarks.compared_methods import Budget, Entry, Runs, TinyProblem, swept
 from diffusion_envs import objectives as o
 from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.samplers import Scheduler
@@ -59,7 +59,7 @@ def ladder(steps: int) -> dict[str, Entry]:
         f"{BASELINE}, {few} steps": Entry(lambda b: o.DDPO(), steps=few),
         "score-as-action, final rewards": Entry(partial(_ours, denoised=False)),
         "score-as-action": Entry(_ours),
-        "score-as-action, half of the steps trained": Entry(_ours, schedule=half),
+        "score-as-action, half of the steps trained": Entry(_ours, size=half),
         f"score-as-action, {few} steps": Entry(_ours, steps=few),
         f"DiffusionNFT, {few} steps of DPM-Solver++": Entry(
             lambda b: o.DiffusionNFT(), sampler=accurate, steps=few

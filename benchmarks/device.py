@@ -120,7 +120,7 @@ def model(device: str = NAME) -> TextToImageUNet:
 
 def trainer(objective: objectives.Objective, built: TextToImageUNet) -> Trainer:
     """A fresh trainer of a model."""
-    schedule = UpdateSize(samples=SAMPLES, batch=BATCH, value_epochs=1)
+    size = UpdateSize(samples=SAMPLES, batch=BATCH, value_epochs=1)
     environment = Environment(
         model=built,
         sampler=samplers.DDIM().bind(built.table, STEPS),
@@ -129,7 +129,7 @@ def trainer(objective: objectives.Objective, built: TextToImageUNet) -> Trainer:
         seed=0,
         batch=BATCH,
     )
-    return Trainer(environment, objective, schedule, accelerator=parallel.start())
+    return Trainer(environment, objective, size, accelerator=parallel.start())
 
 
 def without_rewards(counts: Counts) -> int:

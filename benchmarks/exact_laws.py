@@ -13,6 +13,7 @@ Target             The law proportional to data exp(reward / kl_weight). For any
 """
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from diffusion_envs.exact import (
 )
 from diffusion_envs.exact.gaussian import Affine, Gaussian, Quadratic
 from diffusion_envs.exact.linear_policy import Steps, kl_cost
-from diffusion_envs.exact.problems import BoundSampler, gaussian_kl
+from diffusion_envs.exact.problems import gaussian_kl
 from diffusion_envs.models.exact import legendre
 from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.samplers import BoundBlackBox, BoundDDIM
@@ -60,13 +61,14 @@ class ExactOutcome:
 
 def in_float64(score: CorrectedScore) -> CorrectedScore:
     """The same score, with a correction that answers in the precision of its states."""
-    return CorrectedScore(
-        score.exact, copy.deepcopy(score.correction).double(), score.alphas_cumprod
-    )
+    correction = copy.deepcopy(score.correction).double()
+    return dataclasses.replace(score, correction=correction)
 
 
 def evaluate(
-    problem: GaussianProblem | MixtureProblem, score: CorrectedScore, sampler: BoundSampler
+    problem: GaussianProblem | MixtureProblem,
+    score: CorrectedScore,
+    sampler: BoundDDIM | BoundBlackBox,
 ) -> ExactOutcome:
     """Evaluate the generated law of a score exactly; no random number enters."""
     score = in_float64(score)
@@ -103,7 +105,7 @@ def affine_map(
     return matrix, shift
 
 
-def generated(score: CorrectedScore, sampler: BoundSampler, dim: int) -> Gaussian:
+def generated(score: CorrectedScore, sampler: BoundDDIM | BoundBlackBox, dim: int) -> Gaussian:
     """Law of what an affine score generates from N(0, I); a black box computes in float32."""
     law = Gaussian(torch.zeros(dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64))
     if isinstance(sampler, BoundBlackBox):
@@ -137,7 +139,7 @@ def target_of(problem: GaussianProblem) -> Gaussian:
 
 
 def _evaluate_gaussian(
-    problem: GaussianProblem, score: CorrectedScore, sampler: BoundSampler
+    problem: GaussianProblem, score: CorrectedScore, sampler: BoundDDIM | BoundBlackBox
 ) -> ExactOutcome:
     dim = len(problem.mean)
     law = generated(score, sampler, dim)
@@ -184,7 +186,7 @@ def _log_data(problem: MixtureProblem, x: Tensor) -> Tensor:
 
 
 def _evaluate_mixture(
-    problem: MixtureProblem, score: CorrectedScore, sampler: BoundSampler
+    problem: MixtureProblem, score: CorrectedScore, sampler: BoundDDIM | BoundBlackBox
 ) -> ExactOutcome:
     if isinstance(sampler, BoundDDIM) and sampler.eta > 0:
         states = problem.grid[:, None]
@@ -214,7 +216,7 @@ def _best_mixture(problem: MixtureProblem, sampler: BoundDDIM) -> Tensor:
 
 
 def _evaluate_deterministic(
-    problem: MixtureProblem, score: CorrectedScore, sampler: BoundSampler
+    problem: MixtureProblem, score: CorrectedScore, sampler: BoundDDIM | BoundBlackBox
 ) -> ExactOutcome:
     start = torch.linspace(-5.5, 5.5, 2201, dtype=torch.float64)
     states = start[:, None]
@@ -270,7 +272,7 @@ def pretrained_score(problem: GaussianProblem | MixtureProblem, table: DDPMTable
     environment = problem.environment(sampler, 0)
     score = environment.model
     assert isinstance(score, CorrectedScore)
-    return CorrectedScore(score.exact, NoCorrection(), table.alphas_cumprod)
+    return dataclasses.replace(score, correction=NoCorrection())
 
 
 def optimal_score(problem: GaussianProblem | MixtureProblem, table: DDPMTable) -> CorrectedScore:
@@ -280,7 +282,7 @@ def optimal_score(problem: GaussianProblem | MixtureProblem, table: DDPMTable) -
         function = _gaussian_change(problem)
     else:
         function = _mixture_change(problem)
-    return CorrectedScore(score.exact, Correction(function), table.alphas_cumprod)
+    return dataclasses.replace(score, correction=Correction(function))
 
 
 def _gaussian_change(problem: GaussianProblem) -> Callable[[Tensor, Tensor], Tensor]:
@@ -361,7 +363,7 @@ def table_of_optimum(
         return correction
 
     score = pretrained_score(problem, sampler.table)
-    return CorrectedScore(score.exact, Correction(change), sampler.table.alphas_cumprod)
+    return dataclasses.replace(score, correction=Correction(change))
 
 
 # -- affine policies, differentiably --------------------------------------------------------------

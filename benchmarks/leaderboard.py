@@ -2,12 +2,12 @@
 
 Every method starts from the same pretrained model, gets the same adapter, optimiser and number of
 reward queries, and is evaluated on the same sampler; it trains on that sampler too, unless it
-learns from data and does better with another (``benchmarks.contenders``). Its learning rate falls
-linearly to 0 with the queries that are spent; where it begins is chosen by a sweep on seeds of its
-own, which widens until its best lies inside, and in which a run that falls far below the pretrained
-model on its way counts as that; then the method is run on the seeds that are reported. On problems
-whose optimum is known (``diffusion_envs.exact``) what is reported is exact, not sampled: the policy
-is evaluated on the chain of the evaluation's sampler,
+learns from data and does better with another (``benchmarks.compared_methods``). Its learning rate
+falls linearly to 0 with the queries that are spent; where it begins is chosen by a sweep on seeds
+of its own, which widens until its best lies inside, and in which a run that falls far below the
+pretrained model on its way counts as that; then the method is run on the seeds that are reported.
+On problems whose optimum is known (``diffusion_envs.exact``) what is reported is exact, not
+sampled: the policy is evaluated on the chain of the evaluation's sampler,
 
     share    (J - J_pretrained) / (J_optimum - J_pretrained),  J = E[reward] - kl_weight path KL
     KL       of the generated law from the optimum's, nats
@@ -44,7 +44,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import (
+from benchmarks.compared_methods import (
     PROBLEMS,
     Budget,
     Entry,

@@ -87,7 +87,7 @@ PARTS = (
         for name in ("adjoint_matching", "ddpo", "grpo", "ram", "score_as_action")
     ),
     "tests/diffusion_envs/samplers/test_flow_sde.py",
-    "tests/diffusion_envs/training/test_lessons.py",
+    "tests/diffusion_envs/training/test_update_losses.py",
 )  # fmt: skip
 LEFT_OUT = "not mistake and not refused"  # planted ones, as above; a refusal does not round
 # Without the checks of shapes, which a kernel cannot change: they take most of the time.

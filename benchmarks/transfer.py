@@ -42,14 +42,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import contenders, exact_laws
-from benchmarks.contenders import Entry
+from benchmarks import compared_methods, exact_laws
+from benchmarks.compared_methods import Entry
 from benchmarks.exact_laws import ExactOutcome
 from diffusion_envs import objectives as o
 from diffusion_envs.exact import CorrectedScore, GaussianProblem, MixtureProblem, table
-from diffusion_envs.exact.problems import BoundSampler
 from diffusion_envs.runs.run_folder import versions
-from diffusion_envs.samplers import DDIM, Scheduler
+from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Scheduler
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 
@@ -120,9 +119,9 @@ class Options:
 
 
 @functools.cache
-def solvers() -> dict[tuple[str, int], BoundSampler]:
+def solvers() -> dict[tuple[str, int], BoundDDIM | BoundBlackBox]:
     """Everything that a trained policy is evaluated on, by name and number of steps."""
-    bound: dict[tuple[str, int], BoundSampler] = {}
+    bound: dict[tuple[str, int], BoundDDIM | BoundBlackBox] = {}
     for eta, steps in itertools.product((1.0, 0.0), (10, 25, 50, 100)):
         bound[f"DDIM eta {eta:g}", steps] = DDIM(eta).bind(table(), steps)
     black_boxes = {
@@ -141,7 +140,7 @@ def solvers() -> dict[tuple[str, int], BoundSampler]:
 def methods() -> dict[str, Entry]:
     """Those of the leaderboard; RAM takes one optimiser step a roll-out, as all others."""
     ram = Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b, path_cost=True))
-    return contenders.methods() | {"ram (path cost)": ram}
+    return compared_methods.methods() | {"ram (path cost)": ram}
 
 
 def learning_rates(problem: str, names: Sequence[str]) -> dict[str, float]:
@@ -165,11 +164,11 @@ def train(
     environment = problem.environment(sampler, seed)
     settings: dict[str, Any] = {"samples": options.samples, "batch": 1_000_000, "weight_decay": 0.0}
     settings["value_batch"] = 6 * (steps + 1)
-    schedule = UpdateSize(**settings | dict(entry.schedule))
+    size = UpdateSize(**settings | dict(entry.size))
     objective = dataclasses.replace(entry.objective(problem.kl_weight), learning_rate=rate)
-    trainer = Trainer(environment, objective, schedule, accelerator=Accelerator(cpu=True))
-    began, budget = time.perf_counter(), contenders.Budget(queries=options.queries)
-    for _ in contenders.spend(trainer, budget):
+    trainer = Trainer(environment, objective, size, accelerator=Accelerator(cpu=True))
+    began, budget = time.perf_counter(), compared_methods.Budget(queries=options.queries)
+    for _ in compared_methods.spend(trainer, budget):
         pass
     score = environment.model
     assert isinstance(score, CorrectedScore)

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import Budget, TinyProblem, spend
+from benchmarks.compared_methods import Budget, TinyProblem, spend
 from ctrl import Estimate
 from diffusion_envs import objectives as o
 from diffusion_envs import rewards
@@ -94,8 +94,8 @@ def trained(training: Training, problem: TinyProblem, options: Options) -> Any:
     """An environment whose adapter has learned; its rate falls linearly to 0 with the calls."""
     sampler = DDIM(1.0).bind(problem.table, training.steps)
     environment = problem.environment(sampler, options.seed)
-    schedule = UpdateSize(samples=options.samples, weight_decay=0.0)
-    trainer = Trainer(environment, training.objective, schedule, accelerator=Accelerator(cpu=True))
+    size = UpdateSize(samples=options.samples, weight_decay=0.0)
+    trainer = Trainer(environment, training.objective, size, accelerator=Accelerator(cpu=True))
     budget = Budget(queries=10**9, calls=options.calls)
     for _ in spend(trainer, budget):
         pass

@@ -11,7 +11,7 @@ at most 1.3.
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ def record(
         calls.append(("vae", again))
         return call_decode(latents, **settings)
 
-    def recorded_reward(images: Tensor, prompts: list[str]) -> Tensor:
+    def recorded_reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
         def again() -> None:
             with torch.no_grad():
                 reward(images, prompts)

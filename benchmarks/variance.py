@@ -240,7 +240,7 @@ class Measured:
             for parameter, value in zip(self.parameters, weights, strict=True):
                 parameter.copy_(value)
         self.objective = estimator.objective(problem.kl_weight, self.sampler)
-        schedule = UpdateSize(
+        size = UpdateSize(
             samples=options.samples,
             batch=1_000_000,
             weight_decay=0.0,
@@ -250,7 +250,7 @@ class Measured:
         self.trainer = Trainer(
             self.environment,
             self.objective,
-            schedule,
+            size,
             accelerator=Accelerator(cpu=True),
         )
 
@@ -281,8 +281,9 @@ class Measured:
                 this one is added.
         """
         trainer, before = self.trainer, flat([p.detach() for p in self.parameters])
-        network = trainer.critic.network
-        network.calibrate(sample.rollout.rewards)
+        critic = trainer.critic
+        if critic is not None:
+            critic.network.calibrate(sample.rollout.rewards)
         trainer.update = 1  # the first one checks that the adapter is fresh
         for group in trainer.optimiser.param_groups:
             group["lr"] = 0.0
@@ -293,11 +294,12 @@ class Measured:
             "calls": self.environment.model.calls - calls,
         }
         if self.estimator.value == "network":
+            assert critic is not None
             if self.learns not in critics:
                 for _ in range(self.options.value_updates - 1):
                     trainer.step()
-                critics[self.learns] = network.state_dict()
-            network.load_state_dict(critics[self.learns])
+                critics[self.learns] = critic.network.state_dict()
+            critic.network.load_state_dict(critics[self.learns])
         assert bool((flat([p.detach() for p in self.parameters]) == before).all())
         return cost
 
@@ -318,6 +320,7 @@ class Measured:
         if not (isinstance(self.objective, o.PathObjective) and self.objective.needs_value):
             return None
         if self.estimator.value == "network":
+            assert self.trainer.critic is not None
             with torch.no_grad():
                 return self.trainer.critic.values(rollout, sample.denoised_rewards)
         if self.estimator.value == "none":
@@ -343,11 +346,11 @@ class Measured:
         size, gradients = self.options.samples, []
         for batch in range(self.options.batches):
             part = rollout.chosen(torch.arange(batch * size, (batch + 1) * size))
-            lesson = self.trainer.losses(part)
+            update_losses = self.trainer.losses(part)
             generator = torch.Generator().manual_seed(batch)
             for parameter in self.parameters:
                 parameter.grad = None
-            for loss in lesson.losses(torch.arange(size // self.objective.group), generator):
+            for loss in update_losses.losses(torch.arange(size // self.objective.group), generator):
                 loss.backward()
             gradients.append(-flat([p.grad for p in self.parameters]))
         return torch.stack(gradients)

@@ -177,10 +177,10 @@ def noising_bridge(
         ratio: signal left in Y of that in Y'.
     """
     _check_levels(noised, alpha, sigma)
-    spread = 1 - ratio.square()
-    total = ratio.square() * sigma.square() + spread  # variance of Y given the data
+    added = 1 - ratio.square()  # variance
+    total = ratio.square() * sigma.square() + added  # variance of Y given the data
     mean = alpha * data + ratio * sigma.square() / total * (noised - ratio * alpha * data)
-    return mean, sigma * (spread / total).sqrt()
+    return mean, sigma * (added / total).sqrt()
 
 
 def score_from_epsilon(states: State, epsilon: State, alpha: Level, sigma: Level) -> State:

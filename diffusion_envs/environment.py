@@ -24,7 +24,7 @@ from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
 
 Mean = Callable[[Tensor, Tensor], Tensor]  # (time, states) -> action
 Level = Callable[[Tensor], Tensor]  # time -> sigma
-Judge = Callable[[rewards.Reward, Tensor, Sequence[str]], Tensor]
+Scorer = Callable[[rewards.Reward, Tensor, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass
 class Environment:
-    """A generation SDE driven by a model, and the reward that judges its images.
+    """A generation SDE driven by a model, and the reward that scores its images.
 
     The action is the model's score, or its expected data where the sampler starts without signal
     (``samplers.gaussian_steps``).
@@ -47,11 +47,11 @@ class Environment:
     Attributes:
         model: the network; its adapter is the policy.
         sampler: transitions on a grid, or a black box.
-        reward: judges the pictures.
+        reward: what the pictures are scored by.
         prompts: what to ask for.
         seed: of the run.
-        judge: how a reward is asked: (reward, pictures, prompts) -> [n], checked.
-        batch: pictures that are decoded and judged at once; memory, not mathematics.
+        score_images: how a reward is asked: (reward, pictures, prompts) -> [n], checked.
+        batch: pictures that are decoded and scored at once; memory, not mathematics.
         reward_queries: so far.
         monitoring_calls: of the network, so far, that no method needs: they are in no budget.
     """
@@ -61,7 +61,7 @@ class Environment:
     reward: rewards.Reward
     prompts: Sequence[str]
     seed: int
-    judge: Judge = rewards.score
+    score_images: Scorer = rewards.score
     batch: int = 64
     reward_queries: int = field(default=0)
     monitoring_calls: int = field(default=0)
@@ -71,15 +71,15 @@ class Environment:
         self._denoises = shown is not None and shown.action == "denoised"
         if self._denoises and not isinstance(self.model, Denoiser):
             raise TypeError(
-                f"the sampler starts where no signal is left, and there a score tells nothing; "
-                f"model must tell the expected data, but {type(self.model).__name__} has no method "
-                "'denoised': add it, or use a table whose last entry has some signal"
+                "the sampler starts where no signal is left, and there a score has no information; "
+                f"model must return the expected data, but {type(self.model).__name__} has no "
+                "method 'denoised': add it, or use a table whose last entry has some signal"
             )
         self._conditions = self.model.condition(list(self.prompts))
 
     @property
     def device(self) -> torch.device:
-        """The model's."""
+        """The model's device."""
         return self.model.device
 
     @property
@@ -108,6 +108,10 @@ class Environment:
     def condition_of(self, prompt: Int64[Tensor, " rows"]) -> Condition:
         """What the model is conditioned on in each row, by the index of its prompt."""
         return self._conditions[sent(prompt, self.device)]
+
+    def prompts_of(self, condition: Int64[Tensor, " rows"]) -> list[str]:
+        """The prompt of each row, by its index."""
+        return [self.prompts[int(k)] for k in condition.tolist()]
 
     def features_of(self, prompt: Int64[Tensor, " rows"]) -> Float[Tensor, "rows width"]:
         """The same as one vector a row, for a value network."""
@@ -155,7 +159,7 @@ class Environment:
             condition: index of each path's prompt.
             stream: names the noise, so that evaluation never sees training's.
             denoised: also reward the denoised image at every node (as the value network needs).
-            group: paths in a row that are judged together.
+            group: paths in a row that are scored together.
             shared_start: whether they share their starting noise.
             reference: whether the pretrained model's actions, and so the path KL, are computed; the
                 KL is NaN otherwise.
@@ -187,18 +191,19 @@ class Environment:
             noise=ctrl.Noise(increments=normals * widths, actions=drawn),
             keep=("states", "actions"),
         )
+        assert paths.actions is not None  # they are kept
         before, scores = paths.states[:, :-1], torch.stack(means, dim=1)
         pretrained = None
         if reference:
             pretrained = self._pretrained_scores(before, condition, counted=count_reference)
-        prompts = [self.prompts[k] for k in condition.tolist()]
+        prompts = self.prompts_of(condition)
         images, achieved = self._pictures_and_rewards(paths.states[:, -1], prompts)
         denoised_rewards = None
         if denoised:
             guesses = sampler.denoised(before, scores).flatten(0, 1)
             repeated = [prompt for prompt in prompts for _ in range(steps)]
-            judged = self._rewards(guesses, repeated).view(-1, steps)
-            denoised_rewards = torch.cat([judged, achieved[:, None]], dim=1)
+            earlier = self._rewards(guesses, repeated).view(-1, steps)
+            denoised_rewards = torch.cat([earlier, achieved[:, None]], dim=1)
         rollout = Rollout(
             states=paths.states,
             means=scores,
@@ -255,7 +260,7 @@ class Environment:
             start,
             generators,
         )
-        prompts = [self.prompts[k] for k in condition.tolist()]
+        prompts = self.prompts_of(condition)
         images, achieved = self._pictures_and_rewards(data, prompts)
         none = data.new_empty(len(data), 0, *data.shape[1:])
         rollout = Rollout(
@@ -297,7 +302,7 @@ class Environment:
             RewardError: the reward raised, or did not return one finite number with a gradient for
                 each state.
         """
-        prompts = [self.prompts[k] for k in condition.tolist()]
+        prompts = self.prompts_of(condition)
         self.reward_queries += len(states)
         images = self.model.decode(states)
         assert images.requires_grad or not (states.requires_grad and torch.is_grad_enabled())
@@ -306,12 +311,12 @@ class Environment:
     def reward_gradient(self, states: Tensor, condition: Int64[Tensor, " paths"]) -> Tensor:
         """Gradient of the reward with respect to the states, which are decoded."""
         with torch.enable_grad():
-            asked = states.detach().requires_grad_()
-            total = self.differentiable_reward(asked, condition).sum()
-            return torch.autograd.grad(total, asked)[0]
+            leaf = states.detach().requires_grad_()
+            total = self.differentiable_reward(leaf, condition).sum()
+            return torch.autograd.grad(total, leaf)[0]
 
     def _costs(self, scores: Tensor, pretrained: Tensor | None) -> Float[Tensor, "paths steps"]:
-        """Path KL of every step, nats; NaN where the pretrained model was not asked."""
+        """Path KL of every step, nats; NaN without the pretrained model's actions."""
         if pretrained is None:
             return scores.new_full(scores.shape[:2], math.nan)
         return self.steps.path_kl(scores, pretrained)
@@ -321,16 +326,16 @@ class Environment:
     ) -> tuple[Float[Tensor, " n *picture"], Float[Tensor, " n"]]:
         images = torch.cat([self.model.decode(part) for part in states.split(self.batch)])
         parts = zip(images.split(self.batch), _split(prompts, self.batch), strict=True)
-        return images, torch.cat([self._judge(*part) for part in parts])
+        return images, torch.cat([self._score(*part) for part in parts])
 
     def _rewards(self, states: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
         """Rewards of many states, of which few pictures are held at once."""
         parts = zip(states.split(self.batch), _split(prompts, self.batch), strict=True)
-        return torch.cat([self._judge(self.model.decode(x), words) for x, words in parts])
+        return torch.cat([self._score(self.model.decode(x), words) for x, words in parts])
 
-    def _judge(self, images: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
+    def _score(self, images: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
         self.reward_queries += len(images)
-        return sent(self.judge(self.reward, images, prompts), self.device)
+        return sent(self.score_images(self.reward, images, prompts), self.device)
 
     def _starts(self, stream: str, samples: range, shared: int) -> Float[Tensor, " paths *event"]:
         """Starting noise of every path: its own, or that of every ``shared`` paths in a row."""

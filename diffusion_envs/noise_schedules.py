@@ -167,7 +167,7 @@ class VE:
         return 2 * math.log(self.high / self.low)
 
     def alpha(self, s: Times) -> Times:
-        """One."""
+        """Signal 1 at every time."""
         return torch.ones_like(s)
 
     def sigma(self, s: Times) -> Times:
@@ -175,7 +175,7 @@ class VE:
         return self.low * (self._rate * s).expm1().sqrt()
 
     def drift_coefficient(self, s: Times) -> Times:
-        """Zero."""
+        """No drift."""
         return torch.zeros_like(s)
 
     def g2(self, s: Times) -> Times:
@@ -209,7 +209,7 @@ class RectifiedFlow:
         return 1 - s
 
     def sigma(self, s: Times) -> Times:
-        """The time itself."""
+        """Noise s: the time itself."""
         return s
 
     def drift_coefficient(self, s: Times) -> Times:

@@ -72,7 +72,7 @@ def compare(
         MissingChoicesError: it cannot answer yet.
     """
     answer = preference(images, prompts, rewards, samples, group)
-    found = as_like(torch.as_tensor(answer), rewards)
+    preferences = as_like(torch.as_tensor(answer), rewards)
 
     def refused() -> ValueError:
         name = getattr(preference, "__name__", type(preference).__name__)
@@ -81,10 +81,10 @@ def compare(
             f"got {answer!r:.200}"
         )
 
-    if found.shape != rewards.shape:
+    if preferences.shape != rewards.shape:
         raise refused()
-    require(found.isfinite().all(), refused)
-    return found
+    require(preferences.isfinite().all(), refused)
+    return preferences
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class FromReward:
         samples: range,
         group: int,
     ) -> Float[Tensor, " paths"]:
-        """The rewards themselves."""
+        """Prefer the sample of larger reward: the rewards themselves."""
         return rewards
 
 
@@ -132,7 +132,7 @@ class BradleyTerry:
         samples: range,
         group: int,
     ) -> Float[Tensor, " paths"]:
-        """The rewards with noise."""
+        """Prefer by the rewards with noise added."""
         uniform = torch.stack(
             [
                 torch.rand((), generator=stream(self.seed, "choice", i), dtype=torch.float64)
@@ -172,7 +172,7 @@ class Recorded:
             ValueError: a line is no choice, or orders other samples than a group's.
         """
         orders = self._orders()
-        found = torch.zeros(len(samples), dtype=rewards.dtype)
+        ranks = torch.zeros(len(samples), dtype=rewards.dtype)
         missing: list[list[int]] = []
         for first in range(0, len(samples), group):
             members = list(samples[first : first + group])
@@ -181,7 +181,7 @@ class Recorded:
                 missing.append(members)
                 continue
             for place, sample in enumerate(order):
-                found[first + members.index(sample)] = -float(place)
+                ranks[first + members.index(sample)] = -float(place)
         if missing:
             places = [samples.index(sample) for members in missing for sample in members]
             kind = "" if Path(self.path).is_file() else " (there is no such file yet)"
@@ -193,7 +193,7 @@ class Recorded:
                 images=images[places],
                 prompts=[prompts[k] for k in places],
             )
-        return sent(found, rewards.device)
+        return sent(ranks, rewards.device)
 
     def _orders(self) -> dict[frozenset[int], list[int]]:
         path = Path(self.path)

@@ -29,7 +29,7 @@ class Rollout:
     rewards: Float[Tensor, " paths"]
     step_sizes: Float[Tensor, " steps"]  # the sampler's clock; DDIM's is int g^2 dt
     condition: Int64[Tensor, " paths"]  # index of the prompt
-    group: int = 1  # paths in a row that share a prompt, and are judged together
+    group: int = 1  # paths in a row that share a prompt, and are compared together
     preferences: Float[Tensor, " paths"] | None = None  # larger is preferred within a group
 
     def chosen(self, rows: Int64[Tensor, " rows"]) -> "Rollout":

@@ -130,7 +130,7 @@ def _plain(model: TextToImageUNet, environment: Environment, steps: int, batch: 
     levels = len(model.table.alphas_cumprod)
     timesteps = torch.linspace(levels - 1, levels / steps, steps).long().tolist()
 
-    def judge(latents: torch.Tensor) -> torch.Tensor:
+    def reward(latents: torch.Tensor) -> torch.Tensor:
         images = model.decode(latents)
         return environment.reward(images, PROMPTS[:1] * len(images))
 
@@ -140,7 +140,7 @@ def _plain(model: TextToImageUNet, environment: Environment, steps: int, batch: 
         timesteps=timesteps,
         context=model.condition(PROMPTS[:1]),
         event=model.event,
-        judge=judge,
+        reward=reward,
         optimiser=torch.optim.AdamW(model.parameters, lr=1e-4),
         batch=batch,
         dtype=model.precision,

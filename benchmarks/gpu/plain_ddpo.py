@@ -23,7 +23,7 @@ class PlainDDPO:
         timesteps: of the sampler, from noise to data.
         context: embedded prompt, [1, tokens, width].
         event: of a latent.
-        judge: latents -> rewards.
+        reward: latents -> rewards.
         optimiser: of the adapter.
         batch: rows that go through the network at once.
         dtype: the network's.
@@ -35,7 +35,7 @@ class PlainDDPO:
     timesteps: list[int]
     context: Tensor
     event: tuple[int, ...]
-    judge: Callable[[Tensor], Tensor]
+    reward: Callable[[Tensor], Tensor]
     optimiser: torch.optim.Optimizer
     batch: int
     dtype: torch.dtype
@@ -56,12 +56,12 @@ class PlainDDPO:
         return mean, math.sqrt(variance)
 
     def log_prob(self, k: int, x: Tensor, after: Tensor) -> Tensor:
-        """Of a step, averaged over pixels, as published."""
+        """Log-density of a step, averaged over pixels, as published."""
         mean, std = self.transition(k, x)
         return -((after - mean) / std).square().flatten(1).mean(1) / 2
 
     def update(self, samples: int, generator: torch.Generator) -> dict[str, float]:
-        """Sample, judge and improve; the mean reward."""
+        """Sample, score and improve; the mean reward."""
         device = self.context.device
         parts = []
         with torch.no_grad():
@@ -74,7 +74,7 @@ class PlainDDPO:
                     noise = torch.randn(mean.shape, device=device, generator=generator)
                     states.append(mean + std * noise)
                     old.append(-noise.square().flatten(1).mean(1) / 2)
-                parts.append((torch.stack(states), torch.stack(old), self.judge(states[-1])))
+                parts.append((torch.stack(states), torch.stack(old), self.reward(states[-1])))
         rewards = torch.cat([part[2] for part in parts]).float()
         advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-6)).split(self.batch)
         self.optimiser.zero_grad()

@@ -35,6 +35,7 @@ def rows(where: Device) -> Iterator[dict[str, Any]]:
                 options=RunOptions(evaluation_samples=samples, progress=False),
                 resume=resume,
             )
+            assert done.path_kl is not None  # DDIM has noise in every step
             return {
                 "case": f"{name}, to update {updates}",
                 "seconds": time.perf_counter() - began,

@@ -39,13 +39,13 @@ def class_of(prompt: str) -> int | None:
     None also where it names two: then it has no one class.
     """
     words = set(re.findall(r"[a-z]+", prompt.lower()))
-    found = {
+    named = {
         label
         for label, name in enumerate(CLASSES)
         for noun in SYNONYMS.get(name, (name,))
         if noun in words or noun + "s" in words
     }
-    return found.pop() if len(found) == 1 else None
+    return named.pop() if len(named) == 1 else None
 
 
 class LabelledImages(NamedTuple):

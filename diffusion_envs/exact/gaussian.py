@@ -78,18 +78,18 @@ class Quadratic:
         return self.slope - _apply(self.curvature, x)
 
     def expectation(self, law: Gaussian) -> Float[Tensor, "*batch"]:
-        """E[self(X)], X of the given law."""
-        spread = torch.einsum("...ij,...ji->...", self.curvature, law.covariance)
-        return self(law.mean) - 0.5 * spread
+        """E[self(X)], X of this law."""
+        variance = torch.einsum("...ij,...ji->...", self.curvature, law.covariance)
+        return self(law.mean) - 0.5 * variance
 
     def before(self, step: "Affine") -> "Quadratic":
         """x -> E[self(X')], X' one step after x."""
         carried = self.slope - _apply(self.curvature, step.shift)
-        spread = torch.einsum("...ij,...ji->...", self.curvature, step.covariance)
+        variance = torch.einsum("...ij,...ji->...", self.curvature, step.covariance)
         return Quadratic(
             step.matrix.mT @ self.curvature @ step.matrix,
             _apply(step.matrix.mT, carried),
-            self(step.shift) - 0.5 * spread,
+            self(step.shift) - 0.5 * variance,
         )
 
     def __add__(self, other: "Quadratic") -> "Quadratic":
@@ -109,7 +109,7 @@ class Affine:
     covariance: Matrix
 
     def after(self, law: Gaussian) -> Gaussian:
-        """The law of X' if X has the given one."""
+        """The law of X' if X has this one."""
         return Gaussian(
             _apply(self.matrix, law.mean) + self.shift,
             self.matrix @ law.covariance @ self.matrix.mT + self.covariance,
@@ -268,8 +268,8 @@ def optimal_value(
             than the tails of X_end given X_s fall. It may be finite where the tilt is not.
     """
     step = transition(data, schedule, s, s_end)
-    spread, vectors = torch.linalg.eigh(step.covariance.detach())
-    root = (vectors * spread.clamp(min=0).sqrt()) @ vectors.mT
+    variances, vectors = torch.linalg.eigh(step.covariance.detach())
+    root = (vectors * variances.clamp(min=0).sqrt()) @ vectors.mT
     _require_finite_mass(root, reward.curvature.detach(), kl_weight)
     curvature, slope = reward.curvature / kl_weight, reward.slope / kl_weight
     inner = torch.eye(len(slope)).to(slope) + step.covariance @ curvature

@@ -35,7 +35,7 @@ class Steps:
 
     @classmethod
     def of(cls, sampler: GaussianSteps) -> "Steps":
-        """Those of a sampler with noise."""
+        """Coefficients of a sampler with noise."""
         return cls(
             sampler.noising_times,
             sampler.state_gain,
@@ -68,7 +68,7 @@ def chain(
     shift: Float[Tensor, " dim"],
     action_std: Float[Tensor, " steps"] | None = None,
 ) -> Affine:
-    """The steps of a sampler that plays score + gain x + shift, batched over the steps.
+    """The steps of a sampler whose action is score + gain x + shift, batched over the steps.
 
     Args:
         data: that the score belongs to.

@@ -1,4 +1,4 @@
-"""Fine-tuning problems whose optimum is known: what a method reaches can be told exactly.
+"""Fine-tuning problems whose optimum is known: what a method reaches is computed exactly.
 
 Data of a known law, its exact noised score (on a rectified flow its exact expected data) as the
 pretrained model, a reward of the generated vector, and reward per nat of path KL. For any policy
@@ -48,7 +48,7 @@ def table(steps: int = 1000, least: float = 0.1, most: float = 20.0) -> DDPMTabl
 
 @dataclass(frozen=True)
 class Outcome:
-    """A policy, judged exactly on a sampler's chain.
+    """What a policy reaches on a sampler's chain, exactly.
 
     Attributes:
         reward: expected.
@@ -100,7 +100,7 @@ def _environment(
         reward=reward,
         prompts=["-"],
         seed=seed,
-        judge=lambda asked, states, prompts: asked(states, prompts).detach(),
+        score_images=lambda reward, states, prompts: reward(states, prompts).detach(),
     )
 
 
@@ -174,13 +174,13 @@ class GaussianProblem:
         shift: Float[Tensor, "steps dim"],
         sampler: GaussianSteps,
     ) -> Outcome:
-        """Of the pretrained action plus gain x + shift at every step; float64."""
+        """Outcome of the pretrained action plus gain x + shift at every step; float64."""
         steps = Steps.of(sampler)
         law, paid = self._start(), 0.0
         pretrained = self._pretrained(sampler)
         for k in range(len(steps.std)):
             paid -= float(_paid(steps.cost[k], gain[k], shift[k]).expectation(law))
-            law = _moved(pretrained, steps, k, gain[k], shift[k]).after(law)
+            law = _controlled_step(pretrained, steps, k, gain[k], shift[k]).after(law)
         reward = float(self.quadratic.expectation(law))
         objective = reward - self.kl_weight * paid
         return Outcome(reward, paid, objective, gaussian_kl(law, self.best_law(sampler)))
@@ -209,7 +209,7 @@ class GaussianProblem:
         unit = torch.eye(len(self.mean), dtype=torch.float64)
         value, gains, shifts = self.quadratic, [], []
         for k in reversed(range(len(steps.std))):
-            free = _moved(pretrained, steps, k, 0 * unit, 0 * unit[0])
+            free = _controlled_step(pretrained, steps, k, 0 * unit, 0 * unit[0])
             b, price = steps.score_gain[k], self.kl_weight * steps.cost[k]
             # gradient in u: b (slope - Q (mean + b u)) - price u = 0
             hessian = price * unit + b**2 * value.curvature
@@ -217,12 +217,12 @@ class GaussianProblem:
             shift = b * torch.linalg.solve(hessian, value.slope - value.curvature @ free.shift)
             gains.append(gain)
             shifts.append(shift)
-            moved = _moved(pretrained, steps, k, gain, shift)
-            value = value.before(moved) + _paid(price, gain, shift)
+            step = _controlled_step(pretrained, steps, k, gain, shift)
+            value = value.before(step) + _paid(price, gain, shift)
         return torch.stack(gains[::-1]), torch.stack(shifts[::-1])
 
     def best_law(self, sampler: GaussianSteps) -> Gaussian:
-        """What the chain's optimum generates."""
+        """Law that the chain's optimum generates."""
         return self.law_of(*self.best_correction(sampler), sampler)
 
     def law_of(
@@ -234,11 +234,11 @@ class GaussianProblem:
         """What the pretrained action plus gain x + shift generates; float64."""
         steps, pretrained, law = Steps.of(sampler), self._pretrained(sampler), self._start()
         for k in range(len(steps.std)):
-            law = _moved(pretrained, steps, k, gain[k], shift[k]).after(law)
+            law = _controlled_step(pretrained, steps, k, gain[k], shift[k]).after(law)
         return law
 
 
-def _moved(
+def _controlled_step(
     pretrained: tuple[Tensor, Tensor], steps: Steps, k: int, gain: Tensor, shift: Tensor
 ) -> Affine:
     """Step k under the pretrained action plus gain x + shift."""
@@ -290,24 +290,26 @@ class MixtureProblem:
 
     @cached_property
     def grid(self) -> Float[Tensor, " points"]:
-        """States."""
+        """The states of the grid, evenly spaced."""
         return torch.linspace(-self.reach, self.reach, self.points, dtype=torch.float64)
 
     @cached_property
     def rewards(self) -> Float[Tensor, " points"]:
-        """Of every state of the grid."""
+        """Rewards of the grid's states."""
         return self.reward(self.grid[:, None], ["-"] * self.points)
 
     def exact_score(self, states: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """Of the noised mixture; states [n, 1], levels [n]."""
+        """Score of the noised mixture; states [n, 1], levels [n]."""
         means, stds, weights = (
             as_like(torch.tensor(v), states) for v in (self.means, self.stds, self.weights)
         )
         centre = alpha[:, None] * means
-        spread = alpha[:, None].square() * stds.square() + sigma[:, None].square()
+        variance = alpha[:, None].square() * stds.square() + sigma[:, None].square()
         gap = states - centre
-        share = torch.softmax(weights.log() - 0.5 * spread.log() - 0.5 * gap.square() / spread, 1)
-        return -(share * gap / spread).sum(1, keepdim=True)
+        share = torch.softmax(
+            weights.log() - 0.5 * variance.log() - 0.5 * gap.square() / variance, 1
+        )
+        return -(share * gap / variance).sum(1, keepdim=True)
 
     def environment(
         self, sampler: BoundSampler, seed: int, device: torch.device | str = "cpu"
@@ -364,9 +366,9 @@ class MixtureProblem:
     def _carried(self, law: Tensor, means: Tensor, std: Tensor) -> Tensor:
         low, share, weight = self._step(means, std)
         mass = weight * law[:, None]
-        found = torch.zeros_like(law)
-        found.index_add_(0, low.flatten(), (mass * share).flatten())
-        return found.index_add_(0, (low + 1).flatten(), (mass * (1 - share)).flatten())
+        carried = torch.zeros_like(law)
+        carried.index_add_(0, low.flatten(), (mass * share).flatten())
+        return carried.index_add_(0, (low + 1).flatten(), (mass * (1 - share)).flatten())
 
     def _costs(self, sampler: BoundDDIM) -> Tensor:
         return sampler.kl_factor * sampler.integrated_g2
@@ -389,7 +391,7 @@ class MixtureProblem:
         return law, paid
 
     def outcome_of(self, changes: Float[Tensor, "steps points"], sampler: BoundDDIM) -> Outcome:
-        """Of the pretrained score plus these changes, as in ``law_of``."""
+        """Outcome of the pretrained score plus these changes, as in ``law_of``."""
         law, paid = self.law_of(changes, sampler)
         best, _ = self.law_of(self.best_correction(sampler), sampler)
         reward = float(law @ self.rewards)

@@ -28,8 +28,7 @@ class AffineCorrection(nn.Module):
 
     Args:
         dim: of the state.
-        degree: of the polynomials (Legendre's, on [0, 1]).
-        generator: unused draws nothing: the correction begins at 0.
+        degree: of the polynomials (Legendre's, on [0, 1]); they begin at 0.
     """
 
     def __init__(self, dim: int, degree: int = 5) -> None:
@@ -40,7 +39,7 @@ class AffineCorrection(nn.Module):
     def forward(
         self, states: Float[Tensor, "n dim"], alpha: Float[Tensor, " n"]
     ) -> Float[Tensor, "n dim"]:
-        """The correction."""
+        """The correction at every state."""
         basis = legendre(alpha, len(self.shift))
         gain, shift = self.coefficients(basis)
         return torch.einsum("nij,nj->ni", gain, states) + shift
@@ -72,7 +71,7 @@ class NeuralCorrection(nn.Module):
     def forward(
         self, states: Float[Tensor, "n dim"], alpha: Float[Tensor, " n"]
     ) -> Float[Tensor, "n dim"]:
-        """The correction."""
+        """The correction at every state."""
         seen = torch.cat([states, legendre(alpha, 6)[:, 1:].to(states)], dim=1)
         x = functional.silu(self.enter(seen))
         x = functional.silu(self.hidden(x) + x)
@@ -82,10 +81,11 @@ class NeuralCorrection(nn.Module):
 def legendre(alpha: Float[Tensor, " n"], terms: int) -> Float[Tensor, "n terms"]:
     """Legendre polynomials of 2 alpha - 1, by their recursion."""
     z = 2 * alpha - 1
-    found = [torch.ones_like(z), z]
+    polynomials = [torch.ones_like(z), z]
     for k in range(1, terms - 1):
-        found.append(((2 * k + 1) * z * found[-1] - k * found[-2]) / (k + 1))
-    return torch.stack(found[:terms], dim=1)
+        last, earlier = polynomials[-1], polynomials[-2]
+        polynomials.append(((2 * k + 1) * z * last - k * earlier) / (k + 1))
+    return torch.stack(polynomials[:terms], dim=1)
 
 
 Table = TypeVar("Table", DDPMTable, FlowTable)
@@ -125,7 +125,7 @@ class _Corrected(ABC, Generic[Table]):
         return torch.zeros(len(prompts), 1, device=self.device)
 
     def features(self, condition: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
-        """Nothing, as one number a row."""
+        """Zeros, one number a row."""
         return condition
 
     def decode(self, states: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:

@@ -29,7 +29,7 @@ def trained_levels(scheduler: Any) -> DDPMTable:
 
     That is the offset 1 and an end at the table's first entry, where the last transition still has
     a density: diffusers' ``DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False,
-    steps_offset=1, clip_sample=False)``. Whether the scheduler clips is its own affair.
+    steps_offset=1, clip_sample=False)``. Whether the scheduler clips is not checked.
 
     Raises:
         ValueError: there is no table, or it ends at alpha = 0.

@@ -37,7 +37,7 @@ class GuidedScore:
 
     Attributes:
         unet: a diffusers UNet2DConditionModel with its adapter attached.
-        alphas_cumprod: of the model's schedule, one entry a timestep.
+        alphas_cumprod: of the model's noise levels, one entry a timestep.
         prediction_type: "epsilon", "sample" or "v_prediction", as in diffusers.
         guidance: scale, at least 1, which is none (and costs one network call instead of two):
             diffusers uses none below 1 either, so those scales are refused.

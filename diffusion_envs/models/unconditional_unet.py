@@ -146,7 +146,7 @@ class UnconditionalUNet:
         return torch.zeros(len(prompts), 1, device=self.device)
 
     def features(self, condition: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
-        """Nothing, as one number a row."""
+        """Zeros, one number a row."""
         return condition
 
     def __call__(

@@ -175,7 +175,7 @@ class AdjointMatching(PathObjective):
         return torch.zeros_like(rollout.costs)
 
     def rows(self, common: Rows, steps: Steps) -> AdjointRows:
-        """With the adjoints."""
+        """Rows with their adjoint targets."""
         assert steps.targets is not None
         return AdjointRows(**vars(common), adjoint=steps.targets)
 

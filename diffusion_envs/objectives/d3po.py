@@ -89,7 +89,7 @@ class D3PO(PathObjective):
 
     @property
     def group(self) -> int:
-        """Pairs."""
+        """Two: a group is a pair."""
         return 2
 
     @property
@@ -115,7 +115,7 @@ class D3PO(PathObjective):
         return torch.zeros_like(rollout.costs)
 
     def rows(self, common: Rows, steps: Steps) -> PreferenceRows:
-        """With the preferences."""
+        """Rows with the preferences of their paths."""
         return PreferenceRows(**vars(common), preference=preference_of(steps))
 
     def loss(self, rows: PreferenceRows) -> Float[Tensor, " rows"]:

@@ -81,7 +81,7 @@ class _DDPO(PathObjective):
 
     @property
     def needs_reference(self) -> bool:
-        """No: no KL is charged."""
+        """False: no KL is charged."""
         return False
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
@@ -116,7 +116,7 @@ class DDPO(_DDPO):
             require_positive(clip_per_pixel=self.clip_per_pixel)
 
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
-        """The same at every step."""
+        """Half-width of the trusted log-ratios, the same at every step."""
         return trusted_width(rows, self.clip, self.clip_per_pixel)
 
     def loss(self, rows: Rows) -> Float[Tensor, " rows"]:

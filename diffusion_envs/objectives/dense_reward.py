@@ -109,7 +109,7 @@ class DenseReward(PathObjective):
 
     @property
     def group(self) -> int:
-        """All members."""
+        """How many paths share a prompt: all members."""
         return self.members
 
     def step_probabilities(self, steps: int) -> Float[Tensor, " steps"] | None:

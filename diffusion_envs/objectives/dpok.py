@@ -111,7 +111,7 @@ class DPOK(PathObjective):
 
     @property
     def needs_reference(self) -> bool:
-        """If a KL is charged."""
+        """Whether a KL is charged."""
         return self.kl_weight > 0
 
     @property
@@ -129,11 +129,11 @@ class DPOK(PathObjective):
         return gains - self.cost_weight * later
 
     def rows(self, common: Rows, steps: Steps) -> NoiseLevelRows:
-        """With the noise levels."""
+        """Rows with their noise levels."""
         return NoiseLevelRows(**vars(common), sigma=steps.at_step(steps.sampler.sigma[:-1]))
 
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
-        """The same at every step."""
+        """Half-width of the trusted log-ratios, the same at every step."""
         return trusted_width(rows, self.clip, self.clip_per_pixel)
 
     def loss(self, rows: Rows) -> Float[Tensor, " rows"]:

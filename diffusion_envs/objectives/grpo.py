@@ -102,7 +102,7 @@ class GRPO(PathObjective):
 
     @property
     def needs_reference(self) -> bool:
-        """If a KL is charged."""
+        """Whether a KL is charged."""
         return self.kl_weight > 0
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
@@ -114,7 +114,7 @@ class GRPO(PathObjective):
         return clipped[:, None].expand_as(rollout.costs)
 
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
-        """The same at every step."""
+        """Half-width of the trusted log-ratios, the same at every step."""
         return trusted_width(rows, self.clip, self.clip_per_pixel)
 
     def loss(self, rows: Rows) -> Float[Tensor, " rows"]:

@@ -23,7 +23,7 @@ class BackpropObjective(Objective):
 
     @abstractmethod
     def cut(self, steps: int, generator: Generator) -> tuple[int, int]:
-        """First step that is differentiated, and the step after which the image is looked at.
+        """First step that is differentiated, and the step after which the image is scored.
 
         The second is ``steps`` for the finished image; earlier ones show the denoised one.
         """
@@ -32,7 +32,7 @@ class BackpropObjective(Objective):
     def loss(
         self, rewards: Float[Tensor, " paths"], path_kl: Float[Tensor, " paths"]
     ) -> Float[Tensor, " paths"]:
-        """Of each path; both arguments carry gradients.
+        """Loss of each path; both arguments carry gradients.
 
         The KL is that of the differentiated steps; 0 if it is not charged (``needs_reference``).
         """

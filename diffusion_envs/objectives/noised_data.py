@@ -84,7 +84,7 @@ class NoisedObjective(Objective):
 def drawn_levels(
     paths: int, draws: int, first: int, end: int, generator: Generator
 ) -> Int64[Tensor, "paths draws"]:
-    """Timesteps from ``first`` to before ``end``, each with equal probability, evenly spread.
+    """Timesteps from ``first`` to before ``end``, each with equal probability, stratified.
 
     One falls into each of as many equal intervals as are drawn. The two draws of a pair (first half
     and second half of a path's) share theirs; an odd one has its own.
@@ -92,8 +92,8 @@ def drawn_levels(
     own = -(-draws // 2)
     place = torch.randperm(paths * own, generator=generator).double()
     place = (place + torch.rand(paths * own, generator=generator, dtype=torch.float64)) / len(place)
-    found = (first + (end - first) * place).long().clamp(max=end - 1).view(paths, own)
-    return torch.cat([found, found[:, : draws - own]], dim=1)
+    timesteps = (first + (end - first) * place).long().clamp(max=end - 1).view(paths, own)
+    return torch.cat([timesteps, timesteps[:, : draws - own]], dim=1)
 
 
 def drawn_noise(
@@ -105,8 +105,8 @@ def drawn_noise(
     no variance: averages keep their expectation.
     """
     own = -(-draws // 2)
-    found = torch.randn(paths, own, *event, generator=generator)
-    return torch.cat([found, -found[:, : draws - own]], dim=1)
+    noise = torch.randn(paths, own, *event, generator=generator)
+    return torch.cat([noise, -noise[:, : draws - own]], dim=1)
 
 
 class NoisedLosses:
@@ -178,11 +178,11 @@ class NoisedLosses:
         return environment.model(states, sent(timestep, environment.device), condition)
 
     def _scores(self, which: Int64[Tensor, "rows 2"]) -> Float[Tensor, "paths draws *event"]:
-        found = [
+        scores = [
             self._score(self._states(piece), self.timestep[tuple(piece.T)], piece[:, 0])
             for piece in which.split(self.batch)
         ]
-        return torch.cat(found).view_as(self.noise)
+        return torch.cat(scores).view_as(self.noise)
 
     def _bridge(
         self, which: Int64[Tensor, "rows 2"], log_abar: Tensor, generator: Generator
@@ -268,12 +268,12 @@ class NoisedLosses:
         """Nothing: no ratio and no path KL is known."""
 
     def numbers(self) -> dict[str, float]:
-        """What the objective tells; and mean squared epsilon away from the pretrained model.
+        """Numbers of the objective; and mean squared epsilon away from the pretrained model.
 
         The latter as the losses saw it, where they need the pretrained model: it costs nothing.
         """
-        found = {"epsilon_gap": torch.cat(self._gaps).mean().item()} if self._gaps else {}
-        return found | self.objective.numbers(self.advantages)
+        gap = {"epsilon_gap": torch.cat(self._gaps).mean().item()} if self._gaps else {}
+        return gap | self.objective.numbers(self.advantages)
 
 
 def _wide(values: Tensor, ndim: int) -> Tensor:
@@ -281,7 +281,7 @@ def _wide(values: Tensor, ndim: int) -> Tensor:
 
 
 def _table(environment: Environment) -> DDPMTable:
-    """The noise levels of a model that tells scores."""
+    """The noise levels of a model whose action is the score."""
     table = environment.model.table
     assert isinstance(table, DDPMTable)  # needs_scores
     return table

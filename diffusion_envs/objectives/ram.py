@@ -142,7 +142,7 @@ class ReinforceAdjointMatching(NoisedObjective):
 
     @property
     def needs_bridge(self) -> bool:
-        """If the path cost is to be restored."""
+        """Whether the path cost is restored."""
         return self.path_cost
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, " paths"]:

@@ -60,7 +60,7 @@ class ReFL(BackpropObjective):
 
     @property
     def needs_reference(self) -> bool:
-        """No: no KL is charged."""
+        """False: no KL is charged."""
         return False
 
     def cut(self, steps: int, generator: Generator) -> tuple[int, int]:
@@ -91,7 +91,7 @@ class DRaFT(BackpropObjective):
 
     @property
     def needs_reference(self) -> bool:
-        """If a KL is charged."""
+        """Whether a KL is charged."""
         return self.kl_weight > 0
 
     def cut(self, steps: int, generator: Generator) -> tuple[int, int]:
@@ -125,7 +125,7 @@ class AlignProp(BackpropObjective):
 
     @property
     def needs_reference(self) -> bool:
-        """If a KL is charged."""
+        """Whether a KL is charged."""
         return self.kl_weight > 0
 
     def cut(self, steps: int, generator: Generator) -> tuple[int, int]:

@@ -74,7 +74,7 @@ class _ContinuousTime(PathObjective):
 
     @property
     def needs_reference(self) -> bool:
-        """If a KL is charged."""
+        """Whether a KL is charged."""
         return self.kl_weight > 0
 
     @property
@@ -84,7 +84,7 @@ class _ContinuousTime(PathObjective):
 
     @property
     def denoised_rewards(self) -> bool:
-        """As the paper's value network."""
+        """Whether values start from r(x0_hat), as in the paper."""
         return self.denoised
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
@@ -144,7 +144,7 @@ class ScoreAsActionSampled(_ContinuousTime):
         return self.exploration / sigma
 
     def rows(self, common: Rows, steps: Steps) -> DrawnRows:
-        """With the scores that were drawn."""
+        """Rows with the scores that were drawn."""
         return DrawnRows(
             **vars(common),
             action=steps.rollout.actions[steps.path, steps.step],
@@ -194,12 +194,12 @@ class ScoreAsActionReleased(PathObjective):
 
     @property
     def needs_reference(self) -> bool:
-        """No: no KL is charged."""
+        """False: no KL is charged."""
         return False
 
     @property
     def denoised_rewards(self) -> bool:
-        """As the paper's value network."""
+        """Whether values start from r(x0_hat), as in the paper."""
         return True
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:

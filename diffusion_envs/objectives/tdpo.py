@@ -74,7 +74,7 @@ class TDPO(PathObjective):
 
     @property
     def needs_reference(self) -> bool:
-        """No: no KL is charged."""
+        """False: no KL is charged."""
         return False
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
@@ -86,7 +86,7 @@ class TDPO(PathObjective):
         return ((gains - gains.mean()) / gains.std()).where(told_apart, 0.0)
 
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
-        """The same at every step."""
+        """Half-width of the trusted log-ratios, the same at every step."""
         return trusted_width(rows, self.clip, self.clip_per_pixel)
 
     def loss(self, rows: Rows) -> Float[Tensor, " rows"]:

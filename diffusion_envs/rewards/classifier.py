@@ -51,7 +51,7 @@ def _halve(width_in: int, width_out: int) -> nn.Sequential:
 class CifarClassifier(nn.Module):
     """Ten-class convolutional network, 0.81 M parameters.
 
-    Pictures of another size are resized to 32 x 32 (bilinear, antialiased), so it can look at the
+    Pictures of another size are resized to 32 x 32 (bilinear, antialiased), so it can see the
     output of any pipeline.
     """
 

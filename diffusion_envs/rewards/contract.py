@@ -98,7 +98,7 @@ def score(
 def differentiable_score(
     reward: Reward, images: Float[Tensor, " n *event"], prompts: Sequence[str]
 ) -> Float[Tensor, " n"]:
-    """Rewards of images with their gradient, checked; nothing is moved or converted.
+    """Rewards of images with their gradient, checked, on the device and in the dtype they come in.
 
     Raises:
         RewardError: the reward raised; or did not return a tensor with one finite number for each
@@ -135,18 +135,18 @@ def embed(embedder: Embedder, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor,
     """
     name = type(embedder).__name__
     try:
-        found = embedder.embedding(images.clone())
+        vectors = embedder.embedding(images.clone())
     except Exception as error:  # whatever a user's function raises
         raise RewardError(
             f"embedding of {name} raised {type(error).__name__} on images {list(images.shape)}: "
             f"{error}"
         ) from error
-    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
+    if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != len(images):
         raise RewardError(
             f"embedding of {name} must return a tensor [{len(images)}, width], got "
-            f"{list(found.shape) if isinstance(found, Tensor) else type(found).__name__}"
+            f"{list(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__}"
         )
-    small = found.float().cpu()
+    small = vectors.float().cpu()
     if not bool(torch.isfinite(small).all()):
         raise RewardError(f"embedding of {name} must be finite for every image")
     return small
@@ -202,16 +202,16 @@ def load(spec: str, kind: str = "reward") -> Any:
     except Exception as error:  # whatever a user's module raises
         hint = ""
         if isinstance(error, ModuleNotFoundError) and error.name == module_name:
-            hint = _nearest(module_name, (found.name for found in pkgutil.iter_modules()))
+            hint = _nearest(module_name, (known.name for known in pkgutil.iter_modules()))
         raise ValueError(
             f"{kind} {spec!r}: cannot import {module_name}: {type(error).__name__}: {error}{hint}"
         ) from error
     if not hasattr(module, attribute):
         hint = _nearest(attribute, dir(module))
         raise ValueError(f"{kind} {spec!r}: {module_name} has no {attribute!r}{hint}")
-    found = getattr(module, attribute)
+    named = getattr(module, attribute)
     try:
-        made = found() if isinstance(found, type) else found
+        made = named() if isinstance(named, type) else named
     except Exception as error:  # whatever a user's class raises
         raise ValueError(
             f"{kind} {spec!r}: a class must be made without arguments, but {attribute}() raised "

@@ -3,7 +3,7 @@
 Pictures are rounded to 8 bits, ties to even, and stored by pillow with its default subsampling of
 colour. What counts is the compressed picture alone, the bytes after the start-of-scan segment: the
 623 bytes of tables before it are the same for every picture, and at 32 x 32 more than half of the
-file. A given picture, quality and libjpeg give the same size every time; another libjpeg may not.
+file. One picture, quality and libjpeg give the same size every time; another libjpeg may not.
 
 Source  DDPO (Black et al. 2023, arXiv 2305.13301), quality 95, kilobytes.
 """

@@ -46,7 +46,7 @@ class Callbacks:
             yield self._agreed([part.begin() for part in self.parts])
 
     def after(self, numbers: Mapping[str, Any]) -> str | None:
-        """Why to stop, if there is a reason."""
+        """The reason to stop, if there is one."""
         return self._agreed([part.after(numbers) for part in self.parts])
 
     def _agreed(self, reasons: Sequence[str | None]) -> str | None:

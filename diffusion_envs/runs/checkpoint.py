@@ -2,8 +2,8 @@
 
 One folder a step. It is written under a temporary name, every file is synchronised to disk, and it
 is renamed into place last, so a crash at any moment leaves the previous checkpoint as the newest.
-Nothing is pickled. ``latest`` is found by looking, not stored. Every field of the manifest is
-checked on loading, so no flipped bit of a checkpoint goes unseen.
+Nothing is pickled. ``latest`` reads the folder, no pointer is stored. Every field of the manifest
+is checked on loading, so no flipped bit of a checkpoint goes unseen.
 
 ```
 checkpoints/step-000010/
@@ -42,7 +42,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What ``save`` was given, read back and verified."""
+    """The state that ``save`` stored, read back and verified."""
 
     step: int
     state: Any
@@ -123,8 +123,8 @@ def copied(state: Any) -> Any:
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
     """The checkpoints in ``folder``, whole or damaged, oldest first."""
-    found = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in folder.glob("step-*"))
-    return sorted((int(match[1]), path) for match, path in found if match)
+    matches = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in folder.glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def _restore_replaced(folder: Path) -> None:
@@ -203,7 +203,7 @@ def save(folder: str | Path, step: int, state: Any, *, keep: int = 2) -> Path:
             f"could not write the checkpoint of step {step} to {folder}: {error}. Earlier "
             "checkpoints are untouched; free space or choose another output folder, then resume"
         ) from error
-    older = [path for found, path in _steps(folder) if found < step]
+    older = [path for other, path in _steps(folder) if other < step]
     for path in [replaced, *older[: len(older) - (keep - 1)]]:
         shutil.rmtree(path, ignore_errors=True)
     return final
@@ -232,8 +232,8 @@ def load(path: str | Path) -> Checkpoint:
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if (found := file.stat().st_size) != size:
-            raise CheckpointError(f"{file} has {found} bytes instead of {size}")
+        if (length := file.stat().st_size) != size:
+            raise CheckpointError(f"{file} has {length} bytes instead of {size}")
         if _digest(file) != digest:
             raise CheckpointError(f"{file} was altered: its SHA-256 is not the manifest's")
     tensors = load_file(path / "tensors.safetensors")

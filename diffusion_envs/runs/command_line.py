@@ -234,7 +234,7 @@ def _name_of(value: Any, table: Mapping[str, Any]) -> str:
 def _judges(words: list[str]) -> dict[str, rewards.Reward]:
     pairs = [word.partition("=") for word in words]
     if bad := [name for name, equals, reward in pairs if not (name and equals and reward)]:
-        raise ValueError(f"judges must be given as NAME=REWARD, got {bad[0]!r}")
+        raise ValueError(f"judges must be NAME=REWARD, got {bad[0]!r}")
     return {name: _named("judge", reward, JUDGES, OWN) for name, _, reward in pairs}
 
 
@@ -339,7 +339,7 @@ def _stop_rule(
     }
     kinds = {f.name: f.type for f in dataclasses.fields(StopRule)}
     return tyro.constructors.StructConstructorSpec(
-        instantiate=lambda **given: StopRule(**{_STOP[flag]: v for flag, v in given.items()}),
+        instantiate=lambda **values: StopRule(**{_STOP[flag]: v for flag, v in values.items()}),
         fields=tuple(
             tyro.constructors.StructFieldSpec(
                 name=flag,
@@ -355,24 +355,24 @@ def _stop_rule(
 # -- reading a command -----------------------------------------------------------------------------
 
 
-def _given(arguments: Sequence[str]) -> dict[str, list[str]]:
+def _words_by_flag(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Options that stand on the command line, with their words.
 
     Raises:
         ValueError: one stands there twice.
     """
     flags: list[str] = []
-    given: dict[str, list[str]] = {}
+    words: dict[str, list[str]] = {}
     for word in arguments:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
             flags.append("--" + flag[2:].replace("_", "-").removeprefix("no-"))
-            given[flags[-1]] = [value] if equals else []
+            words[flags[-1]] = [value] if equals else []
         elif flags:
-            given[flags[-1]].append(word)
+            words[flags[-1]].append(word)
     if twice := [flag for flag, times in Counter(flags).items() if times > 1]:
         raise ValueError(f"{twice[0]} stands on the command line twice: give it once")
-    return given
+    return words
 
 
 def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any]:
@@ -383,11 +383,11 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any]:
         FileNotFoundError: the run to resume is not there.
         SystemExit: an option is of the wrong type, or help is asked for; it is printed.
     """
-    given = _given(arguments)
-    folder = Path(given["--resume"][0]) if given.get("--resume") else None
+    named = _words_by_flag(arguments)
+    folder = Path(named["--resume"][0]) if named.get("--resume") else None
     default = _fresh(family) if folder is None else _stored(family, folder)
-    if given.get("--objective"):
-        name = given["--objective"][0]
+    if named.get("--objective"):
+        name = named["--objective"][0]
         kind, own = _objective_class(name), default.objective_settings
         settings = own if type(own) is kind else kind()
         default = dataclasses.replace(default, objective=name, objective_settings=settings)
@@ -407,12 +407,12 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any]:
         raise
     if unknown:
         raise ValueError(_unknown(unknown, options))
-    if "--prompts" in given:
+    if "--prompts" in named:
         options = dataclasses.replace(options, prompts=from_words(options.prompts))
     if folder is not None:
-        _require_the_runs(options, default, given)
+        _require_the_runs(options, default, named)
         return dataclasses.replace(options, output=folder)
-    if "--judges" not in given:
+    if "--judges" not in named:
         judges = JUDGES_OF.get(_name_of(options.reward, REWARDS), {})
         watched = dataclasses.replace(options.options, judges=judges)
         options = dataclasses.replace(options, options=watched)
@@ -454,7 +454,7 @@ def _stored(family: Family, folder: Path) -> Finetune[Any, Any]:
 
 
 def _require_the_runs(
-    options: Finetune[Any, Any], run: Finetune[Any, Any], given: Mapping[str, list[str]]
+    options: Finetune[Any, Any], run: Finetune[Any, Any], named: Mapping[str, list[str]]
 ) -> None:
     """Refuse options that differ from those of the run that is resumed; updates may grow.
 
@@ -472,8 +472,8 @@ def _require_the_runs(
     words = []
     for setting, then, now in differing:
         parts = [_FLAGS.get(part, part).replace("_", "-") for part in setting.split(".")]
-        flag = next((f"--{part}" for part in reversed(parts) if f"--{part}" in given), None)
-        now = now if flag is None else " ".join(given[flag])
+        flag = next((f"--{part}" for part in reversed(parts) if f"--{part}" in named), None)
+        now = now if flag is None else " ".join(named[flag])
         words.append(f"{flag or setting} {now} (it has {then})".replace("  ", " "))
     if words:
         less = "; updates may grow only" if "--updates" in " ".join(words) else ""

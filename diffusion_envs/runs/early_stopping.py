@@ -211,7 +211,7 @@ class EarlyStopping(Callback):
 
     @property
     def decision(self) -> Decision:
-        """By the scores so far."""
+        """The rule's decision on the scores so far."""
         return self.rule.decide(self.scores)
 
     def begin(self) -> str | None:
@@ -236,7 +236,7 @@ class EarlyStopping(Callback):
         decision = self.evaluate(numbers["update"])
         return None if decision is None else decision.reason
 
-    def told(self, update: int, reason: str | None, updates: int, judges: int) -> dict[str, Any]:
+    def summary(self, update: int, reason: str | None, updates: int, judges: int) -> dict[str, Any]:
         """For the summary: when and why it stopped, and how often noise alone makes it stop."""
         when, bound = (
             None if reason is None else update,
@@ -245,7 +245,7 @@ class EarlyStopping(Callback):
         return {"update": when, "reason": reason, "false_stop_bound": bound}
 
     def state(self) -> list[dict[str, Any]]:
-        """For a checkpoint."""
+        """What a checkpoint holds: the scores so far."""
         return [scores.state() for scores in self.scores]
 
     def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:

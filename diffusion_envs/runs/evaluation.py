@@ -1,4 +1,4 @@
-"""Judging a fine-tuned model on held-out seeds, paired with the pretrained one."""
+"""Evaluation of a fine-tuned model on held-out seeds, paired with the pretrained one."""
 
 import logging
 import math
@@ -55,7 +55,7 @@ def evaluate(
     pretrained: bool = False,
     stream: str = HELD_OUT,
 ) -> Evaluation:
-    """Sample held-out seeds and judge them; costs are not counted.
+    """Sample held-out seeds and score them; costs are not counted.
 
     Args:
         environment: with the sampler to evaluate.
@@ -94,7 +94,7 @@ def evaluate(
 
 
 def _path_kl(rollout: Rollout) -> Float[Tensor, " n"]:
-    """Of each path, nats; NaN where its steps are not known."""
+    """Path KL of each path, nats; NaN where its steps are not known."""
     known = rollout.costs.shape[1] > 0
     return rollout.costs.sum(1) if known else torch.full_like(rollout.rewards, math.nan)
 
@@ -212,7 +212,7 @@ def _require_same_rewards(
     def scores(reward: rewards.Reward, size: int, where: torch.device) -> Tensor:
         return torch.cat(
             [
-                environment.judge(
+                environment.score_images(
                     reward, stored.images[k : k + size].to(where), stored.prompts[k : k + size]
                 ).cpu()
                 for k in range(0, len(stored.images), size)

@@ -162,7 +162,7 @@ def finetune(
 
         stop = None
         if stopping is not None:
-            stop = stopping.told(trainer.update, reason, updates, len(options.judges))
+            stop = stopping.summary(trainer.update, reason, updates, len(options.judges))
             if reason is not None:
                 mine = stopping.decision.best if main else 0
                 best = parallel.broadcast_from_main(mine, accelerator)
@@ -211,7 +211,7 @@ def _check(
     updates: int,
     options: RunOptions,
 ) -> None:
-    """Refuse arguments that can be judged before anything is loaded."""
+    """Refuse arguments that can be checked before anything is loaded."""
     if not callable(reward):
         raise TypeError(f"reward must be callable, got {reward!r}")
     for name, value, bound in (("steps", steps, 1), ("updates", updates, 0)):

@@ -11,11 +11,11 @@ from PIL import Image
 from diffusion_envs.preferences import MissingChoicesError
 from diffusion_envs.runs.tracking import grid
 
-PLACE = "to_judge"  # in the run's folder
+PLACE = "to_choose"  # in the run's folder
 
 
 def leave(folder: Path, missing: MissingChoicesError) -> Path:
-    """Put each image, each group side by side, and a template of the choices into ``to_judge``.
+    """Put each image, each group side by side, and a template of the choices into ``to_choose``.
 
     What an earlier stop left there is taken away; other files in it are not touched.
     """

@@ -16,7 +16,7 @@ class Interruption:
         self.requested = False
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if it was."""
+        """Raise KeyboardInterrupt if an end was asked for."""
         if self.requested:
             raise KeyboardInterrupt
 

@@ -23,7 +23,7 @@ class Logging(Callback):
         self._tracker = tracker
 
     def after(self, numbers: Mapping[str, Any]) -> None:
-        """One line."""
+        """Log one line."""
         self._tracker.log(numbers)
 
 

@@ -73,11 +73,11 @@ def _read(path: Path) -> list[Any]:
     if path.suffix != ".json" and not text.lstrip().startswith("["):
         return [line.strip() for line in text.lstrip("\ufeff").splitlines() if line.strip()]
     try:
-        found = json.loads(text)
+        prompts = json.loads(text)
     except ValueError as error:
         raise ValueError(f"prompts in {path} must be a JSON list of strings: {error}") from error
-    if not isinstance(found, list):
+    if not isinstance(prompts, list):
         raise ValueError(
-            f"prompts in {path} must be a JSON list of strings, got {type(found).__name__}"
+            f"prompts in {path} must be a JSON list of strings, got {type(prompts).__name__}"
         )
-    return found
+    return prompts

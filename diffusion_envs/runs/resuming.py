@@ -33,13 +33,13 @@ class Checkpoints(Callback):
 
     def load(self) -> None:
         """Go on from the newest one, if there is any; its costs are those of all processes."""
-        found = checkpoint.latest(self._folder)
-        if found is None:
+        newest = checkpoint.latest(self._folder)
+        if newest is None:
             return
-        self._trainer.load_state(found.state)
+        self._trainer.load_state(newest.state)
         for name, part in self._others.items():
-            part.load_state(found.state["callbacks"][name])
-        self._costs = {name: found.state[name] for name in ("reward_queries", "network_calls")}
+            part.load_state(newest.state["callbacks"][name])
+        self._costs = {name: newest.state[name] for name in ("reward_queries", "network_calls")}
         if not self._trainer.accelerator.is_main_process:  # the log adds them up
             self._trainer.environment.reward_queries = 0
             self._trainer.environment.model.calls = 0

@@ -19,7 +19,7 @@ _LOCK, _PARTIAL = "run.lock", "config.json.partial"  # all that a start may leav
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries whose change could change a run."""
+    """Versions of Python and of the libraries whose change could change a run."""
     known = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of this library's own checkout, if it runs from one."""
+    """Commit of this library's own checkout, if it runs from one."""
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(

@@ -108,22 +108,22 @@ def rebuild(described: Any, setting: str = "") -> Any:
         what = "an object" if kind == "instance" else "a function or class"
         return Unnamed(setting, f"{what}{script} that no name leads to ({name})")
     try:
-        found = _imported(name, described.get("folder"))
+        imported = _imported(name, described.get("folder"))
     except (ImportError, AttributeError) as error:
         return Unnamed(setting, f"{name}, which cannot be imported any more ({error})")
     if kind == "function":
-        return found
+        return imported
     if kind == "loaded":
         from diffusion_envs.rewards.contract import load
 
         return load(name)
     fields = {
         f.name: rebuild(described[f.name], f"{setting}.{f.name}" if setting else f.name)
-        for f in dataclasses.fields(found)
+        for f in dataclasses.fields(imported)
         if f.init and f.name in described
     }
     try:
-        return found(**fields)
+        return imported(**fields)
     except TypeError as error:
         raise ValueError(
             f"{setting or name} was stored by another version of {name}: {error}"
@@ -149,9 +149,9 @@ def differences(stored: Any, wanted: Any, setting: str = "") -> list[tuple[str, 
         if kinds == {"class"} and stored["class"] != wanted["class"]:
             return [(setting, stored["name"], wanted["name"])]
         return [
-            found
+            differing
             for k in sorted((stored.keys() | wanted.keys()) - {"folder"})
-            for found in differences(
+            for differing in differences(
                 stored.get(k), wanted.get(k), f"{setting}.{k}" if setting else k
             )
         ]
@@ -174,10 +174,10 @@ def _imported(name: str, folder: str | None) -> Any:
     module, _, qualified = name.partition(":")
     if folder is not None and folder not in sys.path:
         sys.path.append(folder)
-    found: Any = importlib.import_module(module)
+    imported: Any = importlib.import_module(module)
     for part in qualified.split("."):
-        found = getattr(found, part)
-    return found
+        imported = getattr(imported, part)
+    return imported
 
 
 def _folder(module: str) -> str | None:

@@ -103,6 +103,6 @@ def summarise(
 
 
 def _compared(before: Estimate, after: Estimate, difference: Estimate) -> dict[str, Any]:
-    """Plain JSON."""
+    """The same as plain JSON."""
     named = {"before": before, "after": after, "difference": difference}
     return {name: value.as_dict() for name, value in named.items()}

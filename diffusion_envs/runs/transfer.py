@@ -1,4 +1,4 @@
-"""Step and solver transfer: a model fine-tuned at one step count, judged at others."""
+"""Step and solver transfer: a model fine-tuned at one step count, evaluated at others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Row:
     difference: Estimate  # paired
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
+        """The same as plain JSON."""
         estimates = {n: getattr(self, n).as_dict() for n in ("before", "after", "difference")}
         return {"sampler": self.sampler, "steps": self.steps, **estimates}
 
@@ -44,7 +44,7 @@ def transfer(
     samples: int,
     batch: int = 32,
 ) -> list[Row]:
-    """Judge what a run exported at other step counts; write ``transfer.json`` and the report anew.
+    """Evaluate what a run exported at other step counts; write ``transfer.json`` and a new report.
 
     Every row uses the same held-out seeds. The stochastic sampler's noise is drawn step by step,
     so rows of other step counts share the starting noise only. Heun's scheduler calls the network

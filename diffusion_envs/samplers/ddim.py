@@ -39,7 +39,7 @@ class DDIM:
 
     @property
     def label(self) -> str:
-        """For tables and plots."""
+        """Name for tables and plots."""
         return f"DDIM eta {self.eta:g}"
 
     @overload
@@ -66,7 +66,7 @@ class DDIM:
 
 @dataclass(frozen=True, eq=False)
 class BoundDDIM(GaussianSteps):
-    """DDIM on a schedule: Gaussian steps whose action is the score.
+    """DDIM on a table of noise levels: Gaussian steps whose action is the score.
 
     Step k leads from ``timesteps[k]`` towards data, by
         x' = state_gain[k] x + score_gain[k] score + std[k] z,   z standard normal.
@@ -81,7 +81,7 @@ class BoundDDIM(GaussianSteps):
     steps: int
 
     def __post_init__(self) -> None:
-        DDIM(self.eta)  # refuses what is no eta
+        DDIM(self.eta)  # validates eta
         if not bool((self.alpha_bar.diff() > 0).all()):
             raise ValueError(
                 "the sampler's last step does not move: its timestep already has the final "
@@ -91,12 +91,12 @@ class BoundDDIM(GaussianSteps):
 
     @property
     def schedule(self) -> DDPMTable:
-        """The table."""
+        """The table of noise levels."""
         return self.table
 
     @cached_property
     def timesteps(self) -> Int64[Tensor, " steps"]:
-        """Of the network, at the left end of every step."""
+        """Timesteps of the network at the left end of every step."""
         return torch.tensor(self.table.timesteps(self.steps))
 
     @cached_property
@@ -169,7 +169,7 @@ class BoundDDIM(GaussianSteps):
 
     @property
     def kl_factor(self) -> float:
-        """Of the path KL at this eta."""
+        """Factor of the path KL at this eta."""
         return kl_factor(self.eta)
 
     @cached_property
@@ -203,5 +203,5 @@ class BoundDDIM(GaussianSteps):
 
     @property
     def _resolution(self) -> float:
-        """Between two entries of the table."""
+        """Noising time between two entries of the table."""
         return 1 / len(self.table.alphas_cumprod)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from diffusion_envs.noise_schedules import DDPMTable
+from diffusion_envs.noise_schedules import DDPMTable, FlowTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class BlackBox:
 
     @property
     def has_density(self) -> bool:
-        """Never: what a step does is the scheduler's own affair."""
+        """False: intermediate states are not exposed."""
         return False
 
     def log_ratio(self, *_: Any) -> NoReturn:
@@ -82,7 +82,7 @@ class BlackBox:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """A black box by the name of its class in diffusers, made from a model's own schedule.
+    """A black box by the name of its class in diffusers, made from a model's own noise levels.
 
     Attributes:
         name: "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler", ...
@@ -102,12 +102,12 @@ class Scheduler:
 
     @property
     def has_density(self) -> bool:
-        """Never."""
+        """False: a black box has no density."""
         return False
 
     @property
     def label(self) -> str:
-        """For tables and plots."""
+        """Name for tables and plots."""
         options = ", ".join(f"{name}={value}" for name, value in self.options)
         return self.name.removesuffix("Scheduler") + (f" ({options})" if options else "")
 
@@ -119,7 +119,7 @@ class Scheduler:
         return frozenset() if kind is None else frozenset(inspect.signature(kind).parameters)
 
     def bind(
-        self, table: DDPMTable, steps: int, prediction_type: str = "epsilon"
+        self, table: DDPMTable | FlowTable, steps: int, prediction_type: str = "epsilon"
     ) -> "BoundBlackBox":
         """This scheduler on a model's table, with so many steps.
 
@@ -130,10 +130,16 @@ class Scheduler:
             prediction_type: of the network, in diffusers' words.
 
         Raises:
+            TypeError: the table is that of a flow.
             ValueError: the table has fewer entries than ``steps``.
         """
         import diffusers
 
+        if isinstance(table, FlowTable):
+            raise TypeError(
+                f"Scheduler({self.name!r}) needs the noise levels of a variance-preserving model "
+                "(DDPMTable), got FlowTable: use DDIM, FlowSDE or CPS on a flow"
+            )
         betas = 1 - table.alphas_cumprod / torch.cat(
             [table.alphas_cumprod.new_ones(1), table.alphas_cumprod[:-1]]
         )
@@ -157,7 +163,7 @@ class BoundBlackBox:
     steps: int
 
     def __post_init__(self) -> None:
-        BlackBox(self.scheduler, self.steps)  # refuses what is no scheduler, or no number of steps
+        BlackBox(self.scheduler, self.steps)  # validates both
         if self.steps > (most := len(self.table.alphas_cumprod)):
             raise ValueError(f"steps must be at most the table's {most} entries, got {self.steps}")
 
@@ -168,12 +174,12 @@ class BoundBlackBox:
 
     @property
     def deterministic(self) -> bool:
-        """Not known."""
+        """False: whether its steps have noise is not known."""
         return False
 
     @property
     def has_density(self) -> bool:
-        """Never."""
+        """False: a black box has no density."""
         return False
 
     def sample(

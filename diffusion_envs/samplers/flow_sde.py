@@ -71,7 +71,7 @@ class FlowSDE:
 
     @property
     def label(self) -> str:
-        """For tables and plots."""
+        """Name for tables and plots."""
         return f"flow SDE a {self.noise_level:g}"
 
     def bind(
@@ -101,7 +101,7 @@ class CPS:
 
     @property
     def label(self) -> str:
-        """For tables and plots."""
+        """Name for tables and plots."""
         return f"CPS a {self.noise_level:g}"
 
     def bind(
@@ -122,12 +122,12 @@ class _OnFlow(GaussianSteps):
 
     @property
     def action(self) -> Action:
-        """The expected data."""
+        """The action is the expected data."""
         return "denoised"
 
     @property
     def schedule(self) -> FlowTable:
-        """The flow."""
+        """The flow's noise levels."""
         return self.table
 
     @cached_property
@@ -174,11 +174,11 @@ class BoundFlowSDE(_OnFlow):
 
     def __post_init__(self) -> None:
         FlowSDE(self.noise_level)
-        self.table.nodes(self.steps)  # refuses what is no step count
+        self.table.nodes(self.steps)  # validates steps
 
     @property
     def eta(self) -> float:
-        """Of the same SDE in the eta family."""
+        """Eta of the same SDE in the eta family."""
         return self.noise_level / math.sqrt(2)
 
     @cached_property
@@ -223,12 +223,12 @@ class BoundFlowSDE(_OnFlow):
 class _Preserving(_OnFlow):
     """Steps that predict both parts of the state and keep the flow's amounts of them.
 
-    ``std`` says how much of the noise is drawn anew.
+    ``std`` says how much of the noise is re-drawn.
     """
 
     @cached_property
     def _kept(self) -> Float[Tensor, " steps"]:
-        """Of the predicted noise: sqrt(u^2 - std^2)."""
+        """Factor of the predicted noise: sqrt(u^2 - std^2)."""
         return (self.sigma[1:].square() - self.std.square()).clamp(min=0).sqrt()
 
     @cached_property
@@ -251,7 +251,7 @@ class BoundFlowDDIM(_Preserving):
     steps: int
 
     def __post_init__(self) -> None:
-        self.table.nodes(self.steps)  # refuses what is no step count
+        self.table.nodes(self.steps)  # validates steps
 
     @cached_property
     def sde(self) -> ControlledSDE:
@@ -260,7 +260,7 @@ class BoundFlowDDIM(_Preserving):
 
     @cached_property
     def std(self) -> Float[Tensor, " steps"]:
-        """Eta times that of the noise in x_u given x_s and x0."""
+        """Eta times the standard deviation of x_u conditional on x_s and x0."""
         renewed = -torch.expm1(-self.table.log_snr(self.noising_times).diff())
         return self.eta * self.sigma[1:] * renewed.sqrt()
 
@@ -285,7 +285,7 @@ class BoundCPS(_Preserving):
 
     def __post_init__(self) -> None:
         CPS(self.noise_level)
-        self.table.nodes(self.steps)  # refuses what is no step count
+        self.table.nodes(self.steps)  # validates steps
 
     @cached_property
     def sde(self) -> ControlledSDE:

@@ -46,7 +46,7 @@ class GaussianSteps(ABC):
 
     @property
     def action(self) -> Action:
-        """What the steps are affine in."""
+        """What the steps are affine in: the score, or the expected data."""
         return "score"
 
     @property
@@ -101,7 +101,7 @@ class GaussianSteps(ABC):
 
     @cached_property
     def grid(self) -> TimeGrid:
-        """RL times of the nodes."""
+        """Times of the nodes, increasing from noise to data."""
         return TimeGrid(self.schedule.horizon - self.noising_times)
 
     @cached_property
@@ -237,7 +237,7 @@ class GaussianSteps(ABC):
     # -- ctrl.TransitionSolver --------------------------------------------------------------------
 
     def _index(self, t0: Tensor) -> int:
-        """The step that begins at RL time t0."""
+        """The step that begins at time t0."""
         gaps = (self.grid.nodes[:-1] - float(t0)).abs()
         k = int(gaps.argmin())
         if not gaps[k] < 0.25 * self._resolution:

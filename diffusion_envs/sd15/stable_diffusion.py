@@ -54,7 +54,7 @@ class StableDiffusion:
 
     @property
     def label(self) -> str:
-        """For reports."""
+        """Name for reports."""
         return str(self.model)
 
     def load(self, *, device: torch.device, batch: int, seed: int) -> Model:

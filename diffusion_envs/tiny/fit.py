@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ctrl.noise import stream
 from diffusion_envs.runs import checkpoint
-from diffusion_envs.runs.progress import bar
+from diffusion_envs.runs.progress import progress_bar
 from diffusion_envs.training import parallel
 
 _log = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ def fit(
     averaged = AveragedModel(
         modules, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True
     )
+    weights = averaged.module
+    assert isinstance(weights, nn.ModuleDict)  # a copy of ``modules``
     first = 0
     if resumed := checkpoint.latest(folder):
         modules.load_state_dict(resumed.state["modules"])
@@ -103,7 +105,7 @@ def fit(
         first = resumed.step
     saved = time.monotonic()
     main = accelerator.is_main_process
-    with bar(name, recipe.updates, done=first, shown=main) as advance:
+    with progress_bar(name, recipe.updates, done=first, shown=main) as advance:
         for step in range(first, recipe.updates):
             generator = stream(seed, name, step, accelerator.process_index)
             for group in optimiser.param_groups:
@@ -134,6 +136,6 @@ def fit(
                 checkpoint.save(folder, step + 1, state)
                 _log.info(f"{name} {step + 1}/{recipe.updates}: {shown}")
                 if on_checkpoint:
-                    on_checkpoint(step + 1, averaged.module)
+                    on_checkpoint(step + 1, weights)
                 saved = time.monotonic()
-    return averaged.module
+    return weights

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 from ctrl import Estimate
 from diffusion_envs.cifar10.data import CLASSES, load
@@ -36,7 +36,7 @@ def measure(data: Path, output: Path, samples: int, seed: int) -> dict[str, Any]
     images, labels = load(data, "test")
     few, few_labels = images[:2000], labels[:2000]
     decoded = reconstruct(pipe.vae, few)
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "bytes": sum(f.stat().st_size for f in (WEIGHTS / "model").rglob("*") if f.is_file()),
         "classifier_test_accuracy": {
             "reward": accuracy(reward, images, labels),
@@ -58,12 +58,12 @@ def measure(data: Path, output: Path, samples: int, seed: int) -> dict[str, Any]
                 name: round(float(right[wanted == k].mean()), 2) for k, name in enumerate(CLASSES)
             }
             share = Estimate.of(right).as_dict()
-            found["agreement"].append(
+            measured["agreement"].append(
                 {"guidance": guidance, "eta": eta, "share": share, "by_class": by_class}
             )
             if (guidance, eta) == (3.0, 1.0):
                 shown = [k + 10 * j for k in range(10) for j in range(8)]
                 sheet = grid(pictures[shown], [prompts[k] for k in shown], columns=16)
                 sheet.save(output / "tiny.png")
-    write_json(output / "tiny.json", found)
-    return found
+    write_json(output / "tiny.json", measured)
+    return measured

@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
@@ -27,9 +29,9 @@ def build() -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(24, 64, 96),
+        down_block_types=("DownEncoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]  # annotated as a tuple of one
+        up_block_types=("UpDecoderBlock2D",) * levels,  # pyright: ignore[reportArgumentType]  # annotated as a tuple of one
+        block_out_channels=(24, 64, 96),  # pyright: ignore[reportArgumentType]  # annotated as a tuple of one
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -40,17 +42,33 @@ def build() -> AutoencoderKL:
 def feature_distance(network: CifarClassifier, left: Tensor, right: Tensor) -> Tensor:
     """Mean squared distance of unit-normalised feature maps, summed over levels (as LPIPS does)."""
     pairs = zip(network.features(left), network.features(right), strict=True)
-    return sum(
+    distances = (
         (functional.normalize(a, dim=1) - functional.normalize(b, dim=1)).square().sum(1).mean()
         for a, b in pairs
     )
+    return sum(distances, start=left.new_zeros(()))
+
+
+def encoded(autoencoder: AutoencoderKL, pixels: Tensor) -> DiagonalGaussianDistribution:
+    """Law of the latents of pictures in [-1, 1]."""
+    output = autoencoder.encode(pixels)
+    assert isinstance(output, AutoencoderKLOutput)
+    return output.latent_dist
+
+
+def decoded(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pictures in [-1, 1] of latents."""
+    # annotated as of a type that no tensor has any more
+    output = autoencoder.decode(latents)  # pyright: ignore[reportArgumentType]  # as said
+    assert isinstance(output, DecoderOutput)
+    return output.sample
 
 
 @torch.no_grad()
 def reconstruct(autoencoder: AutoencoderKL, images: Tensor, batch: int = 250) -> Tensor:
     """Pictures (bytes) through the latents' mean and back, in [0, 1]."""
     parts = [
-        autoencoder.decode(autoencoder.encode(part.float() / 127.5 - 1).latent_dist.mean).sample
+        decoded(autoencoder, encoded(autoencoder, part.float() / 127.5 - 1).mean)
         for part in images.split(batch)
     ]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
@@ -60,6 +78,13 @@ def psnr(images: Tensor, reconstructions: Tensor) -> float:
     """Mean over pictures of the peak signal-to-noise ratio, in dB."""
     error = (images.float() / 255 - reconstructions).square().flatten(1).mean(1)
     return float(-10 * error.log10().mean())
+
+
+def autoencoder_of(modules: nn.ModuleDict) -> AutoencoderKL:
+    """The autoencoder among the modules that are trained."""
+    autoencoder = modules["vae"]
+    assert isinstance(autoencoder, AutoencoderKL)
+    return autoencoder
 
 
 def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -> None:
@@ -74,27 +99,30 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
     judge = load_classifier(output / "classifier_judge.safetensors")
 
     def loss(modules: nn.ModuleDict, generator: Generator) -> dict[str, Tensor]:
+        features = modules["features"]
+        assert isinstance(features, CifarClassifier)
         rows = torch.randint(len(images), (recipe.batch,), generator=generator)
         pictures = images[rows].float() / 127.5 - 1
         mirrored = torch.rand(recipe.batch, 1, 1, 1, generator=generator) < 0.5
         pictures = torch.where(mirrored, pictures.flip(-1), pictures)
         device = next(modules.parameters()).device
         pictures = pictures.to(device)
-        posterior = modules["vae"].encode(pictures).latent_dist
+        posterior = encoded(autoencoder_of(modules), pictures)
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        decoded = modules["vae"].decode(posterior.mean + posterior.std * noise).sample.float()
-        pixel = (decoded - pictures).square().mean() / 4  # in units of [0, 1]
-        feature = feature_distance(modules["features"], decoded / 2 + 0.5, pictures / 2 + 0.5)
+        latents = posterior.mean + posterior.std * noise
+        rebuilt = decoded(autoencoder_of(modules), latents).float()
+        pixel = (rebuilt - pictures).square().mean() / 4  # in units of [0, 1]
+        feature = feature_distance(features, rebuilt / 2 + 0.5, pictures / 2 + 0.5)
         nats = posterior.kl().float().mean()
         total = pixel + FEATURE_WEIGHT * feature + KL_WEIGHT * nats
         decibel = -10 / math.log(10) * pixel.detach().log()
         return {"loss": total, "dB": decibel, "feature": feature, "nats": nats}
 
     def report(step: int, modules: nn.ModuleDict) -> None:
-        decoded = reconstruct(modules["vae"], held_out)
+        rebuilt = reconstruct(autoencoder_of(modules), held_out)
         _log.info(
-            f"autoencoder {step}: test PSNR {psnr(held_out, decoded):.2f} dB, judge's accuracy on "
-            f"reconstructions {accuracy(judge, decoded, labels):.3f}"
+            f"autoencoder {step}: test PSNR {psnr(held_out, rebuilt):.2f} dB, judge's accuracy on "
+            f"reconstructions {accuracy(judge, rebuilt, labels):.3f}"
         )
 
     with initial_weights(seed):
@@ -104,11 +132,8 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
     fitted = fit(
         modules, loss, recipe, folder=folder, seed=seed, name="autoencoder", on_checkpoint=report
     )
-    vae = fitted["vae"].cpu().eval()
+    vae = autoencoder_of(fitted).cpu().eval()
     with torch.no_grad():
-        parts = [
-            vae.encode(part.float() / 127.5 - 1).latent_dist.mean
-            for part in images[:5000].split(250)
-        ]
+        parts = [encoded(vae, part.float() / 127.5 - 1).mean for part in images[:5000].split(250)]
     vae.register_to_config(scaling_factor=1 / float(torch.cat(parts).std()))
     vae.half().save_pretrained(output / "model" / "vae")

@@ -77,7 +77,8 @@ def train(
 
     with initial_weights(seed):
         modules = nn.ModuleDict({"classifier": CifarClassifier()})
-    modules.to(memory_format=torch.channels_last)
+    # torch's overloads leave out the memory format alone
+    modules.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # as said
     fitted = fit(
         modules,
         loss,
@@ -87,6 +88,7 @@ def train(
         name=f"classifier_{which}",
     )
     network = fitted["classifier"].eval().cpu()
+    assert isinstance(network, CifarClassifier)
     weights = {k: v.contiguous() for k, v in network.state_dict().items()}
     small = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     save_file(small, output / f"classifier_{which}.safetensors")

@@ -2,9 +2,13 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -14,6 +18,7 @@ from diffusion_envs.rewards.classifier import load_classifier
 from diffusion_envs.runs.tracking import grid
 from diffusion_envs.tiny.captions import LENGTH, caption, with_article, write_tokenizer
 from diffusion_envs.tiny.fit import Recipe, fit, initial_weights
+from diffusion_envs.tiny.train_autoencoder import encoded
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +28,7 @@ SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023, arXiv 2303.09556)
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion 1.5's own schedule and sampler settings."""
+    """Stable Diffusion 1.5's own noise levels and sampler settings."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -54,6 +59,10 @@ def build_unet() -> UNet2DConditionModel:
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """The untrained text encoder: two layers, 128 wide."""
+    start, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert isinstance(start, int)
+    assert isinstance(end, int)
+    assert isinstance(padding, int)
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -63,9 +72,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=start,
+            eos_token_id=end,
+            pad_token_id=padding,
         )
     )
 
@@ -73,8 +82,8 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor, batch: int = 250) -> Tensor:
     """Scaled latents of pictures (bytes), float32."""
-    parts = [vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in images.split(batch)]
-    return torch.cat(parts) * vae.config.scaling_factor
+    parts = [encoded(vae, part.float() / 127.5 - 1).mean for part in images.split(batch)]
+    return torch.cat(parts) * vae.config["scaling_factor"]
 
 
 def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -> None:
@@ -124,16 +133,17 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
         return {"loss": weighted, "mse": errors.detach().mean()}
 
     def pipeline(modules: nn.ModuleDict) -> StableDiffusionPipeline:
-        return StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=modules["text_encoder"].eval(),
-            tokenizer=tokenizer,
-            unet=modules["unet"].eval(),
-            scheduler=scheduler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        parts: dict[str, Any] = {  # annotated as if none could be left out
+            "vae": vae,
+            "text_encoder": modules["text_encoder"].eval(),
+            "tokenizer": tokenizer,
+            "unet": modules["unet"].eval(),
+            "scheduler": scheduler(),
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+        return StableDiffusionPipeline(**parts)
 
     judge = load_classifier(output / "classifier_judge.safetensors")
 
@@ -190,9 +200,10 @@ def sample(
 ) -> Tensor:
     """Pictures ``[n, 3, 32, 32]`` in [0, 1] by plain diffusers; one stream a picture."""
     pipe.set_progress_bar_config(disable=True)
+    call: Any = pipe  # its pictures are annotated as if they were never tensors
     generators = [stream(seed, "sample", k) for k in range(len(prompts))]
     parts = [
-        pipe(
+        call(
             prompts[k : k + 50],
             num_inference_steps=steps,
             guidance_scale=guidance,

@@ -58,7 +58,7 @@ class Critic:
         )
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """What a checkpoint holds: network and optimiser."""
         return {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """A controller that keeps the path KL at a target by moving kl_weight.
 
-Why          The kl_weight that leads to a given distance is not known before the run: it depends on
+Why          The kl_weight that leads to one distance is not known before the run: it depends on
              the reward's units. Of max E[r] subject to KL <= nats, it is the Lagrange multiplier;
              this finds it while training.
 Update       w <- w exp(rate clip(KL / nats - 1, -1, 1)), after every update: an integral controller

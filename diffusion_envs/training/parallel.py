@@ -13,7 +13,7 @@ def start(device: str | None = None) -> Accelerator:
     """The processes of this run: one, or those that ``accelerate`` or ``torchrun`` started.
 
     Args:
-        device: "cpu" or "cuda"; what there is if not given.
+        device: "cpu" or "cuda"; None takes what there is.
 
     Raises:
         ValueError: the device is not there, or not one of these.
@@ -56,6 +56,7 @@ def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) 
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+    assert isinstance(flat, Tensor)  # what goes in comes out
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
 
@@ -69,7 +70,11 @@ def broadcast_from_main(number: int, accelerator: Accelerator) -> int:
 
 def gather(value: Tensor, accelerator: Accelerator) -> Tensor:
     """Rows of all processes, in the order of their index."""
-    return accelerator.gather(value) if accelerator.num_processes > 1 else value
+    if accelerator.num_processes == 1:
+        return value
+    gathered = accelerator.gather(value)
+    assert isinstance(gathered, Tensor)  # what goes in comes out
+    return gathered
 
 
 def missing_anywhere(
@@ -82,10 +87,10 @@ def missing_anywhere(
     if missing is not None:
         images = None if missing.images is None else missing.images.cpu()
         mine = [(str(missing), missing.groups, images, missing.prompts)]
-    found = gather_object(mine)
-    if not found:
+    gathered = gather_object(mine)
+    if not gathered:
         return None
-    words, groups, images, prompts = zip(*found, strict=True)
+    words, groups, images, prompts = zip(*gathered, strict=True)
     return MissingChoicesError(
         "; ".join(dict.fromkeys(words)),
         groups=[members for part in groups for members in part],

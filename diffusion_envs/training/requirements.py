@@ -48,8 +48,8 @@ def require_fit(
     """Refuse what cannot be trained, before anything is sampled.
 
     Raises:
-        ValueError: the samples cannot be split; or reward, sampler or schedule lack what the
-            objective or the target needs, or are given what the objective does not use.
+        ValueError: the samples cannot be split; or reward, sampler or sizes lack what the
+            objective or the target needs, or there is something that the objective does not use.
     """
     require_inputs(objective, environment.reward, preference, target_kl)
     _require_sampler(environment.sampler, objective, target_kl)

@@ -39,7 +39,7 @@ class Trainer:
     """Improves an adapter, and the value network where one helps, one update at a time.
 
     Args:
-        environment: what acts and is judged.
+        environment: what acts and is rewarded.
         objective: what to learn from a roll-out.
         size: sizes of one update.
         accelerator: the processes of this run; each rolls out its share of the samples.
@@ -131,7 +131,7 @@ class Trainer:
             yield self.step()
 
     def step(self) -> dict[str, Any]:
-        """One update: sample and judge, make the losses, improve the adapter, then the critic.
+        """One update: sample and score, make the losses, improve the adapter, then the critic.
 
         Raises:
             PreflightError: something that must hold before the first update does not.

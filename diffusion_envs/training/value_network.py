@@ -41,6 +41,10 @@ class _Residual(nn.Module):
     first rewards seen, so that rewards of any size are learned at the same rate.
     """
 
+    location: Tensor
+    scale: Tensor
+    frequencies: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("location", torch.zeros(()))
@@ -50,8 +54,8 @@ class _Residual(nn.Module):
     def calibrate(self, rewards: Float[Tensor, " n"]) -> None:
         """Set location and scale from rewards, once, before training."""
         self.location.copy_(rewards.mean())
-        if len(rewards) > 1 and (spread := rewards.std()) > 0:
-            self.scale.copy_(spread)
+        if len(rewards) > 1 and (std := rewards.std()) > 0:
+            self.scale.copy_(std)
 
     def clock(self, noising_time: Float[Tensor, " n"]) -> Float[Tensor, "n 9"]:
         """The time itself, sines and cosines of it."""
@@ -85,6 +89,7 @@ class ResidualValue(_Residual):
         self.leave = nn.Linear(width, 1)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
+                assert layer.bias is not None
                 nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
                 nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.leave.weight)

@@ -1,5 +1,6 @@
 """Generated laws against the problems' own judgement, against sampling, and against the limits."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,6 @@ from benchmarks.exact_laws import Correction
 from ctrl import DeterministicPolicy
 from ctrl.noise import stream
 from diffusion_envs.exact import (
-    CorrectedScore,
     GaussianProblem,
     MixtureProblem,
     NeuralCorrection,
@@ -153,7 +153,7 @@ def test_a_map_that_folds_has_no_kl_but_a_reward():
     problem = MixtureProblem()
     folding = Correction(lambda x, alpha: 40 * torch.sin(6 * x))
     score = exact_laws.pretrained_score(problem, TABLE)
-    folded = CorrectedScore(score.exact, folding, TABLE.alphas_cumprod)
+    folded = dataclasses.replace(score, correction=folding)
     found = exact_laws.evaluate(problem, folded, DDIM(0.0).bind(TABLE, 10))
     assert math.isnan(found.kl_to_target)
     assert math.isfinite(found.reward)
@@ -173,9 +173,7 @@ def test_the_table_of_the_optimum_is_the_optimum_on_its_own_chain():
 def test_a_correction_answers_in_float64():
     generator = torch.Generator().manual_seed(0)
     score = exact_laws.pretrained_score(MixtureProblem(), TABLE)
-    neural = CorrectedScore(
-        score.exact, NeuralCorrection(1, generator=generator), TABLE.alphas_cumprod
-    )
+    neural = dataclasses.replace(score, correction=NeuralCorrection(1, generator=generator))
     states = torch.ones(2, 1, dtype=torch.float64)
     assert exact_laws.in_float64(neural)(states, torch.tensor([3, 5])).dtype == torch.float64
 

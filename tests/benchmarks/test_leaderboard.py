@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks.contenders import RATES, Budget, Entry, methods, run, swept, swept_score
+from benchmarks.compared_methods import RATES, Budget, Entry, methods, run, swept, swept_score
 from benchmarks.leaderboard import Options, main, summary
 from diffusion_envs import objectives as o
 from diffusion_envs.exact import GaussianProblem
@@ -89,7 +89,7 @@ def test_runs_are_not_repeated(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Non
     stored = tmp_path / "runs" / "gaussian.jsonl"
     before = stored.read_text()
     first = json.loads((tmp_path / "leaderboard_gaussian.json").read_text())["rows"]
-    monkeypatch.setattr("benchmarks.contenders.run", None)
+    monkeypatch.setattr("benchmarks.compared_methods.run", None)
     main(options)
     assert stored.read_text() == before
     assert json.loads((tmp_path / "leaderboard_gaussian.json").read_text())["rows"] == first

@@ -92,7 +92,7 @@ class Backend:
 
     @staticmethod
     def get_amp_supported_dtype() -> list[torch.dtype]:
-        """Of autocast."""
+        """Types of autocast."""
         return [torch.bfloat16, torch.float16]
 
     @staticmethod
@@ -106,7 +106,7 @@ class Backend:
 
     @staticmethod
     def is_autocast_enabled() -> bool:
-        """Of this device."""
+        """Whether autocast is on for this device."""
         return torch.is_autocast_enabled(NAME)
 
 

@@ -52,8 +52,8 @@ def exact_trainer(problem, objective, device):
     """The loop on an exact problem."""
     sampler = samplers.DDIM().bind(table(), 4)
     environment = problem.environment(sampler, 5, device)
-    schedule = UpdateSize(samples=12, batch=10, value_epochs=1)
-    return Trainer(environment, objective, schedule, accelerator=Process())
+    size = UpdateSize(samples=12, batch=10, value_epochs=1)
+    return Trainer(environment, objective, size, accelerator=Process())
 
 
 def adapter(run):

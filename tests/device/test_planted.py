@@ -1,7 +1,7 @@
 """Device mistakes, planted one at a time into the code that users run, and each is noticed.
 
 A tensor that is left on the CPU, a value that is read in a loop, a generator of the wrong device:
-CUDA would refuse them, or wait. Each is looked for where the other tests look.
+CUDA would refuse them, or wait. Each must be noticed by what the other tests check.
 """
 
 from collections.abc import Callable
@@ -53,12 +53,12 @@ def checkpoint(_):
 
 @dataclass(frozen=True)
 class Mistake:
-    """An edit, and the look that must notice it."""
+    """An edit, and the check that must notice it."""
 
     target: str
     old: str
     new: str
-    look: Callable[[str], None]
+    check: Callable[[str], None]
     case: str = ""
 
 
@@ -95,9 +95,9 @@ MISTAKES = [
             update, "ScoreAsAction"),
     Mistake(f"{LOSSES}.noised_data.NoisedLosses._states",
             "sent(which, self.environment.device)", "which", update, "DiffusionNFT"),
-    Mistake("diffusion_envs.environment.Environment._judge",
-            "sent(self.judge(self.reward, images, prompts), self.device)",
-            "self.judge(self.reward, images, prompts).cpu()", update, "DDPO"),
+    Mistake("diffusion_envs.environment.Environment._score",
+            "sent(self.score_images(self.reward, images, prompts), self.device)",
+            "self.score_images(self.reward, images, prompts).cpu()", update, "DDPO"),
     # a generator of the CPU
     Mistake("ctrl.noise.fill_increments", "generator=generator",
             "generator=torch.Generator()", same_numbers, "simulate, generator"),
@@ -137,20 +137,20 @@ MISTAKES = [
 
 def cases_of(mistakes):
     return sorted(
-        {(m.look, m.case) for m in mistakes}, key=lambda pair: (pair[0].__name__, pair[1])
+        {(m.check, m.case) for m in mistakes}, key=lambda pair: (pair[0].__name__, pair[1])
     )
 
 
-@pytest.mark.parametrize(("look", "case"), cases_of(MISTAKES))
-def test_the_right_code_passes(look, case):
-    look(case)
+@pytest.mark.parametrize(("check", "case"), cases_of(MISTAKES))
+def test_the_right_code_passes(check, case):
+    check(case)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: f"{m.target}: {m.new[:40]}")
 def test_a_planted_mistake_is_noticed(mistake):
     edit = Edit(mistake.target, mistake.old, mistake.new)
     with planted(edit), pytest.raises((AssertionError, RuntimeError, ValueError)):
-        mistake.look(mistake.case)
+        mistake.check(mistake.case)
 
 
 def test_at_least_twenty_are_planted():

@@ -166,7 +166,7 @@ def test_a_damaged_line_is_named(line, tmp_path):
 def test_images_are_left_by_their_numbers(tmp_path):
     with pytest.raises(MissingChoicesError) as caught:
         ask(record(tmp_path, {"order": [11, 10]}))
-    mine = tmp_path / "to_judge" / "notes.txt"
+    mine = tmp_path / "to_choose" / "notes.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
     (mine.parent / "sample-000003.png").write_bytes(b"of an earlier stop")
@@ -236,11 +236,11 @@ SMALL = {
 def test_a_run_waits_for_people_and_ends_as_one_that_never_waited(tmp_path):
     folder, path = tmp_path / "waiting", tmp_path / "choices.jsonl"
     settings = SMALL | {"output": folder, "preference": Recorded(path)}
-    with pytest.raises(MissingChoicesError, match="to_judge"):
+    with pytest.raises(MissingChoicesError, match="to_choose"):
         finetune(**settings)
     assert not (folder / "metrics.jsonl").is_file() or not (folder / "metrics.jsonl").read_text()
     for pairs in ([[0, 1], [2, 3]], [[4, 5], [6, 7]]):
-        left = sorted(p.name for p in (folder / "to_judge").glob("sample-*.png"))
+        left = sorted(p.name for p in (folder / "to_choose").glob("sample-*.png"))
         assert left == [f"sample-{k:06d}.png" for pair in pairs for k in pair]
         with path.open("a") as file:  # the sample made first is preferred
             file.writelines(json.dumps({"order": pair}) + "\n" for pair in pairs)
@@ -276,9 +276,9 @@ def test_the_command_line_waits_and_goes_on(tmp_path, capsys):
     )
     said = capsys.readouterr().err
     assert "waiting" in said
-    assert str(folder / "to_judge") in said
+    assert str(folder / "to_choose") in said
     assert f"--resume {folder}" in said
-    path.write_text((folder / "to_judge" / "groups.jsonl").read_text())
+    path.write_text((folder / "to_choose" / "groups.jsonl").read_text())
     assert command_line.main(FAMILY, ["--resume", str(folder)]) == 0
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 

@@ -18,7 +18,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 import ctrl
 from diffusion_envs.denoising import generation_sde, path_kl_per_step
-from diffusion_envs.noise_schedules import DDPMTable, VPLinear
+from diffusion_envs.noise_schedules import DDPMTable, FlowTable, VPLinear
 from diffusion_envs.samplers import DDIM, BlackBox, Scheduler
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -339,6 +339,11 @@ def test_a_schedulers_options_replace_trailing_steps():
     found = Scheduler("DDIMScheduler", tuple(options.items())).bind(TABLE, 12)
     expected = BlackBox(scheduler(torch.float32), 12).sample(predict, start)
     torch.testing.assert_close(found.sample(predict, start), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scheduler_on_a_flow_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"Scheduler\('DDIMScheduler'\) needs .* use DDIM, FlowSDE"):
+        Scheduler("DDIMScheduler").bind(FlowTable(), 12)
 
 
 def test_a_name_that_is_none_of_diffusers_is_refused():

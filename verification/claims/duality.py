@@ -246,9 +246,9 @@ def kl_duality(setting: Setting) -> Iterator[Check]:
             "(g2 * offset + shift)",
         ),
         wrong(
-            "spread of the state ignored in the reward",
+            "variance of the state ignored in the reward",
             "diffusion_envs.exact.gaussian.Quadratic.expectation",
-            "- 0.5 * spread",
+            "- 0.5 * variance",
             "",
         ),
         wrong(

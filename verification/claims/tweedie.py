@@ -59,16 +59,16 @@ _TRANSITION = "diffusion_envs.exact.gaussian.transition"
             "posterior covariance of the noised data", _TRANSITION, "last - values", "last + values"
         ),
         wrong(
-            "spread of the state forgotten in a mean reward",
+            "variance of the state forgotten in a mean reward",
             "diffusion_envs.exact.gaussian.Quadratic.before",
-            "- 0.5 * spread",
+            "- 0.5 * variance",
             "",
         ),
         wrong(
             "mean reward: without 1/2",
             "diffusion_envs.exact.gaussian.Quadratic.before",
-            "- 0.5 * spread",
-            "- spread",
+            "- 0.5 * variance",
+            "- variance",
         ),
     ],
 )

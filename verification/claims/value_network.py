@@ -150,7 +150,7 @@ def loss(
         wrong(
             "denoised reward taken for the value: no tr(Q Cov)/2",
             "diffusion_envs.exact.gaussian.Quadratic.before",
-            "- 0.5 * spread",
+            "- 0.5 * variance",
             "",
         ),
         wrong(

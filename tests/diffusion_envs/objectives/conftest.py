@@ -186,12 +186,12 @@ class Brightness:
 
 @pytest.fixture
 def small_trainer() -> Callable[..., Trainer]:
-    """(objective, **schedule) -> the real loop around a linear noise prediction with an adapter.
+    """(objective, **size) -> the real loop around a linear noise prediction with an adapter.
 
     Three prompts, four steps, a reward that rises with the brightness of a picture.
     """
 
-    def made(objective: Objective, **schedule: Any) -> Trainer:
+    def made(objective: Objective, **size: Any) -> Trainer:
         table = torch.linspace(0.97, 0.08, 20, dtype=torch.float64)
         generator = stream(7, "network")
         network = Network(generator)
@@ -213,7 +213,7 @@ def small_trainer() -> Callable[..., Trainer]:
             prompts=["one", "two", "three"],
             seed=41,
         )
-        settings = {"samples": 12, "batch": 64, "value_epochs": 1} | schedule
+        settings = {"samples": 12, "batch": 64, "value_epochs": 1} | size
         return Trainer(
             environment,
             objective,
@@ -226,10 +226,10 @@ def small_trainer() -> Callable[..., Trainer]:
 
 @pytest.fixture
 def trains(small_trainer: Callable[..., Trainer]) -> Callable[..., Trainer]:
-    """(objective, **schedule) -> the loop after two updates, the second resumed, all finite."""
+    """(objective, **size) -> the loop after two updates, the second resumed, all finite."""
 
-    def check(objective: Objective, **schedule: Any) -> Trainer:
-        whole, first, second = (small_trainer(objective, **schedule) for _ in range(3))
+    def check(objective: Objective, **size: Any) -> Trainer:
+        whole, first, second = (small_trainer(objective, **size) for _ in range(3))
         start = [p.detach().clone() for p in whole.parameters]
         lines = list(whole.updates(2))
         list(first.updates(1))

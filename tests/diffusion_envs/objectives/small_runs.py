@@ -19,14 +19,14 @@ def trainer(
     preference: Preference | None = None,
     seed: int = 5,
     log_path_kl: bool = False,
-    **schedule: Any,
+    **size: Any,
 ) -> Trainer:
     """A fresh run of 12 samples an update, in pieces of 10 rows."""
     environment = PROBLEM.environment(DDIM(1.0).bind(table(), STEPS), seed)
     return Trainer(
         environment,
         objective,
-        UpdateSize(**{"samples": 12, "batch": 10, "value_epochs": 1} | schedule),
+        UpdateSize(**{"samples": 12, "batch": 10, "value_epochs": 1} | size),
         accelerator=Process(),
         preference=preference,
         log_path_kl=log_path_kl,
@@ -41,15 +41,15 @@ def numbers(run: Trainer, updates: int) -> list[dict[str, Any]]:
     ]
 
 
-def assert_runs_and_resumes(objective: Objective, queries: int, **schedule: Any) -> None:
+def assert_runs_and_resumes(objective: Objective, queries: int, **size: Any) -> None:
     """Two updates: finite, so many reward queries each, the same when cut in two."""
-    whole = trainer(objective, **schedule)
+    whole = trainer(objective, **size)
     log = numbers(whole, 2)
     assert [line["reward_queries"] for line in log] == [queries, 2 * queries]
     parameters = [p.detach() for p in whole.parameters]
     assert all(p.isfinite().all() for p in parameters)
     assert max(p.abs().max() for p in parameters) > 0
-    first, second = trainer(objective, **schedule), trainer(objective, **schedule)
+    first, second = trainer(objective, **size), trainer(objective, **size)
     numbers(first, 1)
     second.load_state(first.state())
     assert numbers(second, 2) == log[1:]

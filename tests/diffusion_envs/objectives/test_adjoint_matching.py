@@ -290,9 +290,9 @@ def test_targets_do_not_depend_on_how_many_paths_are_carried_at_once(small_train
     found = []
     for batch in (64, 5):
         made = small_trainer(AdjointMatching(), batch=batch)
-        lesson = made.losses(made.sample().rollout)
-        assert isinstance(lesson, PathLosses)
-        found.append(lesson.targets)
+        update_losses = made.losses(made.sample().rollout)
+        assert isinstance(update_losses, PathLosses)
+        found.append(update_losses.targets)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 

@@ -285,9 +285,9 @@ def test_bad_settings_are_refused_by_name(kind, settings, name):
 
 
 def test_the_score_function_is_used_once_a_rollout(small_trainer):
-    for schedule in ({"epochs": 2}, {"minibatches": 3}):
+    for size in ({"epochs": 2}, {"minibatches": 3}):
         with pytest.raises(ValueError, match=r"DDPOScoreFunction.*epochs=1 and minibatches=1"):
-            small_trainer(DDPOScoreFunction(), **schedule)
+            small_trainer(DDPOScoreFunction(), **size)
 
 
 @pytest.mark.parametrize("objective", [DDPO(), DDPOScoreFunction()], ids=["IS", "SF"])

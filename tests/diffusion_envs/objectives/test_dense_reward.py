@@ -276,8 +276,8 @@ def test_half_of_the_weight_lies_on_the_first_seven_of_fifty_steps():
 
 def test_the_loop_draws_steps_with_these_probabilities(generator):
     run = trainer(DenseReward(members=2, discount=0.6))
-    lesson: Any = run.losses(run.sample().rollout)
-    drawn = lesson._steps(40_000, 2, generator)
+    update_losses: Any = run.losses(run.sample().rollout)
+    drawn = update_losses._steps(40_000, 2, generator)
     share = torch.stack([(drawn == k).double().mean() for k in range(4)])
     expected = DenseReward(discount=0.6).step_probabilities(4)
     assert expected is not None
@@ -295,8 +295,8 @@ def test_a_gradient_does_not_depend_on_the_pieces_that_the_loop_cuts(generator):
         with torch.no_grad():
             for parameter in run.parameters:
                 parameter.fill_(0.05)
-        lesson = run.losses(run.sample().rollout)
-        for loss in lesson.losses(torch.arange(4), torch.Generator().manual_seed(3)):
+        update_losses = run.losses(run.sample().rollout)
+        for loss in update_losses.losses(torch.arange(4), torch.Generator().manual_seed(3)):
             loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in run.parameters if p.grad is not None]))
     assert found[0].abs().max() > 0

@@ -220,16 +220,16 @@ def test_a_drawn_bridge_has_the_law_and_the_cost_that_it_should():
     one = torch.zeros(1)
     made = rollout(one, one.long(), torch.tensor([[0.9, -0.4]]))
     objective = ReinforceAdjointMatching(draws=draws, path_cost=True)
-    lesson = NoisedLosses(
+    update_losses = NoisedLosses(
         environment, objective, made, one, stream(3, "bridge"), nullcontext, batch=10**6
     )
     t = 30
-    lesson.timestep[:] = t
-    lesson.noise[:] = torch.tensor([0.6, -1.1])
+    update_losses.timestep[:] = t
+    update_losses.noise[:] = torch.tensor([0.6, -1.1])
     everything = torch.cartesian_prod(torch.arange(1), torch.arange(draws))
     log_abar = sampler.table.alphas_cumprod.log()
     with torch.no_grad():
-        cost, score = lesson._bridge(everything, log_abar, stream(4, "bridge"))
+        cost, score = update_losses._bridge(everything, log_abar, stream(4, "bridge"))
     # by hand: sum over the states before, each with its law, of g^2 h / 2 E|D x + c|^2
     a = sampler.table.alphas_cumprod.sqrt().numpy()
     gain, shift = (p[0].detach().double().numpy() for p in parameters)

@@ -99,8 +99,8 @@ def gradient(objective: BackpropObjective, sampler: BoundDDIM) -> Tensor:
         prompts=["-"],
         seed=0,
     )
-    lesson = LastLosses(environment, objective, rollout, batch=100)
-    losses = lesson.losses(torch.arange(len(weights)), torch.Generator().manual_seed(1))
+    update_losses = LastLosses(environment, objective, rollout, batch=100)
+    losses = update_losses.losses(torch.arange(len(weights)), torch.Generator().manual_seed(1))
     return flat(torch.autograd.grad(torch.stack(list(losses)).sum(), (gain, shift)))
 
 
@@ -339,8 +339,8 @@ def tiny_gradient(objective: BackpropObjective, recompute: str) -> tuple[Tensor,
     elif recompute == "diffusers":
         model.pipe.unet.enable_gradient_checkpointing()
     score.calls = 0
-    lesson = LastLosses(environment, objective, rollout, batch=2)
-    for loss in lesson.losses(torch.arange(2), torch.Generator()):
+    update_losses = LastLosses(environment, objective, rollout, batch=2)
+    for loss in update_losses.losses(torch.arange(2), torch.Generator()):
         loss.backward()
     gradients = [p.grad for p in model.parameters]
     return torch.cat([g.flatten() for g in gradients if g is not None]), score.calls
@@ -389,8 +389,8 @@ def test_pretrained_scores_are_computed_where_a_kl_is_charged(objective, passes)
 def test_an_ode_can_be_differentiated_where_no_kl_is_charged():
     def run(objective: BackpropObjective) -> Trainer:
         environment = PROBLEM.environment(DDIM(0.0).bind(table(), 4), seed=5)
-        schedule = UpdateSize(samples=12)
-        return Trainer(environment, objective, schedule, accelerator=Process())
+        size = UpdateSize(samples=12)
+        return Trainer(environment, objective, size, accelerator=Process())
 
     (line,) = run(DRaFT(last=3)).updates(1)
     assert line["gradient_norm"] > 0

@@ -340,12 +340,12 @@ def test_the_loop_resets_when_it_says(small_trainer):
 def test_the_published_number_of_optimiser_steps_costs_no_more_network_calls(small_trainer):
     """2 optimiser steps for each of the sampler's 4, of as many rows as one pass has in all."""
     seen = {}
-    for name, schedule in {
+    for name, size in {
         "one pass": {},
         "as published": {"epochs": 4, "minibatches": 2, "train_steps": 1},
         "few paths": {"minibatches": 12},
     }.items():
-        made = small_trainer(TDPO(), **schedule)
+        made = small_trainer(TDPO(), **size)
         steps = []
         made.optimiser.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
         made.update = 1  # without the preflight's calls

@@ -33,10 +33,10 @@ class World:
         self.environment = object.__new__(Environment)
         self.environment.model = SimpleNamespace(device=torch.device("cpu"))
         self.environment.reward, self.environment.prompts = reward, PROMPTS
-        self.environment.judge = self.judge
+        self.environment.score_images = self.score_images
         monkeypatch.setattr(evaluation, "evaluate", self.evaluate)
 
-    def judge(self, reward: Any, images: Any, prompts: Any) -> Any:
+    def score_images(self, reward: Any, images: Any, prompts: Any) -> Any:
         self.asked.append(len(images))
         return rewards.score(reward, images, prompts)
 

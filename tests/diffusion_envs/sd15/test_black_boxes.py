@@ -1,4 +1,4 @@
-"""Fine-tuning and judging with samplers that show nothing of their steps."""
+"""Fine-tuning and evaluation with samplers that show nothing of their steps."""
 
 import json
 from typing import Any

@@ -121,8 +121,8 @@ def same(one: Path, other: Path) -> None:
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-# One call each: the pretrained model (twice: evaluation, first look), then of every update its
-# samples, and of every second one pictures and look. So: in the first look, in the look of update
+# One call each: the pretrained model (twice: evaluation, stop rule), then of every update its
+# samples, and of every second one pictures and evaluation. So: in the first one, in that of update
 # 6, and in the last evaluation of a run that stopped at update 8.
 @pytest.mark.parametrize("at", [2, 14, 19])
 def test_an_interrupted_run_stops_at_the_same_update_bit_for_bit(stopped, tmp_path, at):

@@ -201,12 +201,12 @@ def test_time_subsampling_is_unbiased():
         accelerator=parallel.start(),
     )
     rollout = trainer.sample().rollout
-    lesson = trainer.losses(rollout)
+    update_losses = trainer.losses(rollout)
 
     def gradient(which: Tensor) -> Tensor:
         for parameter in model.parameters:
             parameter.grad = None
-        losses = trainer.objective.loss(lesson.rows(which))
+        losses = trainer.objective.loss(update_losses.rows(which))
         (losses.sum() * 3 / len(which)).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters if p.grad is not None])
 

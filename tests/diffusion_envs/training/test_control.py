@@ -29,12 +29,12 @@ from verification.claims.training_loop import Process
 PROBLEM, SAMPLER = GaussianProblem(), DDIM(1.0).bind(table(), 4)
 
 
-def trainer(objective: Objective, target: TargetKL | None, eta: float = 1.0, **schedule: Any):
+def trainer(objective: Objective, target: TargetKL | None, eta: float = 1.0, **size: Any):
     environment = PROBLEM.environment(DDIM(eta).bind(table(), 4), 5)
     return Trainer(
         environment,
         objective,
-        UpdateSize(**{"samples": 12, "batch": 4096, "value_epochs": 1} | schedule),
+        UpdateSize(**{"samples": 12, "batch": 4096, "value_epochs": 1} | size),
         accelerator=Process(),
         target_kl=target,
     )

@@ -77,7 +77,7 @@ def test_two_processes_leave_all_images_once_and_stop_with_one_error(tmp_path):
         assert said[0] == said[1]
         assert said[0].startswith(f"{missing} {2 * len(missing)} ")
         assert f"{name}.jsonl" in said[0]
-        place = tmp_path / name / "to_judge"
+        place = tmp_path / name / "to_choose"
         assert str(place) in said[0]
         wanted = [f"sample-{k:06d}.png" for pair in missing for k in pair]
         assert sorted(p.name for p in place.glob("sample-*.png")) == wanted

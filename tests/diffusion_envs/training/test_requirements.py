@@ -1,4 +1,4 @@
-"""Every objective with every sampler, reward, preference, schedule and target: trained or refused.
+"""Every objective with every sampler, reward, preference, sizes and target: trained or refused.
 
 A combination either trains one update to finite numbers, or is refused before anything is sampled,
 by an error that names the objective and a remedy; which of them are refused is said here again.
@@ -54,7 +54,7 @@ KINDS = {
     "dpm++": Scheduler("DPMSolverMultistepScheduler"),
 }
 SAMPLERS = {name: kind.bind(table(), STEPS) for name, kind in KINDS.items()}
-SCHEDULES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "plain": {},
     "epochs": {"epochs": 2},
     "minibatches": {"minibatches": 2},
@@ -86,13 +86,13 @@ class Combination:
     sampler: BoundDDIM | BoundBlackBox
     gradient: bool
     preference: Preference | None
-    schedule: dict[str, Any]
+    size: dict[str, Any]
     target: TargetKL | None
 
     def trainer(self, made: Environment) -> Trainer:
         reward = made.reward if self.gradient else Opaque(made.reward)
         environment = replace(made, sampler=self.sampler, reward=reward)
-        settings = {"samples": SAMPLES, "batch": 4096, "value_epochs": 1} | self.schedule
+        settings = {"samples": SAMPLES, "batch": 4096, "value_epochs": 1} | self.size
         return Trainer(
             environment,
             self.objective,
@@ -109,8 +109,8 @@ class Combination:
             isinstance(objective, kind) for kind in (PathObjective, NoisedObjective)
         )
         weight = getattr(objective, "kl_weight", 0.0)
-        samples = self.schedule.get("samples", SAMPLES)
-        passes = self.schedule.get("epochs", 1) * self.schedule.get("minibatches", 1)
+        samples = self.size.get("samples", SAMPLES)
+        passes = self.size.get("epochs", 1) * self.size.get("minibatches", 1)
         differentiates = isinstance(objective, BackpropObjective) or (
             type(objective).__name__ == "AdjointMatching"
         )
@@ -124,9 +124,9 @@ class Combination:
                 self.preference is not None and not compares,
                 self.target is not None and (not eta or weight == 0),
                 self.target is not None and isinstance(objective, DistributionalOptimisation),
-                samples % (objective.group * self.schedule.get("minibatches", 1)) > 0,
-                "train_steps" in self.schedule and not on_paths,
-                self.schedule.get("train_steps", 0) > STEPS,
+                samples % (objective.group * self.size.get("minibatches", 1)) > 0,
+                "train_steps" in self.size and not on_paths,
+                self.size.get("train_steps", 0) > STEPS,
                 passes > 1 and isinstance(objective, DDPOScoreFunction),
             )
         )
@@ -138,8 +138,8 @@ def combinations(objective: Objective, folder: Path) -> Iterator[Combination]:
     if objective.needs_preferences:
         preferences += (FromReward(), recorded)
     targets = (None, TargetKL(0.5))
-    given = product(SAMPLERS.values(), (True, False), preferences, SCHEDULES.values(), targets)
-    for one in given:
+    choices = product(SAMPLERS.values(), (True, False), preferences, SIZES.values(), targets)
+    for one in choices:
         yield Combination(objective, *one)
 
 
@@ -183,7 +183,7 @@ def test_a_combination_trains_or_is_refused_before_anything_is_sampled(name, set
         try:
             if one.is_to_be_refused():
                 assert_refused(one)
-            elif one.gradient and not (one.schedule and (one.target or one.preference)):
+            elif one.gradient and not (one.size and (one.target or one.preference)):
                 assert_trains(one)
             else:  # trains as neighbours do: the gradient is not used, one thing more is
                 one.trainer(UNTOUCHED)

@@ -70,10 +70,10 @@ def test_scores_that_differ_by_the_rounding_allowed_for_keep_within_the_bound(
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 def test_in_any_batches_the_ratio_is_1_up_to_the_bound(guidance, batch):
     made = fresh(guidance)
-    lesson = made.losses(made.sample().rollout)
+    update_losses = made.losses(made.sample().rollout)
     with torch.no_grad():
         for piece in WHICH.split(batch):
-            rows = lesson.rows(piece)
+            rows = update_losses.rows(piece)
             found = made.objective.log_ratio(rows).abs()
             assert (found <= log_ratio_rounding(rows, torch.float32)).all()
 
@@ -81,10 +81,10 @@ def test_in_any_batches_the_ratio_is_1_up_to_the_bound(guidance, batch):
 def test_in_one_batch_the_ratio_is_1_bit_for_bit():
     """All paths of one step at once, as the roll-out asks for them."""
     made = fresh()
-    lesson = made.losses(made.sample().rollout)
+    update_losses = made.losses(made.sample().rollout)
     with torch.no_grad():
         for step in range(STEPS):
-            rows = lesson.rows(WHICH[WHICH[:, 1] == step])
+            rows = update_losses.rows(WHICH[WHICH[:, 1] == step])
             assert (made.objective.log_ratio(rows) == 0).all()
 
 
@@ -98,11 +98,11 @@ def test_the_preflight_lets_round_off_pass(guidance, batch):
 def test_the_preflight_sees_weights_that_moved_by_a_thousandth():
     """The mildest of its mistakes: half precision in one of the two places makes 2e-3 or more."""
     made = fresh()
-    lesson = made.losses(made.sample().rollout)
+    update_losses = made.losses(made.sample().rollout)
     with torch.no_grad():
         network_of(made).base.mul_(1.001)
     with pytest.raises(PreflightError, match="log-ratio"):
-        lesson.check_fresh()
+        update_losses.check_fresh()
 
 
 def test_the_preflight_sees_a_pretrained_model_that_is_a_little_off():

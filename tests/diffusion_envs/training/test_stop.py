@@ -12,7 +12,7 @@ from diffusion_envs.runs.early_stopping import EarlyStopping, Scores, StopRule, 
 DOUBLE = torch.float64
 
 
-def looks(
+def evaluations(
     judge: list[float],
     reward: list[float],
     generator: torch.Generator,
@@ -21,7 +21,7 @@ def looks(
     noise: float = 0.3,
     path_kl: list[float] | None = None,
 ) -> list[Scores]:
-    """Seeds differ by a standard deviation of 1, looks at one seed by ``noise``."""
+    """Seeds differ by a standard deviation of 1, evaluations of one seed by ``noise``."""
     seed = torch.randn(samples, dtype=DOUBLE, generator=generator)
 
     def seen(means: list[float]) -> list[torch.Tensor]:
@@ -36,13 +36,13 @@ def looks(
 
 
 def first_stop(rule: StopRule, seen: list[Scores]) -> int | None:
-    """The look at which a run ends."""
+    """Number of the evaluation at which a run ends."""
     return next((k for k in range(len(seen)) if rule.decide(seen[: k + 1]).reason), None)
 
 
 def test_it_stops_soon_after_a_judge_begins_to_fall_and_keeps_its_best_look(generator):
     judge = [0.0, 0.3, 0.6, 0.5, 0.2, -0.2]
-    seen = looks(judge, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], generator, samples=64)
+    seen = evaluations(judge, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], generator, samples=64)
     at = first_stop(StopRule(z=3.5), seen)
     # 0.6 -> 0.2 is 7.5 standard errors of the paired difference, 0.3 sqrt(2 / 64) = 0.053
     assert at in (3, 4)
@@ -53,20 +53,20 @@ def test_it_stops_soon_after_a_judge_begins_to_fall_and_keeps_its_best_look(gene
 
 
 def test_a_judge_that_falls_with_the_reward_does_not_stop_it(generator):
-    seen = looks([0.0, 0.6, -0.6], [0.0, 1.0, 0.2], generator)
+    seen = evaluations([0.0, 0.6, -0.6], [0.0, 1.0, 0.2], generator)
     assert StopRule().decide(seen).reason is None
 
 
 def test_a_judge_below_the_pretrained_model_stops_at_the_first_look(generator):
-    seen = looks([0.0, -0.7], [0.0, 1.0], generator)
+    seen = evaluations([0.0, -0.7], [0.0, 1.0], generator)
     decision = StopRule().decide(seen)
     assert decision.reason is not None
     assert decision.best == 0  # the pretrained model itself
 
 
 def test_pairing_matters(generator):
-    """The fall is a third of a seed's spread: unpaired it would be 1.5 standard errors."""
-    seen = looks([0.0, -0.35], [0.0, 1.0], generator, samples=36)
+    """The fall is a third of the seeds' deviation: unpaired it would be 1.5 standard errors."""
+    seen = evaluations([0.0, -0.35], [0.0, 1.0], generator, samples=36)
     assert StopRule(z=3.0).decide(seen).reason is not None
     other = seen[1].judged["clarity"][torch.randperm(36, generator=generator)]
     shuffled = Scores(10, seen[1].rewards, {"clarity": other}, seen[1].path_kl)
@@ -75,16 +75,16 @@ def test_pairing_matters(generator):
 
 @pytest.mark.parametrize("judges", [1, 2])
 def test_noise_stops_no_more_runs_than_promised(generator, judges):
-    """Eight looks that differ by noise only, while the reward rises."""
+    """Eight evaluations that differ by noise only, while the reward rises."""
     rule, runs, ahead = StopRule(z=2.5, samples=24, every=10), 300, 8
     bound = rule.false_stop_bound(updates=80, judges=judges)
     expected = judges * 36 * t.sf(2.5, 23)
     assert bound == pytest.approx(expected, rel=1e-9)
     stops = 0
     for _ in range(runs):
-        seen = looks([0.0] * (ahead + 1), list(range(ahead + 1)), generator, samples=24)
+        seen = evaluations([0.0] * (ahead + 1), list(range(ahead + 1)), generator, samples=24)
         if judges == 2:
-            other = looks([0.0] * (ahead + 1), list(range(ahead + 1)), generator, samples=24)
+            other = evaluations([0.0] * (ahead + 1), list(range(ahead + 1)), generator, samples=24)
             seen = [
                 Scores(a.update, a.rewards, {**a.judged, "other": b.judged["clarity"]}, a.path_kl)
                 for a, b in zip(seen, other, strict=True)
@@ -100,13 +100,13 @@ def test_the_default_rule_seldom_stops_on_noise():
     rule = StopRule()
     assert rule.false_stop_bound(updates=100, judges=1) < 0.03
     assert rule.false_stop_bound(updates=100, judges=1) > 55 * NormalDist().cdf(-3.5)
-    assert rule.false_stop_bound(updates=9, judges=1) == 0  # no look at all
+    assert rule.false_stop_bound(updates=9, judges=1) == 0  # no evaluation at all
     assert StopRule(z=0.1).false_stop_bound(updates=1000, judges=3) == 1
     assert StopRule(z=None, max_path_kl=1.0).false_stop_bound(100, 1) == 0
 
 
 def test_passing_the_limit_of_path_kl_stops_and_what_passed_it_is_not_kept(generator):
-    seen = looks([0.0, 0.5, 1.0], [0.0, 1.0, 2.0], generator, path_kl=[0.0, 3.0, 5.5])
+    seen = evaluations([0.0, 0.5, 1.0], [0.0, 1.0, 2.0], generator, path_kl=[0.0, 3.0, 5.5])
     decision = StopRule(max_path_kl=5.0).decide(seen)
     assert decision.reason == "the path KL, 5.5 nats, passed its limit of 5"
     assert decision.best == 10
@@ -117,43 +117,43 @@ def test_passing_the_limit_of_path_kl_stops_and_what_passed_it_is_not_kept(gener
 def test_without_judges_the_reward_chooses(generator):
     seen = [
         Scores(k.update, k.rewards, {}, k.path_kl)
-        for k in looks([0.0] * 3, [0.0, 2.0, 1.0], generator)
+        for k in evaluations([0.0] * 3, [0.0, 2.0, 1.0], generator)
     ]
     assert StopRule(max_path_kl=9.0).decide(seen).best == 10
 
 
 def test_judges_count_in_units_of_their_spread():
-    def look(update: int, coarse: float, fine: float) -> Scores:
+    def scores(update: int, coarse: float, fine: float) -> Scores:
         base = torch.tensor([-1.0, 1.0], dtype=DOUBLE)
         judged = {"coarse": 1000 * (base + coarse), "fine": base + fine}
         return Scores(update, base, judged, base.abs())
 
-    # the coarse judge loses 0.3 of its spread, the fine one gains 0.4 of its own
-    assert StopRule(z=9.0).decide([look(0, 0.0, 0.0), look(10, -0.3, 0.4)]).best == 10
-    assert StopRule(z=9.0).decide([look(0, 0.0, 0.0), look(10, -0.5, 0.4)]).best == 0
+    # the coarse judge loses 0.3 of its standard deviation, the fine one gains 0.4 of its own
+    assert StopRule(z=9.0).decide([scores(0, 0.0, 0.0), scores(10, -0.3, 0.4)]).best == 10
+    assert StopRule(z=9.0).decide([scores(0, 0.0, 0.0), scores(10, -0.5, 0.4)]).best == 0
 
 
 def test_a_watch_looks_on_time_keeps_the_best_and_resumes(generator):
-    seen = {k.update: k for k in looks([0, 0.5, 1.0, -1.0], [0, 1, 2, 3], generator)}
+    seen = {k.update: k for k in evaluations([0, 0.5, 1.0, -1.0], [0, 1, 2, 3], generator)}
 
-    def watch(kept: list[int]) -> EarlyStopping:
+    def stopping(kept: list[int]) -> EarlyStopping:
         return EarlyStopping(StopRule(), lambda update, pretrained: seen[update], kept.append)
 
     kept: list[int] = []
-    whole = watch(kept)
+    whole = stopping(kept)
     whole.begin()
-    found = {update: whole.evaluate(update) for update in range(1, 31)}
-    assert [update for update, decision in found.items() if decision] == [10, 20, 30]
+    decisions = {update: whole.evaluate(update) for update in range(1, 31)}
+    assert [update for update, decision in decisions.items() if decision] == [10, 20, 30]
     assert kept == [0, 10, 20]
-    assert found[20].reason is None
-    assert found[30].reason is not None
-    first, later = watch([]), watch(kept := [])
+    assert decisions[20].reason is None
+    assert decisions[30].reason is not None
+    first, later = stopping([]), stopping(kept := [])
     first.begin()
     first.evaluate(10)
     later.load_state(first.state())
     later.begin()
-    assert later.evaluate(20) == found[20]
-    assert later.evaluate(30) == found[30]
+    assert later.evaluate(20) == decisions[20]
+    assert later.evaluate(30) == decisions[30]
     assert kept == [20]
 
 

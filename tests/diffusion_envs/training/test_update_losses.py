@@ -1,4 +1,4 @@
-"""What an update's losses cost in network calls, and which scores it is given."""
+"""What an update's losses cost in network calls, and which scores they use."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -23,7 +23,7 @@ ON_POLICY = DiffusionNFT(draws=DRAWS, old_decay_rate=0.0)
 
 
 def calls(run: Trainer, updates: int) -> list[int]:
-    """Of every update."""
+    """Network calls of every update."""
     totals = [line["network_calls"] for line in numbers(run, updates)]
     return [now - before for now, before in zip(totals, [0, *totals], strict=False)]
 
@@ -53,33 +53,33 @@ NETWORK_CALLS: dict[str, tuple[NoisedObjective, dict[str, int], tuple[int, int]]
 @pytest.mark.parametrize("case", NETWORK_CALLS.values(), ids=NETWORK_CALLS)
 def test_data_cost_the_network_calls_that_their_loss_needs(case):
     """And what the log's path KL takes, where it is asked for, is counted apart."""
-    objective, schedule, passes = case
+    objective, size, passes = case
     for asked, monitoring in ((False, 0), (True, 2 * SAMPLED)):
-        run = trainer(objective, log_path_kl=asked, **schedule)
+        run = trainer(objective, log_path_kl=asked, **size)
         assert calls(run, 2) == [SAMPLED + k * NOISED for k in passes]
         assert run.environment.monitoring_calls == monitoring
 
 
-def lesson(run: Trainer, objective: NoisedObjective, old: Any) -> NoisedLosses:
-    """Of the run's samples, the same for every ``old``."""
+def losses_of(run: Trainer, objective: NoisedObjective, old: Any) -> NoisedLosses:
+    """Losses of the run's samples, the same for every ``old``."""
     rollout = run.sample().rollout
     advantages = objective.advantages(rollout)
     generator = stream(3, "noise")
     return NoisedLosses(run.environment, objective, rollout, advantages, generator, old, batch=10)
 
 
-def moved(run: Trainer) -> None:
-    """The adapter, away from where it was."""
+def perturb(run: Trainer) -> None:
+    """Change the adapter's weights."""
     with torch.no_grad():
         for k, parameter in enumerate(run.parameters):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=stream(k, "moved")))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=stream(k, "perturb")))
 
 
 def test_old_scores_are_the_first_passes_own():
-    """Those that no call was spent on, before and after the weights moved."""
+    """Those that no call was spent on, before and after the weights change."""
     run = trainer(ON_POLICY)
-    moved(run)
-    free, paid = (lesson(run, ON_POLICY, old) for old in (None, nullcontext))
+    perturb(run)
+    free, paid = (losses_of(run, ON_POLICY, old) for old in (None, nullcontext))
     which = torch.cartesian_prod(torch.arange(PATHS), torch.arange(DRAWS))
     shuffled = which[torch.randperm(len(which), generator=stream(1, "rows"))]
     for piece in shuffled.split(7):
@@ -87,7 +87,7 @@ def test_old_scores_are_the_first_passes_own():
         torch.testing.assert_close(one.old_mean, other.old_mean, rtol=1e-5, atol=1e-6)
         assert one.old_mean is not None
         assert not one.old_mean.requires_grad
-    moved(run)
+    perturb(run)
     now, then = free.rows(which), paid.rows(which)
     torch.testing.assert_close(now.old_mean, then.old_mean, rtol=1e-5, atol=1e-6)
     assert now.old_mean is not None
@@ -96,8 +96,8 @@ def test_old_scores_are_the_first_passes_own():
 
 def test_the_gap_that_is_logged_is_that_of_the_losses_epsilon():
     run = trainer(ON_POLICY)
-    moved(run)
-    made = lesson(run, ON_POLICY, None)
+    perturb(run)
+    made = losses_of(run, ON_POLICY, None)
     list(made.losses(torch.arange(PATHS), stream(0, "unused")))
     which = torch.cartesian_prod(torch.arange(PATHS), torch.arange(DRAWS))
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_the_gap_that_is_logged_is_that_of_the_losses_epsilon():
 
 def test_scores_that_nobody_needs_are_not_there():
     run = trainer(DistributionalOptimisation(draws=DRAWS))
-    made = lesson(run, DistributionalOptimisation(draws=DRAWS), None)
+    made = losses_of(run, DistributionalOptimisation(draws=DRAWS), None)
     which = torch.tensor([[0, 0], [3, 1]])
     rows = made.rows(which)
     assert rows.old_mean is None
@@ -128,7 +128,7 @@ def test_scores_that_nobody_needs_are_not_there():
 
 @pytest.mark.parametrize(("draws", "own"), [(1, 1), (2, 1), (5, 3), (6, 3)])
 def test_noise_levels_are_spread_evenly_and_shared_by_pairs(draws, own, generator):
-    """Of 7 levels from 2 on, 7 * 4 paths: each level as often as any other."""
+    """From 7 levels, 2 and on, for 7 * 4 paths: each level as often as any other."""
     found = drawn_levels(28, draws, 2, 9, generator)
     assert found.shape == (28, draws)
     assert found[:, :own].flatten().bincount(minlength=9).tolist() == [0, 0] + 7 * [4 * own]

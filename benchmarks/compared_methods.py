@@ -1,4 +1,4 @@
-"""Who takes part in the comparisons, and one run of one of them.
+"""The compared methods, and one run of one of them.
 
 Every run starts from the same pretrained model and gets the same adapter, optimiser and evaluation;
 its learning rate falls linearly to 0 with the share of its budget that is spent. The policy is
@@ -119,14 +119,14 @@ class Entry:
 
     Attributes:
         objective: kl_weight -> the objective; where it has no KL term, that is part of the method.
-        schedule: what differs from the common schedule.
+        size: what differs from the common ``UpdateSize``.
         aims: whether it should reach the KL-regularised optimum.
         sampler: of training; DDIM with eta 1, if not given. The evaluation's is always that.
         steps: of training; the evaluation's, if not given.
     """
 
     objective: Callable[[float], o.Objective]
-    schedule: tuple[tuple[str, Any], ...] = ()
+    size: tuple[tuple[str, Any], ...] = ()
     aims: bool = True
     sampler: Sampler | None = None
     steps: int | None = None
@@ -199,7 +199,7 @@ def methods() -> dict[str, Entry]:
         "ram": Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b), aims=False),
         "ram (path cost)": Entry(
             lambda b: o.ReinforceAdjointMatching(kl_weight=b, path_cost=True, draws=8),
-            schedule=(("samples", 256), ("minibatches", 4), ("epochs", 2)),
+            size=(("samples", 256), ("minibatches", 4), ("epochs", 2)),
             sampler=ACCURATE,
             steps=50,
         ),
@@ -221,9 +221,9 @@ def run(name: str, entry: Entry, problem: Any, budget: Budget, rate: float, seed
     environment = problem.environment(sampler, seed)
     common: dict[str, Any] = {"samples": budget.samples, "weight_decay": 0.0}
     common["batch"] = 64 if images else 1_000_000
-    schedule = UpdateSize(**common | dict(entry.schedule))
+    size = UpdateSize(**common | dict(entry.size))
     objective = dataclasses.replace(entry.objective(problem.kl_weight), learning_rate=rate)
-    trainer = Trainer(environment, objective, schedule, accelerator=Accelerator(cpu=True))
+    trainer = Trainer(environment, objective, size, accelerator=Accelerator(cpu=True))
     score: Any = environment.model
     best, start = problem.optimum(evaluation_sampler), problem.evaluate(score, evaluation_sampler)
     gap = best.objective - start.objective
@@ -277,7 +277,7 @@ def training(entry: Entry, problem: Any, budget: Budget) -> str:
     """Description of what is trained and how: a stored run of another one does not count."""
     objective = re.sub(r" at 0x[0-9a-f]+", "", repr(entry.objective(problem.kl_weight)))
     sampler, steps = entry.sampler or DDIM(eta=1.0), entry.steps or budget.steps
-    changed = " ".join(f"{key}={value}" for key, value in entry.schedule)
+    changed = " ".join(f"{key}={value}" for key, value in entry.size)
     return f"{objective} on {sampler.label}, {steps} steps {changed}".rstrip()
 
 
