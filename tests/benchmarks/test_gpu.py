@@ -26,8 +26,8 @@ def test_roll_outs_are_timed_case_by_case():
 
 def test_the_plain_loop_has_the_old_policys_densities():
     """Else the comparison is with something that does not train: its ratios begin at 1."""
-    built = full_size._built(REHEARSAL, TINY, 2)
-    plain = full_size._plain(built, 2, 2)
+    model, environment = full_size._built(REHEARSAL, TINY, 2)
+    plain = full_size._plain(model, environment, 2, 2)
     x = torch.randn(2, *plain.event, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -35,11 +35,11 @@ def test_the_plain_loop_has_the_old_policys_densities():
         found = plain.log_prob(0, x, mean + std * noise)
     # (mean + std z - mean) / std misses z by eps |mean| / std, about 1e-6 here
     torch.testing.assert_close(found, -noise.square().flatten(1).mean(1) / 2, rtol=1e-4, atol=1e-5)
-    before = [p.detach().clone() for p in built.environment.model.parameters]
+    before = [p.detach().clone() for p in model.parameters]
     plain.update(4, torch.Generator().manual_seed(2))
     assert any(
         not torch.equal(a, b)
-        for a, b in zip(before, built.environment.model.parameters, strict=True)
+        for a, b in zip(before, model.parameters, strict=True)
     )
 
 

@@ -477,7 +477,8 @@ def test_the_solution_is_the_fixed_point_of_value_iteration(seed, temperature, p
 @settings(max_examples=20)
 @given(st.integers(0, 2**31), st.sampled_from([0.0, 0.4]))
 def test_a_better_reward_gives_a_better_value_everywhere(seed, temperature):
-    problem, actions = random_problem(seed, temperature)
+    problem, _ = random_problem(seed, temperature)
+    actions = gauss_legendre(-1.0, 1.0, 21)  # steep values make narrow policies
     more = ControlProblem(
         problem.sde,
         math.inf,
