@@ -37,10 +37,7 @@ def test_the_plain_loop_has_the_old_policys_densities():
     torch.testing.assert_close(found, -noise.square().flatten(1).mean(1) / 2, rtol=1e-4, atol=1e-5)
     before = [p.detach().clone() for p in model.parameters]
     plain.update(4, torch.Generator().manual_seed(2))
-    assert any(
-        not torch.equal(a, b)
-        for a, b in zip(before, model.parameters, strict=True)
-    )
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters, strict=True))
 
 
 def test_out_of_memory_is_a_line_and_the_others_go_on(monkeypatch):
