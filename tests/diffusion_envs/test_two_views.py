@@ -73,7 +73,7 @@ def setting(objective, sampler, gain, shift):
 
 
 def exact_gradient(objective, sampler, gain=GAIN, shift=SHIFT):
-    """Of the discrete objective, through the forward moment recursion."""
+    """Gradient of the discrete objective, through the forward moment recursion."""
     gain, shift = gain.clone().requires_grad_(), shift.clone().requires_grad_()
     chain, running = setting(objective, sampler, gain, shift)
     laws = linear_policy.moments(chain, START)

@@ -204,7 +204,7 @@ SAMPLER = DDIM(0.8).bind(table(), 3)
 
 @pytest.mark.parametrize("path_kl", [False, True])
 def test_the_only_critical_point_is_the_optimum_of_the_chain(path_kl):
-    """Of DDIM's own chain, charged for either KL; all moments are quadratic: exact."""
+    """DDIM's own chain, charged for either KL; all moments are quadratic: exact."""
     kl_weight, gain = GaussianProblem().kl_weight, SAMPLER.score_gain
     objective = AdjointMatching(kl_weight=kl_weight, path_kl=path_kl)
     zeros = [(np.zeros((2, 2)), np.zeros(2))] * 3

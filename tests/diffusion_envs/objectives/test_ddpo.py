@@ -110,16 +110,16 @@ def test_for_several_steps_the_old_states_bias_the_gradient_in_first_order(steps
     assert gap(0.002) / gap(0.001) == pytest.approx(2, rel=0.02)
 
 
-@pytest.mark.parametrize(("moved", "share"), [(0.25, 1.0), (0.5, 0.98), (1.0, 0.36), (-1.0, 1.0)])
-def test_the_clip_takes_a_known_share_of_the_gradient(moved, share):
-    """Of a step whose mean went ``moved`` of its standard deviations up a linear reward's slope.
+@pytest.mark.parametrize(("shift", "share"), [(0.25, 1.0), (0.5, 0.98), (1.0, 0.36), (-1.0, 1.0)])
+def test_the_clip_takes_a_known_share_of_the_gradient(shift, share):
+    """The mean of a step is ``shift`` standard deviations up a linear reward's slope.
 
-    With the reward z the gradient in the mean is E (z - moved) z rho = 1, less what is clipped:
+    With the reward z the gradient in the mean is E (z - shift) z rho = 1, less what is clipped:
     z > u, and the negative z < l, if z grows with the ratio.
     """
     z = torch.linspace(-14, 14, 400001, dtype=torch.float64)
     one = torch.ones_like(z)
-    mean = torch.full((len(z), 1), moved, dtype=torch.float64, requires_grad=True)
+    mean = torch.full((len(z), 1), shift, dtype=torch.float64, requires_grad=True)
     rows = Rows(
         mean=mean,
         old_mean=torch.zeros_like(mean),
@@ -136,11 +136,11 @@ def test_the_clip_takes_a_known_share_of_the_gradient(moved, share):
     (slope,) = torch.autograd.grad(-DDPO().loss(rows).sum(), mean)
     found = torch.trapezoid(slope[:, 0] * density, z).item()
     expected = 1.0
-    if moved > 0:  # in closed form: int (z - m) z phi(z - m) dz = Phi - (z - m + m) phi
-        low, high = -1.64 / moved + moved / 2, 1.64 / moved + moved / 2
+    if shift > 0:  # in closed form: int (z - m) z phi(z - m) dz = Phi - (z - m + m) phi
+        low, high = -1.64 / shift + shift / 2, 1.64 / shift + shift / 2
 
         def integral(x: float) -> float:
-            y = x - moved
+            y = x - shift
             bell = math.exp(-0.5 * y * y) / math.sqrt(2 * math.pi)
             return 0.5 * (1 + math.erf(y / math.sqrt(2))) - x * bell
 

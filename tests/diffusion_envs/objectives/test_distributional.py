@@ -253,15 +253,15 @@ def generated(problem: GaussianProblem, sampler: BoundDDIM | BoundBlackBox) -> G
 
 
 def share(problem: GaussianProblem, law: Gaussian, steps: int) -> float:
-    """Of the gain in J that a chain of DDIM allows, if it plays the score of the tilted law."""
-    judge = DDIM(1.0).bind(exact.table(), steps)
+    """Share of the gain in J that DDIM allows, if its action is the score of the tilted law."""
+    sampler = DDIM(1.0).bind(exact.table(), steps)
     best = gaussian.tilt(law, problem.quadratic, problem.kl_weight)
-    times = judge.noising_times[:-1]
-    own, pre = (gaussian.score_coefficients(x, judge.table, times) for x in (best, problem.data))
+    times = sampler.noising_times[:-1]
+    own, pre = (gaussian.score_coefficients(x, sampler.table, times) for x in (best, problem.data))
     gain, shift = (a - b for a, b in zip(own, pre, strict=True))
-    found = problem.outcome_of(gain, shift, judge).objective
-    start = problem.outcome_of(0 * gain, 0 * shift, judge).objective
-    return (found - start) / (problem.optimum(judge).objective - start)
+    found = problem.outcome_of(gain, shift, sampler).objective
+    start = problem.outcome_of(0 * gain, 0 * shift, sampler).objective
+    return (found - start) / (problem.optimum(sampler).objective - start)
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(20, 0.9818), (50, 0.9969), (100, 0.9992)])

@@ -21,7 +21,7 @@ ROWS = 7
 
 
 def laws(r: NoiseLevelRows) -> tuple[Normal, Normal, Normal]:
-    """Of the next state under the current, the sampling and the pretrained policy."""
+    """Laws of the next state under the current, the sampling and the pretrained policy."""
     scores = (r.mean, r.old_mean, r.reference_score)
     new, old, pre = (Normal(column(r.score_gain) * s, column(r.std)) for s in scores)
     return new, old, pre
@@ -121,7 +121,7 @@ def test_with_the_path_kl_the_gradient_is_whole_whatever_the_baseline(eta, linea
 
 
 def prices(problem: GaussianProblem, sampler: BoundDDIM) -> dict[str, Tensor]:
-    """Of half a square of the score's change, by the penalty."""
+    """Price of half a square of the score's change, by the penalty."""
     noise, kl = weights(sampler)
     path = sampler.kl_factor * sampler.integrated_g2
     return {k: problem.kl_weight * v for k, v in (("noise", noise), ("kl", kl), ("path", path))}
@@ -145,7 +145,7 @@ def test_it_rests_at_a_known_share_of_what_can_be_gained(steps, penalty, charged
 
 
 def test_whoever_maximises_the_reward_alone_ends_far_below_the_pretrained_model():
-    """Of all policies with the largest E[r] on 20 steps the one nearest the pretrained model."""
+    """The largest E[r] on 20 steps, by the policy nearest the pretrained model."""
     problem, sampler = GaussianProblem(), DDIM(1.0).bind(exact.table(), 20)
     nearly_free = 1e-8 * sampler.kl_factor * sampler.integrated_g2
     gain, shift, _ = resting(problem, sampler, nearly_free, charged=True)
@@ -160,7 +160,7 @@ def test_whoever_maximises_the_reward_alone_ends_far_below_the_pretrained_model(
 
 @pytest.mark.parametrize("penalty", ["noise", "kl", "path"])
 def test_there_its_expected_gradient_is_zero_at_every_state(penalty):
-    """Of the loss itself, by quadrature; half a percent away from there it is not."""
+    """The loss itself, by quadrature; half a percent away from there it is not."""
     problem, sampler = GaussianProblem(), DDIM(1.0).bind(exact.table(), 20)
     objective = DPOK(
         reward_weight=1.0,
@@ -203,15 +203,15 @@ def test_there_its_expected_gradient_is_zero_at_every_state(penalty):
             assert step(k, x, 1.005).norm() > 0.004
 
 
-@pytest.mark.parametrize(("moved", "share"), [(0.5, 0.98), (-0.5, 0.98), (1.0, 0.36), (-1.0, 0.36)])
-def test_the_truncation_takes_a_known_share_of_the_gradient(moved, share):
-    """Of a step whose mean went ``moved`` of its standard deviations along a linear reward's slope.
+@pytest.mark.parametrize(("shift", "share"), [(0.5, 0.98), (-0.5, 0.98), (1.0, 0.36), (-1.0, 0.36)])
+def test_the_truncation_takes_a_known_share_of_the_gradient(shift, share):
+    """The mean of a step is ``shift`` standard deviations along a linear reward's slope.
 
-    With the reward z the gradient in the mean is E (z - moved) z rho = 1, less what is outside.
+    With the reward z the gradient in the mean is E (z - shift) z rho = 1, less what is outside.
     """
     z = torch.linspace(-14, 14, 400001, dtype=torch.float64)
     one = torch.ones_like(z)
-    mean = torch.full((len(z), 1), moved, dtype=torch.float64, requires_grad=True)
+    mean = torch.full((len(z), 1), shift, dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(len(z), 1, dtype=torch.float64)
     rows = NoiseLevelRows(
         mean=mean,
@@ -232,11 +232,11 @@ def test_the_truncation_takes_a_known_share_of_the_gradient(moved, share):
     found = torch.trapezoid(slope[:, 0] * density, z).item()
 
     def integral(x: float) -> float:  # of (z - m) z phi(z - m)
-        y = x - moved
+        y = x - shift
         bell = math.exp(-0.5 * y * y) / math.sqrt(2 * math.pi)
         return 0.5 * (1 + math.erf(y / math.sqrt(2))) - x * bell
 
-    low, high = sorted((sign * 1.64 / moved + moved / 2) for sign in (1, -1))
+    low, high = sorted((sign * 1.64 / shift + shift / 2) for sign in (1, -1))
     assert found == pytest.approx(integral(high) - integral(low), abs=1e-3)
     assert found == pytest.approx(share, abs=5e-3)
 

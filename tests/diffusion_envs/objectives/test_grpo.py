@@ -147,7 +147,7 @@ def bare(rewards: Tensor, steps: int = 3) -> Rollout:
 
 
 def divisor(values: Tensor) -> Tensor:
-    """Of the population and 1e-4, as Flow-GRPO's tracker has it."""
+    """Standard deviation of the population plus 1e-4, as Flow-GRPO's tracker has it."""
     return ((values - values.sum() / len(values)).square().sum() / len(values)).sqrt() + 1e-4
 
 

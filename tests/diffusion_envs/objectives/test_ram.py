@@ -209,7 +209,7 @@ def test_the_bridge_is_the_conditional_law_of_the_joint_one():
 
 
 def test_a_drawn_bridge_has_the_law_and_the_cost_that_it_should():
-    """Of one sample, 20000 states between: moments of the score, and the expected cost."""
+    """One sample, 20000 states between: moments of the score, and the expected cost."""
     problem, sampler = GaussianProblem(), DDIM(1.0).bind(table(50), 5)
     environment = problem.environment(sampler, seed=0)
     parameters = environment.model.parameters

@@ -88,7 +88,7 @@ class LinearScore:
 
 
 def gradient(objective: BackpropObjective, sampler: BoundDDIM) -> Tensor:
-    """Of the loss, averaged over quadrature paths, all of the same weight."""
+    """Gradient of the loss, averaged over quadrature paths, all of the same weight."""
     rollout, weights = roll_out(VIEW_B, sampler)
     assert (weights - weights[0]).abs().max() < 1e-15
     gain, shift = leaves()
@@ -319,7 +319,7 @@ def test_rewards_of_decoded_images_have_the_gradient_that_finite_differences_see
 
 
 def tiny_gradient(objective: BackpropObjective, recompute: str) -> tuple[Tensor, int]:
-    """Of the tiny network's adapter, away from its start; and the network calls that it took."""
+    """Gradient of the tiny network's adapter, away from its start; and its network calls."""
     model = TextToImageUNet.load(guidance=2.0, lora_rank=2)
     environment = Environment(
         model=model,
@@ -349,7 +349,7 @@ def tiny_gradient(objective: BackpropObjective, recompute: str) -> tuple[Tensor,
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("kl_weight", [0.0, 3.0])
 def test_recomputed_activations_give_the_same_gradient(kl_weight):
-    """Of a KL too, whose pretrained scores are computed again with the adapter off."""
+    """Also of a KL, whose pretrained scores are computed again with the adapter off."""
     objective = DRaFT(last=3, kl_weight=kl_weight)
     kept, calls = tiny_gradient(objective, "none")
     again, calls_again = tiny_gradient(objective, "ours")

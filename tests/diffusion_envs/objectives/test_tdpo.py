@@ -162,7 +162,7 @@ def vectors(generator: torch.Generator) -> tuple[ResidualValueOfVectors, tuple[T
 
 
 def test_a_few_samples_name_nearly_all_neurons_that_all_name(generator):
-    """Of a fresh critic, ``dormant`` 0: one sample of 64, ten nodes each, beside all."""
+    """A fresh critic, ``dormant`` 0: one sample of 64, ten nodes each, beside all."""
     value = ResidualValue(4, 16, generator=generator)
     shown = (
         torch.rand(640, generator=generator),

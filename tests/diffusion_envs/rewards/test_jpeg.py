@@ -13,7 +13,7 @@ def noise(generator, n=4, side=32):
 
 
 def file_size(image, quality):
-    """Of the whole file, by pillow."""
+    """Size of the whole file, by pillow."""
     buffer = io.BytesIO()
     pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)

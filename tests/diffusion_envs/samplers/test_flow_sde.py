@@ -123,7 +123,7 @@ def test_the_path_kl_is_half_the_increase_of_the_snr(generator):
 
 
 def test_with_eta_1_the_chain_costs_what_the_sde_does():
-    """Of exact posteriors with x0_hat held both are half the increase of the SNR."""
+    """With exact posteriors of a constant x0_hat both are half the increase of the SNR."""
     sampler = DDIM(1.0).bind(FLOW, 7)
     close((sampler.gain / sampler.std).square(), sampler.path_kl_gain, rtol=1e-10, atol=0)
     free = DDIM(0.6).bind(FLOW, 7)

@@ -167,7 +167,7 @@ def test_what_has_no_name_is_asked_for_by_the_option_that_gives_it(change, optio
 def test_an_objective_without_a_name_is_asked_for(tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Local(objectives.GRPO):
-        """Of a function."""
+        """A class inside a function."""
 
     folder = start(tmp_path, objective=Local(group=2))
     with pytest.raises(ValueError, match=r"no name.* give it with --objective my_mod"):
@@ -179,7 +179,7 @@ def test_an_objective_without_a_name_is_asked_for(tmp_path):
 def test_a_run_of_another_family_is_refused(tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Other:
-        """Of another family."""
+        """A model of another family."""
 
     with pytest.raises(ValueError, match="holds a run of StableDiffusion, and other is for Other"):
         read(Family("other", Other), ["--resume", str(start(tmp_path))])

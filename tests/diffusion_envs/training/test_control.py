@@ -124,7 +124,7 @@ def test_objectives_say_so_if_what_samples_never_follows_what_is_trained():
 
 
 def test_the_path_kl_that_is_steered_by_is_paid_for():
-    """Of objectives that would only log it."""
+    """Its network calls count, also with objectives that would only log it."""
     for target, counted in ((TargetKL(1.0), 2), (None, 1)):
         run = trainer(DRaFT(last=1, kl_weight=0.1), target)
         (line,) = run.updates(1)
