@@ -10,7 +10,7 @@ import torch
 from diffusion_envs import rewards, samplers
 from diffusion_envs.environment import Environment
 from diffusion_envs.models.protocol import Model
-from diffusion_envs.objectives import NoisedObjective, Objective, ScoreAsAction
+from diffusion_envs.objectives import Objective, ScoreAsAction
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.callbacks import Callbacks
 from diffusion_envs.runs.early_stopping import EarlyStopping
@@ -219,7 +219,7 @@ def _check(
             raise ValueError(f"{name} must be an integer of at least {bound}, got {value!r}")
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an objective, got {objective!r}")
-    if not (sampler.has_density or isinstance(objective, NoisedObjective)):
+    if objective.needs_steps and not sampler.has_density:
         what = "an ODE" if isinstance(sampler, samplers.DDIM) else "a black box"
         raise ValueError(
             f"{sampler.label} is {what}: its transitions have no density, of which "
