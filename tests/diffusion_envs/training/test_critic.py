@@ -1,10 +1,16 @@
 """What the critic is fitted to, against sums by hand."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from diffusion_envs.objectives import DDPO, DPOK, TDPO, DxMI, ScoreAsAction
+from ctrl.noise import stream
+from diffusion_envs.objectives import DDPO, DPOK, TDPO, DxMI, ScoreAsAction, TDPOReset
+from diffusion_envs.training import critic
+from diffusion_envs.training.critic import Critic
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.7])
@@ -41,3 +47,49 @@ def test_there_is_one_only_where_the_objective_needs_it(small_trainer):
     assert made.state()["critic"] is None
     (line,) = made.updates(1)
     assert "value_loss" not in line
+
+
+def test_its_first_weights_are_those_of_the_seed(small_trainer):
+    one, again = (small_trainer(DPOK()).critic.network.state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    made = small_trainer(DPOK())
+    other = replace(made.environment, seed=made.environment.seed + 1)
+    network = Critic(other, made.objective, made.size, made.accelerator, "train").network
+    assert any(not torch.equal(one[name], new) for name, new in network.state_dict().items())
+
+
+def test_its_optimiser_has_the_rate_of_the_sizes(small_trainer):
+    made = small_trainer(DPOK(), value_learning_rate=3.7e-4)
+    (group,) = made.critic.optimiser.param_groups
+    assert (group["lr"], group["weight_decay"]) == (3.7e-4, 0.01)
+
+
+def test_its_values_at_the_nodes_are_those_of_the_roll_out(small_trainer):
+    """Without denoised rewards V is the network alone, also where an objective asks for it."""
+    made = small_trainer(DPOK(), value_epochs=3)
+    list(made.updates(1))
+    rollout = made.sample().rollout
+    assert rollout.values is not None
+    paths = torch.arange(12)
+    for node in range(4):
+        asked = made.critic.at(rollout)(torch.full((12,), node), rollout.states[:, node], paths)
+        torch.testing.assert_close(asked, rollout.values[:, node], rtol=1e-5, atol=1e-5)
+    assert rollout.values[:, :-1].std() > 0
+
+
+def test_what_it_draws_is_named_by_stream_update_epoch_and_process(small_trainer, monkeypatch):
+    """No two shuffles, and no reset, share their random numbers."""
+    made = small_trainer(TDPOReset(reset_every=1), value_epochs=2)
+    names: list[tuple[Any, ...]] = []
+
+    def named(seed: int, *name: Any) -> torch.Generator:
+        names.append((seed, *name))
+        return stream(seed, *name)
+
+    monkeypatch.setattr(critic, "stream", named)
+    list(made.updates(2))
+    expected = []
+    for update in range(2):
+        expected += [(41, "train", "value rows", update, epoch, 0) for epoch in range(2)]
+        expected += [(41, "train", "maintain", update)]
+    assert names == expected
