@@ -93,3 +93,31 @@ def test_what_it_draws_is_named_by_stream_update_epoch_and_process(small_trainer
         expected += [(41, "train", "value rows", update, epoch, 0) for epoch in range(2)]
         expected += [(41, "train", "maintain", update)]
     assert names == expected
+
+
+@pytest.mark.parametrize("value_batch", [10_000, 10])
+def test_where_the_end_is_fitted_too_it_is_charged_as_long_as_the_last_step(
+    value_batch, small_trainer
+):
+    """Written out, after two updates; in pieces the loss told is the mean over all paths."""
+    made = small_trainer(DxMI(), value_batch=10_000)
+    list(made.updates(2))
+    made.critic.size = replace(made.size, value_batch=value_batch)
+    for group in made.critic.optimiser.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0  # no piece changes what the next one is told
+    sample = made.sample()
+    rollout, paths = sample.rollout, torch.arange(12)
+    with torch.no_grad():
+        end = made.critic.at(rollout)(torch.full((12,), 4), rollout.states[:, -1], paths)
+    assert rollout.values is not None
+    values, ends, rewards, h = (
+        v.double().numpy() for v in (rollout.values, end, rollout.rewards, rollout.step_sizes)
+    )
+    assert ends.std() > 0
+    expected = 0.0
+    for i in range(12):
+        for k in range(4):
+            expected += h[k] * (values[i, k] - rewards[i]) ** 2 / (12 * h.sum())
+        expected += h[3] * (ends[i] - rewards[i]) ** 2 / (12 * h.sum())
+    told = made.critic.improve(rollout, sample.denoised_rewards, 2)
+    assert told == pytest.approx(expected, rel=1e-4)  # float32
