@@ -115,16 +115,6 @@ class BoundDDIM(GaussianSteps):
         return self._log_alpha_bar.exp()
 
     @cached_property
-    def alpha(self) -> Float[Tensor, " nodes"]:
-        """Signal at every node."""
-        return self.table.alpha(self.noising_times)
-
-    @cached_property
-    def sigma(self) -> Float[Tensor, " nodes"]:
-        """Noise level at every node."""
-        return self.table.sigma(self.noising_times)
-
-    @cached_property
     def sde(self) -> ControlledSDE:
         """The SDE that the sampler discretises."""
         return generation_sde(self.table, self.eta)

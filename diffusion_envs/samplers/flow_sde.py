@@ -141,16 +141,6 @@ class _OnFlow(GaussianSteps):
         return (self.table.num_train_timesteps * self.noising_times[:-1]).float()
 
     @cached_property
-    def alpha(self) -> Float[Tensor, " nodes"]:
-        """1 - s."""
-        return self.table.alpha(self.noising_times)
-
-    @cached_property
-    def sigma(self) -> Float[Tensor, " nodes"]:
-        """The noising time itself."""
-        return self.table.sigma(self.noising_times)
-
-    @cached_property
     def snr_increase(self) -> Float[Tensor, " steps"]:
         """Int g^2 (alpha / sigma^2)^2 over every step, with x0_hat held.
 

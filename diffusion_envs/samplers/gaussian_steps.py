@@ -44,6 +44,21 @@ class GaussianSteps(ABC):
 
     # -- the tables that a sampler fills ----------------------------------------------------------
 
+    timesteps: cached_property[Tensor]
+    """What the network is told at the left of every step, [steps]: integers, or floats."""
+    noising_times: cached_property[Float[Tensor, " nodes"]]
+    """s at every node, decreasing."""
+    sde: cached_property[ControlledSDE]
+    """An SDE with the marginals of the steps, as a function of the action."""
+    state_gain: cached_property[Float[Tensor, " steps"]]
+    """d(mean of the next state) / d(state) at a fixed action."""
+    gain: cached_property[Float[Tensor, " steps"]]
+    """d(mean of the next state) / d(action)."""
+    std: cached_property[Float[Tensor, " steps"]]
+    """Standard deviation of every transition."""
+    path_kl_gain: cached_property[Float[Tensor, " steps"]]
+    """Path KL of a step for half a square of the action's change, nats."""
+
     @property
     def action(self) -> Action:
         """What the steps are affine in: the score, or the expected data."""
@@ -55,49 +70,14 @@ class GaussianSteps(ABC):
         """The noise levels that the model was trained on."""
 
     @cached_property
-    def timesteps(self) -> Tensor:
-        """What the network is told at the left of every step, [steps]: integers, or floats."""
-        raise NotImplementedError
-
-    @cached_property
-    def noising_times(self) -> Float[Tensor, " nodes"]:
-        """s at every node, decreasing."""
-        raise NotImplementedError
-
-    @cached_property
     def alpha(self) -> Float[Tensor, " nodes"]:
         """Signal at every node."""
-        raise NotImplementedError
+        return self.schedule.alpha(self.noising_times)
 
     @cached_property
     def sigma(self) -> Float[Tensor, " nodes"]:
         """Noise level at every node."""
-        raise NotImplementedError
-
-    @cached_property
-    def sde(self) -> ControlledSDE:
-        """An SDE with the marginals of the steps, as a function of the action."""
-        raise NotImplementedError
-
-    @cached_property
-    def state_gain(self) -> Float[Tensor, " steps"]:
-        """d(mean of the next state) / d(state) at a fixed action."""
-        raise NotImplementedError
-
-    @cached_property
-    def gain(self) -> Float[Tensor, " steps"]:
-        """d(mean of the next state) / d(action)."""
-        raise NotImplementedError
-
-    @cached_property
-    def std(self) -> Float[Tensor, " steps"]:
-        """Standard deviation of every transition."""
-        raise NotImplementedError
-
-    @cached_property
-    def path_kl_gain(self) -> Float[Tensor, " steps"]:
-        """Path KL of a step for half a square of the action's change, nats."""
-        raise NotImplementedError
+        return self.schedule.sigma(self.noising_times)
 
     @cached_property
     def grid(self) -> TimeGrid:
