@@ -30,7 +30,7 @@ diffusion_envs.noise_schedules diffusion_envs.denoising
 diffusion_envs.samplers.gaussian_steps diffusion_envs.samplers.flow_sde
 diffusion_envs.samplers.ddim diffusion_envs.samplers.diffusers_scheduler
 diffusion_envs.samplers
-diffusion_envs.cifar10.data diffusion_envs.cifar10
+diffusion_envs.cifar10.data
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
 diffusion_envs.rewards.classifier diffusion_envs.rewards
 diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
@@ -64,12 +64,13 @@ diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping diffusion_envs
 diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation diffusion_envs.runs.report
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
 diffusion_envs.runs.summary diffusion_envs.runs.finetune diffusion_envs.runs.transfer
-diffusion_envs.runs.command_line diffusion_envs.runs
-diffusion_envs.tiny.captions diffusion_envs.tiny.fit diffusion_envs.tiny.train_classifier
+diffusion_envs.runs.command_line diffusion_envs.runs.fit diffusion_envs.runs
+diffusion_envs.tiny.captions diffusion_envs.tiny.train_classifier
 diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser
 diffusion_envs.tiny diffusion_envs.tiny.measure diffusion_envs.tiny.__main__
 diffusion_envs.sd15.stable_diffusion
 diffusion_envs.sd15 diffusion_envs.sd15.__main__
+diffusion_envs.cifar10.networks diffusion_envs.cifar10.pretrain diffusion_envs.cifar10
 verification verification.statistics verification.planting verification.claim
 verification.tolerances verification.kernels verification.running verification.record
 verification.symbolic verification.backward_induction

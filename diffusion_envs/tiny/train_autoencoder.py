@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from diffusion_envs.cifar10.data import load
 from diffusion_envs.rewards.classifier import CifarClassifier, load_classifier
-from diffusion_envs.tiny.fit import Recipe, fit, initial_weights
+from diffusion_envs.runs.fit import Recipe, fit, initial_weights
 from diffusion_envs.tiny.train_classifier import accuracy
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from diffusion_envs.cifar10.data import LabelledImages, load
 from diffusion_envs.rewards.classifier import CifarClassifier
-from diffusion_envs.tiny.fit import Recipe, fit, initial_weights
+from diffusion_envs.runs.fit import Recipe, fit, initial_weights
 
 RECIPE = Recipe(updates=6000, learning_rate=3e-3, batch=128, weight_decay=0.05, average=0.998)
 BLURRED = 0.25  # share of training pictures shown at half resolution: generated pictures are soft

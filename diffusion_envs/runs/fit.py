@@ -39,6 +39,7 @@ class Recipe:
     weight_decay: float = 0.01
     average: float = 0.999  # decay of the moving average of the weights, per update
     seconds_between_checkpoints: float = 120.0
+    precision: torch.dtype = torch.bfloat16  # of the arithmetic; float32 is faster on older CPUs
 
     def rate(self, step: int) -> float:
         """The learning rate of an update."""
@@ -74,7 +75,7 @@ def fit(
     Args:
         modules: what is trained (and whatever else the loss needs, frozen); built within
             ``initial_weights``.
-        loss: called once an update, under bfloat16 autocast.
+        loss: called once an update, under autocast to the recipe's precision.
         recipe: length, rate, batch.
         folder: of the checkpoints; training goes on from the newest.
         seed: of the run; step and process are hashed into the stream that ``loss`` gets.
@@ -111,7 +112,8 @@ def fit(
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step)
             optimiser.zero_grad()
-            with torch.autocast(accelerator.device.type, torch.bfloat16):
+            reduced = recipe.precision != torch.float32
+            with torch.autocast(accelerator.device.type, recipe.precision, enabled=reduced):
                 numbers = loss(modules, generator)
             numbers["loss"].backward()
             parallel.average_gradients(parameters, accelerator)
