@@ -30,7 +30,7 @@ diffusion_envs.noise_schedules diffusion_envs.denoising
 diffusion_envs.samplers.gaussian_steps diffusion_envs.samplers.flow_sde
 diffusion_envs.samplers.ddim diffusion_envs.samplers.diffusers_scheduler
 diffusion_envs.samplers
-diffusion_envs.cifar10.data
+diffusion_envs.cifar10.data diffusion_envs.cifar10.pictures
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
 diffusion_envs.rewards.classifier diffusion_envs.rewards
 diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
@@ -47,11 +47,12 @@ diffusion_envs.objectives.dpok diffusion_envs.objectives.grpo diffusion_envs.obj
 diffusion_envs.objectives.d3po diffusion_envs.objectives.dense_reward
 diffusion_envs.objectives.nft diffusion_envs.objectives.distributional
 diffusion_envs.objectives.reward_backpropagation diffusion_envs.objectives.dxmi
+diffusion_envs.objectives.dxmi_from_data
 diffusion_envs.objectives
 diffusion_envs.training.update_size diffusion_envs.training.parallel
-diffusion_envs.training.kl_controller diffusion_envs.training.requirements
-diffusion_envs.training.value_network
-diffusion_envs.training.critic diffusion_envs.training.trainer
+diffusion_envs.training.kl_controller diffusion_envs.training.value_network
+diffusion_envs.training.critic diffusion_envs.training.energy
+diffusion_envs.training.requirements diffusion_envs.training.trainer
 diffusion_envs.training
 diffusion_envs.exact.gaussian diffusion_envs.exact.linear_policy
 diffusion_envs.exact.rewards diffusion_envs.exact.problems diffusion_envs.exact

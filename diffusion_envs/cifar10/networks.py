@@ -4,11 +4,12 @@ Source      Ho, Jain & Abbeel 2020, "Denoising diffusion probabilistic models", 
             appendix B; the numbers are those of ``google/ddpm-cifar10-32``.
 """
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
+Prediction: TypeAlias = Literal["epsilon", "v_prediction"]
 PUBLISHED: dict[str, Any] = {
     "sample_size": 32,
     "in_channels": 3,
@@ -48,7 +49,7 @@ def small() -> UNet2DModel:
     return UNet2DModel(**SMALL)
 
 
-def scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
+def scheduler(prediction_type: Prediction = "epsilon") -> DDPMScheduler:
     """The published noise levels: 1000 of them, beta from 1e-4 to 0.02, fixed_large, clipped."""
     return DDPMScheduler(
         num_train_timesteps=1000,

@@ -19,7 +19,7 @@ from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from torch import Generator, Tensor, nn
 
 from diffusion_envs.cifar10 import networks
-from diffusion_envs.cifar10.data import load
+from diffusion_envs.cifar10.pictures import Pictures
 from diffusion_envs.runs.fit import Recipe, fit, initial_weights
 
 _log = logging.getLogger(__name__)
@@ -28,11 +28,15 @@ SNR_CAP = 5.0  # of the min-SNR weights
 PUBLISHED = Recipe(
     updates=800_000, learning_rate=2e-4, batch=128, warmup=0.00625, weight_decay=0.0, average=0.9999
 )
-SMALL = Recipe(updates=6000, learning_rate=1e-3, batch=32, average=0.999, precision=torch.float32)
+SMALL = Recipe(updates=3600, learning_rate=1e-3, batch=32, average=0.999, precision=torch.float32)
 
 
 def prediction_loss(
-    network: nn.Module, clean: Tensor, levels: Tensor, prediction_type: str, generator: Generator
+    network: nn.Module,
+    clean: Tensor,
+    levels: Tensor,
+    prediction_type: networks.Prediction,
+    generator: Generator,
 ) -> tuple[Tensor, Tensor]:
     """Weighted and unweighted mean squared error of a prediction at random timesteps.
 
@@ -62,7 +66,7 @@ def pretrain(
     output: Path,
     network: str = "small",
     *,
-    prediction_type: str = "v_prediction",
+    prediction_type: networks.Prediction = "v_prediction",
     recipe: Recipe | None = None,
     seed: int = 0,
 ) -> Path:
@@ -91,16 +95,13 @@ def pretrain(
         )
     build, usual = builders[network]
     recipe = recipe or usual
-    images = load(data, "train").images
+    pictures = Pictures(data)
     scheduler = networks.scheduler(prediction_type)
     levels = scheduler.alphas_cumprod
 
     def loss(modules: nn.ModuleDict, generator: Generator) -> dict[str, Tensor]:
         device = next(modules.parameters()).device
-        rows = torch.randint(len(images), (recipe.batch,), generator=generator)
-        mirrored = torch.rand(recipe.batch, 1, 1, 1, generator=generator) < 0.5
-        clean = images[rows].float() / 127.5 - 1
-        clean = torch.where(mirrored, clean.flip(-1), clean).to(device)
+        clean = pictures.draw(recipe.batch, generator).to(device)
         weighted, mse = prediction_loss(modules["unet"], clean, levels, prediction_type, generator)
         return {"loss": weighted, "mse": mse}
 

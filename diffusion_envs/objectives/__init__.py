@@ -7,6 +7,11 @@ from diffusion_envs.objectives.dense_reward import DenseReward
 from diffusion_envs.objectives.distributional import DistributionalOptimisation, NearTarget
 from diffusion_envs.objectives.dpok import DPOK
 from diffusion_envs.objectives.dxmi import ContinuousDxMI, ContinuousDxMIReleased, DxMI
+from diffusion_envs.objectives.dxmi_from_data import (
+    ContinuousDxMIFromData,
+    ContinuousDxMIReleasedFromData,
+    DxMIFromData,
+)
 from diffusion_envs.objectives.grpo import GRPO
 from diffusion_envs.objectives.last_steps import BackpropObjective
 from diffusion_envs.objectives.nft import DiffusionNFT
@@ -33,13 +38,16 @@ __all__ = [
     "AlignProp",
     "BackpropObjective",
     "ContinuousDxMI",
+    "ContinuousDxMIFromData",
     "ContinuousDxMIReleased",
+    "ContinuousDxMIReleasedFromData",
     "DDPOScoreFunction",
     "DRaFT",
     "DenseReward",
     "DiffusionNFT",
     "DistributionalOptimisation",
     "DxMI",
+    "DxMIFromData",
     "NearTarget",
     "NoisedObjective",
     "NoisedRows",

@@ -27,13 +27,11 @@ Released     It also takes grad V(t_{k+1}, x_k): the value of the step's end at 
              in ``ContinuousDxMI``, 0.820, 0.899, 0.957 and 5.6, 2.6, 1.0. The code's V does not see
              the time: the best such V (least squares over the states of all nodes) gives 1.315,
              1.459, 1.551 and 13 to 14 degrees. Here V sees it.
-Left out     The energy is the reward. As published it is learned, from data and samples in turns,
-             and is itself the value network; that belongs to unconditional models such as those of
-             CIFAR-10 and is not part of this loop. The entropy of a transition is that of std_k,
-             which is learned there; here samplers fix it: the term is in the loss, its gradient is
-             0, and nothing but moves (and kl_weight, if not 0) holds the policy back. Published
-             values are learned from the next state's value, here from the realised reward; q_k is a
-             running average there. Published rates, 1e-7 and 3e-7, are for all weights.
+Here         The energy is the reward; ``dxmi_from_data`` learns it from data, as published. Where the
+             sampler fixes std_k, the entropy's gradient is 0, and nothing but moves (and kl_weight,
+             if not 0) holds the policy back; a sampler with learned standard deviations has it. Values
+             are learned from the realised reward, published ones from the next state's value.
+             Published rates, 1e-7 and 3e-7, are for all weights.
 
 Sources      Yoon et al. 2024, "Maximum entropy inverse reinforcement learning of diffusion models
              with energy-based models", arXiv 2407.00626. Zhao et al. 2025, "Score as Action",
@@ -68,6 +66,7 @@ class ValueRows(Rows):
     next_mean: Float[Tensor, " rows *event"]  # of the next state; carries a gradient
     value: Callable[[Tensor], Tensor]  # V at any states at the left of each row's step
     next_value: Callable[[Tensor], Tensor]  # and at the right
+    usual: Float[Tensor, " rows"] | None = None  # squared move that is usual; None: of noising
 
 
 def next_state(rows: ValueRows) -> Float[Tensor, " rows *event"]:
@@ -95,9 +94,18 @@ class _ByValue(PathObjective):
         require_positive(learning_rate=self.learning_rate)
 
     @property
+    def needs_reference(self) -> bool:
+        """Where the KL has a weight."""
+        return self.kl_weight > 0
+
+    @property
     def cost_weight(self) -> float:
         """The KL, if it has a weight, is charged to the value too."""
         return self.kl_weight
+
+    def charge(self, rows: Rows) -> Tensor | float:
+        """kl_weight * path KL, reward."""
+        return self.kl_weight * path_kl_rate(rows) if self.needs_reference else 0.0
 
     def rows(self, common: Rows, steps: Steps) -> ValueRows:
         """With the next state's mean, and the values."""
@@ -112,6 +120,7 @@ class _ByValue(PathObjective):
             next_mean=gain * state + common.score_gain.view(shape) * common.mean,
             value=lambda x: values(step, x, path),
             next_value=lambda x: values(step + 1, x, path),
+            usual=None if steps.usual_moves is None else steps.at_step(steps.usual_moves),
         )
 
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
@@ -125,19 +134,29 @@ class DxMI(_ByValue):
 
     entropy_weight: float = 0.1  # tau1, reward per nat of a coordinate's transition
     move_weight: float = 0.01  # tau2, reward per half squared move, relative to the usual one
+    std_rate: float = (
+        1e-5  # learning rate of log standard deviations, where the sampler learns them
+    )
 
     needs_scores: ClassVar[bool] = True  # moves are compared by int g^2, the clock of scores
+    learns_std: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_not_negative(entropy_weight=self.entropy_weight, move_weight=self.move_weight)
+        require_not_negative(std_rate=self.std_rate)
+
+    def rates(self, update: int) -> tuple[float, float]:
+        """Those that were set."""
+        return super().rates(update)[0], self.std_rate
 
     def loss(self, rows: ValueRows) -> Float[Tensor, " rows"]:
         """-V(x') + moves - entropy + kl_weight * path KL, reward."""
         after = next_state(rows)
-        moves = (after - rows.state).square().flatten(1).mean(1) / (2 * usual_move(rows.step_size))
+        usual = usual_move(rows.step_size) if rows.usual is None else rows.usual
+        moves = (after - rows.state).square().flatten(1).mean(1) / (2 * usual)
         entropy = self.entropy_weight * rows.std.log()
-        cost = self.move_weight * moves + self.kl_weight * path_kl_rate(rows)
+        cost = self.move_weight * moves + self.charge(rows)
         return cost - entropy - rows.next_value(after)
 
 
@@ -175,7 +194,7 @@ class ContinuousDxMI(_ByValue):
             slope = torch.autograd.grad(value(before).sum(), before)[0]
         moves = self._moves(rows).clamp(-self.move_clip, self.move_clip)
         gain = (slope * moves).flatten(1).sum(1).clamp(-self.gain_clip, self.gain_clip)
-        return self.kl_weight * path_kl_rate(rows) - gain
+        return self.charge(rows) - gain
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class Steps:
         joined: steps of a group that come together.
         targets: by ``PathObjective.targets``, of these rows.
         values: the value network.
+        usual_moves: mean squared move of a coordinate in each step; None if not followed.
     """
 
     rollout: Rollout
@@ -62,6 +63,7 @@ class Steps:
     joined: int
     targets: Float[Tensor, " rows *event"] | None
     values: Values | None
+    usual_moves: Float[Tensor, " steps"] | None = None
 
     def at_step(self, table: Float[Tensor, " steps"]) -> Float[Tensor, " rows"]:
         """A table of the sampler at each row's step."""
@@ -154,18 +156,22 @@ class PathLosses:
         )
         self.values, self.train_steps, self.batch = update.values, update.train_steps, update.batch
         self.sampler = update.environment.steps
+        self.usual_moves = update.usual_moves
         self.targets = self._targets()
         self.advantages = update.advantages(objective.advantages)
-        sampler = self.sampler
-        tables = [sampler.gain, sampler.std]
         # sent once, not for every row
-        self._tables = as_like(torch.stack(tables), self.rollout.means)
-        factor = sampler.kl_factor
+        self._sent = None if self.sampler.parameters else self._tables()
+        factor = self.sampler.kl_factor
         self._kl_factor = (
             as_like(factor, self.rollout.means) if isinstance(factor, Tensor) else factor
         )
         self._log_ratios: list[Tensor] = []
         self._clipped: list[Tensor] = []
+
+    def _tables(self) -> Float[Tensor, "2 steps"]:
+        """Gain and standard deviation of each step; with their gradient, where they learn."""
+        tables = torch.stack([self.sampler.gain, self.sampler.std])
+        return as_like(tables, self.rollout.means)
 
     def _targets(self) -> Float[Tensor, "paths steps *event"] | None:
         """The objective's, for as many paths at once as fit into memory."""
@@ -215,7 +221,8 @@ class PathLosses:
         rollout, environment = self.rollout, self.environment
         path, step = sent(which, environment.device).unbind(1)
         mean = environment.action(rollout.states[path, step], step, rollout.condition[which[:, 0]])
-        score_gain, std = self._tables[:, step]
+        tables = self._tables() if self._sent is None else self._sent
+        score_gain, std = tables[:, step]
         reference, factor = rollout.reference_scores, self._kl_factor
         common = Rows(
             mean=mean,
@@ -230,7 +237,9 @@ class PathLosses:
             kl_factor=factor[step] if isinstance(factor, Tensor) else factor,
         )
         targets = None if self.targets is None else self.targets[path, step]
-        steps = Steps(rollout, self.sampler, path, step, joined, targets, self.values)
+        steps = Steps(
+            rollout, self.sampler, path, step, joined, targets, self.values, self.usual_moves
+        )
         return self.objective.rows(common, steps)
 
     def numbers(self) -> dict[str, float]:

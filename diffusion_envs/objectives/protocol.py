@@ -45,6 +45,7 @@ class Update:
         advantages: applies a function of the whole roll-out, that of all processes, and gives this
             process's rows of the result.
         values: the value network at any states; None if the objective needs none.
+        usual_moves: mean squared move of a coordinate in each step, so far; None if not followed.
         stream: generator of this update and process, by name.
         old_policy: a context within which the environment's policy is the one that sampled; None if
             that is the current one and all of the roll-out is used before the weights change.
@@ -56,6 +57,7 @@ class Update:
     rollout: Rollout
     advantages: Callable[[Callable[[Rollout], Tensor]], Tensor]
     values: Values | None
+    usual_moves: Float[Tensor, " steps"] | None
     stream: Callable[[str], Generator]
     old_policy: Callable[[], AbstractContextManager[Any]] | None
     batch: int
@@ -103,6 +105,8 @@ class Objective(ABC):
     on_policy: ClassVar[bool] = True
     fits_end: ClassVar[bool] = False  # the value network is also fitted at the final node
     value_sees_denoised: ClassVar[bool] = False  # V is a function of x0_hat; no reward query
+    needs_data: ClassVar[bool] = False  # the reward is learned, from data and samples in turns
+    learns_std: ClassVar[bool] = False  # its loss has a gradient in the sampler's std
 
     @property
     def needs_reference(self) -> bool:
@@ -139,6 +143,10 @@ class Objective(ABC):
     ) -> Policy:
         """How roll-outs act, with the network's score and the noise level at a time."""
         return DeterministicPolicy(mean)
+
+    def rates(self, update: int) -> tuple[float, float]:
+        """Learning rates of an update, counted from 0: of the adapter, of the sampler's log std."""
+        return self.learning_rate, 0.0
 
     def old_decay(self, update: int) -> float:
         """How much the sampling policy keeps of itself after an update; 0: it is the current."""

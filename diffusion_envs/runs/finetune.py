@@ -128,6 +128,7 @@ def finetune(
             size,
             accelerator=accelerator,
             preference=options.preference,
+            data=options.data,
             target_kl=options.target_kl,
             log_path_kl=options.log_path_kl,
         )
@@ -233,7 +234,7 @@ def _check(
             f"max_path_kl needs a path KL, and that of {sampler.label} is infinite or not known; "
             "let a judge stop the run, or train with DDIM(eta > 0)"
         )
-    require_inputs(objective, reward, options.preference, options.target_kl)
+    require_inputs(objective, reward, options.preference, options.target_kl, options.data)
     for name, judge in options.judges.items():
         if judge is reward or judge == reward:
             raise ValueError(

@@ -11,6 +11,7 @@ import tyro
 from diffusion_envs import rewards
 from diffusion_envs.preferences import Preference, Recorded
 from diffusion_envs.runs.early_stopping import StopRule
+from diffusion_envs.training.energy import TrainingData
 from diffusion_envs.training.kl_controller import TargetKL
 
 
@@ -30,6 +31,8 @@ class RunOptions:
             dense-reward): the reward if left out, people's choices recorded in a file of JSON
             lines, {"order": [best, ..., worst]} each, or a function. A run that meets samples
             without a choice leaves their images and waits to be resumed.
+        data: what samples should look like, for objectives that learn the reward from data (dxmi-
+            from-data, ...): on the command line a folder of CIFAR-10.
         log_path_kl: report the path KL of every update also where the method does not need it, at
             the price of a network call a step.
         wandb: log to Weights & Biases too; or the name of the project ("ctrl" if left out).
@@ -43,6 +46,7 @@ class RunOptions:
     target_kl: TargetKL | None = None
     stop: tyro.conf.Suppress[StopRule | None] = None  # three options of the command line
     preference: Annotated[Preference | None, tyro.conf.arg(name="preferences")] = None
+    data: TrainingData | None = None
     log_path_kl: bool = False
     wandb: bool | str = False
     progress: bool = True

@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrl import ControlledSDE, TimeGrid
 from ctrl.devices import as_like
@@ -97,6 +97,11 @@ class GaussianSteps(ABC):
     def kl_factor(self) -> float | Float[Tensor, " steps"]:
         """``path_kl_gain`` per unit of the clock; one number if it is the same at every step."""
         return self.path_kl_gain / self.step_sizes
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the sampler learns: nothing, unless its standard deviations do."""
+        return []
 
     @property
     def shows_steps(self) -> bool:

@@ -57,6 +57,13 @@ class Critic:
             self.network.parameters(), lr=size.value_learning_rate, weight_decay=0.01
         )
 
+    learns_first = False  # the policy learns by what the critic knew when it acted
+    usual_moves = None  # not followed
+
+    def calibrate(self, rewards: Float[Tensor, " n"]) -> None:
+        """Set the units of the answer, from the first rewards."""
+        self.network.calibrate(rewards)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: network and optimiser."""
         return {"network": self.network.state_dict(), "optimiser": self.optimiser.state_dict()}
@@ -104,7 +111,7 @@ class Critic:
         rollout: Rollout,
         denoised_rewards: Float[Tensor, "paths nodes"] | None,
         update: int,
-    ) -> float:
+    ) -> dict[str, float]:
         """Learn from a roll-out, then do what the objective asks for after an update.
 
         Returns:
@@ -121,7 +128,7 @@ class Critic:
             update,
             stream(self.environment.seed, self.stream_name, "maintain", update),
         )
-        return loss
+        return {"value_loss": loss}
 
     def _fit(
         self,

@@ -1,11 +1,14 @@
 """Refusals at the start: which objective, reward, sampler and sizes go together."""
 
+from typing import Any
+
 from diffusion_envs import rewards
 from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import Objective
 from diffusion_envs.preferences import Preference
 from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
 from diffusion_envs.training import kl_controller
+from diffusion_envs.training.energy import TrainingData
 from diffusion_envs.training.update_size import UpdateSize
 
 
@@ -14,12 +17,14 @@ def require_inputs(
     reward: rewards.Reward,
     preference: Preference | None,
     target_kl: kl_controller.TargetKL | None,
+    data: Any = None,
 ) -> None:
     """Refuse what the objective cannot use, before a model is loaded.
 
     Raises:
         ValueError: the reward lacks a gradient that the objective needs; nobody asks for the
-            preference; the target can steer nothing.
+            preference or the data, or the data is missing; the target can steer nothing.
+        TypeError: the data cannot be drawn from.
     """
     name = type(objective).__name__
     if objective.needs_reward_gradient and not getattr(reward, "differentiable", False):
@@ -33,6 +38,18 @@ def require_inputs(
             f"preference is given, but {name} learns from rewards: use an objective that learns "
             "from preferences (D3PO, DenseReward), or leave it out"
         )
+    if objective.needs_data and data is None:
+        raise ValueError(
+            f"{name} learns its reward from data: say what samples should look like by data=, such "
+            "as cifar10.Pictures(folder); or take the reward as it is (DxMI, ContinuousDxMI)"
+        )
+    if data is not None and not objective.needs_data:
+        raise ValueError(
+            f"data is given, but {name} learns from rewards: use an objective that learns from "
+            "data (DxMIFromData, ContinuousDxMIFromData), or leave it out"
+        )
+    if data is not None and not isinstance(data, TrainingData):
+        raise TypeError(f"data must have a method draw(n, generator), got {type(data).__name__}")
     if target_kl is not None:
         kl_controller.require_steerable(objective)
 
@@ -44,6 +61,7 @@ def require_fit(
     processes: int,
     target_kl: kl_controller.TargetKL | None,
     preference: Preference | None = None,
+    data: TrainingData | None = None,
 ) -> None:
     """Refuse what cannot be trained, before anything is sampled.
 
@@ -51,7 +69,7 @@ def require_fit(
         ValueError: the samples cannot be split; or reward, sampler or sizes lack what the
             objective or the target needs, or there is something that the objective does not use.
     """
-    require_inputs(objective, environment.reward, preference, target_kl)
+    require_inputs(objective, environment.reward, preference, target_kl, data)
     _require_sampler(environment.sampler, objective, target_kl)
     name, steps = type(objective).__name__, environment.sampler.steps
     if size.samples < 2:
@@ -95,6 +113,11 @@ def _require_sampler(
             f"{name} learns from the steps of the sampler, and a black box shows none: use DDIM, "
             "or an objective that learns from data (DiffusionNFT, ReinforceAdjointMatching, "
             "DistributionalOptimisation)"
+        )
+    if sampler.parameters and not objective.learns_std:
+        raise ValueError(
+            f"the sampler's standard deviations learn, and the loss of {name} has no gradient in "
+            "them: use DxMI or DxMIFromData, or a sampler without learned_std"
         )
     action = sampler.action if isinstance(sampler, GaussianSteps) else "score"
     if objective.needs_scores and action != "score":

@@ -29,6 +29,7 @@ from diffusion_envs.preferences import FromReward, MissingChoicesError, Preferen
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import kl_controller, parallel
 from diffusion_envs.training.critic import Critic, NonFiniteError
+from diffusion_envs.training.energy import EnergyCritic, TrainingData
 from diffusion_envs.training.requirements import require_fit
 from diffusion_envs.training.update_size import UpdateSize
 
@@ -45,6 +46,7 @@ class Trainer:
         accelerator: the processes of this run; each rolls out its share of the samples.
         stream_name: names the noise of the training samples.
         preference: who prefers which sample, for objectives that learn from preferences.
+        data: what samples should look like, for objectives that learn the reward from it.
         target_kl: changes the objective's kl_weight after every update.
         log_path_kl: report the path KL of every roll-out also where no method needs it, at the
             price of a network call a step.
@@ -59,22 +61,29 @@ class Trainer:
         accelerator: Accelerator,
         stream_name: str = "train",
         preference: Preference | None = None,
+        data: TrainingData | None = None,
         target_kl: kl_controller.TargetKL | None = None,
         log_path_kl: bool = False,
     ) -> None:
         processes = accelerator.num_processes
-        require_fit(environment, objective, size, processes, target_kl, preference)
+        require_fit(environment, objective, size, processes, target_kl, preference, data)
         self.environment, self.objective, self.size = environment, objective, size
         self.accelerator, self.stream_name = accelerator, stream_name
         self.preference = preference or FromReward()
         self.target_kl, self.log_path_kl = target_kl, log_path_kl
-        self.parameters = environment.model.parameters
+        learned = environment.sampler.parameters  # of the sampler
+        self.parameters = [*environment.model.parameters, *learned]
         self.old = [p.detach().clone() for p in self.parameters]  # of the policy that samples
+        kinds: list[dict[str, Any]] = [{"params": environment.model.parameters}]
+        if learned:
+            kinds.append({"params": learned, "weight_decay": 0.0})
         self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=objective.learning_rate, weight_decay=size.weight_decay
+            kinds, lr=objective.learning_rate, weight_decay=size.weight_decay
         )
-        self.critic: Critic | None = None
-        if objective.needs_value:
+        self.critic: Critic | EnergyCritic | None = None
+        if data is not None:
+            self.critic = EnergyCritic(environment, objective, size, accelerator, stream_name, data)
+        elif objective.needs_value:
             self.critic = Critic(environment, objective, size, accelerator, stream_name)
         self.update = 0  # updates done
         self._seconds_before = 0.0
@@ -139,14 +148,15 @@ class Trainer:
         """
         with self._sampling_policy():
             sample = self.sample()
+        numbers, critic = dict[str, Any](), self.critic
+        if critic is not None and critic.learns_first:
+            numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
         losses = self.losses(sample.rollout)
         if self.update == 0:
             losses.check_fresh()
-        numbers: dict[str, Any] = dict(self._improve_adapter(losses, sample.rollout))
-        if self.critic is not None:
-            numbers["value_loss"] = self.critic.improve(
-                sample.rollout, sample.denoised_rewards, self.update
-            )
+        numbers |= self._improve_adapter(losses, sample.rollout)
+        if critic is not None and not critic.learns_first:
+            numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
         self._keep_old()
         self.update += 1
         return self._measured(sample.rollout, numbers)
@@ -178,9 +188,11 @@ class Trainer:
         if self.critic is not None:
             if self.update == 0:
                 rewards = parallel.gather(rollout.rewards, self.accelerator)
-                self.critic.network.calibrate(rewards)
+                self.critic.calibrate(rewards)
             with torch.no_grad():
-                more["values"] = self.critic.values(rollout, sample.denoised_rewards)
+                values = self.critic.values(rollout, sample.denoised_rewards)
+            if values is not None:
+                more["values"] = values
         if objective.needs_preferences:
             more["preferences"] = self._preferences(sample, indices)
         return dataclasses.replace(sample, rollout=dataclasses.replace(rollout, **more))
@@ -215,6 +227,7 @@ class Trainer:
                 rollout=rollout,
                 advantages=lambda function: self._over_all(function, rollout),
                 values=None if self.critic is None else self.critic.at(rollout),
+                usual_moves=None if self.critic is None else self.critic.usual_moves,
                 stream=self._generator,
                 old_policy=self._sampling_policy if changes else None,
                 batch=size.batch,
@@ -229,6 +242,9 @@ class Trainer:
 
     def _improve_adapter(self, losses: Losses, rollout: Rollout) -> dict[str, float]:
         size, groups = self.size, len(rollout.rewards) // rollout.group
+        rates = self.objective.rates(self.update)
+        for group, rate in zip(self.optimiser.param_groups, rates, strict=False):
+            group["lr"] = rate
         norm = 0.0
         for epoch in range(size.epochs):
             shuffle = stream(
