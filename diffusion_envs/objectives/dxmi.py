@@ -27,11 +27,11 @@ Released     It also takes grad V(t_{k+1}, x_k): the value of the step's end at 
              in ``ContinuousDxMI``, 0.820, 0.899, 0.957 and 5.6, 2.6, 1.0. The code's V does not see
              the time: the best such V (least squares over the states of all nodes) gives 1.315,
              1.459, 1.551 and 13 to 14 degrees. Here V sees it.
-Here         The energy is the reward; ``dxmi_from_data`` learns it from data, as published. Where the
-             sampler fixes std_k, the entropy's gradient is 0, and nothing but moves (and kl_weight,
-             if not 0) holds the policy back; a sampler with learned standard deviations has it. Values
-             are learned from the realised reward, published ones from the next state's value.
-             Published rates, 1e-7 and 3e-7, are for all weights.
+Here         The energy is the reward; ``dxmi_from_data`` learns it from data, as published. Where
+             the sampler fixes std_k, the entropy's gradient is 0, and nothing but moves (and
+             kl_weight, if not 0) holds the policy back; a sampler with learned standard deviations
+             has it. Values are learned from the realised reward, published ones from the next
+             state's value. Published rates, 1e-7 and 3e-7, are for all weights.
 
 Sources      Yoon et al. 2024, "Maximum entropy inverse reinforcement learning of diffusion models
              with energy-based models", arXiv 2407.00626. Zhao et al. 2025, "Score as Action",
@@ -134,9 +134,7 @@ class DxMI(_ByValue):
 
     entropy_weight: float = 0.1  # tau1, reward per nat of a coordinate's transition
     move_weight: float = 0.01  # tau2, reward per half squared move, relative to the usual one
-    std_rate: float = (
-        1e-5  # learning rate of log standard deviations, where the sampler learns them
-    )
+    std_rate: float = 1e-5  # learning rate of the sampler's log std, where that is learned
 
     needs_scores: ClassVar[bool] = True  # moves are compared by int g^2, the clock of scores
     learns_std: ClassVar[bool] = True

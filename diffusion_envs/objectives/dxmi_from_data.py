@@ -13,10 +13,10 @@ A batch      (1) One step of the energy on as many data x and samples y as there
              transition of every path. q_k, the usual squared move of a coordinate, is a running
              average that begins at the noising chain's variance, 1 - abar_k / abar_{k+1}.
 Reward       It is reported and judged by; nothing is learned from it.
-Steps        On Gaussian data of std 0.5 whose mean is 1 away from where the pretrained model draws,
-             [DxMI] is 0.03 away after 120 updates at 4 steps, and 0.50 at 16. The variants are first
-             order in a step: at 16 steps they do the same (0.54), but at 4 they pass by, to 0.39
-             after 24 updates and 10 after 120; with kl_weight 0.05 they come back (0.6).
+Steps        On Gaussian data of std 0.5 whose mean is 1 away from where a pretrained model draws,
+             [DxMI] is 0.03 away after 120 updates at 4 steps, and 0.50 at 16. The variants are of
+             first order in a step: at 16 steps they do the same (0.54), but at 4 they pass by, to
+             0.39 after 24 updates and 10 after 120; with kl_weight 0.05 they come back (0.6).
 Differences  Their sampler step draws new noise for x_{k+1}, with dropout; here the roll-out's is
              kept, without dropout: the same expectation. Theirs draws its transitions from all of
              the batch's, here every path has one. A loss here is a whole path's, T times theirs: so

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.cifar10.data import CLASSES
+from diffusion_envs.cifar10.pictures import Pictures
 from diffusion_envs.objectives.distributional import FirstVariation, NearTarget, mean_reward
 from diffusion_envs.preferences import MissingChoicesError, Preference, Recorded
 from diffusion_envs.runs.early_stopping import StopRule
@@ -32,6 +33,7 @@ from diffusion_envs.runs.prompts import from_words
 from diffusion_envs.runs.run_folder import read_settings
 from diffusion_envs.runs.settings import Unnamed, describe, differences, rebuild
 from diffusion_envs.runs.summary import Run
+from diffusion_envs.training.energy import TrainingData
 from diffusion_envs.training.kl_controller import TargetKL
 from diffusion_envs.training.trainer import NonFiniteError, PreflightError
 from diffusion_envs.training.update_size import UpdateSize
@@ -51,6 +53,9 @@ OBJECTIVES = {
     "dxmi-continuous-released": objectives.ContinuousDxMIReleased,
     "dxmi-continuous": objectives.ContinuousDxMI,
     "dxmi": objectives.DxMI,
+    "dxmi-continuous-released-from-data": objectives.ContinuousDxMIReleasedFromData,
+    "dxmi-continuous-from-data": objectives.ContinuousDxMIFromData,
+    "dxmi-from-data": objectives.DxMIFromData,
     "align-prop": objectives.AlignProp,
     "draft": objectives.DRaFT,
     "refl": objectives.ReFL,
@@ -275,6 +280,12 @@ _PRIMITIVES: list[tuple[Any, str, Callable[[str], Any], Callable[[Any], str]]] =
         "NAME",
         lambda word: _named("sampler", word, SAMPLERS),
         lambda made: _name_of(made, SAMPLERS),
+    ),
+    (
+        TrainingData | None,
+        "FOLDER",
+        lambda word: None if word == "None" else Pictures(Path(word)),
+        lambda made: str(made.folder) if isinstance(made, Pictures) else "None",
     ),
     (
         TargetKL | None,

@@ -40,8 +40,9 @@ def require_inputs(
         )
     if objective.needs_data and data is None:
         raise ValueError(
-            f"{name} learns its reward from data: say what samples should look like by data=, such "
-            "as cifar10.Pictures(folder); or take the reward as it is (DxMI, ContinuousDxMI)"
+            f"{name} learns its reward from data, and data is None: set what samples should look "
+            "like, such as data=cifar10.Pictures(folder), or use DxMI or ContinuousDxMI, which "
+            "take the reward as it is"
         )
     if data is not None and not objective.needs_data:
         raise ValueError(

@@ -81,6 +81,14 @@ class Opaque:
 
 
 @dataclass(frozen=True)
+class Data:
+    """What samples should look like, where that is asked for."""
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(n, 2, generator=generator)
+
+
+@dataclass(frozen=True)
 class Combination:
     objective: Objective
     sampler: BoundDDIM | BoundBlackBox
@@ -99,6 +107,7 @@ class Combination:
             UpdateSize(**settings),
             accelerator=Process(),
             preference=self.preference,
+            data=Data() if self.objective.needs_data else None,
             target_kl=self.target,
         )
 
