@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from diffusion_envs.noise_schedules import DDPMTable, FlowTable
 
@@ -166,6 +166,11 @@ class BoundBlackBox:
         BlackBox(self.scheduler, self.steps)  # validates both
         if self.steps > (most := len(self.table.alphas_cumprod)):
             raise ValueError(f"steps must be at most the table's {most} entries, got {self.steps}")
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Nothing of a black box can be trained."""
+        return []
 
     @property
     def shows_steps(self) -> bool:

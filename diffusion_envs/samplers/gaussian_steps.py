@@ -19,7 +19,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrl import ControlledSDE, TimeGrid
 from ctrl.devices import as_like
@@ -35,6 +35,7 @@ class GaussianSteps(ABC):
     """Gaussian steps on noise levels: a ``ctrl.TransitionSolver`` on its own grid.
 
     A sampler fills the tables, float64 on the CPU; densities and divergences follow from them.
+    Where ``parameters`` is not empty, ``std`` follows them and carries their gradient.
 
     Attributes:
         steps: how many there are.
@@ -97,6 +98,11 @@ class GaussianSteps(ABC):
     def kl_factor(self) -> float | Float[Tensor, " steps"]:
         """``path_kl_gain`` per unit of the clock; one number if it is the same at every step."""
         return self.path_kl_gain / self.step_sizes
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What can be trained of the sampler: nothing, where its tables are fixed."""
+        return []
 
     @property
     def shows_steps(self) -> bool:
