@@ -366,6 +366,65 @@ class DDPMTable(_VariancePreserving):
         share = s * len(self.alphas_cumprod) - piece
         return nodes[piece] * (1 - share) + nodes[piece + 1] * share
 
+    @cached_property
+    def _bends(self) -> Float[Tensor, " pieces"]:
+        """Half of the second difference of log(alpha^2) in every piece between two timesteps."""
+        logs = self.alphas_cumprod.log()
+        second = logs.diff(n=2)
+        if len(second) == 0:
+            return torch.zeros_like(logs[1:])
+        mean = 0.5 * (torch.cat([second[:1], second]) + torch.cat([second, second[-1:]]))
+        limit = 0.5 * logs.diff().abs()  # so that it decreases between timesteps, on any table
+        return torch.clamp(0.5 * mean, -limit, limit)
+
+    def log_alpha_bar_at(self, timesteps: Float[Tensor, " *shape"]) -> Float[Tensor, " *shape"]:
+        """log(alpha^2) at timesteps that need not be integers, in their dtype.
+
+        It is the table's at integers and smooth between them (cubic through four entries). Where
+        betas grow linearly it is the log-Gamma continuation of Kong & Ping 2021 (arXiv 2106.00132,
+        section 3.1) to 1e-8, without its cancellation; it is also what a network interpolates,
+        whose timesteps are embedded smoothly. ``integrated_beta`` is linear between the entries.
+        Values of ``timesteps`` are not checked; beyond the table the outer pieces go on.
+        """
+        logs, bends = self.alphas_cumprod.log().to(timesteps), self._bends.to(timesteps)
+        piece = timesteps.floor().long().clamp(0, len(bends) - 1)
+        share = timesteps - piece
+        return (
+            (1 - share) * logs[piece]
+            + share * logs[piece + 1]
+            - (bends[piece] * share * (1 - share))
+        )
+
+    def timesteps_of(self, log_alpha_bar: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The inverse of ``log_alpha_bar_at``: timesteps, not integers, of noise levels.
+
+        Raises:
+            ValueError: a level is noisier than the table's last entry, or less noisy than its first
+                (by more than 1 % of the noise there, which float32 tables need).
+        """
+        logs, bends = self.alphas_cumprod.log().to(log_alpha_bar), self._bends.to(log_alpha_bar)
+        inside = (log_alpha_bar >= logs[-1] - 1e-6) & (log_alpha_bar <= 0.99 * logs[0])
+        if not bool(inside.all()):
+            worst = float(log_alpha_bar[~inside][0].exp())
+            raise ValueError(
+                f"alpha-bar {worst:.6g} is not between the table's last entry, "
+                f"{float(logs[-1].exp()):.6g}, and its first, {float(logs[0].exp()):.6g}: the "
+                "network was not trained at that amount of noise; use DDIM, or a model with betas "
+                "from 1e-4 to 0.02"
+            )
+        piece = torch.searchsorted(-logs, -log_alpha_bar).sub(1).clamp(0, len(bends) - 1)
+        bend = bends[piece]  # level = logs + slope share + bend share^2, slope below zero
+        slope, drop = logs[piece + 1] - logs[piece] - bend, logs[piece] - log_alpha_bar
+        root = (slope.square() - 4 * bend * drop).clamp(min=0).sqrt()
+        return (piece + 2 * drop / (root - slope)).clamp(0, len(bends))
+
+    def noising_times_of(self, integrated_beta: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The inverse of ``integrated_beta``, for values within the table's."""
+        nodes = self._nodes.to(integrated_beta)
+        piece = torch.searchsorted(nodes, integrated_beta).sub(1).clamp(0, len(nodes) - 2)
+        share = (integrated_beta - nodes[piece]) / (nodes[piece + 1] - nodes[piece])
+        return (piece + share) / len(self.alphas_cumprod)
+
     def timesteps(self, steps: int) -> tuple[int, ...]:
         """The timesteps of a sampler of so many steps, largest first, as diffusers chooses them.
 

@@ -28,7 +28,8 @@ ctrl.gym ctrl.plots ctrl
 diffusion_envs
 diffusion_envs.noise_schedules diffusion_envs.denoising
 diffusion_envs.samplers.gaussian_steps diffusion_envs.samplers.flow_sde
-diffusion_envs.samplers.ddim diffusion_envs.samplers.diffusers_scheduler
+diffusion_envs.samplers.ddim diffusion_envs.samplers.few_steps
+diffusion_envs.samplers.diffusers_scheduler
 diffusion_envs.samplers
 diffusion_envs.cifar10.data diffusion_envs.cifar10.pictures
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour

@@ -190,10 +190,7 @@ class CorrectedScore(_Corrected[DDPMTable]):
     def _abar(self, timesteps: Tensor) -> Tensor:
         if not timesteps.is_floating_point():
             return self._alphas_cumprod[timesteps]
-        low = timesteps.floor().long().clamp(0, len(self._alphas_cumprod) - 1)
-        high = (low + 1).clamp(max=len(self._alphas_cumprod) - 1)
-        logs = self._alphas_cumprod.log()
-        return torch.lerp(logs[low], logs[high], timesteps.double() - low).exp()
+        return self.table.log_alpha_bar_at(timesteps.double()).exp()
 
 
 @dataclass

@@ -74,10 +74,13 @@ class Model(Protocol):
     def __call__(
         self,
         states: Float[Tensor, " rows *event"],
-        timesteps: Int64[Tensor, " rows"],
+        timesteps: Int64[Tensor, " rows"] | Float[Tensor, " rows"],
         condition: Condition,
     ) -> Float[Tensor, " rows *event"]:
-        """Scores of noisy states, float32: the action of the policy, 1/state."""
+        """Scores of noisy states, float32: the action of the policy, 1/state.
+
+        Timesteps are floats where the sampler's nodes are none of the table's entries.
+        """
         ...
 
     def prediction(

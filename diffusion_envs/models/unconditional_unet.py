@@ -152,10 +152,10 @@ class UnconditionalUNet:
     def __call__(
         self,
         states: Float[Tensor, " rows *event"],
-        timesteps: Int64[Tensor, " rows"],
+        timesteps: Int64[Tensor, " rows"] | Float[Tensor, " rows"],
         condition: Any,
     ) -> Float[Tensor, " rows *event"]:
-        """Scores of noisy pictures, float32."""
+        """Scores of noisy pictures, float32; timesteps may be fractional."""
         if torch.is_grad_enabled() or len(states) <= self.batch:
             return self._score(states, timesteps)
         parts = zip(states.split(self.batch), timesteps.split(self.batch), strict=True)
@@ -224,11 +224,16 @@ class UnconditionalUNet:
 
     def _score(self, states: Tensor, timesteps: Tensor) -> Tensor:
         predicted = self.prediction(states, timesteps, None)
-        alpha_bar = as_like(self.table.alphas_cumprod, states)[timesteps].view(
-            -1, *[1] * (states.ndim - 1)
-        )
-        to_score = _TO_SCORE[self.prediction_type]
-        return to_score(states, predicted, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+        log_alpha_bar = self._log_alpha_bar(timesteps).view(-1, *[1] * (states.ndim - 1))
+        alpha = as_like((0.5 * log_alpha_bar).exp(), states)
+        sigma = as_like((-torch.expm1(log_alpha_bar)).sqrt(), states)
+        return _TO_SCORE[self.prediction_type](states, predicted, alpha, sigma)
+
+    def _log_alpha_bar(self, timesteps: Tensor) -> Tensor:
+        """float64; a sampler's timesteps are the inverse of the same function."""
+        if timesteps.is_floating_point():
+            return self.table.log_alpha_bar_at(timesteps.double())
+        return self.table.alphas_cumprod.log().to(timesteps.device)[timesteps]
 
     def _predict(self, network: Any, states: Tensor, timesteps: Tensor) -> Tensor:
         reduced = self.precision != torch.float32

@@ -4,10 +4,11 @@ from typing import TypeAlias
 
 from diffusion_envs.samplers.ddim import DDIM, BoundDDIM
 from diffusion_envs.samplers.diffusers_scheduler import BlackBox, BoundBlackBox, Scheduler
+from diffusion_envs.samplers.few_steps import BoundFewSteps, EqualAngles, QuadraticVariances
 from diffusion_envs.samplers.flow_sde import CPS, BoundCPS, BoundFlowDDIM, BoundFlowSDE, FlowSDE
 from diffusion_envs.samplers.gaussian_steps import GaussianSteps
 
-Sampler: TypeAlias = DDIM | FlowSDE | CPS | Scheduler
+Sampler: TypeAlias = DDIM | QuadraticVariances | EqualAngles | FlowSDE | CPS | Scheduler
 """What a user names; ``bind`` puts it on a model's noise levels."""
 
 __all__ = [
@@ -17,10 +18,13 @@ __all__ = [
     "BoundBlackBox",
     "BoundCPS",
     "BoundDDIM",
+    "BoundFewSteps",
     "BoundFlowDDIM",
     "BoundFlowSDE",
+    "EqualAngles",
     "FlowSDE",
     "GaussianSteps",
+    "QuadraticVariances",
     "Sampler",
     "Scheduler",
 ]

@@ -169,7 +169,7 @@ class BoundBlackBox:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Nothing of it learns."""
+        """Nothing of a black box can be trained."""
         return []
 
     @property

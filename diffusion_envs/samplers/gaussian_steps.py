@@ -35,6 +35,7 @@ class GaussianSteps(ABC):
     """Gaussian steps on noise levels: a ``ctrl.TransitionSolver`` on its own grid.
 
     A sampler fills the tables, float64 on the CPU; densities and divergences follow from them.
+    Where ``parameters`` is not empty, ``std`` follows them and carries their gradient.
 
     Attributes:
         steps: how many there are.
@@ -100,7 +101,7 @@ class GaussianSteps(ABC):
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What the sampler learns: nothing, unless its standard deviations do."""
+        """What can be trained of the sampler: nothing, where its tables are fixed."""
         return []
 
     @property

@@ -1,6 +1,7 @@
 """Unconditional UNets: the same loop, resumed bit for bit; exports that plain diffusers runs."""
 
 import json
+import math
 import os
 import shutil
 import stat
@@ -8,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import ctrl
+from diffusion_envs.cifar10 import networks
 from diffusion_envs.environment import Environment
 from diffusion_envs.models.adapters import ExportError
 from diffusion_envs.models.protocol import Model
@@ -19,7 +23,7 @@ from diffusion_envs.objectives import ScoreAsAction
 from diffusion_envs.rewards import Colour
 from diffusion_envs.runs.finetune import finetune
 from diffusion_envs.runs.options import RunOptions
-from diffusion_envs.samplers import DDIM
+from diffusion_envs.samplers import DDIM, QuadraticVariances
 from diffusion_envs.training import parallel
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
@@ -160,6 +164,104 @@ def test_rows_in_chunks_are_the_same_rows(save_pixels):
     with torch.no_grad():
         one, other = (m(states, timesteps, None) for m in (whole, parts))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_scores_between_timesteps_are_those_of_the_samplers_levels(save_pixels, prediction_type):
+    """Against the definitions, at the node's own alpha-bar; at integers as at the entries."""
+    folder = save_pixels(scheduler=DDPMScheduler(prediction_type=prediction_type))
+    model = UnconditionalUNet.load(folder)
+    network = DDPMPipeline.from_pretrained(folder).unet
+    sampler = QuadraticVariances().bind(model.table, 10, prediction_type)
+    x = torch.randn(10, *EVENT, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        scores = model(x, sampler.timesteps, None)
+        said = network(x, sampler.timesteps.float()).sample
+        whole = model(x[:2], torch.tensor([3, 700]), None)
+        same = model(x[:2], torch.tensor([3.0, 700.0]), None)
+    abar = sampler.alpha_bar[:-1].view(-1, 1, 1, 1)
+    alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+    epsilon = {
+        "epsilon": said,
+        "v_prediction": alpha * said + sigma * x,
+        "sample": (x - alpha * said) / sigma,
+    }[prediction_type]
+    # 0.0001 of noise is left at timestep 0 of a float32 table: its root is off by 1e-4
+    torch.testing.assert_close(scores.double(), -epsilon.double() / sigma, rtol=5e-4, atol=1e-4)
+    torch.testing.assert_close(same, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_samples_of_few_steps_are_those_of_the_published_loop(save_pixels):
+    """x0 and noise from epsilon at fractional timesteps, then DDPM's step to the next level."""
+    folder = save_pixels()
+    model = UnconditionalUNet.load(folder)
+    network = DDPMPipeline.from_pretrained(folder).unet
+    sampler = QuadraticVariances().bind(model.table, 10)
+    environment = Environment(model, sampler, Colour("red"), [""], seed=5)
+    one = environment.sample(
+        lambda mean, _: ctrl.DeterministicPolicy(mean),
+        range(2),
+        torch.zeros(2, dtype=torch.int64),
+        stream="test",
+    )
+    x = one.rollout.states[:, 0]
+    times = [616.734, 493.982, 394.076, 308.868, 234.858, 170.300, 114.363, 66.865, 28.2925, 0.0]
+    eta = [1e-4 * (1 + 9.5 * i) ** 2 for i in range(9, -1, -1)]
+    for k in range(10):
+        level = math.prod(1 - e for e in eta[k:])
+        with torch.no_grad():
+            epsilon = network(x, torch.tensor(times[k])).sample
+        std = 0.001
+        if k < 9:
+            std = (eta[k] * (1 - level / (1 - eta[k])) / (1 - level)) ** 0.5
+        mean = (x - eta[k] / (1 - level) ** 0.5 * epsilon) / (1 - eta[k]) ** 0.5
+        x = mean + std * one.rollout.noises[:, k]
+        torch.testing.assert_close(one.rollout.states[:, k + 1], x, rtol=1e-3, atol=1e-3)
+    assert not one.rollout.states.requires_grad
+
+
+def test_the_published_configuration_has_the_published_parameters():
+    with torch.device("meta"):
+        network = networks.published()
+    names = dict(network.named_parameters())
+    assert sum(p.numel() for p in names.values()) == 35_746_307
+    attention = {name.rpartition("attentions.")[0] for name in names if "attentions." in name}
+    assert attention == {"down_blocks.1.", "up_blocks.2.", "mid_block."}
+    assert tuple(names["time_embedding.linear_1.weight"].shape) == (512, 128)
+    assert tuple(names["conv_out.weight"].shape) == (3, 128, 3, 3)
+    assert network.config.flip_sin_to_cos is False
+    assert network.config.freq_shift == 1
+
+
+@pytest.mark.parametrize("attention", ["new", "old"])
+def test_a_folder_like_the_published_one_is_loaded(tmp_path, attention):
+    """google/ddpm-cifar10-32: parts in the folder itself, attention layers by their old names."""
+    settings = networks.PUBLISHED | {"block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(8)
+        network = UNet2DModel(**settings)
+    network.save_pretrained(tmp_path)
+    networks.scheduler().save_pretrained(tmp_path)
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    if attention == "old":
+        old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        file = tmp_path / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        for new, name in old.items():
+            tensors = {key.replace(f".{new}.", f".{name}."): t for key, t in tensors.items()}
+        assert sum(".query." in key for key in tensors) == 12  # 6 layers, weight and bias
+        save_file(tensors, file)
+    model = UnconditionalUNet.load(tmp_path)
+    assert model.event == (3, 32, 32)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(model.network.state_dict()[name], tensor), name
+    assert QuadraticVariances().bind(model.table, 10).steps == 10
+    assert model.prediction_type == "epsilon"
 
 
 def test_models_whose_parts_lie_in_the_folder_itself_are_loaded(save_pixels, tmp_path):
