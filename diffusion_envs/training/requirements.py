@@ -120,6 +120,11 @@ def _require_sampler(
             f"the sampler's standard deviations learn, and the loss of {name} has no gradient in "
             "them: use DxMI or DxMIFromData, or a sampler without learned_std"
         )
+    if sampler.parameters and objective.cost_weight > 0:
+        raise ValueError(
+            f"the path KL that {name} charges is that of the score alone, and the sampler's "
+            "standard deviations learn: use kl_weight=0, or a sampler without learned_std"
+        )
     action = sampler.action if isinstance(sampler, GaussianSteps) else "score"
     if objective.needs_scores and action != "score":
         raise ValueError(

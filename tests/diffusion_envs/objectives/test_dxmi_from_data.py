@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from ctrl.noise import stream
 from diffusion_envs.exact.problems import GaussianProblem, table
+from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import (
     ContinuousDxMIFromData,
     ContinuousDxMIReleasedFromData,
@@ -22,7 +23,7 @@ from diffusion_envs.objectives import (
 )
 from diffusion_envs.objectives.dxmi import ValueRows
 from diffusion_envs.objectives.dxmi_from_data import energy_loss, next_cost
-from diffusion_envs.samplers import DDIM
+from diffusion_envs.samplers import DDIM, QuadraticVariances
 from diffusion_envs.training.energy import (
     EnergyCritic,
     EnergyOfPictures,
@@ -352,6 +353,63 @@ def test_no_network_is_asked_of_whom_nothing_is_learned():
     for run, per_row in ((free, 2), (charged, 3)):
         list(run.updates(1))
         assert run.environment.model.calls == per_row * 12 * 4
+
+
+# -- learned standard deviations ------------------------------------------------------------------
+
+
+def learning(objective: Objective, data: Any = None, **size: Any) -> Trainer:
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    published = DDPMTable((1 - betas).cumprod(0))
+    sampler = QuadraticVariances(learned_std=True).bind(published, 10)
+    problem = GaussianProblem()
+    environment = replace(problem.environment(DDIM(1.0).bind(table(), 4), 5), sampler=sampler)
+    settings = {"samples": 12, "batch": 50, "value_epochs": 1, "weight_decay": 0.1} | size
+    return Trainer(
+        environment,
+        objective,
+        UpdateSize(**settings),
+        accelerator=Process(),
+        data=Normal() if data is None else data,
+    )
+
+
+def test_log_standard_deviations_learn_at_their_own_rate_and_resume():
+    """Adam's first step has the size of the rate, whatever the gradient; the last std is fixed."""
+    objective = DxMIFromData(learning_rate=1e-3, std_rate=3e-2, energy_width=4)
+    whole, first, second = (learning(objective) for _ in range(3))
+    before = whole.environment.steps.std.detach().clone()
+    list(whole.updates(1))
+    after = whole.environment.steps.std.detach()
+    moved = (after / before).log().abs()
+    torch.testing.assert_close(moved[:-1], torch.full((9,), 3e-2).double(), rtol=1e-3, atol=0)
+    assert after[-1] == before[-1] == 1e-3
+    list(whole.updates(2))
+    list(first.updates(1))
+    second.load_state(copy.deepcopy(first.state()))
+    assert torch.equal(second.environment.steps.std, first.environment.steps.std)
+    list(second.updates(2))
+    assert torch.equal(second.environment.steps.std, whole.environment.steps.std)
+    sampled = whole.sample().rollout
+    assert not sampled.states.requires_grad
+    assert not sampled.costs.requires_grad
+
+
+def test_several_steps_of_the_optimiser_read_the_newest_standard_deviations():
+    """No table and no graph is kept from one step to the next."""
+    run = learning(DxMIFromData(std_rate=1e-2, energy_width=4), epochs=2, minibatches=2)
+    list(run.updates(2))
+    assert torch.isfinite(run.environment.steps.std).all()
+
+
+def test_learned_standard_deviations_need_a_loss_that_has_them():
+    for objective, message in (
+        (ContinuousDxMIFromData(), "no gradient in them"),
+        (ContinuousDxMIReleasedFromData(), "no gradient in them"),
+        (DxMIFromData(kl_weight=0.1), "kl_weight=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            learning(objective)
 
 
 # -- networks -------------------------------------------------------------------------------------
