@@ -32,7 +32,7 @@ SNR_CAP = 5.0  # of the min-SNR weights
 PUBLISHED = Recipe(
     updates=800_000, learning_rate=2e-4, batch=128, warmup=0.00625, weight_decay=0.0, average=0.9999
 )
-SMALL = Recipe(updates=3600, learning_rate=1e-3, batch=32, average=0.999, precision=torch.float32)
+SMALL = Recipe(updates=2600, learning_rate=1e-3, batch=32, average=0.999, precision=torch.float32)
 
 RECIPES = {"small": SMALL, "published": PUBLISHED}
 _BUILDERS = {"small": networks.small, "published": networks.published}
