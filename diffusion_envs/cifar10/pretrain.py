@@ -10,8 +10,10 @@ Sources     Ho, Jain & Abbeel 2020, arXiv 2006.11239, equation 14. Hang et al. 2
 """
 
 import copy
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -21,6 +23,8 @@ from torch import Generator, Tensor, nn
 from diffusion_envs.cifar10 import networks
 from diffusion_envs.cifar10.pictures import Pictures
 from diffusion_envs.runs.fit import Recipe, fit, initial_weights
+from diffusion_envs.runs.run_folder import write_json
+from diffusion_envs.runs.settings import describe, differences
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +33,9 @@ PUBLISHED = Recipe(
     updates=800_000, learning_rate=2e-4, batch=128, warmup=0.00625, weight_decay=0.0, average=0.9999
 )
 SMALL = Recipe(updates=2600, learning_rate=1e-3, batch=32, average=0.999, precision=torch.float32)
+
+RECIPES = {"small": SMALL, "published": PUBLISHED}
+_BUILDERS = {"small": networks.small, "published": networks.published}
 
 
 def prediction_loss(
@@ -46,7 +53,16 @@ def prediction_loss(
         levels: alpha-bar by timestep.
         prediction_type: "epsilon" or "v_prediction".
         generator: of timesteps and noise, on the CPU.
+
+    Raises:
+        ValueError: the pictures are not in [-1, 1].
     """
+    if not (clean.is_floating_point() and bool((clean.abs() <= 1).all())):
+        low, high = clean.min().item(), clean.max().item()
+        raise ValueError(
+            f"clean must be pictures in [-1, 1], got {clean.dtype} from {low:g} to {high:g}; of "
+            "bytes take pictures / 127.5 - 1"
+        )
     timesteps = torch.randint(len(levels), (len(clean),), generator=generator)
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     alpha_bar = levels[timesteps].to(clean.device)
@@ -84,18 +100,20 @@ def pretrain(
         The folder of the pipeline with averaged weights, for ``DDPMPipeline.from_pretrained``.
 
     Raises:
-        ValueError: there is no such network or prediction type.
+        ValueError: there is no such network or prediction type, or ``output`` was trained with
+            other settings.
+        FileNotFoundError: the data are not there.
     """
-    builders = {"small": (networks.small, SMALL), "published": (networks.published, PUBLISHED)}
-    if network not in builders:
-        raise ValueError(f"network must be one of {', '.join(builders)}, got {network!r}")
+    if network not in RECIPES:
+        raise ValueError(f"network must be one of {', '.join(RECIPES)}, got {network!r}")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(
             f"prediction_type must be epsilon or v_prediction, got {prediction_type!r}"
         )
-    build, usual = builders[network]
-    recipe = recipe or usual
+    recipe = recipe or RECIPES[network]
     pictures = Pictures(data)
+    settings = {"network": network, "prediction_type": prediction_type, "seed": seed}
+    _require_settings(output, {**settings, "recipe": describe(recipe)})
     scheduler = networks.scheduler(prediction_type)
     levels = scheduler.alphas_cumprod
 
@@ -114,7 +132,7 @@ def pretrain(
         _log.info(f"pipeline of step {step} is in {folder}")
 
     with initial_weights(seed):
-        modules = nn.ModuleDict({"unet": build()})
+        modules = nn.ModuleDict({"unet": _BUILDERS[network]()})
     fit(
         modules,
         loss,
@@ -125,3 +143,23 @@ def pretrain(
         on_checkpoint=write,
     )
     return folder
+
+
+def _require_settings(output: Path, settings: dict[str, Any]) -> None:
+    """Store what is trained, or refuse to go on with something else.
+
+    Raises:
+        ValueError: ``output`` was trained with other settings; the first is named.
+    """
+    path = output / "pretraining.json"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+        return
+    stored = json.loads(path.read_text())
+    for name, then, now in differences(stored, settings):
+        if not name.endswith("seconds_between_checkpoints"):
+            raise ValueError(
+                f"{output} was trained with {name} {then}, not {now}: go on with the same, or name "
+                "another output"
+            )

@@ -30,14 +30,33 @@ class ExportError(ValueError):
     """What was written for diffusers is not what was trained; nothing is left behind."""
 
 
+def require_precision(name: str) -> None:
+    """Refuse what is no precision.
+
+    Raises:
+        ValueError: it is none of ``PRECISIONS``.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"precision must be one of {sorted(PRECISIONS)}, got {name!r}")
+
+
+def require_rank(rank: object) -> None:
+    """Refuse what is no rank of an adapter.
+
+    Raises:
+        ValueError: it is no integer of at least 1.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"lora_rank must be an integer of at least 1, got {rank!r}")
+
+
 def precision_of(name: str, device: torch.device) -> torch.dtype:
     """The dtype of this name.
 
     Raises:
         ValueError: there is none, or it is float16 on a CPU, where it is 7 to 230 times slower.
     """
-    if name not in PRECISIONS:
-        raise ValueError(f"precision must be one of {sorted(PRECISIONS)}, got {name!r}")
+    require_precision(name)
     if name == "float16" and device.type == "cpu":
         raise ValueError("precision float16 is not for CPUs; use float32 or bfloat16")
     return PRECISIONS[name]

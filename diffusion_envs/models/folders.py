@@ -20,6 +20,19 @@ def tiny_folder() -> Path:
     return Path(str(resources.files("diffusion_envs.tiny"))) / "weights" / "model"
 
 
+def from_anywhere(model: str | Path, shipped: str) -> str:
+    """A model's name that means the same in another directory: folders become absolute.
+
+    Args:
+        model: a folder, a hub id, or the name of the shipped model.
+        shipped: that name, which is no folder's.
+    """
+    folder = Path(model).expanduser()
+    if str(model).strip() not in ("", shipped) and folder.is_dir():
+        return str(folder.absolute())
+    return str(model)
+
+
 def local_folder(
     model: str | Path, pipeline: Any, supported: Collection[str], without: Mapping[str, None]
 ) -> Path:

@@ -1,6 +1,6 @@
 """Rewards: any callable (images in [0, 1], prompts) -> one number for each image."""
 
-from diffusion_envs.rewards.classifier import PromptAlignment
+from diffusion_envs.rewards.classifier import ClassConfidence, PromptAlignment
 from diffusion_envs.rewards.colour import Colour
 from diffusion_envs.rewards.contract import (
     Embedder,
@@ -15,6 +15,7 @@ from diffusion_envs.rewards.contract import (
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 
 __all__ = [
+    "ClassConfidence",
     "Colour",
     "Embedder",
     "JpegCompressibility",

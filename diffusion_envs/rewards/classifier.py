@@ -1,4 +1,4 @@
-"""Prompt alignment by a small CIFAR-10 classifier that ships with the library.
+"""Rewards of a small CIFAR-10 classifier that ships with the library: alignment, confidence.
 
 Two classifiers are shipped, trained on disjoint halves of CIFAR-10's training set: ``"reward"`` is
 what fine-tuning may maximise, ``"judge"`` only judges. Nothing is ever judged by the reward that
@@ -104,6 +104,19 @@ def load_classifier(source: Literal["reward", "judge"] | Path) -> CifarClassifie
 _loaded = cache(load_classifier)
 
 
+def _require_classifier(source: str | Path) -> None:
+    """Refuse what names no classifier.
+
+    Raises:
+        ValueError: neither a shipped one nor a file.
+    """
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise ValueError(f"classifier must be a file, but {source} is none")
+    elif source not in ("reward", "judge"):
+        raise ValueError(f"classifier must be 'reward', 'judge' or a Path, got {source!r}")
+
+
 @dataclass(frozen=True)
 class PromptAlignment:
     """Log-probability, by a classifier, of the class that the prompt names; differentiable.
@@ -117,13 +130,7 @@ class PromptAlignment:
     differentiable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.classifier, Path):
-            if not self.classifier.is_file():
-                raise ValueError(f"classifier must be a file, but {self.classifier} is none")
-        elif self.classifier not in ("reward", "judge"):
-            raise ValueError(
-                f"classifier must be 'reward', 'judge' or a Path, got {self.classifier!r}"
-            )
+        _require_classifier(self.classifier)
 
     def __call__(
         self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]
@@ -145,4 +152,34 @@ class PromptAlignment:
 
     def embedding(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
         """The classifier's last features, whatever the prompt."""
+        return _loaded(self.classifier).to(images.device).embedding(images.float())
+
+
+@dataclass(frozen=True)
+class ClassConfidence:
+    """Log of the largest class probability, by a classifier; differentiable.
+
+    For pictures that nobody asked for by a prompt: it says how clearly a picture shows one of the
+    ten classes, whichever. Its maximum does not ask for variety.
+
+    Attributes:
+        classifier: "reward", "judge", or a safetensors file with the weights of a
+            ``CifarClassifier``; read when it is first called.
+    """
+
+    classifier: str | Path = "reward"
+    differentiable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require_classifier(self.classifier)
+
+    def __call__(
+        self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]
+    ) -> Float[Tensor, " n"]:
+        """Nats, from -log 10 (all classes alike) to 0, whatever the prompts."""
+        network = _loaded(self.classifier).to(images.device)
+        return network(images.float()).log_softmax(-1).amax(-1)
+
+    def embedding(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
+        """The classifier's last features."""
         return _loaded(self.classifier).to(images.device).embedding(images.float())

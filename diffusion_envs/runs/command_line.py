@@ -40,14 +40,20 @@ from diffusion_envs.training.update_size import UpdateSize
 
 REWARDS: dict[str, rewards.Reward] = {
     "prompt-alignment": rewards.PromptAlignment("reward"),
+    "class-confidence": rewards.ClassConfidence("reward"),
     "jpeg-compressibility": rewards.JpegCompressibility(),
     "jpeg-incompressibility": rewards.JpegIncompressibility(),
     "red": rewards.Colour("red"),
     "green": rewards.Colour("green"),
     "blue": rewards.Colour("blue"),
 }
-JUDGES = REWARDS | {"prompt-alignment-judge": rewards.PromptAlignment("judge")}
-JUDGES_OF = {"prompt-alignment": {"judge": JUDGES["prompt-alignment-judge"]}}  # where none is named
+JUDGES = REWARDS | {
+    "prompt-alignment-judge": rewards.PromptAlignment("judge"),
+    "class-confidence-judge": rewards.ClassConfidence("judge"),
+}
+JUDGES_OF = {  # where none is named
+    name: {"judge": JUDGES[f"{name}-judge"]} for name in ("prompt-alignment", "class-confidence")
+}
 OBJECTIVES = {
     "adjoint-matching": objectives.AdjointMatching,
     "dxmi-continuous-released": objectives.ContinuousDxMIReleased,
@@ -80,6 +86,10 @@ SAMPLERS: dict[str, samplers.Sampler] = {
     "dpm++": samplers.Scheduler("DPMSolverMultistepScheduler"),
     "unipc": samplers.Scheduler("UniPCMultistepScheduler"),
     "heun": samplers.Scheduler("HeunDiscreteScheduler"),
+    "dxmi-10": samplers.QuadraticVariances(),
+    "dxmi-10-learned": samplers.QuadraticVariances(learned_std=True),
+    "ours-4": samplers.EqualAngles(),
+    "ours-4-learned": samplers.EqualAngles(learned_std=True),
 }
 CLASS_PROMPTS = tuple(f"a photo of a{'n' if name[0] in 'aeiou' else ''} {name}" for name in CLASSES)
 OWN = "my_module:my_function"
@@ -98,10 +108,14 @@ class Family:
     Attributes:
         program: how it is called.
         model: dataclass of what to load (``runs.finetune.Loadable``), with defaults.
+        defaults: of a run's options, such as its reward, where they are the family's own.
+        commands: further commands by name, each called with the words that follow it.
     """
 
     program: str
     model: Callable[..., Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    commands: Mapping[str, Callable[[Sequence[str]], None]] = field(default_factory=dict)
 
 
 def _explained(name: str) -> Any:
@@ -119,18 +133,20 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings]):
     """Fine-tune a diffusion model with a reward.
 
     Attributes:
-        reward: prompt-alignment, jpeg-compressibility, jpeg-incompressibility, red, green, blue, or
-            your own as my_module:my_function.
+        reward: prompt-alignment, class-confidence, jpeg-compressibility, jpeg-incompressibility,
+            red, green, blue, or your own as my_module:my_function.
         prompts: what to ask for, or a file with one prompt a line or a JSON list; the ten CIFAR-10
-            classes if left out.
+            classes if left out, and one that asks for nothing of a model without prompts.
         output: folder of the run.
         resume: folder of a run to go on with; every other option is then the run's. Updates may
             grow; device, progress and wandb may be chosen anew.
         objective: score-as-action, ddpo, dpok, grpo, tdpo, ..., or your own as my_module:MyClass;
             each has settings of its own, which follow as options (--objective grpo --help explains
             grpo's).
-        sampler: ddim; or, for objectives that learn from data (nft, ram, distributional), ddim-ode,
-            dpm++, unipc or heun.
+        sampler: ddim; where betas grow linearly, as CIFAR-10's do, dxmi-10 and ours-4, with learned
+            standard deviations dxmi-10-learned and ours-4-learned, which take 10 and 4 steps if
+            none are named; or, for objectives that learn from data (nft, ram, distributional),
+            ddim-ode, dpm++, unipc, heun, or any scheduler of diffusers by the name of its class.
         eta: stochasticity of ddim: 1, the SDE, if left out; 0 is the ODE (which has no density).
     """
 
@@ -187,7 +203,8 @@ class Evaluate:
     Attributes:
         run: folder of a finished run.
         steps: step counts to try.
-        samplers: ddim (with the run's eta), ddim-ode (eta 0), dpm++, unipc, heun.
+        samplers: ddim (with the run's eta), ddim-ode (eta 0), dpm++, unipc, heun, dxmi-10, ours-4,
+            or the class of a scheduler of diffusers.
         samples: held-out samples of each.
         device: cpu or cuda; the run's if left out.
         reward: my_module:my_function, where the run's reward has no name of its own.
@@ -219,6 +236,17 @@ def _named(kind: str, name: str, table: Mapping[str, Any], own: str = "") -> Any
     hint = f"; did you mean {near[0]!r}?" if near else ""
     mine = f" (or your own, as {own})" if own else ""
     raise ValueError(f"{kind} must be one of {', '.join(table)}, got {name!r}{hint}{mine}")
+
+
+def _sampler(kind: str, name: str) -> samplers.Sampler:
+    """A sampler by its name, or by that of a class of diffusers.
+
+    Raises:
+        ValueError: there is no such name, or the class takes no table of betas.
+    """
+    if name not in SAMPLERS and name.endswith("Scheduler"):
+        return samplers.Scheduler(name)
+    return _named(kind, name, SAMPLERS, "")
 
 
 def _objective_class(name: str) -> Any:
@@ -278,8 +306,12 @@ _PRIMITIVES: list[tuple[Any, str, Callable[[str], Any], Callable[[Any], str]]] =
     (
         samplers.Sampler,
         "NAME",
-        lambda word: _named("sampler", word, SAMPLERS),
-        lambda made: _name_of(made, SAMPLERS),
+        lambda word: _sampler("sampler", word),
+        lambda made: (
+            made.name
+            if isinstance(made, samplers.Scheduler) and made not in SAMPLERS.values()
+            else _name_of(made, SAMPLERS)
+        ),
     ),
     (
         TrainingData | None,
@@ -423,6 +455,8 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any]:
     if folder is not None:
         _require_the_runs(options, default, named)
         return dataclasses.replace(options, output=folder)
+    if "--steps" not in named and (usual := samplers.usual_steps(options.sampler)) is not None:
+        options = dataclasses.replace(options, steps=usual)
     if "--judges" not in named:
         judges = JUDGES_OF.get(_name_of(options.reward, REWARDS), {})
         watched = dataclasses.replace(options.options, judges=judges)
@@ -434,7 +468,9 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any]:
 
 def _fresh(family: Family) -> Finetune[Any, Any]:
     """The options of a run that has not begun, as they are if none is named."""
-    return Finetune(model=family.model(), objective_settings=objectives.ScoreAsAction())
+    return Finetune(
+        model=family.model(), objective_settings=objectives.ScoreAsAction(), **family.defaults
+    )
 
 
 def _stored(family: Family, folder: Path) -> Finetune[Any, Any]:
@@ -569,7 +605,7 @@ def run_evaluate(family: Family, options: Evaluate) -> None:
         raise FileNotFoundError(f"run must be the folder of a run, but {options.run} holds none")
     run = _stored(family, options.run)
     eta = run.sampler.eta if isinstance(run.sampler, samplers.DDIM) else 1.0
-    kinds = [_named("samplers", name, SAMPLERS) for name in options.samplers]
+    kinds = [_sampler("samplers", name) for name in options.samplers]
     kinds = [samplers.DDIM(eta) if kind == SAMPLERS["ddim"] else kind for kind in kinds]
     reward = run.reward
     if options.reward is not None:
@@ -623,8 +659,11 @@ def main(family: Family, arguments: Sequence[str]) -> int:
             evaluation = tyro.cli(Evaluate, args=words, prog=f"{family.program} evaluate")
             _quiet_libraries()
             run_evaluate(family, evaluation)
+        elif arguments and arguments[0] in family.commands:
+            family.commands[arguments[0]](arguments[1:])
         else:
-            options = read(family, arguments)
+            words = arguments[1:] if arguments[:1] == ["finetune"] else arguments
+            options = read(family, words)
             folder = options.output
             named = options.arguments()
             _quiet_libraries()
@@ -640,7 +679,10 @@ def main(family: Family, arguments: Sequence[str]) -> int:
     except MissingChoicesError as missing:
         _say(f"waiting: {missing}\ngo on with: {family.program} --resume {folder}")
         return 3
-    except (ValueError, TypeError, OSError, PreflightError, NonFiniteError, RuntimeError) as error:
+    except (
+        *(ValueError, TypeError, OSError, RuntimeError),
+        *(PreflightError, NonFiniteError, FloatingPointError),
+    ) as error:
         _say(f"error: {error}")
         return 2
     return 0

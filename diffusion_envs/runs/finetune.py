@@ -1,9 +1,10 @@
 """Fine-tune a diffusion model with a reward: from prompts to an export and a report."""
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -181,6 +182,30 @@ def finetune(
             prompts=prompts,
             write=main,
         )
+
+
+def refuse_misplaced(arguments: Mapping[str, Any], model: type, how: str) -> None:
+    """Refuse arguments of ``finetune`` that belong to one of its dataclasses.
+
+    Args:
+        arguments: what was given.
+        model: dataclass of the family's model.
+        how: how one says what is of the model.
+
+    Raises:
+        TypeError: an argument belongs to the model, the sizes or the options; the message says how.
+    """
+    places: dict[Any, str] = {
+        model: f"how the model is used by model={how}",
+        UpdateSize: "sizes of an update by size=UpdateSize(...)",
+        RunOptions: "how the run is watched by options=RunOptions(...)",
+    }
+    for kind, place in places.items():
+        for name in arguments.keys() & {f.name for f in dataclasses.fields(kind)}:
+            raise TypeError(
+                f"{name} is no argument of finetune: say {place}, {kind.__name__}({name}="
+                f"{arguments[name]!r})"
+            )
 
 
 def make_environment(

@@ -41,6 +41,16 @@ class Recipe:
     seconds_between_checkpoints: float = 120.0
     precision: torch.dtype = torch.bfloat16  # of the arithmetic; float32 is faster on older CPUs
 
+    def __post_init__(self) -> None:
+        for name in ("updates", "batch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average must be in [0, 1), got {self.average}")
+
     def rate(self, step: int) -> float:
         """The learning rate of an update."""
         warm = max(1, round(self.warmup * self.updates))

@@ -11,6 +11,13 @@ from diffusion_envs.samplers.gaussian_steps import GaussianSteps
 Sampler: TypeAlias = DDIM | QuadraticVariances | EqualAngles | FlowSDE | CPS | Scheduler
 """What a user names; ``bind`` puts it on a model's noise levels."""
 
+
+def usual_steps(sampler: Sampler) -> int | None:
+    """How many steps a sampler of few is made for; None of any other."""
+    few = isinstance(sampler, QuadraticVariances | EqualAngles)
+    return sampler.usual_steps if few else None
+
+
 __all__ = [
     "CPS",
     "DDIM",
@@ -27,4 +34,5 @@ __all__ = [
     "QuadraticVariances",
     "Sampler",
     "Scheduler",
+    "usual_steps",
 ]

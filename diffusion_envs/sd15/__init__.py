@@ -1,14 +1,11 @@
 """Stable Diffusion as an environment: fine-tune it with ``finetune``, or from the command line."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-from diffusion_envs.runs.finetune import Run
+from diffusion_envs.runs.finetune import Run, refuse_misplaced
 from diffusion_envs.runs.finetune import finetune as _finetune
-from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.sd15.stable_diffusion import StableDiffusion
-from diffusion_envs.training.update_size import UpdateSize
 
 __all__ = ["Run", "StableDiffusion", "finetune"]
 
@@ -25,18 +22,6 @@ def finetune(model: str | Path | StableDiffusion = "tiny", **arguments: Any) -> 
     Raises:
         TypeError: an argument belongs to the model, the sizes or the options; the message says how.
     """
-    for kind, place in _PLACES.items():
-        for name in arguments.keys() & {f.name for f in dataclasses.fields(kind)}:
-            raise TypeError(
-                f"{name} is no argument of finetune: say {place}, {kind.__name__}({name}="
-                f"{arguments[name]!r})"
-            )
+    refuse_misplaced(arguments, StableDiffusion, "sd15.StableDiffusion(...)")
     named = model if isinstance(model, StableDiffusion) else StableDiffusion(model)
     return _finetune(named, **arguments)
-
-
-_PLACES: dict[type, str] = {
-    StableDiffusion: "how the model is used by model=sd15.StableDiffusion(...)",
-    UpdateSize: "sizes of an update by size=UpdateSize(...)",
-    RunOptions: "how the run is watched by options=RunOptions(...)",
-}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from diffusion_envs.models.adapters import ATTENTION, PRECISIONS
+from diffusion_envs.models.adapters import ATTENTION, require_precision, require_rank
+from diffusion_envs.models.folders import TINY, from_anywhere
 from diffusion_envs.models.protocol import Model
 
 
@@ -36,20 +37,11 @@ class StableDiffusion:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision must be one of {sorted(PRECISIONS)}, got {self.precision!r}"
-            )
+        require_precision(self.precision)
         if not (self.guidance >= 0 and math.isfinite(self.guidance)):
             raise ValueError(f"guidance must be a finite number of at least 0, got {self.guidance}")
-        rank = self.lora_rank
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"lora_rank must be an integer of at least 1, got {rank!r}")
-        folder = Path(self.model).expanduser()
-        if str(self.model).strip() not in ("", "tiny") and folder.is_dir():
-            object.__setattr__(self, "model", str(folder.absolute()))  # to be resumed from anywhere
-        else:
-            object.__setattr__(self, "model", str(self.model))
+        require_rank(self.lora_rank)
+        object.__setattr__(self, "model", from_anywhere(self.model, TINY))
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
 
     @property

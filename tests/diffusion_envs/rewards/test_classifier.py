@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from diffusion_envs import rewards
 from diffusion_envs.cifar10.data import CLASSES, class_of
-from diffusion_envs.rewards import PromptAlignment
+from diffusion_envs.rewards import ClassConfidence, PromptAlignment
 from diffusion_envs.rewards.classifier import CifarClassifier, load_classifier
 
 CIFAR = Path(__file__).parents[4] / "shared" / "data" / "cifar10"
@@ -116,3 +116,34 @@ def test_the_shipped_classifiers_know_cifar(name):
     found = load_classifier(name)(images / 255).argmax(1)
     # trained to 80 % or better; 500 pictures have a standard error of 1.8 %, five of them are 9 %
     assert (found == labels).double().mean() > 0.71
+
+
+@pytest.mark.parametrize("name", ["reward", "judge"])
+def test_confidence_is_the_alignment_with_the_likeliest_class(name, generator):
+    images = torch.rand(5, 3, 32, 32, generator=generator)
+    asked = torch.stack(
+        [PromptAlignment(name)(images, [f"a {word}"] * 5).double() for word in CLASSES]
+    )
+    found = ClassConfidence(name)(images, ["whatever"] * 5)
+    torch.testing.assert_close(found.double(), asked.amax(0), rtol=1e-6, atol=1e-6)
+    assert (found >= -torch.tensor(10.0).log()).all()
+    assert (found <= 0).all()
+
+
+def test_confidence_climbs_along_its_gradient(generator):
+    images = torch.rand(2, 3, 32, 32, generator=generator)
+    reward = ClassConfidence()
+    leaf = images.clone().requires_grad_()
+    value = rewards.differentiable_score(reward, leaf, ["", ""])
+    slope = torch.autograd.grad(value.sum(), leaf)[0]
+    length = slope.flatten(1).norm(dim=1)
+    gain = reward(images + 1e-3 * slope / length.view(-1, 1, 1, 1), ["", ""]) - value.detach()
+    torch.testing.assert_close(gain, 1e-3 * length, rtol=0.5, atol=2e-5)
+    assert reward.embedding(images).shape == PromptAlignment().embedding(images).shape
+
+
+def test_confidence_refuses_what_is_no_classifier(tmp_path):
+    with pytest.raises(ValueError, match="classifier must be 'reward', 'judge' or a Path"):
+        ClassConfidence("jury")
+    with pytest.raises(ValueError, match="is none"):
+        ClassConfidence(tmp_path / "nowhere")

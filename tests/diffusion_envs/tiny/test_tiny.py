@@ -4,13 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from transformers import CLIPTokenizer
 
 from diffusion_envs.cifar10.data import CLASSES, class_of, load
 from diffusion_envs.models.stable_diffusion_pipeline import load_pipeline, tiny_folder
 from diffusion_envs.rewards.classifier import load_classifier
-from diffusion_envs.runs.fit import Recipe, fit, initial_weights
 from diffusion_envs.tiny.captions import LENGTH, caption, with_article, write_tokenizer
 from diffusion_envs.tiny.train_classifier import accuracy, augment, half
 from diffusion_envs.tiny.train_denoiser import sample
@@ -98,33 +96,6 @@ def test_augmentation_keeps_range_and_shape(generator):
     got = augment(images, generator)
     assert got.shape == images.shape
     assert bool(((got >= 0) & (got <= 1)).all())
-
-
-def _fit(folder: Path, stop: int | None) -> nn.ModuleDict:
-    """A small regression; at step ``stop`` the user presses Ctrl-C."""
-    with initial_weights(0):
-        modules = nn.ModuleDict({"line": nn.Linear(3, 1)})
-    done = 0
-
-    def loss(m: nn.ModuleDict, g: torch.Generator) -> dict[str, torch.Tensor]:
-        nonlocal done
-        done += 1
-        if done == stop:
-            raise KeyboardInterrupt
-        x = torch.randn(16, 3, generator=g)
-        return {"loss": (m["line"](x).float() - x.sum(1, keepdim=True)).square().mean()}
-
-    recipe = Recipe(updates=8, learning_rate=0.1, batch=16, seconds_between_checkpoints=0.0)
-    return fit(modules, loss, recipe, folder=folder, seed=3, name="line")
-
-
-def test_an_interrupted_training_resumes_to_the_same_weights(tmp_path):
-    whole = _fit(tmp_path / "whole", None)
-    with pytest.raises(KeyboardInterrupt):
-        _fit(tmp_path / "cut", 5)
-    cut = _fit(tmp_path / "cut", None)
-    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_data_that_is_not_there_is_named(tmp_path):
