@@ -6,8 +6,10 @@ python -m diffusion_envs.cifar10 finetune --model google/ddpm-cifar10-32 --outpu
 python -m diffusion_envs.cifar10 --resume runs/demo
 python -m diffusion_envs.cifar10 evaluate runs/demo --steps 10 25 50 100 --samplers ddim dpm++ heun
 python -m diffusion_envs.cifar10 pretrain --data ../shared/data/cifar10 --output runs/pretraining
+python -m diffusion_envs.cifar10 measure --data ../shared/data/cifar10 --output docs
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ import torch
 import tyro
 
 from diffusion_envs.cifar10.family import PROMPTS, REWARD, Cifar10Model
+from diffusion_envs.cifar10.measure import measure
 from diffusion_envs.cifar10.pretrain import RECIPES, pretrain
 from diffusion_envs.models.adapters import PRECISIONS
 from diffusion_envs.runs.command_line import Family, main
@@ -80,12 +83,39 @@ def run_pretrain(words: Sequence[str]) -> None:
     print(f"pipeline: {folder}")
 
 
+@dataclass(frozen=True)
+class Measure:
+    """Judge samples of a network at several samplers; write cifar10.json and cifar10.png.
+
+    Attributes:
+        data: folder of CIFAR-10.
+        output: folder of the results.
+        model: small, a folder in diffusers' layout, or a hub id.
+        samples: pictures of each sampler.
+        seed: of the samples.
+    """
+
+    data: Path
+    output: Path
+    model: str = "small"
+    samples: int = 400
+    seed: int = 0
+
+
+def run_measure(words: Sequence[str]) -> None:
+    """Measure, as the words after the command say."""
+    options = tyro.cli(Measure, args=list(words), prog=f"{PROGRAM} measure")
+    model = Cifar10Model(options.model)
+    measured = measure(model, options.data, options.output, options.samples, options.seed)
+    print(json.dumps(measured, indent=1))
+
+
 PROGRAM = "python -m diffusion_envs.cifar10"
 FAMILY = Family(
     PROGRAM,
     Cifar10Model,
     defaults={"reward": REWARD, "prompts": PROMPTS},
-    commands={"pretrain": run_pretrain},
+    commands={"pretrain": run_pretrain, "measure": run_measure},
 )
 
 if __name__ == "__main__":
