@@ -64,6 +64,8 @@ diffusion_envs.runs.progress
 diffusion_envs.runs.caption_fonts diffusion_envs.runs.tracking diffusion_envs.runs.plots
 diffusion_envs.runs.human_choices
 diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping diffusion_envs.runs.options
+diffusion_envs.runs.frechet diffusion_envs.runs.inception diffusion_envs.runs.precision_recall
+diffusion_envs.runs.sample_quality
 diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation diffusion_envs.runs.report
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
 diffusion_envs.runs.summary diffusion_envs.runs.finetune diffusion_envs.runs.transfer
