@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from diffusion_envs.cifar10.pictures import Pictures
+
 if TYPE_CHECKING:
     from diffusion_envs.cifar10.family import Cifar10Model, Run, finetune
 
-__all__ = ["Cifar10Model", "Run", "finetune"]
+__all__ = ["Cifar10Model", "Pictures", "Run", "finetune"]
 
 
 def __getattr__(name: str) -> Any:

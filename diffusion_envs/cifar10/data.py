@@ -1,20 +1,17 @@
-"""CIFAR-10 from its parquet files, as tensors.
+"""CIFAR-10 as tensors, from whichever of its published formats a folder holds.
 
-The files are those of the hub's ``cifar10`` data set (``plain_text``): a column ``img`` with the
-encoded picture and a column ``label`` with 0..9. Source: A. Krizhevsky, "Learning Multiple Layers
-of Features from Tiny Images", 2009.
+Source: A. Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
-import io
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
-from PIL import Image
-from torch import Tensor
+
+from diffusion_envs.cifar10.formats import LabelledImages, sources
+
+__all__ = ["CLASSES", "SYNONYMS", "LabelledImages", "class_of", "load"]
 
 CLASSES = (
     "airplane",
@@ -48,46 +45,64 @@ def class_of(prompt: str) -> int | None:
     return named.pop() if len(named) == 1 else None
 
 
-class LabelledImages(NamedTuple):
-    """Pictures with their classes."""
-
-    images: UInt8[Tensor, "n 3 32 32"]
-    labels: Int64[Tensor, " n"]
+ACCEPTED = """\
+train.parquet and test.parquet, or the hub's plain_text/train-00000-of-00001.parquet;
+data_batch_1 to data_batch_5 and test_batch, or cifar-10-batches-py with them;
+data_batch_1.bin to data_batch_5.bin and test_batch.bin, or cifar-10-batches-bin with them;
+train/airplane/*.png to train/truck/*.png, and test/... likewise"""
 
 
 def load(
     folder: str | Path, split: Literal["train", "test"] = "train", limit: int | None = None
 ) -> LabelledImages:
-    """Decode one split of CIFAR-10.
+    """Read one split of CIFAR-10, in whichever format lies in a folder.
+
+    The formats are the hub's parquet files (columns ``img`` and ``label``), the original Python
+    batches, the original binary batches, and a folder of PNG or JPEG files for each class. Nothing
+    in a file is executed: Python's batches are pickles, of which only plain data is read.
 
     Args:
-        folder: where ``train.parquet`` and ``test.parquet`` lie.
-        split: which of the two.
-        limit: the first so many rows only; the files' row order is already shuffled.
+        folder: where the files lie, or ``plain_text``, ``data``, ``cifar-10-batches-py`` or
+            ``cifar-10-batches-bin`` with them.
+        split: "train" or "test".
+        limit: the first so many rows only.
 
     Returns:
-        Pictures as bytes ``[n, 3, 32, 32]`` and their labels ``[n]``, in the file's row order.
+        Pictures as bytes ``[n, 3, 32, 32]`` and their labels ``[n]``, in the order of the files,
+        which the published ones have shuffled. Folders of pictures have no such order: the first
+        file of every class comes first, then the second of every class, and so on, files sorted by
+        name and classes by label, so that ``limit`` takes equally many of each class.
 
     Raises:
-        FileNotFoundError: the split's file is not in ``folder``.
-        ValueError: the file does not have the expected columns or picture size.
+        FileNotFoundError: ``folder`` holds the split in no format, or only a part of its files.
+        ValueError: it holds the split twice; a file is foreign or cut off; a picture is not RGB or
+            not 32 x 32; a label is missing or not 0..9; ``split`` or ``limit`` is unusable.
     """
-    import pyarrow.parquet as parquet
-
-    path = Path(folder) / f"{split}.parquet"
-    if not path.is_file():
+    folder = Path(folder)
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, or None for all rows, got {limit}")
+    there = sources(folder, split, CLASSES)
+    if not there:
+        archives = sorted(path.name for path in folder.glob("cifar-10*.tar*"))
+        remedy = f"unpack {archives[0]} first" if archives else f"it may be\n{ACCEPTED}"
         raise FileNotFoundError(
-            f"folder must hold {split}.parquet of CIFAR-10 (hub layout), but {path} does not exist"
+            f"folder must hold the {split} split of CIFAR-10, but {folder} does not: {remedy}"
         )
-    table = parquet.read_table(path)
-    if missing := {"img", "label"} - set(table.column_names):
-        raise ValueError(f"{path} lacks the columns {sorted(missing)}; it has {table.column_names}")
-    table = table.slice(0, limit)
-    pictures = [
-        np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB"))
-        for row in table["img"].to_pylist()
-    ]
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-    if images.shape[1:] != (3, 32, 32):
-        raise ValueError(f"{path} must hold 32 x 32 pictures, got {list(images.shape[2:])}")
-    return LabelledImages(images, torch.tensor(table["label"].to_pylist(), dtype=torch.int64))
+    if len(there) > 1:
+        copies = "; ".join(f"{source.format} in {source.place}" for source in there)
+        raise ValueError(
+            f"folder must hold the {split} split of CIFAR-10 once, but {folder} has {copies}; name "
+            "the folder that holds one of them only, or remove the others"
+        )
+    parts, rows = [], 0
+    for part in there[0].parts:
+        parts.append(part)
+        rows += len(part.labels)
+        if limit is not None and rows >= limit:
+            break
+    return LabelledImages(
+        torch.cat([part.images for part in parts])[:limit],
+        torch.cat([part.labels for part in parts])[:limit],
+    )

@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from ctrl.devices import sent
+from ctrl.devices import as_like, sent
 from ctrl.noise import stream
 from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import Objective
@@ -230,15 +230,13 @@ class EnergyCritic:
 
     def _energy_step(self, rollout: Rollout, update: int, epoch: int) -> dict[str, float]:
         samples = rollout.states[:, -1]
-        generator = stream(
-            self.environment.seed,
-            self.stream_name,
-            "data",
-            update,
-            epoch,
-            self.accelerator.process_index,
-        )
-        drawn = _checked(self.data.draw(len(samples), generator), samples)
+        share, processes = len(samples), self.accelerator.num_processes
+        # all that all processes need, so that theirs together are those of a single one
+        generator = stream(self.environment.seed, self.stream_name, "data", update, epoch)
+        wanted = (share * processes, *samples.shape[1:])
+        drawn = _checked(self.data.draw(wanted[0], generator), wanted)
+        first = share * self.accelerator.process_index
+        drawn = as_like(drawn[first : first + share], samples)
         # both at once, as one batch
         of_data, of_samples = self.network(torch.cat([drawn, samples])).chunk(2)
         loss = energy_loss(of_data, of_samples, self.objective.square_weight)
@@ -268,17 +266,17 @@ class EnergyCritic:
         self.optimiser.step()
 
 
-def _checked(drawn: Any, like: Tensor) -> Tensor:
-    """States that were drawn, on the device of the samples.
+def _checked(drawn: Any, shape: tuple[int, ...]) -> Tensor:
+    """States that were drawn.
 
     Raises:
-        ValueError: their shape is not the samples', or they are not finite.
+        ValueError: they have another shape, or are not finite.
     """
-    if not isinstance(drawn, Tensor) or drawn.shape != like.shape:
+    if not isinstance(drawn, Tensor) or tuple(drawn.shape) != shape:
         got = list(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
         raise ValueError(
-            f"data.draw({len(like)}) must return states of the model, {list(like.shape)}, got {got}"
+            f"data.draw({shape[0]}) must return states of the model, {list(shape)}, got {got}"
         )
     if not bool(torch.isfinite(drawn).all()):
         raise ValueError("data.draw must return finite states, got NaN or infinity")
-    return sent(drawn.to(like.dtype), like.device)
+    return drawn

@@ -127,7 +127,7 @@ def test_a_batch_is_a_step_of_the_energy_and_then_one_of_the_value_at_each_node_
     optimiser = torch.optim.Adam(twin.parameters(), lr=3e-2)
     told = critic.improve(rollout, None, 3)
 
-    data = Normal().draw(12, stream(5, "train", "data", 3, 0, 0))
+    data = Normal().draw(12, stream(5, "train", "data", 3, 0))
     of_data, of_samples = twin(data), twin(rollout.states[:, -1])
     loss = of_data.mean() - of_samples.mean()
     loss = loss + 0.4 * ((of_data**2).mean() + (of_samples**2).mean())
@@ -381,8 +381,8 @@ def test_log_standard_deviations_learn_at_their_own_rate_and_resume():
     before = whole.environment.steps.std.detach().clone()
     list(whole.updates(1))
     after = whole.environment.steps.std.detach()
-    moved = (after / before).log().abs()
-    torch.testing.assert_close(moved[:-1], torch.full((9,), 3e-2).double(), rtol=1e-3, atol=0)
+    changes = (after / before).log().abs()
+    torch.testing.assert_close(changes[:-1], torch.full((9,), 3e-2).double(), rtol=1e-3, atol=0)
     assert after[-1] == before[-1] == 1e-3
     list(whole.updates(2))
     list(first.updates(1))

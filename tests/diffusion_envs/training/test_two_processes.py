@@ -20,6 +20,7 @@ from diffusion_envs.objectives import (
     AdjointMatching,
     DiffusionNFT,
     DRaFT,
+    DxMIFromData,
     Objective,
     ReinforceAdjointMatching,
     ScoreAsAction,
@@ -37,6 +38,7 @@ OBJECTIVES: dict[str, Objective] = {
     "d3po": D3PO(learning_rate=0.02),
     "adjoint matching": AdjointMatching(kl_weight=0.3, learning_rate=0.02),
     "draft": DRaFT(last=2, kl_weight=0.1, learning_rate=0.02),
+    "dxmi from data": DxMIFromData(learning_rate=0.02, energy_width=4),
 }
 FROM_DATA: dict[str, Objective] = {  # their noise is drawn process by process
     "nft": DiffusionNFT(learning_rate=0.02),
@@ -47,13 +49,21 @@ FROM_DATA: dict[str, Objective] = {  # their noise is drawn process by process
 CLIPS = {"clipped": 0.01, "not clipped": 1e9}
 
 
+class Data:
+    """What samples should look like."""
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(n, 2, generator=generator)
+
+
 def seen(objective: Objective, accelerator: Accelerator, clip: float) -> dict[str, Any]:
     """What two updates of one process see and leave."""
     environment = GaussianProblem().environment(DDIM(0.8).bind(table(), STEPS), 5)
     size = UpdateSize(
         samples=PATHS, batch=100, value_batch=10_000, value_epochs=2, max_gradient_norm=clip
     )
-    trainer = Trainer(environment, objective, size, accelerator=accelerator)
+    data = Data() if objective.needs_data else None
+    trainer = Trainer(environment, objective, size, accelerator=accelerator, data=data)
     told: dict[str, Any] = {}
     for update in range(2):
         (line,) = trainer.updates(update + 1)
@@ -72,6 +82,8 @@ def seen(objective: Objective, accelerator: Accelerator, clip: float) -> dict[st
         told["advantages"] = losses.advantages
     if trainer.critic is not None:
         told |= {f"critic.{k}": v for k, v in trainer.critic.network.state_dict().items()}
+        if trainer.critic.usual_moves is not None:
+            told["usual_moves"] = trainer.critic.usual_moves
     told |= {f"adapter.{k}": p.detach() for k, p in enumerate(trainer.parameters)}
     return told
 
