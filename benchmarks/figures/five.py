@@ -19,6 +19,7 @@ from benchmarks.figures import three
 from benchmarks.figures.figure import Figure, Kept, interval, paired, row, table
 from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.objectives import Objective
+from diffusion_envs.rewards.classifier import load_classifier
 from diffusion_envs.runs.command_line import CLASS_PROMPTS
 from diffusion_envs.runs.finetune import make_environment
 from diffusion_envs.sd15 import StableDiffusion
@@ -91,7 +92,7 @@ def trained(method: str | None, seed: int, budget: Budget) -> dict[str, Any]:
     pictures = sample.images.cpu()
     prompts = [CLASS_PROMPTS[k] for k in wanted.tolist()]
     certain = rewards.PromptAlignment("judge")(pictures, prompts)
-    right = rewards.classifier.load_classifier("judge")(pictures).argmax(1) == wanted
+    right = load_classifier("judge")(pictures).argmax(1) == wanted
     return {
         REWARD: float(sample.rollout.rewards.mean()),
         JUDGE: float(certain.mean()),
