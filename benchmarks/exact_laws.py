@@ -18,12 +18,13 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from diffusion_envs.exact import (
     AffineCorrection,
@@ -338,32 +339,71 @@ def _mixture_change(problem: MixtureProblem) -> Callable[[Tensor, Tensor], Tenso
     return change
 
 
+Elsewhere: TypeAlias = Literal["nearest", "linear", "zero"]
+
+
+class TableCorrection(nn.Module):
+    """D_k x + c_k, one for each step of a chain: no other noise level has an entry of its own.
+
+    Args:
+        sampler: the chain.
+        dim: of the state.
+        elsewhere: at noise levels that are not the chain's: the "nearest" entry, "linear" between
+            the two neighbours (in the signal; beyond the ends the nearest), or "zero".
+    """
+
+    known: Tensor
+
+    def __init__(self, sampler: BoundDDIM, dim: int, *, elsewhere: Elsewhere = "nearest") -> None:
+        super().__init__()
+        self.elsewhere: Elsewhere = elsewhere
+        self.register_buffer("known", sampler.alpha[:-1].clone(), persistent=False)
+        self.gain = nn.Parameter(torch.zeros(sampler.steps, dim, dim))
+        self.shift = nn.Parameter(torch.zeros(sampler.steps, dim))
+
+    def entries(self, alpha: Float[Tensor, " n"]) -> Float[Tensor, "n steps"]:
+        """How much of each entry is read at these signals."""
+        gap = (alpha.double()[:, None] - self.known.double()).abs()
+        nearest = functional.one_hot(gap.argmin(1), gap.shape[1]).double()
+        match self.elsewhere:
+            case "nearest":
+                return nearest
+            case "zero":  # neighbours in the table differ by more than 1e-6
+                return nearest * (gap.amin(1, keepdim=True) < 5e-7)
+            case "linear":
+                known = self.known.double()
+                right = torch.searchsorted(known, alpha.double().contiguous()).clamp(1, len(known) - 1)
+                share = (alpha.double() - known[right - 1]) / (known[right] - known[right - 1])
+                share = share.clamp(0, 1)[:, None]
+                one, other = (functional.one_hot(k, len(known)) for k in (right - 1, right))
+                return (1 - share) * one + share * other
+
+    def forward(
+        self, states: Float[Tensor, "n dim"], alpha: Float[Tensor, " n"]
+    ) -> Float[Tensor, "n dim"]:
+        """The correction at every state."""
+        entries = self.entries(alpha).to(self.gain)
+        gain = torch.einsum("nk,kij->nij", entries, self.gain)
+        return torch.einsum("nij,nj->ni", gain, states.to(gain)) + entries @ self.shift
+
+
 def table_of_optimum(
-    problem: GaussianProblem,
-    sampler: BoundDDIM,
-    *,
-    elsewhere: Literal["nearest", "zero"] = "nearest",
+    problem: GaussianProblem, sampler: BoundDDIM, *, elsewhere: Elsewhere = "nearest"
 ) -> CorrectedScore:
     """The optimum of a chain, one correction for each of its steps, as a table.
 
     Args:
         problem: that it belongs to.
         sampler: the chain.
-        elsewhere: at noise levels that are not the chain's: "nearest" entry, or "zero".
+        elsewhere: at noise levels that are not the chain's, as in ``TableCorrection``.
     """
     gains, shifts = problem.best_correction(sampler)
-    known = sampler.alpha[:-1]
-
-    def change(states: Tensor, alpha: Tensor) -> Tensor:
-        gap = (alpha.double()[:, None] - known).abs()
-        at = gap.argmin(1)
-        correction = torch.einsum("nij,nj->ni", gains[at], states.double()) + shifts[at]
-        if elsewhere == "zero":  # neighbours in the table differ by more than 1e-6
-            correction = correction * (gap.min(1).values < 1e-7)[:, None]
-        return correction
-
+    correction = TableCorrection(sampler, len(problem.mean), elsewhere=elsewhere).double()
+    with torch.no_grad():
+        correction.gain.copy_(gains)
+        correction.shift.copy_(shifts)
     score = pretrained_score(problem, sampler.table)
-    return dataclasses.replace(score, correction=Correction(change))
+    return dataclasses.replace(score, correction=correction)
 
 
 # -- affine policies, differentiably --------------------------------------------------------------

@@ -41,6 +41,7 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from benchmarks import compared_methods, exact_laws
 from benchmarks.compared_methods import Entry
@@ -151,23 +152,37 @@ def learning_rates(problem: str, names: Sequence[str]) -> dict[str, float]:
 def train(
     problem: GaussianProblem | MixtureProblem,
     entry: Entry,
-    options: Options,
+    budget: compared_methods.Budget,
     steps: int,
     rate: float,
     seed: int,
+    correction: nn.Module | None = None,
 ) -> tuple[CorrectedScore, dict[str, Any]]:
     """One run, and what it cost; one that diverges ends there, and keeps what it had.
 
     The value network, where a method has one, sees as many paths at once at any number of steps.
+
+    Args:
+        problem: what is generated and rewarded.
+        entry: the method.
+        budget: samples an update, and when it ends.
+        steps: of the sampler.
+        rate: initial learning rate.
+        seed: of the run.
+        correction: of the score, to be trained; the problem's own, if not given.
     """
     sampler = DDIM(eta=1.0).bind(table(), steps)
     environment = problem.environment(sampler, seed)
-    settings: dict[str, Any] = {"samples": options.samples, "batch": 1_000_000, "weight_decay": 0.0}
+    if correction is not None:
+        assert isinstance(environment.model, CorrectedScore)
+        model = dataclasses.replace(environment.model, correction=correction)
+        environment = dataclasses.replace(environment, model=model)
+    settings: dict[str, Any] = {"samples": budget.samples, "batch": 1_000_000, "weight_decay": 0.0}
     settings["value_batch"] = 6 * (steps + 1)
     size = UpdateSize(**settings | dict(entry.size))
     objective = dataclasses.replace(entry.objective(problem.kl_weight), learning_rate=rate)
     trainer = Trainer(environment, objective, size, accelerator=Accelerator(cpu=True))
-    began, budget = time.perf_counter(), compared_methods.Budget(queries=options.queries)
+    began = time.perf_counter()
     for _ in compared_methods.spend(trainer, budget):
         pass
     score = environment.model
@@ -343,7 +358,8 @@ def _rows_of_problem(
         for one in runs:
             if all(one[k] == v for k, v in key.items()):
                 return one
-        score, cost = train(problem, entries[method], options, steps, key["rate"], seed)
+        budget = compared_methods.Budget(queries=options.queries, samples=options.samples)
+        score, cost = train(problem, entries[method], budget, steps, key["rate"], seed)
         weights = [p.detach().flatten().tolist() for p in score.correction.parameters()]
         outcomes = [
             [*where, dataclasses.asdict(it)] for where, it in evaluated(problem, score).items()

@@ -390,6 +390,21 @@ class MixtureProblem:
             law = self._carried(law, means, sampler.std[k])
         return law, paid
 
+    def values_of(
+        self, changes: Float[Tensor, "steps points"], sampler: BoundDDIM
+    ) -> Float[Tensor, "nodes points"]:
+        """Expected reward, no KL charged, from every point of the grid at every node; float64.
+
+        Args:
+            changes: of the pretrained score at every point of the grid, float64.
+            sampler: the chain.
+        """
+        values = [self.rewards]
+        for k in reversed(range(sampler.steps)):
+            means = self._free_mean(sampler, k) + sampler.score_gain[k] * changes[k]
+            values.append(self._expected(values[-1], means, sampler.std[k]))
+        return torch.stack(values[::-1])
+
     def outcome_of(self, changes: Float[Tensor, "steps points"], sampler: BoundDDIM) -> Outcome:
         """Outcome of the pretrained score plus these changes, as in ``law_of``."""
         law, paid = self.law_of(changes, sampler)

@@ -99,6 +99,13 @@ class _ContinuousTime(PathObjective):
         gains = continuous_gae(rollout.values, rewards, rollout.step_sizes, self.gae_rate)
         return gains - gains.mean(0)
 
+    def _gain(self, rows: Rows) -> Float[Tensor, " rows"]:
+        return clipped_surrogate(self.log_ratio(rows), rows.advantage, self.half_width(rows))
+
+    def _kl_cost(self, rows: Rows) -> float | Float[Tensor, " rows"]:
+        """kl_weight * path KL rate; 0 without a weight, as no pretrained scores are there then."""
+        return self.kl_weight * path_kl_rate(rows) if self.kl_weight > 0 else 0.0
+
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
         """clip * sqrt(share of the step in the horizon), or clip_per_pixel * coordinates."""
         if self.clip_per_pixel is not None:
@@ -112,8 +119,7 @@ class ScoreAsAction(_ContinuousTime):
 
     def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
         """-(clipped ratio * advantage) + kl_weight * path KL, one number per row, reward."""
-        gain = clipped_surrogate(self.log_ratio(rows), rows.advantage, self.half_width(rows))
-        return self.kl_weight * path_kl_rate(rows) - gain
+        return self._kl_cost(rows) - self._gain(rows)
 
 
 @dataclass(frozen=True)
@@ -158,8 +164,7 @@ class ScoreAsActionSampled(_ContinuousTime):
 
     def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
         """-(clipped ratio * advantage) + kl_weight * path KL, one number per row, reward."""
-        gain = clipped_surrogate(self.log_ratio(rows), rows.advantage, self.half_width(rows))
-        return self.kl_weight * path_kl_rate(rows) - gain
+        return self._kl_cost(rows) - self._gain(rows)
 
 
 @dataclass(frozen=True)

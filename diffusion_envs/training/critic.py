@@ -20,7 +20,12 @@ from diffusion_envs.objectives import Objective
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import parallel
 from diffusion_envs.training.update_size import UpdateSize
-from diffusion_envs.training.value_network import combine, martingale_loss, value_network
+from diffusion_envs.training.value_network import (
+    Weights,
+    combine,
+    martingale_loss,
+    value_network,
+)
 
 
 class NonFiniteError(FloatingPointError):
@@ -36,6 +41,8 @@ class Critic:
         size: how long it learns, and how fast.
         accelerator: the processes of this run.
         stream_name: names the order in which it sees the states.
+        weights: of the denoised image's reward and of the network, by noising time;
+            ``value_network.skip_weights`` if not given.
     """
 
     def __init__(
@@ -45,9 +52,11 @@ class Critic:
         size: UpdateSize,
         accelerator: Accelerator,
         stream_name: str,
+        weights: Weights | None = None,
     ) -> None:
         self.environment, self.objective, self.size = environment, objective, size
         self.accelerator, self.stream_name = accelerator, stream_name
+        self.weights = weights
         self.network = value_network(
             environment.event,
             environment.features_of(torch.tensor([0])).shape[-1],
@@ -83,7 +92,7 @@ class Critic:
         residual = self.network(*self.shown(rollout)).view(rollout.states.shape[:2])
         values = residual
         if denoised_rewards is not None:
-            values = combine(times, denoised_rewards, residual)
+            values = combine(times, denoised_rewards, residual, self.weights)
         return torch.cat([values[:, :-1], rollout.rewards[:, None]], dim=1)  # V = r at the end
 
     def shown(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:

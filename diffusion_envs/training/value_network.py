@@ -2,18 +2,23 @@
 
 The first term is the reward itself, applied to the denoised image; the second a small trained
 network. With c_skip = cos(pi s / 2) and c_out = sin(pi s / 2) at noising time s in [0, 1] the
-terminal condition V = r holds exactly at the data end, whatever the network says.
+terminal condition V = r holds exactly at the data end, whatever the network says. So it does with
+the other weights that were published, ``linear_weights`` and ``cosine_weights``.
 
 Source  "Score as Action" (arXiv 2502.01819), section on the value network; in the Gaussian case the
         residual c_out F has a closed form (``diffusion_envs.exact.gaussian``).
 """
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+
+Weights: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]  # noising time -> (c_skip, c_out)
 
 
 def skip_weights(
@@ -24,13 +29,46 @@ def skip_weights(
     return angle.cos(), angle.sin()
 
 
+def linear_weights(
+    noising_time: Float[Tensor, " *shape"],
+) -> tuple[Float[Tensor, " *shape"], Float[Tensor, " *shape"]]:
+    """(c_skip, c_out) = (1 - s, s) at noising times s in [0, 1]."""
+    return 1 - noising_time, noising_time
+
+
+def cosine_weights(
+    noising_time: Float[Tensor, " *shape"],
+) -> tuple[Float[Tensor, " *shape"], Float[Tensor, " *shape"]]:
+    """(c_skip, c_out) = (cos(pi s / 2), 1 - cos(pi s / 2)): a mean of the two terms."""
+    skip, _ = skip_weights(noising_time)
+    return skip, 1 - skip
+
+
+def constant_weights(
+    noising_time: Float[Tensor, " *shape"],
+) -> tuple[Float[Tensor, " *shape"], Float[Tensor, " *shape"]]:
+    """(c_skip, c_out) = (1, 1): the network learns what r(x0_hat) is off by; V is not r at s = 0.
+
+    ``Critic.values`` sets V = r at the last node whatever the weights.
+    """
+    return torch.ones_like(noising_time), torch.ones_like(noising_time)
+
+
 def combine(
     noising_time: Float[Tensor, "*#shape"],
     denoised_reward: Float[Tensor, " *shape"],
     residual: Float[Tensor, " *shape"],
+    weights: Weights | None = None,
 ) -> Float[Tensor, " *shape"]:
-    """V = c_skip r(x0_hat) + c_out F: the denoised image's reward and the network's residual."""
-    skip, out = skip_weights(noising_time)
+    """V = c_skip r(x0_hat) + c_out F: the denoised image's reward and the network's residual.
+
+    Args:
+        noising_time: s in [0, 1].
+        denoised_reward: r(x0_hat).
+        residual: F, in reward.
+        weights: of the two; ``skip_weights`` if not given.
+    """
+    skip, out = (weights or skip_weights)(noising_time)
     return skip * denoised_reward + out * residual
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from benchmarks import transfer
+from benchmarks.compared_methods import Budget
 from benchmarks.transfer import Options
 from diffusion_envs.exact import GaussianProblem, table
 from diffusion_envs.samplers import DDIM
@@ -66,10 +67,10 @@ def test_a_run_is_written_judged_on_all_solvers_and_not_repeated(tmp_path, monke
     assert again == rows
 
 
-def test_stored_weights_give_the_trained_score(tmp_path):
-    problem, options = GaussianProblem(), small(tmp_path)
+def test_stored_weights_give_the_trained_score():
+    problem, budget = GaussianProblem(), Budget(queries=64, samples=32)
     entry = transfer.methods()["ddpo"]
-    score, cost = transfer.train(problem, entry, options, 12, 0.03, 0)
+    score, cost = transfer.train(problem, entry, budget, 12, 0.03, 0)
     assert cost["queries"] == 64
     weights = [p.detach().flatten().tolist() for p in score.correction.parameters()]
     again = transfer.trained(problem, weights)
