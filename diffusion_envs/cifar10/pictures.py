@@ -20,6 +20,10 @@ class Pictures:
         folder: of CIFAR-10, in any of the layouts that ``cifar10.data.load`` reads.
         split: "train" or "test".
         mirrored: whether every other picture, at random, is mirrored.
+
+    Raises:
+        FileNotFoundError: there is no such folder; or, when pictures are drawn, no CIFAR-10 in it.
+        ValueError: when pictures are drawn: what is in it is damaged (``cifar10.data.load``).
     """
 
     folder: Path
@@ -28,6 +32,8 @@ class Pictures:
 
     def __post_init__(self) -> None:
         path = Path(self.folder).expanduser().absolute()  # a resumed run may be elsewhere
+        if not path.is_dir():
+            raise FileNotFoundError(f"folder must hold CIFAR-10, but {path} is no folder")
         object.__setattr__(self, "folder", path)
 
     @cached_property

@@ -74,7 +74,9 @@ def describe(value: Any) -> Any:
         return {"loaded": spec, **reference}
     if dataclasses.is_dataclass(value) and not isinstance(value, Model):  # a loaded one is no name
         fields = {
-            f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
+            _key(f.name): describe(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.init
         }
         return {"class": f"{kind.__module__}:{kind.__qualname__}", **reference, **fields}
     return {"instance": f"{kind.__module__}:{kind.__qualname__}", **reference}
@@ -118,9 +120,9 @@ def rebuild(described: Any, setting: str = "") -> Any:
 
         return load(name)
     fields = {
-        f.name: rebuild(described[f.name], f"{setting}.{f.name}" if setting else f.name)
+        f.name: rebuild(described[_key(f.name)], f"{setting}.{f.name}" if setting else f.name)
         for f in dataclasses.fields(imported)
-        if f.init and f.name in described
+        if f.init and _key(f.name) in described
     }
     try:
         return imported(**fields)
@@ -156,6 +158,11 @@ def differences(stored: Any, wanted: Any, setting: str = "") -> list[tuple[str, 
             )
         ]
     return [] if stored == wanted else [(setting, stored, wanted)]
+
+
+def _key(field: str) -> str:
+    """What a field of a dataclass is stored under: not what says which class it is."""
+    return f"{field} (field)" if field in ("name", "folder", *_KINDS) else field
 
 
 def _kind(described: Mapping[str, Any]) -> str | None:

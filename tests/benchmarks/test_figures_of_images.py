@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks.figures import five, four, three
+from benchmarks.figures.__main__ import Options, main
 from diffusion_envs.objectives import (
     ContinuousDxMIFromData,
     ContinuousDxMIReleasedFromData,
@@ -196,3 +197,15 @@ def test_figure_five_trains_both_methods_for_as_many_calls(tmp_path: Path):
     assert ours[five.REWARD] != ddpo[five.REWARD]
     assert 0 <= ours[five.RIGHT] <= 1
     assert five.trained(None, 0, budget)["network_calls"] == 0
+
+
+def test_data_is_for_the_figures_that_read_it(tmp_path):
+    with pytest.raises(ValueError, match="figure 5 reads no data"):
+        main(Options(5, output=tmp_path, data=tmp_path))
+
+
+def test_a_folder_without_cifar10_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing_here"):
+        three.trained(
+            "DxMI", 1e-4, 0, 1, dataclasses.replace(SMALL, data=tmp_path / "nothing_here")
+        )

@@ -156,3 +156,22 @@ def test_fields_of_another_version_are_named():
     kept["eta"] = "much"
     with pytest.raises(ValueError, match=r"sampler was stored by another version of .*DDIM"):
         rebuild(kept, "sampler")
+
+
+@dataclasses.dataclass(frozen=True)
+class Confusing:
+    """Its fields have the names that say which class a setting is of."""
+
+    name: str
+    folder: Path
+    loaded: int = 3
+    function: str = "f"
+
+
+def test_fields_may_be_called_as_what_says_the_class(tmp_path):
+    value = Confusing("mine", tmp_path)
+    again = rebuild(stored(value))
+    assert again == value
+    other = stored(dataclasses.replace(value, name="other", folder=tmp_path / "other"))
+    names = {name for name, _, _ in differences(stored(value), other)}
+    assert names == {"folder (field)", "name (field)"}
