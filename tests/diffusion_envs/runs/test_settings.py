@@ -174,4 +174,4 @@ def test_fields_may_be_called_as_what_says_the_class(tmp_path):
     assert again == value
     other = stored(dataclasses.replace(value, name="other", folder=tmp_path / "other"))
     names = {name for name, _, _ in differences(stored(value), other)}
-    assert names == {"folder (field)", "name (field)"}
+    assert names == {"folder (field).path", "name (field)"}
