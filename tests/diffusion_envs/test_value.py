@@ -10,6 +10,9 @@ from diffusion_envs.training.value_network import (
     ResidualValue,
     ResidualValueOfVectors,
     combine,
+    constant_weights,
+    cosine_weights,
+    linear_weights,
     martingale_loss,
     skip_weights,
     value_network,
@@ -32,6 +35,24 @@ def test_the_value_is_the_reward_at_the_data_end_whatever_the_network_says(gener
     expected = math.cos(0.2 * math.pi) * reward[:, 1] + math.sin(0.2 * math.pi) * residual[:, 1]
     torch.testing.assert_close(value[:, 1], expected)
     torch.testing.assert_close(value[:, 2], residual[:, 2])
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        (linear_weights, (0.6, 0.4)),
+        (cosine_weights, (math.cos(0.2 * math.pi), 1 - math.cos(0.2 * math.pi))),
+        (constant_weights, (1.0, 1.0)),
+    ],
+)
+def test_the_terms_can_be_weighed_in_other_ways(weights, expected, generator):
+    reward, residual = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator)
+    times = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+    value = combine(times, reward, residual, weights)
+    middle = expected[0] * reward[:, 1] + expected[1] * residual[:, 1]
+    torch.testing.assert_close(value[:, 1], middle)
+    if weights is not constant_weights:
+        assert torch.equal(value[:, 0], reward[:, 0])
 
 
 def test_the_martingale_loss_is_minimised_by_the_projection_of_the_return(generator):

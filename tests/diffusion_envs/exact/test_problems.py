@@ -137,3 +137,14 @@ def test_predictions_at_fractional_timesteps_lie_between():
     assert bool(((mid - low) * (high - mid) >= 0).all())
     whole = environment.model.prediction(x, torch.tensor([300]))
     torch.testing.assert_close(low, whole)
+
+
+def test_values_on_the_grid_are_the_expected_reward_of_the_law_that_is_carried(generator):
+    problem, sampler = MixtureProblem(points=201), DDIM(1.0).bind(table(), 7)
+    changes = 0.4 * torch.randn(7, 201, dtype=torch.float64, generator=generator)
+    values = problem.values_of(changes, sampler)
+    law, _ = problem.law_of(changes, sampler)
+    start = torch.exp(-0.5 * problem.grid.square())
+    assert values.shape == (8, 201)
+    assert float(start / start.sum() @ values[0]) == pytest.approx(float(law @ problem.rewards))
+    assert torch.equal(values[-1], problem.rewards)

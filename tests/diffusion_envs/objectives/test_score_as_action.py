@@ -102,6 +102,19 @@ def test_a_decision_outside_the_trusted_range_moves_no_further(kind, generator):
     assert r.mean.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("kind", [ScoreAsAction, ScoreAsActionSampled])
+def test_without_a_kl_weight_no_pretrained_scores_are_asked_for(kind, generator):
+    r = rows(generator, moved=0.5)
+    without = dataclasses.replace(r, reference_score=None)
+    objective = kind(kl_weight=0.0)
+    assert not objective.needs_reference
+    ratio = objective.log_ratio(r).exp()
+    width = objective.half_width(r)
+    trusted = objective.log_ratio(r).clamp(-width, width).exp()
+    expected = -torch.minimum(ratio * r.advantage, trusted * r.advantage)
+    torch.testing.assert_close(objective.loss(without), expected)
+
+
 def test_trusted_range_of_a_path_does_not_depend_on_the_number_of_steps(generator):
     r = rows(generator, moved=0.0)
     objective = ScoreAsAction(clip=0.4)

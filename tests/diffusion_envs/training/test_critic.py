@@ -11,6 +11,7 @@ from ctrl.noise import stream
 from diffusion_envs.objectives import DDPO, DPOK, TDPO, DxMI, ScoreAsAction, TDPOReset
 from diffusion_envs.training import critic
 from diffusion_envs.training.critic import Critic
+from diffusion_envs.training.value_network import linear_weights
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.7])
@@ -75,6 +76,22 @@ def test_its_values_at_the_nodes_are_those_of_the_roll_out(small_trainer):
         asked = made.critic.at(rollout)(torch.full((12,), node), rollout.states[:, node], paths)
         torch.testing.assert_close(asked, rollout.values[:, node], rtol=1e-5, atol=1e-5)
     assert rollout.values[:, :-1].std() > 0
+
+
+def test_its_weights_are_those_it_was_made_with(small_trainer):
+    made = small_trainer(ScoreAsAction(kl_weight=0.0))
+    list(made.updates(2))
+    sample = made.sample()
+    rollout, first = sample.rollout, sample.denoised_rewards
+    assert first is not None
+    with torch.no_grad():
+        alone = made.critic.values(rollout, None)
+        made.critic.weights = linear_weights
+        values = made.critic.values(rollout, first)
+    s = made.environment.steps.noising_times[:-1].to(first)
+    expected = (1 - s) * first[:, :-1] + s * alone[:, :-1]
+    torch.testing.assert_close(values[:, :-1], expected)
+    assert torch.equal(values[:, -1], rollout.rewards)
 
 
 def test_what_it_draws_is_named_by_stream_update_epoch_and_process(small_trainer, monkeypatch):
