@@ -170,7 +170,8 @@ def finetune(
                 best = parallel.broadcast_from_main(mine, accelerator)
                 trainer.load_state(checkpoint.load(folder / "best" / f"step-{best:06d}").state)
         before, after, metrics = evaluations.last(finished=reason is None)
-        exported = export(model, folder, trainer.update) if main else folder
+        learned = environment.sampler.parameters
+        exported = export(model, folder, trainer.update, learned) if main else folder
         return summarise(
             folder,
             exported,

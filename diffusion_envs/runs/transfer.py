@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ctrl import Estimate
 from diffusion_envs import rewards
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.runs.evaluation import evaluate, require_the_runs_reward
-from diffusion_envs.runs.exported import load_exported
+from diffusion_envs.runs.exported import exported_sampler, load_exported
 from diffusion_envs.runs.finetune import make_environment
 from diffusion_envs.runs.report import write_report
 from diffusion_envs.runs.run_folder import write_json
@@ -63,7 +65,8 @@ def transfer(
 
     Raises:
         FileNotFoundError: the run has exported no model yet.
-        ValueError: a step count is out of range, or the reward is not the run's.
+        ValueError: a step count is out of range, or the reward is not the run's, or a sampler has
+            learned standard deviations and the run has none for so many steps.
     """
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}")
@@ -90,8 +93,12 @@ def transfer(
     for _, _, environment in grids[:1]:
         require_the_runs_reward(environment, before, batch)
     rows = []
-    for kind, n, environment in grids:
+    widths = [exported_sampler(environment.sampler, folder) for _, _, environment in grids]
+    for (kind, n, environment), learned in zip(grids, widths, strict=True):
         was = evaluate(environment, samples, batch=batch, pretrained=True).rewards
+        with torch.no_grad():
+            for parameter, trained in zip(environment.sampler.parameters, learned, strict=True):
+                parameter.copy_(trained)
         now = evaluate(environment, samples, batch=batch).rewards
         rows.append(Row(kind.label, n, *(Estimate.of(r) for r in (was, now, now - was))))
     write_json(folder / "transfer.json", [row.as_dict() for row in rows])

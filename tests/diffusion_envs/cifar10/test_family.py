@@ -138,6 +138,27 @@ def test_a_run_is_evaluated_with_other_samplers(save_pixels, tmp_path):
     assert len(json.loads((run.folder / "transfer.json").read_text())) == 8
 
 
+def test_learned_standard_deviations_are_evaluated_as_learned(save_pixels, tmp_path):
+    model = cifar10.Cifar10Model(save_pixels(), device="cpu")
+    learned = samplers.EqualAngles(learned_std=True)
+    objective = objectives.DxMI(learning_rate=0.1, entropy_weight=1.0)
+    red = rewards.Colour("red")
+    settings = SMALL | {"objective": objective, "sampler": learned, "reward": red}
+    run = cifar10.finetune(model, output=tmp_path / "run", **settings)
+    arguments = {"reward": red, "prompts": family.PROMPTS, "seed": 0, "samples": 4}
+
+    def after(sampler: samplers.Sampler, steps: int = 4) -> tuple[float, float]:
+        loaded = model.load(device=torch.device("cpu"), batch=16, seed=0)
+        rows = transfer(run.folder, loaded, steps=[steps], samplers=[sampler], **arguments)
+        return rows[0].before.mean, rows[0].after.mean
+
+    # the run's own evaluation, of the same held-out samples
+    assert after(learned) == pytest.approx((run.reward_before.mean, run.reward.mean), abs=1e-6)
+    assert after(samplers.EqualAngles())[1] != after(learned)[1]
+    with pytest.raises(ValueError, match=r"of 5 steps, and run .* learned those of 4 steps"):
+        after(learned, 5)
+
+
 def test_the_export_is_the_trained_network(save_pixels, tmp_path):
     model = cifar10.Cifar10Model(save_pixels(), device="cpu")
     run = cifar10.finetune(

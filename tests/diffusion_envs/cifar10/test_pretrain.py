@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from jaxtyping import TypeCheckError
+from safetensors.torch import load_file
 from torch import nn
 
 from diffusion_envs.cifar10 import networks
@@ -22,9 +23,9 @@ from tests.diffusion_envs.cifar10.few_pictures import write_pictures
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers deprecates freely
 
 RECIPE = Recipe(
-    updates=4,
+    updates=3,
     learning_rate=3e-3,
-    batch=4,
+    batch=2,
     average=0.5,
     precision=torch.float32,
     seconds_between_checkpoints=0.0,
@@ -33,7 +34,7 @@ RECIPE = Recipe(
 
 def least() -> UNet2DModel:
     """The architecture of the published network in a few thousand weights."""
-    settings = {"block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4}
+    settings = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 4}
     return UNet2DModel(**networks.PUBLISHED | settings | {"layers_per_block": 1})
 
 
@@ -102,8 +103,6 @@ def test_short_runs_make_the_weights_of_one(data, tmp_path, monkeypatch):
     cut = pretrain(data, tmp_path / "cut", recipe=RECIPE, seed=2)
     one, other = weights(whole), weights(cut)
     assert all(torch.equal(one[name], other[name]) for name in one)
-    again = pretrain(data, tmp_path / "cut", recipe=RECIPE, seed=2)  # it is done: nothing changes
-    assert again == cut
 
 
 def test_the_average_is_exported_and_loads(data, tmp_path):
@@ -118,9 +117,8 @@ def test_the_average_is_exported_and_loads(data, tmp_path):
     model = UnconditionalUNet.load(folder)
     assert (model.prediction_type, model.event) == ("epsilon", (3, 32, 32))
     assert QuadraticVariances().bind(model.table, 10).steps == 10
-    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size < 3 * sum(
-        t.numel() for t in exported.values()
-    )  # in float16
+    stored_as = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored_as.values()} == {torch.float16}
 
 
 def test_another_setting_is_not_gone_on_with(data, tmp_path):
@@ -129,7 +127,7 @@ def test_another_setting_is_not_gone_on_with(data, tmp_path):
     pretrain(data, tmp_path / "out", recipe=often)  # changes no number
     with pytest.raises(ValueError, match=r"trained with prediction_type v_prediction, not epsilon"):
         pretrain(data, tmp_path / "out", recipe=often, prediction_type="epsilon")
-    with pytest.raises(ValueError, match=r"trained with recipe\.updates 1, not 4"):
+    with pytest.raises(ValueError, match=r"trained with recipe\.updates 1, not 3"):
         pretrain(data, tmp_path / "out", recipe=RECIPE)
     with pytest.raises(ValueError, match=r"trained with seed 0, not 1"):
         pretrain(data, tmp_path / "out", recipe=often, seed=1)
