@@ -283,7 +283,7 @@ class Measured:
         trainer, before = self.trainer, flat([p.detach() for p in self.parameters])
         critic = trainer.critic
         if critic is not None:
-            critic.network.calibrate(sample.rollout.rewards)
+            critic.calibrate(sample.rollout.rewards)
         trainer.update = 1  # the first one checks that the adapter is fresh
         for group in trainer.optimiser.param_groups:
             group["lr"] = 0.0

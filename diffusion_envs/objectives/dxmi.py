@@ -144,9 +144,10 @@ class DxMI(_ByValue):
         require_not_negative(entropy_weight=self.entropy_weight, move_weight=self.move_weight)
         require_not_negative(std_rate=self.std_rate)
 
-    def rates(self, update: int) -> tuple[float, float]:
+    @property
+    def rates(self) -> tuple[float, float]:
         """Those that were set."""
-        return super().rates(update)[0], self.std_rate
+        return self.learning_rate, self.std_rate
 
     def loss(self, rows: ValueRows) -> Float[Tensor, " rows"]:
         """-V(x') + moves - entropy + kl_weight * path KL, reward."""

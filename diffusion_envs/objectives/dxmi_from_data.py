@@ -109,6 +109,7 @@ class ContinuousDxMIReleasedFromData(LearnedEnergy, ContinuousDxMIReleased):
         if not 0 < self.rate_decay <= 1:
             raise ValueError(f"rate_decay must be in (0, 1], got {self.rate_decay}")
 
-    def rates(self, update: int) -> tuple[float, float]:
-        """The adapter's falls geometrically."""
-        return self.learning_rate * self.rate_decay**update, 0.0
+    @property
+    def decay(self) -> float:
+        """The rate falls geometrically."""
+        return self.rate_decay

@@ -144,9 +144,15 @@ class Objective(ABC):
         """How roll-outs act, with the network's score and the noise level at a time."""
         return DeterministicPolicy(mean)
 
-    def rates(self, update: int) -> tuple[float, float]:
-        """Learning rates of an update, counted from 0: of the adapter, of the sampler's log std."""
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Learning rates at first: of the adapter, and of the sampler's log std."""
         return self.learning_rate, 0.0
+
+    @property
+    def decay(self) -> float:
+        """Factor of the learning rates from one update to the next."""
+        return 1.0
 
     def old_decay(self, update: int) -> float:
         """How much the sampling policy keeps of itself after an update; 0: it is the current."""

@@ -74,12 +74,11 @@ class Trainer:
         learned = environment.sampler.parameters  # of the sampler
         self.parameters = [*environment.model.parameters, *learned]
         self.old = [p.detach().clone() for p in self.parameters]  # of the policy that samples
+        rate, std_rate = objective.rates
         kinds: list[dict[str, Any]] = [{"params": environment.model.parameters}]
         if learned:
-            kinds.append({"params": learned, "weight_decay": 0.0})
-        self.optimiser = torch.optim.AdamW(
-            kinds, lr=objective.learning_rate, weight_decay=size.weight_decay
-        )
+            kinds.append({"params": learned, "lr": std_rate, "weight_decay": 0.0})
+        self.optimiser = torch.optim.AdamW(kinds, lr=rate, weight_decay=size.weight_decay)
         self.critic: Critic | EnergyCritic | None = None
         if data is not None:
             self.critic = EnergyCritic(environment, objective, size, accelerator, stream_name, data)
@@ -242,9 +241,6 @@ class Trainer:
 
     def _improve_adapter(self, losses: Losses, rollout: Rollout) -> dict[str, float]:
         size, groups = self.size, len(rollout.rewards) // rollout.group
-        rates = self.objective.rates(self.update)
-        for group, rate in zip(self.optimiser.param_groups, rates, strict=False):
-            group["lr"] = rate
         norm = 0.0
         for epoch in range(size.epochs):
             shuffle = stream(
@@ -268,6 +264,8 @@ class Trainer:
                         "weight was changed. Lower learning_rate or guidance, or use float32"
                     )
                 self.optimiser.step()
+        for group in self.optimiser.param_groups:
+            group["lr"] *= self.objective.decay
         return {**losses.numbers(), "gradient_norm": norm}
 
     def _over_all(self, function: Callable[[Rollout], Tensor], rollout: Rollout) -> Tensor:

@@ -292,11 +292,25 @@ def test_moves_are_compared_with_those_that_are_usual():
 
 def test_the_released_rate_falls_and_the_others_do_not():
     released = ContinuousDxMIReleasedFromData(learning_rate=3e-7, rate_decay=0.9)
-    assert released.rates(2) == (pytest.approx(3e-7 * 0.81), 0.0)
-    assert DxMIFromData(learning_rate=2e-3, std_rate=5e-4).rates(7) == (2e-3, 5e-4)
+    assert (released.rates, released.decay) == ((3e-7, 0.0), 0.9)
+    whole = DxMIFromData(learning_rate=2e-3, std_rate=5e-4)
+    assert (whole.rates, whole.decay) == ((2e-3, 5e-4), 1.0)
     made = trainer(ContinuousDxMIReleasedFromData(learning_rate=1e-2, rate_decay=0.5))
     list(made.updates(3))
-    assert made.optimiser.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.25)
+    assert made.optimiser.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.125)
+    again = trainer(ContinuousDxMIReleasedFromData(learning_rate=1e-2, rate_decay=0.5))
+    again.load_state(copy.deepcopy(made.state()))
+    assert again.optimiser.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.125)
+
+
+def test_whoever_holds_the_loop_may_set_the_rate():
+    """Benchmarks do, to schedule it or to look at a gradient without following it."""
+    made = trainer(DxMIFromData(energy_width=4))
+    before = [p.detach().clone() for p in made.parameters]
+    for group in made.optimiser.param_groups:
+        group["lr"] = 0.0
+    list(made.updates(2))
+    assert all(torch.equal(p, q) for p, q in zip(made.parameters, before, strict=True))
 
 
 # -- in the loop ----------------------------------------------------------------------------------
