@@ -372,7 +372,9 @@ class TableCorrection(nn.Module):
                 return nearest * (gap.amin(1, keepdim=True) < 5e-7)
             case "linear":
                 known = self.known.double()
-                right = torch.searchsorted(known, alpha.double().contiguous()).clamp(1, len(known) - 1)
+                right = torch.searchsorted(known, alpha.double().contiguous()).clamp(
+                    1, len(known) - 1
+                )
                 share = (alpha.double() - known[right - 1]) / (known[right] - known[right - 1])
                 share = share.clamp(0, 1)[:, None]
                 one, other = (functional.one_hot(k, len(known)) for k in (right - 1, right))
