@@ -158,12 +158,12 @@ class Fixed:
     @property
     def weights(self) -> Float[Tensor, " chosen"]:
         """Of the evaluated nodes, as the critic weighs their steps; they sum to 1."""
-        sizes = self.held_out.step_sizes[self.nodes].double()
+        sizes = self.held_out.step_sizes.cpu().double()[self.nodes]
         return sizes / sizes.sum()
 
     def excess(self, values: Float[Tensor, "paths nodes"]) -> Float[Tensor, " chosen"]:
         """E|V_hat - V|^2 at the evaluated nodes; unbiased also where V is estimated."""
-        gap = values.detach().double()[:, self.nodes] - self.truth
+        gap = values.detach().cpu().double()[:, self.nodes] - self.truth
         return (gap.square() - self.noise).mean(0)
 
 

@@ -148,7 +148,7 @@ SMALL = dataclasses.replace(
     parts=("exact",),
     trained_at=12,
     used_at=(6, 12, 24),
-    calls=60_000,
+    calls=20_000,
     samples=64,
     device="cpu",
 )
