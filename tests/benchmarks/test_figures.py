@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Picture
 from benchmarks import exact_laws, transfer
 from benchmarks.exact_laws import TableCorrection
 from benchmarks.figures import __main__ as command
-from benchmarks.figures import figure, one, two
+from benchmarks.figures import one, two
 from benchmarks.figures.figure import Figure, Kept, assemble, interval, paired, write
 from diffusion_envs import exact
 from diffusion_envs.samplers import DDIM
@@ -284,32 +284,22 @@ def test_figure_two_is_made_in_small_and_goes_on_from_what_is_there(tmp_path, mo
 
 
 def test_without_a_network_the_excess_is_that_of_the_denoised_reward():
-    """With a quadratic reward r(x0_hat) - V is tr(Q Cov(x0 | x)) / 2 in continuous time."""
-    many = dataclasses.replace(FEW, steps=200, held_out=50)
-    fixed = two.gaussian(many, 1)
-    result = two.fitted(many, fixed, two.DESIGNS["r(x0_hat) alone"])
-    problem, steps = exact.GaussianProblem(), fixed.environment.steps
-    end = torch.zeros_like(steps.noising_times[:-1])
-    posterior = exact.gaussian.transition(
-        problem.data, steps.schedule, steps.noising_times[:-1], end
-    ).covariance
-    trace = torch.einsum("ij,kji->k", problem.quadratic.curvature, posterior)
-    expected = float(fixed.weights @ (0.5 * trace).square())
-    assert result["excess"] == [pytest.approx(expected, rel=0.05)]
+    """With a quadratic reward r(x0_hat) - V is tr(Q Cov(x0 | x)) / 2 in continuous time.
 
+    The chain's value differs from that by first order in the step.
+    """
 
-@pytest.mark.slow
-def test_both_figures_are_made_on_the_image_model_in_small(tmp_path):
-    images = dataclasses.replace(
-        SMALL, parts=("images",), trained_at=2, used_at=(2, 3), image_updates=1, image_samples=2
-    )
-    first = one.run(dataclasses.replace(images, held_out=2), tmp_path, 2)
-    assert {row["policy"] for row in first.data} >= {"images, DDPO", "images, Score as Action"}
-    few = dataclasses.replace(FEW, parts=("images",), passes=(0, 1), image_steps=4, every=2)
-    few = dataclasses.replace(few, image_paths=4, image_held_out=3, continuations=2)
-    second = two.run(few, tmp_path, 2)
-    assert len({row["design"] for row in second.data if "design" in row}) == len(two.DESIGNS)
+    def gap(steps: int) -> float:
+        fixed = two.gaussian(dataclasses.replace(FEW, steps=steps, held_out=20), 1)
+        (excess,) = two.fitted(FEW, fixed, two.DESIGNS["r(x0_hat) alone"])["excess"]
+        problem, sampler = exact.GaussianProblem(), fixed.environment.steps
+        times = sampler.noising_times[:-1]
+        law = exact.gaussian.transition(
+            problem.data, sampler.schedule, times, torch.zeros_like(times)
+        )
+        trace = torch.einsum("ij,kji->k", problem.quadratic.curvature, law.covariance)
+        return excess / float(fixed.weights @ (0.5 * trace).square()) - 1
 
-
-def test_the_head_of_the_page_promises_what_the_module_does():
-    assert f"{100 * figure.LEVEL:.0f} %" in figure.HEAD
+    coarse, fine = gap(100), gap(400)
+    assert -0.25 < coarse < -0.1
+    assert coarse / fine == pytest.approx(4, rel=0.15)
