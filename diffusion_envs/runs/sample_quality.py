@@ -93,13 +93,11 @@ class RealStatistics:
     kept: Float[Tensor, "m width"]  # features of the first pictures, for precision and recall
 
     @classmethod
-    def of(
-        cls, images: UInt8[Tensor, "n 3 h w"], features: Features, kept: int = KEPT
-    ) -> "RealStatistics":
+    def of(cls, images: Tensor, features: Features, kept: int = KEPT) -> "RealStatistics":
         """The statistics of a data set.
 
         Args:
-            images: as bytes; a random order, as the first ones are kept.
+            images: as bytes, ``[n, 3, h, w]``; a random order, as the first ones are kept.
             features: which network's.
             kept: how many of them.
 
@@ -196,7 +194,7 @@ class SampleQuality:
 
 
 def sample_quality(
-    generated: Float[Tensor, "n 3 32 32"],
+    generated: Tensor,
     real: RealStatistics,
     features: Features,
     judge: CifarClassifier | None = None,
@@ -206,7 +204,7 @@ def sample_quality(
 
 
 def measure(
-    generated: Float[Tensor, "n 3 32 32"],
+    generated: Tensor,
     real: RealStatistics,
     features: Features,
     judge: CifarClassifier | None = None,
@@ -214,7 +212,7 @@ def measure(
     """Compare generated pictures with real ones, and ask the judge.
 
     Args:
-        generated: in [0, 1], independent and in random order.
+        generated: ``[n, 3, 32, 32]`` in [0, 1], independent and in random order.
         real: of the data, by the same features.
         features: ``classifier_features()``, or ``inception_features(weights)``.
         judge: of confidence and classes; if left out, the shipped judge.
@@ -252,7 +250,7 @@ def measure(
     )
 
 
-def as_bytes(images: Float[Tensor, "n 3 32 32"]) -> UInt8[Tensor, "n 3 32 32"]:
+def as_bytes(images: Tensor) -> UInt8[Tensor, "n 3 32 32"]:
     """Pictures in [0, 1] as the bytes they are saved as (rounded).
 
     Raises:
