@@ -31,8 +31,8 @@ class RunOptions:
             dense-reward): the reward if left out, people's choices recorded in a file of JSON
             lines, {"order": [best, ..., worst]} each, or a function. A run that meets samples
             without a choice leaves their images and waits to be resumed.
-        data: what samples should look like, for objectives that learn the reward from data (dxmi-
-            from-data, ...): on the command line a folder of CIFAR-10.
+        data: what samples should look like, for objectives that learn the reward from data (those
+            named ...-from-data): on the command line a folder of CIFAR-10.
         log_path_kl: report the path KL of every update also where the method does not need it, at
             the price of a network call a step.
         wandb: log to Weights & Biases too; or the name of the project ("ctrl" if left out).

@@ -128,7 +128,7 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path, capsys):
 
 
 def test_every_option_has_a_description(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "90")  # one column: two would run into one another
     assert run("--help") == 0
     shown = capsys.readouterr().out.partition("Every objective")[0]
     structs = ("model", "size", "options", "stop", "objective_settings")  # options of their own
