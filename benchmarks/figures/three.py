@@ -382,6 +382,12 @@ def _told(
         else "is neither confirmed nor refuted as a whole here: it depends on the pair, as listed"
     )
     rates_swept = ", ".join(f"{r:g}" for r in budget.rates)
+    ends = [
+        f"the {end} was taken for {', '.join(which)}"
+        for end, rate in (("smallest", min(budget.rates)), ("largest", max(budget.rates)))
+        if (which := [method for method, taken in rates.items() if taken == rate])
+    ]
+    edge = f" ({'; '.join(ends)}: the best may lie beyond)" if ends else ""
     return f"""
 The {budget.model} network, {STEPS} steps of the published schedule, which starts at alpha-bar
 0.0208; {budget.updates} updates of {budget.samples} pictures, an energy network of width
@@ -389,7 +395,7 @@ The {budget.model} network, {STEPS} steps of the published schedule, which start
 {begin[DISTANCE]:.2f} and a confidence of {begin[CONFIDENCE]:.3f} on the same noise
 ({budget.judged} samples against {budget.real} pictures of the test set; distances of so few samples
 are biased upwards, alike for all). All methods make the same network calls and the same steps of
-energy and value; rates were swept over {rates_swept} on a seed of their own.
+energy and value; rates were swept over {rates_swept} on a seed of their own{edge}.
 
 {table(head, lines)}
 

@@ -209,3 +209,9 @@ def test_a_folder_without_cifar10_is_named(tmp_path):
         three.trained(
             "DxMI", 1e-4, 0, 1, dataclasses.replace(SMALL, data=tmp_path / "nothing_here")
         )
+
+
+def test_a_rate_at_the_edge_of_the_sweep_is_said(calls, tmp_path):
+    told = three.run(SMALL, tmp_path, 3).paragraph
+    assert "the smallest was taken for DxMI" in told  # 1e-5; 1e-3 is the largest
+    assert "the largest was taken for DxMI without entropy and moves" in told
