@@ -104,6 +104,9 @@ OBJECTIVES: dict[str, objectives.Objective] = {
     "DxMI": objectives.DxMI(),
     "ContinuousDxMI": objectives.ContinuousDxMI(),
     "ContinuousDxMIReleased": objectives.ContinuousDxMIReleased(),
+    "DxMIFromData": objectives.DxMIFromData(learning_rate=1e-3, energy_width=8),
+    "ContinuousDxMIFromData": objectives.ContinuousDxMIFromData(energy_width=8),
+    "ContinuousDxMIReleasedFromData": objectives.ContinuousDxMIReleasedFromData(energy_width=8),
     "DiffusionNFT": objectives.DiffusionNFT(),
     "ReinforceAdjointMatching": objectives.ReinforceAdjointMatching(),
     "DistributionalOptimisation": objectives.DistributionalOptimisation(),
@@ -111,6 +114,17 @@ OBJECTIVES: dict[str, objectives.Objective] = {
     "DRaFT": objectives.DRaFT(),
     "AlignProp": objectives.AlignProp(),
 }
+
+
+@dataclass(frozen=True)
+class Normals:
+    """Data for objectives that learn from it."""
+
+    event: tuple[int, ...]
+
+    def draw(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Standard normals."""
+        return torch.randn(n, *self.event, generator=generator)
 
 
 def model(device: str = NAME) -> TextToImageUNet:
@@ -129,7 +143,8 @@ def trainer(objective: objectives.Objective, built: TextToImageUNet) -> Trainer:
         seed=0,
         batch=BATCH,
     )
-    return Trainer(environment, objective, size, accelerator=parallel.start())
+    data = Normals(built.event) if objective.needs_data else None
+    return Trainer(environment, objective, size, accelerator=parallel.start(), data=data)
 
 
 def without_rewards(counts: Counts) -> int:

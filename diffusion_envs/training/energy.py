@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from ctrl.devices import as_like, sent
+from ctrl.devices import as_like, read, sent
 from ctrl.noise import stream
 from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import Objective
@@ -220,15 +220,15 @@ class EnergyCritic:
         decay = self.objective.move_decay
         moves = parallel.gather(moves[None], self.accelerator).mean(0)
         self.usual_moves = decay * self.usual_moves + (1 - decay) * moves
-        numbers: dict[str, float] = {}
+        told: dict[str, Tensor] = {}
         for epoch in range(self.size.value_epochs):
-            numbers = self._energy_step(rollout, update, epoch)
+            told = self._energy_step(rollout, update, epoch)
             steps = range(len(rollout.step_sizes))
             losses = [self._value_step(rollout, k) for k in reversed(steps)]
-            numbers["value_loss"] = sum(losses) / len(losses)
-        return numbers
+            told["value_loss"] = torch.stack(losses).mean()
+        return dict(zip(told, read(*told.values()), strict=True))  # read once
 
-    def _energy_step(self, rollout: Rollout, update: int, epoch: int) -> dict[str, float]:
+    def _energy_step(self, rollout: Rollout, update: int, epoch: int) -> dict[str, Tensor]:
         samples = rollout.states[:, -1]
         share, processes = len(samples), self.accelerator.num_processes
         # all that all processes need, so that theirs together are those of a single one
@@ -242,18 +242,18 @@ class EnergyCritic:
         loss = energy_loss(of_data, of_samples, self.objective.square_weight)
         self._descend(loss)
         return {
-            "energy_of_data": of_data.mean().item(),
-            "energy_of_samples": of_samples.mean().item(),
-            "energy_loss": loss.item(),
+            "energy_of_data": of_data.detach().mean(),
+            "energy_of_samples": of_samples.detach().mean(),
+            "energy_loss": loss.detach(),
         }
 
-    def _value_step(self, rollout: Rollout, step: int) -> float:
+    def _value_step(self, rollout: Rollout, step: int) -> Tensor:
         cost = next_cost(step, len(rollout.step_sizes), self.objective.time_cost)
         with torch.no_grad():
             target = self.network(rollout.states[:, step + 1]) + cost
         loss = functional.mse_loss(self.network(rollout.states[:, step]), target)
         self._descend(loss)
-        return loss.item()
+        return loss.detach()
 
     def _descend(self, loss: Tensor) -> None:
         parameters = list(self.network.parameters())
