@@ -23,7 +23,7 @@ class PrecisionRecall(NamedTuple):
 
 def precision_recall(
     generated: Float[Tensor, "n width"],
-    real: Float[Tensor, "m width"],
+    real: Float[Tensor, "m _"],
     neighbours: int = NEIGHBOURS,
 ) -> PrecisionRecall:
     """How many samples lie in the other set's support: within some sample's k-th neighbour.
