@@ -14,7 +14,7 @@ def run(budget: three.Budget, output: Path, seeds: int) -> Figure:
     """Sheets of the pretrained model and of every method's first seed."""
     start, results, _ = three.everything(budget, output, seeds)
     sheets = {"pretrained": start} | {method: each[0] for method, each in results.items()}
-    picture = Picture(figsize=(10, 4.2 * len(sheets) / 2), layout="constrained")
+    picture = Picture(figsize=(10, 1.05 * (len(sheets) + 1)), layout="constrained")
     places = picture.subplots((len(sheets) + 1) // 2, 2).flat
     for axes in places:
         axes.set_axis_off()
@@ -32,7 +32,7 @@ def run(budget: three.Budget, output: Path, seeds: int) -> Figure:
     ]
     return Figure(
         title="Samples of CIFAR-10 at ten steps",
-        settings={"budget": str(budget)},
+        settings=three.settings(budget),
         data=data,
         picture=picture,
         paragraph=f"""
