@@ -248,14 +248,12 @@ KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
             "self.enable()",
             "pass",
         ),
-        wrong(
-            "sign of the KL in the loss", LOSS, "return self.kl_weight", "return -self.kl_weight"
-        ),
+        wrong("sign of the KL in the loss", LOSS, "return self._kl_cost", "return -self._kl_cost"),
         wrong(
             "sign of the gain in the loss",
             LOSS,
-            "path_kl_rate(rows) - gain",
-            "path_kl_rate(rows) + gain",
+            "self._kl_cost(rows) - self._gain(rows)",
+            "self._kl_cost(rows) + self._gain(rows)",
         ),
         wrong("KL reported is not the KL trained: half", KL_RATE, "0.5 * rows", "1.0 * rows"),
         wrong("KL reported is not the KL trained: factor", KL_RATE, "rows.kl_factor * ", ""),
@@ -304,8 +302,8 @@ KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
         wrong(
             "pretrained weights trained",
             "diffusion_envs.training.trainer.Trainer.__init__",
-            "            self.parameters, lr=objective",
-            "            environment.model.score.unet.parameters(), lr=objective",
+            '[{"params": environment.model.parameters}]',
+            '[{"params": environment.model.score.unet.parameters()}]',
         ),
         wrong(
             "transition's noise of another variance in the ratio",

@@ -108,8 +108,8 @@ def loss(
         wrong(
             "weights exchanged",
             "diffusion_envs.training.value_network.combine",
-            "skip, out = skip",
-            "out, skip = skip",
+            "skip, out = (weights",
+            "out, skip = (weights",
         ),
         wrong(
             "value left out of the martingale loss",
