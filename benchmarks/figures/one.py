@@ -360,6 +360,8 @@ def _picture(budget: Budget, summary: Mapping[str, Mapping[str, Interval]]) -> P
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=7)
+        else:
+            axes.set_visible(False)  # a part that is not made
     left.set_ylabel("gain in reward over the pretrained model")
     return picture
 

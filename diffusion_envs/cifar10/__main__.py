@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 import tyro
 
-from diffusion_envs.cifar10.family import PROMPTS, REWARD, Cifar10Model
+from diffusion_envs.cifar10.family import LEARNING_RATE, PROMPTS, REWARD, Cifar10Model
 from diffusion_envs.cifar10.measure import measure
 from diffusion_envs.cifar10.pretrain import RECIPES, pretrain
 from diffusion_envs.models.adapters import PRECISIONS
@@ -115,6 +115,7 @@ FAMILY = Family(
     PROGRAM,
     Cifar10Model,
     defaults={"reward": REWARD, "prompts": PROMPTS},
+    learning_rate=LEARNING_RATE,
     commands={"pretrain": run_pretrain, "measure": run_measure},
 )
 

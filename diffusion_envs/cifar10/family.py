@@ -12,11 +12,13 @@ from diffusion_envs import rewards, samplers
 from diffusion_envs.models.adapters import ATTENTION, require_precision, require_rank
 from diffusion_envs.models.folders import from_anywhere
 from diffusion_envs.models.protocol import Model
+from diffusion_envs.objectives import ScoreAsAction
 from diffusion_envs.runs.finetune import Run, refuse_misplaced
 from diffusion_envs.runs.finetune import finetune as _finetune
 from diffusion_envs.runs.options import RunOptions
 
 SMALL = "small"
+LEARNING_RATE = 1e-5  # all weights train: that of adapters, 1e-3, destroys them in two updates
 REWARD = rewards.ClassConfidence("reward")
 JUDGE = rewards.ClassConfidence("judge")
 PROMPTS = ("a picture",)  # asks for nothing: the networks do not read it
@@ -98,8 +100,10 @@ class Cifar10Model:
 def finetune(model: str | Path | Cifar10Model = SMALL, **arguments: Any) -> Run:
     """``runs.finetune.finetune``, which documents ``arguments``, with an unconditional network.
 
-    The reward is ``ClassConfidence`` if left out, with that of the other classifier as its judge;
-    prompts are one that asks for nothing; steps are those that the sampler is made for, if any.
+    The objective is ``ScoreAsAction`` at ``LEARNING_RATE``, as all weights train, if left out; any
+    other should have such a rate. The reward is ``ClassConfidence`` if left out, with that of the
+    other classifier as its judge; prompts are one that asks for nothing; steps are those that the
+    sampler is made for, if any.
 
     Args:
         model: "small", a folder in diffusers' layout, or a hub id; ``Cifar10Model`` for an adapter,
@@ -112,7 +116,8 @@ def finetune(model: str | Path | Cifar10Model = SMALL, **arguments: Any) -> Run:
     """
     refuse_misplaced(arguments, Cifar10Model, "cifar10.Cifar10Model(...)")
     named = model if isinstance(model, Cifar10Model) else Cifar10Model(model)
-    defaults: dict[str, Any] = {"reward": REWARD, "prompts": PROMPTS}
+    usual = ScoreAsAction(learning_rate=LEARNING_RATE)
+    defaults: dict[str, Any] = {"reward": REWARD, "prompts": PROMPTS, "objective": usual}
     if arguments.get("reward", REWARD) == REWARD:
         defaults["options"] = RunOptions(judges={"judge": JUDGE})
     if (sampler := arguments.get("sampler")) and (steps := samplers.usual_steps(sampler)):

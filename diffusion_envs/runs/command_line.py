@@ -109,12 +109,23 @@ class Family:
         program: how it is called.
         model: dataclass of what to load (``runs.finetune.Loadable``), with defaults.
         defaults: of a run's options, such as its reward, where they are the family's own.
+        learning_rate: largest of an objective if none is named, as where all weights train; None
+            for that of adapters.
         commands: further commands by name, each called with the words that follow it.
     """
 
     program: str
     model: Callable[..., Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    learning_rate: float | None = None
+
+    def settings(self, kind: Callable[[], Any]) -> Any:
+        """An objective as it is if no setting is named."""
+        made = kind()
+        if self.learning_rate is None or made.learning_rate <= self.learning_rate:
+            return made
+        return dataclasses.replace(made, learning_rate=self.learning_rate)
+
     commands: Mapping[str, Callable[[Sequence[str]], None]] = field(default_factory=dict)
 
 
@@ -432,7 +443,7 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any]:
     if named.get("--objective"):
         name = named["--objective"][0]
         kind, own = _objective_class(name), default.objective_settings
-        settings = own if type(own) is kind else kind()
+        settings = own if type(own) is kind else family.settings(kind)
         default = dataclasses.replace(default, objective=name, objective_settings=settings)
     kind: Any = type(default.objective_settings)
     try:
@@ -469,7 +480,9 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any]:
 def _fresh(family: Family) -> Finetune[Any, Any]:
     """The options of a run that has not begun, as they are if none is named."""
     return Finetune(
-        model=family.model(), objective_settings=objectives.ScoreAsAction(), **family.defaults
+        model=family.model(),
+        objective_settings=family.settings(objectives.ScoreAsAction),
+        **family.defaults,
     )
 
 

@@ -59,3 +59,12 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         Pictures(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         Pictures(tmp_path).draw(1, stream(0))
+
+
+def test_where_all_weights_train_the_rate_is_not_that_of_adapters():
+    from diffusion_envs import objectives
+    from diffusion_envs.cifar10.__main__ import FAMILY
+
+    assert FAMILY.settings(objectives.ScoreAsAction) == objectives.ScoreAsAction(learning_rate=1e-5)
+    assert FAMILY.settings(objectives.DDPO).learning_rate == 1e-5
+    assert FAMILY.settings(objectives.DxMIFromData) == objectives.DxMIFromData()  # published
