@@ -118,8 +118,8 @@ def _require_classifier(source: str | Path) -> None:
 
 
 @dataclass(frozen=True)
-class PromptAlignment:
-    """Log-probability, by a classifier, of the class that the prompt names; differentiable.
+class _ByClassifier:
+    """A differentiable reward that a classifier gives.
 
     Attributes:
         classifier: "reward", "judge", or a safetensors file with the weights of a
@@ -131,6 +131,20 @@ class PromptAlignment:
 
     def __post_init__(self) -> None:
         _require_classifier(self.classifier)
+
+    def log_probabilities(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 10"]:
+        """Of the ten classes, nats."""
+        network = _loaded(self.classifier).to(images.device)
+        return network(images.float()).log_softmax(-1)
+
+    def embedding(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
+        """The classifier's last features, whatever the prompt."""
+        return _loaded(self.classifier).to(images.device).embedding(images.float())
+
+
+@dataclass(frozen=True)
+class PromptAlignment(_ByClassifier):
+    """Log-probability, by a classifier, of the class that the prompt names; differentiable."""
 
     def __call__(
         self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]
@@ -146,40 +160,20 @@ class PromptAlignment:
             raise ValueError(
                 f"prompt {prompt!r} must name exactly one of the classes {', '.join(CLASSES)}"
             )
-        network = _loaded(self.classifier).to(images.device)
         wanted = sent(torch.tensor(classes), images.device)
-        return network(images.float()).log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-
-    def embedding(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
-        """The classifier's last features, whatever the prompt."""
-        return _loaded(self.classifier).to(images.device).embedding(images.float())
+        return self.log_probabilities(images).gather(1, wanted[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
-class ClassConfidence:
+class ClassConfidence(_ByClassifier):
     """Log of the largest class probability, by a classifier; differentiable.
 
     For pictures that nobody asked for by a prompt: it says how clearly a picture shows one of the
     ten classes, whichever. Its maximum does not ask for variety.
-
-    Attributes:
-        classifier: "reward", "judge", or a safetensors file with the weights of a
-            ``CifarClassifier``; read when it is first called.
     """
-
-    classifier: str | Path = "reward"
-    differentiable: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _require_classifier(self.classifier)
 
     def __call__(
         self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]
     ) -> Float[Tensor, " n"]:
         """Nats, from -log 10 (all classes alike) to 0, whatever the prompts."""
-        network = _loaded(self.classifier).to(images.device)
-        return network(images.float()).log_softmax(-1).amax(-1)
-
-    def embedding(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
-        """The classifier's last features."""
-        return _loaded(self.classifier).to(images.device).embedding(images.float())
+        return self.log_probabilities(images).amax(-1)

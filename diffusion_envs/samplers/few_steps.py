@@ -98,8 +98,8 @@ def equal_angles(steps: int) -> Float[Tensor, " steps"]:
 
 
 @dataclass(frozen=True)
-class QuadraticVariances:
-    """DxMI's sampler; its ten steps are the published ones.
+class _FewSteps:
+    """What both samplers share.
 
     Attributes:
         learned_std: whether the standard deviations of all steps but the last are parameters, which
@@ -109,12 +109,23 @@ class QuadraticVariances:
     learned_std: bool = False
 
     def __post_init__(self) -> None:
-        _require_flag(self.learned_std)
+        if not isinstance(self.learned_std, bool):
+            raise TypeError(f"learned_std must be True or False, got {self.learned_std!r}")
 
     @property
     def has_density(self) -> bool:
         """True: the last step has noise too."""
         return True
+
+
+@dataclass(frozen=True)
+class QuadraticVariances(_FewSteps):
+    """DxMI's sampler; its ten steps are the published ones.
+
+    Attributes:
+        learned_std: whether the standard deviations of all steps but the last are parameters, which
+            objectives that have a loss for them train.
+    """
 
     @property
     def usual_steps(self) -> int:
@@ -142,23 +153,13 @@ class QuadraticVariances:
 
 
 @dataclass(frozen=True)
-class EqualAngles:
+class EqualAngles(_FewSteps):
     """Our sampler of four steps, or any number of at least 2, between DxMI's first and last level.
 
     Attributes:
         learned_std: whether the standard deviations of all steps but the last are parameters, which
             objectives that have a loss for them train.
     """
-
-    learned_std: bool = False
-
-    def __post_init__(self) -> None:
-        _require_flag(self.learned_std)
-
-    @property
-    def has_density(self) -> bool:
-        """True: the last step has noise too."""
-        return True
 
     @property
     def usual_steps(self) -> int:
@@ -182,11 +183,6 @@ class EqualAngles:
         return BoundFewSteps(
             _require_table(self, table, steps), equal_angles(steps), self.learned_std
         )
-
-
-def _require_flag(learned_std: object) -> None:
-    if not isinstance(learned_std, bool):
-        raise TypeError(f"learned_std must be True or False, got {learned_std!r}")
 
 
 def _require_table(

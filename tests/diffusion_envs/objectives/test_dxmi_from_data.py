@@ -23,7 +23,7 @@ from diffusion_envs.objectives import (
 )
 from diffusion_envs.objectives.dxmi import ValueRows
 from diffusion_envs.objectives.dxmi_from_data import energy_loss, next_cost
-from diffusion_envs.samplers import DDIM, QuadraticVariances
+from diffusion_envs.samplers import DDIM, GaussianSteps, QuadraticVariances
 from diffusion_envs.training.energy import (
     EnergyCritic,
     EnergyOfPictures,
@@ -51,8 +51,16 @@ class Normal:
         return mean + self.std * torch.randn(n, len(self.mean), generator=generator)
 
 
-def trainer(objective: Objective, data: Any = None, seed: int = 5, **size: Any) -> Trainer:
+def trainer(
+    objective: Objective,
+    data: Any = None,
+    seed: int = 5,
+    sampler: GaussianSteps | None = None,
+    **size: Any,
+) -> Trainer:
     environment = GaussianProblem().environment(DDIM(1.0).bind(table(), STEPS), seed)
+    if sampler is not None:
+        environment = replace(environment, sampler=sampler)
     settings = {"samples": 12, "batch": 10, "value_epochs": 1, "weight_decay": 0.0} | size
     return Trainer(
         environment,
@@ -372,20 +380,11 @@ def test_no_network_is_asked_of_whom_nothing_is_learned():
 # -- learned standard deviations ------------------------------------------------------------------
 
 
-def learning(objective: Objective, data: Any = None, **size: Any) -> Trainer:
+def learning(objective: Objective, **size: Any) -> Trainer:
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     published = DDPMTable((1 - betas).cumprod(0))
     sampler = QuadraticVariances(learned_std=True).bind(published, 10)
-    problem = GaussianProblem()
-    environment = replace(problem.environment(DDIM(1.0).bind(table(), 4), 5), sampler=sampler)
-    settings = {"samples": 12, "batch": 50, "value_epochs": 1, "weight_decay": 0.1} | size
-    return Trainer(
-        environment,
-        objective,
-        UpdateSize(**settings),
-        accelerator=Process(),
-        data=Normal() if data is None else data,
-    )
+    return trainer(objective, sampler=sampler, **{"batch": 50, "weight_decay": 0.1} | size)
 
 
 def test_log_standard_deviations_learn_at_their_own_rate_and_resume():

@@ -69,7 +69,7 @@ class LinearScore:
         return states
 
     def export(self, folder: Path) -> Path:
-        raise NotImplementedError
+        raise NotImplementedError("no run writes this model into a folder")
 
     def __call__(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         times = (timesteps.double() + 1) / len(self.sampler.table.alphas_cumprod)
