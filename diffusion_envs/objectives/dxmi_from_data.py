@@ -73,6 +73,11 @@ class LearnedEnergy:
 
     needs_data: ClassVar[bool] = True
 
+    @property
+    def compares_paths(self) -> bool:
+        """Nowhere: the value is charged no KL, so that used steps alone are compared."""
+        return False
+
     def __post_init__(self) -> None:
         super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue]  # of the loss
         require_not_negative(time_cost=self.time_cost)

@@ -223,11 +223,11 @@ class PathLosses:
         mean = environment.action(rollout.states[path, step], step, rollout.condition[which[:, 0]])
         tables = self._tables() if self._sent is None else self._sent
         score_gain, std = tables[:, step]
-        reference, factor = rollout.reference_scores, self._kl_factor
+        factor = self._kl_factor
         common = Rows(
             mean=mean,
             old_mean=rollout.means[path, step],
-            reference_score=None if reference is None else reference[path, step],
+            reference_score=self._reference(which),
             noise=rollout.noises[path, step],
             advantage=self.advantages[path, step].to(mean),
             step_size=rollout.step_sizes[step].to(mean),
@@ -241,6 +241,19 @@ class PathLosses:
             rollout, self.sampler, path, step, joined, targets, self.values, self.usual_moves
         )
         return self.objective.rows(common, steps)
+
+    @torch.no_grad()
+    def _reference(self, which: Int64[Tensor, "rows 2"]) -> Tensor | None:
+        """Pretrained actions of (path, step) pairs: the roll-out's, or asked for now."""
+        rollout, environment = self.rollout, self.environment
+        path, step = sent(which, environment.device).unbind(1)
+        if rollout.reference_scores is not None:
+            return rollout.reference_scores[path, step]
+        if not self.objective.needs_reference:
+            return None
+        with environment.pretrained():
+            condition = rollout.condition[which[:, 0]]
+            return environment.action(rollout.states[path, step], step, condition)
 
     def numbers(self) -> dict[str, float]:
         """Range of the ratios, and the share that the clip touches."""

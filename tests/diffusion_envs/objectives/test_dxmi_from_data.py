@@ -369,12 +369,29 @@ def test_samples_come_to_look_like_the_data(kind, updates, left):
     assert (after - target).norm() < left
 
 
-def test_no_network_is_asked_of_whom_nothing_is_learned():
-    """Pretrained scores are asked for only where the KL has a weight."""
-    free, charged = (trainer(DxMIFromData(kl_weight=w)) for w in (0.0, 0.1))
-    for run, per_row in ((free, 2), (charged, 3)):
+@pytest.mark.parametrize(("train_steps", "used"), [(None, 4), (1, 1)])
+def test_the_pretrained_network_is_asked_at_used_steps_alone_and_where_the_kl_has_a_weight(
+    train_steps, used
+):
+    for weight, networks in ((0.0, 1), (0.1, 2)):
+        run = trainer(DxMIFromData(kl_weight=weight), train_steps=train_steps)
         list(run.updates(1))
-        assert run.environment.model.calls == per_row * 12 * 4
+        assert run.environment.model.calls == 12 * (4 + networks * used)
+
+
+def test_the_path_kl_is_the_same_whether_the_roll_out_knows_it():
+    """Two updates, the second away from the pretrained model; where the KL is logged, it knows."""
+    adapters = []
+    for logged in (False, True):
+        objective = ContinuousDxMIFromData(kl_weight=0.3, learning_rate=0.05, energy_width=4)
+        run = trainer(objective)
+        run.log_path_kl = logged
+        lines = list(run.updates(3))
+        assert ("path_kl" in lines[-1]) == logged
+        adapters.append([p.detach().clone() for p in run.parameters])
+    for one, other in zip(*adapters, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert max(float(p.abs().max()) for p in adapters[0]) > 0.01
 
 
 # -- learned standard deviations ------------------------------------------------------------------
