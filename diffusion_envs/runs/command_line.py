@@ -119,14 +119,14 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     learning_rate: float | None = None
 
+    commands: Mapping[str, Callable[[Sequence[str]], None]] = field(default_factory=dict)
+
     def settings(self, kind: Callable[[], Any]) -> Any:
         """An objective as it is if no setting is named."""
         made = kind()
         if self.learning_rate is None or made.learning_rate <= self.learning_rate:
             return made
         return dataclasses.replace(made, learning_rate=self.learning_rate)
-
-    commands: Mapping[str, Callable[[Sequence[str]], None]] = field(default_factory=dict)
 
 
 def _explained(name: str) -> Any:

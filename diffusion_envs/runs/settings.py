@@ -120,9 +120,10 @@ def rebuild(described: Any, setting: str = "") -> Any:
 
         return load(name)
     fields = {
-        f.name: rebuild(described[_key(f.name)], f"{setting}.{f.name}" if setting else f.name)
+        f.name: rebuild(described[key], f"{setting}.{f.name}" if setting else f.name)
         for f in dataclasses.fields(imported)
-        if f.init and _key(f.name) in described
+        # runs of before wrote every field under its own name
+        if f.init and (key := _key(f.name) if _key(f.name) in described else f.name) in described
     }
     try:
         return imported(**fields)

@@ -175,3 +175,10 @@ def test_fields_may_be_called_as_what_says_the_class(tmp_path):
     other = stored(dataclasses.replace(value, name="other", folder=tmp_path / "other"))
     names = {name for name, _, _ in differences(stored(value), other)}
     assert names == {"folder (field).path", "name (field)"}
+
+
+def test_a_scheduler_of_a_run_of_before_is_read():
+    """Then its field ``name`` stood where the class's name stands."""
+    kept = stored(samplers.Scheduler("UniPCMultistepScheduler"))
+    kept["name"] = kept.pop("name (field)")
+    assert rebuild(kept) == samplers.Scheduler("UniPCMultistepScheduler")
