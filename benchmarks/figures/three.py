@@ -326,13 +326,13 @@ def settings(budget: Budget) -> dict[str, Any]:
 def _ends(
     each: Sequence[Mapping[str, Any]], measure: str, calls: int | None = None
 ) -> dict[int, float]:
-    """The last judgement of every seed; or the last within so many network calls."""
-    return {
-        seed: [line for line in one["lines"] if calls is None or line["network_calls"] <= calls][
-            -1
-        ][measure]
-        for seed, one in enumerate(each)
-    }
+    """The last judgement of every seed; or, linearly between judgements, that at so many calls."""
+    ends = {}
+    for seed, one in enumerate(each):
+        values = [line[measure] for line in one["lines"]]
+        spent = [line["network_calls"] for line in one["lines"]]
+        ends[seed] = values[-1] if calls is None else float(np.interp(calls, spent, values))
+    return ends
 
 
 def _drawn(data: Sequence[Mapping[str, Any]], begin: Mapping[str, float]) -> Picture:
@@ -422,12 +422,12 @@ The {budget.model} network, {STEPS} steps of the published schedule, which start
 {begin[DISTANCE]:.2f} and a confidence of {begin[CONFIDENCE]:.3f} on the same noise
 ({budget.judged} samples against {budget.real} pictures of the test set; distances of so few samples
 are biased upwards, alike for all). All methods take as many steps of energy, value and policy; the
-path KL asks the pretrained network as well, at every step of a path, so that it makes more calls of
-the network. Rates were swept over {rates_swept} on a seed of their own{edge}.
+path KL asks the pretrained network as well, at the step of a path that is used, so that it makes
+some more calls of the network. Rates were swept over {rates_swept} on a seed of their own{edge}.
 
 {table(head, lines)}
 
-At equal network calls (the last judgement within those of the method that makes fewest), seed by
+At equal network calls (those of the method that makes fewest; linearly between judgements), seed by
 seed on the same noise:
 
 {claims(CALLS)}

@@ -217,3 +217,10 @@ def test_a_rate_at_the_edge_of_the_sweep_is_said(calls, tmp_path):
     told = three.run(SMALL, tmp_path, 3).paragraph
     assert "the smallest was taken for DxMI" in told  # 1e-5; 1e-3 is the largest
     assert "the largest was taken for DxMI without entropy and moves" in told
+
+
+def test_between_judgements_a_measure_is_linear_in_the_calls():
+    lines = [{"network_calls": 100, "m": 4.0}, {"network_calls": 200, "m": 2.0}]
+    each = [{"lines": lines}, {"lines": [{**line, "m": -line["m"]} for line in lines]}]
+    assert three._ends(each, "m", 125) == {0: 3.5, 1: -3.5}
+    assert three._ends(each, "m", 200) == three._ends(each, "m") == {0: 2.0, 1: -2.0}
