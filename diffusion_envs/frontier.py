@@ -51,6 +51,7 @@ COVERAGE = 0.95  # of two-sided intervals
 CONFIDENCE = 0.999  # of the one-sided bound beyond which a run is a fault
 _LEAST_EXPONENT = -700.0  # exp of it is a normal double
 _HALVINGS = 100
+_MOST_RANGES = 1e6
 _REMEDY = "draw more samples of the pretrained model in each group"
 
 
@@ -466,7 +467,10 @@ class Frontier:
 
     def _weight_at(self, nats: float) -> float:
         """The b at which the samples' KL is this, which some b must reach."""
-        return self._least_weight(lambda b: self._whole(b)[1] <= nats)
+        # Beyond 1e6 ranges KL is round-off, and any b bounds the reward, here to 1e-6 of the range.
+        return min(
+            self._least_weight(lambda b: self._whole(b)[1] <= nats), _MOST_RANGES * self._range
+        )
 
     def _least_weight(self, holds: Callable[[float], bool]) -> float:
         """The least b at which something holds that holds at all larger ones, by bisection."""

@@ -492,7 +492,7 @@ def from_fixed_starts(setting: Setting) -> Iterator[Check]:
     root = np.sqrt(2) * np.linalg.cholesky(START.covariance).T
     starts = [START.mean + sign * row for row in root for sign in (1, -1)]
     laws = [Normal(end.F @ x + end.f, end.C) for x in starts]
-    groups = [rewards_of(QUADRATIC, plane(law, 50)) for law in laws]
+    groups = [rewards_of(QUADRATIC, plane(law, 70)) for law in laws]
     optimum = tilt.optimum_from(MEMORY, QUADRATIC, b, horizon).of(START)
     want = [
         QUADRATIC.expectation(optimum),
@@ -507,11 +507,12 @@ def from_fixed_starts(setting: Setting) -> Iterator[Check]:
         numbers(pooled.at_weight(b)),
         choosing_starts(laws, b),
     )
-    same = brentq(lambda b: choosing_starts(laws, b).kl - want[1], 0.9, 9.0)
+    same = float(brentq(lambda b: choosing_starts(laws, b).kl - want[1], 0.9, 9.0))  # pyright: ignore[reportArgumentType]  # it returns a number
     yield limit(
         "what choosing the start too would add at the same KL",
         pooled.at_kl(want[1]).reward.mean - got.reward.mean,
         choosing_starts(laws, same).reward - want[0],
+        scale=want[1] * b,
     )
 
 
