@@ -155,6 +155,11 @@ class AdjointMatching(PathObjective):
     def __post_init__(self) -> None:
         require_positive(kl_weight=self.kl_weight, learning_rate=self.learning_rate)
 
+    @property
+    def reward_per_nat(self) -> float | None:
+        """``kl_weight``, the regression's temperature."""
+        return self.kl_weight
+
     def targets(
         self, rollout: Rollout, model: PretrainedChain
     ) -> Float[Tensor, "paths steps *event"]:

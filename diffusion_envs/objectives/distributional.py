@@ -115,6 +115,11 @@ class DistributionalOptimisation(NoisedObjective):
             )
 
     @property
+    def reward_per_nat(self) -> float | None:
+        """``kl_weight``, where the utility is the mean reward."""
+        return self.kl_weight if self.first_variation is mean_reward else None
+
+    @property
     def needs_reference(self) -> bool:
         """No: what keeps the model near are the pretrained model's samples."""
         return False
