@@ -1,6 +1,9 @@
 """One file per method: a frozen dataclass of hyperparameters, its advantages and its loss."""
 
-from diffusion_envs.objectives.adjoint_matching import AdjointMatching
+from diffusion_envs.objectives.adjoint_matching import (
+    AdjointMatching,
+    ZerothOrderAdjointMatching,
+)
 from diffusion_envs.objectives.d3po import D3PO
 from diffusion_envs.objectives.ddpo import DDPO, DDPOScoreFunction
 from diffusion_envs.objectives.dense_reward import DenseReward
@@ -61,4 +64,5 @@ __all__ = [
     "ScoreAsActionReleased",
     "ScoreAsActionSampled",
     "TDPOReset",
+    "ZerothOrderAdjointMatching",
 ]

@@ -56,6 +56,7 @@ JUDGES_OF = {  # where none is named
 }
 OBJECTIVES = {
     "adjoint-matching": objectives.AdjointMatching,
+    "adjoint-matching-zeroth-order": objectives.ZerothOrderAdjointMatching,
     "dxmi-continuous-released": objectives.ContinuousDxMIReleased,
     "dxmi-continuous": objectives.ContinuousDxMI,
     "dxmi": objectives.DxMI,
