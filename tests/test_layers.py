@@ -46,6 +46,8 @@ diffusion_envs.objectives.last_steps
 diffusion_envs.objectives.adjoint_matching diffusion_envs.objectives.ram
 diffusion_envs.objectives.score_as_action diffusion_envs.objectives.ddpo
 diffusion_envs.objectives.dpok diffusion_envs.objectives.grpo diffusion_envs.objectives.tdpo
+diffusion_envs.objectives.pcpo diffusion_envs.objectives.flow_dppo
+diffusion_envs.objectives.grpo_guard
 diffusion_envs.objectives.d3po diffusion_envs.objectives.dense_reward
 diffusion_envs.objectives.nft diffusion_envs.objectives.distributional
 diffusion_envs.objectives.reward_backpropagation diffusion_envs.objectives.dxmi

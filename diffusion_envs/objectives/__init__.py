@@ -15,11 +15,14 @@ from diffusion_envs.objectives.dxmi_from_data import (
     ContinuousDxMIReleasedFromData,
     DxMIFromData,
 )
+from diffusion_envs.objectives.flow_dppo import FlowDPPO
 from diffusion_envs.objectives.grpo import GRPO
+from diffusion_envs.objectives.grpo_guard import GRPOGuard
 from diffusion_envs.objectives.last_steps import BackpropObjective
 from diffusion_envs.objectives.nft import DiffusionNFT
 from diffusion_envs.objectives.noised_data import NoisedObjective, NoisedRows
 from diffusion_envs.objectives.path_steps import PathObjective, Rows
+from diffusion_envs.objectives.pcpo import PCPO
 from diffusion_envs.objectives.protocol import Objective
 from diffusion_envs.objectives.ram import ReinforceAdjointMatching
 from diffusion_envs.objectives.reward_backpropagation import AlignProp, DRaFT, ReFL
@@ -36,6 +39,7 @@ __all__ = [
     "DDPO",
     "DPOK",
     "GRPO",
+    "PCPO",
     "TDPO",
     "AdjointMatching",
     "AlignProp",
@@ -51,6 +55,8 @@ __all__ = [
     "DistributionalOptimisation",
     "DxMI",
     "DxMIFromData",
+    "FlowDPPO",
+    "GRPOGuard",
     "NearTarget",
     "NoisedObjective",
     "NoisedRows",
