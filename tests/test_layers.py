@@ -48,6 +48,7 @@ diffusion_envs.objectives.score_as_action diffusion_envs.objectives.ddpo
 diffusion_envs.objectives.dpok diffusion_envs.objectives.grpo diffusion_envs.objectives.tdpo
 diffusion_envs.objectives.d3po diffusion_envs.objectives.dense_reward
 diffusion_envs.objectives.nft diffusion_envs.objectives.distributional
+diffusion_envs.objectives.tilted_regression diffusion_envs.objectives.diffusion_dpo
 diffusion_envs.objectives.reward_backpropagation diffusion_envs.objectives.dxmi
 diffusion_envs.objectives.dxmi_from_data
 diffusion_envs.objectives
