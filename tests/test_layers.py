@@ -50,6 +50,7 @@ diffusion_envs.objectives.pcpo diffusion_envs.objectives.flow_dppo
 diffusion_envs.objectives.grpo_guard
 diffusion_envs.objectives.d3po diffusion_envs.objectives.dense_reward
 diffusion_envs.objectives.nft diffusion_envs.objectives.distributional
+diffusion_envs.objectives.tilted_regression diffusion_envs.objectives.diffusion_dpo
 diffusion_envs.objectives.reward_backpropagation diffusion_envs.objectives.dxmi
 diffusion_envs.objectives.dxmi_from_data
 diffusion_envs.objectives

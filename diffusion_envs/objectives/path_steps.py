@@ -128,6 +128,10 @@ class PathObjective(Objective):
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
         """What each decision of the roll-out was worth, in reward."""
 
+    def numbers(self, advantages: Float[Tensor, "paths steps"]) -> dict[str, float]:
+        """What to log of the advantages."""
+        return {}
+
     @abstractmethod
     def loss(self, rows: Any) -> Float[Tensor, " rows"]:
         """Negative surrogate objective of each row; mean times steps estimates a path's.
@@ -258,11 +262,12 @@ class PathLosses:
             return environment.action(rollout.states[path, step], step, condition)
 
     def numbers(self) -> dict[str, float]:
-        """Range of the ratios, and the share that the clip touches."""
+        """Numbers of the objective, range of the ratios, and the share that the clip touches."""
         ratio = torch.cat(self._log_ratios).exp()
         clipped = torch.cat(self._clipped).mean()
         names = ("ratio_min", "ratio_max", "clipped_fraction")
-        return dict(zip(names, read(ratio.min(), ratio.max(), clipped), strict=True))
+        ranges = dict(zip(names, read(ratio.min(), ratio.max(), clipped), strict=True))
+        return ranges | self.objective.numbers(self.advantages)
 
     def check_fresh(self) -> None:
         """Ratio 1 of new to old policy, KL 0 of a fresh adapter, enough memory to go on.

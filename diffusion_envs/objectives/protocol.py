@@ -101,8 +101,6 @@ class Objective(ABC):
     # its formula takes what the sampler is acted on by for a score; on a flow it is expected data
     needs_scores: ClassVar[bool] = False
     chooses_steps: ClassVar[bool] = False  # some steps of each path may do (``train_steps``)
-    # roll-outs come from the trained policy, or from one that follows it: their path KL is its own
-    on_policy: ClassVar[bool] = True
     fits_end: ClassVar[bool] = False  # the value network is also fitted at the final node
     value_sees_denoised: ClassVar[bool] = False  # V is a function of x0_hat; no reward query
     needs_data: ClassVar[bool] = False  # the reward is learned, from data and samples in turns
@@ -117,6 +115,11 @@ class Objective(ABC):
     def compares_paths(self) -> bool:
         """Whether they do so along the sampled paths, where their path KL is known then."""
         return False
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether roll-outs, and their path KL, are of the trained policy or one that follows it."""
+        return True
 
     @property
     def group(self) -> int:
