@@ -1,6 +1,6 @@
-"""The metric of path laws on a policy's parameters: second order of the path KL of a small change.
+"""The metric of path laws on a policy's parameters: the path KL of a small change, to second order.
 
-Setting      A policy with parameters th acts by a_th(k, x) on a sampler's steps; J = d a / d th. The
+Setting      A policy with parameters th acts by a_th(k, x) on a sampler's steps; J = da / dth. The
              path KL of th + v from th is v'Fv / 2 + O(|v|^3),
                  F = E_paths sum_k c_k J_k' J_k,   c_k the sampler's ``path_kl_gain``:
              the Fisher information of the path law, and the Hessian of that KL at th.

@@ -166,10 +166,11 @@ def natural_direction(
         return d, 0.0
     curvature = product(g)
     shift = damping * (g @ curvature) / first
+    least = torch.finfo(g.dtype).eps ** 2 * first  # below it a residual is round-off
     for k in range(iterations):
         bent = (curvature if k == 0 else product(p)) + shift * p
         along = p @ bent
-        if not along > 0:  # no curvature is left, or round-off alone
+        if not along > 0 or square <= least:  # nothing to solve for
             break
         d = d + square / along * p
         residual = residual - square / along * bent
@@ -204,8 +205,8 @@ def take(
     size = float(d.norm())
     if not (math.isfinite(along) and math.isfinite(size)):
         raise NonFiniteError(
-            f"the natural gradient's norm is {size} and its path KL {along}; no weight was changed. "
-            "Lower guidance, raise damping, or use float32"
+            f"the natural gradient's norm is {size} and its path KL {along} nats; no weight was "
+            "changed. Lower guidance, raise damping, or use float32"
         )
     # a direction that costs nothing has no length, but for the rate's
     length = math.sqrt(nats / along) if along > 0 else math.inf

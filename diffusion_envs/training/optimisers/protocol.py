@@ -17,17 +17,22 @@ Groups: TypeAlias = list[dict[str, Any]]
 """Parameters by kind, as torch's optimisers take them: "params", and what differs for them."""
 
 
+@runtime_checkable
 class Stepper(Protocol):
-    """An optimiser at work on some parameters.
+    """An optimiser at work on some parameters."""
 
-    Attributes:
-        param_groups: whose "lr" may be changed between two steps.
-        clips: whether the gradient is scaled down to ``max_gradient_norm`` before a step; one that
-            limits its own steps gets it as it is.
-    """
+    @property
+    def param_groups(self) -> Groups:
+        """Whose "lr" may be changed between two steps."""
+        ...
 
-    param_groups: Groups
-    clips: bool
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are scaled down to ``max_gradient_norm`` before a step.
+
+        An optimiser that limits its own steps gets them as they are.
+        """
+        ...
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
