@@ -25,7 +25,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,8 +37,9 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
-from benchmarks.compared_methods import Budget, Entry, TinyProblem, methods, spend
+from benchmarks.compared_methods import Budget, Entry, TinyProblem, spend
 from ctrl import DeterministicPolicy, Estimate
+from diffusion_envs import objectives as o
 from diffusion_envs import rewards
 from diffusion_envs.environment import Environment
 from diffusion_envs.frontier import Frontier
@@ -48,6 +49,8 @@ from diffusion_envs.runs.distances import mean_over_pairs, pixel_distances
 from diffusion_envs.runs.evaluation import Evaluation, evaluate
 from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.samplers import DDIM
+from diffusion_envs.training.optimisers import AdamW, NaturalGradient
+from diffusion_envs.training.optimisers.protocol import Optimiser
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 
@@ -65,6 +68,7 @@ class Options:
         kl_weights: reward per nat; at the second and later ones only ``best`` methods run.
         best: methods that run at the later weights, the best at the first.
         calls: of the network, for every run.
+        sweep_calls: the same for the runs that choose a learning rate.
         seeds: that are reported.
         samples: held out, of every evaluation.
         frontier_samples: of the pretrained model.
@@ -76,7 +80,8 @@ class Options:
     methods: tuple[str, ...] = ()
     kl_weights: tuple[float, ...] = (0.3, 1.0, 0.1)
     best: int = 4
-    calls: int = 16_000
+    calls: int = 12_000
+    sweep_calls: int = 6_000
     seeds: int = 3
     samples: int = 200
     frontier_samples: int = 3000
@@ -91,36 +96,65 @@ class Contestant:
 
     Attributes:
         entry: what it is.
-        rates: that the sweep chooses from.
+        rates: that the sweep chooses from; one where the optimiser sets a step's length itself.
+        optimiser: that makes steps of its gradients.
     """
 
     entry: Entry
     rates: tuple[float, ...] = (1e-3, 3e-3)
+    optimiser: Optimiser = field(default_factory=AdamW)
 
 
-SMALL_STEPS = (("samples", 40), ("minibatches", 4))  # four optimiser steps a roll-out
+SMALL = {"samples": 40, "minibatches": 4}  # four optimiser steps a roll-out
+BASE = {"samples": 400, "minibatches": 40}  # of the pretrained model's samples: many for a prompt
 
 
 def contestants() -> dict[str, Contestant]:
-    """The methods that take part, with what differs from the exact problems' entries."""
-    known = methods()
+    """The methods that take part; groups are of 8, and there is one of each prompt in turn."""
 
-    def of(name: str, *rates: float, **size: Any) -> Contestant:
-        sized = dict(SMALL_STEPS) | size
-        entry = dataclasses.replace(known[name], size=tuple(sized.items()))
-        return Contestant(entry, rates or Contestant.rates)
+    def of(
+        objective: Callable[[float], o.Objective],
+        *rates: float,
+        size: Mapping[str, Any] = SMALL,
+        optimiser: Optimiser | None = None,
+    ) -> Contestant:
+        entry = Entry(objective, size=tuple(size.items()))
+        return Contestant(entry, rates or Contestant.rates, optimiser or AdamW())
 
+    natural = {"samples": 20}
     return {
-        "score-as-action": of("score-as-action (r(x0) in V)"),
-        "score-as-action (final rewards)": of("score-as-action"),
-        "ddpo": of("ddpo"),
-        "dpok (path KL)": of("dpok (path KL)"),
-        "grpo": of("grpo"),
-        "nft": of("nft"),
-        "distributional": of("distributional"),
-        "draft-1": of("draft-1"),
-        "draft (all steps, KL)": of("draft (all steps, KL)"),
-        "adjoint-matching (path KL)": of("adjoint-matching (path KL)"),
+        # the reward is a black box
+        "score-as-action": of(lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0)),
+        "score-as-action, natural gradient": of(
+            lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0),
+            1e-3,
+            size=natural,
+            optimiser=NaturalGradient(nats=0.05),
+        ),
+        "adjoint-matching, zeroth order": of(
+            lambda b: o.ZerothOrderAdjointMatching(kl_weight=b, path_kl=True)
+        ),
+        "ddpo": of(lambda b: o.DDPO(clip=1.0)),
+        "dpok (path KL)": of(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, path_kl=True)),
+        "grpo": of(lambda b: o.GRPO(group=8, kl_weight=b)),
+        "pcpo": of(lambda b: o.PCPO(group=8, kl_weight=b)),
+        "flow-dppo": of(lambda b: o.FlowDPPO(group=8, kl_weight=b)),
+        "flow-dppo (per path)": of(lambda b: o.FlowDPPO(group=8, kl_weight=b, per_path=True)),
+        "grpo-guard": of(lambda b: o.GRPOGuard(group=8, kl_weight=b)),
+        "diffusion-dpo": of(lambda b: o.DiffusionDPO(beta=b)),
+        "nft": of(lambda b: o.DiffusionNFT()),
+        "tilted-regression": of(lambda b: o.TiltedRegression(kl_weight=b), size=BASE),
+        "distributional": of(lambda b: o.DistributionalOptimisation(kl_weight=b), size=BASE),
+        # its gradient is known
+        "draft-1": of(lambda b: o.DRaFT(last=1)),
+        "draft (all steps, KL)": of(lambda b: o.DRaFT(last=1000, kl_weight=b)),
+        "adjoint-matching (path KL)": of(lambda b: o.AdjointMatching(kl_weight=b, path_kl=True)),
+        "adjoint-matching, natural gradient": of(
+            lambda b: o.AdjointMatching(kl_weight=b, path_kl=True),
+            1e-3,
+            size=natural,
+            optimiser=NaturalGradient(nats=0.05),
+        ),
     }
 
 
@@ -206,14 +240,21 @@ class Setting:
         return self._starts[seed]
 
     def run(
-        self, name: str, entry: Entry, kl_weight: float, rate: float, seed: int
+        self, contestant: Contestant, kl_weight: float, rate: float, seed: int, calls: int
     ) -> dict[str, Any]:
         """One run to the end of its budget, and what its adapter is worth."""
+        entry = contestant.entry
         environment = self.environment(seed, entry)
         objective = dataclasses.replace(entry.objective(kl_weight), learning_rate=rate)
         size = UpdateSize(**{"samples": 40, "weight_decay": 0.0, "batch": 64, **dict(entry.size)})
-        trainer = Trainer(environment, objective, size, accelerator=Accelerator(cpu=True))
-        budget = Budget(queries=10**9, calls=self.options.calls)
+        trainer = Trainer(
+            environment,
+            objective,
+            size,
+            accelerator=Accelerator(cpu=True),
+            optimiser=contestant.optimiser,
+        )
+        budget = Budget(queries=10**9, calls=calls)
         for _ in spend(trainer, budget):
             pass
         return {
@@ -244,7 +285,7 @@ class Runs:
             self.made = [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def get(
-        self, name: str, entry: Entry, kl_weight: float, rate: float, seed: int, *, make: bool
+        self, name: str, kl_weight: float, rate: float, seed: int, *, make: bool, calls: int
     ) -> dict[str, Any] | None:
         """That run, from the file or made now; None if it may not be made."""
         key = {
@@ -252,7 +293,7 @@ class Runs:
             "kl_weight": kl_weight,
             "rate": rate,
             "seed": seed,
-            "calls_limit": self.setting.options.calls,
+            "calls_limit": calls,
             "samples": self.setting.options.samples,
         }
         for one in self.made:
@@ -260,7 +301,8 @@ class Runs:
                 return one
         if not make:
             return None
-        result = key | self.setting.run(name, entry, kl_weight, rate, seed)
+        contestant = contestants()[name]
+        result = key | self.setting.run(contestant, kl_weight, rate, seed, calls)
         self.made.append(result)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
@@ -289,13 +331,12 @@ def judgement(one: Mapping[str, Any], kl_weight: float, frontier: Frontier) -> d
     }
 
 
-def chosen_rate(
-    name: str, contestant: Contestant, kl_weight: float, runs: Runs, *, make: bool
-) -> float | None:
+def chosen_rate(name: str, kl_weight: float, runs: Runs, *, make: bool) -> float | None:
     """The rate of the sweep whose run has the best share; None if some are not made."""
     scores = dict[float, float]()
-    for rate in contestant.rates:
-        one = runs.get(name, contestant.entry, kl_weight, rate, SEED, make=make)
+    calls = runs.setting.options.sweep_calls
+    for rate in contestants()[name].rates:
+        one = runs.get(name, kl_weight, rate, SEED, make=make, calls=calls)
         if one is None:
             return None
         worth = judgement(one, kl_weight, runs.setting.frontier)["share"]
@@ -344,12 +385,11 @@ def table(options: Options, runs: Runs) -> list[dict[str, Any]]:
             names = [one["method"] for one in first[: options.best]]
         for name in names:
             make = name in may and not options.table_only
-            contestant = everyone[name]
-            rate = chosen_rate(name, contestant, options.kl_weights[0], runs, make=make)
+            rate = chosen_rate(name, options.kl_weights[0], runs, make=make)
             if rate is None:
                 continue
             results = [
-                runs.get(name, contestant.entry, kl_weight, rate, seed, make=make)
+                runs.get(name, kl_weight, rate, seed, make=make, calls=options.calls)
                 for seed in range(options.seeds)
             ]
             done = [one for one in results if one is not None]
