@@ -36,7 +36,8 @@ diffusion_envs.cifar10.pictures
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
 diffusion_envs.rewards.classifier diffusion_envs.rewards
 diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
-diffusion_envs.models.noise_table diffusion_envs.models.stable_diffusion_pipeline
+diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
+diffusion_envs.models.stable_diffusion_pipeline
 diffusion_envs.models.text_to_image_unet diffusion_envs.models.unconditional_unet
 diffusion_envs.models.exact diffusion_envs.models
 diffusion_envs.rollout diffusion_envs.environment
