@@ -191,6 +191,7 @@ def methods() -> dict[str, Entry]:
         # preferences
         "d3po": Entry(lambda b: o.D3PO(), aims=False),
         "dense-reward": Entry(lambda b: o.DenseReward(members=4), aims=False),
+        "diffusion-dpo": Entry(lambda b: o.DiffusionDPO(beta=b), aims=False),
         # the reward's derivative
         "refl": Entry(lambda b: o.ReFL(enough=10.0, scale=1.0), aims=False),
         "draft-1": Entry(lambda b: o.DRaFT(last=1), aims=False),
@@ -201,6 +202,8 @@ def methods() -> dict[str, Entry]:
         # a value's derivative
         "dxmi": Entry(lambda b: o.DxMI(), aims=False),
         "dxmi-continuous": Entry(lambda b: o.ContinuousDxMI(), aims=False),
+        # the pretrained model's paths
+        "tilted-regression": Entry(lambda b: o.TiltedRegression(kl_weight=b), aims=False),  # chain
         # data
         "nft": Entry(lambda b: o.DiffusionNFT(), aims=False),
         "ram": Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b), aims=False),

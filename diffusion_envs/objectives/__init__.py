@@ -1,9 +1,13 @@
 """One file per method: a frozen dataclass of hyperparameters, its advantages and its loss."""
 
-from diffusion_envs.objectives.adjoint_matching import AdjointMatching
+from diffusion_envs.objectives.adjoint_matching import (
+    AdjointMatching,
+    ZerothOrderAdjointMatching,
+)
 from diffusion_envs.objectives.d3po import D3PO
 from diffusion_envs.objectives.ddpo import DDPO, DDPOScoreFunction
 from diffusion_envs.objectives.dense_reward import DenseReward
+from diffusion_envs.objectives.diffusion_dpo import DiffusionDPO
 from diffusion_envs.objectives.distributional import DistributionalOptimisation, NearTarget
 from diffusion_envs.objectives.dpok import DPOK
 from diffusion_envs.objectives.dxmi import ContinuousDxMI, ContinuousDxMIReleased, DxMI
@@ -29,6 +33,7 @@ from diffusion_envs.objectives.score_as_action import (
     ScoreAsActionSampled,
 )
 from diffusion_envs.objectives.tdpo import TDPO, TDPOReset
+from diffusion_envs.objectives.tilted_regression import TiltedRegression
 from diffusion_envs.rollout import Rollout
 
 __all__ = [
@@ -48,6 +53,7 @@ __all__ = [
     "DDPOScoreFunction",
     "DRaFT",
     "DenseReward",
+    "DiffusionDPO",
     "DiffusionNFT",
     "DistributionalOptimisation",
     "DxMI",
@@ -67,4 +73,6 @@ __all__ = [
     "ScoreAsActionReleased",
     "ScoreAsActionSampled",
     "TDPOReset",
+    "TiltedRegression",
+    "ZerothOrderAdjointMatching",
 ]

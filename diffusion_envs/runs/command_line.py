@@ -56,6 +56,7 @@ JUDGES_OF = {  # where none is named
 }
 OBJECTIVES = {
     "adjoint-matching": objectives.AdjointMatching,
+    "adjoint-matching-zeroth-order": objectives.ZerothOrderAdjointMatching,
     "dxmi-continuous-released": objectives.ContinuousDxMIReleased,
     "dxmi-continuous": objectives.ContinuousDxMI,
     "dxmi": objectives.DxMI,
@@ -67,6 +68,7 @@ OBJECTIVES = {
     "refl": objectives.ReFL,
     "dense-reward": objectives.DenseReward,
     "d3po": objectives.D3PO,
+    "diffusion-dpo": objectives.DiffusionDPO,
     "ddpo": objectives.DDPO,
     "ddpo-sf": objectives.DDPOScoreFunction,
     "distributional": objectives.DistributionalOptimisation,
@@ -79,6 +81,7 @@ OBJECTIVES = {
     "tdpo-r": objectives.TDPOReset,
     "nft": objectives.DiffusionNFT,
     "ram": objectives.ReinforceAdjointMatching,
+    "tilted-regression": objectives.TiltedRegression,
     "score-as-action": objectives.ScoreAsAction,
     "score-as-action-sampled": objectives.ScoreAsActionSampled,
     "score-as-action-released": objectives.ScoreAsActionReleased,
