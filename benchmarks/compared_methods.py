@@ -110,6 +110,7 @@ PROBLEMS: dict[str, Callable[[], Any]] = {
 }
 
 
+TWICE = (("minibatches", 2),)  # optimiser steps; at the first alone no trust region acts
 ACCURATE = Scheduler("DPMSolverMultistepScheduler")  # what learns from data inherits its error
 
 
@@ -179,6 +180,12 @@ def methods() -> dict[str, Entry]:
         ),
         "dpok (path KL)": Entry(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, path_kl=True)),
         "grpo": Entry(lambda b: o.GRPO(kl_weight=b), aims=False),  # in units of the reward's std
+        "pcpo": Entry(lambda b: o.PCPO(kl_weight=b), aims=False),
+        "flow-dppo": Entry(lambda b: o.FlowDPPO(kl_weight=b), size=TWICE, aims=False),
+        "flow-dppo (per path)": Entry(
+            lambda b: o.FlowDPPO(kl_weight=b, per_path=True), size=TWICE, aims=False
+        ),
+        "grpo-guard": Entry(lambda b: o.GRPOGuard(kl_weight=b), size=TWICE, aims=False),
         "tdpo": Entry(lambda b: o.TDPO(), aims=False),
         "tdpo-r": Entry(lambda b: o.TDPOReset(), aims=False),
         # preferences

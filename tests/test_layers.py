@@ -26,7 +26,7 @@ ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents
 ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents
 ctrl.gym ctrl.plots ctrl
 diffusion_envs
-diffusion_envs.noise_schedules diffusion_envs.denoising
+diffusion_envs.noise_schedules diffusion_envs.frontier diffusion_envs.denoising
 diffusion_envs.samplers.gaussian_steps diffusion_envs.samplers.flow_sde
 diffusion_envs.samplers.ddim diffusion_envs.samplers.few_steps
 diffusion_envs.samplers.diffusers_scheduler
@@ -46,6 +46,8 @@ diffusion_envs.objectives.last_steps
 diffusion_envs.objectives.adjoint_matching diffusion_envs.objectives.ram
 diffusion_envs.objectives.score_as_action diffusion_envs.objectives.ddpo
 diffusion_envs.objectives.dpok diffusion_envs.objectives.grpo diffusion_envs.objectives.tdpo
+diffusion_envs.objectives.pcpo diffusion_envs.objectives.flow_dppo
+diffusion_envs.objectives.grpo_guard
 diffusion_envs.objectives.d3po diffusion_envs.objectives.dense_reward
 diffusion_envs.objectives.nft diffusion_envs.objectives.distributional
 diffusion_envs.objectives.tilted_regression diffusion_envs.objectives.diffusion_dpo
@@ -55,6 +57,9 @@ diffusion_envs.objectives
 diffusion_envs.training.update_size diffusion_envs.training.parallel
 diffusion_envs.training.kl_controller diffusion_envs.training.value_network
 diffusion_envs.training.critic diffusion_envs.training.energy
+diffusion_envs.training.path_metric
+diffusion_envs.training.optimisers.protocol diffusion_envs.training.optimisers.adamw
+diffusion_envs.training.optimisers.natural_gradient diffusion_envs.training.optimisers
 diffusion_envs.training.requirements diffusion_envs.training.trainer
 diffusion_envs.training
 diffusion_envs.exact.gaussian diffusion_envs.exact.linear_policy

@@ -1,6 +1,9 @@
 """One file per method: a frozen dataclass of hyperparameters, its advantages and its loss."""
 
-from diffusion_envs.objectives.adjoint_matching import AdjointMatching
+from diffusion_envs.objectives.adjoint_matching import (
+    AdjointMatching,
+    ZerothOrderAdjointMatching,
+)
 from diffusion_envs.objectives.d3po import D3PO
 from diffusion_envs.objectives.ddpo import DDPO, DDPOScoreFunction
 from diffusion_envs.objectives.dense_reward import DenseReward
@@ -13,11 +16,14 @@ from diffusion_envs.objectives.dxmi_from_data import (
     ContinuousDxMIReleasedFromData,
     DxMIFromData,
 )
+from diffusion_envs.objectives.flow_dppo import FlowDPPO
 from diffusion_envs.objectives.grpo import GRPO
+from diffusion_envs.objectives.grpo_guard import GRPOGuard
 from diffusion_envs.objectives.last_steps import BackpropObjective
 from diffusion_envs.objectives.nft import DiffusionNFT
 from diffusion_envs.objectives.noised_data import NoisedObjective, NoisedRows
 from diffusion_envs.objectives.path_steps import PathObjective, Rows
+from diffusion_envs.objectives.pcpo import PCPO
 from diffusion_envs.objectives.protocol import Objective
 from diffusion_envs.objectives.ram import ReinforceAdjointMatching
 from diffusion_envs.objectives.reward_backpropagation import AlignProp, DRaFT, ReFL
@@ -35,6 +41,7 @@ __all__ = [
     "DDPO",
     "DPOK",
     "GRPO",
+    "PCPO",
     "TDPO",
     "AdjointMatching",
     "AlignProp",
@@ -51,6 +58,8 @@ __all__ = [
     "DistributionalOptimisation",
     "DxMI",
     "DxMIFromData",
+    "FlowDPPO",
+    "GRPOGuard",
     "NearTarget",
     "NoisedObjective",
     "NoisedRows",
@@ -65,4 +74,5 @@ __all__ = [
     "ScoreAsActionSampled",
     "TDPOReset",
     "TiltedRegression",
+    "ZerothOrderAdjointMatching",
 ]

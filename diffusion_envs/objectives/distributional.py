@@ -114,6 +114,11 @@ class DistributionalOptimisation(NoisedObjective):
             )
 
     @property
+    def reward_per_nat(self) -> float | None:
+        """``kl_weight``, where the utility is the mean reward."""
+        return self.kl_weight if self.first_variation is mean_reward else None
+
+    @property
     def on_policy(self) -> bool:
         """No: data are the pretrained model's."""
         return False

@@ -88,12 +88,13 @@ class PathObjective(Objective):
         """Standard deviation of the drawn score at a noise level; 0 if it is not drawn."""
         return torch.zeros_like(sigma)
 
-    def targets(self, rollout: Rollout, model: Any) -> Tensor | None:
+    def targets(self, rollout: Rollout, model: Any, generator: Generator) -> Tensor | None:
         """What the scores of each step are matched with, of some paths; None if with nothing.
 
         Args:
             rollout: these paths.
             model: the environment.
+            generator: of what is drawn for them, on the CPU.
         """
         return None
 
@@ -161,7 +162,7 @@ class PathLosses:
         self.values, self.train_steps, self.batch = update.values, update.train_steps, update.batch
         self.sampler = update.environment.steps
         self.usual_moves = update.usual_moves
-        self.targets = self._targets()
+        self.targets = self._targets(update.stream("targets"))
         self.advantages = update.advantages(objective.advantages)
         # sent once, not for every row
         self._sent = None if self.sampler.parameters else self._tables()
@@ -177,12 +178,13 @@ class PathLosses:
         tables = torch.stack([self.sampler.gain, self.sampler.std])
         return as_like(tables, self.rollout.means)
 
-    def _targets(self) -> Float[Tensor, "paths steps *event"] | None:
+    def _targets(self, generator: Generator) -> Float[Tensor, "paths steps *event"] | None:
         """The objective's, for as many paths at once as fit into memory."""
         parts: list[Tensor] = []
         for some in torch.arange(len(self.rollout.rewards)).split(self.batch):
             with torch.no_grad():
-                part = self.objective.targets(self.rollout.chosen(some), self.environment)
+                chosen = self.rollout.chosen(some)
+                part = self.objective.targets(chosen, self.environment, generator)
             if part is None:
                 return None
             parts.append(part)

@@ -132,6 +132,15 @@ class Objective(ABC):
         return False
 
     @property
+    def reward_per_nat(self) -> float | None:
+        """b of the J = E[reward] - b KL that is to be large; None where there is no such J.
+
+        A weight in other units (standard deviations of the reward, squares of predicted noise, a
+        learned energy) is none.
+        """
+        return None if self.needs_data else self.cost_weight or None
+
+    @property
     def cost_weight(self) -> float:
         """Reward per nat that the value function is charged along a path."""
         return 0.0

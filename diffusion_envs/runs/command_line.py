@@ -56,6 +56,7 @@ JUDGES_OF = {  # where none is named
 }
 OBJECTIVES = {
     "adjoint-matching": objectives.AdjointMatching,
+    "adjoint-matching-zeroth-order": objectives.ZerothOrderAdjointMatching,
     "dxmi-continuous-released": objectives.ContinuousDxMIReleased,
     "dxmi-continuous": objectives.ContinuousDxMI,
     "dxmi": objectives.DxMI,
@@ -73,6 +74,9 @@ OBJECTIVES = {
     "distributional": objectives.DistributionalOptimisation,
     "dpok": objectives.DPOK,
     "grpo": objectives.GRPO,
+    "grpo-guard": objectives.GRPOGuard,
+    "flow-dppo": objectives.FlowDPPO,
+    "pcpo": objectives.PCPO,
     "tdpo": objectives.TDPO,
     "tdpo-r": objectives.TDPOReset,
     "nft": objectives.DiffusionNFT,

@@ -30,10 +30,14 @@ from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import kl_controller, parallel
 from diffusion_envs.training.critic import Critic, NonFiniteError
 from diffusion_envs.training.energy import EnergyCritic, TrainingData
+from diffusion_envs.training.optimisers import AdamW, Optimiser
+from diffusion_envs.training.path_metric import PathMetric
 from diffusion_envs.training.requirements import require_fit
 from diffusion_envs.training.update_size import UpdateSize
 
 __all__ = ["NonFiniteError", "PreflightError", "Trainer"]
+
+_ADAMW = AdamW()
 
 
 class Trainer:
@@ -48,6 +52,7 @@ class Trainer:
         preference: who prefers which sample, for objectives that learn from preferences.
         data: what samples should look like, for objectives that learn the reward from it.
         target_kl: changes the objective's kl_weight after every update.
+        optimiser: how a gradient becomes a step of the adapter.
         log_path_kl: report the path KL of every roll-out also where no method needs it, at the
             price of a network call a step.
     """
@@ -64,6 +69,7 @@ class Trainer:
         data: TrainingData | None = None,
         target_kl: kl_controller.TargetKL | None = None,
         log_path_kl: bool = False,
+        optimiser: Optimiser = _ADAMW,
     ) -> None:
         processes = accelerator.num_processes
         require_fit(environment, objective, size, processes, target_kl, preference, data)
@@ -78,7 +84,9 @@ class Trainer:
         kinds: list[dict[str, Any]] = [{"params": environment.model.parameters}]
         if learned:
             kinds.append({"params": learned, "lr": std_rate, "weight_decay": 0.0})
-        self.optimiser = torch.optim.AdamW(kinds, lr=rate, weight_decay=size.weight_decay)
+        self.optimiser = optimiser.start(
+            kinds, rate=rate, weight_decay=size.weight_decay, environment=environment
+        )
         self.critic: Critic | EnergyCritic | None = None
         if data is not None:
             self.critic = EnergyCritic(environment, objective, size, accelerator, stream_name, data)
@@ -241,7 +249,8 @@ class Trainer:
 
     def _improve_adapter(self, losses: Losses, rollout: Rollout) -> dict[str, float]:
         size, groups = self.size, len(rollout.rewards) // rollout.group
-        norm = 0.0
+        most = size.max_gradient_norm if self.optimiser.clips else math.inf
+        norm, stepped = 0.0, dict[str, float]()
         for epoch in range(size.epochs):
             shuffle = stream(
                 self.environment.seed,
@@ -252,21 +261,37 @@ class Trainer:
                 self.accelerator.process_index,
             )
             order = torch.randperm(groups, generator=shuffle)
-            for part in order.chunk(size.minibatches):
+            for k, part in enumerate(order.chunk(size.minibatches)):
                 self.optimiser.zero_grad(set_to_none=True)
                 for loss in losses.losses(part, shuffle):
                     loss.backward()
                 parallel.average_gradients(self.parameters, self.accelerator)
-                norm = nn.utils.clip_grad_norm_(self.parameters, size.max_gradient_norm).item()
+                norm = nn.utils.clip_grad_norm_(self.parameters, most).item()
                 if not math.isfinite(norm):
                     raise NonFiniteError(
                         f"the gradient's norm is {norm} at update {self.update + 1}; no "
                         "weight was changed. Lower learning_rate or guidance, or use float32"
                     )
-                self.optimiser.step()
+                stepped = self.optimiser.step(self._metric(rollout, epoch, k))
         for group in self.optimiser.param_groups:
             group["lr"] *= self.objective.decay
-        return {**losses.numbers(), "gradient_norm": norm}
+        return {**losses.numbers(), "gradient_norm": norm, **stepped}
+
+    def _metric(self, rollout: Rollout, epoch: int, k: int) -> Callable[[str, float], PathMetric]:
+        """(what for, share of the rows) -> the metric of path laws on this roll-out's states."""
+
+        def metric(what: str, share: float) -> PathMetric:
+            return PathMetric.of(
+                self.environment,
+                self.parameters,
+                rollout,
+                share=share,
+                generator=self._generator("metric", what, epoch, k),
+                batch=self.size.batch,
+                accelerator=self.accelerator,
+            )
+
+        return metric
 
     def _over_all(self, function: Callable[[Rollout], Tensor], rollout: Rollout) -> Tensor:
         """A function of the whole roll-out, that of all processes; this process's rows of it."""

@@ -38,7 +38,10 @@ from verification.claims.training_loop import Process
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers deprecates freely
 
 PROBLEM, STEPS, SAMPLES = GaussianProblem(), 2, 4
-SETTINGS = {"grpo": {"group": 2}, "draft": {"last": 2}, "dense-reward": {"members": 2}}
+SETTINGS = {name: {"group": 2} for name in ("grpo", "grpo-guard", "flow-dppo", "pcpo")} | {
+    "draft": {"last": 2},
+    "dense-reward": {"members": 2},
+}
 CHARGED = {name: {"kl_weight": 0.1} for name in ("draft", "align-prop", "dxmi", "dxmi-continuous")}
 VARIANTS = [
     *[(name, SETTINGS.get(name, {})) for name in OBJECTIVES],
@@ -47,6 +50,7 @@ VARIANTS = [
     ("dpok", {"path_kl": True}),
     ("diffusion-dpo", {"beta": 0.5, "online": True}),
     ("ram", {"path_cost": True}),
+    ("flow-dppo", {"group": 2, "per_path": True}),
     ("adjoint-matching", {"path_kl": True}),
 ]
 FROM_PRETRAINED = (DistributionalOptimisation, TiltedRegression)  # roll-outs of no own policy
