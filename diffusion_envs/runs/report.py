@@ -306,9 +306,9 @@ def _frontier(
     summary: Mapping[str, Any] | None,
 ) -> str:
     """How near the run came to the best that any policy can have at its KL."""
-    told = (summary or {}).get("frontier")
-    if told is None:
+    if summary is None or "frontier" not in summary:
         return ""
+    told = summary["frontier"]
     words = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in told["sentences"])
     if told["fault"] is not None:
         words = f'<p class="bad">{html.escape(told["fault"])}</p>{words}'

@@ -386,5 +386,7 @@ def _share(part: Estimate, whole: Estimate) -> Interval | None:
 
 def percent(share: Interval) -> str:
     """A share in per cent, with its interval."""
+    if share.high < 0:
+        return "none (it has lost)"
     mean, low, high = (100 * value for value in (share.mean, share.low, share.high))
     return f"{mean:.0f} % ({low:.0f} to {high:.0f} %)"
