@@ -326,8 +326,9 @@ def _frontier(
             run.append((told["kl"]["chain_kl"], told["reward"]))
         alt = "The most reward that a policy can have against KL, and the run's evaluations"
         caption = (
-            f"From {drawn['samples']} samples of the pretrained model, {drawn['prompts']} prompts; "
-            "bands and bars are 95 % intervals. The run's KL is that of the chain that was sampled."
+            f"From {drawn['samples']} samples of the pretrained model, of {drawn['prompts']} "
+            f"prompt{'' if drawn['prompts'] == 1 else 's'}; bands and bars are 95 % intervals. The "
+            "run's KL is that of the chain that was sampled."
         )
         figure = _figure(
             plots.frontier(drawn["curve"], run, "reward", exported), "svg+xml", alt, caption

@@ -301,7 +301,7 @@ def test_a_run_reports_it_and_a_finished_one_is_resumed_with_more_samples(tmp_pa
     assert list(run.frontier.sentences) == told["sentences"]
     page = run.report.read_text()
     assert "Reward against KL" in page
-    assert "From 46 samples of the pretrained model, 1 prompts" in page
+    assert "From 46 samples of the pretrained model, of 1 prompt;" in page
     told["fault"] = "Fault: the run's reward is <above> the best"
     summary = json.loads((folder / "summary.json").read_text()) | {"frontier": told}
     (folder / "summary.json").write_text(json.dumps(summary))
