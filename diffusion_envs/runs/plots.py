@@ -70,9 +70,10 @@ def _frontier(
     figure, axes = _axes("KL from the pretrained model (nats)", up, size=(6.4, 3.9))
     known = [point for point in curve if point["known"]]
     unknown = curve[max(0, len(known) - 1) :]  # from the last known one on
-    _best(axes, known, _BLUE, "-", "the most that a policy can have")
+    if known:
+        _best(axes, known, _BLUE, "-", "the most that a policy can have")
     if len(unknown) > 1 or not known:
-        _best(axes, unknown, "#777777", "--", "unknown: too few effective samples")
+        _best(axes, unknown, "#777777", "--", "unknown: what too few samples show of it")
     nats, reward = ([pair[k]["mean"] for pair in run] for k in (0, 1))
     colour = _COLOURS[1]
     axes.plot(nats, reward, color=colour, linewidth=1.4, marker=".", label="this run")
@@ -86,6 +87,9 @@ def _frontier(
     # the band of the unknown part may reach far beyond everything else
     ends = [point["reward"][end] for point in known for end in ("low", "high")]
     seen = [*ends, *(point["reward"]["mean"] for point in unknown), *reward]
+    if finished:
+        half = _half_width(run[-1][1])
+        seen += [reward[-1] - half, reward[-1] + half]
     margin = 0.08 * (max(seen) - min(seen)) or 1.0
     axes.set_ylim(min(seen) - margin, max(seen) + margin)
     figure.legend(loc="outside upper left", frameon=False, ncols=2, fontsize="small")

@@ -245,7 +245,7 @@ class _Run:
         last = known[-1].kl.mean
         if self.frontier.flat or nats <= last:
             return tuple(known)
-        steps = [last + (nats - last) * (k / _BEYOND) for k in range(1, _BEYOND + 1)]
+        steps = [last + (nats - last) * (k / _BEYOND) ** 2 for k in range(1, _BEYOND + 1)]
         return (*known, *(self.frontier.at_kl(step) for step in steps))
 
     # -- shares -----------------------------------------------------------------------------------
