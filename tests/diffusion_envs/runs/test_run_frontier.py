@@ -1,6 +1,5 @@
 """A run beside its frontier: numbers by hand, a planted fault, resuming, and what is not known."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from diffusion_envs.environment import Environment
 from diffusion_envs.exact import GaussianProblem, table
 from diffusion_envs.frontier import Frontier
 from diffusion_envs.models.exact import legendre
+from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import ScoreAsAction
 from diffusion_envs.runs.evaluation import Evaluation, evaluate
 from diffusion_envs.runs.finetune import finetune
@@ -38,12 +38,12 @@ def evaluation(
     values: Tensor, nats: Tensor | None = None, prompts: Sequence[str] = PROMPTS
 ) -> Evaluation:
     n = len(values)
-    nats = torch.zeros(n) if nats is None else nats
+    paid = torch.zeros(n) if nats is None else nats
     return Evaluation(
         rewards=values,
         judged={},
-        path_kl=0.8 * nats,
-        chain_kl=nats,
+        path_kl=0.8 * paid,
+        chain_kl=paid,
         images=torch.zeros(n, 3, 2, 2),
         prompts=[prompts[i % len(prompts)] for i in range(n)],
     )
@@ -321,8 +321,9 @@ def test_frontier_samples_may_be_other_ones_on_resuming():
 
 
 def test_samples_of_the_pretrained_model_need_its_sampler(environment, tmp_path):
-    sampler = dataclasses.replace(samplers.QuadraticVariances(), learned_std=True)
-    environment.sampler = sampler.bind(table(), 10)
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    learned = samplers.QuadraticVariances(learned_std=True)
+    environment.sampler = learned.bind(DDPMTable((1 - betas).cumprod(0)), 10)
     seen = compare(
         environment,
         evaluation(torch.zeros(9)),
