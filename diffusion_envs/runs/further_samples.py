@@ -46,11 +46,13 @@ def further_rewards(
             model's any more.
     """
     require_pretrained_sampler(environment, samples)
+    if not samples:
+        return torch.zeros(0)
     kept = _read(environment, path, batch)
     rewards, images = ([], []) if kept is None else ([kept["rewards"]], [kept["images"]])
     done = sum(len(part) for part in rewards)
     if done >= samples:
-        return torch.cat([*rewards, torch.zeros(0)])[:samples]
+        return torch.cat(rewards)[:samples]
     starts = range(done, samples, batch)
     with (
         not_counted(environment),

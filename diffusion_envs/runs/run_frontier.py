@@ -176,9 +176,10 @@ def frontier_of(
     least, rarest = min((count, k) for k, count in Counter(groups).items())
     if least < 2:
         words = f"prompt {prompts[rarest]!r} has one sample of the pretrained model only"
-        known = {"samples": len(values), "prompts": len(set(groups))}
-        needed = _needed(len(set(groups)), n, FEWEST_EFFECTIVE_SAMPLES)
-        return RunFrontier((f"There is no frontier: {words}; {needed}.",), **known)
+        asked = len(set(groups))
+        needed = _needed(asked, n, FEWEST_EFFECTIVE_SAMPLES)
+        sentence = f"There is no frontier: {words}; {needed}."
+        return RunFrontier((sentence,), samples=len(values), prompts=asked, kl_weight=kl_weight)
     run = _Run(Frontier(values, groups, generator=generator), before, after, held, least)
     return run.beside_the_frontier(len(values), kl_weight)
 
