@@ -26,7 +26,7 @@ ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents
 ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents
 ctrl.gym ctrl.plots ctrl
 diffusion_envs
-diffusion_envs.noise_schedules diffusion_envs.denoising
+diffusion_envs.noise_schedules diffusion_envs.frontier diffusion_envs.denoising
 diffusion_envs.samplers.gaussian_steps diffusion_envs.samplers.flow_sde
 diffusion_envs.samplers.ddim diffusion_envs.samplers.few_steps
 diffusion_envs.samplers.diffusers_scheduler
@@ -46,8 +46,11 @@ diffusion_envs.objectives.last_steps
 diffusion_envs.objectives.adjoint_matching diffusion_envs.objectives.ram
 diffusion_envs.objectives.score_as_action diffusion_envs.objectives.ddpo
 diffusion_envs.objectives.dpok diffusion_envs.objectives.grpo diffusion_envs.objectives.tdpo
+diffusion_envs.objectives.pcpo diffusion_envs.objectives.flow_dppo
+diffusion_envs.objectives.grpo_guard
 diffusion_envs.objectives.d3po diffusion_envs.objectives.dense_reward
 diffusion_envs.objectives.nft diffusion_envs.objectives.distributional
+diffusion_envs.objectives.tilted_regression diffusion_envs.objectives.diffusion_dpo
 diffusion_envs.objectives.reward_backpropagation diffusion_envs.objectives.dxmi
 diffusion_envs.objectives.dxmi_from_data
 diffusion_envs.objectives
