@@ -139,7 +139,7 @@ OF = "diffusion_envs.training.path_metric.PathMetric.of"
 PRODUCT = "diffusion_envs.training.path_metric.PathMetric.product"
 NATS = "diffusion_envs.training.path_metric.PathMetric.path_kl"
 DIRECTION = "diffusion_envs.training.optimisers.natural_gradient.natural_direction"
-TAKE = "diffusion_envs.training.optimisers.natural_gradient.take"
+TAKE = "diffusion_envs.training.optimisers.trust_region.TrustRegion.take"
 
 
 @claim(
@@ -191,10 +191,15 @@ TAKE = "diffusion_envs.training.optimisers.natural_gradient.take"
         wrong("directions not conjugate", DIRECTION, "residual + square / before * p", "residual"),
         wrong("ratio of residuals upside down", DIRECTION, "square / before", "before / square"),
         wrong("the gradient itself", DIRECTION, "return d, float", "return g, float"),
-        wrong("length without the root", TAKE, "math.sqrt(nats / along)", "nats / along"),
-        wrong("twice the nats", TAKE, "math.sqrt(nats / along)", "math.sqrt(2 * nats / along)"),
+        wrong("length without the root", TAKE, "math.sqrt(self.nats / along)", "self.nats / along"),
+        wrong(
+            "twice the nats",
+            TAKE,
+            "math.sqrt(self.nats / along)",
+            "math.sqrt(2 * self.nats / along)",
+        ),
         wrong("uphill", TAKE, "parameter.sub_", "parameter.add_"),
-        wrong("rate as the least length", TAKE, "min(length, math.inf if", "max(length, 0.0 if"),
+        wrong("rate as the least length", TAKE, "min(edge, math.inf if", "max(edge, 0.0 if"),
         wrong(
             "reported KL to first order in the length", TAKE, "length**2 * along", "length * along"
         ),
