@@ -60,7 +60,11 @@ diffusion_envs.training.kl_controller diffusion_envs.training.value_network
 diffusion_envs.training.critic diffusion_envs.training.energy
 diffusion_envs.training.path_metric
 diffusion_envs.training.optimisers.protocol diffusion_envs.training.optimisers.adamw
-diffusion_envs.training.optimisers.natural_gradient diffusion_envs.training.optimisers
+diffusion_envs.training.optimisers.running_mean diffusion_envs.training.optimisers.trust_region
+diffusion_envs.training.optimisers.natural_gradient
+diffusion_envs.training.optimisers.diagonal_metric
+diffusion_envs.training.optimisers.bounded_adamw diffusion_envs.training.optimisers.scaled_lora
+diffusion_envs.training.optimisers
 diffusion_envs.training.requirements diffusion_envs.training.trainer
 diffusion_envs.training
 diffusion_envs.exact.gaussian diffusion_envs.exact.linear_policy

@@ -31,6 +31,7 @@ from diffusion_envs.runs.settings import describe
 from diffusion_envs.runs.summary import Run, summarise
 from diffusion_envs.runs.tracking import Tracker, require_wandb
 from diffusion_envs.training import parallel
+from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.requirements import require_inputs
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
@@ -59,6 +60,7 @@ def finetune(
     prompts: Iterable[str] | Path,
     output: str | Path,
     objective: Objective | None = None,
+    optimiser: Optimiser | None = None,
     sampler: samplers.Sampler | None = None,
     steps: int = 20,
     updates: int = 50,
@@ -78,6 +80,7 @@ def finetune(
         prompts: what to ask for, or a file of it; samples take them in turn.
         output: folder of the run (``docs/run_folder.md`` says what is in it).
         objective: the method; ``ScoreAsAction()`` if left out.
+        optimiser: how a gradient becomes a step; ``AdamW()`` if left out.
         sampler: how images are made; ``DDIM(eta=1.0)`` if left out. Objectives that learn from data
             (DiffusionNFT, ReinforceAdjointMatching, DistributionalOptimisation) take any,
             ``Scheduler("DPMSolverMultistepScheduler")`` for one.
@@ -111,6 +114,8 @@ def finetune(
         if name not in ("output", "resume")
     }
     _check(reward, objective, sampler, steps, updates, options)
+    if optimiser is not None and not isinstance(optimiser, Optimiser):
+        raise TypeError(f"optimiser must be an optimiser, got {optimiser!r}")
     with interruptible() as interruption, ExitStack() as stack:
         accelerator = parallel.start(None if model.device is None else str(model.device))
         main = accelerator.is_main_process
@@ -135,6 +140,7 @@ def finetune(
             data=options.data,
             target_kl=options.target_kl,
             log_path_kl=options.log_path_kl,
+            optimiser=optimiser or AdamW(),
         )
         folder = Path(output).expanduser()
         if main:
@@ -174,7 +180,8 @@ def finetune(
                 trainer.load_state(checkpoint.load(folder / "best" / f"step-{best:06d}").state)
         before, after, metrics = evaluations.last(finished=reason is None)
         learned = environment.sampler.parameters
-        exported = export(model, folder, trainer.update, learned) if main else folder
+        with trainer.averaged():
+            exported = export(model, folder, trainer.update, learned) if main else folder
         frontier = None
         if main:
             frontier = compare(

@@ -87,6 +87,7 @@ class PathMetric:
         step: of each row.
         condition: index of each row's prompt.
         weight: of each row: c_k times the steps of a path, over the rows; float64.
+        generator: of random vectors.
         batch: rows that go through the network at once.
         accelerator: the processes, over which products are averaged.
     """
@@ -97,6 +98,7 @@ class PathMetric:
     step: Int64[Tensor, " rows"]
     condition: Int64[Tensor, " rows"]
     weight: Float[Tensor, " rows"]
+    generator: Generator
     batch: int
     accelerator: Accelerator
 
@@ -129,6 +131,7 @@ class PathMetric:
             step,
             rollout.condition[sent(path, rollout.condition.device)],
             environment.steps.path_kl_gain[step] * (steps / rows),
+            generator,
             batch,
             accelerator,
         )
@@ -152,22 +155,21 @@ class PathMetric:
                 total += 0.5 * (pushed * self._weighted(rows, pushed)).sum()
         return parallel.average(total, self.accelerator).item()
 
-    def diagonal(self, generator: Generator, draws: int) -> Float[Tensor, " parameters"]:
+    def diagonal(self, vectors: int) -> Float[Tensor, " parameters"]:
         """Unbiased estimate of F's diagonal: squares of J'xi, xi ~ N(0, c_k) in every coordinate.
 
-        Each row is drawn for once: a network call a row. The more ``draws`` the rows are split
-        into, the less noise: each adds one square, of 2 degrees of freedom's relative variance.
+        Each row is drawn for once, so that this is one network call a row. Rows are split into
+        ``vectors`` parts, of which each makes one square: the more, the less noise.
         """
         rows = torch.arange(len(self.step))
         total: Tensor | float = 0.0
-        for part in rows.chunk(min(draws, len(rows))):
-            xi = self._noise(part, generator)
+        for part in rows.chunk(min(vectors, len(rows))):
             pulled: Tensor | float = 0.0
-            for some, noise in zip(part.split(self.batch), xi.split(self.batch), strict=True):
+            for some in part.split(self.batch):
                 with torch.enable_grad():
                     actions = self._actions(some)
                 gradients = torch.autograd.grad(
-                    actions, self.parameters, noise, materialize_grads=True
+                    actions, self.parameters, self._noise(some), materialize_grads=True
                 )
                 pulled = pulled + flattened(gradients)
             assert isinstance(pulled, Tensor)
@@ -227,9 +229,9 @@ class PathMetric:
         weight = as_like(self.weight[rows], actions)
         return weight.view(-1, *[1] * (actions.ndim - 1)) * actions
 
-    def _noise(self, rows: Tensor, generator: Generator) -> Tensor:
+    def _noise(self, rows: Tensor) -> Tensor:
         """xi ~ N(0, weight) of every coordinate."""
-        drawn = torch.randn(len(rows), *self.states.shape[1:], generator=generator)
+        drawn = torch.randn(len(rows), *self.states.shape[1:], generator=self.generator)
         root = self.weight[rows].sqrt().view(-1, *[1] * (drawn.ndim - 1))
         return as_like(root * drawn, self.states)
 

@@ -80,6 +80,7 @@ class Trainer:
         learned = environment.sampler.parameters  # of the sampler
         self.parameters = [*environment.model.parameters, *learned]
         self.old = [p.detach().clone() for p in self.parameters]  # of the policy that samples
+        self.mean = [old.clone() for old in self.old] if size.average else []  # over updates
         rate, std_rate = objective.rates
         kinds: list[dict[str, Any]] = [{"params": environment.model.parameters}]
         if learned:
@@ -104,6 +105,7 @@ class Trainer:
         return {
             "adapter": [p.detach() for p in self.parameters],
             "old": self.old,
+            "mean": self.mean,
             "optimiser": self.optimiser.state_dict(),
             "critic": None if self.critic is None else self.critic.state(),
             "update": self.update,
@@ -124,6 +126,7 @@ class Trainer:
             raise ValueError(f"the checkpoint's adapter has shapes {stored}, this model's {shapes}")
         self._set(self.parameters, state["adapter"])
         self._set(self.old, state["old"])
+        self._set(self.mean, state.get("mean", []))  # checkpoints of before have none
         self.optimiser.load_state_dict(state["optimiser"])
         if self.critic is not None:
             self.critic.load_state(state["critic"])
@@ -165,6 +168,7 @@ class Trainer:
         if critic is not None and not critic.learns_first:
             numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
         self._keep_old()
+        self._keep_mean()
         self.update += 1
         return self._measured(sample.rollout, numbers)
 
@@ -328,8 +332,26 @@ class Trainer:
         if not self._lags:
             yield
             return
+        with self._holding(self.old):
+            yield
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the adapter is the running mean of ``size.average``, if there is one.
+
+        For evaluation and export: what ``state`` returned here would hold the mean as what trains.
+        """
+        if not self.mean:
+            yield
+            return
+        with self._holding(self.mean):
+            yield
+
+    @contextmanager
+    def _holding(self, values: list[Tensor]) -> Iterator[None]:
+        """Within this context the parameters are these."""
         current = [p.detach().clone() for p in self.parameters]
-        self._set(self.parameters, self.old)
+        self._set(self.parameters, values)
         try:
             yield
         finally:
@@ -341,6 +363,15 @@ class Trainer:
         with torch.no_grad():
             for old, parameter in zip(self.old, self.parameters, strict=True):
                 old.lerp_(parameter, 1 - decay)
+
+    def _keep_mean(self) -> None:
+        """The mean takes in the current weights: all updates count alike while they are few."""
+        if self.size.average is None:
+            return
+        share = 1 - min(self.size.average, self.update / (self.update + 1))
+        with torch.no_grad():
+            for mean, parameter in zip(self.mean, self.parameters, strict=True):
+                mean.lerp_(parameter, share)
 
     @staticmethod
     @torch.no_grad()

@@ -12,7 +12,6 @@ from functools import cached_property
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from ctrl.noise import stream
 from diffusion_envs.environment import Environment
@@ -140,7 +139,7 @@ OF = "diffusion_envs.training.path_metric.PathMetric.of"
 PRODUCT = "diffusion_envs.training.path_metric.PathMetric.product"
 NATS = "diffusion_envs.training.path_metric.PathMetric.path_kl"
 DIRECTION = "diffusion_envs.training.optimisers.natural_gradient.natural_direction"
-TAKE = "diffusion_envs.training.optimisers.natural_gradient.take"
+TAKE = "diffusion_envs.training.optimisers.trust_region.TrustRegion.take"
 
 
 @claim(
@@ -192,10 +191,15 @@ TAKE = "diffusion_envs.training.optimisers.natural_gradient.take"
         wrong("directions not conjugate", DIRECTION, "residual + square / before * p", "residual"),
         wrong("ratio of residuals upside down", DIRECTION, "square / before", "before / square"),
         wrong("the gradient itself", DIRECTION, "return d, float", "return g, float"),
-        wrong("length without the root", TAKE, "math.sqrt(nats / along)", "nats / along"),
-        wrong("twice the nats", TAKE, "math.sqrt(nats / along)", "math.sqrt(2 * nats / along)"),
+        wrong("length without the root", TAKE, "math.sqrt(self.nats / along)", "self.nats / along"),
+        wrong(
+            "twice the nats",
+            TAKE,
+            "math.sqrt(self.nats / along)",
+            "math.sqrt(2 * self.nats / along)",
+        ),
         wrong("uphill", TAKE, "parameter.sub_", "parameter.add_"),
-        wrong("rate as the least length", TAKE, "min(length, math.inf if", "max(length, 0.0 if"),
+        wrong("rate as the least length", TAKE, "min(edge, math.inf if", "max(edge, 0.0 if"),
         wrong(
             "reported KL to first order in the length", TAKE, "length**2 * along", "length * along"
         ),
@@ -209,67 +213,64 @@ TAKE = "diffusion_envs.training.optimisers.natural_gradient.take"
 )
 def natural_gradient(setting: Setting) -> Iterator[Check]:
     """Away from the pretrained model, with a quadratic reward; then from it, with a linear one."""
-    problem = GaussianProblem()
     size = TERMS * 6
-    case = Case(setting, problem, 0.15 * drawn(setting, "policy", size))
-    exact, metric = case.exact, case.metric("all", 1.0)
-    pieces = case.metric("pieces", 1.0, batch=5)
-    F = exact.fisher(case.theta)
-    units = rounding(4 * STEPS * 2, 2.0)
-    for k in range(2):
-        v = drawn(setting, f"direction {k}", size)
-        product = pieces.product(setting.tensor(v))
-        yield stated(expectation(f"F v, direction {k}", product, F @ v), units=units)
-    nats = metric.path_kl(setting.tensor(v))
-
-    def even(h: float) -> float:
-        there, back = (exact.path_kl(case.theta + s * v, case.theta).real for s in (h, -h))
-        return (there + back) / (2 * h**2)
-
-    fine, coarse = even(1e-3), even(2e-3)
-    yield limit("path KL of a small step, over its square", nats, (4 * fine - coarse) / 3)
-
-    g = case.slope
-    shift = DAMPING * (g @ F @ g) / (g @ g)
-    damped = F + shift * np.eye(size)
-    direction = directions(setting, metric, g)
-    yield expectation("direction", direction(MANY), np.linalg.solve(damped, g))
-    for few in (2, 4):
-        best = krylov_solution(damped, g, few)
-        yield expectation(f"direction of {few} products", direction(few), best)
-
-    errors, gains = [], []
-    lengths = (2e-2, 1e-2, 5e-3)
-    for h in lengths:
-        after, said = case.after(NaturalGradient(nats=h**2, damping=DAMPING, share=1.0))
-        errors.append(exact.path_kl(after, case.theta).real - h**2)
-        best, _ = case.after(NaturalGradient(nats=h**2, damping=0.0, iterations=MANY, share=1.0))
-        gains.append((case.performance(best) - case.performance(case.theta)) / h)
-    order = math.log2(abs(errors[1] / errors[2]))
-    curve = zip(lengths, errors, strict=True)
-    yield limit("path KL of a step less nats: third order", order, 3.0, curve=curve)
-    yield expectation("path KL that is predicted", said["step_path_kl"], lengths[-1] ** 2)
-    yield expectation("path KL on the old states", said["measured_step_path_kl"], lengths[-1] ** 2)
-    steepest = math.sqrt(2 * g @ np.linalg.pinv(F, rcond=1e-10) @ g)
-    rate = (8 * gains[2] - 6 * gains[1] + gains[0]) / 3
-    yield limit("J gained per root of the nats", rate, steepest)
-
+    case = Case(setting, GaussianProblem(), 0.15 * drawn(setting, "policy", size))
+    yield from _metric(case)
+    yield from _direction(case)
+    yield from _step(case)
     free = GaussianProblem(curvature=((0.0, 0.0), (0.0, 0.0)))
     fresh = Case(setting, free, np.zeros(size))
-    newton = NaturalGradient(
-        nats=1e3, rate=1 / free.kl_weight, damping=0.0, iterations=MANY, share=1.0
+    reached, _ = fresh.after(
+        NaturalGradient(nats=1e3, rate=1 / free.kl_weight, damping=0.0, iterations=MANY, share=1.0)
     )
-    reached, _ = fresh.after(newton)
     best = free.optimum(fresh.sampler).objective
     gap = best - fresh.performance(fresh.theta)
     yield expectation("J of Newton's step", fresh.performance(reached), best, scale=gap)
 
 
-def directions(setting: Setting, metric: PathMetric, g: np.ndarray):
-    """Iterations -> the direction."""
+def _metric(case: Case) -> Iterator[Check]:
+    exact, metric = case.exact, case.metric("pieces", 1.0, batch=5)
+    F = exact.fisher(case.theta)
+    one, other = (drawn(case.setting, f"direction {k}", exact.size) for k in range(2))
+    for k, v in enumerate((one, other)):
+        check = expectation(f"F v, direction {k}", metric.product(case.setting.tensor(v)), F @ v)
+        yield stated(check, units=rounding(4 * STEPS * 2, 2.0))
 
-    def direction(iterations: int) -> Tensor:
-        gradient = setting.tensor(g)
-        return natural_direction(metric.product, gradient, iterations, DAMPING)[0]
+    def even(h: float) -> float:
+        there, back = (exact.path_kl(case.theta + s * other, case.theta).real for s in (h, -h))
+        return (there + back) / (2 * h**2)
 
-    return direction
+    nats = case.metric("all", 1.0).path_kl(case.setting.tensor(other))
+    limiting = (4 * even(1e-3) - even(2e-3)) / 3
+    yield limit("path KL of a small step, over its square", nats, limiting)
+
+
+def _direction(case: Case) -> Iterator[Check]:
+    F, g, metric = case.exact.fisher(case.theta), case.slope, case.metric("all", 1.0)
+    damped = F + DAMPING * (g @ F @ g) / (g @ g) * np.eye(len(g))
+    gradient = case.setting.tensor(g)
+    for products in (2, 4):
+        direction, _ = natural_direction(metric.product, gradient, products, DAMPING)
+        best = krylov_solution(damped, g, products)
+        yield expectation(f"direction of {products} products", direction, best)
+    direction, _ = natural_direction(metric.product, gradient, MANY, DAMPING)
+    yield expectation("direction", direction, np.linalg.solve(damped, g))
+
+
+def _step(case: Case) -> Iterator[Check]:
+    """Steps of three lengths: each half as long as the one before."""
+    exact, g = case.exact, case.slope
+    lengths, errors, gains, said = (2e-2, 1e-2, 5e-3), list[float](), list[float](), {}
+    for h in lengths:
+        after, said = case.after(NaturalGradient(nats=h**2, damping=DAMPING, share=1.0))
+        errors.append(exact.path_kl(after, case.theta).real - h**2)
+        after, _ = case.after(NaturalGradient(nats=h**2, damping=0.0, iterations=MANY, share=1.0))
+        gains.append((case.performance(after) - case.performance(case.theta)) / h)
+    order = math.log2(abs(errors[1] / errors[2]))
+    curve = zip(lengths, errors, strict=True)
+    yield limit("path KL of a step less nats: third order", order, 3.0, curve=curve)
+    yield expectation("path KL that is predicted", said["step_path_kl"], lengths[-1] ** 2)
+    yield expectation("path KL on the old states", said["measured_step_path_kl"], lengths[-1] ** 2)
+    steepest = math.sqrt(2 * g @ np.linalg.pinv(exact.fisher(case.theta), rcond=1e-10) @ g)
+    rate = (8 * gains[2] - 6 * gains[1] + gains[0]) / 3
+    yield limit("J gained per root of the nats", rate, steepest)

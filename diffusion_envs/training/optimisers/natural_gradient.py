@@ -19,7 +19,6 @@ Sources      "Score as Action", arXiv 2502.01819, Theorem 4.4: J(new) >= L(new) 
              [K01] Kakade 2001, A natural policy gradient; [TRPO] Schulman et al. 2015, appendix C.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,32 +28,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_envs.environment import Environment
-from diffusion_envs.objectives.protocol import (
-    require_count,
-    require_not_negative,
-    require_positive,
-)
-from diffusion_envs.training.critic import NonFiniteError
-from diffusion_envs.training.optimisers.protocol import Groups, Metric, parameters_of
-from diffusion_envs.training.path_metric import (
-    PathMetric,
-    flattened,
-    require_metric,
-    unflattened,
-)
-
-Vector = Float[Tensor, " parameters"]
+from diffusion_envs.objectives.protocol import require_count, require_not_negative
+from diffusion_envs.training.optimisers.protocol import Groups, Metric, require_share
+from diffusion_envs.training.optimisers.running_mean import RunningMean
+from diffusion_envs.training.optimisers.trust_region import TrustRegion, TrustRegionSteps
+from diffusion_envs.training.path_metric import require_metric
 
 
 @dataclass(frozen=True)
 class NaturalGradient:
     """(F + lambda)^-1 g, as long as the path KL of the new policy from the old one allows.
 
-    The objective's learning rate is where schedules begin: a step is scaled by what they make of
-    it, relative to that.
-
     Attributes:
-        nats: most path KL of a step, at the learning rate's first value.
+        nats: most path KL of a step, at the learning rate's first value; the objective's rate
+            itself is not read, only what schedules make of it.
         rate: step length unless ``nats`` makes it shorter, nats per reward; None: always ``nats``.
         iterations: of conjugate gradients.
         damping: lambda, relative to the curvature along the gradient.
@@ -70,85 +57,59 @@ class NaturalGradient:
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        require_positive(nats=self.nats, share=self.share)
-        require_not_negative(damping=self.damping, momentum=self.momentum)
+        TrustRegion(self.nats, self.rate)
+        require_not_negative(damping=self.damping)
         require_count(iterations=self.iterations)
-        if self.rate is not None:
-            require_positive(rate=self.rate)
-        for name, value, most in (("share", self.share, 1), ("momentum", self.momentum, 1 - 1e-9)):
-            if value > most:
-                raise ValueError(f"{name} must be at most {most:g}, got {value}")
+        require_share(share=self.share)
+        RunningMean(self.momentum, "momentum")
 
     def start(
         self, groups: Groups, *, rate: float, weight_decay: float, environment: Environment
-    ) -> "NaturalSteps":
+    ) -> TrustRegionSteps:
         """Begin; weights do not decay.
 
         Raises:
             ValueError: the sampler is a black box or an ODE, or its standard deviations learn.
         """
         require_metric(environment, "NaturalGradient")
-        return NaturalSteps(self, groups, rate)
+        region = TrustRegion(self.nats, self.rate)
+        return TrustRegionSteps(groups, rate, NaturalDirection(self), region, self.share)
 
 
-class NaturalSteps:
-    """Natural gradient steps.
+class NaturalDirection:
+    """(F + lambda)^-1 of the gradient's running mean.
 
     Args:
-        settings: of the steps.
-        groups: one, of the policy's parameters.
-        rate: where the learning rate begins.
+        settings: of it.
     """
 
-    clips = False
+    def __init__(self, settings: NaturalGradient) -> None:
+        self.settings, self.mean = settings, RunningMean(settings.momentum, "momentum")
 
-    def __init__(self, settings: NaturalGradient, groups: Groups, rate: float) -> None:
-        self.settings, self.first_rate = settings, rate
-        self.param_groups: Groups = [{"lr": rate, **group} for group in groups]
-        self.parameters = parameters_of(self.param_groups)
-        self.gradient = GradientMean(settings.momentum)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def step(self, metric: Metric) -> dict[str, float]:
-        """One step within the trust region.
-
-        Raises:
-            NonFiniteError: the direction is not finite.
-        """
-        settings = self.settings
-        g = self.gradient.after(flattened([_grad(p) for p in self.parameters]))
-        d, residual = natural_direction(
-            metric("direction", settings.share).product, g, settings.iterations, settings.damping
-        )
-        scale = self.param_groups[0]["lr"] / self.first_rate
-        return take(
-            self.parameters,
-            d,
-            metric("length", settings.share),
-            nats=settings.nats,
-            rate=settings.rate,
-            scale=scale,
-        ) | {"natural_residual": residual}
+    def __call__(
+        self, gradient: Float[Tensor, " parameters"], metric: Metric
+    ) -> tuple[Float[Tensor, " parameters"], dict[str, float]]:
+        """The direction, and what is left of the equation."""
+        settings, g = self.settings, self.mean.after(gradient)
+        product = metric("direction", settings.share).product
+        d, residual = natural_direction(product, g, settings.iterations, settings.damping)
+        return d, {"natural_residual": residual}
 
     def state_dict(self) -> dict[str, Any]:
-        """The learning rate and the gradient's mean."""
-        rates = [group["lr"] for group in self.param_groups]
-        return {"rates": rates, "gradient": self.gradient.state_dict()}
+        """The gradient's mean."""
+        return self.mean.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], like: Tensor) -> None:
         """Go on from there."""
-        for group, rate in zip(self.param_groups, state["rates"], strict=True):
-            group["lr"] = rate
-        self.gradient.load_state_dict(state["gradient"], self.parameters[0])
+        self.mean.load_state_dict(state, like)
 
 
 def natural_direction(
-    product: Callable[[Vector], Vector], g: Vector, iterations: int, damping: float
-) -> tuple[Vector, float]:
+    product: Callable[[Float[Tensor, " parameters"]], Float[Tensor, " parameters"]],
+    g: Float[Tensor, " parameters"],
+    iterations: int,
+    damping: float,
+) -> tuple[Float[Tensor, " parameters"], float]:
     """(F + lambda)^-1 g by conjugate gradients from 0, lambda = damping g'Fg / g'g.
 
     Args:
@@ -177,83 +138,3 @@ def natural_direction(
         before, square = square, residual @ residual
         p = residual + square / before * p
     return d, float((square / first).sqrt())
-
-
-def take(
-    parameters: list[Any],
-    d: Vector,
-    metric: PathMetric,
-    *,
-    nats: float,
-    rate: float | None,
-    scale: float,
-) -> dict[str, float]:
-    """Take the step -s d, s = sqrt(2 nats / d'Fd) or less; what it costs.
-
-    Args:
-        parameters: that are changed.
-        d: direction in which the loss rises.
-        metric: F of the length.
-        nats: most path KL of the step.
-        rate: most s, if there is one.
-        scale: of the step, beyond that.
-
-    Raises:
-        NonFiniteError: direction or length is not finite.
-    """
-    along = metric.path_kl(d)  # at s = 1
-    size = float(d.norm())
-    if not (math.isfinite(along) and math.isfinite(size)):
-        raise NonFiniteError(
-            f"the natural gradient's norm is {size} and its path KL {along} nats; no weight was "
-            "changed. Lower guidance, raise damping, or use float32"
-        )
-    # a direction that costs nothing has no length, but for the rate's
-    length = math.sqrt(nats / along) if along > 0 else math.inf
-    length = min(length, math.inf if rate is None else rate)
-    length = scale * length if math.isfinite(length) else 0.0
-    calls = metric.environment.model.calls
-    before = metric.actions()
-    with torch.no_grad():
-        for parameter, part in zip(parameters, unflattened(d, parameters), strict=True):
-            parameter.sub_(length * part)
-    measured = metric.measured_kl(before, metric.actions())
-    metric.environment.uncount(calls)  # only to log
-    return {
-        "step_length": length,
-        "step_path_kl": length**2 * along,
-        "measured_step_path_kl": measured,
-    }
-
-
-class GradientMean:
-    """Running mean of gradients, without the bias of its beginning.
-
-    Args:
-        momentum: share that is kept from one to the next.
-    """
-
-    def __init__(self, momentum: float) -> None:
-        self.momentum, self.count, self.total = momentum, 0, None
-
-    def after(self, gradient: Vector) -> Vector:
-        """The mean, this gradient included."""
-        if self.momentum == 0:
-            return gradient
-        before = 0.0 if self.total is None else self.momentum * self.total
-        self.total: Tensor | None = before + (1 - self.momentum) * gradient
-        self.count += 1
-        return self.total / (1 - self.momentum**self.count)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sum and how many there were."""
-        return {"count": self.count, "total": self.total}
-
-    def load_state_dict(self, state: dict[str, Any], like: Tensor) -> None:
-        """Go on from there."""
-        self.count, total = state["count"], state["total"]
-        self.total = None if total is None else total.to(like, copy=True)
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

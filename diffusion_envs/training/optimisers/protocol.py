@@ -79,3 +79,10 @@ class Optimiser(Protocol):
 def parameters_of(groups: Groups) -> list[nn.Parameter]:
     """The parameters of all groups, in their order."""
     return [parameter for group in groups for parameter in group["params"]]
+
+
+def require_share(**shares: float) -> None:
+    """Refuse what is no share, by name."""
+    for name, value in shares.items():
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
