@@ -34,7 +34,7 @@ Sources      Gibbs' variational principle (Donsker & Varadhan 1975). Frontiers f
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import NormalDist
@@ -50,7 +50,8 @@ FEWEST_EFFECTIVE_SAMPLES = 20.0
 COVERAGE = 0.95  # of two-sided intervals
 CONFIDENCE = 0.999  # of the one-sided bound beyond which a run is a fault
 _LEAST_EXPONENT = -700.0  # exp of it is a normal double
-_BISECTIONS = 100
+_HALVINGS = 100
+_MOST_RANGES = 1e6
 _REMEDY = "draw more samples of the pretrained model in each group"
 
 
@@ -459,31 +460,34 @@ class Frontier:
         """The least b with effective samples enough in every group; infinite if there is none."""
         if self.flat or float(self._sizes.min()) < FEWEST_EFFECTIVE_SAMPLES:
             return math.inf
-        low, high = self._range / -_LEAST_EXPONENT, self._range
-        if self._whole(low)[2] >= FEWEST_EFFECTIVE_SAMPLES:
-            return low
-        while self._whole(high)[2] < FEWEST_EFFECTIVE_SAMPLES:
-            low, high = high, 2 * high
-        for _ in range(_BISECTIONS):
-            middle = math.sqrt(low * high)
-            if not low < middle < high:
-                break
-            enough = self._whole(middle)[2] >= FEWEST_EFFECTIVE_SAMPLES
-            low, high = (low, middle) if enough else (middle, high)
-        return high
+        least = self._range / -_LEAST_EXPONENT
+        if self._whole(least)[2] >= FEWEST_EFFECTIVE_SAMPLES:
+            return least
+        return self._least_weight(lambda b: self._whole(b)[2] >= FEWEST_EFFECTIVE_SAMPLES)
 
     def _weight_at(self, nats: float) -> float:
         """The b at which the samples' KL is this, which some b must reach."""
+        # Beyond 1e6 ranges KL is round-off, and any b bounds the reward, here to 1e-6 of the range.
+        return min(
+            self._least_weight(lambda b: self._whole(b)[1] <= nats), _MOST_RANGES * self._range
+        )
+
+    def _least_weight(self, holds: Callable[[float], bool]) -> float:
+        """The least b at which something holds that holds at all larger ones, by bisection."""
         low = high = self._range
-        while self._whole(high)[1] > nats:
-            high *= 2
-        while self._whole(low)[1] < nats:
-            low /= 2
-        for _ in range(_BISECTIONS):
-            middle = math.sqrt(low * high)
-            if not low < middle < high:
+        for _ in range(_HALVINGS):
+            if holds(high):
                 break
-            low, high = (middle, high) if self._whole(middle)[1] > nats else (low, middle)
+            low, high = high, 2 * high
+        for _ in range(_HALVINGS):
+            if not holds(low):
+                break
+            low, high = 0.5 * low, low
+        for _ in range(_HALVINGS):
+            if high <= low * (1 + 1e-14):
+                break
+            middle = math.sqrt(low) * math.sqrt(high)
+            low, high = (low, middle) if holds(middle) else (middle, high)
         return high
 
 

@@ -9,6 +9,7 @@ samples                    weights normalised one by one, and samples left out o
 """
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ class Point(NamedTuple):
 
 def mean(points: Iterable[Point]) -> Point:
     """Where several prompts share b and count alike."""
-    return Point(*np.mean(list(points), axis=0))
+    return Point(*(float(np.mean(each)) for each in zip(*points, strict=True)))
 
 
 def of_gaussian(law: Normal, reward: Quadratic, b: float) -> Point:
@@ -43,14 +44,19 @@ def of_density(
     reach: float,
 ) -> Point:
     """The frontier of a scalar law that has no mass outside [-reach, reach]."""
-    nodes, weights = np.polynomial.legendre.leggauss(400)
+    nodes, weights = _rule()
     x = reach * nodes
     mass = weights * density(x)
     mass, r = mass / mass.sum(), reward(x)
     ratio = np.exp(r / b)
     ratio /= mass @ ratio  # of the tilt's density to P's
-    best, divergence = mass @ (ratio * r), mass @ (ratio * np.log(ratio))
+    best, divergence = float(mass @ (ratio * r)), float(mass @ (ratio * np.log(ratio)))
     return Point(best, divergence, best - b * divergence)
+
+
+@cache
+def _rule() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(200)
 
 
 class Binary(NamedTuple):
@@ -78,16 +84,17 @@ class Binary(NamedTuple):
 def of_samples(rewards: np.ndarray, b: float) -> Point:
     """Samples of P for P itself."""
     weights = np.array([1 / np.exp((rewards - r) / b).sum() for r in rewards])
-    best = weights @ rewards
-    divergence = weights @ np.log(len(rewards) * weights)
+    best = float(weights @ rewards)
+    divergence = float(weights @ np.log(len(rewards) * weights))
     return Point(best, divergence, best - b * divergence)
 
 
 def jackknifed(rewards: np.ndarray, b: float) -> Point:
     """The same with the jackknife's correction: every sample left out in turn."""
     n = len(rewards)
-    left = [of_samples(np.delete(rewards, i), b) for i in range(n)]
-    return Point(*(n * np.array(of_samples(rewards, b)) - (n - 1) * np.mean(left, axis=0)))
+    left = mean(of_samples(np.delete(rewards, i), b) for i in range(n))
+    whole = of_samples(rewards, b)
+    return Point(*(n * a - (n - 1) * each for a, each in zip(whole, left, strict=True)))
 
 
 def effective_samples(rewards: np.ndarray, b: float) -> float:
