@@ -81,6 +81,11 @@ class TiltedRegression(PathObjective):
         require_not_negative(control_variate=self.control_variate)
 
     @property
+    def reward_per_nat(self) -> float | None:
+        """``kl_weight``, the tilt's temperature."""
+        return self.kl_weight
+
+    @property
     def on_policy(self) -> bool:
         """No: paths are the pretrained model's."""
         return False

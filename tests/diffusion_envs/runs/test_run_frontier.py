@@ -373,6 +373,7 @@ def test_the_chains_kl_is_that_of_its_transitions(environment):
         (objectives.AdjointMatching(kl_weight=0.2), 0.2),
         (objectives.ReinforceAdjointMatching(kl_weight=0.2), 0.2),
         (objectives.DistributionalOptimisation(kl_weight=2.0), 2.0),
+        (objectives.TiltedRegression(kl_weight=0.2), 0.2),
         (objectives.DPOK(), None),
         (objectives.DPOK(kl_weight=3.0, exact_kl=True), 0.3),
         (objectives.DPOK(kl_weight=3.0, path_kl=True), 0.3),
