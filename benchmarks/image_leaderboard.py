@@ -98,11 +98,13 @@ class Contestant:
         entry: what it is.
         rates: that the sweep chooses from; one where the optimiser sets a step's length itself.
         optimiser: that makes steps of its gradients.
+        adapter: what trains, as ``TextToImageUNet.load`` takes it; a LoRA of rank 8.
     """
 
     entry: Entry
     rates: tuple[float, ...] = (1e-3, 3e-3)
     optimiser: Optimiser = field(default_factory=AdamW)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
 
 
 SMALL = {"samples": 40, "minibatches": 4}  # four optimiser steps a roll-out
@@ -117,9 +119,10 @@ def contestants() -> dict[str, Contestant]:
         *rates: float,
         size: Mapping[str, Any] = SMALL,
         optimiser: Optimiser | None = None,
+        **adapter: Any,
     ) -> Contestant:
         entry = Entry(objective, size=tuple(size.items()))
-        return Contestant(entry, rates or Contestant.rates, optimiser or AdamW())
+        return Contestant(entry, rates or Contestant.rates, optimiser or AdamW(), adapter)
 
     natural = {"samples": 20}
     return {
@@ -130,6 +133,12 @@ def contestants() -> dict[str, Contestant]:
             1e-3,
             size=natural,
             optimiser=NaturalGradient(nats=0.05),
+        ),
+        "score-as-action, guidance": of(
+            lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0), lora_rank=0, guidance_knots=4
+        ),
+        "score-as-action, LoRA and guidance": of(
+            lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0), guidance_knots=4
         ),
         "adjoint-matching, zeroth order": of(
             lambda b: o.ZerothOrderAdjointMatching(kl_weight=b, path_kl=True)
@@ -177,14 +186,11 @@ class Setting:
     def _judge(self) -> rewards.Reward:
         return rewards.PromptAlignment("judge")
 
-    def environment(self, seed: int, entry: Entry | None = None) -> Environment:
+    def environment(self, seed: int, **adapter: Any) -> Environment:
         """A fresh adapter on the embedded model."""
-        sampler, steps = DDIM(eta=1.0), STEPS
-        if entry is not None:
-            sampler, steps = entry.sampler or sampler, entry.steps or steps
         return Environment(
-            model=TextToImageUNet.load(guidance=1.0, seed=seed),
-            sampler=sampler.bind(self.levels, steps),
+            model=TextToImageUNet.load(guidance=1.0, seed=seed, **adapter),
+            sampler=DDIM(eta=1.0).bind(self.levels, STEPS),
             reward=rewards.PromptAlignment("reward"),
             prompts=CLASS_PROMPTS,
             seed=seed,
@@ -217,7 +223,7 @@ class Setting:
     def judged(self, environment: Environment, *, pretrained: bool = False) -> dict[str, float]:
         """What held-out samples say, with the sampler of all evaluations."""
         seen = evaluate(
-            dataclasses.replace(environment, sampler=DDIM(eta=1.0).bind(self.levels, STEPS)),
+            environment,
             self.options.samples,
             batch=50,
             judges={"judge": self._judge},
@@ -244,7 +250,7 @@ class Setting:
     ) -> dict[str, Any]:
         """One run to the end of its budget, and what its adapter is worth."""
         entry = contestant.entry
-        environment = self.environment(seed, entry)
+        environment = self.environment(seed, **contestant.adapter)
         objective = dataclasses.replace(entry.objective(kl_weight), learning_rate=rate)
         size = UpdateSize(**{"samples": 40, "weight_decay": 0.0, "batch": 64, **dict(entry.size)})
         trainer = Trainer(
