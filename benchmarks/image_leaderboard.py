@@ -108,6 +108,7 @@ class Contestant:
 
 
 SMALL = {"samples": 40, "minibatches": 4}  # four optimiser steps a roll-out
+GROUPS = {"samples": 40, "minibatches": 5}  # a group of 8 each
 BASE = {"samples": 400, "minibatches": 40}  # of the pretrained model's samples: many for a prompt
 
 
@@ -145,11 +146,13 @@ def contestants() -> dict[str, Contestant]:
         ),
         "ddpo": of(lambda b: o.DDPO(clip=1.0)),
         "dpok (path KL)": of(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, path_kl=True)),
-        "grpo": of(lambda b: o.GRPO(group=8, kl_weight=b)),
-        "pcpo": of(lambda b: o.PCPO(group=8, kl_weight=b)),
-        "flow-dppo": of(lambda b: o.FlowDPPO(group=8, kl_weight=b)),
-        "flow-dppo (per path)": of(lambda b: o.FlowDPPO(group=8, kl_weight=b, per_path=True)),
-        "grpo-guard": of(lambda b: o.GRPOGuard(group=8, kl_weight=b)),
+        "grpo": of(lambda b: o.GRPO(group=8, kl_weight=b), size=GROUPS),
+        "pcpo": of(lambda b: o.PCPO(group=8, kl_weight=b), size=GROUPS),
+        "flow-dppo": of(lambda b: o.FlowDPPO(group=8, kl_weight=b), size=GROUPS),
+        "flow-dppo (per path)": of(
+            lambda b: o.FlowDPPO(group=8, kl_weight=b, per_path=True), size=GROUPS
+        ),
+        "grpo-guard": of(lambda b: o.GRPOGuard(group=8, kl_weight=b), size=GROUPS),
         "diffusion-dpo": of(lambda b: o.DiffusionDPO(beta=b)),
         "nft": of(lambda b: o.DiffusionNFT()),
         "tilted-regression": of(lambda b: o.TiltedRegression(kl_weight=b), size=BASE),
