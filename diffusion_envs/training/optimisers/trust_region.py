@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -75,6 +75,7 @@ class TrustRegion:
         }
 
 
+@runtime_checkable
 class Direction(Protocol):
     """Makes a direction of a gradient."""
 

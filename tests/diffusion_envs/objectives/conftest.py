@@ -22,6 +22,7 @@ from diffusion_envs.objectives import Objective, PathObjective, Rollout, Rows
 from diffusion_envs.objectives.dpok import NoiseLevelRows
 from diffusion_envs.objectives.path_steps import Steps as RowSteps
 from diffusion_envs.samplers import DDIM, BoundDDIM
+from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 from verification.claims.training_loop import Network, Process
@@ -35,6 +36,7 @@ DATA = Gaussian(tensor([0.8, -0.5]), tensor([[0.9, 0.35], [0.35, 0.4]]))
 REWARD = Quadratic(tensor([[0.9, 0.2], [0.2, -0.2]]), tensor([0.6, -0.3]), tensor(0.11))
 START = Gaussian(tensor([0.1, -0.2]), tensor([[1.1, 0.1], [0.1, 0.8]]))
 GAIN, SHIFT = tensor([[-0.3, 0.15], [0.05, 0.2]]), tensor([0.25, -0.1])
+ADAMW = AdamW()
 SD15 = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
 
 
@@ -218,12 +220,12 @@ class Brightness:
 
 @pytest.fixture
 def small_trainer() -> Callable[..., Trainer]:
-    """(objective, **size) -> the real loop around a linear noise prediction with an adapter.
+    """(objective, optimiser, **size) -> the real loop, of a linear noise prediction and an adapter.
 
     Three prompts, four steps, a reward that rises with the brightness of a picture.
     """
 
-    def made(objective: Objective, **size: Any) -> Trainer:
+    def made(objective: Objective, optimiser: Optimiser = ADAMW, **size: Any) -> Trainer:
         table = torch.linspace(0.97, 0.08, 20, dtype=torch.float64)
         generator = stream(7, "network")
         network = Network(generator)
@@ -251,6 +253,7 @@ def small_trainer() -> Callable[..., Trainer]:
             objective,
             UpdateSize(**settings),
             accelerator=Process(),
+            optimiser=optimiser,
         )
 
     return made
