@@ -42,7 +42,7 @@ def test_charged_with_the_chains_kl_it_pulls_harder():
 
 
 def test_nothing_keeps_a_policy_gradient_without_a_kl_near():
-    assert measured(DDPO(), OPTIONS)["pull"] == 0
+    assert abs(measured(DDPO(), OPTIONS)["pull"]) < 1e-5  # float32 of scores that were shifted
 
 
 def test_tilted_regression_is_minus_the_losss_own_gradient_in_every_row():
