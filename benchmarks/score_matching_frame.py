@@ -96,7 +96,8 @@ class Gradients:
 def gradients(objective: Objective, sampler: BoundDDIM, samples: int) -> Gradients:
     """Of a roll-out of the pretrained model, which is a fresh adapter's policy too."""
     environment = PROBLEM.environment(sampler, 0)
-    correction = environment.model.correction
+    model: Any = environment.model
+    correction = model.correction
     rollout = environment.sample(
         objective.policy,
         range(samples),
@@ -127,12 +128,12 @@ def gradients(objective: Objective, sampler: BoundDDIM, samples: int) -> Gradien
             output.retain_grad()
             seen.append((*inputs, output))
 
-    handle, pretrained = correction.register_forward_hook(look), environment.model.exact
+    handle, pretrained = correction.register_forward_hook(look), model.exact
     for shift in (0.0, SHIFT):
         with torch.no_grad():
             correction.shift[0] = shift
         below = shift if objective.on_policy else 0.0  # the policy stays, or the pretrained model
-        environment.model.exact = lambda *inputs, below=below: pretrained(*inputs) - below
+        model.exact = lambda *inputs, below=below: pretrained(*inputs) - below
         assert rollout.reference_scores is not None
         used = dataclasses.replace(rollout, reference_scores=rollout.reference_scores - below)
         losses = objective.losses_of(
