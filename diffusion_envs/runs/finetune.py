@@ -108,6 +108,7 @@ def finetune(
     """
     objective, sampler = objective or ScoreAsAction(), sampler or samplers.DDIM()
     prompts = read_prompts(prompts)
+    optimiser = None if optimiser == AdamW() else optimiser  # stored as runs of before are
     settings = {
         name: describe(value)
         for name, value in locals().items()

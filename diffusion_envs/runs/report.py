@@ -60,6 +60,10 @@ _LABELS = {
     "kl_weight": "kl_weight (reward per nat)",
     "gradient_norm": "gradient norm",
     "clipped_fraction": "clipped fraction",
+    "step_length": "length of a step",
+    "step_path_kl": "path KL of a step (nats)",
+    "measured_step_path_kl": "measured path KL of a step (nats)",
+    "natural_residual": "residual of conjugate gradients",
     "value_loss": "value loss",
 }
 _SINGLE = {
