@@ -9,7 +9,7 @@ Bound       E[reward] <= frontier(KL of what is generated) <= frontier(KL of the
             at it: a share at it may exceed 1.
 Optimum     at the objective's weight b, J* = max of E[reward] - b KL of what is generated. No run
             exceeds it when charged the chain's KL. Where the start of a path says something about
-            its end, the best policy has less, since no policy chooses the start (docs/theory.md):
+            its end, the best policy has less, since no policy chooses the start:
             then 100 % is out of reach.
 Errors      The share of a gap, a / c, has the standard error sqrt(var a + (a / c)^2 var c) / c, as
             if the run's part a and the frontier's c were independent. They share the held-out
