@@ -96,7 +96,7 @@ class Contestant:
 
     Attributes:
         entry: what it is.
-        rates: that the sweep chooses from; one where the optimiser sets a step's length itself.
+        rates: that the sweep chooses from; no sweep, if there is one.
         optimiser: that makes steps of its gradients.
         adapter: what trains, as ``TextToImageUNet.load`` takes it; a LoRA of rank 8.
     """
@@ -108,7 +108,7 @@ class Contestant:
 
 
 SMALL = {"samples": 40, "minibatches": 4}  # four optimiser steps a roll-out
-GROUPS = {"samples": 40, "minibatches": 5}  # a group of 8 each
+GROUPS = {"samples": 40, "minibatches": 5}  # a group of 8 each; rates of GRPO's relatives are its
 BASE = {"samples": 400, "minibatches": 40}  # of the pretrained model's samples: many for a prompt
 
 
@@ -147,12 +147,12 @@ def contestants() -> dict[str, Contestant]:
         "ddpo": of(lambda b: o.DDPO(clip=1.0)),
         "dpok (path KL)": of(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, path_kl=True)),
         "grpo": of(lambda b: o.GRPO(group=8, kl_weight=b), size=GROUPS),
-        "pcpo": of(lambda b: o.PCPO(group=8, kl_weight=b), size=GROUPS),
-        "flow-dppo": of(lambda b: o.FlowDPPO(group=8, kl_weight=b), size=GROUPS),
+        "pcpo": of(lambda b: o.PCPO(group=8, kl_weight=b), 3e-3, size=GROUPS),
+        "flow-dppo": of(lambda b: o.FlowDPPO(group=8, kl_weight=b), 3e-3, size=GROUPS),
         "flow-dppo (per path)": of(
-            lambda b: o.FlowDPPO(group=8, kl_weight=b, per_path=True), size=GROUPS
+            lambda b: o.FlowDPPO(group=8, kl_weight=b, per_path=True), 3e-3, size=GROUPS
         ),
-        "grpo-guard": of(lambda b: o.GRPOGuard(group=8, kl_weight=b), size=GROUPS),
+        "grpo-guard": of(lambda b: o.GRPOGuard(group=8, kl_weight=b), 3e-3, size=GROUPS),
         "diffusion-dpo": of(lambda b: o.DiffusionDPO(beta=b)),
         "nft": of(lambda b: o.DiffusionNFT()),
         "tilted-regression": of(lambda b: o.TiltedRegression(kl_weight=b), size=BASE),
@@ -342,9 +342,11 @@ def judgement(one: Mapping[str, Any], kl_weight: float, frontier: Frontier) -> d
 
 def chosen_rate(name: str, kl_weight: float, runs: Runs, *, make: bool) -> float | None:
     """The rate of the sweep whose run has the best share; None if some are not made."""
+    rates, calls = contestants()[name].rates, runs.setting.options.sweep_calls
+    if len(rates) == 1:
+        return rates[0]
     scores = dict[float, float]()
-    calls = runs.setting.options.sweep_calls
-    for rate in contestants()[name].rates:
+    for rate in rates:
         one = runs.get(name, kl_weight, rate, SEED, make=make, calls=calls)
         if one is None:
             return None
