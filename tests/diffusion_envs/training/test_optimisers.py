@@ -135,12 +135,12 @@ def test_the_estimate_of_the_diagonal_is_unbiased(small_trainer):
     run = moved(small_trainer(DDPO()))
     metric = metric_of(run, share=0.5)
     calls = run.environment.model.calls
-    draws = torch.stack([metric.diagonal(6) for _ in range(120)]).double()
-    assert run.environment.model.calls - calls == 120 * len(metric.step) * 2
+    draws = torch.stack([metric.diagonal(6) for _ in range(200)]).double()
+    assert run.environment.model.calls - calls == 200 * len(metric.step) * 2
     exact = dense(metric).diagonal()
     error = draws.std(0) / math.sqrt(len(draws))
     assert ((draws.mean(0) - exact).abs() <= 5.5 * error).all()
-    assert (error <= 0.08 * exact).all()  # or a factor of 2 would go unseen
+    assert (error <= 0.1 * exact).all()  # or a factor of 2 would go unseen
 
 
 def test_rows_of_several_metrics_are_a_partition_of_their_weight(small_trainer):
