@@ -106,10 +106,10 @@ class TinyProblem:
 PROBLEMS: dict[str, Callable[[], Any]] = {
     "gaussian": GaussianProblem,
     "mixture": MixtureProblem,
-    "tiny": TinyProblem,
 }
 
 
+TWICE = (("minibatches", 2),)  # optimiser steps; at the first alone no trust region acts
 ACCURATE = Scheduler("DPMSolverMultistepScheduler")  # what learns from data inherits its error
 
 
@@ -179,11 +179,18 @@ def methods() -> dict[str, Entry]:
         ),
         "dpok (path KL)": Entry(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, path_kl=True)),
         "grpo": Entry(lambda b: o.GRPO(kl_weight=b), aims=False),  # in units of the reward's std
+        "pcpo": Entry(lambda b: o.PCPO(kl_weight=b), aims=False),
+        "flow-dppo": Entry(lambda b: o.FlowDPPO(kl_weight=b), size=TWICE, aims=False),
+        "flow-dppo (per path)": Entry(
+            lambda b: o.FlowDPPO(kl_weight=b, per_path=True), size=TWICE, aims=False
+        ),
+        "grpo-guard": Entry(lambda b: o.GRPOGuard(kl_weight=b), size=TWICE, aims=False),
         "tdpo": Entry(lambda b: o.TDPO(), aims=False),
         "tdpo-r": Entry(lambda b: o.TDPOReset(), aims=False),
         # preferences
         "d3po": Entry(lambda b: o.D3PO(), aims=False),
         "dense-reward": Entry(lambda b: o.DenseReward(members=4), aims=False),
+        "diffusion-dpo": Entry(lambda b: o.DiffusionDPO(beta=b), aims=False),
         # the reward's derivative
         "refl": Entry(lambda b: o.ReFL(enough=10.0, scale=1.0), aims=False),
         "draft-1": Entry(lambda b: o.DRaFT(last=1), aims=False),
@@ -194,6 +201,8 @@ def methods() -> dict[str, Entry]:
         # a value's derivative
         "dxmi": Entry(lambda b: o.DxMI(), aims=False),
         "dxmi-continuous": Entry(lambda b: o.ContinuousDxMI(), aims=False),
+        # the pretrained model's paths
+        "tilted-regression": Entry(lambda b: o.TiltedRegression(kl_weight=b), aims=False),  # chain
         # data
         "nft": Entry(lambda b: o.DiffusionNFT(), aims=False),
         "ram": Entry(lambda b: o.ReinforceAdjointMatching(kl_weight=b), aims=False),

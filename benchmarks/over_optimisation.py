@@ -153,6 +153,7 @@ def _evaluation(
         rewards=rewards,
         judged={f"judge{j}": judged[:, j] - shift for j in range(setting.judges)},
         path_kl=torch.full((len(asked),), math.inf),
+        chain_kl=torch.full((len(asked),), math.inf),
         images=pictures.reshape(-1, *PICTURE),
         prompts=asked,
     )

@@ -3,6 +3,9 @@
 Three cost measures are kept: reward queries, network calls (one a row and guidance branch),
 seconds. Noise is drawn from streams named by the global index of a sample, so a sample is the same
 in any batch and on any process.
+
+Source      [NS] Nesterov & Spokoiny 2017, "Random gradient-free minimization of convex functions",
+            Foundations of Computational Mathematics 17.
 """
 
 import math
@@ -314,6 +317,37 @@ class Environment:
             leaf = states.detach().requires_grad_()
             total = self.differentiable_reward(leaf, condition).sum()
             return torch.autograd.grad(total, leaf)[0]
+
+    @torch.no_grad()
+    def reward_gradient_by_queries(
+        self,
+        states: Float[Tensor, " paths *event"],
+        condition: Int64[Tensor, " paths"],
+        *,
+        queries: int,
+        width: float,
+        generator: torch.Generator,
+    ) -> Float[Tensor, " paths *event"]:
+        """Gradient of the reward with respect to the states, from rewards of others near them.
+
+        The mean of z (r(x + width z) - r(x - width z)) / (2 width) over pairs, z standard normal,
+        is without bias that of the reward smoothed by N(0, width^2) ([NS] section 3).
+
+        Args:
+            states: are decoded.
+            condition: index of each state's prompt.
+            queries: of the reward, for each state; two make a pair.
+            width: of the perturbations, in the states' units.
+            generator: of the perturbations, on the CPU.
+        """
+        prompts = self.prompts_of(condition)
+        slope, pairs = torch.zeros_like(states), queries // 2
+        for _ in range(pairs):
+            noise = as_like(torch.randn(states.shape, generator=generator), states)
+            above, below = (self._rewards(states + s * width * noise, prompts) for s in (1, -1))
+            difference = as_like(above - below, states).view(-1, *[1] * len(self.event))
+            slope += difference / (2 * width * pairs) * noise
+        return slope
 
     def _costs(self, scores: Tensor, pretrained: Tensor | None) -> Float[Tensor, "paths steps"]:
         """Path KL of every step, nats; NaN without the pretrained model's actions."""

@@ -36,7 +36,8 @@ diffusion_envs.cifar10.pictures
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
 diffusion_envs.rewards.classifier diffusion_envs.rewards
 diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
-diffusion_envs.models.noise_table diffusion_envs.models.stable_diffusion_pipeline
+diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
+diffusion_envs.models.stable_diffusion_pipeline
 diffusion_envs.models.text_to_image_unet diffusion_envs.models.unconditional_unet
 diffusion_envs.models.exact diffusion_envs.models
 diffusion_envs.rollout diffusion_envs.environment
@@ -46,14 +47,24 @@ diffusion_envs.objectives.last_steps
 diffusion_envs.objectives.adjoint_matching diffusion_envs.objectives.ram
 diffusion_envs.objectives.score_as_action diffusion_envs.objectives.ddpo
 diffusion_envs.objectives.dpok diffusion_envs.objectives.grpo diffusion_envs.objectives.tdpo
+diffusion_envs.objectives.pcpo diffusion_envs.objectives.flow_dppo
+diffusion_envs.objectives.grpo_guard
 diffusion_envs.objectives.d3po diffusion_envs.objectives.dense_reward
 diffusion_envs.objectives.nft diffusion_envs.objectives.distributional
+diffusion_envs.objectives.tilted_regression diffusion_envs.objectives.diffusion_dpo
 diffusion_envs.objectives.reward_backpropagation diffusion_envs.objectives.dxmi
 diffusion_envs.objectives.dxmi_from_data
 diffusion_envs.objectives
 diffusion_envs.training.update_size diffusion_envs.training.parallel
 diffusion_envs.training.kl_controller diffusion_envs.training.value_network
 diffusion_envs.training.critic diffusion_envs.training.energy
+diffusion_envs.training.path_metric
+diffusion_envs.training.optimisers.protocol diffusion_envs.training.optimisers.adamw
+diffusion_envs.training.optimisers.running_mean diffusion_envs.training.optimisers.trust_region
+diffusion_envs.training.optimisers.natural_gradient
+diffusion_envs.training.optimisers.diagonal_metric
+diffusion_envs.training.optimisers.bounded_adamw diffusion_envs.training.optimisers.scaled_lora
+diffusion_envs.training.optimisers
 diffusion_envs.training.requirements diffusion_envs.training.trainer
 diffusion_envs.training
 diffusion_envs.exact.gaussian diffusion_envs.exact.linear_policy
@@ -67,6 +78,7 @@ diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping diffusion_envs
 diffusion_envs.runs.frechet diffusion_envs.runs.inception diffusion_envs.runs.precision_recall
 diffusion_envs.runs.sample_quality
 diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation diffusion_envs.runs.report
+diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
 diffusion_envs.runs.summary diffusion_envs.runs.finetune diffusion_envs.runs.transfer
 diffusion_envs.runs.command_line diffusion_envs.runs.fit diffusion_envs.runs

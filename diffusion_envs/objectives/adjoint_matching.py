@@ -38,10 +38,10 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Generator, Tensor
 
 from diffusion_envs.objectives.path_steps import PathObjective, Rows, Steps
-from diffusion_envs.objectives.protocol import require_positive
+from diffusion_envs.objectives.protocol import require_count, require_positive
 from diffusion_envs.rollout import Rollout
 
 
@@ -61,6 +61,18 @@ class PretrainedChain(Protocol):
 
     def reward_gradient(self, states: Tensor, condition: Int64[Tensor, " paths"]) -> Tensor:
         """Gradient of the reward with respect to the last states."""
+        ...
+
+    def reward_gradient_by_queries(
+        self,
+        states: Tensor,
+        condition: Int64[Tensor, " paths"],
+        *,
+        queries: int,
+        width: float,
+        generator: Generator,
+    ) -> Tensor:
+        """The same of a reward that has none, from rewards of others near them."""
         ...
 
 
@@ -155,12 +167,23 @@ class AdjointMatching(PathObjective):
     def __post_init__(self) -> None:
         require_positive(kl_weight=self.kl_weight, learning_rate=self.learning_rate)
 
+    @property
+    def reward_per_nat(self) -> float | None:
+        """``kl_weight``, the regression's temperature."""
+        return self.kl_weight
+
+    def reward_gradient(
+        self, rollout: Rollout, model: PretrainedChain, generator: Generator
+    ) -> Float[Tensor, " paths *event"]:
+        """Gradient of the reward at the last states."""
+        return model.reward_gradient(rollout.states[:, -1], rollout.condition)
+
     def targets(
-        self, rollout: Rollout, model: PretrainedChain
+        self, rollout: Rollout, model: PretrainedChain, generator: Generator
     ) -> Float[Tensor, "paths steps *event"]:
         """The lean adjoint at the end of every step, reward/state."""
         condition = rollout.condition
-        slope = model.reward_gradient(rollout.states[:, -1], condition)
+        slope = self.reward_gradient(rollout, model, generator)
         # the whole of it within: checkpointed activations are computed again while going backwards
         with model.pretrained():
             adjoint = lean_adjoint(
@@ -188,3 +211,37 @@ class AdjointMatching(PathObjective):
         gap = (rows.mean - rows.reference_score).flatten(1)
         wanted = (rows.score_gain / root / self.kl_weight)[:, None] * rows.adjoint.flatten(1)
         return 0.5 * (root[:, None] * gap + wanted).square().sum(1)
+
+
+@dataclass(frozen=True)
+class ZerothOrderAdjointMatching(AdjointMatching):
+    """The same for a reward without a gradient: its slope comes from queries near the sample.
+
+    In d dimensions (of the latents) n queries give the slope a cosine of about sqrt(n / (n + 2 d))
+    with the true one, without bias but for the smoothing: the loss is linear in it, so that the
+    critical point is that of the smoothed reward.
+    """
+
+    queries: int = 32  # of the reward, for the slope at one sample; two make a pair
+    width: float = 0.15  # of the smoothing, in the units of the latents
+
+    needs_reward_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(width=self.width)
+        require_count(queries=self.queries)
+        if self.queries % 2:
+            raise ValueError(f"queries must be even, as they come in pairs, got {self.queries}")
+
+    def reward_gradient(
+        self, rollout: Rollout, model: PretrainedChain, generator: Generator
+    ) -> Float[Tensor, " paths *event"]:
+        """Gradient of the smoothed reward at the last states, by differences of pairs."""
+        return model.reward_gradient_by_queries(
+            rollout.states[:, -1],
+            rollout.condition,
+            queries=self.queries,
+            width=self.width,
+            generator=generator,
+        )

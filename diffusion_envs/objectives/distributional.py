@@ -103,7 +103,6 @@ class DistributionalOptimisation(NoisedObjective):
     rounds: int = 100  # of dual averaging; where U is linear, one does
 
     needs_old: ClassVar[bool] = False
-    on_policy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_positive(kl_weight=self.kl_weight, learning_rate=self.learning_rate)
@@ -113,6 +112,16 @@ class DistributionalOptimisation(NoisedObjective):
                 f"first_variation must be (rewards, weights) -> values, got "
                 f"{self.first_variation!r}"
             )
+
+    @property
+    def reward_per_nat(self) -> float | None:
+        """``kl_weight``, where the utility is the mean reward."""
+        return self.kl_weight if self.first_variation is mean_reward else None
+
+    @property
+    def on_policy(self) -> bool:
+        """No: data are the pretrained model's."""
+        return False
 
     @property
     def needs_reference(self) -> bool:

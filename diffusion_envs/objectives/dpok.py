@@ -119,6 +119,13 @@ class DPOK(PathObjective):
         """Reward per nat, if the path KL is charged to the return."""
         return self.kl_weight / self.reward_weight if self.path_kl else 0.0
 
+    @property
+    def reward_per_nat(self) -> float | None:
+        """That of the reward's own weight, if a KL in nats is charged."""
+        if not (self.exact_kl or self.path_kl):
+            return None
+        return self.kl_weight / self.reward_weight or None
+
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
         """r - V at the left of every step; with ``path_kl`` less what the later steps cost."""
         assert rollout.values is not None  # needs_value

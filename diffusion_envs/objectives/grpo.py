@@ -69,8 +69,8 @@ def group_advantages(
 
 
 @dataclass(frozen=True)
-class GRPO(PathObjective):
-    """Clipped policy gradient with the group's own statistics for a baseline, and a KL.
+class GroupRelative(PathObjective):
+    """What the methods that compare the paths of a group share: their advantage, and a KL.
 
     Attributes:
         group: paths that share a prompt.
@@ -82,18 +82,12 @@ class GRPO(PathObjective):
     group: int = 16  # pyright: ignore[reportIncompatibleMethodOverride]
     shared_start: bool = False  # pyright: ignore[reportIncompatibleMethodOverride]
     whole_batch_std: bool = False  # rewards in standard deviations of all, not of their group
-    kl_weight: float = 0.004  # standard deviations of the reward per nat of a transition's KL
-    clip: float = 1.64  # trusted |log-ratio| of a step, nats: 1e-4 a pixel of 4 x 64 x 64
-    clip_per_pixel: float | None = None  # the published convention: times the coordinates
+    kl_weight: float = 0.0  # standard deviations of the reward per nat of a transition's KL
     advantage_clip: float = 5.0  # in standard deviations of the reward
 
     def __post_init__(self) -> None:
-        require_positive(
-            learning_rate=self.learning_rate, clip=self.clip, advantage_clip=self.advantage_clip
-        )
+        require_positive(learning_rate=self.learning_rate, advantage_clip=self.advantage_clip)
         require_not_negative(kl_weight=self.kl_weight)
-        if self.clip_per_pixel is not None:
-            require_positive(clip_per_pixel=self.clip_per_pixel)
         if self.group < 2:
             raise ValueError(
                 f"group must be at least 2, as one path has none to be compared with, got "
@@ -113,6 +107,32 @@ class GRPO(PathObjective):
         clipped = rewards.clamp(-self.advantage_clip, self.advantage_clip)
         return clipped[:, None].expand_as(rollout.costs)
 
+    def kl_cost(self, rows: Rows) -> Float[Tensor, " rows"]:
+        """kl_weight * KL of each row's transition from the pretrained one; 0 if none is charged."""
+        if not self.needs_reference:
+            return torch.zeros_like(rows.advantage)
+        return self.kl_weight * transition_kl(rows)
+
+
+@dataclass(frozen=True)
+class GRPO(GroupRelative):
+    """Clipped policy gradient with the group's own statistics for a baseline, and a KL.
+
+    Attributes:
+        group: paths that share a prompt.
+        shared_start: whether the paths of a group share their starting noise too.
+    """
+
+    kl_weight: float = 0.004  # standard deviations of the reward per nat of a transition's KL
+    clip: float = 1.64  # trusted |log-ratio| of a step, nats: 1e-4 a pixel of 4 x 64 x 64
+    clip_per_pixel: float | None = None  # the published convention: times the coordinates
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(clip=self.clip)
+        if self.clip_per_pixel is not None:
+            require_positive(clip_per_pixel=self.clip_per_pixel)
+
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
         """Half-width of the trusted log-ratios, the same at every step."""
         return trusted_width(rows, self.clip, self.clip_per_pixel)
@@ -120,4 +140,4 @@ class GRPO(PathObjective):
     def loss(self, rows: Rows) -> Float[Tensor, " rows"]:
         """-min(ratio A, clipped ratio A) + kl_weight * KL, one number per row."""
         gain = clipped_surrogate(self.log_ratio(rows), rows.advantage, self.half_width(rows))
-        return self.kl_weight * transition_kl(rows) - gain
+        return self.kl_cost(rows) - gain

@@ -22,7 +22,9 @@ from diffusion_envs.rollout import Rollout
 class NoisedRows:
     """Data that a policy made, re-noised: state = alpha data + sigma noise.
 
-    Only ``mean`` carries a gradient. Scores that the objective does not need are None.
+    Only ``mean`` carries a gradient. Scores that the objective does not need are None. The members
+    of a group stand side by side, at the same noise level and with the same noise:
+    ``view(-1, group, ...)``.
     """
 
     mean: Float[Tensor, " rows *event"]  # current score at the noised state
@@ -39,6 +41,9 @@ class NoisedRows:
     # state on, nats, as one unbiased estimate; and the score of the noised state given that state.
     bridge_cost: Float[Tensor, " rows"] | None = None
     bridge_score: Float[Tensor, " rows *event"] | None = None
+    # int g^2 over the row's timestep, times the number of timesteps: the mean over rows of its half
+    # times a square of the score's change is a path KL, nats
+    path_kl_gain: Float[Tensor, " rows"] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,9 +145,14 @@ class NoisedLosses:
         data = rollout.states[:, -1]
         log_abar = _table(environment).alphas_cumprod.double().log()
         shape = (len(data), objective.draws)
+        own = (len(data) // rollout.group, objective.draws)  # the members of a group share theirs
         first = 1 if objective.needs_bridge else 0  # no state lies before the first timestep
-        self.timestep = drawn_levels(*shape, first, len(log_abar), generator)
-        self.noise = as_like(drawn_noise(*shape, data.shape[1:], generator), data)
+        timestep = drawn_levels(*own, first, len(log_abar), generator)
+        noise = as_like(drawn_noise(*own, data.shape[1:], generator), data)
+        self.timestep = timestep.repeat_interleave(rollout.group, 0)
+        self.noise = noise.repeat_interleave(rollout.group, 0)
+        # as the log of alpha^2 is minus int g^2
+        self.path_kl_gain = -len(log_abar) * torch.cat([log_abar[:1], log_abar.diff()])
         everything = torch.cartesian_prod(torch.arange(len(data)), torch.arange(shape[1]))
         self.bridge: tuple[Tensor, Tensor] | None = None  # cost and score, for every draw
         self.old_mean: Tensor | None = None
@@ -220,9 +230,10 @@ class NoisedLosses:
     def losses(self, groups: Int64[Tensor, " groups"], generator: Generator) -> Iterator[Tensor]:
         """Mean over all noised states of these groups."""
         size, draws = self.rollout.group, self.objective.draws
-        path = (groups[:, None] * size + torch.arange(size)).flatten()
-        which = torch.cartesian_prod(path, torch.arange(draws))
-        for piece in which.split(self.batch):
+        each = torch.cartesian_prod(groups, torch.arange(draws), torch.arange(size))
+        group, draw, member = each.view(-1, 3).unbind(1)
+        which = torch.stack([group * size + member, draw], dim=1)
+        for piece in which.split(max(1, self.batch // size) * size):
             rows = self.rows(piece)
             yield self.objective.loss(rows).sum() / len(which)
             if rows.reference_score is not None:
@@ -249,6 +260,7 @@ class NoisedLosses:
             advantage=self.advantages[path].to(mean),
             bridge_cost=None if cost is None else cost[path, draw],
             bridge_score=None if score is None else score[path, draw],
+            path_kl_gain=as_like(self.path_kl_gain[timestep], mean),
         )
 
     def _old(self, which: Int64[Tensor, "rows 2"], current: Tensor) -> Tensor | None:

@@ -88,12 +88,13 @@ class PathObjective(Objective):
         """Standard deviation of the drawn score at a noise level; 0 if it is not drawn."""
         return torch.zeros_like(sigma)
 
-    def targets(self, rollout: Rollout, model: Any) -> Tensor | None:
+    def targets(self, rollout: Rollout, model: Any, generator: Generator) -> Tensor | None:
         """What the scores of each step are matched with, of some paths; None if with nothing.
 
         Args:
             rollout: these paths.
             model: the environment.
+            generator: of what is drawn for them, on the CPU.
         """
         return None
 
@@ -127,6 +128,10 @@ class PathObjective(Objective):
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
         """What each decision of the roll-out was worth, in reward."""
 
+    def numbers(self, advantages: Float[Tensor, "paths steps"]) -> dict[str, float]:
+        """What to log of the advantages."""
+        return {}
+
     @abstractmethod
     def loss(self, rows: Any) -> Float[Tensor, " rows"]:
         """Negative surrogate objective of each row; mean times steps estimates a path's.
@@ -157,7 +162,7 @@ class PathLosses:
         self.values, self.train_steps, self.batch = update.values, update.train_steps, update.batch
         self.sampler = update.environment.steps
         self.usual_moves = update.usual_moves
-        self.targets = self._targets()
+        self.targets = self._targets(update.stream("targets"))
         self.advantages = update.advantages(objective.advantages)
         # sent once, not for every row
         self._sent = None if self.sampler.parameters else self._tables()
@@ -173,12 +178,13 @@ class PathLosses:
         tables = torch.stack([self.sampler.gain, self.sampler.std])
         return as_like(tables, self.rollout.means)
 
-    def _targets(self) -> Float[Tensor, "paths steps *event"] | None:
+    def _targets(self, generator: Generator) -> Float[Tensor, "paths steps *event"] | None:
         """The objective's, for as many paths at once as fit into memory."""
         parts: list[Tensor] = []
         for some in torch.arange(len(self.rollout.rewards)).split(self.batch):
             with torch.no_grad():
-                part = self.objective.targets(self.rollout.chosen(some), self.environment)
+                chosen = self.rollout.chosen(some)
+                part = self.objective.targets(chosen, self.environment, generator)
             if part is None:
                 return None
             parts.append(part)
@@ -256,11 +262,12 @@ class PathLosses:
             return environment.action(rollout.states[path, step], step, condition)
 
     def numbers(self) -> dict[str, float]:
-        """Range of the ratios, and the share that the clip touches."""
+        """Numbers of the objective, range of the ratios, and the share that the clip touches."""
         ratio = torch.cat(self._log_ratios).exp()
         clipped = torch.cat(self._clipped).mean()
         names = ("ratio_min", "ratio_max", "clipped_fraction")
-        return dict(zip(names, read(ratio.min(), ratio.max(), clipped), strict=True))
+        ranges = dict(zip(names, read(ratio.min(), ratio.max(), clipped), strict=True))
+        return ranges | self.objective.numbers(self.advantages)
 
     def check_fresh(self) -> None:
         """Ratio 1 of new to old policy, KL 0 of a fresh adapter, enough memory to go on.

@@ -101,8 +101,6 @@ class Objective(ABC):
     # its formula takes what the sampler is acted on by for a score; on a flow it is expected data
     needs_scores: ClassVar[bool] = False
     chooses_steps: ClassVar[bool] = False  # some steps of each path may do (``train_steps``)
-    # roll-outs come from the trained policy, or from one that follows it: their path KL is its own
-    on_policy: ClassVar[bool] = True
     fits_end: ClassVar[bool] = False  # the value network is also fitted at the final node
     value_sees_denoised: ClassVar[bool] = False  # V is a function of x0_hat; no reward query
     needs_data: ClassVar[bool] = False  # the reward is learned, from data and samples in turns
@@ -119,6 +117,11 @@ class Objective(ABC):
         return False
 
     @property
+    def on_policy(self) -> bool:
+        """Whether roll-outs are of the trained policy, or of one that follows it: so their KL."""
+        return True
+
+    @property
     def group(self) -> int:
         """How many paths in a row share a prompt."""
         return 1
@@ -127,6 +130,15 @@ class Objective(ABC):
     def shared_start(self) -> bool:
         """Whether the paths of a group share their starting noise too."""
         return False
+
+    @property
+    def reward_per_nat(self) -> float | None:
+        """b of the J = E[reward] - b KL that is to be large; None where there is no such J.
+
+        A weight in other units (standard deviations of the reward, squares of predicted noise, a
+        learned energy) is none.
+        """
+        return None if self.needs_data else self.cost_weight or None
 
     @property
     def cost_weight(self) -> float:

@@ -141,6 +141,11 @@ class ReinforceAdjointMatching(NoisedObjective):
         require_count(draws=self.draws)
 
     @property
+    def reward_per_nat(self) -> float | None:
+        """``kl_weight``, the regression's temperature."""
+        return self.kl_weight
+
+    @property
     def needs_bridge(self) -> bool:
         """Whether the path cost is restored."""
         return self.path_cost

@@ -90,6 +90,11 @@ class DRaFT(BackpropObjective):
         require_positive(learning_rate=self.learning_rate)
 
     @property
+    def reward_per_nat(self) -> float | None:
+        """``kl_weight``, if the differentiated steps are charged."""
+        return self.kl_weight or None
+
+    @property
     def needs_reference(self) -> bool:
         """Whether a KL is charged."""
         return self.kl_weight > 0
@@ -122,6 +127,11 @@ class AlignProp(BackpropObjective):
             raise ValueError(f"target must be finite, got {self.target}")
         require_not_negative(place_std=self.place_std, kl_weight=self.kl_weight)
         require_positive(scale=self.scale, learning_rate=self.learning_rate)
+
+    @property
+    def reward_per_nat(self) -> float | None:
+        """``kl_weight``, if the differentiated steps are charged."""
+        return self.kl_weight or None
 
     @property
     def needs_reference(self) -> bool:

@@ -33,6 +33,7 @@ from diffusion_envs.runs.prompts import from_words
 from diffusion_envs.runs.run_folder import read_settings
 from diffusion_envs.runs.settings import Unnamed, describe, differences, rebuild
 from diffusion_envs.runs.summary import Run
+from diffusion_envs.training import optimisers
 from diffusion_envs.training.energy import TrainingData
 from diffusion_envs.training.kl_controller import TargetKL
 from diffusion_envs.training.trainer import NonFiniteError, PreflightError
@@ -56,6 +57,7 @@ JUDGES_OF = {  # where none is named
 }
 OBJECTIVES = {
     "adjoint-matching": objectives.AdjointMatching,
+    "adjoint-matching-zeroth-order": objectives.ZerothOrderAdjointMatching,
     "dxmi-continuous-released": objectives.ContinuousDxMIReleased,
     "dxmi-continuous": objectives.ContinuousDxMI,
     "dxmi": objectives.DxMI,
@@ -67,18 +69,30 @@ OBJECTIVES = {
     "refl": objectives.ReFL,
     "dense-reward": objectives.DenseReward,
     "d3po": objectives.D3PO,
+    "diffusion-dpo": objectives.DiffusionDPO,
     "ddpo": objectives.DDPO,
     "ddpo-sf": objectives.DDPOScoreFunction,
     "distributional": objectives.DistributionalOptimisation,
     "dpok": objectives.DPOK,
     "grpo": objectives.GRPO,
+    "grpo-guard": objectives.GRPOGuard,
+    "flow-dppo": objectives.FlowDPPO,
+    "pcpo": objectives.PCPO,
     "tdpo": objectives.TDPO,
     "tdpo-r": objectives.TDPOReset,
     "nft": objectives.DiffusionNFT,
     "ram": objectives.ReinforceAdjointMatching,
+    "tilted-regression": objectives.TiltedRegression,
     "score-as-action": objectives.ScoreAsAction,
     "score-as-action-sampled": objectives.ScoreAsActionSampled,
     "score-as-action-released": objectives.ScoreAsActionReleased,
+}
+OPTIMISERS = {
+    "adamw": optimisers.AdamW,
+    "bounded-adamw": optimisers.BoundedAdamW,
+    "natural-gradient": optimisers.NaturalGradient,
+    "diagonal-metric": optimisers.DiagonalMetric,
+    "scaled-lora": optimisers.ScaledLoRA,
 }
 SAMPLERS: dict[str, samplers.Sampler] = {
     "ddim": samplers.DDIM(),
@@ -99,6 +113,7 @@ _FLAGS = {"preference": "preferences"} | {name: flag for flag, name in _STOP.ite
 _NEVER = StopRule(z=None)
 ModelOptions = TypeVar("ModelOptions")
 ObjectiveSettings = TypeVar("ObjectiveSettings")
+OptimiserSettings = TypeVar("OptimiserSettings")
 
 
 @dataclass(frozen=True)
@@ -140,7 +155,7 @@ _DEFAULTS = {name: p.default for name, p in inspect.signature(finetune).paramete
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Generic[ModelOptions, ObjectiveSettings]):
+class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
     """Fine-tune a diffusion model with a reward.
 
     Attributes:
@@ -154,6 +169,8 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings]):
         objective: score-as-action, ddpo, dpok, grpo, tdpo, ..., or your own as my_module:MyClass;
             each has settings of its own, which follow as options (--objective grpo --help explains
             grpo's).
+        optimiser: adamw, bounded-adamw, natural-gradient, diagonal-metric, scaled-lora, or your own
+            as my_module:MyClass; with settings of its own, like the objective.
         sampler: ddim; where betas grow linearly, as CIFAR-10's do, dxmi-10 and ours-4, with learned
             standard deviations dxmi-10-learned and ours-4-learned, which take 10 and 4 steps if
             none are named; or, for objectives that learn from data (nft, ram, distributional),
@@ -167,6 +184,7 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings]):
     output: Path | None = None
     resume: Path | None = None
     objective: str = "score-as-action"
+    optimiser: str = "adamw"
     sampler: samplers.Sampler = SAMPLERS["ddim"]
     eta: float | None = None
     steps: Annotated[int, _explained("steps")] = _DEFAULTS["steps"]
@@ -176,6 +194,7 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings]):
     options: RunOptions = field(default_factory=RunOptions)
     stop: StopRule = _NEVER
     objective_settings: ObjectiveSettings
+    optimiser_settings: OptimiserSettings
 
     def arguments(self) -> dict[str, Any]:
         """Those of ``finetune``.
@@ -192,10 +211,12 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings]):
         if self.stop.z is not None or self.stop.max_path_kl is not None:
             stop = dataclasses.replace(self.stop, samples=self.options.evaluation_samples)
         named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("resume", "eta", "stop", "objective_settings"):
+        for name in ("resume", "eta", "stop", "objective_settings", "optimiser_settings"):
             del named[name]
         options = dataclasses.replace(self.options, stop=stop)
         named |= {"objective": self.objective_settings, "sampler": sampler, "options": options}
+        usual = isinstance(self.optimiser_settings, optimisers.AdamW)  # as runs of before say it
+        named["optimiser"] = None if usual else self.optimiser_settings
         judges = {f"judges {name}": judge for name, judge in options.judges.items()}
         for name, value in {**named, **judges, "preferences": options.preference}.items():
             if isinstance(value, Unnamed):
@@ -260,10 +281,11 @@ def _sampler(kind: str, name: str) -> samplers.Sampler:
     return _named(kind, name, SAMPLERS, "")
 
 
-def _objective_class(name: str) -> Any:
+def _class_of(kind: str, name: str, table: Mapping[str, Any]) -> Any:
+    """The class of an objective or optimiser."""
     if ":" not in name:
-        return _named("objective", name, OBJECTIVES)
-    return type(_named("objective", name, {}, "my_module:MyClass"))
+        return _named(kind, name, table)
+    return type(_named(kind, name, {}, "my_module:MyClass"))
 
 
 def _name_of(value: Any, table: Mapping[str, Any]) -> str:
@@ -429,7 +451,7 @@ def _words_by_flag(arguments: Sequence[str]) -> dict[str, list[str]]:
     return words
 
 
-def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any]:
+def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any, Any]:
     """The options of a run: those of the command line, and the run's where one is resumed.
 
     Raises:
@@ -442,13 +464,19 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any]:
     default = _fresh(family) if folder is None else _stored(family, folder)
     if named.get("--objective"):
         name = named["--objective"][0]
-        kind, own = _objective_class(name), default.objective_settings
+        kind, own = _class_of("objective", name, OBJECTIVES), default.objective_settings
         settings = own if type(own) is kind else family.settings(kind)
         default = dataclasses.replace(default, objective=name, objective_settings=settings)
+    if named.get("--optimiser"):
+        name = named["--optimiser"][0]
+        kind, own = _class_of("optimiser", name, OPTIMISERS), default.optimiser_settings
+        settings = own if type(own) is kind else kind()
+        default = dataclasses.replace(default, optimiser=name, optimiser_settings=settings)
     kind: Any = type(default.objective_settings)
+    how: Any = type(default.optimiser_settings)
     try:
         options, unknown = tyro.cli(
-            tyro.conf.OmitArgPrefixes[Finetune[family.model, kind]],
+            tyro.conf.OmitArgPrefixes[Finetune[family.model, kind, how]],
             args=list(arguments),
             default=default,
             prog=family.program,
@@ -457,7 +485,7 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any]:
         )
     except SystemExit:
         if {"-h", "--help"} & set(arguments):
-            _list_objectives()
+            _list_methods()
         raise
     if unknown:
         raise ValueError(_unknown(unknown, options))
@@ -477,16 +505,17 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any]:
     return options
 
 
-def _fresh(family: Family) -> Finetune[Any, Any]:
+def _fresh(family: Family) -> Finetune[Any, Any, Any]:
     """The options of a run that has not begun, as they are if none is named."""
     return Finetune(
         model=family.model(),
         objective_settings=family.settings(objectives.ScoreAsAction),
+        optimiser_settings=optimisers.AdamW(),
         **family.defaults,
     )
 
 
-def _stored(family: Family, folder: Path) -> Finetune[Any, Any]:
+def _stored(family: Family, folder: Path) -> Finetune[Any, Any, Any]:
     """The options of the run in a folder.
 
     Raises:
@@ -502,19 +531,22 @@ def _stored(family: Family, folder: Path) -> Finetune[Any, Any]:
             f"{family.model.__name__}: resume it where it was started"
         )
     options, objective = settings.pop("options"), settings.pop("objective")
-    names = {kind: name for name, kind in OBJECTIVES.items()}
+    names = {kind: name for name, kind in (OBJECTIVES | OPTIMISERS).items()}
+    optimiser = settings.pop("optimiser", None) or optimisers.AdamW()
     return Finetune(
         **settings,
         resume=folder,
         objective=names.get(type(objective)) or _name_of(objective, {}),
         objective_settings=objective,
+        optimiser=names.get(type(optimiser)) or _name_of(optimiser, {}),
+        optimiser_settings=optimiser,
         options=dataclasses.replace(options, stop=None),
         stop=options.stop or _NEVER,
     )
 
 
 def _require_the_runs(
-    options: Finetune[Any, Any], run: Finetune[Any, Any], named: Mapping[str, list[str]]
+    options: Finetune[Any, Any, Any], run: Finetune[Any, Any, Any], named: Mapping[str, list[str]]
 ) -> None:
     """Refuse options that differ from those of the run that is resumed; updates may grow.
 
@@ -551,14 +583,15 @@ def _settings_of(settings: Any) -> dict[str, str]:
     }
 
 
-def _unknown(words: Sequence[str], options: Finetune[Any, Any]) -> str:
-    """What to say of words that are no option: of this objective, or of the command."""
+def _unknown(words: Sequence[str], options: Finetune[Any, Any, Any]) -> str:
+    """What to say of words that are no option: of this objective, optimiser or the command."""
     flag = words[0].partition("=")[0]
     own = _settings_of(options.objective_settings)
+    steps = _settings_of(options.optimiser_settings)
     parts = (options, options.model, options.size, options.options)
     common = ["--" + _FLAGS.get(f.name, f.name) for part in parts for f in dataclasses.fields(part)]
     common = [name.replace("_", "-") for name in [*common, *(f"--{flag}" for flag in _STOP)]]
-    near = difflib.get_close_matches(flag, [*own, *common], n=1, cutoff=0.75)
+    near = difflib.get_close_matches(flag, [*own, *steps, *common], n=1, cutoff=0.75)
     hint = f" (did you mean {near[0]}?)" if near else ""
     if any(flag in _settings_of(kind()) for kind in OBJECTIVES.values()):
         return (
@@ -566,23 +599,29 @@ def _unknown(words: Sequence[str], options: Finetune[Any, Any]) -> str:
             f"are {' '.join(f'{k} {v}' for k, v in own.items())}, and --help shows the options of "
             "every run"
         )
+    if takers := [name for name, kind in OPTIMISERS.items() if flag in _settings_of(kind())]:
+        return (
+            f"optimiser {options.optimiser} has no setting {' '.join(words)}{hint}; it is one of "
+            f"{', '.join(takers)}"
+        )
     return (
         f"there is no option {' '.join(words)}{hint}; --help shows the options of every run, and "
         f"objective {options.objective} has {' '.join(own)}"
     )
 
 
-def _list_objectives() -> None:
-    table = Table("objective", "settings and defaults", title="Every objective")
-    for name, kind in OBJECTIVES.items():
-        table.add_row(name, " ".join(f"{k} {v}" for k, v in _settings_of(kind()).items()))
-    Console().print(table)
+def _list_methods() -> None:
+    for what, kinds in (("objective", OBJECTIVES), ("optimiser", OPTIMISERS)):
+        table = Table(what, "settings and defaults", title=f"Every {what}")
+        for name, kind in kinds.items():
+            table.add_row(name, " ".join(f"{k} {v}" for k, v in _settings_of(kind()).items()))
+        Console().print(table)
 
 
 # -- carrying it out -------------------------------------------------------------------------------
 
 
-def _show(run: Run, options: Finetune[Any, Any]) -> None:
+def _show(run: Run, options: Finetune[Any, Any, Any]) -> None:
     """Say in words how it went."""
     samples, reward = options.options.evaluation_samples, _name_of(options.reward, REWARDS)
     table = Table(title=f"{reward}, {samples} held-out samples")
@@ -597,6 +636,10 @@ def _show(run: Run, options: Finetune[Any, Any]) -> None:
     if run.path_kl is not None:
         console.print(f"path KL from the pretrained model: {run.path_kl} nats")
     console.print(run.over_optimisation.sentence)
+    if run.frontier is not None:
+        if run.frontier.fault is not None:
+            console.print(f"warning: {run.frontier.fault}", style="bold red")
+        console.print(" ".join(run.frontier.sentences))
     if run.stopped is not None:
         console.print(f"stopped: {run.stopped}; exported: the model of update {run.update}")
     console.print(f"exported: {run.exported}")

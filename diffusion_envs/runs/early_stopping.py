@@ -193,14 +193,15 @@ class EarlyStopping(Callback):
         """On seeds of its own; the state of the best model is kept in ``folder``."""
 
         def measure(update: int, pretrained: bool) -> Scores:
-            evaluation = evaluate(
-                trainer.environment,
-                rule.samples,
-                judges=judges,
-                batch=batch,
-                pretrained=pretrained,
-                stream=WATCHED,
-            )
+            with trainer.averaged():
+                evaluation = evaluate(
+                    trainer.environment,
+                    rule.samples,
+                    judges=judges,
+                    batch=batch,
+                    pretrained=pretrained,
+                    stream=WATCHED,
+                )
             return Scores.of(update, evaluation)
 
         def keep(update: int) -> None:

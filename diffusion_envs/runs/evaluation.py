@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ctrl import DeterministicPolicy, Estimate
 from diffusion_envs import rewards
-from diffusion_envs.environment import Environment
+from diffusion_envs.environment import Environment, Sample
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.runs.checkpoint import CheckpointError
 
@@ -32,6 +32,7 @@ class Evaluation:
     rewards: Float[Tensor, " n"]
     judged: Mapping[str, Float[Tensor, " n"]]  # by name of a reward that was not trained on
     path_kl: Float[Tensor, " n"]  # nats; infinite of an ODE, NaN of a black box: it is not known
+    chain_kl: Float[Tensor, " n"]  # that of the chain that was sampled, not of the SDE
     images: Float[Tensor, " n *picture"]
     prompts: list[str]
 
@@ -41,6 +42,7 @@ class Evaluation:
             rewards=self.rewards[:n],
             judged={name: values[:n] for name, values in self.judged.items()},
             path_kl=self.path_kl[:n],
+            chain_kl=self.chain_kl[:n],
             images=self.images[:n],
             prompts=self.prompts[:n],
         )
@@ -66,20 +68,11 @@ def evaluate(
         pretrained: evaluate the model without its adapter.
         stream: names the noise.
     """
-    spent = environment.reward_queries, environment.model.calls
-    parts = []
-    try:
-        with environment.pretrained() if pretrained else nullcontext():
-            for first in range(0, samples, batch):
-                indices = range(first, min(first + batch, samples))
-                condition = torch.tensor([i % len(environment.prompts) for i in indices])
-                parts.append(
-                    environment.sample(
-                        lambda mean, _: DeterministicPolicy(mean), indices, condition, stream=stream
-                    )
-                )
-    finally:  # also of an evaluation that is interrupted
-        environment.reward_queries, environment.model.calls = spent
+    with not_counted(environment), environment.pretrained() if pretrained else nullcontext():
+        parts = [
+            sample_in_turn(environment, range(first, min(first + batch, samples)), stream)
+            for first in range(0, samples, batch)
+        ]
     images = torch.cat([part.images.cpu() for part in parts])
     prompts = [prompt for part in parts for prompt in part.prompts]
     return Evaluation(
@@ -88,8 +81,40 @@ def evaluate(
             name: rewards.score(judge, images, prompts) for name, judge in (judges or {}).items()
         },
         path_kl=torch.cat([_path_kl(part.rollout).cpu() for part in parts]),
+        chain_kl=torch.cat([_chain_kl(environment, part.rollout).cpu() for part in parts]),
         images=images,
         prompts=prompts,
+    )
+
+
+@contextmanager
+def not_counted(environment: Environment) -> Iterator[None]:
+    """Within it costs are not counted; nor are those of what is interrupted."""
+    spent = environment.reward_queries, environment.model.calls
+    try:
+        yield
+    finally:
+        environment.reward_queries, environment.model.calls = spent
+
+
+def sample_in_turn(
+    environment: Environment, samples: range, stream: str, *, reference: bool = True
+) -> Sample:
+    """Some samples of the model as it is now; sample i has prompt i modulo their number.
+
+    Args:
+        environment: with the sampler.
+        samples: global indices; each names its own noise.
+        stream: names the noise.
+        reference: whether path KLs are computed.
+    """
+    condition = torch.tensor([i % len(environment.prompts) for i in samples])
+    return environment.sample(
+        lambda mean, _: DeterministicPolicy(mean),
+        samples,
+        condition,
+        stream=stream,
+        reference=reference,
     )
 
 
@@ -97,6 +122,13 @@ def _path_kl(rollout: Rollout) -> Float[Tensor, " n"]:
     """Path KL of each path, nats; NaN where its steps are not known."""
     known = rollout.costs.shape[1] > 0
     return rollout.costs.sum(1) if known else torch.full_like(rollout.rewards, math.nan)
+
+
+def _chain_kl(environment: Environment, rollout: Rollout) -> Float[Tensor, " n"]:
+    """The sum of each path's transition KLs, nats; NaN where its steps are not known."""
+    if rollout.reference_scores is None:
+        return torch.full_like(rollout.rewards, math.nan)
+    return environment.steps.chain_kl(rollout.means, rollout.reference_scores).sum(1)
 
 
 def by_prompt(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Estimate]]:
@@ -147,10 +179,11 @@ def evaluate_pretrained(
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             _log.warning("%s is damaged and is made anew: %s", path, error)
         else:
-            _require_same_rewards(stored, environment, judges, batch, path)
+            require_same_rewards(stored, environment, judges, batch, path)
             return stored
     made = evaluate(environment, samples, judges=judges, batch=batch, pretrained=True)
-    tensors = {"rewards": made.rewards, "path_kl": made.path_kl, "images": made.images}
+    tensors = {"rewards": made.rewards, "images": made.images}
+    tensors |= {"path_kl": made.path_kl, "chain_kl": made.chain_kl}
     tensors |= {f"judged.{name}": value for name, value in made.judged.items()}
     partial = path.with_suffix(".partial")
     try:
@@ -177,7 +210,7 @@ def require_the_runs_reward(environment: Environment, path: Path, batch: int) ->
         stored = _read(path, environment, None, {})
     except (SafetensorError, KeyError, OSError):  # nothing to compare with: it is damaged
         return
-    _require_same_rewards(stored, environment, {}, batch, path)
+    require_same_rewards(stored, environment, {}, batch, path)
 
 
 def _read(
@@ -189,6 +222,8 @@ def _read(
         rewards=stored["rewards"],
         judged={name: stored[f"judged.{name}"] for name in judges},
         path_kl=stored["path_kl"],
+        # runs of before stored none: 0 of the pretrained model, if it is known
+        chain_kl=stored.get("chain_kl", stored["path_kl"]),
         images=stored["images"],
         prompts=[prompts[i % len(prompts)] for i in range(samples)],
     )
@@ -197,7 +232,7 @@ def _read(
     return read
 
 
-def _require_same_rewards(
+def require_same_rewards(
     stored: Evaluation,
     environment: Environment,
     judges: Mapping[str, rewards.Reward],

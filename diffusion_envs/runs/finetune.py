@@ -17,6 +17,7 @@ from diffusion_envs.runs.callbacks import Callbacks
 from diffusion_envs.runs.early_stopping import EarlyStopping
 from diffusion_envs.runs.early_stopping import check as check_stop
 from diffusion_envs.runs.exported import export
+from diffusion_envs.runs.further_samples import require_pretrained_sampler
 from diffusion_envs.runs.human_choices import leaving_images
 from diffusion_envs.runs.interruption import interruptible
 from diffusion_envs.runs.monitoring import Evaluations, Logging
@@ -25,10 +26,12 @@ from diffusion_envs.runs.progress import ProgressBar
 from diffusion_envs.runs.prompts import read_prompts
 from diffusion_envs.runs.resuming import Checkpoints
 from diffusion_envs.runs.run_folder import open_run
+from diffusion_envs.runs.run_frontier import compare
 from diffusion_envs.runs.settings import describe
 from diffusion_envs.runs.summary import Run, summarise
 from diffusion_envs.runs.tracking import Tracker, require_wandb
 from diffusion_envs.training import parallel
+from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.requirements import require_inputs
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
@@ -57,6 +60,7 @@ def finetune(
     prompts: Iterable[str] | Path,
     output: str | Path,
     objective: Objective | None = None,
+    optimiser: Optimiser | None = None,
     sampler: samplers.Sampler | None = None,
     steps: int = 20,
     updates: int = 50,
@@ -76,6 +80,7 @@ def finetune(
         prompts: what to ask for, or a file of it; samples take them in turn.
         output: folder of the run (``docs/run_folder.md`` says what is in it).
         objective: the method; ``ScoreAsAction()`` if left out.
+        optimiser: how a gradient becomes a step; ``AdamW()`` if left out.
         sampler: how images are made; ``DDIM(eta=1.0)`` if left out. Objectives that learn from data
             (DiffusionNFT, ReinforceAdjointMatching, DistributionalOptimisation) take any,
             ``Scheduler("DPMSolverMultistepScheduler")`` for one.
@@ -103,12 +108,15 @@ def finetune(
     """
     objective, sampler = objective or ScoreAsAction(), sampler or samplers.DDIM()
     prompts = read_prompts(prompts)
+    optimiser = None if optimiser == AdamW() else optimiser  # stored as runs of before are
     settings = {
         name: describe(value)
         for name, value in locals().items()
         if name not in ("output", "resume")
     }
     _check(reward, objective, sampler, steps, updates, options)
+    if optimiser is not None and not isinstance(optimiser, Optimiser):
+        raise TypeError(f"optimiser must be an optimiser, got {optimiser!r}")
     with interruptible() as interruption, ExitStack() as stack:
         accelerator = parallel.start(None if model.device is None else str(model.device))
         main = accelerator.is_main_process
@@ -123,6 +131,7 @@ def finetune(
             seed=seed,
             batch=size.batch,
         )
+        require_pretrained_sampler(environment, options.frontier_samples)
         trainer = Trainer(
             environment,
             objective,
@@ -132,6 +141,7 @@ def finetune(
             data=options.data,
             target_kl=options.target_kl,
             log_path_kl=options.log_path_kl,
+            optimiser=optimiser or AdamW(),
         )
         folder = Path(output).expanduser()
         if main:
@@ -171,7 +181,20 @@ def finetune(
                 trainer.load_state(checkpoint.load(folder / "best" / f"step-{best:06d}").state)
         before, after, metrics = evaluations.last(finished=reason is None)
         learned = environment.sampler.parameters
-        exported = export(model, folder, trainer.update, learned) if main else folder
+        with trainer.averaged():
+            exported = export(model, folder, trainer.update, learned) if main else folder
+        frontier = None
+        if main:
+            frontier = compare(
+                environment,
+                before,
+                after,
+                folder / "evaluation" / "frontier.safetensors",
+                samples=options.frontier_samples,
+                kl_weight=trainer.objective.reward_per_nat,
+                batch=size.batch,
+                progress=options.progress,
+            )
         return summarise(
             folder,
             exported,
@@ -182,6 +205,7 @@ def finetune(
             stop=stop,
             prompts=prompts,
             write=main,
+            frontier=frontier,
         )
 
 

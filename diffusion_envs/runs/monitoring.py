@@ -94,7 +94,8 @@ class Evaluations(Callback):
 
     def _evaluate(self, samples: int) -> Evaluation:
         judges = self._options.judges
-        return evaluate(self._environment, samples, judges=judges, batch=self._batch)
+        with self._trainer.averaged():
+            return evaluate(self._environment, samples, judges=judges, batch=self._batch)
 
     def _show(self, update: int, seen: Evaluation) -> None:
         self._tracker.pictures(update, seen.images[:PICTURES], seen.prompts[:PICTURES])

@@ -21,6 +21,10 @@ class RunOptions:
 
     Attributes:
         evaluation_samples: held-out samples, before and after, paired by seed.
+        frontier_samples: further samples of the pretrained model, over all prompts, from which the
+            most reward that a policy can have at each KL is estimated once the run is done; the
+            pretrained model's held-out samples count too, and may be enough. A finished run may be
+            resumed with more.
         checkpoint_every: updates between checkpoints; a run that is told to end writes one, too.
         picture_every: updates between pictures and over-optimisation metrics.
         judges: rewards that only judge, by name; the reward itself is refused.
@@ -40,6 +44,7 @@ class RunOptions:
     """
 
     evaluation_samples: int = 64
+    frontier_samples: int = 0
     checkpoint_every: int = 1
     picture_every: int = 10
     judges: Mapping[str, rewards.Reward] = field(default_factory=dict)
@@ -53,6 +58,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         least = {"evaluation_samples": 2, "checkpoint_every": 1, "picture_every": 1}
+        least |= {"frontier_samples": 0}
         for name, bound in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < bound:

@@ -6,6 +6,7 @@ Metrics     on held-out seeds, paired with the pretrained model on the same seed
     judge.NAME, judge_gain.NAME  of held-out rewards
     judge_std.NAME               standard deviation over the pretrained model's samples
     path_kl                      from the pretrained model, nats; left out where it is not finite
+    chain_kl                     that of the chain that was sampled, not of the SDE
     diversity.SPACE              mean distance of two pictures of one prompt
     pretrained_diversity.SPACE   that of the pretrained model's pictures
     diversity_gain.SPACE         the former less the latter
@@ -118,8 +119,9 @@ def metrics(
         numbers[f"judge.{name}"] = Estimate.of(values)
         numbers[f"judge_gain.{name}"] = Estimate.of(values - was.judged[name])
         numbers[f"judge_std.{name}"] = standard_deviation(was.judged[name])
-    if bool(torch.isfinite(after.path_kl).all()):
-        numbers["path_kl"] = Estimate.of(after.path_kl)
+    for name, nats in (("path_kl", after.path_kl), ("chain_kl", after.chain_kl)):
+        if bool(torch.isfinite(nats).all()):
+            numbers[name] = Estimate.of(nats)
     spaces = {PIXELS: (pixel_distances, was.images, after.images)}
     for name, embedder in (embedders or {}).items():
         old, new = (rewards.embed(embedder, pictures) for pictures in (was.images, after.images))

@@ -22,7 +22,10 @@ from diffusion_envs.models.protocol import Model
 from diffusion_envs.rewards.contract import name_of_loaded
 
 _KINDS = ("class", "function", "loaded", "instance")
-_ANY_TIME = ("updates", "model.device", "options.wandb", "options.progress")  # no number depends
+_ANY_TIME = (  # no number of an update depends on them
+    *("updates", "model.device", "options.wandb", "options.progress"),
+    "options.frontier_samples",
+)
 
 
 @dataclass(frozen=True)

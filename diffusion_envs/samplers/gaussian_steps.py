@@ -133,6 +133,20 @@ class GaussianSteps(ABC):
         gap = (actions - references).square().flatten(2).sum(2)
         return 0.5 * as_like(self.path_kl_gain, actions) * gap
 
+    def chain_kl(
+        self, actions: Float[Tensor, "paths steps *event"], references: Tensor
+    ) -> Float[Tensor, "paths steps"]:
+        """KL of every transition from the reference's, nats; infinite without a density.
+
+        Its sum is the path KL of the chain that is sampled, which no KL of what it generates
+        exceeds. ``path_kl`` is that of the SDE, in few steps another number.
+        """
+        if not self.has_density:
+            return actions.new_full(actions.shape[:2], math.inf)
+        step = torch.arange(actions.shape[1], device=actions.device).repeat(len(actions))
+        kl = self.transition_kl(step, actions.flatten(0, 1), references.flatten(0, 1))
+        return kl.view(actions.shape[:2])
+
     def denoised(
         self,
         states: Float[Tensor, "paths steps *event"],

@@ -55,10 +55,18 @@ def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) 
     if accelerator.num_processes == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-    assert isinstance(flat, Tensor)  # what goes in comes out
+    flat = average(torch.cat([g.flatten() for g in gradients]), accelerator)
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def average(value: Tensor, accelerator: Accelerator) -> Tensor:
+    """Its mean over the processes, the same on all of them."""
+    if accelerator.num_processes == 1:
+        return value
+    mean = accelerator.reduce(value, "mean")
+    assert isinstance(mean, Tensor)  # what goes in comes out
+    return mean
 
 
 def broadcast_from_main(number: int, accelerator: Accelerator) -> int:

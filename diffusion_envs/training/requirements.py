@@ -36,7 +36,7 @@ def require_inputs(
     if preference is not None and not objective.needs_preferences:
         raise ValueError(
             f"preference is given, but {name} learns from rewards: use an objective that learns "
-            "from preferences (D3PO, DenseReward), or leave it out"
+            "from preferences (D3PO, DenseReward, DiffusionDPO), or leave it out"
         )
     if objective.needs_data and data is None:
         raise ValueError(

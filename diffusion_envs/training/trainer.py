@@ -30,10 +30,14 @@ from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import kl_controller, parallel
 from diffusion_envs.training.critic import Critic, NonFiniteError
 from diffusion_envs.training.energy import EnergyCritic, TrainingData
+from diffusion_envs.training.optimisers import AdamW, Optimiser
+from diffusion_envs.training.path_metric import PathMetric
 from diffusion_envs.training.requirements import require_fit
 from diffusion_envs.training.update_size import UpdateSize
 
 __all__ = ["NonFiniteError", "PreflightError", "Trainer"]
+
+_ADAMW = AdamW()
 
 
 class Trainer:
@@ -48,6 +52,7 @@ class Trainer:
         preference: who prefers which sample, for objectives that learn from preferences.
         data: what samples should look like, for objectives that learn the reward from it.
         target_kl: changes the objective's kl_weight after every update.
+        optimiser: how a gradient becomes a step of the adapter.
         log_path_kl: report the path KL of every roll-out also where no method needs it, at the
             price of a network call a step.
     """
@@ -64,6 +69,7 @@ class Trainer:
         data: TrainingData | None = None,
         target_kl: kl_controller.TargetKL | None = None,
         log_path_kl: bool = False,
+        optimiser: Optimiser = _ADAMW,
     ) -> None:
         processes = accelerator.num_processes
         require_fit(environment, objective, size, processes, target_kl, preference, data)
@@ -74,11 +80,14 @@ class Trainer:
         learned = environment.sampler.parameters  # of the sampler
         self.parameters = [*environment.model.parameters, *learned]
         self.old = [p.detach().clone() for p in self.parameters]  # of the policy that samples
+        self.mean = [old.clone() for old in self.old] if size.average else []  # over updates
         rate, std_rate = objective.rates
         kinds: list[dict[str, Any]] = [{"params": environment.model.parameters}]
         if learned:
             kinds.append({"params": learned, "lr": std_rate, "weight_decay": 0.0})
-        self.optimiser = torch.optim.AdamW(kinds, lr=rate, weight_decay=size.weight_decay)
+        self.optimiser = optimiser.start(
+            kinds, rate=rate, weight_decay=size.weight_decay, environment=environment
+        )
         self.critic: Critic | EnergyCritic | None = None
         if data is not None:
             self.critic = EnergyCritic(environment, objective, size, accelerator, stream_name, data)
@@ -96,6 +105,7 @@ class Trainer:
         return {
             "adapter": [p.detach() for p in self.parameters],
             "old": self.old,
+            "mean": self.mean,
             "optimiser": self.optimiser.state_dict(),
             "critic": None if self.critic is None else self.critic.state(),
             "update": self.update,
@@ -116,6 +126,7 @@ class Trainer:
             raise ValueError(f"the checkpoint's adapter has shapes {stored}, this model's {shapes}")
         self._set(self.parameters, state["adapter"])
         self._set(self.old, state["old"])
+        self._set(self.mean, state.get("mean", []))  # checkpoints of before have none
         self.optimiser.load_state_dict(state["optimiser"])
         if self.critic is not None:
             self.critic.load_state(state["critic"])
@@ -157,6 +168,7 @@ class Trainer:
         if critic is not None and not critic.learns_first:
             numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
         self._keep_old()
+        self._keep_mean()
         self.update += 1
         return self._measured(sample.rollout, numbers)
 
@@ -241,7 +253,8 @@ class Trainer:
 
     def _improve_adapter(self, losses: Losses, rollout: Rollout) -> dict[str, float]:
         size, groups = self.size, len(rollout.rewards) // rollout.group
-        norm = 0.0
+        most = size.max_gradient_norm if self.optimiser.clips else math.inf
+        norm, stepped = 0.0, dict[str, float]()
         for epoch in range(size.epochs):
             shuffle = stream(
                 self.environment.seed,
@@ -252,21 +265,37 @@ class Trainer:
                 self.accelerator.process_index,
             )
             order = torch.randperm(groups, generator=shuffle)
-            for part in order.chunk(size.minibatches):
+            for k, part in enumerate(order.chunk(size.minibatches)):
                 self.optimiser.zero_grad(set_to_none=True)
                 for loss in losses.losses(part, shuffle):
                     loss.backward()
                 parallel.average_gradients(self.parameters, self.accelerator)
-                norm = nn.utils.clip_grad_norm_(self.parameters, size.max_gradient_norm).item()
+                norm = nn.utils.clip_grad_norm_(self.parameters, most).item()
                 if not math.isfinite(norm):
                     raise NonFiniteError(
                         f"the gradient's norm is {norm} at update {self.update + 1}; no "
                         "weight was changed. Lower learning_rate or guidance, or use float32"
                     )
-                self.optimiser.step()
+                stepped = self.optimiser.step(self._metric(rollout, epoch, k))
         for group in self.optimiser.param_groups:
             group["lr"] *= self.objective.decay
-        return {**losses.numbers(), "gradient_norm": norm}
+        return {**losses.numbers(), "gradient_norm": norm, **stepped}
+
+    def _metric(self, rollout: Rollout, epoch: int, k: int) -> Callable[[str, float], PathMetric]:
+        """(what for, share of the rows) -> the metric of path laws on this roll-out's states."""
+
+        def metric(what: str, share: float) -> PathMetric:
+            return PathMetric.of(
+                self.environment,
+                self.parameters,
+                rollout,
+                share=share,
+                generator=self._generator("metric", what, epoch, k),
+                batch=self.size.batch,
+                accelerator=self.accelerator,
+            )
+
+        return metric
 
     def _over_all(self, function: Callable[[Rollout], Tensor], rollout: Rollout) -> Tensor:
         """A function of the whole roll-out, that of all processes; this process's rows of it."""
@@ -303,8 +332,26 @@ class Trainer:
         if not self._lags:
             yield
             return
+        with self._holding(self.old):
+            yield
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the adapter is the running mean of ``size.average``, if there is one.
+
+        For evaluation and export: what ``state`` returned here would hold the mean as what trains.
+        """
+        if not self.mean:
+            yield
+            return
+        with self._holding(self.mean):
+            yield
+
+    @contextmanager
+    def _holding(self, values: list[Tensor]) -> Iterator[None]:
+        """Within this context the parameters are these."""
         current = [p.detach().clone() for p in self.parameters]
-        self._set(self.parameters, self.old)
+        self._set(self.parameters, values)
         try:
             yield
         finally:
@@ -316,6 +363,15 @@ class Trainer:
         with torch.no_grad():
             for old, parameter in zip(self.old, self.parameters, strict=True):
                 old.lerp_(parameter, 1 - decay)
+
+    def _keep_mean(self) -> None:
+        """The mean takes in the current weights: all updates count alike while they are few."""
+        if self.size.average is None:
+            return
+        share = 1 - min(self.size.average, self.update / (self.update + 1))
+        with torch.no_grad():
+            for mean, parameter in zip(self.mean, self.parameters, strict=True):
+                mean.lerp_(parameter, share)
 
     @staticmethod
     @torch.no_grad()

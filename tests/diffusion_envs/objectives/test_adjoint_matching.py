@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from diffusion_envs import rewards
 from diffusion_envs.environment import Environment
 from diffusion_envs.exact import GaussianProblem, gaussian, table
 from diffusion_envs.models.text_to_image_unet import TextToImageUNet
-from diffusion_envs.objectives import AdjointMatching, Rollout
+from diffusion_envs.objectives import AdjointMatching, Rollout, ZerothOrderAdjointMatching
 from diffusion_envs.objectives.adjoint_matching import AdjointRows, lean_adjoint, matching_loss
 from diffusion_envs.objectives.path_steps import PathLosses
 from diffusion_envs.samplers import DDIM
@@ -126,6 +126,11 @@ class Chain:
     def reward_gradient(self, states: Tensor, condition: Tensor) -> Tensor:
         return self.reward.gradient(states)
 
+    def reward_gradient_by_queries(
+        self, states: Tensor, condition: Tensor, *, queries: int, width: float, generator: Generator
+    ) -> Tensor:
+        raise NotImplementedError
+
 
 def chain_optimum(chain: Chain, price: Tensor) -> list[tuple[Any, Any]]:
     """Best shift of the mean, u = K x + k, of every step; it costs price |u|^2 / 2, reward."""
@@ -176,7 +181,7 @@ def gradient(objective: AdjointMatching, at: list[Any], sampling: list[Any]) -> 
         step_sizes=sampler.integrated_g2,
         condition=torch.zeros(len(states), dtype=torch.int64),
     )
-    target = objective.targets(rollout, chain)
+    target = objective.targets(rollout, chain, Generator())
     gain = torch.stack([torch.as_tensor(K) / b[k] for k, (K, _) in enumerate(at)])
     shift = torch.stack([torch.as_tensor(c) / b[k] for k, (_, c) in enumerate(at)])
     gain, shift = gain.requires_grad_(), shift.requires_grad_()
@@ -248,7 +253,7 @@ def test_targets_of_the_real_environment_are_products_of_jacobians():
     )
     asked = environment.reward_queries
     with torch.no_grad():
-        found = AdjointMatching().targets(sample.rollout, environment)
+        found = AdjointMatching().targets(sample.rollout, environment, Generator())
     assert environment.reward_queries == asked + 5
     slope, _ = gaussian.score_coefficients(problem.data, sampler.table, sampler.noising_times[:-1])
     expected = -problem.quadratic.gradient(sample.rollout.states[:, -1].double())
@@ -280,9 +285,11 @@ def test_checkpointed_activations_change_nothing():
             parameter.fill_(0.05)
     objective, none = AdjointMatching(), torch.zeros(2, dtype=torch.int64)
     rollout = environment.sample(objective.policy, range(2), none, stream="train").rollout
-    plain = objective.targets(rollout, environment)
+    plain = objective.targets(rollout, environment, Generator())
     model.pipe.unet.enable_gradient_checkpointing()
-    torch.testing.assert_close(objective.targets(rollout, environment), plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        objective.targets(rollout, environment, Generator()), plain, rtol=1e-4, atol=1e-6
+    )
     assert plain.abs().max() > 1e-4
 
 
@@ -303,3 +310,44 @@ def test_targets_do_not_depend_on_how_many_paths_are_carried_at_once(small_train
 def test_bad_settings_are_refused_by_name(settings, name):
     with pytest.raises(ValueError, match=name):
         AdjointMatching(**settings)
+
+
+# -- a reward without a gradient -------------------------------------------------------------------
+
+
+def test_the_slope_by_queries_is_that_of_the_reward_without_bias_and_as_noisy_as_it_says():
+    """A quadratic reward: smoothing leaves its slope alone, and the error is Gaussian algebra."""
+    problem, sampler = GaussianProblem(), DDIM(1.0).bind(table(), 4)
+    environment = problem.environment(sampler, seed=0)
+    state = torch.tensor([[0.7, -1.2]])
+    states, condition = state.repeat(4000, 1), torch.zeros(4000, dtype=torch.int64)
+    asked = environment.reward_queries
+    found = environment.reward_gradient_by_queries(
+        states, condition, queries=6, width=0.5, generator=Generator().manual_seed(3)
+    ).double()
+    assert environment.reward_queries == asked + 4000 * 6
+    slope = problem.quadratic.gradient(state.double())[0]
+    # z (z . slope) has covariance |slope|^2 I + slope slope'; the mean of 3 pairs, a third of it
+    unit = torch.eye(2, dtype=torch.float64)
+    covariance = (slope.square().sum() * unit + slope.outer(slope)) / 3
+    error = (covariance.diagonal() / 4000).sqrt()
+    assert ((found.mean(0) - slope).abs() < 4 * error).all()
+    torch.testing.assert_close(found.T.cov(), covariance, rtol=0.15, atol=0.02)
+
+
+def test_a_reward_without_a_gradient_trains_and_its_queries_are_counted(trains):
+    whole = trains(ZerothOrderAdjointMatching(kl_weight=0.3, queries=4, width=0.1))
+    assert whole.environment.reward_queries == 2 * 12 * (1 + 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"queries": 3}, "queries must be even"),
+        ({"queries": 0}, "queries must be an integer of at least 1"),
+        ({"width": 0.0}, "width must be a positive finite number"),
+    ],
+)
+def test_bad_settings_of_the_queries_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        ZerothOrderAdjointMatching(**settings)

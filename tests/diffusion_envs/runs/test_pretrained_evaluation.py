@@ -50,6 +50,7 @@ class World:
             rewards=rewards.score(environment.reward, self.images, prompts),
             judged={n: rewards.score(judge, self.images, prompts) for n, judge in judges.items()},
             path_kl=torch.zeros(samples),
+            chain_kl=torch.zeros(samples),
             images=self.images,
             prompts=prompts,
         )

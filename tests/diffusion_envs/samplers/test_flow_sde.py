@@ -265,6 +265,8 @@ LEARNERS = [
     objectives.ScoreAsAction(kl_weight=0.5, learning_rate=0.02),
     objectives.DDPO(learning_rate=0.02),
     objectives.GRPO(learning_rate=0.02),
+    objectives.FlowDPPO(learning_rate=0.02, per_path=True),
+    objectives.GRPOGuard(learning_rate=0.02),
     objectives.AdjointMatching(kl_weight=0.5, learning_rate=0.02),
     objectives.DRaFT(last=2, kl_weight=0.5, learning_rate=0.02),
     objectives.ReFL(learning_rate=0.02),
@@ -325,6 +327,7 @@ def test_it_resumes_bit_for_bit():
     [
         objectives.ScoreAsActionSampled(),
         objectives.DPOK(),
+        objectives.PCPO(group=4),
         objectives.DxMI(),
         objectives.DiffusionNFT(),
     ],

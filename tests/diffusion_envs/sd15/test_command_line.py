@@ -13,7 +13,7 @@ import pytest
 from diffusion_envs import objectives
 from diffusion_envs.objectives import NearTarget
 from diffusion_envs.runs import command_line
-from diffusion_envs.runs.command_line import OBJECTIVES, Finetune
+from diffusion_envs.runs.command_line import OBJECTIVES, OPTIMISERS, Finetune
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.sd15 import StableDiffusion
 from diffusion_envs.sd15.__main__ import FAMILY
@@ -62,6 +62,10 @@ def once(words: list[str]) -> list[str]:
         (["--objective", "grpo", "--group", "x"], "--group"),
         (["--objective", "distributional", "--first-variation", "far:1"], "near:REWARD"),
         (["--evaluation-sample", "3"], "did you mean --evaluation-samples?"),
+        (["--optimiser", "adam"], "adamw"),
+        (["--nats", "0.1"], "optimiser adamw has no setting --nats 0.1; it is one of bounded"),
+        (["--optimiser", "natural-gradient", "--nats", "0"], "nats must be a positive finite"),
+        (["--average", "1"], "average must be above 0 and below 1"),
         (["--model", "./nowhere"], "nowhere"),
         (["--prompts", ""], "prompts"),
         (["--prompts", "a photo of a dragon"], "dragon"),
@@ -131,7 +135,7 @@ def test_every_option_has_a_description(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "90")  # one column: two would run into one another
     assert run("--help") == 0
     shown = capsys.readouterr().out.partition("Every objective")[0]
-    structs = ("model", "size", "options", "stop", "objective_settings")  # options of their own
+    structs = ("model", "size", "options", "stop", "objective_settings", "optimiser_settings")
     names = [f.name for f in dataclasses.fields(Finetune) if f.name not in structs]
     for kind in (UpdateSize, StableDiffusion, RunOptions):
         names += [f.name for f in dataclasses.fields(kind) if f.name not in ("stop", "preference")]
@@ -178,8 +182,23 @@ def test_every_setting_of_every_objective_can_be_given(name):
 def test_no_setting_of_an_objective_is_an_option_of_every_run():
     kinds = (Finetune, UpdateSize, StableDiffusion, RunOptions)
     common = {f.name for kind in kinds for f in dataclasses.fields(kind)}
+    steps = {f.name for kind in OPTIMISERS.values() for f in dataclasses.fields(kind)}
+    assert not common & steps
     for kind in OBJECTIVES.values():
-        assert not common & {f.name for f in dataclasses.fields(kind)}
+        assert not (common | steps) & {f.name for f in dataclasses.fields(kind)}
+
+
+def test_every_setting_of_every_optimiser_can_be_given():
+    for name, kind in OPTIMISERS.items():
+        for field in dataclasses.fields(kind):
+            value = another(getattr(kind(), field.name))
+            no = "no-" if value is False else ""
+            flag = f"--{no}{field.name}"
+            words = [flag, *([] if isinstance(value, bool) else [repr(value)])]
+            words = ["--output", "run", "--optimiser", name, *words]
+            made = command_line.read(FAMILY, words).arguments()["optimiser"]
+            assert made == dataclasses.replace(kind(), **{field.name: value})
+    assert command_line.read(FAMILY, ["--output", "run"]).arguments()["optimiser"] is None
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

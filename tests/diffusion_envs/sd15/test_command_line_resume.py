@@ -20,6 +20,7 @@ from diffusion_envs.runs.settings import describe
 from diffusion_envs.sd15 import StableDiffusion
 from diffusion_envs.sd15.__main__ import FAMILY
 from diffusion_envs.training.kl_controller import TargetKL
+from diffusion_envs.training.optimisers import NaturalGradient
 from diffusion_envs.training.update_size import UpdateSize
 
 RUN: dict[str, Any] = {  # as Python may start one, with defaults nowhere
@@ -27,6 +28,7 @@ RUN: dict[str, Any] = {  # as Python may start one, with defaults nowhere
     "reward": rewards.Colour("red"),
     "prompts": ("a photo of a cat", "a page of notes.txt"),
     "objective": objectives.GRPO(group=2, clip=0.3),
+    "optimiser": NaturalGradient(nats=0.03, iterations=3),
     "sampler": samplers.DDIM(0.7),
     "steps": 3,
     "updates": 2,
@@ -56,6 +58,15 @@ def resumed(folder: Path, *words: str) -> dict[str, Any]:
 
 def test_a_run_started_from_python_is_resumed_with_all_its_settings(tmp_path):
     assert resumed(start(tmp_path)) == RUN
+
+
+def test_a_run_of_before_there_were_other_optimisers_is_one_of_adamw(tmp_path):
+    assert resumed(start(tmp_path / "none", optimiser=None))["optimiser"] is None
+    folder = start(tmp_path / "before", optimiser=None)
+    stored = json.loads((folder / "config.json").read_text())
+    del stored["settings"]["optimiser"]
+    (folder / "config.json").write_text(json.dumps(stored))
+    assert resumed(folder)["optimiser"] is None
 
 
 @pytest.mark.parametrize(

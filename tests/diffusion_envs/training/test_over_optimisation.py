@@ -37,6 +37,7 @@ def evaluation(generator, n=8, prompts=PROMPTS):
         rewards=torch.randn(n, generator=generator),
         judged={"clarity": torch.randn(n, generator=generator)},
         path_kl=torch.rand(n, generator=generator),
+        chain_kl=torch.rand(n, generator=generator),
         images=torch.rand(n, 3, 4, 5, generator=generator),
         prompts=list(prompts),
     )
@@ -98,6 +99,7 @@ def test_every_number_is_that_of_its_definition(generator):
         "judge.clarity": after.judged["clarity"].double().numpy(),
         "judge_gain.clarity": (after.judged["clarity"] - before.judged["clarity"]).double().numpy(),
         "path_kl": after.path_kl.double().numpy(),
+        "chain_kl": after.chain_kl.double().numpy(),
     }
     for name, values in singles.items():
         expected[name] = values.mean(), values.std(ddof=1) / math.sqrt(8)
@@ -137,7 +139,7 @@ def test_the_jackknife_is_never_too_small_on_average(n, excess):
 def test_pictures_that_are_all_alike_have_no_diversity():
     image = torch.rand(1, 3, 4, 5)
     one = torch.full((4,), 0.5)
-    same = Evaluation(one, {}, one, image.repeat(4, 1, 1, 1), ["a"] * 4)
+    same = Evaluation(one, {}, one, one, image.repeat(4, 1, 1, 1), ["a"] * 4)
     found = metrics(same, same, {"tail": Tail()})
     for name in ("diversity.pixels", "diversity.tail", "distance.pixels", "distance.tail"):
         assert found[name].mean == 0
@@ -427,8 +429,8 @@ def test_pictures_of_noise_are_lost_through_the_metrics_themselves(generator):
         torch.rand(n, 3, 8, 8, generator=generator) * torch.tensor([1.0, 0.3, 0.3])[:, None, None]
     )
     nats = torch.full((n,), 800.0) + torch.rand(n, generator=generator)
-    before = Evaluation(torch.rand(n, generator=generator), {}, nats, smooth, ["-"] * n)
-    after = Evaluation(1 + before.rewards, {}, nats, noise, ["-"] * n)
+    before = Evaluation(torch.rand(n, generator=generator), {}, nats, nats, smooth, ["-"] * n)
+    after = Evaluation(1 + before.rewards, {}, nats, nats, noise, ["-"] * n)
     numbers = {name: value.as_dict() for name, value in metrics(before, after).items()}
     said = verdict([{"update": 1} | numbers])
     assert said.over_optimised

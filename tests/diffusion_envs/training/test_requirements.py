@@ -25,6 +25,7 @@ from diffusion_envs.objectives import (
     NoisedObjective,
     Objective,
     PathObjective,
+    TiltedRegression,
 )
 from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, Recorded
 from diffusion_envs.runs.command_line import OBJECTIVES
@@ -37,16 +38,22 @@ from verification.claims.training_loop import Process
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers deprecates freely
 
 PROBLEM, STEPS, SAMPLES = GaussianProblem(), 2, 4
-SETTINGS = {"grpo": {"group": 2}, "draft": {"last": 2}, "dense-reward": {"members": 2}}
+SETTINGS = {name: {"group": 2} for name in ("grpo", "grpo-guard", "flow-dppo", "pcpo")} | {
+    "draft": {"last": 2},
+    "dense-reward": {"members": 2},
+}
 CHARGED = {name: {"kl_weight": 0.1} for name in ("draft", "align-prop", "dxmi", "dxmi-continuous")}
 VARIANTS = [
     *[(name, SETTINGS.get(name, {})) for name in OBJECTIVES],
     *[(name, SETTINGS.get(name, {}) | more) for name, more in CHARGED.items()],
     ("dpok", {"exact_kl": True}),
     ("dpok", {"path_kl": True}),
+    ("diffusion-dpo", {"beta": 0.5, "online": True}),
     ("ram", {"path_cost": True}),
+    ("flow-dppo", {"group": 2, "per_path": True}),
     ("adjoint-matching", {"path_kl": True}),
 ]
+FROM_PRETRAINED = (DistributionalOptimisation, TiltedRegression)  # roll-outs of no own policy
 KINDS = {
     "eta 1": DDIM(1.0),
     "eta 0.5": DDIM(0.5),
@@ -123,7 +130,11 @@ class Combination:
         differentiates = isinstance(objective, BackpropObjective) or (
             type(objective).__name__ == "AdjointMatching"
         )
-        compares = type(objective).__name__ in ("D3PO", "DenseReward")
+        compares = type(objective).__name__ in (
+            "D3PO",
+            "DenseReward",
+            "DiffusionDPO",
+        )
         return any(
             (
                 eta is None and not from_data,
@@ -132,7 +143,7 @@ class Combination:
                 differentiates and not self.gradient,
                 self.preference is not None and not compares,
                 self.target is not None and (not eta or weight == 0),
-                self.target is not None and isinstance(objective, DistributionalOptimisation),
+                self.target is not None and isinstance(objective, FROM_PRETRAINED),
                 samples % (objective.group * self.size.get("minibatches", 1)) > 0,
                 "train_steps" in self.size and not on_paths,
                 self.size.get("train_steps", 0) > STEPS,

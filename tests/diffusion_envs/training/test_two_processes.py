@@ -26,6 +26,7 @@ from diffusion_envs.objectives import (
     ScoreAsAction,
 )
 from diffusion_envs.samplers import DDIM
+from diffusion_envs.training.optimisers import AdamW, NaturalGradient
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 from verification.claims.training_loop import Process
@@ -43,6 +44,7 @@ OBJECTIVES: dict[str, Objective] = {
 FROM_DATA: dict[str, Objective] = {  # their noise is drawn process by process
     "nft": DiffusionNFT(learning_rate=0.02),
     "ram": ReinforceAdjointMatching(learning_rate=0.02),
+    "natural gradient": DDPO(learning_rate=0.02),  # so are the rows of its metric
 }
 # A clip that acts on every gradient here sees whether it comes before the mean over processes; with
 # none that acts, a sum for the mean is seen.
@@ -63,7 +65,12 @@ def seen(objective: Objective, accelerator: Accelerator, clip: float) -> dict[st
         samples=PATHS, batch=100, value_batch=10_000, value_epochs=2, max_gradient_norm=clip
     )
     data = Data() if objective.needs_data else None
-    trainer = Trainer(environment, objective, size, accelerator=accelerator, data=data)
+    optimiser = (
+        NaturalGradient(share=0.5) if objective is FROM_DATA["natural gradient"] else AdamW()
+    )
+    trainer = Trainer(
+        environment, objective, size, accelerator=accelerator, data=data, optimiser=optimiser
+    )
     told: dict[str, Any] = {}
     for update in range(2):
         (line,) = trainer.updates(update + 1)
