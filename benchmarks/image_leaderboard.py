@@ -139,7 +139,7 @@ def contestants() -> dict[str, Contestant]:
             lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0), lora_rank=0, guidance_knots=4
         ),
         "score-as-action, LoRA and guidance": of(
-            lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0), guidance_knots=4
+            lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0), 3e-3, guidance_knots=4
         ),
         "adjoint-matching, zeroth order": of(
             lambda b: o.ZerothOrderAdjointMatching(kl_weight=b, path_kl=True)
@@ -159,7 +159,13 @@ def contestants() -> dict[str, Contestant]:
         "distributional": of(lambda b: o.DistributionalOptimisation(kl_weight=b), size=BASE),
         # its gradient is known
         "draft-1": of(lambda b: o.DRaFT(last=1)),
-        "draft (all steps, KL)": of(lambda b: o.DRaFT(last=1000, kl_weight=b)),
+        "draft (all steps, KL)": of(lambda b: o.DRaFT(last=1000, kl_weight=b), 3e-3),
+        "draft (all steps, KL), LoRA and guidance": of(
+            lambda b: o.DRaFT(last=1000, kl_weight=b), 3e-3, guidance_knots=4
+        ),
+        "draft (all steps, KL), guidance": of(
+            lambda b: o.DRaFT(last=1000, kl_weight=b), 3e-3, lora_rank=0, guidance_knots=4
+        ),
         "adjoint-matching (path KL)": of(lambda b: o.AdjointMatching(kl_weight=b, path_kl=True)),
         "adjoint-matching, natural gradient": of(
             lambda b: o.AdjointMatching(kl_weight=b, path_kl=True),
