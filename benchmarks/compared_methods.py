@@ -106,7 +106,6 @@ class TinyProblem:
 PROBLEMS: dict[str, Callable[[], Any]] = {
     "gaussian": GaussianProblem,
     "mixture": MixtureProblem,
-    "tiny": TinyProblem,
 }
 
 

@@ -96,16 +96,19 @@ class Contestant:
 
     Attributes:
         entry: what it is.
-        rates: that the sweep chooses from; one where the optimiser sets a step's length itself.
+        rates: that the sweep chooses from; no sweep, if there is one.
         optimiser: that makes steps of its gradients.
+        adapter: what trains, as ``TextToImageUNet.load`` takes it; a LoRA of rank 8.
     """
 
     entry: Entry
     rates: tuple[float, ...] = (1e-3, 3e-3)
     optimiser: Optimiser = field(default_factory=AdamW)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
 
 
 SMALL = {"samples": 40, "minibatches": 4}  # four optimiser steps a roll-out
+GROUPS = {"samples": 40, "minibatches": 5}  # a group of 8 each; rates of GRPO's relatives are its
 BASE = {"samples": 400, "minibatches": 40}  # of the pretrained model's samples: many for a prompt
 
 
@@ -117,9 +120,10 @@ def contestants() -> dict[str, Contestant]:
         *rates: float,
         size: Mapping[str, Any] = SMALL,
         optimiser: Optimiser | None = None,
+        **adapter: Any,
     ) -> Contestant:
         entry = Entry(objective, size=tuple(size.items()))
-        return Contestant(entry, rates or Contestant.rates, optimiser or AdamW())
+        return Contestant(entry, rates or Contestant.rates, optimiser or AdamW(), adapter)
 
     natural = {"samples": 20}
     return {
@@ -131,23 +135,37 @@ def contestants() -> dict[str, Contestant]:
             size=natural,
             optimiser=NaturalGradient(nats=0.05),
         ),
+        "score-as-action, guidance": of(
+            lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0), lora_rank=0, guidance_knots=4
+        ),
+        "score-as-action, LoRA and guidance": of(
+            lambda b: o.ScoreAsAction(kl_weight=b, clip=1.0), 3e-3, guidance_knots=4
+        ),
         "adjoint-matching, zeroth order": of(
             lambda b: o.ZerothOrderAdjointMatching(kl_weight=b, path_kl=True)
         ),
         "ddpo": of(lambda b: o.DDPO(clip=1.0)),
         "dpok (path KL)": of(lambda b: o.DPOK(reward_weight=1.0, kl_weight=b, path_kl=True)),
-        "grpo": of(lambda b: o.GRPO(group=8, kl_weight=b)),
-        "pcpo": of(lambda b: o.PCPO(group=8, kl_weight=b)),
-        "flow-dppo": of(lambda b: o.FlowDPPO(group=8, kl_weight=b)),
-        "flow-dppo (per path)": of(lambda b: o.FlowDPPO(group=8, kl_weight=b, per_path=True)),
-        "grpo-guard": of(lambda b: o.GRPOGuard(group=8, kl_weight=b)),
+        "grpo": of(lambda b: o.GRPO(group=8, kl_weight=b), size=GROUPS),
+        "pcpo": of(lambda b: o.PCPO(group=8, kl_weight=b), 3e-3, size=GROUPS),
+        "flow-dppo": of(lambda b: o.FlowDPPO(group=8, kl_weight=b), 3e-3, size=GROUPS),
+        "flow-dppo (per path)": of(
+            lambda b: o.FlowDPPO(group=8, kl_weight=b, per_path=True), 3e-3, size=GROUPS
+        ),
+        "grpo-guard": of(lambda b: o.GRPOGuard(group=8, kl_weight=b), 3e-3, size=GROUPS),
         "diffusion-dpo": of(lambda b: o.DiffusionDPO(beta=b)),
         "nft": of(lambda b: o.DiffusionNFT()),
         "tilted-regression": of(lambda b: o.TiltedRegression(kl_weight=b), size=BASE),
         "distributional": of(lambda b: o.DistributionalOptimisation(kl_weight=b), size=BASE),
         # its gradient is known
         "draft-1": of(lambda b: o.DRaFT(last=1)),
-        "draft (all steps, KL)": of(lambda b: o.DRaFT(last=1000, kl_weight=b)),
+        "draft (all steps, KL)": of(lambda b: o.DRaFT(last=1000, kl_weight=b), 3e-3),
+        "draft (all steps, KL), LoRA and guidance": of(
+            lambda b: o.DRaFT(last=1000, kl_weight=b), 3e-3, guidance_knots=4
+        ),
+        "draft (all steps, KL), guidance": of(
+            lambda b: o.DRaFT(last=1000, kl_weight=b), 3e-3, lora_rank=0, guidance_knots=4
+        ),
         "adjoint-matching (path KL)": of(lambda b: o.AdjointMatching(kl_weight=b, path_kl=True)),
         "adjoint-matching, natural gradient": of(
             lambda b: o.AdjointMatching(kl_weight=b, path_kl=True),
@@ -177,14 +195,11 @@ class Setting:
     def _judge(self) -> rewards.Reward:
         return rewards.PromptAlignment("judge")
 
-    def environment(self, seed: int, entry: Entry | None = None) -> Environment:
+    def environment(self, seed: int, **adapter: Any) -> Environment:
         """A fresh adapter on the embedded model."""
-        sampler, steps = DDIM(eta=1.0), STEPS
-        if entry is not None:
-            sampler, steps = entry.sampler or sampler, entry.steps or steps
         return Environment(
-            model=TextToImageUNet.load(guidance=1.0, seed=seed),
-            sampler=sampler.bind(self.levels, steps),
+            model=TextToImageUNet.load(guidance=1.0, seed=seed, **adapter),
+            sampler=DDIM(eta=1.0).bind(self.levels, STEPS),
             reward=rewards.PromptAlignment("reward"),
             prompts=CLASS_PROMPTS,
             seed=seed,
@@ -217,7 +232,7 @@ class Setting:
     def judged(self, environment: Environment, *, pretrained: bool = False) -> dict[str, float]:
         """What held-out samples say, with the sampler of all evaluations."""
         seen = evaluate(
-            dataclasses.replace(environment, sampler=DDIM(eta=1.0).bind(self.levels, STEPS)),
+            environment,
             self.options.samples,
             batch=50,
             judges={"judge": self._judge},
@@ -244,7 +259,7 @@ class Setting:
     ) -> dict[str, Any]:
         """One run to the end of its budget, and what its adapter is worth."""
         entry = contestant.entry
-        environment = self.environment(seed, entry)
+        environment = self.environment(seed, **contestant.adapter)
         objective = dataclasses.replace(entry.objective(kl_weight), learning_rate=rate)
         size = UpdateSize(**{"samples": 40, "weight_decay": 0.0, "batch": 64, **dict(entry.size)})
         trainer = Trainer(
@@ -333,9 +348,11 @@ def judgement(one: Mapping[str, Any], kl_weight: float, frontier: Frontier) -> d
 
 def chosen_rate(name: str, kl_weight: float, runs: Runs, *, make: bool) -> float | None:
     """The rate of the sweep whose run has the best share; None if some are not made."""
+    rates, calls = contestants()[name].rates, runs.setting.options.sweep_calls
+    if len(rates) == 1:
+        return rates[0]
     scores = dict[float, float]()
-    calls = runs.setting.options.sweep_calls
-    for rate in contestants()[name].rates:
+    for rate in rates:
         one = runs.get(name, kl_weight, rate, SEED, make=make, calls=calls)
         if one is None:
             return None

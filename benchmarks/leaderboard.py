@@ -17,10 +17,8 @@ counted in reward queries, network calls and seconds.
 
     python -m benchmarks.leaderboard --problem gaussian
     python -m benchmarks.leaderboard --problem mixture --methods score-as-action ddpo
-    python -m benchmarks.leaderboard --problem tiny --queries 1200 --samples 40 --steps 10
 
-The tiny image model has no known optimum: there ``share`` is the gain in J itself, from 100
-held-out samples with the same seeds as the pretrained model's.
+On images, where the optimum is bounded and not known: ``benchmarks.image_leaderboard``.
 
 Runs are appended to a JSON-lines file in ``runs`` and not repeated; the table, CSV and pictures are
 made anew from all of it.
@@ -65,8 +63,7 @@ class Options:
     """Compare methods at equal reward queries.
 
     Attributes:
-        problem: gaussian (two dimensions, quadratic reward), mixture (scalar, cosine reward) or
-            tiny (the embedded image model).
+        problem: gaussian (two dimensions, quadratic reward) or mixture (scalar, cosine reward).
         methods: some of them; all, if none is given.
         queries: of the reward, for every run.
         calls: of the network, for every run; whichever ends first.
@@ -80,7 +77,7 @@ class Options:
         output: folder of the results.
     """
 
-    problem: Literal["gaussian", "mixture", "tiny"] = "gaussian"
+    problem: Literal["gaussian", "mixture"] = "gaussian"
     methods: tuple[str, ...] = ()
     queries: int = 12_800
     calls: int = 10**9
@@ -219,7 +216,6 @@ def _write(
 ABOUT = {
     "gaussian": "Gaussian data in two dimensions, quadratic reward, an affine adapter",
     "mixture": "a mixture of Gaussians on a line, cosine reward, a small network",
-    "tiny": "the embedded image model, prompt alignment, a LoRA of rank 8",
 }
 
 

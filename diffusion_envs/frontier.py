@@ -12,8 +12,12 @@ Errors       From n samples of a group J*(b) comes out too low, by b (1 / ESS - 
              order in 1 / n, where ESS = 1 / sum w^2 is the effective number of samples; the biases
              of R and KL are of that order too. The jackknife takes out the term in 1 / n, in closed
              form, since a sample that is left out leaves two sums. What stays is O(1 / n^2).
-             Standard errors and intervals are by bootstrap within groups. Groups are fixed: the
-             error of having chosen these prompts (or starts) and not others is in NO interval.
+             Standard errors are by bootstrap within groups. Few samples with large weights make
+             errors skewed: the truth is more often far above the estimate than below it. So the
+             upper end of an interval is z + a (2 z^2 + 1) standard errors away, a the acceleration
+             ([H92]; at 95 % it holds the truth in 90 to 96 of 100 cases for Gaussian rewards down
+             to 20 effective samples, and the 99.9 % bound fails in 0.1 to 1.4 of 100). Groups are
+             fixed: the error of having chosen these prompts (or starts) is in NO interval.
 Runs         What a run generates has at most the KL of its paths, so the frontier over prompts
              bounds the reward of a run at its path KL. Groups (prompt, start), with several samples
              from each start, bound it more tightly: no policy changes the initial law, and with the
@@ -25,12 +29,13 @@ Limits       Where a group has fewer than 20 effective samples the frontier is u
              tilt would need has not been seen, and the largest reward seen is no bound.
 Sources      Gibbs' variational principle (Donsker & Varadhan 1975). Frontiers from samples of the
              pretrained model: arXiv 2605.07105. [ET93] Efron & Tibshirani, An Introduction to the
-             Bootstrap, chapters 6 (standard errors), 11 (jackknife) and 13 (percentiles).
+             Bootstrap, chapters 6 (standard errors) and 11 (jackknife). [H92] Hall, The Bootstrap
+             and Edgeworth Expansion, section 3.5: skewness, as in Johnson's modified t.
 """
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -45,7 +50,8 @@ FEWEST_EFFECTIVE_SAMPLES = 20.0
 COVERAGE = 0.95  # of two-sided intervals
 CONFIDENCE = 0.999  # of the one-sided bound beyond which a run is a fault
 _LEAST_EXPONENT = -700.0  # exp of it is a normal double
-_BISECTIONS = 100
+_HALVINGS = 100
+_MOST_RANGES = 1e6
 _REMEDY = "draw more samples of the pretrained model in each group"
 
 
@@ -58,12 +64,18 @@ class Interval:
         low: lower end of the 95 % interval; where the frontier is unknown, what is known of it.
         high: upper end; infinite where nothing bounds it.
         standard_error: by bootstrap; 0 where exact, infinite where unknown.
+        acceleration: a sixth of the skewness of its error, by the jackknife ([ET93] 14.15).
     """
 
     mean: float
     low: float
     high: float
     standard_error: float
+    acceleration: float = 0.0
+
+    def upper_error(self, confidence: float) -> float:
+        """What may be added to the mean, one-sided; longer than the normal's where skewed."""
+        return self.standard_error * _quantile(confidence, self.acceleration)
 
     def as_dict(self) -> dict[str, float | None]:
         """Plain JSON; what is infinite is null."""
@@ -114,7 +126,7 @@ class FrontierPoint:
 
 
 class _Tilted(NamedTuple):
-    """What the tilt at one b has, of each group and each variant of its samples, or of all."""
+    """What the tilt at one b has, in each group, and for each variant of its samples."""
 
     reward: Tensor
     kl: Tensor
@@ -235,14 +247,7 @@ class Frontier:
             least = 0.0 if last == math.inf else self._whole(last)[1]
             spent = Interval(kl, min(least, kl), math.inf, math.inf)
             return self._unknown(kl_weight, reward, spent, effective)
-        means, errors = self._estimated(kl_weight)
-        return FrontierPoint(
-            kl_weight,
-            _interval(means.reward, errors.reward),
-            _interval(means.kl, errors.kl),
-            _interval(means.objective, errors.objective),
-            effective,
-        )
+        return FrontierPoint(kl_weight, *self._estimated(kl_weight), effective)
 
     def at_kl(self, nats: float) -> FrontierPoint:
         """The best reward at this KL, with the error that it has at this KL.
@@ -312,8 +317,8 @@ class Frontier:
             words = f"Whether the run is above the frontier is unknown: {why}."
             return Excess(gap, -math.inf, point, False, False, words)
         slope_error = point.kl_weight * kl.standard_error if kl.standard_error else 0.0
-        error = math.hypot(point.reward.standard_error, reward.standard_error + slope_error)
-        low = gap - NormalDist().inv_cdf(CONFIDENCE) * error
+        of_run = _quantile(CONFIDENCE) * (reward.standard_error + slope_error)
+        low = gap - math.hypot(point.reward.upper_error(CONFIDENCE), of_run)
         where = f"at {kl.mean:.3g} nats (the frontier is at {point.reward})"
         if low > 0:
             words = (
@@ -364,8 +369,8 @@ class Frontier:
         kl = max(0.0, float(whole.kl.mean()))  # but for round-off it is not negative
         return float(whole.reward.mean()), kl, float(effective.min())
 
-    def _estimated(self, kl_weight: float) -> tuple[_Tilted, _Tilted]:
-        """R, KL and J* over all groups: corrected, and errors in the resamples."""
+    def _estimated(self, kl_weight: float) -> tuple[Interval, Interval, Interval]:
+        """R, KL and J* averaged over groups, corrected, with their errors."""
         e, n = self._exponentials(kl_weight), self._sizes
         each = e * self._rewards
         mass, gain = e.sum(1, keepdim=True), each.sum(1, keepdim=True)
@@ -373,17 +378,28 @@ class Frontier:
         without = self._tilted(mass - e, gain - each, n - 1, kl_weight)  # one sample left out
         drawn = self._counts @ torch.stack([e, each], 2)
         resampled = self._tilted(drawn[..., 0], drawn[..., 1], n, kl_weight)
+        return (
+            self._interval(whole.reward, without.reward, resampled.reward),
+            self._interval(whole.kl, without.kl, resampled.kl),
+            self._interval(whole.objective, without.objective, resampled.objective),
+        )
 
-        def corrected(value: Tensor, left_out: Tensor) -> Tensor:
-            mean_left_out = left_out.masked_fill(~self._present, 0.0).sum(1, keepdim=True) / n
-            return (n * value - (n - 1) * mean_left_out).mean()
-
-        def errors(values: Tensor) -> Tensor:
-            # The bootstrap's variance of a mean is (n - 1) / n of that of independent samples.
-            return ((n / (n - 1)).sqrt() * (values - values.mean(1, keepdim=True))).mean(0)
-
-        means = (corrected(a, b) for a, b in zip(whole, without, strict=True))
-        return _Tilted(*means), _Tilted(*(errors(values) for values in resampled))
+    def _interval(
+        self,
+        value: Float[Tensor, "groups 1"],
+        left_out: Float[Tensor, "groups most"],
+        resampled: Float[Tensor, "groups resamples"],
+    ) -> Interval:
+        """Of the mean over groups: bias by the jackknife, standard error by the bootstrap."""
+        n = self._sizes
+        usual = left_out.masked_fill(~self._present, 0.0).sum(1, keepdim=True) / n
+        mean = float((n * value - (n - 1) * usual).mean())
+        # The bootstrap's variance of a mean is (n - 1) / n of that of independent samples.
+        errors = ((n / (n - 1)).sqrt() * (resampled - resampled.mean(1, keepdim=True))).mean(0)
+        influence = (((n - 1) / n) * (usual - left_out)).masked_fill(~self._present, 0.0)
+        size = float(influence.square().sum().sqrt())
+        skewness = float(influence.pow(3).sum()) / size**3 if size else 0.0
+        return _interval(mean, float(errors.std()), skewness / 6)
 
     # -- points -----------------------------------------------------------------------------------
 
@@ -392,19 +408,18 @@ class Frontier:
         reward, _, effective = self._whole(kl_weight)
         if effective < FEWEST_EFFECTIVE_SAMPLES:
             return self._unknown(kl_weight, reward, _exact(nats), effective)
-        means, errors = self._estimated(kl_weight)
-        return FrontierPoint(
-            kl_weight,
-            _interval(means.objective + kl_weight * nats, errors.objective),
-            _exact(nats),
-            _interval(means.objective, errors.objective),
-            effective,
+        *_, objective = self._estimated(kl_weight)
+        paid = kl_weight * nats
+        reward = replace(
+            objective,
+            mean=objective.mean + paid,
+            low=objective.low + paid,
+            high=objective.high + paid,
         )
+        return FrontierPoint(kl_weight, reward, _exact(nats), objective, effective)
 
     def _at_zero(self) -> FrontierPoint:
-        half = NormalDist().inv_cdf(0.5 + COVERAGE / 2) * self.pretrained.standard_error
-        mean = self.pretrained.mean
-        reward = Interval(mean, mean - half, mean + half, self.pretrained.standard_error)
+        reward = _interval(self.pretrained.mean, self.pretrained.standard_error)
         effective = float(self._sizes.min())
         words = "" if effective >= FEWEST_EFFECTIVE_SAMPLES else _too_few(effective)
         return FrontierPoint(math.inf, reward, _exact(0.0), reward, effective, words)
@@ -445,31 +460,34 @@ class Frontier:
         """The least b with effective samples enough in every group; infinite if there is none."""
         if self.flat or float(self._sizes.min()) < FEWEST_EFFECTIVE_SAMPLES:
             return math.inf
-        low, high = self._range / -_LEAST_EXPONENT, self._range
-        if self._whole(low)[2] >= FEWEST_EFFECTIVE_SAMPLES:
-            return low
-        while self._whole(high)[2] < FEWEST_EFFECTIVE_SAMPLES:
-            low, high = high, 2 * high
-        for _ in range(_BISECTIONS):
-            middle = math.sqrt(low * high)
-            if not low < middle < high:
-                break
-            enough = self._whole(middle)[2] >= FEWEST_EFFECTIVE_SAMPLES
-            low, high = (low, middle) if enough else (middle, high)
-        return high
+        least = self._range / -_LEAST_EXPONENT
+        if self._whole(least)[2] >= FEWEST_EFFECTIVE_SAMPLES:
+            return least
+        return self._least_weight(lambda b: self._whole(b)[2] >= FEWEST_EFFECTIVE_SAMPLES)
 
     def _weight_at(self, nats: float) -> float:
         """The b at which the samples' KL is this, which some b must reach."""
+        # Beyond 1e6 ranges KL is round-off, and any b bounds the reward, here to 1e-6 of the range.
+        return min(
+            self._least_weight(lambda b: self._whole(b)[1] <= nats), _MOST_RANGES * self._range
+        )
+
+    def _least_weight(self, holds: Callable[[float], bool]) -> float:
+        """The least b at which something holds that holds at all larger ones, by bisection."""
         low = high = self._range
-        while self._whole(high)[1] > nats:
-            high *= 2
-        while self._whole(low)[1] < nats:
-            low /= 2
-        for _ in range(_BISECTIONS):
-            middle = math.sqrt(low * high)
-            if not low < middle < high:
+        for _ in range(_HALVINGS):
+            if holds(high):
                 break
-            low, high = (middle, high) if self._whole(middle)[1] > nats else (low, middle)
+            low, high = high, 2 * high
+        for _ in range(_HALVINGS):
+            if not holds(low):
+                break
+            low, high = 0.5 * low, low
+        for _ in range(_HALVINGS):
+            if high <= low * (1 + 1e-14):
+                break
+            middle = math.sqrt(low) * math.sqrt(high)
+            low, high = (low, middle) if holds(middle) else (middle, high)
         return high
 
 
@@ -485,10 +503,17 @@ def _resampled(
     return torch.zeros(shape, dtype=torch.float64).scatter_add_(2, drawn, draws)
 
 
-def _interval(mean: Float[Tensor, ""], errors: Float[Tensor, " resamples"]) -> Interval:
-    tail = (1 - COVERAGE) / 2
-    ends = mean + torch.quantile(errors, errors.new_tensor([tail, 1 - tail]))
-    return Interval(float(mean), float(ends[0]), float(ends[1]), float(errors.std()))
+def _quantile(confidence: float, acceleration: float = 0.0) -> float:
+    """One-sided, in standard errors; skewness to the other side is not made use of."""
+    z = NormalDist().inv_cdf(confidence)
+    return z + max(0.0, acceleration) * (2 * z**2 + 1)
+
+
+def _interval(mean: float, error: float, acceleration: float = 0.0) -> Interval:
+    one_sided = 0.5 + COVERAGE / 2
+    low = mean - error * _quantile(one_sided, -acceleration)
+    high = mean + error * _quantile(one_sided, acceleration)
+    return Interval(mean, low, high, error, acceleration)
 
 
 def _exact(value: float) -> Interval:

@@ -36,7 +36,8 @@ diffusion_envs.cifar10.pictures
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
 diffusion_envs.rewards.classifier diffusion_envs.rewards
 diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
-diffusion_envs.models.noise_table diffusion_envs.models.stable_diffusion_pipeline
+diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
+diffusion_envs.models.stable_diffusion_pipeline
 diffusion_envs.models.text_to_image_unet diffusion_envs.models.unconditional_unet
 diffusion_envs.models.exact diffusion_envs.models
 diffusion_envs.rollout diffusion_envs.environment
@@ -77,6 +78,7 @@ diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping diffusion_envs
 diffusion_envs.runs.frechet diffusion_envs.runs.inception diffusion_envs.runs.precision_recall
 diffusion_envs.runs.sample_quality
 diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation diffusion_envs.runs.report
+diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
 diffusion_envs.runs.summary diffusion_envs.runs.finetune diffusion_envs.runs.transfer
 diffusion_envs.runs.command_line diffusion_envs.runs.fit diffusion_envs.runs

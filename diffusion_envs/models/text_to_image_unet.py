@@ -21,6 +21,7 @@ from ctrl.devices import as_like
 from ctrl.noise import stream
 from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
 from diffusion_envs.models import adapters
+from diffusion_envs.models.guidance_schedule import GuidanceSchedule, require_something_trains
 from diffusion_envs.models.noise_table import noise_table
 from diffusion_envs.noise_schedules import DDPMTable
 
@@ -47,7 +48,8 @@ class GuidedScore:
         calls: evaluations of the network so far, one per row and guidance branch.
         guidance_embedding: for networks that were distilled with guidance and read its scale
             (latent consistency models); they are called once, without a second branch.
-        adapter: switches the network's adapter off and on.
+        schedule: what training adds to the scale, at each noise level; None if nothing.
+        adapter: switches the network's adapter, and the schedule, off and on.
     """
 
     unet: Any
@@ -59,6 +61,7 @@ class GuidedScore:
     precision: torch.dtype = torch.float32
     calls: int = 0
     guidance_embedding: Float[Tensor, " scale_width"] | None = None
+    schedule: GuidanceSchedule | None = None
     adapter: adapters.AdapterSwitch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -67,9 +70,7 @@ class GuidedScore:
             raise ValueError(
                 f"prediction_type must be one of {sorted(_TO_SCORE)}, got {self.prediction_type!r}"
             )
-        self.adapter = adapters.AdapterSwitch(
-            lambda: self.unet.enable_adapters(), lambda: self.unet.disable_adapters()
-        )
+        self.adapter = adapters.lora_switch(self.unet)
 
     def __call__(
         self,
@@ -90,8 +91,13 @@ class GuidedScore:
         context: Float[Tensor, "rows tokens width"],
     ) -> Float[Tensor, " rows *event"]:
         """The network's own prediction, guided; timesteps may be fractional."""
-        if self.guidance == 1 or self.guidance_embedding is not None:
+        schedule = None if self.adapter.is_off else self.schedule
+        unguided = self.guidance == 1 and schedule is None
+        if unguided or self.guidance_embedding is not None:
             return self._predict(states, timesteps, context)
+        scale: Tensor | float = self.guidance
+        if schedule is not None:
+            scale = (scale + schedule(timesteps)).view(-1, *[1] * (states.ndim - 1))
         empty = as_like(self.unconditional, context).expand_as(context)
         both = self._predict(
             torch.cat([states, states]),
@@ -99,7 +105,7 @@ class GuidedScore:
             torch.cat([empty, context]),
         )
         without, with_prompt = both.split(len(states))
-        return without + self.guidance * (with_prompt - without)
+        return without + scale * (with_prompt - without)
 
     def _score(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         predicted = self.prediction(states, timesteps, context)
@@ -189,6 +195,7 @@ class TextToImageUNet:
         guidance: float = 3.0,
         lora_rank: int = 8,
         lora_targets: Sequence[str] = adapters.ATTENTION,
+        guidance_knots: int = 0,
         precision: str = "float32",
         resolution: int | tuple[int, int] | None = None,
         batch: int = 64,
@@ -205,8 +212,10 @@ class TextToImageUNet:
             model: "tiny", a folder in diffusers' layout, or a hub id.
             guidance: classifier-free guidance scale, at least 1, which is none. Networks that read
                 the scale (latent consistency models) are told it instead.
-            lora_rank: of the adapter.
+            lora_rank: of the adapter; 0 for none, where the guidance scale trains alone.
             lora_targets: names of the layers that get one, or how they end.
+            guidance_knots: timesteps between which the guidance scale trains
+                (``guidance_schedule``); 0: it does not.
             precision: of the network: "float32", "bfloat16", or on CUDA "float16".
             resolution: pixels a side, or height and width; the model's own if left out.
             batch: most rows that one call of the network gets when no gradient is asked for, and
@@ -223,14 +232,28 @@ class TextToImageUNet:
         from diffusion_envs.models import stable_diffusion_pipeline as pipeline
 
         check_guidance(guidance)
+        require_something_trains(lora_rank, guidance_knots)
         device = torch.device(device)
         dtype = adapters.precision_of(precision, device)
         pipe = pipeline.load_pipeline(model, precision=dtype, device=device)
         unet, table = pipe.unet, noise_table(pipe.scheduler)
         event = (unet.config.in_channels, *_latent_sides(pipe, resolution))
-        parameters = adapters.attach_lora(unet, rank=lora_rank, targets=lora_targets, seed=seed)
+        parameters = list[nn.Parameter]()
+        if lora_rank:
+            parameters += adapters.attach_lora(
+                unet, rank=lora_rank, targets=lora_targets, seed=seed
+            )
         empty = pipeline.embed_prompts(pipe, [""])[0]
         width = unet.config.time_cond_proj_dim
+        schedule = None
+        if guidance_knots:
+            if width is not None:
+                raise ValueError(
+                    "guidance_knots must be 0 for a network that reads the guidance scale, got "
+                    f"{guidance_knots}"
+                )
+            schedule = GuidanceSchedule(len(table.alphas_cumprod), guidance_knots).to(device)
+            parameters += schedule.parameters()
         score = GuidedScore(
             unet=unet,
             alphas_cumprod=pipe.scheduler.alphas_cumprod.to(device),
@@ -240,6 +263,7 @@ class TextToImageUNet:
             batch=batch,
             precision=dtype,
             guidance_embedding=None if width is None else guidance_embedding(guidance, width),
+            schedule=schedule,
         )
         if gradient_checkpointing:
             score.recompute_activations()
@@ -252,6 +276,13 @@ class TextToImageUNet:
             timesteps = torch.tensor([1, len(table.alphas_cumprod) // 2], device=device)
             return replace(score, unet=network).prediction(states, timesteps, words)
 
+        def write(folder: Path) -> Path:
+            written = None if schedule is None else schedule.write(folder, guidance)
+            if lora_rank:
+                return adapters.export_lora(unet, folder, probe)
+            assert written is not None  # something trains
+            return written
+
         return cls(
             score=score,
             event=event,
@@ -260,7 +291,7 @@ class TextToImageUNet:
             decode=partial(pipeline.decode, pipe.vae, batch=batch),
             parameters=parameters,
             device=device,
-            write=partial(adapters.export_lora, unet, probe=probe),
+            write=write,
             pipe=pipe,
         )
 

@@ -1,4 +1,38 @@
-"""Flow-DPPO: a mask by the exact KL of old to new transition, in place of a clip on their ratio."""
+"""Flow-DPPO: a mask by the exact KL of old to new transition, in place of a clip on their ratio.
+
+Loss         of a step, to be minimised: kl_weight KL_k - m_k rho_k A, with rho_k, A and KL_k (to
+             the pretrained model) as in ``grpo``. With D_k = KL(p_old(. | x_k) || p_th(. | x_k)),
+             |difference of means|^2 / (2 std^2) nats, m_k is 0 where both
+                 D_k >= max_kl   and   A log rho_k > 0:
+             too far, and the gradient leads further away; else 1. What leads back passes at any
+             distance.
+Per path     With ``per_path`` D is that of the whole path, sum_k D_k, all steps of which are masked
+             together, each where its own gradient leads away. Its mean over paths is KL(P_old ||
+             P_th) of the chains, exactly; of the used steps (``UpdateSize.train_steps``) it is an
+             unbiased estimate. All used steps of a group then go through the network at once.
+Exact        At the sampling policy nothing is masked, and the gradient is GRPO's. ``max_kl`` thus
+             acts from the second optimiser step of a roll-out on.
+Biased       (1) Per step, the path KL of what is trusted grows with the number of steps: a policy
+             all of whose steps are just inside is N max_kl nats from the old one, 8 at 50 steps;
+             per path it is ``max_kl`` at any N. (2) Outside, next to nothing of the gradient is
+             left: along a linear reward -0.6 % of it where a step's mean has shifted by 0.57
+             standard deviations, which is 0.16 nats; PPO's clip of 1.64 nats has 94 % of it there.
+             (3) Inside, ratios are not clipped: their variance is exp(2 D) - 1, 0.38 at 0.16 nats.
+             (4) As DDPO's (2) and GRPO's (1) and (2).
+Fixed point  That of ``grpo``, as the gradient there is the same.
+Published    (1) There D is a mean over coordinates, with a threshold of 1e-5: 0.66 nats at
+             16 x 64 x 64, 0.16 at 4 x 64 x 64, the default here (``max_kl_per_pixel`` is theirs).
+             ``per_path`` is ours. (2) Log-densities there are means over pixels too, so that rho is
+             the d-th root of ours, with 1/d of the gradient. (3) Three of the first five of ten
+             steps are sampled with noise and trained. (4) Groups of 16, two optimiser steps a
+             roll-out, rewards in standard deviations of the whole batch, no KL to the pretrained
+             model in the released recipe. (5) Its SDE is a flow's.
+
+Sources      [P] Ping, Zhou, Qi, Luo, Bo & Pang 2026, Flow-DPPO, arXiv 2606.11025: the abstract was
+             read, the paper was not. Formulas and settings: its released code,
+             github.com/Tencent-Hunyuan/UniRL, unirl/algorithms/flowdppo.py and FlowDPPO/, which
+             cite the paper's equations 14 and 18.
+"""
 
 import math
 from dataclasses import dataclass

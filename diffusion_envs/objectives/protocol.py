@@ -118,7 +118,7 @@ class Objective(ABC):
 
     @property
     def on_policy(self) -> bool:
-        """Whether roll-outs, and their path KL, are of the trained policy or one that follows it."""
+        """Whether roll-outs are of the trained policy, or of one that follows it: so their KL."""
         return True
 
     @property

@@ -56,9 +56,10 @@ def drawn_log_ratio(rows: DrawnRows) -> Float[Tensor, " rows"]:
 class _ContinuousTime(PathObjective):
     """What the two views share: KL-regularised advantages and a step-independent trust region."""
 
-    kl_weight: float = 0.01  # reward per nat of path KL from the pretrained model
+    learning_rate: float = 3e-3  # of the adapter, AdamW
+    kl_weight: float = 0.1  # reward per nat of path KL from the pretrained model
     gae_rate: float = 0.5  # forgetting of temporal differences, per unit of int g^2 dt
-    clip: float = 0.5  # trusted std of the whole path's log-ratio, nats; a step's is sqrt(share)
+    clip: float = 1.0  # trusted std of the whole path's log-ratio, nats; a step's is sqrt(share)
     clip_per_pixel: float | None = None  # the older convention: on the mean over coordinates
     denoised: bool = True  # values start from r(x0_hat): one more reward query a step of each path
 

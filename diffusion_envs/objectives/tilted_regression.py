@@ -29,9 +29,10 @@ Which KL     The chain's, which the weights imply: they exist because what a con
 Biased       By self-normalisation, at first order in 1/n: means under the tilt are off by
              -E[w^2 (f - E[w f])] / n. For a reward that is linear in the noise, u* is learned short
              by 1 / (effective samples), n / E[w^2] of them in a prompt: by 19 percent with 4 of 10
-             effective, by 6 with 15 of 40. A prompt with one sample teaches to stay, and if every prompt has one that
-             is refused. The share of effective samples is logged; it falls as exp(-(std(r) /
-             kl_weight)^2), so that kl_weight must not be small beside the rewards' std.
+             effective, by 6 with 15 of 40. A prompt with one sample teaches to stay; if every
+             prompt has one, that is refused. The share of effective samples is logged. It falls as
+             exp(-(std(r) / kl_weight)^2) for normal rewards: kl_weight must not be small beside
+             their standard deviation.
 Sampling     Always the pretrained model (``old_decay`` is 1): a roll-out's scores are the
              pretrained ones, no further network call is spent on them, and its rewards do not rise.
              A roll-out may be used in several passes and minibatches, as nothing in the loss
@@ -79,6 +80,11 @@ class TiltedRegression(PathObjective):
     def __post_init__(self) -> None:
         require_positive(kl_weight=self.kl_weight, learning_rate=self.learning_rate)
         require_not_negative(control_variate=self.control_variate)
+
+    @property
+    def reward_per_nat(self) -> float | None:
+        """``kl_weight``, the tilt's temperature."""
+        return self.kl_weight
 
     @property
     def on_policy(self) -> bool:

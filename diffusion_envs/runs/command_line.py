@@ -636,6 +636,10 @@ def _show(run: Run, options: Finetune[Any, Any, Any]) -> None:
     if run.path_kl is not None:
         console.print(f"path KL from the pretrained model: {run.path_kl} nats")
     console.print(run.over_optimisation.sentence)
+    if run.frontier is not None:
+        if run.frontier.fault is not None:
+            console.print(f"warning: {run.frontier.fault}", style="bold red")
+        console.print(" ".join(run.frontier.sentences))
     if run.stopped is not None:
         console.print(f"stopped: {run.stopped}; exported: the model of update {run.update}")
     console.print(f"exported: {run.exported}")

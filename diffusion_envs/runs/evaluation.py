@@ -179,7 +179,7 @@ def evaluate_pretrained(
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             _log.warning("%s is damaged and is made anew: %s", path, error)
         else:
-            _require_same_rewards(stored, environment, judges, batch, path)
+            require_same_rewards(stored, environment, judges, batch, path)
             return stored
     made = evaluate(environment, samples, judges=judges, batch=batch, pretrained=True)
     tensors = {"rewards": made.rewards, "images": made.images}
@@ -210,7 +210,7 @@ def require_the_runs_reward(environment: Environment, path: Path, batch: int) ->
         stored = _read(path, environment, None, {})
     except (SafetensorError, KeyError, OSError):  # nothing to compare with: it is damaged
         return
-    _require_same_rewards(stored, environment, {}, batch, path)
+    require_same_rewards(stored, environment, {}, batch, path)
 
 
 def _read(
@@ -232,7 +232,7 @@ def _read(
     return read
 
 
-def _require_same_rewards(
+def require_same_rewards(
     stored: Evaluation,
     environment: Environment,
     judges: Mapping[str, rewards.Reward],

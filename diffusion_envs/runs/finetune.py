@@ -17,6 +17,7 @@ from diffusion_envs.runs.callbacks import Callbacks
 from diffusion_envs.runs.early_stopping import EarlyStopping
 from diffusion_envs.runs.early_stopping import check as check_stop
 from diffusion_envs.runs.exported import export
+from diffusion_envs.runs.further_samples import require_pretrained_sampler
 from diffusion_envs.runs.human_choices import leaving_images
 from diffusion_envs.runs.interruption import interruptible
 from diffusion_envs.runs.monitoring import Evaluations, Logging
@@ -25,6 +26,7 @@ from diffusion_envs.runs.progress import ProgressBar
 from diffusion_envs.runs.prompts import read_prompts
 from diffusion_envs.runs.resuming import Checkpoints
 from diffusion_envs.runs.run_folder import open_run
+from diffusion_envs.runs.run_frontier import compare
 from diffusion_envs.runs.settings import describe
 from diffusion_envs.runs.summary import Run, summarise
 from diffusion_envs.runs.tracking import Tracker, require_wandb
@@ -129,6 +131,7 @@ def finetune(
             seed=seed,
             batch=size.batch,
         )
+        require_pretrained_sampler(environment, options.frontier_samples)
         trainer = Trainer(
             environment,
             objective,
@@ -180,6 +183,18 @@ def finetune(
         learned = environment.sampler.parameters
         with trainer.averaged():
             exported = export(model, folder, trainer.update, learned) if main else folder
+        frontier = None
+        if main:
+            frontier = compare(
+                environment,
+                before,
+                after,
+                folder / "evaluation" / "frontier.safetensors",
+                samples=options.frontier_samples,
+                kl_weight=trainer.objective.reward_per_nat,
+                batch=size.batch,
+                progress=options.progress,
+            )
         return summarise(
             folder,
             exported,
@@ -190,6 +205,7 @@ def finetune(
             stop=stop,
             prompts=prompts,
             write=main,
+            frontier=frontier,
         )
 
 

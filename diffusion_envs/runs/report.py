@@ -66,6 +66,11 @@ _LABELS = {
     "natural_residual": "residual of conjugate gradients",
     "value_loss": "value loss",
 }
+_SINGLE = {
+    "reward_gain": "gain in reward",
+    "path_kl": "path KL (nats)",
+    "chain_kl": "KL of the sampled chain (nats)",
+}
 _NOT_DRAWN = {"update", "memory", "ratio_min", "ratio_max", *_COSTS}
 _FEW = 3  # points of a quantity from which on it is drawn; fewer are a table
 _MANY_PROMPTS = 12  # more than so many are folded away
@@ -92,6 +97,7 @@ def write_report(folder: str | Path) -> Path:
         _verdict(lines, summary),
         _headline(summary),
         _by_prompt(summary),
+        _frontier(_json(folder / "frontier.json"), lines, summary),
         _pictures(folder / "samples", summary),
         _over_optimisation(lines, summary),
         _training(metrics),
@@ -212,6 +218,9 @@ def _verdict(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | No
                 f"model is that of update {summary['update']}, the best that the rule saw."
             )
     said_so = "".join(f"<p>{html.escape(text)}</p>" for text in words)
+    if fault := ((summary or {}).get("frontier") or {}).get("fault"):
+        said_so = f'<p class="bad">{html.escape(fault)}</p>{said_so}'
+        return f'<div class="verdict">{said_so}</div>'
     return f'<div class="verdict">{said_so}</div>' if words else ""
 
 
@@ -295,6 +304,50 @@ def _by_prompt(summary: Mapping[str, Any] | None) -> str:
     return f"<h2>Reward by prompt</h2>{table}"
 
 
+def _frontier(
+    drawn: Mapping[str, Any] | None,
+    lines: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any] | None,
+) -> str:
+    """How near the run came to the best that any policy can have at its KL."""
+    if summary is None or "frontier" not in summary:
+        return ""
+    told = summary["frontier"]
+    words = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in told["sentences"])
+    if told["fault"] is not None:
+        words = f'<p class="bad">{html.escape(told["fault"])}</p>{words}'
+    figure = ""
+    if drawn and drawn["curve"]:
+        run = [
+            (line["chain_kl"], line["reward"])
+            for line in lines
+            if "chain_kl" in line and line["update"] < summary["update"]
+        ]
+        if "pretrained" in told:
+            run = [({"mean": 0.0, "standard_error": 0.0}, told["pretrained"]), *run]
+        exported = "chain_kl" in told["kl"]
+        if exported:
+            run.append((told["kl"]["chain_kl"], told["reward"]))
+        alt = "The most reward that a policy can have against KL, and the run's evaluations"
+        caption = (
+            f"From {drawn['samples']} samples of the pretrained model, of {drawn['prompts']} "
+            f"prompt{'' if drawn['prompts'] == 1 else 's'}; bands and bars are 95 % intervals. The "
+            "run's KL is that of the chain that was sampled."
+        )
+        figure = _figure(
+            plots.frontier(drawn["curve"], run, "reward", exported), "svg+xml", alt, caption
+        )
+        figure = f'<div class="cards pair">{figure}</div>'
+    return (
+        f"<h2>Reward against KL</h2>{words}{figure}"
+        '<p class="muted">No policy has more reward than the frontier at the KL of its sampled '
+        "chain; in few steps the SDE's path KL is another number, and bounds nothing. Where the "
+        "noise that a path starts from says something about its end, the best policy has less "
+        "than the frontier, as no policy chooses its start. The choice of prompts is in no "
+        "interval.</p>"
+    )
+
+
 def _pictures(folder: Path, summary: Mapping[str, Any] | None) -> str:
     grids = {int(path.stem[5:]): path for path in sorted(folder.glob("step-*.png"))}
     exported = (summary or {}).get("update")
@@ -322,7 +375,7 @@ def _over_optimisation(
     final = (summary or {}).get("over_optimisation_metrics")
     if not lines and final is None:
         return f"{title}<p>Nothing is measured yet.</p>"
-    drawn_of = ("reward_gain", "judge_gain.", "diversity_gain.", "distance.", "path_kl")
+    drawn_of = ("reward_gain", "judge_gain.", "diversity_gain.", "distance.", "path_kl", "chain_kl")
     names = dict.fromkeys(name for line in lines for name in line if name.startswith(drawn_of))
     series = {
         _quantity(name): [(line["update"], line[name]) for line in lines if name in line]
@@ -365,7 +418,7 @@ def _quantity(name: str) -> str:
     """Words for the name of an over-optimisation metric."""
     kind, _, what = name.partition(".")
     if not what:
-        return {"reward_gain": "gain in reward", "path_kl": "path KL (nats)"}.get(name, name)
+        return _SINGLE.get(name, name)
     space = what if what == "pixels" else f"the {what}'s features"
     return {
         "judge": f"judge: {what}",

@@ -11,6 +11,7 @@ from diffusion_envs.runs.evaluation import Evaluation, by_prompt
 from diffusion_envs.runs.over_optimisation import Verdict, verdict
 from diffusion_envs.runs.report import write_report
 from diffusion_envs.runs.run_folder import write_json
+from diffusion_envs.runs.run_frontier import RunFrontier
 from diffusion_envs.runs.tracking import OVER_OPTIMISATION, read_metrics
 
 
@@ -29,6 +30,7 @@ class Run:
     metrics: Mapping[str, Estimate]  # of runs/over_optimisation.py: diversity and distance too
     over_optimisation: Verdict  # of the exported model
     update: int  # after which the exported model was taken
+    frontier: RunFrontier | None = None  # how near the best possible; None off the main process
     stopped: str | None = None  # why the stop rule ended the run, if it did
 
 
@@ -43,8 +45,9 @@ def summarise(
     stop: Mapping[str, Any] | None,
     prompts: Sequence[str],
     write: bool,
+    frontier: RunFrontier | None = None,
 ) -> Run:
-    """Say how a run went; write ``summary.json`` and the report.
+    """Say how a run went; write ``summary.json``, ``frontier.json`` and the report.
 
     Args:
         folder: of the run.
@@ -56,6 +59,7 @@ def summarise(
         stop: what the stop rule did, if there is one.
         prompts: of the run.
         write: False on all processes but the main one, which has the logs.
+        frontier: how near the exported model is to the best possible.
     """
     judge_gains = {
         name: Estimate.of(value - before.judged[name]) for name, value in after.judged.items()
@@ -76,6 +80,7 @@ def summarise(
         metrics=metrics,
         over_optimisation=judgement,
         update=update,
+        frontier=frontier,
         stopped=None if stop is None else stop["reason"],
     )
     if write:
@@ -97,6 +102,9 @@ def summarise(
             "over_optimisation_metrics": {n: value.as_dict() for n, value in metrics.items()},
             "over_optimisation": dataclasses.asdict(judgement),
         }
+        if frontier is not None:
+            summary["frontier"] = frontier.as_dict()
+            write_json(folder / "frontier.json", frontier.drawn())
         write_json(folder / "summary.json", summary)
         write_report(folder)
     return run

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from diffusion_envs.models.adapters import ATTENTION, require_precision, require_rank
+from diffusion_envs.models.adapters import ATTENTION, require_precision
 from diffusion_envs.models.folders import TINY, from_anywhere
+from diffusion_envs.models.guidance_schedule import require_something_trains
 from diffusion_envs.models.protocol import Model
 
 
@@ -19,8 +20,9 @@ class StableDiffusion:
     Attributes:
         model: "tiny", a folder in diffusers' layout, or a hub id.
         guidance: classifier-free guidance scale; 1 is none.
-        lora_rank: of the adapter.
+        lora_rank: of the adapter; 0 for none, where the guidance scale trains alone.
         lora_targets: names of the layers that get one.
+        guidance_knots: timesteps between which the guidance scale trains; 0: it does not.
         precision: of the network: float32, bfloat16 or (CUDA only) float16.
         resolution: pixels a side; the model's own if left out.
         gradient_checkpointing: recompute activations: less memory, more time.
@@ -31,6 +33,7 @@ class StableDiffusion:
     guidance: float = 3.0
     lora_rank: int = 8
     lora_targets: Sequence[str] = ATTENTION
+    guidance_knots: int = 0
     precision: str = "float32"
     resolution: int | None = None
     gradient_checkpointing: bool = False
@@ -40,7 +43,7 @@ class StableDiffusion:
         require_precision(self.precision)
         if not (self.guidance >= 0 and math.isfinite(self.guidance)):
             raise ValueError(f"guidance must be a finite number of at least 0, got {self.guidance}")
-        require_rank(self.lora_rank)
+        require_something_trains(self.lora_rank, self.guidance_knots)
         object.__setattr__(self, "model", from_anywhere(self.model, TINY))
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
 
@@ -69,6 +72,7 @@ class StableDiffusion:
             guidance=self.guidance,
             lora_rank=self.lora_rank,
             lora_targets=self.lora_targets,
+            guidance_knots=self.guidance_knots,
             precision=self.precision,
             resolution=self.resolution,
             batch=batch,

@@ -1,5 +1,6 @@
 """What tests of objectives share: a model whose gradients are exact, and the smallest real loop."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,8 +18,9 @@ from diffusion_envs.exact.gaussian import Gaussian, Quadratic
 from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.models.text_to_image_unet import GuidedScore, TextToImageUNet
 from diffusion_envs.noise_schedules import DDPMTable
-from diffusion_envs.objectives import Objective, Rollout, Rows
+from diffusion_envs.objectives import Objective, PathObjective, Rollout, Rows
 from diffusion_envs.objectives.dpok import NoiseLevelRows
+from diffusion_envs.objectives.path_steps import Steps as RowSteps
 from diffusion_envs.samplers import DDIM, BoundDDIM
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.trainer import Trainer
@@ -121,25 +123,55 @@ class LinearGaussian:
             sigma=wide(sampler.sigma[:-1]),
         )
 
-    def estimated(self, loss: Callable[[Rows], Tensor], advantages: Tensor) -> Tensor:
-        """Exact expectation of minus the loss's gradient in (gain, shift), summed over steps."""
+    def own_rows(
+        self,
+        objective: PathObjective,
+        rollout: Rollout,
+        advantages: Tensor,
+        gain: Tensor,
+        shift: Tensor,
+    ) -> Any:
+        """The same rows as the objective makes them; the steps of a path, alone, are joined."""
+        every = self.rows(rollout, advantages, gain, shift)
+        common = Rows(**{f.name: getattr(every, f.name) for f in dataclasses.fields(Rows)})
+        paths, steps = advantages.shape
+        path, step = torch.cartesian_prod(torch.arange(paths), torch.arange(steps)).unbind(1)
+        joined = steps if objective.joins_steps else 1
+        return objective.rows(
+            common, RowSteps(rollout, self.sampler, path, step, joined, None, None)
+        )
+
+    def estimated(
+        self, loss: Callable[[Any], Tensor], advantages: Tensor, objective: Any = None
+    ) -> Tensor:
+        """Exact expectation of minus the loss's gradient in (gain, shift), summed over steps.
+
+        The rows are those that an objective makes, if there is one.
+        """
         rollout, weights = self.rollout()
         leaves = self.gain.clone().requires_grad_(), self.shift.clone().requires_grad_()
-        losses = loss(self.rows(rollout, advantages, *leaves)).view(len(weights), -1).sum(1)
+        rows = (
+            self.rows(rollout, advantages, *leaves)
+            if objective is None
+            else self.own_rows(objective, rollout, advantages, *leaves)
+        )
+        losses = loss(rows).view(len(weights), -1).sum(1)
         return -_flat(torch.autograd.grad((losses * weights).sum(), leaves))
 
-    def corrected(self, gain: Tensor, shift: Tensor) -> Tensor:
-        """Gradient at another policy of E sum_k rho_k (r - V), paths of this one, unclipped.
+    def corrected(self, gain: Tensor, shift: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Gradient at another policy of E sum_k w_k rho_k (r - V), paths of this one, unclipped.
 
-        Each step is taken by the other policy, from states and with values of this one.
+        Each step is taken by the other policy, from states and with values of this one. Without
+        weights they are 1.
         """
+        weights = torch.ones_like(self.sampler.std) if weights is None else weights
         leaves = gain.clone().requires_grad_(), shift.clone().requires_grad_()
         own, other = self.chain(self.gain, self.shift), self.chain(*leaves)
         laws = linear_policy.moments(own, self.start)
         running = linear_policy.kl_cost(torch.zeros_like(self.sampler.std), self.gain, self.shift)
         values = linear_policy.chain_values(own, self.reward, running)
         total = sum(
-            values[k + 1].before(other[k]).expectation(laws[k])
+            weights[k] * values[k + 1].before(other[k]).expectation(laws[k])
             for k in range(len(self.sampler.std))
         )
         return _flat(torch.autograd.grad(total, leaves))

@@ -38,6 +38,31 @@ def resting(
     return torch.stack(gains[::-1]), torch.stack(shifts[::-1]), values[::-1]
 
 
+def resting_per_std(
+    problem: GaussianProblem, sampler: BoundDDIM, price: Tensor
+) -> tuple[float, Tensor, Tensor]:
+    """The same where the prices are in standard deviations of the reward of the policy at rest.
+
+    Returns:
+        that standard deviation, and the policy.
+    """
+    steps, std = linear_policy.Steps.of(sampler), 1.0
+    curvature, unit = problem.quadratic.curvature, torch.eye(2, dtype=torch.float64)
+    gain = shift = torch.zeros(0)
+    change = 1.0
+    while change > 1e-6:
+        gain, shift, _ = resting(problem, sampler, price * std, charged=False)
+        law, pretrained = problem._start(), problem._pretrained(sampler)
+        for k in range(sampler.steps):
+            slope, offset = pretrained[0][k] + gain[k], pretrained[1][k] + shift[k]
+            a, b = steps.state_gain[k], steps.score_gain[k]
+            law = Affine(a * unit + b * slope, b * offset, steps.std[k].square() * unit).after(law)
+        uphill, both = problem.quadratic.gradient(law.mean), curvature @ law.covariance
+        variance = uphill @ law.covariance @ uphill + 0.5 * torch.trace(both @ both)
+        change, std = abs(variance.sqrt().item() - std), variance.sqrt().item()
+    return std, gain, shift
+
+
 def gained(problem: GaussianProblem, sampler: BoundDDIM, gain: Tensor, shift: Tensor) -> float:
     """The share of what J can gain on this chain that a policy gains."""
     found = problem.outcome_of(gain, shift, sampler).objective

@@ -55,3 +55,14 @@ def assert_runs_and_resumes(objective: Objective, queries: int, **size: Any) -> 
     assert numbers(second, 2) == log[1:]
     for one, other in zip(second.parameters, parameters, strict=True):
         assert (one == other).all()
+
+
+def share_gained(objective: Objective, updates: int, **size: Any) -> float:
+    """The share of what J can gain, on the sampler's chain, that a run gains; exact."""
+    sampler = DDIM(1.0).bind(table(), STEPS)
+    run = trainer(objective, **{"samples": 64, "batch": 4096} | size)
+    start = PROBLEM.evaluate(run.environment.model, sampler).objective
+    for _ in run.updates(updates):
+        pass
+    reached = PROBLEM.evaluate(run.environment.model, sampler).objective
+    return (reached - start) / (PROBLEM.optimum(sampler).objective - start)

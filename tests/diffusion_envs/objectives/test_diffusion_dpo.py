@@ -12,11 +12,11 @@ from torch import Tensor
 from ctrl.noise import stream
 from diffusion_envs import exact
 from diffusion_envs.noise_schedules import DDPMTable
-from diffusion_envs.objectives import DiffusionDPO, NoisedRows, Rollout
+from diffusion_envs.objectives import DiffusionDPO, NoisedRows
 from diffusion_envs.objectives.noised_data import NoisedLosses
 from diffusion_envs.preferences import FromReward, Recorded
-from tests.diffusion_envs.objectives.small_runs import assert_runs_and_resumes, numbers, trainer
 from tests.diffusion_envs.objectives.random_rows import EVENT, close
+from tests.diffusion_envs.objectives.small_runs import assert_runs_and_resumes, numbers, trainer
 
 PIXELS = math.prod(EVENT)
 SD15 = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
@@ -52,6 +52,7 @@ def pairs(generator: torch.Generator, moved: float = 0.1) -> NoisedRows:
 def test_the_loss_is_the_published_one(generator):
     """-logsigmoid(-beta / 2 (model difference - reference difference)) of mean squared errors."""
     rows = pairs(generator, 1e-3)
+    assert rows.reference_score is not None
     sigma = rows.sigma.view(-1, 1, 1, 1)
     errors = [
         (-sigma * score - rows.noise).square().mean((1, 2, 3))
@@ -89,7 +90,9 @@ def test_the_gain_of_a_row_is_the_path_kl_of_its_timestep():
     """The mean over timesteps is the integral of g^2, and each is the log-alpha's own increment."""
     run = trainer(DiffusionDPO())
     made = losses_of(run, DiffusionDPO(draws=5))
-    log_abar = run.environment.model.table.alphas_cumprod.double().log().tolist()
+    levels = run.environment.model.table
+    assert isinstance(levels, DDPMTable)
+    log_abar = levels.alphas_cumprod.double().log().tolist()
     assert made.path_kl_gain.mean().item() == pytest.approx(-log_abar[-1], rel=1e-12)
     which = torch.cartesian_prod(torch.arange(12), torch.arange(5))
     found = made.rows(which).path_kl_gain
@@ -121,7 +124,9 @@ def test_the_published_beta_in_logits_per_nat_on_stable_diffusions_table():
 # -- where it leads ------------------------------------------------------------------------------
 
 
-def shifted(shift: Tensor, x0: Tensor, noise: Tensor, alpha: float, gain: float, sign: float) -> Any:
+def shifted(
+    shift: Tensor, x0: Tensor, noise: Tensor, alpha: float, gain: float, sign: float
+) -> Any:
     """Rows of pairs of N(0, 1) data, [pairs, 2], whose score is the exact one plus a shift."""
     sigma = math.sqrt(1 - alpha**2)
     state = (alpha * x0 + sigma * noise[:, None]).flatten()[:, None]
@@ -247,7 +252,7 @@ def test_the_members_of_a_pair_share_prompt_level_and_noise_and_stand_side_by_si
 
     made.objective = Seeing()  # pyright: ignore[reportAttributeAccessIssue]  # a spy
     groups = torch.tensor([4, 0, 5])
-    total = sum(made.losses(groups, stream(0, "unused")))
+    total = torch.stack(list(made.losses(groups, stream(0, "unused")))).sum()
     assert [len(rows.sigma) for rows in seen] == [6, 6, 6]  # at most 7, and whole pairs
     data = torch.cat([rows.data for rows in seen]).view(9, 2, 2)
     ends = made.rollout.states[:, -1].view(6, 2, 2)
@@ -297,7 +302,8 @@ def test_pairs_are_the_pretrained_models_unless_online(online):
 
 def test_it_costs_two_network_calls_a_noised_state():
     """The current model's score and the pretrained one's; another pass asks the current one."""
-    for size, passes in (({}, 2), ({"epochs": 2, "minibatches": 2}, 3)):
+    cases: list[tuple[dict[str, Any], int]] = [({}, 2), ({"epochs": 2, "minibatches": 2}, 3)]
+    for size, passes in cases:
         log = numbers(trainer(DiffusionDPO(draws=3), **size), 2)
         each = 12 * 4 + passes * 12 * 3
         assert [line["network_calls"] for line in log] == [each, 2 * each]

@@ -12,12 +12,11 @@ from torch.distributions import Normal, kl_divergence
 
 from diffusion_envs import exact
 from diffusion_envs.exact import GaussianProblem, linear_policy
-from diffusion_envs.exact.gaussian import Affine
 from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import GRPO, Rollout
 from diffusion_envs.samplers import DDIM
 from tests.diffusion_envs.objectives.random_rows import column, rows
-from tests.diffusion_envs.objectives.resting_points import gained, resting
+from tests.diffusion_envs.objectives.resting_points import gained, resting_per_std
 from tests.diffusion_envs.test_two_views import (
     DATA,
     GAIN,
@@ -246,23 +245,12 @@ def test_samples_must_fill_whole_groups(small_trainer):
 
 
 def test_it_rests_at_a_known_share_of_what_can_be_gained():
-    """Where the spread of the reward, in which the KL is weighed, is that of the policy at rest."""
+    """Where the standard deviation, in which the KL is weighed, is that of the policy at rest."""
     problem, sampler = GaussianProblem(), DDIM(1.0).bind(exact.table(), 20)
-    steps, spread = linear_policy.Steps.of(sampler), 1.0
-    kl, curvature = (steps.score_gain / steps.std).square(), problem.quadratic.curvature
-    unit = torch.eye(2, dtype=torch.float64)
-    for _ in range(60):
-        *found, _ = resting(problem, sampler, problem.kl_weight * spread * kl, charged=False)
-        law, pretrained = problem._start(), problem._pretrained(sampler)
-        for k in range(sampler.steps):
-            slope, offset = (a[k] + b[k] for a, b in zip(pretrained, found, strict=True))
-            a, b = steps.state_gain[k], steps.score_gain[k]
-            law = Affine(a * unit + b * slope, b * offset, steps.std[k].square() * unit).after(law)
-        uphill, both = problem.quadratic.gradient(law.mean), curvature @ law.covariance
-        variance = uphill @ law.covariance @ uphill + 0.5 * torch.trace(both @ both)
-        spread = variance.sqrt().item()
-    assert spread == pytest.approx(0.267, abs=1e-3)
-    assert gained(problem, sampler, *found) == pytest.approx(0.7937, abs=6e-5)
+    kl = (sampler.score_gain / sampler.std).square()
+    std, *policy = resting_per_std(problem, sampler, problem.kl_weight * kl)
+    assert std == pytest.approx(0.267, abs=1e-3)
+    assert gained(problem, sampler, *policy) == pytest.approx(0.7937, abs=6e-5)
 
 
 def test_pretrained_scores_are_needed_where_a_kl_is_charged():

@@ -215,8 +215,9 @@ def test_bad_settings_are_refused_by_name(kind, settings, name):
         kind(**settings)
 
 
-def test_the_published_settings_are_the_defaults():
-    settings = {"kl_weight": 0.01, "gae_rate": 0.5, "clip": 0.5, "denoised": True}
+def test_the_defaults_are_those_of_the_image_leaderboard_and_of_the_published_recipe():
+    settings = {"kl_weight": 0.1, "gae_rate": 0.5, "clip": 1.0, "denoised": True}
+    settings["learning_rate"] = 3e-3
     assert ScoreAsAction() == ScoreAsAction(**settings, clip_per_pixel=None)
     assert ScoreAsActionSampled() == ScoreAsActionSampled(**settings, exploration=0.3)
     released = {"clip_per_pixel": 1.5e-5, "advantage_clip": 5.0, "learning_rate": 5e-5}

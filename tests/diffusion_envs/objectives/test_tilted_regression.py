@@ -14,8 +14,8 @@ from diffusion_envs.objectives.path_steps import PathLosses
 from diffusion_envs.objectives.tilted_regression import tilt_weights
 from diffusion_envs.samplers import DDIM
 from tests.diffusion_envs.objectives import random_rows
-from tests.diffusion_envs.objectives.resting_points import gained, resting
 from tests.diffusion_envs.objectives.random_rows import close, column
+from tests.diffusion_envs.objectives.resting_points import gained, resting
 from tests.diffusion_envs.objectives.small_runs import assert_runs_and_resumes, numbers, trainer
 
 
@@ -90,22 +90,25 @@ PROBLEM, SAMPLER = GaussianProblem(), DDIM(0.8).bind(table(), 3)
 
 
 def optimal_values(kl_weight: float) -> list[gaussian.Quadratic]:
-    """V* = kl_weight log E[exp(r / kl_weight) | x_k] of the pretrained chain, by completing squares."""
+    """V* = kl_weight log E[exp(r / kl_weight) | x_k] of the pretrained chain, up to constants."""
     slope, offset = gaussian.score_coefficients(
         PROBLEM.data, SAMPLER.table, SAMPLER.noising_times[:-1]
     )
-    Q, l = PROBLEM.quadratic.curvature.numpy(), PROBLEM.quadratic.slope.numpy()
-    values = [(Q, l)]
+    Q, tilt = PROBLEM.quadratic.curvature.numpy(), PROBLEM.quadratic.slope.numpy()
+    values = [(Q, tilt)]
     for k in reversed(range(3)):
-        F = SAMPLER.state_gain[k].item() * np.eye(2) + SAMPLER.score_gain[k].item() * slope[k].numpy()
+        F = (
+            SAMPLER.state_gain[k].item() * np.eye(2)
+            + SAMPLER.score_gain[k].item() * slope[k].numpy()
+        )
         f = SAMPLER.score_gain[k].item() * offset[k].numpy()
         # E exp((-y'Qy/2 + l'y) / b), y = m + std z: precision 1 / std^2 + Q / b
         inner = np.linalg.inv(np.eye(2) + SAMPLER.std[k].item() ** 2 / kl_weight * Q)
-        Q_m, l_m = Q @ inner, inner.T @ l
-        Q, l = F.T @ Q_m @ F, F.T @ (l_m - Q_m @ f)
-        values.append((Q, l))
+        Q_m, tilt_m = Q @ inner, inner.T @ tilt
+        Q, tilt = F.T @ Q_m @ F, F.T @ (tilt_m - Q_m @ f)
+        values.append((Q, tilt))
     zero = tensor(0.0)
-    return [gaussian.Quadratic(tensor(Q), tensor(l), zero) for Q, l in values[::-1]]
+    return [gaussian.Quadratic(tensor(Q), tensor(tilt), zero) for Q, tilt in values[::-1]]
 
 
 @pytest.mark.parametrize("control_variate", [0.0, 1.0])
@@ -127,29 +130,30 @@ def test_the_loss_is_least_at_the_optimal_control_of_the_chain(control_variate):
     z = torch.cartesian_prod(tensor(point), tensor(point))
     masses = torch.cartesian_prod(tensor(mass), tensor(mass)).prod(1) / (2 * math.pi)
     n, x = len(z), tensor([-1.4, 0.9])
+
+    def slope_at(k: int, score: Tensor) -> Tensor:
+        """Of the expected loss of step k, in the score at x."""
+        pretrained, b, std = slope[k] @ x + offset[k], SAMPLER.score_gain[k], SAMPLER.std[k]
+        after = SAMPLER.state_gain[k] * x + b * pretrained + std * z
+        weight = (values[k + 1](after) / kl_weight).exp()
+        leaf = score.clone().requires_grad_()
+        rows = Rows(
+            mean=leaf.expand(n, 2),
+            old_mean=pretrained.expand(n, 2),
+            reference_score=None,
+            noise=z,
+            advantage=weight / (masses @ weight),
+            step_size=SAMPLER.integrated_g2[k].expand(n),
+            horizon=SAMPLER.integrated_g2.sum(),
+            score_gain=b.expand(n),
+            std=std.expand(n),
+            kl_factor=SAMPLER.kl_factor,
+        )
+        return torch.autograd.grad(objective.loss(rows) @ masses, leaf)[0]
+
     for k in range(3):
         pretrained = slope[k] @ x + offset[k]
-        after = SAMPLER.state_gain[k] * x + SAMPLER.score_gain[k] * pretrained + SAMPLER.std[k] * z
-        weight = (values[k + 1](after) / kl_weight).exp()
-        weight = weight / (masses @ weight)
-
-        def slope_at(score: Tensor) -> Tensor:
-            leaf = score.clone().requires_grad_()
-            rows = Rows(
-                mean=leaf.expand(n, 2),
-                old_mean=pretrained.expand(n, 2),
-                reference_score=None,
-                noise=z,
-                advantage=weight,
-                step_size=SAMPLER.integrated_g2[k].expand(n),
-                horizon=SAMPLER.integrated_g2.sum(),
-                score_gain=SAMPLER.score_gain[k].expand(n),
-                std=SAMPLER.std[k].expand(n),
-                kl_factor=SAMPLER.kl_factor,
-            )
-            return torch.autograd.grad(objective.loss(rows) @ masses, leaf)[0]
-
-        free, best = slope_at(pretrained), slope_at(pretrained + gains[k] @ x + shifts[k])
+        free, best = (slope_at(k, pretrained + u) for u in (0 * x, gains[k] @ x + shifts[k]))
         assert best.norm() < 1e-10 * free.norm()
 
 

@@ -327,6 +327,7 @@ def test_it_resumes_bit_for_bit():
     [
         objectives.ScoreAsActionSampled(),
         objectives.DPOK(),
+        objectives.PCPO(group=4),
         objectives.DxMI(),
         objectives.DiffusionNFT(),
     ],
