@@ -11,7 +11,7 @@ OUTPUT ?= runs/demo
 BIN    := $(VENV)/bin
 
 # Settings that were measured to show a clear gain within the time (docs/tiny.md).
-DEMO := --model tiny --steps 10 --guidance 1 --guidance-knots 4 --kl-weight 0.1 --samples 40 --minibatches 4 --updates 12 --evaluation-samples 100 --frontier-samples 600
+DEMO := --model tiny --steps 10 --guidance 1 --guidance-knots 4 --kl-weight 0.1 --samples 40 --minibatches 4 --average 0.7 --updates 12 --evaluation-samples 100 --frontier-samples 600
 
 # Threads that wait must not burn the core that another program needs.
 export OMP_WAIT_POLICY = PASSIVE
