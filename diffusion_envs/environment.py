@@ -324,7 +324,7 @@ class Environment:
         states: Float[Tensor, " paths *event"],
         condition: Int64[Tensor, " paths"],
         *,
-        queries: int,
+        pairs: int,
         width: float,
         generator: torch.Generator,
     ) -> Float[Tensor, " paths *event"]:
@@ -336,12 +336,12 @@ class Environment:
         Args:
             states: are decoded.
             condition: index of each state's prompt.
-            queries: of the reward, for each state; two make a pair.
+            pairs: of reward queries, for each state.
             width: of the perturbations, in the states' units.
             generator: of the perturbations, on the CPU.
         """
         prompts = self.prompts_of(condition)
-        slope, pairs = torch.zeros_like(states), queries // 2
+        slope = torch.zeros_like(states)
         for _ in range(pairs):
             noise = as_like(torch.randn(states.shape, generator=generator), states)
             above, below = (self._rewards(states + s * width * noise, prompts) for s in (1, -1))

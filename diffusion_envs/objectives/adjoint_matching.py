@@ -68,7 +68,7 @@ class PretrainedChain(Protocol):
         states: Tensor,
         condition: Int64[Tensor, " paths"],
         *,
-        queries: int,
+        pairs: int,
         width: float,
         generator: Generator,
     ) -> Tensor:
@@ -217,12 +217,12 @@ class AdjointMatching(PathObjective):
 class ZerothOrderAdjointMatching(AdjointMatching):
     """The same for a reward without a gradient: its slope comes from queries near the sample.
 
-    In d dimensions (of the latents) n queries give the slope a cosine of about sqrt(n / (n + 2 d))
-    with the true one, without bias but for the smoothing: the loss is linear in it, so that the
+    In d dimensions (of the latents) n pairs give the slope a cosine of about sqrt(n / (n + d)) with
+    the true one, without bias but for the smoothing: the loss is linear in it, so that the
     critical point is that of the smoothed reward.
     """
 
-    queries: int = 32  # of the reward, for the slope at one sample; two make a pair
+    pairs: int = 16  # of reward queries either side of a sample, for the slope there
     width: float = 0.15  # of the smoothing, in the units of the latents
 
     needs_reward_gradient: ClassVar[bool] = False
@@ -230,9 +230,7 @@ class ZerothOrderAdjointMatching(AdjointMatching):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(width=self.width)
-        require_count(queries=self.queries)
-        if self.queries % 2:
-            raise ValueError(f"queries must be even, as they come in pairs, got {self.queries}")
+        require_count(pairs=self.pairs)
 
     def reward_gradient(
         self, rollout: Rollout, model: PretrainedChain, generator: Generator
@@ -241,7 +239,7 @@ class ZerothOrderAdjointMatching(AdjointMatching):
         return model.reward_gradient_by_queries(
             rollout.states[:, -1],
             rollout.condition,
-            queries=self.queries,
+            pairs=self.pairs,
             width=self.width,
             generator=generator,
         )

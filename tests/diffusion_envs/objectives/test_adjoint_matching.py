@@ -127,7 +127,7 @@ class Chain:
         return self.reward.gradient(states)
 
     def reward_gradient_by_queries(
-        self, states: Tensor, condition: Tensor, *, queries: int, width: float, generator: Generator
+        self, states: Tensor, condition: Tensor, *, pairs: int, width: float, generator: Generator
     ) -> Tensor:
         raise NotImplementedError
 
@@ -323,7 +323,7 @@ def test_the_slope_by_queries_is_that_of_the_reward_without_bias_and_as_noisy_as
     states, condition = state.repeat(4000, 1), torch.zeros(4000, dtype=torch.int64)
     asked = environment.reward_queries
     found = environment.reward_gradient_by_queries(
-        states, condition, queries=6, width=0.5, generator=Generator().manual_seed(3)
+        states, condition, pairs=3, width=0.5, generator=Generator().manual_seed(3)
     ).double()
     assert environment.reward_queries == asked + 4000 * 6
     slope = problem.quadratic.gradient(state.double())[0]
@@ -336,15 +336,14 @@ def test_the_slope_by_queries_is_that_of_the_reward_without_bias_and_as_noisy_as
 
 
 def test_a_reward_without_a_gradient_trains_and_its_queries_are_counted(trains):
-    whole = trains(ZerothOrderAdjointMatching(kl_weight=0.3, queries=4, width=0.1))
+    whole = trains(ZerothOrderAdjointMatching(kl_weight=0.3, pairs=2, width=0.1))
     assert whole.environment.reward_queries == 2 * 12 * (1 + 4)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"queries": 3}, "queries must be even"),
-        ({"queries": 0}, "queries must be an integer of at least 1"),
+        ({"pairs": 0}, "pairs must be an integer of at least 1"),
         ({"width": 0.0}, "width must be a positive finite number"),
     ],
 )
