@@ -428,8 +428,9 @@ def markdown(rows: Sequence[dict[str, Any]], options: Options, frontier: Frontie
         "# Leaderboard on images",
         "",
         "The embedded image model, prompt alignment, LoRA of rank 8, DDIM with eta 1 and "
-        f"{STEPS} steps, {options.calls:,} network calls a run, a learning rate from a sweep on a",
-        f"seed of its own, then {options.seeds} seeds (standard error in brackets), "
+        f"{STEPS} steps, {options.calls:,} network calls a run (and the rest of the last update),",
+        "a learning rate from a sweep on a seed of its own (GRPO's for its relatives, none for the "
+        f"natural gradient), then {options.seeds} seeds (standard error in brackets),",
         f"{options.samples} held-out samples each. Written by",
         "",
         "    python -m benchmarks.image_leaderboard",
@@ -439,7 +440,9 @@ def markdown(rows: Sequence[dict[str, Any]], options: Options, frontier: Frontie
         f"{options.frontier_samples:,} samples of the pretrained model); *chain*: the same with "
         "the KL of the chain that was sampled, for which it is a bound; *equal KL*: gain in "
         "reward as a share of the frontier's at the chain's KL; *held out*: gain of a classifier "
-        "that was not trained on; *diversity*: of pixels, over the pretrained model's.",
+        "that was not trained on; *diversity*: of pixels, over the pretrained model's. "
+        "DRaFT and adjoint matching know the reward's gradient, the others do not; *guidance* "
+        "trains the guidance scale at four knots instead of a LoRA.",
     ]
     for kl_weight in dict.fromkeys(one["kl_weight"] for one in rows):
         best = frontier.at_weight(kl_weight)
@@ -452,13 +455,13 @@ def markdown(rows: Sequence[dict[str, Any]], options: Options, frontier: Frontie
             f"is {frontier.pretrained}.",
             "",
             "| method | share | chain | gain | path KL | chain KL | equal KL | held out "
-            "| diversity | updates | reward queries | seconds | rate |",
+            "| diversity | updates | network calls | reward queries | rate |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for one in (row for row in rows if row["kl_weight"] == kl_weight):
             diverged = f" ({one['diverged']} diverged)" if one["diverged"] else ""
             cells = [one["method"] + diverged, *(_bracketed(one[key]) for key in COLUMNS)]
-            cells += [f"{one['updates']:.0f}", f"{one['queries']:,.0f}", f"{one['seconds']:.0f}"]
+            cells += [f"{one['updates']:.0f}", *(f"{one[k]:,.0f}" for k in ("calls", "queries"))]
             lines.append("| " + " | ".join([*cells, f"{one['rate']:g}"]) + " |")
     lines += ["", "![gain in reward against the KL of the chain](leaderboard_images.png)", ""]
     return "\n".join(lines)
