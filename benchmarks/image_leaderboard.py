@@ -31,6 +31,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
@@ -431,7 +432,7 @@ def markdown(rows: Sequence[dict[str, Any]], options: Options, frontier: Frontie
         f"{STEPS} steps, {options.calls:,} network calls a run (and the rest of the last update),",
         "a learning rate from a sweep on a seed of its own (GRPO's for its relatives, none for the "
         f"natural gradient), then {options.seeds} seeds (standard error in brackets),",
-        f"{options.samples} held-out samples each. Written by",
+        f"{options.samples} held-out samples each. As far as it has been run, what is written by",
         "",
         "    python -m benchmarks.image_leaderboard",
         "",
@@ -485,12 +486,13 @@ def picture(rows: Sequence[dict[str, Any]], frontier: Frontier, path: Path) -> N
             [one["gain"][1] for one in mine],
             [one["chain_kl"][1] for one in mine],
             linestyle="none",
-            marker="osD^vP*X<>"[k % 10],
+            marker="osD^vP*X<>p"[k % 11],  # with ten colours, 110 are told apart
             color=f"C{k % 10}",
             capsize=2,
             label=name,
         )
-    axes.set_xscale("symlog", linthresh=0.5)
+    axes.set_xscale("function", functions=(np.sqrt, np.square))
+    axes.set_xticks([0, 0.1, 0.5, 1, 2, 3, 4, 5, 6, 8])
     axes.set(xlabel="KL of the chain from the pretrained model, nats", ylabel="gain in reward")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
