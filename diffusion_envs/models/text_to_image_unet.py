@@ -70,7 +70,11 @@ class GuidedScore:
             raise ValueError(
                 f"prediction_type must be one of {sorted(_TO_SCORE)}, got {self.prediction_type!r}"
             )
-        self.adapter = adapters.lora_switch(self.unet)
+        self.adapter = adapters.AdapterSwitch(
+            lambda: self.unet.enable_adapters(), lambda: self.unet.disable_adapters()
+        )
+        if self.schedule is not None:  # which may train without a LoRA
+            self.adapter = adapters.lora_switch(self.unet)
 
     def __call__(
         self,

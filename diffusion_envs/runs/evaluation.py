@@ -126,7 +126,7 @@ def _path_kl(rollout: Rollout) -> Float[Tensor, " n"]:
 
 def _chain_kl(environment: Environment, rollout: Rollout) -> Float[Tensor, " n"]:
     """The sum of each path's transition KLs, nats; NaN where its steps are not known."""
-    if rollout.reference_scores is None:
+    if rollout.reference_scores is None or not rollout.costs.shape[1]:
         return torch.full_like(rollout.rewards, math.nan)
     return environment.steps.chain_kl(rollout.means, rollout.reference_scores).sum(1)
 

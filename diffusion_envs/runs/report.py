@@ -341,7 +341,7 @@ def _frontier(
     return (
         f"<h2>Reward against KL</h2>{words}{figure}"
         '<p class="muted">No policy has more reward than the frontier at the KL of its sampled '
-        "chain; in few steps the SDE's path KL is another number, and bounds nothing. Where the "
+        "chain; in few steps that of the SDE is another number, and bounds nothing. Where the "
         "noise that a path starts from says something about its end, the best policy has less "
         "than the frontier, as no policy chooses its start. The choice of prompts is in no "
         "interval.</p>"

@@ -200,7 +200,7 @@ def kl_reward_frontier(setting: Setting) -> Iterator[Check]:
     units = rounding(52, 10.0)
     point = frontier.at_weight(b)
     want = exact.mean(exact.jackknifed(rewards, b) for rewards in drawn)
-    n = rounding(52, 52)  # the jackknife multiplies by n what differs by 1 / n
+    n = rounding(52, 52.0)  # the jackknife multiplies by n what differs by 1 / n
     yield stated(pathwise("reward, KL and J* of drawn rewards", numbers(point), want), units=n)
     least = min(exact.effective_samples(rewards, b) for rewards in drawn)
     effective = pathwise("least effective number of samples", point.effective_samples, least)

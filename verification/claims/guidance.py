@@ -109,11 +109,11 @@ _GUIDED = "diffusion_envs.models.text_to_image_unet.GuidedScore.prediction"
         wrong(
             "scale counted from 0",
             _GUIDED,
-            "without + self.guidance",
-            "with_prompt + self.guidance",
+            "without + scale",
+            "with_prompt + scale",
         ),
         wrong("branches exchanged", _GUIDED, "without, with_prompt =", "with_prompt, without ="),
-        wrong("scale less 1", _GUIDED, "self.guidance * (", "(self.guidance - 1) * ("),
+        wrong("scale less 1", _GUIDED, "scale * (", "(scale - 1) * ("),
         wrong(
             "sign of the difference", _GUIDED, "(with_prompt - without)", "(without - with_prompt)"
         ),

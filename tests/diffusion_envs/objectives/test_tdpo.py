@@ -347,7 +347,7 @@ def test_the_published_number_of_optimiser_steps_costs_no_more_network_calls(sma
     }.items():
         made = small_trainer(TDPO(), **size)
         steps = []
-        made.optimiser.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
+        made.optimiser.optimiser.register_step_post_hook(lambda *_, steps=steps: steps.append(1))
         made.update = 1  # without the preflight's calls
         made.step()
         seen[name] = len(steps), made.environment.model.calls
