@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 from benchmarks.compared_methods import Budget, Entry, TinyProblem, spend
-from ctrl import DeterministicPolicy, Estimate
+from ctrl import Estimate
 from diffusion_envs import objectives as o
 from diffusion_envs import rewards
 from diffusion_envs.environment import Environment
@@ -47,7 +47,7 @@ from diffusion_envs.frontier import Frontier
 from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.runs.command_line import CLASS_PROMPTS
 from diffusion_envs.runs.distances import mean_over_pairs, pixel_distances
-from diffusion_envs.runs.evaluation import Evaluation, evaluate
+from diffusion_envs.runs.evaluation import Evaluation, evaluate, sample_in_turn
 from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.training.optimisers import AdamW, NaturalGradient
@@ -216,13 +216,7 @@ class Setting:
             with environment.pretrained():
                 for first in range(0, self.options.frontier_samples, 50):
                     indices = range(first, min(first + 50, self.options.frontier_samples))
-                    drawn = environment.sample(
-                        lambda mean, _: DeterministicPolicy(mean),
-                        indices,
-                        torch.tensor([i % len(CLASS_PROMPTS) for i in indices]),
-                        stream="frontier",
-                        reference=False,
-                    )
+                    drawn = sample_in_turn(environment, indices, "frontier", reference=False)
                     parts.append(drawn.rollout.rewards)
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"rewards": torch.cat(parts)}, path)
@@ -364,8 +358,16 @@ def chosen_rate(name: str, kl_weight: float, runs: Runs, *, make: bool) -> float
 
 # -- the table -------------------------------------------------------------------------------------
 
-COLUMNS = ("share", "chain_share", "gain", "path_kl", "chain_kl", "at_equal_kl", "held_out")
-COLUMNS = (*COLUMNS, "diversity")
+COLUMNS = (
+    "share",
+    "chain_share",
+    "gain",
+    "path_kl",
+    "chain_kl",
+    "at_equal_kl",
+    "held_out",
+    "diversity",
+)
 
 
 def row(

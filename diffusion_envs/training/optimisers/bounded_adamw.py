@@ -7,12 +7,11 @@ Cost         Network calls of a step: share x rows of the roll-out.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from diffusion_envs.environment import Environment
-from diffusion_envs.training.optimisers.adamw import AdamW, TorchStepper
+from diffusion_envs.training.optimisers.adamw import TorchStepper
 from diffusion_envs.training.optimisers.protocol import (
     Groups,
     Metric,
@@ -48,35 +47,22 @@ class BoundedAdamW:
             ValueError: the sampler is a black box or an ODE, or its standard deviations learn.
         """
         require_metric(environment, "BoundedAdamW")
-        own = AdamW().start(groups, rate=rate, weight_decay=weight_decay, environment=environment)
+        own = torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay)
         return BoundedSteps(own, TrustRegion(self.nats, rate=1.0), self.share)
 
 
-class BoundedSteps:
+class BoundedSteps(TorchStepper):
     """Steps of one of torch's optimisers, shortened where they leave a trust region.
 
     Args:
-        own: the optimiser.
+        optimiser: torch's.
         region: to stay in.
         share: of the roll-out's rows that the path KL is from.
     """
 
-    def __init__(self, own: TorchStepper, region: TrustRegion, share: float) -> None:
-        self.own, self.region, self.share = own, region, share
-
-    @property
-    def param_groups(self) -> Groups:
-        """The optimiser's."""
-        return self.own.param_groups
-
-    @property
-    def clips(self) -> bool:
-        """As the optimiser does."""
-        return self.own.clips
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        self.own.zero_grad(set_to_none)
+    def __init__(self, optimiser: torch.optim.Optimizer, region: TrustRegion, share: float) -> None:
+        super().__init__(optimiser)
+        self.region, self.share = region, share
 
     def step(self, metric: Metric) -> dict[str, float]:
         """The optimiser's step, or as much of it as costs ``nats``.
@@ -86,17 +72,9 @@ class BoundedSteps:
         """
         parameters = parameters_of(self.param_groups)
         before = [p.detach().clone() for p in parameters]
-        self.own.step(metric)
+        super().step(metric)
         step = [old - p.detach() for old, p in zip(before, parameters, strict=True)]
         with torch.no_grad():
             for parameter, old in zip(parameters, before, strict=True):
                 parameter.copy_(old)
         return self.region.take(parameters, flattened(step), metric("length", self.share))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimiser's."""
-        return self.own.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.own.load_state_dict(state)

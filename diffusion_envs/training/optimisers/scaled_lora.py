@@ -58,36 +58,26 @@ class ScaledLoRA:
             made: Any = torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay)
         else:
             made = torch.optim.SGD(groups, lr=rate, momentum=self.momentum)
-        return ScaledSteps(TorchStepper(made), pairs, self.delta)
+        return ScaledSteps(made, pairs, self.delta)
 
 
-class ScaledSteps:
+class ScaledSteps(TorchStepper):
     """Steps of one of torch's optimisers, of scaled gradients.
 
     Args:
-        own: the optimiser.
+        optimiser: torch's; gradients are clipped before they are scaled.
         pairs: (A, B) of every layer.
         delta: added to B'B and A A'.
     """
 
     def __init__(
-        self, own: TorchStepper, pairs: list[tuple[nn.Parameter, nn.Parameter]], delta: float
+        self,
+        optimiser: torch.optim.Optimizer,
+        pairs: list[tuple[nn.Parameter, nn.Parameter]],
+        delta: float,
     ) -> None:
-        self.own, self.pairs, self.delta = own, pairs, delta
-
-    @property
-    def param_groups(self) -> Groups:
-        """The optimiser's."""
-        return self.own.param_groups
-
-    @property
-    def clips(self) -> bool:
-        """As the optimiser does: before the scaling."""
-        return self.own.clips
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        self.own.zero_grad(set_to_none)
+        super().__init__(optimiser)
+        self.pairs, self.delta = pairs, delta
 
     def step(self, metric: Metric) -> dict[str, float]:
         """Scale the gradients, and take the optimiser's step."""
@@ -96,15 +86,7 @@ class ScaledSteps:
                 continue
             grads = scaled(a.detach(), b.detach(), a.grad, b.grad, self.delta)
             a.grad, b.grad = grads
-        return self.own.step(metric)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimiser's."""
-        return self.own.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.own.load_state_dict(state)
+        return super().step(metric)
 
 
 def scaled(
