@@ -29,7 +29,7 @@ from diffusion_envs.training.optimisers import (
     ScaledLoRA,
 )
 from diffusion_envs.training.optimisers.running_mean import RunningMean
-from diffusion_envs.training.optimisers.scaled_lora import scaled
+from diffusion_envs.training.optimisers.scaled_lora import ScaledSteps, scaled
 from diffusion_envs.training.path_metric import PathMetric, flattened, unflattened
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
@@ -447,3 +447,13 @@ def test_the_unstructured_vector_is_that_of_the_parameters(generator):
     parts = [torch.randn(shape, generator=generator) for shape in ((2, 3), (4,), (1, 2, 2))]
     for one, other in zip(parts, unflattened(flattened(parts), parts), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_step_is_of_the_scaled_gradients(generator):
+    """Plain gradient descent with rate 0.5: what is subtracted is half of what ``scaled`` says."""
+    a, b = (nn.Parameter(torch.randn(*size, generator=generator)) for size in ((2, 5), (3, 2)))
+    a.grad, b.grad = (torch.randn(p.shape, generator=generator) for p in (a, b))
+    step_a, step_b = scaled(a.detach(), b.detach(), a.grad, b.grad, 0.1)
+    expected = a.detach() - 0.5 * step_a, b.detach() - 0.5 * step_b
+    ScaledSteps(torch.optim.SGD([a, b], lr=0.5), [(a, b)], 0.1).step(lambda *_: None)
+    torch.testing.assert_close((a.detach(), b.detach()), expected)
