@@ -15,6 +15,7 @@ from diffusion_envs.rewards.contract import (
     score,
 )
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from diffusion_envs.rewards.text_in_picture import ReadableText, TextInPicture
 
 __all__ = [
     "ClassConfidence",
@@ -24,8 +25,10 @@ __all__ = [
     "JpegCompressibility",
     "JpegIncompressibility",
     "PromptAlignment",
+    "ReadableText",
     "Reward",
     "RewardError",
+    "TextInPicture",
     "differentiable_score",
     "embed",
     "load",
