@@ -35,7 +35,8 @@ diffusion_envs.cifar10.plain_pickle diffusion_envs.cifar10.formats diffusion_env
 diffusion_envs.cifar10.pictures
 diffusion_envs.rewards.preprocessing diffusion_envs.rewards.declaration
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
-diffusion_envs.rewards.classifier diffusion_envs.rewards
+diffusion_envs.rewards.classifier diffusion_envs.rewards.text_in_picture
+diffusion_envs.rewards
 diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
 diffusion_envs.models.stable_diffusion_pipeline
@@ -86,6 +87,8 @@ diffusion_envs.runs.command_line diffusion_envs.runs.fit diffusion_envs.runs
 diffusion_envs.tiny.captions diffusion_envs.tiny.train_classifier
 diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser
 diffusion_envs.tiny diffusion_envs.tiny.measure diffusion_envs.tiny.__main__
+diffusion_envs.words.signs diffusion_envs.words.train_autoencoder
+diffusion_envs.words.train_denoiser diffusion_envs.words
 diffusion_envs.sd15.stable_diffusion
 diffusion_envs.sd15 diffusion_envs.sd15.__main__
 diffusion_envs.cifar10.networks diffusion_envs.cifar10.pretrain diffusion_envs.cifar10.family
