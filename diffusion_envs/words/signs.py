@@ -19,12 +19,12 @@ from torch.nn import functional
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LONGEST = 3  # letters a word
 SIDE = 32  # pixels of a picture
-FONTS = ("DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif-Bold")  # matplotlib brings them
+FONTS = ("DejaVuSans-Bold", "DejaVuSansMono-Bold")  # matplotlib brings them
 _FINE = 4  # subpixels a pixel, each way
 _CELL = 9  # pixels from one letter to the next
 _HEIGHT = 12  # pixels of a capital letter
 _WIDEST = 8.5  # pixels of a letter; wider ones are drawn narrower
-_CONTRAST = 0.45  # least difference in brightness between letters and plate
+_CONTRAST = 0.6  # least difference in brightness between letters and plate
 _LUMA = (0.299, 0.587, 0.114)
 
 

@@ -21,8 +21,8 @@ from diffusion_envs.words.signs import SIDE, draw_words, signs
 
 _log = logging.getLogger(__name__)
 
-RECIPE = Recipe(updates=1200, learning_rate=3e-3, batch=32, average=0.995, precision=torch.float32)
-KL_WEIGHT = 1e-6  # per nat a picture
+RECIPE = Recipe(updates=2000, learning_rate=3e-3, batch=32, average=0.995, precision=torch.float32)
+KL_WEIGHT = 2e-7  # per nat a picture
 
 
 def build() -> AutoencoderKL:

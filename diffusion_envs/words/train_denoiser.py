@@ -27,9 +27,14 @@ from diffusion_envs.words.signs import caption, draw_words, signs
 _log = logging.getLogger(__name__)
 
 RECIPE = Recipe(
-    updates=4000, learning_rate=1.5e-3, batch=32, average=0.998, precision=torch.float32
+    updates=4000,
+    learning_rate=1.2e-3,
+    batch=32,
+    average=0.998,
+    seconds_between_checkpoints=240.0,
+    precision=torch.float32,
 )
-PICTURES = 60_000  # drawn and encoded once
+PICTURES = 30_000  # drawn and encoded once
 WIDTH = 96  # of text embeddings
 LENGTH = 16  # tokens a prompt, begin and end included
 
