@@ -491,6 +491,10 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any, Any]:
         raise ValueError(_unknown(unknown, options))
     if "--prompts" in named:
         options = dataclasses.replace(options, prompts=from_words(options.prompts))
+    if "--evaluation-prompts" in named:
+        asked = from_words(options.options.evaluation_prompts or ())
+        watched = dataclasses.replace(options.options, evaluation_prompts=asked)
+        options = dataclasses.replace(options, options=watched)
     if folder is not None:
         _require_the_runs(options, default, named)
         return dataclasses.replace(options, output=folder)
@@ -676,7 +680,7 @@ def run_evaluate(family: Family, options: Evaluate) -> None:
         options.run,
         model,
         reward=reward,
-        prompts=run.prompts,
+        prompts=run.options.evaluation_prompts or run.prompts,
         seed=run.seed,
         steps=options.steps,
         samplers=kinds,
