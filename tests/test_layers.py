@@ -89,7 +89,8 @@ diffusion_envs.tiny.captions diffusion_envs.tiny.train_classifier
 diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser
 diffusion_envs.tiny diffusion_envs.tiny.measure diffusion_envs.tiny.__main__
 diffusion_envs.words.signs diffusion_envs.words.train_autoencoder
-diffusion_envs.words.train_denoiser diffusion_envs.words
+diffusion_envs.words.train_denoiser diffusion_envs.words diffusion_envs.words.measure
+diffusion_envs.words.__main__
 diffusion_envs.sd15.stable_diffusion
 diffusion_envs.sd15 diffusion_envs.sd15.__main__
 diffusion_envs.cifar10.networks diffusion_envs.cifar10.pretrain diffusion_envs.cifar10.family
