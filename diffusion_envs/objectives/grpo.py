@@ -50,6 +50,7 @@ from torch import Tensor
 from ctrl.trust_region import clipped_surrogate
 from diffusion_envs.objectives.path_steps import PathObjective, Rows, transition_kl, trusted_width
 from diffusion_envs.objectives.protocol import per_prompt, require_not_negative, require_positive
+from diffusion_envs.rewards.rounding import floored_std
 from diffusion_envs.rollout import Rollout
 
 STD_OFFSET = 1e-4  # reward, added to a standard deviation before dividing; as in Flow-GRPO
@@ -64,8 +65,8 @@ def group_advantages(
     by_group = rewards.view(-1, group)
     centred = (by_group - by_group.mean(1, keepdim=True)).flatten()
     # round-off of equal rewards must not be blown up
-    standardised = centred / (rewards.std(correction=0) + STD_OFFSET)
-    return standardised.where((rewards != rewards[0]).any(), 0.0)
+    scaled = centred / (floored_std(rewards) + STD_OFFSET)
+    return scaled.where((rewards != rewards[0]).any(), 0.0)
 
 
 @dataclass(frozen=True)
