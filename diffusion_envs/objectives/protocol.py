@@ -118,6 +118,11 @@ class Objective(ABC):
         return False
 
     @property
+    def compares_parts(self) -> bool:
+        """Whether each part of the reward is compared by itself."""
+        return False
+
+    @property
     def on_policy(self) -> bool:
         """Whether roll-outs are of the trained policy, or of one that follows it: so their KL."""
         return True
