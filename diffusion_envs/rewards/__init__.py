@@ -3,29 +3,46 @@
 from diffusion_envs.rewards.classifier import ClassConfidence, PromptAlignment
 from diffusion_envs.rewards.colour import Colour
 from diffusion_envs.rewards.contract import (
+    Counting,
     Embedder,
+    InParts,
     Reward,
     RewardError,
+    Scorer,
     differentiable_score,
     embed,
     load,
+    require_inputs,
     reward_name,
     score,
+    score_in_parts,
 )
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from diffusion_envs.rewards.transformed import Cached, Limited, Threshold
+from diffusion_envs.rewards.weighted import Weighted, statistics
 
 __all__ = [
+    "Cached",
     "ClassConfidence",
     "Colour",
+    "Counting",
     "Embedder",
+    "InParts",
     "JpegCompressibility",
     "JpegIncompressibility",
+    "Limited",
     "PromptAlignment",
     "Reward",
     "RewardError",
+    "Scorer",
+    "Threshold",
+    "Weighted",
     "differentiable_score",
     "embed",
     "load",
+    "require_inputs",
     "reward_name",
     "score",
+    "score_in_parts",
+    "statistics",
 ]
