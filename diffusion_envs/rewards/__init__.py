@@ -3,12 +3,14 @@
 from diffusion_envs.rewards.classifier import ClassConfidence, PromptAlignment
 from diffusion_envs.rewards.colour import Colour
 from diffusion_envs.rewards.contract import (
+    Counting,
     Embedder,
     Reward,
     RewardError,
     differentiable_score,
     embed,
     load,
+    require_inputs,
     reward_name,
     score,
 )
@@ -17,6 +19,7 @@ from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibili
 __all__ = [
     "ClassConfidence",
     "Colour",
+    "Counting",
     "Embedder",
     "JpegCompressibility",
     "JpegIncompressibility",
@@ -26,6 +29,7 @@ __all__ = [
     "differentiable_score",
     "embed",
     "load",
+    "require_inputs",
     "reward_name",
     "score",
 ]

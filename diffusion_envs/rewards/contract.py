@@ -3,7 +3,8 @@
 A reward is any callable (images [n, 3, h, w] in [0, 1], prompts) -> [n], larger is better. It
 gets a copy of the images, so it may change them in place, and may declare
 ``differentiable = True``. Whatever else it does is caught here, so nothing unusable reaches the
-weights.
+weights. A reward that ships refuses what it cannot score by ``require_inputs``, so that it is safe
+to call alone too.
 """
 
 import difflib
@@ -11,7 +12,7 @@ import functools
 import importlib
 import numbers
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 from ctrl.devices import read
 
 Reward = Callable[[Tensor, Sequence[str]], Any]
+_SLACK = 1e-3  # outside [0, 1] that is let through: decoders overshoot; clamping is the reward's
 _LOADED: dict[int, tuple[Any, str]] = {}  # what ``load`` has made, and by which name
 
 
@@ -34,8 +36,69 @@ class Embedder(Protocol):
         ...
 
 
+@runtime_checkable
+class Counting(Protocol):
+    """A reward that counts what a reader of the log must know, prompts that were cut, say."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Totals since it was made, by name; they never decrease, and scores ignore them."""
+        ...
+
+
 class RewardError(ValueError):
     """A reward raised, or returned something unusable."""
+
+
+def require_inputs(images: Any, prompts: Any) -> None:
+    """Refuse what is not one prompt for each picture with values in [0, 1].
+
+    Values may exceed the interval by 1e-3. The device is waited for once.
+
+    Raises:
+        TypeError: ``images`` is no tensor of floats, or ``prompts`` no sequence of strings.
+        ValueError: another shape, number of prompts or range; or a value is no number.
+    """
+    if not isinstance(images, Tensor):
+        hint = "; images come first, then prompts: are they swapped?" if _words(images) else ""
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}{hint}")
+    if not _words(prompts):
+        hint = "; one string for each image in a list" if isinstance(prompts, str) else ""
+        raise TypeError(f"prompts must be a sequence of strings, got {_type_of(prompts)}{hint}")
+    if not images.is_floating_point():
+        raise TypeError(
+            f"images must be floats in [0, 1], got {images.dtype}: divide 8-bit ones by 255"
+        )
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(
+            f"images must be [n, 3, height, width] with at least one pixel, got "
+            f"{list(images.shape)}"
+        )
+    if len(prompts) != len(images):
+        raise ValueError(
+            f"there must be one prompt for each image, got {len(images)} images and "
+            f"{len(prompts)} prompts"
+        )
+    low, high = read(*images.detach().aminmax())
+    if not (low >= -_SLACK and high <= 1 + _SLACK):  # not (...): NaN is outside too
+        raise ValueError(f"images must have values in [0, 1], got {low:g} to {high:g}")
+
+
+def _words(value: Any) -> bool:
+    """Whether it is a sequence of strings, and not one string."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(word, str) for word in value)
+    )
+
+
+def _type_of(value: Any) -> str:
+    """Its type, and that of its first entry which is no string."""
+    kind = type(value).__name__
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return kind
+    return f"{kind} of {next(type(x).__name__ for x in value if not isinstance(x, str))}"
 
 
 def reward_name(reward: Reward) -> str:

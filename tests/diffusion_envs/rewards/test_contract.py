@@ -257,3 +257,40 @@ def test_a_reward_may_change_its_images_in_place_and_no_one_else_sees_it():
     assert torch.equal(leaf, kept)
     assert leaf.grad is not None
     torch.testing.assert_close(leaf.grad, torch.full_like(kept, -5 / 48))
+
+
+def test_pictures_with_their_prompts_are_let_through_and_so_is_an_overshoot_of_a_decoder():
+    rewards.require_inputs(IMAGES, PROMPTS)
+    rewards.require_inputs(IMAGES.double(), tuple(PROMPTS))
+    rewards.require_inputs((IMAGES * 1.0018 - 0.0009).requires_grad_(), ["", "", ""])
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "error", "words"),
+    [
+        (PROMPTS, IMAGES, TypeError, "got list; images come first, then prompts: are they swapped"),
+        (IMAGES.numpy(), PROMPTS, TypeError, "images must be a tensor, got ndarray$"),
+        (IMAGES, IMAGES, TypeError, "sequence of strings, got Tensor$"),
+        (IMAGES, [*PROMPTS[:2], None], TypeError, "sequence of strings, got list of NoneType$"),
+        (IMAGES, "abc", TypeError, "got str; one string for each image in a list"),
+        ((IMAGES * 255).byte(), PROMPTS, TypeError, "torch.uint8: divide 8-bit ones by 255"),
+        (IMAGES[0], PROMPTS, ValueError, r"got \[3, 4, 5\]"),
+        (IMAGES[:, :1], PROMPTS, ValueError, r"got \[3, 1, 4, 5\]"),
+        (IMAGES[:0], [], ValueError, r"got \[0, 3, 4, 5\]"),
+        (IMAGES, PROMPTS[:2], ValueError, "got 3 images and 2 prompts"),
+        (IMAGES * 1.0011, PROMPTS, ValueError, "got 0 to 1.0011"),
+        (IMAGES - 0.0011, PROMPTS, ValueError, "got -0.0011 to 0.9989"),
+        (IMAGES.where(IMAGES < 1, math.nan), PROMPTS, ValueError, "nan"),
+    ],
+)
+def test_what_a_reward_cannot_score_is_refused_by_name(images, prompts, error, words):
+    with pytest.raises(error, match=words):
+        rewards.require_inputs(images, prompts)
+
+
+def test_a_reward_that_counts_is_told_from_one_that_does_not():
+    class Cutting:
+        counts = {"prompts_cut": 3}  # noqa: RUF012  # read only
+
+    assert isinstance(Cutting(), rewards.Counting)
+    assert not isinstance(rewards.Colour(), rewards.Counting)
