@@ -217,7 +217,10 @@ def _tokenizer(vocabulary: Path, merges: Path) -> Any:
 def _hugging_face(weights: Path, config: Path) -> nn.Module:
     from transformers import CLIPConfig  # here: half a second
 
-    stored = json.loads(config.read_text(encoding="utf-8"))
+    try:
+        stored = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} is no JSON ({error}): get it again") from error
     if (kind := stored.get("model_type")) != "clip":
         raise ValueError(
             f"{config} describes a model of type {kind!r}, but it must be 'clip', with both "

@@ -190,7 +190,7 @@ def test_a_vocabulary_of_another_network_is_refused(folder, images):
         CLIPScore(folder)(images, ["cat", "dog"])
     merges = [m for m in plain_clip.MERGES if m != "do g</w>"]
     (folder / "merges.txt").write_text("\n".join(merges))
-    with pytest.raises(ValueError, match="has 15 tokens, but the network of .* has 16"):
+    with pytest.raises(ValueError, match=r"has 15 tokens, but the network of .* has 16"):
         CLIPScore(folder)(images, ["cat", "dog"])
 
 
