@@ -203,7 +203,7 @@ def _tokenizer(vocabulary: Path, merges: Path) -> Any:
     from transformers import CLIPTokenizer  # here: half a second
 
     lines = merges.read_text(encoding="utf-8").splitlines()
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    pairs: Any = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     try:
         return CLIPTokenizer(json.loads(vocabulary.read_text(encoding="utf-8")), pairs)
     except Exception as error:  # tokenizers raises nothing narrower
@@ -269,8 +269,8 @@ def _filled(config: Any, state: Mapping[str, Tensor], path: Path) -> nn.Module:
     require_keys(state, network, path)
     network.load_state_dict(state, assign=True)
     for tower in (network.text_model, network.vision_model):
-        places = tower.embeddings.position_ids.shape[1]  # of no file
-        tower.embeddings.position_ids = torch.arange(places)[None]
+        own: Any = tower.embeddings
+        own.position_ids = torch.arange(own.position_ids.shape[1])[None]  # of no file
     return network.eval().requires_grad_(False)
 
 
