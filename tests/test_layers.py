@@ -34,9 +34,14 @@ diffusion_envs.samplers
 diffusion_envs.cifar10.plain_pickle diffusion_envs.cifar10.formats diffusion_envs.cifar10.data
 diffusion_envs.cifar10.pictures
 diffusion_envs.rewards.contract diffusion_envs.rewards.rounding
-diffusion_envs.rewards.weighted diffusion_envs.rewards.transformed
-diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
-diffusion_envs.rewards.classifier diffusion_envs.rewards.registry diffusion_envs.rewards
+diffusion_envs.rewards.preprocessing diffusion_envs.rewards.declaration
+diffusion_envs.rewards.weights diffusion_envs.rewards.weighted
+diffusion_envs.rewards.transformed diffusion_envs.rewards.jpeg
+diffusion_envs.rewards.colour diffusion_envs.rewards.classifier
+diffusion_envs.rewards.clip diffusion_envs.rewards.clip_score
+diffusion_envs.rewards.pick_score diffusion_envs.rewards.hps
+diffusion_envs.rewards.aesthetic diffusion_envs.rewards.image_reward
+diffusion_envs.rewards.registry diffusion_envs.rewards
 diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
 diffusion_envs.models.stable_diffusion_pipeline
