@@ -23,6 +23,7 @@ from diffusion_envs.rewards.declaration import Declaration, Declaring
 from diffusion_envs.rewards.hps import HPS
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from diffusion_envs.rewards.pick_score import PickScore
+from diffusion_envs.rewards.text_in_picture import ReadableText, TextInPicture
 from diffusion_envs.rewards.transformed import Cached, Limited, Threshold
 from diffusion_envs.rewards.weighted import Weighted, statistics
 
@@ -43,9 +44,11 @@ __all__ = [
     "Limited",
     "PickScore",
     "PromptAlignment",
+    "ReadableText",
     "Reward",
     "RewardError",
     "Scorer",
+    "TextInPicture",
     "Threshold",
     "Weighted",
     "differentiable_score",

@@ -16,6 +16,7 @@ from diffusion_envs.rewards.classifier import ClassConfidence, PromptAlignment
 from diffusion_envs.rewards.colour import Colour
 from diffusion_envs.rewards.contract import Reward, load, name_of_loaded
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from diffusion_envs.rewards.text_in_picture import ReadableText, TextInPicture
 
 OWN = "my_module:my_function"
 
@@ -54,6 +55,8 @@ REWARDS: Mapping[str, Named] = {
     "class-confidence": Named(ClassConfidence, {"classifier": "reward"}),
     "prompt-alignment-judge": Named(PromptAlignment, {"classifier": "judge"}, judges_only=True),
     "class-confidence-judge": Named(ClassConfidence, {"classifier": "judge"}, judges_only=True),
+    "text-in-picture": Named(TextInPicture),
+    "readable-text": Named(ReadableText),
     "jpeg-compressibility": Named(JpegCompressibility),
     "jpeg-incompressibility": Named(JpegIncompressibility),
     "red": Named(Colour, {"channel": "red"}),
