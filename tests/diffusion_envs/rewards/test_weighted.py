@@ -153,7 +153,8 @@ def test_it_has_a_gradient_exactly_if_all_parts_have(images):
     [
         ({}, None, "rewards and weights by name"),
         ([(RED, 1.0)], None, "rewards and weights by name"),
-        ({"a.b": (RED, 1.0)}, None, "letters, digits, '_' and '-', got 'a.b'"),
+        ({"a b": (RED, 1.0)}, None, "letters, digits and any of '_-.:', got 'a b'"),
+        ({"a.b": (RED, 1.0), "a": (Weighted({"b": (BLUE, 1.0)}), 1.0)}, None, "two parts are call"),
         ({"": (RED, 1.0)}, None, "got ''"),
         ({"a": RED}, None, "term 'a' must be"),
         ({"a": (1.0, RED)}, None, "term 'a' must be"),
