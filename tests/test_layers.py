@@ -82,6 +82,7 @@ diffusion_envs.runs.prompts diffusion_envs.runs.interruption diffusion_envs.runs
 diffusion_envs.runs.progress
 diffusion_envs.runs.caption_fonts diffusion_envs.runs.tracking diffusion_envs.runs.plots
 diffusion_envs.runs.human_choices
+diffusion_envs.runs.perceptual
 diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping diffusion_envs.runs.options
 diffusion_envs.runs.frechet diffusion_envs.runs.inception diffusion_envs.runs.precision_recall
 diffusion_envs.runs.sample_quality

@@ -12,7 +12,7 @@ from diffusion_envs import rewards, samplers
 from diffusion_envs.environment import Environment
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.objectives import Objective, ScoreAsAction
-from diffusion_envs.runs import checkpoint
+from diffusion_envs.runs import checkpoint, perceptual
 from diffusion_envs.runs.callbacks import Callbacks
 from diffusion_envs.runs.early_stopping import EarlyStopping
 from diffusion_envs.runs.early_stopping import check as check_stop
@@ -297,5 +297,7 @@ def _check(
             )
     if stop is not None:
         check_stop(stop, options.judges)
+    if options.distance is not None:
+        perceptual.weights_file()
     if options.wandb:
         require_wandb()

@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusion_envs.runs import plots
 from diffusion_envs.runs.over_optimisation import FAR, verdict
+from diffusion_envs.runs.perceptual import STLPIPS
 from diffusion_envs.runs.tracking import OVER_OPTIMISATION, read_metrics
 
 _STYLE = """
@@ -392,8 +393,8 @@ def _over_optimisation(
         '<p class="muted">On held-out seeds, paired with the pretrained model on the same seeds. '
         "Diversity is the mean distance of two pictures of one prompt, distance that of a picture "
         "from the pretrained one of its seed, separation that of two pretrained pictures: root "
-        "mean square difference of pixels, or 1 minus the cosine of features; docs/run_folder.md "
-        "has the formulas.</p>"
+        "mean square difference of pixels, 1 minus the cosine of features, or ST-LPIPS; "
+        "docs/run_folder.md has the formulas.</p>"
     )
 
 
@@ -422,7 +423,8 @@ def _quantity(name: str) -> str:
     kind, _, what = name.partition(".")
     if not what:
         return _SINGLE.get(name, name)
-    space = what if what == "pixels" else f"the {what}'s features"
+    words = {"pixels": "pixels", STLPIPS: "ST-LPIPS"}
+    space = words.get(what, f"the {what}'s features")
     return {
         "judge": f"judge: {what}",
         "judge_gain": f"gain of judge: {what}",

@@ -4,9 +4,7 @@ import torch
 from diffusion_envs.rewards import image_reward
 from diffusion_envs.rewards.image_reward import ImageReward
 from tests.diffusion_envs.rewards import plain_blip
-
-PROMPTS = ["A cat, on a Sofa", "red dogs", "", "cat " * 40]
-ROWS = [["a", "cat", ",", "on", "a", "so", "##fa"], ["red", "dog", "##s"], [], ["cat"] * 40]
+from tests.diffusion_envs.rewards.plain_blip import PROMPTS, ROWS
 
 
 @pytest.fixture(scope="module")
