@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import sent
 from diffusion_envs.rewards.contract import (
     Counting,
     Reward,
@@ -53,7 +54,8 @@ class _Wrapped:
             and getattr(self.reward, "differentiable", False)
         ):
             return differentiable_score(self.reward, images, prompts)
-        return score(self.reward, images.detach().clamp(0, 1), prompts)
+        values = score(self.reward, images.detach().clamp(0, 1), prompts)
+        return sent(values, images.device)
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Cached(_Wrapped):
             self._known.move_to_end(key)
         while len(self._known) > self.size:
             self._known.popitem(last=False)
-        return torch.tensor([scores[key] for key in keys])
+        return sent(torch.tensor([scores[key] for key in keys]), images.device)
 
 
 def _counts(reward: Reward) -> Mapping[str, int]:

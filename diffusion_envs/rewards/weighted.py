@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl.devices import sent
 from diffusion_envs.rewards.contract import (
     Counting,
     Reward,
@@ -29,7 +30,7 @@ from diffusion_envs.rewards.contract import (
 )
 from diffusion_envs.rewards.rounding import all_alike
 
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NAME = re.compile(r"[A-Za-z0-9_.:-]+")
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Weighted:
     """A weighted sum of rewards by name, differentiable exactly if all of them are.
 
     Attributes:
-        terms: each reward and its weight, by a name of letters, digits, "_" and "-"; a weight may
-            be negative, and a reward may be a sum itself.
+        terms: each reward and its weight, by a name of letters, digits and any of "_-.:"; a weight
+            may be negative, and a reward may be a sum itself, whose parts are "name.part".
         normalise: mean and standard deviation of each term, which are taken out before weighing;
             None for none, and for terms that it does not name.
     """
@@ -83,7 +84,7 @@ class Weighted:
         for name, term in self.terms.items():
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise ValueError(
-                    f"the name of a term must be of letters, digits, '_' and '-', got {name!r}"
+                    f"the name of a term must be of letters, digits and any of '_-.:', got {name!r}"
                 )
             if not isinstance(term, Sequence) or len(term) != 2 or not callable(term[0]):
                 raise ValueError(f"term {name!r} must be (reward, weight), got {term!r:.80}")
@@ -107,6 +108,11 @@ class Weighted:
                     f"normalise of {name!r} must be (mean, std), finite and std positive, got "
                     f"{fixed!r}"
                 )
+
+        if len(self.weights) < len(self._parts):
+            names = [part.name for part in self._parts]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two parts are called {twice!r}: rename a term")
 
     @functools.cached_property
     def _parts(self) -> tuple[Part, ...]:
@@ -188,7 +194,8 @@ class Weighted:
         require_inputs(images, prompts)
         if images.requires_grad and torch.is_grad_enabled() and self.differentiable:
             return self.total(self.parts(images, prompts, differentiable_score))
-        return self.total(self.parts(images.detach().clamp(0, 1), prompts))
+        parts = self.parts(images.detach().clamp(0, 1), prompts)
+        return sent(self.total(parts), images.device)
 
 
 def statistics(

@@ -153,7 +153,8 @@ def test_it_has_a_gradient_exactly_if_all_parts_have(images):
     [
         ({}, None, "rewards and weights by name"),
         ([(RED, 1.0)], None, "rewards and weights by name"),
-        ({"a.b": (RED, 1.0)}, None, "letters, digits, '_' and '-', got 'a.b'"),
+        ({"a b": (RED, 1.0)}, None, "letters, digits and any of '_-.:', got 'a b'"),
+        ({"a.b": (RED, 1.0), "a": (Weighted({"b": (BLUE, 1.0)}), 1.0)}, None, "two parts are call"),
         ({"": (RED, 1.0)}, None, "got ''"),
         ({"a": RED}, None, "term 'a' must be"),
         ({"a": (1.0, RED)}, None, "term 'a' must be"),
@@ -230,16 +231,11 @@ def test_a_sum_that_overflows_is_refused(images):
 # -- in a run -------------------------------------------------------------------------------------
 
 
-def with_reward(trainer: Any, reward: rewards.Reward) -> Any:
-    trainer.environment.reward = reward
-    return trainer
-
-
 SUM = Weighted({"bright": (Colour("green"), 2.0), "jpeg": (JPEG, -0.1)})
 
 
 def test_each_update_logs_every_part(small_trainer):
-    trainer = with_reward(small_trainer(DDPO()), SUM)
+    trainer = small_trainer(DDPO(), reward=SUM)
     sample = trainer.sample()
     line = trainer.step()
     for k, (name, part) in enumerate([("bright", Colour("green")), ("jpeg", JPEG)]):
@@ -258,8 +254,8 @@ def test_parts_cost_nothing_twice_and_change_no_reward(small_trainer):
         asked.append(len(images))
         return images.mean((1, 2, 3))
 
-    one = with_reward(small_trainer(DDPO()), Weighted({"mean": (counted, 1.0)}))
-    plain = with_reward(small_trainer(DDPO()), counted)
+    one = small_trainer(DDPO(), reward=Weighted({"mean": (counted, 1.0)}))
+    plain = small_trainer(DDPO(), reward=counted)
     with_parts = one.sample().rollout.rewards
     assert sum(asked) == 12
     assert torch.equal(with_parts, plain.sample().rollout.rewards)
@@ -274,13 +270,13 @@ def test_a_reward_without_parts_has_none(small_trainer):
 
 
 def test_parts_are_chosen_with_their_paths(small_trainer):
-    rollout = with_reward(small_trainer(DDPO()), SUM).sample().rollout
+    rollout = small_trainer(DDPO(), reward=SUM).sample().rollout
     rows = torch.tensor([3, 0])
     assert torch.equal(rollout.chosen(rows).reward_parts, rollout.reward_parts[rows])
 
 
 def test_an_evaluation_has_the_parts_too_and_finds_them_again(small_trainer, tmp_path):
-    environment = with_reward(small_trainer(DDPO()), SUM).environment
+    environment = small_trainer(DDPO(), reward=SUM).environment
     made = evaluate(environment, 5, batch=2)
     assert list(made.parts) == ["bright", "jpeg"]
     torch.testing.assert_close(
@@ -299,7 +295,7 @@ def test_what_the_parts_count_in_an_update_is_logged(small_trainer):
     made = Weighted(
         {"cut": (cutting, 1.0), "in": (Weighted({"cached": (rewards.Cached(RED), 1.0)}), 1.0)}
     )
-    trainer = with_reward(small_trainer(DDPO()), made)
+    trainer = small_trainer(DDPO(), reward=made)
     lines = []
     for _ in range(2):
         evaluate(trainer.environment, 3)  # is in no update
@@ -318,6 +314,6 @@ def test_groups_whose_rewards_are_all_equal_are_counted(small_trainer):
         return [next(marks) for _ in prompts]
 
     for objective in (GRPO(group=2), GRPO(group=2, whole_batch_std=True)):
-        line = with_reward(small_trainer(objective), binary).step()
+        line = small_trainer(objective, reward=binary).step()
         assert line["groups_without_signal"] == pytest.approx(2 / 3)
     assert "groups_without_signal" not in small_trainer(ScoreAsAction()).step()

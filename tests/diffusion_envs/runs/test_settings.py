@@ -44,7 +44,7 @@ def stored(value: Any) -> Any:
         rewards.PromptAlignment("judge"),
         rewards.JpegCompressibility,
         rewards.Weighted(
-            {"a": (rewards.Colour("blue"), 1.0), "b": (rewards.JpegCompressibility, -2)}
+            {"a": (rewards.Colour("blue"), 1.0), "b": (rewards.JpegCompressibility(), -2.0)}
         ),
         rewards.Weighted(
             {"class": (rewards.Limited(rewards.Colour(), upper=0.3), 1.0), "name": (SUM, 0.5)},
