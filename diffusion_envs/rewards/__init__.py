@@ -7,40 +7,56 @@ from diffusion_envs.rewards.colour import Colour
 from diffusion_envs.rewards.contract import (
     Counting,
     Embedder,
+    InParts,
     Reward,
     RewardError,
+    Scorer,
     differentiable_score,
     embed,
     load,
     require_inputs,
     reward_name,
     score,
+    score_in_parts,
 )
 from diffusion_envs.rewards.declaration import Declaration, Declaring
 from diffusion_envs.rewards.hps import HPS
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from diffusion_envs.rewards.pick_score import PickScore
+from diffusion_envs.rewards.text_in_picture import ReadableText, TextInPicture
+from diffusion_envs.rewards.transformed import Cached, Limited, Threshold
+from diffusion_envs.rewards.weighted import Weighted, statistics
 
 __all__ = [
     "HPS",
     "Aesthetic",
     "CLIPScore",
+    "Cached",
     "ClassConfidence",
     "Colour",
     "Counting",
     "Declaration",
     "Declaring",
     "Embedder",
+    "InParts",
     "JpegCompressibility",
     "JpegIncompressibility",
+    "Limited",
     "PickScore",
     "PromptAlignment",
+    "ReadableText",
     "Reward",
     "RewardError",
+    "Scorer",
+    "TextInPicture",
+    "Threshold",
+    "Weighted",
     "differentiable_score",
     "embed",
     "load",
     "require_inputs",
     "reward_name",
     "score",
+    "score_in_parts",
+    "statistics",
 ]

@@ -203,7 +203,9 @@ def _tokenizer(vocabulary: Path, merges: Path) -> Any:
     from transformers import CLIPTokenizer  # here: half a second
 
     lines = merges.read_text(encoding="utf-8").splitlines()
-    pairs: Any = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    pairs: Any = [
+        tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")
+    ]
     try:
         return CLIPTokenizer(json.loads(vocabulary.read_text(encoding="utf-8")), pairs)
     except Exception as error:  # tokenizers raises nothing narrower

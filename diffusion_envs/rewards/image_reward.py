@@ -186,8 +186,9 @@ def load(source: str | Path) -> BlipReward:
     renamed = {_renamed(name): value for name, value in state.items()}
     require_keys(renamed, network, path)
     network.load_state_dict(renamed, assign=True)
-    places = network.get_buffer("text.embeddings.position_ids")  # of no file
-    network.text.embeddings.position_ids = torch.arange(places.shape[1])[None]
+    embeddings: Any = network.text.embeddings
+    places = torch.arange(embeddings.position_ids.shape[1])[None]
+    embeddings.position_ids = places  # which no file holds
     return network.eval().requires_grad_(False)
 
 
@@ -216,8 +217,13 @@ def _network(state: Mapping[str, Tensor], vocabulary: dict[str, int], path: Path
     Raises:
         ValueError: tensors that say the sizes are missing, or the vocabulary is another.
     """
-    from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig
-    from transformers import BlipVisionModel  # here: half a second
+    from transformers import (  # here: seconds
+        BertTokenizer,
+        BlipTextConfig,
+        BlipTextModel,
+        BlipVisionConfig,
+        BlipVisionModel,
+    )
 
     def shape(name: str) -> torch.Size:
         if name not in state:
@@ -255,13 +261,16 @@ def _network(state: Mapping[str, Tensor], vocabulary: dict[str, int], path: Path
                 num_attention_heads=max(1, text_width // HEAD_WIDTH),
                 max_position_embeddings=shape(f"{words}embeddings.position_embeddings.weight")[0],
                 is_decoder=True,  # without it there is no attention to the picture
+                bos_token_id=None,  # tokens are the tokenizer's affair
+                sep_token_id=None,
             ),
             add_pooling_layer=False,
         )
         head = nn.Sequential()
-        for name in state:
-            if layer := re.fullmatch(r"mlp\.layers\.(\d+)\.weight", name):
-                head.add_module(layer[1], nn.Linear(state[name].shape[1], state[name].shape[0]))
+        layers = (re.fullmatch(r"mlp\.layers\.(\d+)\.weight", name) for name in state)
+        for place in sorted(int(layer[1]) for layer in layers if layer):
+            after, before = shape(f"mlp.layers.{place}.weight")
+            head.add_module(str(place), nn.Linear(before, after))
     tokenizer = BertTokenizer(vocab=vocabulary, bos_token="[DEC]")
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
     return BlipReward(vision, text, head, tokenizer)
@@ -272,5 +281,5 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {line: k for k, line in enumerate(lines)}
+    with path.open(encoding="utf-8") as lines:
+        return {line.rstrip("\n"): k for k, line in enumerate(lines)}

@@ -46,11 +46,17 @@ class Weights:
     def remedy(self, folder: str | Path | None = None) -> str:
         """How the files are had, with and without a network."""
         output = "" if folder is None else f" --output {folder}"
-        taken = (f"{', '.join(files)} of {name}" for name, files in self.repositories.items())
         return (
             f"get them with: python -m diffusion_envs.rewards fetch {self.reward}{output}; "
+            f"{self.by_hand()}, and pass that folder"
+        )
+
+    def by_hand(self) -> str:
+        """How the files are had without a network."""
+        taken = (f"{', '.join(files)} of {name}" for name, files in self.repositories.items())
+        return (
             f"without a network, copy into one folder {'; '.join(taken)} (repositories on the "
-            "Hugging Face hub), and pass that folder"
+            "Hugging Face hub)"
         )
 
 

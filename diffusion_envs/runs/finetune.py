@@ -12,7 +12,7 @@ from diffusion_envs import rewards, samplers
 from diffusion_envs.environment import Environment
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.objectives import Objective, ScoreAsAction
-from diffusion_envs.runs import checkpoint
+from diffusion_envs.runs import checkpoint, perceptual
 from diffusion_envs.runs.callbacks import Callbacks
 from diffusion_envs.runs.early_stopping import EarlyStopping
 from diffusion_envs.runs.early_stopping import check as check_stop
@@ -131,6 +131,9 @@ def finetune(
             seed=seed,
             batch=size.batch,
         )
+        held_out = environment
+        if options.evaluation_prompts is not None:
+            held_out = dataclasses.replace(environment, prompts=options.evaluation_prompts)
         require_pretrained_sampler(environment, options.frontier_samples)
         trainer = Trainer(
             environment,
@@ -151,14 +154,16 @@ def finetune(
         stopping = None
         if options.stop is not None:
             place = folder / "best"
-            stopping = EarlyStopping.of(options.stop, trainer, place, options.judges, size.batch)
+            stopping = EarlyStopping.of(
+                options.stop, trainer, held_out, place, options.judges, size.batch
+            )
         ruled = [] if stopping is None else [stopping]
         checkpoints = Checkpoints(folder / "checkpoints", trainer, options.checkpoint_every, ruled)
         checkpoints.load()
         tracker = stack.enter_context(
             Tracker(folder, first_update=trainer.update, wandb=options.wandb, enabled=main)
         )
-        evaluations = Evaluations(trainer, tracker, folder, options, size.batch, updates)
+        evaluations = Evaluations(trainer, held_out, tracker, folder, options, size.batch, updates)
         bar = ProgressBar(updates, done=trainer.update, shown=options.progress)
         parts = [Logging(tracker), bar, evaluations, *ruled, checkpoints] if main else []
         callbacks = Callbacks(parts, accelerator)
@@ -186,7 +191,7 @@ def finetune(
         frontier = None
         if main:
             frontier = compare(
-                environment,
+                held_out,
                 before,
                 after,
                 folder / "evaluation" / "frontier.safetensors",
@@ -292,5 +297,7 @@ def _check(
             )
     if stop is not None:
         check_stop(stop, options.judges)
+    if options.distance is not None:
+        perceptual.weights_file()
     if options.wandb:
         require_wandb()

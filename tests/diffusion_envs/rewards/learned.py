@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_envs.rewards import aesthetic, clip_score, hps, pick_score
+from diffusion_envs.rewards import aesthetic, clip_score, hps, image_reward, pick_score
 from diffusion_envs.rewards.weights import Weights
-from tests.diffusion_envs.rewards import plain_clip, plain_resize
+from tests.diffusion_envs.rewards import plain_blip, plain_clip, plain_resize
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIDE = plain_clip.VISION["size"]
@@ -149,4 +149,16 @@ CASES = [
     _hps("2.0", hps.WEIGHTS_2_0, "HPS_v2_compressed.pt"),
     _aesthetic("v2", aesthetic.WEIGHTS, "sac+logos+ava1-l14-linearMSE.pth"),
     _aesthetic("v1", aesthetic.WEIGHTS_V1, "sa_0_4_vit_l_14_linear.pth"),
+    Case(
+        name="image-reward",
+        make=image_reward.ImageReward,
+        weights=image_reward.WEIGHTS,
+        state=plain_blip.state,
+        write=plain_blip.write,
+        scores=plain_blip.scores,
+        unit=1.0,
+        prompts=plain_blip.PROMPTS,
+        rows=plain_blip.ROWS,
+        limit=plain_blip.LIMIT,
+    ),
 ]

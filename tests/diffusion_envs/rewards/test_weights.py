@@ -1,6 +1,8 @@
+import inspect
 import os
 import time
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -98,7 +100,10 @@ def _hub(monkeypatch, repositories, cached=()):
     """snapshot_download of repositories that are folders; a list of what was asked of it."""
     asked = []
 
+    real = inspect.signature(huggingface_hub.snapshot_download)
+
     def snapshot_download(repository, *, allow_patterns, local_files_only):
+        real.bind(repository, allow_patterns=allow_patterns, local_files_only=local_files_only)
         asked.append((repository, tuple(allow_patterns), local_files_only))
         if repository not in repositories or (local_files_only and repository not in cached):
             raise FileNotFoundError(f"no snapshot of {repository}")
