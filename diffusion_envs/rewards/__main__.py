@@ -6,7 +6,7 @@ python -m diffusion_envs.rewards convert image-reward ImageReward.pt reward-mode
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusion_envs.rewards.fetching import convert, fetch
-from diffusion_envs.rewards.image_reward import WEIGHTS as IMAGE_REWARD
-from diffusion_envs.rewards.image_reward import ImageReward
 from diffusion_envs.rewards.preprocessing import Preprocessing
+from diffusion_envs.rewards.registry import REWARDS, named
 from diffusion_envs.rewards.weights import Weights
 
 PROGRAM = "python -m diffusion_envs.rewards"
-LEARNED: dict[str, tuple[Weights, Callable[[str], Any]]] = {
-    IMAGE_REWARD.reward: (IMAGE_REWARD, ImageReward),
-}
+LEARNED = {name: entry for name, entry in REWARDS.items() if entry.weights is not None}
 
 
 @dataclass(frozen=True)
@@ -69,24 +66,29 @@ class Convert:
 
 @dataclass(frozen=True)
 class List:
-    """Show every learned reward: version, licence, scale, pictures, files."""
+    """Show every reward: version, licence, scale, how pictures are prepared, files."""
 
     def __call__(self) -> None:
         """Print the table."""
-        table = Table(title="Learned rewards", show_lines=True)
-        for heading in ("name", "version", "licence", "scale", "pictures", "gradient", "files"):
-            table.add_column(heading, overflow="fold")
-        for name, (weights, make) in LEARNED.items():
-            reward = make(next(iter(weights.repositories)))  # a hub id: nothing is read
-            says = reward.declaration
-            files = "\n".join(
-                f"{', '.join(files)} of {repository}"
-                for repository, files in weights.repositories.items()
-            )
-            gradient = "yes" if reward.differentiable else "no"
-            pictures = _in_words(says.preprocessing)
-            table.add_row(name, says.version, says.licence, says.scale, pictures, gradient, files)
+        table = Table("name", "what it is", title="Rewards", show_lines=True)
+        for name, entry in REWARDS.items():
+            hub = next(iter(entry.weights.repositories)) if entry.weights else None
+            if entry.judges_only or (entry.model and hub is None):
+                continue
+            reward: Any = entry.make(hub)  # nothing is read
+            table.add_row(name, "\n".join(_said(reward, entry.weights)))
         Console().print(table)
+
+
+def _said(reward: Any, weights: Weights | None) -> list[str]:
+    """What a reward says of itself, in lines."""
+    says = reward.declaration
+    gradient = "with a gradient" if reward.differentiable else "without a gradient"
+    lines = [f"{says.version}; {says.licence}; {gradient}", says.scale]
+    lines.append(f"pictures: {_in_words(says.preprocessing)}")
+    for repository, files in {} if weights is None else weights.repositories.items():
+        lines.append(f"{repository}: {', '.join(files)}")
+    return [*lines, says.source]
 
 
 def _in_words(preprocessing: Preprocessing | str) -> str:
@@ -101,9 +103,9 @@ def _in_words(preprocessing: Preprocessing | str) -> str:
 
 
 def _weights(name: str) -> Weights:
-    if name not in LEARNED:
-        raise ValueError(f"reward must be one of {', '.join(LEARNED)}, got {name!r}")
-    return LEARNED[name][0]
+    weights = named("reward", name, LEARNED).weights
+    assert weights is not None  # of all that are LEARNED
+    return weights
 
 
 def main(arguments: Sequence[str]) -> int:
