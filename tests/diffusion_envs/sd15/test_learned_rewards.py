@@ -65,7 +65,9 @@ def test_a_learned_reward_trains_and_scores_as_published(name, files, tmp_path):
 
 
 def test_a_sum_of_learned_rewards_trains_with_learned_judges(files, tmp_path):
-    cases = {name: BY_NAME[name] for name in ("clip-score", "pick-score", "aesthetic-v1", "aesthetic")}
+    cases = {
+        name: BY_NAME[name] for name in ("clip-score", "pick-score", "aesthetic-v1", "aesthetic")
+    }
     made = {name: files(case) for name, case in cases.items()}
     output, prompts = tmp_path / "run", cases["clip-score"].prompts[:2]
     models = [f"{name}={folder}" for name, (_, folder) in made.items()]
