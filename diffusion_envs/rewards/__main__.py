@@ -6,7 +6,7 @@ python -m diffusion_envs.rewards convert image-reward ImageReward.pt reward-mode
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,25 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from diffusion_envs.rewards import aesthetic, clip_score, hps, image_reward, pick_score
+from diffusion_envs.rewards.declaration import Declaring
 from diffusion_envs.rewards.fetching import convert, fetch
-from diffusion_envs.rewards.image_reward import WEIGHTS as IMAGE_REWARD
-from diffusion_envs.rewards.image_reward import ImageReward
 from diffusion_envs.rewards.preprocessing import Preprocessing
+from diffusion_envs.rewards.registry import REWARDS, named
 from diffusion_envs.rewards.weights import Weights
 
 PROGRAM = "python -m diffusion_envs.rewards"
-LEARNED: dict[str, tuple[Weights, Callable[[str], Any]]] = {
-    IMAGE_REWARD.reward: (IMAGE_REWARD, ImageReward),
+LEARNED: Mapping[str, tuple[Weights, Callable[[str], Any]]] = {
+    weights.reward: (weights, make)
+    for weights, make in (
+        (image_reward.WEIGHTS, image_reward.ImageReward),
+        (hps.WEIGHTS, hps.HPS),
+        (hps.WEIGHTS_2_0, lambda model: hps.HPS(model, version="2.0")),
+        (pick_score.WEIGHTS, pick_score.PickScore),
+        (clip_score.WEIGHTS, clip_score.CLIPScore),
+        (aesthetic.WEIGHTS, aesthetic.Aesthetic),
+        (aesthetic.WEIGHTS_V1, lambda model: aesthetic.Aesthetic(model, version="v1")),
+    )
 }
 
 
@@ -69,21 +79,26 @@ class Convert:
 
 @dataclass(frozen=True)
 class List:
-    """Show every learned reward: version, licence, scale, pictures, files."""
+    """Show every reward that declares itself: version, licence, scale, pictures, files."""
 
     def __call__(self) -> None:
         """Print the table."""
-        table = Table(title="Learned rewards", show_lines=True)
+        made = {  # from a hub id, so that nothing is read
+            name: make(next(iter(weights.repositories)))
+            for name, (weights, make) in LEARNED.items()
+        }
+        plain = {name: entry.make(None) for name, entry in REWARDS.items() if entry.model is None}
+        table = Table(title="Rewards", show_lines=True)
         for heading in ("name", "version", "licence", "scale", "pictures", "gradient", "files"):
             table.add_column(heading, overflow="fold")
-        for name, (weights, make) in LEARNED.items():
-            reward = make(next(iter(weights.repositories)))  # a hub id: nothing is read
-            says = reward.declaration
-            files = "\n".join(
-                f"{', '.join(files)} of {repository}"
-                for repository, files in weights.repositories.items()
-            )
-            gradient = "yes" if reward.differentiable else "no"
+        for name, reward in {**made, **plain}.items():
+            if not isinstance(reward, Declaring):
+                continue
+            says, repositories = reward.declaration, {}
+            if name in LEARNED:
+                repositories = LEARNED[name][0].repositories
+            files = "\n".join(f"{', '.join(f)} of {where}" for where, f in repositories.items())
+            gradient = "yes" if getattr(reward, "differentiable", False) else "no"
             pictures = _in_words(says.preprocessing)
             table.add_row(name, says.version, says.licence, says.scale, pictures, gradient, files)
         Console().print(table)
@@ -101,9 +116,7 @@ def _in_words(preprocessing: Preprocessing | str) -> str:
 
 
 def _weights(name: str) -> Weights:
-    if name not in LEARNED:
-        raise ValueError(f"reward must be one of {', '.join(LEARNED)}, got {name!r}")
-    return LEARNED[name][0]
+    return named("reward", name, LEARNED)[0]
 
 
 def main(arguments: Sequence[str]) -> int:
