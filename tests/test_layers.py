@@ -33,6 +33,7 @@ diffusion_envs.samplers.diffusers_scheduler
 diffusion_envs.samplers
 diffusion_envs.cifar10.plain_pickle diffusion_envs.cifar10.formats diffusion_envs.cifar10.data
 diffusion_envs.cifar10.pictures
+diffusion_envs.rewards.preprocessing diffusion_envs.rewards.declaration
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
 diffusion_envs.rewards.classifier diffusion_envs.rewards
 diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
