@@ -35,7 +35,9 @@ diffusion_envs.cifar10.plain_pickle diffusion_envs.cifar10.formats diffusion_env
 diffusion_envs.cifar10.pictures
 diffusion_envs.rewards.preprocessing diffusion_envs.rewards.declaration
 diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
-diffusion_envs.rewards.classifier diffusion_envs.rewards
+diffusion_envs.rewards.classifier diffusion_envs.rewards.http
+diffusion_envs.rewards.picture_formats diffusion_envs.rewards.remote
+diffusion_envs.rewards.vlm_judge diffusion_envs.rewards diffusion_envs.rewards.serve
 diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
 diffusion_envs.models.stable_diffusion_pipeline

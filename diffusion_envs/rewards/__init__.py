@@ -15,6 +15,8 @@ from diffusion_envs.rewards.contract import (
     score,
 )
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from diffusion_envs.rewards.remote import Remote
+from diffusion_envs.rewards.vlm_judge import VLMJudge
 
 __all__ = [
     "ClassConfidence",
@@ -24,8 +26,10 @@ __all__ = [
     "JpegCompressibility",
     "JpegIncompressibility",
     "PromptAlignment",
+    "Remote",
     "Reward",
     "RewardError",
+    "VLMJudge",
     "differentiable_score",
     "embed",
     "load",
