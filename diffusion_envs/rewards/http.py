@@ -227,7 +227,7 @@ class Client:
         more = (
             ""
             if attempt > self.retries
-            else f" (another attempt after {pause:.3g} s would exceed patience={self.patience:g} s)"
+            else f" (another attempt after {pause:g} s would exceed patience={self.patience:g} s)"
         )
         tried = "1 attempt" if attempt == 1 else f"{attempt} attempts"
         return RewardError(

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import tyro
+
 from diffusion_envs.rewards.contract import Reward, RewardError, reward_name, score
 from diffusion_envs.rewards.declaration import Declaring
 from diffusion_envs.rewards.picture_formats import FORMATS, decode
@@ -190,7 +192,7 @@ class Serve:
         megabytes: of a request, and of its pictures in float32, at most.
     """
 
-    reward: str
+    reward: tyro.conf.Positional[str]
     reward_model: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
@@ -251,8 +253,6 @@ def serve(server: RewardServer) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Serve one reward; its name, version and address go to stdout as one line of JSON."""
-    import tyro  # what a server of one's own can do without
-
     try:
         options = tyro.cli(
             Serve, args=list(arguments), prog="python -m diffusion_envs.rewards.serve"
