@@ -33,11 +33,19 @@ diffusion_envs.samplers.diffusers_scheduler
 diffusion_envs.samplers
 diffusion_envs.cifar10.plain_pickle diffusion_envs.cifar10.formats diffusion_envs.cifar10.data
 diffusion_envs.cifar10.pictures
+diffusion_envs.rewards.contract diffusion_envs.rewards.rounding
 diffusion_envs.rewards.preprocessing diffusion_envs.rewards.declaration
-diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
-diffusion_envs.rewards.classifier diffusion_envs.rewards.http
+diffusion_envs.rewards.weights diffusion_envs.rewards.weighted
+diffusion_envs.rewards.transformed diffusion_envs.rewards.jpeg
+diffusion_envs.rewards.colour diffusion_envs.rewards.classifier
+diffusion_envs.rewards.clip diffusion_envs.rewards.clip_score
+diffusion_envs.rewards.pick_score diffusion_envs.rewards.hps
+diffusion_envs.rewards.aesthetic diffusion_envs.rewards.image_reward
+diffusion_envs.rewards.text_in_picture diffusion_envs.rewards.http
 diffusion_envs.rewards.picture_formats diffusion_envs.rewards.remote
-diffusion_envs.rewards.vlm_judge diffusion_envs.rewards diffusion_envs.rewards.serve
+diffusion_envs.rewards.vlm_judge diffusion_envs.rewards.registry
+diffusion_envs.rewards.fetching diffusion_envs.rewards diffusion_envs.rewards.__main__
+diffusion_envs.rewards.serve
 diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
 diffusion_envs.models.stable_diffusion_pipeline
@@ -88,6 +96,9 @@ diffusion_envs.runs.command_line diffusion_envs.runs.fit diffusion_envs.runs
 diffusion_envs.tiny.captions diffusion_envs.tiny.train_classifier
 diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser
 diffusion_envs.tiny diffusion_envs.tiny.measure diffusion_envs.tiny.__main__
+diffusion_envs.words.signs diffusion_envs.words.train_autoencoder
+diffusion_envs.words.train_denoiser diffusion_envs.words diffusion_envs.words.measure
+diffusion_envs.words.__main__
 diffusion_envs.sd15.stable_diffusion
 diffusion_envs.sd15 diffusion_envs.sd15.__main__
 diffusion_envs.cifar10.networks diffusion_envs.cifar10.pretrain diffusion_envs.cifar10.family

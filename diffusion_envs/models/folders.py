@@ -9,26 +9,34 @@ from pathlib import Path
 from typing import Any
 
 TINY = "tiny"
+WORDS = "words"
+SHIPPED = {TINY: "diffusion_envs.tiny", WORDS: "diffusion_envs.words"}  # names, and their packages
+_NAMES = ", ".join(map(repr, SHIPPED))
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[^.]+?))?"
     r"(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 )
 
 
+def shipped_folder(name: str) -> Path:
+    """Where an embedded Stable Diffusion lies, by name: a folder in diffusers' own layout."""
+    return Path(str(resources.files(SHIPPED[name]))) / "weights" / "model"
+
+
 def tiny_folder() -> Path:
-    """Where the embedded tiny Stable Diffusion lies: a folder in diffusers' own layout."""
-    return Path(str(resources.files("diffusion_envs.tiny"))) / "weights" / "model"
+    """Where the embedded default model lies."""
+    return shipped_folder(TINY)
 
 
-def from_anywhere(model: str | Path, shipped: str) -> str:
+def from_anywhere(model: str | Path, *shipped: str) -> str:
     """A model's name that means the same in another directory: folders become absolute.
 
     Args:
-        model: a folder, a hub id, or the name of the shipped model.
-        shipped: that name, which is no folder's.
+        model: a folder, a hub id, or the name of a shipped model.
+        shipped: those names, which are no folder's.
     """
     folder = Path(model).expanduser()
-    if str(model).strip() not in ("", shipped) and folder.is_dir():
+    if str(model).strip() not in ("", *shipped) and folder.is_dir():
         return str(folder.absolute())
     return str(model)
 
@@ -39,7 +47,7 @@ def local_folder(
     """The folder of a model, downloaded first where it is on the hub.
 
     Args:
-        model: "tiny", a folder in diffusers' layout, or an id on the Hugging Face hub.
+        model: "tiny", "words", a folder in diffusers' layout, or an id on the Hugging Face hub.
         pipeline: class of diffusers that downloads.
         supported: names of the classes that ``model_index.json`` may name.
         without: parts that are not needed, each None.
@@ -50,8 +58,9 @@ def local_folder(
         ValueError: ``model`` is empty, or of a class that is not supported.
     """
     if not str(model).strip():
-        raise ValueError("model must be 'tiny', a folder or a hub id, got an empty name")
-    source = tiny_folder() if str(model) == TINY else Path(model).expanduser()
+        raise ValueError(f"model must be {_NAMES}, a folder or a hub id, got an empty name")
+    shipped = str(model) in SHIPPED
+    source = shipped_folder(str(model)) if shipped else Path(model).expanduser()
     if source.is_dir():
         if (source / "model_index.json").is_file():
             index = json.loads((source / "model_index.json").read_text())
@@ -87,9 +96,9 @@ def _downloaded(
 def _not_to_be_had(model: str, error: Exception) -> FileNotFoundError:
     reason = str(error).strip().splitlines()
     return FileNotFoundError(
-        f"model {model!r} is neither 'tiny' nor a local folder, and it could not be loaded from "
-        f"the hub: {reason[0] if reason else type(error).__name__}. Without a network, download "
-        "the repository where there is one and pass its folder"
+        f"model {model!r} is neither {_NAMES} nor a local folder, and it could not be loaded "
+        f"from the hub: {reason[0] if reason else type(error).__name__}. Without a network, "
+        "download the repository where there is one and pass its folder"
     )
 
 

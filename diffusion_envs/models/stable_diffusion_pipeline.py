@@ -32,7 +32,7 @@ def load_pipeline(
     """Load a StableDiffusionPipeline, everything frozen and in evaluation mode.
 
     Args:
-        model: "tiny", a folder in diffusers' layout, or an id on the Hugging Face hub. Where there
+        model: "tiny", "words", a folder in diffusers' layout, or a hub id. Where there
             are files of half precision only (``variant="fp16"``), they are loaded.
         precision: of the weights. float16 is refused on a CPU, where it is 7 to 230 times slower.
         device: where the networks go.

@@ -213,7 +213,7 @@ class TextToImageUNet:
         (``noise_table``).
 
         Args:
-            model: "tiny", a folder in diffusers' layout, or a hub id.
+            model: "tiny", "words", a folder in diffusers' layout, or a hub id.
             guidance: classifier-free guidance scale, at least 1, which is none. Networks that read
                 the scale (latent consistency models) are told it instead.
             lora_rank: of the adapter; 0 for none, where the guidance scale trains alone.

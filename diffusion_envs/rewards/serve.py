@@ -20,6 +20,7 @@ from typing import Any
 
 import tyro
 
+from diffusion_envs.rewards import registry
 from diffusion_envs.rewards.contract import Reward, RewardError, reward_name, score
 from diffusion_envs.rewards.declaration import Declaring
 from diffusion_envs.rewards.picture_formats import FORMATS, decode
@@ -208,28 +209,13 @@ def named(word: str, source: str | None = None) -> Reward:
         source: folder, file or hub id of its weights.
 
     Raises:
-        ValueError: there is no such name, or it has no weights to be read.
+        ValueError: there is no such name; or it needs weights and there are none, or the opposite.
+        FileNotFoundError: its weights are not there.
     """
-    from diffusion_envs.rewards import classifier, colour, jpeg
-    from diffusion_envs.rewards.contract import load
-
     if ":" in word:
         sys.path.insert(0, "")  # a user's module beside them
-        return load(word)
-    table: dict[str, Reward] = {
-        "prompt-alignment": classifier.PromptAlignment(),
-        "class-confidence": classifier.ClassConfidence(),
-        "jpeg-compressibility": jpeg.JpegCompressibility(),
-        "jpeg-incompressibility": jpeg.JpegIncompressibility(),
-        "red": colour.Colour("red"),
-        "green": colour.Colour("green"),
-        "blue": colour.Colour("blue"),
-    }
-    if word not in table:
-        raise ValueError(f"reward must be one of {', '.join(table)}, got {word!r}")
-    if source is not None:
-        raise ValueError(f"{word} needs no weights, but reward_model={source!r}: leave it out")
-    return table[word]
+    names = registry.weights((word,))
+    return registry.make((word,), registry.places([] if source is None else [source], names))
 
 
 def serve(server: RewardServer) -> None:

@@ -26,6 +26,8 @@ from diffusion_envs.cifar10.data import CLASSES
 from diffusion_envs.cifar10.pictures import Pictures
 from diffusion_envs.objectives.distributional import FirstVariation, NearTarget, mean_reward
 from diffusion_envs.preferences import MissingChoicesError, Preference, Recorded
+from diffusion_envs.rewards import registry
+from diffusion_envs.rewards.registry import OWN
 from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.finetune import finetune
 from diffusion_envs.runs.options import RunOptions
@@ -39,21 +41,8 @@ from diffusion_envs.training.kl_controller import TargetKL
 from diffusion_envs.training.trainer import NonFiniteError, PreflightError
 from diffusion_envs.training.update_size import UpdateSize
 
-REWARDS: dict[str, rewards.Reward] = {
-    "prompt-alignment": rewards.PromptAlignment("reward"),
-    "class-confidence": rewards.ClassConfidence("reward"),
-    "jpeg-compressibility": rewards.JpegCompressibility(),
-    "jpeg-incompressibility": rewards.JpegIncompressibility(),
-    "red": rewards.Colour("red"),
-    "green": rewards.Colour("green"),
-    "blue": rewards.Colour("blue"),
-}
-JUDGES = REWARDS | {
-    "prompt-alignment-judge": rewards.PromptAlignment("judge"),
-    "class-confidence-judge": rewards.ClassConfidence("judge"),
-}
 JUDGES_OF = {  # where none is named
-    name: {"judge": JUDGES[f"{name}-judge"]} for name in ("prompt-alignment", "class-confidence")
+    name: {"judge": f"{name}-judge"} for name in ("prompt-alignment", "class-confidence")
 }
 OBJECTIVES = {
     "adjoint-matching": objectives.AdjointMatching,
@@ -106,11 +95,10 @@ SAMPLERS: dict[str, samplers.Sampler] = {
     "ours-4-learned": samplers.EqualAngles(learned_std=True),
 }
 CLASS_PROMPTS = tuple(f"a photo of a{'n' if name[0] in 'aeiou' else ''} {name}" for name in CLASSES)
-OWN = "my_module:my_function"
 _STOP = {"stop_z": "z", "stop_path_kl": "max_path_kl", "stop_every": "every"}
 _FLAGS = {"preference": "preferences"} | {name: flag for flag, name in _STOP.items()}
 
-_NEVER = StopRule(z=None)
+_NEVER, _REWARD = StopRule(z=None), registry.Words(("prompt-alignment",))
 ModelOptions = TypeVar("ModelOptions")
 ObjectiveSettings = TypeVar("ObjectiveSettings")
 OptimiserSettings = TypeVar("OptimiserSettings")
@@ -160,7 +148,10 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
 
     Attributes:
         reward: prompt-alignment, class-confidence, jpeg-compressibility, jpeg-incompressibility,
-            red, green, blue, or your own as my_module:my_function.
+            red, green, blue, or your own as my_module:my_function; or a sum of several with their
+            weights, such as red=1 jpeg-compressibility=0.5.
+        reward_model: where the model of a learned reward or judge is: a folder, a file, a hub id or
+            a URL; NAME=PLACE for each where several need one.
         prompts: what to ask for, or a file with one prompt a line or a JSON list; the ten CIFAR-10
             classes if left out, and one that asks for nothing of a model without prompts.
         output: folder of the run.
@@ -179,7 +170,8 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
     """
 
     model: ModelOptions
-    reward: rewards.Reward = REWARDS["prompt-alignment"]
+    reward: rewards.Reward = _REWARD
+    reward_model: tuple[str, ...] = ()
     prompts: tuple[str, ...] = CLASS_PROMPTS
     output: Path | None = None
     resume: Path | None = None
@@ -211,7 +203,14 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
         if self.stop.z is not None or self.stop.max_path_kl is not None:
             stop = dataclasses.replace(self.stop, samples=self.options.evaluation_samples)
         named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("resume", "eta", "stop", "objective_settings", "optimiser_settings"):
+        for name in (
+            "resume",
+            "eta",
+            "reward_model",
+            "stop",
+            "objective_settings",
+            "optimiser_settings",
+        ):
             del named[name]
         options = dataclasses.replace(self.options, stop=stop)
         named |= {"objective": self.objective_settings, "sampler": sampler, "options": options}
@@ -239,7 +238,8 @@ class Evaluate:
             or the class of a scheduler of diffusers.
         samples: held-out samples of each.
         device: cpu or cuda; the run's if left out.
-        reward: my_module:my_function, where the run's reward has no name of its own.
+        reward: as of a run, where its reward has no name of its own, or its model is elsewhere now.
+        reward_model: where that is.
     """
 
     run: tyro.conf.Positional[Path]
@@ -247,7 +247,8 @@ class Evaluate:
     samplers: tuple[str, ...] = ("ddim",)
     samples: int = 64
     device: Literal["cpu", "cuda"] | None = None
-    reward: str | None = None
+    reward: tuple[str, ...] | None = None
+    reward_model: tuple[str, ...] = ()
 
 
 # -- names and objects -----------------------------------------------------------------------------
@@ -260,14 +261,8 @@ def _named(kind: str, name: str, table: Mapping[str, Any], own: str = "") -> Any
         ValueError: there is no such name.
     """
     if own and ":" in name:
-        sys.path.insert(0, os.getcwd())  # a user's module beside them
         return rewards.load(name, kind)
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(name, table, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    mine = f" (or your own, as {own})" if own else ""
-    raise ValueError(f"{kind} must be one of {', '.join(table)}, got {name!r}{hint}{mine}")
+    return registry.named(kind, name, table, own)
 
 
 def _sampler(kind: str, name: str) -> samplers.Sampler:
@@ -291,6 +286,7 @@ def _class_of(kind: str, name: str, table: Mapping[str, Any]) -> Any:
 def _name_of(value: Any, table: Mapping[str, Any]) -> str:
     """What to write for an object."""
     known = next((name for name, each in table.items() if each == value), None)
+    known = known or registry.name_of(value)
     if known is not None or isinstance(value, Unnamed):
         return known or value.why
     described = describe(value)
@@ -301,7 +297,12 @@ def _judges(words: list[str]) -> dict[str, rewards.Reward]:
     pairs = [word.partition("=") for word in words]
     if bad := [name for name, equals, reward in pairs if not (name and equals and reward)]:
         raise ValueError(f"judges must be NAME=REWARD, got {bad[0]!r}")
-    return {name: _named("judge", reward, JUDGES, OWN) for name, _, reward in pairs}
+    return {name: registry.Words((reward,)) for name, _, reward in pairs}
+
+
+def _reward_name(made: Any) -> str:
+    """What to write for a reward."""
+    return " ".join(made.words) if isinstance(made, registry.Words) else _name_of(made, {})
 
 
 def _preference(word: str) -> Preference | None:
@@ -330,12 +331,6 @@ def _variation_name(made: Any) -> str:
 # type, how it is written, a word made an object, an object made words
 _PRIMITIVES: list[tuple[Any, str, Callable[[str], Any], Callable[[Any], str]]] = [
     (FirstVariation, "mean|near:REWARD", _variation, _variation_name),
-    (
-        rewards.Reward,
-        f"NAME|{OWN}",
-        lambda word: _named("reward", word, REWARDS, OWN),
-        lambda made: _name_of(made, REWARDS),
-    ),
     (
         samplers.Sampler,
         "NAME",
@@ -392,13 +387,21 @@ def _one_word(
             is_instance=lambda value: isinstance(value, bool | str),
             str_from_instance=lambda value: [str(value)],
         )
+    if info.type == rewards.Reward:
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar=f"NAME|{OWN}|NAME=WEIGHT ...",
+            instance_from_str=lambda words: registry.Words(tuple(words)),
+            is_instance=lambda value: True,
+            str_from_instance=lambda made: _reward_name(made).split(),
+        )
     if info.type == Mapping[str, rewards.Reward]:
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs="*",
             metavar="NAME=REWARD",
             instance_from_str=_judges,
             is_instance=lambda value: True,
-            str_from_instance=lambda made: [f"{k}={_name_of(v, JUDGES)}" for k, v in made.items()],
+            str_from_instance=lambda made: [f"{k}={_reward_name(v)}" for k, v in made.items()],
         )
     return None
 
@@ -491,15 +494,22 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any, Any]:
         raise ValueError(_unknown(unknown, options))
     if "--prompts" in named:
         options = dataclasses.replace(options, prompts=from_words(options.prompts))
+    if "--evaluation-prompts" in named:
+        asked = from_words(options.options.evaluation_prompts or ())
+        watched = dataclasses.replace(options.options, evaluation_prompts=asked)
+        options = dataclasses.replace(options, options=watched)
+    judges = options.options.judges
+    if folder is None and "--judges" not in named:
+        usual = JUDGES_OF.get(_reward_name(options.reward), {})
+        judges = {name: registry.Words((judge,)) for name, judge in usual.items()}
+    reward, judges = registry.resolve(options.reward, judges, options.reward_model)
+    watched = dataclasses.replace(options.options, judges=judges)
+    options = dataclasses.replace(options, reward=reward, options=watched)
     if folder is not None:
         _require_the_runs(options, default, named)
         return dataclasses.replace(options, output=folder)
     if "--steps" not in named and (usual := samplers.usual_steps(options.sampler)) is not None:
         options = dataclasses.replace(options, steps=usual)
-    if "--judges" not in named:
-        judges = JUDGES_OF.get(_name_of(options.reward, REWARDS), {})
-        watched = dataclasses.replace(options.options, judges=judges)
-        options = dataclasses.replace(options, options=watched)
     if options.output is None:
         raise ValueError("output must name the folder of the run, for example --output runs/demo")
     return options
@@ -623,12 +633,14 @@ def _list_methods() -> None:
 
 def _show(run: Run, options: Finetune[Any, Any, Any]) -> None:
     """Say in words how it went."""
-    samples, reward = options.options.evaluation_samples, _name_of(options.reward, REWARDS)
+    samples, reward = options.options.evaluation_samples, _reward_name(options.reward)
     table = Table(title=f"{reward}, {samples} held-out samples")
     for heading in ("", "before", "after", "paired difference", "standard errors"):
         table.add_column(heading)
     gain = run.reward_gain
     table.add_row("reward", str(run.reward_before), str(run.reward), str(gain), _errors(gain))
+    for name, part in run.part_gains.items():
+        table.add_row(f"part: {name}", "", "", str(part), _errors(part))
     for name, judged in run.judge_gains.items():
         table.add_row(name, "", "", str(judged), _errors(judged))
     console = Console()
@@ -665,7 +677,7 @@ def run_evaluate(family: Family, options: Evaluate) -> None:
     kinds = [samplers.DDIM(eta) if kind == SAMPLERS["ddim"] else kind for kind in kinds]
     reward = run.reward
     if options.reward is not None:
-        reward = _named("reward", options.reward, REWARDS, OWN)
+        reward, _ = registry.resolve(registry.Words(options.reward), {}, options.reward_model)
     if isinstance(reward, Unnamed):
         raise ValueError(f"the reward of this run was {reward.why}; give it with --reward {OWN}")
     device = options.device or run.model.device
@@ -676,7 +688,7 @@ def run_evaluate(family: Family, options: Evaluate) -> None:
         options.run,
         model,
         reward=reward,
-        prompts=run.prompts,
+        prompts=run.options.evaluation_prompts or run.prompts,
         seed=run.seed,
         steps=options.steps,
         samplers=kinds,
@@ -709,6 +721,8 @@ def _quiet_libraries() -> None:
 def main(family: Family, arguments: Sequence[str]) -> int:
     """Run one command; the verdict is the exit code."""
     folder: Path | None = None
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a user's module beside them
     try:
         if arguments[:1] == ["evaluate"]:
             words = list(arguments[1:])

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ctrl import Estimate
 from diffusion_envs import rewards
+from diffusion_envs.environment import Environment
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.callbacks import Callback
 from diffusion_envs.runs.evaluation import WATCHED, Evaluation, evaluate
@@ -186,16 +187,26 @@ class EarlyStopping(Callback):
         cls,
         rule: StopRule,
         trainer: Trainer,
+        environment: Environment,
         folder: Path,
         judges: Mapping[str, rewards.Reward],
         batch: int,
     ) -> "EarlyStopping":
-        """On seeds of its own; the state of the best model is kept in ``folder``."""
+        """On seeds of its own; the state of the best model is kept in ``folder``.
+
+        Args:
+            rule: when to evaluate, and when to stop.
+            trainer: whose model is evaluated.
+            environment: with the prompts of held-out samples.
+            folder: of the best model.
+            judges: rewards that only judge, by name.
+            batch: samples rolled out at once.
+        """
 
         def measure(update: int, pretrained: bool) -> Scores:
             with trainer.averaged():
                 evaluation = evaluate(
-                    trainer.environment,
+                    environment,
                     rule.samples,
                     judges=judges,
                     batch=batch,

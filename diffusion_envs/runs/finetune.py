@@ -131,6 +131,9 @@ def finetune(
             seed=seed,
             batch=size.batch,
         )
+        held_out = environment
+        if options.evaluation_prompts is not None:
+            held_out = dataclasses.replace(environment, prompts=options.evaluation_prompts)
         require_pretrained_sampler(environment, options.frontier_samples)
         trainer = Trainer(
             environment,
@@ -151,14 +154,16 @@ def finetune(
         stopping = None
         if options.stop is not None:
             place = folder / "best"
-            stopping = EarlyStopping.of(options.stop, trainer, place, options.judges, size.batch)
+            stopping = EarlyStopping.of(
+                options.stop, trainer, held_out, place, options.judges, size.batch
+            )
         ruled = [] if stopping is None else [stopping]
         checkpoints = Checkpoints(folder / "checkpoints", trainer, options.checkpoint_every, ruled)
         checkpoints.load()
         tracker = stack.enter_context(
             Tracker(folder, first_update=trainer.update, wandb=options.wandb, enabled=main)
         )
-        evaluations = Evaluations(trainer, tracker, folder, options, size.batch, updates)
+        evaluations = Evaluations(trainer, held_out, tracker, folder, options, size.batch, updates)
         bar = ProgressBar(updates, done=trainer.update, shown=options.progress)
         parts = [Logging(tracker), bar, evaluations, *ruled, checkpoints] if main else []
         callbacks = Callbacks(parts, accelerator)
@@ -186,7 +191,7 @@ def finetune(
         frontier = None
         if main:
             frontier = compare(
-                environment,
+                held_out,
                 before,
                 after,
                 folder / "evaluation" / "frontier.safetensors",

@@ -32,6 +32,7 @@ class Evaluations(Callback):
 
     Args:
         trainer: whose model is evaluated.
+        environment: with the prompts of held-out samples.
         tracker: where pictures and numbers go.
         folder: of the run.
         options: judges, numbers of samples, and how often.
@@ -42,6 +43,7 @@ class Evaluations(Callback):
     def __init__(
         self,
         trainer: Trainer,
+        environment: Environment,
         tracker: Tracker,
         folder: Path,
         options: RunOptions,
@@ -49,13 +51,10 @@ class Evaluations(Callback):
         total: int,
     ) -> None:
         self._trainer, self._tracker, self._folder = trainer, tracker, folder
+        self._environment = environment
         self._options, self._batch, self._total = options, batch, total
         self._embedders = embeddings(self._environment.reward, options.judges)
         self.before: Evaluation | None = None
-
-    @property
-    def _environment(self) -> Environment:
-        return self._trainer.environment
 
     def begin(self) -> None:
         """Evaluate the pretrained model, or read what an earlier part of this run has stored."""

@@ -11,6 +11,7 @@ import tyro
 from diffusion_envs import rewards
 from diffusion_envs.preferences import Preference, Recorded
 from diffusion_envs.runs.early_stopping import StopRule
+from diffusion_envs.runs.prompts import read_prompts
 from diffusion_envs.training.energy import TrainingData
 from diffusion_envs.training.kl_controller import TargetKL
 
@@ -21,6 +22,9 @@ class RunOptions:
 
     Attributes:
         evaluation_samples: held-out samples, before and after, paired by seed.
+        evaluation_prompts: what held-out samples are asked for (on the command line words or a
+            file, as for prompts); what training asks for if left out. With prompts that training
+            never sees, the gain is that on other prompts.
         frontier_samples: further samples of the pretrained model, over all prompts, from which the
             most reward that a policy can have at each KL is estimated once the run is done; the
             pretrained model's held-out samples count too, and may be enough. A finished run may be
@@ -44,6 +48,7 @@ class RunOptions:
     """
 
     evaluation_samples: int = 64
+    evaluation_prompts: tuple[str, ...] | None = None
     frontier_samples: int = 0
     checkpoint_every: int = 1
     picture_every: int = 10
@@ -57,6 +62,9 @@ class RunOptions:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        if self.evaluation_prompts is not None:
+            read = read_prompts(self.evaluation_prompts, "evaluation_prompts")
+            object.__setattr__(self, "evaluation_prompts", read)
         least = {"evaluation_samples": 2, "checkpoint_every": 1, "picture_every": 1}
         least |= {"frontier_samples": 0}
         for name, bound in least.items():

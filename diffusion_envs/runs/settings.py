@@ -168,6 +168,13 @@ def differences(stored: Any, wanted: Any, setting: str = "") -> list[tuple[str, 
                 stored.get(k), wanted.get(k), f"{setting}.{k}" if setting else k
             )
         ]
+    lists = isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted)
+    if lists and any(isinstance(value, Mapping) for value in stored):  # a reward and its weight
+        return [
+            differing
+            for k, pair in enumerate(zip(stored, wanted, strict=True))
+            for differing in differences(*pair, f"{setting}[{k}]")
+        ]
     return [] if stored == wanted else [(setting, stored, wanted)]
 
 
@@ -177,7 +184,9 @@ def _key(field: str) -> str:
 
 
 def _kind(described: Mapping[str, Any]) -> str | None:
-    return next((kind for kind in _KINDS if kind in described and "name" in described), None)
+    """Which of ``_KINDS`` it is; None of a plain mapping, whatever its keys are called."""
+    named = isinstance(described.get("name"), str)
+    return next((kind for kind in _KINDS if named and isinstance(described.get(kind), str)), None)
 
 
 def _has_a_name(described: Mapping[str, Any]) -> bool:

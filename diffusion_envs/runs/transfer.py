@@ -56,7 +56,7 @@ def transfer(
         folder: of the run.
         model: of the run, freshly loaded.
         reward: of the run.
-        prompts: of the run.
+        prompts: of the run's held-out samples.
         seed: of the run.
         steps: step counts to try.
         samplers: DDIM at one or several eta, 0 included, and schedulers of diffusers by name.

@@ -14,8 +14,8 @@ def finetune(model: str | Path | StableDiffusion = "tiny", **arguments: Any) -> 
     """``runs.finetune.finetune``, which documents ``arguments``, with a Stable Diffusion model.
 
     Args:
-        model: "tiny", a folder in diffusers' layout, or a hub id; ``StableDiffusion`` for other
-            guidance, adapter, precision or device.
+        model: "tiny", "words", a folder in diffusers' layout, or a hub id; ``StableDiffusion`` for
+            other guidance, adapter, precision or device.
         arguments: reward, prompts, output, objective, sampler, steps, updates, size, options, seed,
             resume.
 

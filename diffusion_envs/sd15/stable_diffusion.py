@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from diffusion_envs.models.adapters import ATTENTION, require_precision
-from diffusion_envs.models.folders import TINY, from_anywhere
+from diffusion_envs.models.folders import SHIPPED, from_anywhere
 from diffusion_envs.models.guidance_schedule import require_something_trains
 from diffusion_envs.models.protocol import Model
 
@@ -18,7 +18,7 @@ class StableDiffusion:
     """Which Stable Diffusion model, and how it is used.
 
     Attributes:
-        model: "tiny", a folder in diffusers' layout, or a hub id.
+        model: "tiny", "words", a folder in diffusers' layout, or a hub id.
         guidance: classifier-free guidance scale; 1 is none.
         lora_rank: of the adapter; 0 for none, where the guidance scale trains alone.
         lora_targets: names of the layers that get one.
@@ -44,7 +44,7 @@ class StableDiffusion:
         if not (self.guidance >= 0 and math.isfinite(self.guidance)):
             raise ValueError(f"guidance must be a finite number of at least 0, got {self.guidance}")
         require_something_trains(self.lora_rank, self.guidance_knots)
-        object.__setattr__(self, "model", from_anywhere(self.model, TINY))
+        object.__setattr__(self, "model", from_anywhere(self.model, *SHIPPED))
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -37,10 +38,19 @@ def with_article(text: str) -> str:
 
 
 def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer to which every word of the captions is one token (``write_bpe``)."""
+    nouns = [n for name in CLASSES for n in SYNONYMS.get(name, (name,))]
+    words = {word for template in TEMPLATES for word in re.findall(r"[a-z]+", template)}
+    write_bpe(folder, words | {"an", *nouns, *(n + "s" for n in nouns)}, LENGTH)
+
+
+def write_bpe(folder: Path, words: Collection[str], length: int) -> None:
     """Write ``vocab.json`` and ``merges.txt`` of a byte-level BPE, in CLIP's format.
 
-    Every word of the captions is one token; any other text is spelled in bytes, so all of it
-    encodes.
+    Args:
+        folder: where they go.
+        words: those that are one token; any other text is spelled in bytes, so all of it encodes.
+        length: most tokens of a prompt, begin and end included.
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -48,9 +58,7 @@ def write_tokenizer(folder: Path) -> None:
     vocabulary = alphabet + [letter + "</w>" for letter in alphabet]
     known = set(vocabulary)
     merges: list[tuple[str, str]] = []
-    nouns = [n for name in CLASSES for n in SYNONYMS.get(name, (name,))]
-    words = {word for template in TEMPLATES for word in re.findall(r"[a-z]+", template)}
-    for word in sorted(words | {"an", *nouns, *(n + "s" for n in nouns)}):
+    for word in sorted(words):
         pieces = [*word[:-1], word[-1] + "</w>"]
         for left, right in merges:  # what the merges so far make of the word
             pieces = _merge(pieces, left, right)
@@ -69,7 +77,7 @@ def write_tokenizer(folder: Path) -> None:
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
     special |= {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
-    config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH}
+    config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 

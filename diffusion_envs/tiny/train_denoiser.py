@@ -1,6 +1,7 @@
 """Train the tiny model's UNet and text encoder together, on the autoencoder's latents."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ctrl.noise import stream
 from diffusion_envs.cifar10.data import CLASSES, load
 from diffusion_envs.rewards.classifier import load_classifier
-from diffusion_envs.runs.fit import Recipe, fit, initial_weights
+from diffusion_envs.runs.fit import Loss, Recipe, fit, initial_weights
 from diffusion_envs.runs.tracking import grid
-from diffusion_envs.tiny.captions import LENGTH, caption, with_article, write_tokenizer
+from diffusion_envs.tiny.captions import caption, with_article, write_tokenizer
 from diffusion_envs.tiny.train_autoencoder import encoded
 
 _log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ _log = logging.getLogger(__name__)
 RECIPE = Recipe(updates=3600, learning_rate=1e-3, batch=64, average=0.999)
 UNCAPTIONED = 0.12  # share of pictures trained without a caption, for classifier-free guidance
 SNR_CAP = 5.0  # min-SNR weighting (Hang et al. 2023, arXiv 2303.09556)
+
+Draw = Callable[[int, Generator], tuple[Tensor, list[str]]]
+"""(n, random stream) -> scaled latents [n, ...] and a caption of each, "" for none."""
 
 
 def scheduler() -> DDIMScheduler:
@@ -57,8 +61,8 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The untrained text encoder: two layers, 128 wide."""
+def build_text_encoder(tokenizer: CLIPTokenizer, width: int = 128) -> CLIPTextModel:
+    """The untrained text encoder: two layers."""
     start, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     assert isinstance(start, int)
     assert isinstance(end, int)
@@ -66,12 +70,12 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            projection_dim=128,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=LENGTH,
+            max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=start,
             eos_token_id=end,
             pad_token_id=padding,
@@ -84,6 +88,68 @@ def encode(vae: AutoencoderKL, images: Tensor, batch: int = 250) -> Tensor:
     """Scaled latents of pictures (bytes), float32."""
     parts = [encoded(vae, part.float() / 127.5 - 1).mean for part in images.split(batch)]
     return torch.cat(parts) * vae.config["scaling_factor"]
+
+
+def noise_prediction(draw: Draw, tokenizer: CLIPTokenizer, batch: int) -> Loss:
+    """Squared error of the predicted noise, with min-SNR weights, of "unet" and "text_encoder".
+
+    Args:
+        draw: draws scaled latents and their captions.
+        tokenizer: of the captions.
+        batch: latents an update.
+    """
+    alpha_bar = scheduler().alphas_cumprod
+    weights = (SNR_CAP * (1 - alpha_bar) / alpha_bar).clamp(max=1)
+
+    def loss(modules: nn.ModuleDict, generator: Generator) -> dict[str, Tensor]:
+        device = next(modules.parameters()).device
+        clean, captions = draw(batch, generator)
+        timesteps = torch.randint(1000, (batch,), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        level = alpha_bar[timesteps].view(-1, 1, 1, 1)
+        noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
+        unique = sorted(set(captions))
+        tokens = tokenizer(
+            unique,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        context = modules["text_encoder"](tokens.to(device))[0]
+        context = context[[unique.index(text) for text in captions]]
+        predicted = modules["unet"](noisy.to(device), timesteps.to(device), context).sample
+        errors = (predicted.float() - noise.to(device)).square().flatten(1).mean(1)
+        weighted = (errors * weights[timesteps].to(device)).mean()
+        return {"loss": weighted, "mse": errors.detach().mean()}
+
+    return loss
+
+
+def pipeline(
+    modules: nn.ModuleDict, vae: AutoencoderKL, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
+    """The whole model, around the "unet" and "text_encoder" that are trained."""
+    parts: dict[str, Any] = {  # annotated as if none could be left out
+        "vae": vae,
+        "text_encoder": modules["text_encoder"].eval(),
+        "tokenizer": tokenizer,
+        "unet": modules["unet"].eval(),
+        "scheduler": scheduler(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    return StableDiffusionPipeline(**parts)
+
+
+def write(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline in float16, in diffusers' layout; every part of it loads as float32."""
+    pipe.to(torch.float16).save_pretrained(folder)
+    # transformers would load a text encoder in the type it was saved in, diffusers its networks in
+    # float32, and the parts would not fit together
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -> None:
@@ -103,56 +169,25 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
         images = load(data, "train").images
         latents = torch.stack([encode(vae, images), encode(vae, images.flip(-1))])
         torch.save(latents, cache)
-    alpha_bar = scheduler().alphas_cumprod
-    weights = (SNR_CAP * (1 - alpha_bar) / alpha_bar).clamp(max=1)
 
-    def loss(modules: nn.ModuleDict, generator: Generator) -> dict[str, Tensor]:
-        device = next(modules.parameters()).device
-        n = recipe.batch
+    def draw(n: int, generator: Generator) -> tuple[Tensor, list[str]]:
         rows = torch.randint(len(labels), (n,), generator=generator)
         mirrored = torch.randint(2, (n,), generator=generator)
-        clean = latents[mirrored, rows].float()
         dropped = torch.rand(n, generator=generator) < UNCAPTIONED
         captions = [
             "" if skip else caption(label, generator)
             for label, skip in zip(labels[rows].tolist(), dropped.tolist(), strict=True)
         ]
-        timesteps = torch.randint(1000, (n,), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        level = alpha_bar[timesteps].view(-1, 1, 1, 1)
-        noisy = level.sqrt() * clean + (1 - level).sqrt() * noise
-        unique = sorted(set(captions))
-        tokens = tokenizer(
-            unique, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
-        ).input_ids
-        context = modules["text_encoder"](tokens.to(device))[0]
-        context = context[[unique.index(text) for text in captions]]
-        predicted = modules["unet"](noisy.to(device), timesteps.to(device), context).sample
-        errors = (predicted.float() - noise.to(device)).square().flatten(1).mean(1)
-        weighted = (errors * weights[timesteps].to(device)).mean()
-        return {"loss": weighted, "mse": errors.detach().mean()}
-
-    def pipeline(modules: nn.ModuleDict) -> StableDiffusionPipeline:
-        parts: dict[str, Any] = {  # annotated as if none could be left out
-            "vae": vae,
-            "text_encoder": modules["text_encoder"].eval(),
-            "tokenizer": tokenizer,
-            "unet": modules["unet"].eval(),
-            "scheduler": scheduler(),
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        }
-        return StableDiffusionPipeline(**parts)
+        return latents[mirrored, rows].float(), captions
 
     judge = load_classifier(output / "classifier_judge.safetensors")
 
     def report(step: int, modules: nn.ModuleDict) -> None:
         if next(modules.parameters()).device.type == "cpu":
-            pipe = pipeline(modules)
+            pipe = pipeline(modules, vae, tokenizer)
         else:
-            pipe = pipeline(nn.ModuleDict({k: _copy_to_cpu(m) for k, m in modules.items()}))
-        pipe.set_progress_bar_config(disable=True)
+            copies = nn.ModuleDict({k: _copy_to_cpu(m) for k, m in modules.items()})
+            pipe = pipeline(copies, vae, tokenizer)
         prompts = [with_article(f"a photo of a {name}") for name in CLASSES for _ in range(6)]
         images = sample(pipe, prompts, steps=25, guidance=4.0, eta=1.0, seed=seed)
         wanted = torch.arange(10).repeat_interleave(6)
@@ -167,19 +202,14 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
         )
     fitted = fit(
         initial,
-        loss,
+        noise_prediction(draw, tokenizer, recipe.batch),
         recipe,
         folder=output / "training" / "denoiser",
         seed=seed,
         name="denoiser",
         on_checkpoint=report,
     )
-    pipe = pipeline(fitted.cpu())
-    pipe.to(torch.float16).save_pretrained(folder)
-    # transformers would load a text encoder in the type it was saved in, diffusers its networks in
-    # float32, and the parts would not fit together
-    config = folder / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    write(pipeline(fitted.cpu(), vae, tokenizer), folder)
 
 
 def _copy_to_cpu(module: nn.Module) -> nn.Module:

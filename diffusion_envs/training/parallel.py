@@ -1,6 +1,7 @@
 """Processes and their device; what several of them must agree on: gradients, batch statistics."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -82,6 +83,16 @@ def broadcast_from_main(number: int, accelerator: Accelerator) -> int:
     if accelerator.num_processes == 1:
         return number
     return int(gather(torch.tensor([number], device=accelerator.device), accelerator)[0])
+
+
+def add(counts: Mapping[str, int], accelerator: Accelerator) -> dict[str, int]:
+    """Sums over the processes by name; a process may lack one."""
+    if accelerator.num_processes == 1:
+        return dict(counts)
+    total: Counter[str] = Counter()
+    for mine in gather_object([dict(counts)]):
+        total.update(mine)
+    return dict(total)
 
 
 def gather(value: Tensor, accelerator: Accelerator) -> Tensor:

@@ -11,7 +11,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -26,6 +26,8 @@ from diffusion_envs.environment import Environment, Sample
 from diffusion_envs.objectives import Objective
 from diffusion_envs.objectives.protocol import Losses, PreflightError, Update
 from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, compare
+from diffusion_envs.rewards import Counting, Reward
+from diffusion_envs.rewards.rounding import all_alike
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import kl_controller, parallel
 from diffusion_envs.training.critic import Critic, NonFiniteError
@@ -156,6 +158,7 @@ class Trainer:
             PreflightError: something that must hold before the first update does not.
             NonFiniteError: a gradient is not finite; no weight was changed by it.
         """
+        counted = _counts(self.environment.reward)
         with self._sampling_policy():
             sample = self.sample()
         numbers, critic = dict[str, Any](), self.critic
@@ -170,7 +173,8 @@ class Trainer:
         self._keep_old()
         self._keep_mean()
         self.update += 1
-        return self._measured(sample.rollout, numbers)
+        measured = self._measured(sample.rollout, numbers)
+        return measured | self._counted_since(counted)
 
     def sample(self) -> Sample:
         """The next update's roll-out by the policy as it is, with values and preferences.
@@ -327,6 +331,7 @@ class Trainer:
             rewards=whole(rollout.rewards),
             values=whole(rollout.values),
             condition=whole(rollout.condition.to(device)),
+            reward_parts=whole(rollout.reward_parts),
             preferences=None if preferences is None else whole(preferences.to(rollout.rewards)),
         )
         first = world.process_index * paths
@@ -396,8 +401,12 @@ class Trainer:
 
     def _measured(self, rollout: Rollout, numbers: dict[str, Any]) -> dict[str, Any]:
         """Numbers of this update over all processes; the next kl_weight follows from them."""
-        earned = torch.stack([rollout.rewards, rollout.costs.sum(1).to(rollout.rewards)], dim=1)
-        rewards, nats = parallel.gather(earned, self.accelerator).cpu().unbind(1)
+        compared = rollout.rewards if rollout.preferences is None else rollout.preferences
+        parts = () if rollout.reward_parts is None else rollout.reward_parts.unbind(1)
+        columns = [rollout.rewards, rollout.costs.sum(1), compared, *parts]
+        earned = torch.stack([column.to(rollout.rewards) for column in columns], dim=1)
+        earned = parallel.gather(earned, self.accelerator).cpu()
+        rewards, nats, compared, *parts = earned.unbind(1)
         known = rollout.costs.shape[1] > 0 and bool(torch.isfinite(nats).all())
         kl = {"path_kl": Estimate.of(nats)} if known else {}
         if self.target_kl is not None:
@@ -407,6 +416,11 @@ class Trainer:
         return {
             "update": self.update,
             "reward": Estimate.of(rewards),
+            **{
+                f"reward.{name}": Estimate.of(part)
+                for name, part in zip(rollout.part_weights, parts, strict=True)
+            },
+            **_without_signal(compared, rollout.group),
             **kl,
             "reward_queries": self._over_processes(self.environment.reward_queries),
             "network_calls": self._over_processes(self.environment.model.calls),
@@ -414,6 +428,16 @@ class Trainer:
             **self._of_all_processes(numbers),
             "memory": _peak_memory(self.environment.device),
         }
+
+    def _counted_since(self, before: Mapping[str, int]) -> dict[str, int]:
+        """What the reward has counted since, on all processes."""
+        reward = self.environment.reward
+        now = _counts(reward)
+        if not isinstance(reward, Counting):
+            return {}
+        changed = {name: count - before.get(name, 0) for name, count in now.items()}
+        total = parallel.add(changed, self.accelerator)
+        return {f"reward_counts.{name}": count for name, count in total.items()}
 
     def _of_all_processes(self, numbers: dict[str, float]) -> dict[str, float]:
         """Means over the processes; of what is called a minimum or a maximum, that."""
@@ -431,6 +455,18 @@ class Trainer:
             return count
         local = torch.tensor([count], device=self.environment.device)
         return int(parallel.gather(local, self.accelerator).sum())
+
+
+def _counts(reward: Reward) -> dict[str, int]:
+    """What it has counted so far; nothing, if it does not count."""
+    return dict(reward.counts) if isinstance(reward, Counting) else {}
+
+
+def _without_signal(compared: Tensor, group: int) -> dict[str, float]:
+    """The share of groups in which there is nothing to compare, where groups are compared."""
+    if group == 1:
+        return {}
+    return {"groups_without_signal": all_alike(compared.view(-1, group)).double().mean().item()}
 
 
 def _peak_memory(device: torch.device) -> int:

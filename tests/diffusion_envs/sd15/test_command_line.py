@@ -241,3 +241,13 @@ def test_a_run_goes_on_with_the_settings_of_its_objective(settings, tmp_path, ca
     stored = json.loads((folder / "config.json").read_text())
     again = command_line.rebuild(stored["settings"])["objective"]
     assert again == options(*settings)
+
+
+def test_evaluation_prompts_are_words_or_a_file_and_part_of_the_run(tmp_path):
+    (tmp_path / "held-out.txt").write_text("a dog\na truck\n")
+    words = ["--output", "run", "--evaluation-prompts"]
+    from_file = command_line.read(FAMILY, [*words, str(tmp_path / "held-out.txt")])
+    said = command_line.read(FAMILY, [*words, "a dog", "a truck"])
+    assert from_file.options.evaluation_prompts == ("a dog", "a truck")
+    assert said.arguments()["options"] == from_file.arguments()["options"]
+    assert command_line.read(FAMILY, ["--output", "run"]).options.evaluation_prompts is None

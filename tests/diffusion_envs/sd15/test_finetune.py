@@ -15,6 +15,7 @@ from torch import Tensor
 from ctrl.noise import normals_by_sample
 from diffusion_envs import objectives, rewards, samplers, sd15
 from diffusion_envs.models.stable_diffusion_pipeline import tiny_folder
+from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.evaluation import HELD_OUT, evaluate
 from diffusion_envs.runs.exported import load_exported
 from diffusion_envs.runs.finetune import make_environment
@@ -275,6 +276,28 @@ def test_a_reward_that_fails_stops_the_run_and_keeps_it(tmp_path):
     with pytest.raises(rewards.RewardError, match="bad must be finite"):
         finetune(reward=bad, output=tmp_path / "run", **SMALL)
     assert (tmp_path / "run" / "config.json").is_file()
+
+
+def test_held_out_samples_are_asked_for_with_prompts_of_their_own(tmp_path):
+    asked: list[set[str]] = []
+
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        asked.append(set(prompts))
+        return rewards.Colour("red")(images, prompts)
+
+    held_out = ("a photo of a dog", "a photo of a truck")
+    rule = StopRule(z=None, max_path_kl=1e6, every=2, samples=4)
+    finetune(
+        reward=reward,
+        output=tmp_path / "run",
+        **SMALL | {"evaluation_prompts": held_out, "stop": rule, "frontier_samples": 4},
+    )
+    evaluations = 2 + 1 + 2 + 1  # before and after, on the way, of the stop rule, the frontier
+    assert sum(prompts == set(held_out) for prompts in asked) == evaluations
+    assert {frozenset(prompts) for prompts in asked} == {frozenset(PROMPTS), frozenset(held_out)}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(summary["by_prompt"]) == set(held_out)
+    assert summary["frontier"]["prompts"] == 2
 
 
 def test_folders_of_other_runs_are_never_overwritten(finished, tmp_path):

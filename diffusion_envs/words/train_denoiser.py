@@ -1,0 +1,119 @@
+"""Train the words model's UNet and text encoder together, on the autoencoder's latents."""
+
+import logging
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Generator, Tensor, nn
+from transformers import CLIPTokenizer
+
+from ctrl.noise import stream
+from diffusion_envs.runs.fit import Recipe, fit, initial_weights
+from diffusion_envs.runs.tracking import grid
+from diffusion_envs.tiny.captions import write_bpe
+from diffusion_envs.tiny.train_denoiser import (
+    UNCAPTIONED,
+    build_text_encoder,
+    encode,
+    noise_prediction,
+    pipeline,
+    sample,
+    write,
+)
+from diffusion_envs.words.signs import caption, draw_words, signs
+
+_log = logging.getLogger(__name__)
+
+RECIPE = Recipe(
+    updates=4000,
+    learning_rate=1.2e-3,
+    batch=32,
+    average=0.998,
+    seconds_between_checkpoints=240.0,
+    precision=torch.float32,
+)
+PICTURES = 30_000  # drawn and encoded once
+WIDTH = 96  # of text embeddings
+LENGTH = 16  # tokens a prompt, begin and end included
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The untrained UNet: 1.8 M parameters, cross-attention at 8 x 8 and in the middle."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=8,
+        out_channels=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(48, 96),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer that spells a word on a sign letter by letter, one token each."""
+    write_bpe(folder, {"a", "sign", "that", "says"}, LENGTH)
+
+
+def train(output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -> None:
+    """Train UNet and text encoder and write the whole pipeline to ``output/model``.
+
+    Samples of words that are not trained on are written at every checkpoint, to
+    ``output/samples``.
+    """
+    folder = output / "model"
+    write_tokenizer(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval()
+    latents, words = _encoded_signs(vae, output / "training" / "latents.pt", seed)
+
+    def draw(n: int, generator: Generator) -> tuple[Tensor, list[str]]:
+        rows = torch.randint(len(words), (n,), generator=generator)
+        dropped = torch.rand(n, generator=generator) < UNCAPTIONED
+        captions = [
+            "" if skip else caption(words[row])
+            for row, skip in zip(rows.tolist(), dropped.tolist(), strict=True)
+        ]
+        return latents[rows].float(), captions
+
+    def report(step: int, modules: nn.ModuleDict) -> None:
+        prompts = [caption(word) for word in ("A", "GO", "CAT", "DOG", "SUN") for _ in range(6)]
+        pipe = pipeline(modules, vae, tokenizer)
+        images = sample(pipe, prompts, steps=20, guidance=3.0, eta=1.0, seed=seed)
+        (output / "samples").mkdir(exist_ok=True)
+        grid(images, prompts).save(output / "samples" / f"step-{step:06d}.png")
+
+    with initial_weights(seed):
+        initial = nn.ModuleDict(
+            {"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer, WIDTH)}
+        )
+    fitted = fit(
+        initial,
+        noise_prediction(draw, tokenizer, recipe.batch),
+        recipe,
+        folder=output / "training" / "denoiser",
+        seed=seed,
+        name="denoiser",
+        on_checkpoint=report,
+    )
+    write(pipeline(fitted.cpu(), vae, tokenizer), folder)
+
+
+def _encoded_signs(vae: AutoencoderKL, cache: Path, seed: int) -> tuple[Tensor, list[str]]:
+    """Scaled latents of random signs, and their words; from the cache if it is there."""
+    random = stream(seed, "signs", "train")
+    words = draw_words(PICTURES, random)
+    if cache.is_file():
+        return torch.load(cache, weights_only=True), words
+    parts = []
+    for k in range(0, PICTURES, 250):
+        pictures = (255 * signs(words[k : k + 250], random)).round().byte()
+        parts.append(encode(vae, pictures).half())
+    latents = torch.cat(parts)
+    torch.save(latents, cache)
+    return latents, words
