@@ -16,7 +16,9 @@ from diffusion_envs.rewards.classifier import ClassConfidence, PromptAlignment
 from diffusion_envs.rewards.colour import Colour
 from diffusion_envs.rewards.contract import Reward, load, name_of_loaded
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from diffusion_envs.rewards.remote import Remote
 from diffusion_envs.rewards.text_in_picture import ReadableText, TextInPicture
+from diffusion_envs.rewards.vlm_judge import VLMJudge
 
 OWN = "my_module:my_function"
 
@@ -30,16 +32,18 @@ class Named:
         settings: those of its fields that the name stands for.
         model: what its first field names, in words; None where it needs no model.
         judges_only: it only judges, and trains nothing.
+        at: how it is made from a place, where that is not its first field.
     """
 
     kind: Callable[..., Reward]
     settings: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     judges_only: bool = False
+    at: Callable[..., Reward] | None = None
 
     def make(self, place: str | None) -> Reward:
         """The reward, with its model from a place."""
-        return self.kind(*([] if self.model is None else [place]), **self.settings)
+        return (self.at or self.kind)(*([] if self.model is None else [place]), **self.settings)
 
     def makes(self, reward: Reward) -> bool:
         """Whether this name is that reward's, wherever its model is."""
@@ -59,6 +63,8 @@ REWARDS: Mapping[str, Named] = {
     "readable-text": Named(ReadableText),
     "jpeg-compressibility": Named(JpegCompressibility),
     "jpeg-incompressibility": Named(JpegIncompressibility),
+    "remote": Named(Remote, model="the URL of a server, such as http://127.0.0.1:8000"),
+    "vlm-judge": Named(VLMJudge, model="MODEL@URL of a chat endpoint", at=VLMJudge.at),
     "red": Named(Colour, {"channel": "red"}),
     "green": Named(Colour, {"channel": "green"}),
     "blue": Named(Colour, {"channel": "blue"}),

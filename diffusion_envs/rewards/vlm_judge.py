@@ -123,6 +123,18 @@ class VLMJudge:
         client.name = self.model
         object.__setattr__(self, "_client", client)
 
+    @classmethod
+    def at(cls, place: str) -> "VLMJudge":
+        """The usual one by one word, MODEL@URL.
+
+        Raises:
+            ValueError: it is none.
+        """
+        model, _, url = place.rpartition("@")
+        if not model or not url:
+            raise ValueError(f"a judge must be MODEL@URL, got {place!r}")
+        return cls(url, model=model)
+
     def __call__(
         self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]
     ) -> Float[Tensor, " n"]:

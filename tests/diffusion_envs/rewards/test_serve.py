@@ -171,8 +171,9 @@ def test_names_are_objects_here():
     assert serve.named("diffusion_envs.rewards:Colour") == rewards.Colour("red")
     with pytest.raises(ValueError, match=r"reward must be one of .* got 'purple'"):
         serve.named("purple")
-    with pytest.raises(ValueError, match="red needs no weights, but reward_model='folder'"):
+    with pytest.raises(ValueError, match="reward_model folder is of none of them"):
         serve.named("red", "folder")
+    assert serve.named("remote", "http://127.0.0.1:9") == Remote("http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize(

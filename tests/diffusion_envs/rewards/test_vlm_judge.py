@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion_envs.rewards import RewardError, VLMJudge, score
+from diffusion_envs.rewards import RewardError, VLMJudge, registry, score
 from diffusion_envs.runs.settings import describe, differences, rebuild
 from tests.diffusion_envs.rewards.servers import (
     Behaviour,
@@ -347,6 +347,15 @@ def test_settings_come_back_and_where_it_runs_may_differ(tmp_path):
     other = {"reward": describe(judge("http://127.0.0.1:9", extra={"seed": 1}))}
     changed = differences(stored, json.loads(json.dumps(other)))
     assert {name for name, _, _ in changed} == {"reward.scale"}
+
+
+def test_a_command_line_names_it_by_model_and_url():
+    made = registry.make(("vlm-judge",), {"vlm-judge": "org/qwen@7b@http://127.0.0.1:8000/v1"})
+    assert made == VLMJudge("http://127.0.0.1:8000/v1", model="org/qwen@7b")
+    assert registry.name_of(made) == "vlm-judge"
+    for place in ("http://127.0.0.1:8000/v1", "@http://127.0.0.1:8000/v1", "qwen"):
+        with pytest.raises(ValueError, match=f"MODEL@URL, got '{place}'"):
+            registry.make(("vlm-judge",), {"vlm-judge": place})
 
 
 def test_pictures_of_any_thread_are_counted_once():
