@@ -101,9 +101,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# One evaluation is 1 request, an update 2: request 1 comes before the first update, 6 is for the
-# pictures of the second, which is made again with them, and 7 is in the third.
-@pytest.mark.parametrize(("at", "done"), [(1, 0), (6, 1), (7, 2)])
+# One evaluation is 1 request, an update 3 (final pictures, and twelve denoised ones in two parts):
+# request 1 comes before the first update, 8 is for the pictures of the second, which is made again
+# with them, and 10 is in the third.
+@pytest.mark.parametrize(("at", "done"), [(1, 0), (8, 1), (10, 2)])
 def test_a_failing_server_ends_the_run_which_goes_on_bit_for_bit(whole, tmp_path, at, done):
     folder = tmp_path / "run"
 
@@ -147,7 +148,7 @@ def test_a_server_that_is_killed_ends_the_run_which_goes_on_bit_for_bit(whole, t
         assert process.wait(60) == -signal.SIGKILL
     kept = checkpoint.latest(folder / "checkpoints")
     assert kept is not None
-    assert kept.step == 1  # of requests 2 and 3
+    assert kept.step == 1  # of requests 2 to 4
     with serving(RED) as server:
         finetune(reward=remote(server.url), output=folder, resume=True, **SMALL)
     assert_the_same(folder, whole)
