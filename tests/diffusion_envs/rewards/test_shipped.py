@@ -23,7 +23,7 @@ ANY = ["a cat", "", "x" * 10_000, "Ω \n 猫", "a dog"]
 QUOTED = ['says "CAT"', 'says "A"', 'says "TO BE"', "\u201cox\u201d", 'says "' + "x" * 300 + '"']
 # ten layers of sums of at most 1440 products, whose roundings add up like independent ones
 NETWORK = 10 * 1440**0.5 * EPS
-SHORT = 0.002
+SHORT = 0.005
 MEANS = 3 * 32 * 32 * EPS  # a mean in any order
 
 
@@ -194,29 +194,19 @@ def test_a_gradient_is_declared_exactly_where_there_is_one(case, images):
 def test_gradients_are_those_of_finite_differences(name, generator):
     case = CASES.get(name) or COMPOSED[name]
     # smooth grey pictures, so that nothing saturates
-    small = 0.3 + 0.4 * torch.rand(2, 3, 8, 8, generator=generator)
+    small = 0.3 + 0.4 * torch.rand(9, 3, 8, 8, generator=generator)
     images = torch.nn.functional.interpolate(small, (32, 32), mode="bilinear")
-    prompts = list(case.prompts[:2])
+    prompts = [case.prompts[0]] * 9
     leaf = images.clone().requires_grad_()
     value = rewards.differentiable_score(case.reward, leaf, prompts)
     (slope,) = torch.autograd.grad(value.sum(), leaf)
     steepness = slope.flatten(1).norm(dim=1)
-    assert steepness.max() > 0
-    error = case.error * value.detach().abs().max().item()
-    for k in range(2):
-        if not steepness[k] > 0:
-            assert "limited" in name
-            continue
-        direction = slope[k] / steepness[k]
-
-        def difference(step, k=k, direction=direction):
-            ends = torch.stack([images[k] + s * direction for s in (step, -step)])
-            high, low = case.reward(ends, [prompts[k]] * 2).tolist()
-            return (high - low) / (2 * step)
-
-        step = case.step
-        # differences of larger steps err by more, at kinks too; and each end is rounded
-        larger = [abs(difference(n * step) - difference(step)) for n in (2, 4, 8)]
-        tolerance = max(larger) + error / step
-        assert tolerance < 0.2 * steepness[k], "blind"
-        assert difference(step) == pytest.approx(steepness[k].item(), abs=tolerance)
+    steep = steepness > 0  # not where it is limited
+    assert steep.sum() >= 5
+    direction = slope / steepness.view(-1, 1, 1, 1).clamp(min=1e-30)
+    ends = [case.reward(images + s * case.step * direction, prompts) for s in (1, -1)]
+    ratio = (ends[0] - ends[1]) / (2 * case.step) / steepness
+    # a maximum that changes hands within the step errs by much, but in few pictures: the median;
+    # half of a mistake of 10 % is told, and float32 makes little of that
+    assert case.error * value.abs().max() / (case.step * steepness[steep].median()) < 0.025
+    assert ratio[steep].median().item() == pytest.approx(1, abs=0.05)
