@@ -115,6 +115,7 @@ class Threshold(_Wrapped):
         self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]
     ) -> Float[Tensor, " n"]:
         """1 or ``otherwise``."""
+        require_inputs(images, prompts)
         values = self._inner(images.detach(), prompts)
         return torch.where(values >= self.at, 1.0, self.otherwise)
 
@@ -156,9 +157,9 @@ class Cached(_Wrapped):
         self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]
     ) -> Float[Tensor, " n"]:
         """The reward of each picture, those that are not known asked together."""
+        require_inputs(images, prompts)
         if images.requires_grad and torch.is_grad_enabled() and self.differentiable:
             return self._inner(images, prompts)
-        require_inputs(images, prompts)
         host = images.detach().cpu()
         keys = [_key(*pair) for pair in zip(host, prompts, strict=True)]
         rows = {key: k for k, key in enumerate(keys) if key not in self._known}
