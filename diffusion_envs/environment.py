@@ -9,7 +9,7 @@ Source      [NS] Nesterov & Spokoiny 2017, "Random gradient-free minimization of
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -27,7 +27,6 @@ from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
 
 Mean = Callable[[Tensor, Tensor], Tensor]  # (time, states) -> action
 Level = Callable[[Tensor], Tensor]  # time -> sigma
-Scorer = Callable[[rewards.Reward, Tensor, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +63,7 @@ class Environment:
     reward: rewards.Reward
     prompts: Sequence[str]
     seed: int
-    score_images: Scorer = rewards.score
+    score_images: rewards.Scorer = rewards.score
     batch: int = 64
     reward_queries: int = field(default=0)
     monitoring_calls: int = field(default=0)
@@ -107,6 +106,11 @@ class Environment:
                 "sampler must show its steps, but this one is a black box: use DDIM(eta)"
             )
         return self.sampler
+
+    @property
+    def part_weights(self) -> Mapping[str, float]:
+        """Weight of each part of the reward, by name; empty of a reward without parts."""
+        return self.reward.weights if isinstance(self.reward, rewards.InParts) else {}
 
     def condition_of(self, prompt: Int64[Tensor, " rows"]) -> Condition:
         """What the model is conditioned on in each row, by the index of its prompt."""
@@ -200,7 +204,7 @@ class Environment:
         if reference:
             pretrained = self._pretrained_scores(before, condition, counted=count_reference)
         prompts = self.prompts_of(condition)
-        images, achieved = self._pictures_and_rewards(paths.states[:, -1], prompts)
+        images, achieved, parts = self._pictures_and_rewards(paths.states[:, -1], prompts)
         denoised_rewards = None
         if denoised:
             guesses = sampler.denoised(before, scores).flatten(0, 1)
@@ -219,6 +223,8 @@ class Environment:
             step_sizes=as_like(sampler.step_sizes, scores),
             condition=condition,
             group=group,
+            reward_parts=parts,
+            part_weights=self.part_weights,
         )
         return Sample(rollout, images, denoised_rewards, prompts)
 
@@ -264,7 +270,7 @@ class Environment:
             generators,
         )
         prompts = self.prompts_of(condition)
-        images, achieved = self._pictures_and_rewards(data, prompts)
+        images, achieved, parts = self._pictures_and_rewards(data, prompts)
         none = data.new_empty(len(data), 0, *data.shape[1:])
         rollout = Rollout(
             states=data[:, None],
@@ -278,6 +284,8 @@ class Environment:
             step_sizes=none.new_empty(0),
             condition=condition,
             group=group,
+            reward_parts=parts,
+            part_weights=self.part_weights,
         )
         return Sample(rollout, images, None, prompts)
 
@@ -357,19 +365,22 @@ class Environment:
 
     def _pictures_and_rewards(
         self, states: Tensor, prompts: list[str]
-    ) -> tuple[Float[Tensor, " n *picture"], Float[Tensor, " n"]]:
+    ) -> tuple[Float[Tensor, " n *picture"], Float[Tensor, " n"], Float[Tensor, "n parts"] | None]:
         images = torch.cat([self.model.decode(part) for part in states.split(self.batch)])
-        parts = zip(images.split(self.batch), _split(prompts, self.batch), strict=True)
-        return images, torch.cat([self._score(*part) for part in parts])
+        pieces = zip(images.split(self.batch), _split(prompts, self.batch), strict=True)
+        columns = torch.cat([self._score(*piece) for piece in pieces])
+        return images, columns[:, 0], columns[:, 1:] if columns.shape[1] > 1 else None
 
     def _rewards(self, states: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
         """Rewards of many states, of which few pictures are held at once."""
         parts = zip(states.split(self.batch), _split(prompts, self.batch), strict=True)
-        return torch.cat([self._score(self.model.decode(x), words) for x, words in parts])
+        return torch.cat([self._score(self.model.decode(x), words)[:, 0] for x, words in parts])
 
-    def _score(self, images: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
+    def _score(self, images: Tensor, prompts: list[str]) -> Float[Tensor, "n columns"]:
+        """The reward of each picture, then its parts."""
         self.reward_queries += len(images)
-        return sent(self.score_images(self.reward, images, prompts), self.device)
+        total, parts = rewards.score_in_parts(self.reward, images, prompts, self.score_images)
+        return sent(torch.stack([total, *parts.values()], dim=1), self.device)
 
     def _starts(self, stream: str, samples: range, shared: int) -> Float[Tensor, " paths *event"]:
         """Starting noise of every path: its own, or that of every ``shared`` paths in a row."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ctrl.devices import as_like, require, sent
 from ctrl.noise import stream
+from diffusion_envs.rewards.rounding import ranks
 
 
 class MissingChoicesError(LookupError):
@@ -89,7 +90,7 @@ def compare(
 
 @dataclass(frozen=True)
 class FromReward:
-    """The sample of the larger reward is preferred."""
+    """The sample of the larger reward is preferred; those that rounding tells apart are a tie."""
 
     def __call__(
         self,
@@ -99,8 +100,8 @@ class FromReward:
         samples: range,
         group: int,
     ) -> Float[Tensor, " paths"]:
-        """Prefer the sample of larger reward: the rewards themselves."""
-        return rewards
+        """Prefer the sample of larger reward: its rank in the group."""
+        return ranks(rewards.view(-1, group)).flatten()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What sampled paths hold: states, scores, noises, path KL, rewards, condition."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -31,6 +32,8 @@ class Rollout:
     condition: Int64[Tensor, " paths"]  # index of the prompt
     group: int = 1  # paths in a row that share a prompt, and are compared together
     preferences: Float[Tensor, " paths"] | None = None  # larger is preferred within a group
+    reward_parts: Float[Tensor, "paths parts"] | None = None  # None: the reward has none
+    part_weights: Mapping[str, float] = field(default_factory=dict)  # of them, by name, in order
 
     def chosen(self, rows: Int64[Tensor, " rows"]) -> "Rollout":
         """The same roll-out, some of its paths only."""

@@ -33,11 +33,19 @@ diffusion_envs.samplers.diffusers_scheduler
 diffusion_envs.samplers
 diffusion_envs.cifar10.plain_pickle diffusion_envs.cifar10.formats diffusion_envs.cifar10.data
 diffusion_envs.cifar10.pictures
+diffusion_envs.rewards.contract diffusion_envs.rewards.rounding
 diffusion_envs.rewards.preprocessing diffusion_envs.rewards.declaration
-diffusion_envs.rewards.contract diffusion_envs.rewards.jpeg diffusion_envs.rewards.colour
-diffusion_envs.rewards.classifier diffusion_envs.rewards.text_in_picture
-diffusion_envs.rewards.registry
-diffusion_envs.rewards
+diffusion_envs.rewards.weights diffusion_envs.rewards.weighted
+diffusion_envs.rewards.transformed diffusion_envs.rewards.jpeg
+diffusion_envs.rewards.colour diffusion_envs.rewards.classifier
+diffusion_envs.rewards.clip diffusion_envs.rewards.clip_score
+diffusion_envs.rewards.pick_score diffusion_envs.rewards.hps
+diffusion_envs.rewards.aesthetic diffusion_envs.rewards.image_reward
+diffusion_envs.rewards.text_in_picture diffusion_envs.rewards.picture_formats
+diffusion_envs.rewards.http diffusion_envs.rewards.remote
+diffusion_envs.rewards.vlm_judge diffusion_envs.rewards.registry
+diffusion_envs.rewards.fetching diffusion_envs.rewards diffusion_envs.rewards.serve
+diffusion_envs.rewards.__main__
 diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
 diffusion_envs.models.stable_diffusion_pipeline
@@ -77,6 +85,7 @@ diffusion_envs.runs.prompts diffusion_envs.runs.interruption diffusion_envs.runs
 diffusion_envs.runs.progress
 diffusion_envs.runs.caption_fonts diffusion_envs.runs.tracking diffusion_envs.runs.plots
 diffusion_envs.runs.human_choices
+diffusion_envs.runs.perceptual
 diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping diffusion_envs.runs.options
 diffusion_envs.runs.frechet diffusion_envs.runs.inception diffusion_envs.runs.precision_recall
 diffusion_envs.runs.sample_quality

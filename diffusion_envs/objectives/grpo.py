@@ -41,7 +41,10 @@ Sources      [D] Xue, Wu, Gao et al. 2025, DanceGRPO, arXiv 2505.07818. [L] Liu,
              al. 2024, DeepSeekMath, arXiv 2402.03300. Settings: the two projects' code.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -50,6 +53,7 @@ from torch import Tensor
 from ctrl.trust_region import clipped_surrogate
 from diffusion_envs.objectives.path_steps import PathObjective, Rows, transition_kl, trusted_width
 from diffusion_envs.objectives.protocol import per_prompt, require_not_negative, require_positive
+from diffusion_envs.rewards.rounding import floored_std, ranks, standardised
 from diffusion_envs.rollout import Rollout
 
 STD_OFFSET = 1e-4  # reward, added to a standard deviation before dividing; as in Flow-GRPO
@@ -64,8 +68,27 @@ def group_advantages(
     by_group = rewards.view(-1, group)
     centred = (by_group - by_group.mean(1, keepdim=True)).flatten()
     # round-off of equal rewards must not be blown up
-    standardised = centred / (rewards.std(correction=0) + STD_OFFSET)
-    return standardised.where((rewards != rewards[0]).any(), 0.0)
+    scaled = centred / (floored_std(rewards) + STD_OFFSET)
+    return scaled.where((rewards != rewards[0]).any(), 0.0)
+
+
+def rank_advantages(rewards: Float[Tensor, " paths"], group: int) -> Float[Tensor, " paths"]:
+    """Ranks in the group, of mean 0 and variance 1; ties, within rounding, get their mean rank."""
+    return standardised(ranks(rewards.view(-1, group)), 0.0).flatten()
+
+
+def part_advantages(
+    parts: Float[Tensor, "paths parts"],
+    weights: Sequence[float],
+    group: int,
+    *,
+    whole_batch_std: bool,
+) -> Float[Tensor, " paths"]:
+    """sum_k w_k A_k / sqrt(sum_k w_k^2), A_k the ``group_advantages`` of part k ([G])."""
+    total = torch.zeros_like(parts[:, 0])
+    for part, weight in zip(parts.unbind(1), weights, strict=True):
+        total += weight * group_advantages(part, group, whole_batch_std=whole_batch_std)
+    return total / math.hypot(*weights)
 
 
 @dataclass(frozen=True)
@@ -75,6 +98,8 @@ class GroupRelative(PathObjective):
     Attributes:
         group: paths that share a prompt.
         shared_start: whether the paths of a group share their starting noise too.
+        advantage: "standardised" rewards; "ranks" in the group, for rewards with outliers or
+            without a scale; or "parts", each part of a ``rewards.Weighted`` standardised by itself.
     """
 
     learning_rate: float = 3e-4  # of the adapter, AdamW
@@ -84,10 +109,20 @@ class GroupRelative(PathObjective):
     whole_batch_std: bool = False  # rewards in standard deviations of all, not of their group
     kl_weight: float = 0.0  # standard deviations of the reward per nat of a transition's KL
     advantage_clip: float = 5.0  # in standard deviations of the reward
+    advantage: Literal["standardised", "ranks", "parts"] = "standardised"
 
     def __post_init__(self) -> None:
         require_positive(learning_rate=self.learning_rate, advantage_clip=self.advantage_clip)
         require_not_negative(kl_weight=self.kl_weight)
+        if self.advantage not in ("standardised", "ranks", "parts"):
+            raise ValueError(
+                f"advantage must be 'standardised', 'ranks' or 'parts', got {self.advantage!r}"
+            )
+        if self.advantage == "ranks" and self.whole_batch_std:
+            raise ValueError(
+                "ranks are in standard deviations of their group: use whole_batch_std=False, or "
+                "advantage='standardised'"
+            )
         if self.group < 2:
             raise ValueError(
                 f"group must be at least 2, as one path has none to be compared with, got "
@@ -99,13 +134,26 @@ class GroupRelative(PathObjective):
         """Whether a KL is charged."""
         return self.kl_weight > 0
 
+    @property
+    def compares_parts(self) -> bool:
+        """Whether each part of the reward is compared by itself."""
+        return self.advantage == "parts"
+
     def advantages(self, rollout: Rollout) -> Float[Tensor, "paths steps"]:
         """The group's standardised reward, clipped, the same at every step."""
-        rewards = group_advantages(
-            rollout.rewards, self.group, whole_batch_std=self.whole_batch_std
-        )
-        clipped = rewards.clamp(-self.advantage_clip, self.advantage_clip)
+        clipped = self._of_groups(rollout).clamp(-self.advantage_clip, self.advantage_clip)
         return clipped[:, None].expand_as(rollout.costs)
+
+    def _of_groups(self, rollout: Rollout) -> Float[Tensor, " paths"]:
+        """The advantage before it is clipped."""
+        if self.advantage == "ranks":
+            return rank_advantages(rollout.rewards, self.group)
+        whole = self.whole_batch_std
+        if self.advantage == "standardised":
+            return group_advantages(rollout.rewards, self.group, whole_batch_std=whole)
+        assert rollout.reward_parts is not None  # requirements: the reward has parts
+        weights = list(rollout.part_weights.values())
+        return part_advantages(rollout.reward_parts, weights, self.group, whole_batch_std=whole)
 
     def kl_cost(self, rows: Rows) -> Float[Tensor, " rows"]:
         """kl_weight * KL of each row's transition from the pretrained one; 0 if none is charged."""

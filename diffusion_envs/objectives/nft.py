@@ -45,6 +45,7 @@ from ctrl.devices import sent
 from diffusion_envs.denoising import tweedie_mean, v_from_score
 from diffusion_envs.objectives.noised_data import NoisedObjective, NoisedRows
 from diffusion_envs.objectives.protocol import require_count, require_not_negative, require_positive
+from diffusion_envs.rewards.rounding import floored_std
 from diffusion_envs.rollout import Rollout
 
 STD_OFFSET = 1e-4  # reward, added to a standard deviation before dividing; as published
@@ -99,7 +100,7 @@ class DiffusionNFT(NoisedObjective):
             centred[one] = rewards[one] - rewards[one].mean()
         if bool((rewards == rewards[0]).all()):
             return torch.zeros_like(rollout.rewards)
-        return sent(centred / (rewards.std(correction=0) + STD_OFFSET), rollout.rewards.device)
+        return sent(centred / (floored_std(rewards) + STD_OFFSET), rollout.rewards.device)
 
     def loss(self, rows: NoisedRows) -> Float[Tensor, " rows"]:
         """c [r w+ |x+ - x_0|^2 + (1 - r) w- |x- - x_0|^2] / beta + weight |v - v_ref|^2."""

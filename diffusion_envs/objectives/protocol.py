@@ -25,6 +25,7 @@ from torch import Generator, Tensor
 from ctrl import DeterministicPolicy, Policy
 from ctrl.devices import sent
 from diffusion_envs.environment import Environment
+from diffusion_envs.rewards.rounding import standardised
 from diffusion_envs.rollout import Rollout
 
 Values: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -117,6 +118,11 @@ class Objective(ABC):
         return False
 
     @property
+    def compares_parts(self) -> bool:
+        """Whether each part of the reward is compared by itself."""
+        return False
+
+    @property
     def on_policy(self) -> bool:
         """Whether roll-outs are of the trained policy, or of one that follows it: so their KL."""
         return True
@@ -198,16 +204,14 @@ def per_prompt(
 ) -> Float[Tensor, " paths"]:
     """(r - mean) / (std + std_offset) within each prompt, by the population standard deviation.
 
-    A prompt with one reward, or with equal ones, gets 0.
+    A prompt with one reward, or with equal ones, gets 0; rounding is not blown up.
     """
     host, condition = rewards.cpu(), condition.cpu()  # read once, not for every prompt
-    standardised = torch.zeros_like(host)
+    scaled = torch.zeros_like(host)
     for prompt in condition.unique():
         one = condition == prompt
-        values = host[one]
-        if bool((values != values[0]).any()):  # round-off of equal ones must not be blown up
-            standardised[one] = (values - values.mean()) / (values.std(correction=0) + std_offset)
-    return sent(standardised, rewards.device)
+        scaled[one] = standardised(host[one], std_offset)
+    return sent(scaled, rewards.device)
 
 
 def require_positive(**settings: float) -> None:

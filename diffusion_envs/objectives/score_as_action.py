@@ -34,6 +34,7 @@ from diffusion_envs.objectives.path_steps import (
     transition_log_ratio,
 )
 from diffusion_envs.objectives.protocol import require_not_negative, require_positive
+from diffusion_envs.rewards.rounding import rounding
 from diffusion_envs.rollout import Rollout
 
 
@@ -212,7 +213,10 @@ class ScoreAsActionReleased(PathObjective):
         """Value differences, standardised per step over the paths, clipped."""
         assert rollout.values is not None  # needs_value
         gains = rollout.values.diff(dim=1)
-        std = gains.std(0) + 1e-8  # the released code's guard against a constant reward
+        rounded = rounding(rollout.values.T)[:, 0]
+        floor = torch.maximum(rounded[:-1], rounded[1:])
+        # the offset is the released code's guard against a constant reward
+        std = torch.maximum(gains.std(0), floor) + 1e-8
         return ((gains - gains.mean(0)) / std).clamp(-self.advantage_clip, self.advantage_clip)
 
     def log_ratio(self, rows: Rows) -> Float[Tensor, " rows"]:

@@ -53,6 +53,7 @@ from ctrl.devices import as_like
 from ctrl.trust_region import clipped_surrogate
 from diffusion_envs.objectives.path_steps import PathObjective, Rows, trusted_width
 from diffusion_envs.objectives.protocol import require_not_negative, require_positive
+from diffusion_envs.rewards.rounding import all_alike, rounding
 from diffusion_envs.rollout import Rollout
 
 
@@ -81,9 +82,9 @@ class TDPO(PathObjective):
         """r - V at the left of every step, standardised over paths and steps."""
         assert rollout.values is not None  # needs_value
         gains = rollout.rewards[:, None] - rollout.values[:, :-1]
-        told_apart = (rollout.rewards != rollout.rewards[0]).any()
-        # where they are not, the critic's noise must not be blown up
-        return ((gains - gains.mean()) / gains.std()).where(told_apart, 0.0)
+        std = torch.maximum(gains.std(), rounding(rollout.rewards))
+        # where the rewards say nothing, the critic's noise must not be blown up
+        return ((gains - gains.mean()) / std).where(~all_alike(rollout.rewards), 0.0)
 
     def half_width(self, rows: Rows) -> Float[Tensor, " rows"]:
         """Half-width of the trusted log-ratios, the same at every step."""

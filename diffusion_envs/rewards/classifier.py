@@ -20,6 +20,8 @@ from torch.nn import functional
 
 from ctrl.devices import sent
 from diffusion_envs.cifar10.data import CLASSES, class_of
+from diffusion_envs.rewards.contract import require_inputs
+from diffusion_envs.rewards.declaration import Declaration
 
 WIDTHS = (48, 96, 160)
 
@@ -132,6 +134,15 @@ class _ByClassifier:
     def __post_init__(self) -> None:
         _require_classifier(self.classifier)
 
+    def _declared(self, scale: str) -> Declaration:
+        return Declaration(
+            scale=scale,
+            licence="Apache-2.0",
+            version=f"{self.classifier}: ten classes, 0.81 M parameters, half of CIFAR-10",
+            source="this library (diffusion_envs.tiny.train_classifier)",
+            preprocessing="resized to 32 x 32 pixels (bilinear, antialiased), stretched",
+        )
+
     def log_probabilities(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 10"]:
         """Of the ten classes, nats."""
         network = _loaded(self.classifier).to(images.device)
@@ -146,6 +157,11 @@ class _ByClassifier:
 class PromptAlignment(_ByClassifier):
     """Log-probability, by a classifier, of the class that the prompt names; differentiable."""
 
+    @property
+    def declaration(self) -> Declaration:
+        """What to know before its scores are compared with others."""
+        return self._declared("log-probability, nats, at most 0; -2.3 is chance")
+
     def __call__(
         self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]
     ) -> Float[Tensor, " n"]:
@@ -154,6 +170,7 @@ class PromptAlignment(_ByClassifier):
         Raises:
             ValueError: a prompt does not name exactly one CIFAR-10 class.
         """
+        require_inputs(images, prompts)
         classes = [class_of(prompt) for prompt in prompts]
         if None in classes:
             prompt = prompts[classes.index(None)]
@@ -172,8 +189,14 @@ class ClassConfidence(_ByClassifier):
     ten classes, whichever. Its maximum does not ask for variety.
     """
 
+    @property
+    def declaration(self) -> Declaration:
+        """What to know before its scores are compared with others."""
+        return self._declared("log-probability, nats, -2.3 to 0")
+
     def __call__(
         self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]
     ) -> Float[Tensor, " n"]:
         """Nats, from -log 10 (all classes alike) to 0, whatever the prompts."""
+        require_inputs(images, prompts)
         return self.log_probabilities(images).amax(-1)

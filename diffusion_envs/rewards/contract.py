@@ -23,6 +23,7 @@ from torch import Tensor
 from ctrl.devices import read
 
 Reward = Callable[[Tensor, Sequence[str]], Any]
+Scorer = Callable[[Reward, Tensor, Sequence[str]], Tensor]  # how a reward is asked, and checked
 _SLACK = 1e-3  # outside [0, 1] that is let through: decoders overshoot; clamping is the reward's
 _LOADED: dict[int, tuple[Any, str]] = {}  # what ``load`` has made, and by which name
 
@@ -43,6 +44,30 @@ class Counting(Protocol):
     @property
     def counts(self) -> Mapping[str, int]:
         """Totals since it was made, by name; they never decrease, and scores ignore them."""
+        ...
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """A reward that is computed from named parts, each of which belongs into the log."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """How much each part counts, in the order of ``parts``."""
+        ...
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Any:
+        """As any reward."""
+        ...
+
+    def parts(
+        self, images: Tensor, prompts: Sequence[str], ask: Scorer
+    ) -> dict[str, Float[Tensor, " n"]]:
+        """Each part of the pictures' rewards, asked by ``ask``."""
+        ...
+
+    def total(self, parts: Mapping[str, Float[Tensor, " n"]]) -> Float[Tensor, " n"]:
+        """The reward that follows from its parts."""
         ...
 
 
@@ -136,6 +161,8 @@ def score(
         )
     try:
         returned = reward(images.clone(), list(prompts))
+    except RewardError as error:  # of a reward within it
+        raise _named(error, name) from error.__cause__
     except Exception as error:  # whatever a user's function raises
         raise RewardError(
             f"reward {name} raised {type(error).__name__} on images {list(images.shape)}: {error}; "
@@ -147,13 +174,43 @@ def score(
         raise RewardError(
             f"{rule}; got shape {list(values.shape)}: flatten or average it so that it is [{n}]"
         )
+    return _finite(values, name, prompts)
+
+
+def score_in_parts(
+    reward: Reward, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str], ask: Scorer = score
+) -> tuple[Float[Tensor, " n"], dict[str, Float[Tensor, " n"]]]:
+    """Rewards of images, and each part of them; no part of a reward that has none.
+
+    Args:
+        reward: to ask once, or each of its parts once.
+        images: to score.
+        prompts: one for each.
+        ask: how a single reward is asked, and checked.
+
+    Raises:
+        RewardError: as of ``score``; a part is named.
+    """
+    if not isinstance(reward, InParts):
+        return ask(reward, images, prompts), {}
+    parts = reward.parts(images, prompts, ask)
+    return _finite(reward.total(parts), reward_name(reward), prompts), parts
+
+
+def _named(error: RewardError, name: str) -> RewardError:
+    """The same, said to be of this reward too."""
+    return error if name in str(error) else RewardError(f"reward {name}: {error}")
+
+
+def _finite(values: Tensor, name: str, prompts: Sequence[str]) -> Float[Tensor, " n"]:
+    """The same in float32, where they are numbers too."""
     small = values.float()
     if bad := (~torch.isfinite(small)).nonzero().flatten().tolist():
         k = bad[0]
         raise RewardError(
             f"reward {name} must be finite in float32 for every image; sample {k} ({prompts[k]!r}) "
-            f"got {values[k].item()}, {len(bad)} of {n} samples are affected: return a lowest "
-            "finite reward where it has no answer"
+            f"got {values[k].item()}, {len(bad)} of {len(values)} samples are affected: return a "
+            "lowest finite reward where it has no answer"
         )
     return small
 
@@ -170,6 +227,8 @@ def differentiable_score(
     name = reward_name(reward)
     try:
         values = reward(images.clone(), list(prompts))
+    except RewardError as error:  # of a reward within it
+        raise _named(error, name) from error.__cause__
     except Exception as error:  # whatever a user's function raises
         raise RewardError(
             f"reward {name} raised {type(error).__name__} on images {list(images.shape)}: {error}"

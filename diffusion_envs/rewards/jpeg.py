@@ -11,11 +11,15 @@ Source  DDPO (Black et al. 2023, arXiv 2305.13301), quality 95, kilobytes.
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+
+from diffusion_envs.rewards.contract import require_inputs
+from diffusion_envs.rewards.declaration import Declaration
 
 
 def _compressed_bytes(image: Image.Image, quality: int) -> int:
@@ -38,19 +42,36 @@ def _check_quality(quality: int) -> None:
         raise ValueError(f"quality must be an integer from 1 to 95, got {quality!r}")
 
 
+def _declared(scale: str, quality: int) -> Declaration:
+    return Declaration(
+        scale=f"{scale}; grows with the number of pixels",
+        licence="no weights",
+        version=f"JPEG quality {quality}, by pillow's libjpeg, without the file's header",
+        source="DDPO, arXiv 2305.13301",
+        preprocessing="8 bits, ties to even; not resized",
+    )
+
+
 @dataclass(frozen=True)
 class JpegCompressibility:
     """Minus the JPEG size in kilobytes: smooth pictures earn more."""
 
     quality: int = 95
+    differentiable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_quality(self.quality)
+
+    @property
+    def declaration(self) -> Declaration:
+        """What to know before its scores are compared with others."""
+        return _declared("minus kilobytes of 1000 bytes, below 0", self.quality)
 
     def __call__(
         self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]
     ) -> Float[Tensor, " n"]:
         """Kilobytes, negative."""
+        require_inputs(images, prompts)
         return -kilobytes(images, self.quality)
 
 
@@ -59,12 +80,19 @@ class JpegIncompressibility:
     """The JPEG size in kilobytes: detailed pictures earn more."""
 
     quality: int = 95
+    differentiable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_quality(self.quality)
+
+    @property
+    def declaration(self) -> Declaration:
+        """What to know before its scores are compared with others."""
+        return _declared("kilobytes of 1000 bytes, above 0", self.quality)
 
     def __call__(
         self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]
     ) -> Float[Tensor, " n"]:
         """Kilobytes."""
+        require_inputs(images, prompts)
         return kilobytes(images, self.quality)

@@ -8,15 +8,26 @@ my_module:my_function                      one's own
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from diffusion_envs.rewards import aesthetic, clip_score, hps, image_reward, pick_score
+from diffusion_envs.rewards.aesthetic import Aesthetic
 from diffusion_envs.rewards.classifier import ClassConfidence, PromptAlignment
+from diffusion_envs.rewards.clip_score import CLIPScore
 from diffusion_envs.rewards.colour import Colour
 from diffusion_envs.rewards.contract import Reward, load, name_of_loaded
+from diffusion_envs.rewards.hps import HPS
+from diffusion_envs.rewards.image_reward import ImageReward
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from diffusion_envs.rewards.pick_score import PickScore
+from diffusion_envs.rewards.remote import Remote
 from diffusion_envs.rewards.text_in_picture import ReadableText, TextInPicture
+from diffusion_envs.rewards.vlm_judge import VLMJudge
+from diffusion_envs.rewards.weighted import Weighted
+from diffusion_envs.rewards.weights import Weights
 
 OWN = "my_module:my_function"
 
@@ -29,17 +40,21 @@ class Named:
         kind: its class.
         settings: those of its fields that the name stands for.
         model: what its first field names, in words; None where it needs no model.
+        weights: the files of its model, where they can be fetched.
         judges_only: it only judges, and trains nothing.
+        at: how it is made from a place, where that is not its first field.
     """
 
     kind: Callable[..., Reward]
     settings: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
+    weights: Weights | None = None
     judges_only: bool = False
+    at: Callable[..., Reward] | None = None
 
     def make(self, place: str | None) -> Reward:
         """The reward, with its model from a place."""
-        return self.kind(*([] if self.model is None else [place]), **self.settings)
+        return (self.at or self.kind)(*([] if self.model is None else [place]), **self.settings)
 
     def makes(self, reward: Reward) -> bool:
         """Whether this name is that reward's, wherever its model is."""
@@ -50,18 +65,31 @@ class Named:
         return all(getattr(reward, name) == value for name, value in self.settings.items())
 
 
+def _learned(kind: Callable[..., Reward], weights: Weights, **settings: Any) -> Named:
+    return Named(kind, settings, "a folder, a file or a hub id", weights)
+
+
 REWARDS: Mapping[str, Named] = {
     "prompt-alignment": Named(PromptAlignment, {"classifier": "reward"}),
     "class-confidence": Named(ClassConfidence, {"classifier": "reward"}),
     "prompt-alignment-judge": Named(PromptAlignment, {"classifier": "judge"}, judges_only=True),
     "class-confidence-judge": Named(ClassConfidence, {"classifier": "judge"}, judges_only=True),
-    "text-in-picture": Named(TextInPicture),
-    "readable-text": Named(ReadableText),
     "jpeg-compressibility": Named(JpegCompressibility),
     "jpeg-incompressibility": Named(JpegIncompressibility),
+    "remote": Named(Remote, model="the URL of a server, such as http://127.0.0.1:8000"),
+    "vlm-judge": Named(VLMJudge, model="MODEL@URL of a chat endpoint", at=VLMJudge.at),
     "red": Named(Colour, {"channel": "red"}),
     "green": Named(Colour, {"channel": "green"}),
     "blue": Named(Colour, {"channel": "blue"}),
+    "text-in-picture": Named(TextInPicture),
+    "readable-text": Named(ReadableText),
+    "image-reward": _learned(ImageReward, image_reward.WEIGHTS),
+    "hps": _learned(HPS, hps.WEIGHTS, version="2.1"),
+    "hps-2.0": _learned(HPS, hps.WEIGHTS_2_0, version="2.0"),
+    "pick-score": _learned(PickScore, pick_score.WEIGHTS),
+    "clip-score": _learned(CLIPScore, clip_score.WEIGHTS),
+    "aesthetic": _learned(Aesthetic, aesthetic.WEIGHTS, version="v2"),
+    "aesthetic-v1": _learned(Aesthetic, aesthetic.WEIGHTS_V1, version="v1"),
 }
 
 
@@ -168,10 +196,16 @@ def make(words: Sequence[str], models: Mapping[str, str], kind: str = "reward") 
         FileNotFoundError: a model is not there.
     """
     parts = weights(words, kind)
-    made = {name: _one(name, models, kind) for name in parts}
     if len(words) == 1 and "=" not in words[0]:
-        return made[words[0]]
-    raise ValueError(f"{kind} must be one name")
+        return _one(words[0], models, kind)
+    return Weighted(
+        {_part(name): (_one(name, models, kind), weight) for name, weight in parts.items()}
+    )
+
+
+def _part(name: str) -> str:
+    """What a part of a sum is called: one's own by its function's name."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", name.rpartition(":")[2])
 
 
 def _one(name: str, models: Mapping[str, str], kind: str) -> Reward:
@@ -187,6 +221,12 @@ def _one(name: str, models: Mapping[str, str], kind: str) -> Reward:
 def name_of(reward: Reward) -> str | None:
     """The words that make this reward, if there are any, without its model's place."""
     own = name_of_loaded(reward)
+    if isinstance(reward, Weighted):
+        names = [name_of(part) for part, _ in reward.terms.values()]
+        if reward.normalise or None in names:
+            return None
+        sums = zip(names, reward.terms.values(), strict=True)
+        return " ".join(f"{name}={weight:g}" for name, (_, weight) in sums)
     return own or next((name for name, entry in REWARDS.items() if entry.makes(reward)), None)
 
 

@@ -639,6 +639,8 @@ def _show(run: Run, options: Finetune[Any, Any, Any]) -> None:
         table.add_column(heading)
     gain = run.reward_gain
     table.add_row("reward", str(run.reward_before), str(run.reward), str(gain), _errors(gain))
+    for name, part in run.part_gains.items():
+        table.add_row(f"part: {name}", "", "", str(part), _errors(part))
     for name, judged in run.judge_gains.items():
         table.add_row(name, "", "", str(judged), _errors(judged))
     console = Console()

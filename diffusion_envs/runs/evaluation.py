@@ -2,9 +2,9 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,6 +35,8 @@ class Evaluation:
     chain_kl: Float[Tensor, " n"]  # that of the chain that was sampled, not of the SDE
     images: Float[Tensor, " n *picture"]
     prompts: list[str]
+    # of the reward, by name; empty if it has none
+    parts: Mapping[str, Float[Tensor, " n"]] = field(default_factory=dict)
 
     def first(self, n: int) -> "Evaluation":
         """The first n samples only."""
@@ -45,6 +47,7 @@ class Evaluation:
             chain_kl=self.chain_kl[:n],
             images=self.images[:n],
             prompts=self.prompts[:n],
+            parts={name: values[:n] for name, values in self.parts.items()},
         )
 
 
@@ -84,7 +87,16 @@ def evaluate(
         chain_kl=torch.cat([_chain_kl(environment, part.rollout).cpu() for part in parts]),
         images=images,
         prompts=prompts,
+        parts=_parts([part.rollout for part in parts]),
     )
+
+
+def _parts(rollouts: Sequence[Rollout]) -> dict[str, Float[Tensor, " n"]]:
+    """Each part of the rewards, one roll-out after another."""
+    columns = [r.reward_parts.cpu() for r in rollouts if r.reward_parts is not None]
+    if not columns:
+        return {}
+    return dict(zip(rollouts[0].part_weights, torch.cat(columns).unbind(1), strict=True))
 
 
 @contextmanager
@@ -185,6 +197,7 @@ def evaluate_pretrained(
     tensors = {"rewards": made.rewards, "images": made.images}
     tensors |= {"path_kl": made.path_kl, "chain_kl": made.chain_kl}
     tensors |= {f"judged.{name}": value for name, value in made.judged.items()}
+    tensors |= {f"part.{name}": value for name, value in made.parts.items()}
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(exist_ok=True)
@@ -226,8 +239,10 @@ def _read(
         chain_kl=stored.get("chain_kl", stored["path_kl"]),
         images=stored["images"],
         prompts=[prompts[i % len(prompts)] for i in range(samples)],
+        parts={name: stored[f"part.{name}"] for name in environment.part_weights},
     )
-    if {len(value) for value in (read.rewards, read.images, *read.judged.values())} != {samples}:
+    every = (read.rewards, read.images, *read.judged.values(), *read.parts.values())
+    if {len(value) for value in every} != {samples}:
         raise ValueError(f"it does not hold {samples} samples")
     return read
 

@@ -12,7 +12,7 @@ from diffusion_envs import rewards, samplers
 from diffusion_envs.environment import Environment
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.objectives import Objective, ScoreAsAction
-from diffusion_envs.runs import checkpoint
+from diffusion_envs.runs import checkpoint, perceptual
 from diffusion_envs.runs.callbacks import Callbacks
 from diffusion_envs.runs.early_stopping import EarlyStopping
 from diffusion_envs.runs.early_stopping import check as check_stop
@@ -168,7 +168,7 @@ def finetune(
         parts = [Logging(tracker), bar, evaluations, *ruled, checkpoints] if main else []
         callbacks = Callbacks(parts, accelerator)
 
-        with callbacks.running() as reason:
+        with parallel.ending_together(accelerator), callbacks.running() as reason:
             total = updates if reason is None else trainer.update
             for numbers in leaving_images(trainer.updates(total), folder, accelerator):
                 reason = callbacks.after(numbers)
@@ -297,5 +297,7 @@ def _check(
             )
     if stop is not None:
         check_stop(stop, options.judges)
+    if options.distance is not None:
+        perceptual.weights_file()
     if options.wandb:
         require_wandb()

@@ -6,6 +6,7 @@ from typing import Any
 
 from ctrl import Estimate
 from diffusion_envs.environment import Environment
+from diffusion_envs.runs import perceptual
 from diffusion_envs.runs.callbacks import Callback
 from diffusion_envs.runs.evaluation import Evaluation, evaluate, evaluate_pretrained
 from diffusion_envs.runs.options import RunOptions
@@ -54,6 +55,8 @@ class Evaluations(Callback):
         self._environment = environment
         self._options, self._batch, self._total = options, batch, total
         self._embedders = embeddings(self._environment.reward, options.judges)
+        stlpips = options.distance is not None and tracker.enabled
+        self._stlpips = perceptual.load(perceptual.weights_file()) if stlpips else None
         self.before: Evaluation | None = None
 
     def begin(self) -> None:
@@ -65,6 +68,8 @@ class Evaluations(Callback):
             judges=self._options.judges,
             batch=self._batch,
         )
+        if self._stlpips is not None:
+            perceptual.require_pictures(self.before.images)
         if self._trainer.update == 0:
             self._show(0, self.before)
 
@@ -75,7 +80,7 @@ class Evaluations(Callback):
             return
         now = self._evaluate(min(PICTURES, self._options.evaluation_samples))
         self._show(update, now)
-        self._tracker.over_optimisation(update, metrics(self.before, now, self._embedders))
+        self._tracker.over_optimisation(update, self._metrics(self.before, now))
 
     def last(self, *, finished: bool) -> tuple[Evaluation, Evaluation, dict[str, Estimate]]:
         """The pretrained model, the one to export, and the metrics of the latter.
@@ -86,10 +91,13 @@ class Evaluations(Callback):
         after = self._evaluate(self._options.evaluation_samples)
         before = self.before or after
         self._show(self._trainer.update, after)
-        numbers = metrics(before, after, self._embedders)
+        numbers = self._metrics(before, after)
         if finished:
             self._tracker.over_optimisation(self._trainer.update, numbers)
         return before, after, numbers
+
+    def _metrics(self, before: Evaluation, after: Evaluation) -> dict[str, Estimate]:
+        return metrics(before, after, self._embedders, self._stlpips)
 
     def _evaluate(self, samples: int) -> Evaluation:
         judges = self._options.judges

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from diffusion_envs import rewards
 from diffusion_envs.preferences import Preference, Recorded
 from diffusion_envs.runs.early_stopping import StopRule
+from diffusion_envs.runs.perceptual import STLPIPS
 from diffusion_envs.runs.prompts import read_prompts
 from diffusion_envs.training.energy import TrainingData
 from diffusion_envs.training.kl_controller import TargetKL
@@ -32,6 +33,9 @@ class RunOptions:
         checkpoint_every: updates between checkpoints; a run that is told to end writes one, too.
         picture_every: updates between pictures and over-optimisation metrics.
         judges: rewards that only judge, by name; the reward itself is refused.
+        distance: a further distance of pictures for the over-optimisation metrics, beside pixels
+            and the features of judges: stlpips, a perceptual one (pip install --no-deps
+            stlpips_pytorch).
         target_kl: path KL to keep, nats: kl_weight, which is then only where it begins, moves after
             every update.
         stop: when to end the run early; then the best model that was evaluated is exported.
@@ -53,6 +57,7 @@ class RunOptions:
     checkpoint_every: int = 1
     picture_every: int = 10
     judges: Mapping[str, rewards.Reward] = field(default_factory=dict)
+    distance: Literal["stlpips"] | None = None
     target_kl: TargetKL | None = None
     stop: tyro.conf.Suppress[StopRule | None] = None  # three options of the command line
     preference: Annotated[Preference | None, tyro.conf.arg(name="preferences")] = None
@@ -71,6 +76,10 @@ class RunOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < bound:
                 raise ValueError(f"{name} must be an integer of at least {bound}, got {value!r}")
+        if self.distance not in (None, STLPIPS):
+            raise ValueError(f"distance must be {STLPIPS!r} or None, got {self.distance!r}")
+        if self.distance in self.judges:
+            raise ValueError(f"a judge must not have the name of the distance, {self.distance!r}")
         if isinstance(self.preference, Recorded):  # a resumed run may be in another directory
             path = Path(self.preference.path).expanduser().absolute()
             object.__setattr__(self, "preference", dataclasses.replace(self.preference, path=path))

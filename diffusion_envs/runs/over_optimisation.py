@@ -14,9 +14,10 @@ Metrics     on held-out seeds, paired with the pretrained model on the same seed
     separation.SPACE             mean distance of two pretrained pictures, whatever their prompts
 
     SPACE is "pixels": root mean square difference, values in [0, 1], so the distance is too; or
-    the name of a judge or reward that offers embeddings: 1 - cosine, in [0, 2]. Diversity is the
-    mean over prompts of the mean over pairs, its standard error by the jackknife; a prompt with one
-    sample has no pair and is left out, with two the error is unknown (infinite).
+    the name of a judge or reward that offers embeddings: 1 - cosine, in [0, 2]; or "stlpips", where
+    it is asked for: a perceptual distance (perceptual.py). Diversity is the mean over prompts of
+    the mean over pairs, its standard error by the jackknife; a prompt with one sample has no pair
+    and is left out, with two the error is unknown (infinite).
 
 Verdict     A sentence opens with a fall only if the fall is both beyond chance and large enough to
             matter: a one-sided t-bound must lie beyond a margin, not beyond 0.
@@ -31,13 +32,13 @@ Verdict     A sentence opens with a fall only if the fall is both beyond chance 
                 held. Far is more than c times the separation:
                 - c = 1 where the path KL is not known. Another sample of the pretrained model is at
                   the separation itself, so what is beyond it is no sample of that model.
-                - c = 1/sqrt 2 for pixels, 1/2 for 1 - cosine (half a squared distance), where the
-                  path KL is beyond FAR. That is how far the mean of all pretrained pictures is, as
-                  E|X - EX|^2 = E|X - X'|^2 / 2: a picture further away than one and the same for
-                  all says nothing about the pretrained picture of its seed. This alone proves no
-                  loss, for a chaotic sampler leads to another picture of the same law; the path KL,
-                  which bounds the KL of the laws of pictures from above, excludes that reading
-                  only when it is small. So it must be large too.
+                - c = 1/sqrt 2 for pixels, 1/2 for 1 - cosine and ST-LPIPS (squared distances but
+                  for a factor), where the path KL is beyond FAR. That is how far the mean of all
+                  pretrained pictures is, as E|X - EX|^2 = E|X - X'|^2 / 2: a picture further away
+                  than one and the same for all says nothing about the pretrained picture of its
+                  seed. This alone proves no loss, for a chaotic sampler leads to another picture of
+                  the same law; the path KL, which bounds the KL of the laws of pictures from above,
+                  excludes that reading only when it is small. So it must be large too.
     path KL     is FAR beyond 13 nats: the best of N pretrained pictures has a KL of log N -
                 (N - 1) / N, 12.8 nats for N = one million. Further than that is no selection that
                 anyone could have made instead of fine-tuning.
@@ -67,6 +68,7 @@ from torch import Tensor
 
 from ctrl import Estimate
 from diffusion_envs import rewards
+from diffusion_envs.runs import perceptual
 from diffusion_envs.runs.distances import (
     cosine_distances,
     mean_over_pairs,
@@ -98,6 +100,7 @@ def metrics(
     before: Evaluation,
     after: Evaluation,
     embedders: Mapping[str, rewards.Embedder] | None = None,
+    stlpips: perceptual.ShiftTolerantAlexNet | None = None,
 ) -> dict[str, Estimate]:
     """The over-optimisation metrics of a fine-tuned model (see the module).
 
@@ -105,6 +108,7 @@ def metrics(
         before: the pretrained model; it may have more samples than ``after``, not fewer.
         after: the fine-tuned model on the same seeds.
         embedders: spaces to measure distances in besides pixels, by name.
+        stlpips: the network of a further, perceptual distance.
 
     Raises:
         ValueError: the two are not of the same prompts.
@@ -126,6 +130,11 @@ def metrics(
     for name, embedder in (embedders or {}).items():
         old, new = (rewards.embed(embedder, pictures) for pictures in (was.images, after.images))
         spaces[name] = (cosine_distances, old, new)
+    if stlpips is not None:
+        old, new = (
+            perceptual.vectors(stlpips, pictures) for pictures in (was.images, after.images)
+        )
+        spaces[perceptual.STLPIPS] = (perceptual.squared_distances, old, new)
     for name, (distances, old, new) in spaces.items():
         numbers |= _in_space(name, distances, old, new, after.prompts)
     return numbers
@@ -442,7 +451,7 @@ def _name(key: str) -> str:
 
 
 def _space(name: str) -> str:
-    return name if name == PIXELS else f"the {name}'s features"
+    return {PIXELS: PIXELS, perceptual.STLPIPS: "ST-LPIPS"}.get(name, f"the {name}'s features")
 
 
 def _list(words: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusion_envs.runs import plots
 from diffusion_envs.runs.over_optimisation import FAR, verdict
+from diffusion_envs.runs.perceptual import STLPIPS
 from diffusion_envs.runs.tracking import OVER_OPTIMISATION, read_metrics
 
 _STYLE = """
@@ -48,6 +49,7 @@ thead th { color: var(--soft); font-weight: 600; } tbody th { font-weight: 500; 
 code { font-size: .88em; overflow-wrap: anywhere; }
 """
 
+_SILENT = "groups_without_signal"
 _COSTS = {
     "reward_queries": "reward queries",
     "network_calls": "network calls",
@@ -55,6 +57,7 @@ _COSTS = {
 }
 _LABELS = {
     "reward": "reward",
+    _SILENT: "share of groups without signal",
     "path_kl": "path KL (nats)",
     "transition_kl": "transition KL (nats)",
     "kl_weight": "kl_weight (reward per nat)",
@@ -100,7 +103,7 @@ def write_report(folder: str | Path) -> Path:
         _frontier(_json(folder / "frontier.json"), lines, summary),
         _pictures(folder / "samples", summary),
         _over_optimisation(lines, summary),
-        _training(metrics),
+        _training(metrics, config),
         _transfer(transfer),
         _settings(config, summary),
     ]
@@ -228,6 +231,7 @@ def _headline(summary: Mapping[str, Any] | None) -> str:
     if summary is None:
         return "<p>This run is not finished: there is no evaluation on held-out seeds yet.</p>"
     judged = {"reward": summary.get("reward")}
+    judged |= {f"part: {name}": value for name, value in summary.get("parts", {}).items()}
     judged |= {"judge": summary.get("judge")}
     for name, value in summary.get("judges", {}).items():
         judged[name if name == "judge" else f"judge: {name}"] = value
@@ -389,8 +393,8 @@ def _over_optimisation(
         '<p class="muted">On held-out seeds, paired with the pretrained model on the same seeds. '
         "Diversity is the mean distance of two pictures of one prompt, distance that of a picture "
         "from the pretrained one of its seed, separation that of two pretrained pictures: root "
-        "mean square difference of pixels, or 1 minus the cosine of features; docs/run_folder.md "
-        "has the formulas.</p>"
+        "mean square difference of pixels, 1 minus the cosine of features, or ST-LPIPS; "
+        "docs/run_folder.md has the formulas.</p>"
     )
 
 
@@ -419,7 +423,8 @@ def _quantity(name: str) -> str:
     kind, _, what = name.partition(".")
     if not what:
         return _SINGLE.get(name, name)
-    space = what if what == "pixels" else f"the {what}'s features"
+    words = {"pixels": "pixels", STLPIPS: "ST-LPIPS"}
+    space = words.get(what, f"the {what}'s features")
     return {
         "judge": f"judge: {what}",
         "judge_gain": f"gain of judge: {what}",
@@ -437,15 +442,17 @@ def _estimate(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {"mean": value, "standard_error": None, "n": 1}
 
 
-def _training(metrics: Sequence[Mapping[str, Any]]) -> str:
+def _training(metrics: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:
     """Whatever an update logs, against updates; and what it had cost by then."""
     if not metrics:
         return "<h2>Training</h2><p>No update is done yet.</p>"
     logged = dict.fromkeys(name for line in metrics for name in line if name not in _NOT_DRAWN)
+    logged = [name for name in logged if not _is_idle(name, metrics)]
     names = [name for name in _LABELS if name in logged]
     names += [name for name in logged if name not in _LABELS]
+    names.sort(key=lambda name: not name.startswith("reward"))  # and its parts beside it
     series = {
-        _LABELS.get(name, name): [
+        _label(name): [
             (line["update"], _estimate(line[name]))
             for line in metrics
             if line.get(name) is not None
@@ -457,7 +464,35 @@ def _training(metrics: Sequence[Mapping[str, Any]]) -> str:
     )
     return (
         '<h2>Training</h2><p class="muted">Means over the training samples of an update; bands are '
-        f"95 % intervals.</p>{drawn}{_costs(metrics)}"
+        f"95 % intervals.</p>{_without_signal(metrics, config)}{drawn}{_costs(metrics)}"
+    )
+
+
+def _label(name: str) -> str:
+    """Words for what an update logs."""
+    kind, _, what = name.partition(".")
+    kinds = {"reward": "part of the reward", "reward_counts": "counted by the reward"}
+    return f"{kinds[kind]}: {what}" if what and kind in kinds else _LABELS.get(name, name)
+
+
+def _is_idle(name: str, metrics: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether it counts what never happened."""
+    counts = name == _SILENT or name.startswith("reward_counts.")
+    return counts and not any(line.get(name) for line in metrics)
+
+
+def _without_signal(metrics: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:
+    """A warning where most groups teach nothing."""
+    shares = [line[_SILENT] for line in metrics if line.get(_SILENT) is not None]
+    share = sum(shares) / len(shares) if shares else 0.0
+    if share <= 0.5:
+        return ""
+    objective = config.get("settings", {}).get("objective")
+    group = objective.get("group") if isinstance(objective, Mapping) else None
+    size = "" if group is None else f" of {group}"
+    return (
+        f'<p class="bad">{100 * share:.0f} % of groups{size} carry no gradient, as all rewards of '
+        "the group are equal: raise the group size or use a graded reward.</p>"
     )
 
 

@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor
 
 from ctrl import Estimate
 from diffusion_envs.runs.evaluation import Evaluation, by_prompt
@@ -13,6 +16,8 @@ from diffusion_envs.runs.report import write_report
 from diffusion_envs.runs.run_folder import write_json
 from diffusion_envs.runs.run_frontier import RunFrontier
 from diffusion_envs.runs.tracking import OVER_OPTIMISATION, read_metrics
+
+_ByName: TypeAlias = Mapping[str, Float[Tensor, " n"]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Run:
     reward_gain: Estimate  # after minus before, paired by seed
     path_kl: Estimate | None  # from the pretrained model, nats; None of an ODE or a black box
     judge_gains: Mapping[str, Estimate]  # after minus before, by held-out reward
+    part_gains: Mapping[str, Estimate]  # the same of each part of the reward; empty if it has none
     metrics: Mapping[str, Estimate]  # of runs/over_optimisation.py: diversity and distance too
     over_optimisation: Verdict  # of the exported model
     update: int  # after which the exported model was taken
@@ -61,9 +67,8 @@ def summarise(
         write: False on all processes but the main one, which has the logs.
         frontier: how near the exported model is to the best possible.
     """
-    judge_gains = {
-        name: Estimate.of(value - before.judged[name]) for name, value in after.judged.items()
-    }
+    judge_gains = _gains(before.judged, after.judged)
+    part_gains = _gains(before.parts, after.parts)
     lines = read_metrics(folder / OVER_OPTIMISATION) if write else []
     last = {name: value.as_dict() for name, value in metrics.items()} | {"update": update}
     judgement = verdict([line for line in lines if line["update"] < update] + [last])
@@ -77,6 +82,7 @@ def summarise(
         reward_gain=Estimate.of(after.rewards - before.rewards),
         path_kl=metrics.get("path_kl"),
         judge_gains=judge_gains,
+        part_gains=part_gains,
         metrics=metrics,
         over_optimisation=judgement,
         update=update,
@@ -84,17 +90,14 @@ def summarise(
         stopped=None if stop is None else stop["reason"],
     )
     if write:
-        judged = {
-            name: _compared(Estimate.of(before.judged[name]), Estimate.of(after.judged[name]), gain)
-            for name, gain in judge_gains.items()
-        }
         summary = {
             "prompts": list(prompts),
             "update": update,
             "stop": stop,
             **({} if run.path_kl is None else {"path_kl": run.path_kl.as_dict()}),
             "reward": _compared(run.reward_before, run.reward, run.reward_gain),
-            "judges": judged,
+            **({"parts": _all_compared(before.parts, after.parts)} if part_gains else {}),
+            "judges": _all_compared(before.judged, after.judged),
             "by_prompt": {
                 prompt: {part: value.as_dict() for part, value in parts.items()}
                 for prompt, parts in by_prompt(before, after).items()
@@ -108,6 +111,17 @@ def summarise(
         write_json(folder / "summary.json", summary)
         write_report(folder)
     return run
+
+
+def _gains(before: _ByName, after: _ByName) -> dict[str, Estimate]:
+    return {name: Estimate.of(value - before[name]) for name, value in after.items()}
+
+
+def _all_compared(before: _ByName, after: _ByName) -> dict[str, dict[str, Any]]:
+    return {
+        name: _compared(Estimate.of(before[name]), Estimate.of(after[name]), gain)
+        for name, gain in _gains(before, after).items()
+    }
 
 
 def _compared(before: Estimate, after: Estimate, difference: Estimate) -> dict[str, Any]:

@@ -27,9 +27,15 @@ def require_inputs(
         TypeError: the data cannot be drawn from.
     """
     name = type(objective).__name__
+    if objective.compares_parts and not isinstance(reward, rewards.InParts):
+        raise ValueError(
+            f"{name} with advantage='parts' compares each part of a reward, and "
+            f"{rewards.reward_name(reward)} has none: use rewards.Weighted, or "
+            "advantage='standardised'"
+        )
     if objective.needs_reward_gradient and not getattr(reward, "differentiable", False):
         raise ValueError(
-            f"{name} needs a reward with a gradient; {rewards.reward_name(reward)} does not "
+            f"{name} needs a reward with a gradient; {_without_gradient(reward)} does not "
             "declare differentiable = True: set it if torch can differentiate it, or use an "
             "objective that only needs its values (ScoreAsAction)"
         )
@@ -53,6 +59,13 @@ def require_inputs(
         raise TypeError(f"data must have a method draw(n, generator), got {type(data).__name__}")
     if target_kl is not None:
         kl_controller.require_steerable(objective)
+
+
+def _without_gradient(reward: rewards.Reward) -> str:
+    """The reward, or the parts of it, that declare no gradient."""
+    if isinstance(reward, rewards.Weighted):
+        return ", ".join(reward.without_gradient)
+    return rewards.reward_name(reward)
 
 
 def require_fit(

@@ -11,8 +11,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from diffusion_envs.environment import Environment, Sample
 from diffusion_envs.objectives import Objective
 from diffusion_envs.objectives.protocol import Losses, PreflightError, Update
 from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, compare
+from diffusion_envs.rewards import Counting, Reward
+from diffusion_envs.rewards.rounding import all_alike
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import kl_controller, parallel
 from diffusion_envs.training.critic import Critic, NonFiniteError
@@ -156,6 +158,7 @@ class Trainer:
             PreflightError: something that must hold before the first update does not.
             NonFiniteError: a gradient is not finite; no weight was changed by it.
         """
+        counted = _counts(self.environment.reward)
         with self._sampling_policy():
             sample = self.sample()
         numbers, critic = dict[str, Any](), self.critic
@@ -170,7 +173,8 @@ class Trainer:
         self._keep_old()
         self._keep_mean()
         self.update += 1
-        return self._measured(sample.rollout, numbers)
+        measured = self._measured(sample.rollout, numbers)
+        return measured | self._counted_since(counted)
 
     def sample(self) -> Sample:
         """The next update's roll-out by the policy as it is, with values and preferences.
@@ -184,17 +188,18 @@ class Trainer:
         # Prompts in turn, so that every roll-out has each of them equally often.
         condition = torch.tensor([i // objective.group % len(environment.prompts) for i in indices])
         needed = objective.compares_paths or self.target_kl is not None
-        sample = environment.sample(
-            objective.policy,
-            indices,
-            condition,
-            stream=self.stream_name,
-            denoised=objective.needs_value and objective.denoised_rewards,
-            group=objective.group,
-            shared_start=objective.shared_start,
-            reference=needed or self.log_path_kl,
-            count_reference=needed,
-        )
+        with parallel.failing_together(self.accelerator):
+            sample = environment.sample(
+                objective.policy,
+                indices,
+                condition,
+                stream=self.stream_name,
+                denoised=objective.needs_value and objective.denoised_rewards,
+                group=objective.group,
+                shared_start=objective.shared_start,
+                reference=needed or self.log_path_kl,
+                count_reference=needed,
+            )
         rollout, more = sample.rollout, dict[str, Tensor]()
         if self.critic is not None:
             if self.update == 0:
@@ -232,19 +237,25 @@ class Trainer:
         """What the objective learns from this roll-out; made before the weights change."""
         objective, size = self.objective, self.size
         changes = size.minibatches > 1 or self._lags
-        return objective.losses_of(
-            Update(
-                environment=self.environment,
-                rollout=rollout,
-                advantages=lambda function: self._over_all(function, rollout),
-                values=None if self.critic is None else self.critic.at(rollout),
-                usual_moves=None if self.critic is None else self.critic.usual_moves,
-                stream=self._generator,
-                old_policy=self._sampling_policy if changes else None,
-                batch=size.batch,
-                train_steps=size.train_steps,
+        with parallel.failing_together(self.accelerator) as agree:
+
+            def advantages(function: Callable[[Rollout], Tensor]) -> Tensor:
+                agree()  # targets may have asked the reward, and this waits for all
+                return self._over_all(function, rollout)
+
+            return objective.losses_of(
+                Update(
+                    environment=self.environment,
+                    rollout=rollout,
+                    advantages=advantages,
+                    values=None if self.critic is None else self.critic.at(rollout),
+                    usual_moves=None if self.critic is None else self.critic.usual_moves,
+                    stream=self._generator,
+                    old_policy=self._sampling_policy if changes else None,
+                    batch=size.batch,
+                    train_steps=size.train_steps,
+                )
             )
-        )
 
     def _generator(self, *name: str | int) -> torch.Generator:
         """Random numbers of this update and process."""
@@ -267,8 +278,9 @@ class Trainer:
             order = torch.randperm(groups, generator=shuffle)
             for k, part in enumerate(order.chunk(size.minibatches)):
                 self.optimiser.zero_grad(set_to_none=True)
-                for loss in losses.losses(part, shuffle):
-                    loss.backward()
+                with self._differentiating():
+                    for loss in losses.losses(part, shuffle):
+                        loss.backward()
                 parallel.average_gradients(self.parameters, self.accelerator)
                 norm = nn.utils.clip_grad_norm_(self.parameters, most).item()
                 if not math.isfinite(norm):
@@ -280,6 +292,11 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] *= self.objective.decay
         return {**losses.numbers(), "gradient_norm": norm, **stepped}
+
+    def _differentiating(self) -> AbstractContextManager[Any]:
+        """Within this context losses may ask the reward for its gradient, and it may fail."""
+        asks = self.objective.needs_reward_gradient
+        return parallel.failing_together(self.accelerator) if asks else nullcontext()
 
     def _metric(self, rollout: Rollout, epoch: int, k: int) -> Callable[[str, float], PathMetric]:
         """(what for, share of the rows) -> the metric of path laws on this roll-out's states."""
@@ -314,6 +331,7 @@ class Trainer:
             rewards=whole(rollout.rewards),
             values=whole(rollout.values),
             condition=whole(rollout.condition.to(device)),
+            reward_parts=whole(rollout.reward_parts),
             preferences=None if preferences is None else whole(preferences.to(rollout.rewards)),
         )
         first = world.process_index * paths
@@ -383,8 +401,12 @@ class Trainer:
 
     def _measured(self, rollout: Rollout, numbers: dict[str, Any]) -> dict[str, Any]:
         """Numbers of this update over all processes; the next kl_weight follows from them."""
-        earned = torch.stack([rollout.rewards, rollout.costs.sum(1).to(rollout.rewards)], dim=1)
-        rewards, nats = parallel.gather(earned, self.accelerator).cpu().unbind(1)
+        compared = rollout.rewards if rollout.preferences is None else rollout.preferences
+        parts = () if rollout.reward_parts is None else rollout.reward_parts.unbind(1)
+        columns = [rollout.rewards, rollout.costs.sum(1), compared, *parts]
+        earned = torch.stack([column.to(rollout.rewards) for column in columns], dim=1)
+        earned = parallel.gather(earned, self.accelerator).cpu()
+        rewards, nats, compared, *parts = earned.unbind(1)
         known = rollout.costs.shape[1] > 0 and bool(torch.isfinite(nats).all())
         kl = {"path_kl": Estimate.of(nats)} if known else {}
         if self.target_kl is not None:
@@ -394,6 +416,11 @@ class Trainer:
         return {
             "update": self.update,
             "reward": Estimate.of(rewards),
+            **{
+                f"reward.{name}": Estimate.of(part)
+                for name, part in zip(rollout.part_weights, parts, strict=True)
+            },
+            **_without_signal(compared, rollout.group),
             **kl,
             "reward_queries": self._over_processes(self.environment.reward_queries),
             "network_calls": self._over_processes(self.environment.model.calls),
@@ -401,6 +428,16 @@ class Trainer:
             **self._of_all_processes(numbers),
             "memory": _peak_memory(self.environment.device),
         }
+
+    def _counted_since(self, before: Mapping[str, int]) -> dict[str, int]:
+        """What the reward has counted since, on all processes."""
+        reward = self.environment.reward
+        now = _counts(reward)
+        if not isinstance(reward, Counting):
+            return {}
+        changed = {name: count - before.get(name, 0) for name, count in now.items()}
+        total = parallel.add(changed, self.accelerator)
+        return {f"reward_counts.{name}": count for name, count in total.items()}
 
     def _of_all_processes(self, numbers: dict[str, float]) -> dict[str, float]:
         """Means over the processes; of what is called a minimum or a maximum, that."""
@@ -418,6 +455,18 @@ class Trainer:
             return count
         local = torch.tensor([count], device=self.environment.device)
         return int(parallel.gather(local, self.accelerator).sum())
+
+
+def _counts(reward: Reward) -> dict[str, int]:
+    """What it has counted so far; nothing, if it does not count."""
+    return dict(reward.counts) if isinstance(reward, Counting) else {}
+
+
+def _without_signal(compared: Tensor, group: int) -> dict[str, float]:
+    """The share of groups in which there is nothing to compare, where groups are compared."""
+    if group == 1:
+        return {}
+    return {"groups_without_signal": all_alike(compared.view(-1, group)).double().mean().item()}
 
 
 def _peak_memory(device: torch.device) -> int:

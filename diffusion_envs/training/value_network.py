@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffusion_envs.rewards.rounding import rounding
+
 Weights: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]  # noising time -> (c_skip, c_out)
 
 
@@ -92,7 +94,7 @@ class _Residual(nn.Module):
     def calibrate(self, rewards: Float[Tensor, " n"]) -> None:
         """Set location and scale from rewards, once, before training."""
         self.location.copy_(rewards.mean())
-        if len(rewards) > 1 and (std := rewards.std()) > 0:
+        if len(rewards) > 1 and (std := rewards.std()) > rounding(rewards)[0]:
             self.scale.copy_(std)
 
     def clock(self, noising_time: Float[Tensor, " n"]) -> Float[Tensor, "n 9"]:

@@ -96,8 +96,8 @@ MISTAKES = [
     Mistake(f"{LOSSES}.noised_data.NoisedLosses._states",
             "sent(which, self.environment.device)", "which", update, "DiffusionNFT"),
     Mistake("diffusion_envs.environment.Environment._score",
-            "sent(self.score_images(self.reward, images, prompts), self.device)",
-            "self.score_images(self.reward, images, prompts).cpu()", update, "DDPO"),
+            "sent(torch.stack([total, *parts.values()], dim=1), self.device)",
+            "torch.stack([total, *parts.values()], dim=1).cpu()", update, "DDPO"),
     # a generator of the CPU
     Mistake("ctrl.noise.fill_increments", "generator=generator",
             "generator=torch.Generator()", same_numbers, "simulate, generator"),

@@ -21,6 +21,7 @@ from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import Objective, PathObjective, Rollout, Rows
 from diffusion_envs.objectives.dpok import NoiseLevelRows
 from diffusion_envs.objectives.path_steps import Steps as RowSteps
+from diffusion_envs.rewards import Reward
 from diffusion_envs.samplers import DDIM, BoundDDIM
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.trainer import Trainer
@@ -218,6 +219,9 @@ class Brightness:
         return 3 * images.mean((1, 2, 3)) + images[:, 1, 0, 1]
 
 
+BRIGHTNESS = Brightness()
+
+
 @pytest.fixture
 def small_trainer() -> Callable[..., Trainer]:
     """(objective, optimiser, **size) -> the real loop, of a linear noise prediction and an adapter.
@@ -225,7 +229,12 @@ def small_trainer() -> Callable[..., Trainer]:
     Three prompts, four steps, a reward that rises with the brightness of a picture.
     """
 
-    def made(objective: Objective, optimiser: Optimiser = ADAMW, **size: Any) -> Trainer:
+    def made(
+        objective: Objective,
+        optimiser: Optimiser = ADAMW,
+        reward: Reward = BRIGHTNESS,
+        **size: Any,
+    ) -> Trainer:
         table = torch.linspace(0.97, 0.08, 20, dtype=torch.float64)
         generator = stream(7, "network")
         network = Network(generator)
@@ -243,7 +252,7 @@ def small_trainer() -> Callable[..., Trainer]:
         environment = Environment(
             model=model,
             sampler=DDIM(0.9).bind(DDPMTable(table), 4),
-            reward=Brightness(),
+            reward=reward,
             prompts=["one", "two", "three"],
             seed=41,
         )

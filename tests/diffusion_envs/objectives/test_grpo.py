@@ -1,6 +1,7 @@
 """GRPO, against formulas written out here and the exact gradient of a solvable model."""
 
 import dataclasses
+import inspect
 import math
 
 import pytest
@@ -10,11 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from diffusion_envs import exact
+from diffusion_envs import exact, rewards
 from diffusion_envs.exact import GaussianProblem, linear_policy
 from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import GRPO, Rollout
 from diffusion_envs.samplers import DDIM
+from diffusion_envs.training.requirements import require_inputs
+from tests.diffusion_envs.objectives.conftest import tensor
 from tests.diffusion_envs.objectives.random_rows import column, rows
 from tests.diffusion_envs.objectives.resting_points import gained, resting_per_std
 from tests.diffusion_envs.test_two_views import (
@@ -256,3 +259,97 @@ def test_it_rests_at_a_known_share_of_what_can_be_gained():
 def test_pretrained_scores_are_needed_where_a_kl_is_charged():
     assert GRPO(kl_weight=0.1).needs_reference
     assert not GRPO(kl_weight=0.0).needs_reference
+
+
+# -- ranks, and parts of the reward ---------------------------------------------------------------
+
+
+def with_parts(rewards: Tensor, parts: Tensor, **weights: float) -> Rollout:
+    return dataclasses.replace(bare(rewards), reward_parts=parts, part_weights=weights)
+
+
+def test_ranks_are_centred_of_unit_variance_and_ties_share_theirs():
+    rewards = tensor([3.0, 1.0, 2.0, 1e9, 5.0, 5.0, 5.0, 4.0])
+    one, other = GRPO(group=4, advantage="ranks").advantages(bare(rewards))[:, 0].view(2, 4)
+    # places 0, 1, 2, 3: mean 3/2, variance 5/4; then 2, 2, 2, 0: mean 3/2, variance 3/4
+    places = tensor([2.0, 0.0, 1.0, 3.0]) - 1.5
+    torch.testing.assert_close(one, places / 1.25**0.5, rtol=1e-12, atol=1e-12)
+    tied = tensor([2.0, 2.0, 2.0, 0.0]) - 1.5
+    torch.testing.assert_close(other, tied / 0.75**0.5, rtol=1e-12, atol=1e-12)
+    assert GRPO(group=4, advantage="ranks").advantages(bare(tensor([7.0] * 4))).abs().max() == 0
+
+
+def test_ranks_know_no_units(generator):
+    rewards = torch.randn(24, dtype=torch.float64, generator=generator)
+    objective = GRPO(group=8, advantage="ranks")
+    plain = objective.advantages(bare(rewards))
+    torch.testing.assert_close(objective.advantages(bare((3 * rewards).exp())), plain)
+    for total in plain[:, 0].view(3, 8).sum(1).tolist():
+        assert abs(total) < 1e-12
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_of_one_part_the_advantage_is_the_plain_one(whole, generator):
+    rewards = torch.randn(24, dtype=torch.float64, generator=generator)
+    settings = {"group": 8, "whole_batch_std": whole, "advantage_clip": 1e9}
+    plain = GRPO(**settings).advantages(bare(rewards))
+    for weight, sign in ((0.3, 1), (-20.0, -1)):
+        rollout = with_parts(weight * rewards, rewards[:, None], one=weight)
+        parts = GRPO(**settings, advantage="parts").advantages(rollout)
+        torch.testing.assert_close(parts, sign * plain, rtol=1e-12, atol=1e-12)
+
+
+def test_every_part_is_standardised_in_its_group_before_they_are_added(generator):
+    parts = torch.randn(24, 2, dtype=torch.float64, generator=generator) * tensor([1e4, 0.1])
+    rollout = with_parts(parts.sum(1), parts, first=0.6, second=-2.0)
+    objective = GRPO(group=8, advantage="parts", advantage_clip=1e9)
+    expected = []
+    for group in parts.view(3, 8, 2):
+        mean = group.sum(0) / 8
+        std = ((group - mean).square().sum(0) / 8).sqrt()
+        scaled = (group - mean) / (std + 1e-4)
+        expected.append((0.6 * scaled[:, 0] - 2.0 * scaled[:, 1]) / (0.6**2 + 2.0**2) ** 0.5)
+    torch.testing.assert_close(
+        objective.advantages(rollout)[:, 0], torch.cat(expected), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_a_part_that_says_nothing_in_a_group_leaves_it_to_the_others():
+    parts = tensor([[1.0, 3.0], [1.0, 4.0], [2.0, 5.0], [1.0, 5.0]])
+    advantages = GRPO(group=2, advantage="parts").advantages(
+        with_parts(parts.sum(1), parts, flat=1.0, steep=1.0)
+    )[:, 0]
+    expected = tensor([-1.0, 1.0, 1.0, -1.0]) / 2**0.5  # but for offsets of 1e-4 beside 1/2
+    torch.testing.assert_close(advantages, expected, rtol=3e-4, atol=0)
+
+
+def test_parts_are_asked_only_of_a_reward_that_has_some():
+    objective, colour = GRPO(advantage="parts"), rewards.Colour()
+    with pytest.raises(ValueError, match=r"compares each part of a reward, and Colour has none"):
+        require_inputs(objective, colour, None, None)
+    require_inputs(objective, rewards.Weighted({"red": (colour, 1.0)}), None, None)
+    require_inputs(GRPO(), colour, None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"advantage": "best"}, "advantage must be 'standardised', 'ranks' or 'parts', got 'best'"),
+        ({"advantage": "ranks", "whole_batch_std": True}, "use whole_batch_std=False"),
+    ],
+)
+def test_advantages_that_are_none_are_refused(settings, words):
+    make = inspect.unwrap(GRPO.__init__)  # without the checks of types that tests add
+    with pytest.raises(ValueError, match=words):
+        make(object.__new__(GRPO), **settings)
+
+
+@pytest.mark.parametrize("advantage", ["ranks", "parts"])
+def test_a_run_with_either_advantage_goes_on(small_trainer, advantage):
+    sum_of_two = {"red": (rewards.Colour(), 1.0), "green": (rewards.Colour("green"), -3.0)}
+    objective = GRPO(group=4, learning_rate=0.02, advantage=advantage)
+    trainer = small_trainer(objective, reward=rewards.Weighted(sum_of_two))
+    before = [p.detach().clone() for p in trainer.parameters]
+    for line in trainer.updates(2):
+        assert line["gradient_norm"] > 0
+    assert any(bool((p != b).any()) for p, b in zip(trainer.parameters, before, strict=True))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from diffusion_envs import rewards, samplers
 from diffusion_envs.objectives import ContinuousDxMI, DistributionalOptimisation, NearTarget
@@ -28,6 +29,8 @@ OPTIONS = RunOptions(
     preference=BradleyTerry(0.7),
 )
 
+SUM = rewards.Weighted({"path": (rewards.Colour("green"), 1.5)}, normalise={"path": (0.0, 2.0)})
+
 
 def stored(value: Any) -> Any:
     """What a file gives back."""
@@ -40,6 +43,14 @@ def stored(value: Any) -> Any:
         StableDiffusion("tiny", guidance=1.5, lora_targets=["to_q"], resolution=32),
         rewards.PromptAlignment("judge"),
         rewards.JpegCompressibility,
+        rewards.Weighted(
+            {"a": (rewards.Colour("blue"), 1.0), "b": (rewards.JpegCompressibility(), -2.0)}
+        ),
+        rewards.Weighted(
+            {"class": (rewards.Limited(rewards.Colour(), upper=0.3), 1.0), "name": (SUM, 0.5)},
+            normalise={"name": (0.1, 2.0)},
+        ),
+        rewards.Cached(rewards.Threshold(rewards.Colour(), at=0.1), size=7),
         samplers.Scheduler("UniPCMultistepScheduler", (("solver_order", 3),)),
         samplers.DDIM(0.3),
         UpdateSize(samples=6, train_steps=2),
@@ -182,3 +193,31 @@ def test_a_scheduler_of_a_run_of_before_is_read():
     kept = stored(samplers.Scheduler("UniPCMultistepScheduler"))
     kept["name"] = kept.pop("name (field)")
     assert rebuild(kept) == samplers.Scheduler("UniPCMultistepScheduler")
+
+
+def test_a_loaded_reward_in_a_sum_is_loaded_again(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def f(images, prompts):\n    return len(images) * [1]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = rewards.Weighted({"mine": (rewards.load("my_rewards:f"), 2.0)})
+    described = stored(made)
+    assert described["terms"]["mine"][0]["function"] == "my_rewards:f"
+    again = rebuild(described)
+    assert again == made
+    monkeypatch.delitem(sys.modules, "my_rewards")
+
+
+def test_a_nameless_reward_in_a_sum_is_named_when_it_is_asked_for():
+    described = stored(rewards.Weighted({"mine": (lambda images, prompts: images, 2.0)}))
+    images = torch.rand(2, 3, 4, 4)
+    with pytest.raises(rewards.RewardError, match=r"reward mine of Weighted.*terms.mine\[0\] was"):
+        rebuild(described, "reward")(images, ["", ""])
+
+
+def test_another_weight_in_a_sum_is_another_setting():
+    one, other = (stored(rewards.Weighted({"red": (rewards.Colour(), w)})) for w in (1.0, 2.0))
+    assert differences(one, other, "reward") == [("reward.terms.red[1]", 1.0, 2.0)]
+    assert differences(one, stored(SUM), "reward")
+    nameless = stored(rewards.Weighted({"red": (lambda images, prompts: images, 1.0)}))
+    assert differences(one, nameless, "reward") == []
