@@ -33,10 +33,8 @@ def test_the_pipeline_has_stable_diffusions_classes_and_schedule():
         assert type(getattr(pipe, part)) is type(getattr(tiny, part))
     assert dict(pipe.scheduler.config) == dict(tiny.scheduler.config)
     pieces = pipe.tokenizer.tokenize(signs.caption("CAT"))
-    assert pieces == ["a</w>", "sign</w>", "that</w>", "says</w>", '"</w>'] + [
-        *("c", "a", "t</w>"),
-        '"</w>',
-    ]
+    assert pieces[:5] == ["a</w>", "sign</w>", "that</w>", "says</w>", '"</w>']
+    assert pieces[5:] == ["c", "a", "t</w>", '"</w>']
 
 
 @needs_reader
