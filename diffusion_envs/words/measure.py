@@ -68,6 +68,6 @@ def measure(output: Path, model: str, samples: int, seed: int) -> dict[str, Any]
     return measured
 
 
-def _share(pictures: Tensor, words: list[str]) -> dict[str, float]:
+def _share(pictures: Tensor, words: list[str]) -> dict[str, float | int | None]:
     """Share of the pictures in which exactly the word is read."""
     return Estimate.of(ReadableText()(pictures, [caption(word) for word in words])).as_dict()

@@ -28,8 +28,8 @@ from diffusion_envs.words.signs import LONGEST, caption, draw_words, signs
 _log = logging.getLogger(__name__)
 
 RECIPE = Recipe(
-    updates=6000,
-    learning_rate=1.2e-3,
+    updates=9500,
+    learning_rate=1.5e-3,
     batch=32,
     average=0.998,
     seconds_between_checkpoints=120.0,
