@@ -18,7 +18,7 @@ from diffusion_envs.tiny.train_denoiser import sample
 from diffusion_envs.words.signs import all_words, caption, held_out, signs
 
 STEPS = 20
-SETTINGS = ((1.0, 1.0), (3.0, 0.0), (3.0, 1.0), (5.0, 1.0))  # guidance, eta
+SETTINGS = ((1.0, 1.0), (3.0, 1.0), (5.0, 1.0))  # guidance, eta
 
 
 def held_out_words(length: int, n: int, seed: int) -> list[str]:
