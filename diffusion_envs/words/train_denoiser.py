@@ -100,7 +100,7 @@ def train(output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -> None:
     def report(step: int, modules: nn.ModuleDict) -> None:
         prompts = [caption(word) for word in ("FOX", "PIG", "RED", "SAW", "WHY") for _ in range(6)]
         pipe = pipeline(modules, vae, tokenizer)
-        images = sample(pipe, prompts, steps=20, guidance=3.0, eta=1.0, seed=seed)
+        images = sample(pipe, prompts, steps=10, guidance=3.0, eta=1.0, seed=seed)
         (output / "samples").mkdir(exist_ok=True)
         grid(images, prompts).save(output / "samples" / f"step-{step:06d}.png")
 
