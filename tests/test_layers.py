@@ -41,8 +41,11 @@ diffusion_envs.rewards.colour diffusion_envs.rewards.classifier
 diffusion_envs.rewards.clip diffusion_envs.rewards.clip_score
 diffusion_envs.rewards.pick_score diffusion_envs.rewards.hps
 diffusion_envs.rewards.aesthetic diffusion_envs.rewards.image_reward
-diffusion_envs.rewards.text_in_picture diffusion_envs.rewards.registry
-diffusion_envs.rewards.fetching diffusion_envs.rewards diffusion_envs.rewards.__main__
+diffusion_envs.rewards.text_in_picture diffusion_envs.rewards.picture_formats
+diffusion_envs.rewards.http diffusion_envs.rewards.remote
+diffusion_envs.rewards.vlm_judge diffusion_envs.rewards.registry
+diffusion_envs.rewards.fetching diffusion_envs.rewards diffusion_envs.rewards.serve
+diffusion_envs.rewards.__main__
 diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
 diffusion_envs.models.stable_diffusion_pipeline

@@ -23,8 +23,10 @@ from diffusion_envs.rewards.declaration import Declaration, Declaring
 from diffusion_envs.rewards.hps import HPS
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from diffusion_envs.rewards.pick_score import PickScore
+from diffusion_envs.rewards.remote import Remote
 from diffusion_envs.rewards.text_in_picture import ReadableText, TextInPicture
 from diffusion_envs.rewards.transformed import Cached, Limited, Threshold
+from diffusion_envs.rewards.vlm_judge import VLMJudge
 from diffusion_envs.rewards.weighted import Weighted, statistics
 
 __all__ = [
@@ -45,11 +47,13 @@ __all__ = [
     "PickScore",
     "PromptAlignment",
     "ReadableText",
+    "Remote",
     "Reward",
     "RewardError",
     "Scorer",
     "TextInPicture",
     "Threshold",
+    "VLMJudge",
     "Weighted",
     "differentiable_score",
     "embed",

@@ -31,6 +31,13 @@ def fetch(weights: Weights, folder: Path) -> Mapping[str, Path]:
         except (OSError, ValueError, RuntimeError, HfHubHTTPError, HFValidationError) as error:
             words = str(error).strip().splitlines()
             reasons.append(f" ({repository}: {words[0] if words else type(error).__name__})")
+    nowhere = [
+        " or ".join(weights.names(role))
+        for role in weights.files
+        if not {name for files in weights.repositories.values() for name in files}
+        & set(weights.names(role))
+        and not any((folder / name).is_file() for name in weights.names(role))
+    ]
     absent = {
         repository: [name for name in files if not (folder / name).is_file()]
         for repository, files in weights.repositories.items()
@@ -39,6 +46,11 @@ def fetch(weights: Weights, folder: Path) -> Mapping[str, Path]:
         raise FileNotFoundError(
             f"{weights.reward} is not complete in {folder}: it lacks {'; '.join(lacking)}"
             f"{''.join(reasons)}. The same command goes on from here; {weights.by_hand()}"
+        )
+    if nowhere:
+        raise FileNotFoundError(
+            f"{weights.reward} is not complete in {folder}: {', '.join(nowhere)} is on no hub; put "
+            "it there by hand (docs/rewards.md says where it is published)"
         )
     return locate(weights, folder)
 

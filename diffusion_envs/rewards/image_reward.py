@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ctrl.devices import sent
+from diffusion_envs.rewards.clip import require_batch
 from diffusion_envs.rewards.contract import require_inputs
 from diffusion_envs.rewards.declaration import Declaration
 from diffusion_envs.rewards.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
@@ -72,19 +73,20 @@ class ImageReward:
         model: a folder with ``ImageReward.pt`` (or ``model.safetensors``) and ``vocab.txt``, the
             former file, or a repository on the Hugging Face hub; read when it is first called.
         batch: pictures that the network gets at once.
+        quantise: round pictures to 8 bits, as if they had been stored; straight-through gradient.
     """
 
     model: str | Path
     batch: int = field(default=16, kw_only=True)
+    quantise: bool = field(default=False, kw_only=True)
     differentiable: ClassVar[bool] = True
     _counts: Counter[str] = field(
         default_factory=lambda: Counter(prompts_cut=0), init=False, compare=False, repr=False
     )
 
     def __post_init__(self) -> None:
+        require_batch(self.batch)
         object.__setattr__(self, "model", from_anywhere(WEIGHTS, self.model))
-        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
-            raise ValueError(f"batch must be a whole number of at least 1, got {self.batch!r}")
 
     @property
     def declaration(self) -> Declaration:
@@ -95,7 +97,7 @@ class ImageReward:
             licence="Apache-2.0",
             version="ImageReward-v1.0",
             source="arXiv 2304.05977, https://github.com/THUDM/ImageReward",
-            preprocessing=PREPROCESSING,
+            preprocessing=dataclasses.replace(PREPROCESSING, quantise=self.quantise),
         )
 
     @property
@@ -119,7 +121,7 @@ class ImageReward:
         tokens = sent(tokens, images.device)
         return torch.cat(
             [
-                network(chunk, words)
+                network(chunk, words, self.quantise)
                 for chunk, words in zip(
                     images.split(self.batch), tokens.split(self.batch), strict=True
                 )
@@ -129,7 +131,8 @@ class ImageReward:
     def embedding(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
         """The picture's first token after BLIP's vision network, whatever the prompt."""
         network = _loaded(str(self.model)).to(images.device)
-        return torch.cat([network.patches(chunk)[:, 0] for chunk in images.split(self.batch)])
+        chunks = images.split(self.batch)
+        return torch.cat([network.patches(chunk, self.quantise)[:, 0] for chunk in chunks])
 
 
 # -- the network -----------------------------------------------------------------------------------
@@ -142,12 +145,14 @@ class BlipReward(nn.Module):
         super().__init__()
         self.vision, self.text, self.head = vision, text, head
         self.tokenizer = tokenizer
-        config: Any = vision.config
-        self.preprocessing = dataclasses.replace(PREPROCESSING, size=config.image_size)
 
-    def patches(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n patches width"]:
+    def patches(
+        self, images: Float[Tensor, "n 3 h w"], quantise: bool
+    ) -> Float[Tensor, "n patches width"]:
         """Embeddings of the picture, then of its patches."""
-        return self.vision(self.preprocessing(images.float())).last_hidden_state
+        config: Any = self.vision.config
+        prepare = dataclasses.replace(PREPROCESSING, size=config.image_size, quantise=quantise)
+        return self.vision(prepare(images.float())).last_hidden_state
 
     def tokens(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "n tokens"], list[int]]:
         """Tokens of prompts, cut and padded, and how many each prompt has before it is cut."""
@@ -158,15 +163,17 @@ class BlipReward(nn.Module):
         return torch.tensor(padded), [len(ids) + 2 for ids in words]
 
     def forward(
-        self, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "n tokens"]
+        self, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "n tokens"], quantise: bool
     ) -> Float[Tensor, " n"]:
         """The scores."""
-        patches = self.patches(images)
+        patches = self.patches(images, quantise)
+        padding = (tokens == self.tokenizer.pad_token_id)[:, None, None]
+        lowest = torch.finfo(patches.dtype).min
         output = self.text(
             input_ids=tokens,
-            attention_mask=(tokens != self.tokenizer.pad_token_id).long(),
+            # what is added to the logits: a mask of zeros and ones would wait for the device
+            attention_mask=patches.new_zeros(()).masked_fill(padding, lowest),
             encoder_hidden_states=patches,
-            encoder_attention_mask=tokens.new_ones(patches.shape[:2]),
             is_decoder=False,  # words attend to all words, not to earlier ones only
         )
         return (self.head(output.last_hidden_state[:, 0])[:, 0] - MEAN) / STD

@@ -23,7 +23,9 @@ from diffusion_envs.rewards.hps import HPS
 from diffusion_envs.rewards.image_reward import ImageReward
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from diffusion_envs.rewards.pick_score import PickScore
+from diffusion_envs.rewards.remote import Remote
 from diffusion_envs.rewards.text_in_picture import ReadableText, TextInPicture
+from diffusion_envs.rewards.vlm_judge import VLMJudge
 from diffusion_envs.rewards.weighted import Weighted
 from diffusion_envs.rewards.weights import Weights
 
@@ -40,6 +42,7 @@ class Named:
         model: what its first field names, in words; None where it needs no model.
         weights: the files of its model, where they can be fetched.
         judges_only: it only judges, and trains nothing.
+        at: how it is made from a place, where that is not its first field.
     """
 
     kind: Callable[..., Reward]
@@ -47,10 +50,11 @@ class Named:
     model: str | None = None
     weights: Weights | None = None
     judges_only: bool = False
+    at: Callable[..., Reward] | None = None
 
     def make(self, place: str | None) -> Reward:
         """The reward, with its model from a place."""
-        return self.kind(*([] if self.model is None else [place]), **self.settings)
+        return (self.at or self.kind)(*([] if self.model is None else [place]), **self.settings)
 
     def makes(self, reward: Reward) -> bool:
         """Whether this name is that reward's, wherever its model is."""
@@ -72,6 +76,8 @@ REWARDS: Mapping[str, Named] = {
     "class-confidence-judge": Named(ClassConfidence, {"classifier": "judge"}, judges_only=True),
     "jpeg-compressibility": Named(JpegCompressibility),
     "jpeg-incompressibility": Named(JpegIncompressibility),
+    "remote": Named(Remote, model="the URL of a server, such as http://127.0.0.1:8000"),
+    "vlm-judge": Named(VLMJudge, model="MODEL@URL of a chat endpoint", at=VLMJudge.at),
     "red": Named(Colour, {"channel": "red"}),
     "green": Named(Colour, {"channel": "green"}),
     "blue": Named(Colour, {"channel": "blue"}),

@@ -3,7 +3,7 @@
 On several processes they run on the main one only, which decides for all whether to go on.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -43,13 +43,14 @@ class Callbacks:
         with ExitStack() as stack:
             for part in self.parts:
                 stack.callback(part.end)
-            yield self._agreed([part.begin() for part in self.parts])
+            yield self._agreed(part.begin() for part in self.parts)
 
     def after(self, numbers: Mapping[str, Any]) -> str | None:
         """The reason to stop, if there is one."""
-        return self._agreed([part.after(numbers) for part in self.parts])
+        return self._agreed(part.after(numbers) for part in self.parts)
 
-    def _agreed(self, reasons: Sequence[str | None]) -> str | None:
-        mine = "; ".join(reason for reason in reasons if reason) or None
+    def _agreed(self, reasons: Iterable[str | None]) -> str | None:
+        with parallel.failing_together(self.accelerator):  # evaluations ask rewards too
+            mine = "; ".join(reason for reason in [*reasons] if reason) or None
         stop = parallel.broadcast_from_main(int(mine is not None), self.accelerator)
         return (mine or "the main process says so") if stop else None

@@ -168,7 +168,7 @@ def finetune(
         parts = [Logging(tracker), bar, evaluations, *ruled, checkpoints] if main else []
         callbacks = Callbacks(parts, accelerator)
 
-        with callbacks.running() as reason:
+        with parallel.ending_together(accelerator), callbacks.running() as reason:
             total = updates if reason is None else trainer.update
             for numbers in leaving_images(trainer.updates(total), folder, accelerator):
                 reason = callbacks.after(numbers)

@@ -26,6 +26,11 @@ _ANY_TIME = (  # no number of an update depends on them
     *("updates", "model.device", "options.wandb", "options.progress"),
     "options.frontier_samples",
 )
+_SERVERS = ("diffusion_envs.rewards.remote:Remote", "diffusion_envs.rewards.vlm_judge:VLMJudge")
+_HOW_REACHED = (  # a server: what it scores is compared when a run is resumed
+    *("url", "concurrency", "timeout", "connect_timeout", "retries", "backoff", "patience"),
+    *("api_key_variable", "cache"),
+)
 
 
 @dataclass(frozen=True)
@@ -139,9 +144,10 @@ def rebuild(described: Any, setting: str = "") -> Any:
 def differences(stored: Any, wanted: Any, setting: str = "") -> list[tuple[str, Any, Any]]:
     """Settings that differ: dotted name, value then, value now.
 
-    What changes no number (device, progress, logging) may differ, and so may the number of updates,
-    which has a rule of its own. Where a reward is stored by a name that leads nowhere, any other is
-    let through: its numbers are compared instead (``callbacks.Evaluations``).
+    What changes no number (device, progress, logging, the address of a reward's server) may differ,
+    and so may the number of updates, which has a rule of its own. Where a reward is stored by a
+    name that leads nowhere, any other is let through: its numbers are compared instead
+    (``callbacks.Evaluations``).
     """
     if setting in _ANY_TIME:
         return []
@@ -154,9 +160,10 @@ def differences(stored: Any, wanted: Any, setting: str = "") -> list[tuple[str, 
             return []
         if kinds == {"class"} and stored["class"] != wanted["class"]:
             return [(setting, stored["name"], wanted["name"])]
+        free = {"folder", *(_HOW_REACHED if stored.get("class") in _SERVERS else ())}
         return [
             differing
-            for k in sorted((stored.keys() | wanted.keys()) - {"folder"})
+            for k in sorted((stored.keys() | wanted.keys()) - free)
             for differing in differences(
                 stored.get(k), wanted.get(k), f"{setting}.{k}" if setting else k
             )

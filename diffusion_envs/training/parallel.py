@@ -1,7 +1,8 @@
 """Processes and their device; what several of them must agree on: gradients, batch statistics."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +11,11 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from diffusion_envs.preferences import MissingChoicesError
+from diffusion_envs.rewards import RewardError
+
+
+class RewardErrorOfAll(RewardError):
+    """The reward failed on one of several processes; all of them raise this and end together."""
 
 
 def start(device: str | None = None) -> Accelerator:
@@ -118,3 +124,49 @@ def missing_anywhere(
         images=None if any(part is None for part in images) else torch.cat(images),
         prompts=[prompt for part in prompts for prompt in part],
     )
+
+
+@contextmanager
+def failing_together(accelerator: Accelerator) -> Iterator[Callable[[], None]]:
+    """Within this context a reward that fails on one process ends all of them, and none waits.
+
+    The processes agree once: at the end of the context, or earlier where they call what it gives,
+    before they wait for each other in another way; after that the reward may not be asked.
+
+    Raises:
+        RewardErrorOfAll: the reward failed on any of several processes.
+    """
+    agreed = False
+
+    def agree(failure: RewardError | None = None) -> None:
+        nonlocal agreed
+        if agreed or accelerator.num_processes == 1:
+            return
+        agreed = True
+        failed = torch.tensor([failure is not None], device=accelerator.device)
+        if bool(gather(failed, accelerator).any()):
+            mine = [] if failure is None else [f"process {accelerator.process_index}: {failure}"]
+            raise RewardErrorOfAll("; ".join(gather_object(mine))) from failure
+
+    try:
+        yield agree
+    except RewardErrorOfAll:
+        raise
+    except RewardError as failure:
+        agree(failure)
+        raise
+    agree()
+
+
+@contextmanager
+def ending_together(accelerator: Accelerator) -> Iterator[None]:
+    """Errors that all processes raise leave this context only when all have come to its end.
+
+    The first process to end takes the others with it: none may do so while the main one still
+    writes what the run goes on from.
+    """
+    try:
+        yield
+    except (RewardErrorOfAll, MissingChoicesError):
+        accelerator.wait_for_everyone()
+        raise

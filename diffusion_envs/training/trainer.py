@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -188,17 +188,18 @@ class Trainer:
         # Prompts in turn, so that every roll-out has each of them equally often.
         condition = torch.tensor([i // objective.group % len(environment.prompts) for i in indices])
         needed = objective.compares_paths or self.target_kl is not None
-        sample = environment.sample(
-            objective.policy,
-            indices,
-            condition,
-            stream=self.stream_name,
-            denoised=objective.needs_value and objective.denoised_rewards,
-            group=objective.group,
-            shared_start=objective.shared_start,
-            reference=needed or self.log_path_kl,
-            count_reference=needed,
-        )
+        with parallel.failing_together(self.accelerator):
+            sample = environment.sample(
+                objective.policy,
+                indices,
+                condition,
+                stream=self.stream_name,
+                denoised=objective.needs_value and objective.denoised_rewards,
+                group=objective.group,
+                shared_start=objective.shared_start,
+                reference=needed or self.log_path_kl,
+                count_reference=needed,
+            )
         rollout, more = sample.rollout, dict[str, Tensor]()
         if self.critic is not None:
             if self.update == 0:
@@ -236,19 +237,25 @@ class Trainer:
         """What the objective learns from this roll-out; made before the weights change."""
         objective, size = self.objective, self.size
         changes = size.minibatches > 1 or self._lags
-        return objective.losses_of(
-            Update(
-                environment=self.environment,
-                rollout=rollout,
-                advantages=lambda function: self._over_all(function, rollout),
-                values=None if self.critic is None else self.critic.at(rollout),
-                usual_moves=None if self.critic is None else self.critic.usual_moves,
-                stream=self._generator,
-                old_policy=self._sampling_policy if changes else None,
-                batch=size.batch,
-                train_steps=size.train_steps,
+        with parallel.failing_together(self.accelerator) as agree:
+
+            def advantages(function: Callable[[Rollout], Tensor]) -> Tensor:
+                agree()  # targets may have asked the reward, and this waits for all
+                return self._over_all(function, rollout)
+
+            return objective.losses_of(
+                Update(
+                    environment=self.environment,
+                    rollout=rollout,
+                    advantages=advantages,
+                    values=None if self.critic is None else self.critic.at(rollout),
+                    usual_moves=None if self.critic is None else self.critic.usual_moves,
+                    stream=self._generator,
+                    old_policy=self._sampling_policy if changes else None,
+                    batch=size.batch,
+                    train_steps=size.train_steps,
+                )
             )
-        )
 
     def _generator(self, *name: str | int) -> torch.Generator:
         """Random numbers of this update and process."""
@@ -271,8 +278,9 @@ class Trainer:
             order = torch.randperm(groups, generator=shuffle)
             for k, part in enumerate(order.chunk(size.minibatches)):
                 self.optimiser.zero_grad(set_to_none=True)
-                for loss in losses.losses(part, shuffle):
-                    loss.backward()
+                with self._differentiating():
+                    for loss in losses.losses(part, shuffle):
+                        loss.backward()
                 parallel.average_gradients(self.parameters, self.accelerator)
                 norm = nn.utils.clip_grad_norm_(self.parameters, most).item()
                 if not math.isfinite(norm):
@@ -284,6 +292,11 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] *= self.objective.decay
         return {**losses.numbers(), "gradient_norm": norm, **stepped}
+
+    def _differentiating(self) -> AbstractContextManager[Any]:
+        """Within this context losses may ask the reward for its gradient, and it may fail."""
+        asks = self.objective.needs_reward_gradient
+        return parallel.failing_together(self.accelerator) if asks else nullcontext()
 
     def _metric(self, rollout: Rollout, epoch: int, k: int) -> Callable[[str, float], PathMetric]:
         """(what for, share of the rows) -> the metric of path laws on this roll-out's states."""

@@ -20,6 +20,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LONGEST = 3  # letters a word
 SIDE = 32  # pixels of a picture
 FONTS = ("DejaVuSans-Bold", "DejaVuSansMono-Bold")  # matplotlib brings them
+PROMPTS = Path(__file__).parent / "prompts"  # training.txt and held_out.txt, for fine-tuning
 _FINE = 4  # subpixels a pixel, each way
 _CELL = 9  # pixels from one letter to the next
 _HEIGHT = 12  # pixels of a capital letter

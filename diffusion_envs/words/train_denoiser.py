@@ -27,14 +27,14 @@ from diffusion_envs.words.signs import caption, draw_words, signs
 _log = logging.getLogger(__name__)
 
 RECIPE = Recipe(
-    updates=4000,
+    updates=3200,
     learning_rate=1.2e-3,
     batch=32,
     average=0.998,
     seconds_between_checkpoints=240.0,
     precision=torch.float32,
 )
-PICTURES = 30_000  # drawn and encoded once
+PICTURES = 24_000  # drawn and encoded once
 WIDTH = 96  # of text embeddings
 LENGTH = 16  # tokens a prompt, begin and end included
 
@@ -82,7 +82,7 @@ def train(output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -> None:
         return latents[rows].float(), captions
 
     def report(step: int, modules: nn.ModuleDict) -> None:
-        prompts = [caption(word) for word in ("A", "GO", "CAT", "DOG", "SUN") for _ in range(6)]
+        prompts = [caption(word) for word in ("FOX", "PIG", "RED", "SAW", "WHY") for _ in range(6)]
         pipe = pipeline(modules, vae, tokenizer)
         images = sample(pipe, prompts, steps=20, guidance=3.0, eta=1.0, seed=seed)
         (output / "samples").mkdir(exist_ok=True)

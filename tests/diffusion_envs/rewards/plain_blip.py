@@ -17,6 +17,7 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711])
 # no [CLS] at 101, so that nothing works by a default; "##s" and "##fa" go on with a word
 VOCABULARY = ["[PAD]", "[UNK]", "[MASK]", "[CLS]", "[SEP]", "a", "cat", "dog", "##s", "on"]
 VOCABULARY += [",", "so", "##fa", "red", "blue"]
+WORDS = [*VOCABULARY, "[DEC]", "[ENC]"]
 PROMPTS = ["A cat, on a Sofa", "red dogs", "", "cat " * 40]
 ROWS = [["a", "cat", ",", "on", "a", "so", "##fa"], ["red", "dog", "##s"], [], ["cat"] * 40]
 LIMIT = 33  # words of one token each: with [CLS] and [SEP] they are 35
@@ -117,7 +118,7 @@ def _score(tensors, image, row):
     own = {
         name.removeprefix("blip.text_encoder."): value.double() for name, value in tensors.items()
     }
-    ids = [VOCABULARY.index(word) for word in ["[CLS]", *row[:LIMIT], "[SEP]"]]
+    ids = [WORDS.index(word) for word in ["[CLS]", *row[:LIMIT], "[SEP]"]]
     # what is padded is attended to by nobody, so it need not be there
     x = own["embeddings.word_embeddings.weight"][ids]
     x = x + own["embeddings.position_embeddings.weight"][: len(ids)]

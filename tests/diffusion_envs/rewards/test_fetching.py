@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from diffusion_envs.rewards import image_reward
-from diffusion_envs.rewards.__main__ import main
+from diffusion_envs.rewards.__main__ import LEARNED, main
 from diffusion_envs.rewards.fetching import convert, fetch
 from diffusion_envs.rewards.image_reward import WEIGHTS, ImageReward
 from tests.diffusion_envs.rewards import plain_blip
+from tests.diffusion_envs.rewards.learned import CASES
 
 PROMPTS = ["a cat", "red dogs"]
 
@@ -111,6 +112,36 @@ def test_converted_weights_score_the_same_bit_for_bit(published, tmp_path, image
     assert (folder / "model.safetensors").stat().st_size < 3 * numbers  # still half precision
 
 
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_every_reward_is_the_same_from_converted_files(case, tmp_path, generator):
+    source = tmp_path / "published"
+    source.mkdir()
+    case.write(source, case.state(generator))
+    images, prompts = torch.rand(4, 3, 41, 58, generator=generator), list(case.prompts)
+    scores = case.make(source)(images, prompts)
+    if not any(file.suffix in (".pt", ".pth", ".bin") for file in source.iterdir()):
+        with pytest.raises(ValueError, match="nothing is left to convert"):
+            convert(case.weights, source, tmp_path / "converted")
+        return
+    convert(case.weights, source, tmp_path / "converted")
+    assert torch.equal(case.make(tmp_path / "converted")(images, prompts), scores)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_what_is_fetched_is_what_the_reward_needs(name, hub, published, tmp_path):
+    weights, make = LEARNED[name]
+    for repository, files in weights.repositories.items():
+        (published / repository).mkdir(parents=True, exist_ok=True)
+        for file in files:
+            (published / repository / file).write_text("")
+    if name == "aesthetic-v1":
+        with pytest.raises(FileNotFoundError, match=r"linear\.pth is on no hub; put it there by"):
+            fetch(weights, tmp_path / "mine")
+        (tmp_path / "mine" / "sa_0_4_vit_l_14_linear.pth").write_text("")
+    assert fetch(weights, tmp_path / "mine").keys() == weights.files.keys()
+    assert make(str(tmp_path / "mine"))
+
+
 def test_convert_overwrites_nothing(published, tmp_path, capsys):
     source = tmp_path / "published"
     (tmp_path / "converted").mkdir()
@@ -152,13 +183,16 @@ def test_the_table_shows_every_reward_without_reading_anything(capsys, monkeypat
     shown = capsys.readouterr().out
     for words in ("image-reward", "ImageReward-v1.0", "Apache-2.0", "224 x 224", "vocab.txt"):
         assert words in shown
+    for name in LEARNED:
+        assert f" {name} " in shown
+    assert "text-in-picture" in shown
 
 
 @pytest.mark.parametrize("command", ["fetch", "convert"])
 def test_an_unknown_reward_is_refused(command, capsys, tmp_path):
     words = [] if command == "fetch" else ["here", str(tmp_path)]
     assert main([command, "image-rewards", *words]) == 2
-    assert "reward must be one of image-reward" in capsys.readouterr().err
+    assert "did you mean 'image-reward'?" in capsys.readouterr().err
 
 
 def test_a_missing_source_is_said(tmp_path, capsys):
