@@ -16,6 +16,12 @@ Biased       (1) The group's std weighs prompts, and starts if they are shared, 
              differentiated at the states that were visited, not through them: on the
              linear-Gaussian model of the tests its gradient is off by 42 % of its size.
              ``ScoreAsAction`` charges it to the return, which has no such bias.
+Advantages   "ranks" in place of rewards: the same for every increasing function of the reward; of n
+             rewards without ties the gradient is sqrt(12 (n - 1) / (n + 1)) times that of
+             P(r > r'), r' of another path of the old policy. "parts": sum_k w_k A_k / sqrt(sum_k
+             w_k^2) over the parts of a ``rewards.Weighted``, each standardised by itself ([G],
+             which divides by the sum's standard deviation over the batch instead); with one part
+             it is the plain one.
 Fixed point  On ``diffusion_envs.exact.GaussianProblem``, 20 steps, a kl_weight of 0.5 standard
              deviations of the reward (0.27 there) a nat converges to 79.4 percent of the gain that
              E[r] - 0.5 (path KL) allows, with large groups: 0.5 is then another weight, each step
@@ -38,7 +44,8 @@ Published    (1) A standard deviation here is the population's (n in the denomin
 
 Sources      [D] Xue, Wu, Gao et al. 2025, DanceGRPO, arXiv 2505.07818. [L] Liu, Liu, Liang et al.
              2025, Flow-GRPO, arXiv 2505.05470, and issues 22 and 78 of its code. [S] Shao, Wang et
-             al. 2024, DeepSeekMath, arXiv 2402.03300. Settings: the two projects' code.
+             al. 2024, DeepSeekMath, arXiv 2402.03300. [G] Liu, Dong, Lu et al. 2026, GDPO,
+             arXiv 2601.05242. Settings: the two projects' code.
 """
 
 import math

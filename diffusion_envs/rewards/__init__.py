@@ -21,6 +21,7 @@ from diffusion_envs.rewards.contract import (
 )
 from diffusion_envs.rewards.declaration import Declaration, Declaring
 from diffusion_envs.rewards.hps import HPS
+from diffusion_envs.rewards.image_reward import ImageReward
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from diffusion_envs.rewards.pick_score import PickScore
 from diffusion_envs.rewards.remote import Remote
@@ -40,6 +41,7 @@ __all__ = [
     "Declaration",
     "Declaring",
     "Embedder",
+    "ImageReward",
     "InParts",
     "JpegCompressibility",
     "JpegIncompressibility",

@@ -178,7 +178,7 @@ def score(
 
 
 def score_in_parts(
-    reward: Reward, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str], ask: Scorer = score
+    reward: Reward, images: Float[Tensor, " n *event"], prompts: Sequence[str], ask: Scorer = score
 ) -> tuple[Float[Tensor, " n"], dict[str, Float[Tensor, " n"]]]:
     """Rewards of images, and each part of them; no part of a reward that has none.
 

@@ -169,7 +169,7 @@ class Weighted:
         }
 
     def parts(
-        self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str], ask: Scorer = score
+        self, images: Float[Tensor, " n *event"], prompts: Sequence[str], ask: Scorer = score
     ) -> dict[str, Float[Tensor, " n"]]:
         """Every part in units of its own, each asked once and checked by ``ask``.
 

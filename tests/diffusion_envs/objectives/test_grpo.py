@@ -288,6 +288,19 @@ def test_ranks_know_no_units(generator):
         assert abs(total) < 1e-12
 
 
+def test_ranks_climb_the_probability_of_exceeding_another_path(generator):
+    # x ~ N(0, 1), r = exp(x): d/dmu P(x > x') = 1 / (2 sqrt(pi)), the density of x - x' at 0
+    n, groups = 4, 100_000
+    x = torch.randn(groups * n, dtype=torch.float64, generator=generator)
+    advantage = GRPO(group=n, advantage="ranks").advantages(bare(x.exp(), steps=1))[:, 0]
+    by_group = (advantage * x).view(groups, n).mean(1)  # grad log p = x; groups are independent
+    expected = math.sqrt(12 * (n - 1) / (n + 1)) / (2 * math.sqrt(math.pi))
+    # the mildest mistake: (n - 1) / n for (n - 1) / (n + 1) under the root, +12 %
+    error = by_group.std().item() / groups**0.5
+    assert 5 * error < 0.05 * expected, "blind"  # 5 errors: a false alarm of 6e-7
+    assert abs(by_group.mean().item() - expected) < 5 * error
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_of_one_part_the_advantage_is_the_plain_one(whole, generator):
     rewards = torch.randn(24, dtype=torch.float64, generator=generator)

@@ -129,7 +129,7 @@ def test_every_reward_is_the_same_from_converted_files(case, tmp_path, generator
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_what_is_fetched_is_what_the_reward_needs(name, hub, published, tmp_path):
-    weights, make = LEARNED[name]
+    weights = LEARNED[name].weights
     for repository, files in weights.repositories.items():
         (published / repository).mkdir(parents=True, exist_ok=True)
         for file in files:
@@ -139,7 +139,7 @@ def test_what_is_fetched_is_what_the_reward_needs(name, hub, published, tmp_path
             fetch(weights, tmp_path / "mine")
         (tmp_path / "mine" / "sa_0_4_vit_l_14_linear.pth").write_text("")
     assert fetch(weights, tmp_path / "mine").keys() == weights.files.keys()
-    assert make(str(tmp_path / "mine"))
+    assert LEARNED[name].make(str(tmp_path / "mine"))
 
 
 def test_convert_overwrites_nothing(published, tmp_path, capsys):

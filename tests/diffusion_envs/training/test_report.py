@@ -466,3 +466,50 @@ def test_no_two_samplers_look_the_same():
     lines = [container.lines[0] for container in axes.containers]
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(names)
     assert len({line.get_color() for line in lines[:8]}) == 8
+
+
+# -- parts of a reward, and groups ----------------------------------------------------------------
+
+
+def with_lines(folder, **more):
+    """A run whose every update logs these numbers too."""
+    path = make_run(folder) / "metrics.jsonl"
+    lines = [json.loads(line) | more for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_each_part_of_a_reward_has_a_curve_and_its_gain(tmp_path):
+    part = {"reward.pick": estimate(20.0, 0.1), "reward.jpeg": estimate(-0.3, 0.01)}
+    folder = with_lines(tmp_path / "run", **part)
+    summary = json.loads((folder / "summary.json").read_text())
+    told = {"before": estimate(20.0, 0.1), "after": estimate(20.5, 0.1)}
+    summary["parts"] = {"pick": told | {"difference": estimate(0.5123, 0.0301)}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_report(folder).read_text())
+    pictures = [tag.get("alt", "") for name, tag in page.tags if name == "img"]
+    for name in ("pick", "jpeg"):
+        assert [alt for alt in pictures if alt.startswith(f"part of the reward: {name} of the")]
+    assert "part: pick" in page.cells
+    assert "+0.512 ± 0.030" in page.cells
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.7, True), (0.51, True), (0.5, False), (0.0, False)])
+def test_it_says_when_most_groups_carry_no_gradient(tmp_path, share, said):
+    folder = with_lines(tmp_path / "run", groups_without_signal=share)
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"]["objective"] = {"name": "GRPO", "group": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = " ".join(Page(write_report(folder).read_text()).words)
+    sentence = f"{100 * share:.0f} % of groups of 2 carry no gradient"
+    assert (sentence in words) == said
+    assert ("raise the group size or use a graded reward" in words) == said
+    assert ("share of groups without signal" in words) == (share > 0)
+
+
+def test_counts_are_drawn_if_anything_was_counted(tmp_path):
+    counts = {"reward_counts.prompts_cut": 3, "reward_counts.cache_hits": 0}
+    page = Page(write_report(with_lines(tmp_path / "run", **counts)).read_text())
+    words = " ".join(page.words)
+    assert "counted by the reward: prompts_cut" in words
+    assert "cache_hits" not in words

@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from diffusion_envs.objectives import (
     ReinforceAdjointMatching,
     ScoreAsAction,
 )
+from diffusion_envs.rewards import Weighted
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.training.optimisers import AdamW, NaturalGradient
 from diffusion_envs.training.trainer import Trainer
@@ -36,6 +39,7 @@ OBJECTIVES: dict[str, Objective] = {
     "score-as-action": ScoreAsAction(kl_weight=0.3, learning_rate=0.02),
     "ddpo": DDPO(learning_rate=0.02),
     "grpo": GRPO(group=2, learning_rate=0.02, shared_start=True),
+    "parts": GRPO(group=2, learning_rate=0.02, advantage="parts", whole_batch_std=True),
     "d3po": D3PO(learning_rate=0.02),
     "adjoint matching": AdjointMatching(kl_weight=0.3, learning_rate=0.02),
     "draft": DRaFT(last=2, kl_weight=0.1, learning_rate=0.02),
@@ -58,12 +62,26 @@ class Data:
         return torch.randn(n, 2, generator=generator)
 
 
+class Near:
+    """Squared distance from 0; it counts the states that it was asked for."""
+
+    def __init__(self) -> None:
+        self.counts = Counter[str]()  # names that no process knows before
+
+    def __call__(self, states: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.counts["asked"] += len(states)
+        return states.square().sum(1)
+
+
 def seen(objective: Objective, accelerator: Accelerator, clip: float) -> dict[str, Any]:
     """What two updates of one process see and leave."""
     environment = GaussianProblem().environment(DDIM(0.8).bind(table(), STEPS), 5)
     size = UpdateSize(
         samples=PATHS, batch=100, value_batch=10_000, value_epochs=2, max_gradient_norm=clip
     )
+    if objective is OBJECTIVES["parts"]:
+        near = Near()
+        environment.reward = Weighted({"own": (environment.reward, 1.0), "near": (near, -2.0)})
     data = Data() if objective.needs_data else None
     optimiser = (
         NaturalGradient(share=0.5) if objective is FROM_DATA["natural gradient"] else AdamW()
