@@ -170,6 +170,8 @@ def test_every_setting_of_every_objective_can_be_given(name):
     for field in dataclasses.fields(kind):
         if field.name == "first_variation":
             value, words = NearTarget(5.5), ["--first-variation", "near:5.5"]
+        elif field.name == "advantage":
+            value, words = "ranks", ["--advantage", "ranks"]
         else:
             value = another(getattr(kind(), field.name))
             flag = field.name.replace("_", "-")
