@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 Loss = Callable[[nn.ModuleDict, Generator], dict[str, Tensor]]
 """(modules, random stream of this step and process) -> named scalars; "loss" is minimised."""
 
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -152,7 +154,7 @@ def fit(
     return weights
 
 
-def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
+def _moving_average(decay: float) -> Callable[[_Tensors, _Tensors, Any], None]:
     """Exponential averages of tensors of one type; integers, such as places of tokens, are copied.
 
     torch's own rounds an average of equal integers down, one step after the other.
@@ -160,7 +162,7 @@ def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any],
     average = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
-    def update(averages: list[Tensor], values: list[Tensor], count: Any) -> None:
+    def update(averages: _Tensors, values: _Tensors, count: Any) -> None:
         if torch.is_floating_point(averages[0]):
             average(averages, values, count)
             return
