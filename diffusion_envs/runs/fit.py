@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -104,7 +105,7 @@ def fit(
     parameters = [p for p in modules.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
     averaged = AveragedModel(
-        modules, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True
+        modules, multi_avg_fn=_moving_average(recipe.average), use_buffers=True
     )
     weights = averaged.module
     assert isinstance(weights, nn.ModuleDict)  # a copy of ``modules``
@@ -132,9 +133,7 @@ def fit(
                 raise FloatingPointError(f"{name}: gradient norm is {norm} at step {step}")
             optimiser.step()
             # Early weights are far off: let the average forget them faster at the start.
-            averaged.multi_avg_fn = get_ema_multi_avg_fn(
-                min(recipe.average, (1 + step) / (10 + step))
-            )
+            averaged.multi_avg_fn = _moving_average(min(recipe.average, (1 + step) / (10 + step)))
             averaged.update_parameters(modules)
             shown = "  ".join(f"{k} {v.detach():.4f}" for k, v in numbers.items())
             advance(shown)
@@ -151,3 +150,21 @@ def fit(
                     on_checkpoint(step + 1, weights)
                 saved = time.monotonic()
     return weights
+
+
+def _moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
+    """Exponential averages of tensors of one type; integers, such as places of tokens, are copied.
+
+    torch's own rounds an average of equal integers down, one step after the other.
+    """
+    average = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], values: list[Tensor], count: Any) -> None:
+        if torch.is_floating_point(averages[0]):
+            average(averages, values, count)
+            return
+        for kept, value in zip(averages, values, strict=True):
+            kept.copy_(value)
+
+    return update

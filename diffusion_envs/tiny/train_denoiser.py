@@ -10,6 +10,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from jaxtyping import Float
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -90,16 +91,24 @@ def encode(vae: AutoencoderKL, images: Tensor, batch: int = 250) -> Tensor:
     return torch.cat(parts) * vae.config["scaling_factor"]
 
 
-def noise_prediction(draw: Draw, tokenizer: CLIPTokenizer, batch: int) -> Loss:
-    """Squared error of the predicted noise, with min-SNR weights, of "unet" and "text_encoder".
+def min_snr_weights() -> Tensor:
+    """Weights of squared errors of the noise at every timestep, min-SNR."""
+    alpha_bar = scheduler().alphas_cumprod
+    return (SNR_CAP * (1 - alpha_bar) / alpha_bar).clamp(max=1)
+
+
+def noise_prediction(
+    draw: Draw, tokenizer: CLIPTokenizer, batch: int, weights: Float[Tensor, " timesteps"]
+) -> Loss:
+    """Weighted squared error of the noise that "unet" and "text_encoder" predict.
 
     Args:
         draw: draws scaled latents and their captions.
         tokenizer: of the captions.
         batch: latents an update.
+        weights: of the error at each timestep.
     """
     alpha_bar = scheduler().alphas_cumprod
-    weights = (SNR_CAP * (1 - alpha_bar) / alpha_bar).clamp(max=1)
 
     def loss(modules: nn.ModuleDict, generator: Generator) -> dict[str, Tensor]:
         device = next(modules.parameters()).device
@@ -202,7 +211,7 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
         )
     fitted = fit(
         initial,
-        noise_prediction(draw, tokenizer, recipe.batch),
+        noise_prediction(draw, tokenizer, recipe.batch, min_snr_weights()),
         recipe,
         folder=output / "training" / "denoiser",
         seed=seed,

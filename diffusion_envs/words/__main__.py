@@ -47,7 +47,7 @@ class Measure:
 
     output: Path
     model: str = "words"
-    samples: int = 200
+    samples: int = 100
     seed: int = 0
 
 

@@ -2,7 +2,8 @@
 
 A sign is a plate on a flat background. Each letter is centred in a cell of its own, as on a sign
 with letters to hang up, so words of one length have their letters at the same places. Font, colours
-and place vary; letters and plate always differ clearly in brightness.
+and place vary; letters are always clearly darker than their plate. (If they could be lighter, too,
+the mean picture of a word would not show it, and a denoiser learns to read captions much later.)
 """
 
 import zlib
@@ -98,7 +99,7 @@ def _shrunk(fine: Float[Tensor, "n fine fine"]) -> Float[Tensor, "n 1 side side"
 
 
 def _colours(n: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Of background, plate and letters ``[n, 3, 1, 1]``; letters dark on light, or light on dark.
+    """Of background, plate and letters ``[n, 3, 1, 1]``; the letters are clearly darker.
 
     Drawn until plate and letters differ enough in brightness.
     """
@@ -108,6 +109,8 @@ def _colours(n: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
         again = torch.rand(2, n, 3, generator=generator)
         plate = torch.where(close[:, None], again[0], plate)
         ink = torch.where(close[:, None], again[1], ink)
+    inverse = ((plate - ink) @ luma < 0)[:, None]
+    plate, ink = torch.where(inverse, ink, plate), torch.where(inverse, plate, ink)
     return background[..., None, None], plate[..., None, None], ink[..., None, None]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from diffusion_envs.models.folders import local_folder, tiny_folder, variant_of
+from diffusion_envs.sd15 import StableDiffusion
 
 
 class Hub:
@@ -70,6 +71,7 @@ def test_names_and_files_that_are_no_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="empty name"):
         ask(Hub(tmp_path), " ")
     assert local_folder("tiny", None, ("StableDiffusionPipeline",), {}) == tiny_folder()
+    assert local_folder("words", None, ("StableDiffusionPipeline",), {}).parts[-3] == "words"
 
 
 @pytest.mark.parametrize(
@@ -108,3 +110,11 @@ def test_parts_without_a_variant_in_common_are_refused(tmp_path):
         (tmp_path / part / name).touch()
     with pytest.raises(FileNotFoundError, match="different variants in unet, vae"):
         variant_of(tmp_path, ("unet", "vae"))
+
+
+def test_the_name_of_a_shipped_model_is_no_folders(tmp_path, monkeypatch):
+    for name in ("tiny", "words", "other"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = [StableDiffusion(name).model for name in ("tiny", "words", "other")]
+    assert names == ["tiny", "words", str(tmp_path / "other")]

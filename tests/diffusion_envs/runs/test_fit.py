@@ -97,3 +97,17 @@ def test_a_gradient_that_is_not_finite_stops_it(tmp_path):
 def test_what_is_no_recipe_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**{"updates": 1, "learning_rate": 0.1, "batch": 1} | settings)
+
+
+def test_integers_are_not_averaged(tmp_path):
+    """Averages of equal integers would be rounded down, and places of tokens would drift."""
+    with initial_weights(0):
+        modules = nn.ModuleDict({"line": nn.Linear(3, 1)})
+    modules["line"].register_buffer("places", torch.arange(16))
+
+    def loss(m: nn.ModuleDict, g: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"loss": m["line"](torch.randn(4, 3, generator=g)).float().square().mean()}
+
+    recipe = Recipe(updates=20, learning_rate=0.1, batch=4, precision=torch.float32)
+    averaged = fit(modules, loss, recipe, folder=tmp_path, seed=3, name="line")
+    assert torch.equal(averaged["line"].get_buffer("places"), torch.arange(16))
