@@ -171,7 +171,7 @@ def test_every_setting_of_every_objective_can_be_given(name):
         if field.name == "first_variation":
             value, words = NearTarget(5.5), ["--first-variation", "near:5.5"]
         elif field.name == "advantage":
-            value, words = "ranks", ["--advantage", "ranks"]
+            value, words = "parts", ["--advantage", "parts"]
         else:
             value = another(getattr(kind(), field.name))
             flag = field.name.replace("_", "-")
@@ -208,7 +208,7 @@ def test_help_explains_every_setting_of_the_objective(name, capsys, monkeypatch)
     monkeypatch.setattr(
         command_line, "OBJECTIVES", {name: OBJECTIVES[name]}
     )  # only its own in a list
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")  # one column, so that explanations are not interleaved
     assert run("--objective", name, "--help") == 0
     shown = capsys.readouterr().out
     explained, _, listed = shown.partition("objective-settings")[2].partition("Every objective")
@@ -216,7 +216,7 @@ def test_help_explains_every_setting_of_the_objective(name, capsys, monkeypatch)
     for field in dataclasses.fields(OBJECTIVES[name]):
         flag = "--" + field.name.replace("_", "-")
         assert flag in listed
-        said = explained[explained.index(flag) :].partition("(default: ")
+        said = explained[explained.index(flag) :].partition("(default:")
         assert re.search("[a-z]{3}", said[0].removeprefix(flag)), f"{name} {flag} has no help"
 
 
