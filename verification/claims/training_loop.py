@@ -76,6 +76,11 @@ class Process(Accelerator):
         self._index, self._processes = index, processes
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return torch.device("cpu")
+
+    @property
     def num_processes(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]  # accelerate types it as NoReturn
         """Number of processes that this one is told of."""
         return self._processes
