@@ -76,7 +76,7 @@ class Process(Accelerator):
         self._index, self._processes = index, processes
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]  # as below
         """Where it computes."""
         return torch.device("cpu")
 
