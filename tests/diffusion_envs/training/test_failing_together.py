@@ -2,9 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from diffusion_envs import objectives, rewards, sd15
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.training.update_size import UpdateSize
+from tests.diffusion_envs.training.processes import run_two
 
 # objective; process that fails; its call that does. On the main process the first is the
 # evaluation of the pretrained model; an update has two calls, or more where they serve a slope.
@@ -73,28 +71,9 @@ def main(folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left their runs, and what each ended by."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     code = "import sys; from pathlib import Path; from tests.diffusion_envs.training."
     code += "test_failing_together import main; main(Path(sys.argv[1]))"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)],
-            env=os.environ | world | {"RANK": str(k), "LOCAL_RANK": str(k)},
-            cwd=Path(__file__).parents[3],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for k in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all((folder / f"{k}.json").is_file() for k in range(2)), errors
+    run_two(code, folder)
     return folder
 
 

@@ -1,19 +1,14 @@
 """Several processes wait for people together: one set of images, one error, no one goes on."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.diffusion_envs.training.processes import run_two
+
 PROCESS = """
 import sys
 from pathlib import Path
-import torch
 from accelerate import Accelerator
 from diffusion_envs.exact.problems import GaussianProblem, table
 from diffusion_envs.objectives import D3PO
@@ -40,7 +35,6 @@ for name in ("none", "half", "all"):
     except MissingChoicesError as missing:
         said = f"{missing.groups} {len(missing.images)} {missing.prompts} {missing}"
     (folder / f"{name}-{accelerator.process_index}.txt").write_text(said)
-torch.distributed.destroy_process_group()
 """
 
 
@@ -51,27 +45,7 @@ def test_two_processes_leave_all_images_once_and_stop_with_one_error(tmp_path):
     for name, chosen in (("half", pairs[:2]), ("all", pairs)):
         lines = [json.dumps({"order": pair}) for pair in chosen]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(tmp_path)],
-            cwd=ROOT,
-            env=os.environ | world | {"RANK": str(k), "LOCAL_RANK": str(k), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for k in range(2)
-    ]
-    try:
-        for one in started:
-            _, errors = one.communicate(timeout=150)
-            assert one.returncode == 0, errors
-    finally:
-        for one in started:
-            one.kill()
+    run_two(PROCESS, tmp_path)
     for name, missing in (("none", pairs), ("half", pairs[2:])):
         said = [(tmp_path / f"{name}-{k}.txt").read_text() for k in range(2)]
         assert said[0] == said[1]

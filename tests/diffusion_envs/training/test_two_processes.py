@@ -1,9 +1,5 @@
 """Two processes against one: the same samples, advantages, gradients, critic and counts."""
 
-import os
-import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +28,7 @@ from diffusion_envs.samplers import DDIM
 from diffusion_envs.training.optimisers import AdamW, NaturalGradient
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
+from tests.diffusion_envs.training.processes import run_two
 from verification.claims.training_loop import Process
 
 PATHS, STEPS = 8, 3
@@ -127,33 +124,15 @@ def main(folder: Path) -> None:
         for clip, width in CLIPS.items()
     }
     torch.save(found, folder / f"{accelerator.process_index}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     """What the two processes saw."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    root = Path(__file__).parents[3]
     code = "import sys; from pathlib import Path; from tests.diffusion_envs.training."
     code += "test_two_processes import main; main(Path(sys.argv[1]))"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)],
-            env=os.environ | world | {"RANK": str(k), "LOCAL_RANK": str(k)},
-            cwd=root,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for k in range(2)
-    ]
-    for process in started:
-        errors = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, errors
+    run_two(code, folder)
     return [torch.load(folder / f"{k}.pt", weights_only=True) for k in range(2)]
 
 
