@@ -52,7 +52,7 @@ diffusion_envs.models.stable_diffusion_pipeline
 diffusion_envs.models.text_to_image_unet diffusion_envs.models.unconditional_unet
 diffusion_envs.models.exact diffusion_envs.models
 diffusion_envs.rollout diffusion_envs.environment
-diffusion_envs.preferences diffusion_envs.objectives.protocol
+diffusion_envs.preferences diffusion_envs.objectives.protocol diffusion_envs.objectives.preflight
 diffusion_envs.objectives.path_steps diffusion_envs.objectives.noised_data
 diffusion_envs.objectives.last_steps
 diffusion_envs.objectives.adjoint_matching diffusion_envs.objectives.ram
