@@ -133,10 +133,11 @@ def why_ratio(tried: Experiments) -> str:
             "adapter: the roll-out was the pretrained model's, but with the adapter scores differ "
             f"from it by {changed:.2g} of their size: it was off, or was changed since"
         )
+    which = "adapter, or other weights" if before is None else "adapter"
     return (
-        f"adapter: scores differ from the roll-out's by {changed:.2g} of their size, and the "
-        f"adapter now changes them by {difference(now, pretrained):.2g}: it was switched, changed "
-        "or made anew in between"
+        f"{which}: scores differ from the roll-out's by {changed:.2g} of their size, and the "
+        f"adapter now changes them by {difference(now, pretrained):.2g}: something was switched "
+        "or changed in between"
     )
 
 

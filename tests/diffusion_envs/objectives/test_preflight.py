@@ -141,6 +141,14 @@ def test_a_network_of_half_precision_whose_batches_round_otherwise_is_a_matter_o
         run.losses(run.sample().rollout).check_fresh()
 
 
+def test_without_pretrained_scores_the_adapter_is_not_blamed_for_other_weights(small_trainer):
+    run = small_trainer(DDPO(), batch=5)
+    rollout = run.sample().rollout
+    other_weights(run)
+    with pytest.raises(PreflightError, match="cause is adapter, or other weights: scores differ"):
+        run.losses(rollout).check_fresh()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_last_bit_tells_half_precision(dtype, small_trainer):
     run = small_trainer(DDPO())
