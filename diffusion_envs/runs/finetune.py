@@ -23,7 +23,7 @@ from diffusion_envs.runs.interruption import interruptible
 from diffusion_envs.runs.monitoring import Evaluations, Logging
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.progress import ProgressBar
-from diffusion_envs.runs.prompts import read_prompts
+from diffusion_envs.runs.prompts import read_prompts, split
 from diffusion_envs.runs.resuming import Checkpoints
 from diffusion_envs.runs.run_folder import open_run
 from diffusion_envs.runs.run_frontier import compare
@@ -124,6 +124,9 @@ def finetune(
         if name not in ("output", "resume")
     }
     training, held_out_prompts = options.prompts_of(prompts, seed)
+    places = range(len(prompts))
+    if options.held_out:
+        places, _ = split(len(prompts), options.held_out, seed)
     _check(reward, objective, sampler, steps, updates, options)
     if optimiser is not None and not isinstance(optimiser, Optimiser):
         raise TypeError(f"optimiser must be an optimiser, got {optimiser!r}")
@@ -169,11 +172,21 @@ def finetune(
         checkpoints = Checkpoints(folder / "checkpoints", trainer, options.checkpoint_every, ruled)
         checkpoints.load()
         tracker = stack.enter_context(
-            Tracker(folder, first_update=trainer.update, wandb=options.wandb, enabled=main)
+            Tracker(
+                folder,
+                first_update=trainer.update,
+                wandb=options.wandb,
+                wandb_name=options.wandb_name,
+                enabled=main,
+            )
         )
         evaluations = Evaluations(trainer, held_out, tracker, folder, options, size.batch, updates)
         bar = ProgressBar(updates, done=trainer.update, shown=options.progress)
-        parts = [Logging(tracker), bar, evaluations, *ruled, checkpoints] if main else []
+        parts = (
+            [Logging(tracker, trainer, places), bar, evaluations, *ruled, checkpoints]
+            if main
+            else []
+        )
         callbacks = Callbacks(parts, accelerator)
 
         with parallel.ending_together(accelerator), callbacks.running() as reason:

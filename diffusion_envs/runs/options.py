@@ -54,6 +54,7 @@ class RunOptions:
         log_path_kl: report the path KL of every update also where the method does not need it, at
             the price of a network call a step.
         wandb: log to Weights & Biases too; or the name of the project ("ctrl" if left out).
+        wandb_name: of the run there; that of the run's folder if left out.
         progress: show a progress bar.
     """
 
@@ -72,6 +73,7 @@ class RunOptions:
     data: TrainingData | None = None
     log_path_kl: bool = False
     wandb: bool | str = False
+    wandb_name: str | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -121,8 +123,8 @@ class RunOptions:
             ValueError: ``held_out`` leaves nothing on one side.
         """
         if self.held_out:
-            return split(prompts, self.held_out, seed)
-        training = tuple(prompts)
+            training, held_out = split(len(prompts), self.held_out, seed)
+            return tuple(prompts[k] for k in training), tuple(prompts[k] for k in held_out)
         if self.evaluation_prompts is None:
-            return training, training
-        return training, read_prompts(self.evaluation_prompts)
+            return tuple(prompts), tuple(prompts)
+        return tuple(prompts), read_prompts(self.evaluation_prompts)

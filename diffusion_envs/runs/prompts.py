@@ -90,20 +90,17 @@ def from_words(
     return tuple(taken)
 
 
-def split(
-    prompts: Sequence[Prompt], held_out: int | float, seed: int
-) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """Prompts to train on and prompts to hold out, both in their order; the same for one seed.
+def split(n: int, held_out: int | float, seed: int) -> tuple[list[int], list[int]]:
+    """Places of the prompts to train on and of those to hold out; the same for one seed.
 
     Args:
-        prompts: all of them.
+        n: number of all prompts.
         held_out: how many, or their share of all.
         seed: of the run.
 
     Raises:
         ValueError: nothing would be left on one side.
     """
-    n = len(prompts)
     count = round(held_out * n) if isinstance(held_out, float) else held_out
     if not 0 < count < n:
         raise ValueError(
@@ -111,12 +108,8 @@ def split(
             f"{n} prompt{'' if n == 1 else 's'} holds out {count}: take another share or number, "
             "or more prompts"
         )
-    order = torch.randperm(n, generator=stream(seed, "held-out prompts"))
-    chosen = set(order[:count].tolist())
-    return (
-        tuple(prompt for k, prompt in enumerate(prompts) if k not in chosen),
-        tuple(prompt for k, prompt in enumerate(prompts) if k in chosen),
-    )
+    order = torch.randperm(n, generator=stream(seed, "held-out prompts")).tolist()
+    return sorted(order[count:]), sorted(order[:count])
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -204,21 +204,24 @@ def test_other_columns_are_other_prompts_when_a_run_is_resumed():
 
 def test_held_out_prompts_are_split_off_by_the_seed():
     prompts = tuple(Prompt(f"prompt {k}", {"k": k}) for k in range(20))
-    training, held_out = split(prompts, 0.25, 3)
+    training, held_out = RunOptions(held_out=0.25).prompts_of(prompts, 3)
     assert len(held_out) == 5
     assert sorted(training + held_out, key=prompts.index) == list(prompts)
     for part in (training, held_out):
         assert sorted(part, key=prompts.index) == list(part)
         assert all(p.metadata["k"] == prompts.index(p) for p in part)
-    assert split(prompts, 5, 3) == (training, held_out)
-    assert split(prompts, 5, 4) != (training, held_out)
+    assert RunOptions(held_out=5).prompts_of(prompts, 3) == (training, held_out)
+    assert RunOptions(held_out=5).prompts_of(prompts, 4) != (training, held_out)
+    assert RunOptions().prompts_of(prompts, 3) == (prompts, prompts)
+    others = RunOptions(evaluation_prompts=("a",)).prompts_of(prompts, 3)
+    assert others == (prompts, ("a",))
 
 
 @pytest.mark.parametrize(("held_out", "n"), [(0.1, 4), (3, 3), (0.9, 3), (5, 1)])
 def test_a_split_that_leaves_nothing_is_refused(held_out, n):
     message = f"held_out must leave prompts to train on .* but {held_out} of {n} prompt"
     with pytest.raises(ValueError, match=message):
-        split([Prompt(str(k)) for k in range(n)], held_out, 0)
+        split(n, held_out, 0)
 
 
 @pytest.mark.parametrize("held_out", [-1, 1.0, 1.5, float("nan"), True])
