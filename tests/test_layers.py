@@ -46,7 +46,9 @@ diffusion_envs.rewards.http diffusion_envs.rewards.remote
 diffusion_envs.rewards.vlm_judge diffusion_envs.rewards.registry
 diffusion_envs.rewards.fetching diffusion_envs.rewards diffusion_envs.rewards.serve
 diffusion_envs.rewards.__main__
-diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
+diffusion_envs.models.protocol diffusion_envs.models.kept_conditions
+diffusion_envs.models.text_condition
+diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
 diffusion_envs.models.stable_diffusion_pipeline
 diffusion_envs.models.text_to_image_unet diffusion_envs.models.unconditional_unet

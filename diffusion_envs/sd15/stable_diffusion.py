@@ -20,6 +20,8 @@ class StableDiffusion:
     Attributes:
         model: "tiny", "words", a folder in diffusers' layout, or a hub id.
         guidance: classifier-free guidance scale; 1 is none.
+        negative_prompt: what guidance leads away from; the empty prompt if left out.
+        variant: of the weights, such as fp16; those that are there if left out.
         lora_rank: of the adapter; 0 for none, where the guidance scale trains alone.
         lora_targets: names of the layers that get one.
         guidance_knots: timesteps between which the guidance scale trains; 0: it does not.
@@ -31,6 +33,8 @@ class StableDiffusion:
 
     model: str | Path = "tiny"
     guidance: float = 3.0
+    negative_prompt: str | None = None
+    variant: str | None = None
     lora_rank: int = 8
     lora_targets: Sequence[str] = ATTENTION
     guidance_knots: int = 0
@@ -70,6 +74,8 @@ class StableDiffusion:
         return TextToImageUNet.load(
             self.model,
             guidance=self.guidance,
+            negative_prompt=self.negative_prompt,
+            variant=self.variant,
             lora_rank=self.lora_rank,
             lora_targets=self.lora_targets,
             guidance_knots=self.guidance_knots,
