@@ -553,8 +553,6 @@ def _settings(config: Mapping[str, Any], summary: Mapping[str, Any] | None) -> s
         ]
 
     settings = dict(config.get("settings", {}))
-    if summary and "prompts" not in settings and "prompts" in summary:
-        settings["prompts"] = summary["prompts"]
     known = config.get("versions", {}) | {"commit": config.get("commit")}
     return (
         "<h2>Settings</h2>"
