@@ -86,13 +86,15 @@ diffusion_envs.exact.rewards diffusion_envs.exact.problems diffusion_envs.exact
 diffusion_envs.runs.checkpoint diffusion_envs.runs.settings diffusion_envs.runs.run_folder
 diffusion_envs.runs.prompts diffusion_envs.runs.interruption diffusion_envs.runs.callbacks
 diffusion_envs.runs.progress
-diffusion_envs.runs.caption_fonts diffusion_envs.runs.tracking diffusion_envs.runs.plots
+diffusion_envs.runs.caption_fonts diffusion_envs.runs.contact_sheet
+diffusion_envs.runs.tracking diffusion_envs.runs.plots diffusion_envs.runs.charts
 diffusion_envs.runs.human_choices
 diffusion_envs.runs.perceptual
 diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping diffusion_envs.runs.options
 diffusion_envs.runs.frechet diffusion_envs.runs.inception diffusion_envs.runs.precision_recall
 diffusion_envs.runs.sample_quality
-diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation diffusion_envs.runs.report
+diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation
+diffusion_envs.runs.report_words diffusion_envs.runs.prompt_statistics diffusion_envs.runs.report
 diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
 diffusion_envs.runs.summary diffusion_envs.runs.finetune diffusion_envs.runs.transfer
