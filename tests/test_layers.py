@@ -55,7 +55,7 @@ diffusion_envs.models.stable_diffusion_pipeline
 diffusion_envs.models.text_to_image_unet diffusion_envs.models.unconditional_unet
 diffusion_envs.models.exact diffusion_envs.models
 diffusion_envs.rollout diffusion_envs.environment
-diffusion_envs.preferences diffusion_envs.objectives.protocol
+diffusion_envs.preferences diffusion_envs.objectives.protocol diffusion_envs.objectives.preflight
 diffusion_envs.objectives.path_steps diffusion_envs.objectives.noised_data
 diffusion_envs.objectives.last_steps
 diffusion_envs.objectives.adjoint_matching diffusion_envs.objectives.ram
@@ -69,7 +69,8 @@ diffusion_envs.objectives.tilted_regression diffusion_envs.objectives.diffusion_
 diffusion_envs.objectives.reward_backpropagation diffusion_envs.objectives.dxmi
 diffusion_envs.objectives.dxmi_from_data
 diffusion_envs.objectives
-diffusion_envs.training.update_size diffusion_envs.training.parallel
+diffusion_envs.training.update_size diffusion_envs.training.loss_scale
+diffusion_envs.training.parallel
 diffusion_envs.training.kl_controller diffusion_envs.training.value_network
 diffusion_envs.training.critic diffusion_envs.training.energy
 diffusion_envs.training.path_metric
