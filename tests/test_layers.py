@@ -25,7 +25,7 @@ ctrl.hjb ctrl.pendulum ctrl.problems
 ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents.actor_critic
 ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents
 ctrl.gym ctrl.plots ctrl
-diffusion_envs
+diffusion_envs diffusion_envs.prompt
 diffusion_envs.noise_schedules diffusion_envs.frontier diffusion_envs.denoising
 diffusion_envs.samplers.gaussian_steps diffusion_envs.samplers.flow_sde
 diffusion_envs.samplers.ddim diffusion_envs.samplers.few_steps
@@ -46,8 +46,11 @@ diffusion_envs.rewards.http diffusion_envs.rewards.remote
 diffusion_envs.rewards.vlm_judge diffusion_envs.rewards.registry
 diffusion_envs.rewards.fetching diffusion_envs.rewards diffusion_envs.rewards.serve
 diffusion_envs.rewards.__main__
-diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
+diffusion_envs.models.protocol diffusion_envs.models.kept_conditions
+diffusion_envs.models.text_condition
+diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
+diffusion_envs.models.trainable
 diffusion_envs.models.stable_diffusion_pipeline
 diffusion_envs.models.text_to_image_unet diffusion_envs.models.unconditional_unet
 diffusion_envs.models.exact diffusion_envs.models
@@ -84,13 +87,15 @@ diffusion_envs.exact.rewards diffusion_envs.exact.problems diffusion_envs.exact
 diffusion_envs.runs.checkpoint diffusion_envs.runs.settings diffusion_envs.runs.run_folder
 diffusion_envs.runs.prompts diffusion_envs.runs.interruption diffusion_envs.runs.callbacks
 diffusion_envs.runs.progress
-diffusion_envs.runs.caption_fonts diffusion_envs.runs.tracking diffusion_envs.runs.plots
+diffusion_envs.runs.caption_fonts diffusion_envs.runs.contact_sheet
+diffusion_envs.runs.tracking diffusion_envs.runs.plots diffusion_envs.runs.charts
 diffusion_envs.runs.human_choices
 diffusion_envs.runs.perceptual
 diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping diffusion_envs.runs.options
 diffusion_envs.runs.frechet diffusion_envs.runs.inception diffusion_envs.runs.precision_recall
 diffusion_envs.runs.sample_quality
-diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation diffusion_envs.runs.report
+diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation
+diffusion_envs.runs.report_words diffusion_envs.runs.prompt_statistics diffusion_envs.runs.report
 diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
 diffusion_envs.runs.summary diffusion_envs.runs.finetune diffusion_envs.runs.transfer

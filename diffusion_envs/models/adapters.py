@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers reads
+Probe = Callable[[nn.Module], Tensor]  # outputs of a network at some input
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LISTED = 3  # names in an error message
 
@@ -77,11 +78,17 @@ class AdapterSwitch:
         enable: puts the adapter to use.
         disable: takes it out of use.
         is_off: whether it is out of use now.
+        pretrained: the network that is asked while it is off; the same one if left out.
     """
 
     enable: Callable[[], None] = _nothing
     disable: Callable[[], None] = _nothing
     is_off: bool = False
+    pretrained: nn.Module | None = None
+
+    def asked(self, network: Any) -> Any:
+        """Which network to ask now: this one, or the pretrained one."""
+        return network if self.pretrained is None or not self.is_off else self.pretrained
 
     @contextmanager
     def switched(self, off: bool) -> Iterator[None]:
@@ -137,7 +144,9 @@ def recompute_activations(network: Any, switch: AdapterSwitch) -> None:
 
         return checkpoint(as_now, *inputs, use_reentrant=False)
 
-    network.enable_gradient_checkpointing(call)
+    for part in (network, switch.pretrained):
+        if part is not None:
+            part.enable_gradient_checkpointing(call)
 
 
 # -- attaching -----------------------------------------------------------------------------------

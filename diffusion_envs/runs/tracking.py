@@ -12,88 +12,16 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ctrl.estimate import Estimate
-from diffusion_envs.runs import caption_fonts
+from diffusion_envs.runs.contact_sheet import grid, save
 
-_SMALL, _LARGE = 112, 256  # pixels a side: smaller pictures are enlarged, larger ones reduced
-_GAP = 6  # pixels around a picture
-_LINE = 15  # pixels a line of caption
-_CAPTION_LINES = 2
 OVER_OPTIMISATION = "over_optimisation.jsonl"
+TRAINING_BY_PROMPT = "training_by_prompt.jsonl"
 PROJECT = "ctrl"  # of Weights & Biases
+_MOST_PROMPTS = 20  # in the config that Weights & Biases gets
 _log = logging.getLogger(__name__)
-
-
-def grid(
-    images: Float[Tensor, "n 3 h w"], captions: Sequence[str], columns: int = 8
-) -> Image.Image:
-    """Pictures with values in [0, 1] side by side, each with its caption below.
-
-    Small pictures are enlarged by whole factors without smoothing, so that pixels stay visible;
-    large ones are reduced to 256 pixels.
-
-    Raises:
-        ValueError: there is not one caption for each picture, no picture, or no column.
-    """
-    if len(images) != len(captions) or not len(images):
-        raise ValueError(
-            f"captions must be one for each of at least one picture, got {len(captions)} for "
-            f"{len(images)}"
-        )
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    tiles = [_resized(picture) for picture in pixels]
-    width, height = tiles[0].size
-    columns = min(columns, len(tiles))
-    cell = (width + _GAP, height + _CAPTION_LINES * _LINE + _GAP)
-    sheet = Image.new(
-        "RGB", (columns * cell[0] + _GAP, math.ceil(len(tiles) / columns) * cell[1] + _GAP), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    for k, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
-        left, top = k % columns * cell[0] + _GAP, k // columns * cell[1] + _GAP
-        sheet.paste(tile, (left, top))
-        for row, line in enumerate(_wrapped(caption, width)):
-            corner = left, top + height + row * _LINE
-            caption_fonts.draw(draw, corner, line, fill="#333")
-    return sheet
-
-
-def _resized(picture: np.ndarray) -> Image.Image:
-    tile = Image.fromarray(picture)
-    if max(tile.size) > _LARGE:
-        shrink = _LARGE / max(tile.size)
-        return tile.resize(
-            [max(1, round(side * shrink)) for side in tile.size], Image.Resampling.LANCZOS
-        )
-    factor = max(1, _SMALL // max(tile.size))
-    return tile.resize([side * factor for side in tile.size], Image.Resampling.NEAREST)
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    """Lines no wider than a picture; what does not fit ends in an ellipsis."""
-    lines = [""]
-    for word in caption_fonts.drawable(text).split():
-        longer = f"{lines[-1]} {word}".strip()
-        if caption_fonts.width(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > _CAPTION_LINES:
-        lines = [*lines[: _CAPTION_LINES - 1], " ".join(lines[_CAPTION_LINES - 1 :])]
-    return [_cut(line, width) for line in lines]
-
-
-def _cut(line: str, width: int) -> str:
-    if caption_fonts.width(line) <= width:
-        return line
-    while line and caption_fonts.width(line + "…") > width:
-        line = line[:-1]
-    return line + "…"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -122,7 +50,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Writes ``metrics.jsonl``, ``over_optimisation.jsonl``, ``tensorboard/`` and ``samples/``.
+    """Writes the logs of a run: files of JSON lines, ``tensorboard/`` and ``samples/``.
 
     On resuming, lines of updates that will be done again are dropped first, so that the log of a
     resumed run is that of an uninterrupted one. A run of Weights & Biases goes on under the same
@@ -133,6 +61,7 @@ class Tracker:
         first_update: updates already done.
         wandb: log to Weights & Biases too: the name of the project, or True for the project
             "ctrl" (of a resumed run: the project it is in).
+        wandb_name: of the run there; the folder's if left out (of a resumed run: the one it has).
         enabled: False on all processes but the main one: then nothing is written.
 
     Raises:
@@ -146,6 +75,7 @@ class Tracker:
         *,
         first_update: int = 0,
         wandb: bool | str = False,
+        wandb_name: str | None = None,
         enabled: bool = True,
     ) -> None:
         self.folder, self.enabled = folder, enabled
@@ -160,8 +90,9 @@ class Tracker:
         path = folder / "metrics.jsonl"
         self._last = _keep_lines_until(path, first_update)
         self._last_metrics = _keep_lines_until(folder / OVER_OPTIMISATION, first_update)
+        _keep_lines_until(folder / TRAINING_BY_PROMPT, first_update)
         if self._service is not None:
-            self._wandb = _wandb_run(self._service, folder, wandb)
+            self._wandb = _wandb_run(self._service, folder, wandb, wandb_name)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update + 1)
         self._file = path.open("a", encoding="utf-8")
         (folder / "samples").mkdir(exist_ok=True)
@@ -210,6 +141,23 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(flat, step=update)
 
+    def by_prompt(self, update: int, rewards: Mapping[int, Estimate]) -> None:
+        """A line of ``training_by_prompt.jsonl``: rewards of an update, by index of the prompt.
+
+        The index is that of ``prompts`` in ``config.json``.
+        """
+        if not self.enabled:
+            return
+        line = {
+            "update": update,
+            "prompt": list(rewards),
+            "mean": [each.mean for each in rewards.values()],
+            "standard_error": [each.as_dict()["standard_error"] for each in rewards.values()],
+            "n": [each.n for each in rewards.values()],
+        }
+        with (self.folder / TRAINING_BY_PROMPT).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
     def over_optimisation(self, update: int, numbers: Mapping[str, Estimate]) -> None:
         """A line of ``over_optimisation.jsonl``; none if a resumed run has that update's already.
 
@@ -237,8 +185,9 @@ class Tracker:
         path = self.folder / "samples" / f"step-{update:06d}.png"
         partial = path.with_suffix(".partial")
         sheet = grid(images, captions)
-        sheet.save(partial, format="PNG")
+        save(sheet, partial)
         os.replace(partial, path)
+        self._board.add_image("samples", np.asarray(sheet), update, dataformats="HWC")
         if self._wandb is not None:
             self._wandb.log({"samples": self._service.Image(sheet)}, step=update)
 
@@ -287,14 +236,15 @@ def require_wandb() -> Any:
     return wandb
 
 
-def _wandb_run(service: Any, folder: Path, project: bool | str) -> Any:
+def _wandb_run(service: Any, folder: Path, project: bool | str, name: str | None) -> Any:
     """The run that ``wandb.json`` names, begun or gone on with."""
     record = folder / "wandb.json"
-    wanted = None if project is True else project
+    wanted, former = None if project is True else project, None
     if record.is_file():
         try:
             stored = json.loads(record.read_text(encoding="utf-8"))
             known = {"project": str(stored["project"]), "id": str(stored["id"])}
+            former = stored.get("name")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{record} is damaged ({error}); delete it to begin a new run of wandb"
@@ -306,10 +256,22 @@ def _wandb_run(service: Any, folder: Path, project: bool | str) -> Any:
             )
     else:
         known = {"project": wanted or PROJECT, "id": secrets.token_hex(4)}
-        partial = record.with_suffix(".partial")
-        partial.write_text(json.dumps(known), encoding="utf-8")
-        os.replace(partial, record)
-    config = folder / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
-    name = folder.resolve().name
-    return service.init(**known, name=name, dir=str(folder), config=settings, resume="allow")
+    known["name"] = name or former or folder.resolve().name
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps(known), encoding="utf-8")
+    os.replace(partial, record)
+    return service.init(**known, dir=str(folder), config=_config_of(folder), resume="allow")
+
+
+def _config_of(folder: Path) -> dict[str, Any] | None:
+    """The run's config, of many prompts only the first and their number."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    settings = config.get("settings", {})
+    prompts = settings.get("prompts")
+    if isinstance(prompts, list) and len(prompts) > _MOST_PROMPTS:
+        settings["prompts"] = prompts[:_MOST_PROMPTS]
+        settings["number of prompts"] = len(prompts)
+    return config
