@@ -72,6 +72,7 @@ diffusion_envs.training.kl_controller diffusion_envs.training.value_network
 diffusion_envs.training.critic diffusion_envs.training.energy
 diffusion_envs.training.path_metric
 diffusion_envs.training.optimisers.protocol diffusion_envs.training.optimisers.adamw
+diffusion_envs.training.optimisers.adamw_8bit
 diffusion_envs.training.optimisers.running_mean diffusion_envs.training.optimisers.trust_region
 diffusion_envs.training.optimisers.natural_gradient
 diffusion_envs.training.optimisers.diagonal_metric

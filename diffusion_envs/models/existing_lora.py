@@ -7,7 +7,6 @@ becomes one alpha a layer: update = alpha / rank * up down.
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,11 +204,6 @@ def _require_fit(path: Path, halves: Mapping[str, Mapping[str, Tensor]], network
             f"lora {path} is one of another model: {len(faults)} of its {len(halves)} layers do "
             f"not fit this one, such as {_some(faults)}. Name the model that it was trained on"
         )
-
-
-def most_common(values: Mapping[str, float]) -> float:
-    """The value that most layers have."""
-    return Counter(values.values()).most_common(1)[0][0]
 
 
 def _some(names: list[str]) -> str:

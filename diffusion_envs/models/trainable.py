@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from diffusion_envs.models import adapters, exports
-from diffusion_envs.models.existing_lora import LoraFile, LoraLayer, most_common
+from diffusion_envs.models.existing_lora import LoraFile, LoraLayer
 
 Weights = Literal["lora", "all"]
 Reference = Literal["copy", "offloaded"]
@@ -167,8 +167,8 @@ class Trainable:
         alphas = {name: layer.alpha for name, layer in layers.items()}
         for adapter in (_START, adapters.TRAINED):
             config = LoraConfig(
-                r=int(most_common(ranks)),
-                lora_alpha=most_common(alphas),  # pyright: ignore[reportArgumentType]  # floats too
+                r=max(ranks.values()),
+                lora_alpha=max(alphas.values()),  # pyright: ignore[reportArgumentType]  # floats too
                 target_modules=list(layers),
                 rank_pattern={f"^{name}": rank for name, rank in ranks.items()},
                 alpha_pattern={f"^{name}": alpha for name, alpha in alphas.items()},

@@ -115,6 +115,7 @@ def finetune(
         if name not in ("output", "resume")
     }
     _check(reward, objective, sampler, steps, updates, options)
+    size.require_updates(updates)
     if optimiser is not None and not isinstance(optimiser, Optimiser):
         raise TypeError(f"optimiser must be an optimiser, got {optimiser!r}")
     with interruptible() as interruption, ExitStack() as stack:

@@ -82,7 +82,7 @@ class Trainer:
         learned = environment.sampler.parameters  # of the sampler
         self.parameters = [*environment.model.parameters, *learned]
         self.old = [p.detach().clone() for p in self.parameters]  # of the policy that samples
-        self.mean = [old.clone() for old in self.old] if size.average else []  # over updates
+        self.mean = [old.clone() for old in self.old] if size.average is not None else []
         rate, std_rate = objective.rates
         kinds: list[dict[str, Any]] = [{"params": environment.model.parameters}]
         if learned:
@@ -95,7 +95,9 @@ class Trainer:
             self.critic = EnergyCritic(environment, objective, size, accelerator, stream_name, data)
         elif objective.needs_value:
             self.critic = Critic(environment, objective, size, accelerator, stream_name)
+        self._rates = [group["lr"] for group in self.optimiser.param_groups]  # of full size
         self.update = 0  # updates done
+        self._set_rates(0)
         self._seconds_before = 0.0
         self._started = time.monotonic()
 
@@ -133,6 +135,7 @@ class Trainer:
         if self.critic is not None:
             self.critic.load_state(state["critic"])
         self.update = state["update"]
+        self._set_rates(self.update)
         if self.target_kl is not None:
             self.objective = kl_controller.with_kl_weight(self.objective, state["kl_weight"])
         self.environment.reward_queries = state["reward_queries"]
@@ -289,9 +292,17 @@ class Trainer:
                         "weight was changed. Lower learning_rate or guidance, or use float32"
                     )
                 stepped = self.optimiser.step(self._metric(rollout, epoch, k))
-        for group in self.optimiser.param_groups:
-            group["lr"] *= self.objective.decay
+        if size.warm_up or size.schedule != "constant":
+            stepped["learning_rate"] = self.optimiser.param_groups[0]["lr"]
+        self._set_rates(self.update + 1)
         return {**losses.numbers(), "gradient_norm": norm, **stepped}
+
+    def _set_rates(self, update: int) -> None:
+        """The learning rates of an update follow from its number alone."""
+        for group, rate in zip(self.optimiser.param_groups, self._rates, strict=True):
+            for _ in range(update):  # a power rounds otherwise
+                rate *= self.objective.decay
+            group["lr"] = rate * self.size.rate_factor(update)
 
     def _differentiating(self) -> AbstractContextManager[Any]:
         """Within this context losses may ask the reward for its gradient, and it may fail."""
