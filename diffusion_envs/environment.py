@@ -21,7 +21,8 @@ import ctrl
 from ctrl.devices import as_like, sent, together
 from ctrl.noise import normals_by_sample
 from diffusion_envs import rewards
-from diffusion_envs.models.protocol import Condition, Denoiser, Model
+from diffusion_envs.models.kept_conditions import KeptConditions
+from diffusion_envs.models.protocol import Condition, Denoiser, Model, PromptReader
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
 
@@ -77,7 +78,9 @@ class Environment:
                 f"model must return the expected data, but {type(self.model).__name__} has no "
                 "method 'denoised': add it, or use a table whose last entry has some signal"
             )
-        self._conditions = self.model.condition(list(self.prompts))
+        if isinstance(self.model, PromptReader):
+            self.model.require_prompts(self.prompts)
+        self._conditions = KeptConditions(self.model.condition)
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +117,7 @@ class Environment:
 
     def condition_of(self, prompt: Int64[Tensor, " rows"]) -> Condition:
         """What the model is conditioned on in each row, by the index of its prompt."""
-        return self._conditions[sent(prompt, self.device)]
+        return self._conditions.of(self.prompts_of(prompt))
 
     def prompts_of(self, condition: Int64[Tensor, " rows"]) -> list[str]:
         """The prompt of each row, by its index."""

@@ -25,7 +25,7 @@ ctrl.hjb ctrl.pendulum ctrl.problems
 ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents.actor_critic
 ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents
 ctrl.gym ctrl.plots ctrl
-diffusion_envs
+diffusion_envs diffusion_envs.prompt
 diffusion_envs.noise_schedules diffusion_envs.frontier diffusion_envs.denoising
 diffusion_envs.samplers.gaussian_steps diffusion_envs.samplers.flow_sde
 diffusion_envs.samplers.ddim diffusion_envs.samplers.few_steps
@@ -46,7 +46,9 @@ diffusion_envs.rewards.http diffusion_envs.rewards.remote
 diffusion_envs.rewards.vlm_judge diffusion_envs.rewards.registry
 diffusion_envs.rewards.fetching diffusion_envs.rewards diffusion_envs.rewards.serve
 diffusion_envs.rewards.__main__
-diffusion_envs.models.protocol diffusion_envs.models.adapters diffusion_envs.models.folders
+diffusion_envs.models.protocol diffusion_envs.models.kept_conditions
+diffusion_envs.models.text_condition
+diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
 diffusion_envs.models.exports diffusion_envs.models.existing_lora diffusion_envs.models.trainable
 diffusion_envs.models.stable_diffusion_pipeline

@@ -138,7 +138,7 @@ def _plain(model: TextToImageUNet, environment: Environment, steps: int, batch: 
         unet=model.pipe.unet,
         alphas_cumprod=model.pipe.scheduler.alphas_cumprod,
         timesteps=timesteps,
-        context=model.condition(PROMPTS[:1]),
+        context=model.condition(PROMPTS[:1]).tokens,
         event=model.event,
         reward=reward,
         optimiser=torch.optim.AdamW(model.parameters, lr=1e-4),

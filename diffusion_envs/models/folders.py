@@ -126,15 +126,23 @@ def require_parts(folder: Path, parts: Collection[str]) -> None:
         )
 
 
-def variant_of(folder: Path, parts: Collection[str]) -> str | None:
+def variant_of(folder: Path, parts: Collection[str], asked: str | None = None) -> str | None:
     """Which variant of the weights to load: None, the plain one, wherever every part has it.
 
-    A part that has only files such as ``model.fp16.safetensors`` makes it "fp16".
+    A part that has only files such as ``model.fp16.safetensors`` makes it "fp16". diffusers reads
+    the plain weights of parts that lack the variant.
+
+    Args:
+        folder: of the pipeline.
+        parts: that have weights.
+        asked: the variant that is wanted; None for whichever is there.
 
     Raises:
-        FileNotFoundError: a part has no weights, or parts have no variant in common.
+        FileNotFoundError: a part has no weights, or parts have no variant in common, or none has
+            the one that is asked for.
     """
     common: set[str] | None = None
+    seen: set[str] = set()
     for part in parts:
         matches = [_WEIGHTS.fullmatch(file.name) for file in sorted((folder / part).iterdir())]
         variants = {match["variant"] for match in matches if match}
@@ -143,8 +151,16 @@ def variant_of(folder: Path, parts: Collection[str]) -> str | None:
                 f"model {folder} has no weights in {part}: diffusers reads "
                 "diffusion_pytorch_model.safetensors or model.safetensors"
             )
+        seen |= {variant for variant in variants if variant is not None}
         if None not in variants:
             common = variants if common is None else common & variants
+    if asked is not None:
+        if asked in seen and (common is None or asked in common):
+            return asked
+        there = f"there are {', '.join(sorted(seen))}" if seen else "there are plain ones only"
+        raise FileNotFoundError(
+            f"model {folder} has no weights of variant {asked!r} in {', '.join(parts)}: {there}"
+        )
     if common is None:
         return None
     if not common:

@@ -1,5 +1,6 @@
 """What the loop asks of a model family: scores, a frozen pretrained self, pictures, an export."""
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,7 +13,33 @@ from torch import Tensor, nn
 from diffusion_envs.noise_schedules import DDPMTable, FlowTable
 
 Condition: TypeAlias = Any
-"""What a model is conditioned on, a row each: opaque, but ``condition[rows]`` picks rows of it."""
+"""What a model is conditioned on, a row each: a tensor, or a dataclass of tensors (or of None).
+
+It is opaque to all but its model; ``condition[rows]`` picks rows of it, ``joined`` appends them.
+"""
+
+
+def joined(conditions: Sequence[Condition]) -> Condition:
+    """The rows of conditions of one model, one after another.
+
+    Raises:
+        TypeError: they are neither tensors nor dataclasses of tensors.
+    """
+    first = conditions[0]
+    if len(conditions) == 1 or first is None:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(list(conditions))
+    if isinstance(first, type) or not dataclasses.is_dataclass(first):
+        raise TypeError(
+            "a model's condition must be a tensor or a dataclass of tensors, got "
+            f"{type(first).__name__}"
+        )
+    parts = {
+        f.name: joined([getattr(each, f.name) for each in conditions])
+        for f in dataclasses.fields(first)
+    }
+    return dataclasses.replace(first, **parts)
 
 
 @runtime_checkable
@@ -102,6 +129,19 @@ class Model(Protocol):
 
     def export(self, folder: Path) -> Path:
         """Write the adapter into a folder in the format that plain diffusers loads; its path."""
+        ...
+
+
+@runtime_checkable
+class PromptReader(Model, Protocol):
+    """A model that tells from a prompt's text alone whether it can be encoded."""
+
+    def require_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that cannot be encoded, before any of them is.
+
+        Raises:
+            ValueError: a prompt cannot be encoded, for example as it is too long; it is named.
+        """
         ...
 
 

@@ -1,5 +1,6 @@
 """Loading a Stable Diffusion pipeline; its text embeddings and its decoder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusion_envs.models.folders import (
     tiny_folder,
     variant_of,
 )
+from diffusion_envs.models.text_condition import TextCondition
 
 __all__ = ["TINY", "decode", "embed_prompts", "load_pipeline", "tiny_folder"]
 
@@ -27,6 +29,7 @@ def load_pipeline(
     model: str | Path,
     *,
     precision: torch.dtype = torch.float32,
+    variant: str | None = None,
     network: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
@@ -37,6 +40,8 @@ def load_pipeline(
             are files of half precision only (``variant="fp16"``), they are loaded.
         network: dtype of the UNet's weights; ``precision`` if left out.
         precision: of the weights. float16 is refused on a CPU, where it is 7 to 230 times slower.
+        variant: of the weights, such as "fp16"; the plain ones if left out, or those that every
+            part has.
         device: where the networks go.
 
     Raises:
@@ -53,7 +58,7 @@ def load_pipeline(
     pipe: Any = StableDiffusionPipeline.from_pretrained(
         folder,
         dtype={"unet": network or precision, "default": precision},
-        variant=variant_of(folder, _PARTS[:3]),
+        variant=variant_of(folder, _PARTS[:3], variant),
         local_files_only=True,
         requires_safety_checker=False,
         **_WITHOUT,
@@ -89,27 +94,36 @@ def _check_inputs(model: str | Path, pipe: Any) -> None:
         )
 
 
-@torch.no_grad()
-def embed_prompts(pipe: Any, prompts: list[str]) -> Float[Tensor, "prompts tokens width"]:
-    """Text embeddings of the prompts, as the pipeline computes them.
+def require_prompts(pipe: Any, prompts: Sequence[str]) -> None:
+    """Refuse prompts that are longer than the text encoder reads.
 
     Tokens of several vectors (textual inversion) count as often as they have vectors.
 
     Raises:
-        ValueError: a prompt is longer than the text encoder reads.
+        ValueError: a prompt is too long; it is named.
     """
     limit = pipe.tokenizer.model_max_length
     for prompt in prompts:
-        whole = pipe.maybe_convert_prompt(prompt, pipe.tokenizer)
+        whole = pipe.maybe_convert_prompt(str(prompt), pipe.tokenizer)
         if (length := len(pipe.tokenizer(whole).input_ids)) > limit:
             raise ValueError(f"prompt {prompt!r} has {length} tokens; the model reads {limit}")
+
+
+@torch.no_grad()
+def embed_prompts(pipe: Any, prompts: Sequence[str]) -> TextCondition:
+    """Text embeddings of the prompts, as the pipeline computes them, float32.
+
+    Raises:
+        ValueError: a prompt is longer than the text encoder reads.
+    """
+    require_prompts(pipe, prompts)
     embedded, _ = pipe.encode_prompt(
-        prompts,
+        [str(prompt) for prompt in prompts],
         device=pipe.text_encoder.device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=False,
     )
-    return embedded.float()
+    return TextCondition(embedded.float())
 
 
 def decode(

@@ -23,6 +23,8 @@ from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_fro
 from diffusion_envs.models import adapters
 from diffusion_envs.models.guidance_schedule import GuidanceSchedule, require_something_trains
 from diffusion_envs.models.noise_table import noise_table
+from diffusion_envs.models.protocol import joined
+from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.trainable import Reference, Trainable, Weights
 from diffusion_envs.noise_schedules import DDPMTable
 
@@ -43,12 +45,13 @@ class GuidedScore:
         prediction_type: "epsilon", "sample" or "v_prediction", as in diffusers.
         guidance: scale, at least 1, which is none (and costs one network call instead of two):
             diffusers uses none below 1 either, so those scales are refused.
-        unconditional: embedding of the empty prompt, [tokens, width].
+        unconditional: condition of the negative prompt, or of the empty one: a row.
         batch: most rows that one call of the network gets when no gradient is asked for.
         precision: dtype of the network's arithmetic; scores come back in float32.
         calls: evaluations of the network so far, one per row and guidance branch.
-        guidance_embedding: for networks that were distilled with guidance and read its scale
-            (latent consistency models); they are called once, without a second branch.
+        scale_width: of the embedded guidance scale, for networks that were distilled with guidance
+            and read its scale (latent consistency models); they are called once, without a second
+            branch.
         schedule: what training adds to the scale, at each noise level; None if nothing.
         adapter: switches the network's adapter, and the schedule, off and on.
     """
@@ -57,13 +60,13 @@ class GuidedScore:
     alphas_cumprod: Float[Tensor, " timesteps"]
     prediction_type: str
     guidance: float
-    unconditional: Float[Tensor, "tokens width"]
+    unconditional: TextCondition
     batch: int = 64
     precision: torch.dtype = torch.float32
     calls: int = 0
-    guidance_embedding: Float[Tensor, " scale_width"] | None = None
+    scale_width: int | None = None
     schedule: GuidanceSchedule | None = None
-    adapter: adapters.AdapterSwitch = field(init=False)
+    adapter: adapters.AdapterSwitch = field(default_factory=adapters.AdapterSwitch)
 
     def __post_init__(self) -> None:
         check_guidance(self.guidance)
@@ -71,48 +74,43 @@ class GuidedScore:
             raise ValueError(
                 f"prediction_type must be one of {sorted(_TO_SCORE)}, got {self.prediction_type!r}"
             )
-        self.adapter = adapters.AdapterSwitch(
-            lambda: self.unet.enable_adapters(), lambda: self.unet.disable_adapters()
-        )
-        if self.schedule is not None:  # which may train without a LoRA
-            self.adapter = adapters.lora_switch(self.unet)
 
     def __call__(
         self,
         states: Float[Tensor, " rows *event"],
         timesteps: Int64[Tensor, " rows"],
-        context: Float[Tensor, "rows tokens width"],
+        context: TextCondition,
     ) -> Float[Tensor, " rows *event"]:
         """Guided scores of noisy states, float32, on the states' device."""
         if torch.is_grad_enabled() or len(states) <= self.batch:
             return self._score(states, timesteps, context)
-        chunks = (part.split(self.batch) for part in (states, timesteps, context))
-        return torch.cat([self._score(*chunk) for chunk in zip(*chunks, strict=True)])
+        chunks = [slice(k, k + self.batch) for k in range(0, len(states), self.batch)]
+        return torch.cat([self._score(states[c], timesteps[c], context[c]) for c in chunks])
 
     def prediction(
         self,
         states: Float[Tensor, " rows *event"],
         timesteps: Tensor,
-        context: Float[Tensor, "rows tokens width"],
+        context: TextCondition,
     ) -> Float[Tensor, " rows *event"]:
         """The network's own prediction, guided; timesteps may be fractional."""
         schedule = None if self.adapter.is_off else self.schedule
         unguided = self.guidance == 1 and schedule is None
-        if unguided or self.guidance_embedding is not None:
+        if unguided or self.scale_width is not None:
             return self._predict(states, timesteps, context)
         scale: Tensor | float = self.guidance
         if schedule is not None:
             scale = (scale + schedule(timesteps)).view(-1, *[1] * (states.ndim - 1))
-        empty = as_like(self.unconditional, context).expand_as(context)
+        empty = self.unconditional.like(context.tokens).expanded(len(context))
         both = self._predict(
             torch.cat([states, states]),
             torch.cat([timesteps, timesteps]),
-            torch.cat([empty, context]),
+            joined([empty, context]),
         )
         without, with_prompt = both.split(len(states))
         return without + scale * (with_prompt - without)
 
-    def _score(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def _score(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         predicted = self.prediction(states, timesteps, context)
         alpha_bar = as_like(self.alphas_cumprod, states)[timesteps].view(
             -1, *[1] * (states.ndim - 1)
@@ -120,17 +118,29 @@ class GuidedScore:
         to_score = _TO_SCORE[self.prediction_type]
         return to_score(states, predicted, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
-    def _predict(self, states: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+    def _predict(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         self.calls += len(states)
-        reduced, scale = self.precision != torch.float32, {}
-        if self.guidance_embedding is not None:
-            scale["timestep_cond"] = as_like(self.guidance_embedding, states).expand(
-                len(states), -1
-            )
+        reduced, more = self.precision != torch.float32, {}
+        if self.scale_width is not None:
+            embedded = guidance_embedding(self.guidance, self.scale_width)
+            more["timestep_cond"] = as_like(embedded, states).expand(len(states), -1)
+        if context.pooled is not None:
+            more["added_cond_kwargs"] = {
+                "text_embeds": context.pooled,
+                "time_ids": context.time_ids,
+            }
         with torch.autocast(states.device.type, self.precision, enabled=reduced):
             network = self.adapter.asked(self.unet)
-            predicted = network(states, timesteps, encoder_hidden_states=context, **scale)
+            predicted = network(states, timesteps, encoder_hidden_states=context.tokens, **more)
         return predicted.sample.float()
+
+    def with_guidance(self, guidance: float) -> "GuidedScore":
+        """The same network and adapter at another guidance, with its own count of calls.
+
+        Raises:
+            ValueError: the scale is not finite, or below 1.
+        """
+        return replace(self, guidance=guidance, calls=0)
 
     def recompute_activations(self) -> None:
         """Keep no activations for the gradient but compute them again: less memory, more time."""
@@ -175,23 +185,25 @@ class TextToImageUNet:
         score: the guided network.
         event: shape of a latent.
         table: noise levels by timestep.
-        encode: prompts to their embeddings, [prompts, tokens, width].
+        encode: prompts to what the network is conditioned on, a row each.
         decode: latents to pictures in [0, 1]; differentiable.
         parameters: of the adapter, float32.
         device: of the network.
         write: writes the adapter into a folder, for plain diffusers.
         pipe: what was loaded; None where the network did not come from a pipeline.
+        check: raises ValueError if one of the prompts cannot be encoded.
     """
 
     score: GuidedScore
     event: tuple[int, ...]
     table: DDPMTable
-    encode: Callable[[Sequence[str]], Tensor]
+    encode: Callable[[Sequence[str]], TextCondition]
     decode: Callable[[Tensor], Tensor]
     parameters: list[nn.Parameter]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     write: Callable[[Path], Path] | None = None
     pipe: Any = None
+    check: Callable[[Sequence[str]], None] | None = None
 
     @classmethod
     def load(
@@ -199,6 +211,8 @@ class TextToImageUNet:
         model: str | Path = "tiny",
         *,
         guidance: float = 3.0,
+        negative_prompt: str | None = None,
+        variant: str | None = None,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
         lora_targets: Sequence[str] | None = None,
@@ -223,6 +237,9 @@ class TextToImageUNet:
             model: "tiny", "words", a folder in diffusers' layout, or a hub id.
             guidance: classifier-free guidance scale, at least 1, which is none. Networks that read
                 the scale (latent consistency models) are told it instead.
+            negative_prompt: what guidance leads away from; the empty prompt if left out. As in
+                diffusers it has no effect at guidance 1.
+            variant: of the weights, such as "fp16"; those that are there if left out.
             lora_rank: of the adapter; 8 if left out; 0 for none, where the guidance scale trains
                 alone.
             lora_alpha: the adapter's update is scaled by alpha / rank; the rank if left out.
@@ -266,6 +283,7 @@ class TextToImageUNet:
         dtype = adapters.precision_of(precision, device)
         pipe = pipeline.load_pipeline(
             model,
+            variant=variant,
             precision=dtype,
             network=torch.float32 if trains == "all" else dtype,
             device=device,
@@ -274,7 +292,7 @@ class TextToImageUNet:
         event = (unet.config.in_channels, *_latent_sides(pipe, resolution))
         attached = trainable.attach(unet, seed=seed)
         parameters = [*attached.parameters]
-        empty = pipeline.embed_prompts(pipe, [""])[0]
+        unconditional = pipeline.embed_prompts(pipe, [negative_prompt or ""])
         width = unet.config.time_cond_proj_dim
         schedule = None
         if guidance_knots:
@@ -290,13 +308,13 @@ class TextToImageUNet:
             alphas_cumprod=pipe.scheduler.alphas_cumprod.to(device),
             prediction_type=pipe.scheduler.config.prediction_type,
             guidance=guidance,
-            unconditional=empty,
+            unconditional=unconditional,
             batch=batch,
             precision=dtype,
-            guidance_embedding=None if width is None else guidance_embedding(guidance, width),
+            scale_width=width,
             schedule=schedule,
+            adapter=attached.switch,
         )
-        score.adapter = attached.switch
         if gradient_checkpointing:
             score.recompute_activations()
 
@@ -304,7 +322,7 @@ class TextToImageUNet:
             """Predictions of a network with this one's guidance, at two random states."""
             noise = stream(0, "probe")
             states = torch.randn(2, *event, generator=noise).to(device)
-            words = torch.randn(2, *empty.shape, generator=noise).to(device)
+            words = pipeline.embed_prompts(pipe, ["one", "two"])
             timesteps = torch.tensor([1, len(table.alphas_cumprod) // 2], device=device)
             return replace(score, unet=network).prediction(states, timesteps, words)
 
@@ -319,13 +337,24 @@ class TextToImageUNet:
             score=score,
             event=event,
             table=table,
-            encode=lambda prompts: pipeline.embed_prompts(pipe, list(prompts)),
+            encode=partial(pipeline.embed_prompts, pipe),
             decode=partial(pipeline.decode, pipe.vae, batch=batch),
             parameters=parameters,
             device=device,
             write=write,
             pipe=pipe,
+            check=partial(pipeline.require_prompts, pipe),
         )
+
+    def with_guidance(self, guidance: float) -> "TextToImageUNet":
+        """The same network, adapter and switch at another guidance, with its own count of calls.
+
+        What trains, trains here too; what is exported is the same.
+
+        Raises:
+            ValueError: the scale is not finite, or below 1.
+        """
+        return replace(self, score=self.score.with_guidance(guidance))
 
     @property
     def calls(self) -> int:
@@ -346,21 +375,32 @@ class TextToImageUNet:
         """What the network itself predicts, in diffusers' words."""
         return self.score.prediction_type
 
-    def condition(self, prompts: Sequence[str]) -> Float[Tensor, "prompts tokens width"]:
-        """Embeddings of the prompts."""
+    def require_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that cannot be encoded, before any of them is.
+
+        Raises:
+            ValueError: a prompt is longer than a text encoder reads; it is named.
+        """
+        if self.check is not None:
+            self.check(prompts)
+
+    def condition(self, prompts: Sequence[str]) -> TextCondition:
+        """What the network is conditioned on for each of the prompts.
+
+        Raises:
+            ValueError: a prompt is longer than a text encoder reads; it is named.
+        """
         return self.encode(prompts)
 
-    def features(
-        self, condition: Float[Tensor, "rows tokens width"]
-    ) -> Float[Tensor, "rows width"]:
+    def features(self, condition: TextCondition) -> Float[Tensor, "rows width"]:
         """The mean embedding of a prompt's tokens."""
-        return condition.mean(1)
+        return condition.tokens.mean(1)
 
     def __call__(
         self,
         states: Float[Tensor, " rows *event"],
         timesteps: Int64[Tensor, " rows"],
-        condition: Float[Tensor, "rows tokens width"],
+        condition: TextCondition,
     ) -> Float[Tensor, " rows *event"]:
         """Guided scores of noisy latents, float32."""
         return self.score(states, timesteps, condition)
@@ -369,7 +409,7 @@ class TextToImageUNet:
         self,
         states: Float[Tensor, " rows *event"],
         timesteps: Tensor,
-        condition: Float[Tensor, "rows tokens width"],
+        condition: TextCondition,
     ) -> Float[Tensor, " rows *event"]:
         """The network's own prediction, guided."""
         return self.score.prediction(states, timesteps, condition)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffusion_envs.prompt import metadata_of
 from diffusion_envs.rewards.contract import require_inputs
 from diffusion_envs.rewards.declaration import Declaration
 from diffusion_envs.rewards.http import Client, Question, WrongAnswerError, excerpt, read_object
@@ -162,11 +163,13 @@ class Remote:
 
     def _question(self, images: Tensor, prompts: Sequence[str], identity: _Identity) -> Question:
         def body() -> dict[str, Any]:
+            columns = [dict(metadata_of(prompt)) for prompt in prompts]
             return {
                 "protocol": PROTOCOL,
                 "format": self.format,
                 "images": encode(images, self.format),
                 "prompts": list(prompts),
+                **({"metadata": columns} if any(columns) else {}),
             }
 
         def read(content: bytes) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 
 import tyro
 
+from diffusion_envs.prompt import Prompt
 from diffusion_envs.rewards import registry
 from diffusion_envs.rewards.contract import Reward, RewardError, reward_name, score
 from diffusion_envs.rewards.declaration import Declaring
@@ -154,6 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise ValueError("prompts must be a list of strings")
             if len(prompts) != len(pictures):
                 raise ValueError(f"{len(pictures)} images need as many prompts, not {len(prompts)}")
+            prompts = _with_columns(prompts, asked.get("metadata"))
             images = decode(pictures, form, limit=self.server.limit)
             if not bool(((images >= 0) & (images <= 1)).all()):
                 raise ValueError("images must have values in [0, 1]")
@@ -176,6 +178,20 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """To the log, not to the terminal."""
         _log.info(format, *args)
+
+
+def _with_columns(prompts: list[str], columns: Any) -> list[Prompt]:
+    """Prompts with what a request says of each, if it does.
+
+    Raises:
+        ValueError: it is no list of objects, one for each prompt.
+    """
+    if columns is None:
+        return [Prompt(prompt) for prompt in prompts]
+    objects = isinstance(columns, list) and all(isinstance(each, dict) for each in columns)
+    if not objects or len(columns) != len(prompts):
+        raise ValueError("metadata must be a list of objects, one for each prompt")
+    return [Prompt(*pair) for pair in zip(prompts, columns, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.devices import sent
+from diffusion_envs.prompt import described
 from diffusion_envs.rewards.contract import (
     Counting,
     Reward,
@@ -124,8 +125,9 @@ class Threshold(_Wrapped):
 class Cached(_Wrapped):
     """A reward that is asked once for a picture and prompt; for what is not random.
 
-    A picture is known by the SHA-256 of its shape, type and bytes. Where a gradient is needed the
-    reward is asked itself, and nothing is remembered. Counts ``cache_hits`` and ``cache_misses``.
+    A picture is known by the SHA-256 of its shape, type and bytes, a prompt with its columns. Where
+    a gradient is needed the reward is asked itself, and nothing is remembered. Counts
+    ``cache_hits`` and ``cache_misses``.
 
     Attributes:
         reward: what is asked.
@@ -182,6 +184,6 @@ def _counts(reward: Reward) -> Mapping[str, int]:
 
 
 def _key(image: Tensor, prompt: str) -> bytes:
-    shape = f"{image.dtype} {list(image.shape)} {prompt}".encode()
+    shape = f"{image.dtype} {list(image.shape)} {described(prompt)}".encode()
     data = image.contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(len(shape).to_bytes(8, "big") + shape + data).digest()

@@ -31,7 +31,7 @@ from diffusion_envs.rewards.registry import OWN
 from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.finetune import finetune
 from diffusion_envs.runs.options import RunOptions
-from diffusion_envs.runs.prompts import from_words
+from diffusion_envs.runs.prompts import COLUMN, from_words, read_prompts
 from diffusion_envs.runs.run_folder import read_settings
 from diffusion_envs.runs.settings import Unnamed, describe, differences, rebuild
 from diffusion_envs.runs.summary import Run
@@ -153,8 +153,10 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
             weights, such as red=1 jpeg-compressibility=0.5.
         reward_model: where the model of a learned reward or judge is: a folder, a file, a hub id or
             a URL; NAME=PLACE for each where several need one.
-        prompts: what to ask for, or a file with one prompt a line or a JSON list; the ten CIFAR-10
+        prompts: what to ask for, or a file: text with one prompt a line, JSON lines, a JSON list
+            or CSV, whose further columns reach the reward (docs/run_folder.md); the ten CIFAR-10
             classes if left out, and one that asks for nothing of a model without prompts.
+        prompt_column: of a file with columns, the one with the prompt.
         output: folder of the run.
         resume: folder of a run to go on with; every other option is then the run's. Updates may
             grow; device, progress and wandb may be chosen anew.
@@ -174,6 +176,7 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
     reward: rewards.Reward = _REWARD
     reward_model: tuple[str, ...] = ()
     prompts: tuple[str, ...] = CLASS_PROMPTS
+    prompt_column: str = COLUMN
     output: Path | None = None
     resume: Path | None = None
     objective: str = "score-as-action"
@@ -208,6 +211,7 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
             "resume",
             "eta",
             "reward_model",
+            "prompt_column",
             "stop",
             "objective_settings",
             "optimiser_settings",
@@ -493,10 +497,13 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any, Any]:
         raise
     if unknown:
         raise ValueError(_unknown(unknown, options))
+    column = options.prompt_column
     if "--prompts" in named:
-        options = dataclasses.replace(options, prompts=from_words(options.prompts))
+        prompts = from_words(options.prompts, column=column)
+        options = dataclasses.replace(options, prompts=prompts)
     if "--evaluation-prompts" in named:
-        asked = from_words(options.options.evaluation_prompts or ())
+        words = options.options.evaluation_prompts or ()
+        asked = from_words(words, "evaluation_prompts", column=column)
         watched = dataclasses.replace(options.options, evaluation_prompts=asked)
         options = dataclasses.replace(options, options=watched)
     judges = options.options.judges
@@ -689,7 +696,8 @@ def run_evaluate(family: Family, options: Evaluate) -> None:
         options.run,
         model,
         reward=reward,
-        prompts=run.options.evaluation_prompts or run.prompts,
+        prompts=run.options.prompts_of(read_prompts(run.prompts), run.seed)[1],
+        guidance=run.options.evaluation_guidance,
         seed=run.seed,
         steps=options.steps,
         samplers=kinds,

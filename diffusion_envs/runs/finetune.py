@@ -23,7 +23,7 @@ from diffusion_envs.runs.interruption import interruptible
 from diffusion_envs.runs.monitoring import Evaluations, Logging
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.progress import ProgressBar
-from diffusion_envs.runs.prompts import read_prompts
+from diffusion_envs.runs.prompts import read_prompts, split
 from diffusion_envs.runs.resuming import Checkpoints
 from diffusion_envs.runs.run_folder import open_run
 from diffusion_envs.runs.run_frontier import compare
@@ -53,6 +53,15 @@ class Loadable(Protocol):
         ...
 
 
+@runtime_checkable
+class Guided(Protocol):
+    """A loaded model that can be used at another classifier-free guidance scale."""
+
+    def with_guidance(self, scale: float, /) -> Model:
+        """The same network and adapter at another scale, with calls counted apart."""
+        ...
+
+
 def finetune(
     model: Loadable | Model,
     *,
@@ -77,7 +86,7 @@ def finetune(
     Args:
         model: what to load (a ``Loadable``, such as ``sd15.StableDiffusion``), or a loaded model.
         reward: (images [n, 3, h, w] in [0, 1], prompts) -> [n]; larger is better.
-        prompts: what to ask for, or a file of it; samples take them in turn.
+        prompts: what to ask for, or a file of it (``runs.prompts``); samples take them in turn.
         output: folder of the run (``docs/run_folder.md`` says what is in it).
         objective: the method; ``ScoreAsAction()`` if left out.
         optimiser: how a gradient becomes a step; ``AdamW()`` if left out.
@@ -114,6 +123,10 @@ def finetune(
         for name, value in locals().items()
         if name not in ("output", "resume")
     }
+    training, held_out_prompts = options.prompts_of(prompts, seed)
+    places = range(len(prompts))
+    if options.held_out:
+        places, _ = split(len(prompts), options.held_out, seed)
     _check(reward, objective, sampler, steps, updates, options)
     size.require_updates(updates)
     if optimiser is not None and not isinstance(optimiser, Optimiser):
@@ -128,13 +141,11 @@ def finetune(
             sampler=sampler,
             steps=steps,
             reward=reward,
-            prompts=prompts,
+            prompts=training,
             seed=seed,
             batch=size.batch,
         )
-        held_out = environment
-        if options.evaluation_prompts is not None:
-            held_out = dataclasses.replace(environment, prompts=options.evaluation_prompts)
+        held_out = evaluated(environment, held_out_prompts, options.evaluation_guidance)
         require_pretrained_sampler(environment, options.frontier_samples)
         trainer = Trainer(
             environment,
@@ -162,11 +173,21 @@ def finetune(
         checkpoints = Checkpoints(folder / "checkpoints", trainer, options.checkpoint_every, ruled)
         checkpoints.load()
         tracker = stack.enter_context(
-            Tracker(folder, first_update=trainer.update, wandb=options.wandb, enabled=main)
+            Tracker(
+                folder,
+                first_update=trainer.update,
+                wandb=options.wandb,
+                wandb_name=options.wandb_name,
+                enabled=main,
+            )
         )
         evaluations = Evaluations(trainer, held_out, tracker, folder, options, size.batch, updates)
         bar = ProgressBar(updates, done=trainer.update, shown=options.progress)
-        parts = [Logging(tracker), bar, evaluations, *ruled, checkpoints] if main else []
+        parts = (
+            [Logging(tracker, trainer, places), bar, evaluations, *ruled, checkpoints]
+            if main
+            else []
+        )
         callbacks = Callbacks(parts, accelerator)
 
         with parallel.ending_together(accelerator), callbacks.running() as reason:
@@ -258,6 +279,32 @@ def make_environment(
         seed=seed,
         batch=batch,
     )
+
+
+def evaluated(
+    environment: Environment, prompts: Sequence[str], guidance: float | None
+) -> Environment:
+    """The environment of held-out samples: the same model, at a guidance scale of its own.
+
+    Args:
+        environment: that of training.
+        prompts: of held-out samples.
+        guidance: their classifier-free guidance scale; training's if None.
+
+    Raises:
+        ValueError: the model has no guidance.
+    """
+    model = environment.model
+    if guidance is not None:
+        if not isinstance(model, Guided):
+            raise ValueError(
+                f"evaluation_guidance is for models with classifier-free guidance, and "
+                f"{type(model).__name__} has none: leave it out"
+            )
+        model = model.with_guidance(guidance)
+    if model is environment.model and prompts == environment.prompts:
+        return environment
+    return dataclasses.replace(environment, model=model, prompts=list(prompts))
 
 
 def _check(

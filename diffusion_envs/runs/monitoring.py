@@ -1,6 +1,6 @@
 """What a run shows as it goes on: numbers, pictures, and what becomes of held-out seeds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,24 @@ PICTURES = 32  # in the grid of a step
 
 
 class Logging(Callback):
-    """Every update's numbers, for ``metrics.jsonl`` and TensorBoard."""
+    """Every update's numbers, and its rewards by prompt where there are several.
 
-    def __init__(self, tracker: Tracker) -> None:
-        self._tracker = tracker
+    Args:
+        tracker: where they go.
+        trainer: that has the rewards of its last update.
+        places: index of each of its prompts among all of the run.
+    """
+
+    def __init__(self, tracker: Tracker, trainer: Trainer, places: Sequence[int]) -> None:
+        self._tracker, self._trainer, self._places = tracker, trainer, places
 
     def after(self, numbers: Mapping[str, Any]) -> None:
         """Log one line."""
         self._tracker.log(numbers)
+        if len(self._places) > 1:
+            rewards = self._trainer.rewards_by_prompt
+            by_prompt = {self._places[k]: each for k, each in rewards.items()}
+            self._tracker.by_prompt(numbers["update"], by_prompt)
 
 
 class Evaluations(Callback):

@@ -1,7 +1,8 @@
 """How a run is watched, stored and stopped: one class for Python and the command line."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,9 +11,10 @@ import tyro
 
 from diffusion_envs import rewards
 from diffusion_envs.preferences import Preference, Recorded
+from diffusion_envs.prompt import Prompt
 from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.perceptual import STLPIPS
-from diffusion_envs.runs.prompts import read_prompts
+from diffusion_envs.runs.prompts import read_prompts, split
 from diffusion_envs.training.energy import TrainingData
 from diffusion_envs.training.kl_controller import TargetKL
 
@@ -26,6 +28,10 @@ class RunOptions:
         evaluation_prompts: what held-out samples are asked for (on the command line words or a
             file, as for prompts); what training asks for if left out. With prompts that training
             never sees, the gain is that on other prompts.
+        held_out: prompts that are split off by the run's seed for held-out samples, and that
+            training never sees: how many, or their share of all (0.1); none if 0.
+        evaluation_guidance: classifier-free guidance scale of held-out samples; training's if left
+            out.
         frontier_samples: further samples of the pretrained model, over all prompts, from which the
             most reward that a policy can have at each KL is estimated once the run is done; the
             pretrained model's held-out samples count too, and may be enough. A finished run may be
@@ -48,11 +54,14 @@ class RunOptions:
         log_path_kl: report the path KL of every update also where the method does not need it, at
             the price of a network call a step.
         wandb: log to Weights & Biases too; or the name of the project ("ctrl" if left out).
+        wandb_name: of the run there; that of the run's folder if left out.
         progress: show a progress bar.
     """
 
     evaluation_samples: int = 64
     evaluation_prompts: tuple[str, ...] | None = None
+    held_out: int | float = 0
+    evaluation_guidance: float | None = None
     frontier_samples: int = 0
     checkpoint_every: int = 1
     picture_every: int = 10
@@ -64,12 +73,14 @@ class RunOptions:
     data: TrainingData | None = None
     log_path_kl: bool = False
     wandb: bool | str = False
+    wandb_name: str | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
         if self.evaluation_prompts is not None:
             read = read_prompts(self.evaluation_prompts, "evaluation_prompts")
             object.__setattr__(self, "evaluation_prompts", read)
+        self._check_held_out()
         least = {"evaluation_samples": 2, "checkpoint_every": 1, "picture_every": 1}
         least |= {"frontier_samples": 0}
         for name, bound in least.items():
@@ -83,3 +94,37 @@ class RunOptions:
         if isinstance(self.preference, Recorded):  # a resumed run may be in another directory
             path = Path(self.preference.path).expanduser().absolute()
             object.__setattr__(self, "preference", dataclasses.replace(self.preference, path=path))
+
+    def _check_held_out(self) -> None:
+        held_out, guidance = self.held_out, self.evaluation_guidance
+        share = isinstance(held_out, float) and 0 < held_out < 1
+        number = isinstance(held_out, int) and not isinstance(held_out, bool) and held_out >= 0
+        if not (share or number):
+            raise ValueError(
+                "held_out must be a number of prompts, such as 20, or a share of them between 0 "
+                f"and 1, such as 0.1, got {held_out!r}"
+            )
+        if held_out and self.evaluation_prompts is not None:
+            raise ValueError(
+                "held_out and evaluation_prompts both say which prompts held-out samples have: "
+                "leave one of them out"
+            )
+        if guidance is not None and not (guidance >= 0 and math.isfinite(guidance)):
+            raise ValueError(
+                f"evaluation_guidance must be a finite number of at least 0, got {guidance!r}"
+            )
+
+    def prompts_of(
+        self, prompts: Sequence[Prompt], seed: int
+    ) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+        """Those to train on and those of held-out samples.
+
+        Raises:
+            ValueError: ``held_out`` leaves nothing on one side.
+        """
+        if self.held_out:
+            training, held_out = split(len(prompts), self.held_out, seed)
+            return tuple(prompts[k] for k in training), tuple(prompts[k] for k in held_out)
+        if self.evaluation_prompts is None:
+            return tuple(prompts), tuple(prompts)
+        return tuple(prompts), read_prompts(self.evaluation_prompts)

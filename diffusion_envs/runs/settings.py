@@ -19,12 +19,13 @@ from typing import Any, NoReturn
 import torch
 
 from diffusion_envs.models.protocol import Model
+from diffusion_envs.prompt import Prompt
 from diffusion_envs.rewards.contract import name_of_loaded
 
 _KINDS = ("class", "function", "loaded", "instance")
 _ANY_TIME = (  # no number of an update depends on them
     *("updates", "model.device", "options.wandb", "options.progress"),
-    "options.frontier_samples",
+    *("options.wandb_name", "options.frontier_samples"),
 )
 _SERVERS = ("diffusion_envs.rewards.remote:Remote", "diffusion_envs.rewards.vlm_judge:VLMJudge")
 _HOW_REACHED = (  # a server: what it scores is compared when a run is resumed
@@ -61,6 +62,8 @@ def describe(value: Any) -> Any:
     """
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}  # for which JSON has no number
+    if isinstance(value, Prompt) and value.metadata:
+        return {"prompt": str(value), "metadata": dict(value.metadata)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):
@@ -109,6 +112,8 @@ def rebuild(described: Any, setting: str = "") -> Any:
             return float(word)
         if "path" in described:
             return Path(word)
+    if described.keys() == {"prompt", "metadata"}:
+        return Prompt(described["prompt"], described["metadata"])
     kind = _kind(described)
     if kind is None:
         return {k: rebuild(v, f"{setting}.{k}" if setting else k) for k, v in described.items()}
@@ -168,14 +173,28 @@ def differences(stored: Any, wanted: Any, setting: str = "") -> list[tuple[str, 
                 stored.get(k), wanted.get(k), f"{setting}.{k}" if setting else k
             )
         ]
-    lists = isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted)
-    if lists and any(isinstance(value, Mapping) for value in stored):  # a reward and its weight
-        return [
+    if not (isinstance(stored, list) and isinstance(wanted, list)):
+        return [] if stored == wanted else [(setting, stored, wanted)]
+    if setting.endswith("prompts"):
+        return _differing_prompts(stored, wanted, setting)
+    if len(stored) == len(wanted) and any(isinstance(value, Mapping) for value in stored):
+        return [  # such as a reward and its weight
             differing
             for k, pair in enumerate(zip(stored, wanted, strict=True))
             for differing in differences(*pair, f"{setting}[{k}]")
         ]
     return [] if stored == wanted else [(setting, stored, wanted)]
+
+
+def _differing_prompts(
+    stored: Sequence[Any], wanted: Sequence[Any], setting: str
+) -> list[tuple[str, Any, Any]]:
+    """The first prompt that differs, of thousands; else their numbers."""
+    for k, (then, now) in enumerate(zip(stored, wanted, strict=False)):
+        if then != now:
+            return [(f"{setting}[{k}]", then, now)]
+    sizes = len(stored), len(wanted)
+    return [] if sizes[0] == sizes[1] else [(f"number of {setting}", *sizes)]
 
 
 def _key(field: str) -> str:

@@ -23,7 +23,9 @@ _GAP = 6  # pixels around a picture
 _LINE = 15  # pixels a line of caption
 _CAPTION_LINES = 2
 OVER_OPTIMISATION = "over_optimisation.jsonl"
+TRAINING_BY_PROMPT = "training_by_prompt.jsonl"
 PROJECT = "ctrl"  # of Weights & Biases
+_MOST_PROMPTS = 20  # in the config that Weights & Biases gets
 _log = logging.getLogger(__name__)
 
 
@@ -122,7 +124,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Tracker:
-    """Writes ``metrics.jsonl``, ``over_optimisation.jsonl``, ``tensorboard/`` and ``samples/``.
+    """Writes the logs of a run: files of JSON lines, ``tensorboard/`` and ``samples/``.
 
     On resuming, lines of updates that will be done again are dropped first, so that the log of a
     resumed run is that of an uninterrupted one. A run of Weights & Biases goes on under the same
@@ -133,6 +135,7 @@ class Tracker:
         first_update: updates already done.
         wandb: log to Weights & Biases too: the name of the project, or True for the project
             "ctrl" (of a resumed run: the project it is in).
+        wandb_name: of the run there; the folder's if left out (of a resumed run: the one it has).
         enabled: False on all processes but the main one: then nothing is written.
 
     Raises:
@@ -146,6 +149,7 @@ class Tracker:
         *,
         first_update: int = 0,
         wandb: bool | str = False,
+        wandb_name: str | None = None,
         enabled: bool = True,
     ) -> None:
         self.folder, self.enabled = folder, enabled
@@ -160,8 +164,9 @@ class Tracker:
         path = folder / "metrics.jsonl"
         self._last = _keep_lines_until(path, first_update)
         self._last_metrics = _keep_lines_until(folder / OVER_OPTIMISATION, first_update)
+        _keep_lines_until(folder / TRAINING_BY_PROMPT, first_update)
         if self._service is not None:
-            self._wandb = _wandb_run(self._service, folder, wandb)
+            self._wandb = _wandb_run(self._service, folder, wandb, wandb_name)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update + 1)
         self._file = path.open("a", encoding="utf-8")
         (folder / "samples").mkdir(exist_ok=True)
@@ -210,6 +215,23 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(flat, step=update)
 
+    def by_prompt(self, update: int, rewards: Mapping[int, Estimate]) -> None:
+        """A line of ``training_by_prompt.jsonl``: rewards of an update, by index of the prompt.
+
+        The index is that of ``prompts`` in ``config.json``.
+        """
+        if not self.enabled:
+            return
+        line = {
+            "update": update,
+            "prompt": list(rewards),
+            "mean": [each.mean for each in rewards.values()],
+            "standard_error": [each.as_dict()["standard_error"] for each in rewards.values()],
+            "n": [each.n for each in rewards.values()],
+        }
+        with (self.folder / TRAINING_BY_PROMPT).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
     def over_optimisation(self, update: int, numbers: Mapping[str, Estimate]) -> None:
         """A line of ``over_optimisation.jsonl``; none if a resumed run has that update's already.
 
@@ -239,6 +261,7 @@ class Tracker:
         sheet = grid(images, captions)
         sheet.save(partial, format="PNG")
         os.replace(partial, path)
+        self._board.add_image("samples", np.asarray(sheet), update, dataformats="HWC")
         if self._wandb is not None:
             self._wandb.log({"samples": self._service.Image(sheet)}, step=update)
 
@@ -287,14 +310,15 @@ def require_wandb() -> Any:
     return wandb
 
 
-def _wandb_run(service: Any, folder: Path, project: bool | str) -> Any:
+def _wandb_run(service: Any, folder: Path, project: bool | str, name: str | None) -> Any:
     """The run that ``wandb.json`` names, begun or gone on with."""
     record = folder / "wandb.json"
-    wanted = None if project is True else project
+    wanted, former = None if project is True else project, None
     if record.is_file():
         try:
             stored = json.loads(record.read_text(encoding="utf-8"))
             known = {"project": str(stored["project"]), "id": str(stored["id"])}
+            former = stored.get("name")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{record} is damaged ({error}); delete it to begin a new run of wandb"
@@ -306,10 +330,22 @@ def _wandb_run(service: Any, folder: Path, project: bool | str) -> Any:
             )
     else:
         known = {"project": wanted or PROJECT, "id": secrets.token_hex(4)}
-        partial = record.with_suffix(".partial")
-        partial.write_text(json.dumps(known), encoding="utf-8")
-        os.replace(partial, record)
-    config = folder / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
-    name = folder.resolve().name
-    return service.init(**known, name=name, dir=str(folder), config=settings, resume="allow")
+    known["name"] = name or former or folder.resolve().name
+    partial = record.with_suffix(".partial")
+    partial.write_text(json.dumps(known), encoding="utf-8")
+    os.replace(partial, record)
+    return service.init(**known, dir=str(folder), config=_config_of(folder), resume="allow")
+
+
+def _config_of(folder: Path) -> dict[str, Any] | None:
+    """The run's config, of many prompts only the first and their number."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    settings = config.get("settings", {})
+    prompts = settings.get("prompts")
+    if isinstance(prompts, list) and len(prompts) > _MOST_PROMPTS:
+        settings["prompts"] = prompts[:_MOST_PROMPTS]
+        settings["number of prompts"] = len(prompts)
+    return config

@@ -12,7 +12,7 @@ from diffusion_envs import rewards
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.runs.evaluation import evaluate, require_the_runs_reward
 from diffusion_envs.runs.exported import exported_sampler, load_exported
-from diffusion_envs.runs.finetune import make_environment
+from diffusion_envs.runs.finetune import evaluated, make_environment
 from diffusion_envs.runs.report import write_report
 from diffusion_envs.runs.run_folder import write_json
 from diffusion_envs.samplers import Sampler
@@ -44,6 +44,7 @@ def transfer(
     steps: Sequence[int],
     samplers: Sequence[Sampler],
     samples: int,
+    guidance: float | None = None,
     batch: int = 32,
 ) -> list[Row]:
     """Evaluate what a run exported at other step counts; write ``transfer.json`` and a new report.
@@ -61,6 +62,7 @@ def transfer(
         steps: step counts to try.
         samplers: DDIM at one or several eta, 0 included, and schedulers of diffusers by name.
         samples: held-out samples of each.
+        guidance: their classifier-free guidance scale; the model's if None.
         batch: samples rolled out at once.
 
     Raises:
@@ -75,14 +77,18 @@ def transfer(
         (
             kind,
             n,
-            make_environment(
-                model,
-                sampler=kind,
-                steps=n,
-                reward=reward,
-                prompts=prompts,
-                seed=seed,
-                batch=batch,
+            evaluated(
+                make_environment(
+                    model,
+                    sampler=kind,
+                    steps=n,
+                    reward=reward,
+                    prompts=prompts,
+                    seed=seed,
+                    batch=batch,
+                ),
+                prompts,
+                guidance,
             ),
         )
         for kind in samplers

@@ -21,6 +21,8 @@ class StableDiffusion:
     Attributes:
         model: "tiny", "words", a folder in diffusers' layout, or a hub id.
         guidance: classifier-free guidance scale; 1 is none.
+        negative_prompt: what guidance leads away from; the empty prompt if left out.
+        variant: of the weights, such as fp16; those that are there if left out.
         lora_rank: of the adapter; 8 if left out; 0 for none, where the guidance scale trains alone.
         lora_alpha: the adapter's update is scaled by alpha / rank; the rank if left out.
         lora_targets: names of the layers that get one; those of attention if left out.
@@ -38,6 +40,8 @@ class StableDiffusion:
 
     model: str | Path = "tiny"
     guidance: float = 3.0
+    negative_prompt: str | None = None
+    variant: str | None = None
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_targets: Sequence[str] | None = None
@@ -96,6 +100,8 @@ class StableDiffusion:
         return TextToImageUNet.load(
             self.model,
             guidance=self.guidance,
+            negative_prompt=self.negative_prompt,
+            variant=self.variant,
             lora_rank=self.lora_rank,
             lora_alpha=self.lora_alpha,
             lora_targets=self.lora_targets,

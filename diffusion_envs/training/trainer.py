@@ -98,6 +98,7 @@ class Trainer:
         self._rates = [group["lr"] for group in self.optimiser.param_groups]  # of full size
         self.update = 0  # updates done
         self._set_rates(0)
+        self.rewards_by_prompt = dict[int, Estimate]()  # of the last update, by index
         self._seconds_before = 0.0
         self._started = time.monotonic()
 
@@ -414,10 +415,13 @@ class Trainer:
         """Numbers of this update over all processes; the next kl_weight follows from them."""
         compared = rollout.rewards if rollout.preferences is None else rollout.preferences
         parts = () if rollout.reward_parts is None else rollout.reward_parts.unbind(1)
-        columns = [rollout.rewards, rollout.costs.sum(1), compared, *parts]
+        columns = [rollout.rewards, rollout.costs.sum(1), compared, rollout.condition, *parts]
         earned = torch.stack([column.to(rollout.rewards) for column in columns], dim=1)
         earned = parallel.gather(earned, self.accelerator).cpu()
-        rewards, nats, compared, *parts = earned.unbind(1)
+        rewards, nats, compared, prompts, *parts = earned.unbind(1)
+        self.rewards_by_prompt = {
+            int(k): Estimate.of(rewards[prompts == k]) for k in prompts.unique().tolist()
+        }
         known = rollout.costs.shape[1] > 0 and bool(torch.isfinite(nats).all())
         kl = {"path_kl": Estimate.of(nats)} if known else {}
         if self.target_kl is not None:

@@ -25,8 +25,9 @@ class UpdateSize:
         schedule_updates: at which a schedule reaches 0; those of the whole run.
         average: decay, from one update to the next, of a running mean of the trained weights, which
             is what is evaluated and exported; None for none, 0 for the newest alone. While updates
-            are few it is their plain mean. It never samples or trains. A mean of weights is that of policies only
-            as far as they are linear in them: of LoRA's factors, the product of the means.
+            are few it is their plain mean. It never samples or trains. A mean of weights is that of
+            policies only as far as they are linear in them: of LoRA's factors, the product of the
+            means.
         value_epochs: passes of the value network over the states of a roll-out.
         value_batch: states a step of the value network's optimiser.
         value_learning_rate: of AdamW on the value network.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import ctrl
 from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.gaussian import Gaussian
+from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.text_to_image_unet import GuidedScore
 from diffusion_envs.noise_schedules import VPLinear
 from verification.claim import Check, Setting, claim, limit, pathwise, stated, wrong
@@ -130,14 +131,14 @@ _GUIDED = "diffusion_envs.models.text_to_image_unet.GuidedScore.prediction"
         wrong(
             "the prompt in both branches",
             _GUIDED,
-            "torch.cat([empty, context])",
-            "torch.cat([context, context])",
+            "joined([empty, context])",
+            "joined([context, context])",
         ),
         wrong(
             "chunks of rows mixed up",
             "diffusion_envs.models.text_to_image_unet.GuidedScore.__call__",
-            "for part in (states, timesteps, context))",
-            "for part in (states, timesteps.flip(0), context))",
+            "timesteps[c], context[c]",
+            "timesteps.flip(0)[c], context[c]",
         ),
         wrong(
             "difference of scores scaled once more",
@@ -162,8 +163,8 @@ _GUIDED = "diffusion_envs.models.text_to_image_unet.GuidedScore.prediction"
 def guidance(setting: Setting) -> Iterator[Check]:
     """Production's guided score of a fixed network, and the law of Gaussian data under guidance."""
     bars = setting.tensor(ALPHA_BARS)
-    empty = setting.tensor(EMPTY)[None]
-    x, context = setting.tensor(STATES), setting.tensor(CONTEXT)[:, None]
+    empty = TextCondition(setting.tensor(EMPTY)[None, None])
+    x, context = setting.tensor(STATES), TextCondition(setting.tensor(CONTEXT)[:, None])
     steps = torch.as_tensor(TIMESTEPS, device=x.device)
     for kind in KINDS:
         guided = GuidedScore(Network(), bars, kind, SCALE, empty)(x, steps, context)

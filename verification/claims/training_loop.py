@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ctrl.noise import stream
 from ctrl.trust_region import clipped_surrogate
 from diffusion_envs.environment import Environment, Sample
+from diffusion_envs.models.adapters import AdapterSwitch
+from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.text_to_image_unet import GuidedScore, TextToImageUNet
 from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import ScoreAsAction
@@ -30,7 +32,8 @@ from verification.claim import Check, Setting, claim, pathwise, rounding, stated
 from verification.closed_form import linear_adapter
 from verification.closed_form.linear_adapter import Sampler
 
-EVENT, PROMPTS, STEPS, SAMPLES = (4, 2, 2), 3, 4, 6
+EVENT, STEPS, SAMPLES = (4, 2, 2), 4, 6
+PROMPTS = ["one", "two", "three"]
 TABLE = torch.linspace(0.97, 0.08, 20, dtype=torch.float64)
 ETA, KL_WEIGHT = 0.45, 2.3
 FLOAT32 = "the loop's networks, states and rewards are float32 whatever the setting"
@@ -105,15 +108,20 @@ def trainer(
     """The loop in the midst of a run: three updates are done, the adapter is no longer fresh."""
     generator = stream(setting.seed, "network")
     network = Network(generator)
-    context = torch.randn(PROMPTS, 2, 3, generator=generator)
+    context = torch.randn(len(PROMPTS), 2, 3, generator=generator)
     score = GuidedScore(
-        network, TABLE, "epsilon", 1.7, torch.randn(2, 3, generator=generator), batch=64
+        network,
+        TABLE,
+        "epsilon",
+        1.7,
+        TextCondition(torch.randn(1, 2, 3, generator=generator)),
+        adapter=AdapterSwitch(network.enable_adapters, network.disable_adapters),
     )
     model = TextToImageUNet(
         score=score,
         event=EVENT,
         table=DDPMTable(TABLE),
-        encode=lambda prompts: context,
+        encode=lambda asked: TextCondition(context[[PROMPTS.index(prompt) for prompt in asked]]),
         decode=lambda latents: latents[:, [0, 1, 0]].sigmoid(),
         parameters=[network.a, network.b],
     )
@@ -121,7 +129,7 @@ def trainer(
         model=model,
         sampler=DDIM(eta=ETA).bind(DDPMTable(TABLE), STEPS),
         reward=lambda images, prompts: 3 * images.mean((1, 2, 3)) + images[:, 1, 0, 1],
-        prompts=["one", "two", "three"],
+        prompts=PROMPTS,
         seed=41,
     )
     made = Trainer(
@@ -498,7 +506,7 @@ def noise_of_samples(setting: Setting) -> Iterator[Check]:
     yield pathwise("noise of 1, 2, 3 processes is one", gaps, 0 * gaps, scale=1.0)
     made = trainer(setting)
     indices = range(3 * SAMPLES, 5 * SAMPLES)
-    conditions = torch.arange(2 * SAMPLES) % PROMPTS
+    conditions = torch.arange(2 * SAMPLES) % len(PROMPTS)
     held_out = made.environment.sample(
         made.objective.policy, indices, conditions, stream="evaluation"
     )

@@ -30,7 +30,7 @@ def test_the_score_is_that_of_the_scale_at_each_row_and_off_that_of_the_pretrain
     assert [p.shape for p in model.parameters] == [(2,)]
     normals = torch.Generator().manual_seed(0)
     states = torch.randn(3, *model.event, generator=normals)
-    timesteps, context = torch.tensor([0, 250, 999]), model.condition(CAT).expand(3, -1, -1)
+    timesteps, context = torch.tensor([0, 250, 999]), model.condition(3 * CAT)
     fresh = model(states, timesteps, context)
     with torch.no_grad():
         model.parameters[0].copy_(torch.tensor([0.5, 1.5]) / UNIT)

@@ -203,7 +203,7 @@ def test_tokens_of_several_vectors_are_embedded_as_by_the_pipeline(tmp_path):
     torch.testing.assert_close(ours(model, prompts), expected, rtol=0, atol=1e-4)
     embedded = model.condition(["<zebra>", "a"])
     plain, _ = pipe.encode_prompt(["<zebra>", "a"], "cpu", 1, False)
-    torch.testing.assert_close(embedded, plain, rtol=0, atol=1e-6)
+    torch.testing.assert_close(embedded.tokens, plain, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="35 tokens"):  # 3 a word, and 2 at the ends
         model.condition(["<zebra> " * 11])
 

@@ -16,6 +16,8 @@ from diffusion_envs.environment import Environment
 from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.gaussian import Gaussian, Quadratic
 from diffusion_envs.exact.linear_policy import Steps
+from diffusion_envs.models.adapters import AdapterSwitch
+from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.text_to_image_unet import GuidedScore, TextToImageUNet
 from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import Objective, PathObjective, Rollout, Rows
@@ -220,6 +222,7 @@ class Brightness:
 
 
 BRIGHTNESS = Brightness()
+PROMPTS = ["one", "two", "three"]
 
 
 @pytest.fixture
@@ -240,12 +243,19 @@ def small_trainer() -> Callable[..., Trainer]:
         network = Network(generator)
         torch.nn.init.zeros_(network.b)  # a fresh adapter: the pretrained model
         context = torch.randn(3, 2, 3, generator=generator)
-        null = torch.randn(2, 3, generator=generator)
+        null = TextCondition(torch.randn(1, 2, 3, generator=generator))
         model = TextToImageUNet(
-            score=GuidedScore(network, table, "epsilon", 1.7, null, batch=64),
+            score=GuidedScore(
+                network,
+                table,
+                "epsilon",
+                1.7,
+                null,
+                adapter=AdapterSwitch(network.enable_adapters, network.disable_adapters),
+            ),
             event=(4, 2, 2),
             table=DDPMTable(table),
-            encode=lambda prompts: context,
+            encode=lambda asked: TextCondition(context[[PROMPTS.index(p) for p in asked]]),
             decode=lambda latents: latents[:, [0, 1, 0]].sigmoid(),
             parameters=[network.a, network.b],
         )
@@ -253,7 +263,7 @@ def small_trainer() -> Callable[..., Trainer]:
             model=model,
             sampler=DDIM(0.9).bind(DDPMTable(table), 4),
             reward=reward,
-            prompts=["one", "two", "three"],
+            prompts=PROMPTS,
             seed=41,
         )
         settings = {"samples": 12, "batch": 64, "value_epochs": 1} | size

@@ -1,0 +1,54 @@
+"""A prompt with what else is known of it."""
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+
+class Prompt(str):
+    """A string to ask a model for, with columns that only rewards read.
+
+    Models, logs and whatever else takes a string see its text alone; two are equal if their texts
+    are. A reward reads ``prompt.metadata["column"]``.
+
+    Args:
+        text: what the model is asked for.
+        metadata: by column, whatever JSON can hold; nothing if left out.
+
+    Raises:
+        ValueError: a value is none that JSON can hold, and so could not be stored with a run.
+    """
+
+    _metadata: dict[str, Any]
+
+    def __new__(cls, text: str, metadata: Mapping[str, Any] | None = None) -> "Prompt":
+        """The text, with a copy of its metadata."""
+        made = super().__new__(cls, text)
+        made._metadata = {str(column): value for column, value in (metadata or {}).items()}
+        try:
+            json.dumps(made._metadata, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"metadata of prompt {text!r} must be what JSON can hold, text and finite numbers, "
+                f"for example: {error}"
+            ) from error
+        return made
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """By column; read only."""
+        return MappingProxyType(self._metadata)
+
+
+def metadata_of(prompt: str) -> Mapping[str, Any]:
+    """A prompt's columns; none of a plain string."""
+    return prompt.metadata if isinstance(prompt, Prompt) else {}
+
+
+def described(prompt: str) -> str:
+    """The text, with the columns where there are any: no two different prompts have the same."""
+    columns = metadata_of(prompt)
+    if not columns:
+        return str(prompt)
+    return f"{prompt} {json.dumps(dict(columns), sort_keys=True, ensure_ascii=False)}"
