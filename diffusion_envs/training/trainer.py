@@ -95,9 +95,7 @@ class Trainer:
             self.critic = EnergyCritic(environment, objective, size, accelerator, stream_name, data)
         elif objective.needs_value:
             self.critic = Critic(environment, objective, size, accelerator, stream_name)
-        self._rates = [group["lr"] for group in self.optimiser.param_groups]  # of full size
         self.update = 0  # updates done
-        self._set_rates(0)
         self.rewards_by_prompt = dict[int, Estimate]()  # of the last update, by index
         self._seconds_before = 0.0
         self._started = time.monotonic()
@@ -136,7 +134,6 @@ class Trainer:
         if self.critic is not None:
             self.critic.load_state(state["critic"])
         self.update = state["update"]
-        self._set_rates(self.update)
         if self.target_kl is not None:
             self.objective = kl_controller.with_kl_weight(self.objective, state["kl_weight"])
         self.environment.reward_queries = state["reward_queries"]
@@ -171,7 +168,10 @@ class Trainer:
         losses = self.losses(sample.rollout)
         if self.update == 0:
             losses.check_fresh()
-        numbers |= self._improve_adapter(losses, sample.rollout)
+        with self._scheduled() as rates:
+            numbers |= self._improve_adapter(losses, sample.rollout) | rates
+        for group in self.optimiser.param_groups:
+            group["lr"] *= self.objective.decay
         if critic is not None and not critic.learns_first:
             numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
         self._keep_old()
@@ -293,17 +293,22 @@ class Trainer:
                         "weight was changed. Lower learning_rate or guidance, or use float32"
                     )
                 stepped = self.optimiser.step(self._metric(rollout, epoch, k))
-        if size.warm_up or size.schedule != "constant":
-            stepped["learning_rate"] = self.optimiser.param_groups[0]["lr"]
-        self._set_rates(self.update + 1)
         return {**losses.numbers(), "gradient_norm": norm, **stepped}
 
-    def _set_rates(self, update: int) -> None:
-        """The learning rates of an update follow from its number alone."""
-        for group, rate in zip(self.optimiser.param_groups, self._rates, strict=True):
-            for _ in range(update):  # a power rounds otherwise
-                rate *= self.objective.decay
-            group["lr"] = rate * self.size.rate_factor(update)
+    @contextmanager
+    def _scheduled(self) -> Iterator[dict[str, float]]:
+        """Within this context learning rates are those of this update; numbers to log."""
+        size, groups = self.size, self.optimiser.param_groups
+        factor = size.rate_factor(self.update)
+        before = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] *= factor
+        changes = size.warm_up > 0 or size.schedule != "constant"
+        try:
+            yield {"learning_rate": groups[0]["lr"]} if changes else {}
+        finally:
+            for group, rate in zip(groups, before, strict=True):
+                group["lr"] = rate
 
     def _differentiating(self) -> AbstractContextManager[Any]:
         """Within this context losses may ask the reward for its gradient, and it may fail."""
