@@ -278,6 +278,7 @@ class TextToImageUNet:
             reference=reference,
         )
         require_something_trains(not trainable.nothing, guidance_knots)
+        trainable.require_start()
         device = torch.device(device)
         dtype = adapters.precision_of(precision, device)
         pipe = pipeline.load_pipeline(
@@ -328,7 +329,7 @@ class TextToImageUNet:
         def write(folder: Path) -> Path:
             written = None if schedule is None else schedule.write(folder, guidance)
             if attached.parameters:
-                return attached.write(folder, probe)
+                return attached.write(folder, probe, pipe)
             assert written is not None  # something trains
             return written
 

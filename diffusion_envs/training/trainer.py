@@ -83,7 +83,7 @@ class Trainer:
         learned = environment.sampler.parameters  # of the sampler
         self.parameters = [*environment.model.parameters, *learned]
         self.old = [p.detach().clone() for p in self.parameters]  # of the policy that samples
-        self.mean = [old.clone() for old in self.old] if size.average else []  # over updates
+        self.mean = [old.clone() for old in self.old] if size.average is not None else []
         rate, std_rate = objective.rates
         kinds: list[dict[str, Any]] = [{"params": environment.model.parameters}]
         if learned:
@@ -172,7 +172,10 @@ class Trainer:
         losses = self.losses(sample.rollout)
         if self.update == 0:
             losses.check_fresh()
-        numbers |= self._improve_adapter(losses, sample.rollout)
+        with self._scheduled() as rates:
+            numbers |= self._improve_adapter(losses, sample.rollout) | rates
+        for group in self.optimiser.param_groups:
+            group["lr"] *= self.objective.decay
         if critic is not None and not critic.learns_first:
             numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
         self._keep_old()
@@ -296,8 +299,6 @@ class Trainer:
                         self._shrink_loss_scale(norm)
                 self.loss_scale.keep()
                 stepped = self.optimiser.step(self._metric(rollout, epoch, k))
-        for group in self.optimiser.param_groups:
-            group["lr"] *= self.objective.decay
         numbers = {**losses.numbers(), "gradient_norm": norm, **stepped}
         return numbers | self.loss_scale.numbers()
 
@@ -315,6 +316,21 @@ class Trainer:
             + (", and not by the scale of the loss" if self.loss_scale.used else "")
             + "; no weight was changed by it. Lower learning_rate or guidance, or use float32"
         )
+
+    @contextmanager
+    def _scheduled(self) -> Iterator[dict[str, float]]:
+        """Within this context learning rates are those of this update; numbers to log."""
+        size, groups = self.size, self.optimiser.param_groups
+        factor = size.rate_factor(self.update)
+        before = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] *= factor
+        changes = size.warm_up > 0 or size.schedule != "constant"
+        try:
+            yield {"learning_rate": groups[0]["lr"]} if changes else {}
+        finally:
+            for group, rate in zip(groups, before, strict=True):
+                group["lr"] = rate
 
     def _differentiating(self) -> AbstractContextManager[Any]:
         """Within this context losses may ask the reward for its gradient, and it may fail."""
