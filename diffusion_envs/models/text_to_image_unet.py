@@ -1,4 +1,4 @@
-"""Text-to-image UNets as policies: the score is the action. Stable Diffusion 1.x and 2.x.
+"""Text-to-image UNets as policies: the score is the action. Stable Diffusion 1.x, 2.x and XL.
 
 A UNet predicts epsilon, x0 or v of a noised state; classifier-free guidance combines its
 conditional and unconditional predictions; the result, as a score, is the mean of a policy. The
@@ -22,9 +22,11 @@ from ctrl.noise import stream
 from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
 from diffusion_envs.models import adapters
 from diffusion_envs.models.guidance_schedule import GuidanceSchedule, require_something_trains
+from diffusion_envs.models.latent_decoder import decode
 from diffusion_envs.models.noise_table import noise_table
 from diffusion_envs.models.protocol import joined
 from diffusion_envs.models.text_condition import TextCondition
+from diffusion_envs.models.text_to_image_family import require_lengths
 from diffusion_envs.models.trainable import Reference, Trainable, Weights
 from diffusion_envs.noise_schedules import DDPMTable
 
@@ -210,6 +212,7 @@ class TextToImageUNet:
         cls,
         model: str | Path = "tiny",
         *,
+        config: str | Path | None = None,
         guidance: float = 3.0,
         negative_prompt: str | None = None,
         variant: str | None = None,
@@ -228,13 +231,16 @@ class TextToImageUNet:
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> "TextToImageUNet":
-        """Load a Stable Diffusion pipeline (1.x, 2.x) with what trains on it (``Trainable``).
+        """Load a Stable Diffusion pipeline (1.x, 2.x, XL) with what trains on it (``Trainable``).
 
         The noise levels are those of the scheduler in the folder, whatever its class
-        (``noise_table``).
+        (``noise_table``). What can be refused is, before any weights are read.
 
         Args:
-            model: "tiny", "words", a folder in diffusers' layout, or a hub id.
+            model: "tiny", "words", a folder in diffusers' layout, a single ``.safetensors`` file,
+                or a hub id.
+            config: folder in diffusers' layout with the settings of a single file; what diffusers
+                has for its kind, from the hub, if left out.
             guidance: classifier-free guidance scale, at least 1, which is none. Networks that read
                 the scale (latent consistency models) are told it instead.
             negative_prompt: what guidance leads away from; the empty prompt if left out. As in
@@ -265,7 +271,7 @@ class TextToImageUNet:
                 kind that is not supported.
             FileNotFoundError: the model is not there, or its folder lacks parts.
         """
-        from diffusion_envs.models import stable_diffusion_pipeline as pipeline
+        from diffusion_envs.models import text_to_image_pipeline
 
         check_guidance(guidance)
         trainable = Trainable(
@@ -280,18 +286,23 @@ class TextToImageUNet:
         require_something_trains(not trainable.nothing, guidance_knots)
         device = torch.device(device)
         dtype = adapters.precision_of(precision, device)
-        pipe = pipeline.load_pipeline(
-            model,
-            variant=variant,
-            precision=dtype,
-            network=torch.float32 if trains == "all" else dtype,
-            device=device,
-        )
-        unet, table = pipe.unet, noise_table(pipe.scheduler)
-        event = (unet.config.in_channels, *_latent_sides(pipe, resolution))
+        files = text_to_image_pipeline.find(model, config=config, variant=variant)
+        family, sides = files.family, files.latent_sides(resolution)
+        event, picture = (files.latent_channels, *sides), files.picture(sides)
+        table = noise_table(files.scheduler())
+        pipe = files.load(dtype, device, network=torch.float32 if trains == "all" else dtype)
+        unet = pipe.unet
         attached = trainable.attach(unet, seed=seed)
         parameters = [*attached.parameters]
-        unconditional = pipeline.embed_prompts(pipe, [negative_prompt or ""])
+
+        def require(prompts: Sequence[str]) -> None:
+            require_lengths(pipe, family.tokenizers(pipe), prompts)
+
+        def encode(prompts: Sequence[str]) -> TextCondition:
+            require(prompts)
+            return family.encode(pipe, prompts, picture)
+
+        require([negative_prompt or ""])
         width = unet.config.time_cond_proj_dim
         schedule = None
         if guidance_knots:
@@ -307,7 +318,7 @@ class TextToImageUNet:
             alphas_cumprod=pipe.scheduler.alphas_cumprod.to(device),
             prediction_type=pipe.scheduler.config.prediction_type,
             guidance=guidance,
-            unconditional=unconditional,
+            unconditional=family.unconditional(pipe, negative_prompt, picture),
             batch=batch,
             precision=dtype,
             scale_width=width,
@@ -321,7 +332,7 @@ class TextToImageUNet:
             """Predictions of a network with this one's guidance, at two random states."""
             noise = stream(0, "probe")
             states = torch.randn(2, *event, generator=noise).to(device)
-            words = pipeline.embed_prompts(pipe, ["one", "two"])
+            words = encode(["one", "two"])
             timesteps = torch.tensor([1, len(table.alphas_cumprod) // 2], device=device)
             return replace(score, unet=network).prediction(states, timesteps, words)
 
@@ -336,13 +347,13 @@ class TextToImageUNet:
             score=score,
             event=event,
             table=table,
-            encode=partial(pipeline.embed_prompts, pipe),
-            decode=partial(pipeline.decode, pipe.vae, batch=batch),
+            encode=encode,
+            decode=partial(decode, pipe.vae, batch=batch),
             parameters=parameters,
             device=device,
             write=write,
             pipe=pipe,
-            check=partial(pipeline.require_prompts, pipe),
+            check=require,
         )
 
     def with_guidance(self, guidance: float) -> "TextToImageUNet":
@@ -427,21 +438,3 @@ class TextToImageUNet:
         if self.write is None:
             raise ValueError("write must be set to export the adapter")
         return self.write(folder)
-
-
-def _latent_sides(pipe: Any, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width of a latent.
-
-    Raises:
-        ValueError: a side is not a multiple of what the networks halve it by.
-    """
-    factor = pipe.vae_scale_factor
-    if resolution is None:
-        own = pipe.unet.config.sample_size
-        height, width = (own, own) if isinstance(own, int) else own
-        return height, width
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    smallest = factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    if any(side < smallest or side % smallest for side in (height, width)):
-        raise ValueError(f"resolution must be a positive multiple of {smallest}, got {resolution}")
-    return height // factor, width // factor
