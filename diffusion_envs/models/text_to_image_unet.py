@@ -19,11 +19,21 @@ from torch import Tensor, nn
 
 from ctrl.devices import as_like
 from ctrl.noise import stream
-from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
+from diffusion_envs.denoising import (
+    score_from_epsilon,
+    score_from_v,
+    score_from_x0,
+    tweedie_mean,
+)
 from diffusion_envs.models import adapters
 from diffusion_envs.models.guidance_schedule import GuidanceSchedule, require_something_trains
 from diffusion_envs.models.latent_decoder import decode
-from diffusion_envs.models.noise_table import noise_table
+from diffusion_envs.models.noise_table import (
+    ends_without_signal,
+    say_what_is_set,
+    trained_levels,
+    what_is_set,
+)
 from diffusion_envs.models.protocol import joined
 from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.text_to_image_family import require_lengths
@@ -43,7 +53,7 @@ class GuidedScore:
 
     Attributes:
         unet: a diffusers UNet2DConditionModel with its adapter attached.
-        alphas_cumprod: of the model's noise levels, one entry a timestep.
+        table: noise levels by timestep.
         prediction_type: "epsilon", "sample" or "v_prediction", as in diffusers.
         guidance: scale, at least 1, which is none (and costs one network call instead of two):
             diffusers uses none below 1 either, so those scales are refused.
@@ -59,7 +69,7 @@ class GuidedScore:
     """
 
     unet: Any
-    alphas_cumprod: Float[Tensor, " timesteps"]
+    table: DDPMTable
     prediction_type: str
     guidance: float
     unconditional: TextCondition
@@ -80,14 +90,38 @@ class GuidedScore:
     def __call__(
         self,
         states: Float[Tensor, " rows *event"],
-        timesteps: Int64[Tensor, " rows"],
+        timesteps: Int64[Tensor, " rows"] | Float[Tensor, " rows"],
         context: TextCondition,
     ) -> Float[Tensor, " rows *event"]:
-        """Guided scores of noisy states, float32, on the states' device."""
+        """Guided scores of noisy states, float32, on the states' device.
+
+        Timesteps may be fractional.
+        """
+        return self._in_chunks(self._score, states, timesteps, context)
+
+    def denoised(
+        self,
+        states: Float[Tensor, " rows *event"],
+        timesteps: Tensor,
+        context: TextCondition,
+    ) -> Float[Tensor, " rows *event"]:
+        """Expected data of noisy states, guided, float32: finite where no signal is left.
+
+        Of a network that predicts epsilon it is not.
+        """
+        return self._in_chunks(self._denoised, states, timesteps, context)
+
+    def _in_chunks(
+        self,
+        ask: Callable[[Tensor, Tensor, TextCondition], Tensor],
+        states: Tensor,
+        timesteps: Tensor,
+        context: TextCondition,
+    ) -> Tensor:
         if torch.is_grad_enabled() or len(states) <= self.batch:
-            return self._score(states, timesteps, context)
+            return ask(states, timesteps, context)
         chunks = [slice(k, k + self.batch) for k in range(0, len(states), self.batch)]
-        return torch.cat([self._score(states[c], timesteps[c], context[c]) for c in chunks])
+        return torch.cat([ask(states[c], timesteps[c], context[c]) for c in chunks])
 
     def prediction(
         self,
@@ -114,11 +148,29 @@ class GuidedScore:
 
     def _score(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         predicted = self.prediction(states, timesteps, context)
-        alpha_bar = as_like(self.alphas_cumprod, states)[timesteps].view(
-            -1, *[1] * (states.ndim - 1)
-        )
+        alpha_bar = self._alpha_bar(states, timesteps)
         to_score = _TO_SCORE[self.prediction_type]
         return to_score(states, predicted, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+    def _denoised(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
+        predicted = self.prediction(states, timesteps, context)
+        if self.prediction_type == "sample":
+            return predicted
+        alpha_bar = self._alpha_bar(states, timesteps)
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        if self.prediction_type == "v_prediction":  # finite where alpha is 0
+            return alpha * states - sigma * predicted
+        return tweedie_mean(
+            states, score_from_epsilon(states, predicted, alpha, sigma), alpha, sigma
+        )
+
+    def _alpha_bar(self, states: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha^2 of each row, as wide as the states."""
+        if timesteps.is_floating_point():
+            levels = as_like(self.table.log_alpha_bar_at(timesteps.double().cpu()).exp(), states)
+        else:
+            levels = as_like(self.table.alphas_cumprod, states)[timesteps]
+        return levels.view(-1, *[1] * (states.ndim - 1))
 
     def _predict(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         self.calls += len(states)
@@ -289,7 +341,19 @@ class TextToImageUNet:
         files = text_to_image_pipeline.find(model, config=config, variant=variant)
         family, sides = files.family, files.latent_sides(resolution)
         event, picture = (files.latent_channels, *sides), files.picture(sides)
-        table = noise_table(files.scheduler())
+        scheduler = files.scheduler()
+        table, predicts = (
+            trained_levels(scheduler),
+            scheduler.config.get("prediction_type", "epsilon"),
+        )
+        if ends_without_signal(table) and predicts == "epsilon":
+            raise ValueError(
+                f"model {model} has noise levels that end without signal (rescale_betas_zero_snr) "
+                "and predicts epsilon, which says nothing of the data there; it must predict v or "
+                "the sample, or have rescale_betas_zero_snr false in scheduler_config.json"
+            )
+        if (settings := what_is_set(scheduler)) is not None:
+            say_what_is_set(str(model), settings)
         pipe = files.load(dtype, device, network=torch.float32 if trains == "all" else dtype)
         unet = pipe.unet
         attached = trainable.attach(unet, seed=seed)
@@ -315,8 +379,8 @@ class TextToImageUNet:
             parameters += schedule.parameters()
         score = GuidedScore(
             unet=unet,
-            alphas_cumprod=pipe.scheduler.alphas_cumprod.to(device),
-            prediction_type=pipe.scheduler.config.prediction_type,
+            table=table,
+            prediction_type=predicts,
             guidance=guidance,
             unconditional=family.unconditional(pipe, negative_prompt, picture),
             batch=batch,
@@ -409,11 +473,20 @@ class TextToImageUNet:
     def __call__(
         self,
         states: Float[Tensor, " rows *event"],
-        timesteps: Int64[Tensor, " rows"],
+        timesteps: Int64[Tensor, " rows"] | Float[Tensor, " rows"],
         condition: TextCondition,
     ) -> Float[Tensor, " rows *event"]:
-        """Guided scores of noisy latents, float32."""
+        """Guided scores of noisy latents, float32; timesteps may be fractional."""
         return self.score(states, timesteps, condition)
+
+    def denoised(
+        self,
+        states: Float[Tensor, " rows *event"],
+        timesteps: Tensor,
+        condition: TextCondition,
+    ) -> Float[Tensor, " rows *event"]:
+        """Expected latents of noisy ones, guided, float32: for samplers that start as noise."""
+        return self.score.denoised(states, timesteps, condition)
 
     def prediction(
         self,
