@@ -146,7 +146,9 @@ def finetune(
             seed=seed,
             batch=size.batch,
         )
-        held_out = evaluated(environment, held_out_prompts, options.evaluation_guidance)
+        held_out = environment
+        if held_out_prompts is not training or options.evaluation_guidance is not None:
+            held_out = evaluated(environment, held_out_prompts, options.evaluation_guidance)
         require_pretrained_sampler(environment, options.frontier_samples)
         trainer = Trainer(
             environment,
@@ -231,7 +233,6 @@ def finetune(
             metrics,
             update=trainer.update,
             stop=stop,
-            prompts=prompts,
             write=main,
             frontier=frontier,
         )
@@ -306,8 +307,6 @@ def evaluated(
                 f"{type(model).__name__} has none: leave it out"
             )
         model = model.with_guidance(guidance)
-    if model is environment.model and prompts == environment.prompts:
-        return environment
     return dataclasses.replace(environment, model=model, prompts=list(prompts))
 
 
