@@ -8,8 +8,10 @@ from typing import Any
 from diffusion_envs.models.adapters import LORA_FILE
 from diffusion_envs.models.exports import KOHYA_FILE, PIPELINE
 from diffusion_envs.models.guidance_schedule import GUIDANCE_FILE
+from diffusion_envs.runs.settings import rebuild
 
 CARD = "README.md"  # the name that the hub shows
+
 _PROMPTS = 5  # that are listed
 _SETTINGS = ("sampler", "steps", "updates", "objective", "optimiser", "size", "seed")
 _MODEL_ONLY = ("device", "model")  # on this machine alone, or said elsewhere
@@ -45,7 +47,7 @@ def card(folder: Path) -> str:
         pipeline_tag="text-to-image" if "guidance" in model else "unconditional-image-generation",
         tags=["diffusers", "reinforcement-learning", *(["lora"] if adapter else [])],
     )
-    prompts = [str(prompt) for prompt in summary["prompts"]]
+    prompts = [rebuild(prompt) for prompt in settings["prompts"]]
     more = len(prompts) - _PROMPTS
     listed = "\n".join(f"- {_plain(prompt)}" for prompt in prompts[:_PROMPTS])
     lines = (folder / "metrics.jsonl").read_text().splitlines()
