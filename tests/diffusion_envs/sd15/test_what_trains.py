@@ -70,6 +70,7 @@ def lora(tmp_path_factory) -> Path:
     return folder / "lora_kohya.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["offloaded", "lora"])
 def test_a_run_starts_at_its_reference_resumes_and_is_what_diffusers_loads(
     what, base, lora, tmp_path
