@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ctrl.noise import normals_by_sample
 from diffusion_envs import cifar10, objectives, rewards, samplers, sd15
-from diffusion_envs.models.stable_diffusion_pipeline import tiny_folder
+from diffusion_envs.models.folders import tiny_folder
 from diffusion_envs.prompt import Prompt
 from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.evaluation import HELD_OUT, evaluate
