@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusion_envs.models.adapters import LORA_FILE
 from diffusion_envs.models.exports import KOHYA_FILE, PIPELINE
+from diffusion_envs.models.folders import SHIPPED
 from diffusion_envs.models.guidance_schedule import GUIDANCE_FILE
 from diffusion_envs.runs.settings import rebuild
 
@@ -55,6 +56,13 @@ def card(folder: Path) -> str:
     what = "A LoRA adapter" if adapter else "The guidance scale by noise level"
     what = "The UNet" if whole else what
     method = f"{settings['objective']['name']} with the reward {_reward(settings)}"
+    start = model.get("lora")
+    if start is not None:
+        named, _ = base_model({"model": start})
+        method += (
+            f". Training started from the LoRA `{named}`, which is contained in this adapter; what "
+            "is called pretrained below is the model with that LoRA"
+        )
     return f"""---
 {header.to_yaml()}
 ---
@@ -97,7 +105,7 @@ Not stated. That of `{base}` applies to what is derived from it.
 
 def base_model(model: Mapping[str, Any]) -> tuple[str, bool]:
     """What a model was loaded from, without the place on this machine; whether it is a hub id."""
-    name = model.get("model", model["name"])
+    name = model.get("model") or model["name"]
     named = name["path"] if isinstance(name, Mapping) else str(name)
     if Path(named).is_absolute():
         return Path(named).name, False
@@ -149,7 +157,12 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     model = {k: v for k, v in settings["model"].items() if k not in _MODEL_ONLY}
     for name, value in [*model.items(), *((name, settings.get(name)) for name in _SETTINGS)]:
         rows += _flat(name, value)
-    return [(name, value) for name, value in rows if not name.endswith(("class", ".folder"))]
+    unsaid = ("name", "size.name")
+    return [
+        (name, value)
+        for name, value in rows
+        if name not in unsaid and not name.endswith(("class", ".folder"))
+    ]
 
 
 def _flat(name: str, value: Any) -> list[tuple[str, str]]:
@@ -168,10 +181,12 @@ def _loading(folder: Path, base: str, model: Mapping[str, Any]) -> str:
     guidance = model.get("guidance")
     kind = "DDPMPipeline" if guidance is None else "DiffusionPipeline"
     whole = (folder / PIPELINE).is_dir()
-    code = [
-        f"from diffusers import {kind}",
-        f'pipe = {kind}.from_pretrained("{"FOLDER OR REPOSITORY" if whole else base}")',
-    ]
+    place = f'"{"FOLDER OR REPOSITORY" if whole else base}"'
+    code = [f"from diffusers import {kind}"]
+    if base in SHIPPED and not whole:
+        code.append("from diffusion_envs.models.folders import shipped_folder")
+        place = f'shipped_folder("{base}"), safety_checker=None'
+    code.append(f"pipe = {kind}.from_pretrained({place})")
     words = list[str]()
     if (folder / LORA_FILE).is_file():
         name = f'weight_name="{LORA_FILE}"'
