@@ -148,8 +148,8 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
 
     Attributes:
         reward: prompt-alignment, class-confidence, jpeg-compressibility, jpeg-incompressibility,
-            red, green, blue, or your own as my_module:my_function; or a sum of several with their
-            weights, such as red=1 jpeg-compressibility=0.5.
+            red, green, blue, or your own as my_module:my_function or path/file.py:my_function; or a
+            sum of several with their weights, such as red=1 jpeg-compressibility=0.5.
         reward_model: where the model of a learned reward or judge is: a folder, a file, a hub id or
             a URL; NAME=PLACE for each where several need one.
         prompts: what to ask for, or a file: text with one prompt a line, JSON lines, a JSON list
@@ -284,6 +284,11 @@ def _class_of(kind: str, name: str, table: Mapping[str, Any]) -> Any:
     """The class of an objective or optimiser."""
     if ":" not in name:
         return _named(kind, name, table)
+    if ".py:" in name:
+        raise ValueError(
+            f"{kind} must be imported, as my_module:MyClass, so that a resumed run has it again, "
+            f"got {name!r}"
+        )
     return type(_named(kind, name, {}, "my_module:MyClass"))
 
 
