@@ -50,11 +50,12 @@ diffusion_envs.models.protocol diffusion_envs.models.kept_conditions
 diffusion_envs.models.text_condition
 diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
+diffusion_envs.models.exports diffusion_envs.models.existing_lora diffusion_envs.models.trainable
 diffusion_envs.models.stable_diffusion_pipeline
 diffusion_envs.models.text_to_image_unet diffusion_envs.models.unconditional_unet
 diffusion_envs.models.exact diffusion_envs.models
 diffusion_envs.rollout diffusion_envs.environment
-diffusion_envs.preferences diffusion_envs.objectives.protocol
+diffusion_envs.preferences diffusion_envs.objectives.protocol diffusion_envs.objectives.preflight
 diffusion_envs.objectives.path_steps diffusion_envs.objectives.noised_data
 diffusion_envs.objectives.last_steps
 diffusion_envs.objectives.adjoint_matching diffusion_envs.objectives.ram
@@ -68,11 +69,13 @@ diffusion_envs.objectives.tilted_regression diffusion_envs.objectives.diffusion_
 diffusion_envs.objectives.reward_backpropagation diffusion_envs.objectives.dxmi
 diffusion_envs.objectives.dxmi_from_data
 diffusion_envs.objectives
-diffusion_envs.training.update_size diffusion_envs.training.parallel
+diffusion_envs.training.update_size diffusion_envs.training.loss_scale
+diffusion_envs.training.parallel
 diffusion_envs.training.kl_controller diffusion_envs.training.value_network
 diffusion_envs.training.critic diffusion_envs.training.energy
 diffusion_envs.training.path_metric
 diffusion_envs.training.optimisers.protocol diffusion_envs.training.optimisers.adamw
+diffusion_envs.training.optimisers.adamw_8bit
 diffusion_envs.training.optimisers.running_mean diffusion_envs.training.optimisers.trust_region
 diffusion_envs.training.optimisers.natural_gradient
 diffusion_envs.training.optimisers.diagonal_metric

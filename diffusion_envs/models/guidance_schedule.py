@@ -21,8 +21,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_envs.models.adapters import require_rank
-
 GUIDANCE_FILE = "guidance_schedule.json"
 UNIT = 30.0  # of scale for a parameter of 1: an optimiser's step of 1e-3 is 0.03 of scale
 _log = logging.getLogger(__name__)
@@ -41,21 +39,18 @@ def require_knots(knots: object) -> None:
         )
 
 
-def require_something_trains(lora_rank: object, guidance_knots: object) -> None:
-    """Refuse ranks and knots that are none, and a model of which nothing trains.
+def require_something_trains(network_trains: bool, guidance_knots: object) -> None:
+    """Refuse numbers of knots that are none, and a model of which nothing trains.
 
     Raises:
-        ValueError: there is no such rank or number of knots, or both are 0.
+        ValueError: there is no such number of knots, or neither the network nor the scale trains.
     """
     require_knots(guidance_knots)
-    if lora_rank == 0 and not isinstance(lora_rank, bool):
-        if guidance_knots == 0:
-            raise ValueError(
-                "lora_rank must be at least 1 where the guidance scale does not train, got 0; set "
-                "guidance_knots to train that alone"
-            )
-        return
-    require_rank(lora_rank)
+    if not network_trains and guidance_knots == 0:
+        raise ValueError(
+            "lora_rank must be at least 1 where the guidance scale does not train, got 0; set "
+            "guidance_knots to train that alone"
+        )
 
 
 class GuidanceSchedule(nn.Module):

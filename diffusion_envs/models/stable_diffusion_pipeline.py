@@ -30,6 +30,7 @@ def load_pipeline(
     *,
     precision: torch.dtype = torch.float32,
     variant: str | None = None,
+    network: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
     """Load a StableDiffusionPipeline, everything frozen and in evaluation mode.
@@ -37,6 +38,7 @@ def load_pipeline(
     Args:
         model: "tiny", "words", a folder in diffusers' layout, or a hub id. Where there
             are files of half precision only (``variant="fp16"``), they are loaded.
+        network: dtype of the UNet's weights; ``precision`` if left out.
         precision: of the weights. float16 is refused on a CPU, where it is 7 to 230 times slower.
         variant: of the weights, such as "fp16"; the plain ones if left out, or those that every
             part has.
@@ -55,7 +57,7 @@ def load_pipeline(
     require_parts(folder, _PARTS)
     pipe: Any = StableDiffusionPipeline.from_pretrained(
         folder,
-        dtype=precision,
+        dtype={"unet": network or precision, "default": precision},
         variant=variant_of(folder, _PARTS[:3], variant),
         local_files_only=True,
         requires_safety_checker=False,

@@ -25,6 +25,7 @@ from diffusion_envs.models.guidance_schedule import GuidanceSchedule, require_so
 from diffusion_envs.models.noise_table import noise_table
 from diffusion_envs.models.protocol import joined
 from diffusion_envs.models.text_condition import TextCondition
+from diffusion_envs.models.trainable import Reference, Trainable, Weights
 from diffusion_envs.noise_schedules import DDPMTable
 
 _TO_SCORE = {
@@ -129,7 +130,8 @@ class GuidedScore:
                 "time_ids": context.time_ids,
             }
         with torch.autocast(states.device.type, self.precision, enabled=reduced):
-            predicted = self.unet(states, timesteps, encoder_hidden_states=context.tokens, **more)
+            network = self.adapter.asked(self.unet)
+            predicted = network(states, timesteps, encoder_hidden_states=context.tokens, **more)
         return predicted.sample.float()
 
     def with_guidance(self, guidance: float) -> "GuidedScore":
@@ -211,8 +213,13 @@ class TextToImageUNet:
         guidance: float = 3.0,
         negative_prompt: str | None = None,
         variant: str | None = None,
-        lora_rank: int = 8,
-        lora_targets: Sequence[str] = adapters.ATTENTION,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_targets: Sequence[str] | None = None,
+        lora_rank_stabilised: bool = False,
+        lora: str | Path | None = None,
+        trains: Weights = "lora",
+        reference: Reference = "copy",
         guidance_knots: int = 0,
         precision: str = "float32",
         resolution: int | tuple[int, int] | None = None,
@@ -221,7 +228,7 @@ class TextToImageUNet:
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> "TextToImageUNet":
-        """Load a Stable Diffusion pipeline (1.x, 2.x) with a fresh LoRA adapter.
+        """Load a Stable Diffusion pipeline (1.x, 2.x) with what trains on it (``Trainable``).
 
         The noise levels are those of the scheduler in the folder, whatever its class
         (``noise_table``).
@@ -233,8 +240,16 @@ class TextToImageUNet:
             negative_prompt: what guidance leads away from; the empty prompt if left out. As in
                 diffusers it has no effect at guidance 1.
             variant: of the weights, such as "fp16"; those that are there if left out.
-            lora_rank: of the adapter; 0 for none, where the guidance scale trains alone.
-            lora_targets: names of the layers that get one, or how they end.
+            lora_rank: of the adapter; 8 if left out; 0 for none, where the guidance scale trains
+                alone.
+            lora_alpha: the adapter's update is scaled by alpha / rank; the rank if left out.
+            lora_targets: names of the layers that get one, or how they end; those of attention if
+                left out.
+            lora_rank_stabilised: scale by alpha / sqrt(rank) instead.
+            lora: folder or file of an existing LoRA, with which the adapter starts.
+            trains: "lora", or "all" for all weights of the UNet.
+            reference: where the frozen pretrained UNet is if all weights train: "copy" or
+                "offloaded".
             guidance_knots: timesteps between which the guidance scale trains
                 (``guidance_schedule``); 0: it does not.
             precision: of the network: "float32", "bfloat16", or on CUDA "float16".
@@ -253,17 +268,30 @@ class TextToImageUNet:
         from diffusion_envs.models import stable_diffusion_pipeline as pipeline
 
         check_guidance(guidance)
-        require_something_trains(lora_rank, guidance_knots)
+        trainable = Trainable(
+            rank=lora_rank,
+            alpha=lora_alpha,
+            targets=lora_targets,
+            rank_stabilised=lora_rank_stabilised,
+            start=lora,
+            weights=trains,
+            reference=reference,
+        )
+        require_something_trains(not trainable.nothing, guidance_knots)
+        trainable.require_start()
         device = torch.device(device)
         dtype = adapters.precision_of(precision, device)
-        pipe = pipeline.load_pipeline(model, precision=dtype, variant=variant, device=device)
+        pipe = pipeline.load_pipeline(
+            model,
+            variant=variant,
+            precision=dtype,
+            network=torch.float32 if trains == "all" else dtype,
+            device=device,
+        )
         unet, table = pipe.unet, noise_table(pipe.scheduler)
         event = (unet.config.in_channels, *_latent_sides(pipe, resolution))
-        parameters = list[nn.Parameter]()
-        if lora_rank:
-            parameters += adapters.attach_lora(
-                unet, rank=lora_rank, targets=lora_targets, seed=seed
-            )
+        attached = trainable.attach(unet, seed=seed)
+        parameters = [*attached.parameters]
         unconditional = pipeline.embed_prompts(pipe, [negative_prompt or ""])
         width = unet.config.time_cond_proj_dim
         schedule = None
@@ -285,7 +313,7 @@ class TextToImageUNet:
             precision=dtype,
             scale_width=width,
             schedule=schedule,
-            adapter=adapters.lora_switch(unet),
+            adapter=attached.switch,
         )
         if gradient_checkpointing:
             score.recompute_activations()
@@ -300,8 +328,8 @@ class TextToImageUNet:
 
         def write(folder: Path) -> Path:
             written = None if schedule is None else schedule.write(folder, guidance)
-            if lora_rank:
-                return adapters.export_lora(unet, folder, probe)
+            if attached.parameters:
+                return attached.write(folder, probe, pipe)
             assert written is not None  # something trains
             return written
 

@@ -5,8 +5,6 @@ train, or a LoRA adapter; what is exported is a whole pipeline in diffusers' lay
 since diffusers does not load LoRA files into these networks.
 """
 
-import copy
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -20,11 +18,12 @@ from torch import Tensor, nn
 from ctrl.devices import as_like
 from ctrl.noise import stream
 from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
-from diffusion_envs.models import adapters, folders
+from diffusion_envs.models import adapters, exports, folders
 from diffusion_envs.models.noise_table import trained_levels
+from diffusion_envs.models.trainable import Trainable
 from diffusion_envs.noise_schedules import DDPMTable
 
-EXPORTED = "pipeline"  # the folder that an export makes
+EXPORTED = exports.PIPELINE  # the folder that an export makes
 SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 _TO_SCORE = {
     "epsilon": score_from_epsilon,
@@ -44,7 +43,7 @@ class UnconditionalUNet:
         prediction_type: "epsilon", "sample" or "v_prediction", as in diffusers.
         event: shape of a picture, [channels, height, width].
         parameters: those that train, float32.
-        pretrained_network: a frozen copy where all weights train; None where a LoRA adapter does.
+        adapter: makes it the pretrained network, and says which network is asked.
         batch: most rows that one call of the network gets when no gradient is asked for.
         precision: dtype of the network's arithmetic; scores come back in float32.
         device: of the network.
@@ -57,23 +56,17 @@ class UnconditionalUNet:
     prediction_type: str
     event: tuple[int, ...]
     parameters: list[nn.Parameter]
-    pretrained_network: nn.Module | None = None
+    adapter: adapters.AdapterSwitch
     batch: int = 64
     precision: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     calls: int = 0
-    adapter: adapters.AdapterSwitch = field(init=False)
 
     def __post_init__(self) -> None:
         if self.prediction_type not in _TO_SCORE:
             raise ValueError(
                 f"prediction_type must be one of {sorted(_TO_SCORE)}, got {self.prediction_type!r}"
             )
-        self.adapter = (
-            adapters.lora_switch(self.network)
-            if self.pretrained_network is None
-            else adapters.AdapterSwitch()
-        )
 
     @classmethod
     def load(
@@ -114,15 +107,14 @@ class UnconditionalUNet:
         """
         device = torch.device(device)
         dtype = adapters.precision_of(precision, device)
+        trainable = (
+            Trainable(weights="all")
+            if lora_rank is None
+            else Trainable(rank=lora_rank, targets=lora_targets)
+        )
         pipe = _load_pipeline(model)
-        network, frozen = pipe.unet.requires_grad_(False).eval().to(device), None
-        if lora_rank is None:
-            frozen = copy.deepcopy(network)
-            parameters = list(network.requires_grad_(True).parameters())
-        else:
-            parameters = adapters.attach_lora(
-                network, rank=lora_rank, targets=lora_targets, seed=seed
-            )
+        network = pipe.unet.requires_grad_(False).eval().to(device)
+        attached = trainable.attach(network, seed=seed)
         side = network.config.sample_size
         height, width = (side, side) if isinstance(side, int) else side
         made = cls(
@@ -131,8 +123,8 @@ class UnconditionalUNet:
             table=trained_levels(pipe.scheduler),
             prediction_type=pipe.scheduler.config.get("prediction_type", "epsilon"),
             event=(network.config.in_channels, height, width),
-            parameters=parameters,
-            pretrained_network=frozen,
+            parameters=attached.parameters,
+            adapter=attached.switch,
             batch=batch,
             precision=dtype,
             device=device,
@@ -166,8 +158,7 @@ class UnconditionalUNet:
     ) -> Float[Tensor, " rows *event"]:
         """The network's own prediction; timesteps may be fractional."""
         self.calls += len(states)
-        off = self.adapter.is_off and self.pretrained_network is not None
-        return self._predict(self.pretrained_network if off else self.network, states, timesteps)
+        return self._predict(self.adapter.asked(self.network), states, timesteps)
 
     def decode(self, states: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """Pictures in [0, 1] of states in [-1, 1]; differentiable."""
@@ -179,9 +170,7 @@ class UnconditionalUNet:
 
     def recompute_activations(self) -> None:
         """Keep no activations for the gradient but compute them again: less memory, more time."""
-        for network in (self.network, self.pretrained_network):
-            if network is not None:
-                adapters.recompute_activations(network, self.adapter)
+        adapters.recompute_activations(self.network, self.adapter)
 
     def export(self, folder: Path) -> Path:
         """Write ``folder/pipeline`` for ``DDPMPipeline.from_pretrained``, and load it back.
@@ -194,27 +183,9 @@ class UnconditionalUNet:
         """
         from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
-        twin = adapters.merged_twin(self.network)
-        unproved = folder / f".unproved-{EXPORTED}"
-        shutil.rmtree(unproved, ignore_errors=True)  # of a process that was killed
-        try:
-            DDPMPipeline(unet=twin, scheduler=self.scheduler).save_pretrained(unproved)
-            loaded: Any = DDPMPipeline.from_pretrained(unproved, local_files_only=True)
-            theirs = loaded.unet.state_dict()
-            lost = [
-                name
-                for name, tensor in twin.state_dict().items()
-                if not torch.equal(theirs[name], tensor.cpu())
-            ]
-            if lost:
-                raise adapters.ExportError(
-                    f"diffusers loads other values than were trained for {', '.join(lost)}; "
-                    "nothing was exported; the checkpoint is intact"
-                )
-            adapters.compare_outputs(self.network, loaded.unet.eval().to(self.device), self._probe)
-            return adapters.publish(unproved, folder / EXPORTED)
-        finally:
-            shutil.rmtree(unproved, ignore_errors=True)
+        twin = exports.merged_twin(self.network)
+        pipe = DDPMPipeline(unet=twin, scheduler=self.scheduler)
+        return exports.export_pipeline(pipe, twin, folder / EXPORTED, self._probe, self.network)
 
     def _probe(self, network: nn.Module) -> Tensor:
         """Predictions of a network like this one, at two random states."""

@@ -128,6 +128,7 @@ def finetune(
     if options.held_out:
         places, _ = split(len(prompts), options.held_out, seed)
     _check(reward, objective, sampler, steps, updates, options)
+    size.require_updates(updates)
     if optimiser is not None and not isinstance(optimiser, Optimiser):
         raise TypeError(f"optimiser must be an optimiser, got {optimiser!r}")
     with interruptible() as interruption, ExitStack() as stack:

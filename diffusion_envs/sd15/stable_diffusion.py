@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from diffusion_envs.models.adapters import ATTENTION, require_precision
+from diffusion_envs.models.adapters import require_precision
 from diffusion_envs.models.folders import SHIPPED, from_anywhere
 from diffusion_envs.models.guidance_schedule import require_something_trains
 from diffusion_envs.models.protocol import Model
+from diffusion_envs.models.trainable import Reference, Trainable, Weights
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,14 @@ class StableDiffusion:
         guidance: classifier-free guidance scale; 1 is none.
         negative_prompt: what guidance leads away from; the empty prompt if left out.
         variant: of the weights, such as fp16; those that are there if left out.
-        lora_rank: of the adapter; 0 for none, where the guidance scale trains alone.
-        lora_targets: names of the layers that get one.
+        lora_rank: of the adapter; 8 if left out; 0 for none, where the guidance scale trains alone.
+        lora_alpha: the adapter's update is scaled by alpha / rank; the rank if left out.
+        lora_targets: names of the layers that get one; those of attention if left out.
+        lora_rank_stabilised: scale by alpha / sqrt(rank) instead.
+        lora: folder or file of an existing LoRA to start from, whose rank, alpha and targets hold.
+        trains: lora for an adapter, all for all weights of the UNet.
+        reference: where the frozen pretrained UNet is if all weights train: copy (beside the one
+            that trains) or offloaded (to the CPU's memory until it is asked for).
         guidance_knots: timesteps between which the guidance scale trains; 0: it does not.
         precision: of the network: float32, bfloat16 or (CUDA only) float16.
         resolution: pixels a side; the model's own if left out.
@@ -35,8 +42,13 @@ class StableDiffusion:
     guidance: float = 3.0
     negative_prompt: str | None = None
     variant: str | None = None
-    lora_rank: int = 8
-    lora_targets: Sequence[str] = ATTENTION
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: Sequence[str] | None = None
+    lora_rank_stabilised: bool = False
+    lora: str | Path | None = None
+    trains: Weights = "lora"
+    reference: Reference = "copy"
     guidance_knots: int = 0
     precision: str = "float32"
     resolution: int | None = None
@@ -47,9 +59,23 @@ class StableDiffusion:
         require_precision(self.precision)
         if not (self.guidance >= 0 and math.isfinite(self.guidance)):
             raise ValueError(f"guidance must be a finite number of at least 0, got {self.guidance}")
-        require_something_trains(self.lora_rank, self.guidance_knots)
+        require_something_trains(not self._trainable().nothing, self.guidance_knots)
         object.__setattr__(self, "model", from_anywhere(self.model, *SHIPPED))
-        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        if self.lora_targets is not None:
+            object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        if self.lora is not None:
+            object.__setattr__(self, "lora", from_anywhere(self.lora))
+
+    def _trainable(self) -> Trainable:
+        return Trainable(
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            targets=self.lora_targets,
+            rank_stabilised=self.lora_rank_stabilised,
+            start=self.lora,
+            weights=self.trains,
+            reference=self.reference,
+        )
 
     @property
     def label(self) -> str:
@@ -77,7 +103,12 @@ class StableDiffusion:
             negative_prompt=self.negative_prompt,
             variant=self.variant,
             lora_rank=self.lora_rank,
+            lora_alpha=self.lora_alpha,
             lora_targets=self.lora_targets,
+            lora_rank_stabilised=self.lora_rank_stabilised,
+            lora=self.lora,
+            trains=self.trains,
+            reference=self.reference,
             guidance_knots=self.guidance_knots,
             precision=self.precision,
             resolution=self.resolution,
