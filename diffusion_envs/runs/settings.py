@@ -20,7 +20,7 @@ import torch
 
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.prompt import Prompt
-from diffusion_envs.rewards.contract import name_of_loaded
+from diffusion_envs.rewards.contract import load, name_of_loaded
 
 _KINDS = ("class", "function", "loaded", "instance")
 _ANY_TIME = (  # no number of an update depends on them
@@ -74,6 +74,13 @@ def describe(value: Any) -> Any:
         return {str(k): describe(v) for k, v in value.items()}
     if isinstance(value, Sequence):
         return [describe(v) for v in value]
+    if (spec := name_of_loaded(value)) is not None and _in_file(spec):
+        path, _, attribute = spec.rpartition(":")
+        return {
+            "loaded": f"{Path(path).name}:{attribute}",
+            "name": attribute,
+            "folder": str(Path(path).parent),
+        }
     named = getattr(value, "__qualname__", None) is not None
     kind = value if named else type(value)
     reference: dict[str, Any] = {"name": getattr(value, "label", kind.__qualname__)}
@@ -81,7 +88,7 @@ def describe(value: Any) -> Any:
         reference["folder"] = folder
     if named:
         return {"function": f"{kind.__module__}:{kind.__qualname__}", **reference}
-    if (spec := name_of_loaded(value)) is not None:
+    if spec is not None:
         return {"loaded": spec, **reference}
     if dataclasses.is_dataclass(value) and not isinstance(value, Model):  # a loaded one is no name
         fields = {
@@ -122,6 +129,11 @@ def rebuild(described: Any, setting: str = "") -> Any:
         script = " of a script" if name.startswith("__main__:") else ""
         what = "an object" if kind == "instance" else "a function or class"
         return Unnamed(setting, f"{what}{script} that no name leads to ({name})")
+    if kind == "loaded" and _in_file(name):
+        try:
+            return load(str(Path(described["folder"]) / name))
+        except ValueError as error:
+            return Unnamed(setting, f"{name}, which cannot be loaded any more ({error})")
     try:
         imported = _imported(name, described.get("folder"))
     except (ImportError, AttributeError) as error:
@@ -129,8 +141,6 @@ def rebuild(described: Any, setting: str = "") -> Any:
     if kind == "function":
         return imported
     if kind == "loaded":
-        from diffusion_envs.rewards.contract import load
-
         return load(name)
     fields = {
         f.name: rebuild(described[key], f"{setting}.{f.name}" if setting else f.name)
@@ -229,6 +239,11 @@ def _has_a_name(described: Mapping[str, Any]) -> bool:
     if kind is None or kind == "instance":
         return False
     return not described[kind].startswith("__main__:") and "<" not in described[kind]
+
+
+def _in_file(spec: str) -> bool:
+    """Whether it names something in a file rather than in a module."""
+    return spec.rpartition(":")[0].endswith(".py")
 
 
 def _imported(name: str, folder: str | None) -> Any:
