@@ -122,7 +122,7 @@ def test_a_table_that_ends_without_signal_starts_from_the_expected_data(save_sma
 
 def test_what_predicts_epsilon_without_signal_is_refused(save_small):
     scheduler = DDIMScheduler(**STABLE_DIFFUSION, **AS_OURS, rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match="rescale_betas_zero_snr.*predicts epsilon"):
+    with pytest.raises(ValueError, match=r"rescale_betas_zero_snr.*predicts epsilon"):
         TextToImageUNet.load(save_small(scheduler=scheduler))
 
 
