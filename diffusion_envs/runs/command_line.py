@@ -224,7 +224,7 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
             del named[name]
         options = dataclasses.replace(self.options, stop=stop)
         named |= {"objective": self.objective_settings, "sampler": sampler, "options": options}
-        usual = isinstance(self.optimiser_settings, optimisers.AdamW)  # as runs of before say it
+        usual = self.optimiser_settings == optimisers.AdamW()  # as runs of before say it
         named["optimiser"] = None if usual else self.optimiser_settings
         judges = {f"judges {name}": judge for name, judge in options.judges.items()}
         for name, value in {**named, **judges, "preferences": options.preference}.items():
