@@ -134,7 +134,7 @@ def write_report(folder: str | Path) -> Path:
         f"<body>{''.join(parts)}</body></html>\n"
     )
     partial = folder / "report.html.partial"
-    partial.write_text(page, encoding="utf-8")
+    partial.write_text(page, encoding="utf-8", errors="replace")
     return partial.replace(folder / "report.html")
 
 
