@@ -146,8 +146,8 @@ def test_tensorboard_has_the_pictures_too(tmp_path):
     board.Reload()
     shown = board.Images("samples")
     assert [event.step for event in shown] == [0, 10]
-    sheet = Image.open(tmp_path / "samples" / "step-000010.png")
-    assert (shown[1].width, shown[1].height) == sheet.size
+    with Image.open(tmp_path / "samples" / "step-000010.png") as sheet:
+        assert (shown[1].width, shown[1].height) == sheet.size
 
 
 def test_rewards_by_prompt_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path):
