@@ -51,7 +51,9 @@ diffusion_envs.models.text_condition
 diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
 diffusion_envs.models.exports diffusion_envs.models.existing_lora diffusion_envs.models.trainable
-diffusion_envs.models.stable_diffusion_pipeline
+diffusion_envs.models.latent_decoder diffusion_envs.models.text_to_image_family
+diffusion_envs.models.stable_diffusion diffusion_envs.models.stable_diffusion_xl
+diffusion_envs.models.text_to_image_pipeline
 diffusion_envs.models.text_to_image_unet diffusion_envs.models.unconditional_unet
 diffusion_envs.models.exact diffusion_envs.models
 diffusion_envs.rollout diffusion_envs.environment
@@ -99,6 +101,7 @@ diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation
 diffusion_envs.runs.report_words diffusion_envs.runs.prompt_statistics diffusion_envs.runs.report
 diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
+diffusion_envs.runs.model_card diffusion_envs.runs.publishing
 diffusion_envs.runs.summary diffusion_envs.runs.finetune diffusion_envs.runs.transfer
 diffusion_envs.runs.presets diffusion_envs.runs.command_line diffusion_envs.runs.fit
 diffusion_envs.runs

@@ -1,4 +1,7 @@
-"""Where a model's files are: a folder in diffusers' layout, from the disk or from the hub."""
+"""Where a model's files are: a folder in diffusers' layout, from the disk or from the hub.
+
+Also single files of weights, as people share them, and why models of other classes are refused.
+"""
 
 import json
 import os
@@ -29,20 +32,24 @@ def tiny_folder() -> Path:
 
 
 def from_anywhere(model: str | Path, *shipped: str) -> str:
-    """A model's name that means the same in another directory: folders become absolute.
+    """A model's name that means the same in another directory: folders and files become absolute.
 
     Args:
-        model: a folder, a hub id, or the name of a shipped model.
+        model: a folder, a file, a hub id, or the name of a shipped model.
         shipped: those names, which are no folder's.
     """
     folder = Path(model).expanduser()
-    if str(model).strip() not in ("", *shipped) and folder.is_dir():
+    if str(model).strip() not in ("", *shipped) and folder.exists():
         return str(folder.absolute())
     return str(model)
 
 
 def local_folder(
-    model: str | Path, pipeline: Any, supported: Collection[str], without: Mapping[str, None]
+    model: str | Path,
+    pipeline: Any,
+    supported: Collection[str],
+    without: Mapping[str, None],
+    variant: str | None = None,
 ) -> Path:
     """The folder of a model, downloaded first where it is on the hub.
 
@@ -51,6 +58,7 @@ def local_folder(
         pipeline: class of diffusers that downloads.
         supported: names of the classes that ``model_index.json`` may name.
         without: parts that are not needed, each None.
+        variant: of the weights to download; "fp16" where there are no plain ones if left out.
 
     Raises:
         FileNotFoundError: ``model`` is neither a folder nor to be had from the hub, or it is a
@@ -63,7 +71,7 @@ def local_folder(
     source = shipped_folder(str(model)) if shipped else Path(model).expanduser()
     if source.is_dir():
         if (source / "model_index.json").is_file():
-            index = json.loads((source / "model_index.json").read_text())
+            index = read_settings(source / "model_index.json")
             _check_class(source, index, supported)
         return source
     if source.exists():
@@ -73,20 +81,27 @@ def local_folder(
     name = str(model)
     if os.sep + os.sep in name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"model folder {model} does not exist")
-    return _downloaded(name, pipeline, supported, without)
+    return _downloaded(name, pipeline, supported, without, variant)
 
 
 def _downloaded(
-    model: str, pipeline: Any, supported: Collection[str], without: Mapping[str, None]
+    model: str,
+    pipeline: Any,
+    supported: Collection[str],
+    without: Mapping[str, None],
+    variant: str | None,
 ) -> Path:
     try:
         index = pipeline.load_config(model)
     except (OSError, ValueError, RuntimeError) as error:
         raise _not_to_be_had(model, error) from error
     _check_class(model, index, supported)
+    asked = {} if variant is None else {"variant": variant}
     try:
-        return Path(pipeline.download(model, use_safetensors=True, **without))
+        return Path(pipeline.download(model, use_safetensors=True, **asked, **without))
     except (OSError, ValueError, RuntimeError) as error:
+        if variant is not None:
+            raise _not_to_be_had(model, error) from error
         try:  # files of half precision only
             return Path(pipeline.download(model, use_safetensors=True, variant="fp16", **without))
         except (OSError, ValueError, RuntimeError):
@@ -104,10 +119,154 @@ def _not_to_be_had(model: str, error: Exception) -> FileNotFoundError:
 
 def _check_class(model: str | Path, index: Mapping[str, Any], supported: Collection[str]) -> None:
     if (kind := index.get("_class_name")) not in supported:
+        reason = next((why for words, why in _REFUSED if any(w in str(kind) for w in words)), "")
         raise ValueError(
-            f"model {model} is a {kind}, which is not supported; supported are models of the "
-            f"class {' or '.join(sorted(supported))}"
+            f"model {model} is a {kind}, which is not supported{reason and ': '}{reason}; "
+            f"supported are models of the class {' or '.join(sorted(supported))}"
         )
+
+
+# words in the name of a class, and why it is refused; the first that fits
+_REFUSED = (
+    (
+        ("Inpaint",),
+        "an inpainting model reads a mask and a masked picture beside the latents; fine-tune the "
+        "text-to-image model that it was made from",
+    ),
+    (
+        ("ControlNet", "Adapter"),
+        "it reads a control picture beside the prompt; fine-tune the text-to-image model under it, "
+        "and put the adapter to use with the control afterwards",
+    ),
+    (
+        ("StableDiffusionXLImg2Img",),
+        "it is how the refiner of Stable Diffusion XL is stored, which goes on from another "
+        "model's latents; fine-tune the base model, stabilityai/stable-diffusion-xl-base-1.0 for "
+        "one",
+    ),
+    (
+        ("Img2Img", "Pix2Pix", "Depth2Img", "Upscale", "Variation", "UnCLIP"),
+        "it reads a picture beside the prompt; fine-tune a text-to-image model",
+    ),
+    (
+        ("StableDiffusion3", "Flux", "AuraFlow", "Sana", "QwenImage", "Lumina", "Chroma"),
+        "it is a transformer trained by flow matching, not a UNet trained with a table of betas",
+    ),
+)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it holds no JSON object.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} is not there: a folder in diffusers' layout has the settings of each part"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} must hold a JSON object: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(settings).__name__}")
+    return settings
+
+
+# -- single files ----------------------------------------------------------------------------------
+
+
+def single_file(model: str | Path) -> Path | None:
+    """The file, if a model is named by one of weights; None of a folder or a name.
+
+    Raises:
+        ValueError: it is a pickle, which can run code as it is read.
+    """
+    path = Path(model).expanduser()
+    if not path.is_file():
+        return None
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ValueError(
+            f"model {model} is a pickle, which can run code as it is read, and is not loaded; save "
+            "its tensors as .safetensors"
+        )
+    return path if path.suffix == ".safetensors" else None
+
+
+def settings_of_single_file(
+    weights: Path, config: str | Path | None, supported: Collection[str]
+) -> Path:
+    """The folder with the settings of a single file's model.
+
+    Args:
+        weights: the file.
+        config: folder in diffusers' layout; looked up on the hub by the file's kind if left out.
+        supported: names of the classes that ``model_index.json`` may name.
+
+    Raises:
+        ValueError: the file is of a kind that is not supported.
+        FileNotFoundError: ``config`` is no such folder, or the hub has no answer.
+    """
+    kind = kind_of_single_file(weights)
+    if config is not None:
+        folder = Path(config).expanduser()
+        index = read_settings(folder / "model_index.json")
+        _check_class(folder, index, supported)
+        return folder
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
+    from huggingface_hub import snapshot_download
+
+    name = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "**/*.txt"]))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"model {weights} holds weights without settings; those of its kind are taken from "
+            f"{name!r} on the hub, which failed: {reason}. Without a network, name a folder in "
+            "diffusers' layout with the settings of the model (no weights are needed): config"
+        ) from error
+
+
+_SINGLE_FILES = ("v1", "v2", "xl_base")
+
+
+def kind_of_single_file(weights: Path) -> str:
+    """Which kind of model it is, in diffusers' words: "v1", "v2" or "xl_base".
+
+    Raises:
+        ValueError: it is of another kind, or no file of tensors.
+    """
+    import torch
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = list(file.keys())
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model {weights} is no file of tensors: {error}") from error
+    with torch.device("meta"):
+        kind = infer_diffusers_model_type({n: torch.empty(s) for n, s in shapes.items()})
+    unet = any(name.startswith("model.diffusion_model.") for name in names)
+    if kind in _SINGLE_FILES and unet:
+        return kind
+    reasons = {
+        "xl_refiner": "the refiner of Stable Diffusion XL, which goes on from another model's "
+        "latents: fine-tune the base model",
+        "inpainting": "an inpainting model, which reads a mask and a masked picture",
+        "inpainting_v2": "an inpainting model, which reads a mask and a masked picture",
+        "xl_inpaint": "an inpainting model, which reads a mask and a masked picture",
+    }
+    # diffusers takes what it does not know for "v1"
+    what = reasons.get(kind, f"of the kind {kind!r}" if unet or kind != "v1" else "not known")
+    raise ValueError(
+        f"model {weights} is {what}, which is not supported; supported are single files of Stable "
+        "Diffusion 1.x, 2.x and XL (base), with UNet, decoder and text encoders"
+    )
 
 
 def require_parts(folder: Path, parts: Collection[str]) -> None:

@@ -1,27 +1,17 @@
 """Noise levels of a model, read from the scheduler in its folder, whatever that one's class."""
 
+import functools
+import logging
 from typing import Any
 
 from torch import Tensor
 
 from diffusion_envs.noise_schedules import DDPMTable
 
-_ENDS_AS_CONFIGURED = ("DDIMScheduler", "PNDMScheduler")
-
-
-def noise_table(scheduler: Any) -> DDPMTable:
-    """The table of a folder's scheduler, as DDIM visits it.
-
-    A DDIM or PNDM scheduler says itself which timesteps are visited and where sampling ends. Other
-    classes (Euler, DPM-Solver++, UniPC, LCM, DDPM, ...) bring a table of their own that says
-    neither in DDIM's terms; see ``trained_levels``.
-
-    Raises:
-        ValueError: there is no table, it ends at alpha = 0, or a DDIM scheduler clips.
-    """
-    if type(scheduler).__name__ in _ENDS_AS_CONFIGURED:
-        return DDPMTable.from_diffusers(scheduler)
-    return trained_levels(scheduler)
+# alpha^2 that stands for 0, where no signal is left (``rescale_betas_zero_snr``): no float32 state
+# tells them apart, and logarithms stay finite
+NO_SIGNAL = 2.0**-60
+_log = logging.getLogger(__name__)
 
 
 def trained_levels(scheduler: Any) -> DDPMTable:
@@ -32,7 +22,7 @@ def trained_levels(scheduler: Any) -> DDPMTable:
     steps_offset=1, clip_sample=False)``. Whether the scheduler clips is not checked.
 
     Raises:
-        ValueError: there is no table, or it ends at alpha = 0.
+        ValueError: there is no table.
     """
     table = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(table, Tensor):
@@ -41,10 +31,55 @@ def trained_levels(scheduler: Any) -> DDPMTable:
             "supported are schedulers of models trained with a table of betas (DDIM, DDPM, PNDM, "
             "Euler, DPMSolverMultistep, UniPC, LCM, ...), not of flow matching"
         )
+    table = table.detach().double().cpu()
+    # of a table that ends at 0, diffusers' Euler, DPM-Solver and others have 2^-24 instead
+    if scheduler.config.get("rescale_betas_zero_snr") or not table[-1]:
+        table = table.clone()
+        table[-1] = NO_SIGNAL
     trailing = scheduler.config.get("timestep_spacing") == "trailing"
     return DDPMTable(
-        table.detach().double().cpu(),
+        table,
         final_is_one=False,
         steps_offset=max(1, int(scheduler.config.get("steps_offset") or 0)),
         spacing="trailing" if trailing else "leading",
+    )
+
+
+def ends_without_signal(table: DDPMTable) -> bool:
+    """Whether the last timestep is pure noise."""
+    return float(table.alphas_cumprod[-1]) <= NO_SIGNAL
+
+
+def what_is_set(scheduler: Any) -> str | None:
+    """What of a folder's scheduler is not used as it stands there; None if all is.
+
+    A transition has a density if it is Gaussian with some noise left: it does not clip, and does
+    not end at clean data.
+    """
+    config, ours = scheduler.config, []
+    if type(scheduler).__name__ not in ("DDIMScheduler", "PNDMScheduler"):
+        ours.append(f"DDIM on the noise levels of its {type(scheduler).__name__}")
+    elif config.get("set_alpha_to_one", True):
+        ours.append("set_alpha_to_one false")
+    if (config.get("steps_offset") or 0) < 1 and config.get("timestep_spacing") != "trailing":
+        ours.append("steps_offset 1")
+    if config.get("timestep_spacing", "leading") == "linspace":
+        ours.append("timestep_spacing leading")
+    ours += [f"{name} false" for name in ("clip_sample", "thresholding") if config.get(name)]
+    return ", ".join(ours) or None
+
+
+@functools.cache
+def say_what_is_set(model: str, settings: str) -> None:
+    """Say once of a model what our sampler does otherwise than its scheduler.
+
+    Args:
+        model: its name.
+        settings: of ``what_is_set``.
+    """
+    _log.warning(
+        "so that every step has a density, samples of %s are drawn with %s; the pipeline's own "
+        "scheduler can still be used with what is exported",
+        model,
+        settings,
     )

@@ -39,7 +39,7 @@ def joined(conditions: Sequence[Condition]) -> Condition:
         f.name: joined([getattr(each, f.name) for each in conditions])
         for f in dataclasses.fields(first)
     }
-    return dataclasses.replace(first, **parts)
+    return type(first)(**parts)
 
 
 @runtime_checkable

@@ -35,5 +35,9 @@ class TextCondition:
         return self._changed(lambda part: part.to(other))
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> "TextCondition":
-        parts = (self.tokens, self.pooled, self.time_ids)
-        return TextCondition(*(None if part is None else change(part) for part in parts))
+        pooled, sizes = self.pooled, self.time_ids
+        return TextCondition(
+            change(self.tokens),
+            None if pooled is None else change(pooled),
+            None if sizes is None else change(sizes),
+        )

@@ -1,4 +1,4 @@
-"""Text-to-image UNets as policies: the score is the action. Stable Diffusion 1.x and 2.x.
+"""Text-to-image UNets as policies: the score is the action. Stable Diffusion 1.x, 2.x and XL.
 
 A UNet predicts epsilon, x0 or v of a noised state; classifier-free guidance combines its
 conditional and unconditional predictions; the result, as a score, is the mean of a policy. The
@@ -19,12 +19,24 @@ from torch import Tensor, nn
 
 from ctrl.devices import as_like
 from ctrl.noise import stream
-from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
+from diffusion_envs.denoising import (
+    score_from_epsilon,
+    score_from_v,
+    score_from_x0,
+    tweedie_mean,
+)
 from diffusion_envs.models import adapters
 from diffusion_envs.models.guidance_schedule import GuidanceSchedule, require_something_trains
-from diffusion_envs.models.noise_table import noise_table
+from diffusion_envs.models.latent_decoder import decode
+from diffusion_envs.models.noise_table import (
+    ends_without_signal,
+    say_what_is_set,
+    trained_levels,
+    what_is_set,
+)
 from diffusion_envs.models.protocol import joined
 from diffusion_envs.models.text_condition import TextCondition
+from diffusion_envs.models.text_to_image_family import require_lengths
 from diffusion_envs.models.trainable import Reference, Trainable, Weights
 from diffusion_envs.noise_schedules import DDPMTable
 
@@ -41,7 +53,7 @@ class GuidedScore:
 
     Attributes:
         unet: a diffusers UNet2DConditionModel with its adapter attached.
-        alphas_cumprod: of the model's noise levels, one entry a timestep.
+        table: noise levels by timestep.
         prediction_type: "epsilon", "sample" or "v_prediction", as in diffusers.
         guidance: scale, at least 1, which is none (and costs one network call instead of two):
             diffusers uses none below 1 either, so those scales are refused.
@@ -57,7 +69,7 @@ class GuidedScore:
     """
 
     unet: Any
-    alphas_cumprod: Float[Tensor, " timesteps"]
+    table: DDPMTable
     prediction_type: str
     guidance: float
     unconditional: TextCondition
@@ -78,14 +90,38 @@ class GuidedScore:
     def __call__(
         self,
         states: Float[Tensor, " rows *event"],
-        timesteps: Int64[Tensor, " rows"],
+        timesteps: Int64[Tensor, " rows"] | Float[Tensor, " rows"],
         context: TextCondition,
     ) -> Float[Tensor, " rows *event"]:
-        """Guided scores of noisy states, float32, on the states' device."""
+        """Guided scores of noisy states, float32, on the states' device.
+
+        Timesteps may be fractional.
+        """
+        return self._in_chunks(self._score, states, timesteps, context)
+
+    def denoised(
+        self,
+        states: Float[Tensor, " rows *event"],
+        timesteps: Tensor,
+        context: TextCondition,
+    ) -> Float[Tensor, " rows *event"]:
+        """Expected data of noisy states, guided, float32: finite where no signal is left.
+
+        Of a network that predicts epsilon it is not.
+        """
+        return self._in_chunks(self._denoised, states, timesteps, context)
+
+    def _in_chunks(
+        self,
+        ask: Callable[[Tensor, Tensor, TextCondition], Tensor],
+        states: Tensor,
+        timesteps: Tensor,
+        context: TextCondition,
+    ) -> Tensor:
         if torch.is_grad_enabled() or len(states) <= self.batch:
-            return self._score(states, timesteps, context)
+            return ask(states, timesteps, context)
         chunks = [slice(k, k + self.batch) for k in range(0, len(states), self.batch)]
-        return torch.cat([self._score(states[c], timesteps[c], context[c]) for c in chunks])
+        return torch.cat([ask(states[c], timesteps[c], context[c]) for c in chunks])
 
     def prediction(
         self,
@@ -112,11 +148,29 @@ class GuidedScore:
 
     def _score(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         predicted = self.prediction(states, timesteps, context)
-        alpha_bar = as_like(self.alphas_cumprod, states)[timesteps].view(
-            -1, *[1] * (states.ndim - 1)
-        )
+        alpha_bar = self._alpha_bar(states, timesteps)
         to_score = _TO_SCORE[self.prediction_type]
         return to_score(states, predicted, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+
+    def _denoised(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
+        predicted = self.prediction(states, timesteps, context)
+        if self.prediction_type == "sample":
+            return predicted
+        alpha_bar = self._alpha_bar(states, timesteps)
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        if self.prediction_type == "v_prediction":  # finite where alpha is 0
+            return alpha * states - sigma * predicted
+        return tweedie_mean(
+            states, score_from_epsilon(states, predicted, alpha, sigma), alpha, sigma
+        )
+
+    def _alpha_bar(self, states: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha^2 of each row, as wide as the states."""
+        if timesteps.is_floating_point():
+            levels = as_like(self.table.log_alpha_bar_at(timesteps.double().cpu()).exp(), states)
+        else:
+            levels = as_like(self.table.alphas_cumprod, states)[timesteps]
+        return levels.view(-1, *[1] * (states.ndim - 1))
 
     def _predict(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         self.calls += len(states)
@@ -190,6 +244,7 @@ class TextToImageUNet:
         parameters: of the adapter, float32.
         device: of the network.
         write: writes the adapter into a folder, for plain diffusers.
+        merge: writes the pipeline with what was trained in its weights into a folder.
         pipe: what was loaded; None where the network did not come from a pipeline.
         check: raises ValueError if one of the prompts cannot be encoded.
     """
@@ -202,6 +257,7 @@ class TextToImageUNet:
     parameters: list[nn.Parameter]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     write: Callable[[Path], Path] | None = None
+    merge: Callable[[Path], Path] | None = None
     pipe: Any = None
     check: Callable[[Sequence[str]], None] | None = None
 
@@ -210,6 +266,7 @@ class TextToImageUNet:
         cls,
         model: str | Path = "tiny",
         *,
+        config: str | Path | None = None,
         guidance: float = 3.0,
         negative_prompt: str | None = None,
         variant: str | None = None,
@@ -228,13 +285,16 @@ class TextToImageUNet:
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> "TextToImageUNet":
-        """Load a Stable Diffusion pipeline (1.x, 2.x) with what trains on it (``Trainable``).
+        """Load a Stable Diffusion pipeline (1.x, 2.x, XL) with what trains on it (``Trainable``).
 
         The noise levels are those of the scheduler in the folder, whatever its class
-        (``noise_table``).
+        (``noise_table``). What can be refused is, before any weights are read.
 
         Args:
-            model: "tiny", "words", a folder in diffusers' layout, or a hub id.
+            model: "tiny", "words", a folder in diffusers' layout, a single ``.safetensors`` file,
+                or a hub id.
+            config: folder in diffusers' layout with the settings of a single file; what diffusers
+                has for its kind, from the hub, if left out.
             guidance: classifier-free guidance scale, at least 1, which is none. Networks that read
                 the scale (latent consistency models) are told it instead.
             negative_prompt: what guidance leads away from; the empty prompt if left out. As in
@@ -265,7 +325,7 @@ class TextToImageUNet:
                 kind that is not supported.
             FileNotFoundError: the model is not there, or its folder lacks parts.
         """
-        from diffusion_envs.models import stable_diffusion_pipeline as pipeline
+        from diffusion_envs.models import text_to_image_pipeline
 
         check_guidance(guidance)
         trainable = Trainable(
@@ -281,18 +341,35 @@ class TextToImageUNet:
         trainable.require_start()
         device = torch.device(device)
         dtype = adapters.precision_of(precision, device)
-        pipe = pipeline.load_pipeline(
-            model,
-            variant=variant,
-            precision=dtype,
-            network=torch.float32 if trains == "all" else dtype,
-            device=device,
+        files = text_to_image_pipeline.find(model, config=config, variant=variant)
+        family, sides = files.family, files.latent_sides(resolution)
+        event, picture = (files.latent_channels, *sides), files.picture(sides)
+        scheduler = files.scheduler()
+        table, predicts = (
+            trained_levels(scheduler),
+            scheduler.config.get("prediction_type", "epsilon"),
         )
-        unet, table = pipe.unet, noise_table(pipe.scheduler)
-        event = (unet.config.in_channels, *_latent_sides(pipe, resolution))
+        if ends_without_signal(table) and predicts == "epsilon":
+            raise ValueError(
+                f"model {model} has noise levels that end without signal (rescale_betas_zero_snr) "
+                "and predicts epsilon, which says nothing of the data there; it must predict v or "
+                "the sample, or have rescale_betas_zero_snr false in scheduler_config.json"
+            )
+        if (settings := what_is_set(scheduler)) is not None:
+            say_what_is_set(str(model), settings)
+        pipe = files.load(dtype, device, network=torch.float32 if trains == "all" else dtype)
+        unet = pipe.unet
         attached = trainable.attach(unet, seed=seed)
         parameters = [*attached.parameters]
-        unconditional = pipeline.embed_prompts(pipe, [negative_prompt or ""])
+
+        def require(prompts: Sequence[str]) -> None:
+            require_lengths(pipe, family.tokenizers(pipe), prompts)
+
+        def encode(prompts: Sequence[str]) -> TextCondition:
+            require(prompts)
+            return family.encode(pipe, prompts, picture)
+
+        require([negative_prompt or ""])
         width = unet.config.time_cond_proj_dim
         schedule = None
         if guidance_knots:
@@ -305,10 +382,10 @@ class TextToImageUNet:
             parameters += schedule.parameters()
         score = GuidedScore(
             unet=unet,
-            alphas_cumprod=pipe.scheduler.alphas_cumprod.to(device),
-            prediction_type=pipe.scheduler.config.prediction_type,
+            table=table,
+            prediction_type=predicts,
             guidance=guidance,
-            unconditional=unconditional,
+            unconditional=family.unconditional(pipe, negative_prompt, picture),
             batch=batch,
             precision=dtype,
             scale_width=width,
@@ -322,7 +399,7 @@ class TextToImageUNet:
             """Predictions of a network with this one's guidance, at two random states."""
             noise = stream(0, "probe")
             states = torch.randn(2, *event, generator=noise).to(device)
-            words = pipeline.embed_prompts(pipe, ["one", "two"])
+            words = encode(["one", "two"])
             timesteps = torch.tensor([1, len(table.alphas_cumprod) // 2], device=device)
             return replace(score, unet=network).prediction(states, timesteps, words)
 
@@ -337,13 +414,14 @@ class TextToImageUNet:
             score=score,
             event=event,
             table=table,
-            encode=partial(pipeline.embed_prompts, pipe),
-            decode=partial(pipeline.decode, pipe.vae, batch=batch),
+            encode=encode,
+            decode=partial(decode, pipe.vae, batch=batch),
             parameters=parameters,
             device=device,
             write=write,
+            merge=lambda folder: attached.merge(folder, probe, pipe),
             pipe=pipe,
-            check=partial(pipeline.require_prompts, pipe),
+            check=require,
         )
 
     def with_guidance(self, guidance: float) -> "TextToImageUNet":
@@ -399,11 +477,20 @@ class TextToImageUNet:
     def __call__(
         self,
         states: Float[Tensor, " rows *event"],
-        timesteps: Int64[Tensor, " rows"],
+        timesteps: Int64[Tensor, " rows"] | Float[Tensor, " rows"],
         condition: TextCondition,
     ) -> Float[Tensor, " rows *event"]:
-        """Guided scores of noisy latents, float32."""
+        """Guided scores of noisy latents, float32; timesteps may be fractional."""
         return self.score(states, timesteps, condition)
+
+    def denoised(
+        self,
+        states: Float[Tensor, " rows *event"],
+        timesteps: Tensor,
+        condition: TextCondition,
+    ) -> Float[Tensor, " rows *event"]:
+        """Expected latents of noisy ones, guided, float32: for samplers that start as noise."""
+        return self.score.denoised(states, timesteps, condition)
 
     def prediction(
         self,
@@ -429,20 +516,13 @@ class TextToImageUNet:
             raise ValueError("write must be set to export the adapter")
         return self.write(folder)
 
+    def export_merged(self, folder: Path) -> Path:
+        """Write the pipeline with what was trained in its weights; plain diffusers reads it first.
 
-def _latent_sides(pipe: Any, resolution: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width of a latent.
-
-    Raises:
-        ValueError: a side is not a multiple of what the networks halve it by.
-    """
-    factor = pipe.vae_scale_factor
-    if resolution is None:
-        own = pipe.unet.config.sample_size
-        height, width = (own, own) if isinstance(own, int) else own
-        return height, width
-    height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    smallest = factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    if any(side < smallest or side % smallest for side in (height, width)):
-        raise ValueError(f"resolution must be a positive multiple of {smallest}, got {resolution}")
-    return height // factor, width // factor
+        Raises:
+            ExportError: what diffusers loads is not what was trained.
+            ValueError: nothing of the network was trained, or it came from no pipeline.
+        """
+        if self.merge is None:
+            raise ValueError("merge must be set to export a whole model")
+        return self.merge(folder)

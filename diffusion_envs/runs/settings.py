@@ -175,6 +175,8 @@ def differences(stored: Any, wanted: Any, setting: str = "") -> list[tuple[str, 
             return []
         if kinds == {"class"} and stored["class"] != wanted["class"]:
             return [(setting, stored["name"], wanted["name"])]
+        if kinds == {"class"}:  # runs of before lack what has been added since
+            stored = {k: v for k, v in _defaults(wanted).items() if k in wanted} | dict(stored)
         free = {"folder", *(_HOW_REACHED if stored.get("class") in _SERVERS else ())}
         return [
             differing
@@ -205,6 +207,19 @@ def _differing_prompts(
             return [(f"{setting}[{k}]", then, now)]
     sizes = len(stored), len(wanted)
     return [] if sizes[0] == sizes[1] else [(f"number of {setting}", *sizes)]
+
+
+def _defaults(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What the fields of a described object are if nobody names them."""
+    try:
+        kind = _imported(described["class"], described.get("folder"))
+    except (ImportError, AttributeError):
+        return {}
+    return {
+        _key(f.name): describe(f.default)
+        for f in dataclasses.fields(kind)
+        if f.default is not dataclasses.MISSING
+    }
 
 
 def _key(field: str) -> str:

@@ -2,7 +2,7 @@
 
 from typing import TypeAlias
 
-from diffusion_envs.samplers.ddim import DDIM, BoundDDIM
+from diffusion_envs.samplers.ddim import DDIM, BoundDDIM, BoundDDIMFromNoise
 from diffusion_envs.samplers.diffusers_scheduler import BlackBox, BoundBlackBox, Scheduler
 from diffusion_envs.samplers.few_steps import BoundFewSteps, EqualAngles, QuadraticVariances
 from diffusion_envs.samplers.flow_sde import CPS, BoundCPS, BoundFlowDDIM, BoundFlowSDE, FlowSDE
@@ -25,6 +25,7 @@ __all__ = [
     "BoundBlackBox",
     "BoundCPS",
     "BoundDDIM",
+    "BoundDDIMFromNoise",
     "BoundFewSteps",
     "BoundFlowDDIM",
     "BoundFlowSDE",

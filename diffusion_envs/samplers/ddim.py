@@ -14,10 +14,13 @@ from torch import Tensor
 
 from ctrl import ControlledSDE
 from ctrl.devices import as_like
-from diffusion_envs.denoising import generation_sde, kl_factor, path_kl_per_step
+from diffusion_envs.denoising import denoised_sde, generation_sde, kl_factor, path_kl_per_step
 from diffusion_envs.noise_schedules import DDPMTable, FlowTable
 from diffusion_envs.samplers.flow_sde import BoundFlowDDIM
-from diffusion_envs.samplers.gaussian_steps import GaussianSteps
+from diffusion_envs.samplers.gaussian_steps import Action, GaussianSteps
+
+# alpha-bar below which x0_hat of a float32 score is mostly round-off: alpha is then below 1e-3
+_LITTLE_SIGNAL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class DDIM:
     @overload
     def bind(
         self, table: DDPMTable, steps: int, prediction_type: str = "epsilon"
-    ) -> "BoundDDIM": ...
+    ) -> "BoundDDIM | BoundDDIMFromNoise": ...
 
     @overload
     def bind(
@@ -54,14 +57,17 @@ class DDIM:
 
     def bind(
         self, table: DDPMTable | FlowTable, steps: int, prediction_type: str = "epsilon"
-    ) -> "BoundDDIM | BoundFlowDDIM":
+    ) -> "BoundDDIM | BoundDDIMFromNoise | BoundFlowDDIM":
         """This sampler on a model's noise levels, with so many steps, whatever it predicts.
 
-        Its action is the score, on a flow the expected data.
+        Its action is the score; on a flow, and where it starts without signal, the expected data.
         """
         if isinstance(table, FlowTable):
             return BoundFlowDDIM(self.eta, table, steps)
-        return BoundDDIM(self.eta, table, steps)
+        bound = BoundDDIM(self.eta, table, steps)
+        if bound.alpha_bar[0] < _LITTLE_SIGNAL:
+            return BoundDDIMFromNoise(bound)
+        return bound
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,3 +201,83 @@ class BoundDDIM(GaussianSteps):
     def _resolution(self) -> float:
         """Noising time between two entries of the table."""
         return 1 / len(self.table.alphas_cumprod)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundDDIMFromNoise(GaussianSteps):
+    """The same transitions where the first one starts without signal: the action is x0_hat.
+
+    A score tells nothing there, and what it tells of x0_hat near there is lost to round-off.
+        x' = alpha' x0_hat + sqrt(sigma'^2 - std^2) (x - alpha x0_hat) / sigma + std z
+    It is for tables that end where some noise is left (``final_is_one`` false).
+    """
+
+    by_score: BoundDDIM
+
+    def __post_init__(self) -> None:
+        if self.by_score.table.final_is_one:
+            raise ValueError(
+                "a table that starts without signal must end where some noise is left: "
+                "DDPMTable(..., final_is_one=False)"
+            )
+
+    @property
+    def steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]  # read only
+        """How many there are."""
+        return self.by_score.steps
+
+    @property
+    def eta(self) -> float:
+        """Stochasticity."""
+        return self.by_score.eta
+
+    @property
+    def action(self) -> Action:
+        """The action is the expected data."""
+        return "denoised"
+
+    @property
+    def schedule(self) -> DDPMTable:
+        """The table of noise levels."""
+        return self.by_score.table
+
+    @cached_property
+    def timesteps(self) -> Int64[Tensor, " steps"]:
+        """Timesteps of the network at the left end of every step."""
+        return self.by_score.timesteps
+
+    @cached_property
+    def noising_times(self) -> Float[Tensor, " nodes"]:
+        """s in [0, 1] at every node, decreasing."""
+        return self.by_score.noising_times
+
+    @cached_property
+    def sde(self) -> ControlledSDE:
+        """The SDE that the sampler discretises."""
+        return denoised_sde(self.schedule, self.eta)
+
+    @cached_property
+    def std(self) -> Float[Tensor, " steps"]:
+        """Standard deviation of every transition ([DDIM] equation 16)."""
+        return self.by_score.std
+
+    @cached_property
+    def state_gain(self) -> Float[Tensor, " steps"]:
+        """d(mean of the next state) / d(state) at a fixed x0_hat."""
+        kept = (self.sigma[1:].square() - self.std.square()).clamp(min=0).sqrt()
+        return kept / self.sigma[:-1]
+
+    @cached_property
+    def gain(self) -> Float[Tensor, " steps"]:
+        """d(mean of the next state) / d(x0_hat)."""
+        return self.alpha[1:] - self.state_gain * self.alpha[:-1]
+
+    @cached_property
+    def path_kl_gain(self) -> Float[Tensor, " steps"]:
+        """Path KL of a step for half a square of x0_hat's change, nats; of the SDE."""
+        return kl_factor(self.eta) * (self.alpha / self.sigma).square().diff()
+
+    @property
+    def _resolution(self) -> float:
+        """Noising time between two entries of the table."""
+        return 1 / len(self.schedule.alphas_cumprod)

@@ -12,6 +12,8 @@ from torch import Generator, Tensor, nn
 
 from diffusion_envs.noise_schedules import DDPMTable, FlowTable
 
+_LEAST_SIGNAL = 2.0**-24  # alpha^2 that diffusers puts for 0, at which its sigmas are infinite
+
 
 @dataclass(frozen=True, eq=False)
 class BlackBox:
@@ -140,9 +142,8 @@ class Scheduler:
                 f"Scheduler({self.name!r}) needs the noise levels of a variance-preserving model "
                 "(DDPMTable), got FlowTable: use DDIM, FlowSDE or CPS on a flow"
             )
-        betas = 1 - table.alphas_cumprod / torch.cat(
-            [table.alphas_cumprod.new_ones(1), table.alphas_cumprod[:-1]]
-        )
+        levels = table.alphas_cumprod.clamp(min=_LEAST_SIGNAL)
+        betas = 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
         kind = getattr(diffusers, self.name)
         known = {"timestep_spacing": "trailing", "prediction_type": prediction_type}
         settings = {name: value for name, value in known.items() if name in self._settings()}

@@ -19,7 +19,10 @@ class StableDiffusion:
     """Which Stable Diffusion model, and how it is used.
 
     Attributes:
-        model: "tiny", "words", a folder in diffusers' layout, or a hub id.
+        model: "tiny", "words", a folder in diffusers' layout, a single .safetensors file, or a hub
+            id.
+        config: folder in diffusers' layout with the settings of a single file; from the hub if left
+            out.
         guidance: classifier-free guidance scale; 1 is none.
         negative_prompt: what guidance leads away from; the empty prompt if left out.
         variant: of the weights, such as fp16; those that are there if left out.
@@ -33,12 +36,13 @@ class StableDiffusion:
             that trains) or offloaded (to the CPU's memory until it is asked for).
         guidance_knots: timesteps between which the guidance scale trains; 0: it does not.
         precision: of the network: float32, bfloat16 or (CUDA only) float16.
-        resolution: pixels a side; the model's own if left out.
+        resolution: pixels a side, or height and width; the model's own if left out.
         gradient_checkpointing: recompute activations: less memory, more time.
         device: cpu or cuda; what there is if left out.
     """
 
     model: str | Path = "tiny"
+    config: str | Path | None = None
     guidance: float = 3.0
     negative_prompt: str | None = None
     variant: str | None = None
@@ -51,7 +55,7 @@ class StableDiffusion:
     reference: Reference = "copy"
     guidance_knots: int = 0
     precision: str = "float32"
-    resolution: int | None = None
+    resolution: int | tuple[int, int] | None = None
     gradient_checkpointing: bool = False
     device: str | None = None
 
@@ -61,6 +65,8 @@ class StableDiffusion:
             raise ValueError(f"guidance must be a finite number of at least 0, got {self.guidance}")
         require_something_trains(not self._trainable().nothing, self.guidance_knots)
         object.__setattr__(self, "model", from_anywhere(self.model, *SHIPPED))
+        if self.config is not None:
+            object.__setattr__(self, "config", from_anywhere(self.config))
         if self.lora_targets is not None:
             object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         if self.lora is not None:
@@ -99,6 +105,7 @@ class StableDiffusion:
 
         return TextToImageUNet.load(
             self.model,
+            config=self.config,
             guidance=self.guidance,
             negative_prompt=self.negative_prompt,
             variant=self.variant,

@@ -9,7 +9,7 @@ from torch import Tensor
 from ctrl import Estimate
 from ctrl.noise import stream
 from diffusion_envs.models.folders import local_folder
-from diffusion_envs.models.stable_diffusion_pipeline import SUPPORTED, load_pipeline
+from diffusion_envs.models.text_to_image_pipeline import SUPPORTED, load_pipeline
 from diffusion_envs.rewards.text_in_picture import ReadableText
 from diffusion_envs.runs.contact_sheet import grid
 from diffusion_envs.runs.run_folder import write_json

@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu import __main__ as stages
 from benchmarks.gpu import full_size, pages, rollouts
 from benchmarks.gpu.timing import Device
-from diffusion_envs.models.stable_diffusion_pipeline import TINY
+from diffusion_envs.models.folders import TINY
 
 ROOT = Path(__file__).parents[2]
 REHEARSAL = Device(torch.device("cpu"), rehearsal=True)

@@ -17,7 +17,7 @@ from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.gaussian import Gaussian
 from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.text_to_image_unet import GuidedScore
-from diffusion_envs.noise_schedules import VPLinear
+from diffusion_envs.noise_schedules import DDPMTable, VPLinear
 from verification.claim import Check, Setting, claim, limit, pathwise, stated, wrong
 from verification.closed_form.samplers import extrapolated, guided_law, power_law
 from verification.closed_form.vp_gaussian import Normal, VPGaussian
@@ -95,6 +95,7 @@ def generated(setting: Setting, scale: float, steps: int) -> Normal:
 
 
 _SCORE = "diffusion_envs.models.text_to_image_unet.GuidedScore._score"
+_LEVELS = "diffusion_envs.models.text_to_image_unet.GuidedScore._alpha_bar"
 _GUIDED = "diffusion_envs.models.text_to_image_unet.GuidedScore.prediction"
 
 
@@ -126,7 +127,7 @@ _GUIDED = "diffusion_envs.models.text_to_image_unet.GuidedScore.prediction"
             "_TO_SCORE[self.prediction_type]",
             '_TO_SCORE["epsilon"]',
         ),
-        wrong("noise level of another row", _SCORE, ")[timesteps]", ")[timesteps.roll(1)]"),
+        wrong("noise level of another row", _LEVELS, ")[timesteps]", ")[timesteps.roll(1)]"),
         wrong("no guidance at scale 1 only", _GUIDED, "self.guidance == 1", "self.guidance != 0"),
         wrong(
             "the prompt in both branches",
@@ -136,7 +137,7 @@ _GUIDED = "diffusion_envs.models.text_to_image_unet.GuidedScore.prediction"
         ),
         wrong(
             "chunks of rows mixed up",
-            "diffusion_envs.models.text_to_image_unet.GuidedScore.__call__",
+            "diffusion_envs.models.text_to_image_unet.GuidedScore._in_chunks",
             "timesteps[c], context[c]",
             "timesteps.flip(0)[c], context[c]",
         ),
@@ -162,7 +163,7 @@ _GUIDED = "diffusion_envs.models.text_to_image_unet.GuidedScore.prediction"
 )
 def guidance(setting: Setting) -> Iterator[Check]:
     """Production's guided score of a fixed network, and the law of Gaussian data under guidance."""
-    bars = setting.tensor(ALPHA_BARS)
+    bars = DDPMTable(torch.as_tensor(ALPHA_BARS))
     empty = TextCondition(setting.tensor(EMPTY)[None, None])
     x, context = setting.tensor(STATES), TextCondition(setting.tensor(CONTEXT)[:, None])
     steps = torch.as_tensor(TIMESTEPS, device=x.device)

@@ -111,7 +111,7 @@ def trainer(
     context = torch.randn(len(PROMPTS), 2, 3, generator=generator)
     score = GuidedScore(
         network,
-        TABLE,
+        DDPMTable(TABLE),
         "epsilon",
         1.7,
         TextCondition(torch.randn(1, 2, 3, generator=generator)),

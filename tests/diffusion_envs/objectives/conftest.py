@@ -247,7 +247,7 @@ def small_trainer() -> Callable[..., Trainer]:
         model = TextToImageUNet(
             score=GuidedScore(
                 network,
-                table,
+                DDPMTable(table),
                 "epsilon",
                 1.7,
                 null,

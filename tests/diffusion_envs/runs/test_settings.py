@@ -174,6 +174,13 @@ def test_differences_are_named_to_the_field():
     ]
 
 
+def test_fields_that_were_added_since_had_their_default():
+    now = stored(UpdateSize(samples=4))
+    then = {name: value for name, value in now.items() if name not in ("warm_up", "schedule")}
+    assert differences(then, now) == []
+    assert differences(then, stored(UpdateSize(samples=4, warm_up=3))) == [("warm_up", 0, 3)]
+
+
 def test_a_reward_of_another_class_differs_but_one_without_a_name_is_let_through():
     red = {"reward": rewards.Colour("red")}
     jpeg = {"reward": rewards.JpegCompressibility()}

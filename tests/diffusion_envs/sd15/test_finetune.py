@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ctrl.noise import normals_by_sample
 from diffusion_envs import cifar10, objectives, rewards, samplers, sd15
-from diffusion_envs.models.stable_diffusion_pipeline import tiny_folder
+from diffusion_envs.models.folders import tiny_folder
 from diffusion_envs.prompt import Prompt
 from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.evaluation import HELD_OUT, evaluate
@@ -255,7 +255,7 @@ def test_preflight_refuses_an_adapter_that_is_not_fresh(tmp_path, monkeypatch):
         ({"evaluation_samples": 1}, "evaluation_samples"),
         ({"precision": "float8"}, "precision"),
         ({"precision": "float16"}, "float16"),
-        ({"resolution": 20}, "resolution"),
+        ({"resolution": 18}, "resolution"),
         ({"model": ""}, "model"),
         ({"judges": {"same": rewards.Colour("red")}}, "judge"),
         ({"size": UpdateSize(samples=4, train_steps=9)}, "train_steps"),

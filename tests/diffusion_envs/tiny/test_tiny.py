@@ -7,7 +7,8 @@ import torch
 from transformers import CLIPTokenizer
 
 from diffusion_envs.cifar10.data import CLASSES, class_of, load
-from diffusion_envs.models.stable_diffusion_pipeline import load_pipeline, tiny_folder
+from diffusion_envs.models.folders import tiny_folder
+from diffusion_envs.models.text_to_image_pipeline import load_pipeline
 from diffusion_envs.rewards.classifier import load_classifier
 from diffusion_envs.tiny.captions import LENGTH, caption, with_article, write_tokenizer
 from diffusion_envs.tiny.train_classifier import accuracy, augment, half

@@ -8,7 +8,7 @@ import torch
 
 from ctrl.noise import stream
 from diffusion_envs.models.folders import WORDS, shipped_folder
-from diffusion_envs.models.stable_diffusion_pipeline import load_pipeline
+from diffusion_envs.models.text_to_image_pipeline import load_pipeline
 from diffusion_envs.rewards import ReadableText
 from diffusion_envs.tiny.train_autoencoder import psnr, reconstruct
 from diffusion_envs.tiny.train_denoiser import sample
