@@ -654,7 +654,7 @@ def _transfer(rows: Sequence[Mapping[str, Any]] | None) -> str:
         ),
         "paired gain, with 95 % intervals",
     )
-    return f'{title}<div class="cards">{levels}{gains}</div>{table(heads, cells)}'
+    return f'{title}<div class="cards pair">{levels}{gains}</div>{table(heads, cells)}'
 
 
 def _settings(config: Mapping[str, Any]) -> str:
