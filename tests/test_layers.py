@@ -50,14 +50,14 @@ diffusion_envs.models.protocol diffusion_envs.models.kept_conditions
 diffusion_envs.models.text_condition
 diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
-diffusion_envs.models.trainable
+diffusion_envs.models.exports diffusion_envs.models.existing_lora diffusion_envs.models.trainable
 diffusion_envs.models.latent_decoder diffusion_envs.models.text_to_image_family
 diffusion_envs.models.stable_diffusion diffusion_envs.models.stable_diffusion_xl
 diffusion_envs.models.text_to_image_pipeline
 diffusion_envs.models.text_to_image_unet diffusion_envs.models.unconditional_unet
 diffusion_envs.models.exact diffusion_envs.models
 diffusion_envs.rollout diffusion_envs.environment
-diffusion_envs.preferences diffusion_envs.objectives.protocol
+diffusion_envs.preferences diffusion_envs.objectives.protocol diffusion_envs.objectives.preflight
 diffusion_envs.objectives.path_steps diffusion_envs.objectives.noised_data
 diffusion_envs.objectives.last_steps
 diffusion_envs.objectives.adjoint_matching diffusion_envs.objectives.ram
@@ -71,11 +71,13 @@ diffusion_envs.objectives.tilted_regression diffusion_envs.objectives.diffusion_
 diffusion_envs.objectives.reward_backpropagation diffusion_envs.objectives.dxmi
 diffusion_envs.objectives.dxmi_from_data
 diffusion_envs.objectives
-diffusion_envs.training.update_size diffusion_envs.training.parallel
+diffusion_envs.training.update_size diffusion_envs.training.loss_scale
+diffusion_envs.training.parallel
 diffusion_envs.training.kl_controller diffusion_envs.training.value_network
 diffusion_envs.training.critic diffusion_envs.training.energy
 diffusion_envs.training.path_metric
 diffusion_envs.training.optimisers.protocol diffusion_envs.training.optimisers.adamw
+diffusion_envs.training.optimisers.adamw_8bit
 diffusion_envs.training.optimisers.running_mean diffusion_envs.training.optimisers.trust_region
 diffusion_envs.training.optimisers.natural_gradient
 diffusion_envs.training.optimisers.diagonal_metric
@@ -88,13 +90,15 @@ diffusion_envs.exact.rewards diffusion_envs.exact.problems diffusion_envs.exact
 diffusion_envs.runs.checkpoint diffusion_envs.runs.settings diffusion_envs.runs.run_folder
 diffusion_envs.runs.prompts diffusion_envs.runs.interruption diffusion_envs.runs.callbacks
 diffusion_envs.runs.progress
-diffusion_envs.runs.caption_fonts diffusion_envs.runs.tracking diffusion_envs.runs.plots
+diffusion_envs.runs.caption_fonts diffusion_envs.runs.contact_sheet
+diffusion_envs.runs.tracking diffusion_envs.runs.plots diffusion_envs.runs.charts
 diffusion_envs.runs.human_choices
 diffusion_envs.runs.perceptual
 diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping diffusion_envs.runs.options
 diffusion_envs.runs.frechet diffusion_envs.runs.inception diffusion_envs.runs.precision_recall
 diffusion_envs.runs.sample_quality
-diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation diffusion_envs.runs.report
+diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation
+diffusion_envs.runs.report_words diffusion_envs.runs.prompt_statistics diffusion_envs.runs.report
 diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
 diffusion_envs.runs.summary diffusion_envs.runs.finetune diffusion_envs.runs.transfer

@@ -12,10 +12,10 @@ from diffusion_envs.cifar10.data import load
 from diffusion_envs.cifar10.family import JUDGE, PROMPTS, Cifar10Model
 from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import DDPO
+from diffusion_envs.runs.contact_sheet import grid
 from diffusion_envs.runs.finetune import make_environment
 from diffusion_envs.runs.run_folder import versions, write_json
 from diffusion_envs.runs.sample_quality import RealStatistics, classifier_features, sample_quality
-from diffusion_envs.runs.tracking import grid
 from diffusion_envs.training import parallel
 
 SETTINGS: tuple[tuple[samplers.Sampler, int], ...] = (

@@ -1,19 +1,14 @@
-"""What trains on a pretrained network: LoRA or all weights; switched off, exported, proved.
+"""LoRA adapters on a pretrained network: attached, switched off, recomputed.
 
 A LoRA adapter is a product of two small float32 matrices beside each target layer, the second of
-them zero at the start, so that a fresh adapter is the pretrained model. An export is a file in
-diffusers' format. It is called done only after plain diffusers has loaded it onto the pretrained
-weights and every number of the adapter has come back, in a network with the same outputs.
+them zero at the start, so that a fresh adapter is the pretrained model.
 """
 
 import difflib
-import shutil
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TRAINED = "default"  # name of the adapter that trains
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers reads
 Probe = Callable[[nn.Module], Tensor]  # outputs of a network at some input
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LISTED = 3  # names in an error message
-
-
-class ExportError(ValueError):
-    """What was written for diffusers is not what was trained; nothing is left behind."""
 
 
 def require_precision(name: str) -> None:
@@ -84,7 +76,7 @@ class AdapterSwitch:
     enable: Callable[[], None] = _nothing
     disable: Callable[[], None] = _nothing
     is_off: bool = False
-    pretrained: nn.Module | None = None
+    pretrained: Any = None
 
     def asked(self, network: Any) -> Any:
         """Which network to ask now: this one, or the pretrained one."""
@@ -114,9 +106,16 @@ class AdapterSwitch:
         self.is_off = off
 
 
-def lora_switch(network: nn.Module) -> AdapterSwitch:
-    """The switch of a network's LoRA layers."""
-    return AdapterSwitch(partial(_enable, network, True), partial(_enable, network, False))
+def lora_switch(network: nn.Module, start: str | None = None) -> AdapterSwitch:
+    """The switch of a network's LoRA layers.
+
+    Args:
+        network: with the adapter ``TRAINED``.
+        start: a frozen adapter that is in use while that one is off; none if left out.
+    """
+    if start is None:
+        return AdapterSwitch(partial(_enable, network, True), partial(_enable, network, False))
+    return AdapterSwitch(partial(use, network, TRAINED), partial(use, network, start))
 
 
 def _enable(network: nn.Module, enabled: bool) -> None:
@@ -125,6 +124,15 @@ def _enable(network: nn.Module, enabled: bool) -> None:
     for layer in network.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.enable_adapters(enabled)
+
+
+def use(network: nn.Module, name: str) -> None:
+    """Put the adapter of this name to use; only the one that trains wants gradients."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in network.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter(name, inference_mode=name != TRAINED)
 
 
 def recompute_activations(network: Any, switch: AdapterSwitch) -> None:
@@ -153,16 +161,24 @@ def recompute_activations(network: Any, switch: AdapterSwitch) -> None:
 
 
 def attach_lora(
-    network: nn.Module, *, rank: int, targets: Sequence[str], seed: int
+    network: nn.Module,
+    *,
+    rank: int,
+    targets: Sequence[str],
+    seed: int,
+    alpha: float | None = None,
+    rank_stabilised: bool = False,
 ) -> list[nn.Parameter]:
     """Add a trainable LoRA adapter, in float32, that starts as the identity.
 
     Args:
         network: a UNet of diffusers, frozen; changed in place.
-        rank: of the update of every target layer; its scale is 1.
+        rank: of the update of every target layer.
         targets: names of linear layers and convolutions: whole ones ("mid_block.resnets.0.conv1")
             or how they end ("to_q", "to_out.0", "ff.net.2", "conv1").
         seed: of the initial weights.
+        alpha: the update is scaled by alpha / rank; ``rank`` if left out.
+        rank_stabilised: scale by alpha / sqrt(rank) instead.
 
     Returns:
         The trainable parameters.
@@ -171,24 +187,40 @@ def attach_lora(
         ValueError: ``rank`` is not positive, or a target is no layer that can have an adapter;
             every such target is named, with names like it.
     """
-    from diffusers.loaders.peft import PeftAdapterMixin
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
 
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"lora_rank must be an integer of at least 1, got {rank!r}")
-    names = _check_targets(network, targets)
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=True, target_modules=names)
+    require_rank(rank)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,  # pyright: ignore[reportArgumentType]  # floats too
+        use_rslora=rank_stabilised,
+        init_lora_weights=True,
+        target_modules=_check_targets(network, targets),
+    )
+    inject(network, config, TRAINED, seed=seed)
+    return trainable_parameters(network)
+
+
+def inject(network: nn.Module, config: Any, name: str, *, seed: int) -> None:
+    """Add an adapter of peft's, in float32, and put it to use."""
+    from diffusers.loaders.peft import PeftAdapterMixin
+    from peft import inject_adapter_in_model
+
     devices = [p.device for p in network.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices):  # peft draws from the global stream
         torch.manual_seed(seed)
         if isinstance(network, PeftAdapterMixin):  # keeps a record of its adapters
-            network.add_adapter(config)
+            network.add_adapter(config, adapter_name=name)
         else:
-            inject_adapter_in_model(config, network)
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    return parameters
+            inject_adapter_in_model(config, network, adapter_name=name)
+    for layer, parameter in network.named_parameters():
+        if ".lora_" in layer:
+            parameter.data = parameter.data.float()
+
+
+def trainable_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Those that want a gradient."""
+    return [p for p in network.parameters() if p.requires_grad]
 
 
 def _check_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -220,6 +252,21 @@ def _check_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:
     )
 
 
+def layers_named(network: nn.Module, targets: Sequence[str]) -> set[str]:
+    """Whole names of the layers that the targets name.
+
+    Raises:
+        ValueError: a target is no layer that can have an adapter.
+    """
+    targets = _check_targets(network, targets)
+    return {
+        name
+        for name, part in network.named_modules()
+        if isinstance(part, nn.Linear | nn.Conv2d)
+        and any(name == target or name.endswith(f".{target}") for target in targets)
+    }
+
+
 def _short(name: str) -> str:
     """How a layer's name ends: its last word, and the word before where that is a number."""
     words = name.split(".")
@@ -227,151 +274,3 @@ def _short(name: str) -> str:
     while start > 0 and words[start].isdigit():
         start -= 1
     return ".".join(words[start:])
-
-
-# -- exporting -----------------------------------------------------------------------------------
-
-
-def export_lora(
-    unet: Any, folder: Path, probe: Callable[[nn.Module], Tensor], *, prefix: str = "unet"
-) -> Path:
-    """Write the adapter for ``pipe.load_lora_weights(folder)``; plain diffusers reads it first.
-
-    All layers have keys of one format, ``unet.<layer>.lora_A.weight``: diffusers tells the format
-    of a file by one key.
-
-    Args:
-        unet: a UNet2DConditionModel with the adapter.
-        folder: gets ``pytorch_lora_weights.safetensors``, readable as the umask says.
-        probe: outputs of a network at some input.
-        prefix: of the keys: which part of the pipeline the adapter belongs to.
-
-    Returns:
-        The file.
-
-    Raises:
-        ExportError: what diffusers loads is not what was trained; what is missing is named.
-    """
-    from peft.utils import get_peft_model_state_dict
-    from safetensors.torch import save
-
-    layers = get_peft_model_state_dict(unet)
-    tensors = {f"{prefix}.{name}": t.detach().cpu().contiguous() for name, t in layers.items()}
-    path = folder / LORA_FILE
-    unproved = folder / f".unproved-{LORA_FILE}"
-    # safetensors' own save_file makes files that only their owner can read
-    unproved.write_bytes(save(tensors, metadata={"format": "pt"}))
-    try:
-        prove_lora(unet, unproved, probe)
-        unproved.replace(path)
-    finally:
-        unproved.unlink(missing_ok=True)
-    return path
-
-
-def prove_lora(unet: Any, path: Path, probe: Callable[[nn.Module], Tensor]) -> None:
-    """Let plain diffusers load ``path`` onto the pretrained network; compare with the trained one.
-
-    The pretrained network shares the weights that do not train, so no second copy is held.
-
-    Raises:
-        ExportError: numbers of the adapter are missing or other ones, or outputs differ.
-    """
-    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
-    from peft.utils import get_peft_model_state_dict
-
-    fresh = _pretrained_twin(unet)
-    layers, alphas, *_ = StableDiffusionLoraLoaderMixin.lora_state_dict(
-        str(path.parent), weight_name=path.name, local_files_only=True
-    )
-    StableDiffusionLoraLoaderMixin.load_lora_into_unet(
-        layers, alphas, fresh, adapter_name="exported"
-    )
-    trained = get_peft_model_state_dict(unet)
-    loaded: dict[str, Tensor] = {}
-    if getattr(fresh, "peft_config", None):
-        loaded = get_peft_model_state_dict(fresh, adapter_name="exported")
-
-    def same(name: str) -> bool:
-        if name not in loaded or loaded[name].shape != trained[name].shape:
-            return False
-        return torch.equal(loaded[name], trained[name].to(loaded[name]))
-
-    if lost := [name for name in trained if not same(name)]:
-        numbers = sum(tensor.numel() for tensor in trained.values())
-        raise ExportError(
-            f"the exported adapter is not the trained one: diffusers loads other values for "
-            f"{sum(trained[name].numel() for name in lost)} of its {numbers} numbers, those of "
-            f"{_some(lost)}. Nothing was exported; the checkpoint is intact"
-        )
-    compare_outputs(unet, fresh, probe)
-
-
-def compare_outputs(
-    trained: nn.Module, loaded: nn.Module, probe: Callable[[nn.Module], Tensor]
-) -> None:
-    """Compare outputs of two networks that should be one.
-
-    Raises:
-        ExportError: they differ by more than rounding, relative to the outputs' size.
-    """
-    with torch.no_grad():
-        theirs, ours = probe(loaded).double(), probe(trained).double()
-    reduced = any(p.dtype != torch.float32 for p in loaded.parameters())
-    # float32 networks whose LoRA is merged, or added in another order, agree to 1e-5 or so
-    bound = 0.05 if reduced else 1e-3
-    gap, size = (theirs - ours).norm().item(), ours.norm().item()
-    if not gap <= bound * size:
-        raise ExportError(
-            f"the exported model's outputs are not those of the trained one: they differ by "
-            f"{gap:.2g} where {bound:g} of {size:.2g} is rounding. Nothing was exported; the "
-            "checkpoint is intact"
-        )
-
-
-def _pretrained_twin(network: Any) -> Any:
-    """The same network without its adapter; the weights are shared, not copied."""
-    with torch.device("meta"):
-        twin = type(network).from_config(network.config)
-    weights = {
-        name.replace(".base_layer.", "."): tensor.detach()
-        for name, tensor in network.state_dict().items()
-        if ".lora_" not in name
-    }
-    twin.load_state_dict(weights, assign=True)
-    return twin.requires_grad_(False).eval()
-
-
-def merged_twin(network: Any) -> Any:
-    """The same network without LoRA layers: their updates are added to the weights."""
-    from peft.tuners.lora import LoraLayer
-
-    twin = _pretrained_twin(network)
-    weights = dict(twin.named_parameters())
-    layers: list[tuple[str, Any]] = [
-        (name, part) for name, part in network.named_modules() if isinstance(part, LoraLayer)
-    ]
-    with torch.no_grad():
-        for name, layer in layers:
-            weight = weights[f"{name}.weight"] + layer.get_delta_weight("default")
-            twin.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
-    return twin
-
-
-def publish(unproved: Path, folder: Path) -> Path:
-    """Put a written folder in its place, readable as the umask says, instead of an older one."""
-    marker = unproved / ".mode"
-    marker.touch()
-    mode = stat.S_IMODE(marker.stat().st_mode)
-    marker.unlink()
-    for file in unproved.rglob("*"):
-        if file.is_file():
-            file.chmod(mode)
-    if folder.exists():
-        shutil.rmtree(folder)
-    return unproved.rename(folder)
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} others" if more > 0 else "")

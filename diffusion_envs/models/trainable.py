@@ -6,17 +6,20 @@ says which parameters train, how they are switched off, and which network is ask
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
-from diffusion_envs.models import adapters
+from diffusion_envs.models import adapters, exports
+from diffusion_envs.models.existing_lora import LoraFile, LoraLayer
 
 Weights = Literal["lora", "all"]
 Reference = Literal["copy", "offloaded"]
+_START = "start"  # name of the frozen adapter with which training began
 RANK = 8  # of an adapter, where none is named
 
 
@@ -70,6 +73,11 @@ class Trainable:
             "lora_rank_stabilised": self.rank_stabilised,
             "lora": self.start is not None,
         }
+        if self.start is not None and self.rank_stabilised:
+            raise ValueError(
+                "lora_rank_stabilised must be left out where training starts from a LoRA, whose "
+                "own scale holds"
+            )
         if self.weights == "all" and (
             wrong := [name for name, is_named in named.items() if is_named]
         ):
@@ -104,18 +112,133 @@ class Trainable:
             ValueError: the options do not fit the network.
         """
         if self.weights == "all":
-            frozen = copy.deepcopy(network)
-            parameters = list(network.requires_grad_(True).parameters())
-            return Attached(self, network, parameters, adapters.AdapterSwitch(pretrained=frozen))
+            return self._attach_all(network)
+        if self.start is not None:
+            return self._attach_existing(network, LoraFile.at(self.start), seed)
         parameters = list[nn.Parameter]()
         if self.rank != 0:
             parameters = adapters.attach_lora(
                 network,
                 rank=RANK if self.rank is None else self.rank,
+                alpha=self.alpha,
+                rank_stabilised=self.rank_stabilised,
                 targets=adapters.ATTENTION if self.targets is None else self.targets,
                 seed=seed,
             )
         return Attached(self, network, parameters, adapters.lora_switch(network))
+
+    def require_start(self) -> None:
+        """Look at the LoRA that it starts from, before anything large is loaded.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is no LoRA of a UNet, or the options contradict it.
+        """
+        if self.start is None:
+            return
+        file = LoraFile.at(self.start)
+        if self.rank is not None and file.ranks != (self.rank,):
+            ranks = " and ".join(map(str, file.ranks))
+            raise ValueError(
+                f"lora_rank must be left out, or be that of the LoRA that it starts from: {ranks}, "
+                f"got {self.rank}"
+            )
+
+    def _attach_all(self, network: Any) -> "Attached":
+        where = network.device
+        frozen = copy.deepcopy(network.cpu())  # a second one never lies on the device for a copy
+        network.to(where)
+        parameters = list(network.requires_grad_(True).parameters())
+        if self.reference == "copy":
+            switch = adapters.AdapterSwitch(pretrained=frozen.to(where))
+        else:
+            places = Offloaded(frozen, where)
+            switch = adapters.AdapterSwitch(places.send_back, places.bring_in, pretrained=frozen)
+        return Attached(self, network, parameters, switch)
+
+    def _attach_existing(self, network: Any, file: LoraFile, seed: int) -> "Attached":
+        """Two adapters with the file's numbers: one trains, the other is the reference."""
+        from peft import LoraConfig
+
+        self.require_start()
+        layers = file.layers(network)
+        self._require_same(layers, network)
+        ranks = {name: layer.rank for name, layer in layers.items()}
+        alphas = {name: layer.alpha for name, layer in layers.items()}
+        for adapter in (_START, adapters.TRAINED):
+            config = LoraConfig(
+                r=max(ranks.values()),
+                lora_alpha=max(alphas.values()),  # pyright: ignore[reportArgumentType]  # floats too
+                target_modules=list(layers),
+                rank_pattern={f"^{name}": rank for name, rank in ranks.items()},
+                alpha_pattern={f"^{name}": alpha for name, alpha in alphas.items()},
+            )
+            adapters.inject(network, config, adapter, seed=seed)
+            for name, layer in layers.items():
+                place = network.get_submodule(name)
+                place.lora_A[adapter].weight.data.copy_(layer.down)
+                place.lora_B[adapter].weight.data.copy_(layer.up)
+        adapters.use(network, adapters.TRAINED)
+        parameters = adapters.trainable_parameters(network)
+        return Attached(self, network, parameters, adapters.lora_switch(network, _START))
+
+    def _require_same(self, layers: Mapping[str, LoraLayer], network: Any) -> None:
+        """Refuse options that contradict the LoRA that it starts from."""
+        scales = sorted({layer.alpha for layer in layers.values()})
+        if self.alpha is not None and scales != [self.alpha]:
+            raise ValueError(
+                "lora_alpha must be left out, or be that of the LoRA that it starts from: "
+                f"{' and '.join(f'{alpha:g}' for alpha in scales)}, got {self.alpha:g}"
+            )
+        if self.targets is not None:
+            asked = adapters.layers_named(network, self.targets)
+            if differ := sorted(asked.symmetric_difference(layers)):
+                raise ValueError(
+                    "lora_targets must be left out, or name the layers of the LoRA that it starts "
+                    f"from; {len(differ)} differ, such as {differ[0]}"
+                )
+
+
+class Offloaded:
+    """A frozen network whose weights are on the CPU until it is asked.
+
+    Weights are exchanged, not changed: a graph that passed through the network keeps those that it
+    was made with, so gradients stay right after it was sent back.
+
+    Args:
+        network: on the CPU.
+        device: where it is asked.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self._device = device
+        self._places = [
+            (module, name, parameter.data.pin_memory() if pinned else parameter.data)
+            for module in network.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
+        self._buffers = [
+            (module, name, buffer)
+            for module in network.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        self.send_back()
+
+    def bring_in(self) -> None:
+        """Copy the weights to the device."""
+        for module, name, tensor in self._places:
+            copied = tensor.to(self._device, non_blocking=True, copy=True)
+            setattr(module, name, nn.Parameter(copied, requires_grad=False))
+        for module, name, buffer in self._buffers:
+            setattr(module, name, buffer.to(self._device))
+
+    def send_back(self) -> None:
+        """Forget the copies."""
+        for module, name, tensor in self._places:
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+        for module, name, buffer in self._buffers:
+            setattr(module, name, buffer)
 
 
 @dataclass
@@ -134,14 +257,33 @@ class Attached:
     parameters: list[nn.Parameter]
     switch: adapters.AdapterSwitch = field(default_factory=adapters.AdapterSwitch)
 
-    def write(self, folder: Path, probe: adapters.Probe) -> Path:
-        """Write the adapter for ``pipe.load_lora_weights(folder)``; plain diffusers reads it first.
+    def write(self, folder: Path, probe: adapters.Probe, pipe: Any = None) -> Path:
+        """Write what was trained, for plain diffusers, which reads it first.
 
         Args:
-            folder: gets the files.
+            folder: gets the adapter's files, or where all weights train the folder ``pipeline``.
             probe: outputs of a network like this one, at some inputs.
+            pipe: that the network belongs to.
 
         Raises:
             ExportError: what diffusers loads is not what was trained.
         """
-        return adapters.export_lora(self.network, folder, probe)
+        if self.trainable.weights == "all":
+            return exports.export_pipeline(pipe, self.network, folder / exports.PIPELINE, probe)
+        return exports.export_lora(self.network, folder, probe)
+
+    def merge(self, folder: Path, probe: adapters.Probe, pipe: Any) -> Path:
+        """Write the pipeline with what was trained in its weights; plain diffusers reads it first.
+
+        Args:
+            folder: gets the pipeline.
+            probe: outputs of a network like this one, at some inputs.
+            pipe: that the network belongs to.
+
+        Raises:
+            ExportError: what diffusers loads is not what was trained.
+        """
+        merged = self.network
+        if self.trainable.weights == "lora":
+            merged = exports.merged_twin(self.network)
+        return exports.export_pipeline(pipe, merged, folder, probe, self.network)

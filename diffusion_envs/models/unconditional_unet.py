@@ -5,7 +5,6 @@ train, or a LoRA adapter; what is exported is a whole pipeline in diffusers' lay
 since diffusers does not load LoRA files into these networks.
 """
 
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 from ctrl.devices import as_like
 from ctrl.noise import stream
 from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
-from diffusion_envs.models import adapters, folders
+from diffusion_envs.models import adapters, exports, folders
 from diffusion_envs.models.noise_table import trained_levels
 from diffusion_envs.models.trainable import Trainable
 from diffusion_envs.noise_schedules import DDPMTable
 
-EXPORTED = "pipeline"  # the folder that an export makes
+EXPORTED = exports.PIPELINE  # the folder that an export makes
 SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 _TO_SCORE = {
     "epsilon": score_from_epsilon,
@@ -184,27 +183,9 @@ class UnconditionalUNet:
         """
         from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
-        twin = adapters.merged_twin(self.network)
-        unproved = folder / f".unproved-{EXPORTED}"
-        shutil.rmtree(unproved, ignore_errors=True)  # of a process that was killed
-        try:
-            DDPMPipeline(unet=twin, scheduler=self.scheduler).save_pretrained(unproved)
-            loaded: Any = DDPMPipeline.from_pretrained(unproved, local_files_only=True)
-            theirs = loaded.unet.state_dict()
-            lost = [
-                name
-                for name, tensor in twin.state_dict().items()
-                if not torch.equal(theirs[name], tensor.cpu())
-            ]
-            if lost:
-                raise adapters.ExportError(
-                    f"diffusers loads other values than were trained for {', '.join(lost)}; "
-                    "nothing was exported; the checkpoint is intact"
-                )
-            adapters.compare_outputs(self.network, loaded.unet.eval().to(self.device), self._probe)
-            return adapters.publish(unproved, folder / EXPORTED)
-        finally:
-            shutil.rmtree(unproved, ignore_errors=True)
+        twin = exports.merged_twin(self.network)
+        pipe = DDPMPipeline(unet=twin, scheduler=self.scheduler)
+        return exports.export_pipeline(pipe, twin, folder / EXPORTED, self._probe, self.network)
 
     def _probe(self, network: nn.Module) -> Tensor:
         """Predictions of a network like this one, at two random states."""

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Generator, Tensor
 
 from ctrl.devices import as_like, read, sent
+from diffusion_envs.objectives.preflight import Experiments, why_path_kl, why_ratio
 from diffusion_envs.objectives.protocol import Objective, PreflightError, Update, Values
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.samplers import GaussianSteps
@@ -274,7 +275,8 @@ class PathLosses:
 
         Raises:
             PreflightError: the policy of the roll-out and that of the update differ by more than
-                round-off, or a fresh adapter is not the pretrained model.
+                round-off, or a fresh adapter is not the pretrained model; the message says why, by
+                experiment (``preflight``).
         """
         rollout, objective = self.rollout, self.objective
         paths, steps = rollout.costs.shape
@@ -298,19 +300,18 @@ class PathLosses:
                 rollout.costs.sum(1).max(),
                 kl.sum(1).max(),
             )
-        self.environment.uncount(spent)  # no method needs them
+        tried = Experiments(self.environment, rollout, few, score_rounding(precision))
         if not worst <= allowed:
             raise PreflightError(
                 f"before the first update the log-ratio of new to old policy must be 0 up to "
-                f"{allowed:.2g}, but is {worst:.3g}: roll-out and update see different networks. "
-                "Usual causes: dropout or train mode, reduced precision with different batch "
-                "sizes, an adapter that was changed"
+                f"{allowed:.2g}, but is {worst:.3g}. The cause is {why_ratio(tried)}"
             )
         if rollout.reference_scores is not None and not 0 <= nats <= max(1e-6, kl_allowed):
             raise PreflightError(
                 f"a fresh adapter must equal the pretrained model up to {kl_allowed:.2g} nats of "
-                f"round-off, but its path KL is {nats:.3g} nats"
+                f"round-off, but its path KL is {nats:.3g} nats. The cause is {why_path_kl(tried)}"
             )
+        self.environment.uncount(spent)  # no method needs them
 
 
 # -- pieces of many losses -----------------------------------------------------------------------

@@ -78,6 +78,7 @@ OBJECTIVES = {
 }
 OPTIMISERS = {
     "adamw": optimisers.AdamW,
+    "adamw-8bit": optimisers.AdamW8bit,
     "bounded-adamw": optimisers.BoundedAdamW,
     "natural-gradient": optimisers.NaturalGradient,
     "diagonal-metric": optimisers.DiagonalMetric,

@@ -16,6 +16,7 @@ from torch import Tensor
 from ctrl import DeterministicPolicy, Estimate
 from diffusion_envs import rewards
 from diffusion_envs.environment import Environment, Sample
+from diffusion_envs.prompt import described
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.runs.checkpoint import CheckpointError
 
@@ -146,6 +147,8 @@ def _chain_kl(environment: Environment, rollout: Rollout) -> Float[Tensor, " n"]
 def by_prompt(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Estimate]]:
     """Reward of each prompt before and after, and the paired difference.
 
+    Prompts with other columns are other prompts, and their columns are told with them.
+
     Args:
         before: the pretrained model.
         after: the fine-tuned model on the same seeds.
@@ -155,10 +158,9 @@ def by_prompt(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Esti
         "after": after.rewards,
         "difference": after.rewards - before.rewards,
     }
-    members = {
-        prompt: [i for i, name in enumerate(after.prompts) if name == prompt]
-        for prompt in dict.fromkeys(after.prompts)
-    }
+    members: dict[str, list[int]] = {}
+    for row, prompt in enumerate(after.prompts):
+        members.setdefault(described(prompt), []).append(row)
     return {
         prompt: {part: Estimate.of(values[rows]) for part, values in parts.items()}
         for prompt, rows in members.items()

@@ -128,6 +128,7 @@ def finetune(
     if options.held_out:
         places, _ = split(len(prompts), options.held_out, seed)
     _check(reward, objective, sampler, steps, updates, options)
+    size.require_updates(updates)
     if optimiser is not None and not isinstance(optimiser, Optimiser):
         raise TypeError(f"optimiser must be an optimiser, got {optimiser!r}")
     with interruptible() as interruption, ExitStack() as stack:
@@ -144,7 +145,9 @@ def finetune(
             seed=seed,
             batch=size.batch,
         )
-        held_out = evaluated(environment, held_out_prompts, options.evaluation_guidance)
+        held_out = environment
+        if held_out_prompts is not training or options.evaluation_guidance is not None:
+            held_out = evaluated(environment, held_out_prompts, options.evaluation_guidance)
         require_pretrained_sampler(environment, options.frontier_samples)
         trainer = Trainer(
             environment,
@@ -229,7 +232,6 @@ def finetune(
             metrics,
             update=trainer.update,
             stop=stop,
-            prompts=prompts,
             write=main,
             frontier=frontier,
         )
@@ -301,8 +303,6 @@ def evaluated(
                 f"{type(model).__name__} has none: leave it out"
             )
         model = model.with_guidance(guidance)
-    if model is environment.model and prompts == environment.prompts:
-        return environment
     return dataclasses.replace(environment, model=model, prompts=list(prompts))
 
 

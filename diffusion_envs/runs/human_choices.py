@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from diffusion_envs.preferences import MissingChoicesError
-from diffusion_envs.runs.tracking import grid
+from diffusion_envs.runs.contact_sheet import grid
 
 PLACE = "to_choose"  # in the run's folder
 

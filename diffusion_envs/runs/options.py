@@ -125,6 +125,7 @@ class RunOptions:
         if self.held_out:
             training, held_out = split(len(prompts), self.held_out, seed)
             return tuple(prompts[k] for k in training), tuple(prompts[k] for k in held_out)
+        training = tuple(prompts)
         if self.evaluation_prompts is None:
-            return tuple(prompts), tuple(prompts)
-        return tuple(prompts), read_prompts(self.evaluation_prompts)
+            return training, training
+        return training, read_prompts(self.evaluation_prompts)

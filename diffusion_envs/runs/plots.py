@@ -11,7 +11,6 @@ _COLOURS = (_BLUE, "#c65f10", "#2a7f4f", "#7b4aa0", "#b3261e", "#4d4d4d", "#0f8b
 _MARKERS = "osD^vP*"  # 7 and 8 have no common divisor: 56 samplers are told apart
 _WIDTH = 1.96  # standard errors either side of a mean: a 95 % interval
 _FAR = 3.0  # times the KL up to which the frontier is known: from there on its root is drawn
-_Point = tuple[int | float, Mapping[str, Any]]  # where, and the estimate there
 
 
 def decimals(error: float) -> int:
@@ -21,26 +20,6 @@ def decimals(error: float) -> int:
 
 def _half_width(estimate: Mapping[str, Any]) -> float:
     return _WIDTH * (estimate["standard_error"] or 0)
-
-
-def curve(points: Sequence[_Point], across: str, up: str) -> bytes:
-    """Estimates along an axis, with a band of 95 % intervals."""
-    return _svg(_curve(points, across, up))
-
-
-def _curve(points: Sequence[_Point], across: str, up: str) -> Any:
-    from matplotlib.ticker import EngFormatter
-
-    figure, axes = _axes(across, up, size=(3.7, 2.6))
-    x = [where for where, _ in points]
-    y = [estimate["mean"] for _, estimate in points]
-    half = [_half_width(estimate) for _, estimate in points]
-    low, high = ([a + sign * b for a, b in zip(y, half, strict=True)] for sign in (-1, 1))
-    axes.fill_between(x, low, high, color=_BLUE, alpha=0.18, linewidth=0)
-    axes.plot(x, y, color=_BLUE, linewidth=1.6, marker="." if len(x) < 60 else None)
-    axes.locator_params(axis="x", nbins=6, integer=True)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250k
-    return figure
 
 
 def frontier(

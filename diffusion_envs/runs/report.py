@@ -1,25 +1,36 @@
 """A self-contained report of a run: one HTML file, nothing fetched, pictures inside.
 
-Words and tables are here, plots in ``plots.py``. Of what the run has not left yet, it says so.
+What stands where is here; curves are drawn by ``charts.py``, the frontier and transfer by
+``plots.py``. Of what the run has not left yet, it says so.
 """
 
-import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_envs.runs import plots
+from diffusion_envs.runs import charts, contact_sheet, plots
 from diffusion_envs.runs.over_optimisation import FAR, verdict
 from diffusion_envs.runs.perceptual import STLPIPS
-from diffusion_envs.runs.tracking import OVER_OPTIMISATION, read_metrics
+from diffusion_envs.runs.prompt_statistics import training_by_prompt
+from diffusion_envs.runs.report_words import (
+    duration,
+    figure,
+    folded,
+    image,
+    in_errors,
+    number,
+    table,
+)
+from diffusion_envs.runs.tracking import OVER_OPTIMISATION, TRAINING_BY_PROMPT, read_metrics
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60676f; --page: #f7f8f9; --card: #fff;
-  --line: #dfe3e6; --good: #14713d; --bad: #b3261e; }
+  --line: #dfe3e6; --good: #14713d; --bad: #b3261e; --one: #2264b0; --two: #c65f10; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a2a9b0; --page: #16181b;
-  --card: #202327; --line: #383d43; --good: #7ad39b; --bad: #ff9d94; } }
+  --card: #202327; --line: #383d43; --good: #7ad39b; --bad: #ff9d94; --one: #7fb2ee;
+  --two: #f0a35e; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page);
   margin: 0 auto; max-width: 80rem; padding: 1.5rem clamp(.8rem, 3vw, 2.5rem) 4rem; }
@@ -40,6 +51,10 @@ h2 { font-size: 1.25rem; margin: 2.8rem 0 .8rem; } p { max-width: 46rem; }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
 figure { padding: .8rem; } figure img { display: block; width: 100%; height: auto;
   border-radius: .35rem; background: #fff; } figcaption { margin-top: .5rem; }
+.pairs { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
+.pairs figure > div { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; }
+.pairs img { image-rendering: pixelated; } .one { color: var(--one); } .two { color: var(--two); }
 .scroll { overflow-x: auto; padding: .3rem 1.1rem; margin-top: 1rem; }
 table { border-collapse: collapse; width: 100%; font-size: .95rem; }
 th, td { text-align: left; padding: .45rem 1.2rem .45rem 0; border-bottom: 1px solid var(--line);
@@ -74,9 +89,13 @@ _SINGLE = {
     "path_kl": "path KL (nats)",
     "chain_kl": "KL of the sampled chain (nats)",
 }
-_NOT_DRAWN = {"update", "memory", "ratio_min", "ratio_max", *_COSTS}
+_PROGRESS = ("reward", "path_kl")  # in the chart with a choice of axis
+_NOT_DRAWN = {"update", "memory", "ratio_min", "ratio_max", *_PROGRESS, *_COSTS}
 _FEW = 3  # points of a quantity from which on it is drawn; fewer are a table
 _MANY_PROMPTS = 12  # more than so many are folded away
+_EACH_END = 10  # prompts that changed most and least in training
+_PAIRS = 12  # of pictures, that are not folded away
+_SOME = 8  # prompts that stand among the settings
 _Points = Sequence[tuple[int | float, Mapping[str, Any]]]
 
 
@@ -99,18 +118,19 @@ def write_report(folder: str | Path) -> Path:
         f"<header><h1>{name}</h1>{_subtitle(config, metrics)}</header>",
         _verdict(lines, summary),
         _headline(summary),
-        _by_prompt(summary),
-        _frontier(_json(folder / "frontier.json"), lines, summary),
         _pictures(folder / "samples", summary),
+        _progress(metrics, lines, summary),
+        _frontier(_json(folder / "frontier.json"), lines, summary),
+        _by_prompt(summary, read_metrics(folder / TRAINING_BY_PROMPT), config),
         _over_optimisation(lines, summary),
         _training(metrics, config),
         _transfer(transfer),
-        _settings(config, summary),
+        _settings(config),
     ]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}: fine-tuning report</title><style>{_STYLE}</style></head>"
+        f"<title>{name}: fine-tuning report</title><style>{_STYLE}{charts.STYLE}</style></head>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
     partial = folder / "report.html.partial"
@@ -123,59 +143,6 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-
-
-# -- words ---------------------------------------------------------------------------------------
-
-
-def _number(estimate: Mapping[str, Any], sign: str = "") -> str:
-    """The mean to the second digit of its standard error, and the error."""
-    mean, error = estimate["mean"], estimate["standard_error"]
-    digits = plots.decimals(error) if error else None
-    text = (
-        f"{mean:{sign}.4g}" if digits is None else f"{mean:{sign}.{digits}f} ± {error:.{digits}f}"
-    )
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def _in_errors(estimate: Mapping[str, Any]) -> str:
-    mean, error = estimate["mean"], estimate["standard_error"]
-    return f"{mean / error:+.1f}".replace("-", "\N{MINUS SIGN}") if error else "?"
-
-
-def _span(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
-    kind = ' class="number"' if numbers else ""
-    head = "".join(
-        f'<th scope="col"{kind if column else ""}>{text}</th>' for column, text in enumerate(heads)
-    )
-    body = ""
-    for first, *others in rows:
-        cells = "".join(f"<td{kind}>{cell}</td>" for cell in others)
-        body += f'<tr><th scope="row">{first}</th>{cells}</tr>'
-    return (
-        '<div class="scroll" tabindex="0"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _figure(data: bytes, kind: str, alt: str, caption: str) -> str:
-    inside = base64.b64encode(data).decode()
-    return (
-        f'<figure><img src="data:image/{kind};base64,{inside}" alt="{html.escape(alt)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
 
 
 # -- parts ---------------------------------------------------------------------------------------
@@ -196,7 +163,7 @@ def _subtitle(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
             f"{last[c]:,} {_COSTS[c]}" for c in ("reward_queries", "network_calls") if c in last
         ]
         if "seconds" in last:
-            words.append(_span(last["seconds"]))
+            words.append(duration(last["seconds"]))
     return f'<p class="muted">{" &middot; ".join(words)}</p>'
 
 
@@ -240,11 +207,11 @@ def _headline(summary: Mapping[str, Any] | None) -> str:
     tiles, rows = [], []
     for name, value in judged.items():
         before, after, gain = (value[part] for part in ("before", "after", "difference"))
-        below = f"{_in_errors(gain)} standard errors"
+        below = f"{in_errors(gain)} standard errors"
         if name == "reward" and "path_kl" in summary:
-            below += f", at a path KL of {_number(summary['path_kl'])} nats"
+            below += f", at a path KL of {number(summary['path_kl'])} nats"
         tiles.append(_tile(f"{name}, paired gain", gain, below, good=nothing_fell))
-        numbers = [_number(before), _number(after), _number(gain, "+"), _in_errors(gain)]
+        numbers = [number(before), number(after), number(gain, "+"), in_errors(gain)]
         rows.append([html.escape(name), *numbers, str(gain["n"])])
     for name, label in (("path_kl", "path KL"), ("transition_kl", "transition KL")):
         if name in summary:
@@ -252,7 +219,7 @@ def _headline(summary: Mapping[str, Any] | None) -> str:
             tiles.append(_tile(label, summary[name], text, gain=False))
     heads = ["", "before", "after", "paired difference", "in standard errors", "samples"]
     return (
-        f'<div class="tiles">{"".join(tiles)}</div>{_table(heads, rows)}'
+        f'<div class="tiles">{"".join(tiles)}</div>{table(heads, rows)}'
         '<p class="muted">On held-out seeds, the same before and after; ± is one standard error. '
         "Nothing was trained on a judge.</p>"
     )
@@ -277,7 +244,7 @@ def _tile(
 ) -> str:
     sign = _clear(estimate) if gain else 0
     kind = ' class="good"' if sign > 0 and good else ' class="bad"' if sign < 0 else ""
-    value, *error = _number(estimate, "+" if gain else "").split(" ", 1)
+    value, *error = number(estimate, "+" if gain else "").split(" ", 1)
     small = f" <small>{error[0]}</small>" if error else ""
     return (
         f'<div class="tile"><span class="muted">{html.escape(name)}</span>'
@@ -285,8 +252,18 @@ def _tile(
     )
 
 
-def _by_prompt(summary: Mapping[str, Any] | None) -> str:
-    """The reward of each prompt, largest gain first."""
+def _by_prompt(
+    summary: Mapping[str, Any] | None,
+    training: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any],
+) -> str:
+    """The reward of each prompt: of held-out samples, and of those that were trained on."""
+    parts = [_held_out_by_prompt(summary), _trained_by_prompt(training, config)]
+    return f"<h2>Reward by prompt</h2>{''.join(parts)}" if any(parts) else ""
+
+
+def _held_out_by_prompt(summary: Mapping[str, Any] | None) -> str:
+    """Largest gain first; of many prompts the summary has those at both ends."""
     prompts = (summary or {}).get("by_prompt")
     if not prompts:
         return ""
@@ -294,18 +271,58 @@ def _by_prompt(summary: Mapping[str, Any] | None) -> str:
     rows = [
         [
             html.escape(prompt),
-            *(_number(value[part]) for part in ("before", "after")),
-            _number(value["difference"], "+"),
-            _in_errors(value["difference"]),
+            *(number(value[part]) for part in ("before", "after")),
+            number(value["difference"], "+"),
+            in_errors(value["difference"]),
             str(value["difference"]["n"]),
         ]
         for prompt, value in ordered
     ]
-    heads = ["prompt", "before", "after", "paired difference", "in standard errors", "samples"]
-    table = _table(heads, rows)
-    if len(rows) > _MANY_PROMPTS:
-        table = f"<details><summary>All {len(rows)} prompts</summary>{table}</details>"
-    return f"<h2>Reward by prompt</h2>{table}"
+    heads = [
+        *("prompt, on held-out seeds", "before", "after", "paired difference"),
+        *("in standard errors", "samples"),
+    ]
+    every = (summary or {}).get("prompts")
+    shown = table(heads, rows)
+    if isinstance(every, int) and every > len(rows):
+        half = len(rows) // 2
+        return (
+            f'<p class="muted">The {half} largest and the {half} smallest gains of {every:,} '
+            f"prompts; <code>evaluation/by_prompt.jsonl</code> has them all.</p>{shown}"
+        )
+    return folded(f"All {len(rows)} prompts", shown) if len(rows) > _MANY_PROMPTS else shown
+
+
+def _trained_by_prompt(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:
+    """What training samples of a prompt earned in the earlier and the later half of updates."""
+    every = training_by_prompt(lines)
+    names = config.get("settings", {}).get("prompts", [])
+    shown = every
+    if len(every) > 2 * _EACH_END:
+        shown = every[:_EACH_END] + every[-_EACH_END:]
+    rows = [
+        [
+            html.escape(_prompt(names[each.prompt]) if each.prompt < len(names) else "?"),
+            number(each.earlier.as_dict()),
+            number(each.later.as_dict()),
+            number(each.difference.as_dict(), "+"),
+            f"{each.earlier.n} and {each.later.n}",
+        ]
+        for each in shown
+    ]
+    if not rows:
+        return ""
+    heads = ["prompt, in training", "earlier half", "later half", "difference", "samples"]
+    which = f"{len(rows)} of {len(every):,} prompts" if len(shown) < len(every) else "every prompt"
+    words = f"Training samples of {which}: the earlier and the later half of the updates"
+    return folded(words, table(heads, rows))
+
+
+def _prompt(stored: Any) -> str:
+    """A prompt as config.json has it, with its columns."""
+    if not isinstance(stored, Mapping):
+        return str(stored)
+    return f"{stored['prompt']} {json.dumps(stored['metadata'], ensure_ascii=False)}"
 
 
 def _frontier(
@@ -320,7 +337,7 @@ def _frontier(
     words = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in told["sentences"])
     if told["fault"] is not None:
         words = f'<p class="bad">{html.escape(told["fault"])}</p>{words}'
-    figure = ""
+    shown = ""
     if drawn and drawn["curve"]:
         run = [
             (line["chain_kl"], line["reward"])
@@ -338,12 +355,10 @@ def _frontier(
             f"prompt{'' if drawn['prompts'] == 1 else 's'}; bands and bars are 95 % intervals. The "
             "run's KL is that of the chain that was sampled."
         )
-        figure = _figure(
-            plots.frontier(drawn["curve"], run, "reward", exported), "svg+xml", alt, caption
-        )
-        figure = f'<div class="cards pair">{figure}</div>'
+        drawing = plots.frontier(drawn["curve"], run, "reward", exported)
+        shown = f'<div class="cards pair">{figure(image(drawing, "svg+xml", alt), caption)}</div>'
     return (
-        f"<h2>Reward against KL</h2>{words}{figure}"
+        f"<h2>Reward against KL</h2>{words}{shown}"
         '<p class="muted">No policy has more reward than the frontier at the KL of its sampled '
         "chain; in few steps that of the SDE is another number, and bounds nothing. Where the "
         "noise that a path starts from says something about its end, the best policy has less "
@@ -353,22 +368,112 @@ def _frontier(
 
 
 def _pictures(folder: Path, summary: Mapping[str, Any] | None) -> str:
+    """The first and the last grid, seed by seed."""
+    title = "<h2>Before and after</h2>"
     grids = {int(path.stem[5:]): path for path in sorted(folder.glob("step-*.png"))}
     exported = (summary or {}).get("update")
     if exported in grids:  # a run that was stopped has pictures of later models
         grids = {update: path for update, path in grids.items() if update <= exported}
     if not grids:
-        return "<h2>Before and after</h2><p>No pictures yet.</p>"
-    figures = []
-    for update in dict.fromkeys((min(grids), max(grids))):
-        words = f"after {update} updates" if update else "before: the pretrained model"
-        alt = f"Grid of generated pictures with their prompts, {words}"
-        figures.append(_figure(grids[update].read_bytes(), "png", alt, words))
+        return f"{title}<p>No pictures yet.</p>"
+    updates = list(dict.fromkeys((min(grids), max(grids))))
+    tiles = [contact_sheet.tiles(grids[update]) for update in updates]
+    named = ["before" if not update else f"after {update} updates" for update in updates]
+    if any(not sheet for sheet in tiles):  # written by an earlier version
+        figures = [
+            figure(image(grids[update].read_bytes(), "png", f"Grid of pictures, {words}"), words)
+            for update, words in zip(updates, named, strict=True)
+        ]
+        return f'{title}<div class="cards pair">{"".join(figures)}</div>'
+    pairs = []
+    for sheets in zip(*tiles, strict=False):
+        caption = sheets[0].caption
+        shown = "".join(
+            image(tile.png, "png", f"Generated picture {words}: {caption}")
+            for tile, words in zip(sheets, named, strict=True)
+        )
+        pairs.append(figure(f"<div>{shown}</div>", caption))
+    words = " on the left, ".join(named) + (" on the right" if len(named) > 1 else "")
+    rest = pairs[_PAIRS:]
+    more = folded(f"{len(rest)} more", f'<div class="pairs">{"".join(rest)}</div>') if rest else ""
     return (
-        "<h2>Before and after</h2>"
-        '<p class="muted">The same prompts and seeds in the same places.</p>'
-        f'<div class="cards pair">{"".join(figures)}</div>'
+        f'{title}<p class="muted">The same prompts and seeds: {words}.</p>'
+        f'<div class="pairs">{"".join(pairs[:_PAIRS])}</div>{more}'
     )
+
+
+def _progress(
+    metrics: Sequence[Mapping[str, Any]],
+    lines: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any] | None,
+) -> str:
+    """Reward and path KL against updates or what they cost, whichever is chosen."""
+    title = "<h2>Progress</h2>"
+    if len(metrics) < 2:
+        return ""
+    held_out = _held_out(lines, summary)
+    last = metrics[-1]
+    unit, divisor = "seconds", 1.0
+    if last.get("seconds", 0.0) > 300:
+        unit, divisor = ("hours", 3600.0) if last["seconds"] > 18000 else ("minutes", 60.0)
+    axes = {"update": "updates", "reward_queries": "reward queries"}
+    axes |= {"network_calls": "network calls", "seconds": unit}
+    panels: dict[str, str] = {}
+    for axis, across in axes.items():
+        if axis not in last:
+            continue
+        scale = divisor if axis == "seconds" else 1.0
+        where = {0: 0} | {line["update"]: line[axis] / scale for line in metrics}
+        if axis != "seconds":
+            where = {update: round(x) for update, x in where.items()}
+        figures = [
+            _progress_of(name, metrics, held_out, where, across)
+            for name in _PROGRESS
+            if sum(line.get(name) is not None for line in metrics) > 1
+        ]
+        panels[across] = f'<div class="cards pair">{"".join(figures)}</div>'
+    return (
+        f'{title}<p class="muted"><span class="one">Line: training samples</span> '
+        f"({charts.explained([(0, line) for line in metrics])}). "
+        '<span class="two">Dots: held-out seeds</span> (95 % intervals; not paired with one '
+        f"another).</p>{charts.choice(panels, 'axis')}"
+    )
+
+
+def _held_out(
+    lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None
+) -> list[Mapping[str, Any]]:
+    """What held-out seeds earned after updates, the pretrained and the exported model's too."""
+    seen = {line["update"]: line for line in lines}
+    final = (summary or {}).get("over_optimisation_metrics")
+    if summary and final and "update" in summary:
+        seen[summary["update"]] = dict(final) | {"update": summary["update"]}
+    if summary:
+        nothing = {"mean": 0.0, "standard_error": None, "n": 0}
+        seen.setdefault(0, {"update": 0, "reward": summary["reward"]["before"], "path_kl": nothing})
+    return [seen[update] for update in sorted(seen)]
+
+
+def _progress_of(
+    name: str,
+    metrics: Sequence[Mapping[str, Any]],
+    held_out: Sequence[Mapping[str, Any]],
+    where: Mapping[int, int | float],
+    across: str,
+) -> str:
+    line, dots = (
+        [
+            (where[each["update"]], each[name])
+            for each in source
+            if each.get(name) is not None and each["update"] in where
+        ]
+        for source in (metrics, held_out)
+    )
+    first, last = (number(line[k][1]) for k in (0, -1))
+    label = _label(name)
+    alt = f"{label} of the training samples against {across}: from {first} to {last}"
+    drawn = charts.chart(line, across, alt, dots=dots, size=charts.LARGE)
+    return figure(drawn, label)
 
 
 def _over_optimisation(
@@ -385,11 +490,12 @@ def _over_optimisation(
         _quantity(name): [(line["update"], line[name]) for line in lines if name in line]
         for name in names
     }
-    drawn = _over_updates(series, "on held-out seeds")
-    rows = [[html.escape(_quantity(k)), _number(v), str(v["n"])] for k, v in (final or {}).items()]
-    table = _table(["of the exported model", "", "samples"], rows) if rows else ""
+    only_the_last = final is not None and len(lines) == 1
+    drawn = "" if only_the_last else _over_updates(series, "on held-out seeds")
+    rows = [[html.escape(_quantity(k)), number(v), str(v["n"])] for k, v in (final or {}).items()]
+    final_rows = table(["of the exported model", "", "samples"], rows) if rows else ""
     return (
-        f"{title}{drawn}{table}"
+        f"{title}{drawn}{final_rows}"
         '<p class="muted">On held-out seeds, paired with the pretrained model on the same seeds. '
         "Diversity is the mean distance of two pictures of one prompt, distance that of a picture "
         "from the pretrained one of its seed, separation that of two pretrained pictures: root "
@@ -403,19 +509,19 @@ def _over_updates(series: Mapping[str, _Points], where: str) -> str:
     figures, few = [], {}
     for label, points in series.items():
         if len(points) < _FEW:
-            few[label] = {update: _number(estimate) for update, estimate in points}
+            few[label] = {update: number(estimate) for update, estimate in points}
             continue
-        first, last = (_number(points[k][1]) for k in (0, -1))
+        first, last = (number(points[k][1]) for k in (0, -1))
         alt = f"{label} {where} against updates: from {first} to {last}"
-        figures.append(_figure(plots.curve(points, "updates", label), "svg+xml", alt, label))
-    updates = sorted({update for numbers in few.values() for update in numbers})
+        figures.append(figure(charts.chart(points, "updates", alt), label))
+    updates = sorted({update for told in few.values() for update in told})
     rows = [
-        [html.escape(label), *(numbers.get(update, "") for update in updates)]
-        for label, numbers in few.items()
+        [html.escape(label), *(told.get(update, "") for update in updates)]
+        for label, told in few.items()
     ]
-    table = _table([where, *(f"update {update}" for update in updates)], rows) if rows else ""
+    heads = [where, *(f"update {update}" for update in updates)]
     cards = f'<div class="cards">{"".join(figures)}</div>' if figures else ""
-    return cards + table
+    return cards + (table(heads, rows) if rows else "")
 
 
 def _quantity(name: str) -> str:
@@ -504,12 +610,14 @@ def _costs(metrics: Sequence[Mapping[str, Any]]) -> str:
     results = [name for name in ("reward", "path_kl") if name in metrics[-1]]
     rows = []
     for line in chosen:
-        spent = [_span(line[c]) if c == "seconds" else f"{line[c]:,}" for c in costs if c in line]
-        reached = [_number(_estimate(line[name])) for name in results if name in line]
+        spent = [
+            duration(line[c]) if c == "seconds" else f"{line[c]:,}" for c in costs if c in line
+        ]
+        reached = [number(_estimate(line[name])) for name in results if name in line]
         if len(spent) == len(costs) and len(reached) == len(results):
             rows.append([str(line["update"]), *spent, *reached])
     heads = ["after update", *(_COSTS[c].replace("seconds", "time") for c in costs)]
-    return _table([*heads, *(_LABELS[name] for name in results)], rows) if costs and rows else ""
+    return table([*heads, *(_LABELS[name] for name in results)], rows) if costs and rows else ""
 
 
 def _transfer(rows: Sequence[Mapping[str, Any]] | None) -> str:
@@ -523,42 +631,62 @@ def _transfer(rows: Sequence[Mapping[str, Any]] | None) -> str:
         [
             html.escape(row["sampler"]),
             str(row["steps"]),
-            *(_number(row[part]) for part in ("before", "after")),
-            _number(row["difference"], "+"),
-            _in_errors(row["difference"]),
+            *(number(row[part]) for part in ("before", "after")),
+            number(row["difference"], "+"),
+            in_errors(row["difference"]),
         ]
         for row in rows
     ]
     heads = ["sampler", "steps", "before", "after", "paired difference", "in standard errors"]
-    levels = _figure(
-        plots.transfer(rows, ("before", "after"), "reward"),
-        "svg+xml",
-        "Reward before and after against sampling steps; the table below has the numbers",
+    levels = figure(
+        image(
+            plots.transfer(rows, ("before", "after"), "reward"),
+            "svg+xml",
+            "Reward before and after against sampling steps; the table below has the numbers",
+        ),
         "reward before (open, dashed) and after (filled), with 95 % intervals",
     )
-    gains = _figure(
-        plots.transfer(rows, ("difference",), "gain in reward"),
-        "svg+xml",
-        "Paired gain in reward against sampling steps; the table below has the numbers",
+    gains = figure(
+        image(
+            plots.transfer(rows, ("difference",), "gain in reward"),
+            "svg+xml",
+            "Paired gain in reward against sampling steps; the table below has the numbers",
+        ),
         "paired gain, with 95 % intervals",
     )
-    return f'{title}<div class="cards">{levels}{gains}</div>{_table(heads, cells)}'
+    return f'{title}<div class="cards">{levels}{gains}</div>{table(heads, cells)}'
 
 
-def _settings(config: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
-    def rows(part: Mapping[str, Any]) -> list[list[str]]:
-        return [
-            [html.escape(k), f"<code>{html.escape(json.dumps(v, ensure_ascii=False))}</code>"]
-            for k, v in part.items()
-        ]
-
+def _settings(config: Mapping[str, Any]) -> str:
+    """Every setting on a line of its own, and the versions."""
     settings = dict(config.get("settings", {}))
-    if summary and "prompts" not in settings and "prompts" in summary:
-        settings["prompts"] = summary["prompts"]
+    prompts = settings.get("prompts")
+    if isinstance(prompts, list):
+        several = f" and {len(prompts) - _SOME:,} more" if len(prompts) > _SOME else ""
+        settings["prompts"] = "; ".join(_prompt(p) for p in prompts[:_SOME]) + several
+    rows = [
+        [html.escape(name), f"<code>{html.escape(value)}</code>"] for name, value in _flat(settings)
+    ]
     known = config.get("versions", {}) | {"commit": config.get("commit")}
+    versions = [[html.escape(k), f"<code>{html.escape(str(v))}</code>"] for k, v in known.items()]
     return (
         "<h2>Settings</h2>"
-        + _table(["setting", "value"], rows(settings), numbers=False)
-        + "<h2>Versions</h2>"
-        + _table(["of", "version"], rows(known), numbers=False)
+        + folded(f"All {len(rows)} settings", table(["setting", "value"], rows, numbers=False))
+        + folded("Versions", table(["of", "version"], versions, numbers=False))
     )
+
+
+def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Dotted names and values of settings; an object's name, then its fields."""
+    if not isinstance(value, Mapping):
+        return [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
+    if value.keys() in ({"path"}, {"float"}):
+        return [(name, str(next(iter(value.values()))))]
+    kinds = ("class", "function", "loaded", "instance", "folder")
+    named = isinstance(value.get("name"), str) and any(kind in value for kind in kinds)
+    rows = [(name, value["name"])] if named else []
+    for key, inner in value.items():
+        if not (named and key in ("name", *kinds)):
+            plain = key.removesuffix(" (field)")
+            rows += _flat(inner, f"{name}.{plain}" if name else plain)
+    return rows

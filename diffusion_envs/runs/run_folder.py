@@ -7,7 +7,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,15 @@ def write_json(path: Path, content: Any) -> None:
     """Write a whole JSON file or leave the old one: under a temporary name, then renamed."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def write_lines(path: Path, lines: Iterable[Any]) -> None:
+    """Write a file of JSON lines whole, or leave the old one."""
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(exist_ok=True)
+    words = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+    partial.write_text("".join(words), encoding="utf-8")
     partial.replace(path)
 
 

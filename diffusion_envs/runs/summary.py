@@ -13,10 +13,12 @@ from ctrl import Estimate
 from diffusion_envs.runs.evaluation import Evaluation, by_prompt
 from diffusion_envs.runs.over_optimisation import Verdict, verdict
 from diffusion_envs.runs.report import write_report
-from diffusion_envs.runs.run_folder import write_json
+from diffusion_envs.runs.run_folder import write_json, write_lines
 from diffusion_envs.runs.run_frontier import RunFrontier
 from diffusion_envs.runs.tracking import OVER_OPTIMISATION, read_metrics
 
+BY_PROMPT = "by_prompt.jsonl"
+_EACH_END = 10  # prompts of the largest and of the smallest gains in summary and report
 _ByName: TypeAlias = Mapping[str, Float[Tensor, " n"]]
 
 
@@ -49,7 +51,6 @@ def summarise(
     *,
     update: int,
     stop: Mapping[str, Any] | None,
-    prompts: Sequence[str],
     write: bool,
     frontier: RunFrontier | None = None,
 ) -> Run:
@@ -63,7 +64,6 @@ def summarise(
         metrics: over-optimisation metrics of the exported model.
         update: after which the exported model was taken.
         stop: what the stop rule did, if there is one.
-        prompts: of the run.
         write: False on all processes but the main one, which has the logs.
         frontier: how near the exported model is to the best possible.
     """
@@ -90,18 +90,20 @@ def summarise(
         stopped=None if stop is None else stop["reason"],
     )
     if write:
+        every = [
+            {"prompt": prompt, **{part: value.as_dict() for part, value in parts.items()}}
+            for prompt, parts in by_prompt(before, after).items()
+        ]
+        write_lines(folder / "evaluation" / BY_PROMPT, every)
         summary = {
-            "prompts": list(prompts),
             "update": update,
             "stop": stop,
             **({} if run.path_kl is None else {"path_kl": run.path_kl.as_dict()}),
             "reward": _compared(run.reward_before, run.reward, run.reward_gain),
             **({"parts": _all_compared(before.parts, after.parts)} if part_gains else {}),
             "judges": _all_compared(before.judged, after.judged),
-            "by_prompt": {
-                prompt: {part: value.as_dict() for part, value in parts.items()}
-                for prompt, parts in by_prompt(before, after).items()
-            },
+            "prompts": len(every),
+            "by_prompt": extremes(every),
             "over_optimisation_metrics": {n: value.as_dict() for n, value in metrics.items()},
             "over_optimisation": dataclasses.asdict(judgement),
         }
@@ -111,6 +113,17 @@ def summarise(
         write_json(folder / "summary.json", summary)
         write_report(folder)
     return run
+
+
+def extremes(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rewards by prompt, largest gain first: of all prompts, or those at both ends of many."""
+    ordered = sorted(lines, key=lambda line: -line["difference"]["mean"])
+    if len(ordered) > 2 * _EACH_END:
+        ordered = ordered[:_EACH_END] + ordered[-_EACH_END:]
+    return {
+        line["prompt"]: {part: value for part, value in line.items() if part != "prompt"}
+        for line in ordered
+    }
 
 
 def _gains(before: _ByName, after: _ByName) -> dict[str, Estimate]:

@@ -12,90 +12,16 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ctrl.estimate import Estimate
-from diffusion_envs.runs import caption_fonts
+from diffusion_envs.runs.contact_sheet import grid, save
 
-_SMALL, _LARGE = 112, 256  # pixels a side: smaller pictures are enlarged, larger ones reduced
-_GAP = 6  # pixels around a picture
-_LINE = 15  # pixels a line of caption
-_CAPTION_LINES = 2
 OVER_OPTIMISATION = "over_optimisation.jsonl"
 TRAINING_BY_PROMPT = "training_by_prompt.jsonl"
 PROJECT = "ctrl"  # of Weights & Biases
 _MOST_PROMPTS = 20  # in the config that Weights & Biases gets
 _log = logging.getLogger(__name__)
-
-
-def grid(
-    images: Float[Tensor, "n 3 h w"], captions: Sequence[str], columns: int = 8
-) -> Image.Image:
-    """Pictures with values in [0, 1] side by side, each with its caption below.
-
-    Small pictures are enlarged by whole factors without smoothing, so that pixels stay visible;
-    large ones are reduced to 256 pixels.
-
-    Raises:
-        ValueError: there is not one caption for each picture, no picture, or no column.
-    """
-    if len(images) != len(captions) or not len(images):
-        raise ValueError(
-            f"captions must be one for each of at least one picture, got {len(captions)} for "
-            f"{len(images)}"
-        )
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    tiles = [_resized(picture) for picture in pixels]
-    width, height = tiles[0].size
-    columns = min(columns, len(tiles))
-    cell = (width + _GAP, height + _CAPTION_LINES * _LINE + _GAP)
-    sheet = Image.new(
-        "RGB", (columns * cell[0] + _GAP, math.ceil(len(tiles) / columns) * cell[1] + _GAP), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    for k, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
-        left, top = k % columns * cell[0] + _GAP, k // columns * cell[1] + _GAP
-        sheet.paste(tile, (left, top))
-        for row, line in enumerate(_wrapped(caption, width)):
-            corner = left, top + height + row * _LINE
-            caption_fonts.draw(draw, corner, line, fill="#333")
-    return sheet
-
-
-def _resized(picture: np.ndarray) -> Image.Image:
-    tile = Image.fromarray(picture)
-    if max(tile.size) > _LARGE:
-        shrink = _LARGE / max(tile.size)
-        return tile.resize(
-            [max(1, round(side * shrink)) for side in tile.size], Image.Resampling.LANCZOS
-        )
-    factor = max(1, _SMALL // max(tile.size))
-    return tile.resize([side * factor for side in tile.size], Image.Resampling.NEAREST)
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    """Lines no wider than a picture; what does not fit ends in an ellipsis."""
-    lines = [""]
-    for word in caption_fonts.drawable(text).split():
-        longer = f"{lines[-1]} {word}".strip()
-        if caption_fonts.width(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > _CAPTION_LINES:
-        lines = [*lines[: _CAPTION_LINES - 1], " ".join(lines[_CAPTION_LINES - 1 :])]
-    return [_cut(line, width) for line in lines]
-
-
-def _cut(line: str, width: int) -> str:
-    if caption_fonts.width(line) <= width:
-        return line
-    while line and caption_fonts.width(line + "…") > width:
-        line = line[:-1]
-    return line + "…"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -259,7 +185,7 @@ class Tracker:
         path = self.folder / "samples" / f"step-{update:06d}.png"
         partial = path.with_suffix(".partial")
         sheet = grid(images, captions)
-        sheet.save(partial, format="PNG")
+        save(sheet, partial)
         os.replace(partial, path)
         self._board.add_image("samples", np.asarray(sheet), update, dataformats="HWC")
         if self._wandb is not None:

@@ -9,8 +9,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from ctrl import Estimate
 from diffusion_envs.cifar10.data import CLASSES, load
 from diffusion_envs.rewards.classifier import load_classifier
+from diffusion_envs.runs.contact_sheet import grid
 from diffusion_envs.runs.run_folder import write_json
-from diffusion_envs.runs.tracking import grid
 from diffusion_envs.tiny.captions import with_article
 from diffusion_envs.tiny.train_autoencoder import psnr, reconstruct
 from diffusion_envs.tiny.train_classifier import accuracy

@@ -17,8 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ctrl.noise import stream
 from diffusion_envs.cifar10.data import CLASSES, load
 from diffusion_envs.rewards.classifier import load_classifier
+from diffusion_envs.runs.contact_sheet import grid
 from diffusion_envs.runs.fit import Loss, Recipe, fit, initial_weights
-from diffusion_envs.runs.tracking import grid
 from diffusion_envs.tiny.captions import caption, with_article, write_tokenizer
 from diffusion_envs.tiny.train_autoencoder import encoded
 

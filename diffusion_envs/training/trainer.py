@@ -32,6 +32,7 @@ from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import kl_controller, parallel
 from diffusion_envs.training.critic import Critic, NonFiniteError
 from diffusion_envs.training.energy import EnergyCritic, TrainingData
+from diffusion_envs.training.loss_scale import LossScale
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.path_metric import PathMetric
 from diffusion_envs.training.requirements import require_fit
@@ -82,7 +83,7 @@ class Trainer:
         learned = environment.sampler.parameters  # of the sampler
         self.parameters = [*environment.model.parameters, *learned]
         self.old = [p.detach().clone() for p in self.parameters]  # of the policy that samples
-        self.mean = [old.clone() for old in self.old] if size.average else []  # over updates
+        self.mean = [old.clone() for old in self.old] if size.average is not None else []
         rate, std_rate = objective.rates
         kinds: list[dict[str, Any]] = [{"params": environment.model.parameters}]
         if learned:
@@ -95,6 +96,7 @@ class Trainer:
             self.critic = EnergyCritic(environment, objective, size, accelerator, stream_name, data)
         elif objective.needs_value:
             self.critic = Critic(environment, objective, size, accelerator, stream_name)
+        self.loss_scale = LossScale.of(environment.model.precision)
         self.update = 0  # updates done
         self.rewards_by_prompt = dict[int, Estimate]()  # of the last update, by index
         self._seconds_before = 0.0
@@ -111,6 +113,7 @@ class Trainer:
             "mean": self.mean,
             "optimiser": self.optimiser.state_dict(),
             "critic": None if self.critic is None else self.critic.state(),
+            "loss_scale": self.loss_scale.state(),
             "update": self.update,
             "reward_queries": self.environment.reward_queries,
             "network_calls": self.environment.model.calls,
@@ -133,6 +136,7 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         if self.critic is not None:
             self.critic.load_state(state["critic"])
+        self.loss_scale.load_state(state.get("loss_scale", {}))  # as above
         self.update = state["update"]
         if self.target_kl is not None:
             self.objective = kl_controller.with_kl_weight(self.objective, state["kl_weight"])
@@ -168,7 +172,10 @@ class Trainer:
         losses = self.losses(sample.rollout)
         if self.update == 0:
             losses.check_fresh()
-        numbers |= self._improve_adapter(losses, sample.rollout)
+        with self._scheduled() as rates:
+            numbers |= self._improve_adapter(losses, sample.rollout) | rates
+        for group in self.optimiser.param_groups:
+            group["lr"] *= self.objective.decay
         if critic is not None and not critic.learns_first:
             numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
         self._keep_old()
@@ -278,21 +285,52 @@ class Trainer:
             )
             order = torch.randperm(groups, generator=shuffle)
             for k, part in enumerate(order.chunk(size.minibatches)):
-                self.optimiser.zero_grad(set_to_none=True)
-                with self._differentiating():
-                    for loss in losses.losses(part, shuffle):
-                        loss.backward()
-                parallel.average_gradients(self.parameters, self.accelerator)
-                norm = nn.utils.clip_grad_norm_(self.parameters, most).item()
-                if not math.isfinite(norm):
-                    raise NonFiniteError(
-                        f"the gradient's norm is {norm} at update {self.update + 1}; no "
-                        "weight was changed. Lower learning_rate or guidance, or use float32"
-                    )
+                drawn, norm = shuffle.get_state(), math.nan
+                while not math.isfinite(norm):  # once, unless float16 overflows
+                    shuffle.set_state(drawn)
+                    self.optimiser.zero_grad(set_to_none=True)
+                    with self._differentiating():
+                        for loss in self.loss_scale.scaled(losses.losses(part, shuffle)):
+                            loss.backward()
+                    parallel.average_gradients(self.parameters, self.accelerator)
+                    self.loss_scale.divide(self.parameters)
+                    norm = nn.utils.clip_grad_norm_(self.parameters, most).item()
+                    if not math.isfinite(norm):
+                        self._shrink_loss_scale(norm)
+                self.loss_scale.keep()
                 stepped = self.optimiser.step(self._metric(rollout, epoch, k))
-        for group in self.optimiser.param_groups:
-            group["lr"] *= self.objective.decay
-        return {**losses.numbers(), "gradient_norm": norm, **stepped}
+        numbers = {**losses.numbers(), "gradient_norm": norm, **stepped}
+        return numbers | self.loss_scale.numbers()
+
+    def _shrink_loss_scale(self, norm: float) -> None:
+        """After a gradient that is not finite: the same rows again, with a smaller factor.
+
+        Raises:
+            NonFiniteError: the factor is not to blame, on any of the processes.
+        """
+        losses = parallel.average(self.loss_scale.finite_losses, self.accelerator)
+        if bool(losses == 1) and self.loss_scale.shrink():
+            return
+        raise NonFiniteError(
+            f"the gradient's norm is {norm} at update {self.update + 1}"
+            + (", and not by the scale of the loss" if self.loss_scale.used else "")
+            + "; no weight was changed by it. Lower learning_rate or guidance, or use float32"
+        )
+
+    @contextmanager
+    def _scheduled(self) -> Iterator[dict[str, float]]:
+        """Within this context learning rates are those of this update; numbers to log."""
+        size, groups = self.size, self.optimiser.param_groups
+        factor = size.rate_factor(self.update)
+        before = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] *= factor
+        changes = size.warm_up > 0 or size.schedule != "constant"
+        try:
+            yield {"learning_rate": groups[0]["lr"]} if changes else {}
+        finally:
+            for group, rate in zip(groups, before, strict=True):
+                group["lr"] = rate
 
     def _differentiating(self) -> AbstractContextManager[Any]:
         """Within this context losses may ask the reward for its gradient, and it may fail."""

@@ -11,8 +11,8 @@ from ctrl.noise import stream
 from diffusion_envs.models.folders import local_folder
 from diffusion_envs.models.text_to_image_pipeline import SUPPORTED, load_pipeline
 from diffusion_envs.rewards.text_in_picture import ReadableText
+from diffusion_envs.runs.contact_sheet import grid
 from diffusion_envs.runs.run_folder import write_json
-from diffusion_envs.runs.tracking import grid
 from diffusion_envs.tiny.train_autoencoder import psnr, reconstruct
 from diffusion_envs.tiny.train_denoiser import sample
 from diffusion_envs.words.signs import all_words, caption, held_out, signs

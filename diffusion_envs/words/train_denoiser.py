@@ -10,8 +10,8 @@ from torch import Generator, Tensor, nn
 from transformers import CLIPTokenizer
 
 from ctrl.noise import stream
+from diffusion_envs.runs.contact_sheet import grid
 from diffusion_envs.runs.fit import Recipe, fit, initial_weights
-from diffusion_envs.runs.tracking import grid
 from diffusion_envs.tiny.captions import write_bpe
 from diffusion_envs.tiny.train_denoiser import (
     UNCAPTIONED,

@@ -12,7 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffusion_envs.models import adapters
+from diffusion_envs.models import adapters, exports
 from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
@@ -71,8 +71,8 @@ def test_a_file_of_which_diffusers_reads_a_part_is_refused_and_the_loss_counted(
     lost = sum(
         p.numel() for name, p in unet.named_parameters() if "lora" in name and ".to_" in name
     )
-    with pytest.raises(adapters.ExportError, match=rf"{lost} of its {numbers} numbers.*to_k"):
-        adapters.prove_lora(unet, path, outputs)
+    with pytest.raises(exports.ExportError, match=rf"{lost} of its {numbers} numbers.*to_k"):
+        exports.prove_lora(unet, path, outputs)
 
 
 def test_an_export_that_is_not_what_was_trained_leaves_nothing_behind(
@@ -89,7 +89,7 @@ def test_an_export_that_is_not_what_was_trained_leaves_nothing_behind(
         return save(tensors | {name: tensors[name] * 1.001}, **settings)
 
     monkeypatch.setattr(format_, "save", spoiled)
-    with pytest.raises(adapters.ExportError, match="checkpoint is intact"):
+    with pytest.raises(exports.ExportError, match="checkpoint is intact"):
         model.export(tmp_path)
     assert not list(tmp_path.glob(".unproved*"))
     assert (tmp_path / adapters.LORA_FILE).read_bytes() == older
@@ -98,8 +98,8 @@ def test_an_export_that_is_not_what_was_trained_leaves_nothing_behind(
 def test_outputs_that_differ_are_refused(save_small):
     unet = trained(save_small()).score.unet
     calls = iter([1.0, 1.002])
-    with pytest.raises(adapters.ExportError, match="outputs"):
-        adapters.compare_outputs(unet, unet, lambda network: torch.full((4,), next(calls)))
+    with pytest.raises(exports.ExportError, match="outputs"):
+        exports.compare_outputs(unet, unet, lambda network: torch.full((4,), next(calls)))
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
@@ -171,7 +171,7 @@ def test_the_adapter_is_off_within_the_context_only_and_contexts_nest(save_small
 
 def test_merged_weights_are_the_adapted_network(save_small):
     unet = trained(save_small()).score.unet
-    twin = adapters.merged_twin(unet)
+    twin = exports.merged_twin(unet)
     assert not any("lora" in name for name in twin.state_dict())
     # sums of a few hundred terms of size 1, in another order
     torch.testing.assert_close(outputs(twin), outputs(unet), rtol=0, atol=1e-4)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import ctrl
 from diffusion_envs.cifar10 import networks
 from diffusion_envs.environment import Environment
-from diffusion_envs.models.adapters import ExportError
+from diffusion_envs.models.exports import ExportError
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.models.unconditional_unet import UnconditionalUNet
 from diffusion_envs.objectives import ScoreAsAction

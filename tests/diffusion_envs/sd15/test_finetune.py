@@ -13,12 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ctrl.noise import normals_by_sample
-from diffusion_envs import objectives, rewards, samplers, sd15
+from diffusion_envs import cifar10, objectives, rewards, samplers, sd15
 from diffusion_envs.models.folders import tiny_folder
+from diffusion_envs.prompt import Prompt
 from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.evaluation import HELD_OUT, evaluate
 from diffusion_envs.runs.exported import load_exported
 from diffusion_envs.runs.finetune import make_environment
+from diffusion_envs.runs.options import RunOptions
+from diffusion_envs.runs.run_folder import read_settings
+from diffusion_envs.runs.settings import rebuild
+from diffusion_envs.runs.tracking import TRAINING_BY_PROMPT, read_metrics
 from diffusion_envs.runs.transfer import transfer
 from diffusion_envs.sd15 import StableDiffusion
 from diffusion_envs.training.trainer import PreflightError
@@ -250,7 +255,7 @@ def test_preflight_refuses_an_adapter_that_is_not_fresh(tmp_path, monkeypatch):
         ({"evaluation_samples": 1}, "evaluation_samples"),
         ({"precision": "float8"}, "precision"),
         ({"precision": "float16"}, "float16"),
-        ({"resolution": 20}, "resolution"),
+        ({"resolution": 21}, "resolution"),
         ({"model": ""}, "model"),
         ({"judges": {"same": rewards.Colour("red")}}, "judge"),
         ({"size": UpdateSize(samples=4, train_steps=9)}, "train_steps"),
@@ -298,6 +303,49 @@ def test_held_out_samples_are_asked_for_with_prompts_of_their_own(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary["by_prompt"]) == set(held_out)
     assert summary["frontier"]["prompts"] == 2
+
+
+def test_columns_reach_the_reward_and_held_out_prompts_are_never_trained_on(tmp_path):
+    """At another guidance than training's; a resumed run and ``evaluate`` have them all again."""
+    prompts = [Prompt(f"a photo of a {w}", {"word": w}) for w in ("cat", "dog", "ship", "frog")]
+    asked: list[list[str]] = []
+
+    def reward(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        asked.append([prompt.metadata["word"] for prompt in prompts])
+        return rewards.Colour("red")(images, prompts)
+
+    settings = SMALL | {
+        "prompts": prompts,
+        "held_out": 0.25,
+        "evaluation_guidance": 1.0,
+        "updates": 1,
+    }
+    run = finetune(reward=reward, output=tmp_path / "run", **settings)
+    (held_out,) = {word for words in asked[:1] for word in words}
+    trained = {word for words in asked for word in words} - {held_out}
+    assert len(trained) == 3
+    assert all({held_out} == set(words) or held_out not in words for words in asked)
+    lines = (tmp_path / "run" / "evaluation" / "by_prompt.jsonl").read_text().splitlines()
+    (told,) = map(json.loads, lines)
+    assert told["prompt"] == f'a photo of a {held_out} {{"word": "{held_out}"}}'
+    assert told["after"]["mean"] == run.reward.mean
+    logged = read_metrics(tmp_path / "run" / TRAINING_BY_PROMPT)
+    assert [line["update"] for line in logged] == [1]
+    places = {k for line in logged for k in line["prompt"]}
+    assert {prompts[k].metadata["word"] for k in places} == trained
+    read = rebuild(read_settings(tmp_path / "run"))["prompts"]
+    assert [p.metadata for p in read] == [p.metadata for p in prompts]
+    guided = finetune(reward=reward, output=tmp_path / "same", **settings | {"guidance": 1.0})
+    assert guided.reward_before == run.reward_before
+    again = finetune(reward=reward, output=tmp_path / "run", **settings, resume=True)
+    assert again.reward == run.reward
+
+
+def test_a_model_without_guidance_has_no_other_guidance_at_evaluation(tmp_path):
+    options = RunOptions(evaluation_guidance=2.0)
+    with pytest.raises(ValueError, match="UnconditionalUNet has none: leave it out"):
+        cifar10.finetune(output=tmp_path / "run", options=options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_folders_of_other_runs_are_never_overwritten(finished, tmp_path):

@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +18,15 @@ from diffusion_envs.environment import Environment
 from diffusion_envs.exact.problems import GaussianProblem, table
 from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.noise_schedules import DDPMTable
-from diffusion_envs.objectives import DDPO, DiffusionNFT, DxMI
+from diffusion_envs.objectives import DDPO, GRPO, DiffusionNFT, DxMI
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.settings import describe, rebuild
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.training.critic import NonFiniteError
+from diffusion_envs.training.kl_controller import TargetKL
 from diffusion_envs.training.optimisers import (
     AdamW,
+    AdamW8bit,
     BoundedAdamW,
     DiagonalMetric,
     NaturalGradient,
@@ -325,6 +330,129 @@ def test_a_metric_that_is_not_finite_changes_no_weight(optimiser, small_trainer,
     assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
 
 
+# -- learning rates ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"warm_up": 3}, [1 / 4, 2 / 4, 3 / 4, 1, 1, 1]),
+        ({"schedule": "linear", "schedule_updates": 4}, [1, 3 / 4, 2 / 4, 1 / 4, 0, 0]),
+        (
+            {"schedule": "cosine", "schedule_updates": 5, "warm_up": 1},
+            [1 / 2, 1, (2 + 2**0.5) / 4, 1 / 2, (2 - 2**0.5) / 4, 0],
+        ),
+    ],
+)
+def test_a_learning_rate_warms_up_and_falls(settings, expected):
+    size = UpdateSize(**settings)
+    assert [size.rate_factor(k) for k in range(6)] == pytest.approx(expected, abs=1e-15)
+    if size.schedule_updates is not None:
+        size.require_updates(size.schedule_updates)
+        with pytest.raises(ValueError, match="updates must be at most schedule_updates"):
+            size.require_updates(size.schedule_updates + 1)
+
+
+def test_a_run_that_is_stopped_in_its_warm_up_is_the_one_that_was_not(small_trainer, tmp_path):
+    """With an objective whose rate falls, a KL controller and a running mean, all at once."""
+
+    def fresh() -> Trainer:
+        made = small_trainer(
+            Falling(learning_rate=0.01, kl_weight=0.1, group=4),
+            average=0.8,
+            warm_up=3,
+            schedule="cosine",
+            schedule_updates=6,
+        )
+        made.target_kl = TargetKL(0.3)
+        return made
+
+    whole, first, second = fresh(), fresh(), fresh()
+    log = list(whole.updates(5))
+    list(first.updates(2))
+    path = checkpoint.save(tmp_path, 2, first.state())
+    second.load_state(checkpoint.load(path).state)
+    again = list(second.updates(5))
+    rates = [line["learning_rate"] for line in log]
+    factors = [1 / 4, 2 / 4, 3 / 4, 1, 3 / 4]
+    expected = [0.01 * 0.5**k * factor for k, factor in enumerate(factors)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert [line["learning_rate"] for line in again] == rates[2:]
+    assert [line["kl_weight"] for line in again] == [line["kl_weight"] for line in log[2:]]
+    pairs = zip([*whole.parameters, *whole.mean], [*second.parameters, *second.mean], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@dataclass(frozen=True)
+class Falling(GRPO):
+    """Its learning rate halves."""
+
+    @property
+    def decay(self) -> float:
+        return 0.5
+
+
+def test_a_warm_up_makes_the_first_step_smaller(small_trainer):
+    """AdamW's first step is its learning rate in every coordinate."""
+    steps = []
+    for warm_up in (0, 1):
+        run = small_trainer(DDPO_RATE, warm_up=warm_up)
+        before = flattened(run.parameters).detach()
+        list(run.updates(1))
+        steps.append((flattened(run.parameters).detach() - before).abs().max())
+    assert steps[1] / steps[0] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_the_mean_of_rate_zero_is_the_newest(small_trainer):
+    run = small_trainer(DDPO_RATE, average=0.0)
+    list(run.updates(2))
+    now = flattened(run.parameters).detach().clone()
+    with run.averaged():
+        assert torch.equal(flattened(run.parameters), now)
+
+
+# -- optimisers of other libraries ---------------------------------------------------------------
+
+
+def test_the_fused_kernel_is_asked_for_and_makes_the_same_steps(small_trainer):
+    plain, fused = (small_trainer(DDPO_RATE, AdamW(each)) for each in (False, True))
+    assert fused.optimiser.param_groups[0]["fused"] is True
+    for run in (plain, fused):
+        list(run.updates(2))
+    # Adam's steps are gradients over their size, whose relative round-off is some 1e-6
+    pairs = zip(plain.parameters, fused.parameters, strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
+
+
+class EightBit(torch.optim.AdamW):
+    """Takes what bitsandbytes' class takes."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float, min_8bit_size: int) -> None:
+        assert min_8bit_size == 4096
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+
+def test_8_bit_adamw_is_bitsandbytes_own_and_its_state_is_in_checkpoints(
+    small_trainer, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ValueError, match=r"pip install bitsandbytes, or use AdamW\(fused=True\)"):
+        small_trainer(DDPO_RATE, AdamW8bit())
+    library = ModuleType("bitsandbytes")
+    kinds = {"AdamW8bit": EightBit, "PagedAdamW8bit": type("Paged", (EightBit,), {})}
+    library.optim = SimpleNamespace(**kinds)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
+    for paged, kind in ((False, "AdamW8bit"), (True, "PagedAdamW8bit")):
+        run = small_trainer(DDPO_RATE, AdamW8bit(paged))
+        assert type(run.optimiser.optimiser) is kinds[kind]
+        list(run.updates(1))
+        stored = checkpoint.load(checkpoint.save(tmp_path, 1, run.state())).state
+        again = small_trainer(DDPO_RATE, AdamW8bit(paged))
+        again.load_state(stored)
+        moments = run.optimiser.state_dict()["state"][0]["exp_avg"]
+        assert torch.equal(again.optimiser.state_dict()["state"][0]["exp_avg"], moments)
+
+
 # -- LoRA's factors ------------------------------------------------------------------------------
 
 
@@ -402,7 +530,16 @@ def test_the_mean_of_weights_is_the_plain_one_at_first_and_then_a_running_one(sm
         (BoundedAdamW, {"share": -1.0}, "share"),
         (ScaledLoRA, {"delta": 0.0}, "delta"),
         (ScaledLoRA, {"momentum": 2.0}, "momentum"),
-        (UpdateSize, {"average": 1.0}, "average must be above 0 and below 1, or None, got 1.0"),
+        (UpdateSize, {"average": 1.0}, r"average must be in \[0, 1\), or None, got 1.0"),
+        (UpdateSize, {"average": -0.1}, r"average must be in \[0, 1\), or None, got -0.1"),
+        (UpdateSize, {"warm_up": -1}, "warm_up must be an integer of at least 0, got -1"),
+        (UpdateSize, {"schedule": "linear"}, "linear schedule reaches 0.*got None"),
+        (
+            UpdateSize,
+            {"schedule": "cosine", "schedule_updates": 3, "warm_up": 3},
+            r"more than warm_up \(3\), got 3",
+        ),
+        (UpdateSize, {"schedule_updates": 3}, "left out where the schedule is constant, got 3"),
     ],
 )
 def test_bad_settings_are_named(kind, change, message):

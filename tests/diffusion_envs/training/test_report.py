@@ -1,5 +1,7 @@
 import base64
+import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -7,14 +9,19 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
-from diffusion_envs.runs import plots
+from ctrl import Estimate
+from diffusion_envs.runs import charts, plots
+from diffusion_envs.runs.contact_sheet import grid, save
 from diffusion_envs.runs.plots import decimals
+from diffusion_envs.runs.prompt_statistics import training_by_prompt
 from diffusion_envs.runs.report import write_report
-from diffusion_envs.runs.tracking import grid
+from diffusion_envs.runs.summary import extremes
 
 PARTS = ("summary.json", "metrics.jsonl", "over_optimisation.jsonl", "samples", "transfer.json")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
+AXES = ("updates", "reward queries", "network calls", "minutes")
 
 
 def estimate(mean, error):
@@ -88,8 +95,8 @@ def make_run(folder):
     )
     (folder / "samples").mkdir()
     for update in (0, 3, 5):
-        picture = grid(torch.full((2, 3, 8, 8), update / 5), ["a cat", "a dog"])
-        picture.save(folder / "samples" / f"step-{update:06d}.png")
+        picture = grid(torch.full((2, 3, 8, 8), update / 5), ["a <cat>", "猫 😀"])
+        save(picture, folder / "samples" / f"step-{update:06d}.png")
     rows = [
         {
             "sampler": name,
@@ -144,6 +151,11 @@ class Page(HTMLParser):
 
     def all(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def curves(self):
+        """What the charts in the page show, in words."""
+        return [svg["aria-label"].replace("\N{MINUS SIGN}", "-") for svg in self.all("svg")]
 
 
 def read(folder):
@@ -212,17 +224,28 @@ def test_the_path_kl_stands_beside_the_gain_and_the_verdict_before_all_numbers(p
 
 
 def test_whatever_an_update_logs_is_drawn_once_against_updates(page):
-    described = [image["alt"].replace("\N{MINUS SIGN}", "-") for image in page.all("img")]
-    quantities = ("reward", "path KL (nats)", "gradient norm", "clipped fraction", "value loss")
-    for quantity in (*quantities, "loss_of_its_own"):
+    axes = dict.fromkeys(("gradient norm", "clipped fraction", "value loss"), ("updates",))
+    axes |= {"loss_of_its_own": ("updates",), "reward": AXES, "path KL (nats)": AXES}
+    for quantity, expected in axes.items():
         start = f"{quantity} of the training samples against "
-        drawn = [alt.removeprefix(start) for alt in described if alt.startswith(start)]
-        assert [alt.split(":")[0] for alt in drawn] == ["updates"], quantity
-    assert not any(alt.startswith(("memory", "seconds")) for alt in described)
+        drawn = [words.removeprefix(start) for words in page.curves if words.startswith(start)]
+        assert tuple(words.split(":")[0] for words in drawn) == expected, quantity
+    assert not any(words.startswith(("memory", "seconds")) for words in page.curves)
     start = "reward of the training samples against updates: from -1.100 ± 0.030 to"
-    assert any(alt.startswith(start) for alt in described)
+    assert any(words.startswith(start) for words in page.curves)
     start = "clipped fraction of the training samples against updates: from 0 to 0.1"
-    assert any(alt.startswith(start) for alt in described)
+    assert any(words.startswith(start) for words in page.curves)
+
+
+def test_one_axis_is_shown_at_a_time_and_the_buttons_need_no_script(page):
+    assert [label["for"] for label in page.all("label")] == [f"axis-{k}" for k in range(4)]
+    buttons = page.all("input")
+    assert [button["id"] for button in buttons] == [f"axis-{k}" for k in range(4)]
+    assert [k for k, button in enumerate(buttons) if "checked" in button] == [0]
+    assert [
+        tag["class"] for tag in page.all("div") if tag.get("class", "").startswith("panel")
+    ] == [f"panel axis-{k}" for k in range(4)]
+    assert all(f" {axis} " in page.text for axis in AXES)
 
 
 def test_what_had_been_spent_stands_beside_what_was_reached(page):
@@ -240,10 +263,11 @@ def test_one_or_two_points_are_a_table_and_no_chart(tmp_path, updates):
         lines = (folder / name).read_text().splitlines(keepends=True)
         (folder / name).write_text("".join(lines[:kept]))
     page = read(folder)
-    assert not any("against updates" in image["alt"] for image in page.all("img"))
+    assert not [words for words in page.curves if not words.startswith(("reward of", "path KL"))]
+    assert len(page.curves) == (0 if updates == 1 else 8)
     rows = " | ".join(page.cells)
-    first = "of the training samples | update 1 | reward | -1.100 ± 0.030"
-    second = "of the training samples | update 1 | update 2 | reward | -1.100 ± 0.030 | -1.000"
+    first = "of the training samples | update 1 | gradient norm | 0.5"
+    second = "of the training samples | update 1 | update 2 | gradient norm | 0.5 | 0.25"
     assert (first if updates == 1 else second) in rows
     assert "gain of judge: cla<rity | 0.100 ± 0.020" in rows
 
@@ -252,7 +276,7 @@ def test_rewards_are_shown_by_prompt_largest_gain_first(page):
     rows = " | ".join(page.cells)
     dog = "a dog | -1.100 ± 0.050 | -0.300 ± 0.040 | +0.800 ± 0.050 | +16.0 | 48"
     assert f"{dog} | a <cat> | -1.300 ± 0.050 | -1.100 ± 0.040 | +0.200 ± 0.030 | +6.7" in rows
-    assert not page.all("details")
+    assert "All 2 prompts" not in page.text
 
 
 def test_many_prompts_are_folded_and_none_are_no_table(tmp_path):
@@ -262,7 +286,7 @@ def test_many_prompts_are_folded_and_none_are_no_table(tmp_path):
     summary["by_prompt"] = {f"prompt {k}": one for k in range(13)}
     (folder / "summary.json").write_text(json.dumps(summary))
     page = read(folder)
-    assert len(page.all("details")) == 1
+    assert len(page.all("details")) == 1 + 2  # and settings, versions
     assert "All 13 prompts" in page.text
     assert "prompt 12" in page.text
     del summary["by_prompt"]
@@ -270,9 +294,78 @@ def test_many_prompts_are_folded_and_none_are_no_table(tmp_path):
     assert "Reward by prompt" not in read(folder).text
 
 
-def test_before_and_after_are_the_first_and_the_last_grid(tmp_path):
+def test_of_many_prompts_those_at_both_ends_are_shown_and_all_are_in_a_file():
+    def line(k):
+        gain = estimate((k * 7919 % 10_000) / 10_000, 0.01)
+        return {"prompt": f"prompt {k}", "before": gain, "after": gain, "difference": gain}
+
+    shown = extremes([line(k) for k in range(10_000)])
+    assert [round(10_000 * told["difference"]["mean"]) for told in shown.values()] == [
+        *range(9999, 9989, -1),
+        *range(9, -1, -1),
+    ]
+    assert len(extremes([line(k) for k in range(20)])) == 20
+
+
+def test_the_report_says_how_many_prompts_it_does_not_show(tmp_path):
     folder = make_run(tmp_path / "run")
-    shown = [image["src"] for image in read(folder).all("img")][:2]
+    summary = json.loads((folder / "summary.json").read_text()) | {"prompts": 10_000}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "The 1 largest and the 1 smallest gains of 10,000 prompts" in read(folder).text
+
+
+def test_training_by_prompt_compares_earlier_with_later_samples(generator):
+    rewards = torch.randn(6, 5, dtype=torch.float64, generator=generator)  # updates, samples
+    lines = [
+        {"update": k + 1, "prompt": [3], "mean": [e.mean], "n": [5]}
+        | {"standard_error": [e.standard_error]}
+        for k, e in enumerate(Estimate.of(row) for row in rewards)
+    ]
+    lines[0] |= {"prompt": [3, 4], "mean": [lines[0]["mean"][0], 1.0], "n": [5, 1]}
+    lines[0]["standard_error"] += [None]  # of prompt 4, which the later half has not
+    (told,) = training_by_prompt(lines)
+    halves = Estimate.of(rewards[:3].flatten()), Estimate.of(rewards[3:].flatten())
+    for one, other in zip((told.earlier, told.later), halves, strict=True):
+        assert (told.prompt, one.n) == (3, other.n)
+        assert one.mean == pytest.approx(other.mean, rel=1e-12)
+        assert one.standard_error == pytest.approx(other.standard_error, rel=1e-12)
+    assert told.difference.mean == pytest.approx(halves[1].mean - halves[0].mean, rel=1e-12)
+
+
+def test_training_rewards_are_shown_by_prompt_with_their_columns(tmp_path):
+    folder = make_run(tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"]["prompts"] = ["a & b", {"prompt": "a sign", "metadata": {"word": "é<"}}]
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = [
+        {"update": k, "prompt": [0, 1], "mean": [0.5, 0.1 * k], "standard_error": [0.1, 0.1]}
+        | {"n": [4, 4]}
+        for k in (1, 2)
+    ]
+    path = folder / "training_by_prompt.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = " | ".join(read(folder).cells)
+    assert 'a sign {"word": "é<"} | 0.10 ± 0.10 | 0.20 ± 0.10 | +0.10 ± 0.14 | 4 and 4' in rows
+
+
+def pictures(page):
+    """The first pixel of every picture of a sample, in their order."""
+    sources = [image["src"] for image in page.all("img")]
+    data = [s.split(",")[1] for s in sources if s.startswith("data:image/png;base64,")]
+    return [Image.open(io.BytesIO(base64.b64decode(d))).getpixel((0, 0))[0] for d in data]
+
+
+def test_before_and_after_stand_side_by_side_with_their_prompt_as_text(page):
+    assert pictures(page) == [0, 255, 0, 255]
+    assert "Before and after The same prompts and seeds: before on the left" in page.text
+    assert "after 5 updates on the right. a <cat> 猫 😀" in page.text
+
+
+def test_sheets_of_an_earlier_version_are_shown_whole(tmp_path):
+    folder = make_run(tmp_path / "run")
+    for path in (folder / "samples").iterdir():
+        Image.open(path).save(path)  # without its text
+    shown = [i["src"] for i in read(folder).all("img") if i["src"].startswith("data:image/png")]
     for source, step in zip(shown, ("000000", "000005"), strict=True):
         data = base64.b64decode(source.removeprefix("data:image/png;base64,"))
         assert data == (folder / "samples" / f"step-{step}.png").read_bytes()
@@ -288,7 +381,8 @@ def test_nothing_is_fetched(tmp_path):
 
 def test_every_plot_is_whole_svg(page):
     drawn = [i["src"] for i in page.all("img") if i["src"].startswith("data:image/svg+xml;base64,")]
-    assert len(drawn) == 6 + 2 + 3
+    assert len(drawn) == 2  # of transfer
+    assert len(page.curves) == 2 * 4 + 4 + 3  # of progress, training and over-optimisation
     for source in drawn:
         root = ElementTree.fromstring(base64.b64decode(source.split(",")[1]))
         assert root.tag.endswith("svg")
@@ -296,8 +390,9 @@ def test_every_plot_is_whole_svg(page):
 
 def test_pictures_have_words_and_tables_have_headers(page):
     assert all(len(image["alt"]) > 20 for image in page.all("img"))
+    assert all(len(words) > 20 for words in page.curves)
     assert all(cell.get("scope") in ("col", "row") for cell in page.all("th"))
-    assert len(page.all("figure")) == len(page.all("figcaption")) == len(page.all("img"))
+    assert len(page.all("figure")) == len(page.all("figcaption")) == 2 + 2 + len(page.curves)
     assert page.all("html") == [{"lang": "en"}]
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all(
         "meta"
@@ -307,7 +402,7 @@ def test_pictures_have_words_and_tables_have_headers(page):
 def test_names_are_escaped(page):
     assert "my <run>" in page.words
     assert "Jpeg<b>" in page.words
-    assert '["a & b"]' in page.words
+    assert "a & b" in page.words
 
 
 def test_transfer_settings_and_versions_are_there(page):
@@ -339,12 +434,12 @@ def test_over_optimisation_is_said_in_words_and_drawn(page):
         "Over-optimisation: since update 4 the reward has risen (+0.4 ± 0.02 over the pretrained"
     )
     assert words in page.text
-    described = [image["alt"].replace("\N{MINUS SIGN}", "-") for image in page.all("img")]
     start = (
         "gain of judge: cla<rity on held-out seeds against updates: from 0.100 ± 0.020 to -0.100"
     )
-    assert sum(alt.startswith(start) for alt in described) == 1
-    assert sum(alt.startswith("distance in pixels on held-out seeds") for alt in described) == 1
+    assert sum(words.startswith(start) for words in page.curves) == 1
+    start = "distance in pixels on held-out seeds"
+    assert sum(words.startswith(start) for words in page.curves) == 1
 
 
 def stopped(folder, reason):
@@ -365,8 +460,7 @@ def test_a_stopped_run_says_why_and_when_and_shows_the_model_that_is_exported(tm
     assert "Stopped after update 5: judge clarity fell (noise alone" in page.text
     assert "at most 0.012). The exported model is that of update 3" in page.text
     assert "diversity of pixels | 0.200 ± 0.010 | 48" in " | ".join(page.cells)
-    shown = base64.b64decode(page.all("img")[1]["src"].removeprefix("data:image/png;base64,"))
-    assert shown == (folder / "samples" / "step-000003.png").read_bytes()
+    assert pictures(page) == [0, 153, 0, 153]
     stopped(folder, None)
     assert "The stop rule did not end the run (noise alone" in read(folder).text
 
@@ -417,6 +511,38 @@ def test_a_standard_error_is_shown_to_two_figures(error, expected):
 # -- plots ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("n", [2, 200, 2000])
+def test_a_curve_of_any_length_has_a_readable_number_of_points(n):
+    points = [(k, estimate(math.sin(k / n) + 0.1 * (-1) ** k, 0.01)) for k in range(n)]
+    svg = ElementTree.fromstring(charts.chart(points, "updates", "words"))
+    (line,) = (e for e in svg.iter() if e.get("class") == "line")
+    assert len(line.get("points").split()) == min(n, 100 if n > 200 else n)
+    drawn = charts.binned(points)
+    assert min(p.low for p in drawn) == pytest.approx(min(e["mean"] for _, e in points), abs=0.02)
+    assert max(p.high for p in drawn) == pytest.approx(max(e["mean"] for _, e in points), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (-3.7e-9, 2e-9), (1e6, 1.2e7), (5, 5), (0, 0), (-1234.5, -1200)]
+)
+def test_an_axis_covers_its_values_with_few_different_labels(low, high):
+    ticks = charts._ticks(float(low), float(high), 5)
+    assert ticks[0] <= low
+    assert ticks[-1] >= high
+    assert 2 <= len(ticks) <= 8
+    assert len(set(charts._labels(ticks))) == len(ticks)
+
+
+def test_no_label_of_a_curve_is_cut_off():
+    points = [(k * 1_000_000, estimate(-k * 1.5e-5, 1e-6)) for k in range(5)]
+    svg = ElementTree.fromstring(charts.chart(points, "network calls", "words"))
+    for text in (e for e in svg.iter() if e.tag == "text"):
+        width = charts._LETTER * len(text.text)
+        left = float(text.get("x")) - {"end": 1, "middle": 0.5}[text.get("text-anchor")] * width
+        assert left >= 0
+        assert left + width <= charts.SMALL[0]
+
+
 def transfer_rows(samplers):
     part = {name: estimate(-0.9, 0.02) for name in ("before", "after", "difference")}
     return [
@@ -436,13 +562,12 @@ LONG = "change in diversity of the aesthetic classifier's features"
 @pytest.mark.parametrize(
     "figure",
     [
-        plots._curve([(k, estimate(k * 1e-5, 1e-6)) for k in range(5)], "updates", LONG),
         plots._transfer(transfer_rows(["DDIM(eta=1.0)", "Heun"]), ("before", "after"), LONG),
         plots._transfer(
             transfer_rows([f"sampler {'x' * 60}{k}" for k in range(9)]), ("after",), "r"
         ),
     ],
-    ids=["curve", "transfer", "many samplers"],
+    ids=["transfer", "many samplers"],
 )
 def test_no_word_of_a_plot_is_cut_off(figure):
     drawn, (width, height) = laid_out(figure).get_tightbbox(), figure.get_size_inches()
@@ -487,9 +612,9 @@ def test_each_part_of_a_reward_has_a_curve_and_its_gain(tmp_path):
     summary["parts"] = {"pick": told | {"difference": estimate(0.5123, 0.0301)}}
     (folder / "summary.json").write_text(json.dumps(summary))
     page = Page(write_report(folder).read_text())
-    pictures = [tag.get("alt", "") for name, tag in page.tags if name == "img"]
     for name in ("pick", "jpeg"):
-        assert [alt for alt in pictures if alt.startswith(f"part of the reward: {name} of the")]
+        start = f"part of the reward: {name} of the"
+        assert [words for words in page.curves if words.startswith(start)]
     assert "part: pick" in page.cells
     assert "+0.512 ± 0.030" in page.cells
 

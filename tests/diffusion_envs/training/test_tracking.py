@@ -10,7 +10,8 @@ from PIL import Image
 
 from ctrl import Estimate
 from diffusion_envs.runs import caption_fonts
-from diffusion_envs.runs.tracking import Tracker, grid, read_metrics, require_wandb
+from diffusion_envs.runs.contact_sheet import grid
+from diffusion_envs.runs.tracking import Tracker, read_metrics, require_wandb
 
 
 def numbers(update):
