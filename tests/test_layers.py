@@ -101,8 +101,10 @@ diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation
 diffusion_envs.runs.report_words diffusion_envs.runs.prompt_statistics diffusion_envs.runs.report
 diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
+diffusion_envs.runs.model_card diffusion_envs.runs.publishing
 diffusion_envs.runs.summary diffusion_envs.runs.finetune diffusion_envs.runs.transfer
-diffusion_envs.runs.command_line diffusion_envs.runs.fit diffusion_envs.runs
+diffusion_envs.runs.presets diffusion_envs.runs.command_line diffusion_envs.runs.fit
+diffusion_envs.runs
 diffusion_envs.tiny.captions diffusion_envs.tiny.train_classifier
 diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser
 diffusion_envs.tiny diffusion_envs.tiny.measure diffusion_envs.tiny.__main__

@@ -27,6 +27,8 @@ class PlainDDPO:
         optimiser: of the adapter.
         batch: rows that go through the network at once.
         dtype: the network's.
+        empty: embedded empty prompt, for guidance.
+        guidance: scale; 1 is none.
         clip: half-width of the trusted log-ratio of a whole step.
     """
 
@@ -39,6 +41,8 @@ class PlainDDPO:
     optimiser: torch.optim.Optimizer
     batch: int
     dtype: torch.dtype
+    empty: Tensor | None = None
+    guidance: float = 1.0
     clip: float = 1e-4
 
     def transition(self, k: int, x: Tensor) -> tuple[Tensor, float]:
@@ -47,13 +51,27 @@ class PlainDDPO:
         now = float(self.alphas_cumprod[t])
         last = k + 1 == len(self.timesteps)
         then = float(self.alphas_cumprod[0 if last else self.timesteps[k + 1]])
-        times = torch.full((len(x),), t, device=x.device)
-        context = self.context.expand(len(x), -1, -1).to(self.dtype)
-        noise = self.unet(x.to(self.dtype), times, encoder_hidden_states=context).sample.float()
+        noise = self.predicted_noise(x, t)
         clean = (x - math.sqrt(1 - now) * noise) / math.sqrt(now)
         variance = (1 - then) / (1 - now) * (1 - now / then)
         mean = math.sqrt(then) * clean + math.sqrt(max(0.0, 1 - then - variance)) * noise
         return mean, math.sqrt(variance)
+
+    def predicted_noise(self, x: Tensor, t: int) -> Tensor:
+        """The network's, guided: both branches in one call, as pipelines do."""
+        context = self.context.expand(len(x), -1, -1)
+        if self.guidance != 1:
+            assert self.empty is not None
+            context = torch.cat([self.empty.expand(len(x), -1, -1), context])
+            x = torch.cat([x, x])
+        times = torch.full((len(x),), t, device=x.device)
+        noise = self.unet(
+            x.to(self.dtype), times, encoder_hidden_states=context.to(self.dtype)
+        ).sample.float()
+        if self.guidance == 1:
+            return noise
+        without, with_prompt = noise.chunk(2)
+        return without + self.guidance * (with_prompt - without)
 
     def log_prob(self, k: int, x: Tensor, after: Tensor) -> Tensor:
         """Log-density of a step, averaged over pixels, as published."""

@@ -229,6 +229,7 @@ class TextToImageUNet:
         parameters: of the adapter, float32.
         device: of the network.
         write: writes the adapter into a folder, for plain diffusers.
+        merge: writes the pipeline with what was trained in its weights into a folder.
         pipe: what was loaded; None where the network did not come from a pipeline.
         check: raises ValueError if one of the prompts cannot be encoded.
     """
@@ -241,6 +242,7 @@ class TextToImageUNet:
     parameters: list[nn.Parameter]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     write: Callable[[Path], Path] | None = None
+    merge: Callable[[Path], Path] | None = None
     pipe: Any = None
     check: Callable[[Sequence[str]], None] | None = None
 
@@ -390,6 +392,7 @@ class TextToImageUNet:
             parameters=parameters,
             device=device,
             write=write,
+            merge=lambda folder: attached.merge(folder, probe, pipe),
             pipe=pipe,
             check=require,
         )
@@ -485,3 +488,14 @@ class TextToImageUNet:
         if self.write is None:
             raise ValueError("write must be set to export the adapter")
         return self.write(folder)
+
+    def export_merged(self, folder: Path) -> Path:
+        """Write the pipeline with what was trained in its weights; plain diffusers reads it first.
+
+        Raises:
+            ExportError: what diffusers loads is not what was trained.
+            ValueError: nothing of the network was trained, or it came from no pipeline.
+        """
+        if self.merge is None:
+            raise ValueError("merge must be set to export a whole model")
+        return self.merge(folder)

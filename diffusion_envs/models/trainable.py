@@ -282,7 +282,12 @@ class Attached:
 
         Raises:
             ExportError: what diffusers loads is not what was trained.
+            ValueError: nothing of the network was trained.
         """
+        if not self.parameters:
+            raise ValueError(
+                "nothing of the network was trained (lora_rank 0): the model is as it was"
+            )
         merged = self.network
         if self.trainable.weights == "lora":
             merged = exports.merged_twin(self.network)

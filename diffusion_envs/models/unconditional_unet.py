@@ -181,11 +181,19 @@ class UnconditionalUNet:
         Raises:
             ExportError: what diffusers loads is not what was trained.
         """
+        return self.export_merged(folder / EXPORTED)
+
+    def export_merged(self, folder: Path) -> Path:
+        """Write the pipeline into a folder of another name; as ``export``.
+
+        Raises:
+            ExportError: what diffusers loads is not what was trained.
+        """
         from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
         twin = exports.merged_twin(self.network)
         pipe = DDPMPipeline(unet=twin, scheduler=self.scheduler)
-        return exports.export_pipeline(pipe, twin, folder / EXPORTED, self._probe, self.network)
+        return exports.export_pipeline(pipe, twin, folder, self._probe, self.network)
 
     def _probe(self, network: nn.Module) -> Tensor:
         """Predictions of a network like this one, at two random states."""

@@ -68,8 +68,8 @@ class LastLosses:
         """Mean over these groups' paths."""
         size, steps = self.rollout.group, self.rollout.costs.shape[1]
         paths = (groups[:, None] * size + torch.arange(size)).flatten()
+        first, last = self.objective.cut(steps, generator)  # in however many pieces
         for piece in paths.split(self.batch):
-            first, last = self.objective.cut(steps, generator)
             rewards, nats = self._finish(piece, first, last)
             self._seen.append(rewards.detach())
             yield self.objective.loss(rewards, nats).sum() / len(paths)

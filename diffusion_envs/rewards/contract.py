@@ -9,10 +9,15 @@ to call alone too.
 
 import difflib
 import functools
+import hashlib
 import importlib
+import importlib.util
 import numbers
 import pkgutil
+import sys
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,6 +30,7 @@ from ctrl.devices import read
 Reward = Callable[[Tensor, Sequence[str]], Any]
 Scorer = Callable[[Reward, Tensor, Sequence[str]], Tensor]  # how a reward is asked, and checked
 _SLACK = 1e-3  # outside [0, 1] that is let through: decoders overshoot; clamping is the reward's
+_PYTHON = ".py"  # the ending of a file of code
 _LOADED: dict[int, tuple[Any, str]] = {}  # what ``load`` has made, and by which name
 
 
@@ -310,17 +316,22 @@ def load(spec: str, kind: str = "reward") -> Any:
     """A user's own reward by name, or judge, preference or objective.
 
     Args:
-        spec: "my_module:my_function"; a class is made without arguments.
+        spec: "my_module:my_function", or "path/file.py:my_function"; a class is made without
+            arguments.
         kind: what it is to be, for messages.
 
     Raises:
         ValueError: ``spec`` has another form, or names nothing that can be called.
     """
-    module_name, _, attribute = spec.partition(":")
+    module_name, _, attribute = spec.rpartition(":")
     if not module_name or not attribute:
-        raise ValueError(f"{kind} must be given as my_module:my_function, got {spec!r}")
+        raise ValueError(
+            f"{kind} must be given as my_module:my_function or path/file.py:my_function, got "
+            f"{spec!r}"
+        )
+    in_file = module_name.endswith(_PYTHON)
     try:
-        module = importlib.import_module(module_name)
+        module = _module_in(Path(module_name)) if in_file else importlib.import_module(module_name)
     except Exception as error:  # whatever a user's module raises
         hint = ""
         if isinstance(error, ModuleNotFoundError) and error.name == module_name:
@@ -341,8 +352,38 @@ def load(spec: str, kind: str = "reward") -> Any:
         ) from error
     if not callable(made):
         raise ValueError(f"{kind} {spec!r} must be callable, got {made!r:.80}")
-    _LOADED[id(made)] = made, spec
+    place = Path(module_name).expanduser().absolute() if in_file else module_name
+    _LOADED[id(made)] = made, f"{place}:{attribute}"
     return made
+
+
+def _module_in(path: Path) -> types.ModuleType:
+    """The module that a file holds now, under a name of its own: it may be called as any other.
+
+    What lies beside the file can be imported from it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = path.expanduser().absolute()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    content = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()
+    name = f"{path.stem}_{content[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None  # it ends in .py
+    assert spec.loader is not None
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def name_of_loaded(reward: Any) -> str | None:

@@ -4,6 +4,7 @@ red                                        needs no model
 clip-score                                 needs one: a folder, a file, a hub id or a URL
 clip-score=1 jpeg-compressibility=0.1      a weighted sum
 my_module:my_function                      one's own
+path/file.py:my_function                   one's own, in a file
 """
 
 import difflib
@@ -246,5 +247,5 @@ def named(kind: str, name: str, table: Mapping[str, Any], own: str = "") -> Any:
         return table[name]
     near = difflib.get_close_matches(name, table, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    mine = f" (or your own, as {own})" if own else ""
+    mine = f" (or your own, as {own} or path/file.py:my_function)" if own else ""
     raise ValueError(f"{kind} must be one of {', '.join(table)}, got {name!r}{hint}{mine}")

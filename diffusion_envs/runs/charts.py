@@ -87,7 +87,7 @@ def chart(
     """A curve with its band, and further points with error bars, as an SVG element.
 
     Args:
-        line: oldest first.
+        line: oldest first; it may be empty where there are dots.
         across: what the horizontal axis is, with its unit.
         alt: the same in words.
         dots: drawn beside it in another colour.
@@ -179,8 +179,8 @@ def _scale(first: float, last: float, start: float, end: float) -> Callable[[flo
 def _ticks(low: float, high: float, wanted: int, least: float = 0.0) -> list[float]:
     """Round numbers from at most ``low`` to at least ``high``, at least so far apart."""
     if not high > low:
-        margin = abs(low) * 0.1 or 1.0
-        low, high = low - margin, high + margin
+        margin = abs(low) * 0.1
+        low, high = (low - margin, high + margin) if margin else (0.0, 1.0)
     raw = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
     step = max(least, next((m * power for m in (1, 2, 5) if m * power >= raw), 10 * power))

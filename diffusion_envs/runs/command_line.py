@@ -28,6 +28,7 @@ from diffusion_envs.objectives.distributional import FirstVariation, NearTarget,
 from diffusion_envs.preferences import MissingChoicesError, Preference, Recorded
 from diffusion_envs.rewards import registry
 from diffusion_envs.rewards.registry import OWN
+from diffusion_envs.runs import presets
 from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.finetune import finetune
 from diffusion_envs.runs.options import RunOptions
@@ -149,14 +150,16 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
 
     Attributes:
         reward: prompt-alignment, class-confidence, jpeg-compressibility, jpeg-incompressibility,
-            red, green, blue, or your own as my_module:my_function; or a sum of several with their
-            weights, such as red=1 jpeg-compressibility=0.5.
+            red, green, blue, or your own as my_module:my_function or path/file.py:my_function; or a
+            sum of several with their weights, such as red=1 jpeg-compressibility=0.5.
         reward_model: where the model of a learned reward or judge is: a folder, a file, a hub id or
             a URL; NAME=PLACE for each where several need one.
         prompts: what to ask for, or a file: text with one prompt a line, JSON lines, a JSON list
             or CSV, whose further columns reach the reward (docs/run_folder.md); the ten CIFAR-10
             classes if left out, and one that asks for nothing of a model without prompts.
         prompt_column: of a file with columns, the one with the prompt.
+        preset: options to begin with, over which those of the command line win: jpeg, aesthetic,
+            imagereward, pickscore, or a file of your own (diffusion_envs/presets shows how).
         output: folder of the run.
         resume: folder of a run to go on with; every other option is then the run's. Updates may
             grow; device, progress and wandb may be chosen anew.
@@ -177,6 +180,7 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
     reward_model: tuple[str, ...] = ()
     prompts: tuple[str, ...] = CLASS_PROMPTS
     prompt_column: str = COLUMN
+    preset: str | None = None
     output: Path | None = None
     resume: Path | None = None
     objective: str = "score-as-action"
@@ -212,6 +216,7 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
             "eta",
             "reward_model",
             "prompt_column",
+            "preset",
             "stop",
             "objective_settings",
             "optimiser_settings",
@@ -285,6 +290,11 @@ def _class_of(kind: str, name: str, table: Mapping[str, Any]) -> Any:
     """The class of an objective or optimiser."""
     if ":" not in name:
         return _named(kind, name, table)
+    if ".py:" in name:
+        raise ValueError(
+            f"{kind} must be imported, as my_module:MyClass, so that a resumed run has it again, "
+            f"got {name!r}"
+        )
     return type(_named(kind, name, {}, "my_module:MyClass"))
 
 
@@ -468,6 +478,8 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any, Any]:
         SystemExit: an option is of the wrong type, or help is asked for; it is printed.
     """
     named = _words_by_flag(arguments)
+    arguments, preset = _with_preset(arguments, named)
+    named |= {option: words[1:] for option, words in preset.items()}
     folder = Path(named["--resume"][0]) if named.get("--resume") else None
     default = _fresh(family) if folder is None else _stored(family, folder)
     if named.get("--objective"):
@@ -496,7 +508,8 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any, Any]:
             _list_methods()
         raise
     if unknown:
-        raise ValueError(_unknown(unknown, options))
+        of = f"preset {named['--preset'][0]}: " if unknown[0] in preset else ""
+        raise ValueError(of + _unknown(unknown, options))
     column = options.prompt_column
     if "--prompts" in named:
         prompts = from_words(options.prompts, column=column)
@@ -521,6 +534,29 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any, Any]:
     if options.output is None:
         raise ValueError("output must name the folder of the run, for example --output runs/demo")
     return options
+
+
+def _with_preset(
+    arguments: Sequence[str], named: Mapping[str, list[str]]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The command line with a preset's options in it, and those by name.
+
+    Raises:
+        FileNotFoundError: there is no such preset.
+        ValueError: it is named without a name, or beside a run to resume, or has what is no option.
+    """
+    if "--preset" not in named:
+        return list(arguments), {}
+    if len(named["--preset"]) != 1:
+        raise ValueError("preset must be one name or file, such as --preset jpeg")
+    if "--resume" in named:
+        raise ValueError("resume takes every option from the run; leave out --preset")
+    (name,) = named["--preset"]
+    kept = [word for word in arguments if not word.startswith("--preset=")]
+    if "--preset" in kept:
+        place = kept.index("--preset")
+        del kept[place : place + 2]
+    return presets.expanded(kept, named, name)
 
 
 def _fresh(family: Family) -> Finetune[Any, Any, Any]:

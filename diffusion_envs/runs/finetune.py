@@ -20,6 +20,7 @@ from diffusion_envs.runs.exported import export
 from diffusion_envs.runs.further_samples import require_pretrained_sampler
 from diffusion_envs.runs.human_choices import leaving_images
 from diffusion_envs.runs.interruption import interruptible
+from diffusion_envs.runs.model_card import write_card
 from diffusion_envs.runs.monitoring import Evaluations, Logging
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.progress import ProgressBar
@@ -224,7 +225,7 @@ def finetune(
                 batch=size.batch,
                 progress=options.progress,
             )
-        return summarise(
+        run = summarise(
             folder,
             exported,
             before,
@@ -235,6 +236,9 @@ def finetune(
             write=main,
             frontier=frontier,
         )
+        if main:
+            write_card(folder)
+        return run
 
 
 def refuse_misplaced(arguments: Mapping[str, Any], model: type, how: str) -> None:

@@ -46,6 +46,8 @@ def _frontier(
     up: str,
     finished: bool,
 ) -> Any:
+    from matplotlib.ticker import EngFormatter
+
     figure, axes = _axes("KL from the pretrained model (nats)", up, size=(6.4, 3.9))
     known = [point for point in curve if point["known"]]
     unknown = curve[max(0, len(known) - 1) :]  # from the last known one on
@@ -62,6 +64,8 @@ def _frontier(
         axes.errorbar(*end, color=colour, marker="D", markersize=6, capsize=3, label="exported")
     if nats and max(nats) > _FAR * max((point["kl"]["mean"] for point in known), default=0.0):
         axes.set_xscale("function", functions=(_root, _square))  # the known part stays visible
+        axes.set_xticks([float(f"{max(nats) * (k / 4) ** 2:.1g}") for k in range(5)])
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
     # the band of the unknown part may reach far beyond everything else
     ends = [point["reward"][end] for point in known for end in ("low", "high")]

@@ -47,8 +47,8 @@ h2 { font-size: 1.25rem; margin: 2.8rem 0 .8rem; } p { max-width: 46rem; }
 .verdict { font-size: 1.12rem; border-left: .25rem solid var(--line); padding-left: 1rem;
   margin-top: 1.5rem; } summary { cursor: pointer; margin-top: 1rem; }
 .cards { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 16.5rem), 1fr)); }
-.pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 16.5rem), 1fr)); }
+.pair { grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
 figure { padding: .8rem; } figure img { display: block; width: 100%; height: auto;
   border-radius: .35rem; background: #fff; } figcaption { margin-top: .5rem; }
 .pairs { display: grid; gap: 1rem;
@@ -429,7 +429,7 @@ def _progress(
         figures = [
             _progress_of(name, metrics, held_out, where, across)
             for name in _PROGRESS
-            if sum(line.get(name) is not None for line in metrics) > 1
+            if sum(line.get(name) is not None for line in [*metrics, *held_out]) > 1
         ]
         panels[across] = f'<div class="cards pair">{"".join(figures)}</div>'
     return (
@@ -469,9 +469,9 @@ def _progress_of(
         ]
         for source in (metrics, held_out)
     )
-    first, last = (number(line[k][1]) for k in (0, -1))
-    label = _label(name)
-    alt = f"{label} of the training samples against {across}: from {first} to {last}"
+    first, last = (number((line or dots)[k][1]) for k in (0, -1))
+    label, of = _label(name), "the training samples" if line else "held-out seeds"
+    alt = f"{label} of {of} against {across}: from {first} to {last}"
     drawn = charts.chart(line, across, alt, dots=dots, size=charts.LARGE)
     return figure(drawn, label)
 

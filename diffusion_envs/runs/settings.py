@@ -20,7 +20,7 @@ import torch
 
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.prompt import Prompt
-from diffusion_envs.rewards.contract import name_of_loaded
+from diffusion_envs.rewards.contract import load, name_of_loaded
 
 _KINDS = ("class", "function", "loaded", "instance")
 _ANY_TIME = (  # no number of an update depends on them
@@ -74,6 +74,13 @@ def describe(value: Any) -> Any:
         return {str(k): describe(v) for k, v in value.items()}
     if isinstance(value, Sequence):
         return [describe(v) for v in value]
+    if (spec := name_of_loaded(value)) is not None and _in_file(spec):
+        path, _, attribute = spec.rpartition(":")
+        return {
+            "loaded": f"{Path(path).name}:{attribute}",
+            "name": attribute,
+            "folder": str(Path(path).parent),
+        }
     named = getattr(value, "__qualname__", None) is not None
     kind = value if named else type(value)
     reference: dict[str, Any] = {"name": getattr(value, "label", kind.__qualname__)}
@@ -81,7 +88,7 @@ def describe(value: Any) -> Any:
         reference["folder"] = folder
     if named:
         return {"function": f"{kind.__module__}:{kind.__qualname__}", **reference}
-    if (spec := name_of_loaded(value)) is not None:
+    if spec is not None:
         return {"loaded": spec, **reference}
     if dataclasses.is_dataclass(value) and not isinstance(value, Model):  # a loaded one is no name
         fields = {
@@ -122,6 +129,11 @@ def rebuild(described: Any, setting: str = "") -> Any:
         script = " of a script" if name.startswith("__main__:") else ""
         what = "an object" if kind == "instance" else "a function or class"
         return Unnamed(setting, f"{what}{script} that no name leads to ({name})")
+    if kind == "loaded" and _in_file(name):
+        try:
+            return load(str(Path(described["folder"]) / name))
+        except ValueError as error:
+            return Unnamed(setting, f"{name}, which cannot be loaded any more ({error})")
     try:
         imported = _imported(name, described.get("folder"))
     except (ImportError, AttributeError) as error:
@@ -129,8 +141,6 @@ def rebuild(described: Any, setting: str = "") -> Any:
     if kind == "function":
         return imported
     if kind == "loaded":
-        from diffusion_envs.rewards.contract import load
-
         return load(name)
     fields = {
         f.name: rebuild(described[key], f"{setting}.{f.name}" if setting else f.name)
@@ -165,6 +175,8 @@ def differences(stored: Any, wanted: Any, setting: str = "") -> list[tuple[str, 
             return []
         if kinds == {"class"} and stored["class"] != wanted["class"]:
             return [(setting, stored["name"], wanted["name"])]
+        if kinds == {"class"}:  # runs of before lack what has been added since
+            stored = {k: v for k, v in _defaults(wanted).items() if k in wanted} | dict(stored)
         free = {"folder", *(_HOW_REACHED if stored.get("class") in _SERVERS else ())}
         return [
             differing
@@ -197,6 +209,19 @@ def _differing_prompts(
     return [] if sizes[0] == sizes[1] else [(f"number of {setting}", *sizes)]
 
 
+def _defaults(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What the fields of a described object are if nobody names them."""
+    try:
+        kind = _imported(described["class"], described.get("folder"))
+    except (ImportError, AttributeError):
+        return {}
+    return {
+        _key(f.name): describe(f.default)
+        for f in dataclasses.fields(kind)
+        if f.default is not dataclasses.MISSING
+    }
+
+
 def _key(field: str) -> str:
     """What a field of a dataclass is stored under: not what says which class it is."""
     return f"{field} (field)" if field in ("name", "folder", *_KINDS) else field
@@ -214,6 +239,11 @@ def _has_a_name(described: Mapping[str, Any]) -> bool:
     if kind is None or kind == "instance":
         return False
     return not described[kind].startswith("__main__:") and "<" not in described[kind]
+
+
+def _in_file(spec: str) -> bool:
+    """Whether it names something in a file rather than in a module."""
+    return spec.rpartition(":")[0].endswith(".py")
 
 
 def _imported(name: str, folder: str | None) -> Any:

@@ -7,7 +7,27 @@ from diffusion_envs.runs.finetune import Run, refuse_misplaced
 from diffusion_envs.runs.finetune import finetune as _finetune
 from diffusion_envs.sd15.stable_diffusion import StableDiffusion
 
-__all__ = ["Run", "StableDiffusion", "finetune"]
+__all__ = ["Run", "StableDiffusion", "finetune", "preset"]
+
+
+def preset(name: str | Path, *options: str) -> dict[str, Any]:
+    """Arguments of ``finetune`` but ``output``, from a preset (``runs.presets``).
+
+    ``sd15.finetune(output="runs/jpeg", **sd15.preset("jpeg", "--updates", "20"))``
+
+    Args:
+        name: of one that ships, or the path of one's own.
+        options: of the command line, which win over it.
+
+    Raises:
+        FileNotFoundError: there is no such preset, or no such model of a reward.
+        ValueError: an option is unknown or out of range.
+    """
+    from diffusion_envs.runs.command_line import Family, read  # tyro takes a while to import
+
+    family = Family("sd15.preset", StableDiffusion)
+    made = read(family, ["--preset", str(name), *options, "--output", "runs"]).arguments()
+    return {argument: value for argument, value in made.items() if argument != "output"}
 
 
 def finetune(model: str | Path | StableDiffusion = "tiny", **arguments: Any) -> Run:

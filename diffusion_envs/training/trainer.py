@@ -109,7 +109,7 @@ class Trainer:
         weight = None if self.target_kl is None else kl_controller.kl_weight(self.objective)
         return {
             "adapter": [p.detach() for p in self.parameters],
-            "old": self.old,
+            "old": self.old if self._lags else [],  # otherwise it is the adapter
             "mean": self.mean,
             "optimiser": self.optimiser.state_dict(),
             "critic": None if self.critic is None else self.critic.state(),
@@ -131,7 +131,7 @@ class Trainer:
         if (stored := [list(t.shape) for t in state["adapter"]]) != shapes:
             raise ValueError(f"the checkpoint's adapter has shapes {stored}, this model's {shapes}")
         self._set(self.parameters, state["adapter"])
-        self._set(self.old, state["old"])
+        self._set(self.old, state["old"] or state["adapter"])
         self._set(self.mean, state.get("mean", []))  # checkpoints of before have none
         self.optimiser.load_state_dict(state["optimiser"])
         if self.critic is not None:

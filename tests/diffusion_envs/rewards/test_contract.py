@@ -214,7 +214,7 @@ def test_a_function_and_a_class_are_loaded_by_name(my_rewards):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("brightness", "must be given as my_module:my_function, got 'brightness'"),
+        ("brightness", "must be given as my_module:my_function or .* got 'brightness'"),
         (":brightness", "must be given as my_module:my_function"),
         ("my_rewards_here:", "must be given as my_module:my_function"),
         ("my_reward_here:brightness", "cannot import.*did you mean 'my_rewards_here'"),
@@ -232,6 +232,25 @@ def test_a_function_and_a_class_are_loaded_by_name(my_rewards):
 def test_a_wrong_name_says_what_is_wrong(my_rewards, spec, message):
     with pytest.raises(ValueError, match=message):
         rewards.load(spec)
+
+
+def test_a_function_in_a_file_is_loaded_by_its_path_whatever_the_file_is_called(tmp_path):
+    (tmp_path / "helper_of_mine.py").write_text("SCALE = 3.0")
+    own = tmp_path / "random.py"  # as a module of Python
+    own.write_text(
+        "from helper_of_mine import SCALE\n"
+        "def scaled(images, prompts):\n    return SCALE * images.mean((1, 2, 3))\n"
+    )
+    loaded = rewards.load(f"{own}:scaled")
+    torch.testing.assert_close(score(loaded, IMAGES, PROMPTS), 3.0 * IMAGES.mean((1, 2, 3)))
+    assert rewards.load(f"{own}:scaled") is loaded
+    own.write_text("def scaled(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    again = score(rewards.load(f"{own}:scaled"), IMAGES, PROMPTS)
+    torch.testing.assert_close(again, IMAGES.mean((1, 2, 3)))
+    with pytest.raises(ValueError, match=r"FileNotFoundError: there is no file .*/nowhere\.py"):
+        rewards.load(f"{tmp_path}/nowhere.py:scaled")
+    with pytest.raises(ValueError, match="has no 'scale'; did you mean 'scaled'"):
+        rewards.load(f"{own}:scale")
 
 
 def test_importing_rewards_loads_no_heavy_library():

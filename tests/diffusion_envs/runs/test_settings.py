@@ -142,6 +142,27 @@ def test_a_reward_by_name_comes_back_by_its_name_from_another_directory(
     assert "cannot be imported any more" in lost.why
 
 
+def test_a_reward_in_a_file_comes_back_from_its_absolute_path(tmp_path, monkeypatch):
+    (tmp_path / "of-mine.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    kept = [stored(rewards.load(f"of-mine.py:{name}")) for name in ("plain", "Mine")]
+    kept.append(stored(rewards.Weighted({"a": (rewards.load("./of-mine.py:plain"), 2.0)})))
+    monkeypatch.chdir("/")
+    for each in kept:
+        again = rebuild(each)
+        assert stored(again) == each
+        assert differences(each, stored(again)) == []
+    assert kept[0]["folder"] == str(tmp_path)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "of-mine.py").rename(tmp_path / "moved" / "of-mine.py")
+    lost = rebuild(kept[0], "reward")
+    assert isinstance(lost, Unnamed)
+    assert "cannot be loaded any more" in lost.why
+    moved = rewards.load(f"{tmp_path}/moved/of-mine.py:plain")
+    assert differences(kept[0], stored(moved)) == []
+    assert differences(kept[0], stored(rewards.load(f"{tmp_path}/moved/of-mine.py:made")))
+
+
 def test_differences_are_named_to_the_field():
     model = StableDiffusion(guidance=3.0, device="cuda")
     run = stored({"model": model, "options": OPTIONS, "updates": 3, "seed": 0})
@@ -151,6 +172,13 @@ def test_differences_are_named_to_the_field():
         ("model.guidance", 3.0, 1.5),
         ("options.picture_every", 10, 2),
     ]
+
+
+def test_fields_that_were_added_since_had_their_default():
+    now = stored(UpdateSize(samples=4))
+    then = {name: value for name, value in now.items() if name not in ("warm_up", "schedule")}
+    assert differences(then, now) == []
+    assert differences(then, stored(UpdateSize(samples=4, warm_up=3))) == [("warm_up", 0, 3)]
 
 
 def test_a_reward_of_another_class_differs_but_one_without_a_name_is_let_through():

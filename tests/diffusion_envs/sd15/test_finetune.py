@@ -255,7 +255,7 @@ def test_preflight_refuses_an_adapter_that_is_not_fresh(tmp_path, monkeypatch):
         ({"evaluation_samples": 1}, "evaluation_samples"),
         ({"precision": "float8"}, "precision"),
         ({"precision": "float16"}, "float16"),
-        ({"resolution": 21}, "resolution"),
+        ({"resolution": 18}, "resolution"),
         ({"model": ""}, "model"),
         ({"judges": {"same": rewards.Colour("red")}}, "judge"),
         ({"size": UpdateSize(samples=4, train_steps=9)}, "train_steps"),

@@ -1,0 +1,217 @@
+"""A model card beside an export: what it is, what it was trained for, how to load it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusion_envs.models.adapters import LORA_FILE
+from diffusion_envs.models.exports import KOHYA_FILE, PIPELINE
+from diffusion_envs.models.folders import SHIPPED
+from diffusion_envs.models.guidance_schedule import GUIDANCE_FILE
+from diffusion_envs.runs.settings import rebuild
+
+CARD = "README.md"  # the name that the hub shows
+
+_PROMPTS = 5  # that are listed
+_SETTINGS = ("sampler", "steps", "updates", "objective", "optimiser", "size", "seed")
+_MODEL_ONLY = ("device", "model")  # on this machine alone, or said elsewhere
+
+
+def write_card(folder: Path) -> Path:
+    """Write the card of a finished run, from its settings, summary and log.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        The file.
+    """
+    path = folder / CARD
+    path.write_text(card(folder), encoding="utf-8")
+    return path
+
+
+def card(folder: Path) -> str:
+    """The text of a finished run's card, with the header that the hub reads."""
+    from huggingface_hub import ModelCardData
+
+    config = json.loads((folder / "config.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    settings = config["settings"]
+    model = settings["model"]
+    base, on_hub = base_model(model)
+    whole, adapter = (folder / PIPELINE).is_dir(), (folder / LORA_FILE).is_file()
+    header = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image" if "guidance" in model else "unconditional-image-generation",
+        tags=["diffusers", "reinforcement-learning", *(["lora"] if adapter else [])],
+    )
+    prompts = [rebuild(prompt) for prompt in settings["prompts"]]
+    more = len(prompts) - _PROMPTS
+    listed = "\n".join(f"- {_plain(prompt)}" for prompt in prompts[:_PROMPTS])
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1]) if lines else {}
+    what = "A LoRA adapter" if adapter else "The guidance scale by noise level"
+    what = "The UNet" if whole else what
+    method = f"{settings['objective']['name']} with the reward {_reward(settings)}"
+    start = model.get("lora")
+    if start is not None:
+        named, _ = base_model({"model": start})
+        method += (
+            f". Training started from the LoRA `{named}`, which is contained in this adapter; what "
+            "is called pretrained below is the model with that LoRA"
+        )
+    return f"""---
+{header.to_yaml()}
+---
+
+# {_plain(folder.absolute().name)}
+
+{what} of `{base}`, fine-tuned by reinforcement learning: {method}.
+
+## What it reached
+
+On held-out seeds, before and after (mean and standard error):
+
+{_reached(summary)}
+
+## Prompts
+
+{len(prompts)} in training{f", the first {_PROMPTS} of them" if more > 0 else ""}:
+
+{listed}
+
+## How to load it
+
+{_loading(folder, base, model)}
+
+## Budget
+
+{_budget(summary, last, settings)}
+
+## Settings
+
+{_table(("setting", "value"), _settings(settings))}
+
+Versions: {", ".join(f"{name} {version}" for name, version in config["versions"].items())}.
+
+## Licence
+
+Not stated. That of `{base}` applies to what is derived from it.
+"""
+
+
+def base_model(model: Mapping[str, Any]) -> tuple[str, bool]:
+    """What a model was loaded from, without the place on this machine; whether it is a hub id."""
+    name = model.get("model") or model["name"]
+    named = name["path"] if isinstance(name, Mapping) else str(name)
+    if Path(named).is_absolute():
+        return Path(named).name, False
+    return named, named.count("/") == 1
+
+
+def _reward(settings: Mapping[str, Any]) -> str:
+    described = settings["reward"]
+    return f"`{described['name'] if isinstance(described, Mapping) else described}`"
+
+
+def _reached(summary: Mapping[str, Any]) -> str:
+    rows = [("reward", *_three(summary["reward"]))]
+    rows += [(f"judge {name}", *_three(value)) for name, value in summary["judges"].items()]
+    table = _table(("", "before", "after", "difference"), rows)
+    kl = summary.get("path_kl")
+    if kl is None:
+        return table
+    return f"{table}\n\nPath KL from the pretrained model: {_estimate(kl)} nats."
+
+
+def _three(compared: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(_estimate(compared[name]) for name in ("before", "after", "difference"))
+
+
+def _estimate(value: Mapping[str, float]) -> str:
+    return f"{value['mean']:.4g} ({value['standard_error']:.1g})"
+
+
+def _budget(
+    summary: Mapping[str, Any], last: Mapping[str, Any], settings: Mapping[str, Any]
+) -> str:
+    rows = [
+        ("updates (exported: of update)", f"{settings['updates']} ({summary['update']})"),
+        ("images an update", str(settings["size"]["samples"])),
+    ]
+    for name, words in (
+        ("reward_queries", "images judged"),
+        ("network_calls", "calls of the network, one an image"),
+        ("seconds", "seconds"),
+    ):
+        if name in last:
+            rows.append((words, f"{last[name]:,.0f}"))
+    return _table(("", ""), rows)
+
+
+def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = list[tuple[str, str]]()
+    model = {k: v for k, v in settings["model"].items() if k not in _MODEL_ONLY}
+    for name, value in [*model.items(), *((name, settings.get(name)) for name in _SETTINGS)]:
+        rows += _flat(name, value)
+    unsaid = ("name", "size.name")
+    return [
+        (name, value)
+        for name, value in rows
+        if name not in unsaid and not name.endswith(("class", ".folder"))
+    ]
+
+
+def _flat(name: str, value: Any) -> list[tuple[str, str]]:
+    """Settings by dotted names; of a place on this machine, its last part alone."""
+    if isinstance(value, Mapping):
+        if set(value) == {"path"}:
+            return [(name, Path(value["path"]).name)]
+        return [row for part, own in value.items() for row in _flat(f"{name}.{part}", own)]
+    if value is None:
+        return []
+    words = json.dumps(value) if isinstance(value, list) else str(value)
+    return [(name, Path(words).name if words.startswith("/") else words)]
+
+
+def _loading(folder: Path, base: str, model: Mapping[str, Any]) -> str:
+    guidance = model.get("guidance")
+    kind = "DDPMPipeline" if guidance is None else "DiffusionPipeline"
+    whole = (folder / PIPELINE).is_dir()
+    place = f'"{"FOLDER OR REPOSITORY" if whole else base}"'
+    code = [f"from diffusers import {kind}"]
+    if base in SHIPPED and not whole:
+        code.append("from diffusion_envs.models.folders import shipped_folder")
+        place = f'shipped_folder("{base}"), safety_checker=None'
+    code.append(f"pipe = {kind}.from_pretrained({place})")
+    words = list[str]()
+    if (folder / LORA_FILE).is_file():
+        name = f'weight_name="{LORA_FILE}"'
+        code.append(f'pipe.load_lora_weights("FOLDER OR REPOSITORY", {name})')
+    if (folder / KOHYA_FILE).is_file():
+        words.append(
+            f"`{KOHYA_FILE}` is the same adapter for AUTOMATIC1111, Forge, ComfyUI, SD.Next and "
+            "InvokeAI: put it into their folder of LoRAs, and use it at weight 1."
+        )
+    asked = "" if guidance is None else f"prompt, guidance_scale={guidance}"
+    code.append(f"image = pipe({asked}).images[0]")
+    if (folder / GUIDANCE_FILE).is_file():
+        words.append(
+            f"The guidance scale was trained too: `{GUIDANCE_FILE}` has it by timestep, and a "
+            "callback of the pipeline sets it (docs/run_folder.md of the library has the lines)."
+        )
+    joined = "\n".join(code)
+    return "\n\n".join([f"```python\n{joined}\n```", *words])
+
+
+def _table(heads: tuple[str, ...], rows: list[Any]) -> str:
+    lines = [heads, tuple("---" for _ in heads), *rows]
+    return "\n".join(f"| {' | '.join(_plain(cell) for cell in line)} |" for line in lines)
+
+
+def _plain(words: str) -> str:
+    """On one line, without what Markdown's tables and lists would take for their own."""
+    return " ".join(words.split()).replace("|", "\\|").replace("<", "&lt;")
