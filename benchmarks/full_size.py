@@ -136,7 +136,8 @@ def millions(folder: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     for path in sorted(folder.glob("*/*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]
+            names = file.keys()
+            sizes = [math.prod(file.get_slice(name).get_shape()) for name in names]
         counts[path.parent.name] = counts.get(path.parent.name, 0) + sum(sizes)
     return {name: round(count / 1e6) for name, count in counts.items()}
 
