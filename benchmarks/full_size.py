@@ -153,6 +153,7 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=list(BUILDERS), default="sd15")
     parser.add_argument("--samples", type=int, help="of the update (default: 2, on a GPU 8)")
+    parser.add_argument("--precision", default="bfloat16", help="of the network")
     parser.add_argument("--guidance", type=float, default=3.0, help="1 is none (default: 3)")
     parser.add_argument("--steps", type=int, default=2, help="of the sampler (default: 2)")
     options = parser.parse_args()
@@ -169,7 +170,7 @@ def main() -> None:
             sd15.StableDiffusion(
                 folder / "model",
                 guidance=options.guidance,
-                precision="bfloat16",
+                precision=options.precision,
                 resolution=side,
                 gradient_checkpointing=True,
             ),
@@ -192,6 +193,7 @@ def main() -> None:
                 "device": torch.cuda.get_device_name() if gpu else "cpu",
                 "threads": torch.get_num_threads(),
                 "resolution": side,
+                "precision": options.precision,
                 "guidance": options.guidance,
                 "samples": samples,
                 "steps": options.steps,
