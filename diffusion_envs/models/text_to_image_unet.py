@@ -26,6 +26,7 @@ from diffusion_envs.denoising import (
     tweedie_mean,
 )
 from diffusion_envs.models import adapters
+from diffusion_envs.models.execution import Execution
 from diffusion_envs.models.guidance_schedule import (
     GuidanceSchedule,
     require_guidance,
@@ -267,6 +268,10 @@ class TextToImageUNet:
         resolution: int | tuple[int, int] | None = None,
         batch: int = 64,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
+        channels_last: bool = False,
+        decode_slices: bool = False,
+        decode_tiles: bool = False,
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> "TextToImageUNet":
@@ -302,6 +307,11 @@ class TextToImageUNet:
             batch: most rows that one call of the network gets when no gradient is asked for, and
                 latents that are decoded at once.
             gradient_checkpointing: recompute activations: less memory, more time.
+            compile: compile the UNet with torch.compile: minutes at first, faster calls then.
+            channels_last: keep weights of convolutions with the channels last.
+            decode_slices: decode one picture at a time: less memory.
+            decode_tiles: decode pictures that are larger than the autoencoder's own in tiles: less
+                memory, other pictures.
             device: where the networks go.
             seed: of the adapter's initial weights.
 
@@ -324,6 +334,8 @@ class TextToImageUNet:
         )
         require_something_trains(not trainable.nothing, guidance_knots)
         trainable.require_start()
+        execution = Execution(compile, channels_last, decode_slices, decode_tiles)
+        execution.require_fit(reference)
         device = torch.device(device)
         dtype = adapters.precision_of(precision, device)
         files = text_to_image_pipeline.find(model, config=config, variant=variant)
@@ -332,6 +344,7 @@ class TextToImageUNet:
         table, predicts = levels_and_prediction(str(model), files.scheduler())
         pipe = files.load(dtype, device, network=torch.float32 if trains == "all" else dtype)
         unet = pipe.unet
+        execution.arrange(pipe)
         attached = trainable.attach(unet, seed=seed)
         parameters = [*attached.parameters]
 
@@ -367,6 +380,7 @@ class TextToImageUNet:
         )
         if gradient_checkpointing:
             score.recompute_activations()
+        execution.compiled(unet, attached.switch)
 
         def probe(network: nn.Module) -> Tensor:
             """Predictions of a network with this one's guidance, at two random states."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from diffusion_envs.models.adapters import require_precision
+from diffusion_envs.models.execution import Execution
 from diffusion_envs.models.folders import SHIPPED, from_anywhere
 from diffusion_envs.models.guidance_schedule import require_guidance, require_something_trains
 from diffusion_envs.models.latent_decoder import require_resolution
@@ -38,6 +39,11 @@ class StableDiffusion:
         precision: of the network: float32, bfloat16 or (CUDA only) float16.
         resolution: pixels a side, or height and width; the model's own if left out.
         gradient_checkpointing: recompute activations: less memory, more time.
+        compile: compile the UNet with torch.compile: minutes at first, faster calls then.
+        channels_last: keep weights of convolutions with the channels last.
+        decode_slices: decode one picture at a time: less memory.
+        decode_tiles: decode pictures larger than the autoencoder's own in tiles: less memory, other
+            pictures.
         device: cpu or cuda; what there is if left out.
     """
 
@@ -57,6 +63,10 @@ class StableDiffusion:
     precision: str = "float32"
     resolution: int | tuple[int, int] | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    decode_slices: bool = False
+    decode_tiles: bool = False
     device: str | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +76,7 @@ class StableDiffusion:
         if not isinstance(self.negative_prompt, str | None):
             raise TypeError(f"negative_prompt must be a string, got {self.negative_prompt!r}")
         require_something_trains(not self._trainable().nothing, self.guidance_knots)
+        Execution(compile=self.compile).require_fit(self.reference)
         if not isinstance(self.resolution, int | None):
             object.__setattr__(self, "resolution", tuple(self.resolution))  # lists of stored runs
         object.__setattr__(self, "model", from_anywhere(self.model, *SHIPPED))
@@ -125,6 +136,10 @@ class StableDiffusion:
             resolution=self.resolution,
             batch=batch,
             gradient_checkpointing=self.gradient_checkpointing,
+            compile=self.compile,
+            channels_last=self.channels_last,
+            decode_slices=self.decode_slices,
+            decode_tiles=self.decode_tiles,
             device=device,
             seed=seed,
         )
