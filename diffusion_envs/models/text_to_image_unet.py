@@ -27,14 +27,13 @@ from diffusion_envs.denoising import (
 )
 from diffusion_envs.models import adapters
 from diffusion_envs.models.execution import Execution
-from diffusion_envs.models.guidance_schedule import GuidanceSchedule, require_something_trains
-from diffusion_envs.models.latent_decoder import decode
-from diffusion_envs.models.noise_table import (
-    ends_without_signal,
-    say_what_is_set,
-    trained_levels,
-    what_is_set,
+from diffusion_envs.models.guidance_schedule import (
+    GuidanceSchedule,
+    require_guidance,
+    require_something_trains,
 )
+from diffusion_envs.models.latent_decoder import decode
+from diffusion_envs.models.noise_table import levels_and_prediction
 from diffusion_envs.models.protocol import joined
 from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.text_to_image_family import require_lengths
@@ -82,7 +81,7 @@ class GuidedScore:
     adapter: adapters.AdapterSwitch = field(default_factory=adapters.AdapterSwitch)
 
     def __post_init__(self) -> None:
-        check_guidance(self.guidance)
+        require_guidance(self.guidance)
         if self.prediction_type not in _TO_SCORE:
             raise ValueError(
                 f"prediction_type must be one of {sorted(_TO_SCORE)}, got {self.prediction_type!r}"
@@ -206,20 +205,6 @@ class GuidedScore:
         return self.adapter.off()
 
 
-def check_guidance(guidance: float) -> None:
-    """Refuse scales that diffusers does not use.
-
-    Raises:
-        ValueError: the scale is not finite, or below 1.
-    """
-    if not (math.isfinite(guidance) and guidance >= 1):
-        raise ValueError(
-            f"guidance must be a finite number of at least 1, got {guidance}; 1 is no guidance, "
-            "and below 1 diffusers uses none either, so that its images would be others than "
-            "those that were trained"
-        )
-
-
 def guidance_embedding(guidance: float, width: int) -> Float[Tensor, " width"]:
     """Sines and cosines of the scale, as networks distilled with guidance read it.
 
@@ -337,7 +322,7 @@ class TextToImageUNet:
         """
         from diffusion_envs.models import text_to_image_pipeline
 
-        check_guidance(guidance)
+        require_guidance(guidance)
         trainable = Trainable(
             rank=lora_rank,
             alpha=lora_alpha,
@@ -356,19 +341,7 @@ class TextToImageUNet:
         files = text_to_image_pipeline.find(model, config=config, variant=variant)
         family, sides = files.family, files.latent_sides(resolution)
         event, picture = (files.latent_channels, *sides), files.picture(sides)
-        scheduler = files.scheduler()
-        table, predicts = (
-            trained_levels(scheduler),
-            scheduler.config.get("prediction_type", "epsilon"),
-        )
-        if ends_without_signal(table) and predicts == "epsilon":
-            raise ValueError(
-                f"model {model} has noise levels that end without signal (rescale_betas_zero_snr) "
-                "and predicts epsilon, which says nothing of the data there; it must predict v or "
-                "the sample, or have rescale_betas_zero_snr false in scheduler_config.json"
-            )
-        if (settings := what_is_set(scheduler)) is not None:
-            say_what_is_set(str(model), settings)
+        table, predicts = levels_and_prediction(str(model), files.scheduler())
         pipe = files.load(dtype, device, network=torch.float32 if trains == "all" else dtype)
         unet = pipe.unet
         execution.arrange(pipe)

@@ -1,6 +1,5 @@
 """Which Stable Diffusion model, and how it is used: all that its weights do not say."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ import torch
 from diffusion_envs.models.adapters import require_precision
 from diffusion_envs.models.execution import Execution
 from diffusion_envs.models.folders import SHIPPED, from_anywhere
-from diffusion_envs.models.guidance_schedule import require_something_trains
+from diffusion_envs.models.guidance_schedule import require_guidance, require_something_trains
+from diffusion_envs.models.latent_decoder import require_resolution
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.models.trainable import Reference, Trainable, Weights
 
@@ -71,10 +71,14 @@ class StableDiffusion:
 
     def __post_init__(self) -> None:
         require_precision(self.precision)
-        if not (self.guidance >= 0 and math.isfinite(self.guidance)):
-            raise ValueError(f"guidance must be a finite number of at least 0, got {self.guidance}")
+        require_guidance(self.guidance)
+        require_resolution(self.resolution)
+        if not isinstance(self.negative_prompt, str | None):
+            raise TypeError(f"negative_prompt must be a string, got {self.negative_prompt!r}")
         require_something_trains(not self._trainable().nothing, self.guidance_knots)
         Execution(compile=self.compile).require_fit(self.reference)
+        if not isinstance(self.resolution, int | None):
+            object.__setattr__(self, "resolution", tuple(self.resolution))  # lists of stored runs
         object.__setattr__(self, "model", from_anywhere(self.model, *SHIPPED))
         if self.config is not None:
             object.__setattr__(self, "config", from_anywhere(self.config))
