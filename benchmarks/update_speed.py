@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.full_size import build
+from benchmarks.full_size import build_sd15
 from benchmarks.gpu.plain_ddpo import PlainDDPO
 from benchmarks.update import record
 from diffusion_envs import objectives, rewards, samplers
@@ -337,7 +337,7 @@ def main() -> None:
         if options.network:
             setting = Setting(batch=64, guidance=1.0)
         if options.model == "full":
-            build(Path(temporary) / "model")
+            build_sd15(Path(temporary) / "model")
             setting, names = (
                 Setting(Path(temporary) / "model", 2, 2, 2, guidance=1.0, resolution=128),
                 ["DDPO"],
