@@ -28,9 +28,11 @@ WIDTH = 1.96  # standard errors either side of a mean: a 95 % interval
 LARGE, SMALL = (460.0, 260.0), (300.0, 180.0)  # pixels, where the page is as wide
 _MOST = 200  # points that are drawn one by one
 _BINS = 100
+_MOST_DOTS = 40  # that are drawn beside a line
 _DOTS = 60  # points from which on a line needs no dots
-_LETTER = 7.0  # pixels, about
+_LETTER = 8.0  # pixels, of the widest digits
 _TOP, _RIGHT, _BOTTOM = 10.0, 14.0, 38.0
+_MARGIN = 0.04  # of the values, above and below
 _PREFIXES = ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from, unit
 
 Point = tuple[int | float, Mapping[str, Any]]  # where, and the estimate there
@@ -69,6 +71,11 @@ def binned(points: Sequence[Point]) -> list[_Drawn]:
     return drawn
 
 
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    """At most some 40 of them, the last among them."""
+    return list(points)[:: -max(1, -(-len(points) // _MOST_DOTS))][::-1]
+
+
 def explained(points: Sequence[Point]) -> str:
     """What line and band are, for a caption."""
     if len(points) <= _MOST:
@@ -94,17 +101,20 @@ def chart(
         size: pixels, where the page is as wide.
     """
     drawn = binned(line)
-    others = binned(dots) if len(dots) <= _MOST else []
+    others = binned(_thinned(dots))
     every = [*drawn, *others]
     whole = all(p.x == round(p.x) for p in every)
-    xs = _ticks(min(p.x for p in every), max(p.x for p in every), 5, least=1.0 if whole else 0.0)
-    ys = _ticks(min(p.low for p in every), max(p.high for p in every), 5)
+    across_from, across_to = (end(p.x for p in every) for end in (min, max))
+    *x_ends, xs = _axis(across_from, across_to, least=1.0 if whole else 0.0)
+    lowest, highest = min(p.low for p in every), max(p.high for p in every)
+    margin = _MARGIN * (highest - lowest)
+    *y_ends, ys = _axis(lowest - margin, highest + margin)
     labels, places = _labels(ys), _labels(xs)
     width, height = size
     left = 10 + _LETTER * max(map(len, labels))
     right = width - max(_RIGHT, _LETTER * len(places[-1]) / 2)
-    at_x = _scale(xs[0], xs[-1], left, right)
-    at_y = _scale(ys[0], ys[-1], height - _BOTTOM, _TOP)
+    at_x = _scale(*x_ends, left, right)
+    at_y = _scale(*y_ends, height - _BOTTOM, _TOP)
     parts = [
         f'<line class="rule" x1="{left:.0f}" x2="{right:.0f}" y1="{at_y(y):.1f}" '
         f'y2="{at_y(y):.1f}"/><text x="{left - 6:.0f}" y="{at_y(y) + 4:.1f}" text-anchor="end">'
@@ -176,16 +186,19 @@ def _scale(first: float, last: float, start: float, end: float) -> Callable[[flo
     return lambda value: start + (end - start) * (value - first) / (last - first)
 
 
-def _ticks(low: float, high: float, wanted: int, least: float = 0.0) -> list[float]:
-    """Round numbers from at most ``low`` to at least ``high``, at least so far apart."""
+def _axis(low: float, high: float, least: float = 0.0) -> tuple[float, float, list[float]]:
+    """Its ends, and round numbers between them, at least so far apart."""
     if not high > low:
-        margin = abs(low) * 0.1
-        low, high = (low - margin, high + margin) if margin else (0.0, 1.0)
-    raw = (high - low) / wanted
+        margin = abs(low) * 0.1 or 1.0
+        low, high = (low - margin, high + margin) if low else (0.0, 1.0)
+    raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = max(least, next((m * power for m in (1, 2, 5) if m * power >= raw), 10 * power))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [k * step for k in range(first, max(last, first + 1) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    if last <= first:  # least is large
+        first, last = math.floor(low / step), math.ceil(high / step)
+        low, high = first * step, last * step
+    return low, high, [k * step for k in range(first, last + 1)]
 
 
 def _labels(ticks: Sequence[float]) -> list[str]:

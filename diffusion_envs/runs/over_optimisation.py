@@ -384,8 +384,8 @@ def _opening(seen: _Findings, since: int | None, now: Mapping[str, Any]) -> str:
 
 def _nothing_fell(seen: _Findings, now: Mapping[str, Any], reward: str, unjudged: bool) -> str:
     changes = {_name(key): _read(now, key) for key in now if key.startswith(_WATCHED)}
-    held = [f"{name} ({changes[name]})" for name in changes if name in seen.held]
-    unclear = [f"{name} ({changes[name]})" for name in changes if name not in seen.held]
+    held = [f"{_said(name)} ({changes[name]})" for name in changes if name in seen.held]
+    unclear = [f"{_said(name)} ({changes[name]})" for name in changes if name not in seen.held]
     judged = any(name.startswith("judge ") for name in seen.held)
     parts = []
     if held:
@@ -415,7 +415,7 @@ def _distances(seen: _Findings, now: Mapping[str, Any]) -> list[str]:
         judged = any(name.startswith("judge ") for name in seen.held)
         advice = "" if judged or seen.falls else " Look at the pictures before you use the model."
         sentences.append(
-            f"The path KL from the pretrained model is {now['path_kl']['mean']:.3g} nats, beyond "
+            f"The path KL from the pretrained model is {_nats(now['path_kl']['mean'])}, beyond "
             f"what choosing the best of a million pretrained pictures would cost ({FAR:g}).{advice}"
         )
     if "pictures" in seen.falls or far:
@@ -434,8 +434,17 @@ def _distances(seen: _Findings, now: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
+def _nats(value: float) -> str:
+    return f"{value:.3g} nats" if value < 1000 else f"{value:,.0f} nats"
+
+
+def _said(name: str) -> str:
+    """A judge that is called judge is the judge."""
+    return "the judge" if name == "judge judge" else name
+
+
 def _fell(name: str, how: str) -> str:
-    return f"the pictures have {how}" if name == "pictures" else f"{name} fell ({how})"
+    return f"the pictures have {how}" if name == "pictures" else f"{_said(name)} fell ({how})"
 
 
 def _size(key: str, fall: _Change, unit: _Change) -> str:

@@ -134,7 +134,7 @@ def write_report(folder: str | Path) -> Path:
         f"<body>{''.join(parts)}</body></html>\n"
     )
     partial = folder / "report.html.partial"
-    partial.write_text(page, encoding="utf-8")
+    partial.write_text(page, encoding="utf-8", errors="replace")
     return partial.replace(folder / "report.html")
 
 
@@ -654,7 +654,7 @@ def _transfer(rows: Sequence[Mapping[str, Any]] | None) -> str:
         ),
         "paired gain, with 95 % intervals",
     )
-    return f'{title}<div class="cards">{levels}{gains}</div>{table(heads, cells)}'
+    return f'{title}<div class="cards pair">{levels}{gains}</div>{table(heads, cells)}'
 
 
 def _settings(config: Mapping[str, Any]) -> str:

@@ -56,7 +56,8 @@ def write_lines(path: Path, lines: Iterable[Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(exist_ok=True)
     words = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-    partial.write_text("".join(words), encoding="utf-8")
+    # JSON's own escape for half a pair of surrogates, which UTF-8 has not
+    partial.write_text("".join(words), encoding="utf-8", errors="backslashreplace")
     partial.replace(path)
 
 

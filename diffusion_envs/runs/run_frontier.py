@@ -350,7 +350,7 @@ def _needed(prompts: int, held_out: int, each: float) -> str:
     """How many samples would do, in words."""
     more = each * prompts - held_out
     if more > _MOST:
-        return f"some {each:.0e} samples of each prompt would be needed, too many to draw"
+        return "it would take more of them than can be drawn"
     rounding = 10 ** max(0, math.floor(math.log10(max(more, 1.0))) - 1)
     count = math.ceil(more / rounding) * rounding
     return (

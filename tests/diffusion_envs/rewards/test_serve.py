@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusion_envs import rewards
+from diffusion_envs.prompt import Prompt, metadata_of
 from diffusion_envs.rewards import Remote, RewardError, score, serve
 from diffusion_envs.rewards.declaration import Declaration
 from diffusion_envs.rewards.picture_formats import encode
@@ -74,6 +75,23 @@ def test_behind_a_server_a_reward_scores_bit_for_bit_what_it_scores_here(reward,
         assert torch.equal(
             score(Remote(server.url), images, PROMPTS), score(reward, rounded, PROMPTS)
         )
+
+
+def test_columns_of_prompts_reach_a_reward_behind_a_server(generator):
+    prompts = [Prompt("a sign", {"weight": 0.5, "words": ["STOP", "é"]}), Prompt("a cat")]
+    seen: list[Sequence[str]] = []
+
+    def weighted(images: Tensor, prompts: Sequence[str]) -> list[float]:
+        seen.append(prompts)
+        return [metadata_of(prompt).get("weight", 2.0) for prompt in prompts]
+
+    images = torch.rand(2, 3, 4, 4, generator=generator)
+    with serving(weighted) as server:
+        assert score(Remote(server.url), images, prompts).tolist() == [0.5, 2.0]
+        status, answer = post(server, request(images, metadata=[{}]))
+    assert [metadata_of(prompt) for prompt in seen[0]] == [p.metadata for p in prompts]
+    assert status == 400
+    assert answer == {"error": "metadata must be a list of objects, one for each prompt"}
 
 
 class Declared(rewards.Colour):

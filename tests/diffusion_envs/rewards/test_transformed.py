@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_envs import rewards
+from diffusion_envs.prompt import Prompt
 from diffusion_envs.rewards import Cached, Colour, JpegCompressibility, Limited, Threshold
 
 RED, JPEG = Colour("red"), JpegCompressibility()
@@ -195,3 +196,13 @@ def test_what_the_reward_counts_is_passed_on(wrap: Any, images):
     wrapped(images, PROMPTS)
     assert wrapped.counts["prompts_cut"] == 5
     assert isinstance(wrap(RED), rewards.Counting)
+
+
+def test_a_score_is_remembered_for_a_prompt_with_its_columns():
+    def weight(images, prompts):
+        return [prompt.metadata["weight"] for prompt in prompts]
+
+    cached, image = rewards.Cached(weight), torch.rand(1, 3, 4, 4)
+    for told in (1.0, 2.0, 1.0):
+        assert cached(image, [Prompt("a", {"weight": told})]).tolist() == [told]
+    assert cached.counts == {"cache_hits": 1, "cache_misses": 2}

@@ -364,7 +364,10 @@ def test_before_and_after_stand_side_by_side_with_their_prompt_as_text(page):
 def test_sheets_of_an_earlier_version_are_shown_whole(tmp_path):
     folder = make_run(tmp_path / "run")
     for path in (folder / "samples").iterdir():
-        Image.open(path).save(path)  # without its text
+        with Image.open(path) as sheet:
+            sheet.load()
+            sheet.info.clear()
+            sheet.save(path)  # without its text
     shown = [i["src"] for i in read(folder).all("img") if i["src"].startswith("data:image/png")]
     for source, step in zip(shown, ("000000", "000005"), strict=True):
         data = base64.b64decode(source.removeprefix("data:image/png;base64,"))
@@ -526,11 +529,19 @@ def test_a_curve_of_any_length_has_a_readable_number_of_points(n):
     ("low", "high"), [(0, 1), (-3.7e-9, 2e-9), (1e6, 1.2e7), (5, 5), (0, 0), (-1234.5, -1200)]
 )
 def test_an_axis_covers_its_values_with_few_different_labels(low, high):
-    ticks = charts._ticks(float(low), float(high), 5)
-    assert ticks[0] <= low
-    assert ticks[-1] >= high
+    first, last, ticks = charts._axis(float(low), float(high))
+    assert first <= low <= high <= last
+    assert first - 1e-9 * abs(first) <= ticks[0] < ticks[-1] <= last + 1e-9 * abs(last)
     assert 2 <= len(ticks) <= 8
     assert len(set(charts._labels(ticks))) == len(ticks)
+
+
+def test_of_many_dots_some_are_drawn_and_the_last_is_among_them():
+    points = [(k, estimate(1.0 * k, 0.01)) for k in range(1001)]
+    svg = ElementTree.fromstring(charts.chart(points[:2], "updates", "words", dots=points))
+    dots = [e for e in svg.iter() if e.get("class") == "other"]
+    assert 20 <= len(dots) <= 40
+    assert dots[-1].findtext("title").startswith("1,000: ")
 
 
 def test_no_label_of_a_curve_is_cut_off():

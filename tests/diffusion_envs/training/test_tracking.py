@@ -10,7 +10,7 @@ from PIL import Image
 
 from ctrl import Estimate
 from diffusion_envs.runs import caption_fonts
-from diffusion_envs.runs.contact_sheet import grid
+from diffusion_envs.runs.contact_sheet import grid, save, tiles
 from diffusion_envs.runs.tracking import Tracker, read_metrics, require_wandb
 
 
@@ -136,9 +136,43 @@ def test_tensorboard_reads_the_same_numbers(tmp_path):
     assert "value_loss" not in board.Tags()["scalars"]
 
 
+def test_tensorboard_has_the_pictures_too(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Tracker(tmp_path) as tracker:
+        for update in (0, 10):
+            tracker.pictures(update, torch.zeros(2, 3, 8, 8), ["a cat", "кот"])
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    shown = board.Images("samples")
+    assert [event.step for event in shown] == [0, 10]
+    with Image.open(tmp_path / "samples" / "step-000010.png") as sheet:
+        assert (shown[1].width, shown[1].height) == sheet.size
+
+
+def test_rewards_by_prompt_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path):
+    told = {7: Estimate(0.5, 0.1, 4), 9999: Estimate(-1.0, math.inf, 1)}
+    for folder, parts in (("whole", ([1, 2, 3],)), ("resumed", ([1, 2, 3], [2, 3]))):
+        (tmp_path / folder).mkdir()
+        for part in parts:
+            with Tracker(tmp_path / folder, first_update=part[0] - 1) as tracker:
+                for update in part:
+                    tracker.by_prompt(update, told)
+    whole, resumed = (tmp_path / n / "training_by_prompt.jsonl" for n in ("whole", "resumed"))
+    assert whole.read_bytes() == resumed.read_bytes()
+    assert read_metrics(whole)[1] == {
+        "update": 2,
+        "prompt": [7, 9999],
+        "mean": [0.5, -1.0],
+        "standard_error": [0.1, None],
+        "n": [4, 1],
+    }
+
+
 def test_other_processes_write_nothing(tmp_path):
     with Tracker(tmp_path, enabled=False) as tracker:
         tracker.log(numbers(1))
+        tracker.by_prompt(1, {0: Estimate(0.5, 0.1, 4)})
         tracker.pictures(0, torch.zeros(1, 3, 8, 8), ["a cat"])
     assert not list(tmp_path.iterdir())
 
@@ -213,6 +247,23 @@ def test_a_resumed_run_is_the_same_run_of_weights_and_biases(tmp_path, service):
     with Tracker(tmp_path / "other", wandb=True):
         pass
     assert service.begun[2]["id"] != first["id"]
+
+
+def test_the_name_of_a_run_can_be_chosen_and_is_kept(tmp_path, service):
+    for name in ("first", None, "second", None):
+        with Tracker(tmp_path, wandb=True, wandb_name=name):
+            pass
+    assert [each["name"] for each in service.begun] == ["first", "first", "second", "second"]
+    assert len({each["id"] for each in service.begun}) == 1
+
+
+def test_of_thousands_of_prompts_weights_and_biases_gets_the_first(tmp_path, service):
+    prompts = [f"prompt {k}" for k in range(10_000)]
+    (tmp_path / "config.json").write_text(json.dumps({"settings": {"prompts": prompts}}))
+    with Tracker(tmp_path, wandb=True):
+        pass
+    settings = service.begun[0]["config"]["settings"]
+    assert settings == {"prompts": prompts[:20], "number of prompts": 10_000}
 
 
 def test_the_project_can_be_chosen_and_is_kept(tmp_path, service):
@@ -325,11 +376,13 @@ def ink(font, text):
 
 
 @pytest.mark.parametrize("text", SCRIPTS)
-def test_no_caption_draws_the_box_of_a_missing_glyph(text, fonts):
+def test_no_caption_draws_the_box_of_a_missing_glyph_and_each_is_kept(text, fonts, tmp_path):
     for part, font in caption_fonts.stretches(text):
         boxes = {ink(font, missing) for missing in ("\U0010ffff", "\U0010fffe")}
         assert not {ink(font, character) for character in part} & boxes, (part, font.getname())
-    grid(torch.ones(1, 3, 128, 128), [text])
+    path = tmp_path / "sheet.png"
+    save(grid(torch.ones(1, 3, 128, 128), [text]), path)
+    assert [tile.caption for tile in tiles(path)] == [text]
 
 
 def test_what_no_font_has_is_spelled_out(fonts):
