@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.full_size import build
 from benchmarks.gpu.plain_ddpo import PlainDDPO
