@@ -14,7 +14,7 @@ the machine is shared. The model is the embedded one, or Stable Diffusion 1.5's 
 
     python -m benchmarks.update_speed [--model tiny|full] [--network] [--to docs]
 
-``--network`` times the UNet alone instead: channels-last, bfloat16, ``torch.compile``, rows at once.
+``--network`` times the UNet alone instead: channels-last, bfloat16, ``torch.compile``, more rows.
 """
 
 import argparse
@@ -58,9 +58,9 @@ class Setting:
     """What is timed: the model and the sizes of an update."""
 
     model: str | Path = "tiny"
-    samples: int = 16
-    steps: int = 10
-    batch: int = 16
+    samples: int = 8
+    steps: int = 5
+    batch: int = 8
     guidance: float = 3.0
     resolution: int | None = None
 
@@ -72,9 +72,8 @@ class Setting:
             | changes,
         )
 
-    def trainer(self, objective: objectives.Objective) -> Trainer:
-        """Our loop, past its first update: the preflight belongs to that one only."""
-        model = self.load()
+    def trainer(self, model: TextToImageUNet, objective: objectives.Objective) -> Trainer:
+        """Our loop, as after its first update: the preflight belongs to that one only."""
         made = Trainer(
             Environment(
                 model=model,
@@ -88,12 +87,11 @@ class Setting:
             UpdateSize(samples=self.samples, batch=self.batch, value_epochs=1),
             accelerator=parallel.start("cpu"),
         )
-        made.step()
+        made.update = 1
         return made
 
-    def plain(self) -> PlainDDPO:
+    def plain(self, model: TextToImageUNet) -> PlainDDPO:
         """The rival."""
-        model = self.load()
         levels = len(model.table.alphas_cumprod)
         spaced = torch.linspace(levels - 1, levels / self.steps - 1, self.steps)
         return PlainDDPO(
@@ -151,6 +149,12 @@ def replayed(trainer: Trainer) -> tuple[Callable[[], None], dict[str, int]]:
     record(environment.model, environment.reward, environment, calls)
     trainer.step()
     taken = list(calls)
+    for part, name in (
+        (environment.model.pipe.unet, "forward"),
+        (environment.model.pipe.vae, "decode"),
+    ):
+        delattr(part, name)  # nothing is noted any more
+    environment.reward = REWARD
     counts: dict[str, int] = {}
     for name, _ in taken:
         counts[name] = counts.get(name, 0) + 1
@@ -158,24 +162,22 @@ def replayed(trainer: Trainer) -> tuple[Callable[[], None], dict[str, int]]:
     def alone() -> None:
         for _, again in taken:
             again()
-        calls.clear()
 
     return alone, counts
 
 
 def update_rows(setting: Setting, rounds: int, names: list[str]) -> Iterator[dict[str, Any]]:
     """One line a method, and the floor and the rival with the first."""
-    generator = torch.Generator().manual_seed(0)
+    generator, model = torch.Generator().manual_seed(0), setting.load()
     for name in names:
-        trainer = setting.trainer(OBJECTIVES[name]())
-        calls = trainer.environment.model.calls
-        trainer.step()
-        calls = trainer.environment.model.calls - calls
+        trainer = setting.trainer(model, OBJECTIVES[name]())
+        calls = model.calls
         alone, counts = replayed(trainer)
+        calls = model.calls - calls
         timed: dict[str, Callable[[], Any]] = {"ours": trainer.step, "calls": alone}
         if name == "DDPO":
-            timed["floor"] = PlainCalls(setting, setting.load()).update
-            timed["rival"] = partial(setting.plain().update, setting.samples, generator)
+            timed["floor"] = PlainCalls(setting, model).update
+            timed["rival"] = partial(setting.plain(model).update, setting.samples, generator)
         seconds = in_turns(timed, rounds)
         row: dict[str, Any] = {"method": name, "network_rows": calls, "calls": counts}
         row["seconds"] = {k: summary(v) for k, v in seconds.items()}
@@ -190,15 +192,19 @@ def update_rows(setting: Setting, rounds: int, names: list[str]) -> Iterator[dic
         yield row
 
 
-def network_rows(setting: Setting, rounds: int, compiled: bool) -> Iterator[dict[str, Any]]:
+WAYS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "channels_last": {"channels_last": True},
+    "bfloat16": {"precision": "bfloat16"},
+    "compile": {"compile": True},
+    "compile, channels_last": {"compile": True, "channels_last": True},
+}
+
+
+def network_rows(setting: Setting, rounds: int, names: list[str]) -> Iterator[dict[str, Any]]:
     """The UNet alone: ways to run it, and how many rows at once pay."""
-    plain = setting.load()
-    last, half = setting.load(), setting.load(precision="bfloat16")
-    last.pipe.unet.to(memory_format=torch.channels_last)
-    ways = {"float32": plain, "channels_last": last, "bfloat16": half}
-    if compiled:
-        ways["compile"] = setting.load()
-        ways["compile"].pipe.unet.compile()
+    ways = {name: setting.load(**WAYS[name]) for name in ["float32", *names]}
+    plain = ways["float32"]
     rows = setting.batch
     states = torch.randn(rows, *plain.event, generator=torch.Generator().manual_seed(0))
     times = torch.arange(rows) % 1000
@@ -317,7 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=["tiny", "full"], default="tiny")
     parser.add_argument("--network", action="store_true", help="the UNet alone")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS)[1:])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--to", type=Path, help="folder with speed.md (default: print only)")
     options = parser.parse_args()
@@ -331,7 +337,7 @@ def main() -> None:
                 ["DDPO"],
             )
         rows = (
-            network_rows(setting, options.rounds, not options.no_compile)
+            network_rows(setting, options.rounds, options.ways)
             if options.network
             else update_rows(setting, options.rounds, names)
         )

@@ -5,6 +5,7 @@ python -m diffusion_envs.cifar10 finetune --sampler dxmi-10 --objective dxmi --o
 python -m diffusion_envs.cifar10 finetune --model google/ddpm-cifar10-32 --output runs/published
 python -m diffusion_envs.cifar10 --resume runs/demo
 python -m diffusion_envs.cifar10 evaluate runs/demo --steps 10 25 50 100 --samplers ddim dpm++ heun
+python -m diffusion_envs.cifar10 export runs/demo --push USER/NAME
 python -m diffusion_envs.cifar10 pretrain --data ../shared/data/cifar10 --output runs/pretraining
 python -m diffusion_envs.cifar10 measure --data ../shared/data/cifar10 --output docs
 """
@@ -24,6 +25,7 @@ from diffusion_envs.cifar10.measure import measure
 from diffusion_envs.cifar10.pretrain import RECIPES, pretrain
 from diffusion_envs.models.adapters import PRECISIONS
 from diffusion_envs.runs.command_line import Family, main
+from diffusion_envs.runs.publishing import command
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ FAMILY = Family(
     Cifar10Model,
     defaults={"reward": REWARD, "prompts": PROMPTS},
     learning_rate=LEARNING_RATE,
-    commands={"pretrain": run_pretrain, "measure": run_measure},
+    commands={"pretrain": run_pretrain, "measure": run_measure, "export": command(PROGRAM)},
 )
 
 if __name__ == "__main__":

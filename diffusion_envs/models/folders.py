@@ -251,7 +251,7 @@ def kind_of_single_file(weights: Path) -> str:
         raise ValueError(f"model {weights} is no file of tensors: {error}") from error
     with torch.device("meta"):
         kind = infer_diffusers_model_type({n: torch.empty(s) for n, s in shapes.items()})
-    unet = any(name.startswith("model.diffusion_model.") for name in names)
+    unet = any(name.startswith("model.diffusion_model.input_blocks.") for name in names)
     if kind in _SINGLE_FILES and unet:
         return kind
     reasons = {
@@ -262,7 +262,7 @@ def kind_of_single_file(weights: Path) -> str:
         "xl_inpaint": "an inpainting model, which reads a mask and a masked picture",
     }
     # diffusers takes what it does not know for "v1"
-    what = reasons.get(kind, f"of the kind {kind!r}" if unet or kind != "v1" else "not known")
+    what = reasons.get(kind, "not known" if kind == "v1" else f"of the kind {kind!r}")
     raise ValueError(
         f"model {weights} is {what}, which is not supported; supported are single files of Stable "
         "Diffusion 1.x, 2.x and XL (base), with UNet, decoder and text encoders"

@@ -15,6 +15,7 @@ In diffusers Pipelines take one scale; a callback changes it from step to step (
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -36,6 +37,20 @@ def require_knots(knots: object) -> None:
         raise ValueError(
             f"guidance_knots must be 0 (the scale does not train) or an integer of at least 2 "
             f"(one for each end of the noise levels), got {knots!r}"
+        )
+
+
+def require_guidance(guidance: float) -> None:
+    """Refuse scales that diffusers does not use.
+
+    Raises:
+        ValueError: the scale is not finite, or below 1.
+    """
+    if not (math.isfinite(guidance) and guidance >= 1):
+        raise ValueError(
+            f"guidance must be a finite number of at least 1, got {guidance}; 1 is no guidance, "
+            "and below 1 diffusers uses none either, so that its images would be others than "
+            "those that were trained"
         )
 
 

@@ -42,3 +42,20 @@ def decoder_precision(config: Mapping[str, Any], precision: torch.dtype) -> torc
     """
     overflows = precision == torch.float16 and config.get("force_upcast", True)
     return torch.float32 if overflows else precision
+
+
+def require_resolution(resolution: object) -> None:
+    """Refuse what is no size of a picture, whatever the model.
+
+    Raises:
+        ValueError: it is neither a positive number of pixels a side, nor height and width.
+    """
+    if resolution is None:
+        return
+    sides = resolution if isinstance(resolution, tuple | list) else (resolution, resolution)
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if len(sides) != 2 or not whole or min(sides) < 1:
+        raise ValueError(
+            "resolution must be a positive number of pixels a side, or (height, width), got "
+            f"{resolution!r}"
+        )

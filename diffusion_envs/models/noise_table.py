@@ -45,9 +45,25 @@ def trained_levels(scheduler: Any) -> DDPMTable:
     )
 
 
-def ends_without_signal(table: DDPMTable) -> bool:
-    """Whether the last timestep is pure noise."""
-    return float(table.alphas_cumprod[-1]) <= NO_SIGNAL
+def levels_and_prediction(model: str, scheduler: Any) -> tuple[DDPMTable, str]:
+    """A model's noise levels, and what its network predicts in diffusers' words.
+
+    What our sampler does otherwise than the scheduler is said, once for each model.
+
+    Raises:
+        ValueError: there is no table, or the network cannot say what it must where no signal is
+            left.
+    """
+    table, predicts = trained_levels(scheduler), scheduler.config.get("prediction_type", "epsilon")
+    if float(table.alphas_cumprod[-1]) <= NO_SIGNAL and predicts == "epsilon":
+        raise ValueError(
+            f"model {model} has noise levels that end without signal (rescale_betas_zero_snr) and "
+            "predicts epsilon, which says nothing of the data there; it must predict v or the "
+            "sample, or have rescale_betas_zero_snr false in scheduler_config.json"
+        )
+    if (settings := what_is_set(scheduler)) is not None:
+        _say_what_is_set(model, settings)
+    return table, predicts
 
 
 def what_is_set(scheduler: Any) -> str | None:
@@ -70,13 +86,7 @@ def what_is_set(scheduler: Any) -> str | None:
 
 
 @functools.cache
-def say_what_is_set(model: str, settings: str) -> None:
-    """Say once of a model what our sampler does otherwise than its scheduler.
-
-    Args:
-        model: its name.
-        settings: of ``what_is_set``.
-    """
+def _say_what_is_set(model: str, settings: str) -> None:
     _log.warning(
         "so that every step has a density, samples of %s are drawn with %s; the pipeline's own "
         "scheduler can still be used with what is exported",

@@ -117,9 +117,13 @@ def require_lengths(pipe: Any, tokenizers: Sequence[Any], prompts: Sequence[str]
     Raises:
         ValueError: a prompt is too long; it is named.
     """
+    whole = [str(prompt) for prompt in prompts]
     for tokenizer in tokenizers:
-        limit = tokenizer.model_max_length
-        for prompt in prompts:
-            whole = pipe.maybe_convert_prompt(str(prompt), tokenizer)
-            if (length := len(tokenizer(whole).input_ids)) > limit:
-                raise ValueError(f"prompt {prompt!r} has {length} tokens; the model reads {limit}")
+        limit, texts = tokenizer.model_max_length, whole
+        if any(token.endswith("_1") for token in tokenizer.added_tokens_encoder):
+            texts = pipe.maybe_convert_prompt(texts, tokenizer)
+        for prompt, tokens in zip(whole, tokenizer(texts).input_ids, strict=True):
+            if len(tokens) > limit:
+                raise ValueError(
+                    f"prompt {prompt!r} has {len(tokens)} tokens; the model reads {limit}"
+                )

@@ -174,6 +174,7 @@ def find(
     else:
         without = {name: None for family, _ in _LOADERS for name in family.without}
         folder = folders.local_folder(model, DiffusionPipeline, SUPPORTED, without, variant)
+    folders.require_parts(folder, ())
     index = folders.read_settings(folder / "model_index.json")
     family = next(family for family, _ in _LOADERS if index["_class_name"] in family.classes)
     parts = family.parts(index)

@@ -26,14 +26,14 @@ from diffusion_envs.denoising import (
     tweedie_mean,
 )
 from diffusion_envs.models import adapters
-from diffusion_envs.models.guidance_schedule import GuidanceSchedule, require_something_trains
-from diffusion_envs.models.latent_decoder import decode
-from diffusion_envs.models.noise_table import (
-    ends_without_signal,
-    say_what_is_set,
-    trained_levels,
-    what_is_set,
+from diffusion_envs.models.execution import Execution
+from diffusion_envs.models.guidance_schedule import (
+    GuidanceSchedule,
+    require_guidance,
+    require_something_trains,
 )
+from diffusion_envs.models.latent_decoder import decode
+from diffusion_envs.models.noise_table import levels_and_prediction
 from diffusion_envs.models.protocol import joined
 from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.text_to_image_family import require_lengths
@@ -81,7 +81,7 @@ class GuidedScore:
     adapter: adapters.AdapterSwitch = field(default_factory=adapters.AdapterSwitch)
 
     def __post_init__(self) -> None:
-        check_guidance(self.guidance)
+        require_guidance(self.guidance)
         if self.prediction_type not in _TO_SCORE:
             raise ValueError(
                 f"prediction_type must be one of {sorted(_TO_SCORE)}, got {self.prediction_type!r}"
@@ -205,20 +205,6 @@ class GuidedScore:
         return self.adapter.off()
 
 
-def check_guidance(guidance: float) -> None:
-    """Refuse scales that diffusers does not use.
-
-    Raises:
-        ValueError: the scale is not finite, or below 1.
-    """
-    if not (math.isfinite(guidance) and guidance >= 1):
-        raise ValueError(
-            f"guidance must be a finite number of at least 1, got {guidance}; 1 is no guidance, "
-            "and below 1 diffusers uses none either, so that its images would be others than "
-            "those that were trained"
-        )
-
-
 def guidance_embedding(guidance: float, width: int) -> Float[Tensor, " width"]:
     """Sines and cosines of the scale, as networks distilled with guidance read it.
 
@@ -282,6 +268,10 @@ class TextToImageUNet:
         resolution: int | tuple[int, int] | None = None,
         batch: int = 64,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
+        channels_last: bool = False,
+        decode_slices: bool = False,
+        decode_tiles: bool = False,
         device: torch.device | str = "cpu",
         seed: int = 0,
     ) -> "TextToImageUNet":
@@ -317,6 +307,11 @@ class TextToImageUNet:
             batch: most rows that one call of the network gets when no gradient is asked for, and
                 latents that are decoded at once.
             gradient_checkpointing: recompute activations: less memory, more time.
+            compile: compile the UNet with torch.compile: minutes at first, faster calls then.
+            channels_last: keep weights of convolutions with the channels last.
+            decode_slices: decode one picture at a time: less memory.
+            decode_tiles: decode pictures that are larger than the autoencoder's own in tiles: less
+                memory, other pictures.
             device: where the networks go.
             seed: of the adapter's initial weights.
 
@@ -327,7 +322,7 @@ class TextToImageUNet:
         """
         from diffusion_envs.models import text_to_image_pipeline
 
-        check_guidance(guidance)
+        require_guidance(guidance)
         trainable = Trainable(
             rank=lora_rank,
             alpha=lora_alpha,
@@ -339,26 +334,17 @@ class TextToImageUNet:
         )
         require_something_trains(not trainable.nothing, guidance_knots)
         trainable.require_start()
+        execution = Execution(compile, channels_last, decode_slices, decode_tiles)
+        execution.require_fit(reference)
         device = torch.device(device)
         dtype = adapters.precision_of(precision, device)
         files = text_to_image_pipeline.find(model, config=config, variant=variant)
         family, sides = files.family, files.latent_sides(resolution)
         event, picture = (files.latent_channels, *sides), files.picture(sides)
-        scheduler = files.scheduler()
-        table, predicts = (
-            trained_levels(scheduler),
-            scheduler.config.get("prediction_type", "epsilon"),
-        )
-        if ends_without_signal(table) and predicts == "epsilon":
-            raise ValueError(
-                f"model {model} has noise levels that end without signal (rescale_betas_zero_snr) "
-                "and predicts epsilon, which says nothing of the data there; it must predict v or "
-                "the sample, or have rescale_betas_zero_snr false in scheduler_config.json"
-            )
-        if (settings := what_is_set(scheduler)) is not None:
-            say_what_is_set(str(model), settings)
+        table, predicts = levels_and_prediction(str(model), files.scheduler())
         pipe = files.load(dtype, device, network=torch.float32 if trains == "all" else dtype)
         unet = pipe.unet
+        execution.arrange(pipe)
         attached = trainable.attach(unet, seed=seed)
         parameters = [*attached.parameters]
 
@@ -394,6 +380,7 @@ class TextToImageUNet:
         )
         if gradient_checkpointing:
             score.recompute_activations()
+        execution.compiled(unet, attached.switch)
 
         def probe(network: nn.Module) -> Tensor:
             """Predictions of a network with this one's guidance, at two random states."""

@@ -19,6 +19,7 @@ from diffusion_envs.models.existing_lora import LoraFile, LoraLayer
 
 Weights = Literal["lora", "all"]
 Reference = Literal["copy", "offloaded"]
+LEARNING_RATE_OF_ALL = 1e-5  # of all weights: that of adapters destroys them in two updates
 _START = "start"  # name of the frozen adapter with which training began
 RANK = 8  # of an adapter, where none is named
 

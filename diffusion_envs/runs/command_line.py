@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusion_envs import objectives, rewards, samplers
+from diffusion_envs.models.trainable import LEARNING_RATE_OF_ALL
 from diffusion_envs.preferences import MissingChoicesError
 from diffusion_envs.rewards import registry
 from diffusion_envs.rewards.registry import OWN
@@ -173,7 +174,7 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
             del named[name]
         options = dataclasses.replace(self.options, stop=stop)
         named |= {"objective": self.objective_settings, "sampler": sampler, "options": options}
-        usual = isinstance(self.optimiser_settings, optimisers.AdamW)  # as runs of before say it
+        usual = self.optimiser_settings == optimisers.AdamW()  # as runs of before say it
         named["optimiser"] = None if usual else self.optimiser_settings
         judges = {f"judges {name}": judge for name, judge in options.judges.items()}
         for name, value in {**named, **judges, "preferences": options.preference}.items():
@@ -244,6 +245,8 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any, Any]:
     named = _words_by_flag(arguments)
     arguments, preset = _with_preset(arguments, named)
     named |= {option: words[1:] for option, words in preset.items()}
+    if named.get("--trains") == ["all"]:
+        family = dataclasses.replace(family, learning_rate=LEARNING_RATE_OF_ALL)
     folder = Path(named["--resume"][0]) if named.get("--resume") else None
     default = _fresh(family) if folder is None else _stored(family, folder)
     if named.get("--objective"):

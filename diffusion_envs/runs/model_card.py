@@ -53,8 +53,9 @@ def card(folder: Path) -> str:
     listed = "\n".join(f"- {_plain(prompt)}" for prompt in prompts[:_PROMPTS])
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1]) if lines else {}
-    what = "A LoRA adapter" if adapter else "The guidance scale by noise level"
-    what = "The UNet" if whole else what
+    scale = (folder / GUIDANCE_FILE).is_file()
+    kinds = ((whole, "The UNet"), (adapter, "A LoRA adapter"), (scale, "The guidance scale"))
+    what = next((words for is_there, words in kinds if is_there), "A model")
     method = f"{settings['objective']['name']} with the reward {_reward(settings)}"
     start = model.get("lora")
     if start is not None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from diffusion_envs.models.trainable import LEARNING_RATE_OF_ALL
+from diffusion_envs.objectives import ScoreAsAction
 from diffusion_envs.runs.finetune import Run, refuse_misplaced
 from diffusion_envs.runs.finetune import finetune as _finetune
 from diffusion_envs.sd15.stable_diffusion import StableDiffusion
@@ -33,6 +35,9 @@ def preset(name: str | Path, *options: str) -> dict[str, Any]:
 def finetune(model: str | Path | StableDiffusion = "tiny", **arguments: Any) -> Run:
     """``runs.finetune.finetune``, which documents ``arguments``, with a Stable Diffusion model.
 
+    Where all weights train, the objective is ``ScoreAsAction(learning_rate=1e-5)`` if left out; any
+    other should have such a rate.
+
     Args:
         model: "tiny", "words", a folder in diffusers' layout, or a hub id; ``StableDiffusion`` for
             other guidance, adapter, precision or device.
@@ -44,4 +49,6 @@ def finetune(model: str | Path | StableDiffusion = "tiny", **arguments: Any) -> 
     """
     refuse_misplaced(arguments, StableDiffusion, "sd15.StableDiffusion(...)")
     named = model if isinstance(model, StableDiffusion) else StableDiffusion(model)
+    if named.trains == "all" and arguments.get("objective") is None:
+        arguments["objective"] = ScoreAsAction(learning_rate=LEARNING_RATE_OF_ALL)
     return _finetune(named, **arguments)

@@ -1,6 +1,5 @@
 """Which Stable Diffusion model, and how it is used: all that its weights do not say."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,10 @@ from pathlib import Path
 import torch
 
 from diffusion_envs.models.adapters import require_precision
+from diffusion_envs.models.execution import Execution
 from diffusion_envs.models.folders import SHIPPED, from_anywhere
-from diffusion_envs.models.guidance_schedule import require_something_trains
+from diffusion_envs.models.guidance_schedule import require_guidance, require_something_trains
+from diffusion_envs.models.latent_decoder import require_resolution
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.models.trainable import Reference, Trainable, Weights
 
@@ -38,6 +39,11 @@ class StableDiffusion:
         precision: of the network: float32, bfloat16 or (CUDA only) float16.
         resolution: pixels a side, or height and width; the model's own if left out.
         gradient_checkpointing: recompute activations: less memory, more time.
+        compile: compile the UNet with torch.compile: minutes at first, faster calls then.
+        channels_last: keep weights of convolutions with the channels last.
+        decode_slices: decode one picture at a time: less memory.
+        decode_tiles: decode pictures larger than the autoencoder's own in tiles: less memory, other
+            pictures.
         device: cpu or cuda; what there is if left out.
     """
 
@@ -57,13 +63,22 @@ class StableDiffusion:
     precision: str = "float32"
     resolution: int | tuple[int, int] | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    decode_slices: bool = False
+    decode_tiles: bool = False
     device: str | None = None
 
     def __post_init__(self) -> None:
         require_precision(self.precision)
-        if not (self.guidance >= 0 and math.isfinite(self.guidance)):
-            raise ValueError(f"guidance must be a finite number of at least 0, got {self.guidance}")
+        require_guidance(self.guidance)
+        require_resolution(self.resolution)
+        if not isinstance(self.negative_prompt, str | None):
+            raise TypeError(f"negative_prompt must be a string, got {self.negative_prompt!r}")
         require_something_trains(not self._trainable().nothing, self.guidance_knots)
+        Execution(compile=self.compile).require_fit(self.reference)
+        if not isinstance(self.resolution, int | None):
+            object.__setattr__(self, "resolution", tuple(self.resolution))  # lists of stored runs
         object.__setattr__(self, "model", from_anywhere(self.model, *SHIPPED))
         if self.config is not None:
             object.__setattr__(self, "config", from_anywhere(self.config))
@@ -121,6 +136,10 @@ class StableDiffusion:
             resolution=self.resolution,
             batch=batch,
             gradient_checkpointing=self.gradient_checkpointing,
+            compile=self.compile,
+            channels_last=self.channels_last,
+            decode_slices=self.decode_slices,
+            decode_tiles=self.decode_tiles,
             device=device,
             seed=seed,
         )

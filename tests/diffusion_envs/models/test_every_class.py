@@ -20,6 +20,7 @@ from torch import Tensor
 from ctrl.noise import normals_by_sample
 from diffusion_envs.environment import Environment
 from diffusion_envs.models.latent_decoder import decode, decoder_precision
+from diffusion_envs.models.noise_table import levels_and_prediction
 from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.rewards import Colour
 from diffusion_envs.runs.evaluation import HELD_OUT, evaluate
@@ -284,3 +285,22 @@ def write_settings(folder: Path, changes: dict[str, dict[str, Any]]) -> None:
         (folder / name / f"{file}.safetensors").touch()
     for name in ("text_encoder", "text_encoder_2"):
         (folder / name / "model.safetensors").touch()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        (DDIMScheduler(**STABLE_DIFFUSION, **AS_OURS), None),
+        (DDIMScheduler(**STABLE_DIFFUSION), "set_alpha_to_one false, steps_offset 1, clip_sample"),
+        (EulerDiscreteScheduler(**STABLE_DIFFUSION), "DDIM on the noise levels of its EulerDis"),
+        (diffusers.PNDMScheduler(**STABLE_DIFFUSION, steps_offset=1), None),
+    ],
+)
+def test_what_our_sampler_does_otherwise_than_the_folders_is_said_once(
+    scheduler, words, caplog, request
+):
+    for _ in range(2):
+        levels_and_prediction(request.node.name, scheduler)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (words is not None)
+    assert words is None or words in said[0]

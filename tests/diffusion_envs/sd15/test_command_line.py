@@ -65,7 +65,7 @@ def once(words: list[str]) -> list[str]:
         (["--optimiser", "adam"], "adamw"),
         (["--nats", "0.1"], "optimiser adamw has no setting --nats 0.1; it is one of bounded"),
         (["--optimiser", "natural-gradient", "--nats", "0"], "nats must be a positive finite"),
-        (["--average", "1"], "average must be above 0 and below 1"),
+        (["--average", "1"], "average must be in [0, 1)"),
         (["--model", "./nowhere"], "nowhere"),
         (["--prompts", ""], "prompts"),
         (["--prompts", "a photo of a dragon"], "dragon"),

@@ -12,7 +12,7 @@ from ctrl.noise import normals_by_sample
 from diffusion_envs import rewards, samplers
 from diffusion_envs.models.trainable import Trainable
 from diffusion_envs.runs import checkpoint
-from diffusion_envs.runs.command_line import main
+from diffusion_envs.runs.command_line import main, read
 from diffusion_envs.runs.evaluation import HELD_OUT, evaluate
 from diffusion_envs.runs.exported import load_exported
 from diffusion_envs.runs.finetune import make_environment
@@ -157,3 +157,14 @@ def test_bad_options_are_refused_by_name(words, message, tmp_path, capsys, monke
     assert main(FAMILY, [*asked, *words]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not output.exists()
+
+
+def test_all_weights_have_a_learning_rate_of_their_own_if_none_is_named():
+    for words, rate in (
+        ([], 3e-3),
+        (["--trains", "all"], 1e-5),
+        (["--trains=all", "--objective", "ddpo"], 1e-5),
+        (["--trains", "all", "--learning-rate", "2e-4"], 2e-4),
+    ):
+        made = read(FAMILY, ["--reward", "red", "--output", "run", *words])
+        assert made.objective_settings.learning_rate == rate, words
