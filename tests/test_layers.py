@@ -99,7 +99,9 @@ diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping diffusion_envs
 diffusion_envs.runs.frechet diffusion_envs.runs.inception diffusion_envs.runs.precision_recall
 diffusion_envs.runs.sample_quality
 diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation
-diffusion_envs.runs.report_words diffusion_envs.runs.prompt_statistics diffusion_envs.runs.report
+diffusion_envs.runs.report_words diffusion_envs.runs.prompt_statistics
+diffusion_envs.runs.report_pictures diffusion_envs.runs.report_prompts
+diffusion_envs.runs.report_settings diffusion_envs.runs.report
 diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
 diffusion_envs.runs.model_card diffusion_envs.runs.publishing
