@@ -458,8 +458,8 @@ def _training(metrics: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -
         {label: points for label, points in series.items() if points}, "of the training samples"
     )
     return (
-        '<h2>Training</h2><p class="muted">Means over the training samples of an update; bands are '
-        f"95 % intervals.</p>{_without_signal(metrics, config)}{drawn}{_costs(metrics)}"
+        '<h2>Training</h2><p class="muted">Means over the training samples of an update; bands: '
+        f"{charts.explained([(0, line) for line in metrics])}.</p>{_without_signal(metrics, config)}{drawn}{_costs(metrics)}"
     )
 
 
