@@ -457,9 +457,10 @@ def _training(metrics: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -
     drawn = _over_updates(
         {label: points for label, points in series.items() if points}, "of the training samples"
     )
+    bands = charts.explained([(0, line) for line in metrics])
     return (
         '<h2>Training</h2><p class="muted">Means over the training samples of an update; bands: '
-        f"{charts.explained([(0, line) for line in metrics])}.</p>{_without_signal(metrics, config)}{drawn}{_costs(metrics)}"
+        f"{bands}.</p>{_without_signal(metrics, config)}{drawn}{_costs(metrics)}"
     )
 
 
