@@ -225,7 +225,11 @@ def network_rows(setting: Setting, rounds: int, names: list[str]) -> Iterator[di
             "seconds": summary(seconds[name]),
             "times_as_fast": summary([a / b for a, b in zip(base, seconds[name], strict=True)]),
         }
-    few = {k: partial(forward, plain, states[:k], times[:k], context[:k]) for k in (1, rows // 2)}
+    few = {
+        k: partial(forward, plain, states[:k], times[:k], context[:k])
+        for k in (1, 2, 4, 8, 16, 32)
+        if k < rows
+    }
     seconds = in_turns({str(k): f for k, f in few.items()} | {str(rows): timed["float32"]}, rounds)
     for k, values in seconds.items():
         yield {"way": "rows at once", "rows": int(k), "rows_per_second": rate(int(k), values)}
@@ -330,6 +334,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         setting, names = Setting(), list(OBJECTIVES)
+        if options.network:
+            setting = Setting(batch=64, guidance=1.0)
         if options.model == "full":
             build(Path(temporary) / "model")
             setting, names = (

@@ -80,7 +80,7 @@ class Environment:
             )
         if isinstance(self.model, PromptReader):
             self.model.require_prompts(self.prompts)
-        self._conditions = KeptConditions(self.model.condition)
+        self._conditions = KeptConditions(self.model.condition, self.device)
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ctrl.devices import sent
 from diffusion_envs.models.protocol import Condition, joined
 
 
@@ -20,10 +21,12 @@ class KeptConditions:
 
     Attributes:
         encode: prompts to their condition, a row each.
+        device: of the conditions.
         most: conditions that are kept: 512 of Stable Diffusion XL are 323 MB.
     """
 
     encode: Callable[[Sequence[str]], Condition]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     most: int = 512
     _kept: OrderedDict[str, Condition] = field(default_factory=OrderedDict, init=False)
 
@@ -35,7 +38,7 @@ class KeptConditions:
         for _ in range(len(self._kept) - self.most):
             self._kept.popitem(last=False)
         whole = joined(list(asked.values()))
-        return whole[torch.tensor([rows[prompt] for prompt in prompts])]
+        return whole[sent(torch.tensor([rows[prompt] for prompt in prompts]), self.device)]
 
     def _of_one(self, prompt: str) -> Condition:
         if prompt not in self._kept:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ctrl import Estimate
-from ctrl.devices import sent
+from ctrl.devices import as_like, sent
 from ctrl.noise import stream
 from diffusion_envs.environment import Environment, Sample
 from diffusion_envs.objectives import Objective
@@ -443,7 +443,7 @@ class Trainer:
         compared = rollout.rewards if rollout.preferences is None else rollout.preferences
         parts = () if rollout.reward_parts is None else rollout.reward_parts.unbind(1)
         columns = [rollout.rewards, rollout.costs.sum(1), compared, rollout.condition, *parts]
-        earned = torch.stack([column.to(rollout.rewards) for column in columns], dim=1)
+        earned = torch.stack([as_like(column, rollout.rewards) for column in columns], dim=1)
         earned = parallel.gather(earned, self.accelerator).cpu()
         rewards, nats, compared, prompts, *parts = earned.unbind(1)
         self.rewards_by_prompt = {
