@@ -26,8 +26,8 @@ from diffusion_envs.exact import GaussianProblem, MixtureProblem, Outcome, table
 from diffusion_envs.models.folders import tiny_folder
 from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.noise_schedules import DDPMTable
-from diffusion_envs.runs.command_line import CLASS_PROMPTS
 from diffusion_envs.runs.evaluation import evaluate
+from diffusion_envs.runs.method_names import CLASS_PROMPTS
 from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Sampler, Scheduler
 from diffusion_envs.training.trainer import NonFiniteError, Trainer
 from diffusion_envs.training.update_size import UpdateSize

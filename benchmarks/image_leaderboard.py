@@ -45,9 +45,9 @@ from diffusion_envs import rewards
 from diffusion_envs.environment import Environment
 from diffusion_envs.frontier import Frontier
 from diffusion_envs.models.text_to_image_unet import TextToImageUNet
-from diffusion_envs.runs.command_line import CLASS_PROMPTS
 from diffusion_envs.runs.distances import mean_over_pairs, pixel_distances
 from diffusion_envs.runs.evaluation import Evaluation, evaluate, sample_in_turn
+from diffusion_envs.runs.method_names import CLASS_PROMPTS
 from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.training.optimisers import AdamW, NaturalGradient

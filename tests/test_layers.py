@@ -99,12 +99,15 @@ diffusion_envs.runs.evaluation diffusion_envs.runs.early_stopping diffusion_envs
 diffusion_envs.runs.frechet diffusion_envs.runs.inception diffusion_envs.runs.precision_recall
 diffusion_envs.runs.sample_quality
 diffusion_envs.runs.distances diffusion_envs.runs.over_optimisation
-diffusion_envs.runs.report_words diffusion_envs.runs.prompt_statistics diffusion_envs.runs.report
+diffusion_envs.runs.report_words diffusion_envs.runs.prompt_statistics
+diffusion_envs.runs.report_pictures diffusion_envs.runs.report_prompts
+diffusion_envs.runs.report_settings diffusion_envs.runs.report
 diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
 diffusion_envs.runs.model_card diffusion_envs.runs.publishing
 diffusion_envs.runs.summary diffusion_envs.runs.finetune diffusion_envs.runs.transfer
-diffusion_envs.runs.presets diffusion_envs.runs.command_line diffusion_envs.runs.fit
+diffusion_envs.runs.presets diffusion_envs.runs.method_names
+diffusion_envs.runs.option_words diffusion_envs.runs.command_line diffusion_envs.runs.fit
 diffusion_envs.runs
 diffusion_envs.tiny.captions diffusion_envs.tiny.train_classifier
 diffusion_envs.tiny.train_autoencoder diffusion_envs.tiny.train_denoiser

@@ -20,8 +20,8 @@ from benchmarks.figures.figure import Figure, Kept, interval, paired, row, table
 from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.objectives import Objective
 from diffusion_envs.rewards.classifier import load_classifier
-from diffusion_envs.runs.command_line import CLASS_PROMPTS
 from diffusion_envs.runs.finetune import make_environment
+from diffusion_envs.runs.method_names import CLASS_PROMPTS
 from diffusion_envs.sd15 import StableDiffusion
 from diffusion_envs.training import parallel
 from diffusion_envs.training.trainer import Trainer

@@ -38,8 +38,8 @@ from diffusion_envs import objectives as o
 from diffusion_envs.environment import Environment
 from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.rollout import Rollout
-from diffusion_envs.runs.command_line import CLASS_PROMPTS
 from diffusion_envs.runs.evaluation import HELD_OUT
+from diffusion_envs.runs.method_names import CLASS_PROMPTS
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.training import value_network as v
 from diffusion_envs.training.critic import Critic

@@ -5,6 +5,7 @@ them zero at the start, so that a fresh adapter is the pretrained model.
 """
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -207,8 +208,9 @@ def inject(network: nn.Module, config: Any, name: str, *, seed: int) -> None:
     from peft import inject_adapter_in_model
 
     devices = [p.device for p in network.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices):  # peft draws from the global stream
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        torch.manual_seed(seed)  # peft draws from the global stream
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second one is meant
         if isinstance(network, PeftAdapterMixin):  # keeps a record of its adapters
             network.add_adapter(config, adapter_name=name)
         else:

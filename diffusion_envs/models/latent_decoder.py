@@ -53,8 +53,8 @@ def require_resolution(resolution: object) -> None:
     if resolution is None:
         return
     sides = resolution if isinstance(resolution, tuple | list) else (resolution, resolution)
-    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if len(sides) != 2 or not whole or min(sides) < 1:
+    whole = [side for side in sides if isinstance(side, int) and not isinstance(side, bool)]
+    if len(sides) != 2 or len(whole) != 2 or min(whole) < 1:
         raise ValueError(
             "resolution must be a positive number of pixels a side, or (height, width), got "
             f"{resolution!r}"

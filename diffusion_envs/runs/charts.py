@@ -8,6 +8,7 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -105,16 +106,17 @@ def chart(
     every = [*drawn, *others]
     whole = all(p.x == round(p.x) for p in every)
     across_from, across_to = (end(p.x for p in every) for end in (min, max))
-    *x_ends, xs = _axis(across_from, across_to, least=1.0 if whole else 0.0)
+    x_axis = _axis(across_from, across_to, least=1.0 if whole else 0.0)
     lowest, highest = min(p.low for p in every), max(p.high for p in every)
     margin = _MARGIN * (highest - lowest)
-    *y_ends, ys = _axis(lowest - margin, highest + margin)
+    y_axis = _axis(lowest - margin, highest + margin)
+    xs, ys = x_axis.ticks, y_axis.ticks
     labels, places = _labels(ys), _labels(xs)
     width, height = size
     left = 10 + _LETTER * max(map(len, labels))
     right = width - max(_RIGHT, _LETTER * len(places[-1]) / 2)
-    at_x = _scale(*x_ends, left, right)
-    at_y = _scale(*y_ends, height - _BOTTOM, _TOP)
+    at_x = partial(x_axis.at, start=left, end=right)
+    at_y = partial(y_axis.at, start=height - _BOTTOM, end=_TOP)
     parts = [
         f'<line class="rule" x1="{left:.0f}" x2="{right:.0f}" y1="{at_y(y):.1f}" '
         f'y2="{at_y(y):.1f}"/><text x="{left - 6:.0f}" y="{at_y(y) + 4:.1f}" text-anchor="end">'
@@ -181,13 +183,21 @@ def _dot(
     )
 
 
-def _scale(first: float, last: float, start: float, end: float) -> Callable[[float], float]:
-    """From values to pixels."""
-    return lambda value: start + (end - start) * (value - first) / (last - first)
+@dataclass(frozen=True)
+class _Axis:
+    """Its ends, and round numbers between them."""
+
+    low: float
+    high: float
+    ticks: Sequence[float]
+
+    def at(self, value: float, start: float, end: float) -> float:
+        """Where a value is between two pixels."""
+        return start + (end - start) * (value - self.low) / (self.high - self.low)
 
 
-def _axis(low: float, high: float, least: float = 0.0) -> tuple[float, float, list[float]]:
-    """Its ends, and round numbers between them, at least so far apart."""
+def _axis(low: float, high: float, least: float = 0.0) -> _Axis:
+    """An axis over some values, with ticks at least so far apart."""
     if not high > low:
         margin = abs(low) * 0.1 or 1.0
         low, high = (low - margin, high + margin) if low else (0.0, 1.0)
@@ -198,7 +208,7 @@ def _axis(low: float, high: float, least: float = 0.0) -> tuple[float, float, li
     if last <= first:  # least is large
         first, last = math.floor(low / step), math.ceil(high / step)
         low, high = first * step, last * step
-    return low, high, [k * step for k in range(first, last + 1)]
+    return _Axis(low, high, [k * step for k in range(first, last + 1)])
 
 
 def _labels(ticks: Sequence[float]) -> list[str]:

@@ -22,85 +22,34 @@ from rich.console import Console
 from rich.table import Table
 
 from diffusion_envs import objectives, rewards, samplers
-from diffusion_envs.cifar10.data import CLASSES
-from diffusion_envs.cifar10.pictures import Pictures
 from diffusion_envs.models.trainable import LEARNING_RATE_OF_ALL
-from diffusion_envs.objectives.distributional import FirstVariation, NearTarget, mean_reward
-from diffusion_envs.preferences import MissingChoicesError, Preference, Recorded
+from diffusion_envs.preferences import MissingChoicesError
 from diffusion_envs.rewards import registry
 from diffusion_envs.rewards.registry import OWN
 from diffusion_envs.runs import presets
 from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.finetune import finetune
+from diffusion_envs.runs.method_names import (
+    CLASS_PROMPTS,
+    JUDGES_OF,
+    OBJECTIVES,
+    OPTIMISERS,
+    SAMPLERS,
+    class_named,
+    name_of,
+    sampler_named,
+)
+from diffusion_envs.runs.option_words import STOP, WORDS, reward_words, variation_name
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.prompts import COLUMN, from_words, read_prompts
 from diffusion_envs.runs.run_folder import read_settings
 from diffusion_envs.runs.settings import Unnamed, describe, differences, rebuild
 from diffusion_envs.runs.summary import Run
 from diffusion_envs.training import optimisers
-from diffusion_envs.training.energy import TrainingData
-from diffusion_envs.training.kl_controller import TargetKL
 from diffusion_envs.training.trainer import NonFiniteError, PreflightError
 from diffusion_envs.training.update_size import UpdateSize
 
-JUDGES_OF = {  # where none is named
-    name: {"judge": f"{name}-judge"} for name in ("prompt-alignment", "class-confidence")
-}
-OBJECTIVES = {
-    "adjoint-matching": objectives.AdjointMatching,
-    "adjoint-matching-zeroth-order": objectives.ZerothOrderAdjointMatching,
-    "dxmi-continuous-released": objectives.ContinuousDxMIReleased,
-    "dxmi-continuous": objectives.ContinuousDxMI,
-    "dxmi": objectives.DxMI,
-    "dxmi-continuous-released-from-data": objectives.ContinuousDxMIReleasedFromData,
-    "dxmi-continuous-from-data": objectives.ContinuousDxMIFromData,
-    "dxmi-from-data": objectives.DxMIFromData,
-    "align-prop": objectives.AlignProp,
-    "draft": objectives.DRaFT,
-    "refl": objectives.ReFL,
-    "dense-reward": objectives.DenseReward,
-    "d3po": objectives.D3PO,
-    "diffusion-dpo": objectives.DiffusionDPO,
-    "ddpo": objectives.DDPO,
-    "ddpo-sf": objectives.DDPOScoreFunction,
-    "distributional": objectives.DistributionalOptimisation,
-    "dpok": objectives.DPOK,
-    "grpo": objectives.GRPO,
-    "grpo-guard": objectives.GRPOGuard,
-    "flow-dppo": objectives.FlowDPPO,
-    "pcpo": objectives.PCPO,
-    "tdpo": objectives.TDPO,
-    "tdpo-r": objectives.TDPOReset,
-    "nft": objectives.DiffusionNFT,
-    "ram": objectives.ReinforceAdjointMatching,
-    "tilted-regression": objectives.TiltedRegression,
-    "score-as-action": objectives.ScoreAsAction,
-    "score-as-action-sampled": objectives.ScoreAsActionSampled,
-    "score-as-action-released": objectives.ScoreAsActionReleased,
-}
-OPTIMISERS = {
-    "adamw": optimisers.AdamW,
-    "adamw-8bit": optimisers.AdamW8bit,
-    "bounded-adamw": optimisers.BoundedAdamW,
-    "natural-gradient": optimisers.NaturalGradient,
-    "diagonal-metric": optimisers.DiagonalMetric,
-    "scaled-lora": optimisers.ScaledLoRA,
-}
-SAMPLERS: dict[str, samplers.Sampler] = {
-    "ddim": samplers.DDIM(),
-    "ddim-ode": samplers.DDIM(0.0),
-    "dpm++": samplers.Scheduler("DPMSolverMultistepScheduler"),
-    "unipc": samplers.Scheduler("UniPCMultistepScheduler"),
-    "heun": samplers.Scheduler("HeunDiscreteScheduler"),
-    "dxmi-10": samplers.QuadraticVariances(),
-    "dxmi-10-learned": samplers.QuadraticVariances(learned_std=True),
-    "ours-4": samplers.EqualAngles(),
-    "ours-4-learned": samplers.EqualAngles(learned_std=True),
-}
-CLASS_PROMPTS = tuple(f"a photo of a{'n' if name[0] in 'aeiou' else ''} {name}" for name in CLASSES)
-_STOP = {"stop_z": "z", "stop_path_kl": "max_path_kl", "stop_every": "every"}
-_FLAGS = {"preference": "preferences"} | {name: flag for flag, name in _STOP.items()}
-
+_FLAGS = {"preference": "preferences"} | {name: flag for flag, name in STOP.items()}
 _NEVER, _REWARD = StopRule(z=None), registry.Words(("prompt-alignment",))
 ModelOptions = TypeVar("ModelOptions")
 ObjectiveSettings = TypeVar("ObjectiveSettings")
@@ -262,191 +211,6 @@ class Evaluate:
     reward_model: tuple[str, ...] = ()
 
 
-# -- names and objects -----------------------------------------------------------------------------
-
-
-def _named(kind: str, name: str, table: Mapping[str, Any], own: str = "") -> Any:
-    """The entry of a table, or an error that suggests the nearest; or your own, by import.
-
-    Raises:
-        ValueError: there is no such name.
-    """
-    if own and ":" in name:
-        return rewards.load(name, kind)
-    return registry.named(kind, name, table, own)
-
-
-def _sampler(kind: str, name: str) -> samplers.Sampler:
-    """A sampler by its name, or by that of a class of diffusers.
-
-    Raises:
-        ValueError: there is no such name, or the class takes no table of betas.
-    """
-    if name not in SAMPLERS and name.endswith("Scheduler"):
-        return samplers.Scheduler(name)
-    return _named(kind, name, SAMPLERS, "")
-
-
-def _class_of(kind: str, name: str, table: Mapping[str, Any]) -> Any:
-    """The class of an objective or optimiser."""
-    if ":" not in name:
-        return _named(kind, name, table)
-    if ".py:" in name:
-        raise ValueError(
-            f"{kind} must be imported, as my_module:MyClass, so that a resumed run has it again, "
-            f"got {name!r}"
-        )
-    return type(_named(kind, name, {}, "my_module:MyClass"))
-
-
-def _name_of(value: Any, table: Mapping[str, Any]) -> str:
-    """What to write for an object."""
-    known = next((name for name, each in table.items() if each == value), None)
-    known = known or registry.name_of(value)
-    if known is not None or isinstance(value, Unnamed):
-        return known or value.why
-    described = describe(value)
-    return next((described[k] for k in ("function", "loaded", "class") if k in described), "?")
-
-
-def _judges(words: list[str]) -> dict[str, rewards.Reward]:
-    pairs = [word.partition("=") for word in words]
-    if bad := [name for name, equals, reward in pairs if not (name and equals and reward)]:
-        raise ValueError(f"judges must be NAME=REWARD, got {bad[0]!r}")
-    return {name: registry.Words((reward,)) for name, _, reward in pairs}
-
-
-def _reward_name(made: Any) -> str:
-    """What to write for a reward."""
-    return " ".join(made.words) if isinstance(made, registry.Words) else _name_of(made, {})
-
-
-def _preference(word: str) -> Preference | None:
-    module, colon, name = word.partition(":")
-    if colon and name.isidentifier() and module.replace(".", "_").isidentifier():
-        return _named("preferences", word, {}, OWN)
-    return None if word == "None" else Recorded(Path(word))
-
-
-def _variation(name: str) -> FirstVariation:
-    if name == "mean":
-        return mean_reward
-    kind, _, target = name.partition(":")
-    try:
-        if kind != "near":
-            raise ValueError(kind)
-        return NearTarget(float(target))
-    except ValueError:
-        raise ValueError(f"must be mean or near:REWARD such as near:5.0, got {name!r}") from None
-
-
-def _variation_name(made: Any) -> str:
-    return f"near:{made.target}" if isinstance(made, NearTarget) else "mean"
-
-
-# type, how it is written, a word made an object, an object made words
-_PRIMITIVES: list[tuple[Any, str, Callable[[str], Any], Callable[[Any], str]]] = [
-    (FirstVariation, "mean|near:REWARD", _variation, _variation_name),
-    (
-        samplers.Sampler,
-        "NAME",
-        lambda word: _sampler("sampler", word),
-        lambda made: (
-            made.name
-            if isinstance(made, samplers.Scheduler) and made not in SAMPLERS.values()
-            else _name_of(made, SAMPLERS)
-        ),
-    ),
-    (
-        TrainingData | None,
-        "FOLDER",
-        lambda word: None if word == "None" else Pictures(Path(word)),
-        lambda made: str(made.folder) if isinstance(made, Pictures) else "None",
-    ),
-    (
-        TargetKL | None,
-        "NATS",
-        lambda word: None if word == "None" else TargetKL(float(word)),
-        lambda made: "None" if made is None else str(made.nats),
-    ),
-    (
-        Preference | None,
-        f"FILE|{OWN}",
-        _preference,
-        lambda made: (
-            str(made.path) if isinstance(made, Recorded) else _name_of(made, {"None": None})
-        ),
-    ),
-]
-_registry = tyro.constructors.ConstructorRegistry()
-
-
-@_registry.primitive_rule
-def _one_word(
-    info: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """Objects that are named by one word."""
-    for kind, metavar, make, write in _PRIMITIVES:
-        if info.type == kind:
-            return tyro.constructors.PrimitiveConstructorSpec(
-                nargs=1,
-                metavar=metavar,
-                instance_from_str=lambda words, make=make: make(words[0]),
-                is_instance=lambda value: True,
-                str_from_instance=lambda made, write=write: [write(made)],
-            )
-    if info.type == (bool | str):
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="PROJECT",
-            instance_from_str=lambda words: words[0] if words else True,
-            is_instance=lambda value: isinstance(value, bool | str),
-            str_from_instance=lambda value: [str(value)],
-        )
-    if info.type == rewards.Reward:
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*",
-            metavar=f"NAME|{OWN}|NAME=WEIGHT ...",
-            instance_from_str=lambda words: registry.Words(tuple(words)),
-            is_instance=lambda value: True,
-            str_from_instance=lambda made: _reward_name(made).split(),
-        )
-    if info.type == Mapping[str, rewards.Reward]:
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="NAME=REWARD",
-            instance_from_str=_judges,
-            is_instance=lambda value: True,
-            str_from_instance=lambda made: [f"{k}={_reward_name(v)}" for k, v in made.items()],
-        )
-    return None
-
-
-@_registry.struct_rule
-def _stop_rule(
-    info: tyro.constructors.StructTypeInfo,
-) -> tyro.constructors.StructConstructorSpec | None:
-    """A stop rule by its three options; its samples are the evaluation's."""
-    if info.type is not StopRule:
-        return None
-    explained = {
-        p.arg_name: p.description for p in docstring_parser.parse_from_object(StopRule).params
-    }
-    kinds = {f.name: f.type for f in dataclasses.fields(StopRule)}
-    return tyro.constructors.StructConstructorSpec(
-        instantiate=lambda **values: StopRule(**{_STOP[flag]: v for flag, v in values.items()}),
-        fields=tuple(
-            tyro.constructors.StructFieldSpec(
-                name=flag,
-                type=kinds[name],  # pyright: ignore[reportArgumentType]  # never a string here
-                default=getattr(info.default, name),
-                helptext=explained[name],
-            )
-            for flag, name in _STOP.items()
-        ),
-    )
-
-
 # -- reading a command -----------------------------------------------------------------------------
 
 
@@ -487,12 +251,12 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any, Any]:
     default = _fresh(family) if folder is None else _stored(family, folder)
     if named.get("--objective"):
         name = named["--objective"][0]
-        kind, own = _class_of("objective", name, OBJECTIVES), default.objective_settings
+        kind, own = class_named("objective", name, OBJECTIVES), default.objective_settings
         settings = own if type(own) is kind else family.settings(kind)
         default = dataclasses.replace(default, objective=name, objective_settings=settings)
     if named.get("--optimiser"):
         name = named["--optimiser"][0]
-        kind, own = _class_of("optimiser", name, OPTIMISERS), default.optimiser_settings
+        kind, own = class_named("optimiser", name, OPTIMISERS), default.optimiser_settings
         settings = own if type(own) is kind else kind()
         default = dataclasses.replace(default, optimiser=name, optimiser_settings=settings)
     kind: Any = type(default.objective_settings)
@@ -503,7 +267,7 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any, Any]:
             args=list(arguments),
             default=default,
             prog=family.program,
-            registry=_registry,
+            registry=WORDS,
             return_unknown_args=True,
         )
     except SystemExit:
@@ -524,7 +288,7 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any, Any]:
         options = dataclasses.replace(options, options=watched)
     judges = options.options.judges
     if folder is None and "--judges" not in named:
-        usual = JUDGES_OF.get(_reward_name(options.reward), {})
+        usual = JUDGES_OF.get(reward_words(options.reward), {})
         judges = {name: registry.Words((judge,)) for name, judge in usual.items()}
     reward, judges = registry.resolve(options.reward, judges, options.reward_model)
     watched = dataclasses.replace(options.options, judges=judges)
@@ -593,9 +357,9 @@ def _stored(family: Family, folder: Path) -> Finetune[Any, Any, Any]:
     return Finetune(
         **settings,
         resume=folder,
-        objective=names.get(type(objective)) or _name_of(objective, {}),
+        objective=names.get(type(objective)) or name_of(objective, {}),
         objective_settings=objective,
-        optimiser=names.get(type(optimiser)) or _name_of(optimiser, {}),
+        optimiser=names.get(type(optimiser)) or name_of(optimiser, {}),
         optimiser_settings=optimiser,
         options=dataclasses.replace(options, stop=None),
         stop=options.stop or _NEVER,
@@ -620,7 +384,8 @@ def _require_the_runs(
         differing.append(("updates", stored["updates"], wanted["updates"]))
     words = []
     for setting, then, now in differing:
-        parts = [_FLAGS.get(part, part).replace("_", "-") for part in setting.split(".")]
+        names = [part.partition("[")[0] for part in setting.split(".")]
+        parts = [_FLAGS.get(name, name).replace("_", "-") for name in names]
         flag = next((f"--{part}" for part in reversed(parts) if f"--{part}" in named), None)
         now = now if flag is None else " ".join(named[flag])
         words.append(f"{flag or setting} {now} (it has {then})".replace("  ", " "))
@@ -634,7 +399,7 @@ def _require_the_runs(
 def _settings_of(settings: Any) -> dict[str, str]:
     """Options that a dataclass makes, with its values."""
     return {
-        "--" + f.name.replace("_", "-"): _variation_name(value) if callable(value) else str(value)
+        "--" + f.name.replace("_", "-"): variation_name(value) if callable(value) else str(value)
         for f in dataclasses.fields(settings)
         for value in [getattr(settings, f.name)]
     }
@@ -647,7 +412,7 @@ def _unknown(words: Sequence[str], options: Finetune[Any, Any, Any]) -> str:
     steps = _settings_of(options.optimiser_settings)
     parts = (options, options.model, options.size, options.options)
     common = ["--" + _FLAGS.get(f.name, f.name) for part in parts for f in dataclasses.fields(part)]
-    common = [name.replace("_", "-") for name in [*common, *(f"--{flag}" for flag in _STOP)]]
+    common = [name.replace("_", "-") for name in [*common, *(f"--{flag}" for flag in STOP)]]
     near = difflib.get_close_matches(flag, [*own, *steps, *common], n=1, cutoff=0.75)
     hint = f" (did you mean {near[0]}?)" if near else ""
     if any(flag in _settings_of(kind()) for kind in OBJECTIVES.values()):
@@ -680,7 +445,7 @@ def _list_methods() -> None:
 
 def _show(run: Run, options: Finetune[Any, Any, Any]) -> None:
     """Say in words how it went."""
-    samples, reward = options.options.evaluation_samples, _reward_name(options.reward)
+    samples, reward = options.options.evaluation_samples, reward_words(options.reward)
     table = Table(title=f"{reward}, {samples} held-out samples")
     for heading in ("", "before", "after", "paired difference", "standard errors"):
         table.add_column(heading)
@@ -720,7 +485,7 @@ def run_evaluate(family: Family, options: Evaluate) -> None:
         raise FileNotFoundError(f"run must be the folder of a run, but {options.run} holds none")
     run = _stored(family, options.run)
     eta = run.sampler.eta if isinstance(run.sampler, samplers.DDIM) else 1.0
-    kinds = [_sampler("samplers", name) for name in options.samplers]
+    kinds = [sampler_named("samplers", name) for name in options.samplers]
     kinds = [samplers.DDIM(eta) if kind == SAMPLERS["ddim"] else kind for kind in kinds]
     reward = run.reward
     if options.reward is not None:

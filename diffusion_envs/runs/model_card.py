@@ -32,8 +32,13 @@ def write_card(folder: Path) -> Path:
     return path
 
 
-def card(folder: Path) -> str:
-    """The text of a finished run's card, with the header that the hub reads."""
+def card(folder: Path, *, merged: bool = False) -> str:
+    """The text of a finished run's card, with the header that the hub reads.
+
+    Args:
+        folder: of the run.
+        merged: it lies in the folder of a whole model, into which the adapter was merged.
+    """
     from huggingface_hub import ModelCardData
 
     config = json.loads((folder / "config.json").read_text())
@@ -41,7 +46,8 @@ def card(folder: Path) -> str:
     settings = config["settings"]
     model = settings["model"]
     base, on_hub = base_model(model)
-    whole, adapter = (folder / PIPELINE).is_dir(), (folder / LORA_FILE).is_file()
+    whole = merged or (folder / PIPELINE).is_dir()
+    adapter = not whole and (folder / LORA_FILE).is_file()
     header = ModelCardData(
         base_model=base if on_hub else None,
         library_name="diffusers",
@@ -86,7 +92,7 @@ On held-out seeds, before and after (mean and standard error):
 
 ## How to load it
 
-{_loading(folder, base, model)}
+{_loading(folder, base, model, whole)}
 
 ## Budget
 
@@ -178,10 +184,9 @@ def _flat(name: str, value: Any) -> list[tuple[str, str]]:
     return [(name, Path(words).name if words.startswith("/") else words)]
 
 
-def _loading(folder: Path, base: str, model: Mapping[str, Any]) -> str:
+def _loading(folder: Path, base: str, model: Mapping[str, Any], whole: bool) -> str:
     guidance = model.get("guidance")
     kind = "DDPMPipeline" if guidance is None else "DiffusionPipeline"
-    whole = (folder / PIPELINE).is_dir()
     place = f'"{"FOLDER OR REPOSITORY" if whole else base}"'
     code = [f"from diffusers import {kind}"]
     if base in SHIPPED and not whole:
@@ -189,10 +194,10 @@ def _loading(folder: Path, base: str, model: Mapping[str, Any]) -> str:
         place = f'shipped_folder("{base}"), safety_checker=None'
     code.append(f"pipe = {kind}.from_pretrained({place})")
     words = list[str]()
-    if (folder / LORA_FILE).is_file():
+    if not whole and (folder / LORA_FILE).is_file():
         name = f'weight_name="{LORA_FILE}"'
         code.append(f'pipe.load_lora_weights("FOLDER OR REPOSITORY", {name})')
-    if (folder / KOHYA_FILE).is_file():
+    if not whole and (folder / KOHYA_FILE).is_file():
         words.append(
             f"`{KOHYA_FILE}` is the same adapter for AUTOMATIC1111, Forge, ComfyUI, SD.Next and "
             "InvokeAI: put it into their folder of LoRAs, and use it at weight 1."

@@ -21,7 +21,7 @@ from diffusion_envs.models.adapters import LORA_FILE
 from diffusion_envs.models.exports import KOHYA_FILE, PIPELINE
 from diffusion_envs.models.guidance_schedule import GUIDANCE_FILE
 from diffusion_envs.runs.exported import load_exported
-from diffusion_envs.runs.model_card import CARD, write_card
+from diffusion_envs.runs.model_card import CARD, card, write_card
 from diffusion_envs.runs.run_folder import read_settings
 from diffusion_envs.runs.settings import rebuild
 
@@ -109,9 +109,9 @@ def export(
         else:
             raise ValueError(f"{type(model).__name__} cannot be written as a whole model")
     if (folder / "summary.json").is_file():
-        card = write_card(folder)
+        write_card(folder)
         if whole is not None:
-            shutil.copyfile(card, whole / CARD)
+            (whole / CARD).write_text(card(folder, merged=True), encoding="utf-8")
     if push is not None:
         said.append(f"pushed: {_push(folder, api, push, private)}")
     return said

@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_envs.runs import charts, contact_sheet, plots
+from diffusion_envs.runs import charts, plots
 from diffusion_envs.runs.over_optimisation import FAR, verdict
 from diffusion_envs.runs.perceptual import STLPIPS
-from diffusion_envs.runs.prompt_statistics import training_by_prompt
+from diffusion_envs.runs.report_pictures import pictures
+from diffusion_envs.runs.report_prompts import by_prompt
+from diffusion_envs.runs.report_settings import settings_table
 from diffusion_envs.runs.report_words import (
     duration,
     figure,
-    folded,
     image,
     in_errors,
     number,
@@ -92,10 +93,6 @@ _SINGLE = {
 _PROGRESS = ("reward", "path_kl")  # in the chart with a choice of axis
 _NOT_DRAWN = {"update", "memory", "ratio_min", "ratio_max", *_PROGRESS, *_COSTS}
 _FEW = 3  # points of a quantity from which on it is drawn; fewer are a table
-_MANY_PROMPTS = 12  # more than so many are folded away
-_EACH_END = 10  # prompts that changed most and least in training
-_PAIRS = 12  # of pictures, that are not folded away
-_SOME = 8  # prompts that stand among the settings
 _Points = Sequence[tuple[int | float, Mapping[str, Any]]]
 
 
@@ -118,14 +115,14 @@ def write_report(folder: str | Path) -> Path:
         f"<header><h1>{name}</h1>{_subtitle(config, metrics)}</header>",
         _verdict(lines, summary),
         _headline(summary),
-        _pictures(folder / "samples", summary),
+        pictures(folder / "samples", summary),
         _progress(metrics, lines, summary),
         _frontier(_json(folder / "frontier.json"), lines, summary),
-        _by_prompt(summary, read_metrics(folder / TRAINING_BY_PROMPT), config),
+        by_prompt(summary, read_metrics(folder / TRAINING_BY_PROMPT), config),
         _over_optimisation(lines, summary),
         _training(metrics, config),
         _transfer(transfer),
-        _settings(config),
+        settings_table(config),
     ]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -252,79 +249,6 @@ def _tile(
     )
 
 
-def _by_prompt(
-    summary: Mapping[str, Any] | None,
-    training: Sequence[Mapping[str, Any]],
-    config: Mapping[str, Any],
-) -> str:
-    """The reward of each prompt: of held-out samples, and of those that were trained on."""
-    parts = [_held_out_by_prompt(summary), _trained_by_prompt(training, config)]
-    return f"<h2>Reward by prompt</h2>{''.join(parts)}" if any(parts) else ""
-
-
-def _held_out_by_prompt(summary: Mapping[str, Any] | None) -> str:
-    """Largest gain first; of many prompts the summary has those at both ends."""
-    prompts = (summary or {}).get("by_prompt")
-    if not prompts:
-        return ""
-    ordered = sorted(prompts.items(), key=lambda item: -item[1]["difference"]["mean"])
-    rows = [
-        [
-            html.escape(prompt),
-            *(number(value[part]) for part in ("before", "after")),
-            number(value["difference"], "+"),
-            in_errors(value["difference"]),
-            str(value["difference"]["n"]),
-        ]
-        for prompt, value in ordered
-    ]
-    heads = [
-        *("prompt, on held-out seeds", "before", "after", "paired difference"),
-        *("in standard errors", "samples"),
-    ]
-    every = (summary or {}).get("prompts")
-    shown = table(heads, rows)
-    if isinstance(every, int) and every > len(rows):
-        half = len(rows) // 2
-        return (
-            f'<p class="muted">The {half} largest and the {half} smallest gains of {every:,} '
-            f"prompts; <code>evaluation/by_prompt.jsonl</code> has them all.</p>{shown}"
-        )
-    return folded(f"All {len(rows)} prompts", shown) if len(rows) > _MANY_PROMPTS else shown
-
-
-def _trained_by_prompt(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> str:
-    """What training samples of a prompt earned in the earlier and the later half of updates."""
-    every = training_by_prompt(lines)
-    names = config.get("settings", {}).get("prompts", [])
-    shown = every
-    if len(every) > 2 * _EACH_END:
-        shown = every[:_EACH_END] + every[-_EACH_END:]
-    rows = [
-        [
-            html.escape(_prompt(names[each.prompt]) if each.prompt < len(names) else "?"),
-            number(each.earlier.as_dict()),
-            number(each.later.as_dict()),
-            number(each.difference.as_dict(), "+"),
-            f"{each.earlier.n} and {each.later.n}",
-        ]
-        for each in shown
-    ]
-    if not rows:
-        return ""
-    heads = ["prompt, in training", "earlier half", "later half", "difference", "samples"]
-    which = f"{len(rows)} of {len(every):,} prompts" if len(shown) < len(every) else "every prompt"
-    words = f"Training samples of {which}: the earlier and the later half of the updates"
-    return folded(words, table(heads, rows))
-
-
-def _prompt(stored: Any) -> str:
-    """A prompt as config.json has it, with its columns."""
-    if not isinstance(stored, Mapping):
-        return str(stored)
-    return f"{stored['prompt']} {json.dumps(stored['metadata'], ensure_ascii=False)}"
-
-
 def _frontier(
     drawn: Mapping[str, Any] | None,
     lines: Sequence[Mapping[str, Any]],
@@ -364,41 +288,6 @@ def _frontier(
         "noise that a path starts from says something about its end, the best policy has less "
         "than the frontier, as no policy chooses its start. The choice of prompts is in no "
         "interval.</p>"
-    )
-
-
-def _pictures(folder: Path, summary: Mapping[str, Any] | None) -> str:
-    """The first and the last grid, seed by seed."""
-    title = "<h2>Before and after</h2>"
-    grids = {int(path.stem[5:]): path for path in sorted(folder.glob("step-*.png"))}
-    exported = (summary or {}).get("update")
-    if exported in grids:  # a run that was stopped has pictures of later models
-        grids = {update: path for update, path in grids.items() if update <= exported}
-    if not grids:
-        return f"{title}<p>No pictures yet.</p>"
-    updates = list(dict.fromkeys((min(grids), max(grids))))
-    tiles = [contact_sheet.tiles(grids[update]) for update in updates]
-    named = ["before" if not update else f"after {update} updates" for update in updates]
-    if any(not sheet for sheet in tiles):  # written by an earlier version
-        figures = [
-            figure(image(grids[update].read_bytes(), "png", f"Grid of pictures, {words}"), words)
-            for update, words in zip(updates, named, strict=True)
-        ]
-        return f'{title}<div class="cards pair">{"".join(figures)}</div>'
-    pairs = []
-    for sheets in zip(*tiles, strict=False):
-        caption = sheets[0].caption
-        shown = "".join(
-            image(tile.png, "png", f"Generated picture {words}: {caption}")
-            for tile, words in zip(sheets, named, strict=True)
-        )
-        pairs.append(figure(f"<div>{shown}</div>", caption))
-    words = " on the left, ".join(named) + (" on the right" if len(named) > 1 else "")
-    rest = pairs[_PAIRS:]
-    more = folded(f"{len(rest)} more", f'<div class="pairs">{"".join(rest)}</div>') if rest else ""
-    return (
-        f'{title}<p class="muted">The same prompts and seeds: {words}.</p>'
-        f'<div class="pairs">{"".join(pairs[:_PAIRS])}</div>{more}'
     )
 
 
@@ -568,9 +457,10 @@ def _training(metrics: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -
     drawn = _over_updates(
         {label: points for label, points in series.items() if points}, "of the training samples"
     )
+    bands = charts.explained([(0, line) for line in metrics])
     return (
-        '<h2>Training</h2><p class="muted">Means over the training samples of an update; bands are '
-        f"95 % intervals.</p>{_without_signal(metrics, config)}{drawn}{_costs(metrics)}"
+        '<h2>Training</h2><p class="muted">Means over the training samples of an update; bands: '
+        f"{bands}.</p>{_without_signal(metrics, config)}{drawn}{_costs(metrics)}"
     )
 
 
@@ -655,38 +545,3 @@ def _transfer(rows: Sequence[Mapping[str, Any]] | None) -> str:
         "paired gain, with 95 % intervals",
     )
     return f'{title}<div class="cards pair">{levels}{gains}</div>{table(heads, cells)}'
-
-
-def _settings(config: Mapping[str, Any]) -> str:
-    """Every setting on a line of its own, and the versions."""
-    settings = dict(config.get("settings", {}))
-    prompts = settings.get("prompts")
-    if isinstance(prompts, list):
-        several = f" and {len(prompts) - _SOME:,} more" if len(prompts) > _SOME else ""
-        settings["prompts"] = "; ".join(_prompt(p) for p in prompts[:_SOME]) + several
-    rows = [
-        [html.escape(name), f"<code>{html.escape(value)}</code>"] for name, value in _flat(settings)
-    ]
-    known = config.get("versions", {}) | {"commit": config.get("commit")}
-    versions = [[html.escape(k), f"<code>{html.escape(str(v))}</code>"] for k, v in known.items()]
-    return (
-        "<h2>Settings</h2>"
-        + folded(f"All {len(rows)} settings", table(["setting", "value"], rows, numbers=False))
-        + folded("Versions", table(["of", "version"], versions, numbers=False))
-    )
-
-
-def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """Dotted names and values of settings; an object's name, then its fields."""
-    if not isinstance(value, Mapping):
-        return [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
-    if value.keys() in ({"path"}, {"float"}):
-        return [(name, str(next(iter(value.values()))))]
-    kinds = ("class", "function", "loaded", "instance", "folder")
-    named = isinstance(value.get("name"), str) and any(kind in value for kind in kinds)
-    rows = [(name, value["name"])] if named else []
-    for key, inner in value.items():
-        if not (named and key in ("name", *kinds)):
-            plain = key.removesuffix(" (field)")
-            rows += _flat(inner, f"{name}.{plain}" if name else plain)
-    return rows

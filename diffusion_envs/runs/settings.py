@@ -206,7 +206,7 @@ def _differing_prompts(
         if then != now:
             return [(f"{setting}[{k}]", then, now)]
     sizes = len(stored), len(wanted)
-    return [] if sizes[0] == sizes[1] else [(f"number of {setting}", *sizes)]
+    return [] if sizes[0] == sizes[1] else [(f"{setting}.length", *sizes)]
 
 
 def _defaults(described: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class StableDiffusion:
         if self.lora_targets is not None:
             object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         if self.lora is not None:
-            object.__setattr__(self, "lora", from_anywhere(self.lora))
+            object.__setattr__(self, "lora", str(Path(self.lora).expanduser().absolute()))
 
     def _trainable(self) -> Trainable:
         return Trainable(

@@ -95,6 +95,7 @@ def test_alpha_and_the_rank_stabilised_scale_are_those_of_peft():
         assert {part.scaling["default"] for part in places} == {3 / (2 if stabilised else 4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "stabilised"), [(network, False), (network_of_sdxl, True)])
 def test_an_adapter_is_read_back_in_both_layouts(build, stabilised, tmp_path):
     """Every kind of layer; diffusers' own loader of SDXL reads the original network's names."""
@@ -114,6 +115,8 @@ def test_an_adapter_is_read_back_in_both_layouts(build, stabilised, tmp_path):
         loader.load_lora_into_unet(layers, alphas, plain, adapter_name="theirs")
         close(outputs(plain), outputs(trained.network))
         assert (outputs(plain) - outputs(build())).abs().max() > 0.01
+    again = Trainable(start=tmp_path / exports.KOHYA_FILE).attach(build(), seed=0)
+    close(outputs(again.network), outputs(trained.network))
     keys = load_file(tmp_path / exports.KOHYA_FILE)
     deep = "lora_unet_input_blocks_7_1_transformer_blocks_1_attn2_to_out_0.lora_up.weight"
     assert (deep in keys) == (build is network_of_sdxl)

@@ -110,9 +110,10 @@ def test_options_of_the_command_line_win_over_the_preset(tmp_path):
     path = mine(
         tmp_path,
         'reward = "red"\nprompts = "@prompts.csv"\nguidance = 2\nprogress = false\nwandb = true\n'
-        'objective = "grpo"\ngroup = 4\nlora_targets = ["to_q", "to_v"]\nupdates = 7\n',
+        'objective = "grpo"\ngroup = 4\nlora_targets = ["to_q", "to_v"]\nupdates = 7\n'
+        'optimiser = "bounded-adamw"\n',
     )
-    options = taken(path, "--updates", "9", "--group=8")
+    options = taken(path, "--updates", "9", "--group=8", "--optimiser", "adamw")
     assert (options.updates, options.objective_settings.group) == (9, 8)
     assert options.model.lora_targets == ("to_q", "to_v")
     assert (options.model.guidance, options.options.progress) == (2.0, False)
@@ -120,6 +121,8 @@ def test_options_of_the_command_line_win_over_the_preset(tmp_path):
     assert options.reward == rewards.Colour("red")
     assert [dict(p.metadata) for p in options.prompts] == [{"word": "STOP"}]
     again = read(FAMILY, [f"--preset={path}", "--output", "run", "--reward", "green"])
+    assert type(again.optimiser_settings).__name__ == "BoundedAdamW"
+    assert type(options.optimiser_settings).__name__ == "AdamW"
     assert (again.updates, again.reward) == (7, rewards.Colour("green"))
 
 

@@ -199,7 +199,7 @@ def test_other_columns_are_other_prompts_when_a_run_is_resumed():
     assert setting == "prompts[0]"
     assert (then["metadata"], now["metadata"]) == ({"word": "STOP"}, {"word": "GO"})
     fewer = describe({"prompts": [Prompt("a", {"word": "STOP"})]})
-    assert differences(stop, fewer) == [("number of prompts", 2, 1)]
+    assert differences(stop, fewer) == [("prompts.length", 2, 1)]
 
 
 def test_held_out_prompts_are_split_off_by_the_seed():

@@ -13,8 +13,8 @@ import torch
 from diffusion_envs import rewards, samplers
 from diffusion_envs.objectives import ContinuousDxMI, DistributionalOptimisation, NearTarget
 from diffusion_envs.preferences import BradleyTerry, Recorded
-from diffusion_envs.runs.command_line import OBJECTIVES
 from diffusion_envs.runs.early_stopping import StopRule
+from diffusion_envs.runs.method_names import OBJECTIVES
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.settings import Unnamed, describe, differences, rebuild
 from diffusion_envs.sd15 import StableDiffusion

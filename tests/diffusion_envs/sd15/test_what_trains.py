@@ -168,3 +168,8 @@ def test_all_weights_have_a_learning_rate_of_their_own_if_none_is_named():
     ):
         made = read(FAMILY, ["--reward", "red", "--output", "run", *words])
         assert made.objective_settings.learning_rate == rate, words
+
+
+def test_a_lora_is_the_same_file_in_another_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert StableDiffusion(lora="some.safetensors").lora == str(tmp_path / "some.safetensors")

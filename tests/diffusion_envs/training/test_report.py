@@ -529,7 +529,8 @@ def test_a_curve_of_any_length_has_a_readable_number_of_points(n):
     ("low", "high"), [(0, 1), (-3.7e-9, 2e-9), (1e6, 1.2e7), (5, 5), (0, 0), (-1234.5, -1200)]
 )
 def test_an_axis_covers_its_values_with_few_different_labels(low, high):
-    first, last, ticks = charts._axis(float(low), float(high))
+    axis = charts._axis(float(low), float(high))
+    first, last, ticks = axis.low, axis.high, axis.ticks
     assert first <= low <= high <= last
     assert first - 1e-9 * abs(first) <= ticks[0] < ticks[-1] <= last + 1e-9 * abs(last)
     assert 2 <= len(ticks) <= 8

@@ -28,7 +28,7 @@ from diffusion_envs.objectives import (
     TiltedRegression,
 )
 from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, Recorded
-from diffusion_envs.runs.command_line import OBJECTIVES
+from diffusion_envs.runs.method_names import OBJECTIVES
 from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Scheduler
 from diffusion_envs.training.kl_controller import TargetKL
 from diffusion_envs.training.trainer import Trainer
