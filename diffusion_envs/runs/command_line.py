@@ -543,6 +543,7 @@ def main(family: Family, arguments: Sequence[str]) -> int:
             _quiet_libraries()
             run_evaluate(family, evaluation)
         elif arguments and arguments[0] in family.commands:
+            _quiet_libraries()
             family.commands[arguments[0]](arguments[1:])
         else:
             words = arguments[1:] if arguments[:1] == ["finetune"] else arguments

@@ -9,6 +9,7 @@ from diffusion_envs.models.adapters import LORA_FILE
 from diffusion_envs.models.exports import KOHYA_FILE, PIPELINE
 from diffusion_envs.models.folders import SHIPPED
 from diffusion_envs.models.guidance_schedule import GUIDANCE_FILE
+from diffusion_envs.runs.prompts import split
 from diffusion_envs.runs.settings import rebuild
 
 CARD = "README.md"  # the name that the hub shows
@@ -54,9 +55,6 @@ def card(folder: Path, *, merged: bool = False) -> str:
         pipeline_tag="text-to-image" if "guidance" in model else "unconditional-image-generation",
         tags=["diffusers", "reinforcement-learning", *(["lora"] if adapter else [])],
     )
-    prompts = [rebuild(prompt) for prompt in settings["prompts"]]
-    more = len(prompts) - _PROMPTS
-    listed = "\n".join(f"- {_plain(prompt)}" for prompt in prompts[:_PROMPTS])
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1]) if lines else {}
     scale = (folder / GUIDANCE_FILE).is_file()
@@ -86,9 +84,7 @@ On held-out seeds, before and after (mean and standard error):
 
 ## Prompts
 
-{len(prompts)} in training{f", the first {_PROMPTS} of them" if more > 0 else ""}:
-
-{listed}
+{_prompts(settings)}
 
 ## How to load it
 
@@ -117,6 +113,25 @@ def base_model(model: Mapping[str, Any]) -> tuple[str, bool]:
     if Path(named).is_absolute():
         return Path(named).name, False
     return named, named.count("/") == 1
+
+
+def _prompts(settings: Mapping[str, Any]) -> str:
+    """Those of training, the first of them, and those of the numbers above where they differ."""
+    options = settings["options"]
+    prompts = [rebuild(prompt) for prompt in settings["prompts"]]
+    asked = options.get("evaluation_prompts")
+    held_out = prompts if asked is None else [rebuild(prompt) for prompt in asked]
+    if options.get("held_out"):
+        places = split(len(prompts), options["held_out"], settings["seed"])
+        prompts, held_out = ([prompts[k] for k in part] for part in places)
+    told = _listed("in training", prompts)
+    return told if held_out == prompts else f"{told}\n\n{_listed('of held-out samples', held_out)}"
+
+
+def _listed(what: str, prompts: list[str]) -> str:
+    first = f", the first {_PROMPTS} of them" if len(prompts) > _PROMPTS else ""
+    lines = "\n".join(f"- {_plain(prompt)}" for prompt in prompts[:_PROMPTS])
+    return f"{len(prompts)} {what}{first}:\n\n{lines}"
 
 
 def _reward(settings: Mapping[str, Any]) -> str:
@@ -151,7 +166,7 @@ def _budget(
     ]
     for name, words in (
         ("reward_queries", "images judged"),
-        ("network_calls", "calls of the network, one an image"),
+        ("network_calls", "rows through the network"),
         ("seconds", "seconds"),
     ):
         if name in last:
@@ -203,6 +218,8 @@ def _loading(folder: Path, base: str, model: Mapping[str, Any], whole: bool) -> 
             "InvokeAI: put it into their folder of LoRAs, and use it at weight 1."
         )
     asked = "" if guidance is None else f"prompt, guidance_scale={guidance}"
+    if model.get("negative_prompt"):
+        asked += f", negative_prompt={model['negative_prompt']!r}"
     code.append(f"image = pipe({asked}).images[0]")
     if (folder / GUIDANCE_FILE).is_file():
         words.append(

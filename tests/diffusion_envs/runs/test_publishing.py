@@ -17,6 +17,8 @@ from diffusion_envs.models.exports import ExportError
 from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.command_line import main
+from diffusion_envs.runs.model_card import card
+from diffusion_envs.runs.prompts import split
 from diffusion_envs.runs.publishing import export
 from diffusion_envs.sd15.__main__ import FAMILY
 from diffusion_envs.training.update_size import UpdateSize
@@ -71,13 +73,13 @@ def test_what_is_exported_and_stored_is_the_running_mean(finished):
 
 
 def test_the_card_says_what_it_is_and_nothing_of_this_machine(finished, base):
-    card = ModelCard.load(finished / "README.md")
+    read = ModelCard.load(finished / "README.md")
     whole = (finished / "pipeline").is_dir()
-    assert card.data.library_name == "diffusers"
-    assert card.data.pipeline_tag == "text-to-image"
-    assert card.data.base_model is None  # a folder's name is no id
-    assert ("lora" in card.data.tags) != whole
-    text = card.text
+    assert read.data.library_name == "diffusers"
+    assert read.data.pipeline_tag == "text-to-image"
+    assert read.data.base_model is None  # a folder's name is no id
+    assert ("lora" in read.data.tags) != whole
+    text = read.text
     for words in (
         "The UNet of `somebodys-model`" if whole else "A LoRA adapter of `somebodys-model`",
         "ScoreAsAction with the reward `Colour`",
@@ -94,6 +96,25 @@ def test_the_card_says_what_it_is_and_nothing_of_this_machine(finished, base):
     assert ("ComfyUI" in text) != whole
     assert str(base.parent) not in text
     assert base.parent.name not in text
+
+
+def test_the_card_tells_held_out_prompts_and_the_negative_one_from_those_of_training(
+    finished, tmp_path
+):
+    config = json.loads((finished / "config.json").read_text())
+    config["settings"]["options"]["held_out"] = 2
+    config["settings"]["model"]["negative_prompt"] = 'a red "dog"'
+    for name in ("metrics.jsonl", "summary.json"):
+        shutil.copy(finished / name, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = card(tmp_path)
+    training, held_out = split(len(PROMPTS), 2, config["settings"]["seed"])
+    assert "5 in training:" in text
+    held_out_part = text.split("2 of held-out samples:")[1].split("##")[0]
+    for k, prompt in enumerate(PROMPTS):
+        assert (prompt.replace("|", "\\|") in held_out_part) == (k in held_out)
+    assert len(training) == 5
+    assert "negative_prompt='a red \"dog\"'" in text
 
 
 @pytest.mark.parametrize("words", [[], ["--merged"]])
