@@ -45,10 +45,10 @@ class DDIM:
         """Name for tables and plots."""
         return f"DDIM eta {self.eta:g}"
 
-    @overload
+    @overload  # of a table that starts without signal a BoundDDIMFromNoise: no type tells tables
     def bind(
         self, table: DDPMTable, steps: int, prediction_type: str = "epsilon"
-    ) -> "BoundDDIM | BoundDDIMFromNoise": ...
+    ) -> "BoundDDIM": ...
 
     @overload
     def bind(
