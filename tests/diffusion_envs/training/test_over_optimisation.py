@@ -453,7 +453,7 @@ def test_pictures_of_noise_are_lost_through_the_metrics_themselves(generator):
     ],
     ids=lambda setting: f"{setting.tails}-{setting.correlation}-{setting.at_the_margin}",
 )
-def test_false_alarms_are_no_more_than_five_per_cent(setting):
+def test_false_alarms_are_no_more_than_five_per_cent(setting, as_users_run_it):
     runs = 400
     rates = simulate(setting, runs, seed=5)
     # two standard errors of a rate of 5 % above it: a verdict exactly at its level passes
@@ -462,7 +462,7 @@ def test_false_alarms_are_no_more_than_five_per_cent(setting):
 
 
 @pytest.mark.slow
-def test_many_judges_are_not_many_chances_for_a_false_alarm():
+def test_many_judges_are_not_many_chances_for_a_false_alarm(as_users_run_it):
     """Eight judges at the margin: one comparison in each at 5 % would err in 20 % of runs."""
     setting = Setting(
         correlation=0.0, evaluations=1, samples=96, judges=8, at_the_margin=True, gain=1.0

@@ -3,7 +3,7 @@
 import runpy
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "own_problem.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_problem.py"
 
 
 def test_the_example_learns_what_it_says(capsys):
