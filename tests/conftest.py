@@ -27,7 +27,7 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
 
 @pytest.fixture
 def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No shapes and types are checked at every call, which takes half of a long run's time and more.
+    """No shapes and types are checked at every call, which takes most of a long run's time.
 
     It is for many repetitions of calls that other tests make with these checks.
     """

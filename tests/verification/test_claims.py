@@ -26,7 +26,8 @@ def why(outcome):
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", CLAIMS)
-def test_the_claim_holds_and_rejects_every_mistake(name):
+def test_the_claim_holds_and_rejects_every_mistake(name, as_users_run_it):
+    """As ``python -m verification`` runs it: mistakes are rejected by numbers, not by types."""
     outcome = run(CLAIMS[name], Setting(), TABLE["float64"].get(name, {}))
     assert outcome.holds, why(outcome)
 
