@@ -1,4 +1,4 @@
-"""An existing LoRA that training starts from: found on disk, checked, in one layout.
+"""An existing LoRA that training starts from: read from disk, checked, in one layout.
 
 Files come in the layouts of diffusers, peft and kohya's scripts; diffusers' own converters read
 them. Whatever says how much an update counts (alphas, a rank-stabilised scale, patterns of either)
