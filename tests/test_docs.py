@@ -115,3 +115,14 @@ def test_every_objective_is_in_the_document_of_methods():
         made = getattr(objectives, name)
         if isinstance(made, type) and issubclass(made, objectives.Objective):
             assert name in kinds or f"`{name}`" in text, name
+
+
+def test_every_capability_of_the_table_has_the_test_that_it_names():
+    text = (ROOT / "docs" / "capabilities.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "tests/" in line]
+    assert len(rows) > 30
+    for row in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", row)
+        assert named, row
+        for file, name in named:
+            assert f"def {name}(" in (ROOT / file).read_text(), row
