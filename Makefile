@@ -3,6 +3,7 @@
 # make test   run the test suite from nothing (under 10 minutes on 2 cores)
 # make test-device   the same on a simulated accelerator, CUDA's discipline without a GPU
 # make verify every theorem, and every mistake that its check must reject (under 2 minutes)
+# make faults   kill, damage, fill, interrupt: does a run keep its promises? (under 30 minutes)
 # make portability   the tests that round, under every kernel that this machine can run (15 minutes)
 
 PYTHON ?= python3
@@ -30,7 +31,7 @@ endef
 # Threads that wait must not burn the core that another program needs.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo demo-words test test-device verify portability lint bench mutants clean
+.PHONY: demo demo-words test test-device verify faults portability lint bench mutants clean
 .DELETE_ON_ERROR:
 
 # torch first and pinned: it decides what everything else may bring.
@@ -63,6 +64,10 @@ test-device: $(VENV)/.installed-dev
 
 verify: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m verification
+
+# SAMPLE=--sample: few faults of each kind.
+faults: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults $(SAMPLE)
 
 # SAMPLE=--sample: two kernels and the fewest tests.
 portability: $(VENV)/.installed-dev

@@ -1,0 +1,1 @@
+"""Faults that are done to runs, and whether a run keeps what it promises: ``make faults``."""
