@@ -25,6 +25,7 @@ from diffusion_envs.models.kept_conditions import KeptConditions
 from diffusion_envs.models.protocol import Condition, Denoiser, Model, PromptReader
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
+from diffusion_envs.training.phase import phase
 
 Mean = Callable[[Tensor, Tensor], Tensor]  # (time, states) -> action
 Level = Callable[[Tensor], Tensor]  # time -> sigma
@@ -379,6 +380,7 @@ class Environment:
         parts = zip(states.split(self.batch), _split(prompts, self.batch), strict=True)
         return torch.cat([self._score(self.model.decode(x), words)[:, 0] for x, words in parts])
 
+    @phase("rewards")
     def _score(self, images: Tensor, prompts: list[str]) -> Float[Tensor, "n columns"]:
         """The reward of each picture, then its parts."""
         self.reward_queries += len(images)
