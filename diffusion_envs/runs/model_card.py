@@ -12,6 +12,7 @@ from diffusion_envs.models.guidance_schedule import GUIDANCE_FILE
 from diffusion_envs.runs.prompts import split
 from diffusion_envs.runs.settings import rebuild
 from diffusion_envs.training.phase import phase
+from diffusion_envs.whole_files import whole
 
 CARD = "README.md"  # the name that the hub shows
 
@@ -31,7 +32,9 @@ def write_card(folder: Path) -> Path:
         The file.
     """
     path = folder / CARD
-    path.write_text(card(folder), encoding="utf-8")
+    text = card(folder)
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 

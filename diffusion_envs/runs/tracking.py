@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.estimate import Estimate
+from diffusion_envs.digests import opened, sealed
 from diffusion_envs.runs.contact_sheet import grid, save
+from diffusion_envs.whole_files import append, whole
 
 OVER_OPTIMISATION = "over_optimisation.jsonl"
 TRAINING_BY_PROMPT = "training_by_prompt.jsonl"
+LOGS = ("metrics.jsonl", OVER_OPTIMISATION, TRAINING_BY_PROMPT)
 PROJECT = "ctrl"  # of Weights & Biases
 _MOST_PROMPTS = 20  # in the config that Weights & Biases gets
 _log = logging.getLogger(__name__)
@@ -94,7 +96,7 @@ class Tracker:
         if self._service is not None:
             self._wandb = _wandb_run(self._service, folder, wandb, wandb_name)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update + 1)
-        self._file = path.open("a", encoding="utf-8")
+        append(path, "")  # there is a log from the start
         (folder / "samples").mkdir(exist_ok=True)
 
     def __enter__(self) -> "Tracker":
@@ -108,7 +110,6 @@ class Tracker:
     ) -> None:
         if not self.enabled:
             return
-        self._file.close()
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -131,8 +132,7 @@ class Tracker:
             raise ValueError(
                 f"update must be later than {self._last}, already logged; got {update}"
             )
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
+        append(self.folder / "metrics.jsonl", json.dumps(plain, allow_nan=False) + "\n")
         self._last = update
         flat = {n: v.mean if isinstance(v, Estimate) else v for n, v in numbers.items()}
         flat = {name: value for name, value in flat.items() if value is not None}
@@ -155,8 +155,7 @@ class Tracker:
             "standard_error": [each.as_dict()["standard_error"] for each in rewards.values()],
             "n": [each.n for each in rewards.values()],
         }
-        with (self.folder / TRAINING_BY_PROMPT).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        append(self.folder / TRAINING_BY_PROMPT, json.dumps(line, allow_nan=False) + "\n")
 
     def over_optimisation(self, update: int, numbers: Mapping[str, Estimate]) -> None:
         """A line of ``over_optimisation.jsonl``; none if a resumed run has that update's already.
@@ -167,8 +166,8 @@ class Tracker:
         if not self.enabled or update <= self._last_metrics:
             return
         plain = {name: _plain(name, value) for name, value in numbers.items()}
-        with (self.folder / OVER_OPTIMISATION).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"update": update, **plain}, allow_nan=False) + "\n")
+        line = json.dumps({"update": update, **plain}, allow_nan=False)
+        append(self.folder / OVER_OPTIMISATION, f"{line}\n")
         self._last_metrics = update
         flat = {f"over_optimisation/{name}": value.mean for name, value in numbers.items()}
         for name, value in flat.items():
@@ -183,10 +182,9 @@ class Tracker:
         if not self.enabled:
             return
         path = self.folder / "samples" / f"step-{update:06d}.png"
-        partial = path.with_suffix(".partial")
         sheet = grid(images, captions)
-        save(sheet, partial)
-        os.replace(partial, path)
+        with whole(path) as partial:
+            save(sheet, partial)
         self._board.add_image("samples", np.asarray(sheet), update, dataformats="HWC")
         if self._wandb is not None:
             self._wandb.log({"samples": self._service.Image(sheet)}, step=update)
@@ -208,9 +206,8 @@ def _keep_lines_until(path: Path, update: int) -> int:
     """Drop lines of later updates, and a last line that a crash cut short; the last update kept."""
     kept = [line for line in read_metrics(path) if line["update"] <= update]
     if path.is_file():
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        with whole(path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return kept[-1]["update"] if kept else 0
 
 
@@ -242,7 +239,7 @@ def _wandb_run(service: Any, folder: Path, project: bool | str, name: str | None
     wanted, former = None if project is True else project, None
     if record.is_file():
         try:
-            stored = json.loads(record.read_text(encoding="utf-8"))
+            stored = opened(json.loads(record.read_text(encoding="utf-8")), record)
             known = {"project": str(stored["project"]), "id": str(stored["id"])}
             former = stored.get("name")
         except (ValueError, KeyError, TypeError) as error:
@@ -257,9 +254,8 @@ def _wandb_run(service: Any, folder: Path, project: bool | str, name: str | None
     else:
         known = {"project": wanted or PROJECT, "id": secrets.token_hex(4)}
     known["name"] = name or former or folder.resolve().name
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(known), encoding="utf-8")
-    os.replace(partial, record)
+    with whole(record) as partial:
+        partial.write_text(json.dumps(sealed(known)), encoding="utf-8")
     return service.init(**known, dir=str(folder), config=_config_of(folder), resume="allow")
 
 
