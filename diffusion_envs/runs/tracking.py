@@ -34,13 +34,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     read = []
     for number, line in enumerate(
         lines[:-1], start=1
     ):  # what follows the last newline was cut short
         try:
-            numbers = json.loads(line)
+            numbers = json.loads(line.decode())
             read.append(numbers | {"update": int(numbers["update"])})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
