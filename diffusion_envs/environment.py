@@ -26,6 +26,7 @@ from diffusion_envs.models.kept_conditions import KeptConditions
 from diffusion_envs.models.protocol import Condition, Denoiser, Model, PromptReader
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
+from diffusion_envs.training.phase import phase
 
 Mean = Callable[[Tensor, Tensor], Tensor]  # (time, states) -> action
 Level = Callable[[Tensor], Tensor]  # time -> sigma
@@ -425,6 +426,7 @@ class Environment:
             [self._score(self.model.decode(x), words, which)[:, 0] for x, words, which in pieces]
         )
 
+    @phase("rewards")
     def _score(
         self, images: Tensor, prompts: Sequence[str], samples: Sequence[int]
     ) -> Float[Tensor, "n columns"]:

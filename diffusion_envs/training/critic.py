@@ -19,6 +19,7 @@ from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import Objective
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import parallel
+from diffusion_envs.training.phase import phase
 from diffusion_envs.training.update_size import UpdateSize
 from diffusion_envs.training.value_network import (
     Weights,
@@ -115,6 +116,7 @@ class Critic:
 
         return value
 
+    @phase("value network")
     def improve(
         self,
         rollout: Rollout,

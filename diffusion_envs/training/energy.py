@@ -26,6 +26,7 @@ from diffusion_envs.objectives.protocol import Values
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import parallel
 from diffusion_envs.training.critic import NonFiniteError
+from diffusion_envs.training.phase import phase
 from diffusion_envs.training.update_size import UpdateSize
 
 
@@ -204,6 +205,7 @@ class EnergyCritic:
 
         return value
 
+    @phase("value network")
     def improve(
         self, rollout: Rollout, denoised_rewards: Tensor | None, update: int
     ) -> dict[str, float]:

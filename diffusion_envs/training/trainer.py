@@ -35,6 +35,7 @@ from diffusion_envs.training.energy import EnergyCritic, TrainingData
 from diffusion_envs.training.loss_scale import LossScale
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.path_metric import PathMetric
+from diffusion_envs.training.phase import phase
 from diffusion_envs.training.requirements import require_fit
 from diffusion_envs.training.update_size import UpdateSize
 
@@ -184,6 +185,7 @@ class Trainer:
         measured = self._measured(sample.rollout, numbers)
         return measured | self._counted_since(counted)
 
+    @phase("sampling")
     def sample(self) -> Sample:
         """The next update's roll-out by the policy as it is, with values and preferences.
 
@@ -241,6 +243,7 @@ class Trainer:
         assert preferences is not None
         return preferences
 
+    @phase("update")
     def losses(self, rollout: Rollout) -> Losses:
         """What the objective learns from this roll-out; made before the weights change."""
         objective, size = self.objective, self.size
@@ -270,6 +273,7 @@ class Trainer:
         process = self.accelerator.process_index
         return stream(self.environment.seed, self.stream_name, *name, self.update, process)
 
+    @phase("update")
     def _improve_adapter(self, losses: Losses, rollout: Rollout) -> dict[str, float]:
         size, groups = self.size, len(rollout.rewards) // rollout.group
         most = size.max_gradient_norm if self.optimiser.clips else math.inf
