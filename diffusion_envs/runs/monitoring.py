@@ -111,7 +111,8 @@ class Evaluations(Callback):
         return before, after, numbers
 
     def _metrics(self, before: Evaluation, after: Evaluation) -> dict[str, Estimate]:
-        return metrics(before, after, self._embedders, self._stlpips)
+        seconds = self._environment.reward_timeout
+        return metrics(before, after, self._embedders, self._stlpips, seconds)
 
     def _evaluate(self, samples: int) -> Evaluation:
         judges = self._options.judges
