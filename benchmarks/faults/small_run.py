@@ -4,6 +4,7 @@ A run is the library's own command line in a process of its own, forked from one
 everything: so it starts in a moment, and may be killed, filled up or interrupted by the hundred.
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -43,6 +44,7 @@ PHASES = (
 )
 _OF_TIME = ("seconds", "memory", "logs")  # which no two runs have alike, and digests of them
 _TIMES = tuple(f"| {name} |" for name in _OF_TIME)  # in a table
+_MOST_SAID = 2**20
 _LONGEST = 120.0  # seconds that a process may take
 _Fault = Callable[[], AbstractContextManager[Any]]
 
@@ -83,7 +85,8 @@ class Process:
     def __init__(self, folder: Path, words: Sequence[str], fault: _Fault = nullcontext) -> None:
         self._told = mmap.mmap(-1, 4 * (1 + len(PHASES)))  # shared: phase, and entries of each
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self._said = folder.with_name(f"{folder.name}.said")
+        self._said, self._speak = os.pipe()  # no file, for disks may be full
+        fcntl.fcntl(self._speak, fcntl.F_SETPIPE_SZ, _MOST_SAID)
         self._ended: int | None = None
         self._began = self._signalled = self._ended_at = time.monotonic()
         sys.stdout.flush()
@@ -91,14 +94,15 @@ class Process:
         self.pid = os.fork()
         if not self.pid:
             self._run(words, fault)
+        os.close(self._speak)
+        os.set_blocking(self._said, False)
 
     def _run(self, words: Sequence[str], fault: _Fault) -> None:
         """What the child does; it never returns."""
         code = 1
         try:
-            said = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
+            os.dup2(self._speak, 1)
+            os.dup2(self._speak, 2)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -177,9 +181,13 @@ class Process:
             time.sleep(0.002)
         assert self._ended is not None
         code = os.waitstatus_to_exitcode(self._ended)
-        said = self._said.read_text(errors="replace") if self._said.is_file() else ""
+        said = b""
+        with suppress(BlockingIOError):  # a child that is left behind may still speak
+            while more := os.read(self._said, _MOST_SAID):
+                said += more
+        os.close(self._said)
         seconds, after = self._ended_at - self._began, self._ended_at - self._signalled
-        return Ended(code, self.phase, said, seconds, after)
+        return Ended(code, self.phase, said.decode(errors="replace"), seconds, after)
 
 
 def begin(folder: Path, fault: _Fault = nullcontext, words: Sequence[str] = WORDS) -> Process:
