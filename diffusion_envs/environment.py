@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -25,7 +26,9 @@ from diffusion_envs.models.kept_conditions import KeptConditions
 from diffusion_envs.models.protocol import Condition, Denoiser, Model, PromptReader
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
+from diffusion_envs.training import memory
 
+T = TypeVar("T")
 Mean = Callable[[Tensor, Tensor], Tensor]  # (time, states) -> action
 Level = Callable[[Tensor], Tensor]  # time -> sigma
 
@@ -54,7 +57,8 @@ class Environment:
         prompts: what to ask for.
         seed: of the run.
         score_images: how a reward is asked: (reward, pictures, prompts) -> [n], checked.
-        batch: pictures that are decoded and scored at once; memory, not mathematics.
+        batch: pictures that are decoded and scored at once; memory, not mathematics, and fewer from
+            then on where it runs out (``training.memory``).
         reward_queries: so far.
         monitoring_calls: of the network, so far, that no method needs: they are in no budget.
     """
@@ -231,6 +235,33 @@ class Environment:
         )
         return Sample(rollout, images, denoised_rewards, prompts)
 
+    @property
+    def spent(self) -> tuple[int, int, int]:
+        """Reward queries, network calls and those for monitoring so far; can be set."""
+        return self.reward_queries, self.model.calls, self.monitoring_calls
+
+    @spent.setter
+    def spent(self, costs: tuple[int, int, int]) -> None:
+        self.reward_queries, self.model.calls, self.monitoring_calls = costs
+
+    def in_pieces(
+        self, ask: Callable[[slice], T], pieces: memory.Batched, what: str, *, rows: int
+    ) -> list[T]:
+        """What ``ask`` says of each piece of so many rows; of one that memory ran out in, again.
+
+        What an attempt that failed has cost is not counted.
+        """
+
+        def counted(piece: slice) -> T:
+            spent = self.spent
+            try:
+                return ask(piece)
+            except Exception:
+                self.spent = spent
+                raise
+
+        return memory.in_pieces(counted, pieces, what, rows=rows)
+
     def uncount(self, calls: int) -> None:
         """Take the network calls since there were so many for monitoring: they are in no budget."""
         self.monitoring_calls += self.model.calls - calls
@@ -353,8 +384,9 @@ class Environment:
         """
         prompts = self.prompts_of(condition)
         slope = torch.zeros_like(states)
-        for _ in range(pairs):
-            noise = as_like(torch.randn(states.shape, generator=generator), states)
+        # path by path, so that a path's does not depend on how many are asked for at once
+        drawn = [torch.randn(pairs, *self.event, generator=generator) for _ in prompts]
+        for noise in as_like(torch.stack(drawn), states).unbind(1):
             above, below = (self._rewards(states + s * width * noise, prompts) for s in (1, -1))
             difference = as_like(above - below, states).view(-1, *[1] * len(self.event))
             slope += difference / (2 * width * pairs) * noise
@@ -369,15 +401,30 @@ class Environment:
     def _pictures_and_rewards(
         self, states: Tensor, prompts: list[str]
     ) -> tuple[Float[Tensor, " n *picture"], Float[Tensor, " n"], Float[Tensor, "n parts"] | None]:
-        images = torch.cat([self.model.decode(part) for part in states.split(self.batch)])
-        pieces = zip(images.split(self.batch), _split(prompts, self.batch), strict=True)
-        columns = torch.cat([self._score(*piece) for piece in pieces])
+        rows = len(states)
+        decoded = self.in_pieces(
+            lambda c: self.model.decode(states[c]), self, "the decoder", rows=rows
+        )
+        images = torch.cat(decoded)
+        scored = self.in_pieces(
+            lambda c: self._score(images[c], prompts[c]), self, self._reward_name, rows=rows
+        )
+        columns = torch.cat(scored)
         return images, columns[:, 0], columns[:, 1:] if columns.shape[1] > 1 else None
 
     def _rewards(self, states: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
         """Rewards of many states, of which few pictures are held at once."""
-        parts = zip(states.split(self.batch), _split(prompts, self.batch), strict=True)
-        return torch.cat([self._score(self.model.decode(x), words)[:, 0] for x, words in parts])
+        parts = self.in_pieces(
+            lambda c: self._score(self.model.decode(states[c]), prompts[c])[:, 0],
+            self,
+            f"the decoder or {self._reward_name}",
+            rows=len(states),
+        )
+        return torch.cat(parts)
+
+    @property
+    def _reward_name(self) -> str:
+        return f"the reward {rewards.reward_name(self.reward)}"
 
     def _score(self, images: Tensor, prompts: list[str]) -> Float[Tensor, "n columns"]:
         """The reward of each picture, then its parts."""
@@ -397,6 +444,3 @@ class Environment:
             shape, seed=self.seed, name=(stream, what), samples=samples, device=self.device
         )
 
-
-def _split(prompts: list[str], size: int) -> list[list[str]]:
-    return [prompts[k : k + size] for k in range(0, len(prompts), size)]
