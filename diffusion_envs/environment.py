@@ -443,4 +443,3 @@ class Environment:
         return normals_by_sample(
             shape, seed=self.seed, name=(stream, what), samples=samples, device=self.device
         )
-

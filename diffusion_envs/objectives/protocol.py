@@ -67,17 +67,7 @@ class Update:
 
 @runtime_checkable
 class Losses(Protocol):
-    """Losses of groups of paths, in pieces that fit into memory.
-
-    Attributes:
-        batch: rows that go through the network at once; lowered where memory runs out.
-    """
-
-    batch: int
-
-    def rows_of(self, groups: int) -> tuple[int, int]:
-        """The rows of so many groups, and how many of them cannot be taken apart."""
-        ...
+    """Losses of groups of paths, in pieces that fit into memory."""
 
     def losses(self, groups: Int64[Tensor, " groups"], generator: Generator) -> Iterator[Tensor]:
         """Scalars, the sum of which is the mean loss of these groups' paths.
@@ -97,6 +87,21 @@ class Losses(Protocol):
         Raises:
             PreflightError: it does not.
         """
+        ...
+
+
+@runtime_checkable
+class DivisibleLosses(Losses, Protocol):
+    """Losses whose pieces can be made smaller, where memory runs out.
+
+    Attributes:
+        batch: rows that go through the network at once; can be set.
+    """
+
+    batch: int
+
+    def rows_of(self, groups: int) -> tuple[int, int]:
+        """The rows of so many groups, and how many of them cannot be taken apart."""
         ...
 
 

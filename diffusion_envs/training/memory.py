@@ -118,9 +118,7 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
-def in_pieces(
-    ask: Callable[[slice], T], pieces: Batched, what: str, *, rows: int
-) -> list[T]:
+def in_pieces(ask: Callable[[slice], T], pieces: Batched, what: str, *, rows: int) -> list[T]:
     """What ``ask`` says of each piece, in order; only a piece that did not fit is asked again."""
     told, first = list[T](), 0
     while first < rows:

@@ -24,7 +24,7 @@ from ctrl.devices import as_like, sent
 from ctrl.noise import stream
 from diffusion_envs.environment import Environment, Sample
 from diffusion_envs.objectives import Objective
-from diffusion_envs.objectives.protocol import Losses, PreflightError, Update
+from diffusion_envs.objectives.protocol import DivisibleLosses, Losses, PreflightError, Update
 from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, compare
 from diffusion_envs.rewards import Counting, Reward
 from diffusion_envs.rewards.rounding import all_alike
@@ -333,9 +333,12 @@ class Trainer:
             for loss in self.loss_scale.scaled(losses.losses(part, shuffle)):
                 loss.backward()
 
+        if not isinstance(losses, DivisibleLosses):
+            return attempt()
         rows, least = losses.rows_of(len(part))
         memory.retried(attempt, losses, "the update", rows=rows, least=least)
         self.batch = losses.batch
+        return None
 
     def _shrink_loss_scale(self, norm: float) -> None:
         """After a gradient that is not finite: the same rows again, with a smaller factor.
