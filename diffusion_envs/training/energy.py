@@ -246,9 +246,10 @@ class EnergyCritic:
             if piece.start == 0:
                 seen.clear()
             # both at once, as one batch
-            both = self.network(torch.cat([drawn[piece], samples[piece]])).chunk(2)
-            seen.append((both[0].detach(), both[1].detach()))
-            return energy_loss(*both, self.objective.square_weight)
+            both = torch.cat([drawn[piece], samples[piece]])
+            of_data, of_samples = self.network(both).chunk(2)
+            seen.append((of_data.detach(), of_samples.detach()))
+            return energy_loss(of_data, of_samples, self.objective.square_weight)
 
         told = self._descend(loss, len(samples), place.weight)
         of_data, of_samples = (torch.cat(each).mean() for each in zip(*seen, strict=True))
