@@ -263,4 +263,4 @@ def _code(name: str) -> str:
 
 def _literal(text: str) -> str:
     """A string of Python on one line, that cannot end the block of code that it stands in."""
-    return json.dumps(text).replace("`", "\\u0060")
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")
