@@ -34,7 +34,7 @@ from diffusion_envs.runs.contact_sheet import tiles
 from diffusion_envs.runs.inception import load_inception
 from diffusion_envs.runs.prompts import read_prompts
 from diffusion_envs.runs.run_folder import read_settings
-from diffusion_envs.runs.sample_quality import RealStatistics
+from diffusion_envs.runs.sample_quality import Features, RealStatistics
 from diffusion_envs.runs.settings import rebuild
 from diffusion_envs.runs.tracking import read_metrics
 from tests.diffusion_envs.models.small_pipelines import small_pipeline
@@ -81,9 +81,9 @@ def dangers(source: str) -> Iterator[str]:
             yield "torch.load(weights_only)" if safe else "torch.load"
         if called in ("torch.save", "os.system", "os.popen", "np.load", "numpy.load"):
             yield called
-        if name == "from_pretrained" and told.get("use_safetensors") != "True":
-            if not where.endswith(("Tokenizer", "Scheduler")):  # they have no weights
-                yield "from_pretrained without use_safetensors"
+        weightless = where.endswith(("Tokenizer", "Scheduler"))
+        if name == "from_pretrained" and not weightless and "use_safetensors" not in told:
+            yield "from_pretrained without use_safetensors"
         for option in ("trust_remote_code", "allow_pickle", "shell"):
             if told.get(option, "False") != "False":
                 yield option
@@ -223,10 +223,12 @@ READERS: dict[str, Reader] = {
     "config.json": lambda p, c: read_settings(_run(p, c)),
     "model settings": lambda p, c: folders.read_settings(_written(p, "config.json", c)),
     "preset.toml": lambda p, c: presets.options(_written(p, "preset.toml", c)),
-    "statistics": lambda p, c: RealStatistics.load(_written(p, "s.safetensors", c), None),  # type: ignore[arg-type]
+    "statistics": lambda p, c: RealStatistics.load(
+        _written(p, "s.safetensors", c), Features("means", 3, lambda x: x.float().mean((2, 3)))
+    ),
     "sheet.png": lambda p, c: tiles(_written(p, "sheet.png", c)),
     "choices.jsonl": lambda p, c: Recorded(_written(p, "choices.jsonl", c))._orders(),
-    "CIFAR-10": lambda p, c: read_plain(c, _written(p, "data_batch_1", c)),
+    "CIFAR-10": lambda p, c: read_plain(_written(p, "data_batch_1", c)),
 }
 
 
@@ -249,13 +251,13 @@ def test_no_reader_runs_a_program_and_each_names_the_file(tmp_path, reader):
     for name, made in PROGRAMS.items():
         place = tmp_path / name.replace(" ", "-")
         place.mkdir()
+        words = "nothing"
         try:
             READERS[reader](place, made(Program(mark)))
         except (ValueError, checkpoint.CheckpointError, OSError) as error:
-            assert str(place) in str(error), (name, error)
-        else:
-            assert reader in IN_TEXT, name
+            words = str(error)
         assert not mark.exists(), name
+        assert str(place) in words or (reader in IN_TEXT and words == "nothing"), (name, words)
 
 
 @pytest.fixture(scope="module")
@@ -432,20 +434,20 @@ def test_a_header_that_lies_is_refused_by_name(tmp_path, reader):
 
 
 def archive(packing: int, repeated: int = 1, zeros: int = 4) -> bytes:
-    """A file of torch's layout with so much packed data; parts may lie on top of each other."""
+    """A file of torch's layout, packed; its largest part may be there several times over."""
     file, stored = io.BytesIO(), io.BytesIO()
     torch.save({"a": torch.zeros(zeros)}, stored)
     with zipfile.ZipFile(stored) as parts, zipfile.ZipFile(file, "w", packing) as packed:
         for part in parts.namelist():
             packed.writestr(part, parts.read(part))
-        first = packed.infolist()[-1]
-        packed.filelist += [first] * (repeated - 1)  # in the directory alone
+        largest = max(packed.infolist(), key=lambda part: part.file_size)
+        packed.filelist += [largest] * (repeated - 1)  # in the directory alone
     return file.getvalue()
 
 
 @pytest.mark.parametrize(
     "bomb",
-    [archive(zipfile.ZIP_DEFLATED, zeros=10**6), archive(zipfile.ZIP_STORED, repeated=10_000)],
+    [archive(zipfile.ZIP_DEFLATED, zeros=10**6), archive(zipfile.ZIP_STORED, 100, 10**4)],
     ids=["packed", "parts on top of each other"],
 )
 def test_an_archive_that_unpacks_to_more_than_it_is_is_not_unpacked(tmp_path, monkeypatch, bomb):

@@ -170,7 +170,9 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
     folder = output / "model"
     write_tokenizer(folder / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(
+        folder / "vae", dtype=torch.float32, use_safetensors=True
+    ).eval()
     cache = output / "training" / "latents.safetensors"
     labels = load(data, "train").labels
     if cache.is_file():

@@ -81,7 +81,9 @@ def train(output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -> None:
     folder = output / "model"
     write_tokenizer(folder / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval()
+    vae: AutoencoderKL = AutoencoderKL.from_pretrained(
+        folder / "vae", dtype=torch.float32, use_safetensors=True
+    ).eval()
     latents, words = _encoded_signs(vae, output / "training" / "latents.safetensors", seed)
 
     lengths = torch.tensor([len(word) for word in words])
