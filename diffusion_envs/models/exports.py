@@ -257,7 +257,9 @@ def export_pipeline(
         pipe.register_modules(unet=network)
         pipe.save_pretrained(unproved)
         pipe.register_modules(unet=own)
-        loaded: Any = type(pipe).from_pretrained(unproved, local_files_only=True)
+        loaded: Any = type(pipe).from_pretrained(
+            unproved, local_files_only=True, use_safetensors=True
+        )
         theirs = loaded.unet.state_dict()
         lost = [
             name

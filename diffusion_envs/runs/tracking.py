@@ -33,7 +33,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); it must be UTF-8") from error
     read = []
     for number, line in enumerate(
         lines[:-1], start=1
@@ -41,7 +44,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             numbers = json.loads(line)
             read.append(numbers | {"update": int(numbers["update"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number} is damaged ({error}); take the line out to go on without it"
             ) from error
@@ -296,7 +299,7 @@ def _wandb_run(service: Any, folder: Path, project: bool | str, name: str | None
             stored = json.loads(record.read_text(encoding="utf-8"))
             known = {"project": str(stored["project"]), "id": str(stored["id"])}
             former = stored.get("name")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{record} is damaged ({error}); delete it to begin a new run of wandb"
             ) from error
