@@ -70,7 +70,10 @@ class LastLosses:
         paths = (groups[:, None] * size + torch.arange(size)).flatten()
         first, last = self.objective.cut(steps, generator)  # in however many pieces
         place = self.rollout.place
-        for piece in (paths[place.has(paths)] - place.paths.start).split(self.batch):
+        mine = paths[place.has(paths)] - place.paths.start
+        if not len(mine):
+            return
+        for piece in mine.split(self.batch):
             rewards, nats = self._finish(piece, first, last)
             self._seen.append(rewards.detach())
             yield self.objective.loss(rewards, nats).sum() / len(paths)

@@ -209,6 +209,8 @@ class PathLosses:
         together = size * joined
         place = self.rollout.place
         mine = which[place.has(which[:, 0])] - torch.tensor([place.paths.start, 0])
+        if not len(mine):
+            return
         for piece in mine.split(max(1, self.batch // together) * together):
             rows = self.rows(piece, joined)
             # rows are a uniform draw from paths x steps: mean x steps estimates the path's sum

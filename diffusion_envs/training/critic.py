@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ctrl.devices import as_like, sent
@@ -163,25 +163,37 @@ class Critic:
             total, count = torch.zeros_like(total), 0
             everyones = torch.randperm(place.of * place.size, generator=shuffle)
             for batch in everyones.split(per_batch):
-                part = batch[place.has(batch)] - place.paths.start
-                chosen, part = rollout.chosen(part), sent(part, returns.device)
-                seen = None if denoised_rewards is None else denoised_rewards[part]
-                values = self.values(chosen, seen)
-                losses = martingale_loss(values, returns[part], rollout.step_sizes)
-                if self.objective.fits_end:
-                    last = torch.full_like(part, returns.shape[1] - 1)
-                    end = self.at(rollout)(last, rollout.states[part, -1], part)
-                    gap = end - returns[part, -1]
-                    losses = losses + rollout.step_sizes[-1] * gap.square()
                 self.optimiser.zero_grad()
-                loss = losses.sum() / len(batch) / rollout.step_sizes.sum()
-                (loss / self.network.scale.square()).backward()
+                part = batch[place.has(batch)] - place.paths.start
+                if len(part):  # of several processes one may have none of them
+                    losses = self._losses(rollout, denoised_rewards, returns, part)
+                    loss = losses.sum() / len(batch) / rollout.step_sizes.sum()
+                    (loss / self.network.scale.square()).backward()
+                    total += losses.detach().sum() / rollout.step_sizes.sum()
+                    count += len(part)
                 parameters = list(self.network.parameters())
                 parallel.add_gradients(parameters, self.accelerator)
                 norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
                 if not math.isfinite(norm):
                     raise NonFiniteError(f"the value network's gradient norm is {norm}")
                 self.optimiser.step()
-                total += losses.detach().sum() / rollout.step_sizes.sum()
-                count += len(part)
         return total.item() / count
+
+    def _losses(
+        self,
+        rollout: Rollout,
+        denoised_rewards: Float[Tensor, "paths nodes"] | None,
+        returns: Float[Tensor, "paths nodes"],
+        part: Int64[Tensor, " rows"],
+    ) -> Float[Tensor, " rows"]:
+        """Martingale loss of some paths."""
+        chosen, part = rollout.chosen(part), sent(part, returns.device)
+        seen = None if denoised_rewards is None else denoised_rewards[part]
+        values = self.values(chosen, seen)
+        losses = martingale_loss(values, returns[part], rollout.step_sizes)
+        if self.objective.fits_end:
+            last = torch.full_like(part, returns.shape[1] - 1)
+            end = self.at(rollout)(last, rollout.states[part, -1], part)
+            gap = end - returns[part, -1]
+            losses = losses + rollout.step_sizes[-1] * gap.square()
+        return losses
