@@ -39,6 +39,7 @@ from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.text_to_image_family import require_lengths
 from diffusion_envs.models.trainable import Reference, Trainable, Weights
 from diffusion_envs.noise_schedules import DDPMTable
+from diffusion_envs.training import memory
 
 _TO_SCORE = {
     "epsilon": score_from_epsilon,
@@ -118,10 +119,18 @@ class GuidedScore:
         timesteps: Tensor,
         context: TextCondition,
     ) -> Tensor:
-        if torch.is_grad_enabled() or len(states) <= self.batch:
+        if torch.is_grad_enabled():
             return ask(states, timesteps, context)
-        chunks = [slice(k, k + self.batch) for k in range(0, len(states), self.batch)]
-        return torch.cat([ask(states[c], timesteps[c], context[c]) for c in chunks])
+        spent = self.calls
+
+        def attempt() -> Tensor:
+            self.calls = spent
+            if len(states) <= self.batch:
+                return ask(states, timesteps, context)
+            chunks = [slice(k, k + self.batch) for k in range(0, len(states), self.batch)]
+            return torch.cat([ask(states[c], timesteps[c], context[c]) for c in chunks])
+
+        return memory.retried(attempt, self, "the network without a gradient", rows=len(states))
 
     def prediction(
         self,
@@ -130,6 +139,9 @@ class GuidedScore:
         context: TextCondition,
     ) -> Float[Tensor, " rows *event"]:
         """The network's own prediction, guided; timesteps may be fractional."""
+        return self._in_chunks(self._prediction, states, timesteps, context)
+
+    def _prediction(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         schedule = None if self.adapter.is_off else self.schedule
         unguided = self.guidance == 1 and schedule is None
         if unguided or self.scale_width is not None:
@@ -429,6 +441,15 @@ class TextToImageUNet:
     @calls.setter
     def calls(self, count: int) -> None:
         self.score.calls = count
+
+    @property
+    def batch(self) -> int:
+        """Most rows that one call of the network gets when no gradient is asked for."""
+        return self.score.batch
+
+    @batch.setter
+    def batch(self, rows: int) -> None:
+        self.score.batch = rows
 
     @property
     def precision(self) -> torch.dtype:

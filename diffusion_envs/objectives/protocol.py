@@ -67,10 +67,24 @@ class Update:
 
 @runtime_checkable
 class Losses(Protocol):
-    """Losses of groups of paths, in pieces that fit into memory."""
+    """Losses of groups of paths, in pieces that fit into memory.
+
+    Attributes:
+        batch: rows that go through the network at once; lowered where memory runs out.
+    """
+
+    batch: int
+
+    def rows_of(self, groups: int) -> tuple[int, int]:
+        """The rows of so many groups, and how many of them cannot be taken apart."""
+        ...
 
     def losses(self, groups: Int64[Tensor, " groups"], generator: Generator) -> Iterator[Tensor]:
-        """Scalars, the sum of which is the mean loss of these groups' paths."""
+        """Scalars, the sum of which is the mean loss of these groups' paths.
+
+        What is logged of them counts once all have been taken: if memory runs out before, they are
+        asked for again.
+        """
         ...
 
     def numbers(self) -> dict[str, float]:

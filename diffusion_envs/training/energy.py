@@ -8,6 +8,7 @@ Sources      Yoon et al. 2024, arXiv 2407.00626, and the authors' code for CIFAR
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -24,7 +25,7 @@ from diffusion_envs.objectives import Objective
 from diffusion_envs.objectives.dxmi_from_data import LearnedEnergy, energy_loss, next_cost
 from diffusion_envs.objectives.protocol import Values
 from diffusion_envs.rollout import Rollout
-from diffusion_envs.training import parallel
+from diffusion_envs.training import memory, parallel
 from diffusion_envs.training.critic import NonFiniteError
 from diffusion_envs.training.phase import phase
 from diffusion_envs.training.update_size import UpdateSize
@@ -150,6 +151,7 @@ class EnergyCritic:
 
     Attributes:
         usual_moves: running average of a coordinate's squared move in every step.
+        batch: samples that the network sees at once; fewer from then on where memory runs out.
     """
 
     learns_first = True  # before the policy
@@ -164,6 +166,7 @@ class EnergyCritic:
         data: TrainingData,
     ) -> None:
         assert isinstance(objective, LearnedEnergy)  # needs_data
+        self.batch = size.samples
         self.environment, self.objective, self.size = environment, objective, size
         self.accelerator, self.stream_name, self.data = accelerator, stream_name, data
         self.network = energy_network(
@@ -193,7 +196,7 @@ class EnergyCritic:
     def calibrate(self, rewards: Tensor) -> None:
         """Nothing: the energy has its own units."""
 
-    def values(self, rollout: Rollout, denoised_rewards: Tensor | None) -> None:
+    def values_along(self, rollout: Rollout, denoised_rewards: Tensor | None) -> None:
         """None: losses ask for the value at states of their own (``at``)."""
 
     def at(self, rollout: Rollout) -> Values:
@@ -239,33 +242,41 @@ class EnergyCritic:
         drawn = _checked(self.data.draw(wanted[0], generator), wanted)
         first = share * self.accelerator.process_index
         drawn = as_like(drawn[first : first + share], samples)
-        # both at once, as one batch
-        of_data, of_samples = self.network(torch.cat([drawn, samples])).chunk(2)
-        loss = energy_loss(of_data, of_samples, self.objective.square_weight)
-        self._descend(loss)
-        return {
-            "energy_of_data": of_data.detach().mean(),
-            "energy_of_samples": of_samples.detach().mean(),
-            "energy_loss": loss.detach(),
-        }
+        seen = list[tuple[Tensor, Tensor]]()
+
+        def loss(piece: slice) -> Tensor:
+            if piece.start == 0:
+                seen.clear()
+            # both at once, as one batch
+            both = self.network(torch.cat([drawn[piece], samples[piece]])).chunk(2)
+            seen.append((both[0].detach(), both[1].detach()))
+            return energy_loss(*both, self.objective.square_weight)
+
+        told = self._descend(loss, share)
+        of_data, of_samples = (torch.cat(each).mean() for each in zip(*seen, strict=True))
+        return {"energy_of_data": of_data, "energy_of_samples": of_samples, "energy_loss": told}
 
     def _value_step(self, rollout: Rollout, step: int) -> Tensor:
         cost = next_cost(step, len(rollout.step_sizes), self.objective.time_cost)
-        with torch.no_grad():
-            target = self.network(rollout.states[:, step + 1]) + cost
-        loss = functional.mse_loss(self.network(rollout.states[:, step]), target)
-        self._descend(loss)
-        return loss.detach()
 
-    def _descend(self, loss: Tensor) -> None:
+        def loss(piece: slice) -> Tensor:
+            with torch.no_grad():
+                target = self.network(rollout.states[piece, step + 1]) + cost
+            return functional.mse_loss(self.network(rollout.states[piece, step]), target)
+
+        return self._descend(loss, len(rollout.rewards))
+
+    def _descend(self, loss: Callable[[slice], Tensor], rows: int) -> Tensor:
+        """One step down the mean of a loss over rows, from that of any of them; the loss before."""
         parameters = list(self.network.parameters())
-        self.optimiser.zero_grad()
-        loss.backward()
+        clear = self.optimiser.zero_grad
+        mean = memory.accumulated(loss, self, "the energy's update", rows=rows, clear=clear)
         parallel.average_gradients(parameters, self.accelerator)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
         if not math.isfinite(norm):
             raise NonFiniteError(f"the energy network's gradient norm is {norm}")
         self.optimiser.step()
+        return mean
 
 
 def _checked(drawn: Any, shape: tuple[int, ...]) -> Tensor:
