@@ -36,6 +36,7 @@ diffusion_envs.cifar10.plain_pickle diffusion_envs.cifar10.formats diffusion_env
 diffusion_envs.cifar10.pictures
 diffusion_envs.rewards.contract diffusion_envs.rewards.rounding
 diffusion_envs.rewards.daemon_threads diffusion_envs.rewards.time_limit
+diffusion_envs.rewards.overlapped
 diffusion_envs.rewards.preprocessing diffusion_envs.rewards.declaration
 diffusion_envs.rewards.weights diffusion_envs.rewards.weighted
 diffusion_envs.rewards.transformed diffusion_envs.rewards.jpeg
