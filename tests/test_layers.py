@@ -25,8 +25,8 @@ ctrl.hjb ctrl.pendulum ctrl.problems
 ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents.actor_critic
 ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents
 ctrl.gym ctrl.plots ctrl
-diffusion_envs diffusion_envs.prompt diffusion_envs.training.phase
-diffusion_envs.training.memory
+diffusion_envs diffusion_envs.prompt diffusion_envs.whole_files
+diffusion_envs.digests diffusion_envs.training.phase diffusion_envs.training.memory
 diffusion_envs.noise_schedules diffusion_envs.frontier diffusion_envs.denoising
 diffusion_envs.samplers.gaussian_steps diffusion_envs.samplers.flow_sde
 diffusion_envs.samplers.ddim diffusion_envs.samplers.few_steps

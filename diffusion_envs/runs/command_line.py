@@ -29,6 +29,7 @@ from diffusion_envs.rewards.registry import OWN
 from diffusion_envs.runs import presets
 from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.finetune import finetune
+from diffusion_envs.runs.interruption import interruptible
 from diffusion_envs.runs.method_names import (
     CLASS_PROMPTS,
     JUDGES_OF,
@@ -534,6 +535,11 @@ def _quiet_libraries() -> None:
 
 def main(family: Family, arguments: Sequence[str]) -> int:
     """Run one command; the verdict is the exit code."""
+    with interruptible():  # from its first word to its last, not only while it trains
+        return _carried_out(family, arguments)
+
+
+def _carried_out(family: Family, arguments: Sequence[str]) -> int:
     folder: Path | None = None
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's module beside them
