@@ -48,7 +48,7 @@ diffusion_envs.rewards.fetching diffusion_envs.rewards diffusion_envs.rewards.se
 diffusion_envs.rewards.__main__
 diffusion_envs.models.protocol diffusion_envs.models.kept_conditions
 diffusion_envs.models.text_condition
-diffusion_envs.models.adapters diffusion_envs.models.folders
+diffusion_envs.models.counting diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.execution
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
 diffusion_envs.models.exports diffusion_envs.models.existing_lora diffusion_envs.models.trainable

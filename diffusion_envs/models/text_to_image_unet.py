@@ -26,6 +26,7 @@ from diffusion_envs.denoising import (
     tweedie_mean,
 )
 from diffusion_envs.models import adapters
+from diffusion_envs.models.counting import arithmetic
 from diffusion_envs.models.execution import Execution
 from diffusion_envs.models.guidance_schedule import (
     GuidanceSchedule,
@@ -174,7 +175,7 @@ class GuidedScore:
 
     def _predict(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         self.calls += len(states)
-        reduced, more = self.precision != torch.float32, {}
+        more = dict[str, Any]()
         if self.scale_width is not None:
             embedded = guidance_embedding(self.guidance, self.scale_width)
             more["timestep_cond"] = as_like(embedded, states).expand(len(states), -1)
@@ -183,7 +184,7 @@ class GuidedScore:
                 "text_embeds": context.pooled,
                 "time_ids": context.time_ids,
             }
-        with torch.autocast(states.device.type, self.precision, enabled=reduced):
+        with arithmetic(states.device, self.precision):
             network = self.adapter.asked(self.unet)
             predicted = network(states, timesteps, encoder_hidden_states=context.tokens, **more)
         return predicted.sample.float()
