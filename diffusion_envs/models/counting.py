@@ -66,11 +66,12 @@ class Meter(TorchDispatchMode):
         peak: most of them so far.
         operations: what was done, and how often; views are none.
         calls: of torch's functions, views included.
+        flops: of matrix products, convolutions and attention.
     """
 
     def __init__(self, *, operations: bool = False) -> None:
         super().__init__()
-        self.alive = self.peak = self.calls = 0
+        self.alive = self.peak = self.calls = self.flops = 0
         self.operations = dict[Operation, int]()
         self._by_shape = dict[str, Operation]()
         self._records = operations
@@ -87,8 +88,10 @@ class Meter(TorchDispatchMode):
         new = [t for t in _tensors(result) if id(t.untyped_storage()) not in before]
         for tensor in new:
             self._add(tensor.untyped_storage())
+        flops = _flops(func, args, kwargs, result)
+        self.flops += flops
         if self._records and (new or func._schema.is_mutable):
-            self._record(func, args, kwargs, result)
+            self._record(func, args, kwargs, result, flops)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -103,14 +106,13 @@ class Meter(TorchDispatchMode):
     def _remove(self, key: int) -> None:
         self.alive -= self._known.pop(key)
 
-    def _record(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+    def _record(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, flops: int) -> None:
         shapes = tree_map(lambda x: _shape(x) if isinstance(x, Tensor) else x, (args, kwargs))
         key = f"{func} {shapes}"
         if key not in self._by_shape:
             parts, _ = tree_flatten(shapes)
             read = sum(part.bytes for part in parts if isinstance(part, Shape))
             written = sum(t.numel() * t.dtype.itemsize for t in _tensors(result))
-            flops = _flops(func, args, kwargs, result)
             self._by_shape[key] = Operation(func, shapes, flops, read + written)
         operation = self._by_shape[key]
         self.operations[operation] = self.operations.get(operation, 0) + 1

@@ -5,7 +5,7 @@ train, or a LoRA adapter; what is exported is a whole pipeline in diffusers' lay
 since diffusers does not load LoRA files into these networks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_fro
 from diffusion_envs.models import adapters, exports, folders
 from diffusion_envs.models.counting import META, arithmetic
 from diffusion_envs.models.noise_table import trained_levels
+from diffusion_envs.models.protocol import FROZEN
 from diffusion_envs.models.trainable import Trainable
 from diffusion_envs.noise_schedules import DDPMTable
 
@@ -133,6 +134,12 @@ class UnconditionalUNet:
         if gradient_checkpointing:
             made.recompute_activations()
         return made
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """All that holds weights, by what it is."""
+        frozen = self.adapter.pretrained
+        return {"unet": self.network} | ({} if frozen is None else {FROZEN: frozen})
 
     def condition(self, prompts: Sequence[str]) -> Float[Tensor, "prompts 1"]:
         """Nothing: prompts only name rows, for rewards that read them."""
