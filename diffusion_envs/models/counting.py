@@ -106,7 +106,9 @@ class Meter(TorchDispatchMode):
     def _remove(self, key: int) -> None:
         self.alive -= self._known.pop(key)
 
-    def _record(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, flops: int) -> None:
+    def _record(
+        self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, flops: int
+    ) -> None:
         shapes = tree_map(lambda x: _shape(x) if isinstance(x, Tensor) else x, (args, kwargs))
         key = f"{func} {shapes}"
         if key not in self._by_shape:

@@ -241,6 +241,14 @@ class Plan:
     target_kl: TargetKL | None = None
     log_path_kl: bool = False
 
+    def value_network_bytes(self) -> int:
+        """Of the weights of what is trained beside the model, for states of its own size."""
+        small, _ = self._small()
+        critic = self._trainer(small, _Book()).critic
+        if critic is None:
+            return 0
+        return sum(p.numel() * p.dtype.itemsize for p in critic.network.parameters())
+
     def rehearse(self) -> Rehearsal:
         """What an update asks, and holds of states of the model's own size."""
         small, twice = self._small()
@@ -274,6 +282,16 @@ class Plan:
     def _with(self, event: tuple[int, ...]) -> Rehearsal:
         """The same with states of this shape."""
         book = _Book()
+        trainer = self._trainer(event, book)
+        samples, batch = self.evaluation_samples, self.size.batch
+
+        def evaluating() -> None:
+            self.evaluate(trainer.environment, samples, batch)
+
+        noted = [self._noted(book, run) for run in (trainer.step, trainer.step, evaluating)]
+        return Rehearsal(*noted)
+
+    def _trainer(self, event: tuple[int, ...], book: _Book) -> Trainer:
         picture = self.picture
         if len(event) == 3 and len(picture) == 3:
             factor = picture[1] // self.model.event[1]
@@ -290,7 +308,7 @@ class Plan:
             seed=0,
             batch=self.size.batch,
         )
-        trainer = Trainer(
+        return Trainer(
             environment,
             self.objective,
             dataclasses.replace(self.size, warm_up=0, schedule="constant", schedule_updates=None),
@@ -299,15 +317,6 @@ class Plan:
             target_kl=self.target_kl,
             log_path_kl=self.log_path_kl,
         )
-        noted = [
-            self._noted(book, run)
-            for run in (
-                trainer.step,
-                trainer.step,
-                lambda: self.evaluate(environment, self.evaluation_samples, self.size.batch),
-            )
-        ]
-        return Rehearsal(*noted)
 
     @staticmethod
     def _noted(book: _Book, run: Callable[[], Any]) -> list[Moment]:
