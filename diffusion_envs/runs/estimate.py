@@ -33,7 +33,6 @@ from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.prompts import read_prompts
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.rehearsal import Moment, Plan
-from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 
 GIB = 2**30
@@ -131,7 +130,7 @@ _REMEDIES = {
     "adapter": "a smaller --lora-rank",
     "weights that train": "train a LoRA (--trains lora)",
     "gradients": "train a LoRA (--trains lora), or a smaller --lora-rank",
-    "state of the optimiser": "a LoRA (--trains lora), or moments of 8 bits (--optimiser adamw-8bit)",
+    "state of the optimiser": "moments of 8 bits (--optimiser adamw-8bit), or a LoRA",
     "copies of what trains": "leave out --average, or train a LoRA (--trains lora)",
     "value network": "an objective without one, such as ddpo or grpo",
     "activations": "recompute them (--gradient-checkpointing), or fewer rows at once (--batch)",
@@ -440,7 +439,7 @@ def _seconds(
 
 
 def available(kind: str) -> int | None:
-    """Bytes of the device: of the GPU; of a CPU those that this process may use; None if unknown."""
+    """Bytes of the GPU, or those that a process may use of a CPU's; None if that is not known."""
     if kind == "cuda":
         if not torch.cuda.is_available():
             return None
