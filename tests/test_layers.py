@@ -51,6 +51,7 @@ diffusion_envs.rewards.fetching diffusion_envs.rewards diffusion_envs.rewards.se
 diffusion_envs.rewards.__main__
 diffusion_envs.models.protocol diffusion_envs.models.kept_conditions
 diffusion_envs.models.text_condition
+diffusion_envs.models.counting diffusion_envs.models.speed
 diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.execution
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
@@ -88,6 +89,7 @@ diffusion_envs.training.optimisers.diagonal_metric
 diffusion_envs.training.optimisers.bounded_adamw diffusion_envs.training.optimisers.scaled_lora
 diffusion_envs.training.optimisers
 diffusion_envs.training.requirements diffusion_envs.training.trainer
+diffusion_envs.training.rehearsal
 diffusion_envs.training
 diffusion_envs.exact.gaussian diffusion_envs.exact.linear_policy
 diffusion_envs.exact.rewards diffusion_envs.exact.problems diffusion_envs.exact
@@ -108,7 +110,8 @@ diffusion_envs.runs.report_settings diffusion_envs.runs.report
 diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
 diffusion_envs.runs.model_card diffusion_envs.runs.publishing
-diffusion_envs.runs.summary diffusion_envs.runs.finetune diffusion_envs.runs.transfer
+diffusion_envs.runs.summary diffusion_envs.runs.estimate
+diffusion_envs.runs.finetune diffusion_envs.runs.transfer
 diffusion_envs.runs.presets diffusion_envs.runs.method_names
 diffusion_envs.runs.option_words diffusion_envs.runs.command_line diffusion_envs.runs.fit
 diffusion_envs.runs

@@ -6,7 +6,7 @@ pretrained model is the same network with its adapter switched off, so no second
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +26,7 @@ from diffusion_envs.denoising import (
     tweedie_mean,
 )
 from diffusion_envs.models import adapters
+from diffusion_envs.models.counting import arithmetic
 from diffusion_envs.models.execution import Execution
 from diffusion_envs.models.guidance_schedule import (
     GuidanceSchedule,
@@ -34,7 +35,7 @@ from diffusion_envs.models.guidance_schedule import (
 )
 from diffusion_envs.models.latent_decoder import decode
 from diffusion_envs.models.noise_table import levels_and_prediction
-from diffusion_envs.models.protocol import joined
+from diffusion_envs.models.protocol import FROZEN, joined
 from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.text_to_image_family import require_lengths
 from diffusion_envs.models.trainable import Reference, Trainable, Weights
@@ -186,7 +187,7 @@ class GuidedScore:
 
     def _predict(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         self.calls += len(states)
-        reduced, more = self.precision != torch.float32, {}
+        more = dict[str, Any]()
         if self.scale_width is not None:
             embedded = guidance_embedding(self.guidance, self.scale_width)
             more["timestep_cond"] = as_like(embedded, states).expand(len(states), -1)
@@ -195,7 +196,7 @@ class GuidedScore:
                 "text_embeds": context.pooled,
                 "time_ids": context.time_ids,
             }
-        with torch.autocast(states.device.type, self.precision, enabled=reduced):
+        with arithmetic(states.device, self.precision):
             network = self.adapter.asked(self.unet)
             predicted = network(states, timesteps, encoder_hidden_states=context.tokens, **more)
         return predicted.sample.float()
@@ -432,6 +433,19 @@ class TextToImageUNet:
             ValueError: the scale is not finite, or below 1.
         """
         return replace(self, score=self.score.with_guidance(guidance))
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """All that holds weights, by what it is."""
+        unet, frozen = self.score.unet, self.score.adapter.pretrained
+        parts = {} if self.pipe is None else self.pipe.components
+        others = {
+            name: part
+            for name, part in parts.items()
+            if isinstance(part, nn.Module) and part is not unet
+        }
+        copied = {} if frozen is None else {FROZEN: frozen}
+        return {"unet": unet, **copied, **others}
 
     @property
     def calls(self) -> int:

@@ -147,7 +147,9 @@ class Trainable:
 
     def _attach_all(self, network: Any) -> "Attached":
         where = network.device
-        frozen = copy.deepcopy(network.cpu())  # a second one never lies on the device for a copy
+        if where.type != "meta":
+            network.cpu()  # a second one never lies on the device for a copy
+        frozen = copy.deepcopy(network)
         network.to(where)
         parameters = list(network.requires_grad_(True).parameters())
         if self.reference == "copy":
