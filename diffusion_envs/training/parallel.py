@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffusion_envs.preferences import MissingChoicesError
 from diffusion_envs.rewards import RewardError
+from diffusion_envs.training.sharded import is_shard
 
 
 class RewardErrorOfAll(RewardError):
@@ -60,10 +61,12 @@ def _checked(device: str) -> str:
 
 
 def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace every gradient by its mean over the processes."""
+    """Replace every gradient by its mean over the processes; those of shards are means already."""
     if accelerator.num_processes == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None and not is_shard(p)]
+    if not gradients:
+        return
     flat = average(torch.cat([g.flatten() for g in gradients]), accelerator)
     for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))

@@ -29,13 +29,13 @@ from diffusion_envs.preferences import FromReward, MissingChoicesError, Preferen
 from diffusion_envs.rewards import Counting, Reward
 from diffusion_envs.rewards.rounding import all_alike
 from diffusion_envs.rollout import Rollout
-from diffusion_envs.training import kl_controller, parallel
+from diffusion_envs.training import kl_controller, parallel, sharded
 from diffusion_envs.training.critic import Critic, NonFiniteError
 from diffusion_envs.training.energy import EnergyCritic, TrainingData
 from diffusion_envs.training.loss_scale import LossScale
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.path_metric import PathMetric
-from diffusion_envs.training.requirements import require_fit
+from diffusion_envs.training.requirements import require_fit, require_shardable
 from diffusion_envs.training.update_size import UpdateSize
 
 __all__ = ["NonFiniteError", "PreflightError", "Trainer"]
@@ -77,6 +77,8 @@ class Trainer:
         processes = accelerator.num_processes
         require_fit(environment, objective, size, processes, target_kl, preference, data)
         self.environment, self.objective, self.size = environment, objective, size
+        self._shards = sharded.shards_of(environment.model)
+        require_shardable(self._shards, optimiser)
         self.accelerator, self.stream_name = accelerator, stream_name
         self.preference = preference or FromReward()
         self.target_kl, self.log_path_kl = target_kl, log_path_kl
@@ -105,9 +107,12 @@ class Trainer:
     # -- what a checkpoint holds ------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """All that the next update depends on, as tensors and numbers."""
+        """All that the next update depends on, as tensors and numbers.
+
+        Of sharded weights the main process gets whole tensors; all processes have to ask.
+        """
         weight = None if self.target_kl is None else kl_controller.kl_weight(self.objective)
-        return {
+        state = {
             "adapter": [p.detach() for p in self.parameters],
             "old": self.old if self._lags else [],  # otherwise it is the adapter
             "mean": self.mean,
@@ -120,6 +125,7 @@ class Trainer:
             "seconds": self.seconds,
             "kl_weight": weight,
         }
+        return sharded.gathered(state, keep=self.accelerator.is_main_process)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -133,7 +139,8 @@ class Trainer:
         self._set(self.parameters, state["adapter"])
         self._set(self.old, state["old"] or state["adapter"])
         self._set(self.mean, state.get("mean", []))  # checkpoints of before have none
-        self.optimiser.load_state_dict(state["optimiser"])
+        moments = sharded.scattered_moments(state["optimiser"], self.parameters)
+        self.optimiser.load_state_dict(moments)
         if self.critic is not None:
             self.critic.load_state(state["critic"])
         self.loss_scale.load_state(state.get("loss_scale", {}))  # as above
@@ -171,7 +178,8 @@ class Trainer:
             numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
         losses = self.losses(sample.rollout)
         if self.update == 0:
-            losses.check_fresh()
+            with self._shards.unsharded():
+                losses.check_fresh()
         with self._scheduled() as rates:
             numbers |= self._improve_adapter(losses, sample.rollout) | rates
         for group in self.optimiser.param_groups:
@@ -245,7 +253,7 @@ class Trainer:
         """What the objective learns from this roll-out; made before the weights change."""
         objective, size = self.objective, self.size
         changes = size.minibatches > 1 or self._lags
-        with parallel.failing_together(self.accelerator) as agree:
+        with parallel.failing_together(self.accelerator) as agree, self._shards.unsharded():
 
             def advantages(function: Callable[[Rollout], Tensor]) -> Tensor:
                 agree()  # targets may have asked the reward, and this waits for all
@@ -294,7 +302,7 @@ class Trainer:
                             loss.backward()
                     parallel.average_gradients(self.parameters, self.accelerator)
                     self.loss_scale.divide(self.parameters)
-                    norm = nn.utils.clip_grad_norm_(self.parameters, most).item()
+                    norm = sharded.clip_gradients(self.parameters, most)
                     if not math.isfinite(norm):
                         self._shrink_loss_scale(norm)
                 self.loss_scale.keep()
@@ -386,10 +394,7 @@ class Trainer:
     @contextmanager
     def _sampling_policy(self) -> Iterator[None]:
         """Within this context the adapter is the one that samples: the current, or an older one."""
-        if not self._lags:
-            yield
-            return
-        with self._holding(self.old):
+        with self._holding(self.old if self._lags else []), self._shards.unsharded():
             yield
 
     @contextmanager
@@ -397,16 +402,17 @@ class Trainer:
         """Within this context the adapter is the running mean of ``size.average``, if there is one.
 
         For evaluation and export: what ``state`` returned here would hold the mean as what trains.
+        Weights that are sharded are whole on every process; all of them enter.
         """
-        if not self.mean:
-            yield
-            return
-        with self._holding(self.mean):
+        with self._holding(self.mean), self._shards.unsharded():
             yield
 
     @contextmanager
     def _holding(self, values: list[Tensor]) -> Iterator[None]:
-        """Within this context the parameters are these."""
+        """Within this context the parameters are these; without any, they stay."""
+        if not values:
+            yield
+            return
         current = [p.detach().clone() for p in self.parameters]
         self._set(self.parameters, values)
         try:
@@ -430,11 +436,12 @@ class Trainer:
             for mean, parameter in zip(self.mean, self.parameters, strict=True):
                 mean.lerp_(parameter, share)
 
-    @staticmethod
     @torch.no_grad()
-    def _set(parameters: list[nn.Parameter] | list[Tensor], values: list[Tensor]) -> None:
+    def _set(self, parameters: list[nn.Parameter] | list[Tensor], values: list[Tensor]) -> None:
         for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(sent(value, parameter.device))
+            parameter.copy_(sent(sharded.scattered(value, parameter), parameter.device))
+        if parameters is self.parameters:
+            self._shards.refresh()
 
     # -- what to log ------------------------------------------------------------------------------
 
