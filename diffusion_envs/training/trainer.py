@@ -125,7 +125,7 @@ class Trainer:
             "seconds": self.seconds,
             "kl_weight": weight,
         }
-        return sharded.gathered(state, keep=self.accelerator.is_main_process)
+        return sharded.gathered(state, keep=self.accelerator.process_index == 0)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint.
