@@ -236,7 +236,7 @@ def test_each_process_holds_half_and_updates_make_only_blocks_whole(alone, both)
 
 @pytest.mark.slow
 def test_a_checkpoint_of_shards_goes_on_in_one_process(alone, both):
-    folder, trainer, one = alone
+    folder, trainer, _ = alone
     stored = checkpoint.load(folder / "two" / "step-000002").state
     own = trainer.state()
     again = trainer_of(folder / "base", Process(), sharded=False)
