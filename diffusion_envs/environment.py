@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -25,9 +26,11 @@ from diffusion_envs.models.kept_conditions import KeptConditions
 from diffusion_envs.models.protocol import Condition, Denoiser, Model, PromptReader
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
+from diffusion_envs.training.phase import phase
 
 Mean = Callable[[Tensor, Tensor], Tensor]  # (time, states) -> action
 Level = Callable[[Tensor], Tensor]  # time -> sigma
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,7 @@ class Environment:
         seed: of the run.
         score_images: how a reward is asked: (reward, pictures, prompts) -> [n], checked.
         batch: pictures that are decoded and scored at once; memory, not mathematics.
+        reward_timeout: seconds that one call of a reward may take; None for any.
         reward_queries: so far.
         monitoring_calls: of the network, so far, that no method needs: they are in no budget.
     """
@@ -66,10 +70,12 @@ class Environment:
     seed: int
     score_images: rewards.Scorer = rewards.score
     batch: int = 64
+    reward_timeout: float | None = None
     reward_queries: int = field(default=0)
     monitoring_calls: int = field(default=0)
 
     def __post_init__(self) -> None:
+        rewards.require_seconds(self.reward_timeout)
         shown = self.sampler if isinstance(self.sampler, GaussianSteps) else None
         self._denoises = shown is not None and shown.action == "denoised"
         if self._denoises and not isinstance(self.model, Denoiser):
@@ -207,12 +213,13 @@ class Environment:
         if reference:
             pretrained = self._pretrained_scores(before, condition, counted=count_reference)
         prompts = self.prompts_of(condition)
-        images, achieved, parts = self._pictures_and_rewards(paths.states[:, -1], prompts)
+        images, achieved, parts = self._pictures_and_rewards(paths.states[:, -1], prompts, samples)
         denoised_rewards = None
         if denoised:
             guesses = sampler.denoised(before, scores).flatten(0, 1)
             repeated = [prompt for prompt in prompts for _ in range(steps)]
-            earlier = self._rewards(guesses, repeated).view(-1, steps)
+            which = [i for i in samples for _ in range(steps)]
+            earlier = self._rewards(guesses, repeated, which).view(-1, steps)
             denoised_rewards = torch.cat([earlier, achieved[:, None]], dim=1)
         rollout = Rollout(
             states=paths.states,
@@ -273,7 +280,7 @@ class Environment:
             generators,
         )
         prompts = self.prompts_of(condition)
-        images, achieved, parts = self._pictures_and_rewards(data, prompts)
+        images, achieved, parts = self._pictures_and_rewards(data, prompts, samples)
         none = data.new_empty(len(data), 0, *data.shape[1:])
         rollout = Rollout(
             states=data[:, None],
@@ -320,7 +327,8 @@ class Environment:
         self.reward_queries += len(states)
         images = self.model.decode(states)
         assert images.requires_grad or not (states.requires_grad and torch.is_grad_enabled())
-        return rewards.differentiable_score(self.reward, images, prompts)
+        ask = rewards.limited(self.reward_timeout, rewards.differentiable_score)
+        return ask(self.reward, images, prompts)
 
     def reward_gradient(self, states: Tensor, condition: Int64[Tensor, " paths"]) -> Tensor:
         """Gradient of the reward with respect to the states, which are decoded."""
@@ -355,7 +363,10 @@ class Environment:
         slope = torch.zeros_like(states)
         for _ in range(pairs):
             noise = as_like(torch.randn(states.shape, generator=generator), states)
-            above, below = (self._rewards(states + s * width * noise, prompts) for s in (1, -1))
+            above, below = (
+                self._rewards(states + s * width * noise, prompts, range(len(states)))
+                for s in (1, -1)
+            )
             difference = as_like(above - below, states).view(-1, *[1] * len(self.event))
             slope += difference / (2 * width * pairs) * noise
         return slope
@@ -366,23 +377,63 @@ class Environment:
             return scores.new_full(scores.shape[:2], math.nan)
         return self.steps.path_kl(scores, pretrained)
 
+    def ask(
+        self,
+        reward: rewards.Reward,
+        images: Float[Tensor, " n *picture"],
+        prompts: Sequence[str],
+        pictures: Sequence[int],
+    ) -> Float[Tensor, " n"]:
+        """Scores of a reward or a judge, checked and in time; they are not counted.
+
+        Args:
+            reward: to ask.
+            images: to score.
+            prompts: one for each.
+            pictures: index of each, for messages.
+
+        Raises:
+            RewardError: it raised, returned something unusable, or is late.
+        """
+        return rewards.limited(self.reward_timeout, self.score_images, pictures)(
+            reward, images, prompts
+        )
+
     def _pictures_and_rewards(
-        self, states: Tensor, prompts: list[str]
+        self, states: Tensor, prompts: list[str], samples: Sequence[int]
     ) -> tuple[Float[Tensor, " n *picture"], Float[Tensor, " n"], Float[Tensor, "n parts"] | None]:
         images = torch.cat([self.model.decode(part) for part in states.split(self.batch)])
-        pieces = zip(images.split(self.batch), _split(prompts, self.batch), strict=True)
+        pieces = zip(
+            images.split(self.batch),
+            _split(prompts, self.batch),
+            _split(samples, self.batch),
+            strict=True,
+        )
         columns = torch.cat([self._score(*piece) for piece in pieces])
         return images, columns[:, 0], columns[:, 1:] if columns.shape[1] > 1 else None
 
-    def _rewards(self, states: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
+    def _rewards(
+        self, states: Tensor, prompts: list[str], samples: Sequence[int]
+    ) -> Float[Tensor, " n"]:
         """Rewards of many states, of which few pictures are held at once."""
-        parts = zip(states.split(self.batch), _split(prompts, self.batch), strict=True)
-        return torch.cat([self._score(self.model.decode(x), words)[:, 0] for x, words in parts])
+        pieces = zip(
+            states.split(self.batch),
+            _split(prompts, self.batch),
+            _split(samples, self.batch),
+            strict=True,
+        )
+        return torch.cat(
+            [self._score(self.model.decode(x), words, which)[:, 0] for x, words, which in pieces]
+        )
 
-    def _score(self, images: Tensor, prompts: list[str]) -> Float[Tensor, "n columns"]:
+    @phase("rewards")
+    def _score(
+        self, images: Tensor, prompts: Sequence[str], samples: Sequence[int]
+    ) -> Float[Tensor, "n columns"]:
         """The reward of each picture, then its parts."""
         self.reward_queries += len(images)
-        total, parts = rewards.score_in_parts(self.reward, images, prompts, self.score_images)
+        ask = rewards.limited(self.reward_timeout, self.score_images, samples)
+        total, parts = rewards.score_in_parts(self.reward, images, prompts, ask)
         return sent(torch.stack([total, *parts.values()], dim=1), self.device)
 
     def _starts(self, stream: str, samples: range, shared: int) -> Float[Tensor, " paths *event"]:
@@ -398,5 +449,5 @@ class Environment:
         )
 
 
-def _split(prompts: list[str], size: int) -> list[list[str]]:
-    return [prompts[k : k + size] for k in range(0, len(prompts), size)]
+def _split(rows: Sequence[_Row], size: int) -> list[Sequence[_Row]]:
+    return [rows[k : k + size] for k in range(0, len(rows), size)]

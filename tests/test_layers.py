@@ -25,7 +25,7 @@ ctrl.hjb ctrl.pendulum ctrl.problems
 ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents.actor_critic
 ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents
 ctrl.gym ctrl.plots ctrl
-diffusion_envs diffusion_envs.prompt
+diffusion_envs diffusion_envs.prompt diffusion_envs.training.phase
 diffusion_envs.noise_schedules diffusion_envs.frontier diffusion_envs.denoising
 diffusion_envs.samplers.gaussian_steps diffusion_envs.samplers.flow_sde
 diffusion_envs.samplers.ddim diffusion_envs.samplers.few_steps
@@ -34,6 +34,7 @@ diffusion_envs.samplers
 diffusion_envs.cifar10.plain_pickle diffusion_envs.cifar10.formats diffusion_envs.cifar10.data
 diffusion_envs.cifar10.pictures
 diffusion_envs.rewards.contract diffusion_envs.rewards.rounding
+diffusion_envs.rewards.daemon_threads diffusion_envs.rewards.time_limit
 diffusion_envs.rewards.preprocessing diffusion_envs.rewards.declaration
 diffusion_envs.rewards.weights diffusion_envs.rewards.weighted
 diffusion_envs.rewards.transformed diffusion_envs.rewards.jpeg

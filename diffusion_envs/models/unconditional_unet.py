@@ -236,10 +236,12 @@ def _load_pipeline(model: str | Path) -> Any:
     if inside or not (folder / "config.json").is_file():  # older models lie in the folder itself
         folders.require_parts(folder, ("unet", "scheduler"))
     weights = "unet" if inside else "."
+    folders.read_settings(folder / weights / "config.json")
     pipe: Any = DDPMPipeline.from_pretrained(
         folder,
         dtype=torch.float32,
         variant=folders.variant_of(folder, (weights,)),
+        use_safetensors=True,
         local_files_only=True,
     )
     supported = (

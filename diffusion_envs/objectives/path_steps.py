@@ -163,8 +163,10 @@ class PathLosses:
         self.values, self.train_steps, self.batch = update.values, update.train_steps, update.batch
         self.sampler = update.environment.steps
         self.usual_moves = update.usual_moves
-        self.targets = self._targets(update.stream("targets"))
-        self.advantages = update.advantages(objective.advantages)
+        self.targets = self._targets(update.own_stream("targets"))
+        everyones = update.advantages(objective.advantages)
+        self.advantages = self.rollout.place.own(everyones)
+        self._numbers = objective.numbers(everyones)
         # sent once, not for every row
         self._sent = None if self.sampler.parameters else self._tables()
         factor = self.sampler.kl_factor
@@ -205,7 +207,11 @@ class PathLosses:
         if self.objective.joins_steps:
             steps = 1
         together = size * joined
-        for piece in which.split(max(1, self.batch // together) * together):
+        place = self.rollout.place
+        mine = which[place.has(which[:, 0])] - torch.tensor([place.paths.start, 0])
+        if not len(mine):
+            return
+        for piece in mine.split(max(1, self.batch // together) * together):
             rows = self.rows(piece, joined)
             # rows are a uniform draw from paths x steps: mean x steps estimates the path's sum
             yield self.objective.loss(rows).sum() * steps / len(which)
@@ -268,7 +274,7 @@ class PathLosses:
         clipped = torch.cat(self._clipped).mean()
         names = ("ratio_min", "ratio_max", "clipped_fraction")
         ranges = dict(zip(names, read(ratio.min(), ratio.max(), clipped), strict=True))
-        return ranges | self.objective.numbers(self.advantages)
+        return ranges | self._numbers
 
     def check_fresh(self) -> None:
         """Ratio 1 of new to old policy, KL 0 of a fresh adapter, enough memory to go on.

@@ -26,6 +26,7 @@ from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibili
 from diffusion_envs.rewards.pick_score import PickScore
 from diffusion_envs.rewards.remote import Remote
 from diffusion_envs.rewards.text_in_picture import ReadableText, TextInPicture
+from diffusion_envs.rewards.time_limit import limited, require_seconds, within
 from diffusion_envs.rewards.transformed import Cached, Limited, Threshold
 from diffusion_envs.rewards.vlm_judge import VLMJudge
 from diffusion_envs.rewards.weighted import Weighted, statistics
@@ -59,10 +60,13 @@ __all__ = [
     "Weighted",
     "differentiable_score",
     "embed",
+    "limited",
     "load",
     "require_inputs",
+    "require_seconds",
     "reward_name",
     "score",
     "score_in_parts",
     "statistics",
+    "within",
 ]

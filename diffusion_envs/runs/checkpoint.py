@@ -236,8 +236,18 @@ def load(path: str | Path) -> Checkpoint:
             raise CheckpointError(f"{file} has {length} bytes instead of {size}")
         if _digest(file) != digest:
             raise CheckpointError(f"{file} was altered: its SHA-256 is not the manifest's")
-    tensors = load_file(path / "tensors.safetensors")
-    return Checkpoint(step, _join(json.loads((path / "state.json").read_text()), tensors), path)
+    try:  # digests are no signature: whoever writes a checkpoint writes its manifest
+        tensors = load_file(path / "tensors.safetensors")
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path / 'tensors.safetensors'} cannot be read: {reason}") from error
+    try:
+        state = _join(json.loads((path / "state.json").read_text()), tensors)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path / 'state.json'} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+    return Checkpoint(step, state, path)
 
 
 def latest(folder: str | Path) -> Checkpoint | None:

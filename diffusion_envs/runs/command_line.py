@@ -506,6 +506,7 @@ def run_evaluate(family: Family, options: Evaluate) -> None:
         steps=options.steps,
         samplers=kinds,
         samples=options.samples,
+        reward_timeout=run.options.reward_timeout,
     )
     title = f"Transfer of {options.run}, {options.samples} held-out samples, paired seeds"
     table = Table("sampler", "steps", "before", "after", "paired difference", title=title)

@@ -82,7 +82,8 @@ def evaluate(
     return Evaluation(
         rewards=torch.cat([part.rollout.rewards.cpu() for part in parts]),
         judged={
-            name: rewards.score(judge, images, prompts) for name, judge in (judges or {}).items()
+            name: rewards.limited(environment.reward_timeout, rewards.score)(judge, images, prompts)
+            for name, judge in (judges or {}).items()
         },
         path_kl=torch.cat([_path_kl(part.rollout).cpu() for part in parts]),
         chain_kl=torch.cat([_chain_kl(environment, part.rollout).cpu() for part in parts]),
@@ -264,8 +265,11 @@ def require_same_rewards(
     def scores(reward: rewards.Reward, size: int, where: torch.device) -> Tensor:
         return torch.cat(
             [
-                environment.score_images(
-                    reward, stored.images[k : k + size].to(where), stored.prompts[k : k + size]
+                environment.ask(
+                    reward,
+                    stored.images[k : k + size].to(where),
+                    stored.prompts[k : k + size],
+                    range(k, min(k + size, len(stored.images))),
                 ).cpu()
                 for k in range(0, len(stored.images), size)
             ]

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
+from diffusion_envs.training.phase import phase
 from diffusion_envs.training.sharded import shards_of
 
 _PLACE = "exported"  # in the run's folder
 
 
+@phase("export")
 def export(model: Model, folder: Path, update: int, sampler: Sequence[nn.Parameter] = ()) -> Path:
     """Write the model as it is; the file that its own library loads.
 

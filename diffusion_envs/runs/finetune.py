@@ -110,7 +110,7 @@ def finetune(
         FileExistsError: ``output`` holds something and ``resume`` is not asked for, or another
             process is at work in it.
         FileNotFoundError: the model or the run to resume is not there.
-        RewardError: the reward raises or returns something unusable.
+        RewardError: the reward raises or returns something unusable, or is late.
         PreflightError: what must hold before the first update does not.
         CheckpointError: a checkpoint cannot be written or read.
         MissingChoicesError: recorded choices do not reach as far as the samples; the images to
@@ -145,6 +145,7 @@ def finetune(
             prompts=training,
             seed=seed,
             batch=size.batch,
+            reward_timeout=options.reward_timeout,
         )
         held_out = environment
         if held_out_prompts is not training or options.evaluation_guidance is not None:
@@ -179,6 +180,7 @@ def finetune(
             Tracker(
                 folder,
                 first_update=trainer.update,
+                picture_every=options.picture_every,
                 wandb=options.wandb,
                 wandb_name=options.wandb_name,
                 enabled=main,
@@ -274,6 +276,7 @@ def make_environment(
     prompts: Sequence[str],
     seed: int,
     batch: int = 64,
+    reward_timeout: float | None = None,
 ) -> Environment:
     """A loaded model with a sampler on its noise levels, a reward and prompts."""
     return Environment(
@@ -283,6 +286,7 @@ def make_environment(
         prompts=list(prompts),
         seed=seed,
         batch=batch,
+        reward_timeout=reward_timeout,
     )
 
 

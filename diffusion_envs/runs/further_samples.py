@@ -18,12 +18,14 @@ from diffusion_envs.runs.evaluation import (
     sample_in_turn,
 )
 from diffusion_envs.runs.progress import progress_bar
+from diffusion_envs.training.phase import phase
 
 STREAM = "frontier"  # neither training nor any evaluation draws from it
 _PICTURES = 8  # kept of all samples, to know the reward by
 _log = logging.getLogger(__name__)
 
 
+@phase("evaluation")
 def further_rewards(
     environment: Environment, samples: int, path: Path, *, batch: int, progress: bool = False
 ) -> Float[Tensor, " samples"]:

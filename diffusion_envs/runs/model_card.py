@@ -11,6 +11,7 @@ from diffusion_envs.models.folders import SHIPPED
 from diffusion_envs.models.guidance_schedule import GUIDANCE_FILE
 from diffusion_envs.runs.prompts import split
 from diffusion_envs.runs.settings import rebuild
+from diffusion_envs.training.phase import phase
 
 CARD = "README.md"  # the name that the hub shows
 
@@ -19,6 +20,7 @@ _SETTINGS = ("sampler", "steps", "updates", "objective", "optimiser", "size", "s
 _MODEL_ONLY = ("device", "model")  # on this machine alone, or said elsewhere
 
 
+@phase("report")
 def write_card(folder: Path) -> Path:
     """Write the card of a finished run, from its settings, summary and log.
 

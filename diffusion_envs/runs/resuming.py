@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.callbacks import Callback
+from diffusion_envs.training.phase import phase
 from diffusion_envs.training.trainer import Trainer
 
 
@@ -31,6 +32,7 @@ class Checkpoints(Callback):
         self._pending = True  # something is not on disk yet
         self._held: Any = None  # a copy of it, where training goes on before it is written
 
+    @phase("checkpoint")
     def load(self) -> None:
         """Go on from the newest one, if there is any; its costs are those of all processes."""
         newest = checkpoint.latest(self._folder)
@@ -63,6 +65,7 @@ class Checkpoints(Callback):
         if due:
             self.end()
 
+    @phase("checkpoint")
     def end(self) -> None:
         """Write what is not written yet."""
         if self._pending:

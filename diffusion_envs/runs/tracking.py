@@ -20,6 +20,7 @@ from diffusion_envs.runs.contact_sheet import grid, save
 OVER_OPTIMISATION = "over_optimisation.jsonl"
 TRAINING_BY_PROMPT = "training_by_prompt.jsonl"
 PROJECT = "ctrl"  # of Weights & Biases
+_RECENT = 32  # pictures that all stay
 _MOST_PROMPTS = 20  # in the config that Weights & Biases gets
 _log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Tracker:
     Args:
         folder: of the run.
         first_update: updates already done.
+        picture_every: updates between pictures, which thin out with age (``stays``).
         wandb: log to Weights & Biases too: the name of the project, or True for the project
             "ctrl" (of a resumed run: the project it is in).
         wandb_name: of the run there; the folder's if left out (of a resumed run: the one it has).
@@ -74,11 +76,12 @@ class Tracker:
         folder: Path,
         *,
         first_update: int = 0,
+        picture_every: int = 1,
         wandb: bool | str = False,
         wandb_name: str | None = None,
         enabled: bool = True,
     ) -> None:
-        self.folder, self.enabled = folder, enabled
+        self.folder, self.enabled, self._picture_every = folder, enabled, picture_every
         self._service: Any = None  # the module wandb
         self._wandb: Any = None  # its run
         if not enabled:
@@ -177,9 +180,25 @@ class Tracker:
             self._wandb.log(flat, step=update)
 
     def pictures(
-        self, update: int, images: Float[Tensor, "n 3 h w"], captions: Sequence[str]
+        self,
+        update: int,
+        images: Float[Tensor, "n 3 h w"],
+        captions: Sequence[str],
+        *,
+        last: bool = False,
     ) -> None:
-        """A grid of pictures, the same prompts and seeds each time."""
+        """A grid of pictures, the same prompts and seeds each time; older ones are thinned out.
+
+        Files of the newest 32 times stay, and fewer and fewer of earlier ones (``stays``).
+        TensorBoard and Weights & Biases, from which nothing can be taken away again, get those
+        that stay longest (``lasts``).
+
+        Args:
+            update: after which they were made.
+            images: in [0, 1].
+            captions: one for each.
+            last: of the run; they are sent everywhere.
+        """
         if not self.enabled:
             return
         path = self.folder / "samples" / f"step-{update:06d}.png"
@@ -187,9 +206,41 @@ class Tracker:
         sheet = grid(images, captions)
         save(sheet, partial)
         os.replace(partial, path)
+        for other in path.parent.glob("step-*.png"):
+            earlier = int(other.stem[5:])
+            if earlier < update and not stays(earlier, update, self._picture_every):
+                other.unlink(missing_ok=True)
+        if not last and not lasts(update, self._picture_every):
+            return
         self._board.add_image("samples", np.asarray(sheet), update, dataformats="HWC")
         if self._wandb is not None:
             self._wandb.log({"samples": self._service.Image(sheet)}, step=update)
+
+
+def stays(update: int, newest: int, every: int) -> bool:
+    """Whether the pictures of an update stay when there are newer ones.
+
+    Of the newest 32 times all stay, of those up to twice as old every second, up to four times as
+    old every fourth, and so on: 32 and then 16 whenever a run doubles. What goes would go in a
+    longer run, too, so that a run that is resumed keeps what an uninterrupted one does.
+
+    Args:
+        update: theirs.
+        newest: update of the newest pictures.
+        every: updates between pictures.
+    """
+    return _on_time(update, newest - update, every)
+
+
+def lasts(update: int, every: int) -> bool:
+    """Whether the pictures of an update stay until the run is twice as long: 32, then 16."""
+    return _on_time(update, update, every)
+
+
+def _on_time(update: int, age: int, every: int) -> bool:
+    """Whether an update is a multiple of every, every 2, every 4, ... updates, by an age."""
+    doublings = (age // (_RECENT * every)).bit_length()
+    return doublings == 0 or update % (every << doublings) == 0
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -19,6 +19,7 @@ from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import Objective
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import parallel
+from diffusion_envs.training.phase import phase
 from diffusion_envs.training.update_size import UpdateSize
 from diffusion_envs.training.value_network import (
     Weights,
@@ -115,6 +116,7 @@ class Critic:
 
         return value
 
+    @phase("value network")
     def improve(
         self,
         rollout: Rollout,
@@ -153,19 +155,15 @@ class Critic:
         if kl_weight > 0:  # costs are not known where nothing charges them
             returns = returns - kl_weight * to_go
         returns = torch.cat([returns, rollout.rewards[:, None]], dim=1)
-        per_batch = max(1, size.value_batch // returns.shape[1])
+        per_batch, place = max(1, size.value_batch // returns.shape[1]), rollout.place
         total, count = rollout.rewards.new_zeros(()), 0
         for epoch in range(size.value_epochs):
-            shuffle = stream(
-                environment.seed,
-                self.stream_name,
-                "value rows",
-                update,
-                epoch,
-                self.accelerator.process_index,
-            )
+            # batches are of the paths of all processes, each of which has some of their rows
+            shuffle = stream(environment.seed, self.stream_name, "value rows", update, epoch, 0)
             total, count = torch.zeros_like(total), 0
-            for part in torch.randperm(len(returns), generator=shuffle).split(per_batch):
+            everyones = torch.randperm(place.of * place.size, generator=shuffle)
+            for batch in everyones.split(per_batch):
+                part = batch[place.has(batch)] - place.paths.start
                 chosen, part = rollout.chosen(part), sent(part, returns.device)
                 seen = None if denoised_rewards is None else denoised_rewards[part]
                 values = self.values(chosen, seen)
@@ -176,9 +174,10 @@ class Critic:
                     gap = end - returns[part, -1]
                     losses = losses + rollout.step_sizes[-1] * gap.square()
                 self.optimiser.zero_grad()
-                (losses.mean() / rollout.step_sizes.sum() / self.network.scale.square()).backward()
+                loss = losses.sum() / len(batch) / rollout.step_sizes.sum()
+                (loss / self.network.scale.square()).backward()
                 parameters = list(self.network.parameters())
-                parallel.average_gradients(parameters, self.accelerator)
+                parallel.add_gradients(parameters, self.accelerator)
                 norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
                 if not math.isfinite(norm):
                     raise NonFiniteError(f"the value network's gradient norm is {norm}")

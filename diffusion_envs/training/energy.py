@@ -26,6 +26,7 @@ from diffusion_envs.objectives.protocol import Values
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import parallel
 from diffusion_envs.training.critic import NonFiniteError
+from diffusion_envs.training.phase import phase
 from diffusion_envs.training.update_size import UpdateSize
 
 
@@ -204,6 +205,7 @@ class EnergyCritic:
 
         return value
 
+    @phase("value network")
     def improve(
         self, rollout: Rollout, denoised_rewards: Tensor | None, update: int
     ) -> dict[str, float]:
@@ -218,7 +220,7 @@ class EnergyCritic:
         """
         moves = rollout.states.diff(dim=1).square().flatten(2).mean((0, 2))
         decay = self.objective.move_decay
-        moves = parallel.gather(moves[None], self.accelerator).mean(0)
+        moves = parallel.total(rollout.place.weight * moves, self.accelerator)
         self.usual_moves = decay * self.usual_moves + (1 - decay) * moves
         told: dict[str, Tensor] = {}
         for epoch in range(self.size.value_epochs):
@@ -230,17 +232,15 @@ class EnergyCritic:
 
     def _energy_step(self, rollout: Rollout, update: int, epoch: int) -> dict[str, Tensor]:
         samples = rollout.states[:, -1]
-        share, processes = len(samples), self.accelerator.num_processes
+        place = rollout.place
         # all that all processes need, so that theirs together are those of a single one
         generator = stream(self.environment.seed, self.stream_name, "data", update, epoch)
-        wanted = (share * processes, *samples.shape[1:])
-        drawn = _checked(self.data.draw(wanted[0], generator), wanted)
-        first = share * self.accelerator.process_index
-        drawn = as_like(drawn[first : first + share], samples)
+        wanted = (place.of * place.size, *samples.shape[1:])
+        drawn = as_like(place.own(_checked(self.data.draw(wanted[0], generator), wanted)), samples)
         # both at once, as one batch
         of_data, of_samples = self.network(torch.cat([drawn, samples])).chunk(2)
         loss = energy_loss(of_data, of_samples, self.objective.square_weight)
-        self._descend(loss)
+        self._descend(loss, place.weight)
         return {
             "energy_of_data": of_data.detach().mean(),
             "energy_of_samples": of_samples.detach().mean(),
@@ -252,14 +252,15 @@ class EnergyCritic:
         with torch.no_grad():
             target = self.network(rollout.states[:, step + 1]) + cost
         loss = functional.mse_loss(self.network(rollout.states[:, step]), target)
-        self._descend(loss)
+        self._descend(loss, rollout.place.weight)
         return loss.detach()
 
-    def _descend(self, loss: Tensor) -> None:
+    def _descend(self, loss: Tensor, weight: float) -> None:
+        """One step down the mean loss of all processes' rows, of which so many are here."""
         parameters = list(self.network.parameters())
         self.optimiser.zero_grad()
-        loss.backward()
-        parallel.average_gradients(parameters, self.accelerator)
+        (weight * loss).backward()
+        parallel.add_gradients(parameters, self.accelerator)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
         if not math.isfinite(norm):
             raise NonFiniteError(f"the energy network's gradient norm is {norm}")

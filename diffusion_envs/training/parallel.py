@@ -60,25 +60,34 @@ def _checked(device: str) -> str:
     return kind
 
 
-def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace every gradient by its mean over the processes; those of shards are means already."""
+def add_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Replace every gradient by its sum over the processes; one may have none, for lack of rows.
+
+    Those of shards are means over the processes already.
+    """
     if accelerator.num_processes == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None and not is_shard(p)]
-    if not gradients:
+    for shard in filter(is_shard, parameters):
+        if shard.grad is not None:
+            shard.grad.mul_(accelerator.num_processes)
+    parameters = [p for p in parameters if not is_shard(p)]
+    if not parameters:
         return
-    flat = average(torch.cat([g.flatten() for g in gradients]), accelerator)
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    parts.append(parts[0].new_tensor([p.grad is not None for p in parameters]))
+    flat = total(torch.cat([part.flatten() for part in parts]), accelerator)
+    *sums, had = flat.split([part.numel() for part in parts])
+    for parameter, summed, any_had in zip(parameters, sums, had.tolist(), strict=True):
+        parameter.grad = summed.view_as(parameter).clone() if any_had else None
 
 
-def average(value: Tensor, accelerator: Accelerator) -> Tensor:
-    """Its mean over the processes, the same on all of them."""
+def total(value: Tensor, accelerator: Accelerator) -> Tensor:
+    """Its sum over the processes, the same on all of them."""
     if accelerator.num_processes == 1:
         return value
-    mean = accelerator.reduce(value, "mean")
-    assert isinstance(mean, Tensor)  # what goes in comes out
-    return mean
+    summed = accelerator.reduce(value, "sum")
+    assert isinstance(summed, Tensor)  # what goes in comes out
+    return summed
 
 
 def broadcast_from_main(number: int, accelerator: Accelerator) -> int:
@@ -99,10 +108,19 @@ def add(counts: Mapping[str, int], accelerator: Accelerator) -> dict[str, int]:
 
 
 def gather(value: Tensor, accelerator: Accelerator) -> Tensor:
-    """Rows of all processes, in the order of their index."""
+    """Rows of all processes, in the order of their index; each may have another number of them."""
     if accelerator.num_processes == 1:
         return value
-    gathered = accelerator.gather(value)
+    mine = torch.tensor([len(value)], device=accelerator.device)
+    lengths = _gathered(mine, accelerator).tolist()
+    missing = value.new_zeros(max(lengths) - len(value), *value.shape[1:])
+    every = _gathered(torch.cat([value, missing]), accelerator).split(max(lengths) or 1)
+    return torch.cat([rows[:length] for rows, length in zip(every, lengths, strict=True)])
+
+
+def _gathered(value: Tensor, accelerator: Accelerator) -> Tensor:
+    """As many rows of each process."""
+    gathered = accelerator.gather(value.contiguous())
     assert isinstance(gathered, Tensor)  # what goes in comes out
     return gathered
 

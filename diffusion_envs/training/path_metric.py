@@ -86,10 +86,10 @@ class PathMetric:
         states: one a row.
         step: of each row.
         condition: index of each row's prompt.
-        weight: of each row: c_k times the steps of a path, over the rows; float64.
-        generator: of random vectors.
+        weight: of each row: c_k times the steps of a path, over the rows of all processes; float64.
+        generator: of random vectors, another one on each process.
         batch: rows that go through the network at once.
-        accelerator: the processes, over which products are averaged.
+        accelerator: the processes, over which products are added.
     """
 
     environment: Environment
@@ -117,11 +117,25 @@ class PathMetric:
         generator: Generator,
         batch: int,
         accelerator: Accelerator,
+        own_generator: Generator | None = None,
     ) -> "PathMetric":
-        """From a share of the roll-out's rows, at least one, drawn without replacement."""
-        paths, steps = rollout.costs.shape
+        """From a share of the rows of all processes, at least one, drawn without replacement.
+
+        Args:
+            environment: whose policy acts.
+            parameters: of the policy.
+            rollout: of this process.
+            share: of the rows.
+            generator: draws them, the same on all processes.
+            batch: rows that go through the network at once.
+            accelerator: the processes.
+            own_generator: of random vectors; the same one if there is one process.
+        """
+        steps, place = rollout.costs.shape[1], rollout.place
+        paths = place.of * place.size
         rows = max(1, round(share * paths * steps))
         drawn = torch.randperm(paths * steps, generator=generator)[:rows]
+        drawn = drawn[place.has(drawn // steps)] - place.paths.start * steps
         path, step = drawn // steps, drawn % steps
         here = sent(torch.stack([path, step]), environment.device)
         return cls(
@@ -131,7 +145,7 @@ class PathMetric:
             step,
             rollout.condition[sent(path, rollout.condition.device)],
             environment.steps.path_kl_gain[step] * (steps / rows),
-            generator,
+            own_generator or generator,
             batch,
             accelerator,
         )
@@ -144,7 +158,7 @@ class PathMetric:
         with _differentiable_twice():
             for rows, piece in self._pieces(products=2):
                 total += piece.pulled(self._weighted(rows, piece.pushed(v)))
-        return parallel.average(total, self.accelerator)
+        return parallel.total(total, self.accelerator)
 
     def path_kl(self, v: Float[Tensor, " parameters"]) -> float:
         """v'Fv / 2: path KL of the policy at th + v from that at th, to second order, nats."""
@@ -153,7 +167,7 @@ class PathMetric:
             for rows, piece in self._pieces(products=1):
                 pushed = piece.pushed(v)
                 total += 0.5 * (pushed * self._weighted(rows, pushed)).sum()
-        return parallel.average(total, self.accelerator).item()
+        return parallel.total(total, self.accelerator).item()
 
     def diagonal(self, vectors: int) -> Float[Tensor, " parameters"]:
         """Unbiased estimate of F's diagonal: squares of J'xi, xi ~ N(0, c_k) in every coordinate.
@@ -162,8 +176,8 @@ class PathMetric:
         ``vectors`` parts, of which each makes one square: the more, the less noise.
         """
         rows = torch.arange(len(self.step))
-        total: Tensor | float = 0.0
-        for part in rows.chunk(min(vectors, len(rows))):
+        total = flattened([torch.zeros_like(p) for p in self.parameters])
+        for part in rows.chunk(min(vectors, len(rows))) if len(rows) else ():
             pulled: Tensor | float = 0.0
             for some in part.split(self.batch):
                 with torch.enable_grad():
@@ -173,13 +187,14 @@ class PathMetric:
                 )
                 pulled = pulled + flattened(gradients)
             assert isinstance(pulled, Tensor)
-            total = total + pulled.square()
-        assert isinstance(total, Tensor)
-        return parallel.average(total, self.accelerator)
+            total += pulled.square()
+        return parallel.total(total, self.accelerator)
 
     @torch.no_grad()
     def actions(self) -> Float[Tensor, " rows *event"]:
         """What the policy does now in every row."""
+        if not len(self.step):
+            return self.states
         every = torch.arange(len(self.step)).split(self.batch)
         return torch.cat([self._actions(some) for some in every])
 
@@ -189,13 +204,15 @@ class PathMetric:
         """Path KL between the policies that did this, on these rows, nats."""
         gap = (after - before).square().flatten(1).sum(1)
         nats = 0.5 * (as_like(self.weight, gap) * gap).sum()
-        return parallel.average(nats, self.accelerator).item()
+        return parallel.total(nats, self.accelerator).item()
 
     # -- rows -------------------------------------------------------------------------------------
 
     def _pieces(self, products: int) -> Iterator[tuple[Tensor, Linearised]]:
         """Rows and their linearised actions; counts so many products of each."""
         every = torch.arange(len(self.step))
+        if not len(every):  # of several processes this one has none
+            return
         if len(every) <= self.batch:
             if self._kept is None:
                 spent = self.environment.model.calls

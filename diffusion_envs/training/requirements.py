@@ -92,12 +92,18 @@ def require_fit(
         raise ValueError(
             f"samples must be at least 2 for {name} to compare them, got {size.samples}: use more"
         )
-    share = processes * size.minibatches * objective.group
+    share = size.minibatches * objective.group
     if size.samples % share:
         raise ValueError(
-            f"samples ({size.samples}) must be a multiple of processes x minibatches x the "
-            f"group of {name}, {processes} x {size.minibatches} x {objective.group} = {share}: "
+            f"samples ({size.samples}) must be a multiple of minibatches x the group of {name}, "
+            f"{size.minibatches} x {objective.group} = {share}: "
             f"use {share * max(1, round(size.samples / share))}"
+        )
+    if (groups := size.samples // objective.group) < processes:
+        raise ValueError(
+            f"every process must have a group of samples, and there are {groups} groups of {name} "
+            f"({objective.group} samples each) for {processes} processes: use "
+            f"{processes * objective.group} samples or more, or {groups} processes"
         )
     if size.train_steps is not None and not objective.chooses_steps:
         raise ValueError(

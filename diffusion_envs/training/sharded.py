@@ -5,14 +5,14 @@ with NCCL, the CPU with gloo. (accelerate prepares FSDP on accelerators alone: o
 DistributedDataParallel of the model, whatever plugin it is given.)
 
 Calls        A network in shards gathers its weights block by block, so all processes must call it
-             equally often. In updates they do. Elsewhere (sampling, evaluation, export) the weights
-             are made whole on every process for as long as it takes: ``Shards.unsharded``; then
-             they may call it as often as they like.
+             equally often. In updates ``Shards.in_step`` makes them. Elsewhere (sampling,
+             evaluation, export) the weights are whole on every process for as long as it takes:
+             ``Shards.unsharded``; then they may call it as often as they like.
 Gradients    Reduced by FSDP to means over the processes, as each loss is differentiated.
 Checkpoints  Whole tensors, of any number of processes: ``gathered`` and ``scattered``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -138,6 +138,30 @@ class Shards:
 
             for network in self.networks:
                 yield from (part for part in network.modules() if isinstance(part, FSDPModule))
+
+    def in_step(self, losses: Iterator[Tensor], spare: Callable[[], Tensor]) -> Iterator[Tensor]:
+        """As many losses on every process, where weights are sharded: else their calls would hang.
+
+        A process that has no more takes a spare one times zero, until no process has more. Then all
+        have made one that no one needs, whose gradient is not taken.
+
+        Args:
+            losses: of this process, each made when it is asked for.
+            spare: makes another, calling the networks as often as those do.
+        """
+        if not self.networks:
+            yield from losses
+            return
+        while True:
+            loss = next(losses, None)
+            more = torch.tensor(loss is not None)
+            if loss is None:
+                loss = 0 * spare()
+            more = more.to(loss.device, torch.float32)
+            torch.distributed.all_reduce(more)
+            if not more:
+                return
+            yield loss
 
 
 def processes() -> int:

@@ -28,13 +28,14 @@ from diffusion_envs.objectives.protocol import Losses, PreflightError, Update
 from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, compare
 from diffusion_envs.rewards import Counting, Reward
 from diffusion_envs.rewards.rounding import all_alike
-from diffusion_envs.rollout import Rollout
+from diffusion_envs.rollout import Rollout, Share
 from diffusion_envs.training import kl_controller, parallel, sharded
 from diffusion_envs.training.critic import Critic, NonFiniteError
 from diffusion_envs.training.energy import EnergyCritic, TrainingData
 from diffusion_envs.training.loss_scale import LossScale
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.path_metric import PathMetric
+from diffusion_envs.training.phase import phase
 from diffusion_envs.training.requirements import require_fit, require_shardable
 from diffusion_envs.training.update_size import UpdateSize
 
@@ -192,15 +193,17 @@ class Trainer:
         measured = self._measured(sample.rollout, numbers)
         return measured | self._counted_since(counted)
 
+    @phase("sampling")
     def sample(self) -> Sample:
         """The next update's roll-out by the policy as it is, with values and preferences.
 
         At the first update its rewards set the scale of the value network.
         """
         environment, objective, samples = self.environment, self.objective, self.size.samples
-        share = samples // self.accelerator.num_processes
-        first = self.update * samples + self.accelerator.process_index * share
-        indices = range(first, first + share)
+        world, groups = self.accelerator, samples // objective.group
+        share = Share.even(groups, objective.group, world.process_index, world.num_processes)
+        first = self.update * samples
+        indices = range(first + share.paths.start, first + share.paths.stop)
         # Prompts in turn, so that every roll-out has each of them equally often.
         condition = torch.tensor([i // objective.group % len(environment.prompts) for i in indices])
         needed = objective.compares_paths or self.target_kl is not None
@@ -216,7 +219,8 @@ class Trainer:
                 reference=needed or self.log_path_kl,
                 count_reference=needed,
             )
-        rollout, more = sample.rollout, dict[str, Tensor]()
+        rollout = dataclasses.replace(sample.rollout, share=share)
+        more = dict[str, Tensor]()
         if self.critic is not None:
             if self.update == 0:
                 rewards = parallel.gather(rollout.rewards, self.accelerator)
@@ -249,6 +253,7 @@ class Trainer:
         assert preferences is not None
         return preferences
 
+    @phase("update")
     def losses(self, rollout: Rollout) -> Losses:
         """What the objective learns from this roll-out; made before the weights change."""
         objective, size = self.objective, self.size
@@ -267,40 +272,39 @@ class Trainer:
                     values=None if self.critic is None else self.critic.at(rollout),
                     usual_moves=None if self.critic is None else self.critic.usual_moves,
                     stream=self._generator,
+                    own_stream=self._own_generator,
                     old_policy=self._sampling_policy if changes else None,
                     batch=size.batch,
                     train_steps=size.train_steps,
                 )
             )
 
-    def _generator(self, *name: str | int) -> torch.Generator:
-        """Random numbers of this update and process."""
-        process = self.accelerator.process_index
+    def _generator(self, *name: str | int, process: int = 0) -> torch.Generator:
+        """Random numbers of this update, the same on all processes."""
         return stream(self.environment.seed, self.stream_name, *name, self.update, process)
 
+    def _own_generator(self, *name: str | int) -> torch.Generator:
+        """Random numbers of this update and process."""
+        return self._generator(*name, process=self.accelerator.process_index)
+
+    @phase("update")
     def _improve_adapter(self, losses: Losses, rollout: Rollout) -> dict[str, float]:
-        size, groups = self.size, len(rollout.rewards) // rollout.group
+        size, groups = self.size, rollout.place.of
         most = size.max_gradient_norm if self.optimiser.clips else math.inf
         norm, stepped = 0.0, dict[str, float]()
         for epoch in range(size.epochs):
-            shuffle = stream(
-                self.environment.seed,
-                self.stream_name,
-                "rows",
-                self.update,
-                epoch,
-                self.accelerator.process_index,
-            )
+            shuffle = stream(self.environment.seed, self.stream_name, "rows", self.update, epoch, 0)
             order = torch.randperm(groups, generator=shuffle)
-            for k, part in enumerate(order.chunk(size.minibatches)):
+            for k, part in enumerate(dealt(order, size.minibatches)):
                 drawn, norm = shuffle.get_state(), math.nan
                 while not math.isfinite(norm):  # once, unless float16 overflows
                     shuffle.set_state(drawn)
                     self.optimiser.zero_grad(set_to_none=True)
                     with self._differentiating():
-                        for loss in self.loss_scale.scaled(losses.losses(part, shuffle)):
+                        pieces = self._pieces(losses, part, shuffle, rollout.place)
+                        for loss in self.loss_scale.scaled(pieces):
                             loss.backward()
-                    parallel.average_gradients(self.parameters, self.accelerator)
+                    parallel.add_gradients(self.parameters, self.accelerator)
                     self.loss_scale.divide(self.parameters)
                     norm = sharded.clip_gradients(self.parameters, most)
                     if not math.isfinite(norm):
@@ -310,14 +314,30 @@ class Trainer:
         numbers = {**losses.numbers(), "gradient_norm": norm, **stepped}
         return numbers | self.loss_scale.numbers()
 
+    def _pieces(
+        self, losses: Losses, part: Tensor, generator: torch.Generator, share: Share
+    ) -> Iterator[Tensor]:
+        """This process's losses of some groups; of sharded weights as many as other processes'."""
+        drawn = generator.get_state()
+
+        def spare() -> Tensor:
+            counted, own = self.environment.model.calls, torch.tensor([share.groups.start])
+            # what the objective draws for all of a part, it draws here too
+            loss = next(losses.losses(own, torch.Generator().set_state(drawn)))
+            self.environment.model.calls = counted
+            return loss
+
+        return self._shards.in_step(iter(losses.losses(part, generator)), spare)
+
     def _shrink_loss_scale(self, norm: float) -> None:
         """After a gradient that is not finite: the same rows again, with a smaller factor.
 
         Raises:
             NonFiniteError: the factor is not to blame, on any of the processes.
         """
-        losses = parallel.average(self.loss_scale.finite_losses, self.accelerator)
-        if bool(losses == 1) and self.loss_scale.shrink():
+        finite = self.loss_scale.finite_losses.to(self.environment.device)
+        everyones = parallel.total(finite, self.accelerator)
+        if bool(everyones == self.accelerator.num_processes) and self.loss_scale.shrink():
             return
         raise NonFiniteError(
             f"the gradient's norm is {norm} at update {self.update + 1}"
@@ -349,12 +369,15 @@ class Trainer:
         """(what for, share of the rows) -> the metric of path laws on this roll-out's states."""
 
         def metric(what: str, share: float) -> PathMetric:
+            name = ("metric", what, epoch, k)
+            first = self.accelerator.process_index == 0
             return PathMetric.of(
                 self.environment,
                 self.parameters,
                 rollout,
                 share=share,
-                generator=self._generator("metric", what, epoch, k),
+                generator=self._generator(*name),
+                own_generator=None if first else self._own_generator(*name),
                 batch=self.size.batch,
                 accelerator=self.accelerator,
             )
@@ -362,11 +385,10 @@ class Trainer:
         return metric
 
     def _over_all(self, function: Callable[[Rollout], Tensor], rollout: Rollout) -> Tensor:
-        """A function of the whole roll-out, that of all processes; this process's rows of it."""
+        """A function of the whole roll-out, that of all processes."""
         world = self.accelerator
         if world.num_processes == 1:
             return function(rollout)
-        paths = len(rollout.rewards)
 
         def whole(value: Tensor | None) -> Tensor | None:
             return None if value is None else parallel.gather(value, world)
@@ -380,9 +402,9 @@ class Trainer:
             condition=whole(rollout.condition.to(device)),
             reward_parts=whole(rollout.reward_parts),
             preferences=None if preferences is None else whole(preferences.to(rollout.rewards)),
+            share=None,
         )
-        first = world.process_index * paths
-        return function(everything)[first : first + paths]
+        return function(everything)
 
     # -- the policy that samples ------------------------------------------------------------------
 
@@ -474,7 +496,7 @@ class Trainer:
             "reward_queries": self._over_processes(self.environment.reward_queries),
             "network_calls": self._over_processes(self.environment.model.calls),
             "seconds": self.seconds,
-            **self._of_all_processes(numbers),
+            **self._of_all_processes(numbers, len(rollout.rewards)),
             "memory": _peak_memory(self.environment.device),
         }
 
@@ -488,22 +510,38 @@ class Trainer:
         total = parallel.add(changed, self.accelerator)
         return {f"reward_counts.{name}": count for name, count in total.items()}
 
-    def _of_all_processes(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Means over the processes; of what is called a minimum or a maximum, that."""
+    def _of_all_processes(self, numbers: dict[str, float], paths: int) -> dict[str, float]:
+        """Means over the paths of all processes; of what is called a minimum or a maximum, that."""
         if self.accelerator.num_processes == 1:
             return numbers
-        mine = torch.tensor([list(numbers.values())], dtype=torch.float64)
+        mine = torch.tensor([[paths, *numbers.values()]], dtype=torch.float64)
         every = parallel.gather(mine.to(self.environment.device), self.accelerator).cpu()
-        least, most, mean = every.amin(0).tolist(), every.amax(0).tolist(), every.mean(0).tolist()
-        kinds = {"min": least, "max": most}
+        weight, every = every[:, :1] / every[:, 0].sum(), every[:, 1:]
+        least, most = every.amin(0), every.amax(0)
+        # what all know alike stays so, to the last bit
+        mean = torch.where(least == most, least, (weight * every).sum(0))
+        kinds = {"min": least.tolist(), "max": most.tolist()}
         names = enumerate(numbers)
-        return {name: kinds.get(name.rpartition("_")[2], mean)[k] for k, name in names}
+        return {name: kinds.get(name.rpartition("_")[2], mean.tolist())[k] for k, name in names}
 
     def _over_processes(self, count: int) -> int:
         if self.accelerator.num_processes == 1:
             return count
         local = torch.tensor([count], device=self.environment.device)
         return int(parallel.gather(local, self.accelerator).sum())
+
+
+def dealt(order: Tensor, minibatches: int) -> list[Tensor]:
+    """The groups of each minibatch; of as many groups in a row each has one.
+
+    So every process, whose groups are in a row, has about as many in each.
+
+    Args:
+        order: of all groups, by their place.
+        minibatches: how many; the groups are a multiple.
+    """
+    turn = order.argsort().view(-1, minibatches).argsort(1).argsort(1).flatten()  # of every group
+    return [order[turn[order] == k] for k in range(minibatches)]
 
 
 def _counts(reward: Reward) -> dict[str, int]:

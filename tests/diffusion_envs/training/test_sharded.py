@@ -29,7 +29,10 @@ from verification.claims.training_loop import Process
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
 
-SIZE = UpdateSize(samples=8, batch=4, value_batch=10_000, value_epochs=1, average=0.5)
+# Of five groups in two minibatches one process has two and the other three, in an order of chance.
+SIZE = UpdateSize(
+    samples=10, minibatches=2, batch=4, value_batch=10_000, value_epochs=1, average=0.5
+)
 OBJECTIVE = ScoreAsAction(kl_weight=0.1, learning_rate=1e-4)
 CPU = torch.device("cpu")
 LOGGED = ("gradient_norm", "reward", "path_kl", "value_loss")
