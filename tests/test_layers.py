@@ -55,7 +55,8 @@ diffusion_envs.models.counting diffusion_envs.models.speed
 diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.execution
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
-diffusion_envs.models.exports diffusion_envs.models.existing_lora diffusion_envs.models.trainable
+diffusion_envs.models.exports diffusion_envs.models.existing_lora
+diffusion_envs.training.sharded diffusion_envs.models.trainable
 diffusion_envs.models.latent_decoder diffusion_envs.models.text_to_image_family
 diffusion_envs.models.stable_diffusion diffusion_envs.models.stable_diffusion_xl
 diffusion_envs.models.text_to_image_pipeline

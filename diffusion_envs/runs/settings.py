@@ -24,7 +24,7 @@ from diffusion_envs.rewards.contract import load, name_of_loaded
 
 _KINDS = ("class", "function", "loaded", "instance")
 _ANY_TIME = (  # no number of an update depends on them
-    *("updates", "model.device", "options.wandb", "options.progress"),
+    *("updates", "model.device", "model.sharded", "options.wandb", "options.progress"),
     *("options.wandb_name", "options.frontier_samples"),
     *("options.reward_timeout", "options.overlap"),
 )
