@@ -165,7 +165,6 @@ class Trainable:
             shards = Shards.of(network, frozen.to(where), where, offloaded=offloaded)
             switch = adapters.AdapterSwitch(pretrained=frozen)
             return Attached(self, network, list(network.parameters()), switch, shards)
-        parameters = list(network.parameters())
         if not offloaded:
             switch = adapters.AdapterSwitch(pretrained=frozen.to(where))
         else:
