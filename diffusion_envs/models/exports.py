@@ -278,7 +278,9 @@ def export_pipeline(
             except SafetensorError as error:
                 raise OSError(str(error)) from error
         pipe.register_modules(unet=own)
-        loaded: Any = type(pipe).from_pretrained(unproved, local_files_only=True)
+        loaded: Any = type(pipe).from_pretrained(
+            unproved, local_files_only=True, use_safetensors=True
+        )
         theirs = loaded.unet.state_dict()
         lost = [
             name

@@ -56,13 +56,21 @@ def require_guidance(guidance: float) -> None:
         )
 
 
-def require_something_trains(network_trains: bool, guidance_knots: object) -> None:
+def require_something_trains(
+    network_trains: bool, guidance_knots: object, sharded: bool = False
+) -> None:
     """Refuse numbers of knots that are none, and a model of which nothing trains.
 
     Raises:
-        ValueError: there is no such number of knots, or neither the network nor the scale trains.
+        ValueError: there is no such number of knots, or neither the network nor the scale trains;
+            or the scale would train beside sharded weights.
     """
     require_knots(guidance_knots)
+    if sharded and guidance_knots != 0:
+        raise ValueError(
+            f"guidance_knots must be 0 with sharded, got {guidance_knots}: one step of the "
+            "optimiser takes sharded parameters or whole ones"
+        )
     if not network_trains and guidance_knots == 0:
         raise ValueError(
             "lora_rank must be at least 1 where the guidance scale does not train, got 0; set "

@@ -43,7 +43,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             numbers = json.loads(line.decode())
             read.append(numbers | {"update": int(numbers["update"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number} is damaged ({error}); take the line out to go on without it"
             ) from error
@@ -300,7 +300,7 @@ def _wandb_run(service: Any, folder: Path, project: bool | str, name: str | None
             stored = opened(json.loads(record.read_text(encoding="utf-8")), record)
             known = {"project": str(stored["project"]), "id": str(stored["id"])}
             former = stored.get("name")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{record} is damaged ({error}); delete it to begin a new run of wandb"
             ) from error
