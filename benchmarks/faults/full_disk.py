@@ -53,7 +53,11 @@ def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
     whole = small_run.uninterrupted()
     place = (folder if disk is None else disk.path) / "run"
     files = FILES[1::9] if sample else FILES
-    wrong = [(file, words) for file in files if (words := tried(place, file, whole, disk))]
+    wrong = list[tuple[str, str]]()
+    for file in files:
+        if words := tried(place, file, whole, disk):
+            print(f"full_disk: {file}: {words}", file=sys.stderr, flush=True)
+            wrong.append((file, words))
     first = f"{wrong[0][0].split(':')[0]}: {wrong[0][1]}" if wrong else why
     yield Row(
         "a full disk",
