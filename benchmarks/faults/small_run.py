@@ -274,7 +274,10 @@ def _tensors(path: Path) -> Any:
     with safe_open(path, "pt") as file:
         metadata, names = file.metadata(), sorted(file.keys())
         values = [file.get_tensor(name) for name in names]
-    told = [(name, str(value.dtype), list(value.shape)) for name, value in zip(names, values, strict=True)]
+    told = [
+        (name, str(value.dtype), list(value.shape))
+        for name, value in zip(names, values, strict=True)
+    ]
     content = b"".join(value.flatten().view(torch.uint8).numpy().tobytes() for value in values)
     return metadata, told, hashlib.sha256(content).hexdigest()
 

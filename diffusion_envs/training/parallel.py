@@ -1,28 +1,49 @@
-"""Processes and their device; what several of them must agree on: gradients, batch statistics."""
+"""Processes and their device; what several of them must agree on: gradients, batch statistics.
 
+Wherever processes wait for each other they do so for ``process_timeout`` seconds at most. One that
+waits in vain raises ``LostProcessError``, which says who is missing and in which phase it was. With
+gloo that is what its operations raise; NCCL's do so too where they block the host
+(TORCH_NCCL_BLOCKING_WAIT, set here unless the environment says otherwise).
+"""
+
+import atexit
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
-from torch import Tensor, nn
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch import Tensor, distributed, nn
 
 from diffusion_envs.preferences import MissingChoicesError
 from diffusion_envs.rewards import RewardError
+from diffusion_envs.training import phase
+from diffusion_envs.training.process_watch import ProcessWatch
+
+Value = TypeVar("Value")
+TIMEOUT = 1800.0  # seconds that processes wait for each other
+_watch: ProcessWatch | None = None  # of this process, if it is one of several
 
 
 class RewardErrorOfAll(RewardError):
     """The reward failed on one of several processes; all of them raise this and end together."""
 
 
-def start(device: str | None = None) -> Accelerator:
+class LostProcessError(RuntimeError):
+    """Another process died, hangs, or is too late; the message says which, and in which phase."""
+
+
+def start(device: str | None = None, timeout: float = TIMEOUT) -> Accelerator:
     """The processes of this run: one, or those that ``accelerate`` or ``torchrun`` started.
 
     Args:
         device: "cpu" or "cuda"; None takes what there is.
+        timeout: seconds that processes wait for each other; that of the first call in a process.
 
     Raises:
         ValueError: the device is not there, or not one of these.
@@ -35,7 +56,27 @@ def start(device: str | None = None) -> Accelerator:
     known = AcceleratorState._shared_state
     if known and known["device"].type != kind and known["num_processes"] == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=kind == "cpu")
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+    accelerator = Accelerator(cpu=kind == "cpu", kwargs_handlers=[waiting])
+    if accelerator.num_processes > 1:
+        _begin_watch(accelerator)
+    return accelerator
+
+
+def _begin_watch(accelerator: Accelerator) -> None:
+    global _watch
+    if _watch is None:
+        atexit.register(_leave)  # after the watch has closed
+        _watch = ProcessWatch.start(accelerator.process_index, accelerator.num_processes)
+    if _watch is not None:
+        _watch.begin()
+
+
+def _leave() -> None:
+    """Close connections while the interpreter still runs: their threads must not outlive it."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _checked(device: str) -> str:
@@ -75,7 +116,8 @@ def total(value: Tensor, accelerator: Accelerator) -> Tensor:
     """Its sum over the processes, the same on all of them."""
     if accelerator.num_processes == 1:
         return value
-    summed = accelerator.reduce(value, "sum")
+    with _meeting(accelerator):
+        summed = accelerator.reduce(value, "sum")
     assert isinstance(summed, Tensor)  # what goes in comes out
     return summed
 
@@ -87,12 +129,50 @@ def broadcast_from_main(number: int, accelerator: Accelerator) -> int:
     return int(gather(torch.tensor([number], device=accelerator.device), accelerator)[0])
 
 
+def from_main(value: Value, accelerator: Accelerator) -> Value:
+    """Give every process what the main process holds: tensors of the CPU, words, containers."""
+    if accelerator.num_processes == 1:
+        return value
+    with _meeting(accelerator):
+        (held,) = broadcast_object_list([value])
+    return held
+
+
+def wait(accelerator: Accelerator) -> None:
+    """Go on when all processes have come to here."""
+    if accelerator.num_processes > 1:
+        with _meeting(accelerator):
+            accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _meeting(accelerator: Accelerator) -> Iterator[None]:
+    """Within this context this process waits for all others."""
+    if _watch is not None:
+        _watch.meet()
+    try:
+        yield
+    except RuntimeError as error:
+        who = "which one is missing is not known" if _watch is None else _watch.missing()
+        raise LostProcessError(
+            f"process {accelerator.process_index} of {accelerator.num_processes} waited in vain "
+            f"for the others, in phase {phase.current()!r}: {who}. The run ends here, and can be "
+            "resumed, on any number of processes"
+        ) from error
+
+
+def share(n: int, accelerator: Accelerator) -> range:
+    """This process's of n things in a row; shares differ by one at most."""
+    k, processes = accelerator.process_index, accelerator.num_processes
+    return range(n * k // processes, n * (k + 1) // processes)
+
+
 def add(counts: Mapping[str, int], accelerator: Accelerator) -> dict[str, int]:
     """Sums over the processes by name; a process may lack one."""
     if accelerator.num_processes == 1:
         return dict(counts)
     total: Counter[str] = Counter()
-    for mine in gather_object([dict(counts)]):
+    for mine in _gathered_objects([dict(counts)], accelerator):
         total.update(mine)
     return dict(total)
 
@@ -110,9 +190,16 @@ def gather(value: Tensor, accelerator: Accelerator) -> Tensor:
 
 def _gathered(value: Tensor, accelerator: Accelerator) -> Tensor:
     """As many rows of each process."""
-    gathered = accelerator.gather(value.contiguous())
+    with _meeting(accelerator):
+        gathered = accelerator.gather(value.contiguous())
     assert isinstance(gathered, Tensor)  # what goes in comes out
     return gathered
+
+
+def _gathered_objects(mine: list[Value], accelerator: Accelerator) -> list[Value]:
+    """What the lists of all processes hold, in their order."""
+    with _meeting(accelerator):
+        return gather_object(mine)
 
 
 def missing_anywhere(
@@ -125,7 +212,7 @@ def missing_anywhere(
     if missing is not None:
         images = None if missing.images is None else missing.images.cpu()
         mine = [(str(missing), missing.groups, images, missing.prompts)]
-    gathered = gather_object(mine)
+    gathered = _gathered_objects(mine, accelerator)
     if not gathered:
         return None
     words, groups, images, prompts = zip(*gathered, strict=True)
@@ -157,7 +244,8 @@ def failing_together(accelerator: Accelerator) -> Iterator[Callable[[], None]]:
         failed = torch.tensor([failure is not None], device=accelerator.device)
         if bool(gather(failed, accelerator).any()):
             mine = [] if failure is None else [f"process {accelerator.process_index}: {failure}"]
-            raise RewardErrorOfAll("; ".join(gather_object(mine))) from failure
+            words = _gathered_objects(mine, accelerator)
+            raise RewardErrorOfAll("; ".join(words)) from failure
 
     try:
         yield agree
@@ -179,5 +267,16 @@ def ending_together(accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except (RewardErrorOfAll, MissingChoicesError):
-        accelerator.wait_for_everyone()
+        wait(accelerator)
+        raise
+
+
+@contextmanager
+def telling_others() -> Iterator[None]:
+    """What ends this process within this context is told to the others, who would wait for it."""
+    try:
+        yield
+    except BaseException as error:
+        if _watch is not None:
+            _watch.end(error, blameless=isinstance(error, LostProcessError))
         raise
