@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import distributed as _distributed
 
-distributed: Any = _distributed  # its stores are public, but for the type checker
-
 from diffusion_envs.training import phase
+
+distributed: Any = _distributed  # its stores are public, but for the type checker
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 3 * BEAT  # after which a process counts as silent
