@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffusion_envs.whole_files import whole
+
 GUIDANCE_FILE = "guidance_schedule.json"
 UNIT = 30.0  # of scale for a parameter of 1: an optimiser's step of 1e-3 is 0.03 of scale
 _log = logging.getLogger(__name__)
@@ -115,7 +117,7 @@ class GuidanceSchedule(nn.Module):
                 min(scales),
             )
         knots = torch.linspace(0, self.last, len(scales), dtype=torch.float64).tolist()
-        path, unfinished = folder / GUIDANCE_FILE, folder / f".unfinished-{GUIDANCE_FILE}"
-        unfinished.write_text(json.dumps({"timestep": knots, "scale": scales}, indent=1) + "\n")
-        unfinished.replace(path)
+        path = folder / GUIDANCE_FILE
+        with whole(path) as partial:
+            partial.write_text(json.dumps({"timestep": knots, "scale": scales}, indent=1) + "\n")
         return path

@@ -6,7 +6,7 @@ pretrained model is the same network with its adapter switched off, so no second
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +26,7 @@ from diffusion_envs.denoising import (
     tweedie_mean,
 )
 from diffusion_envs.models import adapters
+from diffusion_envs.models.counting import arithmetic
 from diffusion_envs.models.execution import Execution
 from diffusion_envs.models.guidance_schedule import (
     GuidanceSchedule,
@@ -34,11 +35,12 @@ from diffusion_envs.models.guidance_schedule import (
 )
 from diffusion_envs.models.latent_decoder import decode
 from diffusion_envs.models.noise_table import levels_and_prediction
-from diffusion_envs.models.protocol import joined
+from diffusion_envs.models.protocol import FROZEN, joined
 from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.text_to_image_family import require_lengths
 from diffusion_envs.models.trainable import Reference, Trainable, Weights
 from diffusion_envs.noise_schedules import DDPMTable
+from diffusion_envs.training import memory
 from diffusion_envs.training.sharded import Shards
 
 _TO_SCORE = {
@@ -119,10 +121,18 @@ class GuidedScore:
         timesteps: Tensor,
         context: TextCondition,
     ) -> Tensor:
-        if torch.is_grad_enabled() or len(states) <= self.batch:
+        if torch.is_grad_enabled():
             return ask(states, timesteps, context)
-        chunks = [slice(k, k + self.batch) for k in range(0, len(states), self.batch)]
-        return torch.cat([ask(states[c], timesteps[c], context[c]) for c in chunks])
+        spent = self.calls
+
+        def attempt() -> Tensor:
+            self.calls = spent
+            if len(states) <= self.batch:
+                return ask(states, timesteps, context)
+            chunks = [slice(k, k + self.batch) for k in range(0, len(states), self.batch)]
+            return torch.cat([ask(states[c], timesteps[c], context[c]) for c in chunks])
+
+        return memory.retried(attempt, self, "the network without a gradient", rows=len(states))
 
     def prediction(
         self,
@@ -131,6 +141,9 @@ class GuidedScore:
         context: TextCondition,
     ) -> Float[Tensor, " rows *event"]:
         """The network's own prediction, guided; timesteps may be fractional."""
+        return self._in_chunks(self._prediction, states, timesteps, context)
+
+    def _prediction(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         schedule = None if self.adapter.is_off else self.schedule
         unguided = self.guidance == 1 and schedule is None
         if unguided or self.scale_width is not None:
@@ -175,7 +188,7 @@ class GuidedScore:
 
     def _predict(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         self.calls += len(states)
-        reduced, more = self.precision != torch.float32, {}
+        more = dict[str, Any]()
         if self.scale_width is not None:
             embedded = guidance_embedding(self.guidance, self.scale_width)
             more["timestep_cond"] = as_like(embedded, states).expand(len(states), -1)
@@ -184,7 +197,7 @@ class GuidedScore:
                 "text_embeds": context.pooled,
                 "time_ids": context.time_ids,
             }
-        with torch.autocast(states.device.type, self.precision, enabled=reduced):
+        with arithmetic(states.device, self.precision):
             network = self.adapter.asked(self.unet)
             predicted = network(states, timesteps, encoder_hidden_states=context.tokens, **more)
         return predicted.sample.float()
@@ -430,6 +443,19 @@ class TextToImageUNet:
         return replace(self, score=self.score.with_guidance(guidance))
 
     @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """All that holds weights, by what it is."""
+        unet, frozen = self.score.unet, self.score.adapter.pretrained
+        parts = {} if self.pipe is None else self.pipe.components
+        others = {
+            name: part
+            for name, part in parts.items()
+            if isinstance(part, nn.Module) and part is not unet
+        }
+        copied = {} if frozen is None else {FROZEN: frozen}
+        return {"unet": unet, **copied, **others}
+
+    @property
     def calls(self) -> int:
         """Evaluations of the network so far, one per row and guidance branch."""
         return self.score.calls
@@ -437,6 +463,15 @@ class TextToImageUNet:
     @calls.setter
     def calls(self, count: int) -> None:
         self.score.calls = count
+
+    @property
+    def batch(self) -> int:
+        """Most rows that one call of the network gets when no gradient is asked for."""
+        return self.score.batch
+
+    @batch.setter
+    def batch(self, rows: int) -> None:
+        self.score.batch = rows
 
     @property
     def precision(self) -> torch.dtype:

@@ -156,7 +156,9 @@ class Trainable:
 
     def _attach_all(self, network: Any) -> "Attached":
         where = network.device
-        frozen = copy.deepcopy(network.cpu())  # a second one never lies on the device for a copy
+        if where.type != "meta":
+            network.cpu()  # a second one never lies on the device for a copy
+        frozen = copy.deepcopy(network)
         network.to(where).requires_grad_(True)
         offloaded = self.reference == "offloaded"
         if self.sharded and processes() > 1:

@@ -24,12 +24,12 @@ from ctrl.devices import as_like, sent
 from ctrl.noise import stream
 from diffusion_envs.environment import Environment, Sample
 from diffusion_envs.objectives import Objective
-from diffusion_envs.objectives.protocol import Losses, PreflightError, Update
+from diffusion_envs.objectives.protocol import DivisibleLosses, Losses, PreflightError, Update
 from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, compare
 from diffusion_envs.rewards import Counting, Reward
 from diffusion_envs.rewards.rounding import all_alike
 from diffusion_envs.rollout import Rollout, Share
-from diffusion_envs.training import kl_controller, parallel, sharded
+                        self._differentiate(losses, part, shuffle, rollout.place)
 from diffusion_envs.training.critic import Critic, NonFiniteError
 from diffusion_envs.training.energy import EnergyCritic, TrainingData
 from diffusion_envs.training.loss_scale import LossScale
@@ -100,8 +100,10 @@ class Trainer:
         elif objective.needs_value:
             self.critic = Critic(environment, objective, size, accelerator, stream_name)
         self.loss_scale = LossScale.of(environment.model.precision)
+        self.batch = size.batch  # rows of the update at once; fewer once memory has run out
         self.update = 0  # updates done
         self.rewards_by_prompt = dict[int, Estimate]()  # of the last update, by index
+        self._at_first = {name: pieces.batch for name, pieces in self._pieces.items()}
         self._seconds_before = 0.0
         self._started = time.monotonic()
 
@@ -125,6 +127,7 @@ class Trainer:
             "network_calls": self.environment.model.calls,
             "seconds": self.seconds,
             "kl_weight": weight,
+            "at_once": {name: pieces.batch for name, pieces in self._pieces.items()},
         }
         return sharded.gathered(state, keep=self.accelerator.process_index == 0)
 
@@ -150,7 +153,22 @@ class Trainer:
             self.objective = kl_controller.with_kl_weight(self.objective, state["kl_weight"])
         self.environment.reward_queries = state["reward_queries"]
         self.environment.model.calls = state["network_calls"]
+        for name, rows in state.get("at_once", {}).items():  # as above
+            pieces = self._pieces.get(name)
+            if pieces is not None:
+                pieces.batch = min(pieces.batch, rows)
         self._seconds_before, self._started = state["seconds"], time.monotonic()
+
+    @property
+    def _pieces(self) -> dict[str, memory.Batched]:
+        """Whatever goes through something in pieces, by the name of its rows in the log."""
+        model, critic = self.environment.model, self.critic
+        pieces: dict[str, memory.Batched] = {"batch": self, "batch.pictures": self.environment}
+        if isinstance(model, memory.Batched):
+            pieces["batch.network"] = model
+        if critic is not None:
+            pieces["batch.values"] = critic
+        return pieces
 
     @property
     def seconds(self) -> float:
@@ -225,8 +243,7 @@ class Trainer:
             if self.update == 0:
                 rewards = parallel.gather(rollout.rewards, self.accelerator)
                 self.critic.calibrate(rewards)
-            with torch.no_grad():
-                values = self.critic.values(rollout, sample.denoised_rewards)
+            values = self.critic.values_along(rollout, sample.denoised_rewards)
             if values is not None:
                 more["values"] = values
         if objective.needs_preferences:
@@ -274,7 +291,7 @@ class Trainer:
                     stream=self._generator,
                     own_stream=self._own_generator,
                     old_policy=self._sampling_policy if changes else None,
-                    batch=size.batch,
+                    batch=self.batch,
                     train_steps=size.train_steps,
                 )
             )
@@ -299,35 +316,79 @@ class Trainer:
                 drawn, norm = shuffle.get_state(), math.nan
                 while not math.isfinite(norm):  # once, unless float16 overflows
                     shuffle.set_state(drawn)
-                    self.optimiser.zero_grad(set_to_none=True)
                     with self._differentiating():
-                        pieces = self._pieces(losses, part, shuffle, rollout.place)
-                        for loss in self.loss_scale.scaled(pieces):
-                            loss.backward()
+    def _differentiate(
+        self, losses: Losses, part: Tensor, shuffle: torch.Generator, share: Share
+    ) -> None:
+        """The gradient of these groups' losses, in as many pieces as fit into memory.
+
+        It waits for no other process, unless weights are sharded: then all take as many pieces.
+        """
+        drawn, spent = shuffle.get_state(), self.environment.spent
+
+        def spare() -> Tensor:
+            before, own = self.environment.spent, torch.tensor([share.groups.start])
+            # what the objective draws for all of a part, it draws here too
+            loss = next(losses.losses(own, torch.Generator().set_state(drawn)))
+            self.environment.spent = before
+            return loss
+
+        def attempt() -> None:
+            shuffle.set_state(drawn)
+            self.environment.spent = spent
+            self.optimiser.zero_grad(set_to_none=True)
+            pieces = self._shards.in_step(iter(losses.losses(part, shuffle)), spare)
+            for loss in self.loss_scale.scaled(pieces):
+                loss.backward()
+
+        if self._shards.networks or not isinstance(losses, DivisibleLosses):
+            return attempt()
+        rows, least = losses.rows_of(part)
+        memory.retried(attempt, losses, "the update", rows=rows, least=least)
+        self.batch = losses.batch
+        return None
                     parallel.add_gradients(self.parameters, self.accelerator)
                     self.loss_scale.divide(self.parameters)
                     norm = sharded.clip_gradients(self.parameters, most)
                     if not math.isfinite(norm):
                         self._shrink_loss_scale(norm)
                 self.loss_scale.keep()
-                stepped = self.optimiser.step(self._metric(rollout, epoch, k))
+                metrics = list[PathMetric]()
+                stepped = self.optimiser.step(self._metric(rollout, epoch, k, metrics))
+                self.batch = min([self.batch, *(each.batch for each in metrics)])
         numbers = {**losses.numbers(), "gradient_norm": norm, **stepped}
         return numbers | self.loss_scale.numbers()
 
-    def _pieces(
-        self, losses: Losses, part: Tensor, generator: torch.Generator, share: Share
-    ) -> Iterator[Tensor]:
-        """This process's losses of some groups; of sharded weights as many as other processes'."""
-        drawn = generator.get_state()
+    def _differentiate(
+        self, losses: Losses, part: Tensor, shuffle: torch.Generator, share: Share
+    ) -> None:
+        """The gradient of these groups' losses, in as many pieces as fit into memory.
+
+        It waits for no other process, unless weights are sharded: then all take as many pieces.
+        """
+        drawn, spent = shuffle.get_state(), self.environment.spent
 
         def spare() -> Tensor:
-            counted, own = self.environment.model.calls, torch.tensor([share.groups.start])
+            before, own = self.environment.spent, torch.tensor([share.groups.start])
             # what the objective draws for all of a part, it draws here too
             loss = next(losses.losses(own, torch.Generator().set_state(drawn)))
-            self.environment.model.calls = counted
+            self.environment.spent = before
             return loss
 
-        return self._shards.in_step(iter(losses.losses(part, generator)), spare)
+        def attempt() -> None:
+            shuffle.set_state(drawn)
+            self.environment.spent = spent
+            self.optimiser.zero_grad(set_to_none=True)
+            pieces = self._shards.in_step(iter(losses.losses(part, shuffle)), spare)
+            for loss in self.loss_scale.scaled(pieces):
+                loss.backward()
+
+        if self._shards.networks or not isinstance(losses, DivisibleLosses):
+            return attempt()
+        rows, least = losses.rows_of(part)
+        memory.retried(attempt, losses, "the update", rows=rows, least=least)
+        self.batch = losses.batch
+        return None
 
     def _shrink_loss_scale(self, norm: float) -> None:
         """After a gradient that is not finite: the same rows again, with a smaller factor.
@@ -365,22 +426,29 @@ class Trainer:
         asks = self.objective.needs_reward_gradient
         return parallel.failing_together(self.accelerator) if asks else nullcontext()
 
-    def _metric(self, rollout: Rollout, epoch: int, k: int) -> Callable[[str, float], PathMetric]:
-        """(what for, share of the rows) -> the metric of path laws on this roll-out's states."""
+    def _metric(
+        self, rollout: Rollout, epoch: int, k: int, made: list[PathMetric]
+    ) -> Callable[[str, float], PathMetric]:
+        """(what for, share of the rows) -> the metric of path laws on this roll-out's states.
+
+        Those that are asked for are put into ``made``.
+        """
 
         def metric(what: str, share: float) -> PathMetric:
             name = ("metric", what, epoch, k)
             first = self.accelerator.process_index == 0
-            return PathMetric.of(
+            told = PathMetric.of(
                 self.environment,
                 self.parameters,
                 rollout,
                 share=share,
                 generator=self._generator(*name),
                 own_generator=None if first else self._own_generator(*name),
-                batch=self.size.batch,
+                batch=self.batch,
                 accelerator=self.accelerator,
             )
+            made.append(told)
+            return told
 
         return metric
 
@@ -497,8 +565,20 @@ class Trainer:
             "network_calls": self._over_processes(self.environment.model.calls),
             "seconds": self.seconds,
             **self._of_all_processes(numbers, len(rollout.rewards)),
+            **self._fewer_at_once(),
             "memory": _peak_memory(self.environment.device),
         }
+
+    def _fewer_at_once(self) -> dict[str, int]:
+        """Rows at once where memory has run out so far: the least of all processes, on each."""
+        pieces = self._pieces
+        mine = torch.tensor([[each.batch for each in pieces.values()]])
+        if self.accelerator.num_processes > 1:
+            mine = parallel.gather(mine.to(self.environment.device), self.accelerator).cpu()
+        for each, rows in zip(pieces.values(), mine.amin(0).tolist(), strict=True):
+            each.batch = rows
+        now = {name: each.batch for name, each in pieces.items()}
+        return {name: rows for name, rows in now.items() if rows < self._at_first[name]}
 
     def _counted_since(self, before: Mapping[str, int]) -> dict[str, int]:
         """What the reward has counted since, on all processes."""
