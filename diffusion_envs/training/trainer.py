@@ -29,7 +29,7 @@ from diffusion_envs.preferences import FromReward, MissingChoicesError, Preferen
 from diffusion_envs.rewards import Counting, Reward
 from diffusion_envs.rewards.rounding import all_alike
 from diffusion_envs.rollout import Rollout, Share
-                        self._differentiate(losses, part, shuffle, rollout.place)
+from diffusion_envs.training import kl_controller, memory, parallel, sharded
 from diffusion_envs.training.critic import Critic, NonFiniteError
 from diffusion_envs.training.energy import EnergyCritic, TrainingData
 from diffusion_envs.training.loss_scale import LossScale
@@ -309,6 +309,8 @@ class Trainer:
         size, groups = self.size, rollout.place.of
         most = size.max_gradient_norm if self.optimiser.clips else math.inf
         norm, stepped = 0.0, dict[str, float]()
+        if self._shards.networks:
+            self._agree_on_rows(losses)
         for epoch in range(size.epochs):
             shuffle = stream(self.environment.seed, self.stream_name, "rows", self.update, epoch, 0)
             order = torch.randperm(groups, generator=shuffle)
@@ -317,36 +319,7 @@ class Trainer:
                 while not math.isfinite(norm):  # once, unless float16 overflows
                     shuffle.set_state(drawn)
                     with self._differentiating():
-    def _differentiate(
-        self, losses: Losses, part: Tensor, shuffle: torch.Generator, share: Share
-    ) -> None:
-        """The gradient of these groups' losses, in as many pieces as fit into memory.
-
-        It waits for no other process, unless weights are sharded: then all take as many pieces.
-        """
-        drawn, spent = shuffle.get_state(), self.environment.spent
-
-        def spare() -> Tensor:
-            before, own = self.environment.spent, torch.tensor([share.groups.start])
-            # what the objective draws for all of a part, it draws here too
-            loss = next(losses.losses(own, torch.Generator().set_state(drawn)))
-            self.environment.spent = before
-            return loss
-
-        def attempt() -> None:
-            shuffle.set_state(drawn)
-            self.environment.spent = spent
-            self.optimiser.zero_grad(set_to_none=True)
-            pieces = self._shards.in_step(iter(losses.losses(part, shuffle)), spare)
-            for loss in self.loss_scale.scaled(pieces):
-                loss.backward()
-
-        if self._shards.networks or not isinstance(losses, DivisibleLosses):
-            return attempt()
-        rows, least = losses.rows_of(part)
-        memory.retried(attempt, losses, "the update", rows=rows, least=least)
-        self.batch = losses.batch
-        return None
+                        self._differentiate(losses, part, shuffle, rollout.place)
                     parallel.add_gradients(self.parameters, self.accelerator)
                     self.loss_scale.divide(self.parameters)
                     norm = sharded.clip_gradients(self.parameters, most)
@@ -383,7 +356,10 @@ class Trainer:
             for loss in self.loss_scale.scaled(pieces):
                 loss.backward()
 
-        if self._shards.networks or not isinstance(losses, DivisibleLosses):
+        if self._shards.networks:
+            with memory.once("the update of sharded weights"):
+                return attempt()
+        if not isinstance(losses, DivisibleLosses):
             return attempt()
         rows, least = losses.rows_of(part)
         memory.retried(attempt, losses, "the update", rows=rows, least=least)
@@ -568,6 +544,15 @@ class Trainer:
             **self._fewer_at_once(),
             "memory": _peak_memory(self.environment.device),
         }
+
+    def _agree_on_rows(self, losses: Losses) -> None:
+        """As many rows at once on all processes, none of which the network divides further."""
+        self.batch = min(self.batch, self._pieces.get("batch.network", self).batch)
+        if isinstance(losses, memory.Batched):
+            self.batch = min(self.batch, losses.batch)
+        self._fewer_at_once()
+        if isinstance(losses, memory.Batched):
+            losses.batch = self.batch
 
     def _fewer_at_once(self) -> dict[str, int]:
         """Rows at once where memory has run out so far: the least of all processes, on each."""
