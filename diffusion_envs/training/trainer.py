@@ -337,23 +337,15 @@ class Trainer:
     ) -> None:
         """The gradient of these groups' losses, in as many pieces as fit into memory.
 
-        It waits for no other process, unless weights are sharded: then all take as many pieces.
+        It waits for no other process, but where weights are sharded: then no piece is halved.
         """
         drawn, spent = shuffle.get_state(), self.environment.spent
-
-        def spare() -> Tensor:
-            before, own = self.environment.spent, torch.tensor([share.groups.start])
-            # what the objective draws for all of a part, it draws here too
-            loss = next(losses.losses(own, torch.Generator().set_state(drawn)))
-            self.environment.spent = before
-            return loss
 
         def attempt() -> None:
             shuffle.set_state(drawn)
             self.environment.spent = spent
             self.optimiser.zero_grad(set_to_none=True)
-            pieces = self._shards.in_step(iter(losses.losses(part, shuffle)), spare)
-            for loss in self.loss_scale.scaled(pieces):
+            for loss in self.loss_scale.scaled(self._in_step(losses, part, shuffle, share)):
                 loss.backward()
 
         if self._shards.networks:
@@ -365,6 +357,21 @@ class Trainer:
         memory.retried(attempt, losses, "the update", rows=rows, least=least)
         self.batch = losses.batch
         return None
+
+    def _in_step(
+        self, losses: Losses, part: Tensor, generator: torch.Generator, share: Share
+    ) -> Iterator[Tensor]:
+        """This process's losses of some groups; of sharded weights as many as other processes'."""
+        drawn = generator.get_state()
+
+        def spare() -> Tensor:
+            spent, own = self.environment.spent, torch.tensor([share.groups.start])
+            # what the objective draws for all of a part, it draws here too
+            loss = next(losses.losses(own, torch.Generator().set_state(drawn)))
+            self.environment.spent = spent
+            return loss
+
+        return self._shards.in_step(iter(losses.losses(part, generator)), spare)
 
     def _shrink_loss_scale(self, norm: float) -> None:
         """After a gradient that is not finite: the same rows again, with a smaller factor.

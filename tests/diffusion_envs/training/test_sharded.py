@@ -24,7 +24,7 @@ from diffusion_envs.training.sharded import Shards, clip_gradients, is_shard
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.models.small_pipelines import small_pipeline
-from tests.diffusion_envs.training.processes import run_two
+from tests.diffusion_envs.training.processes import run_worlds
 from verification.claims.training_loop import Process
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
@@ -181,9 +181,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer, dict
 @pytest.fixture(scope="module")
 def both(alone: tuple[Path, Trainer, dict[str, Any]]) -> list[dict[str, Any]]:
     """What the two processes saw."""
-    code = "import sys; from pathlib import Path; from tests.diffusion_envs.training."
-    code += "test_sharded import main; main(Path(sys.argv[1]))"
-    run_two(code, alone[0])
+    run_worlds(__name__, alone[0])
     return [torch.load(alone[0] / f"{k}.pt", weights_only=True) for k in range(2)]
 
 
