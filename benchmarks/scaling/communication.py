@@ -2,7 +2,11 @@
 
 An all-reduce of n bytes among P processes around a ring takes 2 (P - 1) steps, in each of which
 n / P bytes pass on; a gather takes P - 1 steps of n bytes, n those of one process. So both are
-modelled as steps * (latency + bytes of a step / bandwidth), with two numbers for a machine.
+modelled as steps * (latency + bytes of a step / bandwidth), with two numbers for each kind. Where
+processes share cores, a step takes as many times as long as there are processes to a core.
+
+On a machine that does other work a median says what that leaves. The least of many runs says what
+the link does, and is what is fitted.
 """
 
 import json
@@ -14,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,15 +38,18 @@ class Link:
     Attributes:
         latency: seconds of a step whatever its bytes.
         bandwidth: bytes a second of one process.
+        cores: that the processes share; None if each has its own.
     """
 
     latency: float
     bandwidth: float
+    cores: int | None = None
 
     def seconds(self, kind: Kind, processes: int, sent: float) -> float:
         """Of one exchange of ``sent`` bytes of each process."""
         steps, each = steps_of(kind, processes, sent)
-        return steps * (self.latency + each / self.bandwidth)
+        crowded = 1.0 if self.cores is None else max(1.0, processes / self.cores)
+        return crowded * steps * (self.latency + each / self.bandwidth)
 
 
 def steps_of(kind: Kind, processes: int, sent: float) -> tuple[int, float]:
@@ -52,27 +59,28 @@ def steps_of(kind: Kind, processes: int, sent: float) -> tuple[int, float]:
     return processes - 1, sent
 
 
-def fit(rows: Sequence[Mapping[str, Any]]) -> Link:
-    """The link whose times have the least mean absolute relative error, by a search over both.
+def fit(rows: Sequence[Mapping[str, Any]], cores: int | None = None) -> Link:
+    """The link whose times have the least mean absolute error in the logarithm.
 
-    Relative, since sizes differ by five orders of magnitude; absolute, so that no row counts more.
+    In the logarithm, since sizes differ by five orders of magnitude; absolute, so that a row that
+    is wrong does not count more. A search over both numbers, on grids that become finer.
     """
 
     def error(link: Link) -> float:
         return statistics.fmean(
-            abs(
-                math.log(link.seconds(row["kind"], row["processes"], row["bytes"]) / row["seconds"])
-            )
+            abs(math.log(link.seconds(row["kind"], row["processes"], row["bytes"]) / row["least"]))
             for row in rows
         )
 
-    best = Link(1e-4, 1e9)
-    for width in (3.0, 1.0, 0.3, 0.1, 0.03):  # of a grid in the logarithms, refined
+    best = Link(1e-4, 1e9, cores)
+    for width in (3.0, 1.0, 0.3, 0.1, 0.03):  # in the logarithm to base 10
         grid = [width * (k / 10 - 1) for k in range(21)]
-        best = min(
-            (Link(best.latency * 10**a, best.bandwidth * 10**b) for a in grid for b in grid),
-            key=error,
-        )
+        near = [
+            replace(best, latency=best.latency * 10**a, bandwidth=best.bandwidth * 10**b)
+            for a in grid
+            for b in grid
+        ]
+        best = min(near, key=error)
     return best
 
 
@@ -92,7 +100,7 @@ def worker(folder: Path, repeats: int) -> None:
         value = torch.ones(size // 4)
         gathered = [torch.empty_like(value) for _ in range(processes)]
         times = []
-        for _ in range(max(3, repeats if size < 10**7 else repeats // 4)):
+        for _ in range(max(3, repeats if size < 10**7 else repeats // 10)):
             torch.distributed.barrier()
             began = time.perf_counter()
             if kind == "all-reduce":
@@ -117,7 +125,7 @@ def worker(folder: Path, repeats: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def measure(processes: int, repeats: int = 40) -> Iterator[dict[str, Any]]:
+def measure(processes: int, repeats: int = 300) -> Iterator[dict[str, Any]]:
     """Times of every exchange among so many processes of this machine, by gloo."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -41,6 +41,12 @@ class Sizes:
         return 1 if self.guidance == 1 else 2
 
     @property
+    def at_once(self) -> int:
+        """Rows (sample, step) of one call with a gradient: whole groups."""
+        group = _GROUPS[self.objective]
+        return min(max(1, self.batch // group) * group, self.samples * self.steps)
+
+    @property
     def label(self) -> str:
         """For tables."""
         return (
@@ -62,9 +68,10 @@ FITTED = (
     Sizes(guidance=3.0),
 )
 HELD_OUT = Sizes("GRPO", samples=6, steps=3, batch=3, rank=8, guidance=3.0)
+_GROUPS = {"DDPO": 1, "GRPO": 2}  # paths that are compared and cannot be taken apart
 _OBJECTIVES: dict[str, Callable[[], objectives.Objective]] = {
     "DDPO": objectives.DDPO,
-    "GRPO": lambda: objectives.GRPO(group=2),  # asks the pretrained model, too
+    "GRPO": lambda: objectives.GRPO(group=_GROUPS["GRPO"]),  # asks the pretrained model, too
 }
 
 
@@ -79,7 +86,7 @@ def rows(sizes: Sizes) -> dict[str, int]:
         "forward": asked * sizes.branches,
         "gradient": paths * sizes.branches,
         "forward_calls": sampled + reference,
-        "gradient_calls": -(-paths // sizes.batch),
+        "gradient_calls": -(-paths // sizes.at_once),
         "decoded": sizes.samples,
     }
 
@@ -181,7 +188,7 @@ def time_features(sizes: Sizes) -> list[float]:
 
 def memory_features(sizes: Sizes, event: int) -> list[float]:
     """How often each of ``MEMORY`` is paid."""
-    at_once = min(sizes.batch, sizes.samples * sizes.steps) * sizes.branches
+    at_once = sizes.at_once * sizes.branches
     stored = sizes.samples * event * (4 * sizes.steps + 1)
     if sizes.objective == "GRPO":
         stored += sizes.samples * event * sizes.steps

@@ -78,15 +78,16 @@ def test_overlap_never_costs_and_pictures_are_all_scored(gpus):
 
 
 def test_a_link_is_regained_from_its_times_one_of_which_is_wrong():
-    link = Link(7e-4, 3e8)
+    link = Link(7e-4, 3e8, cores=2)
     rows = [
-        {"kind": kind, "processes": n, "bytes": size, "seconds": link.seconds(kind, n, size)}
+        {"kind": kind, "processes": n, "bytes": size, "least": link.seconds(kind, n, size)}
         for kind in ("all-reduce", "gather")
         for n in (2, 4)
         for size in communication.SIZES
     ]
-    rows[3]["seconds"] *= 5  # another process was at work
-    fitted = communication.fit(rows)
+    rows[3]["least"] *= 5  # another process was at work
+    fitted = communication.fit(rows, cores=2)
+    assert link.seconds("gather", 4, 0) == 2 * 3 * link.latency  # two processes to a core
     # the last grid's step is 0.03 / 10 in the logarithm to base 10: 0.7 %
     assert fitted.latency == pytest.approx(link.latency, rel=0.01)
     assert fitted.bandwidth == pytest.approx(link.bandwidth, rel=0.01)
