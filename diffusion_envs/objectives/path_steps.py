@@ -163,8 +163,10 @@ class PathLosses:
         self.values, self.train_steps, self.batch = update.values, update.train_steps, update.batch
         self.sampler = update.environment.steps
         self.usual_moves = update.usual_moves
-        self.targets = self._targets(update.stream("targets"))
-        self.advantages = update.advantages(objective.advantages)
+        self.targets = self._targets(update.own_stream("targets"))
+        everyones = update.advantages(objective.advantages)
+        self.advantages = self.rollout.place.own(everyones)
+        self._numbers = objective.numbers(everyones)
         # sent once, not for every row
         self._sent = None if self.sampler.parameters else self._tables()
         factor = self.sampler.kl_factor
@@ -202,11 +204,11 @@ class PathLosses:
         parts = self.environment.in_pieces(targets, self, "the targets", rows=len(paths))
         return None if none else torch.cat([part for part in parts if part is not None])
 
-    def rows_of(self, groups: int) -> tuple[int, int]:
-        """The used steps of so many groups, and those that a loss joins."""
-        used = self._used
-        together = self.rollout.group * (used if self.objective.joins_steps else 1)
-        return groups * used * self.rollout.group, together
+    def rows_of(self, groups: Int64[Tensor, " groups"]) -> tuple[int, int]:
+        """The used steps of these groups' paths, and those that a loss joins."""
+        size, used = self.rollout.group, self._used
+        here = int(self.rollout.place.has(groups * size).sum())
+        return here * size * used, size * (used if self.objective.joins_steps else 1)
 
     @property
     def _used(self) -> int:
@@ -228,8 +230,12 @@ class PathLosses:
         if self.objective.joins_steps:
             steps = 1
         together = size * joined
+        place = self.rollout.place
+        mine = which[place.has(which[:, 0])] - torch.tensor([place.paths.start, 0])
+        if not len(mine):
+            return
         log_ratios, clipped = list[Tensor](), list[Tensor]()
-        for piece in which.split(max(1, self.batch // together) * together):
+        for piece in mine.split(max(1, self.batch // together) * together):
             rows = self.rows(piece, joined)
             # rows are a uniform draw from paths x steps: mean x steps estimates the path's sum
             yield self.objective.loss(rows).sum() * steps / len(which)
@@ -294,7 +300,7 @@ class PathLosses:
         clipped = torch.cat(self._clipped).mean()
         names = ("ratio_min", "ratio_max", "clipped_fraction")
         ranges = dict(zip(names, read(ratio.min(), ratio.max(), clipped), strict=True))
-        return ranges | self.objective.numbers(self.advantages)
+        return ranges | self._numbers
 
     def check_fresh(self) -> None:
         """Ratio 1 of new to old policy, KL 0 of a fresh adapter, enough memory to go on.

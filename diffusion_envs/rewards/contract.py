@@ -3,8 +3,8 @@
 A reward is any callable (images [n, 3, h, w] in [0, 1], prompts) -> [n], larger is better. It
 gets a copy of the images, so it may change them in place, and may declare
 ``differentiable = True``. Whatever else it does is caught here, so nothing unusable reaches the
-weights; torch's global settings are afterwards what they were. A reward that ships refuses what it cannot score by ``require_inputs``, so that it is safe
-to call alone too.
+weights; torch's global settings are afterwards what they were. A reward that ships refuses what it
+cannot score by ``require_inputs``, so that it is safe to call alone too.
 """
 
 import difflib

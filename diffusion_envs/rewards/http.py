@@ -378,6 +378,6 @@ def _pause(retry_after: str | None) -> float:
         return float(retry_after)
     try:
         until = email.utils.parsedate_to_datetime(retry_after)
-    except ValueError:
+        return max(0.0, until.timestamp() - time.time())
+    except (ValueError, OverflowError):  # no date, or one outside of all calendars
         return 0.0
-    return max(0.0, until.timestamp() - time.time())

@@ -181,6 +181,7 @@ def finetune(
             Tracker(
                 folder,
                 first_update=trainer.update,
+                picture_every=options.picture_every,
                 wandb=options.wandb,
                 wandb_name=options.wandb_name,
                 enabled=main,

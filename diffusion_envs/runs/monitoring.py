@@ -104,7 +104,7 @@ class Evaluations(Callback):
         """
         after = self._evaluate(self._options.evaluation_samples)
         before = self.before or after
-        self._show(self._trainer.update, after)
+        self._show(self._trainer.update, after, last=True)
         numbers = self._metrics(before, after)
         if finished:
             self._tracker.over_optimisation(self._trainer.update, numbers)
@@ -119,5 +119,6 @@ class Evaluations(Callback):
         with self._trainer.averaged():
             return evaluate(self._environment, samples, judges=judges, batch=self._batch)
 
-    def _show(self, update: int, seen: Evaluation) -> None:
-        self._tracker.pictures(update, seen.images[:PICTURES], seen.prompts[:PICTURES])
+    def _show(self, update: int, seen: Evaluation, *, last: bool = False) -> None:
+        images, prompts = seen.images[:PICTURES], seen.prompts[:PICTURES]
+        self._tracker.pictures(update, images, prompts, last=last)

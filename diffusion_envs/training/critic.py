@@ -174,22 +174,20 @@ class Critic:
         if kl_weight > 0:  # costs are not known where nothing charges them
             returns = returns - kl_weight * to_go
         returns = torch.cat([returns, rollout.rewards[:, None]], dim=1)
-        per_batch = max(1, size.value_batch // returns.shape[1])
+        per_batch, place = max(1, size.value_batch // returns.shape[1]), rollout.place
         total, count = rollout.rewards.new_zeros(()), 0
         for epoch in range(size.value_epochs):
-            shuffle = stream(
-                environment.seed,
-                self.stream_name,
-                "value rows",
-                update,
-                epoch,
-                self.accelerator.process_index,
-            )
+            # batches are of the paths of all processes, each of which has some of their rows
+            shuffle = stream(environment.seed, self.stream_name, "value rows", update, epoch, 0)
             total, count = torch.zeros_like(total), 0
-            for part in torch.randperm(len(returns), generator=shuffle).split(per_batch):
-                losses = self._differentiated(rollout, denoised_rewards, returns, part)
+            everyones = torch.randperm(place.of * place.size, generator=shuffle)
+            for batch in everyones.split(per_batch):
+                part = batch[place.has(batch)] - place.paths.start
+                losses = self._differentiated(
+                    rollout, denoised_rewards, returns, part, of=len(batch)
+                )
                 parameters = list(self.network.parameters())
-                parallel.average_gradients(parameters, self.accelerator)
+                parallel.add_gradients(parameters, self.accelerator)
                 norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
                 if not math.isfinite(norm):
                     raise NonFiniteError(f"the value network's gradient norm is {norm}")
@@ -204,8 +202,10 @@ class Critic:
         denoised_rewards: Float[Tensor, "paths nodes"] | None,
         returns: Float[Tensor, "paths nodes"],
         part: Int64[Tensor, " part"],
+        *,
+        of: int,
     ) -> Float[Tensor, " part"]:
-        """Losses of some paths; the gradient of their mean is in the network's parameters."""
+        """Losses of some paths; their sum over ``of`` has its gradient in the network then."""
         seen = list[Tensor]()
 
         def clear() -> None:
@@ -215,7 +215,8 @@ class Critic:
         def loss(piece: slice) -> Tensor:
             losses = self._losses(rollout, denoised_rewards, returns, part[piece])
             seen.append(losses.detach())
-            return losses.mean() / rollout.step_sizes.sum() / self.network.scale.square()
+            mean = losses.sum() / of / rollout.step_sizes.sum()
+            return mean / self.network.scale.square()
 
         memory.accumulated(loss, self, "the value network's update", rows=len(part), clear=clear)
         return torch.cat(seen)

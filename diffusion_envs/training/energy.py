@@ -223,7 +223,7 @@ class EnergyCritic:
         """
         moves = rollout.states.diff(dim=1).square().flatten(2).mean((0, 2))
         decay = self.objective.move_decay
-        moves = parallel.gather(moves[None], self.accelerator).mean(0)
+        moves = parallel.total(rollout.place.weight * moves, self.accelerator)
         self.usual_moves = decay * self.usual_moves + (1 - decay) * moves
         told: dict[str, Tensor] = {}
         for epoch in range(self.size.value_epochs):
@@ -235,24 +235,23 @@ class EnergyCritic:
 
     def _energy_step(self, rollout: Rollout, update: int, epoch: int) -> dict[str, Tensor]:
         samples = rollout.states[:, -1]
-        share, processes = len(samples), self.accelerator.num_processes
+        place = rollout.place
         # all that all processes need, so that theirs together are those of a single one
         generator = stream(self.environment.seed, self.stream_name, "data", update, epoch)
-        wanted = (share * processes, *samples.shape[1:])
-        drawn = _checked(self.data.draw(wanted[0], generator), wanted)
-        first = share * self.accelerator.process_index
-        drawn = as_like(drawn[first : first + share], samples)
+        wanted = (place.of * place.size, *samples.shape[1:])
+        drawn = as_like(place.own(_checked(self.data.draw(wanted[0], generator), wanted)), samples)
         seen = list[tuple[Tensor, Tensor]]()
 
         def loss(piece: slice) -> Tensor:
             if piece.start == 0:
                 seen.clear()
             # both at once, as one batch
-            both = self.network(torch.cat([drawn[piece], samples[piece]])).chunk(2)
-            seen.append((both[0].detach(), both[1].detach()))
-            return energy_loss(*both, self.objective.square_weight)
+            both = torch.cat([drawn[piece], samples[piece]])
+            of_data, of_samples = self.network(both).chunk(2)
+            seen.append((of_data.detach(), of_samples.detach()))
+            return energy_loss(of_data, of_samples, self.objective.square_weight)
 
-        told = self._descend(loss, share)
+        told = self._descend(loss, len(samples), place.weight)
         of_data, of_samples = (torch.cat(each).mean() for each in zip(*seen, strict=True))
         return {"energy_of_data": of_data, "energy_of_samples": of_samples, "energy_loss": told}
 
@@ -264,14 +263,33 @@ class EnergyCritic:
                 target = self.network(rollout.states[piece, step + 1]) + cost
             return functional.mse_loss(self.network(rollout.states[piece, step]), target)
 
-        return self._descend(loss, len(rollout.rewards))
+        return self._descend(loss, len(rollout.rewards), rollout.place.weight)
 
-    def _descend(self, loss: Callable[[slice], Tensor], rows: int) -> Tensor:
-        """One step down the mean of a loss over rows, from that of any of them; the loss before."""
-        parameters = list(self.network.parameters())
-        clear = self.optimiser.zero_grad
-        mean = memory.accumulated(loss, self, "the energy's update", rows=rows, clear=clear)
-        parallel.average_gradients(parameters, self.accelerator)
+    def _descend(self, loss: Callable[[slice], Tensor], rows: int, weight: float) -> Tensor:
+        """One step down the mean loss of all processes' rows, of which so many are here.
+
+        Args:
+            loss: mean of some rows.
+            rows: that are here.
+            weight: of the mean over these.
+
+        Returns:
+            The mean over these, before the step.
+        """
+        parameters, means = list(self.network.parameters()), list[Tensor]()
+
+        def clear() -> None:
+            self.optimiser.zero_grad()
+            means.clear()
+
+        def weighed(piece: slice) -> Tensor:
+            part = loss(piece) * ((piece.stop - piece.start) / rows if rows else 1.0)
+            means.append(part.detach())
+            return weight * part
+
+        memory.accumulated(weighed, self, "the energy's update", rows=rows, clear=clear)
+        mean = torch.stack(means).sum()
+        parallel.add_gradients(parameters, self.accelerator)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
         if not math.isfinite(norm):
             raise NonFiniteError(f"the energy network's gradient norm is {norm}")

@@ -121,7 +121,7 @@ def _release() -> None:
 def in_pieces(ask: Callable[[slice], T], pieces: Batched, what: str, *, rows: int) -> list[T]:
     """What ``ask`` says of each piece, in order; only a piece that did not fit is asked again."""
     told, first = list[T](), 0
-    while first < rows:
+    while first < rows or not told:  # of no rows, too
         left = rows - first
 
         def piece(first: int = first) -> tuple[int, T]:
@@ -140,29 +140,20 @@ def accumulated(
     *,
     rows: int,
     clear: Callable[[], None],
-) -> Tensor:
-    """Backward through a mean over rows, piece by piece, each weighed by its share of the rows.
+) -> None:
+    """Backward through a sum over rows, piece by piece.
 
     Args:
-        loss: mean loss of a piece.
+        loss: what a piece adds to it.
         pieces: how many rows at once.
         what: learns, for messages.
         rows: of all pieces together.
         clear: forgets gradients; called before every attempt.
-
-    Returns:
-        The mean loss of all rows, without its gradient.
     """
 
-    def attempt() -> Tensor:
+    def attempt() -> None:
         clear()
-        means = list[Tensor]()
-        for first in range(0, rows, pieces.batch):
-            piece = slice(first, min(rows, first + pieces.batch))
-            share = (piece.stop - piece.start) / rows
-            part = loss(piece) * share
-            part.backward()
-            means.append(part.detach())
-        return torch.stack(means).sum()
+        for first in range(0, max(rows, 1), pieces.batch):
+            loss(slice(first, min(rows, first + pieces.batch))).backward()
 
-    return retried(attempt, pieces, what, rows=rows)
+    retried(attempt, pieces, what, rows=rows)

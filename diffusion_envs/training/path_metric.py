@@ -86,10 +86,10 @@ class PathMetric:
         states: one a row.
         step: of each row.
         condition: index of each row's prompt.
-        weight: of each row: c_k times the steps of a path, over the rows; float64.
-        generator: of random vectors.
+        weight: of each row: c_k times the steps of a path, over the rows of all processes; float64.
+        generator: of random vectors, another one on each process.
         batch: rows that go through the network at once; lowered where memory runs out.
-        accelerator: the processes, over which products are averaged.
+        accelerator: the processes, over which products are added.
     """
 
     environment: Environment
@@ -117,11 +117,25 @@ class PathMetric:
         generator: Generator,
         batch: int,
         accelerator: Accelerator,
+        own_generator: Generator | None = None,
     ) -> "PathMetric":
-        """From a share of the roll-out's rows, at least one, drawn without replacement."""
-        paths, steps = rollout.costs.shape
+        """From a share of the rows of all processes, at least one, drawn without replacement.
+
+        Args:
+            environment: whose policy acts.
+            parameters: of the policy.
+            rollout: of this process.
+            share: of the rows.
+            generator: draws them, the same on all processes.
+            batch: rows that go through the network at once.
+            accelerator: the processes.
+            own_generator: of random vectors; the same one if there is one process.
+        """
+        steps, place = rollout.costs.shape[1], rollout.place
+        paths = place.of * place.size
         rows = max(1, round(share * paths * steps))
         drawn = torch.randperm(paths * steps, generator=generator)[:rows]
+        drawn = drawn[place.has(drawn // steps)] - place.paths.start * steps
         path, step = drawn // steps, drawn % steps
         here = sent(torch.stack([path, step]), environment.device)
         return cls(
@@ -131,7 +145,7 @@ class PathMetric:
             step,
             rollout.condition[sent(path, rollout.condition.device)],
             environment.steps.path_kl_gain[step] * (steps / rows),
-            generator,
+            own_generator or generator,
             batch,
             accelerator,
         )
@@ -148,7 +162,7 @@ class PathMetric:
                     total += piece.pulled(self._weighted(rows, piece.pushed(v)))
             return total
 
-        return parallel.average(self._retried(attempt), self.accelerator)
+        return parallel.total(self._retried(attempt), self.accelerator)
 
     def path_kl(self, v: Float[Tensor, " parameters"]) -> float:
         """v'Fv / 2: path KL of the policy at th + v from that at th, to second order, nats."""
@@ -161,7 +175,7 @@ class PathMetric:
                     total += 0.5 * (pushed * self._weighted(rows, pushed)).sum()
             return total
 
-        return parallel.average(self._retried(attempt), self.accelerator).item()
+        return parallel.total(self._retried(attempt), self.accelerator).item()
 
     def diagonal(self, vectors: int) -> Float[Tensor, " parameters"]:
         """Unbiased estimate of F's diagonal: squares of J'xi, xi ~ N(0, c_k) in every coordinate.
@@ -174,26 +188,26 @@ class PathMetric:
 
         def attempt() -> Tensor:
             self.generator.set_state(drawn)
-            total: Tensor | float = 0.0
-            for part in rows.chunk(min(vectors, len(rows))):
-                noise, pulled = self._noise(part), 0.0
+            total = flattened([torch.zeros_like(p) for p in self.parameters])
+            for part in rows.chunk(min(vectors, len(rows))) if len(rows) else ():
+                noise, pulled = self._noise(part), torch.zeros_like(total)
                 for some, xi in zip(part.split(self.batch), noise.split(self.batch), strict=True):
                     with torch.enable_grad():
                         actions = self._actions(some)
                     gradients = torch.autograd.grad(
                         actions, self.parameters, as_like(xi, actions), materialize_grads=True
                     )
-                    pulled = pulled + flattened(gradients)
-                assert isinstance(pulled, Tensor)
-                total = total + pulled.square()
-            assert isinstance(total, Tensor)
+                    pulled += flattened(gradients)
+                total += pulled.square()
             return total
 
-        return parallel.average(self._retried(attempt), self.accelerator)
+        return parallel.total(self._retried(attempt), self.accelerator)
 
     @torch.no_grad()
     def actions(self) -> Float[Tensor, " rows *event"]:
         """What the policy does now in every row."""
+        if not len(self.step):
+            return self.states
         every = torch.arange(len(self.step))
         return self._retried(
             lambda: torch.cat([self._actions(some) for some in every.split(self.batch)])
@@ -205,7 +219,7 @@ class PathMetric:
         """Path KL between the policies that did this, on these rows, nats."""
         gap = (after - before).square().flatten(1).sum(1)
         nats = 0.5 * (as_like(self.weight, gap) * gap).sum()
-        return parallel.average(nats, self.accelerator).item()
+        return parallel.total(nats, self.accelerator).item()
 
     # -- rows -------------------------------------------------------------------------------------
 
@@ -224,6 +238,8 @@ class PathMetric:
     def _pieces(self, products: int) -> Iterator[tuple[Tensor, Linearised]]:
         """Rows and their linearised actions; counts so many products of each."""
         every = torch.arange(len(self.step))
+        if not len(every):  # of several processes this one has none
+            return
         if len(every) <= self.batch:
             if self._kept is None:
                 spent = self.environment.model.calls
