@@ -64,6 +64,7 @@ class Environment:
         reward_timeout: seconds that one call of a reward may take; None for any.
         reward_queries: so far.
         monitoring_calls: of the network, so far, that no method needs: they are in no budget.
+        judged: pictures that a judge gets at once.
     """
 
     model: Model
@@ -76,6 +77,7 @@ class Environment:
     reward_timeout: float | None = None
     reward_queries: int = field(default=0)
     monitoring_calls: int = field(default=0)
+    judged: memory.AtOnce = field(default_factory=memory.AtOnce)
 
     def __post_init__(self) -> None:
         rewards.require_seconds(self.reward_timeout)

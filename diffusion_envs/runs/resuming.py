@@ -52,6 +52,13 @@ class Checkpoints(Callback):
         others = {name: part.state() for name, part in self._others.items()}
         return self._trainer.state() | self._costs | {"callbacks": others}
 
+    def before_this_update(self) -> Any:
+        """The state after the last whole update; None if nothing is held or written yet."""
+        if self._held is not None:
+            return self._held
+        newest = checkpoint.latest(self._folder)
+        return None if newest is None else newest.state
+
     def begin(self) -> None:
         """Hold the state before the first update."""
         if self._pending:

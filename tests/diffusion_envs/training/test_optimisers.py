@@ -22,7 +22,7 @@ from diffusion_envs.objectives import DDPO, GRPO, DiffusionNFT, DxMI
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.settings import describe, rebuild
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.training.critic import NonFiniteError
+from diffusion_envs.training.refusal import NonFiniteError
 from diffusion_envs.training.kl_controller import TargetKL
 from diffusion_envs.training.optimisers import (
     AdamW,
