@@ -26,8 +26,8 @@ from diffusion_envs.objectives.dxmi_from_data import LearnedEnergy, energy_loss,
 from diffusion_envs.objectives.protocol import Values
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import memory, parallel
-from diffusion_envs.training.refusal import NonFiniteError
 from diffusion_envs.training.phase import phase
+from diffusion_envs.training.refusal import NonFiniteError
 from diffusion_envs.training.update_size import UpdateSize
 
 

@@ -47,9 +47,15 @@ class MemoryLimitError(RuntimeError):
 
 @runtime_checkable
 class Batched(Protocol):
-    """Whatever takes rows in pieces of at most ``batch``."""
+    """Whatever takes rows in pieces."""
 
-    batch: int
+    @property
+    def batch(self) -> int:
+        """Most rows of a piece; can be set."""
+        ...
+
+    @batch.setter
+    def batch(self, rows: int) -> None: ...
 
 
 @dataclass

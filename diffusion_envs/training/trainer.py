@@ -31,12 +31,12 @@ from diffusion_envs.rewards.rounding import all_alike
 from diffusion_envs.rollout import Rollout, Share
 from diffusion_envs.training import kl_controller, memory, parallel
 from diffusion_envs.training.critic import Critic
-from diffusion_envs.training.refusal import NonFiniteError, RefusedStep
 from diffusion_envs.training.energy import EnergyCritic, TrainingData
 from diffusion_envs.training.loss_scale import LossScale
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.path_metric import PathMetric
 from diffusion_envs.training.phase import phase
+from diffusion_envs.training.refusal import NonFiniteError, RefusedStep
 from diffusion_envs.training.requirements import require_fit
 from diffusion_envs.training.update_size import UpdateSize
 
@@ -346,12 +346,12 @@ class Trainer:
                     shuffle.set_state(drawn)
                     with self._differentiating():
                         self._differentiate(losses, part, shuffle)
-                    self._require_finite_numbers(losses, part, rollout)
+                    why = self._spoilt(losses, part, rollout)
                     parallel.add_gradients(self.parameters, self.accelerator)
                     self.loss_scale.divide(self.parameters)
                     norm = nn.utils.clip_grad_norm_(self.parameters, most).item()
                     if not math.isfinite(norm):
-                        self._shrink_loss_scale(norm)
+                        self._shrink_loss_scale(norm, why)
                 self.loss_scale.keep()
                 metrics = list[PathMetric]()
                 stepped = self.optimiser.step(self._metric(rollout, epoch, k, metrics))
@@ -380,23 +380,28 @@ class Trainer:
         self.batch = losses.batch
         return None
 
-    def _require_finite_numbers(self, losses: Losses, part: Tensor, rollout: Rollout) -> None:
-        """What cannot be logged is not to be learned from either: its gradient is none.
+    def _spoilt(self, losses: Losses, part: Tensor, rollout: Rollout) -> str:
+        """Make a gradient NaN where a number to log is not finite; says which.
 
-        That is seen on all processes, which then refuse it together. A ratio of policies may
-        overflow where the gradient, clipped, does not.
+        Then all processes see it, and refuse it together. A ratio of policies may overflow where
+        the gradient, clipped, does not.
         """
         here = not isinstance(losses, DivisibleLosses) or losses.rows_of(part)[0] > 0
-        seen = losses.numbers().values() if here else ()
-        finite = all(map(math.isfinite, seen))
-        if self.target_kl is not None:  # the next kl_weight follows from them
-            finite = finite and bool(rollout.costs.isfinite().all())
-        if not finite:
+        seen = losses.numbers() if here else {}
+        bad = [f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value)]
+        if self.target_kl is not None and not bool(rollout.costs.isfinite().all()):
+            bad.append("the path KL, which kl_weight follows, is not finite")
+        if bad:
             first = self.parameters[0]
             first.grad = torch.full_like(first, math.nan)
+        return "".join(f", as {words}" for words in bad[:1])
 
-    def _shrink_loss_scale(self, norm: float) -> None:
+    def _shrink_loss_scale(self, norm: float, why: str) -> None:
         """After a gradient that is not finite: the same rows again, with a smaller factor.
+
+        Args:
+            norm: of the gradient.
+            why: in words, where this process knows it.
 
         Raises:
             NonFiniteError: the factor is not to blame, on any of the processes.
@@ -406,7 +411,7 @@ class Trainer:
         if bool(everyones == self.accelerator.num_processes) and self.loss_scale.shrink():
             return
         raise NonFiniteError(
-            f"the gradient's norm is {norm} at update {self.update + 1}"
+            f"the gradient's norm is {norm} at update {self.update + 1}{why}"
             + (", and not by the scale of the loss" if self.loss_scale.used else "")
             + "; no weight was changed by it. Lower learning_rate or guidance, or use float32"
         )
