@@ -91,8 +91,8 @@ def _one_run(
             return [Kill(kill.phase, f"resumed: {ended.last}") for kill in kills]
         step = small_run.newest_step(place)
         wrong = None
-        if step < max(kept, _logged(place) - 1):
-            wrong = f"checkpoint {step} after {kept}, with {_logged(place)} updates logged"
+        if step < max(kept, small_run.logged(place) - 1):
+            wrong = f"checkpoint {step} after {kept}, with {small_run.logged(place)} updates logged"
         kept = step
         kills.append(Kill(ended.phase, wrong))
     else:
@@ -103,9 +103,3 @@ def _one_run(
     if differs is not None:
         return [Kill(kill.phase, f"the end differs in {differs}") for kill in kills]
     return kills
-
-
-def _logged(place: Path) -> int:
-    """Updates that its log has whole."""
-    log = place / "metrics.jsonl"
-    return log.read_text().count("\n") if log.is_file() else 0

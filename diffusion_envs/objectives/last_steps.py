@@ -69,8 +69,12 @@ class LastLosses:
         size, steps = self.rollout.group, self.rollout.costs.shape[1]
         paths = (groups[:, None] * size + torch.arange(size)).flatten()
         first, last = self.objective.cut(steps, generator)  # in however many pieces
-        place, seen = self.rollout.place, list[Tensor]()
-        for piece in (paths[place.has(paths)] - place.paths.start).split(self.batch):
+        place = self.rollout.place
+        mine = paths[place.has(paths)] - place.paths.start
+        if not len(mine):
+            return
+        seen = list[Tensor]()
+        for piece in mine.split(self.batch):
             rewards, nats = self._finish(piece, first, last)
             seen.append(rewards.detach())
             yield self.objective.loss(rewards, nats).sum() / len(paths)

@@ -243,6 +243,8 @@ class NoisedLosses:
         group, draw, member = each.view(-1, 3).unbind(1)
         which = torch.stack([group * size + member, draw], dim=1)
         mine = which[self.place.has(which[:, 0])] - torch.tensor([self.place.paths.start, 0])
+        if not len(mine):
+            return
         gaps = list[Tensor]()
         for piece in mine.split(max(1, self.batch // size) * size):
             rows = self.rows(piece)

@@ -232,6 +232,8 @@ class PathLosses:
         together = size * joined
         place = self.rollout.place
         mine = which[place.has(which[:, 0])] - torch.tensor([place.paths.start, 0])
+        if not len(mine):
+            return
         log_ratios, clipped = list[Tensor](), list[Tensor]()
         for piece in mine.split(max(1, self.batch // together) * together):
             rows = self.rows(piece, joined)

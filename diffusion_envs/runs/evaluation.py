@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctrl import DeterministicPolicy, Estimate
 from diffusion_envs import rewards
+from diffusion_envs.digests import read_tensors, write_tensors
 from diffusion_envs.environment import Environment, Sample
 from diffusion_envs.prompt import described
 from diffusion_envs.rollout import Rollout
@@ -209,7 +208,7 @@ def evaluate_pretrained(
     if path.is_file():
         try:
             stored = _read(path, environment, samples, judges)
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+        except (KeyError, ValueError, OSError) as error:
             _log.warning("%s is damaged and is made anew: %s", path, error)
         else:
             require_same_rewards(stored, environment, judges, batch, path)
@@ -219,13 +218,9 @@ def evaluate_pretrained(
     tensors |= {"path_kl": made.path_kl, "chain_kl": made.chain_kl}
     tensors |= {f"judged.{name}": value for name, value in made.judged.items()}
     tensors |= {f"part.{name}": value for name, value in made.parts.items()}
-    partial = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(exist_ok=True)
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        write_tensors(path, tensors)
+    except OSError as error:
         raise CheckpointError(
             f"could not write the pretrained model's evaluation to {path}: {error}. Free space or "
             "choose another output folder, then resume"
@@ -242,7 +237,7 @@ def require_the_runs_reward(environment: Environment, path: Path, batch: int) ->
     """
     try:
         stored = _read(path, environment, None, {})
-    except (SafetensorError, KeyError, OSError):  # nothing to compare with: it is damaged
+    except (KeyError, ValueError, OSError):  # nothing to compare with: it is damaged
         return
     require_same_rewards(stored, environment, {}, batch, path)
 
@@ -250,7 +245,7 @@ def require_the_runs_reward(environment: Environment, path: Path, batch: int) ->
 def _read(
     path: Path, environment: Environment, samples: int | None, judges: Mapping[str, rewards.Reward]
 ) -> Evaluation:
-    stored, prompts = load_file(path), environment.prompts
+    stored, prompts = read_tensors(path), environment.prompts
     samples = len(stored["rewards"]) if samples is None else samples
     read = Evaluation(
         rewards=stored["rewards"],

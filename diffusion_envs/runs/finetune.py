@@ -150,6 +150,7 @@ def finetune(
             seed=seed,
             batch=size.batch,
             reward_timeout=options.reward_timeout,
+            overlap=options.overlap,
         )
         held_out = environment
         if held_out_prompts is not training or options.evaluation_guidance is not None:
@@ -282,6 +283,7 @@ def make_environment(
     seed: int,
     batch: int = 64,
     reward_timeout: float | None = None,
+    overlap: int = 0,
 ) -> Environment:
     """A loaded model with a sampler on its noise levels, a reward and prompts."""
     return Environment(
@@ -292,6 +294,7 @@ def make_environment(
         seed=seed,
         batch=batch,
         reward_timeout=reward_timeout,
+        overlap=overlap,
     )
 
 

@@ -1,17 +1,19 @@
 """Processes and their device; what several of them must agree on: gradients, batch statistics."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from diffusion_envs.preferences import MissingChoicesError
 from diffusion_envs.rewards import RewardError
+from diffusion_envs.training.sharded import is_shard
 
 
 class RewardErrorOfAll(RewardError):
@@ -60,8 +62,17 @@ def _checked(device: str) -> str:
 
 
 def add_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace every gradient by its sum over the processes; one may have none, for lack of rows."""
+    """Replace every gradient by its sum over the processes; one may have none, for lack of rows.
+
+    Those of shards are means over the processes already.
+    """
     if accelerator.num_processes == 1:
+        return
+    for shard in filter(is_shard, parameters):
+        if shard.grad is not None:
+            shard.grad.mul_(accelerator.num_processes)
+    parameters = [p for p in parameters if not is_shard(p)]
+    if not parameters:
         return
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     parts.append(parts[0].new_tensor([p.grad is not None for p in parameters]))
@@ -92,8 +103,8 @@ def add(counts: Mapping[str, int], accelerator: Accelerator) -> dict[str, int]:
     if accelerator.num_processes == 1:
         return dict(counts)
     total: Counter[str] = Counter()
-    for mine in gather_object([dict(counts)]):
-        total.update(mine)
+    for theirs in gather_plain(dict(counts), accelerator):
+        total.update(theirs)
     return dict(total)
 
 
@@ -115,25 +126,44 @@ def _gathered(value: Tensor, accelerator: Accelerator) -> Tensor:
     return gathered
 
 
+def gather_plain(value: Any, accelerator: Accelerator) -> list[Any]:
+    """What each process has, as JSON: nothing is pickled, so nothing that comes in is run."""
+    content = torch.frombuffer(bytearray(json.dumps(value), "utf-8"), dtype=torch.uint8)
+    lengths = gather(torch.tensor([len(content)], device=accelerator.device), accelerator).tolist()
+    every = gather(content.to(accelerator.device), accelerator).cpu().split(lengths)
+    return [json.loads(bytes(part.tolist())) for part in every]
+
+
 def missing_anywhere(
     missing: MissingChoicesError | None, accelerator: Accelerator
 ) -> MissingChoicesError | None:
     """What any of the processes misses, on all of them; None if no one misses anything."""
     if accelerator.num_processes == 1:
         return missing
-    mine = []
+    mine, images = None, None
     if missing is not None:
-        images = None if missing.images is None else missing.images.cpu()
-        mine = [(str(missing), missing.groups, images, missing.prompts)]
-    gathered = gather_object(mine)
-    if not gathered:
+        images = missing.images
+        groups = [[int(k) for k in members] for members in missing.groups]
+        shape = None if images is None else list(images.shape[1:])
+        mine = {
+            "words": str(missing),
+            "groups": groups,
+            "shape": shape,
+            "prompts": list(missing.prompts),
+        }
+    told = [part for part in gather_plain(mine, accelerator) if part is not None]
+    if not told:
         return None
-    words, groups, images, prompts = zip(*gathered, strict=True)
+    every = None
+    if all(part["shape"] is not None for part in told):
+        empty = torch.zeros(0, *told[0]["shape"])  # of a process that misses nothing
+        rows = (empty if images is None else images).to(accelerator.device)
+        every = gather(rows, accelerator).cpu()
     return MissingChoicesError(
-        "; ".join(dict.fromkeys(words)),
-        groups=[members for part in groups for members in part],
-        images=None if any(part is None for part in images) else torch.cat(images),
-        prompts=[prompt for part in prompts for prompt in part],
+        "; ".join(dict.fromkeys(part["words"] for part in told)),
+        groups=[members for part in told for members in part["groups"]],
+        images=every,
+        prompts=[prompt for part in told for prompt in part["prompts"]],
     )
 
 
@@ -157,7 +187,8 @@ def failing_together(accelerator: Accelerator) -> Iterator[Callable[[], None]]:
         failed = torch.tensor([failure is not None], device=accelerator.device)
         if bool(gather(failed, accelerator).any()):
             mine = [] if failure is None else [f"process {accelerator.process_index}: {failure}"]
-            raise RewardErrorOfAll("; ".join(gather_object(mine))) from failure
+            words = [each for told in gather_plain(mine, accelerator) for each in told]
+            raise RewardErrorOfAll("; ".join(words)) from failure
 
     try:
         yield agree

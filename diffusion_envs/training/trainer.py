@@ -29,7 +29,7 @@ from diffusion_envs.preferences import FromReward, MissingChoicesError, Preferen
 from diffusion_envs.rewards import Counting, Reward
 from diffusion_envs.rewards.rounding import all_alike
 from diffusion_envs.rollout import Rollout, Share
-from diffusion_envs.training import kl_controller, memory, parallel
+from diffusion_envs.training import kl_controller, memory, parallel, sharded
 from diffusion_envs.training.critic import Critic
 from diffusion_envs.training.energy import EnergyCritic, TrainingData
 from diffusion_envs.training.loss_scale import LossScale
@@ -37,7 +37,7 @@ from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.path_metric import PathMetric
 from diffusion_envs.training.phase import phase
 from diffusion_envs.training.refusal import NonFiniteError, RefusedStep
-from diffusion_envs.training.requirements import require_fit
+from diffusion_envs.training.requirements import require_fit, require_shardable
 from diffusion_envs.training.update_size import UpdateSize
 
 __all__ = ["NonFiniteError", "PreflightError", "Trainer"]
@@ -82,6 +82,8 @@ class Trainer:
         processes = accelerator.num_processes
         require_fit(environment, objective, size, processes, target_kl, preference, data)
         self.environment, self.objective, self.size = environment, objective, size
+        self._shards = sharded.shards_of(environment.model)
+        require_shardable(self._shards, optimiser)
         self.accelerator, self.stream_name = accelerator, stream_name
         self.preference = preference or FromReward()
         self.target_kl, self.log_path_kl, self.refused = target_kl, log_path_kl, refused
@@ -112,9 +114,12 @@ class Trainer:
     # -- what a checkpoint holds ------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """All that the next update depends on, as tensors and numbers."""
+        """All that the next update depends on, as tensors and numbers.
+
+        Of sharded weights the main process gets whole tensors; all processes have to ask.
+        """
         weight = None if self.target_kl is None else kl_controller.kl_weight(self.objective)
-        return {
+        state = {
             "adapter": [p.detach() for p in self.parameters],
             "old": self.old if self._lags else [],  # otherwise it is the adapter
             "mean": self.mean,
@@ -128,6 +133,7 @@ class Trainer:
             "kl_weight": weight,
             "at_once": {name: pieces.batch for name, pieces in self._pieces.items()},
         }
+        return sharded.gathered(state, keep=self.accelerator.process_index == 0)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -141,7 +147,8 @@ class Trainer:
         self._set(self.parameters, state["adapter"])
         self._set(self.old, state["old"] or state["adapter"])
         self._set(self.mean, state.get("mean", []))  # checkpoints of before have none
-        self.optimiser.load_state_dict(state["optimiser"])
+        moments = sharded.scattered_moments(state["optimiser"], self.parameters)
+        self.optimiser.load_state_dict(moments)
         if self.critic is not None:
             self.critic.load_state(state["critic"])
         self.loss_scale.load_state(state.get("loss_scale", {}))  # as above
@@ -209,7 +216,8 @@ class Trainer:
             numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
         losses = self.losses(sample.rollout)
         if self.update == 0:
-            losses.check_fresh()
+            with self._shards.unsharded():
+                losses.check_fresh()
         with self._scheduled() as rates:
             numbers |= self._improve_adapter(losses, sample.rollout) | rates
         for group in self.optimiser.param_groups:
@@ -303,7 +311,7 @@ class Trainer:
         """What the objective learns from this roll-out; made before the weights change."""
         objective, size = self.objective, self.size
         changes = size.minibatches > 1 or self._lags
-        with parallel.failing_together(self.accelerator) as agree:
+        with parallel.failing_together(self.accelerator) as agree, self._shards.unsharded():
 
             def advantages(function: Callable[[Rollout], Tensor]) -> Tensor:
                 agree()  # targets may have asked the reward, and this waits for all
@@ -345,11 +353,11 @@ class Trainer:
                 while not math.isfinite(norm):  # once, unless float16 overflows
                     shuffle.set_state(drawn)
                     with self._differentiating():
-                        self._differentiate(losses, part, shuffle)
+                        self._differentiate(losses, part, shuffle, rollout.place)
                     why = self._spoilt(losses, part, rollout)
                     parallel.add_gradients(self.parameters, self.accelerator)
                     self.loss_scale.divide(self.parameters)
-                    norm = nn.utils.clip_grad_norm_(self.parameters, most).item()
+                    norm = sharded.clip_gradients(self.parameters, most)
                     if not math.isfinite(norm):
                         self._shrink_loss_scale(norm, why)
                 self.loss_scale.keep()
@@ -359,10 +367,12 @@ class Trainer:
         numbers = {**losses.numbers(), "gradient_norm": norm, **stepped}
         return numbers | self.loss_scale.numbers()
 
-    def _differentiate(self, losses: Losses, part: Tensor, shuffle: torch.Generator) -> None:
+    def _differentiate(
+        self, losses: Losses, part: Tensor, shuffle: torch.Generator, share: Share
+    ) -> None:
         """The gradient of these groups' losses, in as many pieces as fit into memory.
 
-        It waits for no other process.
+        It waits for no other process, but where weights are sharded: then no piece is halved.
         """
         drawn, spent = shuffle.get_state(), self.environment.spent
 
@@ -370,15 +380,30 @@ class Trainer:
             shuffle.set_state(drawn)
             self.environment.spent = spent
             self.optimiser.zero_grad(set_to_none=True)
-            for loss in self.loss_scale.scaled(losses.losses(part, shuffle)):
+            for loss in self.loss_scale.scaled(self._in_step(losses, part, shuffle, share)):
                 loss.backward()
 
-        if not isinstance(losses, DivisibleLosses):
+        if self._shards.networks or not isinstance(losses, DivisibleLosses):
             return attempt()
         rows, least = losses.rows_of(part)
         memory.retried(attempt, losses, "the update", rows=rows, least=least)
         self.batch = losses.batch
         return None
+
+    def _in_step(
+        self, losses: Losses, part: Tensor, generator: torch.Generator, share: Share
+    ) -> Iterator[Tensor]:
+        """This process's losses of some groups; of sharded weights as many as other processes'."""
+        drawn = generator.get_state()
+
+        def spare() -> Tensor:
+            counted, own = self.environment.model.calls, torch.tensor([share.groups.start])
+            # what the objective draws for all of a part, it draws here too
+            loss = next(losses.losses(own, torch.Generator().set_state(drawn)))
+            self.environment.model.calls = counted
+            return loss
+
+        return self._shards.in_step(iter(losses.losses(part, generator)), spare)
 
     def _spoilt(self, losses: Losses, part: Tensor, rollout: Rollout) -> str:
         """Make a gradient NaN where a number to log is not finite; says which.
@@ -494,10 +519,7 @@ class Trainer:
     @contextmanager
     def _sampling_policy(self) -> Iterator[None]:
         """Within this context the adapter is the one that samples: the current, or an older one."""
-        if not self._lags:
-            yield
-            return
-        with self._holding(self.old):
+        with self._holding(self.old if self._lags else []), self._shards.unsharded():
             yield
 
     @contextmanager
@@ -505,16 +527,17 @@ class Trainer:
         """Within this context the adapter is the running mean of ``size.average``, if there is one.
 
         For evaluation and export: what ``state`` returned here would hold the mean as what trains.
+        Weights that are sharded are whole on every process; all of them enter.
         """
-        if not self.mean:
-            yield
-            return
-        with self._holding(self.mean):
+        with self._holding(self.mean), self._shards.unsharded():
             yield
 
     @contextmanager
     def _holding(self, values: list[Tensor]) -> Iterator[None]:
-        """Within this context the parameters are these."""
+        """Within this context the parameters are these; without any, they stay."""
+        if not values:
+            yield
+            return
         current = [p.detach().clone() for p in self.parameters]
         self._set(self.parameters, values)
         try:
@@ -538,11 +561,12 @@ class Trainer:
             for mean, parameter in zip(self.mean, self.parameters, strict=True):
                 mean.lerp_(parameter, share)
 
-    @staticmethod
     @torch.no_grad()
-    def _set(parameters: list[nn.Parameter] | list[Tensor], values: list[Tensor]) -> None:
+    def _set(self, parameters: list[nn.Parameter] | list[Tensor], values: list[Tensor]) -> None:
         for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(sent(value, parameter.device))
+            parameter.copy_(sent(sharded.scattered(value, parameter), parameter.device))
+        if parameters is self.parameters:
+            self._shards.refresh()
 
     # -- what to log ------------------------------------------------------------------------------
 
