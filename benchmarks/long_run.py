@@ -1,15 +1,15 @@
 """Does a run of thousands of updates stay as it began: its memory, its pace, what it writes?
 
-The smallest network that ``finetune`` takes (a UNet of a few hundred weights on pictures of 8 x 8)
-is fine-tuned by ``finetune`` itself, with everything that a run does: logs, TensorBoard, pictures,
-evaluations, checkpoints, an export, a card and a report. Its reward is asked once an update, and
-looks at the memory of the process then. Printed are
+The cheapest model that ``finetune`` takes (the exact score of normal pictures of 2 x 2 pixels, and
+a linear correction that trains) or the smallest UNet is fine-tuned by ``finetune`` itself, with
+everything that a run does: logs, TensorBoard, pictures, evaluations, checkpoints, an export, a card
+and a report. Its reward is asked once an update, and looks at the process then. Printed are
 
     memory     resident, the mean of a window after warm-up and of the last one
-    seconds    of an update, the median of the same windows
-    sizes      of every file and folder of the run, and what an update adds to each log
+    seconds    of the processor for an update, the median of the same windows
+    sizes      of every file and folder of the run, and what an update adds to each
 
-    python -m benchmarks.long_run [--updates 5000] [--prompts 200] [--folder runs/long]
+    python -m benchmarks.long_run [--updates 5000] [--prompts 200] [--unet] [--folder runs/long]
 """
 
 import gc
@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -31,6 +32,8 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from diffusion_envs.cifar10.family import Cifar10Model
+from diffusion_envs.exact.problems import table as noise_levels
+from diffusion_envs.models.exact import AffineCorrection, CorrectedScore
 from diffusion_envs.objectives import DDPO
 from diffusion_envs.runs.finetune import finetune
 from diffusion_envs.runs.options import RunOptions
@@ -46,14 +49,16 @@ REPORT = 5 * 2**20  # bytes
 
 @dataclass
 class Watched:
-    """How red pictures are; and the memory of the process whenever an update's are judged."""
+    """How red pictures are; and memory and processor time whenever an update's are judged."""
 
     resident: list[int] = field(default_factory=list, repr=False)
+    seconds: list[float] = field(default_factory=list, repr=False)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Mean red less the mean of the other colours."""
         if len(images) == SAMPLES:
             self.resident.append(resident())
+            self.seconds.append(time.process_time())
         return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 
@@ -61,6 +66,29 @@ def resident() -> int:
     """Bytes of this process that are in memory now; not the most that ever were."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class _Pictures(CorrectedScore):
+    """States that are pictures of 2 x 2 pixels, normal around grey."""
+
+    def decode(self, states: Tensor) -> Tensor:
+        """Values in [0, 1]."""
+        return (states.view(-1, 3, 2, 2) / 6 + 0.5).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class ExactPictures:
+    """The exact score of normal pictures, to be loaded by ``finetune``."""
+
+    device: str | None = "cpu"
+
+    def load(self, *, device: torch.device, batch: int, seed: int) -> CorrectedScore:
+        """The score with a linear correction, zero at first."""
+
+        def score(states: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+            return -states  # noised data of variance 1 has variance 1
+
+        return _Pictures(score, AffineCorrection(12), noise_levels(), 12, device)
 
 
 def save_smallest(folder: Path) -> Path:
@@ -89,7 +117,7 @@ class LongRun:
         memory: resident bytes, the means of a window after warm-up and of the last one.
         growth: of memory from the first to the last, relative.
         bytes_an_update: slope of memory against updates after warm-up, by least squares.
-        seconds: of an update, the medians of the two windows.
+        seconds: of the processor for an update, the medians of the two windows.
         report: bytes.
         sizes: bytes of each file and folder at the top of the run's.
         files: number of files in each folder.
@@ -110,12 +138,21 @@ class LongRun:
         return self.growth <= GROWTH and self.report <= REPORT
 
 
-def run(folder: Path, updates: int, prompts: int) -> LongRun:
-    """Fine-tune in ``folder`` and measure."""
-    reward = Watched()
+def run(folder: Path, updates: int, prompts: int, *, unet: bool = False) -> LongRun:
+    """Fine-tune in ``folder`` and measure.
+
+    Args:
+        folder: for the run.
+        updates: of it.
+        prompts: that take turns.
+        unet: the smallest UNet instead of the exact score.
+    """
+    reward, model = Watched(), ExactPictures()
+    if unet:
+        model = Cifar10Model(save_smallest(folder / "model"), device="cpu")
     gc.collect()
     finetune(
-        Cifar10Model(save_smallest(folder / "model"), device="cpu"),
+        model,
         reward=reward,
         prompts=[f"picture number {k}" for k in range(prompts)],
         objective=DDPO(learning_rate=1e-4),
@@ -125,19 +162,17 @@ def run(folder: Path, updates: int, prompts: int) -> LongRun:
         size=UpdateSize(samples=SAMPLES, batch=64),
         options=RunOptions(evaluation_samples=EVALUATED, progress=False, log_path_kl=True),
     )
-    return measured(folder / "run", reward.resident)
+    return measured(folder / "run", reward)
 
 
-def measured(folder: Path, resident: Sequence[int]) -> LongRun:
+def measured(folder: Path, reward: Watched) -> LongRun:
     """Numbers of a finished run."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    ends = [line["seconds"] for line in lines]
-    seconds = [after - before for before, after in pairwise(ends)]
-    n = len(lines)
+    resident, n = reward.resident, len(reward.resident)
+    seconds = [after - before for before, after in pairwise(reward.seconds)]
     first, width = round(WARM_UP * n), round(WINDOW * n)
     early, late = slice(first, first + width), slice(n - 1 - width, n - 1)
     start, end = (statistics.fmean(resident[part]) for part in (early, late))
-    after = list(resident[first:])
+    after = resident[first:]
     slope = statistics.linear_regression(range(len(after)), after).slope
     tops = sorted(folder.iterdir())
     below = {path.name: [p for p in path.rglob("*") if p.is_file()] for path in tops}
@@ -164,7 +199,7 @@ def table(long: LongRun) -> str:
         "| --- | --- | --- | --- |",
         f"| resident memory (MB) | {start / 1e6:.1f} | {end / 1e6:.1f} | "
         f"{100 * long.growth:+.2f} %, {long.bytes_an_update:+.0f} bytes an update |",
-        f"| milliseconds an update | {early:.1f} | {late:.1f} | "
+        f"| milliseconds of the processor for an update | {early:.1f} | {late:.1f} | "
         f"{100 * (late / early - 1):+.0f} % |",
         "",
         "| file or folder | bytes | files | bytes an update |",
@@ -177,18 +212,21 @@ def table(long: LongRun) -> str:
     return "\n".join(lines)
 
 
-def main(updates: int = 5000, prompts: int = 200, folder: Path | None = None) -> int:
+def main(
+    updates: int = 5000, prompts: int = 200, folder: Path | None = None, unet: bool = False
+) -> int:
     """Make a long run, print its numbers; the exit code says whether they are flat.
 
     Args:
         updates: of the run.
         prompts: that take turns.
         folder: to keep the run in; forgotten if left out.
+        unet: the smallest UNet instead of the exact score.
     """
     with tempfile.TemporaryDirectory() as other:
         place = folder or Path(other)
         place.mkdir(parents=True, exist_ok=True)
-        long = run(place, updates, prompts)
+        long = run(place, updates, prompts, unet=unet)
     print(table(long))
     print(json.dumps(asdict(long)), file=sys.stderr)
     return 0 if long.flat else 1

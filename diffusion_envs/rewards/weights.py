@@ -192,7 +192,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """As ``read_state``, in the types of the file."""
     if not path.is_file():
         raise FileNotFoundError(f"weights must be a file, but {path} is none")
-    content = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
+    content = _safetensors(path) if path.suffix == ".safetensors" else unpickled(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:
@@ -225,7 +225,12 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no whole safetensors file ({reason}); get it again") from error
 
 
-def _unpickled(path: Path) -> object:
+def unpickled(path: Path) -> object:
+    """What a pickle of tensors holds, as it lies in it; nothing that it names is called.
+
+    Raises:
+        ValueError: it names something to be called, or is no pickle of tensors.
+    """
     _require_no_bomb(path)
     try:
         with warnings.catch_warnings():

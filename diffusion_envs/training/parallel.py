@@ -7,25 +7,26 @@ gloo that is what its operations raise; NCCL's do so too where they block the ho
 """
 
 import atexit
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, distributed, nn
 
 from diffusion_envs.preferences import MissingChoicesError
 from diffusion_envs.rewards import RewardError
 from diffusion_envs.training import phase
 from diffusion_envs.training.process_watch import ProcessWatch
+from diffusion_envs.training.sharded import is_shard
 
-Value = TypeVar("Value")
 TIMEOUT = 1800.0  # seconds that processes wait for each other
 _watch: ProcessWatch | None = None  # of this process, if it is one of several
 
@@ -101,8 +102,17 @@ def _checked(device: str) -> str:
 
 
 def add_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace every gradient by its sum over the processes; one may have none, for lack of rows."""
+    """Replace every gradient by its sum over the processes; one may have none, for lack of rows.
+
+    Those of shards are means over the processes already.
+    """
     if accelerator.num_processes == 1:
+        return
+    for shard in filter(is_shard, parameters):
+        if shard.grad is not None:
+            shard.grad.mul_(accelerator.num_processes)
+    parameters = [p for p in parameters if not is_shard(p)]
+    if not parameters:
         return
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     parts.append(parts[0].new_tensor([p.grad is not None for p in parameters]))
@@ -129,13 +139,23 @@ def broadcast_from_main(number: int, accelerator: Accelerator) -> int:
     return int(gather(torch.tensor([number], device=accelerator.device), accelerator)[0])
 
 
-def from_main(value: Value, accelerator: Accelerator) -> Value:
-    """Give every process what the main process holds: tensors of the CPU, words, containers."""
+def from_main(
+    held: Mapping[str, Tensor] | None, accelerator: Accelerator
+) -> dict[str, Tensor] | None:
+    """Give every process the tensors that the main one holds, by name; None if it holds none."""
     if accelerator.num_processes == 1:
-        return value
-    with _meeting(accelerator):
-        (held,) = broadcast_object_list([value])
-    return held
+        return None if held is None else dict(held)
+    mine = held if accelerator.is_main_process else None
+    shapes = None if mine is None else {k: [list(v.shape), str(v.dtype)] for k, v in mine.items()}
+    told = gather_plain(shapes, accelerator)[0]
+    if told is None:
+        return None
+    received = dict[str, Tensor]()
+    for name, (shape, kind) in told.items():
+        none = torch.zeros(0, *shape[1:], dtype=getattr(torch, kind.removeprefix("torch.")))
+        rows = none if mine is None else mine[name]
+        received[name] = gather(rows.to(accelerator.device), accelerator).cpu()
+    return received
 
 
 def wait(accelerator: Accelerator) -> None:
@@ -172,8 +192,8 @@ def add(counts: Mapping[str, int], accelerator: Accelerator) -> dict[str, int]:
     if accelerator.num_processes == 1:
         return dict(counts)
     total: Counter[str] = Counter()
-    for mine in _gathered_objects([dict(counts)], accelerator):
-        total.update(mine)
+    for theirs in gather_plain(dict(counts), accelerator):
+        total.update(theirs)
     return dict(total)
 
 
@@ -196,10 +216,12 @@ def _gathered(value: Tensor, accelerator: Accelerator) -> Tensor:
     return gathered
 
 
-def _gathered_objects(mine: list[Value], accelerator: Accelerator) -> list[Value]:
-    """What the lists of all processes hold, in their order."""
-    with _meeting(accelerator):
-        return gather_object(mine)
+def gather_plain(value: Any, accelerator: Accelerator) -> list[Any]:
+    """What each process has, as JSON: nothing is pickled, so nothing that comes in is run."""
+    content = torch.frombuffer(bytearray(json.dumps(value), "utf-8"), dtype=torch.uint8)
+    lengths = gather(torch.tensor([len(content)], device=accelerator.device), accelerator).tolist()
+    every = gather(content.to(accelerator.device), accelerator).cpu().split(lengths)
+    return [json.loads(bytes(part.tolist())) for part in every]
 
 
 def missing_anywhere(
@@ -208,19 +230,30 @@ def missing_anywhere(
     """What any of the processes misses, on all of them; None if no one misses anything."""
     if accelerator.num_processes == 1:
         return missing
-    mine = []
+    mine, images = None, None
     if missing is not None:
-        images = None if missing.images is None else missing.images.cpu()
-        mine = [(str(missing), missing.groups, images, missing.prompts)]
-    gathered = _gathered_objects(mine, accelerator)
-    if not gathered:
+        images = missing.images
+        groups = [[int(k) for k in members] for members in missing.groups]
+        shape = None if images is None else list(images.shape[1:])
+        mine = {
+            "words": str(missing),
+            "groups": groups,
+            "shape": shape,
+            "prompts": list(missing.prompts),
+        }
+    told = [part for part in gather_plain(mine, accelerator) if part is not None]
+    if not told:
         return None
-    words, groups, images, prompts = zip(*gathered, strict=True)
+    every = None
+    if all(part["shape"] is not None for part in told):
+        empty = torch.zeros(0, *told[0]["shape"])  # of a process that misses nothing
+        rows = (empty if images is None else images).to(accelerator.device)
+        every = gather(rows, accelerator).cpu()
     return MissingChoicesError(
-        "; ".join(dict.fromkeys(words)),
-        groups=[members for part in groups for members in part],
-        images=None if any(part is None for part in images) else torch.cat(images),
-        prompts=[prompt for part in prompts for prompt in part],
+        "; ".join(dict.fromkeys(part["words"] for part in told)),
+        groups=[members for part in told for members in part["groups"]],
+        images=every,
+        prompts=[prompt for part in told for prompt in part["prompts"]],
     )
 
 
@@ -244,7 +277,7 @@ def failing_together(accelerator: Accelerator) -> Iterator[Callable[[], None]]:
         failed = torch.tensor([failure is not None], device=accelerator.device)
         if bool(gather(failed, accelerator).any()):
             mine = [] if failure is None else [f"process {accelerator.process_index}: {failure}"]
-            words = _gathered_objects(mine, accelerator)
+            words = [each for told in gather_plain(mine, accelerator) for each in told]
             raise RewardErrorOfAll("; ".join(words)) from failure
 
     try:
