@@ -143,19 +143,50 @@ def from_main(
     held: Mapping[str, Tensor] | None, accelerator: Accelerator
 ) -> dict[str, Tensor] | None:
     """Give every process the tensors that the main one holds, by name; None if it holds none."""
+    return gather_named(held if accelerator.process_index == 0 else None, accelerator)
+
+
+def gather_named(
+    mine: Mapping[str, Tensor] | None, accelerator: Accelerator
+) -> dict[str, Tensor] | None:
+    """Rows of all processes by name, in the order of their index, on the CPU.
+
+    Args:
+        mine: None if this process has no rows; the result is None if no process has.
+        accelerator: the processes.
+    """
     if accelerator.num_processes == 1:
-        return None if held is None else dict(held)
-    mine = held if accelerator.is_main_process else None
+        return None if mine is None else dict(mine)
     shapes = None if mine is None else {k: [list(v.shape), str(v.dtype)] for k, v in mine.items()}
-    told = gather_plain(shapes, accelerator)[0]
+    told = next((each for each in gather_plain(shapes, accelerator) if each is not None), None)
     if told is None:
         return None
-    received = dict[str, Tensor]()
+    every = dict[str, Tensor]()
     for name, (shape, kind) in told.items():
         none = torch.zeros(0, *shape[1:], dtype=getattr(torch, kind.removeprefix("torch.")))
         rows = none if mine is None else mine[name]
-        received[name] = gather(rows.to(accelerator.device), accelerator).cpu()
-    return received
+        every[name] = gather(rows.to(accelerator.device), accelerator).cpu()
+    return every
+
+
+def of_all(
+    ask: Callable[[range], Mapping[str, Tensor]], n: int, accelerator: Accelerator | None
+) -> dict[str, Tensor]:
+    """What is asked for n things in a row, of which each process asks for its share.
+
+    Args:
+        ask: (some of them, at least one) -> a row for each, by name; a reward may fail in it.
+        n: at least 1.
+        accelerator: the processes; None: this one asks for all.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        return dict(ask(range(n)))
+    own = share(n, accelerator)
+    with failing_together(accelerator):
+        mine = ask(own) if len(own) else None
+    every = gather_named(mine, accelerator)
+    assert every is not None  # n is at least 1
+    return every
 
 
 def wait(accelerator: Accelerator) -> None:
