@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -138,7 +139,6 @@ def everything_equal(run: Trainer) -> None:
 
 def far_policy(run: Trainer) -> None:
     """The policy is so far from the one that sampled that their ratio overflows."""
-
     own = run._improve
 
     def improve(sample: Sample) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def spoilt_gradient(run: Trainer) -> None:
             gradient = run.parameters[0].grad = torch.zeros_like(run.parameters[0])
         gradient.view(-1)[0] = math.nan
 
-    run._differentiate = differentiate
+    vars(run)["_differentiate"] = differentiate
 
 
 def half_precision(run: Trainer) -> None:
@@ -172,7 +172,7 @@ def half_precision(run: Trainer) -> None:
         own(*arguments)
         run.parameters[0].grad = torch.full_like(run.parameters[0], math.inf)
 
-    run._differentiate = differentiate
+    vars(run)["_differentiate"] = differentiate
 
 
 # -- what must hold ------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def repeated(folder: Path) -> Row:
     )
 
 
-class _spoilt_third_update:  # noqa: N801  # a context manager that a child enters
+class _spoilt_third_update:  # a context manager that a child enters
     def __enter__(self) -> None:
         own = Trainer._differentiate
 
@@ -308,7 +308,7 @@ class _spoilt_third_update:  # noqa: N801  # a context manager that a child ente
                 assert gradient is not None
                 gradient.view(-1)[0] = math.nan
 
-        Trainer._differentiate = differentiate
+        patch.object(Trainer, "_differentiate", differentiate).start()
 
     def __exit__(self, *_: object) -> None:
         """Nothing: the child ends."""
