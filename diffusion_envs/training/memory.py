@@ -145,6 +145,27 @@ def explained(what: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def once(what: str) -> Iterator[None]:
+    """Within this context nothing is attempted again: processes that repeat would lose step.
+
+    Raises:
+        MemoryLimitError: memory runs out.
+    """
+    token = _around.set(True)
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        raise MemoryLimitError(
+            f"memory ran out in {what}, where all processes must take equally many rows: take "
+            f"fewer at once (batch), then resume. {error}"
+        ) from error
+    finally:
+        _around.reset(token)
+
+
 def _lower(pieces: Batched, what: str, words: str, rows: int, least: int) -> None:
     """Halve the rows at once, to a multiple of those that belong together."""
     now = min(pieces.batch, rows)

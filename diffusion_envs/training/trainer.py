@@ -345,6 +345,8 @@ class Trainer:
         size, groups = self.size, rollout.place.of
         most = size.max_gradient_norm if self.optimiser.clips else math.inf
         norm, stepped = 0.0, dict[str, float]()
+        if self._shards.networks:
+            self._agree_on_rows(losses)
         for epoch in range(size.epochs):
             shuffle = stream(self.environment.seed, self.stream_name, "rows", self.update, epoch, 0)
             order = torch.randperm(groups, generator=shuffle)
@@ -383,7 +385,10 @@ class Trainer:
             for loss in self.loss_scale.scaled(self._in_step(losses, part, shuffle, share)):
                 loss.backward()
 
-        if self._shards.networks or not isinstance(losses, DivisibleLosses):
+        if self._shards.networks:
+            with memory.once("the update of sharded weights"):
+                return attempt()
+        if not isinstance(losses, DivisibleLosses):
             return attempt()
         rows, least = losses.rows_of(part)
         memory.retried(attempt, losses, "the update", rows=rows, least=least)
@@ -397,10 +402,10 @@ class Trainer:
         drawn = generator.get_state()
 
         def spare() -> Tensor:
-            counted, own = self.environment.model.calls, torch.tensor([share.groups.start])
+            spent, own = self.environment.spent, torch.tensor([share.groups.start])
             # what the objective draws for all of a part, it draws here too
             loss = next(losses.losses(own, torch.Generator().set_state(drawn)))
-            self.environment.model.calls = counted
+            self.environment.spent = spent
             return loss
 
         return self._shards.in_step(iter(losses.losses(part, generator)), spare)
@@ -607,6 +612,15 @@ class Trainer:
             **self._fewer_at_once(),
             "memory": _peak_memory(self.environment.device),
         }
+
+    def _agree_on_rows(self, losses: Losses) -> None:
+        """As many rows at once on all processes, none of which the network divides further."""
+        self.batch = min(self.batch, self._pieces.get("batch.network", self).batch)
+        if isinstance(losses, memory.Batched):
+            self.batch = min(self.batch, losses.batch)
+        self._fewer_at_once()
+        if isinstance(losses, memory.Batched):
+            losses.batch = self.batch
 
     def _fewer_at_once(self) -> dict[str, int]:
         """Rows at once where memory has run out so far: the least of all processes, on each."""
