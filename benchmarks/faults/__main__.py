@@ -27,7 +27,10 @@ from benchmarks.faults import small_run
 from benchmarks.faults.row import Row, table
 from diffusion_envs.runs.run_folder import commit, versions
 
-ROWS: tuple[str, ...] = ("kills",)  # modules of this package, in the order of the table
+ROWS: tuple[str, ...] = (
+    "kills",
+    "damaged_files",
+)  # modules of this package, in the order of the table
 _AT_ONCE = 2
 _LONGEST = 1500.0  # seconds that a module may take
 

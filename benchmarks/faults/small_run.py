@@ -4,6 +4,7 @@ A run is the library's own command line in a process of its own, forked from one
 everything: so it starts in a moment, and may be killed, filled up or interrupted by the hundred.
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from diffusion_envs.runs import checkpoint, command_line
 from diffusion_envs.sd15.__main__ import FAMILY
@@ -41,8 +42,9 @@ PHASES = (
     *("start", "sampling", "rewards", "update", "value network"),
     *("checkpoint", "evaluation", "export", "report"),
 )
-_OF_TIME = ("seconds", "memory")  # which no two runs have alike
+_OF_TIME = ("seconds", "memory", "logs")  # which no two runs have alike, and digests of them
 _TIMES = tuple(f"| {name} |" for name in _OF_TIME)  # in a table
+_MOST_SAID = 2**20
 _LONGEST = 120.0  # seconds that a process may take
 _Fault = Callable[[], AbstractContextManager[Any]]
 
@@ -56,12 +58,14 @@ class Ended:
         phase: the last one that it was in.
         said: all that it printed.
         seconds: that it took.
+        after_signal: seconds that it took after the last signal.
     """
 
     code: int
     phase: str
     said: str
     seconds: float
+    after_signal: float = 0.0
 
     @property
     def in_words(self) -> bool:
@@ -81,21 +85,24 @@ class Process:
     def __init__(self, folder: Path, words: Sequence[str], fault: _Fault = nullcontext) -> None:
         self._told = mmap.mmap(-1, 4 * (1 + len(PHASES)))  # shared: phase, and entries of each
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self._said = folder.with_name(f"{folder.name}.said")
-        self._began, self._ended = time.monotonic(), None
+        self._said, self._speak = os.pipe()  # no file, for disks may be full
+        fcntl.fcntl(self._speak, fcntl.F_SETPIPE_SZ, _MOST_SAID)
+        self._ended: int | None = None
+        self._began = self._signalled = self._ended_at = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if not self.pid:
             self._run(words, fault)
+        os.close(self._speak)
+        os.set_blocking(self._said, False)
 
     def _run(self, words: Sequence[str], fault: _Fault) -> None:
         """What the child does; it never returns."""
         code = 1
         try:
-            said = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
+            os.dup2(self._speak, 1)
+            os.dup2(self._speak, 2)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -134,7 +141,7 @@ class Process:
             ended, status = os.waitpid(self.pid, os.WNOHANG)
             if ended:
                 self._ended = status
-                self._seconds = time.monotonic() - self._began
+                self._ended_at = time.monotonic()
         return self._ended is None
 
     def until(self, name: str, entries: int) -> bool:
@@ -157,6 +164,7 @@ class Process:
     def signal(self, number: int) -> None:
         """Send it a signal, if it still runs."""
         if self.running:
+            self._signalled = time.monotonic()
             os.kill(self.pid, number)
 
     def wait(self) -> Ended:
@@ -173,8 +181,13 @@ class Process:
             time.sleep(0.002)
         assert self._ended is not None
         code = os.waitstatus_to_exitcode(self._ended)
-        said = self._said.read_text(errors="replace") if self._said.is_file() else ""
-        return Ended(code, self.phase, said, self._seconds)
+        said = b""
+        with suppress(BlockingIOError):  # a child that is left behind may still speak
+            while more := os.read(self._said, _MOST_SAID):
+                said += more
+        os.close(self._said)
+        seconds, after = self._ended_at - self._began, self._ended_at - self._signalled
+        return Ended(code, self.phase, said.decode(errors="replace"), seconds, after)
 
 
 def begin(folder: Path, fault: _Fault = nullcontext, words: Sequence[str] = WORDS) -> Process:
@@ -252,29 +265,44 @@ def results(folder: Path) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
-        if path.suffix == ".jsonl":
-            told[name] = [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
-        elif path.name == "state.json":
-            told[name] = _timeless(json.loads(path.read_text()))
-        elif path.name == "config.json":
-            told[name] = json.loads(path.read_text())["settings"]
-        elif path.name == "manifest.json" or name == "report.html":  # has sizes, and times
-            told[name] = True
-        elif name == "README.md":  # a model card, with how long it took
-            told[name] = [x for x in path.read_text().splitlines() if not x.startswith(_TIMES)]
-        elif path.suffix == ".safetensors":
-            told[name] = _tensors(path)
-        elif not name.startswith("tensorboard/"):  # one file for each process
-            told[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if name.startswith("tensorboard/"):  # one file for each process
+            continue
+        with suppress(ValueError):  # a damaged one is what it is
+            told[name] = _content(path, name)
+            continue
+        told[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return told
 
 
+def _content(path: Path, name: str) -> Any:
+    """What two runs have alike in a file; True where nothing is compared."""
+    if path.suffix == ".jsonl":
+        return [_timeless(json.loads(line)) for line in path.read_text().splitlines()]
+    if path.name == "state.json":
+        return _timeless(json.loads(path.read_text()))
+    if path.name == "config.json":
+        return json.loads(path.read_text())["settings"]
+    if path.name == "manifest.json" or name == "report.html":  # have sizes, and times
+        return True
+    if name == "README.md":  # a model card, with how long it took
+        return [x for x in path.read_text().splitlines() if not x.startswith(_TIMES)]
+    if path.suffix == ".safetensors":
+        return _tensors(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _tensors(path: Path) -> Any:
-    """What is in it; the order of its metadata is chance."""
-    with safe_open(path, "pt") as file:
-        metadata, names = file.metadata(), sorted(file.keys())
-        values = [file.get_tensor(name) for name in names]
-    told = [(name, str(value.dtype), list(value.shape)) for name, value in zip(names, values, strict=True)]
+    """What is in it."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata(), sorted(file.keys())
+            values = [file.get_tensor(name) for name in names]
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged") from error
+    told = [
+        (name, str(value.dtype), list(value.shape))
+        for name, value in zip(names, values, strict=True)
+    ]
     content = b"".join(value.flatten().view(torch.uint8).numpy().tobytes() for value in values)
     return metadata, told, hashlib.sha256(content).hexdigest()
 
@@ -295,3 +323,9 @@ def newest_step(folder: Path) -> int:
     """Updates that the newest valid checkpoint has; -1 if there is none."""
     newest = checkpoint.latest(folder / "checkpoints")
     return -1 if newest is None else newest.step
+
+
+def logged(folder: Path) -> int:
+    """Updates that its log has whole."""
+    log = folder / "metrics.jsonl"
+    return log.read_text().count("\n") if log.is_file() else 0

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion_envs.models.counting import same_arithmetic
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TRAINED = "default"  # name of the adapter that trains
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers reads
@@ -145,10 +147,10 @@ def recompute_activations(network: Any, switch: AdapterSwitch) -> None:
     """
 
     def call(block: nn.Module, *inputs: Any) -> Any:
-        off = switch.is_off
+        off, arithmetic = switch.is_off, same_arithmetic()
 
         def as_now(*inputs: Any) -> Any:
-            with switch.switched(off):
+            with switch.switched(off), arithmetic():
                 return block(*inputs)
 
         return checkpoint(as_now, *inputs, use_reentrant=False)

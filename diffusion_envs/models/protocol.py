@@ -1,7 +1,7 @@
 """What the loop asks of a model family: scores, a frozen pretrained self, pictures, an export."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -156,4 +156,17 @@ class Denoiser(Model, Protocol):
         condition: Condition,
     ) -> Float[Tensor, " rows *event"]:
         """x0_hat of noisy states, float32: the action of samplers that start without signal."""
+        ...
+
+
+FROZEN = "pretrained copy"  # name of a network that is held only to be compared with
+
+
+@runtime_checkable
+class WithNetworks(Model, Protocol):
+    """A model that tells which networks it holds, so that their memory can be told."""
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """All that holds weights, by what it is; ``FROZEN`` for a copy of what trains."""
         ...

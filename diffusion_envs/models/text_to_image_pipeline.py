@@ -5,7 +5,9 @@ share them) needs the settings of its model beside it: a folder in diffusers' la
 weights, or what diffusers takes from the hub for models of that kind.
 """
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 )
 
 from diffusion_envs.models import folders
+from diffusion_envs.models.counting import META
 from diffusion_envs.models.latent_decoder import shrinking
 from diffusion_envs.models.stable_diffusion import StableDiffusionFamily
 from diffusion_envs.models.stable_diffusion_xl import StableDiffusionXLFamily
@@ -115,10 +118,12 @@ class PipelineFiles:
 
         Args:
             precision: of the weights.
-            device: where the networks go.
+            device: where the networks go; of the meta device no weights are read.
             network: dtype of the UNet's weights; ``precision`` if left out.
         """
         kind = next(loader for family, loader in _LOADERS if family is self.family)
+        if torch.device(device) == META:
+            return self._shapes(kind, precision, network or precision)
         decoder = self.family.decoder_precision(self.configs["vae"], precision)
         if self.weights is None:
             dtypes = {"unet": network or precision, "vae": decoder, "default": precision}
@@ -138,6 +143,31 @@ class PipelineFiles:
                 local_files_only=True,
                 **self.family.without,
             )
+        return self._frozen(pipe, precision, device)
+
+    def _shapes(self, kind: Any, precision: torch.dtype, network: torch.dtype) -> Any:
+        """The pipeline with networks that have shapes and no weights."""
+        parts = dict[str, Any]()
+        for name in self.family.parts(self.configs["index"]):
+            if name == "scheduler":
+                parts[name] = self.scheduler()
+                continue
+            library, made = self.configs["index"][name]
+            made = getattr(importlib.import_module(library), made)
+            if name.startswith("tokenizer"):
+                parts[name] = made.from_pretrained(self.folder / name, local_files_only=True)
+                continue
+            settings = dict(self.configs[name])
+            with META, _by_default(network if name == "unet" else precision):
+                if library == "diffusers":
+                    parts[name] = made.from_config(settings)
+                else:
+                    parts[name] = made(made.config_class.from_dict(settings))
+        return self._frozen(kind(**parts, **self.family.without), precision, META)
+
+    def _frozen(self, pipe: Any, precision: torch.dtype, device: torch.device | str) -> Any:
+        """In evaluation mode, on a device."""
+        decoder = self.family.decoder_precision(self.configs["vae"], precision)
         pipe.set_progress_bar_config(disable=True)
         for name in _networks(self.family, self.configs["index"]):
             part = getattr(pipe, name)
@@ -145,6 +175,17 @@ class PipelineFiles:
             if name != "unet":
                 part.to(decoder if name == "vae" else precision)
         return pipe
+
+
+@contextmanager
+def _by_default(dtype: torch.dtype) -> Iterator[None]:
+    """Within this context new networks have this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def find(

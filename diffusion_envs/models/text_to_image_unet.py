@@ -6,7 +6,7 @@ pretrained model is the same network with its adapter switched off, so no second
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +26,7 @@ from diffusion_envs.denoising import (
     tweedie_mean,
 )
 from diffusion_envs.models import adapters
+from diffusion_envs.models.counting import arithmetic
 from diffusion_envs.models.execution import Execution
 from diffusion_envs.models.guidance_schedule import (
     GuidanceSchedule,
@@ -34,11 +35,13 @@ from diffusion_envs.models.guidance_schedule import (
 )
 from diffusion_envs.models.latent_decoder import decode
 from diffusion_envs.models.noise_table import levels_and_prediction
-from diffusion_envs.models.protocol import joined
+from diffusion_envs.models.protocol import FROZEN, joined
 from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.text_to_image_family import require_lengths
 from diffusion_envs.models.trainable import Reference, Trainable, Weights
 from diffusion_envs.noise_schedules import DDPMTable
+from diffusion_envs.training import memory
+from diffusion_envs.training.sharded import Shards
 
 _TO_SCORE = {
     "epsilon": score_from_epsilon,
@@ -118,10 +121,18 @@ class GuidedScore:
         timesteps: Tensor,
         context: TextCondition,
     ) -> Tensor:
-        if torch.is_grad_enabled() or len(states) <= self.batch:
+        if torch.is_grad_enabled():
             return ask(states, timesteps, context)
-        chunks = [slice(k, k + self.batch) for k in range(0, len(states), self.batch)]
-        return torch.cat([ask(states[c], timesteps[c], context[c]) for c in chunks])
+        spent = self.calls
+
+        def attempt() -> Tensor:
+            self.calls = spent
+            if len(states) <= self.batch:
+                return ask(states, timesteps, context)
+            chunks = [slice(k, k + self.batch) for k in range(0, len(states), self.batch)]
+            return torch.cat([ask(states[c], timesteps[c], context[c]) for c in chunks])
+
+        return memory.retried(attempt, self, "the network without a gradient", rows=len(states))
 
     def prediction(
         self,
@@ -130,6 +141,9 @@ class GuidedScore:
         context: TextCondition,
     ) -> Float[Tensor, " rows *event"]:
         """The network's own prediction, guided; timesteps may be fractional."""
+        return self._in_chunks(self._prediction, states, timesteps, context)
+
+    def _prediction(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         schedule = None if self.adapter.is_off else self.schedule
         unguided = self.guidance == 1 and schedule is None
         if unguided or self.scale_width is not None:
@@ -174,7 +188,7 @@ class GuidedScore:
 
     def _predict(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         self.calls += len(states)
-        reduced, more = self.precision != torch.float32, {}
+        more = dict[str, Any]()
         if self.scale_width is not None:
             embedded = guidance_embedding(self.guidance, self.scale_width)
             more["timestep_cond"] = as_like(embedded, states).expand(len(states), -1)
@@ -183,7 +197,7 @@ class GuidedScore:
                 "text_embeds": context.pooled,
                 "time_ids": context.time_ids,
             }
-        with torch.autocast(states.device.type, self.precision, enabled=reduced):
+        with arithmetic(states.device, self.precision):
             network = self.adapter.asked(self.unet)
             predicted = network(states, timesteps, encoder_hidden_states=context.tokens, **more)
         return predicted.sample.float()
@@ -233,6 +247,7 @@ class TextToImageUNet:
         merge: writes the pipeline with what was trained in its weights into a folder.
         pipe: what was loaded; None where the network did not come from a pipeline.
         check: raises ValueError if one of the prompts cannot be encoded.
+        shards: what of the networks is sharded among processes.
     """
 
     score: GuidedScore
@@ -246,6 +261,7 @@ class TextToImageUNet:
     merge: Callable[[Path], Path] | None = None
     pipe: Any = None
     check: Callable[[Sequence[str]], None] | None = None
+    shards: Shards = field(default_factory=Shards)
 
     @classmethod
     def load(
@@ -263,6 +279,7 @@ class TextToImageUNet:
         lora: str | Path | None = None,
         trains: Weights = "lora",
         reference: Reference = "copy",
+        sharded: bool = False,
         guidance_knots: int = 0,
         precision: str = "float32",
         resolution: int | tuple[int, int] | None = None,
@@ -300,6 +317,8 @@ class TextToImageUNet:
             trains: "lora", or "all" for all weights of the UNet.
             reference: where the frozen pretrained UNet is if all weights train: "copy" or
                 "offloaded".
+            sharded: divide the UNet, where all its weights train, and its frozen copy among the
+                processes.
             guidance_knots: timesteps between which the guidance scale trains
                 (``guidance_schedule``); 0: it does not.
             precision: of the network: "float32", "bfloat16", or on CUDA "float16".
@@ -331,11 +350,12 @@ class TextToImageUNet:
             start=lora,
             weights=trains,
             reference=reference,
+            sharded=sharded,
         )
-        require_something_trains(not trainable.nothing, guidance_knots)
+        require_something_trains(not trainable.nothing, guidance_knots, sharded)
         trainable.require_start()
         execution = Execution(compile, channels_last, decode_slices, decode_tiles)
-        execution.require_fit(reference)
+        execution.require_fit(reference, sharded)
         device = torch.device(device)
         dtype = adapters.precision_of(precision, device)
         files = text_to_image_pipeline.find(model, config=config, variant=variant)
@@ -409,6 +429,7 @@ class TextToImageUNet:
             merge=lambda folder: attached.merge(folder, probe, pipe),
             pipe=pipe,
             check=require,
+            shards=attached.shards,
         )
 
     def with_guidance(self, guidance: float) -> "TextToImageUNet":
@@ -422,6 +443,19 @@ class TextToImageUNet:
         return replace(self, score=self.score.with_guidance(guidance))
 
     @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """All that holds weights, by what it is."""
+        unet, frozen = self.score.unet, self.score.adapter.pretrained
+        parts = {} if self.pipe is None else self.pipe.components
+        others = {
+            name: part
+            for name, part in parts.items()
+            if isinstance(part, nn.Module) and part is not unet
+        }
+        copied = {} if frozen is None else {FROZEN: frozen}
+        return {"unet": unet, **copied, **others}
+
+    @property
     def calls(self) -> int:
         """Evaluations of the network so far, one per row and guidance branch."""
         return self.score.calls
@@ -429,6 +463,15 @@ class TextToImageUNet:
     @calls.setter
     def calls(self, count: int) -> None:
         self.score.calls = count
+
+    @property
+    def batch(self) -> int:
+        """Most rows that one call of the network gets when no gradient is asked for."""
+        return self.score.batch
+
+    @batch.setter
+    def batch(self, rows: int) -> None:
+        self.score.batch = rows
 
     @property
     def precision(self) -> torch.dtype:

@@ -5,7 +5,7 @@ train, or a LoRA adapter; what is exported is a whole pipeline in diffusers' lay
 since diffusers does not load LoRA files into these networks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,12 @@ from ctrl.devices import as_like
 from ctrl.noise import stream
 from diffusion_envs.denoising import score_from_epsilon, score_from_v, score_from_x0
 from diffusion_envs.models import adapters, exports, folders
+from diffusion_envs.models.counting import META, arithmetic
 from diffusion_envs.models.noise_table import trained_levels
+from diffusion_envs.models.protocol import FROZEN
 from diffusion_envs.models.trainable import Trainable
 from diffusion_envs.noise_schedules import DDPMTable
+from diffusion_envs.training import memory
 
 EXPORTED = exports.PIPELINE  # the folder that an export makes
 SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
@@ -112,7 +115,7 @@ class UnconditionalUNet:
             if lora_rank is None
             else Trainable(rank=lora_rank, targets=lora_targets)
         )
-        pipe = _load_pipeline(model)
+        pipe = _load_pipeline(model, device)
         network = pipe.unet.requires_grad_(False).eval().to(device)
         attached = trainable.attach(network, seed=seed)
         side = network.config.sample_size
@@ -133,6 +136,12 @@ class UnconditionalUNet:
             made.recompute_activations()
         return made
 
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """All that holds weights, by what it is."""
+        frozen = self.adapter.pretrained
+        return {"unet": self.network} | ({} if frozen is None else {FROZEN: frozen})
+
     def condition(self, prompts: Sequence[str]) -> Float[Tensor, "prompts 1"]:
         """Nothing: prompts only name rows, for rewards that read them."""
         return torch.zeros(len(prompts), 1, device=self.device)
@@ -148,15 +157,31 @@ class UnconditionalUNet:
         condition: Any,
     ) -> Float[Tensor, " rows *event"]:
         """Scores of noisy pictures, float32; timesteps may be fractional."""
-        if torch.is_grad_enabled() or len(states) <= self.batch:
-            return self._score(states, timesteps)
-        parts = zip(states.split(self.batch), timesteps.split(self.batch), strict=True)
-        return torch.cat([self._score(*part) for part in parts])
+        return self._in_chunks(self._score, states, timesteps)
 
     def prediction(
         self, states: Float[Tensor, " rows *event"], timesteps: Tensor, condition: Any
     ) -> Float[Tensor, " rows *event"]:
         """The network's own prediction; timesteps may be fractional."""
+        return self._in_chunks(self._prediction, states, timesteps)
+
+    def _in_chunks(
+        self, ask: Callable[[Tensor, Tensor], Tensor], states: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        if torch.is_grad_enabled():
+            return ask(states, timesteps)
+        spent = self.calls
+
+        def attempt() -> Tensor:
+            self.calls = spent
+            if len(states) <= self.batch:
+                return ask(states, timesteps)
+            parts = zip(states.split(self.batch), timesteps.split(self.batch), strict=True)
+            return torch.cat([ask(*part) for part in parts])
+
+        return memory.retried(attempt, self, "the network without a gradient", rows=len(states))
+
+    def _prediction(self, states: Tensor, timesteps: Tensor) -> Tensor:
         self.calls += len(states)
         return self._predict(self.adapter.asked(self.network), states, timesteps)
 
@@ -215,13 +240,12 @@ class UnconditionalUNet:
         return self.table.alphas_cumprod.log().to(timesteps.device)[timesteps]
 
     def _predict(self, network: Any, states: Tensor, timesteps: Tensor) -> Tensor:
-        reduced = self.precision != torch.float32
-        with torch.autocast(states.device.type, self.precision, enabled=reduced):
+        with arithmetic(states.device, self.precision):
             return network(states, timesteps).sample.float()
 
 
-def _load_pipeline(model: str | Path) -> Any:
-    """The pipeline of a folder or hub id, in float32.
+def _load_pipeline(model: str | Path, device: torch.device) -> Any:
+    """The pipeline of a folder or hub id, in float32; without weights for the meta device.
 
     Raises:
         ValueError: the network needs more than a noisy picture and a timestep, or predicts more
@@ -237,13 +261,16 @@ def _load_pipeline(model: str | Path) -> Any:
         folders.require_parts(folder, ("unet", "scheduler"))
     weights = "unet" if inside else "."
     folders.read_settings(folder / weights / "config.json")
-    pipe: Any = DDPMPipeline.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        variant=folders.variant_of(folder, (weights,)),
-        use_safetensors=True,
-        local_files_only=True,
-    )
+    if device == META:
+        pipe = _without_weights(folder, inside)
+    else:
+        pipe = DDPMPipeline.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            variant=folders.variant_of(folder, (weights,)),
+            use_safetensors=True,
+            local_files_only=True,
+        )
     supported = (
         "supported are UNet2DModels that predict one picture from a noisy one and a timestep"
     )
@@ -264,3 +291,17 @@ def _load_pipeline(model: str | Path) -> Any:
             f"{supported}"
         )
     return pipe
+
+
+def _without_weights(folder: Path, inside: Sequence[str]) -> Any:
+    """The pipeline with a network that has shapes only."""
+    import diffusers
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+
+    network, levels = (folder / "unet", folder / "scheduler") if inside else (folder, folder)
+    settings = folders.read_settings(levels / "scheduler_config.json")
+    scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
+    with META:
+        unet: Any = UNet2DModel.from_config(folders.read_settings(network / "config.json"))
+    return DDPMPipeline(unet=unet, scheduler=scheduler)

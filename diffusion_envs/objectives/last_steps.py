@@ -70,10 +70,20 @@ class LastLosses:
         paths = (groups[:, None] * size + torch.arange(size)).flatten()
         first, last = self.objective.cut(steps, generator)  # in however many pieces
         place = self.rollout.place
-        for piece in (paths[place.has(paths)] - place.paths.start).split(self.batch):
+        mine = paths[place.has(paths)] - place.paths.start
+        if not len(mine):
+            return
+        seen = list[Tensor]()
+        for piece in mine.split(self.batch):
             rewards, nats = self._finish(piece, first, last)
-            self._seen.append(rewards.detach())
+            seen.append(rewards.detach())
             yield self.objective.loss(rewards, nats).sum() / len(paths)
+        self._seen += seen
+
+    def rows_of(self, groups: Int64[Tensor, " groups"]) -> tuple[int, int]:
+        """The paths of these groups; each can be differentiated alone."""
+        size = self.rollout.group
+        return int(self.rollout.place.has(groups * size).sum()) * size, 1
 
     def _finish(self, paths: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Reward and path KL of steps ``first`` to ``last``, differentiable; no KL, no nats."""

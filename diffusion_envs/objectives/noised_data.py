@@ -191,10 +191,11 @@ class NoisedLosses:
         return environment.model(states, sent(timestep, environment.device), condition)
 
     def _scores(self, which: Int64[Tensor, "rows 2"]) -> Float[Tensor, "paths draws *event"]:
-        scores = [
-            self._score(self._states(piece), self.timestep[tuple(piece.T)], piece[:, 0])
-            for piece in which.split(self.batch)
-        ]
+        def score(c: slice) -> Tensor:
+            piece = which[c]
+            return self._score(self._states(piece), self.timestep[tuple(piece.T)], piece[:, 0])
+
+        scores = self.environment.in_pieces(score, self, "scores of noised data", rows=len(which))
         return torch.cat(scores).view_as(self.noise)
 
     def _bridge(
@@ -223,12 +224,14 @@ class NoisedLosses:
         mean, std = noising_bridge(data, noised, alpha, sigma, ratio)
         normals = torch.randn(*shape, *data.shape[1:], generator=generator)
         states = mean + std * as_like(self.place.own(normals).flatten(0, 1), data)
-        gaps = []
-        pieces = (each.split(self.batch) for each in (states, between, path))
-        for seen in zip(*pieces, strict=True):
+
+        def gap(c: slice) -> Tensor:
+            seen = states[c], between[c], path[c]
             own = self._score(*seen)
             with self.environment.pretrained():
-                gaps.append((own - self._score(*seen)).square().flatten(1).sum(1))
+                return (own - self._score(*seen)).square().flatten(1).sum(1)
+
+        gaps = self.environment.in_pieces(gap, self, "scores of noised data", rows=len(path))
         cost = 0.5 * as_like(depth, noised) * torch.cat(gaps)
         score = -(noised - ratio * states) / variance
         return cost.view_as(self.timestep), score.view_as(self.noise)
@@ -240,12 +243,21 @@ class NoisedLosses:
         group, draw, member = each.view(-1, 3).unbind(1)
         which = torch.stack([group * size + member, draw], dim=1)
         mine = which[self.place.has(which[:, 0])] - torch.tensor([self.place.paths.start, 0])
+        if not len(mine):
+            return
+        gaps = list[Tensor]()
         for piece in mine.split(max(1, self.batch // size) * size):
             rows = self.rows(piece)
             yield self.objective.loss(rows).sum() / len(which)
             if rows.reference_score is not None:
                 gap = (rows.mean.detach() - rows.reference_score).square().flatten(1).mean(1)
-                self._gaps.append(rows.sigma.square() * gap)
+                gaps.append(rows.sigma.square() * gap)
+        self._gaps += gaps
+
+    def rows_of(self, groups: Int64[Tensor, " groups"]) -> tuple[int, int]:
+        """The noised states of these groups, and those of a group's members."""
+        size = self.rollout.group
+        return int(self.place.has(groups * size).sum()) * self.objective.draws * size, size
 
     def rows(self, which: Int64[Tensor, "rows 2"]) -> NoisedRows:
         """(path, draw) pairs as rows, with the current policy's score."""

@@ -77,6 +77,9 @@ class Losses(Protocol):
         Args:
             groups: by their place among those of all processes; there may be none of this one.
             generator: the same on all processes.
+
+        What is logged of them counts once all have been taken: if memory runs out before, they are
+        asked for again.
         """
         ...
 
@@ -90,6 +93,21 @@ class Losses(Protocol):
         Raises:
             PreflightError: it does not.
         """
+        ...
+
+
+@runtime_checkable
+class DivisibleLosses(Losses, Protocol):
+    """Losses whose pieces can be made smaller, where memory runs out.
+
+    Attributes:
+        batch: rows that go through the network at once; can be set.
+    """
+
+    batch: int
+
+    def rows_of(self, groups: Int64[Tensor, " groups"]) -> tuple[int, int]:
+        """How many rows of these groups are here, and how many of them cannot be taken apart."""
         ...
 
 

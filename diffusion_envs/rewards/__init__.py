@@ -23,6 +23,7 @@ from diffusion_envs.rewards.declaration import Declaration, Declaring
 from diffusion_envs.rewards.hps import HPS
 from diffusion_envs.rewards.image_reward import ImageReward
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from diffusion_envs.rewards.overlapped import Overlapped, require_calls
 from diffusion_envs.rewards.pick_score import PickScore
 from diffusion_envs.rewards.remote import Remote
 from diffusion_envs.rewards.text_in_picture import ReadableText, TextInPicture
@@ -47,6 +48,7 @@ __all__ = [
     "JpegCompressibility",
     "JpegIncompressibility",
     "Limited",
+    "Overlapped",
     "PickScore",
     "PromptAlignment",
     "ReadableText",
@@ -62,6 +64,7 @@ __all__ = [
     "embed",
     "limited",
     "load",
+    "require_calls",
     "require_inputs",
     "require_seconds",
     "reward_name",

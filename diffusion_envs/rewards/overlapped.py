@@ -9,7 +9,6 @@ what they answer does not depend on what else they are asked.
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from threading import Event
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -48,7 +47,7 @@ class Overlapped:
         self._threads, self._device = DaemonThreads(calls), device
         self._answers, self._most, self._failed = list[Future[Tensor]](), 2 * calls, Event()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Overlapped":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,7 +83,7 @@ class Overlapped:
 
 
 def _on_own_stream(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """On CUDA, whatever the call reads is waited for alone, and not all that was asked for since."""
+    """On CUDA, a call waits for what was asked of the device before it, and for nothing since."""
     if device.type != "cuda":
         return call
     asked = torch.cuda.Event()

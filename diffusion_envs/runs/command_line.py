@@ -28,7 +28,9 @@ from diffusion_envs.rewards import registry
 from diffusion_envs.rewards.registry import OWN
 from diffusion_envs.runs import presets
 from diffusion_envs.runs.early_stopping import StopRule
+from diffusion_envs.runs.estimate import RunCost, estimate
 from diffusion_envs.runs.finetune import finetune
+from diffusion_envs.runs.interruption import interruptible
 from diffusion_envs.runs.method_names import (
     CLASS_PROMPTS,
     JUDGES_OF,
@@ -123,6 +125,8 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
             none are named; or, for objectives that learn from data (nft, ram, distributional),
             ddim-ode, dpm++, unipc, heun, or any scheduler of diffusers by the name of its class.
         eta: stochasticity of ddim: 1, the SDE, if left out; 0 is the ODE (which has no density).
+        estimate: only say what the run would cost, peak memory and seconds of an update, without
+            loading weights; the exit code is 0 if it fits, 1 if not.
     """
 
     model: ModelOptions
@@ -137,6 +141,7 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
     optimiser: str = "adamw"
     sampler: samplers.Sampler = SAMPLERS["ddim"]
     eta: float | None = None
+    estimate: bool = False
     steps: Annotated[int, _explained("steps")] = _DEFAULTS["steps"]
     updates: Annotated[int, _explained("updates")] = _DEFAULTS["updates"]
     seed: Annotated[int, _explained("seed")] = _DEFAULTS["seed"]
@@ -167,6 +172,7 @@ class Finetune(Generic[ModelOptions, ObjectiveSettings, OptimiserSettings]):
             "reward_model",
             "prompt_column",
             "preset",
+            "estimate",
             "stop",
             "objective_settings",
             "optimiser_settings",
@@ -298,7 +304,7 @@ def read(family: Family, arguments: Sequence[str]) -> Finetune[Any, Any, Any]:
         return dataclasses.replace(options, output=folder)
     if "--steps" not in named and (usual := samplers.usual_steps(options.sampler)) is not None:
         options = dataclasses.replace(options, steps=usual)
-    if options.output is None:
+    if options.output is None and not options.estimate:
         raise ValueError("output must name the folder of the run, for example --output runs/demo")
     return options
 
@@ -471,9 +477,24 @@ def _show(run: Run, options: Finetune[Any, Any, Any]) -> None:
     console.print(f"report:   {run.report}")
 
 
-def _errors(estimate: Any) -> str:
-    error = estimate.standard_error
-    return f"{estimate.mean / error:+.1f}" if error > 0 else "-"
+def _show_cost(cost: RunCost) -> int:
+    """Say what a run would cost; the exit code: 0 if it fits."""
+    table = Table("", "", title=f"Estimate for this device: {cost.device}", show_header=False)
+    for row in cost.rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    for note in cost.notes:
+        console.print(note)
+    if cost.fits:
+        return 0
+    _say(f"it does not fit: {cost.refusal}")
+    return 1
+
+
+def _errors(estimated: Any) -> str:
+    error = estimated.standard_error
+    return f"{estimated.mean / error:+.1f}" if error > 0 else "-"
 
 
 def run_evaluate(family: Family, options: Evaluate) -> None:
@@ -534,6 +555,11 @@ def _quiet_libraries() -> None:
 
 def main(family: Family, arguments: Sequence[str]) -> int:
     """Run one command; the verdict is the exit code."""
+    with interruptible():  # from its first word to its last, not only while it trains
+        return _carried_out(family, arguments)
+
+
+def _carried_out(family: Family, arguments: Sequence[str]) -> int:
     folder: Path | None = None
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's module beside them
@@ -552,6 +578,8 @@ def main(family: Family, arguments: Sequence[str]) -> int:
             folder = options.output
             named = options.arguments()
             _quiet_libraries()
+            if options.estimate:
+                return _show_cost(estimate(**{k: v for k, v in named.items() if k != "output"}))
             _show(finetune(**named, resume=options.resume is not None), options)
     except SystemExit as ended:  # help, or an option of the wrong type: it is printed
         return int(ended.code or 0)
@@ -560,6 +588,8 @@ def main(family: Family, arguments: Sequence[str]) -> int:
             begun = (folder.expanduser() / "config.json").is_file()
             again = f"go on with: {family.program} --resume {folder}"
             _say("\nstopped; " + (again if begun else "it had not begun: start it again"))
+        else:
+            _say("\nstopped: give the command again")
         return 130
     except MissingChoicesError as missing:
         _say(f"waiting: {missing}\ngo on with: {family.program} --resume {folder}")

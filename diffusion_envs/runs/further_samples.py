@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffusion_envs.digests import read_tensors, write_tensors
 from diffusion_envs.environment import Environment
 from diffusion_envs.runs.evaluation import (
     Evaluation,
@@ -91,7 +90,7 @@ def _read(environment: Environment, path: Path, batch: int) -> dict[str, Tensor]
     if not path.is_file():
         return None
     try:
-        kept = load_file(path)
+        kept = read_tensors(path)
         first = len(kept["images"])
         if first != min(_PICTURES, len(kept["rewards"])):
             raise ValueError("it has not the pictures of its first samples")
@@ -104,7 +103,7 @@ def _read(environment: Environment, path: Path, batch: int) -> dict[str, Tensor]
             prompts=[environment.prompts[i % len(environment.prompts)] for i in range(first)],
         )
         require_same_rewards(seen, environment, {}, batch, path)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError) as error:
         _log.warning("%s cannot be used and is made anew: %s", path, error)
         return None
     return kept
@@ -112,19 +111,16 @@ def _read(environment: Environment, path: Path, batch: int) -> dict[str, Tensor]
 
 def _writer(path: Path) -> Callable[[dict[str, Tensor]], None]:
     """Writes the file whole or not at all; after a failure, which is told, no more."""
-    partial, failed = path.with_suffix(".partial"), False
+    failed = False
 
     def write(tensors: dict[str, Tensor]) -> None:
         nonlocal failed
         if failed:
             return
         try:
-            path.parent.mkdir(exist_ok=True)
-            save_file(tensors, partial)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
+            write_tensors(path, tensors)
+        except OSError as error:
             failed = True
-            partial.unlink(missing_ok=True)
             _log.warning("%s cannot be written and is done without: %s", path, error)
 
     return write

@@ -15,6 +15,7 @@ from diffusion_envs.models.folders import SHIPPED
 from diffusion_envs.models.guidance_schedule import GUIDANCE_FILE
 from diffusion_envs.runs.prompts import split
 from diffusion_envs.training.phase import phase
+from diffusion_envs.whole_files import whole
 
 CARD = "README.md"  # the name that the hub shows
 
@@ -38,7 +39,9 @@ def write_card(folder: Path) -> Path:
         The file.
     """
     path = folder / CARD
-    path.write_text(card(folder), encoding="utf-8")
+    text = card(folder)
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 

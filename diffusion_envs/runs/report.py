@@ -25,6 +25,7 @@ from diffusion_envs.runs.report_words import (
     table,
 )
 from diffusion_envs.runs.tracking import OVER_OPTIMISATION, TRAINING_BY_PROMPT, read_metrics
+from diffusion_envs.whole_files import whole
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60676f; --page: #f7f8f9; --card: #fff;
@@ -133,9 +134,10 @@ def write_report(folder: str | Path) -> Path:
         f"<title>{name}: fine-tuning report</title><style>{_STYLE}{charts.STYLE}</style></head>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
-    partial = folder / "report.html.partial"
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    return partial.replace(folder / "report.html")
+    path = folder / "report.html"
+    with whole(path) as partial:
+        partial.write_text(page, encoding="utf-8", errors="replace")
+    return path
 
 
 def _json(path: Path) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusion_envs.preferences import MissingChoicesError
 from diffusion_envs.rewards import RewardError
+from diffusion_envs.training.sharded import is_shard
 
 
 class RewardErrorOfAll(RewardError):
@@ -61,8 +62,17 @@ def _checked(device: str) -> str:
 
 
 def add_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace every gradient by its sum over the processes; one may have none, for lack of rows."""
+    """Replace every gradient by its sum over the processes; one may have none, for lack of rows.
+
+    Those of shards are means over the processes already.
+    """
     if accelerator.num_processes == 1:
+        return
+    for shard in filter(is_shard, parameters):
+        if shard.grad is not None:
+            shard.grad.mul_(accelerator.num_processes)
+    parameters = [p for p in parameters if not is_shard(p)]
+    if not parameters:
         return
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     parts.append(parts[0].new_tensor([p.grad is not None for p in parameters]))

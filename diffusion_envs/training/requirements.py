@@ -9,6 +9,8 @@ from diffusion_envs.preferences import Preference
 from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
 from diffusion_envs.training import kl_controller
 from diffusion_envs.training.energy import TrainingData
+from diffusion_envs.training.optimisers import AdamW, Optimiser
+from diffusion_envs.training.sharded import Shards
 from diffusion_envs.training.update_size import UpdateSize
 
 
@@ -117,6 +119,19 @@ def require_fit(
         raise ValueError(
             f"{name} corrects for no change of policy within a roll-out: "
             f"use epochs=1 and minibatches=1, got {taken} optimiser steps"
+        )
+
+
+def require_shardable(shards: Shards, optimiser: Optimiser) -> None:
+    """Refuse optimisers that need to see whole tensors, where weights are sharded.
+
+    Raises:
+        ValueError: it is none that treats every number alike.
+    """
+    if shards.networks and not isinstance(optimiser, AdamW):
+        raise ValueError(
+            f"{type(optimiser).__name__} is not for sharded weights: it looks at whole tensors, or "
+            "at gradients of its own; use AdamW, or leave out sharded"
         )
 
 
