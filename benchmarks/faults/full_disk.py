@@ -68,6 +68,19 @@ def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
 
 def tried(place: Path, file: str, whole: small_run.Uninterrupted, disk: Disk | None) -> str | None:
     """What is wrong after the disk was full for a file; None if nothing is."""
+    wrong = ended(place, file, disk)
+    again = small_run.run(place)
+    differs = small_run.first_difference(whole.results, small_run.results(place))
+    if again.code:
+        wrong = wrong or f"resumed: {again.last}"
+    elif differs is not None:
+        wrong = wrong or f"the end differs in {differs}"
+    shutil.rmtree(place)
+    return wrong
+
+
+def ended(place: Path, file: str, disk: Disk | None) -> str | None:
+    """What is wrong with how a run ends whose disk is full for a file; then there is space."""
     path, named = file.split(":")
 
     @contextmanager
@@ -91,19 +104,10 @@ def tried(place: Path, file: str, whole: small_run.Uninterrupted, disk: Disk | N
             _announced(module, full)
         yield
 
-    ended = small_run.run(place, filled)
+    process = small_run.run(place, filled)
     if disk is not None:
         disk.free()
-    wrong = _after(place, ended, named)
-    ended = small_run.run(place)
-    if ended.code:
-        wrong = wrong or f"resumed: {ended.last}"
-    elif (
-        differs := small_run.first_difference(whole.results, small_run.results(place))
-    ) is not None:
-        wrong = wrong or f"the end differs in {differs}"
-    shutil.rmtree(place)
-    return wrong
+    return _after(place, process, named)
 
 
 def _after(place: Path, ended: small_run.Ended, named: str) -> str | None:

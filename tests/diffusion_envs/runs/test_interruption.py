@@ -63,6 +63,21 @@ def test_a_second_signal_ends_the_process_at_once(number):
         assert process.wait(timeout=20) == -number
 
 
+def test_within_another_one_it_is_the_same_and_the_outer_one_ends_it():
+    outer_handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), interruptible() as outer:
+        with interruptible() as inner:
+            assert inner is outer
+        obeyed = signal.getsignal(signal.SIGTERM)
+        assert obeyed is not outer_handler  # still
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert outer.requested
+    assert signal.getsignal(signal.SIGTERM) is outer_handler
+    with interruptible() as other:
+        assert other is not outer
+        assert not other.requested
+
+
 def test_a_handler_of_the_callers_own_is_left_alone():
     seen = []
     former = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
