@@ -144,6 +144,7 @@ def gradients(objective: Objective, sampler: BoundDDIM, samples: int) -> Gradien
                 values=values,
                 usual_moves=None,
                 stream=lambda *name: stream(0, *name),
+                own_stream=lambda *name: stream(0, *name),
                 old_policy=None,
                 batch=1_000_000,
             )

@@ -9,9 +9,10 @@ Source      [NS] Nesterov & Spokoiny 2017, "Random gradient-free minimization of
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -25,7 +26,11 @@ from diffusion_envs.models.kept_conditions import KeptConditions
 from diffusion_envs.models.protocol import Condition, Denoiser, Model, PromptReader
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
+from diffusion_envs.training import memory
+from diffusion_envs.training.phase import phase
 
+T = TypeVar("T")
+_Row = TypeVar("_Row")
 Mean = Callable[[Tensor, Tensor], Tensor]  # (time, states) -> action
 Level = Callable[[Tensor], Tensor]  # time -> sigma
 
@@ -54,9 +59,14 @@ class Environment:
         prompts: what to ask for.
         seed: of the run.
         score_images: how a reward is asked: (reward, pictures, prompts) -> [n], checked.
-        batch: pictures that are decoded and scored at once; memory, not mathematics.
+        batch: pictures that are decoded and scored at once; memory, not mathematics, and fewer from
+            then on where it runs out (``training.memory``).
+        reward_timeout: seconds that one call of a reward may take; None for any.
+        overlap: calls of the reward that may go on while more is sampled, and while the pretrained
+            model is asked; 0: they are waited for. What is sampled and scored is the same.
         reward_queries: so far.
         monitoring_calls: of the network, so far, that no method needs: they are in no budget.
+        judged: pictures that a judge gets at once.
     """
 
     model: Model
@@ -66,10 +76,15 @@ class Environment:
     seed: int
     score_images: rewards.Scorer = rewards.score
     batch: int = 64
+    reward_timeout: float | None = None
+    overlap: int = 0
     reward_queries: int = field(default=0)
     monitoring_calls: int = field(default=0)
+    judged: memory.AtOnce = field(default_factory=memory.AtOnce)
 
     def __post_init__(self) -> None:
+        rewards.require_seconds(self.reward_timeout)
+        rewards.require_calls(self.overlap, self.reward)
         shown = self.sampler if isinstance(self.sampler, GaussianSteps) else None
         self._denoises = shown is not None and shown.action == "denoised"
         if self._denoises and not isinstance(self.model, Denoiser):
@@ -179,10 +194,67 @@ class Environment:
         start = self._starts(stream, samples, group if shared_start else 1)
         if isinstance(self.sampler, BoundBlackBox):
             return self._black_box(self.sampler, start, samples, condition, stream, group)
-        sampler, steps = self.sampler, len(self.sampler.timesteps)
-        conditions = self.condition_of(condition)
+        steps, prompts = len(self.sampler.timesteps), self.prompts_of(condition)
         normals = self._normals((steps, *self.event), stream, "transition", samples)
         drawn = self._normals((steps, *self.event), stream, "action", samples)
+        made, images, pretrained, guesses = list[_Paths](), list[Tensor](), None, None
+        with rewards.Overlapped(self.overlap, self.device) as asked:
+            for c in self._pieces(len(samples)):
+                piece = self._simulated(policy, start[c], normals[c], drawn[c], condition[c])
+                made.append(piece)
+                if self.overlap:
+                    images.append(self._pictures(piece.states[:, -1]))
+                    self._hand_over(asked, images[-1], prompts[c], samples[c])
+            paths = _joined(made)
+            before = paths.states[:, :-1]
+            if reference:
+                pretrained = self._pretrained_scores(before, condition, counted=count_reference)
+            if denoised:
+                guesses = self.sampler.denoised(before, paths.means).flatten(0, 1)
+            if self.overlap:
+                columns, earlier = self._answers(asked, guesses, prompts, samples)
+            else:
+                images.append(self._pictures(paths.states[:, -1]))
+                columns = self._scored(images[-1], prompts, samples)
+                earlier = None
+                if guesses is not None:
+                    earlier = self._rewards(guesses, _each(prompts, steps), _each(samples, steps))
+        achieved, parts = columns[:, 0], columns[:, 1:] if columns.shape[1] > 1 else None
+        denoised_rewards = None
+        if earlier is not None:
+            denoised_rewards = torch.cat([earlier.view(-1, steps), achieved[:, None]], dim=1)
+        rollout = Rollout(
+            states=paths.states,
+            means=paths.means,
+            actions=paths.actions,
+            noises=normals,
+            reference_scores=pretrained,
+            costs=self._costs(paths.means, pretrained),
+            values=None,
+            rewards=achieved,
+            step_sizes=as_like(self.sampler.step_sizes, paths.means),
+            condition=condition,
+            group=group,
+            reward_parts=parts,
+            part_weights=self.part_weights,
+        )
+        return Sample(rollout, torch.cat(images), denoised_rewards, prompts)
+
+    def _pieces(self, samples: int) -> list[slice]:
+        """What is sampled together: all, or so many that some can be scored meanwhile."""
+        size = self.batch if self.overlap else samples
+        return [slice(k, min(k + size, samples)) for k in range(0, samples, size)]
+
+    def _simulated(
+        self,
+        policy: Callable[[Mean, Level], ctrl.Policy],
+        start: Tensor,
+        normals: Tensor,
+        drawn: Tensor,
+        condition: Int64[Tensor, " paths"],
+    ) -> "_Paths":
+        """Paths by their noise."""
+        sampler, conditions = self.steps, self.condition_of(condition)
         timesteps, levels = sent(sampler.timesteps, self.device), as_like(sampler.sigma, normals)
         means: list[Tensor] = []
 
@@ -202,34 +274,34 @@ class Environment:
             keep=("states", "actions"),
         )
         assert paths.actions is not None  # they are kept
-        before, scores = paths.states[:, :-1], torch.stack(means, dim=1)
-        pretrained = None
-        if reference:
-            pretrained = self._pretrained_scores(before, condition, counted=count_reference)
-        prompts = self.prompts_of(condition)
-        images, achieved, parts = self._pictures_and_rewards(paths.states[:, -1], prompts)
-        denoised_rewards = None
-        if denoised:
-            guesses = sampler.denoised(before, scores).flatten(0, 1)
-            repeated = [prompt for prompt in prompts for _ in range(steps)]
-            earlier = self._rewards(guesses, repeated).view(-1, steps)
-            denoised_rewards = torch.cat([earlier, achieved[:, None]], dim=1)
-        rollout = Rollout(
-            states=paths.states,
-            means=scores,
-            actions=paths.actions,
-            noises=normals,
-            reference_scores=pretrained,
-            costs=self._costs(scores, pretrained),
-            values=None,
-            rewards=achieved,
-            step_sizes=as_like(sampler.step_sizes, scores),
-            condition=condition,
-            group=group,
-            reward_parts=parts,
-            part_weights=self.part_weights,
-        )
-        return Sample(rollout, images, denoised_rewards, prompts)
+        return _Paths(paths.states, paths.actions, torch.stack(means, dim=1))
+
+    @property
+    def spent(self) -> tuple[int, int, int]:
+        """Reward queries, network calls and those for monitoring so far; can be set."""
+        return self.reward_queries, self.model.calls, self.monitoring_calls
+
+    @spent.setter
+    def spent(self, costs: tuple[int, int, int]) -> None:
+        self.reward_queries, self.model.calls, self.monitoring_calls = costs
+
+    def in_pieces(
+        self, ask: Callable[[slice], T], pieces: memory.Batched, what: str, *, rows: int
+    ) -> list[T]:
+        """What ``ask`` says of each piece of so many rows; of one that memory ran out in, again.
+
+        What an attempt that failed has cost is not counted.
+        """
+
+        def counted(piece: slice) -> T:
+            spent = self.spent
+            try:
+                return ask(piece)
+            except Exception:
+                self.spent = spent
+                raise
+
+        return memory.in_pieces(counted, pieces, what, rows=rows)
 
     def uncount(self, calls: int) -> None:
         """Take the network calls since there were so many for monitoring: they are in no budget."""
@@ -265,15 +337,25 @@ class Environment:
         group: int,
     ) -> Sample:
         """The end of every path; the intermediate states are not exposed."""
-        conditions = self.condition_of(condition)
         generators = [ctrl.noise.stream(self.seed, stream, "scheduler", i) for i in samples]
-        data = sampler.sample(
-            lambda x, t: self.model.prediction(x, sent(t, self.device).expand(len(x)), conditions),
-            start,
-            generators,
-        )
-        prompts = self.prompts_of(condition)
-        images, achieved, parts = self._pictures_and_rewards(data, prompts)
+        prompts, made, images = self.prompts_of(condition), list[Tensor](), list[Tensor]()
+        with rewards.Overlapped(self.overlap, self.device) as asked:
+            for c in self._pieces(len(samples)):
+                conditions = self.condition_of(condition[c])
+
+                def predicted(x: Tensor, t: Tensor, conditions: Condition = conditions) -> Tensor:
+                    return self.model.prediction(x, sent(t, self.device).expand(len(x)), conditions)
+
+                made.append(sampler.sample(predicted, start[c], generators[c]))
+                images.append(self._pictures(made[-1]))
+                if self.overlap:
+                    self._hand_over(asked, images[-1], prompts[c], samples[c])
+            if self.overlap:
+                columns, _ = self._answers(asked, None, prompts, samples)
+            else:
+                columns = self._scored(images[-1], prompts, samples)
+        data = torch.cat(made)
+        achieved, parts = columns[:, 0], columns[:, 1:] if columns.shape[1] > 1 else None
         none = data.new_empty(len(data), 0, *data.shape[1:])
         rollout = Rollout(
             states=data[:, None],
@@ -290,7 +372,7 @@ class Environment:
             reward_parts=parts,
             part_weights=self.part_weights,
         )
-        return Sample(rollout, images, None, prompts)
+        return Sample(rollout, torch.cat(images), None, prompts)
 
     # -- what an objective may ask of the model ---------------------------------------------------
 
@@ -320,7 +402,8 @@ class Environment:
         self.reward_queries += len(states)
         images = self.model.decode(states)
         assert images.requires_grad or not (states.requires_grad and torch.is_grad_enabled())
-        return rewards.differentiable_score(self.reward, images, prompts)
+        ask = rewards.limited(self.reward_timeout, rewards.differentiable_score)
+        return ask(self.reward, images, prompts)
 
     def reward_gradient(self, states: Tensor, condition: Int64[Tensor, " paths"]) -> Tensor:
         """Gradient of the reward with respect to the states, which are decoded."""
@@ -353,9 +436,13 @@ class Environment:
         """
         prompts = self.prompts_of(condition)
         slope = torch.zeros_like(states)
-        for _ in range(pairs):
-            noise = as_like(torch.randn(states.shape, generator=generator), states)
-            above, below = (self._rewards(states + s * width * noise, prompts) for s in (1, -1))
+        # path by path, so that a path's does not depend on how many are asked for at once
+        drawn = [torch.randn(pairs, *self.event, generator=generator) for _ in prompts]
+        for noise in as_like(torch.stack(drawn), states).unbind(1):
+            above, below = (
+                self._rewards(states + s * width * noise, prompts, range(len(states)))
+                for s in (1, -1)
+            )
             difference = as_like(above - below, states).view(-1, *[1] * len(self.event))
             slope += difference / (2 * width * pairs) * noise
         return slope
@@ -366,24 +453,118 @@ class Environment:
             return scores.new_full(scores.shape[:2], math.nan)
         return self.steps.path_kl(scores, pretrained)
 
-    def _pictures_and_rewards(
-        self, states: Tensor, prompts: list[str]
-    ) -> tuple[Float[Tensor, " n *picture"], Float[Tensor, " n"], Float[Tensor, "n parts"] | None]:
-        images = torch.cat([self.model.decode(part) for part in states.split(self.batch)])
-        pieces = zip(images.split(self.batch), _split(prompts, self.batch), strict=True)
-        columns = torch.cat([self._score(*piece) for piece in pieces])
-        return images, columns[:, 0], columns[:, 1:] if columns.shape[1] > 1 else None
+    def ask(
+        self,
+        reward: rewards.Reward,
+        images: Float[Tensor, " n *picture"],
+        prompts: Sequence[str],
+        pictures: Sequence[int],
+    ) -> Float[Tensor, " n"]:
+        """Scores of a reward or a judge, checked and in time; they are not counted.
 
-    def _rewards(self, states: Tensor, prompts: list[str]) -> Float[Tensor, " n"]:
+        Args:
+            reward: to ask.
+            images: to score.
+            prompts: one for each.
+            pictures: index of each, for messages.
+
+        Raises:
+            RewardError: it raised, returned something unusable, or is late.
+        """
+        return rewards.limited(self.reward_timeout, self.score_images, pictures)(
+            reward, images, prompts
+        )
+
+    def _pictures(self, states: Tensor) -> Float[Tensor, " n *picture"]:
+        decoded = self.in_pieces(
+            lambda c: self.model.decode(states[c]), self, "the decoder", rows=len(states)
+        )
+        return torch.cat(decoded)
+
+    def _rewards(
+        self, states: Tensor, prompts: Sequence[str], samples: Sequence[int]
+    ) -> Float[Tensor, " n"]:
         """Rewards of many states, of which few pictures are held at once."""
-        parts = zip(states.split(self.batch), _split(prompts, self.batch), strict=True)
-        return torch.cat([self._score(self.model.decode(x), words)[:, 0] for x, words in parts])
+        parts = self.in_pieces(
+            lambda c: self._score(self.model.decode(states[c]), prompts[c], samples[c])[:, 0],
+            self,
+            f"the decoder or {self._reward_name}",
+            rows=len(states),
+        )
+        return torch.cat(parts)
 
-    def _score(self, images: Tensor, prompts: list[str]) -> Float[Tensor, "n columns"]:
+    @property
+    def _reward_name(self) -> str:
+        return f"the reward {rewards.reward_name(self.reward)}"
+
+    def _scored(
+        self, images: Tensor, prompts: Sequence[str], samples: Sequence[int]
+    ) -> Float[Tensor, "n columns"]:
+        """The reward of each picture, then its parts; asked in pieces."""
+        parts = self.in_pieces(
+            lambda c: self._score(images[c], prompts[c], samples[c]),
+            self,
+            self._reward_name,
+            rows=len(images),
+        )
+        return torch.cat(parts)
+
+    def _hand_over(
+        self,
+        asked: rewards.Overlapped,
+        images: Tensor,
+        prompts: Sequence[str],
+        samples: Sequence[int],
+        *,
+        bounded: bool = False,
+    ) -> None:
+        """The same pieces as of ``_scored``, from threads; costs are counted here, not there."""
+        self.reward_queries += len(images)
+
+        def ask() -> Tensor:
+            columns = memory.in_pieces(
+                lambda c: self._columns(images[c], prompts[c], samples[c]),
+                self,
+                self._reward_name,
+                rows=len(images),
+            )
+            return torch.cat(columns)
+
+        asked.submit(ask, bounded=bounded)
+
+    def _answers(
+        self,
+        asked: rewards.Overlapped,
+        guesses: Tensor | None,
+        prompts: Sequence[str],
+        samples: Sequence[int],
+    ) -> tuple[Float[Tensor, "n columns"], Float[Tensor, " guesses"] | None]:
+        """Rewards of all samples with their parts, and those of the denoised states."""
+        if guesses is not None:
+            steps = len(guesses) // len(samples)
+            words, which = _each(prompts, steps), _each(samples, steps)
+            for c in self._pieces(len(guesses)):
+                pictures = self._pictures(guesses[c])
+                self._hand_over(asked, pictures, words[c], which[c], bounded=True)
+        with phase("rewards"):
+            columns = sent(torch.cat(asked.answers()), self.device)
+        first, others = columns[: len(samples)], columns[len(samples) :, 0]
+        return first, others if guesses is not None else None
+
+    def _score(
+        self, images: Tensor, prompts: Sequence[str], samples: Sequence[int]
+    ) -> Float[Tensor, "n columns"]:
         """The reward of each picture, then its parts."""
         self.reward_queries += len(images)
-        total, parts = rewards.score_in_parts(self.reward, images, prompts, self.score_images)
-        return sent(torch.stack([total, *parts.values()], dim=1), self.device)
+        return sent(self._columns(images, prompts, samples), self.device)
+
+    @phase("rewards")
+    def _columns(
+        self, images: Tensor, prompts: Sequence[str], samples: Sequence[int]
+    ) -> Float[Tensor, "n columns"]:
+        ask = rewards.limited(self.reward_timeout, self.score_images, samples)
+        total, parts = rewards.score_in_parts(self.reward, images, prompts, ask)
+        return torch.stack([total, *parts.values()], dim=1)
 
     def _starts(self, stream: str, samples: range, shared: int) -> Float[Tensor, " paths *event"]:
         """Starting noise of every path: its own, or that of every ``shared`` paths in a row."""
@@ -398,5 +579,26 @@ class Environment:
         )
 
 
-def _split(prompts: list[str], size: int) -> list[list[str]]:
-    return [prompts[k : k + size] for k in range(0, len(prompts), size)]
+class _Paths(NamedTuple):
+    """What is kept of paths that are sampled together."""
+
+    states: Float[Tensor, "paths nodes *event"]
+    actions: Float[Tensor, "paths steps *event"]
+    means: Float[Tensor, "paths steps *event"]
+
+
+def _joined(pieces: Sequence[_Paths]) -> _Paths:
+    """All paths; in memory as if they had been sampled together, step after step."""
+    if len(pieces) == 1:
+        return pieces[0]
+    states, actions, means = zip(*pieces, strict=True)
+
+    def by_step(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat([part.transpose(0, 1) for part in parts], dim=1).transpose(0, 1)
+
+    return _Paths(by_step(states), by_step(actions), torch.cat(means))
+
+
+def _each(rows: Iterable[_Row], times: int) -> list[_Row]:
+    """Every row so many times."""
+    return [row for row in rows for _ in range(times)]

@@ -201,12 +201,12 @@ class Recorded:
         if not path.is_file():
             return {}
         orders: dict[frozenset[int], list[int]] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
             if not line.strip():
                 continue
             try:
                 order = json.loads(line)["order"]
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise ValueError(
                     f'{path}, line {number}: must be {{"order": [best, ..., worst]}}, got {line!r}'
                 ) from error

@@ -4,10 +4,49 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ctrl.devices import sent
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which groups of paths are this process's, of those of all processes.
+
+    Attributes:
+        groups: by their place among all.
+        of: how many there are.
+        size: paths of a group.
+    """
+
+    groups: range
+    of: int
+    size: int
+
+    @classmethod
+    def even(cls, groups: int, size: int, process: int, processes: int) -> "Share":
+        """That of one process; shares differ by one group at most."""
+        first, end = (groups * k // processes for k in (process, process + 1))
+        return cls(range(first, end), groups, size)
+
+    @property
+    def paths(self) -> range:
+        """Their paths, by their place among those of all processes."""
+        return range(self.groups.start * self.size, self.groups.stop * self.size)
+
+    @property
+    def weight(self) -> float:
+        """Their share of all paths."""
+        return len(self.groups) / self.of
+
+    def has(self, paths: Int64[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Which of some paths, by their place among those of all processes, are this process's."""
+        return (paths >= self.paths.start) & (paths < self.paths.stop)
+
+    def own(self, everyone: Float[Tensor, " all *shape"]) -> Float[Tensor, " paths *shape"]:
+        """This process's rows of what has one for every path of all processes."""
+        return everyone[self.paths.start : self.paths.stop]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +73,13 @@ class Rollout:
     preferences: Float[Tensor, " paths"] | None = None  # larger is preferred within a group
     reward_parts: Float[Tensor, "paths parts"] | None = None  # None: the reward has none
     part_weights: Mapping[str, float] = field(default_factory=dict)  # of them, by name, in order
+    share: Share | None = None  # of several processes' paths; None: these are all
+
+    @property
+    def place(self) -> Share:
+        """Where these paths stand among those of all processes."""
+        groups = len(self.rewards) // self.group
+        return self.share or Share(range(groups), groups, self.group)
 
     def chosen(self, rows: Int64[Tensor, " rows"]) -> "Rollout":
         """The same roll-out, some of its paths only."""
@@ -43,4 +89,4 @@ class Rollout:
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor) and f.name != "step_sizes"
         }
-        return dataclasses.replace(self, **fields)
+        return dataclasses.replace(self, **fields, share=None)

@@ -25,7 +25,8 @@ ctrl.hjb ctrl.pendulum ctrl.problems
 ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents.actor_critic
 ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents
 ctrl.gym ctrl.plots ctrl
-diffusion_envs diffusion_envs.prompt
+diffusion_envs diffusion_envs.prompt diffusion_envs.whole_files
+diffusion_envs.digests diffusion_envs.training.phase diffusion_envs.training.memory
 diffusion_envs.noise_schedules diffusion_envs.frontier diffusion_envs.denoising
 diffusion_envs.samplers.gaussian_steps diffusion_envs.samplers.flow_sde
 diffusion_envs.samplers.ddim diffusion_envs.samplers.few_steps
@@ -34,6 +35,8 @@ diffusion_envs.samplers
 diffusion_envs.cifar10.plain_pickle diffusion_envs.cifar10.formats diffusion_envs.cifar10.data
 diffusion_envs.cifar10.pictures
 diffusion_envs.rewards.contract diffusion_envs.rewards.rounding
+diffusion_envs.rewards.daemon_threads diffusion_envs.rewards.time_limit
+diffusion_envs.rewards.overlapped
 diffusion_envs.rewards.preprocessing diffusion_envs.rewards.declaration
 diffusion_envs.rewards.weights diffusion_envs.rewards.weighted
 diffusion_envs.rewards.transformed diffusion_envs.rewards.jpeg
@@ -52,7 +55,8 @@ diffusion_envs.models.counting diffusion_envs.models.speed
 diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.execution
 diffusion_envs.models.guidance_schedule diffusion_envs.models.noise_table
-diffusion_envs.models.exports diffusion_envs.models.existing_lora diffusion_envs.models.trainable
+diffusion_envs.models.exports diffusion_envs.models.existing_lora
+diffusion_envs.training.sharded diffusion_envs.models.trainable
 diffusion_envs.models.latent_decoder diffusion_envs.models.text_to_image_family
 diffusion_envs.models.stable_diffusion diffusion_envs.models.stable_diffusion_xl
 diffusion_envs.models.text_to_image_pipeline
@@ -74,6 +78,7 @@ diffusion_envs.objectives.reward_backpropagation diffusion_envs.objectives.dxmi
 diffusion_envs.objectives.dxmi_from_data
 diffusion_envs.objectives
 diffusion_envs.training.update_size diffusion_envs.training.loss_scale
+diffusion_envs.training.refusal
 diffusion_envs.training.parallel
 diffusion_envs.training.kl_controller diffusion_envs.training.value_network
 diffusion_envs.training.critic diffusion_envs.training.energy
@@ -105,10 +110,11 @@ diffusion_envs.runs.report_words diffusion_envs.runs.prompt_statistics
 diffusion_envs.runs.report_pictures diffusion_envs.runs.report_prompts
 diffusion_envs.runs.report_settings diffusion_envs.runs.report
 diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
-diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
+diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.refused
+diffusion_envs.runs.exported
 diffusion_envs.runs.model_card diffusion_envs.runs.publishing
 diffusion_envs.runs.summary diffusion_envs.runs.estimate
-diffusion_envs.runs.finetune diffusion_envs.runs.transfer
+diffusion_envs.runs.finetune diffusion_envs.runs.repeating diffusion_envs.runs.transfer
 diffusion_envs.runs.presets diffusion_envs.runs.method_names
 diffusion_envs.runs.option_words diffusion_envs.runs.command_line diffusion_envs.runs.fit
 diffusion_envs.runs

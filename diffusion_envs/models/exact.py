@@ -15,11 +15,11 @@ from typing import Generic, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion_envs.denoising import score_from_x0
+from diffusion_envs.digests import write_tensors
 from diffusion_envs.noise_schedules import DDPMTable, FlowTable
 
 
@@ -135,7 +135,7 @@ class _Corrected(ABC, Generic[Table]):
     def export(self, folder: Path) -> Path:
         """Write the correction's tensors."""
         path = folder / "correction.safetensors"
-        save_file({k: v.contiguous() for k, v in self.correction.state_dict().items()}, path)
+        write_tensors(path, self.correction.state_dict())
         return path
 
     @abstractmethod

@@ -32,12 +32,18 @@ class Execution:
     decode_slices: bool = False
     decode_tiles: bool = False
 
-    def require_fit(self, reference: str) -> None:
-        """Refuse what cannot be compiled.
+    def require_fit(self, reference: str, sharded: bool = False) -> None:
+        """Refuse what cannot be compiled, and layouts that cannot be sharded.
 
         Raises:
-            ValueError: ``reference`` is "offloaded".
+            ValueError: ``reference`` is "offloaded", or weights are sharded.
         """
+        wrong = [name for name in ("compile", "channels_last") if getattr(self, name)]
+        if sharded and wrong:
+            raise ValueError(
+                f"{' and '.join(wrong)} must be left out with sharded: shards are made whole from "
+                "call to call, of contiguous tensors, and each change would compile anew"
+            )
         if self.compile and reference == "offloaded":
             raise ValueError(
                 "compile must be left out with reference='offloaded': the frozen network's weights "

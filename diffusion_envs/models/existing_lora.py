@@ -73,7 +73,7 @@ class LoraFile:
         try:
             with safe_open(path, "pt") as file:
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  # no mapping
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"lora {path} is damaged or no safetensors file: {error}") from error
         _require_kind(path, list(shapes))
         downs = [shape for name, shape in shapes.items() if "lora_A" in name or "down." in name]
@@ -94,16 +94,21 @@ class LoraFile:
         from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
         from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
-        with safe_open(self.path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-            written = (file.metadata() or {}).get(_METADATA)
-        kept: dict[str, Any] | None = None
+        try:
+            with safe_open(self.path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+                written = (file.metadata() or {}).get(_METADATA)
+        except (SafetensorError, OSError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"lora {self.path} is damaged: {reason}") from error
+        kept: Mapping[str, Any] | None = None
         if written is not None:
-            kept = {k.removeprefix("unet."): v for k, v in json.loads(written).items()}
+            told = _settings(written, self.path)
+            kept = {k.removeprefix("unet."): v for k, v in told.items()}
         if all(name.startswith(_PEFT_PREFIX) for name in tensors):
             tensors = {name.replace(_PEFT_PREFIX, "unet.", 1): t for name, t in tensors.items()}
             if (beside := self.path.with_name(_PEFT_CONFIG)).is_file():
-                kept = json.loads(beside.read_text())
+                kept = _settings(beside.read_text(encoding="utf-8", errors="replace"), beside)
         try:
             converted: Any = StableDiffusionLoraLoaderMixin.lora_state_dict(
                 tensors, unet_config=network.config
@@ -126,6 +131,22 @@ class LoraFile:
             name: LoraLayer(half["A"], half["B"], _alpha(name, len(half["A"]), own, kept))
             for name, half in halves.items()
         }
+
+
+def _settings(text: str, path: Path) -> Mapping[str, Any]:
+    """Settings of an adapter, which say how much it counts.
+
+    Raises:
+        ValueError: they are no JSON object, or their alphas no numbers.
+    """
+    try:
+        told = json.loads(text)
+        alphas = [told.get("lora_alpha", 1), *(told.get("alpha_pattern") or {}).values()]
+        for alpha in alphas:
+            float(alpha)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"lora {path} has settings that are damaged: {error}") from error
+    return told
 
 
 def _file(place: Path) -> Path:

@@ -6,6 +6,7 @@ them, are a pipeline folder. An export is called done only after plain diffusers
 every number has come back, in a network with the same outputs.
 """
 
+import json
 import logging
 import re
 import shutil
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from diffusion_envs import digests
 from diffusion_envs.models.adapters import LORA_FILE, TRAINED, Probe
+from diffusion_envs.whole_files import naming, synchronise
 
 KOHYA_FILE = "lora_kohya.safetensors"  # diffusers takes no name but its own from a folder
 PIPELINE = "pipeline"  # the folder of a whole model
@@ -75,15 +79,28 @@ def _proved(
     from safetensors.torch import save
 
     unproved = path.with_name(f".unproved-{path.name}")
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # safetensors' own save_file makes files that only their owner can read
-    unproved.write_bytes(save(whole, metadata={"format": "pt", **metadata}))
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    told = {"format": "pt", digests.KEY: digests.of_tensors(plain), **metadata}
     try:
+        with naming(path):
+            # safetensors' own save_file makes files that only their owner can read
+            unproved.write_bytes(_in_order(save(plain, metadata=told)))
+            synchronise(unproved)
         prove(unproved)
         unproved.replace(path)
     finally:
         unproved.unlink(missing_ok=True)
     return path
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order: equal models make equal files."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def prove_lora(unet: Any, path: Path, probe: Probe, *, kohya: bool = False) -> None:
@@ -255,9 +272,15 @@ def export_pipeline(
     own = pipe.unet
     try:
         pipe.register_modules(unet=network)
-        pipe.save_pretrained(unproved)
+        with naming(folder):
+            try:
+                pipe.save_pretrained(unproved)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
         pipe.register_modules(unet=own)
-        loaded: Any = type(pipe).from_pretrained(unproved, local_files_only=True)
+        loaded: Any = type(pipe).from_pretrained(
+            unproved, local_files_only=True, use_safetensors=True
+        )
         theirs = loaded.unet.state_dict()
         lost = [
             name

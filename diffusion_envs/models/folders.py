@@ -17,8 +17,10 @@ SHIPPED = {TINY: "diffusion_envs.tiny", WORDS: "diffusion_envs.words"}  # names,
 _NAMES = ", ".join(map(repr, SHIPPED))
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[^.]+?))?"
-    r"(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+    r"(?:-\d+-of-\d+)?\.safetensors"
 )
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".npy", ".npz")
+_LIBRARIES = re.compile("diffusers|transformers|stable_diffusion.*")  # of a pipeline's parts
 
 
 def shipped_folder(name: str) -> Path:
@@ -73,6 +75,7 @@ def local_folder(
         if (source / "model_index.json").is_file():
             index = read_settings(source / "model_index.json")
             _check_class(source, index, supported)
+            _check_libraries(source, index)
         return source
     if source.exists():
         raise FileNotFoundError(
@@ -96,6 +99,7 @@ def _downloaded(
     except (OSError, ValueError, RuntimeError) as error:
         raise _not_to_be_had(model, error) from error
     _check_class(model, index, supported)
+    _check_libraries(model, index)
     asked = {} if variant is None else {"variant": variant}
     try:
         return Path(pipeline.download(model, use_safetensors=True, **asked, **without))
@@ -124,6 +128,21 @@ def _check_class(model: str | Path, index: Mapping[str, Any], supported: Collect
             f"model {model} is a {kind}, which is not supported{reason and ': '}{reason}; "
             f"supported are models of the class {' or '.join(sorted(supported))}"
         )
+
+
+def _check_libraries(model: str | Path, index: Mapping[str, Any]) -> None:
+    """Refuse an index by which diffusers would import other modules than its own.
+
+    Raises:
+        ValueError: naming the part and the module.
+    """
+    for part, named in index.items():
+        library = named[0] if isinstance(named, list) and named else None
+        if library is not None and not _LIBRARIES.fullmatch(str(library)):
+            raise ValueError(
+                f"model {model} has a part {part!r} of the module {library!r}, which would be "
+                "imported and run; supported are parts of diffusers and transformers"
+            )
 
 
 # words in the name of a class, and why it is refused; the first that fits
@@ -156,11 +175,11 @@ _REFUSED = (
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file.
+    """The settings in a JSON file: data, and nothing that names code.
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: it holds no JSON object.
+        ValueError: it holds no JSON object, or asks for code of the model's own.
     """
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -168,11 +187,31 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path} is not there: a folder in diffusers' layout has the settings of each part"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold a JSON object: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(settings).__name__}")
+    if (asked := _code_in(settings)) is not None:
+        raise ValueError(
+            f"{path} asks for code of the model's own by {asked}, and none is run; supported are "
+            "models of diffusers and transformers as they are: take the setting out"
+        )
     return settings
+
+
+def _code_in(settings: Any) -> str | None:
+    """A setting by which a library would fetch or import code, if there is one."""
+    if isinstance(settings, list):
+        return next((asked for value in settings if (asked := _code_in(value))), None)
+    if not isinstance(settings, dict):
+        return None
+    for name, value in settings.items():
+        kernel = name.endswith("attn_implementation") and "/" in json.dumps(value)  # of the hub
+        if (name == "auto_map" and value) or kernel:
+            return f"{name}: {json.dumps(value):.80}"
+        if (asked := _code_in(value)) is not None:
+            return asked
+    return None
 
 
 # -- single files ----------------------------------------------------------------------------------
@@ -187,7 +226,7 @@ def single_file(model: str | Path) -> Path | None:
     path = Path(model).expanduser()
     if not path.is_file():
         return None
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix.lower() in PICKLES:
         raise ValueError(
             f"model {model} is a pickle, which can run code as it is read, and is not loaded; save "
             "its tensors as .safetensors"
@@ -214,6 +253,7 @@ def settings_of_single_file(
         folder = Path(config).expanduser()
         index = read_settings(folder / "model_index.json")
         _check_class(folder, index, supported)
+        _check_libraries(folder, index)
         return folder
     from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
     from huggingface_hub import snapshot_download
@@ -247,10 +287,11 @@ def kind_of_single_file(weights: Path) -> str:
         with safe_open(weights, framework="pt") as file:
             names = list(file.keys())
             shapes = {name: file.get_slice(name).get_shape() for name in names}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"model {weights} is no file of tensors: {error}") from error
-    with torch.device("meta"):
-        kind = infer_diffusers_model_type({n: torch.empty(s) for n, s in shapes.items()})
+        with torch.device("meta"):
+            kind = infer_diffusers_model_type({n: torch.empty(s) for n, s in shapes.items()})
+    except (OSError, SafetensorError, TypeError, RuntimeError) as error:  # sides beyond 2^63
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model {weights} is no file of tensors: {reason}") from error
     unet = any(name.startswith("model.diffusion_model.input_blocks.") for name in names)
     if kind in _SINGLE_FILES and unet:
         return kind
@@ -299,17 +340,23 @@ def variant_of(folder: Path, parts: Collection[str], asked: str | None = None) -
     Raises:
         FileNotFoundError: a part has no weights, or parts have no variant in common, or none has
             the one that is asked for.
+        ValueError: a part's weights are pickles, or its index names files outside of it.
     """
     common: set[str] | None = None
     seen: set[str] = set()
     for part in parts:
-        matches = [_WEIGHTS.fullmatch(file.name) for file in sorted((folder / part).iterdir())]
+        files = sorted((folder / part).iterdir())
+        matches = [_WEIGHTS.fullmatch(file.name) for file in files]
         variants = {match["variant"] for match in matches if match}
         if not variants:
+            _refuse_pickles(files)
             raise FileNotFoundError(
                 f"model {folder} has no weights in {part}: diffusers reads "
                 "diffusion_pytorch_model.safetensors or model.safetensors"
             )
+        for file in files:
+            if file.name.endswith(".index.json"):
+                _require_files_beside(file)
         seen |= {variant for variant in variants if variant is not None}
         if None not in variants:
             common = variants if common is None else common & variants
@@ -328,3 +375,31 @@ def variant_of(folder: Path, parts: Collection[str], asked: str | None = None) -
             "one variant of all of them"
         )
     return "fp16" if "fp16" in common else min(common)
+
+
+def _refuse_pickles(files: Collection[Path]) -> None:
+    """Refuse weights that only a pickle holds.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if pickles := [file for file in files if file.suffix.lower() in PICKLES]:
+        raise ValueError(
+            f"{pickles[0]} is a pickle, which can run code as it is read, and is not loaded; save "
+            "its tensors as .safetensors (pipe.save_pretrained, on a machine that may run it)"
+        )
+
+
+def _require_files_beside(index: Path) -> None:
+    """Refuse an index of shards that names anything but files of tensors beside it.
+
+    Raises:
+        ValueError: naming what it names.
+    """
+    named = read_settings(index).get("weight_map")
+    for shard in set(named.values()) if isinstance(named, dict) else {None}:
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+            raise ValueError(
+                f"{index} must name files of tensors beside it (.safetensors), but it names "
+                f"{shard!r:.200}"
+            )

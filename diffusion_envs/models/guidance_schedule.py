@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffusion_envs.whole_files import whole
+
 GUIDANCE_FILE = "guidance_schedule.json"
 UNIT = 30.0  # of scale for a parameter of 1: an optimiser's step of 1e-3 is 0.03 of scale
 _log = logging.getLogger(__name__)
@@ -54,13 +56,21 @@ def require_guidance(guidance: float) -> None:
         )
 
 
-def require_something_trains(network_trains: bool, guidance_knots: object) -> None:
+def require_something_trains(
+    network_trains: bool, guidance_knots: object, sharded: bool = False
+) -> None:
     """Refuse numbers of knots that are none, and a model of which nothing trains.
 
     Raises:
-        ValueError: there is no such number of knots, or neither the network nor the scale trains.
+        ValueError: there is no such number of knots, or neither the network nor the scale trains;
+            or the scale would train beside sharded weights.
     """
     require_knots(guidance_knots)
+    if sharded and guidance_knots != 0:
+        raise ValueError(
+            f"guidance_knots must be 0 with sharded, got {guidance_knots}: one step of the "
+            "optimiser takes sharded parameters or whole ones"
+        )
     if not network_trains and guidance_knots == 0:
         raise ValueError(
             "lora_rank must be at least 1 where the guidance scale does not train, got 0; set "
@@ -107,7 +117,7 @@ class GuidanceSchedule(nn.Module):
                 min(scales),
             )
         knots = torch.linspace(0, self.last, len(scales), dtype=torch.float64).tolist()
-        path, unfinished = folder / GUIDANCE_FILE, folder / f".unfinished-{GUIDANCE_FILE}"
-        unfinished.write_text(json.dumps({"timestep": knots, "scale": scales}, indent=1) + "\n")
-        unfinished.replace(path)
+        path = folder / GUIDANCE_FILE
+        with whole(path) as partial:
+            partial.write_text(json.dumps({"timestep": knots, "scale": scales}, indent=1) + "\n")
         return path

@@ -100,7 +100,7 @@ class PipelineFiles:
 
         config = self.configs["scheduler"]
         kind = getattr(diffusers, str(config.get("_class_name")), None)
-        if kind is None:
+        if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
             raise ValueError(
                 f"model {self.model} has a scheduler of class {config.get('_class_name')!r}, which "
                 "diffusers does not have"
@@ -130,6 +130,7 @@ class PipelineFiles:
             pipe = kind.from_pretrained(
                 self.folder,
                 variant=self.variant,
+                use_safetensors=True,
                 dtype=dtypes,
                 local_files_only=True,
                 **self.family.without,

@@ -40,6 +40,8 @@ from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.text_to_image_family import require_lengths
 from diffusion_envs.models.trainable import Reference, Trainable, Weights
 from diffusion_envs.noise_schedules import DDPMTable
+from diffusion_envs.training import memory
+from diffusion_envs.training.sharded import Shards
 
 _TO_SCORE = {
     "epsilon": score_from_epsilon,
@@ -119,10 +121,18 @@ class GuidedScore:
         timesteps: Tensor,
         context: TextCondition,
     ) -> Tensor:
-        if torch.is_grad_enabled() or len(states) <= self.batch:
+        if torch.is_grad_enabled():
             return ask(states, timesteps, context)
-        chunks = [slice(k, k + self.batch) for k in range(0, len(states), self.batch)]
-        return torch.cat([ask(states[c], timesteps[c], context[c]) for c in chunks])
+        spent = self.calls
+
+        def attempt() -> Tensor:
+            self.calls = spent
+            if len(states) <= self.batch:
+                return ask(states, timesteps, context)
+            chunks = [slice(k, k + self.batch) for k in range(0, len(states), self.batch)]
+            return torch.cat([ask(states[c], timesteps[c], context[c]) for c in chunks])
+
+        return memory.retried(attempt, self, "the network without a gradient", rows=len(states))
 
     def prediction(
         self,
@@ -131,6 +141,9 @@ class GuidedScore:
         context: TextCondition,
     ) -> Float[Tensor, " rows *event"]:
         """The network's own prediction, guided; timesteps may be fractional."""
+        return self._in_chunks(self._prediction, states, timesteps, context)
+
+    def _prediction(self, states: Tensor, timesteps: Tensor, context: TextCondition) -> Tensor:
         schedule = None if self.adapter.is_off else self.schedule
         unguided = self.guidance == 1 and schedule is None
         if unguided or self.scale_width is not None:
@@ -234,6 +247,7 @@ class TextToImageUNet:
         merge: writes the pipeline with what was trained in its weights into a folder.
         pipe: what was loaded; None where the network did not come from a pipeline.
         check: raises ValueError if one of the prompts cannot be encoded.
+        shards: what of the networks is sharded among processes.
     """
 
     score: GuidedScore
@@ -247,6 +261,7 @@ class TextToImageUNet:
     merge: Callable[[Path], Path] | None = None
     pipe: Any = None
     check: Callable[[Sequence[str]], None] | None = None
+    shards: Shards = field(default_factory=Shards)
 
     @classmethod
     def load(
@@ -264,6 +279,7 @@ class TextToImageUNet:
         lora: str | Path | None = None,
         trains: Weights = "lora",
         reference: Reference = "copy",
+        sharded: bool = False,
         guidance_knots: int = 0,
         precision: str = "float32",
         resolution: int | tuple[int, int] | None = None,
@@ -301,6 +317,8 @@ class TextToImageUNet:
             trains: "lora", or "all" for all weights of the UNet.
             reference: where the frozen pretrained UNet is if all weights train: "copy" or
                 "offloaded".
+            sharded: divide the UNet, where all its weights train, and its frozen copy among the
+                processes.
             guidance_knots: timesteps between which the guidance scale trains
                 (``guidance_schedule``); 0: it does not.
             precision: of the network: "float32", "bfloat16", or on CUDA "float16".
@@ -332,11 +350,12 @@ class TextToImageUNet:
             start=lora,
             weights=trains,
             reference=reference,
+            sharded=sharded,
         )
-        require_something_trains(not trainable.nothing, guidance_knots)
+        require_something_trains(not trainable.nothing, guidance_knots, sharded)
         trainable.require_start()
         execution = Execution(compile, channels_last, decode_slices, decode_tiles)
-        execution.require_fit(reference)
+        execution.require_fit(reference, sharded)
         device = torch.device(device)
         dtype = adapters.precision_of(precision, device)
         files = text_to_image_pipeline.find(model, config=config, variant=variant)
@@ -410,6 +429,7 @@ class TextToImageUNet:
             merge=lambda folder: attached.merge(folder, probe, pipe),
             pipe=pipe,
             check=require,
+            shards=attached.shards,
         )
 
     def with_guidance(self, guidance: float) -> "TextToImageUNet":
@@ -443,6 +463,15 @@ class TextToImageUNet:
     @calls.setter
     def calls(self, count: int) -> None:
         self.score.calls = count
+
+    @property
+    def batch(self) -> int:
+        """Most rows that one call of the network gets when no gradient is asked for."""
+        return self.score.batch
+
+    @batch.setter
+    def batch(self, rows: int) -> None:
+        self.score.batch = rows
 
     @property
     def precision(self) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch import nn
 
 from diffusion_envs.models import adapters, exports
 from diffusion_envs.models.existing_lora import LoraFile, LoraLayer
+from diffusion_envs.training.sharded import Shards, processes
 
 Weights = Literal["lora", "all"]
 Reference = Literal["copy", "offloaded"]
@@ -39,6 +40,8 @@ class Trainable:
         weights: "lora", or "all" for the network's own weights.
         reference: where the frozen pretrained network is if all weights train: "copy" beside the
             one that trains, or "offloaded" to the CPU's memory until it is asked for.
+        sharded: divide all weights, where they train, and their frozen copy among the processes
+            (``training.sharded``); of one process nothing is divided.
     """
 
     rank: int | None = None
@@ -48,6 +51,7 @@ class Trainable:
     start: str | Path | None = None
     weights: Weights = "lora"
     reference: Reference = "copy"
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         for name, value, kinds in (
@@ -90,6 +94,11 @@ class Trainable:
             raise ValueError(
                 f"reference must be left out where a LoRA trains, got {self.reference!r}: the "
                 "pretrained network is the same one without its adapter, and is not copied"
+            )
+        if self.weights == "lora" and self.sharded:
+            raise ValueError(
+                "sharded must be left out where a LoRA trains: its network is frozen, and what "
+                "trains is small; or use trains='all'"
             )
         del named["lora_rank"], named["lora_targets"]
         if self.rank == 0 and (wrong := [name for name, is_named in named.items() if is_named]):
@@ -150,14 +159,18 @@ class Trainable:
         if where.type != "meta":
             network.cpu()  # a second one never lies on the device for a copy
         frozen = copy.deepcopy(network)
-        network.to(where)
-        parameters = list(network.requires_grad_(True).parameters())
-        if self.reference == "copy":
+        network.to(where).requires_grad_(True)
+        offloaded = self.reference == "offloaded"
+        if self.sharded and processes() > 1:
+            shards = Shards.of(network, frozen.to(where), where, offloaded=offloaded)
+            switch = adapters.AdapterSwitch(pretrained=frozen)
+            return Attached(self, network, list(network.parameters()), switch, shards)
+        if not offloaded:
             switch = adapters.AdapterSwitch(pretrained=frozen.to(where))
         else:
             places = Offloaded(frozen, where)
             switch = adapters.AdapterSwitch(places.send_back, places.bring_in, pretrained=frozen)
-        return Attached(self, network, parameters, switch)
+        return Attached(self, network, list(network.parameters()), switch)
 
     def _attach_existing(self, network: Any, file: LoraFile, seed: int) -> "Attached":
         """Two adapters with the file's numbers: one trains, the other is the reference."""
@@ -253,12 +266,14 @@ class Attached:
         network: that trains, of diffusers.
         parameters: those that train, float32; none where nothing of the network does.
         switch: makes the network the pretrained one, and says which network to ask.
+        shards: what of it is sharded among processes.
     """
 
     trainable: Trainable
     network: Any
     parameters: list[nn.Parameter]
     switch: adapters.AdapterSwitch = field(default_factory=adapters.AdapterSwitch)
+    shards: Shards = field(default_factory=Shards)
 
     def write(self, folder: Path, probe: adapters.Probe, pipe: Any = None) -> Path:
         """Write what was trained, for plain diffusers, which reads it first.
@@ -272,7 +287,8 @@ class Attached:
             ExportError: what diffusers loads is not what was trained.
         """
         if self.trainable.weights == "all":
-            return exports.export_pipeline(pipe, self.network, folder / exports.PIPELINE, probe)
+            plain = self.shards.plain(self.network)
+            return exports.export_pipeline(pipe, plain, folder / exports.PIPELINE, probe)
         return exports.export_lora(self.network, folder, probe)
 
     def merge(self, folder: Path, probe: adapters.Probe, pipe: Any) -> Path:
@@ -291,7 +307,7 @@ class Attached:
             raise ValueError(
                 "nothing of the network was trained (lora_rank 0): the model is as it was"
             )
-        merged = self.network
+        merged = trained = self.shards.plain(self.network)
         if self.trainable.weights == "lora":
             merged = exports.merged_twin(self.network)
-        return exports.export_pipeline(pipe, merged, folder, probe, self.network)
+        return exports.export_pipeline(pipe, merged, folder, probe, trained)

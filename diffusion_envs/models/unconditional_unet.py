@@ -5,7 +5,7 @@ train, or a LoRA adapter; what is exported is a whole pipeline in diffusers' lay
 since diffusers does not load LoRA files into these networks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from diffusion_envs.models.noise_table import trained_levels
 from diffusion_envs.models.protocol import FROZEN
 from diffusion_envs.models.trainable import Trainable
 from diffusion_envs.noise_schedules import DDPMTable
+from diffusion_envs.training import memory
 
 EXPORTED = exports.PIPELINE  # the folder that an export makes
 SUPPORTED = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
@@ -156,15 +157,31 @@ class UnconditionalUNet:
         condition: Any,
     ) -> Float[Tensor, " rows *event"]:
         """Scores of noisy pictures, float32; timesteps may be fractional."""
-        if torch.is_grad_enabled() or len(states) <= self.batch:
-            return self._score(states, timesteps)
-        parts = zip(states.split(self.batch), timesteps.split(self.batch), strict=True)
-        return torch.cat([self._score(*part) for part in parts])
+        return self._in_chunks(self._score, states, timesteps)
 
     def prediction(
         self, states: Float[Tensor, " rows *event"], timesteps: Tensor, condition: Any
     ) -> Float[Tensor, " rows *event"]:
         """The network's own prediction; timesteps may be fractional."""
+        return self._in_chunks(self._prediction, states, timesteps)
+
+    def _in_chunks(
+        self, ask: Callable[[Tensor, Tensor], Tensor], states: Tensor, timesteps: Tensor
+    ) -> Tensor:
+        if torch.is_grad_enabled():
+            return ask(states, timesteps)
+        spent = self.calls
+
+        def attempt() -> Tensor:
+            self.calls = spent
+            if len(states) <= self.batch:
+                return ask(states, timesteps)
+            parts = zip(states.split(self.batch), timesteps.split(self.batch), strict=True)
+            return torch.cat([ask(*part) for part in parts])
+
+        return memory.retried(attempt, self, "the network without a gradient", rows=len(states))
+
+    def _prediction(self, states: Tensor, timesteps: Tensor) -> Tensor:
         self.calls += len(states)
         return self._predict(self.adapter.asked(self.network), states, timesteps)
 
@@ -243,6 +260,7 @@ def _load_pipeline(model: str | Path, device: torch.device) -> Any:
     if inside or not (folder / "config.json").is_file():  # older models lie in the folder itself
         folders.require_parts(folder, ("unet", "scheduler"))
     weights = "unet" if inside else "."
+    folders.read_settings(folder / weights / "config.json")
     if device == META:
         pipe = _without_weights(folder, inside)
     else:
@@ -250,6 +268,7 @@ def _load_pipeline(model: str | Path, device: torch.device) -> Any:
             folder,
             dtype=torch.float32,
             variant=folders.variant_of(folder, (weights,)),
+            use_safetensors=True,
             local_files_only=True,
         )
     supported = (

@@ -69,10 +69,21 @@ class LastLosses:
         size, steps = self.rollout.group, self.rollout.costs.shape[1]
         paths = (groups[:, None] * size + torch.arange(size)).flatten()
         first, last = self.objective.cut(steps, generator)  # in however many pieces
-        for piece in paths.split(self.batch):
+        place = self.rollout.place
+        mine = paths[place.has(paths)] - place.paths.start
+        if not len(mine):
+            return
+        seen = list[Tensor]()
+        for piece in mine.split(self.batch):
             rewards, nats = self._finish(piece, first, last)
-            self._seen.append(rewards.detach())
+            seen.append(rewards.detach())
             yield self.objective.loss(rewards, nats).sum() / len(paths)
+        self._seen += seen
+
+    def rows_of(self, groups: Int64[Tensor, " groups"]) -> tuple[int, int]:
+        """The paths of these groups; each can be differentiated alone."""
+        size = self.rollout.group
+        return int(self.rollout.place.has(groups * size).sum()) * size, 1
 
     def _finish(self, paths: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Reward and path KL of steps ``first`` to ``last``, differentiable; no KL, no nats."""

@@ -121,8 +121,8 @@ class NoisedLosses:
         environment: that made the roll-out.
         objective: that learns.
         rollout: to learn from.
-        advantages: of every sample.
-        generator: draws noise levels and noise.
+        advantages: of every sample of all processes.
+        generator: draws noise levels and noise, the same on all processes.
         old: a context within which the environment's score is that of the policy that sampled;
             None if that is the current one and all of the roll-out is used before the weights
             change: what a row's score is when it is first asked for is then the old one.
@@ -141,14 +141,17 @@ class NoisedLosses:
         batch: int,
     ) -> None:
         self.environment, self.objective, self.rollout = environment, objective, rollout
-        self.advantages, self.batch = advantages, batch
+        self.place, self.batch = rollout.place, batch
+        self.advantages = self.place.own(advantages)
+        self._numbers = objective.numbers(advantages)
         data = rollout.states[:, -1]
         log_abar = _table(environment).alphas_cumprod.double().log()
         shape = (len(data), objective.draws)
-        own = (len(data) // rollout.group, objective.draws)  # the members of a group share theirs
+        every = (self.place.of, objective.draws)  # the members of a group share theirs
+        own = slice(self.place.groups.start, self.place.groups.stop)
         first = 1 if objective.needs_bridge else 0  # no state lies before the first timestep
-        timestep = drawn_levels(*own, first, len(log_abar), generator)
-        noise = as_like(drawn_noise(*own, data.shape[1:], generator), data)
+        timestep = drawn_levels(*every, first, len(log_abar), generator)[own]
+        noise = as_like(drawn_noise(*every, data.shape[1:], generator)[own], data)
         self.timestep = timestep.repeat_interleave(rollout.group, 0)
         self.noise = noise.repeat_interleave(rollout.group, 0)
         # as the log of alpha^2 is minus int g^2
@@ -188,10 +191,11 @@ class NoisedLosses:
         return environment.model(states, sent(timestep, environment.device), condition)
 
     def _scores(self, which: Int64[Tensor, "rows 2"]) -> Float[Tensor, "paths draws *event"]:
-        scores = [
-            self._score(self._states(piece), self.timestep[tuple(piece.T)], piece[:, 0])
-            for piece in which.split(self.batch)
-        ]
+        def score(c: slice) -> Tensor:
+            piece = which[c]
+            return self._score(self._states(piece), self.timestep[tuple(piece.T)], piece[:, 0])
+
+        scores = self.environment.in_pieces(score, self, "scores of noised data", rows=len(which))
         return torch.cat(scores).view_as(self.noise)
 
     def _bridge(
@@ -206,7 +210,9 @@ class NoisedLosses:
         path, draw = which.unbind(1)
         timestep = self.timestep[path, draw]
         depth = -log_abar[timestep]  # int of g^2 from the data
-        aim = torch.rand(len(which), generator=generator, dtype=torch.float64) * depth
+        shape = (self.place.of * self.place.size, self.objective.draws)  # drawn for all processes
+        aim = torch.rand(shape, generator=generator, dtype=torch.float64)
+        aim = self.place.own(aim).flatten() * depth
         between = torch.searchsorted(-log_abar, aim, right=True).sub(1).clamp(min=0)
         ends = self.rollout.states[:, -1]
         data, noised = ends[sent(path, ends.device)], self._states(which)
@@ -216,13 +222,16 @@ class NoisedLosses:
         )
         alpha, sigma = (_wide(v, noised.ndim) for v in self._levels(between))
         mean, std = noising_bridge(data, noised, alpha, sigma, ratio)
-        states = mean + std * as_like(torch.randn(data.shape, generator=generator), data)
-        gaps = []
-        pieces = (each.split(self.batch) for each in (states, between, path))
-        for seen in zip(*pieces, strict=True):
+        normals = torch.randn(*shape, *data.shape[1:], generator=generator)
+        states = mean + std * as_like(self.place.own(normals).flatten(0, 1), data)
+
+        def gap(c: slice) -> Tensor:
+            seen = states[c], between[c], path[c]
             own = self._score(*seen)
             with self.environment.pretrained():
-                gaps.append((own - self._score(*seen)).square().flatten(1).sum(1))
+                return (own - self._score(*seen)).square().flatten(1).sum(1)
+
+        gaps = self.environment.in_pieces(gap, self, "scores of noised data", rows=len(path))
         cost = 0.5 * as_like(depth, noised) * torch.cat(gaps)
         score = -(noised - ratio * states) / variance
         return cost.view_as(self.timestep), score.view_as(self.noise)
@@ -233,12 +242,22 @@ class NoisedLosses:
         each = torch.cartesian_prod(groups, torch.arange(draws), torch.arange(size))
         group, draw, member = each.view(-1, 3).unbind(1)
         which = torch.stack([group * size + member, draw], dim=1)
-        for piece in which.split(max(1, self.batch // size) * size):
+        mine = which[self.place.has(which[:, 0])] - torch.tensor([self.place.paths.start, 0])
+        if not len(mine):
+            return
+        gaps = list[Tensor]()
+        for piece in mine.split(max(1, self.batch // size) * size):
             rows = self.rows(piece)
             yield self.objective.loss(rows).sum() / len(which)
             if rows.reference_score is not None:
                 gap = (rows.mean.detach() - rows.reference_score).square().flatten(1).mean(1)
-                self._gaps.append(rows.sigma.square() * gap)
+                gaps.append(rows.sigma.square() * gap)
+        self._gaps += gaps
+
+    def rows_of(self, groups: Int64[Tensor, " groups"]) -> tuple[int, int]:
+        """The noised states of these groups, and those of a group's members."""
+        size = self.rollout.group
+        return int(self.place.has(groups * size).sum()) * self.objective.draws * size, size
 
     def rows(self, which: Int64[Tensor, "rows 2"]) -> NoisedRows:
         """(path, draw) pairs as rows, with the current policy's score."""
@@ -285,7 +304,7 @@ class NoisedLosses:
         The latter as the losses saw it, where they need the pretrained model: it costs nothing.
         """
         gap = {"epsilon_gap": torch.cat(self._gaps).mean().item()} if self._gaps else {}
-        return gap | self.objective.numbers(self.advantages)
+        return gap | self._numbers
 
 
 def _wide(values: Tensor, ndim: int) -> Tensor:

@@ -163,8 +163,10 @@ class PathLosses:
         self.values, self.train_steps, self.batch = update.values, update.train_steps, update.batch
         self.sampler = update.environment.steps
         self.usual_moves = update.usual_moves
-        self.targets = self._targets(update.stream("targets"))
-        self.advantages = update.advantages(objective.advantages)
+        self.targets = self._targets(update.own_stream("targets"))
+        everyones = update.advantages(objective.advantages)
+        self.advantages = self.rollout.place.own(everyones)
+        self._numbers = objective.numbers(everyones)
         # sent once, not for every row
         self._sent = None if self.sampler.parameters else self._tables()
         factor = self.sampler.kl_factor
@@ -181,20 +183,43 @@ class PathLosses:
 
     def _targets(self, generator: Generator) -> Float[Tensor, "paths steps *event"] | None:
         """The objective's, for as many paths at once as fit into memory."""
-        parts: list[Tensor] = []
-        for some in torch.arange(len(self.rollout.rewards)).split(self.batch):
-            with torch.no_grad():
-                chosen = self.rollout.chosen(some)
-                part = self.objective.targets(chosen, self.environment, generator)
-            if part is None:
+        paths = torch.arange(len(self.rollout.rewards))
+        none = False
+
+        @torch.no_grad()
+        def targets(piece: slice) -> Tensor | None:
+            nonlocal none
+            if none:
                 return None
-            parts.append(part)
-        return torch.cat(parts)
+            drawn = generator.get_state()
+            try:
+                chosen = self.rollout.chosen(paths[piece])
+                part = self.objective.targets(chosen, self.environment, generator)
+            except Exception:
+                generator.set_state(drawn)
+                raise
+            none = part is None
+            return part
+
+        parts = self.environment.in_pieces(targets, self, "the targets", rows=len(paths))
+        return None if none else torch.cat([part for part in parts if part is not None])
+
+    def rows_of(self, groups: Int64[Tensor, " groups"]) -> tuple[int, int]:
+        """The used steps of these groups' paths, and those that a loss joins."""
+        size, used = self.rollout.group, self._used
+        here = int(self.rollout.place.has(groups * size).sum())
+        return here * size * used, size * (used if self.objective.joins_steps else 1)
+
+    @property
+    def _used(self) -> int:
+        """Steps of each path that carry a gradient."""
+        steps = self.rollout.costs.shape[1]
+        return min(self.train_steps or steps, steps)
 
     def losses(self, groups: Int64[Tensor, " groups"], generator: Generator) -> Iterator[Tensor]:
         """Mean over the rows that are used, times the steps of a path if rows are single steps."""
         size, steps = self.rollout.group, self.rollout.costs.shape[1]
-        used = min(self.train_steps or steps, steps)
+        used = self._used
         joined = used if self.objective.joins_steps else 1
         chosen = self._steps(len(groups), used, generator)  # [groups, used]: shared by a group
         path = groups[:, None, None] * size + torch.arange(size)
@@ -205,13 +230,20 @@ class PathLosses:
         if self.objective.joins_steps:
             steps = 1
         together = size * joined
-        for piece in which.split(max(1, self.batch // together) * together):
+        place = self.rollout.place
+        mine = which[place.has(which[:, 0])] - torch.tensor([place.paths.start, 0])
+        if not len(mine):
+            return
+        log_ratios, clipped = list[Tensor](), list[Tensor]()
+        for piece in mine.split(max(1, self.batch // together) * together):
             rows = self.rows(piece, joined)
             # rows are a uniform draw from paths x steps: mean x steps estimates the path's sum
             yield self.objective.loss(rows).sum() * steps / len(which)
             with torch.no_grad():
-                self._log_ratios.append(self.objective.log_ratio(rows).detach())
-                self._clipped.append(self.objective.clipped(rows).detach())
+                log_ratios.append(self.objective.log_ratio(rows).detach())
+                clipped.append(self.objective.clipped(rows).detach())
+        self._log_ratios += log_ratios
+        self._clipped += clipped
 
     def _steps(self, groups: int, used: int, generator: Generator) -> Int64[Tensor, "groups used"]:
         """Steps of each group, without replacement if all are equally probable."""
@@ -268,7 +300,7 @@ class PathLosses:
         clipped = torch.cat(self._clipped).mean()
         names = ("ratio_min", "ratio_max", "clipped_fraction")
         ranges = dict(zip(names, read(ratio.min(), ratio.max(), clipped), strict=True))
-        return ranges | self.objective.numbers(self.advantages)
+        return ranges | self._numbers
 
     def check_fresh(self) -> None:
         """Ratio 1 of new to old policy, KL 0 of a fresh adapter, enough memory to go on.
@@ -286,14 +318,19 @@ class PathLosses:
         # The pretrained model too is asked in other batches: its scores may differ as the ratio's.
         gap = score_rounding(precision) * rollout.means
         kl = self.sampler.path_kl(gap, 0 * gap)
-        ratios, bounds = list[Tensor](), list[Tensor]()
         spent = self.environment.model.calls
+
+        def ratio_and_bound(piece: slice) -> tuple[Tensor, Tensor]:
+            part = self.rows(rows[piece])
+            std = objective.action_std(self.sampler.sigma[rows[piece, 1]])
+            ratio = objective.log_ratio(part).abs().max()
+            return ratio, log_ratio_rounding(part, precision, std).max()
+
         with torch.no_grad():
-            for piece in rows.split(self.batch):
-                part = self.rows(piece)
-                ratios.append(objective.log_ratio(part).abs().max())
-                std = objective.action_std(self.sampler.sigma[piece[:, 1]])
-                bounds.append(log_ratio_rounding(part, precision, std).max())
+            pieces = self.environment.in_pieces(
+                ratio_and_bound, self, "the check before the first update", rows=len(rows)
+            )
+            ratios, bounds = zip(*pieces, strict=True)
             worst, allowed, nats, kl_allowed = read(
                 torch.stack(ratios).max(),
                 torch.stack(bounds).max(),

@@ -43,11 +43,12 @@ class Update:
     Attributes:
         environment: that made the roll-out.
         rollout: to learn from; this process's share of it.
-        advantages: applies a function of the whole roll-out, that of all processes, and gives this
-            process's rows of the result.
+        advantages: applies a function of the whole roll-out, that of all processes; the result has
+            a row for each path of all of them.
         values: the value network at any states; None if the objective needs none.
         usual_moves: mean squared move of a coordinate in each step, so far; None if not followed.
-        stream: generator of this update and process, by name.
+        stream: generator of this update, by name, the same on all processes.
+        own_stream: of this update and process.
         old_policy: a context within which the environment's policy is the one that sampled; None if
             that is the current one and all of the roll-out is used before the weights change.
         batch: rows that go through the network at once.
@@ -60,6 +61,7 @@ class Update:
     values: Values | None
     usual_moves: Float[Tensor, " steps"] | None
     stream: Callable[[str], Generator]
+    own_stream: Callable[[str], Generator]
     old_policy: Callable[[], AbstractContextManager[Any]] | None
     batch: int
     train_steps: int | None = None
@@ -70,7 +72,15 @@ class Losses(Protocol):
     """Losses of groups of paths, in pieces that fit into memory."""
 
     def losses(self, groups: Int64[Tensor, " groups"], generator: Generator) -> Iterator[Tensor]:
-        """Scalars, the sum of which is the mean loss of these groups' paths."""
+        """Scalars, the sum of which over all processes is the mean loss of these groups' paths.
+
+        Args:
+            groups: by their place among those of all processes; there may be none of this one.
+            generator: the same on all processes.
+
+        What is logged of them counts once all have been taken: if memory runs out before, they are
+        asked for again.
+        """
         ...
 
     def numbers(self) -> dict[str, float]:
@@ -83,6 +93,21 @@ class Losses(Protocol):
         Raises:
             PreflightError: it does not.
         """
+        ...
+
+
+@runtime_checkable
+class DivisibleLosses(Losses, Protocol):
+    """Losses whose pieces can be made smaller, where memory runs out.
+
+    Attributes:
+        batch: rows that go through the network at once; can be set.
+    """
+
+    batch: int
+
+    def rows_of(self, groups: Int64[Tensor, " groups"]) -> tuple[int, int]:
+        """How many rows of these groups are here, and how many of them cannot be taken apart."""
         ...
 
 

@@ -18,10 +18,11 @@ Biased       A shorter cut gives the derivative with respect to what the policy 
              the size; back-propagation from its first place on is turned by 19 and has 28 %.
 Beware       No method here has a limit to how far it goes: AlignProp's authors stop early. Decoders
              clamp pictures to [0, 1]; a saturated pixel has no gradient.
-Differences  One cut is drawn for every ``batch`` of paths, as published. AlignProp's place is the
-             integer part of N(42, 5), drawn again until it is one of the 50 steps, as in the
-             authors' trainer: the last step is alone with probability 0.027. (TRL's port draws
-             uniformly, and the authors' first code drew for every step whether it has a gradient.)
+Differences  One cut is drawn for all paths of a gradient, in however many pieces. AlignProp's
+             place is the integer part of N(42, 5), drawn again until it is one of the 50 steps, as
+             in the authors' trainer: the last step is alone with probability 0.027. (TRL's port
+             draws uniformly, and the authors' first code drew for every step whether it has a
+             gradient.)
              Every sample is rewarded twice, without a gradient after the roll-out and with one at
              the cut, and both are counted. DRaFT-LV (several noises for the last step) is not here,
              nor are ReFL's pre-training loss and moving average of weights. Learning rates are for

@@ -23,9 +23,11 @@ from diffusion_envs.rewards.declaration import Declaration, Declaring
 from diffusion_envs.rewards.hps import HPS
 from diffusion_envs.rewards.image_reward import ImageReward
 from diffusion_envs.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from diffusion_envs.rewards.overlapped import Overlapped, require_calls
 from diffusion_envs.rewards.pick_score import PickScore
 from diffusion_envs.rewards.remote import Remote
 from diffusion_envs.rewards.text_in_picture import ReadableText, TextInPicture
+from diffusion_envs.rewards.time_limit import limited, require_seconds, within
 from diffusion_envs.rewards.transformed import Cached, Limited, Threshold
 from diffusion_envs.rewards.vlm_judge import VLMJudge
 from diffusion_envs.rewards.weighted import Weighted, statistics
@@ -46,6 +48,7 @@ __all__ = [
     "JpegCompressibility",
     "JpegIncompressibility",
     "Limited",
+    "Overlapped",
     "PickScore",
     "PromptAlignment",
     "ReadableText",
@@ -59,10 +62,14 @@ __all__ = [
     "Weighted",
     "differentiable_score",
     "embed",
+    "limited",
     "load",
+    "require_calls",
     "require_inputs",
+    "require_seconds",
     "reward_name",
     "score",
     "score_in_parts",
     "statistics",
+    "within",
 ]

@@ -14,7 +14,6 @@ from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,6 +21,7 @@ from ctrl.devices import sent
 from diffusion_envs.cifar10.data import CLASSES, class_of
 from diffusion_envs.rewards.contract import require_inputs
 from diffusion_envs.rewards.declaration import Declaration
+from diffusion_envs.rewards.weights import read_state, require_keys
 
 WIDTHS = (48, 96, 160)
 
@@ -99,7 +99,9 @@ def load_classifier(source: Literal["reward", "judge"] | Path) -> CifarClassifie
     else:
         raise ValueError(f"source must be 'reward', 'judge' or a Path, got {source!r}")
     network = CifarClassifier()
-    network.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    state = read_state(path)
+    require_keys(state, network, path)
+    network.load_state_dict(state)
     return network.eval().requires_grad_(False)
 
 

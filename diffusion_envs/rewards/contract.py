@@ -3,8 +3,8 @@
 A reward is any callable (images [n, 3, h, w] in [0, 1], prompts) -> [n], larger is better. It
 gets a copy of the images, so it may change them in place, and may declare
 ``differentiable = True``. Whatever else it does is caught here, so nothing unusable reaches the
-weights. A reward that ships refuses what it cannot score by ``require_inputs``, so that it is safe
-to call alone too.
+weights; torch's global settings are afterwards what they were. A reward that ships refuses what it
+cannot score by ``require_inputs``, so that it is safe to call alone too.
 """
 
 import difflib
@@ -16,7 +16,8 @@ import numbers
 import pkgutil
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,10 +27,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.devices import read
+from diffusion_envs.training.memory import ran_out
 
 Reward = Callable[[Tensor, Sequence[str]], Any]
 Scorer = Callable[[Reward, Tensor, Sequence[str]], Tensor]  # how a reward is asked, and checked
 _SLACK = 1e-3  # outside [0, 1] that is let through: decoders overshoot; clamping is the reward's
+LARGEST = 1e15  # |reward|: of a million such the sum of squares is a number in float32
 _PYTHON = ".py"  # the ending of a file of code
 _LOADED: dict[int, tuple[Any, str]] = {}  # what ``load`` has made, and by which name
 
@@ -149,9 +152,10 @@ def score(
     broadcast: ``[n, 1]`` is refused as ``[1]`` is.
 
     Raises:
-        RewardError: the reward raised; or did not return one finite real number for each image; or
-            returned a tensor that needs a gradient.
-        ValueError: there is no image, not one prompt for each, or a value outside [0, 1].
+        RewardError: the reward raised; or did not return one finite real number for each image, at
+            most ``LARGEST`` in size; or returned a tensor that needs a gradient; or a value of the
+            images is outside [0, 1].
+        ValueError: there is no image, or not one prompt for each.
     """
     name, n = reward_name(reward), len(images)
     if not n or len(prompts) != n:
@@ -161,26 +165,69 @@ def score(
         )
     low, high = read(*images.aminmax())
     if not (low >= 0 and high <= 1):  # not (...): NaN is outside too
-        raise ValueError(
+        raise RewardError(  # a ValueError; and what ends one process by it ends all of them
             f"images must have values in [0, 1], got {low:g} to {high:g}; if they are not numbers, "
             "the model overflowed: use float32 or bfloat16"
         )
-    try:
-        returned = reward(images.clone(), list(prompts))
-    except RewardError as error:  # of a reward within it
-        raise _named(error, name) from error.__cause__
-    except Exception as error:  # whatever a user's function raises
-        raise RewardError(
-            f"reward {name} raised {type(error).__name__} on images {list(images.shape)}: {error}; "
-            f"try it alone: reward(torch.rand({n}, *{list(images.shape[1:])}), prompts)"
-        ) from error
+    returned = _asked(reward, name, images, prompts)
     rule = f"reward {name} must return one real number for each image, [{n}]"
-    values = _as_tensor(returned, name, rule)
+    try:
+        values = _as_tensor(returned, name, rule)
+    except RewardError:
+        raise
+    except Exception as error:  # an object that breaks where it is read
+        raise RewardError(
+            f"{rule}; got {type(returned).__name__}, which cannot be read: {error}"
+        ) from error
     if values.shape != (n,):
         raise RewardError(
             f"{rule}; got shape {list(values.shape)}: flatten or average it so that it is [{n}]"
         )
     return _finite(values, name, prompts)
+
+
+def _asked(reward: Reward, name: str, images: Tensor, prompts: Sequence[str]) -> Any:
+    """What the reward returns for copies of the images and of the list of prompts.
+
+    Raises:
+        RewardError: it raised anything but an interrupt, or that memory ran out.
+    """
+    try:
+        with _settings_kept():
+            return reward(images.clone(), list(prompts))
+    except RewardError as error:  # of a reward within it
+        raise _named(error, name) from error.__cause__
+    except (Exception, SystemExit) as error:  # whatever a user's function raises
+        if ran_out(error):  # the caller asks for fewer at once
+            raise
+        shape = list(images.shape)
+        raise RewardError(
+            f"reward {name} raised {type(error).__name__} on images {shape}: {error}; try it "
+            f"alone: reward(torch.rand({shape[0]}, *{shape[1:]}), prompts)"
+        ) from error
+
+
+@contextmanager
+def _settings_kept() -> Iterator[None]:
+    """After this context torch's settings, which all code shares, are what they were."""
+    gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    precision = torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        if torch.get_float32_matmul_precision() != precision:
+            torch.set_float32_matmul_precision(precision)
+        if torch.are_deterministic_algorithms_enabled() != deterministic:
+            torch.use_deterministic_algorithms(deterministic)
 
 
 def score_in_parts(
@@ -209,14 +256,16 @@ def _named(error: RewardError, name: str) -> RewardError:
 
 
 def _finite(values: Tensor, name: str, prompts: Sequence[str]) -> Float[Tensor, " n"]:
-    """The same in float32, where they are numbers too."""
+    """The same in float32, where they are numbers too, whose squares can be added up."""
     small = values.float()
-    if bad := (~torch.isfinite(small)).nonzero().flatten().tolist():
+    # not (...): NaN is no number at all
+    if bad := (~(small.detach().abs() <= LARGEST)).nonzero().flatten().tolist():
         k = bad[0]
         raise RewardError(
-            f"reward {name} must be finite in float32 for every image; sample {k} ({prompts[k]!r}) "
-            f"got {values[k].item()}, {len(bad)} of {len(values)} samples are affected: return a "
-            "lowest finite reward where it has no answer"
+            f"reward {name} must be finite in float32 for every image, at most {LARGEST:g} in "
+            f"size; sample {k} ({prompts[k]!r}) got {values[k].item()}, {len(bad)} of "
+            f"{len(values)} samples are affected: return the lowest reward that there is where it "
+            "has no answer"
         )
     return small
 
@@ -231,14 +280,7 @@ def differentiable_score(
             image that has a gradient in the images.
     """
     name = reward_name(reward)
-    try:
-        values = reward(images.clone(), list(prompts))
-    except RewardError as error:  # of a reward within it
-        raise _named(error, name) from error.__cause__
-    except Exception as error:  # whatever a user's function raises
-        raise RewardError(
-            f"reward {name} raised {type(error).__name__} on images {list(images.shape)}: {error}"
-        ) from error
+    values = _asked(reward, name, images, prompts)
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         raise RewardError(
             f"reward {name} must return a tensor [{len(images)}] to be differentiated, got "
@@ -249,8 +291,8 @@ def differentiable_score(
             f"reward {name} declares differentiable = True, but its values have no gradient in the "
             "images: it must not detach, round or leave torch"
         )
-    if not bool(torch.isfinite(values.detach()).all()):
-        raise RewardError(f"reward {name} must be finite for every image")
+    if not bool((values.detach().abs() <= LARGEST).all()):
+        _finite(values.detach().cpu(), name, prompts)
     return values
 
 
@@ -263,8 +305,11 @@ def embed(embedder: Embedder, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor,
     """
     name = type(embedder).__name__
     try:
-        vectors = embedder.embedding(images.clone())
+        with _settings_kept():
+            vectors = embedder.embedding(images.clone())
     except Exception as error:  # whatever a user's function raises
+        if ran_out(error):
+            raise
         raise RewardError(
             f"embedding of {name} raised {type(error).__name__} on images {list(images.shape)}: "
             f"{error}"
@@ -290,6 +335,8 @@ def _as_tensor(returned: Any, name: str, rule: str) -> Tensor:
             )
         if returned.is_complex():
             raise RewardError(f"{rule}; got complex numbers: take the real part or the modulus")
+        if returned.layout != torch.strided or returned.is_quantized:
+            raise RewardError(f"{rule}; got a tensor that is not dense: use to_dense()")
         return returned.cpu()
     if isinstance(returned, np.ndarray):
         if returned.dtype.kind not in "fiub":

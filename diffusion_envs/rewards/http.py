@@ -17,13 +17,15 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 from diffusion_envs.rewards.contract import RewardError
+from diffusion_envs.rewards.daemon_threads import DaemonThreads
 
 NOTICE = 10.0  # seconds after which a wait is shown; then after twice as many, and so on
 _MAY_HEAL = (429, 502, 503, 504)
@@ -167,16 +169,16 @@ class Client:
             self.asked += len(questions) if label is None else 0
         labels = [label or f"request {first + k}" for k in range(len(questions))]
         asked, headers = [_Asked(each) for each in labels], self._headers()
-        pool = ThreadPoolExecutor(min(self.concurrency, len(questions)) or 1)
+        pool = DaemonThreads(min(self.concurrency, len(questions)) or 1)
         try:
             pairs = zip(questions, asked, strict=True)
-            futures = [pool.submit(self._answer, *pair, headers) for pair in pairs]
+            futures = [pool.submit(partial(self._answer, *pair, headers)) for pair in pairs]
             self._wait(futures, asked)
             return [future.result() for future in futures]
         finally:  # nothing is left to stop where all went well
             for each in asked:
                 each.stop()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.close()
 
     def _wait(self, futures: Sequence[Future[Any]], asked: Sequence[_Asked]) -> None:
         """Until all have ended or one has failed; a long wait is shown."""
@@ -376,6 +378,6 @@ def _pause(retry_after: str | None) -> float:
         return float(retry_after)
     try:
         until = email.utils.parsedate_to_datetime(retry_after)
-    except ValueError:
+        return max(0.0, until.timestamp() - time.time())
+    except (ValueError, OverflowError):  # no date, or one outside of all calendars
         return 0.0
-    return max(0.0, until.timestamp() - time.time())

@@ -70,6 +70,7 @@ class Remote:
     backoff: float = 1.0
     patience: float = 1800.0
     differentiable: ClassVar[bool] = False
+    concurrent: ClassVar[bool] = True  # may be called from several threads at once
     _client: Client = field(init=False, repr=False, compare=False)
     _known: list[_Identity] = field(init=False, repr=False, compare=False, default_factory=list)
     _lock: Any = field(init=False, repr=False, compare=False, default_factory=threading.Lock)

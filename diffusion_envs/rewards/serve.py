@@ -29,6 +29,7 @@ from diffusion_envs.rewards.remote import PROTOCOL
 
 _IDLE = 60  # seconds after which a connection that sends nothing is closed
 _PIECE = 2**16
+_DIGITS = 18  # of a request's length in bytes
 _log = logging.getLogger(__name__)
 
 
@@ -118,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
+        if not length.isdecimal() or len(length) > _DIGITS:
             raise _Refused(411, "a request must say its Content-Length")
         size = int(length)
         if size > self.server.limit:

@@ -82,6 +82,11 @@ class Limited(_Wrapped):
             )
 
     @property
+    def concurrent(self) -> bool:
+        """Whether several threads may call the reward at once."""
+        return getattr(self.reward, "concurrent", False)
+
+    @property
     def differentiable(self) -> bool:
         """Whether the reward is."""
         return getattr(self.reward, "differentiable", False)
@@ -111,6 +116,11 @@ class Threshold(_Wrapped):
             raise ValueError(
                 f"at must be finite and otherwise below 1, got {self.at} and {self.otherwise}"
             )
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may call the reward at once."""
+        return getattr(self.reward, "concurrent", False)
 
     def __call__(
         self, images: Float[Tensor, "n 3 h w"], prompts: Sequence[str]

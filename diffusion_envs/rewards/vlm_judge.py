@@ -86,6 +86,7 @@ class VLMJudge:
     backoff: float = 1.0
     patience: float = 1800.0
     differentiable: ClassVar[bool] = False
+    concurrent: ClassVar[bool] = True  # may be called from several threads at once
     _client: Client = field(init=False, repr=False, compare=False)
     _state: _State = field(init=False, repr=False, compare=False, default_factory=_State)
 

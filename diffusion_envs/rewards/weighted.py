@@ -145,6 +145,11 @@ class Weighted:
         return not self.without_gradient
 
     @property
+    def concurrent(self) -> bool:
+        """Whether all rewards declare that several threads may call them at once."""
+        return all(getattr(part.reward, "concurrent", False) for part in self._parts)
+
+    @property
     def without_gradient(self) -> list[str]:
         """The parts that do not declare to be differentiable, for messages."""
         return [

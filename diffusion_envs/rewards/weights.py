@@ -2,11 +2,13 @@
 
 Files are those of a folder, of one file with the rest beside it, or of a repository on the Hugging
 Face hub. Published ``.pt`` files are pickles, and a pickle is a program: only tensors are read
-(``weights_only``), and what names anything to be called is refused without calling it.
+(``weights_only``), and what names anything to be called is refused without calling it. So is an
+archive that holds more than its size: tensors are stored as they are, and never compressed.
 """
 
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +192,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """As ``read_state``, in the types of the file."""
     if not path.is_file():
         raise FileNotFoundError(f"weights must be a file, but {path} is none")
-    content = _safetensors(path) if path.suffix == ".safetensors" else _unpickled(path)
+    content = _safetensors(path) if path.suffix == ".safetensors" else unpickled(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:
@@ -218,11 +220,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}); get it again") from error
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no whole safetensors file ({reason}); get it again") from error
 
 
-def _unpickled(path: Path) -> object:
+def unpickled(path: Path) -> object:
+    """What a pickle of tensors holds, as it lies in it; nothing that it names is called.
+
+    Raises:
+        ValueError: it names something to be called, or is no pickle of tensors.
+    """
+    _require_no_bomb(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other protocols of pickle: they fail below
@@ -238,6 +247,28 @@ def _unpickled(path: Path) -> object:
             f"{path} is no file of tensors ({type(error).__name__}: "
             f"{' '.join(str(error).split())[-200:]}); nothing in it was executed. Get it again"
         ) from error
+
+
+def _require_no_bomb(path: Path) -> None:
+    """Refuse an archive that unpacks to more than its own size: torch stores, and packs nothing.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # torch's former format, which has no packing
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} is no file of tensors ({error}); get it again") from error
+    unpacked, size = sum(part.file_size for part in parts), path.stat().st_size
+    packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
+    if packed or unpacked > size:
+        raise ValueError(
+            f"{path} is refused: an archive of {size:,} bytes that unpacks to {unpacked:,}, and "
+            "torch.save compresses nothing; nothing in it was read. Get it again"
+        )
 
 
 def require_keys(state: Mapping[str, Tensor], network: nn.Module, path: str | Path) -> None:

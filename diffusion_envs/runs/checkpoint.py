@@ -18,7 +18,6 @@ checkpoints/step-000010.replaced    the former step 10, until its successor stan
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -31,6 +30,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from diffusion_envs.whole_files import synchronise
 
 FORMAT = 1
 _log = logging.getLogger(__name__)
@@ -140,14 +141,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _synchronise(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def save(folder: str | Path, step: int, state: Any, *, keep: int = 2) -> Path:
     """Write ``folder/step-NNNNNN`` and drop older checkpoints but the newest ``keep - 1``.
 
@@ -189,13 +182,13 @@ def save(folder: str | Path, step: int, state: Any, *, keep: int = 2) -> Path:
         manifest = {"format": FORMAT, "step": step, "files": files}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in [*partial.iterdir(), partial]:
-            _synchronise(path)
+            synchronise(path)
         _restore_replaced(folder)
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         partial.rename(final)
-        _synchronise(folder)
+        synchronise(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         _restore_replaced(folder)
@@ -236,8 +229,18 @@ def load(path: str | Path) -> Checkpoint:
             raise CheckpointError(f"{file} has {length} bytes instead of {size}")
         if _digest(file) != digest:
             raise CheckpointError(f"{file} was altered: its SHA-256 is not the manifest's")
-    tensors = load_file(path / "tensors.safetensors")
-    return Checkpoint(step, _join(json.loads((path / "state.json").read_text()), tensors), path)
+    try:  # digests are no signature: whoever writes a checkpoint writes its manifest
+        tensors = load_file(path / "tensors.safetensors")
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path / 'tensors.safetensors'} cannot be read: {reason}") from error
+    try:
+        state = _join(json.loads((path / "state.json").read_text()), tensors)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path / 'state.json'} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+    return Checkpoint(step, state, path)
 
 
 def latest(folder: str | Path) -> Checkpoint | None:

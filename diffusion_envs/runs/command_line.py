@@ -30,6 +30,7 @@ from diffusion_envs.runs import presets
 from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.estimate import RunCost, estimate
 from diffusion_envs.runs.finetune import finetune
+from diffusion_envs.runs.interruption import interruptible
 from diffusion_envs.runs.method_names import (
     CLASS_PROMPTS,
     JUDGES_OF,
@@ -526,6 +527,7 @@ def run_evaluate(family: Family, options: Evaluate) -> None:
         steps=options.steps,
         samplers=kinds,
         samples=options.samples,
+        reward_timeout=run.options.reward_timeout,
     )
     title = f"Transfer of {options.run}, {options.samples} held-out samples, paired seeds"
     table = Table("sampler", "steps", "before", "after", "paired difference", title=title)
@@ -553,6 +555,11 @@ def _quiet_libraries() -> None:
 
 def main(family: Family, arguments: Sequence[str]) -> int:
     """Run one command; the verdict is the exit code."""
+    with interruptible():  # from its first word to its last, not only while it trains
+        return _carried_out(family, arguments)
+
+
+def _carried_out(family: Family, arguments: Sequence[str]) -> int:
     folder: Path | None = None
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's module beside them
@@ -581,6 +588,8 @@ def main(family: Family, arguments: Sequence[str]) -> int:
             begun = (folder.expanduser() / "config.json").is_file()
             again = f"go on with: {family.program} --resume {folder}"
             _say("\nstopped; " + (again if begun else "it had not begun: start it again"))
+        else:
+            _say("\nstopped: give the command again")
         return 130
     except MissingChoicesError as missing:
         _say(f"waiting: {missing}\ngo on with: {family.program} --resume {folder}")

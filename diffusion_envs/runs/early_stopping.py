@@ -32,6 +32,7 @@ from diffusion_envs.environment import Environment
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.callbacks import Callback
 from diffusion_envs.runs.evaluation import WATCHED, Evaluation, evaluate
+from diffusion_envs.training.phase import phase
 from diffusion_envs.training.trainer import Trainer
 
 
@@ -226,6 +227,7 @@ class EarlyStopping(Callback):
         """The rule's decision on the scores so far."""
         return self.rule.decide(self.scores)
 
+    @phase("evaluation")
     def begin(self) -> str | None:
         """Score the pretrained model, unless a checkpoint brought that back."""
         if not self.scores:
@@ -233,6 +235,7 @@ class EarlyStopping(Callback):
             self._keep(0)
         return self.decision.reason
 
+    @phase("evaluation")
     def evaluate(self, update: int) -> Decision | None:
         """Score the model if it is time; None if it is not."""
         if update % self.rule.every:

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctrl import DeterministicPolicy, Estimate
 from diffusion_envs import rewards
+from diffusion_envs.digests import read_tensors, write_tensors
 from diffusion_envs.environment import Environment, Sample
 from diffusion_envs.prompt import described
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.runs.checkpoint import CheckpointError
+from diffusion_envs.training import memory
 
 HELD_OUT = "held-out"  # the stream's name: training never draws from it
 WATCHED = "watched"  # another, for what decides when to stop: the last evaluation never sees it
@@ -68,21 +68,25 @@ def evaluate(
         samples: how many; sample i has prompt i modulo the number of prompts, and its own noise,
             the same for every model, step count and eta of one seed.
         judges: rewards that only judge, by name.
-        batch: samples rolled out at once.
+        batch: samples rolled out at once; fewer from then on where memory runs out.
         pretrained: evaluate the model without its adapter.
         stream: names the noise.
     """
+    at_once = memory.AtMost(environment, batch)
     with not_counted(environment), environment.pretrained() if pretrained else nullcontext():
-        parts = [
-            sample_in_turn(environment, range(first, min(first + batch, samples)), stream)
-            for first in range(0, samples, batch)
-        ]
+        parts = environment.in_pieces(
+            lambda c: sample_in_turn(environment, range(c.start, c.stop), stream),
+            at_once,
+            "held-out samples",
+            rows=samples,
+        )
     images = torch.cat([part.images.cpu() for part in parts])
     prompts = [prompt for part in parts for prompt in part.prompts]
     return Evaluation(
         rewards=torch.cat([part.rollout.rewards.cpu() for part in parts]),
         judged={
-            name: rewards.score(judge, images, prompts) for name, judge in (judges or {}).items()
+            name: _judged(environment, judge, images, prompts)
+            for name, judge in (judges or {}).items()
         },
         path_kl=torch.cat([_path_kl(part.rollout).cpu() for part in parts]),
         chain_kl=torch.cat([_chain_kl(environment, part.rollout).cpu() for part in parts]),
@@ -90,6 +94,20 @@ def evaluate(
         prompts=prompts,
         parts=_parts([part.rollout for part in parts]),
     )
+
+
+def _judged(
+    environment: Environment, judge: rewards.Reward, images: Tensor, prompts: Sequence[str]
+) -> Float[Tensor, " n"]:
+    """What a judge says of all pictures, at once or in as many pieces as memory asks for."""
+    ask = rewards.limited(environment.reward_timeout, rewards.score)
+    parts = environment.in_pieces(
+        lambda c: ask(judge, images[c], prompts[c]),
+        environment.judged,
+        f"the judge {rewards.reward_name(judge)}",
+        rows=len(images),
+    )
+    return torch.cat(parts)
 
 
 def _parts(rollouts: Sequence[Rollout]) -> dict[str, Float[Tensor, " n"]]:
@@ -190,7 +208,7 @@ def evaluate_pretrained(
     if path.is_file():
         try:
             stored = _read(path, environment, samples, judges)
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+        except (KeyError, ValueError, OSError) as error:
             _log.warning("%s is damaged and is made anew: %s", path, error)
         else:
             require_same_rewards(stored, environment, judges, batch, path)
@@ -200,13 +218,9 @@ def evaluate_pretrained(
     tensors |= {"path_kl": made.path_kl, "chain_kl": made.chain_kl}
     tensors |= {f"judged.{name}": value for name, value in made.judged.items()}
     tensors |= {f"part.{name}": value for name, value in made.parts.items()}
-    partial = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(exist_ok=True)
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        write_tensors(path, tensors)
+    except OSError as error:
         raise CheckpointError(
             f"could not write the pretrained model's evaluation to {path}: {error}. Free space or "
             "choose another output folder, then resume"
@@ -223,7 +237,7 @@ def require_the_runs_reward(environment: Environment, path: Path, batch: int) ->
     """
     try:
         stored = _read(path, environment, None, {})
-    except (SafetensorError, KeyError, OSError):  # nothing to compare with: it is damaged
+    except (KeyError, ValueError, OSError):  # nothing to compare with: it is damaged
         return
     require_same_rewards(stored, environment, {}, batch, path)
 
@@ -231,7 +245,7 @@ def require_the_runs_reward(environment: Environment, path: Path, batch: int) ->
 def _read(
     path: Path, environment: Environment, samples: int | None, judges: Mapping[str, rewards.Reward]
 ) -> Evaluation:
-    stored, prompts = load_file(path), environment.prompts
+    stored, prompts = read_tensors(path), environment.prompts
     samples = len(stored["rewards"]) if samples is None else samples
     read = Evaluation(
         rewards=stored["rewards"],
@@ -264,8 +278,11 @@ def require_same_rewards(
     def scores(reward: rewards.Reward, size: int, where: torch.device) -> Tensor:
         return torch.cat(
             [
-                environment.score_images(
-                    reward, stored.images[k : k + size].to(where), stored.prompts[k : k + size]
+                environment.ask(
+                    reward,
+                    stored.images[k : k + size].to(where),
+                    stored.prompts[k : k + size],
+                    range(k, min(k + size, len(stored.images))),
                 ).cpu()
                 for k in range(0, len(stored.images), size)
             ]

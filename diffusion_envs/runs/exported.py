@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
+from diffusion_envs.training.phase import phase
+from diffusion_envs.training.sharded import shards_of
 
 _PLACE = "exported"  # in the run's folder
 
 
+@phase("export")
 def export(model: Model, folder: Path, update: int, sampler: Sequence[nn.Parameter] = ()) -> Path:
     """Write the model as it is; the file that its own library loads.
 
@@ -28,7 +31,7 @@ def export(model: Model, folder: Path, update: int, sampler: Sequence[nn.Paramet
         ValueError: what was exported is not what was trained.
     """
     state = {
-        "parameters": [p.detach() for p in model.parameters],
+        "parameters": [p.detach() for p in shards_of(model).values(model.parameters)],
         "sampler": [p.detach() for p in sampler],
     }
     kept = checkpoint.save(folder / _PLACE, update, state, keep=1)

@@ -25,6 +25,7 @@ from diffusion_envs.runs.monitoring import Evaluations, Logging
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.progress import ProgressBar
 from diffusion_envs.runs.prompts import read_prompts, split
+from diffusion_envs.runs.refused import RefusedSteps
 from diffusion_envs.runs.resuming import Checkpoints
 from diffusion_envs.runs.run_folder import open_run
 from diffusion_envs.runs.run_frontier import compare
@@ -110,8 +111,11 @@ def finetune(
         FileExistsError: ``output`` holds something and ``resume`` is not asked for, or another
             process is at work in it.
         FileNotFoundError: the model or the run to resume is not there.
-        RewardError: the reward raises or returns something unusable.
+        RewardError: the reward raises or returns something unusable, or is late.
         PreflightError: what must hold before the first update does not.
+        NonFiniteError: an update is refused, as its numbers are not finite; it is kept in the
+            run's folder and can be repeated (``runs.refused``).
+        MemoryLimitError: memory runs out however few rows go through the network at once.
         CheckpointError: a checkpoint cannot be written or read.
         MissingChoicesError: recorded choices do not reach as far as the samples; the images to
             choose from are in the run's folder, and the run can be resumed.
@@ -145,6 +149,8 @@ def finetune(
             prompts=training,
             seed=seed,
             batch=size.batch,
+            reward_timeout=options.reward_timeout,
+            overlap=options.overlap,
         )
         held_out = environment
         if held_out_prompts is not training or options.evaluation_guidance is not None:
@@ -175,10 +181,12 @@ def finetune(
         ruled = [] if stopping is None else [stopping]
         checkpoints = Checkpoints(folder / "checkpoints", trainer, options.checkpoint_every, ruled)
         checkpoints.load()
+        trainer.refused = RefusedSteps(folder, trainer, checkpoints)
         tracker = stack.enter_context(
             Tracker(
                 folder,
                 first_update=trainer.update,
+                picture_every=options.picture_every,
                 wandb=options.wandb,
                 wandb_name=options.wandb_name,
                 enabled=main,
@@ -274,6 +282,8 @@ def make_environment(
     prompts: Sequence[str],
     seed: int,
     batch: int = 64,
+    reward_timeout: float | None = None,
+    overlap: int = 0,
 ) -> Environment:
     """A loaded model with a sampler on its noise levels, a reward and prompts."""
     return Environment(
@@ -283,6 +293,8 @@ def make_environment(
         prompts=list(prompts),
         seed=seed,
         batch=batch,
+        reward_timeout=reward_timeout,
+        overlap=overlap,
     )
 
 

@@ -128,8 +128,8 @@ def fit(
             reduced = recipe.precision != torch.float32
             with torch.autocast(accelerator.device.type, recipe.precision, enabled=reduced):
                 numbers = loss(modules, generator)
-            numbers["loss"].backward()
-            parallel.average_gradients(parameters, accelerator)
+            (numbers["loss"] / accelerator.num_processes).backward()
+            parallel.add_gradients(parameters, accelerator)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             if not torch.isfinite(norm):
                 raise FloatingPointError(f"{name}: gradient norm is {norm} at step {step}")

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffusion_envs.digests import read_tensors, write_tensors
 from diffusion_envs.environment import Environment
 from diffusion_envs.runs.evaluation import (
     Evaluation,
@@ -18,12 +17,14 @@ from diffusion_envs.runs.evaluation import (
     sample_in_turn,
 )
 from diffusion_envs.runs.progress import progress_bar
+from diffusion_envs.training.phase import phase
 
 STREAM = "frontier"  # neither training nor any evaluation draws from it
 _PICTURES = 8  # kept of all samples, to know the reward by
 _log = logging.getLogger(__name__)
 
 
+@phase("evaluation")
 def further_rewards(
     environment: Environment, samples: int, path: Path, *, batch: int, progress: bool = False
 ) -> Float[Tensor, " samples"]:
@@ -89,7 +90,7 @@ def _read(environment: Environment, path: Path, batch: int) -> dict[str, Tensor]
     if not path.is_file():
         return None
     try:
-        kept = load_file(path)
+        kept = read_tensors(path)
         first = len(kept["images"])
         if first != min(_PICTURES, len(kept["rewards"])):
             raise ValueError("it has not the pictures of its first samples")
@@ -102,7 +103,7 @@ def _read(environment: Environment, path: Path, batch: int) -> dict[str, Tensor]
             prompts=[environment.prompts[i % len(environment.prompts)] for i in range(first)],
         )
         require_same_rewards(seen, environment, {}, batch, path)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError) as error:
         _log.warning("%s cannot be used and is made anew: %s", path, error)
         return None
     return kept
@@ -110,19 +111,16 @@ def _read(environment: Environment, path: Path, batch: int) -> dict[str, Tensor]
 
 def _writer(path: Path) -> Callable[[dict[str, Tensor]], None]:
     """Writes the file whole or not at all; after a failure, which is told, no more."""
-    partial, failed = path.with_suffix(".partial"), False
+    failed = False
 
     def write(tensors: dict[str, Tensor]) -> None:
         nonlocal failed
         if failed:
             return
         try:
-            path.parent.mkdir(exist_ok=True)
-            save_file(tensors, partial)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
+            write_tensors(path, tensors)
+        except OSError as error:
             failed = True
-            partial.unlink(missing_ok=True)
             _log.warning("%s cannot be written and is done without: %s", path, error)
 
     return write

@@ -11,7 +11,6 @@ Sources     Szegedy et al. 2016, "Rethinking the Inception Architecture", arXiv 
             et al. 2017, arXiv 1706.08500, for the distance. Obukhov et al. 2020, torch-fidelity.
 """
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
+
+from diffusion_envs.rewards.weights import unpickled
 
 SIDE, WIDTH = 299, 2048
 
@@ -238,9 +239,9 @@ def load_inception(path: Path) -> Inception:
         "take pt_inception-2015-12-05-6726825d.pth (pytorch-fid) or torch-fidelity's copy of it"
     )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{path} is no file of tensors ({error!s:.200}); {remedy}") from error
+        state = unpickled(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} must hold a dictionary of tensors, got {type(state)}; {remedy}")
     with torch.device("meta"):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_obeyed: list["Interruption"] = []  # of the process, while its handlers are set
 
 
 class Interruption:
@@ -25,9 +26,12 @@ class Interruption:
 def interruptible() -> Iterator[Interruption]:
     """Within this context SIGTERM and Ctrl-C raise KeyboardInterrupt, once; then they kill.
 
-    Handlers of the caller's own are left alone, and so is every thread but the main one, where
-    Python lets no handler be set.
+    Within another such context it is the same one. Handlers of the caller's own are left alone, and
+    so is every thread but the main one, where Python lets no handler be set.
     """
+    if _obeyed:
+        yield _obeyed[-1]
+        return
     interruption = Interruption()
     former = {}
 
@@ -43,8 +47,12 @@ def interruptible() -> Iterator[Interruption]:
         former = {each: handler for each, handler in former.items() if handler in own}
     for each in former:
         signal.signal(each, obey)
+    if former:
+        _obeyed.append(interruption)
     try:
         yield interruption
     finally:
+        if former:
+            _obeyed.remove(interruption)
         for each, handler in former.items():
             signal.signal(each, handler)

@@ -1,6 +1,10 @@
-"""A model card beside an export: what it is, what it was trained for, how to load it."""
+"""A model card beside an export: what it is, what it was trained for, how to load it.
+
+Prompts and names stand in it as text, whatever Markdown or HTML is in them.
+"""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,15 +14,21 @@ from diffusion_envs.models.exports import KOHYA_FILE, PIPELINE
 from diffusion_envs.models.folders import SHIPPED
 from diffusion_envs.models.guidance_schedule import GUIDANCE_FILE
 from diffusion_envs.runs.prompts import split
-from diffusion_envs.runs.settings import rebuild
+from diffusion_envs.training.phase import phase
+from diffusion_envs.whole_files import whole
 
 CARD = "README.md"  # the name that the hub shows
 
 _PROMPTS = 5  # that are listed
+_LONGEST = 500  # characters of each
+# what Markdown, or HTML in it, makes something of; an underscore only at the edge of a word
+_MARKS = re.compile(r"([\\`*\[\]|~#$]|(?<![^\W_])_|_(?![^\W_]))")
+_START = re.compile(r"^(\d*)([-+.)])")  # of a list within a list, or a line across the page
 _SETTINGS = ("sampler", "steps", "updates", "objective", "optimiser", "size", "seed")
 _MODEL_ONLY = ("device", "model")  # on this machine alone, or said elsewhere
 
 
+@phase("report")
 def write_card(folder: Path) -> Path:
     """Write the card of a finished run, from its settings, summary and log.
 
@@ -29,7 +39,9 @@ def write_card(folder: Path) -> Path:
         The file.
     """
     path = folder / CARD
-    path.write_text(card(folder), encoding="utf-8")
+    text = card(folder)
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 
@@ -60,13 +72,13 @@ def card(folder: Path, *, merged: bool = False) -> str:
     scale = (folder / GUIDANCE_FILE).is_file()
     kinds = ((whole, "The UNet"), (adapter, "A LoRA adapter"), (scale, "The guidance scale"))
     what = next((words for is_there, words in kinds if is_there), "A model")
-    method = f"{settings['objective']['name']} with the reward {_reward(settings)}"
+    method = f"{_plain(settings['objective']['name'])} with the reward {_reward(settings)}"
     start = model.get("lora")
     if start is not None:
         named, _ = base_model({"model": start})
         method += (
-            f". Training started from the LoRA `{named}`, which is contained in this adapter; what "
-            "is called pretrained below is the model with that LoRA"
+            f". Training started from the LoRA {_code(named)}, which is contained in this adapter; "
+            "what is called pretrained below is the model with that LoRA"
         )
     return f"""---
 {header.to_yaml()}
@@ -74,7 +86,7 @@ def card(folder: Path, *, merged: bool = False) -> str:
 
 # {_plain(folder.absolute().name)}
 
-{what} of `{base}`, fine-tuned by reinforcement learning: {method}.
+{what} of {_code(base)}, fine-tuned by reinforcement learning: {method}.
 
 ## What it reached
 
@@ -98,11 +110,11 @@ On held-out seeds, before and after (mean and standard error):
 
 {_table(("setting", "value"), _settings(settings))}
 
-Versions: {", ".join(f"{name} {version}" for name, version in config["versions"].items())}.
+Versions: {", ".join(_plain(f"{k} {version}") for k, version in config["versions"].items())}.
 
 ## Licence
 
-Not stated. That of `{base}` applies to what is derived from it.
+Not stated. That of {_code(base)} applies to what is derived from it.
 """
 
 
@@ -118,9 +130,9 @@ def base_model(model: Mapping[str, Any]) -> tuple[str, bool]:
 def _prompts(settings: Mapping[str, Any]) -> str:
     """Those of training, the first of them, and those of the numbers above where they differ."""
     options = settings["options"]
-    prompts = [rebuild(prompt) for prompt in settings["prompts"]]
+    prompts = [_text(prompt) for prompt in settings["prompts"]]
     asked = options.get("evaluation_prompts")
-    held_out = prompts if asked is None else [rebuild(prompt) for prompt in asked]
+    held_out = prompts if asked is None else [_text(prompt) for prompt in asked]
     if options.get("held_out"):
         places = split(len(prompts), options["held_out"], settings["seed"])
         prompts, held_out = ([prompts[k] for k in part] for part in places)
@@ -128,15 +140,21 @@ def _prompts(settings: Mapping[str, Any]) -> str:
     return told if held_out == prompts else f"{told}\n\n{_listed('of held-out samples', held_out)}"
 
 
+def _text(stored: Any) -> str:
+    """A prompt as config.json has it, without its columns."""
+    return str(stored["prompt"] if isinstance(stored, Mapping) else stored)
+
+
 def _listed(what: str, prompts: list[str]) -> str:
     first = f", the first {_PROMPTS} of them" if len(prompts) > _PROMPTS else ""
-    lines = "\n".join(f"- {_plain(prompt)}" for prompt in prompts[:_PROMPTS])
+    shown = (_START.sub(r"\1\\\2", _plain(prompt)) for prompt in prompts[:_PROMPTS])
+    lines = "\n".join(f"- {prompt}" for prompt in shown)
     return f"{len(prompts)} {what}{first}:\n\n{lines}"
 
 
 def _reward(settings: Mapping[str, Any]) -> str:
     described = settings["reward"]
-    return f"`{described['name'] if isinstance(described, Mapping) else described}`"
+    return _code(str(described["name"] if isinstance(described, Mapping) else described))
 
 
 def _reached(summary: Mapping[str, Any]) -> str:
@@ -202,11 +220,11 @@ def _flat(name: str, value: Any) -> list[tuple[str, str]]:
 def _loading(folder: Path, base: str, model: Mapping[str, Any], whole: bool) -> str:
     guidance = model.get("guidance")
     kind = "DDPMPipeline" if guidance is None else "DiffusionPipeline"
-    place = f'"{"FOLDER OR REPOSITORY" if whole else base}"'
+    place = _literal("FOLDER OR REPOSITORY" if whole else base)
     code = [f"from diffusers import {kind}"]
     if base in SHIPPED and not whole:
         code.append("from diffusion_envs.models.folders import shipped_folder")
-        place = f'shipped_folder("{base}"), safety_checker=None'
+        place = f"shipped_folder({place}), safety_checker=None"
     code.append(f"pipe = {kind}.from_pretrained({place})")
     words = list[str]()
     if not whole and (folder / LORA_FILE).is_file():
@@ -219,7 +237,7 @@ def _loading(folder: Path, base: str, model: Mapping[str, Any], whole: bool) -> 
         )
     asked = "" if guidance is None else f"prompt, guidance_scale={guidance}"
     if model.get("negative_prompt"):
-        asked += f", negative_prompt={model['negative_prompt']!r}"
+        asked += f", negative_prompt={_literal(model['negative_prompt'])}"
     code.append(f"image = pipe({asked}).images[0]")
     if (folder / GUIDANCE_FILE).is_file():
         words.append(
@@ -236,5 +254,18 @@ def _table(heads: tuple[str, ...], rows: list[Any]) -> str:
 
 
 def _plain(words: str) -> str:
-    """On one line, without what Markdown's tables and lists would take for their own."""
-    return " ".join(words.split()).replace("|", "\\|").replace("<", "&lt;")
+    """On one line, as text: nothing in it is Markdown, HTML or an address to be fetched."""
+    line = " ".join(words.split())
+    line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+    marked = _MARKS.sub(r"\\\1", line.replace("&", "&amp;"))
+    return marked.replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _code(name: str) -> str:
+    """A name between backticks, of which it has none itself."""
+    return f"`{' '.join(name.split()).replace('`', chr(39)) or '?'}`"
+
+
+def _literal(text: str) -> str:
+    """A string of Python on one line, that cannot end the block of code that it stands in."""
+    return json.dumps(text, ensure_ascii=False).replace("`", "\\u0060")

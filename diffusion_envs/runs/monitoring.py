@@ -12,6 +12,7 @@ from diffusion_envs.runs.evaluation import Evaluation, evaluate, evaluate_pretra
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.over_optimisation import embeddings, metrics
 from diffusion_envs.runs.tracking import Tracker
+from diffusion_envs.training.phase import phase
 from diffusion_envs.training.trainer import Trainer
 
 PICTURES = 32  # in the grid of a step
@@ -69,6 +70,7 @@ class Evaluations(Callback):
         self._stlpips = perceptual.load(perceptual.weights_file()) if stlpips else None
         self.before: Evaluation | None = None
 
+    @phase("evaluation")
     def begin(self) -> None:
         """Evaluate the pretrained model, or read what an earlier part of this run has stored."""
         self.before = evaluate_pretrained(
@@ -83,6 +85,7 @@ class Evaluations(Callback):
         if self._trainer.update == 0:
             self._show(0, self.before)
 
+    @phase("evaluation")
     def after(self, numbers: Mapping[str, Any]) -> None:
         """Pictures and metrics of some held-out seeds, if it is time."""
         update = numbers["update"]
@@ -92,6 +95,7 @@ class Evaluations(Callback):
         self._show(update, now)
         self._tracker.over_optimisation(update, self._metrics(self.before, now))
 
+    @phase("evaluation")
     def last(self, *, finished: bool) -> tuple[Evaluation, Evaluation, dict[str, Estimate]]:
         """The pretrained model, the one to export, and the metrics of the latter.
 
@@ -100,19 +104,21 @@ class Evaluations(Callback):
         """
         after = self._evaluate(self._options.evaluation_samples)
         before = self.before or after
-        self._show(self._trainer.update, after)
+        self._show(self._trainer.update, after, last=True)
         numbers = self._metrics(before, after)
         if finished:
             self._tracker.over_optimisation(self._trainer.update, numbers)
         return before, after, numbers
 
     def _metrics(self, before: Evaluation, after: Evaluation) -> dict[str, Estimate]:
-        return metrics(before, after, self._embedders, self._stlpips)
+        seconds = self._environment.reward_timeout
+        return metrics(before, after, self._embedders, self._stlpips, seconds)
 
     def _evaluate(self, samples: int) -> Evaluation:
         judges = self._options.judges
         with self._trainer.averaged():
             return evaluate(self._environment, samples, judges=judges, batch=self._batch)
 
-    def _show(self, update: int, seen: Evaluation) -> None:
-        self._tracker.pictures(update, seen.images[:PICTURES], seen.prompts[:PICTURES])
+    def _show(self, update: int, seen: Evaluation, *, last: bool = False) -> None:
+        images, prompts = seen.images[:PICTURES], seen.prompts[:PICTURES]
+        self._tracker.pictures(update, images, prompts, last=last)

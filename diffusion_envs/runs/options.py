@@ -53,6 +53,12 @@ class RunOptions:
             named ...-from-data): on the command line a folder of CIFAR-10.
         log_path_kl: report the path KL of every update also where the method does not need it, at
             the price of a network call a step.
+        reward_timeout: seconds that one call of the reward, or of a judge, may take before the run
+            ends in good order and says which; None for any time.
+        overlap: calls of the reward that may go on while the next pictures are sampled and the
+            pretrained model is asked; the numbers are the same. 1 for any reward that leaves
+            torch's settings alone: it is called in order, from one thread; more for one that
+            declares concurrent = True, such as Remote and VLMJudge.
         wandb: log to Weights & Biases too; or the name of the project ("ctrl" if left out).
         wandb_name: of the run there; that of the run's folder if left out.
         progress: show a progress bar.
@@ -72,6 +78,8 @@ class RunOptions:
     preference: Annotated[Preference | None, tyro.conf.arg(name="preferences")] = None
     data: TrainingData | None = None
     log_path_kl: bool = False
+    reward_timeout: float | None = None
+    overlap: int = 0
     wandb: bool | str = False
     wandb_name: str | None = None
     progress: bool = True
@@ -82,11 +90,12 @@ class RunOptions:
             object.__setattr__(self, "evaluation_prompts", read)
         self._check_held_out()
         least = {"evaluation_samples": 2, "checkpoint_every": 1, "picture_every": 1}
-        least |= {"frontier_samples": 0}
+        least |= {"frontier_samples": 0, "overlap": 0}
         for name, bound in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < bound:
                 raise ValueError(f"{name} must be an integer of at least {bound}, got {value!r}")
+        rewards.require_seconds(self.reward_timeout)
         if self.distance not in (None, STLPIPS):
             raise ValueError(f"distance must be {STLPIPS!r} or None, got {self.distance!r}")
         if self.distance in self.judges:

@@ -59,6 +59,7 @@ Chance      One verdict, asked once about all the lines of a run, names a fall t
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ def metrics(
     after: Evaluation,
     embedders: Mapping[str, rewards.Embedder] | None = None,
     stlpips: perceptual.ShiftTolerantAlexNet | None = None,
+    reward_timeout: float | None = None,
 ) -> dict[str, Estimate]:
     """The over-optimisation metrics of a fine-tuned model (see the module).
 
@@ -109,8 +111,10 @@ def metrics(
         after: the fine-tuned model on the same seeds.
         embedders: spaces to measure distances in besides pixels, by name.
         stlpips: the network of a further, perceptual distance.
+        reward_timeout: seconds that one call of an embedder may take; None for any.
 
     Raises:
+        RewardError: an embedder raises, returns something unusable, or is late.
         ValueError: the two are not of the same prompts.
     """
     n = len(after.prompts)
@@ -128,7 +132,15 @@ def metrics(
             numbers[name] = Estimate.of(nats)
     spaces = {PIXELS: (pixel_distances, was.images, after.images)}
     for name, embedder in (embedders or {}).items():
-        old, new = (rewards.embed(embedder, pictures) for pictures in (was.images, after.images))
+        old, new = (
+            rewards.within(
+                reward_timeout,
+                partial(rewards.embed, embedder, pictures),
+                f"embedding of {type(embedder).__name__} ({name}) on {n} pictures",
+                pictures,
+            )
+            for pictures in (was.images, after.images)
+        )
         spaces[name] = (cosine_distances, old, new)
     if stlpips is not None:
         old, new = (

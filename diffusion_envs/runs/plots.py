@@ -128,7 +128,7 @@ def _transfer(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], up: str) 
                 markerfacecolor="white" if former else None,
                 capsize=3,
                 linewidth=1.4,
-                label=textwrap.shorten(sampler, 60, placeholder="…") if not former else None,
+                label=None if former else _name(sampler),
             )
     if "difference" in parts:
         axes.axhline(0, color="#888", linewidth=0.8)
@@ -138,6 +138,11 @@ def _transfer(rows: Sequence[Mapping[str, Any]], parts: Sequence[str], up: str) 
     axes.minorticks_off()
     figure.legend(loc="outside upper left", frameon=False, ncols=columns, fontsize="small")
     return figure
+
+
+def _name(sampler: str) -> str:
+    """As it is: what matplotlib would take for mathematics is not."""
+    return textwrap.shorten(sampler, 60, placeholder="…").replace("$", r"\$")
 
 
 def _axes(across: str, up: str, size: tuple[float, float]) -> tuple[Any, Any]:

@@ -1,11 +1,12 @@
 """Presets: files of options that can be read and changed; the command line wins over them.
 
 A preset is flat TOML. Its keys are options of the command line, its values text, numbers, booleans
-or lists of them; a value ``@file`` is a file beside it. Those that ship are in
+or lists of them; a value ``@file`` is a file beside it, and no other. Those that ship are in
 ``diffusion_envs/presets``.
 """
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,7 +48,7 @@ def options(name: str | Path) -> dict[str, list[str]]:
     path = path_of(name)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"preset {path} must be TOML in UTF-8: {error}") from error
     words: dict[str, list[str]] = {}
     for key, value in content.items():
@@ -63,7 +64,7 @@ def options(name: str | Path) -> dict[str, list[str]]:
                 f"preset {path}: {key} must be text, a number, a boolean or a list of them, got "
                 f"{value!r}; options stand side by side, not in tables"
             )
-        words[option] = [option, *(_word(each, path.parent) for each in values)]
+        words[option] = [option, *(_word(each, path) for each in values)]
     return words
 
 
@@ -81,9 +82,20 @@ def expanded(
     return [*(word for words in taken.values() for word in words), *arguments], taken
 
 
-def _word(value: Any, folder: Path) -> str:
-    """A value as it stands on the command line; a file beside the preset by its path."""
+def _word(value: Any, preset: Path) -> str:
+    """A value as it stands on the command line; a file beside the preset by its path.
+
+    Raises:
+        ValueError: it names a file elsewhere.
+    """
     text = str(value)
-    if text.startswith("@") and (folder / text[1:]).is_file():
-        return f"@{(folder / text[1:]).absolute()}"
-    return text
+    if not text.startswith("@"):
+        return text
+    folder = preset.parent.absolute()
+    file = Path(os.path.normpath(folder / text[1:]))
+    if not file.is_relative_to(folder):
+        raise ValueError(
+            f"preset {preset} names the file {text!r}, which is not beside it: presets are passed "
+            "on, and read no other files; copy it there, or name it on the command line"
+        )
+    return f"@{file}" if file.is_file() else text

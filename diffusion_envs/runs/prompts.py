@@ -170,7 +170,7 @@ def _from_json_lines(text: str, place: str, column: str) -> list[Any]:
         where = f"{place}, line {number},"
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} must be JSON, one prompt a line: {error}") from error
         taken.append(_entry(entry, where, column))
     return taken
@@ -181,7 +181,7 @@ def _from_json(text: str, place: str, column: str) -> list[Any]:
         return []
     try:
         entries = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} must be a JSON list of prompts: {error}") from error
     if not isinstance(entries, list):
         raise ValueError(f"{place} must be a JSON list of prompts, got {type(entries).__name__}")

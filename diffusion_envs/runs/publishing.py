@@ -17,6 +17,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from diffusion_envs.digests import read_tensors
 from diffusion_envs.models.adapters import LORA_FILE
 from diffusion_envs.models.exports import KOHYA_FILE, PIPELINE
 from diffusion_envs.models.guidance_schedule import GUIDANCE_FILE
@@ -87,7 +88,8 @@ def export(
     Raises:
         FileNotFoundError: there is no such run, or it has exported nothing yet.
         FileExistsError: ``merged`` holds something.
-        ValueError: ``push`` names no repository, or the run's model cannot be loaded again.
+        ValueError: ``push`` names no repository, or the run's model cannot be loaded again, or what
+            it exported is damaged.
         PermissionError: nobody is logged in to the hub.
         ConnectionError: the hub does not take it; all is still in the run's folder.
     """
@@ -167,6 +169,8 @@ def _push(folder: Path, api: Any, repository: str, private: bool) -> str:
                     f"run {folder} has exported no model yet; let it finish, or resume it"
                 )
             for name in held:
+                if name != GUIDANCE_FILE:
+                    read_tensors(folder / name)  # nothing damaged is published
                 shutil.copyfile(folder / name, staged / name)
         shutil.copyfile(folder / CARD, staged / CARD)
         try:

@@ -4,7 +4,6 @@ What stands where is here; curves are drawn by ``charts.py``, the frontier and t
 ``plots.py``. Of what the run has not left yet, it says so.
 """
 
-import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from diffusion_envs.runs.report_prompts import by_prompt
 from diffusion_envs.runs.report_settings import settings_table
 from diffusion_envs.runs.report_words import (
     duration,
+    escaped,
     figure,
     image,
     in_errors,
@@ -25,6 +25,7 @@ from diffusion_envs.runs.report_words import (
     table,
 )
 from diffusion_envs.runs.tracking import OVER_OPTIMISATION, TRAINING_BY_PROMPT, read_metrics
+from diffusion_envs.whole_files import whole
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60676f; --page: #f7f8f9; --card: #fff;
@@ -52,6 +53,7 @@ h2 { font-size: 1.25rem; margin: 2.8rem 0 .8rem; } p { max-width: 46rem; }
 .pair { grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
 figure { padding: .8rem; } figure img { display: block; width: 100%; height: auto;
   border-radius: .35rem; background: #fff; } figcaption { margin-top: .5rem; }
+@media (prefers-color-scheme: dark) { figure .plot { filter: invert(.87) hue-rotate(180deg); } }
 .pairs { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
 .pairs figure > div { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; }
@@ -92,6 +94,8 @@ _SINGLE = {
 }
 _PROGRESS = ("reward", "path_kl")  # in the chart with a choice of axis
 _NOT_DRAWN = {"update", "memory", "ratio_min", "ratio_max", *_PROGRESS, *_COSTS}
+_LONG = 3000  # characters of what is said in sentences
+_MOST_DRAWN = 200  # evaluations beside the frontier
 _FEW = 3  # points of a quantity from which on it is drawn; fewer are a table
 _Points = Sequence[tuple[int | float, Mapping[str, Any]]]
 
@@ -110,7 +114,7 @@ def write_report(folder: str | Path) -> Path:
     summary, transfer = _json(folder / "summary.json"), _json(folder / "transfer.json")
     metrics = read_metrics(folder / "metrics.jsonl")
     lines = read_metrics(folder / OVER_OPTIMISATION)
-    name = html.escape(folder.resolve().name)
+    name = escaped(folder.resolve().name)
     parts = [
         f"<header><h1>{name}</h1>{_subtitle(config, metrics)}</header>",
         _verdict(lines, summary),
@@ -130,9 +134,10 @@ def write_report(folder: str | Path) -> Path:
         f"<title>{name}: fine-tuning report</title><style>{_STYLE}{charts.STYLE}</style></head>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
-    partial = folder / "report.html.partial"
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    return partial.replace(folder / "report.html")
+    path = folder / "report.html"
+    with whole(path) as partial:
+        partial.write_text(page, encoding="utf-8", errors="replace")
+    return path
 
 
 def _json(path: Path) -> Any:
@@ -149,7 +154,7 @@ def _subtitle(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
     settings = config.get("settings", {})
     named = {what: settings.get(what) for what in ("model", "reward", "objective")}
     words = [
-        f"{what} <b>{html.escape(value['name'] if isinstance(value, dict) else str(value))}</b>"
+        f"{what} <b>{escaped(value['name'] if isinstance(value, dict) else str(value))}</b>"
         for what, value in named.items()
         if value is not None
     ]
@@ -184,9 +189,9 @@ def _verdict(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | No
                 f"Stopped after update {stop['update']}: {stop['reason']} ({bound}). The exported "
                 f"model is that of update {summary['update']}, the best that the rule saw."
             )
-    said_so = "".join(f"<p>{html.escape(text)}</p>" for text in words)
+    said_so = "".join(f"<p>{escaped(text, _LONG)}</p>" for text in words)
     if fault := ((summary or {}).get("frontier") or {}).get("fault"):
-        said_so = f'<p class="bad">{html.escape(fault)}</p>{said_so}'
+        said_so = f'<p class="bad">{escaped(fault, _LONG)}</p>{said_so}'
         return f'<div class="verdict">{said_so}</div>'
     return f'<div class="verdict">{said_so}</div>' if words else ""
 
@@ -209,7 +214,7 @@ def _headline(summary: Mapping[str, Any] | None) -> str:
             below += f", at a path KL of {number(summary['path_kl'])} nats"
         tiles.append(_tile(f"{name}, paired gain", gain, below, good=nothing_fell))
         numbers = [number(before), number(after), number(gain, "+"), in_errors(gain)]
-        rows.append([html.escape(name), *numbers, str(gain["n"])])
+        rows.append([escaped(name), *numbers, escaped(str(gain["n"]))])
     for name, label in (("path_kl", "path KL"), ("transition_kl", "transition KL")):
         if name in summary:
             text = "nats away from the pretrained model"
@@ -244,7 +249,7 @@ def _tile(
     value, *error = number(estimate, "+" if gain else "").split(" ", 1)
     small = f" <small>{error[0]}</small>" if error else ""
     return (
-        f'<div class="tile"><span class="muted">{html.escape(name)}</span>'
+        f'<div class="tile"><span class="muted">{escaped(name)}</span>'
         f'<b{kind}>{value}{small}</b><span class="muted">{below}</span></div>'
     )
 
@@ -258,9 +263,9 @@ def _frontier(
     if summary is None or "frontier" not in summary:
         return ""
     told = summary["frontier"]
-    words = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in told["sentences"])
+    words = "".join(f"<p>{escaped(sentence, _LONG)}</p>" for sentence in told["sentences"])
     if told["fault"] is not None:
-        words = f'<p class="bad">{html.escape(told["fault"])}</p>{words}'
+        words = f'<p class="bad">{escaped(told["fault"], _LONG)}</p>{words}'
     shown = ""
     if drawn and drawn["curve"]:
         run = [
@@ -273,6 +278,7 @@ def _frontier(
         exported = "chain_kl" in told["kl"]
         if exported:
             run.append((told["kl"]["chain_kl"], told["reward"]))
+        run = run[:: -max(1, -(-len(run) // _MOST_DRAWN))][::-1]  # with the last
         alt = "The most reward that a policy can have against KL, and the run's evaluations"
         caption = (
             f"From {drawn['samples']} samples of the pretrained model, of {drawn['prompts']} "
@@ -381,7 +387,9 @@ def _over_optimisation(
     }
     only_the_last = final is not None and len(lines) == 1
     drawn = "" if only_the_last else _over_updates(series, "on held-out seeds")
-    rows = [[html.escape(_quantity(k)), number(v), str(v["n"])] for k, v in (final or {}).items()]
+    rows = [
+        [escaped(_quantity(k)), number(v), escaped(str(v["n"]))] for k, v in (final or {}).items()
+    ]
     final_rows = table(["of the exported model", "", "samples"], rows) if rows else ""
     return (
         f"{title}{drawn}{final_rows}"
@@ -405,7 +413,7 @@ def _over_updates(series: Mapping[str, _Points], where: str) -> str:
         figures.append(figure(charts.chart(points, "updates", alt), label))
     updates = sorted({update for told in few.values() for update in told})
     rows = [
-        [html.escape(label), *(told.get(update, "") for update in updates)]
+        [escaped(label), *(told.get(update, "") for update in updates)]
         for label, told in few.items()
     ]
     heads = [where, *(f"update {update}" for update in updates)]
@@ -519,8 +527,8 @@ def _transfer(rows: Sequence[Mapping[str, Any]] | None) -> str:
         return f"{title}<p>Not measured yet: <code>{command}</code>.</p>"
     cells = [
         [
-            html.escape(row["sampler"]),
-            str(row["steps"]),
+            escaped(row["sampler"]),
+            escaped(str(row["steps"])),
             *(number(row[part]) for part in ("before", "after")),
             number(row["difference"], "+"),
             in_errors(row["difference"]),

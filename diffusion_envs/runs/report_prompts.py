@@ -1,12 +1,11 @@
 """Of a report: rewards by prompt, of held-out samples and of those that were trained on."""
 
-import html
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion_envs.runs.prompt_statistics import training_by_prompt
-from diffusion_envs.runs.report_words import folded, in_errors, number, table
+from diffusion_envs.runs.report_words import escaped, folded, in_errors, number, table
 
 _MANY_PROMPTS = 12  # more than so many are folded away
 _EACH_END = 10  # prompts that changed most and least in training
@@ -30,11 +29,11 @@ def _held_out_by_prompt(summary: Mapping[str, Any] | None) -> str:
     ordered = sorted(prompts.items(), key=lambda item: -item[1]["difference"]["mean"])
     rows = [
         [
-            html.escape(prompt),
+            escaped(prompt),
             *(number(value[part]) for part in ("before", "after")),
             number(value["difference"], "+"),
             in_errors(value["difference"]),
-            str(value["difference"]["n"]),
+            escaped(str(value["difference"]["n"])),
         ]
         for prompt, value in ordered
     ]
@@ -62,7 +61,7 @@ def _trained_by_prompt(lines: Sequence[Mapping[str, Any]], config: Mapping[str, 
         shown = every[:_EACH_END] + every[-_EACH_END:]
     rows = [
         [
-            html.escape(prompt_words(names[each.prompt]) if each.prompt < len(names) else "?"),
+            escaped(prompt_words(names[each.prompt]) if each.prompt < len(names) else "?"),
             number(each.earlier.as_dict()),
             number(each.later.as_dict()),
             number(each.difference.as_dict(), "+"),
@@ -74,8 +73,8 @@ def _trained_by_prompt(lines: Sequence[Mapping[str, Any]], config: Mapping[str, 
         return ""
     heads = ["prompt, in training", "earlier half", "later half", "difference", "samples"]
     which = f"{len(rows)} of {len(every):,} prompts" if len(shown) < len(every) else "every prompt"
-    words = f"Training samples of {which}: the earlier and the later half of the updates"
-    return folded(words, table(heads, rows))
+    title = f"Training samples of {which}: the earlier and the later half of the updates"
+    return folded(title, table(heads, rows))
 
 
 def prompt_words(stored: Any) -> str:

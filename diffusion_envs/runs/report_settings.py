@@ -1,14 +1,14 @@
 """Of a report: every setting of the run on a line of its own."""
 
-import html
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from diffusion_envs.runs.report_prompts import prompt_words
-from diffusion_envs.runs.report_words import folded, table
+from diffusion_envs.runs.report_words import escaped, folded, table
 
 _SOME = 8  # prompts that stand among the settings
+_LONGEST = 2000  # characters of a setting
 
 
 def settings_table(config: Mapping[str, Any]) -> str:
@@ -19,10 +19,11 @@ def settings_table(config: Mapping[str, Any]) -> str:
         several = f" and {len(prompts) - _SOME:,} more" if len(prompts) > _SOME else ""
         settings["prompts"] = "; ".join(prompt_words(p) for p in prompts[:_SOME]) + several
     rows = [
-        [html.escape(name), f"<code>{html.escape(value)}</code>"] for name, value in _flat(settings)
+        [escaped(name), f"<code>{escaped(value, _LONGEST)}</code>"]
+        for name, value in _flat(settings)
     ]
     known = config.get("versions", {}) | {"commit": config.get("commit")}
-    versions = [[html.escape(k), f"<code>{html.escape(str(v))}</code>"] for k, v in known.items()]
+    versions = [[escaped(k), f"<code>{escaped(str(v))}</code>"] for k, v in known.items()]
     return (
         "<h2>Settings</h2>"
         + folded(f"All {len(rows)} settings", table(["setting", "value"], rows, numbers=False))

@@ -8,6 +8,7 @@ from typing import Any
 from diffusion_envs.runs.plots import decimals
 
 _MINUS = "\N{MINUS SIGN}"
+_LONGEST = 500  # characters of a prompt or name; reports of long ones stay small
 _MOST_DIGITS = 6  # behind the point; smaller numbers are written with an exponent
 
 
@@ -21,6 +22,17 @@ def number(estimate: Mapping[str, Any], sign: str = "") -> str:
     else:
         text = f"{mean:{sign}.3g} ± {error:.2g}"
     return text.replace("-", _MINUS)
+
+
+def escaped(text: str, most: int = _LONGEST) -> str:
+    """A run's own words as HTML: all that means something to a page is escaped, and cut if long.
+
+    Args:
+        text: a prompt, a name, a setting, whatever comes from outside.
+        most: characters.
+    """
+    shown = text if len(text) <= most else f"{text[:most]}\N{HORIZONTAL ELLIPSIS}"
+    return html.escape(shown)
 
 
 def in_errors(estimate: Mapping[str, Any]) -> str:
@@ -57,12 +69,13 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = T
 def image(data: bytes, kind: str, alt: str) -> str:
     """A picture inside the page."""
     inside = base64.b64encode(data).decode()
-    return f'<img src="data:image/{kind};base64,{inside}" alt="{html.escape(alt)}">'
+    drawn = ' class="plot"' if kind == "svg+xml" else ""
+    return f'<img{drawn} src="data:image/{kind};base64,{inside}" alt="{escaped(alt)}">'
 
 
 def figure(content: str, caption: str) -> str:
     """A picture or chart with its caption below."""
-    return f'<figure>{content}<figcaption dir="auto">{html.escape(caption)}</figcaption></figure>'
+    return f'<figure>{content}<figcaption dir="auto">{escaped(caption)}</figcaption></figure>'
 
 
 def folded(summary: str, content: str) -> str:

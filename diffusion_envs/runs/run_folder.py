@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from diffusion_envs.digests import opened, sealed
 from diffusion_envs.runs.settings import differences
+from diffusion_envs.whole_files import naming, whole
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "torchsde")
 _LOCK, _PARTIAL = "run.lock", "config.json.partial"  # all that a start may leave that was killed
@@ -46,19 +48,17 @@ def commit() -> str | None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a whole JSON file or leave the old one: under a temporary name, then renamed."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    with whole(path) as partial:
+        partial.write_text(text)
 
 
 def write_lines(path: Path, lines: Iterable[Any]) -> None:
     """Write a file of JSON lines whole, or leave the old one."""
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(exist_ok=True)
     words = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
     # JSON's own escape for half a pair of surrogates, which UTF-8 has not
-    partial.write_text("".join(words), encoding="utf-8", errors="backslashreplace")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text("".join(words), encoding="utf-8", errors="backslashreplace")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -71,11 +71,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"resume needs a run, but {folder} holds no config.json")
+    known = _read_config(config)
     try:
-        settings = json.loads(config.read_text())["settings"]
+        settings = known["settings"]
         if not isinstance(settings, dict):
             raise TypeError("its settings are no mapping")
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{config} is damaged: {error}") from error
     if "options" not in settings:
         raise ValueError(
@@ -83,6 +84,19 @@ def read_settings(folder: Path) -> dict[str, Any]:
             "that version, or start anew"
         )
     return settings
+
+
+def _read_config(config: Path) -> dict[str, Any]:
+    """All of ``config.json``, as it was written.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        content = json.loads(config.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{config} is damaged: {error}") from error
+    return opened(content, config)
 
 
 @contextmanager
@@ -125,7 +139,7 @@ def open_run(folder: str | Path, settings: Mapping[str, Any], *, resume: bool) -
             )
         else:
             known = {"settings": settings, "versions": versions(), "commit": commit()}
-            write_json(config, known)
+            write_json(config, sealed(known))
         yield folder
 
 
@@ -141,9 +155,9 @@ def _check_settings(folder: Path, wanted: dict[str, Any]) -> None:
             f"{wanted['updates']}: leave it out, or give a larger number"
         )
     if wanted["updates"] > stored["updates"]:
-        known = json.loads((folder / "config.json").read_text())
+        known = _read_config(folder / "config.json")
         grown = {"settings": stored | {"updates": wanted["updates"]}}
-        write_json(folder / "config.json", known | grown)
+        write_json(folder / "config.json", sealed(known | grown))
 
 
 @contextmanager
@@ -174,8 +188,9 @@ def _locked(folder: Path) -> Iterator[None]:
             break
         os.close(handle)  # its former owner took the file away in between
     try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"pid {os.getpid()} on host {socket.gethostname()}".encode(), 0)
+        with naming(path):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"pid {os.getpid()} on host {socket.gethostname()}".encode(), 0)
         yield
     finally:
         path.unlink(missing_ok=True)

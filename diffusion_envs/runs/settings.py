@@ -24,8 +24,9 @@ from diffusion_envs.rewards.contract import load, name_of_loaded
 
 _KINDS = ("class", "function", "loaded", "instance")
 _ANY_TIME = (  # no number of an update depends on them
-    *("updates", "model.device", "options.wandb", "options.progress"),
+    *("updates", "model.device", "model.sharded", "options.wandb", "options.progress"),
     *("options.wandb_name", "options.frontier_samples"),
+    *("options.reward_timeout", "options.overlap"),
 )
 _SERVERS = ("diffusion_envs.rewards.remote:Remote", "diffusion_envs.rewards.vlm_judge:VLMJudge")
 _HOW_REACHED = (  # a server: what it scores is compared when a run is resumed
@@ -129,9 +130,15 @@ def rebuild(described: Any, setting: str = "") -> Any:
         script = " of a script" if name.startswith("__main__:") else ""
         what = "an object" if kind == "instance" else "a function or class"
         return Unnamed(setting, f"{what}{script} that no name leads to ({name})")
-    if kind == "loaded" and _in_file(name):
+    folder, in_file = described.get("folder"), kind == "loaded" and _in_file(name)
+    if (folder is not None or in_file) and not Path(str(folder)).is_absolute():
+        raise ValueError(
+            f"{setting or name} is stored with code in the folder {folder!r}, which is no absolute "
+            "path: such a run was not written by this library, and its code is not imported"
+        )
+    if in_file:
         try:
-            return load(str(Path(described["folder"]) / name))
+            return load(str(Path(str(folder)) / Path(name).name))
         except ValueError as error:
             return Unnamed(setting, f"{name}, which cannot be loaded any more ({error})")
     try:

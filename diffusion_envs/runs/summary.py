@@ -16,6 +16,7 @@ from diffusion_envs.runs.report import write_report
 from diffusion_envs.runs.run_folder import write_json, write_lines
 from diffusion_envs.runs.run_frontier import RunFrontier
 from diffusion_envs.runs.tracking import OVER_OPTIMISATION, read_metrics
+from diffusion_envs.training.phase import phase
 
 BY_PROMPT = "by_prompt.jsonl"
 _EACH_END = 10  # prompts of the largest and of the smallest gains in summary and report
@@ -42,6 +43,7 @@ class Run:
     stopped: str | None = None  # why the stop rule ended the run, if it did
 
 
+@phase("report")
 def summarise(
     folder: Path,
     exported: Path,

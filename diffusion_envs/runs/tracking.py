@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.estimate import Estimate
+from diffusion_envs.digests import opened, sealed
 from diffusion_envs.runs.contact_sheet import grid, save
+from diffusion_envs.whole_files import append, whole
 
 OVER_OPTIMISATION = "over_optimisation.jsonl"
 TRAINING_BY_PROMPT = "training_by_prompt.jsonl"
+LOGS = ("metrics.jsonl", OVER_OPTIMISATION, TRAINING_BY_PROMPT)
 PROJECT = "ctrl"  # of Weights & Biases
+_RECENT = 32  # pictures that all stay
 _MOST_PROMPTS = 20  # in the config that Weights & Biases gets
 _log = logging.getLogger(__name__)
 
@@ -32,15 +35,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     read = []
     for number, line in enumerate(
         lines[:-1], start=1
     ):  # what follows the last newline was cut short
         try:
-            numbers = json.loads(line)
+            numbers = json.loads(line.decode())
             read.append(numbers | {"update": int(numbers["update"])})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number} is damaged ({error}); take the line out to go on without it"
             ) from error
@@ -59,6 +62,7 @@ class Tracker:
     Args:
         folder: of the run.
         first_update: updates already done.
+        picture_every: updates between pictures, which thin out with age (``stays``).
         wandb: log to Weights & Biases too: the name of the project, or True for the project
             "ctrl" (of a resumed run: the project it is in).
         wandb_name: of the run there; the folder's if left out (of a resumed run: the one it has).
@@ -74,11 +78,12 @@ class Tracker:
         folder: Path,
         *,
         first_update: int = 0,
+        picture_every: int = 1,
         wandb: bool | str = False,
         wandb_name: str | None = None,
         enabled: bool = True,
     ) -> None:
-        self.folder, self.enabled = folder, enabled
+        self.folder, self.enabled, self._picture_every = folder, enabled, picture_every
         self._service: Any = None  # the module wandb
         self._wandb: Any = None  # its run
         if not enabled:
@@ -94,7 +99,7 @@ class Tracker:
         if self._service is not None:
             self._wandb = _wandb_run(self._service, folder, wandb, wandb_name)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update + 1)
-        self._file = path.open("a", encoding="utf-8")
+        append(path, "")  # there is a log from the start
         (folder / "samples").mkdir(exist_ok=True)
 
     def __enter__(self) -> "Tracker":
@@ -108,7 +113,6 @@ class Tracker:
     ) -> None:
         if not self.enabled:
             return
-        self._file.close()
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -131,8 +135,7 @@ class Tracker:
             raise ValueError(
                 f"update must be later than {self._last}, already logged; got {update}"
             )
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
+        append(self.folder / "metrics.jsonl", json.dumps(plain, allow_nan=False) + "\n")
         self._last = update
         flat = {n: v.mean if isinstance(v, Estimate) else v for n, v in numbers.items()}
         flat = {name: value for name, value in flat.items() if value is not None}
@@ -155,20 +158,26 @@ class Tracker:
             "standard_error": [each.as_dict()["standard_error"] for each in rewards.values()],
             "n": [each.n for each in rewards.values()],
         }
-        with (self.folder / TRAINING_BY_PROMPT).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        append(self.folder / TRAINING_BY_PROMPT, json.dumps(line, allow_nan=False) + "\n")
 
     def over_optimisation(self, update: int, numbers: Mapping[str, Estimate]) -> None:
-        """A line of ``over_optimisation.jsonl``; none if a resumed run has that update's already.
+        """A line of ``over_optimisation.jsonl``; of a run that was finished before, once more.
+
+        Its last line is not in any checkpoint, and so is made anew where it was altered.
 
         Raises:
             ValueError: a number is not finite.
         """
-        if not self.enabled or update <= self._last_metrics:
+        if not self.enabled or update < self._last_metrics:
             return
+        path = self.folder / OVER_OPTIMISATION
         plain = {name: _plain(name, value) for name, value in numbers.items()}
-        with (self.folder / OVER_OPTIMISATION).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"update": update, **plain}, allow_nan=False) + "\n")
+        line = json.dumps({"update": update, **plain}, allow_nan=False)
+        if update == self._last_metrics and read_metrics(path)[-1:] == [json.loads(line)]:
+            return
+        if _keep_lines_until(path, update - 1) < self._last_metrics == update:
+            _log.warning("%s: the line of update %d was altered, and is made anew", path, update)
+        append(path, f"{line}\n")
         self._last_metrics = update
         flat = {f"over_optimisation/{name}": value.mean for name, value in numbers.items()}
         for name, value in flat.items():
@@ -177,19 +186,66 @@ class Tracker:
             self._wandb.log(flat, step=update)
 
     def pictures(
-        self, update: int, images: Float[Tensor, "n 3 h w"], captions: Sequence[str]
+        self,
+        update: int,
+        images: Float[Tensor, "n 3 h w"],
+        captions: Sequence[str],
+        *,
+        last: bool = False,
     ) -> None:
-        """A grid of pictures, the same prompts and seeds each time."""
+        """A grid of pictures, the same prompts and seeds each time; older ones are thinned out.
+
+        Files of the newest 32 times stay, and fewer and fewer of earlier ones (``stays``).
+        TensorBoard and Weights & Biases, from which nothing can be taken away again, get those
+        that stay longest (``lasts``).
+
+        Args:
+            update: after which they were made.
+            images: in [0, 1].
+            captions: one for each.
+            last: of the run; they are sent everywhere.
+        """
         if not self.enabled:
             return
         path = self.folder / "samples" / f"step-{update:06d}.png"
-        partial = path.with_suffix(".partial")
         sheet = grid(images, captions)
-        save(sheet, partial)
-        os.replace(partial, path)
+        with whole(path) as partial:
+            save(sheet, partial)
+        for other in path.parent.glob("step-*.png"):
+            earlier = int(other.stem[5:])
+            if earlier < update and not stays(earlier, update, self._picture_every):
+                other.unlink(missing_ok=True)
+        if not last and not lasts(update, self._picture_every):
+            return
         self._board.add_image("samples", np.asarray(sheet), update, dataformats="HWC")
         if self._wandb is not None:
             self._wandb.log({"samples": self._service.Image(sheet)}, step=update)
+
+
+def stays(update: int, newest: int, every: int) -> bool:
+    """Whether the pictures of an update stay when there are newer ones.
+
+    Of the newest 32 times all stay, of those up to twice as old every second, up to four times as
+    old every fourth, and so on: 32 and then 16 whenever a run doubles. What goes would go in a
+    longer run, too, so that a run that is resumed keeps what an uninterrupted one does.
+
+    Args:
+        update: theirs.
+        newest: update of the newest pictures.
+        every: updates between pictures.
+    """
+    return _on_time(update, newest - update, every)
+
+
+def lasts(update: int, every: int) -> bool:
+    """Whether the pictures of an update stay until the run is twice as long: 32, then 16."""
+    return _on_time(update, update, every)
+
+
+def _on_time(update: int, age: int, every: int) -> bool:
+    """Whether an update is a multiple of every, every 2, every 4, ... updates, by an age."""
+    doublings = (age // (_RECENT * every)).bit_length()
+    return doublings == 0 or update % (every << doublings) == 0
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -208,9 +264,8 @@ def _keep_lines_until(path: Path, update: int) -> int:
     """Drop lines of later updates, and a last line that a crash cut short; the last update kept."""
     kept = [line for line in read_metrics(path) if line["update"] <= update]
     if path.is_file():
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        with whole(path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return kept[-1]["update"] if kept else 0
 
 
@@ -242,10 +297,10 @@ def _wandb_run(service: Any, folder: Path, project: bool | str, name: str | None
     wanted, former = None if project is True else project, None
     if record.is_file():
         try:
-            stored = json.loads(record.read_text(encoding="utf-8"))
+            stored = opened(json.loads(record.read_text(encoding="utf-8")), record)
             known = {"project": str(stored["project"]), "id": str(stored["id"])}
             former = stored.get("name")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{record} is damaged ({error}); delete it to begin a new run of wandb"
             ) from error
@@ -257,9 +312,8 @@ def _wandb_run(service: Any, folder: Path, project: bool | str, name: str | None
     else:
         known = {"project": wanted or PROJECT, "id": secrets.token_hex(4)}
     known["name"] = name or former or folder.resolve().name
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(known), encoding="utf-8")
-    os.replace(partial, record)
+    with whole(record) as partial:
+        partial.write_text(json.dumps(sealed(known)), encoding="utf-8")
     return service.init(**known, dir=str(folder), config=_config_of(folder), resume="allow")
 
 

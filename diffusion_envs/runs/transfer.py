@@ -46,6 +46,7 @@ def transfer(
     samples: int,
     guidance: float | None = None,
     batch: int = 32,
+    reward_timeout: float | None = None,
 ) -> list[Row]:
     """Evaluate what a run exported at other step counts; write ``transfer.json`` and a new report.
 
@@ -64,6 +65,7 @@ def transfer(
         samples: held-out samples of each.
         guidance: their classifier-free guidance scale; the model's if None.
         batch: samples rolled out at once.
+        reward_timeout: seconds that one call of the reward may take; None for any.
 
     Raises:
         FileNotFoundError: the run has exported no model yet.
@@ -86,6 +88,7 @@ def transfer(
                     prompts=prompts,
                     seed=seed,
                     batch=batch,
+                    reward_timeout=reward_timeout,
                 ),
                 prompts,
                 guidance,

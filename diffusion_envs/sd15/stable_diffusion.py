@@ -35,6 +35,8 @@ class StableDiffusion:
         trains: lora for an adapter, all for all weights of the UNet.
         reference: where the frozen pretrained UNet is if all weights train: copy (beside the one
             that trains) or offloaded (to the CPU's memory until it is asked for).
+        sharded: divide the UNet, where all its weights train, and its frozen copy among the
+            processes; of one process nothing is divided.
         guidance_knots: timesteps between which the guidance scale trains; 0: it does not.
         precision: of the network: float32, bfloat16 or (CUDA only) float16.
         resolution: pixels a side, or height and width; the model's own if left out.
@@ -59,6 +61,7 @@ class StableDiffusion:
     lora: str | Path | None = None
     trains: Weights = "lora"
     reference: Reference = "copy"
+    sharded: bool = False
     guidance_knots: int = 0
     precision: str = "float32"
     resolution: int | tuple[int, int] | None = None
@@ -75,8 +78,8 @@ class StableDiffusion:
         require_resolution(self.resolution)
         if not isinstance(self.negative_prompt, str | None):
             raise TypeError(f"negative_prompt must be a string, got {self.negative_prompt!r}")
-        require_something_trains(not self._trainable().nothing, self.guidance_knots)
-        Execution(compile=self.compile).require_fit(self.reference)
+        require_something_trains(not self._trainable().nothing, self.guidance_knots, self.sharded)
+        Execution(self.compile, self.channels_last).require_fit(self.reference, self.sharded)
         if not isinstance(self.resolution, int | None):
             object.__setattr__(self, "resolution", tuple(self.resolution))  # lists of stored runs
         object.__setattr__(self, "model", from_anywhere(self.model, *SHIPPED))
@@ -96,6 +99,7 @@ class StableDiffusion:
             start=self.lora,
             weights=self.trains,
             reference=self.reference,
+            sharded=self.sharded,
         )
 
     @property
@@ -131,6 +135,7 @@ class StableDiffusion:
             lora=self.lora,
             trains=self.trains,
             reference=self.reference,
+            sharded=self.sharded,
             guidance_knots=self.guidance_knots,
             precision=self.precision,
             resolution=self.resolution,

@@ -30,7 +30,11 @@ def measure(data: Path, output: Path, samples: int, seed: int) -> dict[str, Any]
         seed: of the samples.
     """
     pipe = StableDiffusionPipeline.from_pretrained(
-        WEIGHTS / "model", dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+        WEIGHTS / "model",
+        dtype=torch.float32,
+        use_safetensors=True,
+        safety_checker=None,
+        requires_safety_checker=False,
     )
     judge, reward = load_classifier("judge"), load_classifier("reward")
     images, labels = load(data, "test")

@@ -11,6 +11,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -169,15 +170,17 @@ def train(data: Path, output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -
     folder = output / "model"
     write_tokenizer(folder / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval()
-    cache = output / "training" / "latents.pt"
+    vae = AutoencoderKL.from_pretrained(
+        folder / "vae", dtype=torch.float32, use_safetensors=True
+    ).eval()
+    cache = output / "training" / "latents.safetensors"
     labels = load(data, "train").labels
     if cache.is_file():
-        latents = torch.load(cache, weights_only=True)
+        latents = load_file(cache)["latents"]
     else:
         images = load(data, "train").images
         latents = torch.stack([encode(vae, images), encode(vae, images.flip(-1))])
-        torch.save(latents, cache)
+        save_file({"latents": latents.contiguous()}, cache)
 
     def draw(n: int, generator: Generator) -> tuple[Tensor, list[str]]:
         rows = torch.randint(len(labels), (n,), generator=generator)

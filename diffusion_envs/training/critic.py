@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ctrl.devices import as_like, sent
@@ -18,7 +18,9 @@ from ctrl.noise import stream
 from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import Objective
 from diffusion_envs.rollout import Rollout
-from diffusion_envs.training import parallel
+from diffusion_envs.training import memory, parallel
+from diffusion_envs.training.phase import phase
+from diffusion_envs.training.refusal import NonFiniteError
 from diffusion_envs.training.update_size import UpdateSize
 from diffusion_envs.training.value_network import (
     Weights,
@@ -26,10 +28,6 @@ from diffusion_envs.training.value_network import (
     martingale_loss,
     value_network,
 )
-
-
-class NonFiniteError(FloatingPointError):
-    """A gradient is not finite; the weights were not touched."""
 
 
 class Critic:
@@ -43,6 +41,9 @@ class Critic:
         stream_name: names the order in which it sees the states.
         weights: of the denoised image's reward and of the network, by noising time;
             ``value_network.skip_weights`` if not given.
+
+    Attributes:
+        batch: paths that the network sees at once; fewer from then on where memory runs out.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Critic:
     ) -> None:
         self.environment, self.objective, self.size = environment, objective, size
         self.accelerator, self.stream_name = accelerator, stream_name
-        self.weights = weights
+        self.weights, self.batch = weights, size.samples
         self.network = value_network(
             environment.event,
             environment.features_of(torch.tensor([0])).shape[-1],
@@ -70,7 +71,13 @@ class Critic:
     usual_moves = None  # not followed
 
     def calibrate(self, rewards: Float[Tensor, " n"]) -> None:
-        """Set the units of the answer, from the first rewards."""
+        """Set the units of the answer, from the first rewards.
+
+        Raises:
+            NonFiniteError: they have none.
+        """
+        if not bool(rewards.isfinite().all()):  # of all processes, on each
+            raise NonFiniteError("the first rewards are not finite; nothing was learned from them")
         self.network.calibrate(rewards)
 
     def state(self) -> dict[str, Any]:
@@ -95,6 +102,22 @@ class Critic:
             values = combine(times, denoised_rewards, residual, self.weights)
         return torch.cat([values[:, :-1], rollout.rewards[:, None]], dim=1)  # V = r at the end
 
+    @torch.no_grad()
+    def values_along(
+        self, rollout: Rollout, denoised_rewards: Float[Tensor, "paths nodes"] | None
+    ) -> Float[Tensor, "paths nodes"] | None:
+        """The same of a whole roll-out, without a gradient, in pieces that fit into memory."""
+        rows = torch.arange(len(rollout.rewards))
+
+        def values(piece: slice) -> Tensor:
+            some = rows[piece]
+            if len(some) == len(rows):
+                return self.values(rollout, denoised_rewards)
+            seen = None if denoised_rewards is None else denoised_rewards[piece]
+            return self.values(rollout.chosen(some), seen)
+
+        return torch.cat(memory.in_pieces(values, self, "the value network", rows=len(rows)))
+
     def shown(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """What the network is shown: (noising time, state, prompt) of every node."""
         (paths, nodes), sampler = rollout.states.shape[:2], self.environment.steps
@@ -115,6 +138,7 @@ class Critic:
 
         return value
 
+    @phase("value network")
     def improve(
         self,
         rollout: Rollout,
@@ -153,36 +177,67 @@ class Critic:
         if kl_weight > 0:  # costs are not known where nothing charges them
             returns = returns - kl_weight * to_go
         returns = torch.cat([returns, rollout.rewards[:, None]], dim=1)
-        per_batch = max(1, size.value_batch // returns.shape[1])
+        per_batch, place = max(1, size.value_batch // returns.shape[1]), rollout.place
         total, count = rollout.rewards.new_zeros(()), 0
         for epoch in range(size.value_epochs):
-            shuffle = stream(
-                environment.seed,
-                self.stream_name,
-                "value rows",
-                update,
-                epoch,
-                self.accelerator.process_index,
-            )
+            # batches are of the paths of all processes, each of which has some of their rows
+            shuffle = stream(environment.seed, self.stream_name, "value rows", update, epoch, 0)
             total, count = torch.zeros_like(total), 0
-            for part in torch.randperm(len(returns), generator=shuffle).split(per_batch):
-                chosen, part = rollout.chosen(part), sent(part, returns.device)
-                seen = None if denoised_rewards is None else denoised_rewards[part]
-                values = self.values(chosen, seen)
-                losses = martingale_loss(values, returns[part], rollout.step_sizes)
-                if self.objective.fits_end:
-                    last = torch.full_like(part, returns.shape[1] - 1)
-                    end = self.at(rollout)(last, rollout.states[part, -1], part)
-                    gap = end - returns[part, -1]
-                    losses = losses + rollout.step_sizes[-1] * gap.square()
-                self.optimiser.zero_grad()
-                (losses.mean() / rollout.step_sizes.sum() / self.network.scale.square()).backward()
+            everyones = torch.randperm(place.of * place.size, generator=shuffle)
+            for batch in everyones.split(per_batch):
+                part = batch[place.has(batch)] - place.paths.start
+                losses = self._differentiated(
+                    rollout, denoised_rewards, returns, part, of=len(batch)
+                )
                 parameters = list(self.network.parameters())
-                parallel.average_gradients(parameters, self.accelerator)
+                parallel.add_gradients(parameters, self.accelerator)
                 norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
                 if not math.isfinite(norm):
                     raise NonFiniteError(f"the value network's gradient norm is {norm}")
                 self.optimiser.step()
-                total += losses.detach().sum() / rollout.step_sizes.sum()
+                total += losses.sum() / rollout.step_sizes.sum()
                 count += len(part)
         return total.item() / count
+
+    def _differentiated(
+        self,
+        rollout: Rollout,
+        denoised_rewards: Float[Tensor, "paths nodes"] | None,
+        returns: Float[Tensor, "paths nodes"],
+        part: Int64[Tensor, " part"],
+        *,
+        of: int,
+    ) -> Float[Tensor, " part"]:
+        """Losses of some paths; their sum over ``of`` has its gradient in the network then."""
+        seen = list[Tensor]()
+
+        def clear() -> None:
+            self.optimiser.zero_grad()
+            seen.clear()
+
+        def loss(piece: slice) -> Tensor:
+            losses = self._losses(rollout, denoised_rewards, returns, part[piece])
+            seen.append(losses.detach())
+            mean = losses.sum() / of / rollout.step_sizes.sum()
+            return mean / self.network.scale.square()
+
+        memory.accumulated(loss, self, "the value network's update", rows=len(part), clear=clear)
+        return torch.cat(seen)
+
+    def _losses(
+        self,
+        rollout: Rollout,
+        denoised_rewards: Float[Tensor, "paths nodes"] | None,
+        returns: Float[Tensor, "paths nodes"],
+        part: Int64[Tensor, " part"],
+    ) -> Float[Tensor, " part"]:
+        """The martingale loss of some paths, and of the end where the objective asks for it."""
+        chosen, part = rollout.chosen(part), sent(part, returns.device)
+        seen = None if denoised_rewards is None else denoised_rewards[part]
+        losses = martingale_loss(self.values(chosen, seen), returns[part], rollout.step_sizes)
+        if self.objective.fits_end:
+            last = torch.full_like(part, returns.shape[1] - 1)
+            end = self.at(rollout)(last, rollout.states[part, -1], part)
+            gap = end - returns[part, -1]
+            losses = losses + rollout.step_sizes[-1] * gap.square()
+        return losses

@@ -8,6 +8,7 @@ Sources      Yoon et al. 2024, arXiv 2407.00626, and the authors' code for CIFAR
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -24,8 +25,9 @@ from diffusion_envs.objectives import Objective
 from diffusion_envs.objectives.dxmi_from_data import LearnedEnergy, energy_loss, next_cost
 from diffusion_envs.objectives.protocol import Values
 from diffusion_envs.rollout import Rollout
-from diffusion_envs.training import parallel
-from diffusion_envs.training.critic import NonFiniteError
+from diffusion_envs.training import memory, parallel
+from diffusion_envs.training.phase import phase
+from diffusion_envs.training.refusal import NonFiniteError
 from diffusion_envs.training.update_size import UpdateSize
 
 
@@ -149,6 +151,7 @@ class EnergyCritic:
 
     Attributes:
         usual_moves: running average of a coordinate's squared move in every step.
+        batch: samples that the network sees at once; fewer from then on where memory runs out.
     """
 
     learns_first = True  # before the policy
@@ -163,6 +166,7 @@ class EnergyCritic:
         data: TrainingData,
     ) -> None:
         assert isinstance(objective, LearnedEnergy)  # needs_data
+        self.batch = size.samples
         self.environment, self.objective, self.size = environment, objective, size
         self.accelerator, self.stream_name, self.data = accelerator, stream_name, data
         self.network = energy_network(
@@ -192,7 +196,7 @@ class EnergyCritic:
     def calibrate(self, rewards: Tensor) -> None:
         """Nothing: the energy has its own units."""
 
-    def values(self, rollout: Rollout, denoised_rewards: Tensor | None) -> None:
+    def values_along(self, rollout: Rollout, denoised_rewards: Tensor | None) -> None:
         """None: losses ask for the value at states of their own (``at``)."""
 
     def at(self, rollout: Rollout) -> Values:
@@ -204,6 +208,7 @@ class EnergyCritic:
 
         return value
 
+    @phase("value network")
     def improve(
         self, rollout: Rollout, denoised_rewards: Tensor | None, update: int
     ) -> dict[str, float]:
@@ -218,7 +223,9 @@ class EnergyCritic:
         """
         moves = rollout.states.diff(dim=1).square().flatten(2).mean((0, 2))
         decay = self.objective.move_decay
-        moves = parallel.gather(moves[None], self.accelerator).mean(0)
+        moves = parallel.total(rollout.place.weight * moves, self.accelerator)
+        if not bool(moves.isfinite().all()):  # on all processes
+            raise NonFiniteError("the sampled paths are not finite; nothing was learned from them")
         self.usual_moves = decay * self.usual_moves + (1 - decay) * moves
         told: dict[str, Tensor] = {}
         for epoch in range(self.size.value_epochs):
@@ -230,40 +237,66 @@ class EnergyCritic:
 
     def _energy_step(self, rollout: Rollout, update: int, epoch: int) -> dict[str, Tensor]:
         samples = rollout.states[:, -1]
-        share, processes = len(samples), self.accelerator.num_processes
+        place = rollout.place
         # all that all processes need, so that theirs together are those of a single one
         generator = stream(self.environment.seed, self.stream_name, "data", update, epoch)
-        wanted = (share * processes, *samples.shape[1:])
-        drawn = _checked(self.data.draw(wanted[0], generator), wanted)
-        first = share * self.accelerator.process_index
-        drawn = as_like(drawn[first : first + share], samples)
-        # both at once, as one batch
-        of_data, of_samples = self.network(torch.cat([drawn, samples])).chunk(2)
-        loss = energy_loss(of_data, of_samples, self.objective.square_weight)
-        self._descend(loss)
-        return {
-            "energy_of_data": of_data.detach().mean(),
-            "energy_of_samples": of_samples.detach().mean(),
-            "energy_loss": loss.detach(),
-        }
+        wanted = (place.of * place.size, *samples.shape[1:])
+        drawn = as_like(place.own(_checked(self.data.draw(wanted[0], generator), wanted)), samples)
+        seen = list[tuple[Tensor, Tensor]]()
+
+        def loss(piece: slice) -> Tensor:
+            if piece.start == 0:
+                seen.clear()
+            # both at once, as one batch
+            both = torch.cat([drawn[piece], samples[piece]])
+            of_data, of_samples = self.network(both).chunk(2)
+            seen.append((of_data.detach(), of_samples.detach()))
+            return energy_loss(of_data, of_samples, self.objective.square_weight)
+
+        told = self._descend(loss, len(samples), place.weight)
+        of_data, of_samples = (torch.cat(each).mean() for each in zip(*seen, strict=True))
+        return {"energy_of_data": of_data, "energy_of_samples": of_samples, "energy_loss": told}
 
     def _value_step(self, rollout: Rollout, step: int) -> Tensor:
         cost = next_cost(step, len(rollout.step_sizes), self.objective.time_cost)
-        with torch.no_grad():
-            target = self.network(rollout.states[:, step + 1]) + cost
-        loss = functional.mse_loss(self.network(rollout.states[:, step]), target)
-        self._descend(loss)
-        return loss.detach()
 
-    def _descend(self, loss: Tensor) -> None:
-        parameters = list(self.network.parameters())
-        self.optimiser.zero_grad()
-        loss.backward()
-        parallel.average_gradients(parameters, self.accelerator)
+        def loss(piece: slice) -> Tensor:
+            with torch.no_grad():
+                target = self.network(rollout.states[piece, step + 1]) + cost
+            return functional.mse_loss(self.network(rollout.states[piece, step]), target)
+
+        return self._descend(loss, len(rollout.rewards), rollout.place.weight)
+
+    def _descend(self, loss: Callable[[slice], Tensor], rows: int, weight: float) -> Tensor:
+        """One step down the mean loss of all processes' rows, of which so many are here.
+
+        Args:
+            loss: mean of some rows.
+            rows: that are here.
+            weight: of the mean over these.
+
+        Returns:
+            The mean over these, before the step.
+        """
+        parameters, means = list(self.network.parameters()), list[Tensor]()
+
+        def clear() -> None:
+            self.optimiser.zero_grad()
+            means.clear()
+
+        def weighed(piece: slice) -> Tensor:
+            part = loss(piece) * ((piece.stop - piece.start) / rows if rows else 1.0)
+            means.append(part.detach())
+            return weight * part
+
+        memory.accumulated(weighed, self, "the energy's update", rows=rows, clear=clear)
+        mean = torch.stack(means).sum()
+        parallel.add_gradients(parameters, self.accelerator)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
         if not math.isfinite(norm):
             raise NonFiniteError(f"the energy network's gradient norm is {norm}")
         self.optimiser.step()
+        return mean
 
 
 def _checked(drawn: Any, shape: tuple[int, ...]) -> Tensor:

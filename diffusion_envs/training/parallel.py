@@ -1,17 +1,19 @@
 """Processes and their device; what several of them must agree on: gradients, batch statistics."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from diffusion_envs.preferences import MissingChoicesError
 from diffusion_envs.rewards import RewardError
+from diffusion_envs.training.sharded import is_shard
 
 
 class RewardErrorOfAll(RewardError):
@@ -59,23 +61,34 @@ def _checked(device: str) -> str:
     return kind
 
 
-def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace every gradient by its mean over the processes."""
+def add_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Replace every gradient by its sum over the processes; one may have none, for lack of rows.
+
+    Those of shards are means over the processes already.
+    """
     if accelerator.num_processes == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = average(torch.cat([g.flatten() for g in gradients]), accelerator)
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    for shard in filter(is_shard, parameters):
+        if shard.grad is not None:
+            shard.grad.mul_(accelerator.num_processes)
+    parameters = [p for p in parameters if not is_shard(p)]
+    if not parameters:
+        return
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    parts.append(parts[0].new_tensor([p.grad is not None for p in parameters]))
+    flat = total(torch.cat([part.flatten() for part in parts]), accelerator)
+    *sums, had = flat.split([part.numel() for part in parts])
+    for parameter, summed, any_had in zip(parameters, sums, had.tolist(), strict=True):
+        parameter.grad = summed.view_as(parameter).clone() if any_had else None
 
 
-def average(value: Tensor, accelerator: Accelerator) -> Tensor:
-    """Its mean over the processes, the same on all of them."""
+def total(value: Tensor, accelerator: Accelerator) -> Tensor:
+    """Its sum over the processes, the same on all of them."""
     if accelerator.num_processes == 1:
         return value
-    mean = accelerator.reduce(value, "mean")
-    assert isinstance(mean, Tensor)  # what goes in comes out
-    return mean
+    summed = accelerator.reduce(value, "sum")
+    assert isinstance(summed, Tensor)  # what goes in comes out
+    return summed
 
 
 def broadcast_from_main(number: int, accelerator: Accelerator) -> int:
@@ -90,18 +103,35 @@ def add(counts: Mapping[str, int], accelerator: Accelerator) -> dict[str, int]:
     if accelerator.num_processes == 1:
         return dict(counts)
     total: Counter[str] = Counter()
-    for mine in gather_object([dict(counts)]):
-        total.update(mine)
+    for theirs in gather_plain(dict(counts), accelerator):
+        total.update(theirs)
     return dict(total)
 
 
 def gather(value: Tensor, accelerator: Accelerator) -> Tensor:
-    """Rows of all processes, in the order of their index."""
+    """Rows of all processes, in the order of their index; each may have another number of them."""
     if accelerator.num_processes == 1:
         return value
-    gathered = accelerator.gather(value)
+    mine = torch.tensor([len(value)], device=accelerator.device)
+    lengths = _gathered(mine, accelerator).tolist()
+    missing = value.new_zeros(max(lengths) - len(value), *value.shape[1:])
+    every = _gathered(torch.cat([value, missing]), accelerator).split(max(lengths) or 1)
+    return torch.cat([rows[:length] for rows, length in zip(every, lengths, strict=True)])
+
+
+def _gathered(value: Tensor, accelerator: Accelerator) -> Tensor:
+    """As many rows of each process."""
+    gathered = accelerator.gather(value.contiguous())
     assert isinstance(gathered, Tensor)  # what goes in comes out
     return gathered
+
+
+def gather_plain(value: Any, accelerator: Accelerator) -> list[Any]:
+    """What each process has, as JSON: nothing is pickled, so nothing that comes in is run."""
+    content = torch.frombuffer(bytearray(json.dumps(value), "utf-8"), dtype=torch.uint8)
+    lengths = gather(torch.tensor([len(content)], device=accelerator.device), accelerator).tolist()
+    every = gather(content.to(accelerator.device), accelerator).cpu().split(lengths)
+    return [json.loads(bytes(part.tolist())) for part in every]
 
 
 def missing_anywhere(
@@ -110,19 +140,30 @@ def missing_anywhere(
     """What any of the processes misses, on all of them; None if no one misses anything."""
     if accelerator.num_processes == 1:
         return missing
-    mine = []
+    mine, images = None, None
     if missing is not None:
-        images = None if missing.images is None else missing.images.cpu()
-        mine = [(str(missing), missing.groups, images, missing.prompts)]
-    gathered = gather_object(mine)
-    if not gathered:
+        images = missing.images
+        groups = [[int(k) for k in members] for members in missing.groups]
+        shape = None if images is None else list(images.shape[1:])
+        mine = {
+            "words": str(missing),
+            "groups": groups,
+            "shape": shape,
+            "prompts": list(missing.prompts),
+        }
+    told = [part for part in gather_plain(mine, accelerator) if part is not None]
+    if not told:
         return None
-    words, groups, images, prompts = zip(*gathered, strict=True)
+    every = None
+    if all(part["shape"] is not None for part in told):
+        empty = torch.zeros(0, *told[0]["shape"])  # of a process that misses nothing
+        rows = (empty if images is None else images).to(accelerator.device)
+        every = gather(rows, accelerator).cpu()
     return MissingChoicesError(
-        "; ".join(dict.fromkeys(words)),
-        groups=[members for part in groups for members in part],
-        images=None if any(part is None for part in images) else torch.cat(images),
-        prompts=[prompt for part in prompts for prompt in part],
+        "; ".join(dict.fromkeys(part["words"] for part in told)),
+        groups=[members for part in told for members in part["groups"]],
+        images=every,
+        prompts=[prompt for part in told for prompt in part["prompts"]],
     )
 
 
@@ -146,7 +187,8 @@ def failing_together(accelerator: Accelerator) -> Iterator[Callable[[], None]]:
         failed = torch.tensor([failure is not None], device=accelerator.device)
         if bool(gather(failed, accelerator).any()):
             mine = [] if failure is None else [f"process {accelerator.process_index}: {failure}"]
-            raise RewardErrorOfAll("; ".join(gather_object(mine))) from failure
+            words = [each for told in gather_plain(mine, accelerator) for each in told]
+            raise RewardErrorOfAll("; ".join(words)) from failure
 
     try:
         yield agree

@@ -17,7 +17,7 @@ Sources      "Score as Action", arXiv 2502.01819, Theorem 4.4 (the trust region)
              [P94] Pearlmutter 1994, Fast exact multiplication by the Hessian.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ from ctrl.devices import as_like, sent
 from diffusion_envs.environment import Environment
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.samplers import GaussianSteps
-from diffusion_envs.training import parallel
+from diffusion_envs.training import memory, parallel
 
 
 class Linearised:
@@ -86,10 +86,10 @@ class PathMetric:
         states: one a row.
         step: of each row.
         condition: index of each row's prompt.
-        weight: of each row: c_k times the steps of a path, over the rows; float64.
-        generator: of random vectors.
-        batch: rows that go through the network at once.
-        accelerator: the processes, over which products are averaged.
+        weight: of each row: c_k times the steps of a path, over the rows of all processes; float64.
+        generator: of random vectors, another one on each process.
+        batch: rows that go through the network at once; lowered where memory runs out.
+        accelerator: the processes, over which products are added.
     """
 
     environment: Environment
@@ -117,11 +117,25 @@ class PathMetric:
         generator: Generator,
         batch: int,
         accelerator: Accelerator,
+        own_generator: Generator | None = None,
     ) -> "PathMetric":
-        """From a share of the roll-out's rows, at least one, drawn without replacement."""
-        paths, steps = rollout.costs.shape
+        """From a share of the rows of all processes, at least one, drawn without replacement.
+
+        Args:
+            environment: whose policy acts.
+            parameters: of the policy.
+            rollout: of this process.
+            share: of the rows.
+            generator: draws them, the same on all processes.
+            batch: rows that go through the network at once.
+            accelerator: the processes.
+            own_generator: of random vectors; the same one if there is one process.
+        """
+        steps, place = rollout.costs.shape[1], rollout.place
+        paths = place.of * place.size
         rows = max(1, round(share * paths * steps))
         drawn = torch.randperm(paths * steps, generator=generator)[:rows]
+        drawn = drawn[place.has(drawn // steps)] - place.paths.start * steps
         path, step = drawn // steps, drawn % steps
         here = sent(torch.stack([path, step]), environment.device)
         return cls(
@@ -131,7 +145,7 @@ class PathMetric:
             step,
             rollout.condition[sent(path, rollout.condition.device)],
             environment.steps.path_kl_gain[step] * (steps / rows),
-            generator,
+            own_generator or generator,
             batch,
             accelerator,
         )
@@ -140,20 +154,28 @@ class PathMetric:
 
     def product(self, v: Float[Tensor, " parameters"]) -> Float[Tensor, " parameters"]:
         """F v, over all processes."""
-        total = torch.zeros_like(v)
-        with _differentiable_twice():
-            for rows, piece in self._pieces(products=2):
-                total += piece.pulled(self._weighted(rows, piece.pushed(v)))
-        return parallel.average(total, self.accelerator)
+
+        def attempt() -> Tensor:
+            total = torch.zeros_like(v)
+            with _differentiable_twice():
+                for rows, piece in self._pieces(products=2):
+                    total += piece.pulled(self._weighted(rows, piece.pushed(v)))
+            return total
+
+        return parallel.total(self._retried(attempt), self.accelerator)
 
     def path_kl(self, v: Float[Tensor, " parameters"]) -> float:
         """v'Fv / 2: path KL of the policy at th + v from that at th, to second order, nats."""
-        total = v.new_zeros(())
-        with _differentiable_twice():
-            for rows, piece in self._pieces(products=1):
-                pushed = piece.pushed(v)
-                total += 0.5 * (pushed * self._weighted(rows, pushed)).sum()
-        return parallel.average(total, self.accelerator).item()
+
+        def attempt() -> Tensor:
+            total = v.new_zeros(())
+            with _differentiable_twice():
+                for rows, piece in self._pieces(products=1):
+                    pushed = piece.pushed(v)
+                    total += 0.5 * (pushed * self._weighted(rows, pushed)).sum()
+            return total
+
+        return parallel.total(self._retried(attempt), self.accelerator).item()
 
     def diagonal(self, vectors: int) -> Float[Tensor, " parameters"]:
         """Unbiased estimate of F's diagonal: squares of J'xi, xi ~ N(0, c_k) in every coordinate.
@@ -162,26 +184,34 @@ class PathMetric:
         ``vectors`` parts, of which each makes one square: the more, the less noise.
         """
         rows = torch.arange(len(self.step))
-        total: Tensor | float = 0.0
-        for part in rows.chunk(min(vectors, len(rows))):
-            pulled: Tensor | float = 0.0
-            for some in part.split(self.batch):
-                with torch.enable_grad():
-                    actions = self._actions(some)
-                gradients = torch.autograd.grad(
-                    actions, self.parameters, self._noise(some), materialize_grads=True
-                )
-                pulled = pulled + flattened(gradients)
-            assert isinstance(pulled, Tensor)
-            total = total + pulled.square()
-        assert isinstance(total, Tensor)
-        return parallel.average(total, self.accelerator)
+        drawn = self.generator.get_state()
+
+        def attempt() -> Tensor:
+            self.generator.set_state(drawn)
+            total = flattened([torch.zeros_like(p) for p in self.parameters])
+            for part in rows.chunk(min(vectors, len(rows))) if len(rows) else ():
+                noise, pulled = self._noise(part), torch.zeros_like(total)
+                for some, xi in zip(part.split(self.batch), noise.split(self.batch), strict=True):
+                    with torch.enable_grad():
+                        actions = self._actions(some)
+                    gradients = torch.autograd.grad(
+                        actions, self.parameters, as_like(xi, actions), materialize_grads=True
+                    )
+                    pulled += flattened(gradients)
+                total += pulled.square()
+            return total
+
+        return parallel.total(self._retried(attempt), self.accelerator)
 
     @torch.no_grad()
     def actions(self) -> Float[Tensor, " rows *event"]:
         """What the policy does now in every row."""
-        every = torch.arange(len(self.step)).split(self.batch)
-        return torch.cat([self._actions(some) for some in every])
+        if not len(self.step):
+            return self.states
+        every = torch.arange(len(self.step))
+        return self._retried(
+            lambda: torch.cat([self._actions(some) for some in every.split(self.batch)])
+        )
 
     def measured_kl(
         self, before: Float[Tensor, " rows *event"], after: Float[Tensor, " rows *event"]
@@ -189,13 +219,27 @@ class PathMetric:
         """Path KL between the policies that did this, on these rows, nats."""
         gap = (after - before).square().flatten(1).sum(1)
         nats = 0.5 * (as_like(self.weight, gap) * gap).sum()
-        return parallel.average(nats, self.accelerator).item()
+        return parallel.total(nats, self.accelerator).item()
 
     # -- rows -------------------------------------------------------------------------------------
+
+    def _retried(self, attempt: Callable[[], Tensor]) -> Tensor:
+        """What it returns, with fewer rows at once where memory runs out."""
+        spent = self.environment.spent
+
+        def again() -> Tensor:
+            self.environment.spent = spent
+            if len(self.step) > self.batch:
+                self._kept = None
+            return attempt()
+
+        return memory.retried(again, self, "the metric of the paths", rows=len(self.step))
 
     def _pieces(self, products: int) -> Iterator[tuple[Tensor, Linearised]]:
         """Rows and their linearised actions; counts so many products of each."""
         every = torch.arange(len(self.step))
+        if not len(every):  # of several processes this one has none
+            return
         if len(every) <= self.batch:
             if self._kept is None:
                 spent = self.environment.model.calls
@@ -230,10 +274,10 @@ class PathMetric:
         return weight.view(-1, *[1] * (actions.ndim - 1)) * actions
 
     def _noise(self, rows: Tensor) -> Tensor:
-        """xi ~ N(0, weight) of every coordinate."""
+        """xi ~ N(0, weight) of every coordinate, on the CPU."""
         drawn = torch.randn(len(rows), *self.states.shape[1:], generator=self.generator)
         root = self.weight[rows].sqrt().view(-1, *[1] * (drawn.ndim - 1))
-        return as_like(root * drawn, self.states)
+        return root * drawn
 
 
 def require_metric(environment: Environment, who: str) -> None:

@@ -9,6 +9,8 @@ from diffusion_envs.preferences import Preference
 from diffusion_envs.samplers import BoundBlackBox, GaussianSteps
 from diffusion_envs.training import kl_controller
 from diffusion_envs.training.energy import TrainingData
+from diffusion_envs.training.optimisers import AdamW, Optimiser
+from diffusion_envs.training.sharded import Shards
 from diffusion_envs.training.update_size import UpdateSize
 
 
@@ -90,12 +92,18 @@ def require_fit(
         raise ValueError(
             f"samples must be at least 2 for {name} to compare them, got {size.samples}: use more"
         )
-    share = processes * size.minibatches * objective.group
+    share = size.minibatches * objective.group
     if size.samples % share:
         raise ValueError(
-            f"samples ({size.samples}) must be a multiple of processes x minibatches x the "
-            f"group of {name}, {processes} x {size.minibatches} x {objective.group} = {share}: "
+            f"samples ({size.samples}) must be a multiple of minibatches x the group of {name}, "
+            f"{size.minibatches} x {objective.group} = {share}: "
             f"use {share * max(1, round(size.samples / share))}"
+        )
+    if (groups := size.samples // objective.group) < processes:
+        raise ValueError(
+            f"every process must have a group of samples, and there are {groups} groups of {name} "
+            f"({objective.group} samples each) for {processes} processes: use "
+            f"{processes * objective.group} samples or more, or {groups} processes"
         )
     if size.train_steps is not None and not objective.chooses_steps:
         raise ValueError(
@@ -111,6 +119,19 @@ def require_fit(
         raise ValueError(
             f"{name} corrects for no change of policy within a roll-out: "
             f"use epochs=1 and minibatches=1, got {taken} optimiser steps"
+        )
+
+
+def require_shardable(shards: Shards, optimiser: Optimiser) -> None:
+    """Refuse optimisers that need to see whole tensors, where weights are sharded.
+
+    Raises:
+        ValueError: it is none that treats every number alike.
+    """
+    if shards.networks and not isinstance(optimiser, AdamW):
+        raise ValueError(
+            f"{type(optimiser).__name__} is not for sharded weights: it looks at whole tensors, or "
+            "at gradients of its own; use AdamW, or leave out sharded"
         )
 
 

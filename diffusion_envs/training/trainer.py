@@ -24,18 +24,20 @@ from ctrl.devices import as_like, sent
 from ctrl.noise import stream
 from diffusion_envs.environment import Environment, Sample
 from diffusion_envs.objectives import Objective
-from diffusion_envs.objectives.protocol import Losses, PreflightError, Update
+from diffusion_envs.objectives.protocol import DivisibleLosses, Losses, PreflightError, Update
 from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, compare
 from diffusion_envs.rewards import Counting, Reward
 from diffusion_envs.rewards.rounding import all_alike
-from diffusion_envs.rollout import Rollout
-from diffusion_envs.training import kl_controller, parallel
-from diffusion_envs.training.critic import Critic, NonFiniteError
+from diffusion_envs.rollout import Rollout, Share
+from diffusion_envs.training import kl_controller, memory, parallel, sharded
+from diffusion_envs.training.critic import Critic
 from diffusion_envs.training.energy import EnergyCritic, TrainingData
 from diffusion_envs.training.loss_scale import LossScale
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.path_metric import PathMetric
-from diffusion_envs.training.requirements import require_fit
+from diffusion_envs.training.phase import phase
+from diffusion_envs.training.refusal import NonFiniteError, RefusedStep
+from diffusion_envs.training.requirements import require_fit, require_shardable
 from diffusion_envs.training.update_size import UpdateSize
 
 __all__ = ["NonFiniteError", "PreflightError", "Trainer"]
@@ -58,6 +60,8 @@ class Trainer:
         optimiser: how a gradient becomes a step of the adapter.
         log_path_kl: report the path KL of every roll-out also where no method needs it, at the
             price of a network call a step.
+        refused: is told of a step that is refused as its numbers are not finite, before the error
+            that ends the run.
     """
 
     def __init__(
@@ -73,13 +77,16 @@ class Trainer:
         target_kl: kl_controller.TargetKL | None = None,
         log_path_kl: bool = False,
         optimiser: Optimiser = _ADAMW,
+        refused: Callable[[RefusedStep], None] | None = None,
     ) -> None:
         processes = accelerator.num_processes
         require_fit(environment, objective, size, processes, target_kl, preference, data)
         self.environment, self.objective, self.size = environment, objective, size
+        self._shards = sharded.shards_of(environment.model)
+        require_shardable(self._shards, optimiser)
         self.accelerator, self.stream_name = accelerator, stream_name
         self.preference = preference or FromReward()
-        self.target_kl, self.log_path_kl = target_kl, log_path_kl
+        self.target_kl, self.log_path_kl, self.refused = target_kl, log_path_kl, refused
         learned = environment.sampler.parameters  # of the sampler
         self.parameters = [*environment.model.parameters, *learned]
         self.old = [p.detach().clone() for p in self.parameters]  # of the policy that samples
@@ -97,17 +104,22 @@ class Trainer:
         elif objective.needs_value:
             self.critic = Critic(environment, objective, size, accelerator, stream_name)
         self.loss_scale = LossScale.of(environment.model.precision)
+        self.batch = size.batch  # rows of the update at once; fewer once memory has run out
         self.update = 0  # updates done
         self.rewards_by_prompt = dict[int, Estimate]()  # of the last update, by index
+        self._at_first = {name: pieces.batch for name, pieces in self._pieces.items()}
         self._seconds_before = 0.0
         self._started = time.monotonic()
 
     # -- what a checkpoint holds ------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """All that the next update depends on, as tensors and numbers."""
+        """All that the next update depends on, as tensors and numbers.
+
+        Of sharded weights the main process gets whole tensors; all processes have to ask.
+        """
         weight = None if self.target_kl is None else kl_controller.kl_weight(self.objective)
-        return {
+        state = {
             "adapter": [p.detach() for p in self.parameters],
             "old": self.old if self._lags else [],  # otherwise it is the adapter
             "mean": self.mean,
@@ -119,7 +131,9 @@ class Trainer:
             "network_calls": self.environment.model.calls,
             "seconds": self.seconds,
             "kl_weight": weight,
+            "at_once": {name: pieces.batch for name, pieces in self._pieces.items()},
         }
+        return sharded.gathered(state, keep=self.accelerator.process_index == 0)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -133,7 +147,8 @@ class Trainer:
         self._set(self.parameters, state["adapter"])
         self._set(self.old, state["old"] or state["adapter"])
         self._set(self.mean, state.get("mean", []))  # checkpoints of before have none
-        self.optimiser.load_state_dict(state["optimiser"])
+        moments = sharded.scattered_moments(state["optimiser"], self.parameters)
+        self.optimiser.load_state_dict(moments)
         if self.critic is not None:
             self.critic.load_state(state["critic"])
         self.loss_scale.load_state(state.get("loss_scale", {}))  # as above
@@ -142,7 +157,22 @@ class Trainer:
             self.objective = kl_controller.with_kl_weight(self.objective, state["kl_weight"])
         self.environment.reward_queries = state["reward_queries"]
         self.environment.model.calls = state["network_calls"]
+        for name, rows in state.get("at_once", {}).items():  # as above
+            pieces = self._pieces.get(name)
+            if pieces is not None:
+                pieces.batch = min(pieces.batch, rows)
         self._seconds_before, self._started = state["seconds"], time.monotonic()
+
+    @property
+    def _pieces(self) -> dict[str, memory.Batched]:
+        """Whatever goes through something in pieces, by the name of its rows in the log."""
+        model, critic = self.environment.model, self.critic
+        pieces: dict[str, memory.Batched] = {"batch": self, "batch.pictures": self.environment}
+        if isinstance(model, memory.Batched):
+            pieces["batch.network"] = model
+        if critic is not None:
+            pieces["batch.values"] = critic
+        return pieces
 
     @property
     def seconds(self) -> float:
@@ -162,37 +192,72 @@ class Trainer:
         Raises:
             PreflightError: something that must hold before the first update does not.
             NonFiniteError: a gradient is not finite; no weight was changed by it.
+            MemoryLimitError: memory runs out however few rows go through the network at once.
         """
+        with memory.explained(f"update {self.update + 1}"):
+            return self._step()
+
+    def _step(self) -> dict[str, Any]:
         counted = _counts(self.environment.reward)
         with self._sampling_policy():
             sample = self.sample()
-        numbers, critic = dict[str, Any](), self.critic
-        if critic is not None and critic.learns_first:
-            numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
-        losses = self.losses(sample.rollout)
-        if self.update == 0:
-            losses.check_fresh()
-        with self._scheduled() as rates:
-            numbers |= self._improve_adapter(losses, sample.rollout) | rates
-        for group in self.optimiser.param_groups:
-            group["lr"] *= self.objective.decay
-        if critic is not None and not critic.learns_first:
-            numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
+        with self._refusing(sample):
+            numbers = self._improve(sample)
         self._keep_old()
         self._keep_mean()
         self.update += 1
         measured = self._measured(sample.rollout, numbers)
         return measured | self._counted_since(counted)
 
+    def _improve(self, sample: Sample) -> dict[str, Any]:
+        """Adapter and critic, from one roll-out."""
+        numbers, critic = dict[str, Any](), self.critic
+        if critic is not None and critic.learns_first:
+            numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
+        losses = self.losses(sample.rollout)
+        if self.update == 0:
+            with self._shards.unsharded():
+                losses.check_fresh()
+        with self._scheduled() as rates:
+            numbers |= self._improve_adapter(losses, sample.rollout) | rates
+        for group in self.optimiser.param_groups:
+            group["lr"] *= self.objective.decay
+        if critic is not None and not critic.learns_first:
+            numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
+        return numbers
+
+    @contextmanager
+    def _refusing(self, sample: Sample) -> Iterator[None]:
+        """Within this context a step that is refused is told to whoever wants to know."""
+        try:
+            yield
+        except NonFiniteError as error:
+            if self.refused is not None:
+                first = self.update * self.size.samples
+                paths = sample.rollout.place.paths
+                step = RefusedStep(
+                    update=self.update + 1,
+                    reason=str(error),
+                    process=self.accelerator.process_index,
+                    samples=range(first + paths.start, first + paths.stop),
+                    stream=self.stream_name,
+                    prompts=sample.prompts,
+                    rollout=sample.rollout,
+                )
+                self.refused(step)
+            raise
+
+    @phase("sampling")
     def sample(self) -> Sample:
         """The next update's roll-out by the policy as it is, with values and preferences.
 
         At the first update its rewards set the scale of the value network.
         """
         environment, objective, samples = self.environment, self.objective, self.size.samples
-        share = samples // self.accelerator.num_processes
-        first = self.update * samples + self.accelerator.process_index * share
-        indices = range(first, first + share)
+        world, groups = self.accelerator, samples // objective.group
+        share = Share.even(groups, objective.group, world.process_index, world.num_processes)
+        first = self.update * samples
+        indices = range(first + share.paths.start, first + share.paths.stop)
         # Prompts in turn, so that every roll-out has each of them equally often.
         condition = torch.tensor([i // objective.group % len(environment.prompts) for i in indices])
         needed = objective.compares_paths or self.target_kl is not None
@@ -208,13 +273,13 @@ class Trainer:
                 reference=needed or self.log_path_kl,
                 count_reference=needed,
             )
-        rollout, more = sample.rollout, dict[str, Tensor]()
+        rollout = dataclasses.replace(sample.rollout, share=share)
+        more = dict[str, Tensor]()
         if self.critic is not None:
             if self.update == 0:
                 rewards = parallel.gather(rollout.rewards, self.accelerator)
                 self.critic.calibrate(rewards)
-            with torch.no_grad():
-                values = self.critic.values(rollout, sample.denoised_rewards)
+            values = self.critic.values_along(rollout, sample.denoised_rewards)
             if values is not None:
                 more["values"] = values
         if objective.needs_preferences:
@@ -241,11 +306,12 @@ class Trainer:
         assert preferences is not None
         return preferences
 
+    @phase("update")
     def losses(self, rollout: Rollout) -> Losses:
         """What the objective learns from this roll-out; made before the weights change."""
         objective, size = self.objective, self.size
         changes = size.minibatches > 1 or self._lags
-        with parallel.failing_together(self.accelerator) as agree:
+        with parallel.failing_together(self.accelerator) as agree, self._shards.unsharded():
 
             def advantages(function: Callable[[Rollout], Tensor]) -> Tensor:
                 agree()  # targets may have asked the reward, and this waits for all
@@ -259,60 +325,123 @@ class Trainer:
                     values=None if self.critic is None else self.critic.at(rollout),
                     usual_moves=None if self.critic is None else self.critic.usual_moves,
                     stream=self._generator,
+                    own_stream=self._own_generator,
                     old_policy=self._sampling_policy if changes else None,
-                    batch=size.batch,
+                    batch=self.batch,
                     train_steps=size.train_steps,
                 )
             )
 
-    def _generator(self, *name: str | int) -> torch.Generator:
-        """Random numbers of this update and process."""
-        process = self.accelerator.process_index
+    def _generator(self, *name: str | int, process: int = 0) -> torch.Generator:
+        """Random numbers of this update, the same on all processes."""
         return stream(self.environment.seed, self.stream_name, *name, self.update, process)
 
+    def _own_generator(self, *name: str | int) -> torch.Generator:
+        """Random numbers of this update and process."""
+        return self._generator(*name, process=self.accelerator.process_index)
+
+    @phase("update")
     def _improve_adapter(self, losses: Losses, rollout: Rollout) -> dict[str, float]:
-        size, groups = self.size, len(rollout.rewards) // rollout.group
+        size, groups = self.size, rollout.place.of
         most = size.max_gradient_norm if self.optimiser.clips else math.inf
         norm, stepped = 0.0, dict[str, float]()
+        if self._shards.networks:
+            self._agree_on_rows(losses)
         for epoch in range(size.epochs):
-            shuffle = stream(
-                self.environment.seed,
-                self.stream_name,
-                "rows",
-                self.update,
-                epoch,
-                self.accelerator.process_index,
-            )
+            shuffle = stream(self.environment.seed, self.stream_name, "rows", self.update, epoch, 0)
             order = torch.randperm(groups, generator=shuffle)
-            for k, part in enumerate(order.chunk(size.minibatches)):
+            for k, part in enumerate(dealt(order, size.minibatches)):
                 drawn, norm = shuffle.get_state(), math.nan
                 while not math.isfinite(norm):  # once, unless float16 overflows
                     shuffle.set_state(drawn)
-                    self.optimiser.zero_grad(set_to_none=True)
                     with self._differentiating():
-                        for loss in self.loss_scale.scaled(losses.losses(part, shuffle)):
-                            loss.backward()
-                    parallel.average_gradients(self.parameters, self.accelerator)
+                        self._differentiate(losses, part, shuffle, rollout.place)
+                    why = self._spoilt(losses, part, rollout)
+                    parallel.add_gradients(self.parameters, self.accelerator)
                     self.loss_scale.divide(self.parameters)
-                    norm = nn.utils.clip_grad_norm_(self.parameters, most).item()
+                    norm = sharded.clip_gradients(self.parameters, most)
                     if not math.isfinite(norm):
-                        self._shrink_loss_scale(norm)
+                        self._shrink_loss_scale(norm, why)
                 self.loss_scale.keep()
-                stepped = self.optimiser.step(self._metric(rollout, epoch, k))
+                metrics = list[PathMetric]()
+                stepped = self.optimiser.step(self._metric(rollout, epoch, k, metrics))
+                self.batch = min([self.batch, *(each.batch for each in metrics)])
         numbers = {**losses.numbers(), "gradient_norm": norm, **stepped}
         return numbers | self.loss_scale.numbers()
 
-    def _shrink_loss_scale(self, norm: float) -> None:
+    def _differentiate(
+        self, losses: Losses, part: Tensor, shuffle: torch.Generator, share: Share
+    ) -> None:
+        """The gradient of these groups' losses, in as many pieces as fit into memory.
+
+        It waits for no other process, but where weights are sharded: then no piece is halved.
+        """
+        drawn, spent = shuffle.get_state(), self.environment.spent
+
+        def attempt() -> None:
+            shuffle.set_state(drawn)
+            self.environment.spent = spent
+            self.optimiser.zero_grad(set_to_none=True)
+            for loss in self.loss_scale.scaled(self._in_step(losses, part, shuffle, share)):
+                loss.backward()
+
+        if self._shards.networks:
+            with memory.once("the update of sharded weights"):
+                return attempt()
+        if not isinstance(losses, DivisibleLosses):
+            return attempt()
+        rows, least = losses.rows_of(part)
+        memory.retried(attempt, losses, "the update", rows=rows, least=least)
+        self.batch = losses.batch
+        return None
+
+    def _in_step(
+        self, losses: Losses, part: Tensor, generator: torch.Generator, share: Share
+    ) -> Iterator[Tensor]:
+        """This process's losses of some groups; of sharded weights as many as other processes'."""
+        drawn = generator.get_state()
+
+        def spare() -> Tensor:
+            spent, own = self.environment.spent, torch.tensor([share.groups.start])
+            # what the objective draws for all of a part, it draws here too
+            loss = next(losses.losses(own, torch.Generator().set_state(drawn)))
+            self.environment.spent = spent
+            return loss
+
+        return self._shards.in_step(iter(losses.losses(part, generator)), spare)
+
+    def _spoilt(self, losses: Losses, part: Tensor, rollout: Rollout) -> str:
+        """Make a gradient NaN where a number to log is not finite; says which.
+
+        Then all processes see it, and refuse it together. A ratio of policies may overflow where
+        the gradient, clipped, does not.
+        """
+        here = not isinstance(losses, DivisibleLosses) or losses.rows_of(part)[0] > 0
+        seen = losses.numbers() if here else {}
+        bad = [f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value)]
+        if self.target_kl is not None and not bool(rollout.costs.isfinite().all()):
+            bad.append("the path KL, which kl_weight follows, is not finite")
+        if bad:
+            first = self.parameters[0]
+            first.grad = torch.full_like(first, math.nan)
+        return "".join(f", as {words}" for words in bad[:1])
+
+    def _shrink_loss_scale(self, norm: float, why: str) -> None:
         """After a gradient that is not finite: the same rows again, with a smaller factor.
+
+        Args:
+            norm: of the gradient.
+            why: in words, where this process knows it.
 
         Raises:
             NonFiniteError: the factor is not to blame, on any of the processes.
         """
-        losses = parallel.average(self.loss_scale.finite_losses, self.accelerator)
-        if bool(losses == 1) and self.loss_scale.shrink():
+        finite = self.loss_scale.finite_losses.to(self.environment.device)
+        everyones = parallel.total(finite, self.accelerator)
+        if bool(everyones == self.accelerator.num_processes) and self.loss_scale.shrink():
             return
         raise NonFiniteError(
-            f"the gradient's norm is {norm} at update {self.update + 1}"
+            f"the gradient's norm is {norm} at update {self.update + 1}{why}"
             + (", and not by the scale of the loss" if self.loss_scale.used else "")
             + "; no weight was changed by it. Lower learning_rate or guidance, or use float32"
         )
@@ -337,28 +466,37 @@ class Trainer:
         asks = self.objective.needs_reward_gradient
         return parallel.failing_together(self.accelerator) if asks else nullcontext()
 
-    def _metric(self, rollout: Rollout, epoch: int, k: int) -> Callable[[str, float], PathMetric]:
-        """(what for, share of the rows) -> the metric of path laws on this roll-out's states."""
+    def _metric(
+        self, rollout: Rollout, epoch: int, k: int, made: list[PathMetric]
+    ) -> Callable[[str, float], PathMetric]:
+        """(what for, share of the rows) -> the metric of path laws on this roll-out's states.
+
+        Those that are asked for are put into ``made``.
+        """
 
         def metric(what: str, share: float) -> PathMetric:
-            return PathMetric.of(
+            name = ("metric", what, epoch, k)
+            first = self.accelerator.process_index == 0
+            told = PathMetric.of(
                 self.environment,
                 self.parameters,
                 rollout,
                 share=share,
-                generator=self._generator("metric", what, epoch, k),
-                batch=self.size.batch,
+                generator=self._generator(*name),
+                own_generator=None if first else self._own_generator(*name),
+                batch=self.batch,
                 accelerator=self.accelerator,
             )
+            made.append(told)
+            return told
 
         return metric
 
     def _over_all(self, function: Callable[[Rollout], Tensor], rollout: Rollout) -> Tensor:
-        """A function of the whole roll-out, that of all processes; this process's rows of it."""
+        """A function of the whole roll-out, that of all processes."""
         world = self.accelerator
         if world.num_processes == 1:
             return function(rollout)
-        paths = len(rollout.rewards)
 
         def whole(value: Tensor | None) -> Tensor | None:
             return None if value is None else parallel.gather(value, world)
@@ -372,9 +510,9 @@ class Trainer:
             condition=whole(rollout.condition.to(device)),
             reward_parts=whole(rollout.reward_parts),
             preferences=None if preferences is None else whole(preferences.to(rollout.rewards)),
+            share=None,
         )
-        first = world.process_index * paths
-        return function(everything)[first : first + paths]
+        return function(everything)
 
     # -- the policy that samples ------------------------------------------------------------------
 
@@ -386,10 +524,7 @@ class Trainer:
     @contextmanager
     def _sampling_policy(self) -> Iterator[None]:
         """Within this context the adapter is the one that samples: the current, or an older one."""
-        if not self._lags:
-            yield
-            return
-        with self._holding(self.old):
+        with self._holding(self.old if self._lags else []), self._shards.unsharded():
             yield
 
     @contextmanager
@@ -397,16 +532,17 @@ class Trainer:
         """Within this context the adapter is the running mean of ``size.average``, if there is one.
 
         For evaluation and export: what ``state`` returned here would hold the mean as what trains.
+        Weights that are sharded are whole on every process; all of them enter.
         """
-        if not self.mean:
-            yield
-            return
-        with self._holding(self.mean):
+        with self._holding(self.mean), self._shards.unsharded():
             yield
 
     @contextmanager
     def _holding(self, values: list[Tensor]) -> Iterator[None]:
-        """Within this context the parameters are these."""
+        """Within this context the parameters are these; without any, they stay."""
+        if not values:
+            yield
+            return
         current = [p.detach().clone() for p in self.parameters]
         self._set(self.parameters, values)
         try:
@@ -430,11 +566,12 @@ class Trainer:
             for mean, parameter in zip(self.mean, self.parameters, strict=True):
                 mean.lerp_(parameter, share)
 
-    @staticmethod
     @torch.no_grad()
-    def _set(parameters: list[nn.Parameter] | list[Tensor], values: list[Tensor]) -> None:
+    def _set(self, parameters: list[nn.Parameter] | list[Tensor], values: list[Tensor]) -> None:
         for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(sent(value, parameter.device))
+            parameter.copy_(sent(sharded.scattered(value, parameter), parameter.device))
+        if parameters is self.parameters:
+            self._shards.refresh()
 
     # -- what to log ------------------------------------------------------------------------------
 
@@ -467,9 +604,30 @@ class Trainer:
             "reward_queries": self._over_processes(self.environment.reward_queries),
             "network_calls": self._over_processes(self.environment.model.calls),
             "seconds": self.seconds,
-            **self._of_all_processes(numbers),
+            **self._of_all_processes(numbers, len(rollout.rewards)),
+            **self._fewer_at_once(),
             "memory": _peak_memory(self.environment.device),
         }
+
+    def _agree_on_rows(self, losses: Losses) -> None:
+        """As many rows at once on all processes, none of which the network divides further."""
+        self.batch = min(self.batch, self._pieces.get("batch.network", self).batch)
+        if isinstance(losses, memory.Batched):
+            self.batch = min(self.batch, losses.batch)
+        self._fewer_at_once()
+        if isinstance(losses, memory.Batched):
+            losses.batch = self.batch
+
+    def _fewer_at_once(self) -> dict[str, int]:
+        """Rows at once where memory has run out so far: the least of all processes, on each."""
+        pieces = self._pieces
+        mine = torch.tensor([[each.batch for each in pieces.values()]])
+        if self.accelerator.num_processes > 1:
+            mine = parallel.gather(mine.to(self.environment.device), self.accelerator).cpu()
+        for each, rows in zip(pieces.values(), mine.amin(0).tolist(), strict=True):
+            each.batch = rows
+        now = {name: each.batch for name, each in pieces.items()}
+        return {name: rows for name, rows in now.items() if rows < self._at_first[name]}
 
     def _counted_since(self, before: Mapping[str, int]) -> dict[str, int]:
         """What the reward has counted since, on all processes."""
@@ -481,22 +639,38 @@ class Trainer:
         total = parallel.add(changed, self.accelerator)
         return {f"reward_counts.{name}": count for name, count in total.items()}
 
-    def _of_all_processes(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Means over the processes; of what is called a minimum or a maximum, that."""
+    def _of_all_processes(self, numbers: dict[str, float], paths: int) -> dict[str, float]:
+        """Means over the paths of all processes; of what is called a minimum or a maximum, that."""
         if self.accelerator.num_processes == 1:
             return numbers
-        mine = torch.tensor([list(numbers.values())], dtype=torch.float64)
+        mine = torch.tensor([[paths, *numbers.values()]], dtype=torch.float64)
         every = parallel.gather(mine.to(self.environment.device), self.accelerator).cpu()
-        least, most, mean = every.amin(0).tolist(), every.amax(0).tolist(), every.mean(0).tolist()
-        kinds = {"min": least, "max": most}
+        weight, every = every[:, :1] / every[:, 0].sum(), every[:, 1:]
+        least, most = every.amin(0), every.amax(0)
+        # what all know alike stays so, to the last bit
+        mean = torch.where(least == most, least, (weight * every).sum(0))
+        kinds = {"min": least.tolist(), "max": most.tolist()}
         names = enumerate(numbers)
-        return {name: kinds.get(name.rpartition("_")[2], mean)[k] for k, name in names}
+        return {name: kinds.get(name.rpartition("_")[2], mean.tolist())[k] for k, name in names}
 
     def _over_processes(self, count: int) -> int:
         if self.accelerator.num_processes == 1:
             return count
         local = torch.tensor([count], device=self.environment.device)
         return int(parallel.gather(local, self.accelerator).sum())
+
+
+def dealt(order: Tensor, minibatches: int) -> list[Tensor]:
+    """The groups of each minibatch; of as many groups in a row each has one.
+
+    So every process, whose groups are in a row, has about as many in each.
+
+    Args:
+        order: of all groups, by their place.
+        minibatches: how many; the groups are a multiple.
+    """
+    turn = order.argsort().view(-1, minibatches).argsort(1).argsort(1).flatten()  # of every group
+    return [order[turn[order] == k] for k in range(minibatches)]
 
 
 def _counts(reward: Reward) -> dict[str, int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -80,8 +81,10 @@ def train(output: Path, *, recipe: Recipe = RECIPE, seed: int = 0) -> None:
     folder = output / "model"
     write_tokenizer(folder / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval()
-    latents, words = _encoded_signs(vae, output / "training" / "latents.pt", seed)
+    vae: AutoencoderKL = AutoencoderKL.from_pretrained(
+        folder / "vae", dtype=torch.float32, use_safetensors=True
+    ).eval()
+    latents, words = _encoded_signs(vae, output / "training" / "latents.safetensors", seed)
 
     lengths = torch.tensor([len(word) for word in words])
     by_length = [(lengths == length).nonzero().flatten() for length in range(1, LONGEST + 1)]
@@ -125,11 +128,11 @@ def _encoded_signs(vae: AutoencoderKL, cache: Path, seed: int) -> tuple[Tensor, 
     random = stream(seed, "signs", "train")
     words = draw_words(PICTURES, random)
     if cache.is_file():
-        return torch.load(cache, weights_only=True), words
+        return load_file(cache)["latents"], words
     parts = []
     for k in range(0, PICTURES, 250):
         pictures = (255 * signs(words[k : k + 250], random)).round().byte()
         parts.append(encode(vae, pictures).half())
     latents = torch.cat(parts)
-    torch.save(latents, cache)
+    save_file({"latents": latents.contiguous()}, cache)
     return latents, words

@@ -297,8 +297,8 @@ KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
         wrong(
             "last partial batch left out",
             LOSSES,
-            "in which.split(",
-            "in which[: len(which) // self.batch * self.batch].split(",
+            "in mine.split(",
+            "in mine[: len(mine) // self.batch * self.batch].split(",
         ),
         wrong(
             "gradient of the last piece alone",
@@ -475,8 +475,13 @@ def _of(sample: Sample) -> Tensor:
     why_double=FLOAT32,
     precision=torch.float32,
     wrongs=[
-        wrong("seeds local to a process", DRAW, " + self.accelerator.process_index * share", ""),
-        wrong("the same noise at every update", DRAW, "self.update * samples + ", ""),
+        wrong(
+            "seeds local to a process",
+            DRAW,
+            "range(first + share.paths.start, first + share.paths.stop)",
+            "range(first, first + len(share.paths))",
+        ),
+        wrong("the same noise at every update", DRAW, "first = self.update * samples", "first = 0"),
         wrong("updates overlap", DRAW, "self.update * samples", "self.update * (samples - 1)"),
         wrong("index within the batch", NORMALS, "samples=samples", "samples=range(len(samples))"),
         wrong(

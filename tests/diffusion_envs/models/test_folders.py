@@ -77,7 +77,7 @@ def test_names_and_files_that_are_no_models_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("unet", "text", "variant"),
     [
-        (["diffusion_pytorch_model.safetensors"], ["pytorch_model.bin"], None),
+        (["diffusion_pytorch_model.safetensors"], ["model.safetensors", "pytorch_model.bin"], None),
         (["diffusion_pytorch_model.fp16.safetensors"], ["model.safetensors"], "fp16"),
         (
             ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"],

@@ -114,7 +114,7 @@ def test_the_card_tells_held_out_prompts_and_the_negative_one_from_those_of_trai
     for k, prompt in enumerate(PROMPTS):
         assert (prompt.replace("|", "\\|") in held_out_part) == (k in held_out)
     assert len(training) == 5
-    assert "negative_prompt='a red \"dog\"'" in text
+    assert r'negative_prompt="a red \"dog\""' in text
 
 
 @pytest.mark.parametrize("words", [[], ["--merged"]])

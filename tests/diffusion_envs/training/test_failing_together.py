@@ -13,7 +13,7 @@ from diffusion_envs import objectives, rewards, sd15
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.training.update_size import UpdateSize
-from tests.diffusion_envs.training.processes import run_two
+from tests.diffusion_envs.training.processes import run_worlds
 
 # objective; process that fails; its call that does. On the main process the first is the
 # evaluation of the pretrained model; an update has two calls, or more where they serve a slope.
@@ -71,9 +71,7 @@ def main(folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left their runs, and what each ended by."""
     folder = tmp_path_factory.mktemp("processes")
-    code = "import sys; from pathlib import Path; from tests.diffusion_envs.training."
-    code += "test_failing_together import main; main(Path(sys.argv[1]))"
-    run_two(code, folder)
+    run_worlds(__name__, folder)
     return folder
 
 

@@ -1,41 +1,45 @@
 """Several processes wait for people together: one set of images, one error, no one goes on."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.diffusion_envs.training.processes import run_two
-
-PROCESS = """
-import sys
-from pathlib import Path
-from accelerate import Accelerator
 from diffusion_envs.exact.problems import GaussianProblem, table
 from diffusion_envs.objectives import D3PO
 from diffusion_envs.preferences import MissingChoicesError, Recorded
-from diffusion_envs.samplers import DDIM
 from diffusion_envs.runs.human_choices import leaving_images
+from diffusion_envs.samplers import DDIM
+from diffusion_envs.training import parallel
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
+from tests.diffusion_envs.training.processes import run_worlds
 
-folder = Path(sys.argv[1])
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-environment = GaussianProblem().environment(DDIM(1.0).bind(table(), 2), 5)
-environment.model.decode = lambda x: x[:, :1, None, None].sigmoid().expand(-1, 3, 8, 8)
-environment.reward = lambda images, prompts: images.mean((1, 2, 3))
-for name in ("none", "half", "all"):
-    trainer = Trainer(
-        environment, D3PO(), UpdateSize(samples=8), accelerator=accelerator,
-        preference=Recorded(folder / f"{name}.jsonl"),
-    )
-    try:
-        lines = list(leaving_images(trainer.updates(1), folder / name, accelerator))
-        said = f"{len(lines)} update"
-    except MissingChoicesError as missing:
-        said = f"{missing.groups} {len(missing.images)} {missing.prompts} {missing}"
-    (folder / f"{name}-{accelerator.process_index}.txt").write_text(said)
-"""
+
+def main(folder: Path) -> None:
+    """One of two processes."""
+    accelerator = parallel.start("cpu")
+    assert accelerator.num_processes == 2
+    environment = GaussianProblem().environment(DDIM(1.0).bind(table(), 2), 5)
+    model: Any = environment.model
+    model.decode = lambda x: x[:, :1, None, None].sigmoid().expand(-1, 3, 8, 8)
+    environment.reward = lambda images, prompts: images.mean((1, 2, 3))
+    for name in ("none", "half", "all"):
+        trainer = Trainer(
+            environment,
+            D3PO(),
+            UpdateSize(samples=8),
+            accelerator=accelerator,
+            preference=Recorded(folder / f"{name}.jsonl"),
+        )
+        try:
+            lines = list(leaving_images(trainer.updates(1), folder / name, accelerator))
+            said = f"{len(lines)} update"
+        except MissingChoicesError as missing:
+            assert missing.images is not None
+            said = f"{missing.groups} {len(missing.images)} {missing.prompts} {missing}"
+        (folder / f"{name}-{accelerator.process_index}.txt").write_text(said)
 
 
 @pytest.mark.slow
@@ -45,7 +49,7 @@ def test_two_processes_leave_all_images_once_and_stop_with_one_error(tmp_path):
     for name, chosen in (("half", pairs[:2]), ("all", pairs)):
         lines = [json.dumps({"order": pair}) for pair in chosen]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    run_two(PROCESS, tmp_path)
+    run_worlds(__name__, tmp_path)
     for name, missing in (("none", pairs), ("half", pairs[2:])):
         said = [(tmp_path / f"{name}-{k}.txt").read_text() for k in range(2)]
         assert said[0] == said[1]

@@ -75,8 +75,8 @@ def test_training_it_again_makes_a_model_that_loads(tmp_path, monkeypatch):
 def test_pictures_that_are_encoded_belong_to_their_words(tmp_path, monkeypatch):
     monkeypatch.setattr(train_denoiser, "PICTURES", 6)
     vae = load_pipeline("words").vae
-    latents, words = train_denoiser._encoded_signs(vae, tmp_path / "latents.pt", 3)
-    again, same = train_denoiser._encoded_signs(vae, tmp_path / "latents.pt", 3)
+    latents, words = train_denoiser._encoded_signs(vae, tmp_path / "latents.safetensors", 3)
+    again, same = train_denoiser._encoded_signs(vae, tmp_path / "latents.safetensors", 3)
     assert torch.equal(latents, again)
     assert words == same
     random = stream(3, "signs", "train")

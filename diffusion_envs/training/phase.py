@@ -1,0 +1,46 @@
+"""Which phase a run is in: what is said of a process that fails, and when tests make one fail.
+
+Phases are "start", "sampling", "rewards", "update", "value network", "evaluation", "checkpoint",
+"export" and "report"; they nest, and the innermost counts. Every thread has its own.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+START = "start"  # whatever no other phase has begun
+_current = ContextVar("phase", default=START)
+_observers: list[Callable[[str], None]] = []
+
+
+def current() -> str:
+    """The innermost phase of this thread."""
+    return _current.get()
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Within this context, or the function that it decorates, this is the phase."""
+    outer = _current.set(name)
+    try:
+        _tell()
+        yield
+    finally:
+        _current.reset(outer)
+        _tell()
+
+
+@contextmanager
+def observed(by: Callable[[str], None]) -> Iterator[None]:
+    """Within this context the function is called with the phase whenever it changes."""
+    _observers.append(by)
+    try:
+        by(current())
+        yield
+    finally:
+        _observers.remove(by)
+
+
+def _tell() -> None:
+    for observer in _observers:
+        observer(current())
