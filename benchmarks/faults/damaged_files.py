@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,7 +74,7 @@ def _kinds(run: Path) -> list[Kind]:
 
 
 def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
-    """Two rows a file, and two of whole runs."""
+    """One row a file, and two of whole runs."""
     whole = small_run.uninterrupted()
     run = folder / "read" / "run"
     shutil.copytree(whole.folder, run)
@@ -83,8 +83,9 @@ def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
     chance = random.Random(1)
     flips, ends = (4, 2) if sample else (FLIPS, LOST_ENDS)
     for kind in _kinds(run):
-        yield tries(kind, run, "a flipped bit", flipped, flips, chance)
-        yield tries(kind, run, "a lost end", cut, ends, chance)
+        yield tries(
+            kind, run, [*(flipped for _ in range(flips)), *(cut for _ in range(ends))], chance
+        )
     yield from _resumed(folder, whole, chance, sample=sample)
 
 
@@ -178,22 +179,22 @@ class _Warnings(logging.Handler):
 def tries(
     kind: Kind,
     run: Path,
-    fault: str,
-    damage: Callable[[bytes, random.Random], bytes],
-    number: int,
+    damages: Sequence[Callable[[bytes, random.Random], bytes]],
     chance: random.Random,
 ) -> Row:
-    """Damage a file so often, and read it each time."""
+    """Damage a file again and again, and read it each time."""
     path = run / kind.name
     content, expected = path.read_bytes(), kind.read(run)
     held, first = 0, ""
-    for _ in range(number):
+    for damage in damages:
         path.write_bytes(damage(content, chance))
         wrong = _unseen(kind, run, expected)
         held += wrong is None
         first = first or wrong or ""
         path.write_bytes(content)
-    return Row(fault, kind.name, kind.what, number, held, first)
+    bits = sum(damage is flipped for damage in damages)
+    fault = f"a flipped bit ({bits}) or a lost end ({len(damages) - bits})"
+    return Row(fault, kind.name, kind.what, len(damages), held, first)
 
 
 def _unseen(kind: Kind, run: Path, expected: Any) -> str | None:

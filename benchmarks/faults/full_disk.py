@@ -43,7 +43,7 @@ _WORDS = ("No space left on device", "File too large")
 
 
 def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
-    """One row a file."""
+    """One row of all files."""
     try:
         disk = Disk(folder / "disk")
     except OSError as error:
@@ -52,10 +52,18 @@ def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
         why = ""
     whole = small_run.uninterrupted()
     place = (folder if disk is None else disk.path) / "run"
-    for file in FILES[1::9] if sample else FILES:
-        wrong = tried(place, file, whole, disk)
-        promise = "it is named, nothing half written is left, and with space the end is the same"
-        yield Row("a full disk", file.split(":")[0], promise, 1, wrong is None, wrong or why)
+    files = FILES[1::9] if sample else FILES
+    wrong = [(file, words) for file in files if (words := tried(place, file, whole, disk))]
+    first = f"{wrong[0][0].split(':')[0]}: {wrong[0][1]}" if wrong else why
+    yield Row(
+        "a full disk",
+        f"at {len(files)} files, each in turn: "
+        + ", ".join(file.split(":")[0].replace(".partial", "") for file in files),
+        "it is named, nothing half written is left; with space it goes on to the same end",
+        len(files),
+        len(files) - len(wrong),
+        first,
+    )
 
 
 def tried(place: Path, file: str, whole: small_run.Uninterrupted, disk: Disk | None) -> str | None:
@@ -108,7 +116,7 @@ def _after(place: Path, ended: small_run.Ended, named: str) -> str | None:
     if left or (place / "run.lock").exists():
         return f"left behind: {left or 'run.lock'}"
     step, logged = small_run.newest_step(place), small_run.logged(place)
-    return None if step >= logged - 1 else f"checkpoint {step} with {logged} updates logged"
+    return None if max(step, 0) >= logged - 1 else f"checkpoint {step} with {logged} updates logged"
 
 
 def _announced(module: Any, full: Any) -> None:

@@ -18,7 +18,7 @@ from benchmarks.faults.row import Row
 
 KILLS, SAMPLE = 300, 9
 _MOST = 12  # kills of one run, before it is let end
-_WHERE = {"start": "start-up, and between phases"}
+WHERE = {"start": "start-up, and between phases"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
         held = sum(words is None for words in wrong)
         yield Row(
             "SIGKILL",
-            _WHERE.get(name, name),
+            WHERE.get(name, name),
             "at most one update is done again; the end is that of the uninterrupted run",
             len(wrong),
             held,
@@ -91,7 +91,7 @@ def _one_run(
             return [Kill(kill.phase, f"resumed: {ended.last}") for kill in kills]
         step = small_run.newest_step(place)
         wrong = None
-        if step < max(kept, small_run.logged(place) - 1):
+        if max(step, 0) < max(kept, small_run.logged(place) - 1):
             wrong = f"checkpoint {step} after {kept}, with {small_run.logged(place)} updates logged"
         kept = step
         kills.append(Kill(ended.phase, wrong))

@@ -292,7 +292,7 @@ def _content(path: Path, name: str) -> Any:
 
 
 def _tensors(path: Path) -> Any:
-    """What is in it; the order of its metadata is chance."""
+    """What is in it."""
     try:
         with safe_open(path, "pt") as file:
             metadata, names = file.metadata(), sorted(file.keys())

@@ -18,6 +18,7 @@ from diffusion_envs.environment import Environment, Sample
 from diffusion_envs.prompt import described
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.runs.checkpoint import CheckpointError
+from diffusion_envs.training import memory
 
 HELD_OUT = "held-out"  # the stream's name: training never draws from it
 WATCHED = "watched"  # another, for what decides when to stop: the last evaluation never sees it
@@ -67,21 +68,24 @@ def evaluate(
         samples: how many; sample i has prompt i modulo the number of prompts, and its own noise,
             the same for every model, step count and eta of one seed.
         judges: rewards that only judge, by name.
-        batch: samples rolled out at once.
+        batch: samples rolled out at once; fewer from then on where memory runs out.
         pretrained: evaluate the model without its adapter.
         stream: names the noise.
     """
+    at_once = memory.AtMost(environment, batch)
     with not_counted(environment), environment.pretrained() if pretrained else nullcontext():
-        parts = [
-            sample_in_turn(environment, range(first, min(first + batch, samples)), stream)
-            for first in range(0, samples, batch)
-        ]
+        parts = environment.in_pieces(
+            lambda c: sample_in_turn(environment, range(c.start, c.stop), stream),
+            at_once,
+            "held-out samples",
+            rows=samples,
+        )
     images = torch.cat([part.images.cpu() for part in parts])
     prompts = [prompt for part in parts for prompt in part.prompts]
     return Evaluation(
         rewards=torch.cat([part.rollout.rewards.cpu() for part in parts]),
         judged={
-            name: rewards.limited(environment.reward_timeout, rewards.score)(judge, images, prompts)
+            name: _judged(environment, judge, images, prompts)
             for name, judge in (judges or {}).items()
         },
         path_kl=torch.cat([_path_kl(part.rollout).cpu() for part in parts]),
@@ -90,6 +94,20 @@ def evaluate(
         prompts=prompts,
         parts=_parts([part.rollout for part in parts]),
     )
+
+
+def _judged(
+    environment: Environment, judge: rewards.Reward, images: Tensor, prompts: Sequence[str]
+) -> Float[Tensor, " n"]:
+    """What a judge says of all pictures, at once or in as many pieces as memory asks for."""
+    ask = rewards.limited(environment.reward_timeout, rewards.score)
+    parts = environment.in_pieces(
+        lambda c: ask(judge, images[c], prompts[c]),
+        environment.judged,
+        f"the judge {rewards.reward_name(judge)}",
+        rows=len(images),
+    )
+    return torch.cat(parts)
 
 
 def _parts(rollouts: Sequence[Rollout]) -> dict[str, Float[Tensor, " n"]]:

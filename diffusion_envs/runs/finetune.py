@@ -25,6 +25,7 @@ from diffusion_envs.runs.monitoring import Evaluations, Logging
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.progress import ProgressBar
 from diffusion_envs.runs.prompts import read_prompts, split
+from diffusion_envs.runs.refused import RefusedSteps
 from diffusion_envs.runs.resuming import Checkpoints
 from diffusion_envs.runs.run_folder import open_run
 from diffusion_envs.runs.run_frontier import compare
@@ -112,6 +113,9 @@ def finetune(
         FileNotFoundError: the model or the run to resume is not there.
         RewardError: the reward raises or returns something unusable, or is late.
         PreflightError: what must hold before the first update does not.
+        NonFiniteError: an update is refused, as its numbers are not finite; it is kept in the
+            run's folder and can be repeated (``runs.refused``).
+        MemoryLimitError: memory runs out however few rows go through the network at once.
         CheckpointError: a checkpoint cannot be written or read.
         MissingChoicesError: recorded choices do not reach as far as the samples; the images to
             choose from are in the run's folder, and the run can be resumed.
@@ -177,6 +181,7 @@ def finetune(
         ruled = [] if stopping is None else [stopping]
         checkpoints = Checkpoints(folder / "checkpoints", trainer, options.checkpoint_every, ruled)
         checkpoints.load()
+        trainer.refused = RefusedSteps(folder, trainer, checkpoints)
         tracker = stack.enter_context(
             Tracker(
                 folder,

@@ -72,6 +72,13 @@ class Checkpoints(Callback):
         state = self._trainer.state() | self._costs
         return state | {"callbacks": others, "logs": self._logs.state()}
 
+    def before_this_update(self) -> Any:
+        """The state after the last whole update; None if nothing is held or written yet."""
+        if self._held is not None:
+            return self._held
+        newest = checkpoint.latest(self._folder)
+        return None if newest is None else newest.state
+
     def begin(self) -> None:
         """Hold the state before the first update."""
         if self._pending:

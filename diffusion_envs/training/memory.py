@@ -12,9 +12,11 @@ On several processes each halves on its own: what is repeated waits for no other
 
 import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -33,6 +35,10 @@ _WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "could not create a memory object",  # oneDNN
 )
+_REMEDIES = (
+    "Recompute activations (gradient_checkpointing), make smaller pictures (resolution), take a "
+    "network of 16 bits (precision bfloat16 or float16), or fewer samples an update"
+)
 
 
 class MemoryLimitError(RuntimeError):
@@ -41,9 +47,38 @@ class MemoryLimitError(RuntimeError):
 
 @runtime_checkable
 class Batched(Protocol):
-    """Whatever takes rows in pieces of at most ``batch``."""
+    """Whatever takes rows in pieces."""
 
-    batch: int
+    @property
+    def batch(self) -> int:
+        """Most rows of a piece; can be set."""
+        ...
+
+    @batch.setter
+    def batch(self, rows: int) -> None: ...
+
+
+@dataclass
+class AtOnce:
+    """Rows at once, for what has no place of its own to keep them in; all, to begin with."""
+
+    batch: int = sys.maxsize
+
+
+class AtMost:
+    """Rows at once of what has a limit of its own, and no more than so many."""
+
+    def __init__(self, of: Batched, most: int) -> None:
+        self._of, self._most = of, most
+
+    @property
+    def batch(self) -> int:
+        """The smaller of both; where it is lowered, so is the limit."""
+        return min(self._of.batch, self._most)
+
+    @batch.setter
+    def batch(self, rows: int) -> None:
+        self._of.batch = rows
 
 
 def ran_out(error: BaseException | None) -> bool:
@@ -93,6 +128,24 @@ def retried(
 
 
 @contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Within this context memory may run out where nothing is made in pieces; the error helps.
+
+    Raises:
+        MemoryLimitError: memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        words = (str(error) or type(error).__name__).partition("\n")[0]
+        raise MemoryLimitError(
+            f"memory ran out in {what}, where nothing is made in pieces: {words}. {_REMEDIES}"
+        ) from error
+
+
+@contextmanager
 def once(what: str) -> Iterator[None]:
     """Within this context nothing is attempted again: processes that repeat would lose step.
 
@@ -119,9 +172,7 @@ def _lower(pieces: Batched, what: str, words: str, rows: int, least: int) -> Non
     if now <= least:
         raise MemoryLimitError(
             f"memory ran out in {what} with {now} row{'s' * (now != 1)} at once, and fewer there "
-            f"cannot be: {words}. Recompute activations (gradient_checkpointing), make smaller "
-            "pictures (resolution), take a network of 16 bits (precision 'bfloat16' or 'float16'), "
-            "or fewer samples an update; then resume"
+            f"cannot be: {words}. {_REMEDIES}"
         )
     pieces.batch = max(least, now // 2 // least * least)
     _log.warning(
