@@ -147,7 +147,6 @@ def main(folder: Path) -> None:
     told: dict[str, Any] = {"gradients": gradients_of(accelerator.process_index, 2)}
     trainer = trainer_of(folder / "base", accelerator, sharded=True)
     told["first"] = seen(trainer, 1)
-    told["bytes"] = held(trainer)
     score: Any = trainer.environment.model
     with trainer._sampling_policy():
         rollout = trainer.sample().rollout
@@ -158,6 +157,7 @@ def main(folder: Path) -> None:
     again = trainer_of(folder / "base", accelerator, sharded=True)
     again.load_state(checkpoint.load(folder / "one" / "step-000001").state)
     told["second"] = seen(again, 2)
+    told["bytes"] = held(again)
     state = again.state()
     with again.averaged():
         if accelerator.is_main_process:
