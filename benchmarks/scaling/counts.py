@@ -1,10 +1,11 @@
-"""What a network takes, counted on torch's meta device, where nothing is computed or stored.
+"""What a network takes, counted on tensors without numbers: nothing is computed or stored.
 
 Counts are exact for the architecture: floating point operations (a multiplication and an addition
 are two), parameters, and bytes that are kept for the gradient. They are no measurement.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,34 @@ def _kept_bytes(call: Callable[[], Tensor], weights: nn.Module) -> int:
     return total
 
 
+class _Fused(torch.autograd.Function):
+    """Attention as fused kernels keep it: what goes in and out, and a number for each query."""
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Shapes alone."""
+        mixed = torch.empty_like(query)
+        context.save_for_backward(query, key, value, mixed, query.new_empty(query.shape[:-1]))
+        return mixed
+
+    @staticmethod
+    def backward(context: Any, *_: Any) -> Any:
+        """Never asked."""
+        raise NotImplementedError
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Within it attention keeps no weights, as on GPUs; on the meta device it would."""
+    functional: Any = nn.functional
+    usual = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = lambda q, k, v, **_: _Fused.apply(q, k, v)
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = usual
+
+
 def _decoder(channels: tuple[int, ...]) -> AutoencoderKL:
     levels = len(channels)
     blocks: dict[str, Any] = {
@@ -109,6 +138,39 @@ def _unet(name: str) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{"sd15": SD15_UNET, "sdxl": XL_UNET, "middle": MIDDLE_UNET}[name])
 
 
+class _Network:
+    """A UNet and its decoder without numbers, and what they are asked."""
+
+    def __init__(self, name: str, precision: torch.dtype) -> None:
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(precision)
+        try:
+            self.unet = _unet(name)
+            self.decoder = _decoder(_SMALL_DECODER if name == "middle" else _LARGE_DECODER)
+        finally:
+            torch.set_default_dtype(usual)
+        settings: Any = self.unet.config
+        side, width = settings["sample_size"], settings["cross_attention_dim"]
+        self.states = torch.empty(1, 4, side, side, dtype=precision)
+        self.words = torch.empty(1, 77, width, dtype=precision)
+        self.more: dict[str, Any] = {}
+        if name == "sdxl":
+            pooled = torch.empty(1, 1280, dtype=precision)
+            ids = torch.empty(1, 6, dtype=precision)
+            self.more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
+        self.times = torch.empty(1)
+
+    def call(self) -> Tensor:
+        """One row."""
+        asked = self.unet(self.states, self.times, encoder_hidden_states=self.words, **self.more)
+        return asked.sample
+
+    def attach(self, rank: int) -> None:
+        """Freeze the weights and attach a LoRA."""
+        self.unet.requires_grad_(False)
+        self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
+
+
 def counted(name: str, *, rank: int, precision: torch.dtype = torch.bfloat16) -> Counts:
     """Counts of "sd15", "sdxl" or "middle" at its own size.
 
@@ -118,45 +180,30 @@ def counted(name: str, *, rank: int, precision: torch.dtype = torch.bfloat16) ->
         precision: of the activations.
     """
     with torch.device("meta"):
-        unet = _unet(name).to(precision)
-        decoder = _decoder(_SMALL_DECODER if name == "middle" else _LARGE_DECODER).to(precision)
-    settings: Any = unet.config
-    side, width = settings["sample_size"], settings["cross_attention_dim"]
-    states = torch.empty(1, 4, side, side, device="meta", dtype=precision)
-    words = torch.empty(1, 77, width, device="meta", dtype=precision)
-    more: dict[str, Any] = {}
-    if name == "sdxl":
-        pooled = torch.empty(1, 1280, device="meta", dtype=precision)
-        ids = torch.empty(1, 6, device="meta", dtype=precision)
-        more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
-    times = torch.empty(1, device="meta")
-
-    def call() -> Tensor:
-        return unet(states, times, encoder_hidden_states=words, **more).sample
-
-    everything = _operations(lambda: call().sum().backward())
-    unet.requires_grad_(False)
-    parameters = sum(p.numel() for p in unet.parameters())
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS))
-    with torch.no_grad():
-        forward = _operations(call)
-        decode = _operations(lambda: decoder.decode(states))
-        pictures: Any = decoder.decode(states)
-    gradient = _operations(lambda: call().sum().backward())
-    kept = _kept_bytes(call, unet)
-    unet.enable_gradient_checkpointing()
-    unet.train()
-    recomputed = _kept_bytes(call, unet)
+        network = _Network(name, precision)
+        parameters = sum(p.numel() for p in network.unet.parameters())
+        everything = _operations(lambda: network.call().sum().backward())
+        network.attach(rank)
+        with torch.no_grad():
+            forward = _operations(network.call)
+            decode = _operations(lambda: network.decoder.decode(network.states))
+            pictures: Any = network.decoder.decode(network.states)
+        gradient = _operations(lambda: network.call().sum().backward())
+        with _fused_attention():
+            kept = _kept_bytes(network.call, network.unet)
+            network.unet.enable_gradient_checkpointing()
+            network.unet.train()
+            recomputed = _kept_bytes(network.call, network.unet)
     return Counts(
         parameters=parameters,
-        adapter=sum(p.numel() for p in unet.parameters() if p.requires_grad),
+        adapter=sum(p.numel() for p in network.unet.parameters() if p.requires_grad),
         forward=forward,
         gradient=gradient,
         gradient_of_all=everything,
         decode=decode,
         kept=kept,
         kept_recomputed=recomputed,
-        event=states.numel(),
+        event=network.states.numel(),
         pixels=pictures.sample.numel(),
     )
 

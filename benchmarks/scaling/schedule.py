@@ -8,8 +8,8 @@ picture.
 
 Without overlap a GPU samples all, asks the pretrained model, and then has one piece after another
 scored, waiting for each. With overlap a piece is handed to a thread of its own once it is decoded,
-which asks for one piece after another, or for several at once, while the next is sampled and while the pretrained model is
-asked. What is computed is the same.
+which asks for one piece after another, or for several at once, while the next is sampled and while
+the pretrained model is asked. What is computed is the same.
 """
 
 import heapq

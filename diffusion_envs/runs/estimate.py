@@ -469,6 +469,11 @@ def resident() -> int:
     path = Path("/proc/self/statm")
     if path.is_file():
         return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_resident()
+
+
+def peak_resident() -> int:
+    """Most bytes of memory that this process had at once."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
