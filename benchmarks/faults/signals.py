@@ -21,7 +21,7 @@ TWICE = 12  # second signals
 _NOT_READ = "give the command again"  # where the command was not read yet
 STOPPED = 130  # the exit code that docs/run_folder.md promises
 _MOST = 6  # signals to one run, before it is let end
-_AT_ONCE = 2.0  # seconds within which a second signal ends it
+_AT_ONCE = 5.0  # seconds within which a second signal ends it
 
 
 @dataclass(frozen=True)
