@@ -1,7 +1,8 @@
 """Several processes: do they make the run of one, and what if one of them dies, hangs or is slow?
 
 A world is the run of ``small_run`` by several processes on the CPU, which meet as those of torchrun
-do, at a store of who started them. Numbers are those of one process up to round-off: a network gets other rows beside a row.
+do, at a store of who started them. Numbers are those of one process up to round-off: a network gets
+other rows beside a row.
 """
 
 import json
@@ -26,7 +27,7 @@ from diffusion_envs.training import phase
 TIMEOUT = 6.0  # seconds that processes wait for each other, where one hangs or is slow
 SOON = 12.0  # seconds within which the others end, once they know: to find out who, and to store
 PHASES = ("sampling", "rewards", "update", "value network", "evaluation")  # that all share
-MAINS = ("checkpoint", "export", "report")  # that only the main process has
+MAINS = ("checkpoint", "export", "report")  # in which the main process works and others wait
 # Float32 sums in another order, and other rows beside a row: at most 256 units of round-off in a
 # score (``score_rounding``); the optimiser, which divides by a gradient's size, makes some ten
 # times as much of it in 3 updates. A mean of the means of uneven shares is off by 10 % and more.
@@ -190,7 +191,8 @@ def lost_row(
 
 def survived(folder: Path, lost: Lost, most: float, alone: Path) -> str | None:
     """Lose one process of two, then end the run with one; what is wrong, in words."""
-    entry = 1 if lost.phase in ("export", "report") else lost.entry
+    # the last phases come once, and the first checkpoint is the one that is looked for
+    entry = {"export": 1, "report": 1, "checkpoint": 3}.get(lost.phase, lost.entry)
     lost = Lost(lost.process, lost.phase, entry, lost.done)
     began = time.monotonic()
     ended = world(folder, 2, lost=lost, more=("--process-timeout", str(TIMEOUT)))
