@@ -15,10 +15,28 @@ ROOT = Path(__file__).parents[3]
 LAUNCHERS = {
     "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
     "accelerate": (
-        *("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+        *(
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+        ),
         *("--mixed_precision", "no", "--dynamo_backend", "no"),
     ),
 }
+
+
+REWARD = """
+import os
+from pathlib import Path
+from diffusion_envs.rewards import Colour
+
+def red(images, prompts):
+    (Path(__file__).parent / os.environ.get("RANK", "alone")).touch()
+    return Colour("red")(images, prompts)
+"""
 
 
 def launch(launcher: str, *words: str) -> str:
@@ -39,10 +57,16 @@ def launch(launcher: str, *words: str) -> str:
 
 @pytest.mark.slow
 def test_a_run_that_torchrun_begins_and_accelerate_ends_is_that_of_one_process(tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
     words = [*small_run.WORDS]
+    words[words.index("--reward") + 1] = f"{tmp_path / 'reward.py'}:red"
     words[words.index("--updates") + 1] = "1"
     launch("torchrun", *words, "--output", str(tmp_path / "two"))
+    for rank in ("0", "1"):
+        (tmp_path / rank).unlink()  # both were there
     launch("accelerate", "--resume", str(tmp_path / "two"), "--updates", "2", "--no-progress")
+    for rank in ("0", "1"):
+        (tmp_path / rank).unlink()
     words[words.index("--updates") + 1] = "2"
     assert command_line.main(FAMILY, [*words, "--output", str(tmp_path / "one")]) == 0
     assert processes.differs(tmp_path / "two", tmp_path / "one") is None
