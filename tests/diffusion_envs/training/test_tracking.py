@@ -425,3 +425,50 @@ def test_the_grid_of_a_step_is_a_png(tmp_path):
 def test_a_grid_needs_pictures_with_captions(images, captions, columns, message):
     with pytest.raises(ValueError, match=message):
         grid(torch.zeros(images, 3, 4, 4), captions, columns=columns)
+
+
+# -- long runs -------------------------------------------------------------------------------------
+
+
+def kept_of(updates, every, folder=None):
+    """Updates whose pictures are left when each was made in turn, by the rule alone."""
+    kept = []
+    for newest in updates:
+        kept = [update for update in kept if stays(update, newest, every)] + [newest]
+    return kept
+
+
+def test_pictures_thin_out_with_age():
+    """The newest 32 stay; then 16 whenever the age doubles; the first one stays for ever."""
+    every, times = 10, range(0, 50_010, 10)
+    kept = kept_of(times, every)
+    assert kept[0] == 0
+    assert kept[-32:] == list(times)[-32:]
+    ages = [(times[-1] - update) // every for update in kept]
+    for doublings in range(8):
+        low, high = 32 << doublings, 64 << doublings
+        assert len([age for age in ages if low <= age < high]) == 16
+    assert len(kept) < 32 + 16 * 9
+    # nothing has to be there again that went earlier, and how a run is cut does not matter
+    assert kept == [update for update in times if stays(update, times[-1], every)]
+    assert kept_of([*times[:2000], *times[1500:]], every)[-len(kept) :] == kept
+
+
+def test_what_cannot_be_taken_away_again_is_sent_ever_more_rarely():
+    sent = [update for update in range(0, 50_010, 10) if lasts(update, 10)]
+    assert sent[:33] == list(range(0, 330, 10))
+    assert sent[-1] - sent[-2] == 1280
+    assert len(sent) == 32 + 16 * 7 + 8 - 1
+
+
+def test_files_of_pictures_follow_the_rule_and_the_last_ones_are_sent_everywhere(tmp_path):
+    images = torch.zeros(1, 3, 2, 2)
+    with Tracker(tmp_path, picture_every=2) as tracker:
+        for update in range(0, 202, 2):
+            tracker.pictures(update, images, ["a"], last=update == 200)
+    names = sorted(int(path.stem[5:]) for path in (tmp_path / "samples").glob("step-*.png"))
+    assert names == [update for update in range(0, 202, 2) if stays(update, 200, 2)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    steps = [image.step for image in events.Images("samples")]
+    assert steps == [u for u in range(0, 202, 2) if lasts(u, 2)] + ([] if lasts(200, 2) else [200])
