@@ -11,7 +11,7 @@ from PIL import Image
 from ctrl import Estimate
 from diffusion_envs.runs import caption_fonts
 from diffusion_envs.runs.contact_sheet import grid, save, tiles
-from diffusion_envs.runs.tracking import Tracker, read_metrics, require_wandb
+from diffusion_envs.runs.tracking import Tracker, lasts, read_metrics, require_wandb, stays
 
 
 def numbers(update):
@@ -430,38 +430,39 @@ def test_a_grid_needs_pictures_with_captions(images, captions, columns, message)
 # -- long runs -------------------------------------------------------------------------------------
 
 
-def kept_of(updates, every, folder=None):
-    """Updates whose pictures are left when each was made in turn, by the rule alone."""
-    kept = []
+def kept_of(updates, every):
+    """Updates whose pictures are left when each was made in turn."""
+    kept = set()
     for newest in updates:
-        kept = [update for update in kept if stays(update, newest, every)] + [newest]
-    return kept
+        kept = {u for u in kept if u >= newest or stays(u, newest, every)} | {newest}
+    return sorted(kept)
 
 
 def test_pictures_thin_out_with_age():
     """The newest 32 stay; then 16 whenever the age doubles; the first one stays for ever."""
-    every, times = 10, range(0, 50_010, 10)
-    kept = kept_of(times, every)
+    times = list(range(0, 50_010, 10))
+    kept = kept_of(times, 10)
     assert kept[0] == 0
-    assert kept[-32:] == list(times)[-32:]
-    ages = [(times[-1] - update) // every for update in kept]
-    for doublings in range(8):
-        low, high = 32 << doublings, 64 << doublings
-        assert len([age for age in ages if low <= age < high]) == 16
-    assert len(kept) < 32 + 16 * 9
-    # nothing has to be there again that went earlier, and how a run is cut does not matter
-    assert kept == [update for update in times if stays(update, times[-1], every)]
-    assert kept_of([*times[:2000], *times[1500:]], every)[-len(kept) :] == kept
+    assert kept[-32:] == times[-32:]
+    ages = [(times[-1] - update) // 10 for update in kept]
+    for doublings in range(7):
+        assert sum(32 << doublings <= age < 64 << doublings for age in ages) == 16
+    assert len(kept) == 148
+    # what goes would go later, too: how a run was cut does not matter
+    assert kept == [update for update in times if stays(update, times[-1], 10)]
+    assert kept == kept_of(times[:2000] + times[1500:], 10)
 
 
 def test_what_cannot_be_taken_away_again_is_sent_ever_more_rarely():
     sent = [update for update in range(0, 50_010, 10) if lasts(update, 10)]
-    assert sent[:33] == list(range(0, 330, 10))
-    assert sent[-1] - sent[-2] == 1280
-    assert len(sent) == 32 + 16 * 7 + 8 - 1
+    assert sent[:36] == [*range(0, 330, 10), 340, 360, 380]
+    assert sent[-1] - sent[-2] == 2560
+    assert len(sent) == 148
 
 
 def test_files_of_pictures_follow_the_rule_and_the_last_ones_are_sent_everywhere(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     images = torch.zeros(1, 3, 2, 2)
     with Tracker(tmp_path, picture_every=2) as tracker:
         for update in range(0, 202, 2):
