@@ -1,6 +1,7 @@
 """Weights sharded between two processes: the numbers of one process, in half the memory."""
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +17,16 @@ from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import ScoreAsAction
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.exported import export, load_exported
+from diffusion_envs.runs.tracking import read_metrics
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.sd15 import StableDiffusion
+from diffusion_envs.sd15 import Run, StableDiffusion
 from diffusion_envs.training.optimisers import AdamW8bit, NaturalGradient
 from diffusion_envs.training.requirements import require_shardable
 from diffusion_envs.training.sharded import Shards, clip_gradients, is_shard
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.models.small_pipelines import small_pipeline
+from tests.diffusion_envs.sd15.calling import finetune
 from tests.diffusion_envs.training.processes import run_worlds
 from verification.claims.training_loop import Process
 
@@ -163,7 +166,29 @@ def main(folder: Path) -> None:
         if accelerator.is_main_process:
             export(again.environment.model, folder, 2)
             checkpoint.save(folder / "two", 2, state)
+    run(folder, updates=1, sharded=True)
     torch.save(told, folder / f"{accelerator.process_index}.pt")
+
+
+def run(folder: Path, updates: int, **more: Any) -> Run:
+    """A whole run; of its held-out samples one process has one more than the other."""
+    return finetune(
+        folder / "base",
+        output=folder / "run",
+        trains="all",
+        prompts=["a cat", "a ship"],
+        reward=blue,
+        updates=updates,
+        steps=2,
+        guidance=2.0,
+        evaluation_samples=3,
+        frontier_samples=3,
+        progress=False,
+        device="cpu",
+        size=SIZE,
+        objective=OBJECTIVE,
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +287,22 @@ def test_what_shards_export_is_their_mean(alone, both):
     assert torch.equal(ours, both[0]["second"]["mean"])
     assert load_exported(model, folder) == 2
     assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters]), ours)
+
+
+@pytest.mark.slow
+def test_a_run_of_shards_goes_on_in_one_process(alone, both):
+    folder, _, one = alone
+    ended = run(folder, updates=2, resume=True)
+    first, second = read_metrics(folder / "run" / "metrics.jsonl")
+    close(
+        first["gradient_norm"], one["first"]["gradient_norm 1"], one["first"]["gradient_norm 1"], ""
+    )
+    for line in (first, second):  # rewards also of denoised pictures; and two branches, thrice
+        asked = SIZE.samples * 2 * line["update"]
+        assert (line["reward_queries"], line["network_calls"]) == (asked * 3 // 2, asked * 6)
+    assert ended.exported == folder / "run" / "pipeline"
+    frontier = json.loads((folder / "run" / "frontier.json").read_text())
+    assert frontier["samples"] == 3 + 3  # none was made twice
 
 
 @pytest.mark.parametrize(
