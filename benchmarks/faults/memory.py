@@ -346,7 +346,9 @@ def system_limit(folder: Path) -> Row:
         finally:
             os._exit(code)
     os.waitpid(child, 0)
-    told = json.loads(written.read_text()) if written.is_file() else {"error": "it was killed"}
+    told: dict[str, Any] = {"error": "it was killed"}
+    if written.is_file():
+        told = json.loads(written.read_text())
     held = told.get("batch", 64) < 32 and told.get("gap", 1.0) <= 1e-5
     return Row(
         "a limit of the process's memory by the system (RLIMIT_AS)",

@@ -91,6 +91,32 @@ def test_a_damaged_line_in_the_middle_is_named_not_dropped(tmp_path, damage):
     assert path.read_text() == f"{first}\n{damage}\n{third}\n"
 
 
+def test_a_line_that_is_no_text_is_named(tmp_path):
+    log(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[:5] + b"\xa0" + content[6:])
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is damaged"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize("altered", [False, True])
+def test_the_last_line_of_a_finished_run_is_made_anew_where_it_was_altered(
+    altered, tmp_path, caplog
+):
+    path, measured = tmp_path / "over_optimisation.jsonl", {"reward": Estimate(0.5, 0.1, 4)}
+    with Tracker(tmp_path) as tracker:
+        tracker.over_optimisation(2, {"reward": Estimate(0.25, 0.1, 4)})
+        tracker.over_optimisation(3, measured)
+    whole = path.read_text()
+    if altered:
+        path.write_text(whole.replace("0.5", "0.7"))
+    with caplog.at_level(logging.WARNING), Tracker(tmp_path, first_update=3) as tracker:
+        tracker.over_optimisation(3, measured)
+    assert path.read_text() == whole
+    assert ("the line of update 3 was altered" in caplog.text) == altered
+
+
 def test_a_last_line_cut_short_is_left_out_with_a_warning(tmp_path, caplog):
     log(tmp_path, [1, 2])
     path = tmp_path / "metrics.jsonl"
