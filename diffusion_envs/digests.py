@@ -80,7 +80,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     plain = {name: value.contiguous() for name, value in tensors.items()}
     with whole(path) as partial:
         try:
-            save_file(plain, partial, {"format": "pt", KEY: of_tensors(plain)})
+            save_file(plain, partial, {KEY: of_tensors(plain)})
         except SafetensorError as error:
             raise OSError(str(error)) from error
 

@@ -66,6 +66,7 @@ class Environment:
             model is asked; 0: they are waited for. What is sampled and scored is the same.
         reward_queries: so far.
         monitoring_calls: of the network, so far, that no method needs: they are in no budget.
+        judged: pictures that a judge gets at once.
     """
 
     model: Model
@@ -79,6 +80,7 @@ class Environment:
     overlap: int = 0
     reward_queries: int = field(default=0)
     monitoring_calls: int = field(default=0)
+    judged: memory.AtOnce = field(default_factory=memory.AtOnce)
 
     def __post_init__(self) -> None:
         rewards.require_seconds(self.reward_timeout)

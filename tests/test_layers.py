@@ -51,6 +51,7 @@ diffusion_envs.rewards.fetching diffusion_envs.rewards diffusion_envs.rewards.se
 diffusion_envs.rewards.__main__
 diffusion_envs.models.protocol diffusion_envs.models.kept_conditions
 diffusion_envs.models.text_condition
+diffusion_envs.models.available_memory
 diffusion_envs.models.counting diffusion_envs.models.speed
 diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.execution
@@ -78,7 +79,8 @@ diffusion_envs.objectives.reward_backpropagation diffusion_envs.objectives.dxmi
 diffusion_envs.objectives.dxmi_from_data
 diffusion_envs.objectives
 diffusion_envs.training.update_size diffusion_envs.training.loss_scale
-diffusion_envs.training.parallel
+diffusion_envs.training.refusal
+diffusion_envs.training.process_watch diffusion_envs.training.parallel
 diffusion_envs.training.kl_controller diffusion_envs.training.value_network
 diffusion_envs.training.critic diffusion_envs.training.energy
 diffusion_envs.training.path_metric
@@ -109,10 +111,11 @@ diffusion_envs.runs.report_words diffusion_envs.runs.prompt_statistics
 diffusion_envs.runs.report_pictures diffusion_envs.runs.report_prompts
 diffusion_envs.runs.report_settings diffusion_envs.runs.report
 diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
-diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.exported
+diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.refused
+diffusion_envs.runs.exported
 diffusion_envs.runs.model_card diffusion_envs.runs.publishing
 diffusion_envs.runs.summary diffusion_envs.runs.estimate
-diffusion_envs.runs.finetune diffusion_envs.runs.transfer
+diffusion_envs.runs.finetune diffusion_envs.runs.repeating diffusion_envs.runs.transfer
 diffusion_envs.runs.presets diffusion_envs.runs.method_names
 diffusion_envs.runs.option_words diffusion_envs.runs.command_line diffusion_envs.runs.fit
 diffusion_envs.runs

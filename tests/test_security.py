@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import zipfile
@@ -61,8 +62,15 @@ REASONS = {
 }
 
 
+OPTIONS = ("trust_remote_code", "allow_pickle", "shell")
+FILES = ("torch.save", "os.system", "os.popen", "np.load", "numpy.load")
+WORDS = re.compile("|".join([*PICKLING, *CALLS, *OPTIONS, *FILES, "torch.load", "from_pretrained"]))
+
+
 def dangers(source: str) -> Iterator[str]:
     """What in a source reads, writes or runs what is not data."""
+    if not WORDS.search(source):
+        return
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [a.name for a in node.names]
@@ -79,12 +87,12 @@ def dangers(source: str) -> Iterator[str]:
         if called == "torch.load":
             safe = told.get("weights_only") == "True"
             yield "torch.load(weights_only)" if safe else "torch.load"
-        if called in ("torch.save", "os.system", "os.popen", "np.load", "numpy.load"):
+        if called in FILES:
             yield called
         weightless = where.endswith(("Tokenizer", "Scheduler"))
         if name == "from_pretrained" and not weightless and "use_safetensors" not in told:
             yield "from_pretrained without use_safetensors"
-        for option in ("trust_remote_code", "allow_pickle", "shell"):
+        for option in OPTIONS:
             if told.get(option, "False") != "False":
                 yield option
 

@@ -12,8 +12,9 @@ import random
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,16 +66,27 @@ def _kinds(run: Path) -> list[Kind]:
         *(Kind(f"exported/{exported}/{name}", _exported) for name in files),
         Kind("config.json", read_settings),
         *(Kind(name, _logs, warned) for name in tracking.LOGS),
-        Kind("evaluation/before.safetensors", _tensors("evaluation/before.safetensors"), anew),
-        Kind("evaluation/frontier.safetensors", _tensors("evaluation/frontier.safetensors"), anew),
-        Kind("pytorch_lora_weights.safetensors", _tensors("pytorch_lora_weights.safetensors")),
-        Kind("lora_kohya.safetensors", _tensors("lora_kohya.safetensors")),
+        Kind(
+            "evaluation/before.safetensors",
+            partial(_tensors, name="evaluation/before.safetensors"),
+            anew,
+        ),
+        Kind(
+            "evaluation/frontier.safetensors",
+            partial(_tensors, name="evaluation/frontier.safetensors"),
+            anew,
+        ),
+        Kind(
+            "pytorch_lora_weights.safetensors",
+            partial(_tensors, name="pytorch_lora_weights.safetensors"),
+        ),
+        Kind("lora_kohya.safetensors", partial(_tensors, name="lora_kohya.safetensors")),
         Kind("wandb.json", _wandb),
     ]
 
 
 def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
-    """Two rows a file, and two of whole runs."""
+    """One row a file, and two of whole runs."""
     whole = small_run.uninterrupted()
     run = folder / "read" / "run"
     shutil.copytree(whole.folder, run)
@@ -83,8 +95,9 @@ def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
     chance = random.Random(1)
     flips, ends = (4, 2) if sample else (FLIPS, LOST_ENDS)
     for kind in _kinds(run):
-        yield tries(kind, run, "a flipped bit", flipped, flips, chance)
-        yield tries(kind, run, "a lost end", cut, ends, chance)
+        yield tries(
+            kind, run, [*(flipped for _ in range(flips)), *(cut for _ in range(ends))], chance
+        )
     yield from _resumed(folder, whole, chance, sample=sample)
 
 
@@ -127,8 +140,8 @@ def _exported(run: Path) -> Any:
     return None if stored is None else _plain(stored.state)
 
 
-def _tensors(name: str) -> Callable[[Path], Any]:
-    return lambda run: _plain(digests.read_tensors(run / name))
+def _tensors(run: Path, name: str) -> Any:
+    return _plain(digests.read_tensors(run / name))
 
 
 class _NoTrainer(SimpleNamespace):
@@ -178,22 +191,22 @@ class _Warnings(logging.Handler):
 def tries(
     kind: Kind,
     run: Path,
-    fault: str,
-    damage: Callable[[bytes, random.Random], bytes],
-    number: int,
+    damages: Sequence[Callable[[bytes, random.Random], bytes]],
     chance: random.Random,
 ) -> Row:
-    """Damage a file so often, and read it each time."""
+    """Damage a file again and again, and read it each time."""
     path = run / kind.name
     content, expected = path.read_bytes(), kind.read(run)
     held, first = 0, ""
-    for _ in range(number):
+    for damage in damages:
         path.write_bytes(damage(content, chance))
         wrong = _unseen(kind, run, expected)
         held += wrong is None
         first = first or wrong or ""
         path.write_bytes(content)
-    return Row(fault, kind.name, kind.what, number, held, first)
+    bits = sum(damage is flipped for damage in damages)
+    fault = f"a flipped bit ({bits}) or a lost end ({len(damages) - bits})"
+    return Row(fault, kind.name, kind.what, len(damages), held, first)
 
 
 def _unseen(kind: Kind, run: Path, expected: Any) -> str | None:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.faults import small_run
+from benchmarks.faults.kills import WHERE
 from benchmarks.faults.row import Row
 
 EACH = 4  # of each signal in each phase
 TWICE = 12  # second signals
+_NOT_READ = "give the command again"  # where the command was not read yet
 STOPPED = 130  # the exit code that docs/run_folder.md promises
 _MOST = 6  # signals to one run, before it is let end
 _AT_ONCE = 2.0  # seconds within which a second signal ends it
@@ -32,7 +34,7 @@ class Told:
 
 
 def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
-    """One row a signal and phase, and one of second signals."""
+    """One row a phase, and one of second signals."""
     phases = small_run.PHASES[::3] if sample else small_run.PHASES
     wanted = [
         (number, name)
@@ -41,12 +43,12 @@ def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
         for name in phases
     ]
     told = tries(folder / "once", wanted, twice=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        for name in small_run.PHASES:
-            promise = f"exit code {STOPPED}, the last whole update is kept, the end is the same"
-            mine = [each.wrong for each in told if (each.number, each.phase) == (number, name)]
-            if mine:
-                yield _row(number.name, name, promise, mine)
+    for name in small_run.PHASES:
+        promise = f"exit code {STOPPED}, the last whole update is kept, the end is the same"
+        mine = [each for each in told if each.phase == name]
+        if mine:
+            wrong = [each.wrong and f"{each.number.name}: {each.wrong}" for each in mine]
+            yield _row("SIGTERM, SIGINT", WHERE.get(name, name), promise, wrong)
     names = phases if sample else small_run.PHASES[1:5]
     every = [(number, name) for name in names for number in (signal.SIGTERM, signal.SIGINT)]
     again = tries(folder / "twice", (every * TWICE)[: 2 if sample else TWICE], twice=True)
@@ -69,7 +71,7 @@ def tries(
         place = folder / str(turn) / "run"
         mine = list[Told]()
         while left and len(mine) < most:
-            one = _signalled(place, *left[0], chance, whole, twice=twice)
+            one = signalled(place, *left[0], chance, whole, twice=twice)
             if one is None:  # the run is past that phase: another one will have it
                 break
             mine.append(one)
@@ -84,7 +86,7 @@ def tries(
     raise AssertionError
 
 
-def _signalled(
+def signalled(
     place: Path,
     number: signal.Signals,
     name: str,
@@ -108,11 +110,11 @@ def _signalled(
     ended = process.wait()
     if ended.code == 0 and not twice:  # it was at its end
         return Told(number, ended.phase, None)
-    return Told(number, name, _wrong(place, ended, number, twice=twice))
+    return Told(number, name, _wrong(place, ended, number, name, twice=twice))
 
 
 def _wrong(
-    place: Path, ended: small_run.Ended, number: signal.Signals, *, twice: bool
+    place: Path, ended: small_run.Ended, number: signal.Signals, name: str, *, twice: bool
 ) -> str | None:
     """What is wrong with how it ended; None if nothing is."""
     if twice:
@@ -123,7 +125,8 @@ def _wrong(
     if ended.code != STOPPED or not ended.in_words:
         return ended.last
     begun = (place / "config.json").is_file()
-    if ("go on with:" if begun else "it had not begun") not in ended.said:
+    said = "go on with:" if begun else "it had not begun"
+    if said not in ended.said and not (name == "start" and _NOT_READ in ended.said):
         return f"not said how to go on: {ended.last}"
     if (place / "run.lock").exists():
         return "its lock is still there"

@@ -43,7 +43,7 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """An operation on tensors of given shapes.
+    """An operation on tensors of these shapes.
 
     Attributes:
         function: of torch.
@@ -183,12 +183,12 @@ class _Autocast(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Do it in the dtype that autocast would."""
-        args, kwargs = tuple(args), dict(kwargs or {})
+        inputs = tuple(args), dict(kwargs or {})
         if func in _LOWER:
-            args, kwargs = tree_map(lambda x: self._to(x, self.dtype), (args, kwargs))
+            inputs = tree_map(lambda x: self._to(x, self.dtype), inputs)
         elif func in self.whole:
-            args, kwargs = tree_map(lambda x: self._to(x, torch.float32), (args, kwargs))
-        return func(*args, **kwargs)
+            inputs = tree_map(lambda x: self._to(x, torch.float32), inputs)
+        return func(*inputs[0], **inputs[1])
 
     def _to(self, value: Any, dtype: torch.dtype) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:

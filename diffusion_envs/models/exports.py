@@ -6,6 +6,7 @@ them, are a pipeline folder. An export is called done only after plain diffusers
 every number has come back, in a network with the same outputs.
 """
 
+import json
 import logging
 import re
 import shutil
@@ -83,13 +84,23 @@ def _proved(
     try:
         with naming(path):
             # safetensors' own save_file makes files that only their owner can read
-            unproved.write_bytes(save(plain, metadata=told))
+            unproved.write_bytes(_in_order(save(plain, metadata=told)))
             synchronise(unproved)
         prove(unproved)
         unproved.replace(path)
     finally:
         unproved.unlink(missing_ok=True)
     return path
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order: equal models make equal files."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def prove_lora(unet: Any, path: Path, probe: Probe, *, kohya: bool = False) -> None:

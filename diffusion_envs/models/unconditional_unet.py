@@ -303,5 +303,5 @@ def _without_weights(folder: Path, inside: Sequence[str]) -> Any:
     settings = folders.read_settings(levels / "scheduler_config.json")
     scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
     with META:
-        unet = UNet2DModel.from_config(folders.read_settings(network / "config.json"))
+        unet: Any = UNet2DModel.from_config(folders.read_settings(network / "config.json"))
     return DDPMPipeline(unet=unet, scheduler=scheduler)

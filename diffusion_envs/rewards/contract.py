@@ -153,8 +153,9 @@ def score(
 
     Raises:
         RewardError: the reward raised; or did not return one finite real number for each image, at
-            most ``LARGEST`` in size; or returned a tensor that needs a gradient.
-        ValueError: there is no image, not one prompt for each, or a value outside [0, 1].
+            most ``LARGEST`` in size; or returned a tensor that needs a gradient; or a value of the
+            images is outside [0, 1].
+        ValueError: there is no image, or not one prompt for each.
     """
     name, n = reward_name(reward), len(images)
     if not n or len(prompts) != n:
@@ -164,7 +165,7 @@ def score(
         )
     low, high = read(*images.aminmax())
     if not (low >= 0 and high <= 1):  # not (...): NaN is outside too
-        raise ValueError(
+        raise RewardError(  # a ValueError; and what ends one process by it ends all of them
             f"images must have values in [0, 1], got {low:g} to {high:g}; if they are not numbers, "
             "the model overflowed: use float32 or bfloat16"
         )

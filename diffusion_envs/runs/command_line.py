@@ -588,6 +588,8 @@ def _carried_out(family: Family, arguments: Sequence[str]) -> int:
             begun = (folder.expanduser() / "config.json").is_file()
             again = f"go on with: {family.program} --resume {folder}"
             _say("\nstopped; " + (again if begun else "it had not begun: start it again"))
+        else:
+            _say("\nstopped: give the command again")
         return 130
     except MissingChoicesError as missing:
         _say(f"waiting: {missing}\ngo on with: {family.program} --resume {folder}")

@@ -23,6 +23,7 @@ _SMALL, _LARGE = 112, 256  # pixels a side: smaller pictures are enlarged, large
 _GAP = 6  # pixels around a picture
 _LINE = 15  # pixels a line of caption
 _CAPTION_LINES = 2
+_LETTERS = 400  # of a caption that are looked at: no two lines hold more
 _KEY = "ctrl"  # of the text in the file
 
 
@@ -86,7 +87,7 @@ def _resized(picture: np.ndarray) -> Image.Image:
 def _wrapped(text: str, width: int) -> list[str]:
     """Lines no wider than a picture; what does not fit ends in an ellipsis."""
     lines = [""]
-    for word in caption_fonts.drawable(text).split():
+    for word in caption_fonts.drawable(text[:_LETTERS]).split():
         longer = f"{lines[-1]} {word}".strip()
         if caption_fonts.width(longer) <= width or not lines[-1]:
             lines[-1] = longer

@@ -72,7 +72,7 @@ def card(folder: Path, *, merged: bool = False) -> str:
     scale = (folder / GUIDANCE_FILE).is_file()
     kinds = ((whole, "The UNet"), (adapter, "A LoRA adapter"), (scale, "The guidance scale"))
     what = next((words for is_there, words in kinds if is_there), "A model")
-    method = f"{settings['objective']['name']} with the reward {_reward(settings)}"
+    method = f"{_plain(settings['objective']['name'])} with the reward {_reward(settings)}"
     start = model.get("lora")
     if start is not None:
         named, _ = base_model({"model": start})

@@ -20,6 +20,7 @@ from diffusion_envs.objectives import Objective
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import memory, parallel
 from diffusion_envs.training.phase import phase
+from diffusion_envs.training.refusal import NonFiniteError
 from diffusion_envs.training.update_size import UpdateSize
 from diffusion_envs.training.value_network import (
     Weights,
@@ -27,10 +28,6 @@ from diffusion_envs.training.value_network import (
     martingale_loss,
     value_network,
 )
-
-
-class NonFiniteError(FloatingPointError):
-    """A gradient is not finite; the weights were not touched."""
 
 
 class Critic:
@@ -74,7 +71,13 @@ class Critic:
     usual_moves = None  # not followed
 
     def calibrate(self, rewards: Float[Tensor, " n"]) -> None:
-        """Set the units of the answer, from the first rewards."""
+        """Set the units of the answer, from the first rewards.
+
+        Raises:
+            NonFiniteError: they have none.
+        """
+        if not bool(rewards.isfinite().all()):  # of all processes, on each
+            raise NonFiniteError("the first rewards are not finite; nothing was learned from them")
         self.network.calibrate(rewards)
 
     def state(self) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from diffusion_envs.objectives.dxmi_from_data import LearnedEnergy, energy_loss,
 from diffusion_envs.objectives.protocol import Values
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.training import memory, parallel
-from diffusion_envs.training.critic import NonFiniteError
 from diffusion_envs.training.phase import phase
+from diffusion_envs.training.refusal import NonFiniteError
 from diffusion_envs.training.update_size import UpdateSize
 
 
@@ -224,6 +224,8 @@ class EnergyCritic:
         moves = rollout.states.diff(dim=1).square().flatten(2).mean((0, 2))
         decay = self.objective.move_decay
         moves = parallel.total(rollout.place.weight * moves, self.accelerator)
+        if not bool(moves.isfinite().all()):  # on all processes
+            raise NonFiniteError("the sampled paths are not finite; nothing was learned from them")
         self.usual_moves = decay * self.usual_moves + (1 - decay) * moves
         told: dict[str, Tensor] = {}
         for epoch in range(self.size.value_epochs):

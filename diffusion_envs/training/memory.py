@@ -12,8 +12,11 @@ On several processes each halves on its own: what is repeated waits for no other
 
 import gc
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -32,6 +35,10 @@ _WORDS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "could not create a memory object",  # oneDNN
 )
+_REMEDIES = (
+    "Recompute activations (gradient_checkpointing), make smaller pictures (resolution), take a "
+    "network of 16 bits (precision bfloat16 or float16), or fewer samples an update"
+)
 
 
 class MemoryLimitError(RuntimeError):
@@ -40,9 +47,38 @@ class MemoryLimitError(RuntimeError):
 
 @runtime_checkable
 class Batched(Protocol):
-    """Whatever takes rows in pieces of at most ``batch``."""
+    """Whatever takes rows in pieces."""
 
-    batch: int
+    @property
+    def batch(self) -> int:
+        """Most rows of a piece; can be set."""
+        ...
+
+    @batch.setter
+    def batch(self, rows: int) -> None: ...
+
+
+@dataclass
+class AtOnce:
+    """Rows at once, for what has no place of its own to keep them in; all, to begin with."""
+
+    batch: int = sys.maxsize
+
+
+class AtMost:
+    """Rows at once of what has a limit of its own, and no more than so many."""
+
+    def __init__(self, of: Batched, most: int) -> None:
+        self._of, self._most = of, most
+
+    @property
+    def batch(self) -> int:
+        """The smaller of both; where it is lowered, so is the limit."""
+        return min(self._of.batch, self._most)
+
+    @batch.setter
+    def batch(self, rows: int) -> None:
+        self._of.batch = rows
 
 
 def ran_out(error: BaseException | None) -> bool:
@@ -91,15 +127,52 @@ def retried(
         _lower(pieces, what, words, rows, least)
 
 
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Within this context memory may run out where nothing is made in pieces; the error helps.
+
+    Raises:
+        MemoryLimitError: memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        words = (str(error) or type(error).__name__).partition("\n")[0]
+        raise MemoryLimitError(
+            f"memory ran out in {what}, where nothing is made in pieces: {words}. {_REMEDIES}"
+        ) from error
+
+
+@contextmanager
+def once(what: str) -> Iterator[None]:
+    """Within this context nothing is attempted again: processes that repeat would lose step.
+
+    Raises:
+        MemoryLimitError: memory runs out.
+    """
+    token = _around.set(True)
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        raise MemoryLimitError(
+            f"memory ran out in {what}, where all processes must take equally many rows: take "
+            f"fewer at once (batch), then resume. {error}"
+        ) from error
+    finally:
+        _around.reset(token)
+
+
 def _lower(pieces: Batched, what: str, words: str, rows: int, least: int) -> None:
     """Halve the rows at once, to a multiple of those that belong together."""
     now = min(pieces.batch, rows)
     if now <= least:
         raise MemoryLimitError(
             f"memory ran out in {what} with {now} row{'s' * (now != 1)} at once, and fewer there "
-            f"cannot be: {words}. Recompute activations (gradient_checkpointing), make smaller "
-            "pictures (resolution), take a network of 16 bits (precision 'bfloat16' or 'float16'), "
-            "or fewer samples an update; then resume"
+            f"cannot be: {words}. {_REMEDIES}"
         )
     pieces.batch = max(least, now // 2 // least * least)
     _log.warning(

@@ -30,12 +30,13 @@ from diffusion_envs.rewards import Counting, Reward
 from diffusion_envs.rewards.rounding import all_alike
 from diffusion_envs.rollout import Rollout, Share
 from diffusion_envs.training import kl_controller, memory, parallel, sharded
-from diffusion_envs.training.critic import Critic, NonFiniteError
+from diffusion_envs.training.critic import Critic
 from diffusion_envs.training.energy import EnergyCritic, TrainingData
 from diffusion_envs.training.loss_scale import LossScale
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.path_metric import PathMetric
 from diffusion_envs.training.phase import phase
+from diffusion_envs.training.refusal import NonFiniteError, RefusedStep
 from diffusion_envs.training.requirements import require_fit, require_shardable
 from diffusion_envs.training.update_size import UpdateSize
 
@@ -59,6 +60,8 @@ class Trainer:
         optimiser: how a gradient becomes a step of the adapter.
         log_path_kl: report the path KL of every roll-out also where no method needs it, at the
             price of a network call a step.
+        refused: is told of a step that is refused as its numbers are not finite, before the error
+            that ends the run.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Trainer:
         target_kl: kl_controller.TargetKL | None = None,
         log_path_kl: bool = False,
         optimiser: Optimiser = _ADAMW,
+        refused: Callable[[RefusedStep], None] | None = None,
     ) -> None:
         processes = accelerator.num_processes
         require_fit(environment, objective, size, processes, target_kl, preference, data)
@@ -82,7 +86,7 @@ class Trainer:
         require_shardable(self._shards, optimiser)
         self.accelerator, self.stream_name = accelerator, stream_name
         self.preference = preference or FromReward()
-        self.target_kl, self.log_path_kl = target_kl, log_path_kl
+        self.target_kl, self.log_path_kl, self.refused = target_kl, log_path_kl, refused
         learned = environment.sampler.parameters  # of the sampler
         self.parameters = [*environment.model.parameters, *learned]
         self.old = [p.detach().clone() for p in self.parameters]  # of the policy that samples
@@ -188,10 +192,25 @@ class Trainer:
         Raises:
             PreflightError: something that must hold before the first update does not.
             NonFiniteError: a gradient is not finite; no weight was changed by it.
+            MemoryLimitError: memory runs out however few rows go through the network at once.
         """
+        with memory.explained(f"update {self.update + 1}"):
+            return self._step()
+
+    def _step(self) -> dict[str, Any]:
         counted = _counts(self.environment.reward)
         with self._sampling_policy():
             sample = self.sample()
+        with self._refusing(sample):
+            numbers = self._improve(sample)
+        self._keep_old()
+        self._keep_mean()
+        self.update += 1
+        measured = self._measured(sample.rollout, numbers)
+        return measured | self._counted_since(counted)
+
+    def _improve(self, sample: Sample) -> dict[str, Any]:
+        """Adapter and critic, from one roll-out."""
         numbers, critic = dict[str, Any](), self.critic
         if critic is not None and critic.learns_first:
             numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
@@ -205,11 +224,28 @@ class Trainer:
             group["lr"] *= self.objective.decay
         if critic is not None and not critic.learns_first:
             numbers |= critic.improve(sample.rollout, sample.denoised_rewards, self.update)
-        self._keep_old()
-        self._keep_mean()
-        self.update += 1
-        measured = self._measured(sample.rollout, numbers)
-        return measured | self._counted_since(counted)
+        return numbers
+
+    @contextmanager
+    def _refusing(self, sample: Sample) -> Iterator[None]:
+        """Within this context a step that is refused is told to whoever wants to know."""
+        try:
+            yield
+        except NonFiniteError as error:
+            if self.refused is not None:
+                first = self.update * self.size.samples
+                paths = sample.rollout.place.paths
+                step = RefusedStep(
+                    update=self.update + 1,
+                    reason=str(error),
+                    process=self.accelerator.process_index,
+                    samples=range(first + paths.start, first + paths.stop),
+                    stream=self.stream_name,
+                    prompts=sample.prompts,
+                    rollout=sample.rollout,
+                )
+                self.refused(step)
+            raise
 
     @phase("sampling")
     def sample(self) -> Sample:
@@ -309,6 +345,8 @@ class Trainer:
         size, groups = self.size, rollout.place.of
         most = size.max_gradient_norm if self.optimiser.clips else math.inf
         norm, stepped = 0.0, dict[str, float]()
+        if self._shards.networks:
+            self._agree_on_rows(losses)
         for epoch in range(size.epochs):
             shuffle = stream(self.environment.seed, self.stream_name, "rows", self.update, epoch, 0)
             order = torch.randperm(groups, generator=shuffle)
@@ -318,11 +356,12 @@ class Trainer:
                     shuffle.set_state(drawn)
                     with self._differentiating():
                         self._differentiate(losses, part, shuffle, rollout.place)
+                    why = self._spoilt(losses, part, rollout)
                     parallel.add_gradients(self.parameters, self.accelerator)
                     self.loss_scale.divide(self.parameters)
                     norm = sharded.clip_gradients(self.parameters, most)
                     if not math.isfinite(norm):
-                        self._shrink_loss_scale(norm)
+                        self._shrink_loss_scale(norm, why)
                 self.loss_scale.keep()
                 metrics = list[PathMetric]()
                 stepped = self.optimiser.step(self._metric(rollout, epoch, k, metrics))
@@ -346,7 +385,10 @@ class Trainer:
             for loss in self.loss_scale.scaled(self._in_step(losses, part, shuffle, share)):
                 loss.backward()
 
-        if self._shards.networks or not isinstance(losses, DivisibleLosses):
+        if self._shards.networks:
+            with memory.once("the update of sharded weights"):
+                return attempt()
+        if not isinstance(losses, DivisibleLosses):
             return attempt()
         rows, least = losses.rows_of(part)
         memory.retried(attempt, losses, "the update", rows=rows, least=least)
@@ -360,16 +402,40 @@ class Trainer:
         drawn = generator.get_state()
 
         def spare() -> Tensor:
-            counted, own = self.environment.model.calls, torch.tensor([share.groups.start])
+            spent, own = self.environment.spent, torch.tensor([share.groups.start])
             # what the objective draws for all of a part, it draws here too
             loss = next(losses.losses(own, torch.Generator().set_state(drawn)))
-            self.environment.model.calls = counted
+            self.environment.spent = spent
             return loss
 
         return self._shards.in_step(iter(losses.losses(part, generator)), spare)
 
-    def _shrink_loss_scale(self, norm: float) -> None:
+    def _spoilt(self, losses: Losses, part: Tensor, rollout: Rollout) -> str:
+        """Make a gradient NaN where a number to log is not finite; says which.
+
+        Then all processes see it, and refuse it together. A ratio of policies may overflow where
+        the gradient, clipped, does not.
+        """
+        here = not isinstance(losses, DivisibleLosses) or losses.rows_of(part)[0] > 0
+        seen = losses.numbers() if here else {}
+        bad = [f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value)]
+        read = {"a reward": rollout.rewards, "a part of the reward": rollout.reward_parts}
+        if self.target_kl is not None:
+            read["the path KL, which kl_weight follows,"] = rollout.costs
+        for name, value in read.items():
+            if value is not None and not bool(value.isfinite().all()):
+                bad.append(f"{name} is not finite")
+        if bad:
+            first = self.parameters[0]
+            first.grad = torch.full_like(first, math.nan)
+        return "".join(f", as {words}" for words in bad[:1])
+
+    def _shrink_loss_scale(self, norm: float, why: str) -> None:
         """After a gradient that is not finite: the same rows again, with a smaller factor.
+
+        Args:
+            norm: of the gradient.
+            why: in words, where this process knows it.
 
         Raises:
             NonFiniteError: the factor is not to blame, on any of the processes.
@@ -379,7 +445,7 @@ class Trainer:
         if bool(everyones == self.accelerator.num_processes) and self.loss_scale.shrink():
             return
         raise NonFiniteError(
-            f"the gradient's norm is {norm} at update {self.update + 1}"
+            f"the gradient's norm is {norm} at update {self.update + 1}{why}"
             + (", and not by the scale of the loss" if self.loss_scale.used else "")
             + "; no weight was changed by it. Lower learning_rate or guidance, or use float32"
         )
@@ -546,6 +612,15 @@ class Trainer:
             **self._fewer_at_once(),
             "memory": _peak_memory(self.environment.device),
         }
+
+    def _agree_on_rows(self, losses: Losses) -> None:
+        """As many rows at once on all processes, none of which the network divides further."""
+        self.batch = min(self.batch, self._pieces.get("batch.network", self).batch)
+        if isinstance(losses, memory.Batched):
+            self.batch = min(self.batch, losses.batch)
+        self._fewer_at_once()
+        if isinstance(losses, memory.Batched):
+            losses.batch = self.batch
 
     def _fewer_at_once(self) -> dict[str, int]:
         """Rows at once where memory has run out so far: the least of all processes, on each."""

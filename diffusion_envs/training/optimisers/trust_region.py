@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffusion_envs.objectives.protocol import require_positive
-from diffusion_envs.training.critic import NonFiniteError
 from diffusion_envs.training.optimisers.protocol import Groups, Metric, parameters_of
 from diffusion_envs.training.path_metric import PathMetric, flattened, unflattened
+from diffusion_envs.training.refusal import NonFiniteError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from diffusion_envs.objectives import DDPO
-from diffusion_envs.training.critic import NonFiniteError
 from diffusion_envs.training.loss_scale import LossScale
+from diffusion_envs.training.refusal import NonFiniteError
 from diffusion_envs.training.trainer import Trainer
 
 HALF = torch.finfo(torch.float16)

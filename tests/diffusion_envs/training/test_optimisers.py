@@ -22,7 +22,6 @@ from diffusion_envs.objectives import DDPO, GRPO, DiffusionNFT, DxMI
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.settings import describe, rebuild
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.training.critic import NonFiniteError
 from diffusion_envs.training.kl_controller import TargetKL
 from diffusion_envs.training.optimisers import (
     AdamW,
@@ -36,6 +35,7 @@ from diffusion_envs.training.optimisers import (
 from diffusion_envs.training.optimisers.running_mean import RunningMean
 from diffusion_envs.training.optimisers.scaled_lora import ScaledSteps, scaled
 from diffusion_envs.training.path_metric import PathMetric, flattened, unflattened
+from diffusion_envs.training.refusal import NonFiniteError
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 from verification.claims.training_loop import Process
