@@ -195,6 +195,11 @@ def is_shard(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of it; all of it, where it is not sharded."""
+    return tensor.to_local() if is_shard(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]  # a DTensor
+
+
 def gathered(state: Any, *, keep: bool) -> Any:
     """A state with whole tensors on the host, where some are sharded; one after another.
 

@@ -22,7 +22,7 @@ from diffusion_envs.samplers import DDIM
 from diffusion_envs.sd15 import Run, StableDiffusion
 from diffusion_envs.training.optimisers import AdamW8bit, NaturalGradient
 from diffusion_envs.training.requirements import require_shardable
-from diffusion_envs.training.sharded import Shards, clip_gradients, is_shard
+from diffusion_envs.training.sharded import Shards, clip_gradients, is_shard, local
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.models.small_pipelines import small_pipeline
@@ -74,11 +74,6 @@ def seen(trainer: Trainer, total: int) -> dict[str, Any]:
     return told | {what: torch.cat(parts).clone() for what, parts in flat.items()}
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of it."""
-    return getattr(tensor.detach(), "to_local", tensor.detach)()
-
-
 def held(trainer: Trainer) -> int:
     """Bytes of weights, those that sampled, mean, gradients, moments, frozen copy here."""
     model: Any = trainer.environment.model
@@ -88,7 +83,9 @@ def held(trainer: Trainer) -> int:
     assert len(gradients) == len(states) == len(frozen) == len(trainer.parameters)
     moments = [each[name] for each in states for name in ("exp_avg", "exp_avg_sq")]
     every = [*trainer.parameters, *trainer.old, *trainer.mean, *gradients, *moments, *frozen]
-    memory = {(m := local(tensor).untyped_storage()).data_ptr(): m.nbytes() for tensor in every}
+    memory = {
+        (m := local(tensor.detach()).untyped_storage()).data_ptr(): m.nbytes() for tensor in every
+    }
     return sum(memory.values())
 
 
