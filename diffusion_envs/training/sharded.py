@@ -169,7 +169,7 @@ def _layers(network: nn.Module) -> list[nn.Module]:
     named = [
         module
         for name, module in network.named_modules()
-        if name == "mid_block" or name.split(".")[-2:-1] and name.split(".")[-2] in lists
+        if name == "mid_block" or name.rpartition(".")[0].rpartition(".")[2] in lists
     ]
     return [*reversed(named), network]
 
