@@ -31,6 +31,7 @@ from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 
 GIB = 2**30
+MAPPED = 2**18  # bytes from which tensors are mapped, and so given back, in the column "mapped"
 
 
 @dataclass(frozen=True)
@@ -200,11 +201,12 @@ def measured(row: Row, folder: Path) -> dict[str, Any]:
     return {"gib": (peak - base) / GIB, "seconds": times[-1], "base": base / GIB}
 
 
-def child(row: Row, folder: Path, what: str) -> dict[str, Any]:
+def child(row: Row, folder: Path, what: str, **variables: str) -> dict[str, Any]:
     """One of both, in a fresh process with one thread."""
     words = [sys.executable, "-m", "benchmarks.run_cost", "--child", what]
     words += ["--rows", row.name, "--folder", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= variables
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{row.name}, {what}: {done.stderr[-2000:]}")
@@ -218,28 +220,33 @@ def compared(row: Row, folder: Path) -> dict[str, Any]:
     """A line of the table."""
     line: dict[str, Any] = {**asdict(row), "estimated": child(row, folder, "estimated")}
     line["measured"] = child(row, folder, "measured")
-    for what in ("gib", "seconds"):
-        line[f"{what}_ratio"] = line["estimated"][what] / line["measured"][what]
+    said = line["estimated"]
+    line["seconds_ratio"] = said["seconds"] / line["measured"]["seconds"]
+    line["heap_ratio"] = said["gib"] / line["measured"]["gib"]
+    if row.device == "cpu":
+        line["mapped"] = child(row, folder, "measured", MALLOC_MMAP_THRESHOLD_=str(MAPPED))
+        line["gib_ratio"] = said["gib"] / line["mapped"]["gib"]
     return line
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """For docs."""
     head = [
-        "| run | peak, estimated (GiB) | measured | ratio | seconds an update, estimated | "
-        "measured | ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| run | peak, estimated (GiB) | measured, mapped | ratio | measured, heap | ratio | "
+        "seconds an update, estimated | measured | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
 
     def shown(line: dict[str, Any]) -> str:
         name = line["name"] + (" (held out)" if line["held_out"] else "")
         if "measured" not in line:
-            return f"| {name} | | not run: no GPU | | | | |"
-        cells = [name]
-        for what in ("gib", "seconds"):
-            cells += [f"{line[part][what]:.3g}" for part in ("estimated", "measured")]
-            cells.append(f"{line[f'{what}_ratio']:.2f}")
-        return "| " + " | ".join(cells) + " |"
+            return f"| {name} | | not run: no GPU | | | | | | |"
+        said, was, mapped = line["estimated"], line["measured"], line.get("mapped", {})
+        ratio = line.get("gib_ratio", float("nan"))
+        cells = [f"{said['gib']:.3g}", f"{mapped.get('gib', float('nan')):.3g}", f"{ratio:.2f}"]
+        cells += [f"{was['gib']:.3g}", f"{line['heap_ratio']:.2f}"]
+        cells += [f"{said['seconds']:.3g}", f"{was['seconds']:.3g}", f"{line['seconds_ratio']:.2f}"]
+        return "| " + " | ".join([name, *cells]) + " |"
 
     return "\n".join([*head, *map(shown, lines)])
 

@@ -51,6 +51,7 @@ diffusion_envs.rewards.fetching diffusion_envs.rewards diffusion_envs.rewards.se
 diffusion_envs.rewards.__main__
 diffusion_envs.models.protocol diffusion_envs.models.kept_conditions
 diffusion_envs.models.text_condition
+diffusion_envs.models.available_memory
 diffusion_envs.models.counting diffusion_envs.models.speed
 diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.execution
@@ -79,7 +80,7 @@ diffusion_envs.objectives.dxmi_from_data
 diffusion_envs.objectives
 diffusion_envs.training.update_size diffusion_envs.training.loss_scale
 diffusion_envs.training.refusal
-diffusion_envs.training.parallel
+diffusion_envs.training.process_watch diffusion_envs.training.parallel
 diffusion_envs.training.kl_controller diffusion_envs.training.value_network
 diffusion_envs.training.critic diffusion_envs.training.energy
 diffusion_envs.training.path_metric

@@ -71,7 +71,7 @@ def tries(
         place = folder / str(turn) / "run"
         mine = list[Told]()
         while left and len(mine) < most:
-            one = _signalled(place, *left[0], chance, whole, twice=twice)
+            one = signalled(place, *left[0], chance, whole, twice=twice)
             if one is None:  # the run is past that phase: another one will have it
                 break
             mine.append(one)
@@ -86,7 +86,7 @@ def tries(
     raise AssertionError
 
 
-def _signalled(
+def signalled(
     place: Path,
     number: signal.Signals,
     name: str,

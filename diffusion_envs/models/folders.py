@@ -4,6 +4,7 @@ Also single files of weights, as people share them, and why models of other clas
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -375,6 +376,22 @@ def variant_of(folder: Path, parts: Collection[str], asked: str | None = None) -
             "one variant of all of them"
         )
     return "fp16" if "fp16" in common else min(common)
+
+
+def least_numbers(part: Path) -> int:
+    """How many numbers the weights of a part have; of the smallest variant if there are several."""
+    from safetensors import safe_open
+
+    by_variant = dict[str | None, int]()
+    for file in part.iterdir():
+        match = _WEIGHTS.fullmatch(file.name)
+        if match is None or file.suffix != ".safetensors":
+            continue
+        with safe_open(file, framework="pt") as content:
+            shapes = [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118  # not a dict
+        numbers = sum(map(math.prod, shapes))
+        by_variant[match["variant"]] = by_variant.get(match["variant"], 0) + numbers
+    return min(by_variant.values(), default=0)
 
 
 def _refuse_pickles(files: Collection[Path]) -> None:
