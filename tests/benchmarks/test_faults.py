@@ -37,8 +37,7 @@ def without_moments(load_state: Any) -> Any:
     """A checkpoint is loaded, and the optimiser forgets."""
 
     def load(self: Any, state: Any) -> None:
-        load_state(self, state)
-        self.optimiser.state.clear()
+        load_state(self, state | {"optimiser": self.optimiser.state_dict()})
 
     return load
 
