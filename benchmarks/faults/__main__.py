@@ -30,9 +30,15 @@ from diffusion_envs.runs.run_folder import commit, versions
 ROWS: tuple[str, ...] = (  # modules of this package, in the order of the table
     "kills",
     "damaged_files",
+    "processes",
     "full_disk",
     "signals",
     "folders",
+    "memory",
+    "numbers",
+    "bad_rewards",
+    "resume_points",
+    "processes",
 )
 _AT_ONCE = 2
 _LONGEST = 1500.0  # seconds that a module may take
