@@ -110,8 +110,9 @@ def _links(stored: Mapping[str, Any]) -> dict[str, communication.Link]:
     """For each kind of exchange, on the machine that was measured."""
     rows = [r for r in stored["communication"] if r["processes"] in communication.FITTED]
     cores = stored["machine"]["cores"]
+    cache = stored["machine"]["cache"] / 2  # what is sent, and what comes
     return {
-        kind: communication.fit([row for row in rows if row["kind"] == kind], cores)
+        kind: communication.fit([row for row in rows if row["kind"] == kind], cores, cache)
         for kind in ("all-reduce", "gather")
     }
 
@@ -184,7 +185,8 @@ def _communication_table(stored: Mapping[str, Any]) -> str:
         )
     head = ["exchange", "processes", "bytes", "ms, by the fit", "least", "median", "runs"]
     told = "; ".join(
-        f"{kind}: {1e6 * link.latency:.3g} us a step and {link.bandwidth / 1e6:.3g} MB/s"
+        f"{kind}: {1e6 * link.latency:.3g} us a step, {link.cached / 1e6:.3g} MB/s in the cache"
+        + (f", {link.bandwidth / 1e6:.3g} beyond" if link.bandwidth != link.cached else "")
         for kind, link in links.items()
     )
     return f"Fitted to the least of 2 and of 4 processes. {told}.\n\n{_table(head, lines)}"
@@ -336,9 +338,16 @@ def _store(measured: Mapping[str, Any]) -> None:
     stored["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "cache": _cache(),
         "versions": versions(),
     }
     STORED.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def _cache() -> int:
+    """Bytes of the last cache that the cores share (Linux)."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+    return 1024 * int(size.removesuffix("K"))
 
 
 def write(stored: Mapping[str, Any]) -> None:
