@@ -120,7 +120,7 @@ def stored():
     return json.loads(page.STORED.read_text())
 
 
-def test_predictions_of_what_was_held_out_are_within_15_percent(stored):
+def test_predictions_of_what_was_held_out_are_within_15_percent_but_for_one(stored):
     rows = page.held_out(stored)
     off = {row.what: abs(row.predicted / row.measured - 1) for row in rows}
     # The page says so: a gather that takes half a millisecond among other processes' work is not.
