@@ -31,6 +31,7 @@ GPUS = (1, 8, 64)
 MODELS = {"tiny": "the embedded model", "middle": "a UNet of 8.7 M parameters"}
 LARGE = {"sd15": "SD1.5, 512 x 512", "sdxl": "SDXL, 1024 x 1024"}
 BATCH = {"sd15": 8, "sdxl": 4}
+FROZEN = {"sd15": 207e6, "sdxl": 902e6}  # parameters of decoder and text encoders
 EVENT = {"tiny": 4 * 8 * 8, "middle": 4 * 16 * 16}
 
 
@@ -193,7 +194,7 @@ def _communication_table(stored: Mapping[str, Any]) -> str:
 
 
 def _run(name: str, **changes: Any) -> Run:
-    return replace(Run(batch=BATCH[name]), **changes)
+    return replace(Run(batch=BATCH[name], frozen=FROZEN[name]), **changes)
 
 
 def _parts_table(stored: Mapping[str, Any]) -> str:
