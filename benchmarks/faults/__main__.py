@@ -33,6 +33,10 @@ ROWS: tuple[str, ...] = (  # modules of this package, in the order of the table
     "full_disk",
     "signals",
     "folders",
+    "memory",
+    "numbers",
+    "bad_rewards",
+    "resume_points",
 )
 _AT_ONCE = 2
 _LONGEST = 1500.0  # seconds that a module may take
