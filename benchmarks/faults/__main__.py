@@ -37,6 +37,7 @@ ROWS: tuple[str, ...] = (  # modules of this package, in the order of the table
     "numbers",
     "bad_rewards",
     "resume_points",
+    "processes",
 )
 _AT_ONCE = 2
 _LONGEST = 1500.0  # seconds that a module may take

@@ -20,7 +20,7 @@ _DAY = 86_400.0
 def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
     """One row a fault."""
     whole = small_run.uninterrupted()
-    phases = ("update",) if sample else PHASES
+    phases, both = (("update",), 0) if sample else (PHASES, 2)
     yield _row(
         "a read-only folder",
         "at the start, and when a run is resumed",
@@ -39,7 +39,7 @@ def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
         "one is refused by pid and host, the other's end is the same",
         [
             *(second(folder / f"two-{name}", name, whole) for name in phases),
-            *(_both(folder / f"both-{n}", resumed=bool(n % 2), whole=whole) for n in range(2)),
+            *(_both(folder / f"both-{n}", resumed=n == 0, whole=whole) for n in range(both)),
         ],
     )
     yield _row(

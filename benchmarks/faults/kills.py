@@ -17,7 +17,7 @@ from typing import TypeAlias
 from benchmarks.faults import small_run
 from benchmarks.faults.row import Row
 
-KILLS, SAMPLE = 300, 9
+KILLS, SAMPLE = 300, 5
 _MOST = 12  # kills of one run, before it is let end
 WHERE = {"start": "start-up, and between phases"}
 

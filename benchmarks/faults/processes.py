@@ -1,19 +1,21 @@
 """Several processes: do they make the run of one, and what if one of them dies, hangs or is slow?
 
 A world is the run of ``small_run`` by several processes on the CPU, which meet as those of torchrun
-do. Numbers are those of one process up to round-off: a network gets other rows beside a row.
+do, at a store of who started them. Numbers are those of one process up to round-off: a network gets
+other rows beside a row.
 """
 
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import distributed
 
 from benchmarks.faults import small_run
 from benchmarks.faults.row import Row
@@ -25,7 +27,7 @@ from diffusion_envs.training import phase
 TIMEOUT = 6.0  # seconds that processes wait for each other, where one hangs or is slow
 SOON = 12.0  # seconds within which the others end, once they know: to find out who, and to store
 PHASES = ("sampling", "rewards", "update", "value network", "evaluation")  # that all share
-MAINS = ("checkpoint", "export", "report")  # that only the main process has
+MAINS = ("checkpoint", "export", "report")  # in which the main process works and others wait
 # Float32 sums in another order, and other rows beside a row: at most 256 units of round-off in a
 # score (``score_rounding``); the optimiser, which divides by a gradient's size, makes some ten
 # times as much of it in 3 updates. A mean of the means of uneven shares is off by 10 % and more.
@@ -36,6 +38,7 @@ NO_NUMBERS = ("seconds", "memory")
 ROUND_OFF = ("ratio_min", "ratio_max", "clipped_fraction")
 
 Fault = Callable[[], None]
+_stores: Any = distributed  # public, but for the type checker
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,7 @@ def world(
 
     None is said of one that hangs when all others have ended; it is killed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = _stores.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     said = (*words, "--output", str(folder))
     if (folder / "config.json").is_file():
         said = ("--resume", str(folder), "--no-progress")
@@ -98,8 +99,8 @@ def world(
         @contextmanager
         def joined() -> Iterator[None]:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            os.environ |= {"OMP_NUM_THREADS": "1"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+            os.environ |= {"OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
             if lost is None or lost.process != rank:
                 yield
                 return
@@ -161,9 +162,12 @@ def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
 def whole(folder: Path, sizes: Sequence[int], alone: Path, lost: Lost | None = None) -> str | None:
     """Run with so many processes one after another; what differs from one process, in words."""
     for k, size in enumerate(sizes):
-        # as many updates more with each number of processes; the last ends the run
-        more = () if len(sizes) == 1 else ("--updates", str(k + 1))
-        ended = world(folder, size, more=more, lost=lost)
+        # one update more with each number of processes
+        updates = small_run.UPDATES if len(sizes) == 1 else k + 1
+        words = list(small_run.WORDS)
+        words[words.index("--updates") + 1] = str(updates)
+        more = ("--updates", str(updates)) if k else ()
+        ended = world(folder, size, more=more, lost=lost, words=words)
         failed = [each.last for each in ended if each is None or each.code]
         if failed:
             return failed[0]
@@ -187,7 +191,8 @@ def lost_row(
 
 def survived(folder: Path, lost: Lost, most: float, alone: Path) -> str | None:
     """Lose one process of two, then end the run with one; what is wrong, in words."""
-    entry = 1 if lost.phase in ("export", "report") else lost.entry
+    # the last phases come once, and the first checkpoint is the one that is looked for
+    entry = {"export": 1, "report": 1, "checkpoint": 3}.get(lost.phase, lost.entry)
     lost = Lost(lost.process, lost.phase, entry, lost.done)
     began = time.monotonic()
     ended = world(folder, 2, lost=lost, more=("--process-timeout", str(TIMEOUT)))

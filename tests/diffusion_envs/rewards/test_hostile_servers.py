@@ -57,9 +57,15 @@ def endless(handler: Any, body: bytes) -> None:
         handler.wfile.write(bytes(2**16))
 
 
+def endless_headers(handler: Any, body: bytes) -> None:
+    """More lines than a browser would take."""
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\n" + b"X: y\r\n" * 1000 + b"\r\n")
+
+
 ANSWER = json.dumps(IDENTITY | {"scores": [0.0, 1.0]}).encode()
 ANSWERS: dict[str, tuple[Behaviour, str]] = {
     "without end": (endless, "answered with more than 16777216 bytes"),
+    "headers without end": (endless_headers, "no HTTP: .*got more than 100 headers"),
     "packed": (  # a bomb would be unpacked by whoever unpacks: nobody does
         says(gzip.compress(ANSWER), 200, {"Content-Encoding": "gzip"}),
         "answered with what is no JSON",

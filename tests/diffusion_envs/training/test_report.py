@@ -678,6 +678,8 @@ def test_pictures_keep_to_their_budget():
     assert 0 < len(fewest) < 6
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_users_run_it")
 def test_a_report_of_many_updates_prompts_and_large_pictures_is_small(tmp_path):
     """5,000 updates, 2,000 long prompts, 32 pictures of 512 pixels that do not shrink."""
     folder = make_run(tmp_path / "run")
