@@ -80,7 +80,7 @@ diffusion_envs.objectives.dxmi_from_data
 diffusion_envs.objectives
 diffusion_envs.training.update_size diffusion_envs.training.loss_scale
 diffusion_envs.training.refusal
-diffusion_envs.training.parallel
+diffusion_envs.training.process_watch diffusion_envs.training.parallel
 diffusion_envs.training.kl_controller diffusion_envs.training.value_network
 diffusion_envs.training.critic diffusion_envs.training.energy
 diffusion_envs.training.path_metric

@@ -27,10 +27,19 @@ from benchmarks.faults import small_run
 from benchmarks.faults.row import Row, table
 from diffusion_envs.runs.run_folder import commit, versions
 
-ROWS: tuple[str, ...] = (
+ROWS: tuple[str, ...] = (  # modules of this package, in the order of the table
     "kills",
     "damaged_files",
-)  # modules of this package, in the order of the table
+    "processes",
+    "full_disk",
+    "signals",
+    "folders",
+    "memory",
+    "numbers",
+    "bad_rewards",
+    "resume_points",
+    "processes",
+)
 _AT_ONCE = 2
 _LONGEST = 1500.0  # seconds that a module may take
 
@@ -56,11 +65,14 @@ def _write_rows(module: str, folder: Path, written: Path, sample: bool) -> None:
     code = 1
     try:
         os.setpgid(0, 0)
+        small_run.end_with_parent()
         done = importlib.import_module(f"benchmarks.faults.{module}").rows(folder, sample=sample)
         with written.open("a") as file:
             for row in done:
                 file.write(json.dumps(asdict(row)) + "\n")
                 file.flush()
+                words = f"{module}: {row.fault}, {row.where}: {row.held} of {row.tried}"
+                print(words, row.notes, file=sys.stderr, flush=True)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -117,7 +129,7 @@ def main(
 def summary(rows: Sequence[Row]) -> str:
     """The totals, in a sentence."""
     tried, held = sum(row.tried for row in rows), sum(row.held for row in rows)
-    return f"{held} of {tried} promises held."
+    return f"Of {tried} faults {held} left every promise kept."
 
 
 if __name__ == "__main__":

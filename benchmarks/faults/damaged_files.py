@@ -14,6 +14,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,10 +66,21 @@ def _kinds(run: Path) -> list[Kind]:
         *(Kind(f"exported/{exported}/{name}", _exported) for name in files),
         Kind("config.json", read_settings),
         *(Kind(name, _logs, warned) for name in tracking.LOGS),
-        Kind("evaluation/before.safetensors", _tensors("evaluation/before.safetensors"), anew),
-        Kind("evaluation/frontier.safetensors", _tensors("evaluation/frontier.safetensors"), anew),
-        Kind("pytorch_lora_weights.safetensors", _tensors("pytorch_lora_weights.safetensors")),
-        Kind("lora_kohya.safetensors", _tensors("lora_kohya.safetensors")),
+        Kind(
+            "evaluation/before.safetensors",
+            partial(_tensors, name="evaluation/before.safetensors"),
+            anew,
+        ),
+        Kind(
+            "evaluation/frontier.safetensors",
+            partial(_tensors, name="evaluation/frontier.safetensors"),
+            anew,
+        ),
+        Kind(
+            "pytorch_lora_weights.safetensors",
+            partial(_tensors, name="pytorch_lora_weights.safetensors"),
+        ),
+        Kind("lora_kohya.safetensors", partial(_tensors, name="lora_kohya.safetensors")),
         Kind("wandb.json", _wandb),
     ]
 
@@ -128,8 +140,8 @@ def _exported(run: Path) -> Any:
     return None if stored is None else _plain(stored.state)
 
 
-def _tensors(name: str) -> Callable[[Path], Any]:
-    return lambda run: _plain(digests.read_tensors(run / name))
+def _tensors(run: Path, name: str) -> Any:
+    return _plain(digests.read_tensors(run / name))
 
 
 class _NoTrainer(SimpleNamespace):

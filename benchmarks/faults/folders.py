@@ -20,7 +20,7 @@ _DAY = 86_400.0
 def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
     """One row a fault."""
     whole = small_run.uninterrupted()
-    phases = ("update",) if sample else PHASES
+    phases, both = (("update",), 0) if sample else (PHASES, 2)
     yield _row(
         "a read-only folder",
         "at the start, and when a run is resumed",
@@ -38,8 +38,8 @@ def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
         "the second one in mid-run of the first, both at the start, both resume",
         "one is refused by pid and host, the other's end is the same",
         [
-            *(_second(folder / f"two-{name}", name, whole) for name in phases),
-            *(_both(folder / f"both-{n}", resumed=bool(n % 2), whole=whole) for n in range(2)),
+            *(second(folder / f"two-{name}", name, whole) for name in phases),
+            *(_both(folder / f"both-{n}", resumed=n == 0, whole=whole) for n in range(both)),
         ],
     )
     yield _row(
@@ -103,12 +103,14 @@ def _renamed(folder: Path, name: str, whole: small_run.Uninterrupted) -> str | N
     return _same(now, small_run.run(now), whole)
 
 
-def _second(folder: Path, name: str, whole: small_run.Uninterrupted) -> str | None:
+def second(folder: Path, name: str, whole: small_run.Uninterrupted) -> str | None:
+    """What is wrong where a second process wants the folder of a first one that is in a phase."""
     place = folder / "run"
     first = small_run.begin(place)
-    first.until("evaluation", 1)
-    second, ended = small_run.run(place), first.wait()
-    return _refused(second, f"pid {first.pid} on host") or _same(place, ended, whole)
+    first.until("evaluation", 1)  # the folder is there
+    first.until(name, first.entries(name) + 1)
+    other, ended = small_run.run(place), first.wait()
+    return _refused(other, f"pid {first.pid} on host") or _same(place, ended, whole)
 
 
 def _both(folder: Path, *, resumed: bool, whole: small_run.Uninterrupted) -> str | None:

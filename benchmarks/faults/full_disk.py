@@ -20,7 +20,7 @@ from benchmarks.faults.row import Row
 from diffusion_envs import digests
 from diffusion_envs.runs import checkpoint
 
-FILES = (  # as they are written; what is said of one names what stands after the colon
+FILES = (  # as they are written; what is said names what stands after the colon
     *("run.lock:run.lock", "config.json.partial:config.json"),
     *(
         "evaluation/before.safetensors.partial:before",
@@ -52,8 +52,12 @@ def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
         why = ""
     whole = small_run.uninterrupted()
     place = (folder if disk is None else disk.path) / "run"
-    files = FILES[1::9] if sample else FILES
-    wrong = [(file, words) for file in files if (words := tried(place, file, whole, disk))]
+    files = FILES[1::12] if sample else FILES
+    wrong = list[tuple[str, str]]()
+    for file in files:
+        if words := tried(place, file, whole, disk):
+            print(f"full_disk: {file}: {words}", file=sys.stderr, flush=True)
+            wrong.append((file, words))
     first = f"{wrong[0][0].split(':')[0]}: {wrong[0][1]}" if wrong else why
     yield Row(
         "a full disk",
@@ -68,6 +72,19 @@ def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
 
 def tried(place: Path, file: str, whole: small_run.Uninterrupted, disk: Disk | None) -> str | None:
     """What is wrong after the disk was full for a file; None if nothing is."""
+    wrong = ended(place, file, disk)
+    again = small_run.run(place)
+    differs = small_run.first_difference(whole.results, small_run.results(place))
+    if again.code:
+        wrong = wrong or f"resumed: {again.last}"
+    elif differs is not None:
+        wrong = wrong or f"the end differs in {differs}"
+    shutil.rmtree(place)
+    return wrong
+
+
+def ended(place: Path, file: str, disk: Disk | None) -> str | None:
+    """What is wrong with how a run ends whose disk is full for a file; then there is space."""
     path, named = file.split(":")
 
     @contextmanager
@@ -91,26 +108,19 @@ def tried(place: Path, file: str, whole: small_run.Uninterrupted, disk: Disk | N
             _announced(module, full)
         yield
 
-    ended = small_run.run(place, filled)
+    process = small_run.run(place, filled)
     if disk is not None:
         disk.free()
-    wrong = _after(place, ended, named)
-    ended = small_run.run(place)
-    if ended.code:
-        wrong = wrong or f"resumed: {ended.last}"
-    elif (
-        differs := small_run.first_difference(whole.results, small_run.results(place))
-    ) is not None:
-        wrong = wrong or f"the end differs in {differs}"
-    shutil.rmtree(place)
-    return wrong
+    return _after(place, process, named)
 
 
 def _after(place: Path, ended: small_run.Ended, named: str) -> str | None:
     """What is wrong with how it ended, and what it left."""
     if ended.code != 2 or not ended.in_words:
         return ended.last
-    if not any(words in ended.said for words in _WORDS) or named not in ended.said:
+    # what cannot be written last is told: the checkpoint however a run ends
+    names = any(name in ended.said for name in (named, f"{place}/checkpoints"))
+    if not names or not any(words in ended.said for words in _WORDS):
         return f"not named: {ended.last}"
     left = [p for p in place.rglob("*") if p.name.endswith(".partial") or p.name.startswith(".")]
     if left or (place / "run.lock").exists():

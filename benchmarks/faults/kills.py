@@ -9,14 +9,15 @@ import itertools
 import random
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from benchmarks.faults import small_run
 from benchmarks.faults.row import Row
 
-KILLS, SAMPLE = 300, 9
+KILLS, SAMPLE = 300, 5
 _MOST = 12  # kills of one run, before it is let end
 WHERE = {"start": "start-up, and between phases"}
 
@@ -51,48 +52,58 @@ def rows(folder: Path, *, sample: bool) -> Iterator[Row]:
 
 def tries(folder: Path, number: int) -> list[Kill]:
     """So many kills, each of them resumed from."""
-    chance, kills = random.Random(18), list[Kill]()
-    whole = small_run.uninterrupted()
-    phases = itertools.cycle(small_run.PHASES)
+    kills, whole = list[Kill](), small_run.uninterrupted()
+    moments = _moments(whole)
     for turn in itertools.count():
         place = folder / str(turn) / "run"
-        most = min(_MOST, number - len(kills))
-        kills += _one_run(place, most, chance, phases, whole)
+        kills += one_run(place, min(_MOST, number - len(kills)), moments, whole)
         shutil.rmtree(place.parent)
         if len(kills) >= number:
             return kills
     raise AssertionError
 
 
-def _one_run(
-    place: Path,
-    most: int,
-    chance: random.Random,
-    phases: Iterator[str],
-    whole: small_run.Uninterrupted,
+_Moment: TypeAlias = Callable[[small_run.Process], bool]  # waits for it; False if a run has ended
+
+
+def _moments(whole: small_run.Uninterrupted) -> Iterator[_Moment]:
+    """Uniform over the run's time and, in turn, over the phases."""
+    chance = random.Random(18)
+    mean = whole.seconds / sum(whole.entries.values())
+    for name in itertools.cycle(small_run.PHASES):
+        yield in_time(chance.uniform(0, whole.seconds))
+        entries = chance.randint(1, min(3, whole.entries[name]))
+        yield in_phase(name, entries, chance.uniform(0, mean))
+
+
+def in_time(seconds: float) -> _Moment:
+    """So long after a process has begun."""
+    return lambda process: process.sleep(seconds)
+
+
+def in_phase(name: str, entries: int, seconds: float) -> _Moment:
+    """So long after a process has come into a phase so often."""
+    return lambda process: process.until(name, entries) and process.sleep(seconds)
+
+
+def one_run(
+    place: Path, most: int, moments: Iterator[_Moment], whole: small_run.Uninterrupted
 ) -> list[Kill]:
     """Kill a run up to so often, let it end, and compare."""
     kills, kept = list[Kill](), -1
     while len(kills) < most:
         process = small_run.begin(place)
-        if len(kills) % 2:
-            name = next(phases)
-            entries = chance.randint(1, min(3, whole.entries[name]))
-            mean = whole.seconds / sum(whole.entries.values())
-            alive = process.until(name, entries) and process.sleep(chance.uniform(0, mean))
-        else:
-            alive = process.sleep(chance.uniform(0, whole.seconds))
-        if alive:
+        if next(moments)(process):
             process.signal(signal.SIGKILL)
         ended = process.wait()
         if ended.code == 0:
             break
         if ended.code != -signal.SIGKILL:
             return [Kill(kill.phase, f"resumed: {ended.last}") for kill in kills]
-        step = small_run.newest_step(place)
+        step, logged = small_run.newest_step(place), small_run.logged(place)
         wrong = None
-        if max(step, 0) < max(kept, small_run.logged(place) - 1):
-            wrong = f"checkpoint {step} after {kept}, with {small_run.logged(place)} updates logged"
+        if max(step, 0) < max(kept, logged - 1):
+            wrong = f"checkpoint {step} after {kept}, with {logged} updates logged"
         kept = step
         kills.append(Kill(ended.phase, wrong))
     else:

@@ -4,6 +4,7 @@ A run is the library's own command line in a process of its own, forked from one
 everything: so it starts in a moment, and may be killed, filled up or interrupted by the hundred.
 """
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -44,8 +45,9 @@ PHASES = (
 )
 _OF_TIME = ("seconds", "memory", "logs")  # which no two runs have alike, and digests of them
 _TIMES = tuple(f"| {name} |" for name in _OF_TIME)  # in a table
-_MOST_SAID = 2**20
-_LONGEST = 120.0  # seconds that a process may take
+_MOST_SAID = 2**20  # bytes
+_PARENT_DEATH = 1  # of prctl
+_LONGEST = 400.0  # seconds that a process may take
 _Fault = Callable[[], AbstractContextManager[Any]]
 
 
@@ -101,6 +103,7 @@ class Process:
         """What the child does; it never returns."""
         code = 1
         try:
+            end_with_parent()
             os.dup2(self._speak, 1)
             os.dup2(self._speak, 2)
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -190,14 +193,19 @@ class Process:
         return Ended(code, self.phase, said.decode(errors="replace"), seconds, after)
 
 
-def begin(folder: Path, fault: _Fault = nullcontext, words: Sequence[str] = WORDS) -> Process:
+def end_with_parent() -> None:
+    """Let the system kill this process when the one that forked it is gone."""
+    ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)
+
+
+def begin(folder: Path, fault: _Fault = nullcontext, words: Sequence[str] = ()) -> Process:
     """Begin the run in ``folder``, or go on with it, as a person would."""
     if (folder / "config.json").is_file():
         return Process(folder, ("--resume", str(folder), "--no-progress"), fault)
-    return Process(folder, (*words, "--output", str(folder)), fault)
+    return Process(folder, (*(words or WORDS), "--output", str(folder)), fault)
 
 
-def run(folder: Path, fault: _Fault = nullcontext, words: Sequence[str] = WORDS) -> Ended:
+def run(folder: Path, fault: _Fault = nullcontext, words: Sequence[str] = ()) -> Ended:
     """The same, until it ends."""
     return begin(folder, fault, words).wait()
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling            the tables, from what is stored in docs/scaling.json
     python -m benchmarks.scaling --write    and into docs/scaling.md
-    python -m benchmarks.scaling --measure counts|tiny|middle|communication   measure that anew
+    python -m benchmarks.scaling --measure counts|schedule|tiny|middle|communication   that anew
 
 Measuring takes minutes on a machine that does nothing else.
 """
@@ -86,7 +86,8 @@ def _predictions(
 def held_out(stored: Mapping[str, Any]) -> list[Prediction]:
     """What was chosen before anything was measured, and is in no fit."""
     told = []
-    for name, words in MODELS.items():
+    for name in stored["updates"]:
+        words = MODELS[name]
         for row, time, memory in _predictions(stored["updates"][name], name):
             if _sizes(row) != HELD_OUT:
                 continue
@@ -133,7 +134,7 @@ def _gb(value: float) -> str:
 
 def _updates_table(stored: Mapping[str, Any]) -> str:
     lines = []
-    for name in MODELS:
+    for name in stored["updates"]:
         for row, time, memory in _predictions(stored["updates"][name], name):
             unit, sizes = row["unit_seconds"], _sizes(row)
             held = "held out" if sizes == HELD_OUT else "fitted"
@@ -247,24 +248,39 @@ def rewards_of(computed: float) -> list[Reward]:
     ]
 
 
-def _schedule_table(stored: Mapping[str, Any], name: str, *, reference: bool) -> str:
-    counts = counts_of(stored)[name]
-    lines = []
+CASES = {  # of the schedule: which network, and whether the pretrained model is asked
+    "SD1.5": ("sd15", True),
+    "SD1.5 without reference": ("sd15", False),
+    "SDXL": ("sdxl", True),
+}
+CALLS = (0, 1, 4)  # of the reward at once, while more is sampled
+
+
+def schedule_row(
+    counts: Mapping[str, Counts], case: str, reward: int, gpus: int
+) -> list[tuple[float, float]]:
+    """Seconds of an update, and the share of them that a GPU waits, for each of ``CALLS``."""
+    name, reference = CASES[case]
     run = _run(name, reference=reference)
-    computed = cluster.work(counts, run, 1, A100).computed / run.pictures
-    for reward in rewards_of(computed):
+    computed = cluster.work(counts[name], run, 1, A100).computed / run.pictures
+    who = rewards_of(computed)[reward]
+    work = cluster.work(counts[name], run, gpus, A100)
+    made = [mean_update(work, who, gpus, overlap=calls) for calls in CALLS]
+    return [(round(each.seconds, 2), round(each.share_waiting, 4)) for each in made]
+
+
+def _schedule_table(stored: Mapping[str, Any], case: str) -> str:
+    lines = []
+    for k, reward in enumerate(rewards_of(1.0)):
         cells = [reward.name]
         for gpus in GPUS:
-            work = cluster.work(counts, run, gpus, A100)
-            made = [mean_update(work, reward, gpus, overlap=calls) for calls in (0, 1, 4)]
-            wins = [1 - each.seconds / made[0].seconds for each in made[1:]]
-            several = _percent(wins[1]) if reward.request == 1 or reward.servers < 9 else ""
-            cells.append(
-                f"{made[0].seconds:.0f} s, {_percent(made[0].share_waiting)}; wins "
-                f"{_percent(wins[0])}, {several or _percent(wins[1])}"
-            )
+            rows = stored["schedule"][case][str(k)][str(gpus)]
+            (whole, waits), *overlapped = rows
+            wins = [_percent(1 - seconds / whole) for seconds, _ in overlapped]
+            cells += [f"{whole:.0f} s", _percent(waits), *wins]
         lines.append(cells)
-    return _table(["reward", *(f"{gpus} GPU{'s' * (gpus > 1)}" for gpus in GPUS)], lines)
+    heads = [f"{gpus} GPU{'s' * (gpus > 1)} | waits | 1 call | 4 calls" for gpus in GPUS]
+    return _table(["reward", *" | ".join(heads).split(" | ")], lines)
 
 
 def tables(stored: Mapping[str, Any]) -> dict[str, str]:
@@ -275,9 +291,7 @@ def tables(stored: Mapping[str, Any]) -> dict[str, str]:
         "communication": _communication_table(stored),
         "parts": _parts_table(stored),
         "memory": _memory_table(stored),
-        "schedule of SD1.5": _schedule_table(stored, "sd15", reference=True),
-        "schedule of SD1.5 without reference": _schedule_table(stored, "sd15", reference=False),
-        "schedule of SDXL": _schedule_table(stored, "sdxl", reference=True),
+        **{f"schedule of {case}": _schedule_table(stored, case) for case in CASES},
     }
 
 
@@ -288,6 +302,18 @@ def _measure(what: str, rounds: int) -> dict[str, Any]:
     """What belongs into the stored file."""
     if what == "counts":
         return {"counts": {name: asdict(counted(name, rank=8)) for name in LARGE}}
+    if what == "schedule":
+        counts = counts_of(json.loads(STORED.read_text()))
+        rewards = range(len(rewards_of(1.0)))
+        return {
+            "schedule": {
+                case: {
+                    str(k): {str(gpus): schedule_row(counts, case, k, gpus) for gpus in GPUS}
+                    for k in rewards
+                }
+                for case in CASES
+            }
+        }
     if what == "communication":
         rows = [row for n in (*communication.FITTED, 3) for row in communication.measure(n)]
         return {"communication": rows}
@@ -329,7 +355,7 @@ def write(stored: Mapping[str, Any]) -> None:
 def main() -> None:
     """Print, write or measure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--measure", choices=["counts", *MODELS, "communication"])
+    parser.add_argument("--measure", choices=["counts", "schedule", *MODELS, "communication"])
     parser.add_argument("--rounds", type=int, default=5, help="of each update (default: 5)")
     parser.add_argument("--write", action="store_true", help="into docs/scaling.md")
     options = parser.parse_args()

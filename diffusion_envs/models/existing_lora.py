@@ -6,6 +6,7 @@ becomes one alpha a layer: update = alpha / rank * up down.
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from diffusion_envs import digests
 from diffusion_envs.models.adapters import LORA_FILE
 
 _LISTED = 3  # names in an error message
@@ -26,6 +28,7 @@ _PEFT_FILE, _PEFT_CONFIG, _PEFT_PREFIX = (
 )
 _METADATA = "lora_adapter_metadata"  # what diffusers keeps of peft's configuration in a file
 _TEXT = ("text_encoder", "lora_te")
+_log = logging.getLogger(__name__)
 _OTHER_KINDS = ("dora_scale", "lora_magnitude_vector", "lokr_", "hada_", "oft_", ".bias")
 
 
@@ -97,12 +100,18 @@ class LoraFile:
         try:
             with safe_open(self.path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-                written = (file.metadata() or {}).get(_METADATA)
+                metadata = file.metadata() or {}
         except (SafetensorError, OSError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"lora {self.path} is damaged: {reason}") from error
+        if metadata.get(digests.KEY) not in (None, digests.of_tensors(tensors)):
+            _log.warning(  # not refused, as programs that change a file keep what stands in it
+                "lora %s is not what a run exported: its %s is not that of its tensors",
+                self.path,
+                digests.KEY,
+            )
         kept: Mapping[str, Any] | None = None
-        if written is not None:
+        if (written := metadata.get(_METADATA)) is not None:
             told = _settings(written, self.path)
             kept = {k.removeprefix("unet."): v for k, v in told.items()}
         if all(name.startswith(_PEFT_PREFIX) for name in tensors):

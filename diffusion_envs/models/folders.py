@@ -21,7 +21,8 @@ _WEIGHTS = re.compile(
     r"(?:-\d+-of-\d+)?\.safetensors"
 )
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".npy", ".npz")
-_LIBRARIES = re.compile("diffusers|transformers|stable_diffusion.*")  # of a pipeline's parts
+_LIBRARIES = (None, "diffusers", "transformers")  # of a pipeline's parts
+_CHECKER = ("safety_checker", "stable_diffusion")  # a part, and where diffusers has it; not loaded
 
 
 def shipped_folder(name: str) -> Path:
@@ -139,7 +140,7 @@ def _check_libraries(model: str | Path, index: Mapping[str, Any]) -> None:
     """
     for part, named in index.items():
         library = named[0] if isinstance(named, list) and named else None
-        if library is not None and not _LIBRARIES.fullmatch(str(library)):
+        if library not in _LIBRARIES and (part, library) != _CHECKER:
             raise ValueError(
                 f"model {model} has a part {part!r} of the module {library!r}, which would be "
                 "imported and run; supported are parts of diffusers and transformers"

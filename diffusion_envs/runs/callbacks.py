@@ -1,6 +1,7 @@
 """What a run does besides training, as callbacks on the one loop; the trainer knows none of them.
 
-On several processes they run on the main one only, which decides for all whether to go on.
+They run on all processes, which share out what costs time; what writes files does so on the main
+one, which decides for all whether to go on.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

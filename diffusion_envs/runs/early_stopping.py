@@ -213,12 +213,15 @@ class EarlyStopping(Callback):
                     batch=batch,
                     pretrained=pretrained,
                     stream=WATCHED,
+                    accelerator=trainer.accelerator,
                 )
             return Scores.of(update, evaluation)
 
         def keep(update: int) -> None:
-            # two, because the newest is written before the checkpoint that says it is the best
-            checkpoint.save(folder, update, trainer.state(), keep=2)
+            state = trainer.state()  # of sharded weights all processes have to ask
+            if trainer.accelerator.process_index == 0:
+                # two, because the newest is written before the checkpoint that says it is the best
+                checkpoint.save(folder, update, state, keep=2)
 
         return cls(rule, measure, keep)
 

@@ -35,6 +35,7 @@ from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.prompts import read_prompts
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.rehearsal import Moment, Plan
+from diffusion_envs.training.sharded import local
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 
@@ -369,7 +370,8 @@ def bytes_of(network: nn.Module) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.dtype.itemsize
+    """Of a sharded one, this process's part."""
+    return local(tensor).numel() * tensor.dtype.itemsize
 
 
 def _held(model: Model, plan: Plan, optimiser: Optimiser, kind: str, base: int) -> _Held:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,7 +19,8 @@ from diffusion_envs.environment import Environment, Sample
 from diffusion_envs.prompt import described
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.runs.checkpoint import CheckpointError
-from diffusion_envs.training import memory
+from diffusion_envs.training import memory, parallel
+from diffusion_envs.training.sharded import shards_of
 
 HELD_OUT = "held-out"  # the stream's name: training never draws from it
 WATCHED = "watched"  # another, for what decides when to stop: the last evaluation never sees it
@@ -60,8 +62,13 @@ def evaluate(
     batch: int = 32,
     pretrained: bool = False,
     stream: str = HELD_OUT,
+    accelerator: Accelerator | None = None,
 ) -> Evaluation:
     """Sample held-out seeds and score them; costs are not counted.
+
+    Several processes share the samples out by their index, and all get the whole. The numbers are
+    those of one process where the network's are the same in any batch, bit for bit; elsewhere up to
+    their round-off (``objectives.path_steps.score_rounding``), as with another ``batch``.
 
     Args:
         environment: with the sampler to evaluate.
@@ -71,28 +78,63 @@ def evaluate(
         batch: samples rolled out at once; fewer from then on where memory runs out.
         pretrained: evaluate the model without its adapter.
         stream: names the noise.
+        accelerator: processes that share the samples; None: this one makes all.
     """
     at_once = memory.AtMost(environment, batch)
-    with not_counted(environment), environment.pretrained() if pretrained else nullcontext():
-        parts = environment.in_pieces(
-            lambda c: sample_in_turn(environment, range(c.start, c.stop), stream),
-            at_once,
-            "held-out samples",
-            rows=samples,
+
+    def made(own: range) -> dict[str, Tensor]:
+        with not_counted(environment), environment.pretrained() if pretrained else nullcontext():
+            parts = environment.in_pieces(
+                lambda c: sample_in_turn(environment, own[c], stream),
+                at_once,
+                "held-out samples",
+                rows=len(own),
+            )
+        images = torch.cat([part.images.cpu() for part in parts])
+        asked = [prompt for part in parts for prompt in part.prompts]
+        named = (judges or {}).items()
+        evaluation = Evaluation(
+            rewards=torch.cat([part.rollout.rewards.cpu() for part in parts]),
+            judged={name: _judged(environment, judge, images, asked) for name, judge in named},
+            path_kl=torch.cat([_path_kl(part.rollout).cpu() for part in parts]),
+            chain_kl=torch.cat([_chain_kl(environment, part.rollout).cpu() for part in parts]),
+            images=images,
+            prompts=asked,
+            parts=_parts([part.rollout for part in parts]),
         )
-    images = torch.cat([part.images.cpu() for part in parts])
-    prompts = [prompt for part in parts for prompt in part.prompts]
+        return _named(evaluation)
+
+    with shards_of(environment.model).unsharded():
+        every = parallel.of_all(made, samples, accelerator)
+    return _evaluation(every, environment, judges or {})
+
+
+def _named(evaluation: Evaluation) -> dict[str, Tensor]:
+    """Its tensors by name, as they are stored."""
+    tensors = {"rewards": evaluation.rewards, "images": evaluation.images}
+    tensors |= {"path_kl": evaluation.path_kl, "chain_kl": evaluation.chain_kl}
+    tensors |= {f"judged.{name}": value for name, value in evaluation.judged.items()}
+    return tensors | {f"part.{name}": value for name, value in evaluation.parts.items()}
+
+
+def _evaluation(
+    stored: Mapping[str, Tensor], environment: Environment, judges: Mapping[str, rewards.Reward]
+) -> Evaluation:
+    """The evaluation with these tensors.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    prompts = environment.prompts
     return Evaluation(
-        rewards=torch.cat([part.rollout.rewards.cpu() for part in parts]),
-        judged={
-            name: _judged(environment, judge, images, prompts)
-            for name, judge in (judges or {}).items()
-        },
-        path_kl=torch.cat([_path_kl(part.rollout).cpu() for part in parts]),
-        chain_kl=torch.cat([_chain_kl(environment, part.rollout).cpu() for part in parts]),
-        images=images,
-        prompts=prompts,
-        parts=_parts([part.rollout for part in parts]),
+        rewards=stored["rewards"],
+        judged={name: stored[f"judged.{name}"] for name in judges},
+        path_kl=stored["path_kl"],
+        # runs of before stored none: 0 of the pretrained model, if it is known
+        chain_kl=stored.get("chain_kl", stored["path_kl"]),
+        images=stored["images"],
+        prompts=[prompts[i % len(prompts)] for i in range(len(stored["rewards"]))],
+        parts={name: stored[f"part.{name}"] for name in environment.part_weights},
     )
 
 
@@ -195,31 +237,42 @@ def evaluate_pretrained(
     *,
     judges: Mapping[str, rewards.Reward],
     batch: int,
+    accelerator: Accelerator | None = None,
 ) -> Evaluation:
     """The pretrained model on the held-out seeds: read from ``path``, or made and written there.
 
     What is read is scored again, so that no gain is ever measured between two rewards. A file that
-    is damaged is made anew.
+    is damaged is made anew. Of several processes the main one reads and writes.
 
     Raises:
         ValueError: the reward or a judge scores the stored pictures otherwise.
         CheckpointError: the file cannot be written.
     """
-    if path.is_file():
+    main = accelerator is None or accelerator.process_index == 0
+    stored = None
+    if main and path.is_file():
         try:
-            stored = _read(path, environment, samples, judges)
+            stored = _named(_read(path, environment, samples, judges))
         except (KeyError, ValueError, OSError) as error:
             _log.warning("%s is damaged and is made anew: %s", path, error)
-        else:
-            require_same_rewards(stored, environment, judges, batch, path)
-            return stored
-    made = evaluate(environment, samples, judges=judges, batch=batch, pretrained=True)
-    tensors = {"rewards": made.rewards, "images": made.images}
-    tensors |= {"path_kl": made.path_kl, "chain_kl": made.chain_kl}
-    tensors |= {f"judged.{name}": value for name, value in made.judged.items()}
-    tensors |= {f"part.{name}": value for name, value in made.parts.items()}
+    if accelerator is not None:
+        stored = parallel.from_main(stored, accelerator)
+    if stored is not None:
+        read = _evaluation(stored, environment, judges)
+        require_same_rewards(read, environment, judges, batch, path, accelerator)
+        return read
+    made = evaluate(
+        environment,
+        samples,
+        judges=judges,
+        batch=batch,
+        pretrained=True,
+        accelerator=accelerator,
+    )
+    if not main:
+        return made
     try:
-        write_tensors(path, tensors)
+        write_tensors(path, _named(made))
     except OSError as error:
         raise CheckpointError(
             f"could not write the pretrained model's evaluation to {path}: {error}. Free space or "
@@ -245,18 +298,8 @@ def require_the_runs_reward(environment: Environment, path: Path, batch: int) ->
 def _read(
     path: Path, environment: Environment, samples: int | None, judges: Mapping[str, rewards.Reward]
 ) -> Evaluation:
-    stored, prompts = read_tensors(path), environment.prompts
-    samples = len(stored["rewards"]) if samples is None else samples
-    read = Evaluation(
-        rewards=stored["rewards"],
-        judged={name: stored[f"judged.{name}"] for name in judges},
-        path_kl=stored["path_kl"],
-        # runs of before stored none: 0 of the pretrained model, if it is known
-        chain_kl=stored.get("chain_kl", stored["path_kl"]),
-        images=stored["images"],
-        prompts=[prompts[i % len(prompts)] for i in range(samples)],
-        parts={name: stored[f"part.{name}"] for name in environment.part_weights},
-    )
+    read = _evaluation(read_tensors(path), environment, judges)
+    samples = len(read.rewards) if samples is None else samples
     every = (read.rewards, read.images, *read.judged.values(), *read.parts.values())
     if {len(value) for value in every} != {samples}:
         raise ValueError(f"it does not hold {samples} samples")
@@ -269,24 +312,29 @@ def require_same_rewards(
     judges: Mapping[str, rewards.Reward],
     batch: int,
     path: Path,
+    accelerator: Accelerator | None = None,
 ) -> None:
     """Refuse a reward or judge that scores stored pictures otherwise than when they were made.
 
     One that does not agree with itself either, asked twice, is random: of it nothing is known.
+    Several processes share the pictures out, and all refuse, or none.
     """
 
     def scores(reward: rewards.Reward, size: int, where: torch.device) -> Tensor:
-        return torch.cat(
-            [
+        def asked(own: range) -> dict[str, Tensor]:
+            pieces = (own[k : k + size] for k in range(0, len(own), size))
+            told = [
                 environment.ask(
                     reward,
-                    stored.images[k : k + size].to(where),
-                    stored.prompts[k : k + size],
-                    range(k, min(k + size, len(stored.images))),
+                    stored.images[c.start : c.stop].to(where),
+                    stored.prompts[c.start : c.stop],
+                    c,
                 ).cpu()
-                for k in range(0, len(stored.images), size)
+                for c in pieces
             ]
-        )
+            return {"scores": torch.cat(told)}
+
+        return parallel.of_all(asked, len(stored.images), accelerator)["scores"]
 
     whole, cpu = len(stored.images), torch.device("cpu")
     asked = {"reward": (environment.reward, stored.rewards, batch, environment.device)}

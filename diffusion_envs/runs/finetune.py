@@ -118,6 +118,7 @@ def finetune(
             run's folder and can be repeated (``runs.refused``).
         MemoryLimitError: memory runs out however few rows go through the network at once.
         CheckpointError: a checkpoint cannot be written or read.
+        LostProcessError: another process died, hangs or is too late; the last whole update is kept.
         MissingChoicesError: recorded choices do not reach as far as the samples; the images to
             choose from are in the run's folder, and the run can be resumed.
     """
@@ -138,7 +139,9 @@ def finetune(
     if optimiser is not None and not isinstance(optimiser, Optimiser):
         raise TypeError(f"optimiser must be an optimiser, got {optimiser!r}")
     with interruptible() as interruption, ExitStack() as stack:
-        accelerator = parallel.start(None if model.device is None else str(model.device))
+        device = None if model.device is None else str(model.device)
+        accelerator = parallel.start(device, options.process_timeout)
+        stack.enter_context(parallel.telling_others())
         main = accelerator.is_main_process
         if not isinstance(model, Model):
             model = model.load(device=accelerator.device, batch=size.batch, seed=seed)
@@ -172,7 +175,7 @@ def finetune(
         folder = Path(output).expanduser()
         if main:
             stack.enter_context(open_run(folder, settings, resume=resume))
-        accelerator.wait_for_everyone()
+        parallel.wait(accelerator)
 
         stopping = None
         if options.stop is not None:
@@ -195,13 +198,9 @@ def finetune(
             )
         )
         evaluations = Evaluations(trainer, held_out, tracker, folder, options, size.batch, updates)
-        bar = ProgressBar(updates, done=trainer.update, shown=options.progress)
-        parts = (
-            [Logging(tracker, trainer, places), bar, evaluations, *ruled, checkpoints]
-            if main
-            else []
-        )
-        callbacks = Callbacks(parts, accelerator)
+        bar = ProgressBar(updates, done=trainer.update, shown=options.progress and main)
+        logging = Logging(tracker, trainer, places)
+        callbacks = Callbacks([logging, bar, evaluations, *ruled, checkpoints], accelerator)
 
         with parallel.ending_together(accelerator), callbacks.running() as reason:
             total = updates if reason is None else trainer.update
@@ -210,31 +209,29 @@ def finetune(
                 interruption.check()
                 if reason is not None:
                     break
-        accelerator.wait_for_everyone()
+        parallel.wait(accelerator)
 
         stop = None
         if stopping is not None:
             stop = stopping.summary(trainer.update, reason, updates, len(options.judges))
             if reason is not None:
-                mine = stopping.decision.best if main else 0
-                best = parallel.broadcast_from_main(mine, accelerator)
+                best = parallel.broadcast_from_main(stopping.decision.best, accelerator)
                 trainer.load_state(checkpoint.load(folder / "best" / f"step-{best:06d}").state)
         before, after, metrics = evaluations.last(finished=reason is None)
         learned = environment.sampler.parameters
         with trainer.averaged():
             exported = export(model, folder, trainer.update, learned) if main else folder
-        frontier = None
-        if main:
-            frontier = compare(
-                held_out,
-                before,
-                after,
-                folder / "evaluation" / "frontier.safetensors",
-                samples=options.frontier_samples,
-                kl_weight=trainer.objective.reward_per_nat,
-                batch=size.batch,
-                progress=options.progress,
-            )
+        frontier = compare(
+            held_out,
+            before,
+            after,
+            folder / "evaluation" / "frontier.safetensors",
+            samples=options.frontier_samples,
+            kl_weight=trainer.objective.reward_per_nat,
+            batch=size.batch,
+            progress=options.progress and main,
+            accelerator=accelerator,
+        )
         run = summarise(
             folder,
             exported,
@@ -248,6 +245,7 @@ def finetune(
         )
         if main:
             write_card(folder)
+        parallel.wait(accelerator)  # torchrun takes the first that ends for the end of all
         return run
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,7 +18,9 @@ from diffusion_envs.runs.evaluation import (
     sample_in_turn,
 )
 from diffusion_envs.runs.progress import progress_bar
+from diffusion_envs.training import parallel
 from diffusion_envs.training.phase import phase
+from diffusion_envs.training.sharded import shards_of
 
 STREAM = "frontier"  # neither training nor any evaluation draws from it
 _PICTURES = 8  # kept of all samples, to know the reward by
@@ -26,13 +29,20 @@ _log = logging.getLogger(__name__)
 
 @phase("evaluation")
 def further_rewards(
-    environment: Environment, samples: int, path: Path, *, batch: int, progress: bool = False
+    environment: Environment,
+    samples: int,
+    path: Path,
+    *,
+    batch: int,
+    progress: bool = False,
+    accelerator: Accelerator | None = None,
 ) -> Float[Tensor, " samples"]:
     """Rewards of the pretrained model on a stream of its own; costs are not counted.
 
     What ``path`` has is not sampled again, and what is sampled is written there after every batch.
     A file that is damaged, or whose pictures the reward scores otherwise by now, is made anew; one
-    that cannot be written is done without.
+    that cannot be written is done without. Of several processes each makes its share of every batch
+    of all, and the main one reads and writes.
 
     Args:
         environment: with the run's sampler, reward and prompts.
@@ -40,6 +50,7 @@ def further_rewards(
         path: of the file.
         batch: samples rolled out at once.
         progress: show a bar.
+        accelerator: processes that share the samples; None: this one makes all.
 
     Raises:
         RewardError: the reward raises or returns something unusable.
@@ -49,7 +60,11 @@ def further_rewards(
     require_pretrained_sampler(environment, samples)
     if not samples:
         return torch.zeros(0)
-    kept = _read(environment, path, batch)
+    main = accelerator is None or accelerator.process_index == 0
+    kept = _read(environment, path, batch) if main else None
+    if accelerator is not None:
+        kept = parallel.from_main(kept, accelerator)
+        batch *= accelerator.num_processes
     rewards, images = ([], []) if kept is None else ([kept["rewards"]], [kept["images"]])
     done = sum(len(part) for part in rewards)
     if done >= samples:
@@ -58,15 +73,23 @@ def further_rewards(
     with (
         not_counted(environment),
         environment.pretrained(),
+        shards_of(environment.model).unsharded(),
         progress_bar("the pretrained model", len(starts), shown=progress) as tick,
     ):
         write = _writer(path)
         for first in starts:
             indices = range(first, min(first + batch, samples))
-            made = sample_in_turn(environment, indices, STREAM, reference=False)
-            rewards.append(made.rollout.rewards.cpu())
-            images = [torch.cat([*images, made.images.cpu()])[:_PICTURES]]
-            write({"rewards": torch.cat(rewards), "images": images[0].contiguous()})
+
+            def made(own: range, indices: range = indices) -> dict[str, Tensor]:
+                some = indices[own.start : own.stop]
+                sample = sample_in_turn(environment, some, STREAM, reference=False)
+                return {"rewards": sample.rollout.rewards.cpu(), "images": sample.images.cpu()}
+
+            every = parallel.of_all(made, len(indices), accelerator)
+            rewards.append(every["rewards"])
+            images = [torch.cat([*images, every["images"]])[:_PICTURES]]
+            if main:
+                write({"rewards": torch.cat(rewards), "images": images[0].contiguous()})
             tick("")
     return torch.cat(rewards)
 

@@ -66,8 +66,9 @@ class Evaluations(Callback):
         self._environment = environment
         self._options, self._batch, self._total = options, batch, total
         self._embedders = embeddings(self._environment.reward, options.judges)
-        stlpips = options.distance is not None and tracker.enabled
-        self._stlpips = perceptual.load(perceptual.weights_file()) if stlpips else None
+        self._stlpips = None
+        if options.distance is not None:
+            self._stlpips = perceptual.load(perceptual.weights_file())
         self.before: Evaluation | None = None
 
     @phase("evaluation")
@@ -79,6 +80,7 @@ class Evaluations(Callback):
             self._folder / "evaluation" / "before.safetensors",  # only the export lies at the top
             judges=self._options.judges,
             batch=self._batch,
+            accelerator=self._trainer.accelerator,
         )
         if self._stlpips is not None:
             perceptual.require_pictures(self.before.images)
@@ -99,11 +101,10 @@ class Evaluations(Callback):
     def last(self, *, finished: bool) -> tuple[Evaluation, Evaluation, dict[str, Estimate]]:
         """The pretrained model, the one to export, and the metrics of the latter.
 
-        They are logged if the run is finished: not if an earlier model is exported. Processes that
-        have not begun take the exported model for both: they have nothing to report.
+        They are logged if the run is finished: not if an earlier model is exported.
         """
-        after = self._evaluate(self._options.evaluation_samples)
-        before = self.before or after
+        before, after = self.before, self._evaluate(self._options.evaluation_samples)
+        assert before is not None  # of ``begin``
         self._show(self._trainer.update, after, last=True)
         numbers = self._metrics(before, after)
         if finished:
@@ -112,12 +113,19 @@ class Evaluations(Callback):
 
     def _metrics(self, before: Evaluation, after: Evaluation) -> dict[str, Estimate]:
         seconds = self._environment.reward_timeout
-        return metrics(before, after, self._embedders, self._stlpips, seconds)
+        world = self._trainer.accelerator
+        return metrics(before, after, self._embedders, self._stlpips, seconds, world)
 
     def _evaluate(self, samples: int) -> Evaluation:
         judges = self._options.judges
         with self._trainer.averaged():
-            return evaluate(self._environment, samples, judges=judges, batch=self._batch)
+            return evaluate(
+                self._environment,
+                samples,
+                judges=judges,
+                batch=self._batch,
+                accelerator=self._trainer.accelerator,
+            )
 
     def _show(self, update: int, seen: Evaluation, *, last: bool = False) -> None:
         images, prompts = seen.images[:PICTURES], seen.prompts[:PICTURES]

@@ -61,6 +61,8 @@ class RunOptions:
             declares concurrent = True, such as Remote and VLMJudge.
         wandb: log to Weights & Biases too; or the name of the project ("ctrl" if left out).
         wandb_name: of the run there; that of the run's folder if left out.
+        process_timeout: seconds that several processes wait for each other; who waits in vain says
+            which one is missing, and in which phase it was, and the run ends, to be resumed.
         progress: show a progress bar.
     """
 
@@ -82,6 +84,7 @@ class RunOptions:
     overlap: int = 0
     wandb: bool | str = False
     wandb_name: str | None = None
+    process_timeout: float = 1800.0
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -96,6 +99,9 @@ class RunOptions:
             if isinstance(value, bool) or not isinstance(value, int) or value < bound:
                 raise ValueError(f"{name} must be an integer of at least {bound}, got {value!r}")
         rewards.require_seconds(self.reward_timeout)
+        waits = self.process_timeout
+        if not (isinstance(waits, int | float) and waits > 0 and math.isfinite(waits)):
+            raise ValueError(f"process_timeout must be a positive number of seconds, got {waits!r}")
         if self.distance not in (None, STLPIPS):
             raise ValueError(f"distance must be {STLPIPS!r} or None, got {self.distance!r}")
         if self.distance in self.judges:

@@ -63,6 +63,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from scipy.special import stdtrit
 from torch import Tensor
@@ -77,6 +78,7 @@ from diffusion_envs.runs.distances import (
     standard_deviation,
 )
 from diffusion_envs.runs.evaluation import Evaluation
+from diffusion_envs.training import parallel
 
 PIXELS = "pixels"
 LEVEL = 0.05  # probability of a false alarm, at most
@@ -103,6 +105,7 @@ def metrics(
     embedders: Mapping[str, rewards.Embedder] | None = None,
     stlpips: perceptual.ShiftTolerantAlexNet | None = None,
     reward_timeout: float | None = None,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, Estimate]:
     """The over-optimisation metrics of a fine-tuned model (see the module).
 
@@ -112,6 +115,7 @@ def metrics(
         embedders: spaces to measure distances in besides pixels, by name.
         stlpips: the network of a further, perceptual distance.
         reward_timeout: seconds that one call of an embedder may take; None for any.
+        accelerator: processes that share out the pictures; None: this one does all.
 
     Raises:
         RewardError: an embedder raises, returns something unusable, or is late.
@@ -131,25 +135,37 @@ def metrics(
         if bool(torch.isfinite(nats).all()):
             numbers[name] = Estimate.of(nats)
     spaces = {PIXELS: (pixel_distances, was.images, after.images)}
+    both = (was.images, after.images)
     for name, embedder in (embedders or {}).items():
-        old, new = (
-            rewards.within(
-                reward_timeout,
-                partial(rewards.embed, embedder, pictures),
-                f"embedding of {type(embedder).__name__} ({name}) on {n} pictures",
-                pictures,
+        what = f"embedding of {type(embedder).__name__} ({name}) on {n} pictures"
+
+        def embedded(
+            some: Tensor, embedder: rewards.Embedder = embedder, what: str = what
+        ) -> Tensor:
+            return rewards.within(
+                reward_timeout, partial(rewards.embed, embedder, some), what, some
             )
-            for pictures in (was.images, after.images)
-        )
+
+        old, new = (_of_all(embedded, pictures, accelerator) for pictures in both)
         spaces[name] = (cosine_distances, old, new)
     if stlpips is not None:
-        old, new = (
-            perceptual.vectors(stlpips, pictures) for pictures in (was.images, after.images)
-        )
+        vectors = partial(perceptual.vectors, stlpips)
+        old, new = (_of_all(vectors, pictures, accelerator) for pictures in both)
         spaces[perceptual.STLPIPS] = (perceptual.squared_distances, old, new)
     for name, (distances, old, new) in spaces.items():
         numbers |= _in_space(name, distances, old, new, after.prompts)
     return numbers
+
+
+def _of_all(
+    function: Callable[[Tensor], Tensor], pictures: Tensor, accelerator: Accelerator | None
+) -> Tensor:
+    """A function of pictures, each by itself, which processes share out."""
+
+    def asked(own: range) -> dict[str, Tensor]:
+        return {"": function(pictures[own.start : own.stop])}
+
+    return parallel.of_all(asked, len(pictures), accelerator)[""]
 
 
 def _in_space(

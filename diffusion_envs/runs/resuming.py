@@ -9,6 +9,7 @@ from diffusion_envs.digests import LogDigests
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.callbacks import Callback
 from diffusion_envs.runs.tracking import LOGS
+from diffusion_envs.training import parallel
 from diffusion_envs.training.phase import phase
 from diffusion_envs.training.trainer import Trainer
 
@@ -41,22 +42,26 @@ class Checkpoints(Callback):
     @phase("checkpoint")
     def load(self) -> None:
         """Go on from the newest one, if there is any; its costs are those of all processes."""
-        newest = checkpoint.latest(self._folder)
-        if newest is None:
+        world = self._trainer.accelerator
+        newest = checkpoint.latest(self._folder) if self._main else None
+        step = parallel.broadcast_from_main(-1 if newest is None else newest.step, world)
+        if step < 0:
+            self._hold(self.state())
             return
+        newest = newest or checkpoint.load(self._folder / f"step-{step:06d}")
         self._trainer.load_state(newest.state)
         self._check_logs(newest)
         for name, part in self._others.items():
             part.load_state(newest.state["callbacks"][name])
         self._costs = {name: newest.state[name] for name in ("reward_queries", "network_calls")}
-        if not self._trainer.accelerator.is_main_process:  # the log adds them up
+        if not self._main:  # the log adds them up
             self._trainer.environment.reward_queries = 0
             self._trainer.environment.model.calls = 0
         self._pending = False
 
     def _check_logs(self, newest: checkpoint.Checkpoint) -> None:
         """Say which logs are not as they were; no number of the next update depends on them."""
-        if not self._trainer.accelerator.is_main_process:
+        if not self._main:
             return
         for path in self._logs.altered(newest.state.get("logs", {})):  # runs of before have none
             _log.warning(
@@ -79,23 +84,33 @@ class Checkpoints(Callback):
         newest = checkpoint.latest(self._folder)
         return None if newest is None else newest.state
 
+    @property
+    def _main(self) -> bool:
+        return self._trainer.accelerator.process_index == 0
+
     def begin(self) -> None:
         """Hold the state before the first update."""
         if self._pending:
-            self._held = checkpoint.copied(self.state())
+            self._hold(self.state())
 
     def after(self, numbers: Mapping[str, Any]) -> None:
         """Write the state if it is time; otherwise hold it."""
         self._costs = {name: numbers[name] for name in ("reward_queries", "network_calls")}
-        due = numbers["update"] % self._every == 0
-        self._held, self._pending = None if due else checkpoint.copied(self.state()), True
-        if due:
+        state, self._pending = self.state(), True  # of sharded weights all processes have to ask
+        if numbers["update"] % self._every == 0:
+            self._held = state
             self.end()
+        else:
+            self._hold(state)
+
+    def _hold(self, state: dict[str, Any]) -> None:
+        """Keep a copy until it is written; on the main process, which writes."""
+        if self._main:
+            self._held = checkpoint.copied(state)
 
     @phase("checkpoint")
     def end(self) -> None:
-        """Write what is not written yet."""
-        if self._pending:
-            state = self.state() if self._held is None else self._held
-            checkpoint.save(self._folder, state["update"], state)
-            self._held, self._pending = None, False
+        """Write what is not written yet; it waits for no other process, as one may be lost."""
+        if self._pending and self._main and self._held is not None:
+            checkpoint.save(self._folder, self._held["update"], self._held)
+        self._held, self._pending = None, False

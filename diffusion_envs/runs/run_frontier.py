@@ -26,6 +26,7 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,6 +43,7 @@ from diffusion_envs.frontier import (
 )
 from diffusion_envs.runs.evaluation import Evaluation
 from diffusion_envs.runs.further_samples import STREAM, further_rewards
+from diffusion_envs.training import parallel
 
 KINDS = {"chain_kl": "the KL of the sampled chain", "path_kl": "the SDE's path KL"}
 _MOST = 10_000_000  # samples that anyone would draw
@@ -124,6 +126,7 @@ def compare(
     kl_weight: float | None,
     batch: int,
     progress: bool = False,
+    accelerator: Accelerator | None = None,
 ) -> RunFrontier:
     """The frontier from the pretrained model's samples, and the exported model beside it.
 
@@ -138,12 +141,17 @@ def compare(
         kl_weight: of the objective, in reward per nat.
         batch: samples rolled out at once.
         progress: show a bar.
+        accelerator: processes that share the further samples; None: this one makes all.
     """
     try:
-        further = further_rewards(environment, samples, path, batch=batch, progress=progress)
+        further = further_rewards(
+            environment, samples, path, batch=batch, progress=progress, accelerator=accelerator
+        )
         generator = stream(environment.seed, STREAM, "resamples")
         prompts = environment.prompts
         return frontier_of(before, after, further, prompts, kl_weight, generator=generator)
+    except parallel.LostProcessError:
+        raise
     except Exception as error:  # whatever it is, the run is done and must be reported
         _log.warning("the frontier cannot be computed", exc_info=True)
         return RunFrontier((f"The frontier cannot be computed: {error}.",))

@@ -26,7 +26,7 @@ _KINDS = ("class", "function", "loaded", "instance")
 _ANY_TIME = (  # no number of an update depends on them
     *("updates", "model.device", "model.sharded", "options.wandb", "options.progress"),
     *("options.wandb_name", "options.frontier_samples"),
-    *("options.reward_timeout", "options.overlap"),
+    *("options.reward_timeout", "options.overlap", "options.process_timeout"),
 )
 _SERVERS = ("diffusion_envs.rewards.remote:Remote", "diffusion_envs.rewards.vlm_judge:VLMJudge")
 _HOW_REACHED = (  # a server: what it scores is compared when a run is resumed

@@ -1,30 +1,50 @@
-"""Processes and their device; what several of them must agree on: gradients, batch statistics."""
+"""Processes and their device; what several of them must agree on: gradients, batch statistics.
 
+Wherever processes wait for each other they do so for ``process_timeout`` seconds at most. One that
+waits in vain raises ``LostProcessError``, which says who is missing and in which phase it was. With
+gloo that is what its operations raise; NCCL's do so too where they block the host
+(TORCH_NCCL_BLOCKING_WAIT, set here unless the environment says otherwise).
+"""
+
+import atexit
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, distributed, nn
 
 from diffusion_envs.preferences import MissingChoicesError
 from diffusion_envs.rewards import RewardError
+from diffusion_envs.training import phase
+from diffusion_envs.training.process_watch import ProcessWatch
 from diffusion_envs.training.sharded import is_shard
+
+TIMEOUT = 1800.0  # seconds that processes wait for each other
+_watch: ProcessWatch | None = None  # of this process, if it is one of several
 
 
 class RewardErrorOfAll(RewardError):
     """The reward failed on one of several processes; all of them raise this and end together."""
 
 
-def start(device: str | None = None) -> Accelerator:
+class LostProcessError(RuntimeError):
+    """Another process died, hangs, or is too late; the message says which, and in which phase."""
+
+
+def start(device: str | None = None, timeout: float = TIMEOUT) -> Accelerator:
     """The processes of this run: one, or those that ``accelerate`` or ``torchrun`` started.
 
     Args:
         device: "cpu" or "cuda"; None takes what there is.
+        timeout: seconds that processes wait for each other; that of the first call in a process.
 
     Raises:
         ValueError: the device is not there, or not one of these.
@@ -37,7 +57,27 @@ def start(device: str | None = None) -> Accelerator:
     known = AcceleratorState._shared_state
     if known and known["device"].type != kind and known["num_processes"] == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=kind == "cpu")
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+    accelerator = Accelerator(cpu=kind == "cpu", kwargs_handlers=[waiting])
+    if accelerator.num_processes > 1:
+        _begin_watch(accelerator)
+    return accelerator
+
+
+def _begin_watch(accelerator: Accelerator) -> None:
+    global _watch
+    if _watch is None:
+        atexit.register(_leave)  # after the watch has closed
+        _watch = ProcessWatch.start(accelerator.process_index, accelerator.num_processes)
+    if _watch is not None:
+        _watch.begin()
+
+
+def _leave() -> None:
+    """Close connections while the interpreter still runs: their threads must not outlive it."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _checked(device: str) -> str:
@@ -86,7 +126,8 @@ def total(value: Tensor, accelerator: Accelerator) -> Tensor:
     """Its sum over the processes, the same on all of them."""
     if accelerator.num_processes == 1:
         return value
-    summed = accelerator.reduce(value, "sum")
+    with _meeting(accelerator):
+        summed = accelerator.reduce(value, "sum")
     assert isinstance(summed, Tensor)  # what goes in comes out
     return summed
 
@@ -96,6 +137,85 @@ def broadcast_from_main(number: int, accelerator: Accelerator) -> int:
     if accelerator.num_processes == 1:
         return number
     return int(gather(torch.tensor([number], device=accelerator.device), accelerator)[0])
+
+
+def from_main(
+    held: Mapping[str, Tensor] | None, accelerator: Accelerator
+) -> dict[str, Tensor] | None:
+    """Give every process the tensors that the main one holds, by name; None if it holds none."""
+    return gather_named(held if accelerator.process_index == 0 else None, accelerator)
+
+
+def gather_named(
+    mine: Mapping[str, Tensor] | None, accelerator: Accelerator
+) -> dict[str, Tensor] | None:
+    """Rows of all processes by name, in the order of their index, on the CPU.
+
+    Args:
+        mine: None if this process has no rows; the result is None if no process has.
+        accelerator: the processes.
+    """
+    if accelerator.num_processes == 1:
+        return None if mine is None else dict(mine)
+    shapes = None if mine is None else {k: [list(v.shape), str(v.dtype)] for k, v in mine.items()}
+    told = next((each for each in gather_plain(shapes, accelerator) if each is not None), None)
+    if told is None:
+        return None
+    every = dict[str, Tensor]()
+    for name, (shape, kind) in told.items():
+        none = torch.zeros(0, *shape[1:], dtype=getattr(torch, kind.removeprefix("torch.")))
+        rows = none if mine is None else mine[name]
+        every[name] = gather(rows.to(accelerator.device), accelerator).cpu()
+    return every
+
+
+def of_all(
+    ask: Callable[[range], Mapping[str, Tensor]], n: int, accelerator: Accelerator | None
+) -> dict[str, Tensor]:
+    """What is asked for n things in a row, of which each process asks for its share.
+
+    Args:
+        ask: (some of them, at least one) -> a row for each, by name; a reward may fail in it.
+        n: at least 1.
+        accelerator: the processes; None: this one asks for all.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        return dict(ask(range(n)))
+    own = share(n, accelerator)
+    with failing_together(accelerator):
+        mine = ask(own) if len(own) else None
+    every = gather_named(mine, accelerator)
+    assert every is not None  # n is at least 1
+    return every
+
+
+def wait(accelerator: Accelerator) -> None:
+    """Go on when all processes have come to here."""
+    if accelerator.num_processes > 1:
+        with _meeting(accelerator):
+            accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _meeting(accelerator: Accelerator) -> Iterator[None]:
+    """Within this context this process waits for all others."""
+    if _watch is not None:
+        _watch.meet()
+    try:
+        yield
+    except RuntimeError as error:
+        who = "which one is missing is not known" if _watch is None else _watch.missing()
+        raise LostProcessError(
+            f"process {accelerator.process_index} of {accelerator.num_processes} waited in vain "
+            f"for the others, in phase {phase.current()!r}: {who}. The run ends here, and can be "
+            "resumed, on any number of processes"
+        ) from error
+
+
+def share(n: int, accelerator: Accelerator) -> range:
+    """This process's of n things in a row; shares differ by one at most."""
+    k, processes = accelerator.process_index, accelerator.num_processes
+    return range(n * k // processes, n * (k + 1) // processes)
 
 
 def add(counts: Mapping[str, int], accelerator: Accelerator) -> dict[str, int]:
@@ -121,7 +241,8 @@ def gather(value: Tensor, accelerator: Accelerator) -> Tensor:
 
 def _gathered(value: Tensor, accelerator: Accelerator) -> Tensor:
     """As many rows of each process."""
-    gathered = accelerator.gather(value.contiguous())
+    with _meeting(accelerator):
+        gathered = accelerator.gather(value.contiguous())
     assert isinstance(gathered, Tensor)  # what goes in comes out
     return gathered
 
@@ -210,5 +331,16 @@ def ending_together(accelerator: Accelerator) -> Iterator[None]:
     try:
         yield
     except (RewardErrorOfAll, MissingChoicesError):
-        accelerator.wait_for_everyone()
+        wait(accelerator)
+        raise
+
+
+@contextmanager
+def telling_others() -> Iterator[None]:
+    """What ends this process within this context is told to the others, who would wait for it."""
+    try:
+        yield
+    except BaseException as error:
+        if _watch is not None:
+            _watch.end(error, blameless=isinstance(error, LostProcessError))
         raise

@@ -10,6 +10,9 @@ from contextvars import ContextVar
 
 START = "start"  # whatever no other phase has begun
 _current = ContextVar("phase", default=START)
+_failed = ContextVar[tuple[int, str]](
+    "failed", default=(0, START)
+)  # identity of an error, and where it was raised
 _observers: list[Callable[[str], None]] = []
 
 
@@ -25,14 +28,27 @@ def phase(name: str) -> Iterator[None]:
     try:
         _tell()
         yield
+    except BaseException as error:
+        if _failed.get()[0] != id(error):
+            _failed.set((id(error), name))
+        raise
     finally:
         _current.reset(outer)
         _tell()
 
 
+def phase_of(error: BaseException) -> str:
+    """The innermost phase that this error has left, in this thread; the current one if none."""
+    identity, name = _failed.get()
+    return name if identity == id(error) else current()
+
+
 @contextmanager
 def observed(by: Callable[[str], None]) -> Iterator[None]:
-    """Within this context the function is called with the phase whenever it changes."""
+    """Within this context the function is called with the phase whenever it changes.
+
+    Of several functions the one that came last is called first.
+    """
     _observers.append(by)
     try:
         by(current())
@@ -42,5 +58,5 @@ def observed(by: Callable[[str], None]) -> Iterator[None]:
 
 
 def _tell() -> None:
-    for observer in _observers:
+    for observer in reversed(_observers):
         observer(current())

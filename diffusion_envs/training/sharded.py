@@ -4,7 +4,7 @@ By torch's own ``fully_shard`` (FSDP2), on any device that torch.distributed has
 with NCCL, the CPU with gloo. (accelerate prepares FSDP on accelerators alone: on the CPU it makes
 DistributedDataParallel of the model, whatever plugin it is given.)
 
-Calls        A network in shards gathers its weights block by block, so all processes must call it
+Calls        A network in shards gathers its weights layer by layer, so all processes must call it
              equally often. In updates ``Shards.in_step`` makes them. Elsewhere (sampling,
              evaluation, export) the weights are whole on every process for as long as it takes:
              ``Shards.unsharded``; then they may call it as often as they like.
@@ -47,7 +47,7 @@ class Shards:
     def of(
         cls, network: Any, frozen: Any, device: torch.device, *, offloaded: bool = False
     ) -> "Shards":
-        """Shard a UNet of diffusers and its frozen copy, in place, block by block.
+        """Shard a UNet of diffusers and its frozen copy, in place, layer by layer.
 
         Args:
             network: that trains; the same on all processes.
@@ -61,8 +61,7 @@ class Shards:
         mesh = init_device_mesh(device.type, (processes(),))
         on_host = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offloaded else None
         for one, policy in ((network, None), (frozen, on_host)):
-            blocks = [*one.down_blocks, one.mid_block, *one.up_blocks]
-            for part in [*(block for block in blocks if block is not None), one]:
+            for part in _layers(one):
                 fully_shard(
                     part,
                     mesh=mesh,
@@ -164,6 +163,17 @@ class Shards:
             yield loss
 
 
+def _layers(network: nn.Module) -> list[nn.Module]:
+    """What gathers its weights by itself, inner parts first: residual and transformer blocks."""
+    lists = ("down_blocks", "up_blocks", "resnets", "attentions", "transformer_blocks")
+    named = [
+        module
+        for name, module in network.named_modules()
+        if name == "mid_block" or name.rpartition(".")[0].rpartition(".")[2] in lists
+    ]
+    return [*reversed(named), network]
+
+
 def processes() -> int:
     """How many of them share the work."""
     distributed = torch.distributed
@@ -183,6 +193,11 @@ def is_shard(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of it; all of it, where it is not sharded."""
+    return tensor.to_local() if is_shard(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]  # a DTensor
 
 
 def gathered(state: Any, *, keep: bool) -> Any:

@@ -421,8 +421,12 @@ class Trainer:
         here = not isinstance(losses, DivisibleLosses) or losses.rows_of(part)[0] > 0
         seen = losses.numbers() if here else {}
         bad = [f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value)]
-        if self.target_kl is not None and not bool(rollout.costs.isfinite().all()):
-            bad.append("the path KL, which kl_weight follows, is not finite")
+        read = {"a reward": rollout.rewards, "a part of the reward": rollout.reward_parts}
+        if self.target_kl is not None:
+            read["the path KL, which kl_weight follows,"] = rollout.costs
+        for name, value in read.items():
+            if value is not None and not bool(value.isfinite().all()):
+                bad.append(f"{name} is not finite")
         if bad:
             first = self.parameters[0]
             first.grad = torch.full_like(first, math.nan)

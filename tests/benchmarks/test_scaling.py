@@ -134,6 +134,12 @@ def test_the_page_says_what_the_command_prints(stored):
         assert place[1] == table, f"{name}: python -m benchmarks.scaling --write"
 
 
+@pytest.mark.parametrize("reward", [1, 5])
+def test_stored_simulations_are_those_of_today(stored, reward):
+    made = page.schedule_row(page.counts_of(stored), "SDXL", reward, 1)
+    assert [list(row) for row in made] == stored["schedule"]["SDXL"][str(reward)]["1"]
+
+
 def test_a_gpus_memory_and_bytes_are_those_of_its_parts(stored):
     counts = page.counts_of(stored)["sd15"]
     run = Run()

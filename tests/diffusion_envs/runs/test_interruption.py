@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -61,6 +61,22 @@ def test_a_second_signal_ends_the_process_at_once(number):
         assert process.stdout.readline() == "saving\n"
         process.send_signal(number)
         assert process.wait(timeout=20) == -number
+
+
+def test_within_another_one_it_is_the_same_and_the_outer_one_ends_it():
+    former, outer, stack = signal.getsignal(signal.SIGTERM), None, ExitStack()
+    with stack:
+        outer = stack.enter_context(interruptible())
+        with interruptible() as inner:
+            assert inner is outer
+        assert signal.getsignal(signal.SIGTERM) is not former  # still
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert outer.requested
+    assert signal.getsignal(signal.SIGTERM) is former
+    with interruptible() as other:
+        assert other is not outer
+        assert not other.requested
 
 
 def test_a_handler_of_the_callers_own_is_left_alone():

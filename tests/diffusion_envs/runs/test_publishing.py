@@ -213,6 +213,19 @@ def test_what_the_hub_does_not_take_is_still_there(finished, monkeypatch, tmp_pa
     assert sorted(path for path in finished.rglob("*")) == held
 
 
+def test_a_damaged_adapter_is_not_pushed(finished, monkeypatch, tmp_path):
+    if (finished / "pipeline").is_dir():
+        pytest.skip("a whole model has no digest")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "lora_kohya.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 16  # of the last number
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"lora_kohya\.safetensors is damaged: its sha256"):
+        export(tmp_path / "run", push="me/demo")
+
+
 def test_bad_commands_are_refused_before_anything_is_loaded(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(TextToImageUNet, "load", None)
     for push in ("demo", "me/you/demo", "me/", "https://hub/me/demo"):

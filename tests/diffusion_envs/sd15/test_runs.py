@@ -123,6 +123,15 @@ def test_what_is_stopped_before_it_begins_is_not_said_to_go_on(tmp_path, capsys,
     assert capsys.readouterr().err == "\nstopped; it had not begun: start it again\n"
 
 
+def test_a_command_that_is_stopped_while_it_is_read_says_so(tmp_path, capsys, monkeypatch):
+    def read(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(command_line, "read", read)
+    assert command_line.main(FAMILY, ["--output", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err == "\nstopped: give the command again\n"
+
+
 def test_evaluate_judges_what_was_exported_after_a_stop(tmp_path):
     """The rule stops at update 2 and exports update 0, the pretrained model: its gain is 0."""
     folder = tmp_path / "stopped"

@@ -15,12 +15,12 @@ from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.training.processes import run_worlds
 
-# objective; process that fails; its call that does. On the main process the first is the
+# objective; process that fails; its call that does. The first is its share of the
 # evaluation of the pretrained model; an update has two calls, or more where they serve a slope.
 CASES: dict[str, tuple[str, int, int]] = {
-    "sampling": ("ScoreAsAction", 1, 3),
+    "sampling": ("ScoreAsAction", 1, 4),
     "the main process's": ("ScoreAsAction", 0, 4),
-    "targets before all processes meet": ("ZerothOrderAdjointMatching", 1, 4),
+    "targets before all processes meet": ("ZerothOrderAdjointMatching", 1, 6),
     "evaluation before the first update": ("ScoreAsAction", 0, 1),
 }
 UPDATES_DONE = {"evaluation before the first update": 0}  # of the others, 1

@@ -37,8 +37,8 @@ def main(folder: Path) -> None:
             lines = list(leaving_images(trainer.updates(1), folder / name, accelerator))
             said = f"{len(lines)} update"
         except MissingChoicesError as missing:
-            assert missing.images is not None
-            said = f"{missing.groups} {len(missing.images)} {missing.prompts} {missing}"
+            images: Any = missing.images
+            said = f"{missing.groups} {len(images)} {missing.prompts} {missing}"
         (folder / f"{name}-{accelerator.process_index}.txt").write_text(said)
 
 

@@ -1,6 +1,7 @@
 """Weights sharded between two processes: the numbers of one process, in half the memory."""
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +17,16 @@ from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import ScoreAsAction
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.exported import export, load_exported
+from diffusion_envs.runs.tracking import read_metrics
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.sd15 import StableDiffusion
+from diffusion_envs.sd15 import Run, StableDiffusion
 from diffusion_envs.training.optimisers import AdamW8bit, NaturalGradient
 from diffusion_envs.training.requirements import require_shardable
-from diffusion_envs.training.sharded import Shards, clip_gradients, is_shard
+from diffusion_envs.training.sharded import Shards, clip_gradients, is_shard, local
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.models.small_pipelines import small_pipeline
+from tests.diffusion_envs.sd15.calling import finetune
 from tests.diffusion_envs.training.processes import run_worlds
 from verification.claims.training_loop import Process
 
@@ -71,21 +74,18 @@ def seen(trainer: Trainer, total: int) -> dict[str, Any]:
     return told | {what: torch.cat(parts).clone() for what, parts in flat.items()}
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of it."""
-    return getattr(tensor.detach(), "to_local", tensor.detach)()
-
-
 def held(trainer: Trainer) -> int:
-    """Bytes of weights, mean, gradients, moments and the frozen copy on this process."""
+    """Bytes of weights, those that sampled, mean, gradients, moments, frozen copy here."""
     model: Any = trainer.environment.model
     states = trainer.optimiser.state_dict()["state"].values()
     gradients = [p.grad for p in trainer.parameters if p.grad is not None]
     frozen = [*model.score.adapter.pretrained.parameters()]
     assert len(gradients) == len(states) == len(frozen) == len(trainer.parameters)
     moments = [each[name] for each in states for name in ("exp_avg", "exp_avg_sq")]
-    every = [*trainer.parameters, *trainer.mean, *gradients, *moments, *frozen]
-    memory = {(m := local(tensor).untyped_storage()).data_ptr(): m.nbytes() for tensor in every}
+    every = [*trainer.parameters, *trainer.old, *trainer.mean, *gradients, *moments, *frozen]
+    memory = {
+        (m := local(tensor.detach()).untyped_storage()).data_ptr(): m.nbytes() for tensor in every
+    }
     return sum(memory.values())
 
 
@@ -147,7 +147,6 @@ def main(folder: Path) -> None:
     told: dict[str, Any] = {"gradients": gradients_of(accelerator.process_index, 2)}
     trainer = trainer_of(folder / "base", accelerator, sharded=True)
     told["first"] = seen(trainer, 1)
-    told["bytes"] = held(trainer)
     score: Any = trainer.environment.model
     with trainer._sampling_policy():
         rollout = trainer.sample().rollout
@@ -158,12 +157,36 @@ def main(folder: Path) -> None:
     again = trainer_of(folder / "base", accelerator, sharded=True)
     again.load_state(checkpoint.load(folder / "one" / "step-000001").state)
     told["second"] = seen(again, 2)
+    told["bytes"] = held(again)
     state = again.state()
     with again.averaged():
         if accelerator.is_main_process:
             export(again.environment.model, folder, 2)
             checkpoint.save(folder / "two", 2, state)
+    run(folder, updates=1, sharded=True)
     torch.save(told, folder / f"{accelerator.process_index}.pt")
+
+
+def run(folder: Path, updates: int, **more: Any) -> Run:
+    """A whole run; of its held-out samples one process has one more than the other."""
+    return finetune(
+        folder / "base",
+        output=folder / "run",
+        trains="all",
+        prompts=["a cat", "a ship"],
+        reward=blue,
+        updates=updates,
+        steps=2,
+        guidance=2.0,
+        evaluation_samples=3,
+        frontier_samples=3,
+        progress=False,
+        device="cpu",
+        size=SIZE,
+        objective=OBJECTIVE,
+        seed=3,
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +209,8 @@ def both(alone: tuple[Path, Trainer, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 # Sums in another order: of a network's gradient, some 100 units of round-off; in float32 the second
-# moments of the optimiser, which divide by the gradient's size, make 100 times as much of it where it
-# is small. A sum for the mean is wrong by 100 %, a clip of the shards apart by 10 %.
+# moments of the optimiser, which divide by the gradient's size, make 100 times as much of it where
+# it is small. A mean for the sum is wrong by 50 %, a clip of the shards apart by 10 %.
 ROUND_OFF = {torch.float64: 2**7 * 2.0**-52, torch.float32: 2**14 * 2.0**-23}
 
 
@@ -248,8 +271,8 @@ def test_a_checkpoint_of_shards_goes_on_in_one_process(alone, both):
         assert mine["state"][k]["step"] == each["step"]
     line, expected = next(again.updates(3)), next(trainer.updates(3))
     for name in ("gradient_norm", "path_kl"):
-        values = [float(getattr(each[name], "mean", each[name])) for each in (line, expected)]
-        close(*values, values[1], name)
+        ours, theirs = (float(getattr(each[name], "mean", each[name])) for each in (line, expected))
+        close(ours, theirs, theirs, name)
 
 
 @pytest.mark.slow
@@ -262,6 +285,21 @@ def test_what_shards_export_is_their_mean(alone, both):
     assert torch.equal(ours, both[0]["second"]["mean"])
     assert load_exported(model, folder) == 2
     assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters]), ours)
+
+
+@pytest.mark.slow
+def test_a_run_of_shards_goes_on_in_one_process(alone, both):
+    folder, _, one = alone
+    ended = run(folder, updates=2, resume=True)
+    first, second = read_metrics(folder / "run" / "metrics.jsonl")
+    norm = one["first"]["gradient_norm 1"]
+    close(first["gradient_norm"], norm, norm, "the first gradient")
+    for line in (first, second):  # rewards also of denoised pictures; and two branches, thrice
+        asked = SIZE.samples * 2 * line["update"]
+        assert (line["reward_queries"], line["network_calls"]) == (asked * 3 // 2, asked * 6)
+    assert ended.exported == folder / "run" / "pipeline"
+    frontier = json.loads((folder / "run" / "frontier.json").read_text())
+    assert frontier["samples"] == 3 + 3  # none was made twice
 
 
 @pytest.mark.parametrize(
