@@ -138,7 +138,9 @@ class LongRun:
         return self.growth <= GROWTH and self.report <= REPORT
 
 
-def run(folder: Path, updates: int, prompts: int, *, unet: bool = False) -> LongRun:
+def run(
+    folder: Path, updates: int, prompts: int, *, unet: bool = False, picture_every: int = 10
+) -> LongRun:
     """Fine-tune in ``folder`` and measure.
 
     Args:
@@ -146,6 +148,7 @@ def run(folder: Path, updates: int, prompts: int, *, unet: bool = False) -> Long
         updates: of it.
         prompts: that take turns.
         unet: the smallest UNet instead of the exact score.
+        picture_every: updates between pictures.
     """
     reward, model = Watched(), ExactPictures()
     if unet:
@@ -160,7 +163,12 @@ def run(folder: Path, updates: int, prompts: int, *, unet: bool = False) -> Long
         steps=STEPS,
         updates=updates,
         size=UpdateSize(samples=SAMPLES, batch=64),
-        options=RunOptions(evaluation_samples=EVALUATED, progress=False, log_path_kl=True),
+        options=RunOptions(
+            evaluation_samples=EVALUATED,
+            picture_every=picture_every,
+            progress=False,
+            log_path_kl=True,
+        ),
     )
     return measured(folder / "run", reward)
 

@@ -51,6 +51,7 @@ diffusion_envs.rewards.fetching diffusion_envs.rewards diffusion_envs.rewards.se
 diffusion_envs.rewards.__main__
 diffusion_envs.models.protocol diffusion_envs.models.kept_conditions
 diffusion_envs.models.text_condition
+diffusion_envs.models.available_memory
 diffusion_envs.models.counting diffusion_envs.models.speed
 diffusion_envs.models.adapters diffusion_envs.models.folders
 diffusion_envs.models.execution

@@ -56,6 +56,10 @@ REASONS = {
     "names nothing that can be called",
     ("diffusion_envs/rewards/weights.py", "torch.load(weights_only)"): "published weights; "
     "tensors alone are read",
+    (
+        "diffusion_envs/models/text_to_image_pipeline.py",
+        "from_pretrained without use_safetensors",
+    ): "tokenizers, which have no weights",
     ("benchmarks/figures/three.py", "import multiprocessing"): "between a program and the "
     "processes that it starts itself",
     ("benchmarks/mutants/run.py", "exec"): "our own source, with a mistake",

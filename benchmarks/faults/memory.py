@@ -131,9 +131,14 @@ def gradient(run: Trainer) -> Tensor:
     return torch.cat([p.grad.flatten() for p in run.parameters if p.grad is not None])
 
 
-def deviation(kind: str, rows: int, *, backward: bool, seed: int = 3) -> tuple[float, Any]:
-    """Of a limited update: |difference of the gradient| / |gradient|, and its numbers."""
-    objective, size = KINDS[kind]
+def deviation(
+    objective: Objective, rows: int, *, backward: bool, seed: int = 3, **size: Any
+) -> tuple[float, Any]:
+    """Of an update with and without a limit: |difference of gradients| / |gradient|, and numbers.
+
+    Raises:
+        RuntimeError: the limit was never reached.
+    """
     told = []
     for limited in (False, True):
         limit = Limit()
@@ -141,7 +146,8 @@ def deviation(kind: str, rows: int, *, backward: bool, seed: int = 3) -> tuple[f
         limit.rows, limit.backward = (rows if limited else None), backward
         told.append((run.step(), gradient(run), limit.refused))
     (_, whole, _), (numbers, pieces, refused) = told
-    assert refused, f"{kind} was never refused"
+    if not refused:
+        raise RuntimeError(f"{type(objective).__name__} was never refused {rows} rows")
     return float((pieces - whole).norm() / whole.norm()), (told[0][0], numbers)
 
 
@@ -150,13 +156,14 @@ def same_gradients(*, sample: bool) -> Row:
     kinds = ("score-as-action", "dense-reward", "draft") if sample else tuple(KINDS)
     tried, failed, worst = 0, list[str](), 0.0
     for kind in kinds:
-        group, joined = KINDS[kind][0].group, getattr(KINDS[kind][0], "joins_steps", False)
-        least = group * (STEPS if joined else 1)
+        objective, size = KINDS[kind]
+        joined = getattr(objective, "joins_steps", False)
+        least = objective.group * (STEPS if joined else 1)
         for rows in (least,) if sample else (least, least + 1, 2 * least + 1):
             for backward in (False,) if sample else (False, True):
                 if kind.startswith("adjoint-matching") and backward:
                     continue  # the targets are of the pretrained model, which has no gradient
-                gap, (whole, numbers) = deviation(kind, rows, backward=backward)
+                gap, (whole, numbers) = deviation(objective, rows, backward=backward, **size)
                 tried, worst = tried + 1, max(worst, gap)
                 costs = all(whole[n] == numbers[n] for n in ("reward_queries", "network_calls"))
                 if not (gap <= TOLERANCE and numbers["batch"] <= max(rows, least) and costs):

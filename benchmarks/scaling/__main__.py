@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling            the tables, from what is stored in docs/scaling.json
     python -m benchmarks.scaling --write    and into docs/scaling.md
-    python -m benchmarks.scaling --measure counts|tiny|middle|communication   measure that anew
+    python -m benchmarks.scaling --measure counts|schedule|tiny|middle|communication   that anew
 
 Measuring takes minutes on a machine that does nothing else.
 """
@@ -31,6 +31,7 @@ GPUS = (1, 8, 64)
 MODELS = {"tiny": "the embedded model", "middle": "a UNet of 8.7 M parameters"}
 LARGE = {"sd15": "SD1.5, 512 x 512", "sdxl": "SDXL, 1024 x 1024"}
 BATCH = {"sd15": 8, "sdxl": 4}
+FROZEN = {"sd15": 207e6, "sdxl": 902e6}  # parameters of decoder and text encoders
 EVENT = {"tiny": 4 * 8 * 8, "middle": 4 * 16 * 16}
 
 
@@ -86,7 +87,8 @@ def _predictions(
 def held_out(stored: Mapping[str, Any]) -> list[Prediction]:
     """What was chosen before anything was measured, and is in no fit."""
     told = []
-    for name, words in MODELS.items():
+    for name in stored["updates"]:
+        words = MODELS[name]
         for row, time, memory in _predictions(stored["updates"][name], name):
             if _sizes(row) != HELD_OUT:
                 continue
@@ -109,8 +111,9 @@ def _links(stored: Mapping[str, Any]) -> dict[str, communication.Link]:
     """For each kind of exchange, on the machine that was measured."""
     rows = [r for r in stored["communication"] if r["processes"] in communication.FITTED]
     cores = stored["machine"]["cores"]
+    cache = stored["machine"]["cache"] / 2  # what is sent, and what comes
     return {
-        kind: communication.fit([row for row in rows if row["kind"] == kind], cores)
+        kind: communication.fit([row for row in rows if row["kind"] == kind], cores, cache)
         for kind in ("all-reduce", "gather")
     }
 
@@ -133,7 +136,7 @@ def _gb(value: float) -> str:
 
 def _updates_table(stored: Mapping[str, Any]) -> str:
     lines = []
-    for name in MODELS:
+    for name in stored["updates"]:
         for row, time, memory in _predictions(stored["updates"][name], name):
             unit, sizes = row["unit_seconds"], _sizes(row)
             held = "held out" if sizes == HELD_OUT else "fitted"
@@ -183,14 +186,15 @@ def _communication_table(stored: Mapping[str, Any]) -> str:
         )
     head = ["exchange", "processes", "bytes", "ms, by the fit", "least", "median", "runs"]
     told = "; ".join(
-        f"{kind}: {1e6 * link.latency:.3g} us a step and {link.bandwidth / 1e6:.3g} MB/s"
+        f"{kind}: {1e6 * link.latency:.3g} us a step, {link.cached / 1e6:.3g} MB/s in the cache"
+        + (f", {link.bandwidth / 1e6:.3g} beyond" if link.bandwidth != link.cached else "")
         for kind, link in links.items()
     )
     return f"Fitted to the least of 2 and of 4 processes. {told}.\n\n{_table(head, lines)}"
 
 
 def _run(name: str, **changes: Any) -> Run:
-    return replace(Run(batch=BATCH[name]), **changes)
+    return replace(Run(batch=BATCH[name], frozen=FROZEN[name]), **changes)
 
 
 def _parts_table(stored: Mapping[str, Any]) -> str:
@@ -247,24 +251,39 @@ def rewards_of(computed: float) -> list[Reward]:
     ]
 
 
-def _schedule_table(stored: Mapping[str, Any], name: str, *, reference: bool) -> str:
-    counts = counts_of(stored)[name]
-    lines = []
+CASES = {  # of the schedule: which network, and whether the pretrained model is asked
+    "SD1.5": ("sd15", True),
+    "SD1.5 without reference": ("sd15", False),
+    "SDXL": ("sdxl", True),
+}
+CALLS = (0, 1, 4)  # of the reward at once, while more is sampled
+
+
+def schedule_row(
+    counts: Mapping[str, Counts], case: str, reward: int, gpus: int
+) -> list[tuple[float, float]]:
+    """Seconds of an update, and the share of them that a GPU waits, for each of ``CALLS``."""
+    name, reference = CASES[case]
     run = _run(name, reference=reference)
-    computed = cluster.work(counts, run, 1, A100).computed / run.pictures
-    for reward in rewards_of(computed):
+    computed = cluster.work(counts[name], run, 1, A100).computed / run.pictures
+    who = rewards_of(computed)[reward]
+    work = cluster.work(counts[name], run, gpus, A100)
+    made = [mean_update(work, who, gpus, overlap=calls) for calls in CALLS]
+    return [(round(each.seconds, 2), round(each.share_waiting, 4)) for each in made]
+
+
+def _schedule_table(stored: Mapping[str, Any], case: str) -> str:
+    lines = []
+    for k, reward in enumerate(rewards_of(1.0)):
         cells = [reward.name]
         for gpus in GPUS:
-            work = cluster.work(counts, run, gpus, A100)
-            made = [mean_update(work, reward, gpus, overlap=calls) for calls in (0, 1, 4)]
-            wins = [1 - each.seconds / made[0].seconds for each in made[1:]]
-            several = _percent(wins[1]) if reward.request == 1 or reward.servers < 9 else ""
-            cells.append(
-                f"{made[0].seconds:.0f} s, {_percent(made[0].share_waiting)}; wins "
-                f"{_percent(wins[0])}, {several or _percent(wins[1])}"
-            )
+            rows = stored["schedule"][case][str(k)][str(gpus)]
+            (whole, waits), *overlapped = rows
+            wins = [_percent(1 - seconds / whole) for seconds, _ in overlapped]
+            cells += [f"{whole:.0f} s", _percent(waits), *wins]
         lines.append(cells)
-    return _table(["reward", *(f"{gpus} GPU{'s' * (gpus > 1)}" for gpus in GPUS)], lines)
+    heads = [f"{gpus} GPU{'s' * (gpus > 1)} | waits | 1 call | 4 calls" for gpus in GPUS]
+    return _table(["reward", *" | ".join(heads).split(" | ")], lines)
 
 
 def tables(stored: Mapping[str, Any]) -> dict[str, str]:
@@ -275,9 +294,7 @@ def tables(stored: Mapping[str, Any]) -> dict[str, str]:
         "communication": _communication_table(stored),
         "parts": _parts_table(stored),
         "memory": _memory_table(stored),
-        "schedule of SD1.5": _schedule_table(stored, "sd15", reference=True),
-        "schedule of SD1.5 without reference": _schedule_table(stored, "sd15", reference=False),
-        "schedule of SDXL": _schedule_table(stored, "sdxl", reference=True),
+        **{f"schedule of {case}": _schedule_table(stored, case) for case in CASES},
     }
 
 
@@ -288,6 +305,18 @@ def _measure(what: str, rounds: int) -> dict[str, Any]:
     """What belongs into the stored file."""
     if what == "counts":
         return {"counts": {name: asdict(counted(name, rank=8)) for name in LARGE}}
+    if what == "schedule":
+        counts = counts_of(json.loads(STORED.read_text()))
+        rewards = range(len(rewards_of(1.0)))
+        return {
+            "schedule": {
+                case: {
+                    str(k): {str(gpus): schedule_row(counts, case, k, gpus) for gpus in GPUS}
+                    for k in rewards
+                }
+                for case in CASES
+            }
+        }
     if what == "communication":
         rows = [row for n in (*communication.FITTED, 3) for row in communication.measure(n)]
         return {"communication": rows}
@@ -310,9 +339,16 @@ def _store(measured: Mapping[str, Any]) -> None:
     stored["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "cache": _cache(),
         "versions": versions(),
     }
     STORED.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def _cache() -> int:
+    """Bytes of the last cache that the cores share (Linux)."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+    return 1024 * int(size.removesuffix("K"))
 
 
 def write(stored: Mapping[str, Any]) -> None:
@@ -329,7 +365,7 @@ def write(stored: Mapping[str, Any]) -> None:
 def main() -> None:
     """Print, write or measure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--measure", choices=["counts", *MODELS, "communication"])
+    parser.add_argument("--measure", choices=["counts", "schedule", *MODELS, "communication"])
     parser.add_argument("--rounds", type=int, default=5, help="of each update (default: 5)")
     parser.add_argument("--write", action="store_true", help="into docs/scaling.md")
     options = parser.parse_args()

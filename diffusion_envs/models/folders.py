@@ -4,6 +4,7 @@ Also single files of weights, as people share them, and why models of other clas
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -20,7 +21,8 @@ _WEIGHTS = re.compile(
     r"(?:-\d+-of-\d+)?\.safetensors"
 )
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".npy", ".npz")
-_LIBRARIES = re.compile("diffusers|transformers|stable_diffusion.*")  # of a pipeline's parts
+_LIBRARIES = (None, "diffusers", "transformers")  # of a pipeline's parts
+_CHECKER = ("safety_checker", "stable_diffusion")  # a part, and where diffusers has it; not loaded
 
 
 def shipped_folder(name: str) -> Path:
@@ -138,7 +140,7 @@ def _check_libraries(model: str | Path, index: Mapping[str, Any]) -> None:
     """
     for part, named in index.items():
         library = named[0] if isinstance(named, list) and named else None
-        if library is not None and not _LIBRARIES.fullmatch(str(library)):
+        if library not in _LIBRARIES and (part, library) != _CHECKER:
             raise ValueError(
                 f"model {model} has a part {part!r} of the module {library!r}, which would be "
                 "imported and run; supported are parts of diffusers and transformers"
@@ -375,6 +377,22 @@ def variant_of(folder: Path, parts: Collection[str], asked: str | None = None) -
             "one variant of all of them"
         )
     return "fp16" if "fp16" in common else min(common)
+
+
+def least_numbers(part: Path) -> int:
+    """How many numbers the weights of a part have; of the smallest variant if there are several."""
+    from safetensors import safe_open
+
+    by_variant = dict[str | None, int]()
+    for file in part.iterdir():
+        match = _WEIGHTS.fullmatch(file.name)
+        if match is None or file.suffix != ".safetensors":
+            continue
+        with safe_open(file, framework="pt") as content:
+            shapes = [content.get_slice(name).get_shape() for name in content.keys()]  # noqa: SIM118  # not a dict
+        numbers = sum(map(math.prod, shapes))
+        by_variant[match["variant"]] = by_variant.get(match["variant"], 0) + numbers
+    return min(by_variant.values(), default=0)
 
 
 def _refuse_pickles(files: Collection[Path]) -> None:

@@ -123,7 +123,7 @@ def _expected(operation: Operation) -> float:
     return operation.flops / _FLOPS + operation.bytes / _BYTES + 1e-7
 
 
-def rows_for(flops_of_a_row: float, most: int, seconds: float) -> int:
+def rows_for(flops_of_a_row: int, most: int, seconds: float) -> int:
     """Rows, a power of two, that can be timed within about so many seconds."""
-    affordable = seconds * _FLOPS / max(flops_of_a_row, 1.0)
+    affordable = seconds * _FLOPS / max(flops_of_a_row, 1)
     return max(1, min(most, 2 ** int(math.log2(max(affordable, 1.0)))))

@@ -20,6 +20,7 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 )
 
 from diffusion_envs.models import folders
+from diffusion_envs.models.available_memory import require_room
 from diffusion_envs.models.counting import META
 from diffusion_envs.models.latent_decoder import shrinking
 from diffusion_envs.models.stable_diffusion import StableDiffusionFamily
@@ -124,6 +125,7 @@ class PipelineFiles:
         kind = next(loader for family, loader in _LOADERS if family is self.family)
         if torch.device(device) == META:
             return self._shapes(kind, precision, network or precision)
+        self._require_room(precision, network or precision, torch.device(device).type)
         decoder = self.family.decoder_precision(self.configs["vae"], precision)
         if self.weights is None:
             dtypes = {"unet": network or precision, "vae": decoder, "default": precision}
@@ -144,6 +146,18 @@ class PipelineFiles:
                 **self.family.without,
             )
         return self._frozen(pipe, precision, device)
+
+    def _require_room(self, precision: torch.dtype, network: torch.dtype, kind: str) -> None:
+        """Refuse networks whose weights alone are larger than the device, before they are read."""
+        if self.weights is not None:  # which may hold what is not loaded
+            return
+        sizes = [
+            (network if name == "unet" else precision).itemsize
+            * folders.least_numbers(self.folder / name)
+            for name in _networks(self.family, self.configs["index"])
+        ]
+        remedy = "use a reduced precision (bfloat16), or a smaller model"
+        require_room(sum(sizes), kind, f"model {self.model}", remedy)
 
     def _shapes(self, kind: Any, precision: torch.dtype, network: torch.dtype) -> Any:
         """The pipeline with networks that have shapes and no weights."""

@@ -296,11 +296,12 @@ class Client:
             method, sent["Content-Type"] = "POST", "application/json"
         with suppress(BrokenPipeError, ConnectionResetError):  # it may have refused, and said why
             connection.request(method, self._path + question.path, body, sent)
-        response, content = connection.getresponse(), bytearray()
-        while piece := response.read(_PIECE):
-            content += piece
-            if len(content) > _LONGEST:
-                raise WrongAnswerError(f"answered with more than {_LONGEST} bytes")
+        content = bytearray()
+        with connection.getresponse() as response:  # which holds the socket if it is not read out
+            while piece := response.read(_PIECE):
+                content += piece
+                if len(content) > _LONGEST:
+                    raise WrongAnswerError(f"answered with more than {_LONGEST} bytes")
         if response.length:  # of Content-Length, what has not come
             raise http.client.IncompleteRead(bytes(content), response.length)
         return response.status, _pause(response.getheader("Retry-After")), bytes(content)

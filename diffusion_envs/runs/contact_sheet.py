@@ -7,6 +7,7 @@ it as text too, from which the report takes them.
 import io
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ _SMALL, _LARGE = 112, 256  # pixels a side: smaller pictures are enlarged, large
 _GAP = 6  # pixels around a picture
 _LINE = 15  # pixels a line of caption
 _CAPTION_LINES = 2
-_LETTERS = 400  # of a caption that are looked at: no two lines hold more
+_LETTERS = 200  # of a caption that are looked at: no two lines hold more
 _KEY = "ctrl"  # of the text in the file
 
 
@@ -101,9 +102,11 @@ def _wrapped(text: str, width: int) -> list[str]:
 def _cut(line: str, width: int) -> str:
     if caption_fonts.width(line) <= width:
         return line
-    while line and caption_fonts.width(line + "…") > width:
-        line = line[:-1]
-    return line + "…"
+    # as many letters as fit; asking for each number of them takes a second for a long prompt
+    fit = bisect_right(
+        range(1, len(line)), width, key=lambda n: caption_fonts.width(line[:n] + "…")
+    )
+    return line[:fit] + "…"
 
 
 def save(sheet: Image.Image, path: Path) -> None:

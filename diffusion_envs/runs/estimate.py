@@ -11,11 +11,12 @@ Not known    the reward's memory and time, and what others hold of the device.
 ``docs/scaling.md`` has estimates beside measurements.
 """
 
+import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_envs import rewards, samplers
+from diffusion_envs.models.available_memory import available, gib, require_room
 from diffusion_envs.models.counting import META, Meter, Operation, counted_for
 from diffusion_envs.models.protocol import FROZEN, Model, WithNetworks
 from diffusion_envs.models.speed import Stopwatch, rows_for
@@ -33,15 +35,13 @@ from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.prompts import read_prompts
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.rehearsal import Moment, Plan
+from diffusion_envs.training.sharded import local
+from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 
 GIB = 2**30
 BUDGET = 2.0  # seconds in which operations are timed
 _SIZE, _OPTIONS = UpdateSize(), RunOptions()
-
-
-class TooLargeError(ValueError):
-    """A run needs more memory than there is."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,18 @@ class RunCost:
     def largest(self) -> str:
         """The part that most bytes are for."""
         parts = {**self.held, **self.at_peak}
-        return max((name for name in parts if name != BASE), key=lambda name: parts[name])
+        return max(
+            (name for name in parts if name not in (BASE, LATER)), key=lambda name: parts[name]
+        )
 
     @property
     def refusal(self) -> str:
         """Why it does not fit, and what would help most."""
         parts = {**self.held, **self.at_peak}
-        has = "" if self.available is None else f", and the device has {_gib(self.available)}"
+        has = "" if self.available is None else f", and the device has {gib(self.available)}"
         return (
-            f"the run needs about {_gib(self.peak)} at its peak ({self.phase}){has}. Most of it, "
-            f"{_gib(parts[self.largest])}, is for {self.largest}: {_REMEDIES[self.largest]}"
+            f"the run needs about {gib(self.peak)} at its peak ({self.phase}){has}. Most of it, "
+            f"{gib(parts[self.largest])}, is for {self.largest}: {_REMEDIES[self.largest]}"
         )
 
     @property
@@ -112,10 +114,10 @@ class RunCost:
         peak = [(name, size) for name, size in self.at_peak.items() if size]
         seconds = self.seconds_of_an_update
         return [
-            *((name, _gib(size)) for name, size in self.held.items()),
-            *((f"{name}, at the peak ({self.phase})", _gib(size)) for name, size in peak),
-            ("peak memory", _gib(self.peak)),
-            ("memory of the device", "?" if self.available is None else _gib(self.available)),
+            *((name, gib(size)) for name, size in self.held.items()),
+            *((f"{name}, at the peak ({self.phase})", gib(size)) for name, size in peak),
+            ("peak memory", gib(self.peak)),
+            ("memory of the device", "?" if self.available is None else gib(self.available)),
             ("network evaluations an update", str(self.calls)),
             *((f"seconds: {name}", f"{value:.3g}") for name, value in self.seconds.items()),
             ("seconds an update", "not timed" if seconds is None else _range(seconds)),
@@ -123,6 +125,10 @@ class RunCost:
 
 
 BASE = "interpreter and libraries"
+LATER = "libraries that are loaded later"
+HEAP = "pieces of the heap between tensors"
+_LATER = 80 * 2**20  # bytes; measured, as is what follows (benchmarks.run_cost)
+_HEAP = 5.5  # times a call's tensors without a gradient
 UNCERTAINTY = 1.3  # factor between estimated and measured seconds (docs/scaling.md)
 _REMEDIES = {
     "weights of the networks": "a reduced precision halves them (--precision bfloat16)",
@@ -134,6 +140,7 @@ _REMEDIES = {
     "copies of what trains": "leave out --average, or train a LoRA (--trains lora)",
     "value network": "an objective without one, such as ddpo or grpo",
     "activations": "recompute them (--gradient-checkpointing), or fewer rows at once (--batch)",
+    HEAP: "set MALLOC_MMAP_THRESHOLD_=262144 in the environment, for slower calls",
     "decoder": "decode picture by picture (--decode-slices), or fewer at once (--batch)",
     "paths and pictures": (
         "keep them in the CPU's memory (--stored-paths host), or fewer --samples or --steps"
@@ -213,9 +220,9 @@ def estimate(
         course = plan.rehearse()
         held = _held(loaded, plan, optimiser, kind, base)
         peaks = {
-            "first update": _peak(course.first, networks, size.batch),
-            "update": _peak(course.update, networks, size.batch),
-            "evaluation": _peak(course.evaluation, networks, size.batch),
+            "first update": _peak(course.first, networks, size.batch, kind),
+            "update": _peak(course.update, networks, size.batch, kind),
+            "evaluation": _peak(course.evaluation, networks, size.batch, kind),
             "step of the optimiser": held.stepping,
             "checkpoint": held.checkpoint if kind == "cpu" else {},
             "export": held.export if kind == "cpu" else {},
@@ -241,7 +248,7 @@ def estimate(
         at_peak=peaks[phase],
         phase=phase,
         phases=phases,
-        least=always - held.always.get(BASE, 0) + stored,
+        least=always - held.always.get(BASE, 0) - held.always.get(LATER, 0) + stored,
         available=available(kind),
         seconds=seconds,
         calls=sum(m.rows for m in course.update if m.what in ("network", "pretrained")),
@@ -311,8 +318,12 @@ class _Networks:
         return _Count(peak, kept, back, meter.operations, meter.calls, meter.flops)
 
 
-def _peak(moments: list[Moment], networks: _Networks, batch: int) -> dict[str, int]:
-    """What is held at the moment when most is, beside what always is."""
+def _peak(moments: list[Moment], networks: _Networks, batch: int, kind: str) -> dict[str, int]:
+    """What is held at the moment when most is, beside what always is.
+
+    On a CPU glibc keeps tensors of less than 32 MiB in a heap, in which the place of a freed one is
+    not taken by the next of its size.
+    """
     kept = dict[int, int]()
     best: dict[str, int] = {}
 
@@ -336,6 +347,11 @@ def _peak(moments: list[Moment], networks: _Networks, batch: int) -> dict[str, i
             kept.pop(moment.returns, None)
         elif asked.gradient:
             kept[place] = count.kept
+    asked = [m.rows for m in moments if m.what == "network" and m.rows]
+    learned = [m.rows for m in moments if m.what == "network" and m.gradient]
+    if kind == "cpu" and sys.platform == "linux" and asked:
+        rows = max([min(max(asked), batch), *learned])
+        best[HEAP] = int(_HEAP * networks.count("network", rows, False).peak)
     return best
 
 
@@ -354,7 +370,8 @@ def bytes_of(network: nn.Module) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.dtype.itemsize
+    """Of a sharded one, this process's part."""
+    return local(tensor).numel() * tensor.dtype.itemsize
 
 
 def _held(model: Model, plan: Plan, optimiser: Optimiser, kind: str, base: int) -> _Held:
@@ -369,7 +386,7 @@ def _held(model: Model, plan: Plan, optimiser: Optimiser, kind: str, base: int) 
     lags = plan.objective.old_decay(0) > 0
     name = "weights that train" if frozen else "adapter"
     always = {
-        **({BASE: base} if kind == "cpu" else {}),
+        **({BASE: base, LATER: _LATER} if kind == "cpu" else {}),
         "weights of the networks": max(0, everything - trained),
         name: trained,
         "pretrained copy": frozen,
@@ -401,6 +418,34 @@ def _state(parameters: list[nn.Parameter], optimiser: Optimiser) -> tuple[int, i
     with Meter() as meter:
         stepper.step()
     return meter.alive, meter.peak - meter.alive
+
+
+def require_room_for(trainer: Trainer) -> None:
+    """Refuse a run that cannot fit, whatever its pieces; what might fit is not refused.
+
+    Counted are weights, gradients, AdamW's moments, the copy of the policy that samples, and the
+    stored paths of an update: less than any run holds.
+
+    Raises:
+        TooLargeError: the device has less.
+    """
+    environment, size, model = trainer.environment, trainer.size, trainer.environment.model
+    trained = sum(_bytes(parameter) for parameter in model.parameters)
+    networks = dict(model.networks) if isinstance(model, WithNetworks) else {}
+    here = [part for part in networks.values() if next(part.parameters()).device == model.device]
+    parts = {
+        "weights of the networks": max(trained, sum(map(bytes_of, here))),
+        "copies of what trains": trained,
+    }
+    if type(trainer.optimiser).__name__ == "TorchStepper":
+        parts["gradients"] = trained
+    paths = size.samples // trainer.accelerator.num_processes
+    stored = 4 * paths * environment.sampler.steps * math.prod(environment.event)
+    if environment.sampler.shows_steps:
+        parts["paths and pictures"] = 3 * stored  # states, scores, noises
+    largest = max(parts, key=lambda name: parts[name])
+    what = f"the run ({largest}: {gib(parts[largest])})"
+    require_room(sum(parts.values()), model.device.type, what, _REMEDIES[largest])
 
 
 # -- time ------------------------------------------------------------------------------------------
@@ -435,33 +480,7 @@ def _seconds(
     return {name: value for name, value in seconds.items() if value > 0}
 
 
-# -- the device ------------------------------------------------------------------------------------
-
-
-def available(kind: str) -> int | None:
-    """Bytes of the GPU, or those that a process may use of a CPU's; None if that is not known."""
-    if kind == "cuda":
-        if not torch.cuda.is_available():
-            return None
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    limits = [int(words) for words in _limits() if words.isdigit()]
-    return min(limits) if limits else None
-
-
-def _limits() -> Iterator[str]:
-    """Of the control group, and of the machine with its swap."""
-    for path in (
-        Path("/sys/fs/cgroup/memory.max"),
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-    ):
-        if path.is_file():
-            yield path.read_text().strip()
-    if Path("/proc/meminfo").is_file():
-        words = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
-        sizes = {word[0]: int(word[1]) for word in words if len(word) > 1}
-        yield str(1024 * (sizes["MemTotal:"] + sizes.get("SwapTotal:", 0)))
-    elif hasattr(os, "sysconf"):
-        yield str(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+# -- this process ----------------------------------------------------------------------------------
 
 
 def resident() -> int:
@@ -480,7 +499,3 @@ def peak_resident() -> int:
 
 def _range(seconds: float) -> str:
     return f"{seconds:.3g} ({seconds / UNCERTAINTY:.3g} to {seconds * UNCERTAINTY:.3g})"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

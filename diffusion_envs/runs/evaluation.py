@@ -20,6 +20,7 @@ from diffusion_envs.prompt import described
 from diffusion_envs.rollout import Rollout
 from diffusion_envs.runs.checkpoint import CheckpointError
 from diffusion_envs.training import memory, parallel
+from diffusion_envs.training.sharded import shards_of
 
 HELD_OUT = "held-out"  # the stream's name: training never draws from it
 WATCHED = "watched"  # another, for what decides when to stop: the last evaluation never sees it
@@ -103,7 +104,9 @@ def evaluate(
         )
         return _named(evaluation)
 
-    return _evaluation(parallel.of_all(made, samples, accelerator), environment, judges or {})
+    with shards_of(environment.model).unsharded():
+        every = parallel.of_all(made, samples, accelerator)
+    return _evaluation(every, environment, judges or {})
 
 
 def _named(evaluation: Evaluation) -> dict[str, Tensor]:

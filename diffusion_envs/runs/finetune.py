@@ -16,6 +16,7 @@ from diffusion_envs.runs import checkpoint, perceptual
 from diffusion_envs.runs.callbacks import Callbacks
 from diffusion_envs.runs.early_stopping import EarlyStopping
 from diffusion_envs.runs.early_stopping import check as check_stop
+from diffusion_envs.runs.estimate import require_room_for
 from diffusion_envs.runs.exported import export
 from diffusion_envs.runs.further_samples import require_pretrained_sampler
 from diffusion_envs.runs.human_choices import leaving_images
@@ -170,6 +171,7 @@ def finetune(
             log_path_kl=options.log_path_kl,
             optimiser=optimiser or AdamW(),
         )
+        require_room_for(trainer)
         folder = Path(output).expanduser()
         if main:
             stack.enter_context(open_run(folder, settings, resume=resume))

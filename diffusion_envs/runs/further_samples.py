@@ -20,6 +20,7 @@ from diffusion_envs.runs.evaluation import (
 from diffusion_envs.runs.progress import progress_bar
 from diffusion_envs.training import parallel
 from diffusion_envs.training.phase import phase
+from diffusion_envs.training.sharded import shards_of
 
 STREAM = "frontier"  # neither training nor any evaluation draws from it
 _PICTURES = 8  # kept of all samples, to know the reward by
@@ -72,6 +73,7 @@ def further_rewards(
     with (
         not_counted(environment),
         environment.pretrained(),
+        shards_of(environment.model).unsharded(),
         progress_bar("the pretrained model", len(starts), shown=progress) as tick,
     ):
         write = _writer(path)

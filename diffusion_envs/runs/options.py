@@ -100,7 +100,7 @@ class RunOptions:
                 raise ValueError(f"{name} must be an integer of at least {bound}, got {value!r}")
         rewards.require_seconds(self.reward_timeout)
         waits = self.process_timeout
-        if not (isinstance(waits, int | float) and 0 < waits and math.isfinite(waits)):
+        if not (isinstance(waits, int | float) and waits > 0 and math.isfinite(waits)):
             raise ValueError(f"process_timeout must be a positive number of seconds, got {waits!r}")
         if self.distance not in (None, STLPIPS):
             raise ValueError(f"distance must be {STLPIPS!r} or None, got {self.distance!r}")

@@ -45,7 +45,10 @@ def phase_of(error: BaseException) -> str:
 
 @contextmanager
 def observed(by: Callable[[str], None]) -> Iterator[None]:
-    """Within this context the function is called with the phase whenever it changes."""
+    """Within this context the function is called with the phase whenever it changes.
+
+    Of several functions the one that came last is called first.
+    """
     _observers.append(by)
     try:
         by(current())
@@ -55,5 +58,5 @@ def observed(by: Callable[[str], None]) -> Iterator[None]:
 
 
 def _tell() -> None:
-    for observer in _observers:
+    for observer in reversed(_observers):
         observer(current())

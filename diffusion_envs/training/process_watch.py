@@ -1,9 +1,10 @@
 """Which of several processes is missing where all should meet, and in which phase it was last.
 
 Every process tells a store that all can reach (the one by which they met at first: torchrun's, or
-process 0's) how it is, once a second, from a thread of its own: its phase, how often it has met the
-others, and why it ended if it did. The thread reads what the others tell, too, so that a process
-whose neighbour is lost can say who it was even if the store was lost with it.
+process 0's) how it is, once a second, from a thread of its own, and whenever its phase changes: the
+phase, how often it has met the others, and why it ended if it did. The thread reads what the others
+tell, too, so that a process can say who was lost even if the store was lost with it; then phases
+are those of a second before.
 
     silent     no sign of life for three seconds: killed or stopped, or its machine is gone
     ended      it said so: by an exception of its own, which it names
@@ -15,6 +16,7 @@ import json
 import os
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -171,6 +173,12 @@ class ProcessWatch:
         # phases of other threads are their own
         if threading.get_ident() == self._thread_id and self._sign.ended is None:
             self._sign.phase, self._since = name, time.monotonic()
+            if self._lock.acquire(blocking=False):  # otherwise the thread is about to tell it
+                try:
+                    with suppress(RuntimeError):  # as in the thread
+                        self._tell()
+                finally:
+                    self._lock.release()
 
     def _go_on(self) -> None:
         while not self._over.is_set():
@@ -180,16 +188,19 @@ class ProcessWatch:
     def _beat(self) -> None:
         """Tell, and read what the others tell; a store that does not answer is tried again."""
         with self._lock:
-            sign = self._sign
-            sign.beat, sign.seconds = sign.beat + 1, time.monotonic() - self._since
             try:
-                self._store.set(str(self.process), json.dumps(vars(sign)))
+                self._tell()
                 for k in self._seen:
                     if self._store.check([str(k)]):
                         self._hear(k, Sign(**json.loads(self._store.get(str(k)))))
                 self._read_at = time.monotonic()
             except RuntimeError:  # it is told in ``missing``
                 return
+
+    def _tell(self) -> None:
+        sign = self._sign
+        sign.beat, sign.seconds = sign.beat + 1, time.monotonic() - self._since
+        self._store.set(str(self.process), json.dumps(vars(sign)))
 
     def _hear(self, k: int, sign: Sign) -> None:
         if sign.beat != self._seen[k].sign.beat:

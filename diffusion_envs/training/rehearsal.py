@@ -77,7 +77,8 @@ class _Book:
         if self.meter is None:
             return -1
         meter = self.meter
-        noted = Moment(what, rows, gradient, returns, meter.alive, meter.peak, meter.flops)
+        sizes = float(meter.alive), float(meter.peak), float(meter.flops)
+        noted = Moment(what, rows, gradient, returns, *sizes)
         self.moments.append(noted)
         meter.peak, meter.flops = meter.alive, 0
         return len(self.moments) - 1

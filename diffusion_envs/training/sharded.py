@@ -169,7 +169,7 @@ def _layers(network: nn.Module) -> list[nn.Module]:
     named = [
         module
         for name, module in network.named_modules()
-        if name == "mid_block" or name.split(".")[-2:-1] and name.split(".")[-2] in lists
+        if name == "mid_block" or name.rpartition(".")[0].rpartition(".")[2] in lists
     ]
     return [*reversed(named), network]
 
@@ -193,6 +193,11 @@ def is_shard(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of it; all of it, where it is not sharded."""
+    return tensor.to_local() if is_shard(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]  # a DTensor
 
 
 def gathered(state: Any, *, keep: bool) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ctrl import DeterministicPolicy
 from diffusion_envs import objectives, rewards, sd15
 from diffusion_envs.environment import Environment, Sample
-from diffusion_envs.rewards import RewardError, VLMJudge, Weighted
+from diffusion_envs.rewards import RewardError, VLMJudge, Weighted, overlapped
 from diffusion_envs.rewards.transformed import Cached, Limited
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.settings import describe, differences
@@ -63,10 +63,10 @@ class Noted:
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[str], Tensor]] = []
-        self.threads: set[str] = set()
+        self.threads: set[int] = set()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        self.threads.add(threading.current_thread().name)
+        self.threads.add(threading.get_ident())
         self.asked.append((list(prompts), images.clone()))
         return images.mean((1, 2, 3)) + len(self.asked)  # depends on the order
 
@@ -94,7 +94,7 @@ def test_a_reward_is_asked_the_same_in_the_same_order_from_one_thread(model):
         assert was[0] == now[0]
         assert torch.equal(was[1], now[1])
     assert [len(note.threads) for note in notes] == [1, 1]
-    assert notes[0].threads == {threading.main_thread().name}
+    assert notes[0].threads == {threading.get_ident()}
     assert notes[1].threads.isdisjoint(notes[0].threads)
 
 
@@ -152,14 +152,18 @@ class Waiting:
 
     def __init__(self, until: Callable[[], bool]) -> None:
         self.until, self.calls, self.late = until, 0, 0
+        self.now, self.most = 0, 0  # calls under way
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        self.calls += 1
+        self.calls, self.now = self.calls + 1, self.now + 1
+        self.most = max(self.most, self.now)
         for _ in range(int(AMPLE * 100)):
             if self.until():
-                return images.mean((1, 2, 3))
+                break
             threading.Event().wait(0.01)
-        self.late += 1
+        else:
+            self.late += 1
+        self.now -= 1
         return images.mean((1, 2, 3))
 
 
@@ -182,6 +186,7 @@ def test_the_next_piece_and_the_reference_come_before_the_first_answer(model, ca
     reward = Waiting(lambda: called == everything)
     sample = sampled(environment_of(model, reward, 1), denoised=False)
     assert reward.late == 0
+    assert reward.most == 1  # though all pieces were there before the first answer
     assert reward.calls == PATHS // BATCH
     assert len(sample.rollout.rewards) == PATHS
 
@@ -209,25 +214,30 @@ def test_several_calls_are_on_their_way_at_once(model):
 
 
 def test_few_pictures_of_denoised_states_wait_at_once(model, monkeypatch):
-    decoded, answered, waiting = [0], [0], []
-    decode = model.decode
+    decoded, held = [0], []
+    waits = threading.Event()  # set once sampling waits for an answer
+    decode, wait = model.decode, overlapped.wait
 
     def counted(states):
         decoded[0] += 1
-        waiting.append(decoded[0] - answered[0])
         return decode(states)
 
-    def slow(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        threading.Event().wait(0.02)
-        answered[0] += 1
+    def noted(*pending, **settings):
+        waits.set()
+        return wait(*pending, **settings)
+
+    def first_is_slow(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if not held:
+            waits.wait(AMPLE)
+            held.append(decoded[0])
         return images.mean((1, 2, 3))
 
     monkeypatch.setattr(model, "decode", counted)
-    sampled(environment_of(model, slow, 1))
+    monkeypatch.setattr(overlapped, "wait", noted)
+    sampled(environment_of(model, first_is_slow, 1))
     pieces = PATHS // BATCH
+    assert held == [pieces + 1]  # all samples, which are kept in any case, and one more
     assert decoded[0] == pieces * (1 + STEPS)
-    # those of the samples, which are kept in any case; else 2 that wait, and the one that is made
-    assert max(waiting[pieces:]) <= 3 + 1
 
 
 # -- what goes wrong -------------------------------------------------------------------------------

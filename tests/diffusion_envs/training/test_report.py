@@ -17,6 +17,7 @@ from diffusion_envs.runs.contact_sheet import grid, save
 from diffusion_envs.runs.plots import decimals
 from diffusion_envs.runs.prompt_statistics import training_by_prompt
 from diffusion_envs.runs.report import write_report
+from diffusion_envs.runs.report_pictures import within
 from diffusion_envs.runs.summary import extremes
 
 PARTS = ("summary.json", "metrics.jsonl", "over_optimisation.jsonl", "samples", "transfer.json")
@@ -660,3 +661,60 @@ def test_counts_are_drawn_if_anything_was_counted(tmp_path):
     words = " ".join(page.words)
     assert "counted by the reward: prompts_cut" in words
     assert "cache_hits" not in words
+
+
+# -- size ------------------------------------------------------------------------------------------
+
+
+def noisy(side):
+    """A picture that no format makes small."""
+    random = torch.Generator().manual_seed(side)
+    pixels = torch.randint(256, (side, side, 3), dtype=torch.uint8, generator=random)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, format="PNG")
+    return file.getvalue()
+
+
+def test_pictures_keep_to_their_budget():
+    """As they are where they fit; then as JPEG; then fewer of them."""
+    pngs = [noisy(64)] * 6
+    assert within(pngs, sum(map(len, pngs))) == ("png", pngs)
+    kind, fewer = within(pngs, sum(map(len, pngs)) // 2)
+    assert kind == "jpeg"
+    assert len(fewer) == 6
+    assert sum(map(len, fewer)) <= sum(map(len, pngs)) // 2
+    assert Image.open(io.BytesIO(fewer[0])).size == (64, 64)
+    kind, fewest = within(pngs, 2 * len(fewer[0]))
+    assert 0 < len(fewest) < 6
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_report_of_many_updates_prompts_and_large_pictures_is_small(tmp_path):
+    """5,000 updates, 2,000 long prompts, 32 pictures of 512 pixels that do not shrink."""
+    folder = make_run(tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    prompts = [f"picture {k} " + "with many words " * 100 for k in range(2000)]
+    config["settings"]["prompts"] = prompts
+    config["settings"]["options"] = {"evaluation_prompts": prompts}
+    (folder / "config.json").write_text(json.dumps(config))
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    lines = [line | {"update": k, "seconds": 2.0 * k} for k in range(1, 5001)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    measured = json.loads((folder / "over_optimisation.jsonl").read_text().splitlines()[-1])
+    measured = [measured | {"update": k, "chain_kl": estimate(k, 1.0)} for k in range(10, 5000, 10)]
+    measured = [line | {"reward": estimate(0.0, 0.1)} for line in measured]
+    text = "".join(json.dumps(line) + "\n" for line in measured)
+    (folder / "over_optimisation.jsonl").write_text(text)
+    per_prompt = {"prompt": [*range(8)], **dict.fromkeys(("mean", "standard_error"), [1.5] * 8)}
+    text = "".join(
+        json.dumps({"update": k, **per_prompt, "n": [1] * 8}) + "\n" for k in range(5000)
+    )
+    (folder / "training_by_prompt.jsonl").write_text(text)
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(32, 3, 256, 256, generator=random)
+    for update in (0, 5000):
+        save(grid(images, prompts[:32]), folder / "samples" / f"step-{update:06d}.png")
+    source = write_report(folder).read_text(encoding="utf-8")
+    assert len(source) < 5 * 2**20
+    assert len(Page(source).all("img")) >= 2 * 12

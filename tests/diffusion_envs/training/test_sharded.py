@@ -1,6 +1,7 @@
 """Weights sharded between two processes: the numbers of one process, in half the memory."""
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +16,17 @@ from torch import Tensor, nn
 from diffusion_envs.environment import Environment
 from diffusion_envs.objectives import ScoreAsAction
 from diffusion_envs.runs import checkpoint
-from diffusion_envs.runs.exported import export, load_exported
+from diffusion_envs.runs.exported import load_exported
+from diffusion_envs.runs.tracking import read_metrics
 from diffusion_envs.samplers import DDIM
-from diffusion_envs.sd15 import StableDiffusion
+from diffusion_envs.sd15 import Run, StableDiffusion
 from diffusion_envs.training.optimisers import AdamW8bit, NaturalGradient
 from diffusion_envs.training.requirements import require_shardable
-from diffusion_envs.training.sharded import Shards, clip_gradients, is_shard
+from diffusion_envs.training.sharded import Shards, clip_gradients, is_shard, local
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.models.small_pipelines import small_pipeline
+from tests.diffusion_envs.sd15.calling import finetune
 from tests.diffusion_envs.training.processes import run_worlds
 from verification.claims.training_loop import Process
 
@@ -71,11 +74,6 @@ def seen(trainer: Trainer, total: int) -> dict[str, Any]:
     return told | {what: torch.cat(parts).clone() for what, parts in flat.items()}
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of it."""
-    return getattr(tensor.detach(), "to_local", tensor.detach)()
-
-
 def held(trainer: Trainer) -> int:
     """Bytes of weights, those that sampled, mean, gradients, moments, frozen copy here."""
     model: Any = trainer.environment.model
@@ -85,7 +83,9 @@ def held(trainer: Trainer) -> int:
     assert len(gradients) == len(states) == len(frozen) == len(trainer.parameters)
     moments = [each[name] for each in states for name in ("exp_avg", "exp_avg_sq")]
     every = [*trainer.parameters, *trainer.old, *trainer.mean, *gradients, *moments, *frozen]
-    memory = {(m := local(tensor).untyped_storage()).data_ptr(): m.nbytes() for tensor in every}
+    memory = {
+        (m := local(tensor.detach()).untyped_storage()).data_ptr(): m.nbytes() for tensor in every
+    }
     return sum(memory.values())
 
 
@@ -146,24 +146,47 @@ def main(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     told: dict[str, Any] = {"gradients": gradients_of(accelerator.process_index, 2)}
     trainer = trainer_of(folder / "base", accelerator, sharded=True)
+    model: Any = trainer.environment.model
+    networks, improve = (model.score.unet, model.score.adapter.pretrained), trainer._improve_adapter
+
+    def counted(losses: Any, rollout: Any) -> dict[str, float]:
+        with counting_whole(networks) as most:
+            numbers = improve(losses, rollout)
+        told["whole"] = max(most[0], told.get("whole", 0))
+        return numbers
+
+    trainer._improve_adapter = counted
     told["first"] = seen(trainer, 1)
-    score: Any = trainer.environment.model
-    with trainer._sampling_policy():
-        rollout = trainer.sample().rollout
-    losses = trainer.losses(rollout)
-    with counting_whole((score.score.unet, score.score.adapter.pretrained)) as most:
-        trainer._improve_adapter(losses, rollout)
-    told["whole"] = most[0]
-    again = trainer_of(folder / "base", accelerator, sharded=True)
-    again.load_state(checkpoint.load(folder / "one" / "step-000001").state)
-    told["second"] = seen(again, 2)
-    told["bytes"] = held(again)
-    state = again.state()
-    with again.averaged():
-        if accelerator.is_main_process:
-            export(again.environment.model, folder, 2)
-            checkpoint.save(folder / "two", 2, state)
+    trainer.load_state(checkpoint.load(folder / "one" / "step-000001").state)
+    told["second"] = seen(trainer, 2)
+    told["bytes"] = held(trainer)
+    state = trainer.state()
+    if accelerator.is_main_process:
+        checkpoint.save(folder / "two", 2, state)
+    run(folder, updates=1, sharded=True)
     torch.save(told, folder / f"{accelerator.process_index}.pt")
+
+
+def run(folder: Path, updates: int, **more: Any) -> Run:
+    """A whole run; of its held-out samples one process has one more than the other."""
+    return finetune(
+        folder / "base",
+        output=folder / "run",
+        trains="all",
+        prompts=["a cat", "a ship"],
+        reward=blue,
+        updates=updates,
+        steps=2,
+        guidance=2.0,
+        evaluation_samples=3,
+        frontier_samples=3,
+        progress=False,
+        device="cpu",
+        size=SIZE,
+        objective=OBJECTIVE,
+        seed=3,
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -248,20 +271,29 @@ def test_a_checkpoint_of_shards_goes_on_in_one_process(alone, both):
         assert mine["state"][k]["step"] == each["step"]
     line, expected = next(again.updates(3)), next(trainer.updates(3))
     for name in ("gradient_norm", "path_kl"):
-        values = [float(getattr(each[name], "mean", each[name])) for each in (line, expected)]
-        close(*values, values[1], name)
+        ours, theirs = (float(getattr(each[name], "mean", each[name])) for each in (line, expected))
+        close(ours, theirs, theirs, name)
 
 
 @pytest.mark.slow
-def test_what_shards_export_is_their_mean(alone, both):
-    folder, trainer, _ = alone
-    file = folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
-    written, model = load_file(file), trainer.environment.model
-    names = [name for name, _ in model.score.unet.named_parameters()]
-    ours = torch.cat([written[name].flatten() for name in names])
-    assert torch.equal(ours, both[0]["second"]["mean"])
-    assert load_exported(model, folder) == 2
-    assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters]), ours)
+def test_a_run_of_shards_exports_its_mean_and_goes_on_in_one_process(alone, both):
+    folder, trainer, one = alone
+    stored = checkpoint.load(folder / "run" / "checkpoints" / "step-000001").state
+    written = load_file(folder / "run" / "pipeline/unet/diffusion_pytorch_model.safetensors")
+    names = [name for name, _ in trainer.environment.model.score.unet.named_parameters()]
+    for name, mean in zip(names, stored["mean"], strict=True):
+        assert torch.equal(written[name], mean), name
+    assert load_exported(trainer.environment.model, folder / "run") == 1
+    ended = run(folder, updates=2, resume=True)
+    first, second = read_metrics(folder / "run" / "metrics.jsonl")
+    norm = one["first"]["gradient_norm 1"]
+    close(first["gradient_norm"], norm, norm, "the first gradient")
+    for line in (first, second):  # rewards also of denoised pictures; and two branches, thrice
+        asked = SIZE.samples * 2 * line["update"]
+        assert (line["reward_queries"], line["network_calls"]) == (asked * 3 // 2, asked * 6)
+    assert ended.exported == folder / "run" / "pipeline"
+    frontier = json.loads((folder / "run" / "frontier.json").read_text())
+    assert frontier["samples"] == 3 + 3  # none was made twice
 
 
 @pytest.mark.parametrize(

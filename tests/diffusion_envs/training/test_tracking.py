@@ -11,7 +11,7 @@ from PIL import Image
 from ctrl import Estimate
 from diffusion_envs.runs import caption_fonts
 from diffusion_envs.runs.contact_sheet import grid, save, tiles
-from diffusion_envs.runs.tracking import Tracker, read_metrics, require_wandb
+from diffusion_envs.runs.tracking import Tracker, lasts, read_metrics, require_wandb, stays
 
 
 def numbers(update):
@@ -451,3 +451,51 @@ def test_the_grid_of_a_step_is_a_png(tmp_path):
 def test_a_grid_needs_pictures_with_captions(images, captions, columns, message):
     with pytest.raises(ValueError, match=message):
         grid(torch.zeros(images, 3, 4, 4), captions, columns=columns)
+
+
+# -- long runs -------------------------------------------------------------------------------------
+
+
+def kept_of(updates, every):
+    """Updates whose pictures are left when each was made in turn."""
+    kept = set()
+    for newest in updates:
+        kept = {u for u in kept if u >= newest or stays(u, newest, every)} | {newest}
+    return sorted(kept)
+
+
+def test_pictures_thin_out_with_age():
+    """The newest 32 stay; then 16 whenever the age doubles; the first one stays for ever."""
+    times = list(range(0, 5010, 10))
+    kept = kept_of(times, 10)
+    assert kept[0] == 0
+    assert kept[-32:] == times[-32:]
+    ages = [(times[-1] - update) // 10 for update in kept]
+    for doublings in range(3):
+        assert sum(32 << doublings <= age < 64 << doublings for age in ages) == 16
+    assert len(kept) == 96
+    # what goes would go later, too: how a run was cut does not matter
+    assert kept == [update for update in times if stays(update, times[-1], 10)]
+    assert kept == kept_of(times[:200] + times[150:], 10)
+
+
+def test_what_cannot_be_taken_away_again_is_sent_ever_more_rarely():
+    sent = [update for update in range(0, 5010, 10) if lasts(update, 10)]
+    assert sent[:36] == [*range(0, 330, 10), 340, 360, 380]
+    assert sent[-1] - sent[-2] == 160
+    assert len(sent) == 96
+
+
+def test_files_of_pictures_follow_the_rule_and_the_last_ones_are_sent_everywhere(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    images = torch.zeros(1, 3, 2, 2)
+    with Tracker(tmp_path, picture_every=2) as tracker:
+        for update in range(0, 202, 2):
+            tracker.pictures(update, images, ["a"], last=update == 200)
+    names = sorted(int(path.stem[5:]) for path in (tmp_path / "samples").glob("step-*.png"))
+    assert names == [update for update in range(0, 202, 2) if stays(update, 200, 2)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    steps = [image.step for image in events.Images("samples")]
+    assert steps == [u for u in range(0, 202, 2) if lasts(u, 2)] + ([] if lasts(200, 2) else [200])
