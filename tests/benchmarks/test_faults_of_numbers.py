@@ -37,7 +37,7 @@ def test_an_allocator_counts_what_lives_and_refuses_more():
     assert 4 * 3000 <= plain.peak <= 4 * 4000
     with memory.Allocator(10_000) as small:
         for _ in range(20):
-            torch.ones(1000) + 1  # each is given back
+            kept = [torch.ones(1000) + 1]  # the one before is given back
         try:
             kept = [torch.ones(1000) for _ in range(3)]
         except torch.OutOfMemoryError:
