@@ -35,15 +35,15 @@ def test_an_allocator_counts_what_lives_and_refuses_more():
         del kept[0]
         kept.append(torch.ones(500) + 0.5)
     assert 4 * 3000 <= plain.peak <= 4 * 4000
-    with memory.Allocator(10_000) as small:
+    with memory.Allocator(13_000) as small:
         for _ in range(20):
             kept = [torch.ones(1000) + 1]  # the one before is given back
         try:
-            kept = [torch.ones(1000) for _ in range(3)]
+            kept = [torch.ones(1000) for _ in range(4)]
         except torch.OutOfMemoryError:
             assert small.refused == 1
         else:
-            raise AssertionError("12,000 bytes fitted into 10,000")
+            raise AssertionError("16,000 bytes fitted into 13,000")
 
 
 def test_a_gradient_that_nobody_looks_at_is_seen_by_numbers():
