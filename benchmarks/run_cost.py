@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,12 @@ class Row:
             "objective": getattr(objectives, self.objective)(learning_rate=1e-5),
             "steps": self.steps,
             "updates": 2,
-            "size": UpdateSize(**{"samples": 8, "batch": 8, "value_epochs": 1} | self.size),
+            "size": replace(_SIZE, **self.size),
             "options": RunOptions(evaluation_samples=4, progress=False),
         }
 
 
+_SIZE = UpdateSize(samples=8, batch=8, value_epochs=1)
 _ALL = {"trains": "all", "guidance": 1.0}
 _AGAIN = {"gradient_checkpointing": True}
 _256 = {"resolution": 256, "guidance": 3.0}
@@ -193,7 +194,7 @@ def measured(row: Row, folder: Path) -> dict[str, Any]:
         times.append(clock() - started)
         return numbers
 
-    Trainer.step = timed
+    Trainer.step = timed  # pyright: ignore[reportAttributeAccessIssue]  # to watch its clock
     with tempfile.TemporaryDirectory() as output:
         sd15.finetune(**arguments, output=Path(output) / "run")
     if cuda:

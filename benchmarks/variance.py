@@ -321,8 +321,7 @@ class Measured:
             return None
         if self.estimator.value == "network":
             assert self.trainer.critic is not None
-            with torch.no_grad():
-                return self.trainer.critic.values(rollout, sample.denoised_rewards)
+            return self.trainer.critic.values_along(rollout, sample.denoised_rewards)
         if self.estimator.value == "none":
             zeros = torch.zeros_like(rollout.states[:, :-1, 0])
             return torch.cat([zeros, rollout.rewards[:, None]], dim=1)

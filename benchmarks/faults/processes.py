@@ -168,9 +168,9 @@ def whole(folder: Path, sizes: Sequence[int], alone: Path, lost: Lost | None = N
         words[words.index("--updates") + 1] = str(updates)
         more = ("--updates", str(updates)) if k else ()
         ended = world(folder, size, more=more, lost=lost, words=words)
-        failed = [each.last for each in ended if each is None or each.code]
-        if failed:
-            return failed[0]
+        for each in ended:
+            if each is None or each.code:
+                return "a process that hung" if each is None else each.last
     return differs(folder, alone)
 
 

@@ -100,8 +100,9 @@ class PipelineFiles:
         import diffusers
 
         config = self.configs["scheduler"]
-        kind = getattr(diffusers, str(config.get("_class_name")), None)
-        if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+        mixin: Any = diffusers.SchedulerMixin  # pyright: ignore[reportPrivateImportUsage]  # documented
+        kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+        if not isinstance(kind, type) or not issubclass(kind, mixin):
             raise ValueError(
                 f"model {self.model} has a scheduler of class {config.get('_class_name')!r}, which "
                 "diffusers does not have"
