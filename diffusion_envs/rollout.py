@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -81,12 +82,45 @@ class Rollout:
         groups = len(self.rewards) // self.group
         return self.share or Share(range(groups), groups, self.group)
 
+    def at(
+        self, name: str, path: Int64[Tensor, " rows"], step: Int64[Tensor, " rows"]
+    ) -> Float[Tensor, " rows *event"]:
+        """One of what is kept of each step, of (path, step) pairs, on the rewards' device."""
+        values: Tensor = getattr(self, name)
+        device = values.device
+        return sent(values[sent(path, device), sent(step, device)], self.rewards.device)
+
+    def on_host(self) -> "Rollout":
+        """The same roll-out, with what is kept of each step in the CPU's memory.
+
+        ``at`` and ``chosen`` bring the rows that are asked for to the device.
+        """
+        return dataclasses.replace(self, **{name: _on_host(v) for name, v in self._large()})
+
+    def here(self) -> "Rollout":
+        """The same roll-out, all of it on the rewards' device."""
+        device = self.rewards.device
+        return dataclasses.replace(self, **{name: sent(v, device) for name, v in self._large()})
+
+    def _large(self) -> list[tuple[str, Tensor]]:
+        """What is kept of each step, as large as its state."""
+        names = ("states", "means", "actions", "noises", "reference_scores")
+        values = [(name, getattr(self, name)) for name in names]
+        return [(name, value) for name, value in values if value is not None]
+
     def chosen(self, rows: Int64[Tensor, " rows"]) -> "Rollout":
-        """The same roll-out, some of its paths only."""
+        """The same roll-out, some of its paths only, on the rewards' device."""
         here = sent(rows, self.rewards.device)
         fields = {
             f.name: value[here if value.device == here.device else rows]
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor) and f.name != "step_sizes"
         }
-        return dataclasses.replace(self, **fields, share=None)
+        return dataclasses.replace(self, **fields, share=None).here()
+
+
+def _on_host(value: Tensor) -> Tensor:
+    if value.device.type == "cpu":
+        return value
+    pinned = value.device.type == "cuda"  # so that no copy of its rows waits
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned).copy_(value)

@@ -30,7 +30,6 @@ from diffusion_envs.runs.run_folder import commit, versions
 ROWS: tuple[str, ...] = (  # modules of this package, in the order of the table
     "kills",
     "damaged_files",
-    "processes",
     "full_disk",
     "signals",
     "folders",

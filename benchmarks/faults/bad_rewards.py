@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[_Returned, str]] = {
     "objects": (lambda v: np.array([object()] * len(v)), "got a numpy array of object"),
     "complex numbers": (lambda v: v.to(torch.complex64), "got complex"),
     "a sparse tensor": (lambda v: v.to_sparse(), "not dense"),
-    "a tensor without values": (lambda v: v.to("meta"), "Red"),
+    "a tensor without values": (lambda v: v.to("meta"), "cannot be read"),
     "numbers that break": (lambda v: [Breaking(1)] * len(v), "cannot be read"),
     "a gradient attached": (_attached, "needs a gradient"),
     "NaN": (_with(math.nan), "sample 1 ("),

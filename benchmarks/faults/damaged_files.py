@@ -25,6 +25,7 @@ from benchmarks.faults import small_run
 from benchmarks.faults.row import Row
 from diffusion_envs import digests
 from diffusion_envs.runs import checkpoint, tracking
+from diffusion_envs.runs.report_pictures import pictures
 from diffusion_envs.runs.resuming import Checkpoints
 from diffusion_envs.runs.run_folder import read_settings
 
@@ -82,6 +83,7 @@ def _kinds(run: Path) -> list[Kind]:
         ),
         Kind("lora_kohya.safetensors", partial(_tensors, name="lora_kohya.safetensors")),
         Kind("wandb.json", _wandb),
+        Kind("samples/step-000000.png", _pictures, "left out of the report by name"),
     ]
 
 
@@ -155,6 +157,10 @@ def _logs(run: Path) -> Any:
     trainer: Any = _NoTrainer(accelerator=SimpleNamespace(is_main_process=True))
     Checkpoints(run / "checkpoints", trainer, 1, []).load()
     return [tracking.read_metrics(run / name) for name in tracking.LOGS]
+
+
+def _pictures(run: Path) -> Any:
+    return pictures(run / "samples", None)
 
 
 def _wandb(run: Path) -> Any:

@@ -98,10 +98,10 @@ def ended(place: Path, file: str, disk: Disk | None) -> str | None:
                 _no_more_growth() if disk is None else disk.fill()
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            if event == "open" and isinstance(arguments[0], str | os.PathLike):
+            if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
                 flags = arguments[2]
                 if flags & (os.O_WRONLY | os.O_RDWR):
-                    full(os.fspath(arguments[0]))
+                    full(os.fsdecode(arguments[0]))
 
         sys.addaudithook(hook)
         for module in (digests, checkpoint):  # safetensors opens its files itself

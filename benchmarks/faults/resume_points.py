@@ -122,7 +122,7 @@ SETTINGS = {
     "a natural gradient": Setting(
         objectives.DDPO(learning_rate=1e-2),
         (*_EVERYWHERE, ("optimiser",)),
-        optimiser=NaturalGradient(nats=0.01),
+        optimiser=NaturalGradient(nats=0.01, momentum=0.6),
     ),
 }
 

@@ -31,6 +31,7 @@ GPUS = (1, 8, 64)
 MODELS = {"tiny": "the embedded model", "middle": "a UNet of 8.7 M parameters"}
 LARGE = {"sd15": "SD1.5, 512 x 512", "sdxl": "SDXL, 1024 x 1024"}
 BATCH = {"sd15": 8, "sdxl": 4}
+FROZEN = {"sd15": 207e6, "sdxl": 902e6}  # parameters of decoder and text encoders
 EVENT = {"tiny": 4 * 8 * 8, "middle": 4 * 16 * 16}
 
 
@@ -110,8 +111,9 @@ def _links(stored: Mapping[str, Any]) -> dict[str, communication.Link]:
     """For each kind of exchange, on the machine that was measured."""
     rows = [r for r in stored["communication"] if r["processes"] in communication.FITTED]
     cores = stored["machine"]["cores"]
+    cache = stored["machine"]["cache"] / 2  # what is sent, and what comes
     return {
-        kind: communication.fit([row for row in rows if row["kind"] == kind], cores)
+        kind: communication.fit([row for row in rows if row["kind"] == kind], cores, cache)
         for kind in ("all-reduce", "gather")
     }
 
@@ -184,14 +186,15 @@ def _communication_table(stored: Mapping[str, Any]) -> str:
         )
     head = ["exchange", "processes", "bytes", "ms, by the fit", "least", "median", "runs"]
     told = "; ".join(
-        f"{kind}: {1e6 * link.latency:.3g} us a step and {link.bandwidth / 1e6:.3g} MB/s"
+        f"{kind}: {1e6 * link.latency:.3g} us a step, {link.cached / 1e6:.3g} MB/s in the cache"
+        + (f", {link.bandwidth / 1e6:.3g} beyond" if link.bandwidth != link.cached else "")
         for kind, link in links.items()
     )
     return f"Fitted to the least of 2 and of 4 processes. {told}.\n\n{_table(head, lines)}"
 
 
 def _run(name: str, **changes: Any) -> Run:
-    return replace(Run(batch=BATCH[name]), **changes)
+    return replace(Run(batch=BATCH[name], frozen=FROZEN[name]), **changes)
 
 
 def _parts_table(stored: Mapping[str, Any]) -> str:
@@ -336,9 +339,16 @@ def _store(measured: Mapping[str, Any]) -> None:
     stored["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "cache": _cache(),
         "versions": versions(),
     }
     STORED.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def _cache() -> int:
+    """Bytes of the last cache that the cores share (Linux)."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+    return 1024 * int(size.removesuffix("K"))
 
 
 def write(stored: Mapping[str, Any]) -> None:

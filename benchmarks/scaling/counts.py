@@ -100,14 +100,14 @@ class _Fused(torch.autograd.Function):
     """Attention as fused kernels keep it: what goes in and out, and a number for each query."""
 
     @staticmethod
-    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Shapes alone."""
         mixed = torch.empty_like(query)
-        context.save_for_backward(query, key, value, mixed, query.new_empty(query.shape[:-1]))
+        ctx.save_for_backward(query, key, value, mixed, query.new_empty(query.shape[:-1]))
         return mixed
 
     @staticmethod
-    def backward(context: Any, *_: Any) -> Any:
+    def backward(ctx: Any, *_: Any) -> Any:
         """Never asked."""
         raise NotImplementedError
 
@@ -146,7 +146,7 @@ class _Network:
         torch.set_default_dtype(precision)
         try:
             self.unet = _unet(name)
-            self.decoder = _decoder(_SMALL_DECODER if name == "middle" else _LARGE_DECODER)
+            self.decoder: Any = _decoder(_SMALL_DECODER if name == "middle" else _LARGE_DECODER)
         finally:
             torch.set_default_dtype(usual)
         settings: Any = self.unet.config

@@ -56,7 +56,7 @@ class PreferenceRows(Rows):
 def preference_of(steps: Steps) -> Float[Tensor, " rows"]:
     """The preference of each row's path."""
     assert steps.rollout.preferences is not None  # needs_preferences
-    return steps.rollout.preferences[steps.path].to(steps.rollout.means)
+    return steps.rollout.preferences[steps.path].to(steps.rollout.costs)
 
 
 @dataclass(frozen=True)

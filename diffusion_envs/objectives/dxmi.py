@@ -111,7 +111,7 @@ class _ByValue(PathObjective):
         """With the next state's mean, and the values."""
         assert steps.values is not None  # needs_value
         values, path, step = steps.values, steps.path, steps.step
-        state = steps.rollout.states[path, step]
+        state = steps.rollout.at("states", path, step)
         shape = (-1, *[1] * (state.ndim - 1))
         gain = steps.at_step(steps.sampler.state_gain).view(shape)
         return ValueRows(

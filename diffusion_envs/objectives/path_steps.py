@@ -68,7 +68,7 @@ class Steps:
 
     def at_step(self, table: Float[Tensor, " steps"]) -> Float[Tensor, " rows"]:
         """A table of the sampler at each row's step."""
-        return as_like(table, self.rollout.means)[self.step]
+        return as_like(table, self.rollout.costs)[self.step]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class PathObjective(Objective):
     needs_density: ClassVar[bool] = True
     needs_noisy_steps: ClassVar[bool] = True
     chooses_steps: ClassVar[bool] = True
+    reads_by_row: ClassVar[bool] = True
     joins_steps: ClassVar[bool] = False  # a loss is of whole paths: their used steps come together
 
     @property
@@ -171,7 +172,7 @@ class PathLosses:
         self._sent = None if self.sampler.parameters else self._tables()
         factor = self.sampler.kl_factor
         self._kl_factor = (
-            as_like(factor, self.rollout.means) if isinstance(factor, Tensor) else factor
+            as_like(factor, self.rollout.costs) if isinstance(factor, Tensor) else factor
         )
         self._log_ratios: list[Tensor] = []
         self._clipped: list[Tensor] = []
@@ -179,7 +180,7 @@ class PathLosses:
     def _tables(self) -> Float[Tensor, "2 steps"]:
         """Gain and standard deviation of each step; with their gradient, where they learn."""
         tables = torch.stack([self.sampler.gain, self.sampler.std])
-        return as_like(tables, self.rollout.means)
+        return as_like(tables, self.rollout.costs)
 
     def _targets(self, generator: Generator) -> Float[Tensor, "paths steps *event"] | None:
         """The objective's, for as many paths at once as fit into memory."""
@@ -259,15 +260,20 @@ class PathLosses:
         """(path, step) pairs as the objective's rows, with the current policy's action."""
         rollout, environment = self.rollout, self.environment
         path, step = sent(which, environment.device).unbind(1)
-        mean = environment.action(rollout.states[path, step], step, rollout.condition[which[:, 0]])
+        pairs = (path, step) if rollout.states.device == path.device else which.unbind(1)
+
+        def stored(name: str) -> Tensor:
+            return rollout.at(name, *pairs)
+
+        mean = environment.action(stored("states"), step, rollout.condition[which[:, 0]])
         tables = self._tables() if self._sent is None else self._sent
         score_gain, std = tables[:, step]
         factor = self._kl_factor
         common = Rows(
             mean=mean,
-            old_mean=rollout.means[path, step],
+            old_mean=stored("means"),
             reference_score=self._reference(which),
-            noise=rollout.noises[path, step],
+            noise=stored("noises"),
             advantage=self.advantages[path, step].to(mean),
             step_size=rollout.step_sizes[step].to(mean),
             horizon=rollout.step_sizes.sum().to(mean),
@@ -286,13 +292,14 @@ class PathLosses:
         """Pretrained actions of (path, step) pairs: the roll-out's, or asked for now."""
         rollout, environment = self.rollout, self.environment
         path, step = sent(which, environment.device).unbind(1)
+        pairs = (path, step) if rollout.states.device == path.device else which.unbind(1)
         if rollout.reference_scores is not None:
-            return rollout.reference_scores[path, step]
+            return rollout.at("reference_scores", *pairs)
         if not self.objective.needs_reference:
             return None
         with environment.pretrained():
             condition = rollout.condition[which[:, 0]]
-            return environment.action(rollout.states[path, step], step, condition)
+            return environment.action(rollout.at("states", *pairs), step, condition)
 
     def numbers(self) -> dict[str, float]:
         """Numbers of the objective, range of the ratios, and the share that the clip touches."""
@@ -310,7 +317,7 @@ class PathLosses:
                 round-off, or a fresh adapter is not the pretrained model; the message says why, by
                 experiment (``preflight``).
         """
-        rollout, objective = self.rollout, self.objective
+        rollout, objective = self.rollout.here(), self.objective
         paths, steps = rollout.costs.shape
         few = min(paths, max(4, rollout.group))
         rows = torch.cartesian_prod(torch.arange(few), torch.arange(steps))

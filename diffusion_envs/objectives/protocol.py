@@ -126,6 +126,9 @@ class Objective(ABC):
     needs_noisy_steps: ClassVar[bool] = False  # an ODE has none
     # its formula takes what the sampler is acted on by for a score; on a flow it is expected data
     needs_scores: ClassVar[bool] = False
+    reads_by_row: ClassVar[bool] = (
+        False  # of what the roll-out keeps: by ``Rollout.at``, ``chosen``
+    )
     chooses_steps: ClassVar[bool] = False  # some steps of each path may do (``train_steps``)
     fits_end: ClassVar[bool] = False  # the value network is also fitted at the final node
     value_sees_denoised: ClassVar[bool] = False  # V is a function of x0_hat; no reward query

@@ -155,7 +155,7 @@ class ScoreAsActionSampled(_ContinuousTime):
         """Rows with the scores that were drawn."""
         return DrawnRows(
             **vars(common),
-            action=steps.rollout.actions[steps.path, steps.step],
+            action=steps.rollout.at("actions", steps.path, steps.step),
             action_std=self.action_std(steps.at_step(steps.sampler.sigma[:-1])),
         )
 

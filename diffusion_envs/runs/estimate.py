@@ -94,7 +94,9 @@ class RunCost:
     def largest(self) -> str:
         """The part that most bytes are for."""
         parts = {**self.held, **self.at_peak}
-        return max((name for name in parts if name != BASE), key=lambda name: parts[name])
+        return max(
+            (name for name in parts if name not in (BASE, LATER)), key=lambda name: parts[name]
+        )
 
     @property
     def refusal(self) -> str:
@@ -123,6 +125,10 @@ class RunCost:
 
 
 BASE = "interpreter and libraries"
+LATER = "libraries that are loaded later"
+HEAP = "pieces of the heap between tensors"
+_LATER = 80 * 2**20  # bytes; measured, as is what follows (benchmarks.run_cost)
+_HEAP = 5.5  # times a call's tensors without a gradient
 UNCERTAINTY = 1.3  # factor between estimated and measured seconds (docs/scaling.md)
 _REMEDIES = {
     "weights of the networks": "a reduced precision halves them (--precision bfloat16)",
@@ -134,6 +140,7 @@ _REMEDIES = {
     "copies of what trains": "leave out --average, or train a LoRA (--trains lora)",
     "value network": "an objective without one, such as ddpo or grpo",
     "activations": "recompute them (--gradient-checkpointing), or fewer rows at once (--batch)",
+    HEAP: "set MALLOC_MMAP_THRESHOLD_=262144 in the environment, for slower calls",
     "decoder": "decode picture by picture (--decode-slices), or fewer at once (--batch)",
     "paths and pictures": (
         "keep them in the CPU's memory (--stored-paths host), or fewer --samples or --steps"
@@ -213,9 +220,9 @@ def estimate(
         course = plan.rehearse()
         held = _held(loaded, plan, optimiser, kind, base)
         peaks = {
-            "first update": _peak(course.first, networks, size.batch),
-            "update": _peak(course.update, networks, size.batch),
-            "evaluation": _peak(course.evaluation, networks, size.batch),
+            "first update": _peak(course.first, networks, size.batch, kind),
+            "update": _peak(course.update, networks, size.batch, kind),
+            "evaluation": _peak(course.evaluation, networks, size.batch, kind),
             "step of the optimiser": held.stepping,
             "checkpoint": held.checkpoint if kind == "cpu" else {},
             "export": held.export if kind == "cpu" else {},
@@ -241,7 +248,7 @@ def estimate(
         at_peak=peaks[phase],
         phase=phase,
         phases=phases,
-        least=always - held.always.get(BASE, 0) + stored,
+        least=always - held.always.get(BASE, 0) - held.always.get(LATER, 0) + stored,
         available=available(kind),
         seconds=seconds,
         calls=sum(m.rows for m in course.update if m.what in ("network", "pretrained")),
@@ -311,8 +318,12 @@ class _Networks:
         return _Count(peak, kept, back, meter.operations, meter.calls, meter.flops)
 
 
-def _peak(moments: list[Moment], networks: _Networks, batch: int) -> dict[str, int]:
-    """What is held at the moment when most is, beside what always is."""
+def _peak(moments: list[Moment], networks: _Networks, batch: int, kind: str) -> dict[str, int]:
+    """What is held at the moment when most is, beside what always is.
+
+    On a CPU glibc keeps tensors of less than 32 MiB in a heap, in which the place of a freed one is
+    not taken by the next of its size.
+    """
     kept = dict[int, int]()
     best: dict[str, int] = {}
 
@@ -336,6 +347,11 @@ def _peak(moments: list[Moment], networks: _Networks, batch: int) -> dict[str, i
             kept.pop(moment.returns, None)
         elif asked.gradient:
             kept[place] = count.kept
+    asked = [m.rows for m in moments if m.what == "network" and m.rows]
+    learned = [m.rows for m in moments if m.what == "network" and m.gradient]
+    if kind == "cpu" and sys.platform == "linux" and asked:
+        rows = max([min(max(asked), batch), *learned])
+        best[HEAP] = int(_HEAP * networks.count("network", rows, False).peak)
     return best
 
 
@@ -370,7 +386,7 @@ def _held(model: Model, plan: Plan, optimiser: Optimiser, kind: str, base: int) 
     lags = plan.objective.old_decay(0) > 0
     name = "weights that train" if frozen else "adapter"
     always = {
-        **({BASE: base} if kind == "cpu" else {}),
+        **({BASE: base, LATER: _LATER} if kind == "cpu" else {}),
         "weights of the networks": max(0, everything - trained),
         name: trained,
         "pretrained copy": frozen,

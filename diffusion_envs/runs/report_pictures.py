@@ -1,6 +1,7 @@
 """Of a report: pictures of the first and of the last grid, seed by seed, in a bounded size."""
 
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from diffusion_envs.runs.report_words import figure, folded, image
 _PAIRS = 12  # of pictures, that are not folded away
 _BYTES = 2 * 2**20  # of all pictures of a page; in it they take a third more
 _QUALITIES = (92, 80, 65, 50)  # of JPEG, where PNG takes more than that
+_log = logging.getLogger(__name__)
 
 
 def pictures(folder: Path, summary: Mapping[str, Any] | None) -> str:
@@ -24,8 +26,11 @@ def pictures(folder: Path, summary: Mapping[str, Any] | None) -> str:
         grids = {update: path for update, path in grids.items() if update <= exported}
     if not grids:
         return f"{title}<p>No pictures yet.</p>"
-    updates = list(dict.fromkeys((min(grids), max(grids))))
-    tiles = [contact_sheet.tiles(grids[update]) for update in updates]
+    read = {update: _tiles(grids[update]) for update in dict.fromkeys((min(grids), max(grids)))}
+    updates = [update for update, sheet in read.items() if sheet is not None]
+    tiles = [sheet for sheet in read.values() if sheet is not None]
+    if not updates:
+        return f"{title}<p>The pictures are damaged.</p>"
     named = ["before" if not update else f"after {update} updates" for update in updates]
     if any(not sheet for sheet in tiles):  # written by an earlier version
         kind, sheets = within([grids[update].read_bytes() for update in updates], _BYTES)
@@ -51,6 +56,15 @@ def pictures(folder: Path, summary: Mapping[str, Any] | None) -> str:
         f'{title}<p class="muted">The same prompts and seeds: {words}.</p>'
         f'<div class="pairs">{"".join(pairs[:_PAIRS])}</div>{more}'
     )
+
+
+def _tiles(path: Path) -> list[contact_sheet.Tile] | None:
+    """The pictures of a sheet; None of a damaged one, which is told and left out."""
+    try:
+        return contact_sheet.tiles(path)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
+        _log.warning("%s is damaged and left out of the report: %s", path, error)
+        return None
 
 
 def within(pngs: Sequence[bytes], most: int) -> tuple[str, list[bytes]]:

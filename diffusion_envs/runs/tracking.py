@@ -16,7 +16,7 @@ from torch import Tensor
 from ctrl.estimate import Estimate
 from diffusion_envs.digests import opened, sealed
 from diffusion_envs.runs.contact_sheet import grid, save
-from diffusion_envs.whole_files import append, whole
+from diffusion_envs.whole_files import append, naming, whole
 
 OVER_OPTIMISATION = "over_optimisation.jsonl"
 TRAINING_BY_PROMPT = "training_by_prompt.jsonl"
@@ -98,7 +98,8 @@ class Tracker:
         _keep_lines_until(folder / TRAINING_BY_PROMPT, first_update)
         if self._service is not None:
             self._wandb = _wandb_run(self._service, folder, wandb, wandb_name)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update + 1)
+        with naming(folder / "tensorboard"):
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update + 1)
         append(path, "")  # there is a log from the start
         (folder / "samples").mkdir(exist_ok=True)
 
@@ -113,7 +114,8 @@ class Tracker:
     ) -> None:
         if not self.enabled:
             return
-        self._board.close()
+        with naming(self.folder / "tensorboard"):
+            self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -139,10 +141,15 @@ class Tracker:
         self._last = update
         flat = {n: v.mean if isinstance(v, Estimate) else v for n, v in numbers.items()}
         flat = {name: value for name, value in flat.items() if value is not None}
-        for name, value in flat.items():
-            self._board.add_scalar(name, value, update)
+        self._draw(flat, update)
         if self._wandb is not None:
             self._wandb.log(flat, step=update)
+
+    def _draw(self, flat: Mapping[str, Any], update: int) -> None:
+        """Numbers of an update, for TensorBoard."""
+        with naming(self.folder / "tensorboard"):
+            for name, value in flat.items():
+                self._board.add_scalar(name, value, update)
 
     def by_prompt(self, update: int, rewards: Mapping[int, Estimate]) -> None:
         """A line of ``training_by_prompt.jsonl``: rewards of an update, by index of the prompt.
@@ -180,8 +187,7 @@ class Tracker:
         append(path, f"{line}\n")
         self._last_metrics = update
         flat = {f"over_optimisation/{name}": value.mean for name, value in numbers.items()}
-        for name, value in flat.items():
-            self._board.add_scalar(name, value, update)
+        self._draw(flat, update)
         if self._wandb is not None:
             self._wandb.log(flat, step=update)
 
@@ -217,7 +223,8 @@ class Tracker:
                 other.unlink(missing_ok=True)
         if not last and not lasts(update, self._picture_every):
             return
-        self._board.add_image("samples", np.asarray(sheet), update, dataformats="HWC")
+        with naming(self.folder / "tensorboard"):
+            self._board.add_image("samples", np.asarray(sheet), update, dataformats="HWC")
         if self._wandb is not None:
             self._wandb.log({"samples": self._service.Image(sheet)}, step=update)
 

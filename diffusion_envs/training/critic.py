@@ -120,7 +120,8 @@ class Critic:
 
     def shown(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """What the network is shown: (noising time, state, prompt) of every node."""
-        (paths, nodes), sampler = rollout.states.shape[:2], self.environment.steps
+        rollout, sampler = rollout.here(), self.environment.steps
+        paths, nodes = rollout.states.shape[:2]
         states, times = rollout.states, as_like(sampler.noising_times, rollout.rewards)
         if self.objective.value_sees_denoised:
             guesses = sampler.denoised(states[:, :-1], rollout.means)
@@ -237,7 +238,7 @@ class Critic:
         losses = martingale_loss(self.values(chosen, seen), returns[part], rollout.step_sizes)
         if self.objective.fits_end:
             last = torch.full_like(part, returns.shape[1] - 1)
-            end = self.at(rollout)(last, rollout.states[part, -1], part)
+            end = self.at(rollout)(last, chosen.states[:, -1], part)
             gap = end - returns[part, -1]
             losses = losses + rollout.step_sizes[-1] * gap.square()
         return losses

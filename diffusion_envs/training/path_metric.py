@@ -137,11 +137,10 @@ class PathMetric:
         drawn = torch.randperm(paths * steps, generator=generator)[:rows]
         drawn = drawn[place.has(drawn // steps)] - place.paths.start * steps
         path, step = drawn // steps, drawn % steps
-        here = sent(torch.stack([path, step]), environment.device)
         return cls(
             environment,
             parameters,
-            rollout.states[here[0], here[1]],
+            rollout.at("states", path, step),
             step,
             rollout.condition[sent(path, rollout.condition.device)],
             environment.steps.path_kl_gain[step] * (steps / rows),

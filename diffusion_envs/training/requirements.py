@@ -115,6 +115,11 @@ def require_fit(
             f"train_steps ({size.train_steps}) must be at most the sampler's steps ({steps}) "
             f"that {name} learns from: use fewer, or leave it out"
         )
+    if size.stored_paths == "host" and (objective.needs_data or not objective.reads_by_row):
+        raise ValueError(
+            f"stored_paths='host' is for objectives that read single steps, and {name} reads the "
+            "roll-out as a whole: use stored_paths='device'"
+        )
     if objective.needs_fresh_rollouts and (taken := size.epochs * size.minibatches) > 1:
         raise ValueError(
             f"{name} corrects for no change of policy within a roll-out: "

@@ -284,6 +284,8 @@ class Trainer:
                 more["values"] = values
         if objective.needs_preferences:
             more["preferences"] = self._preferences(sample, indices)
+        if self.size.stored_paths == "host":
+            rollout = rollout.on_host()
         return dataclasses.replace(sample, rollout=dataclasses.replace(rollout, **more))
 
     def _preferences(self, sample: Sample, indices: range) -> Tensor:

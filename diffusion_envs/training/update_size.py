@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Schedule = Literal["constant", "linear", "cosine"]
+StoredPaths = Literal["device", "host"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class UpdateSize:
         warm_up: updates at first whose learning rate rises linearly to the full one.
         schedule: of the learning rate after them: constant, linear or cosine (both towards 0).
         schedule_updates: at which a schedule reaches 0; those of the whole run.
+        stored_paths: where states, scores and noises of a roll-out are kept until the update has
+            used them: on the device, or in the host's memory, from which rows are brought piece by
+            piece: the same numbers, more time.
         average: decay, from one update to the next, of a running mean of the trained weights, which
             is what is evaluated and exported; None for none, 0 for the newest alone. While updates
             are few it is their plain mean. It never samples or trains. A mean of weights is that of
@@ -43,6 +47,7 @@ class UpdateSize:
     warm_up: int = 0
     schedule: Schedule = "constant"
     schedule_updates: int | None = None
+    stored_paths: StoredPaths = "device"
     average: float | None = None
     value_epochs: int = 2
     value_batch: int = 128
@@ -60,6 +65,10 @@ class UpdateSize:
             raise ValueError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
         if self.average is not None and not 0 <= self.average < 1:
             raise ValueError(f"average must be in [0, 1), or None, got {self.average}")
+        if self.stored_paths not in (kinds := get_args(StoredPaths)):
+            raise ValueError(
+                f"stored_paths must be one of {', '.join(kinds)}, got {self.stored_paths!r}"
+            )
         self._require_schedule()
         if self.train_steps is not None and self.train_steps < 1:
             raise ValueError(f"train_steps must be at least 1 or None, got {self.train_steps}")

@@ -208,14 +208,14 @@ KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
         wrong(
             "old log-density not detached from the new",
             ROWS,
-            "old_mean=rollout.means[path, step]",
+            'old_mean=stored("means")',
             "old_mean=mean",
         ),
         wrong(
             "the pretrained policy for the old one",
             ROWS,
-            "old_mean=rollout.means[path, step]",
-            "old_mean=rollout.reference_scores[path, step]",
+            'old_mean=stored("means")',
+            'old_mean=stored("reference_scores")',
         ),
         wrong(
             "advantages not shuffled with their rows",
@@ -226,7 +226,7 @@ KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
         wrong(
             "noise of another step",
             ROWS,
-            "noise=rollout.noises[path, step]",
+            'noise=stored("noises")',
             "noise=rollout.noises[path, step - 1]",
         ),
         wrong(

@@ -313,3 +313,81 @@ def test_a_reward_that_counts_is_told_from_one_that_does_not():
 
     assert isinstance(Cutting(), rewards.Counting)
     assert not isinstance(rewards.Colour(), rewards.Counting)
+
+
+# -- what a reward does besides --------------------------------------------------------------------
+
+
+def test_torchs_settings_are_afterwards_what_they_were():
+    def settings():
+        return (
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.get_num_threads(),
+            torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+    def my_reward(pictures, prompts):
+        torch.set_grad_enabled(not torch.is_grad_enabled())
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        torch.set_float32_matmul_precision("medium")
+        torch.use_deterministic_algorithms(True)
+        prompts.clear()
+        return pictures.mean((1, 2, 3))
+
+    before, prompts = settings(), [*PROMPTS]
+    torch.testing.assert_close(score(my_reward, IMAGES, prompts), IMAGES.mean((1, 2, 3)))
+    assert settings() == before
+    with pytest.raises(RewardError):
+        rewards.differentiable_score(my_reward, IMAGES.clone().requires_grad_(), prompts)
+    assert settings() == before
+    assert prompts == PROMPTS
+
+
+def test_a_reward_that_leaves_the_program_is_an_error_of_the_reward():
+    def my_reward(pictures, prompts):
+        sys.exit(0)
+
+    for ask in (score, rewards.differentiable_score):
+        with pytest.raises(RewardError, match="reward my_reward raised SystemExit"):
+            ask(my_reward, IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("20 GiB"), MemoryError("no room")])
+def test_memory_that_runs_out_in_a_reward_is_no_error_of_the_reward(error):
+    def my_reward(pictures, prompts):
+        raise error
+
+    for ask in (score, rewards.differentiable_score):
+        with pytest.raises(type(error), match=str(error)):
+            ask(my_reward, IMAGES, PROMPTS)
+
+
+class Breaking(float):
+    def __float__(self):
+        raise ArithmeticError("no float")
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (torch.tensor(NUMBERS).to_sparse(), "got a tensor that is not dense"),
+        (torch.tensor(NUMBERS).to("meta"), "got Tensor, which cannot be read"),
+        ([Breaking(1.0)] * 3, "got list, which cannot be read: no float"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(returned, words):
+    with pytest.raises(RewardError, match=f"reward my_reward must return one .*; {words}"):
+        score(giving(returned), IMAGES, PROMPTS)
+
+
+def test_a_differentiable_reward_that_is_too_large_is_refused_with_its_sample():
+    def my_reward(pictures, prompts):
+        return pictures.mean((1, 2, 3)) * torch.tensor([1.0, 1.0, 1e17])
+
+    with pytest.raises(RewardError, match=r"my_reward must be finite .* sample 2 \('a frog'\) got"):
+        rewards.differentiable_score(my_reward, IMAGES.clone().requires_grad_(), PROMPTS)

@@ -92,7 +92,7 @@ def test_what_is_held_is_what_the_parameters_say():
         parameter.grad = torch.zeros_like(parameter)
     optimiser.step()
     moments = [x for state in optimiser.state.values() for x in state.values()]
-    assert held["state of the optimiser"] == sum(x.nbytes for x in moments)
+    assert held["state of the optimiser"] == sum(x.nbytes for x in moments if x.numel() > 1)
     everything = {id(t): t for n in loaded.networks.values() for t in n.state_dict().values()}
     parts = {t.data_ptr(): t.nbytes for t in everything.values()}
     assert held["weights of the networks"] >= sum(parts.values()) - adapter  # and buffers
@@ -124,7 +124,8 @@ def test_the_peak_of_an_update_is_that_of_one_that_is_metered(objective):
     with Meter() as meter:
         trainer.step()
     cost = cost_of(StableDiffusion("tiny"), objective=objective)
-    said = cost.phases["update"] - sum(cost.held.values())
+    assert cost.phase in ("update", "first update")
+    said = sum(size for name, size in cost.at_peak.items() if name != estimate.HEAP)
     assert said == pytest.approx(meter.peak, rel=0.05)
     assert cost.calls == model.calls // 2 // 2  # of two updates, with two branches of guidance
 

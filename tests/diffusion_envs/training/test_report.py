@@ -375,6 +375,16 @@ def test_sheets_of_an_earlier_version_are_shown_whole(tmp_path):
         assert data == (folder / "samples" / f"step-{step}.png").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["step-000000.png", "step-000005.png"])
+def test_a_damaged_picture_is_told_and_left_out(name, tmp_path, caplog):
+    folder = make_run(tmp_path / "run")
+    path = folder / "samples" / name
+    path.write_bytes(path.read_bytes()[:-40])
+    shown = pictures(read(folder))
+    assert shown == ([255, 255] if name == "step-000000.png" else [0, 0])
+    assert f"{path} is damaged and left out of the report" in caplog.text
+
+
 def test_nothing_is_fetched(tmp_path):
     source = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
     page = Page(source)
