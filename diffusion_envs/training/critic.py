@@ -222,6 +222,9 @@ class Critic:
             mean = losses.sum() / of / rollout.step_sizes.sum()
             return mean / self.network.scale.square()
 
+        if not len(part):  # of several processes one may have none of them
+            clear()
+            return returns.new_zeros(0)
         memory.accumulated(loss, self, "the value network's update", rows=len(part), clear=clear)
         return torch.cat(seen)
 

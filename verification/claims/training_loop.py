@@ -187,9 +187,10 @@ def units_of_ratio(rows: Rows) -> float:
 
 ROWS = "diffusion_envs.objectives.path_steps.PathLosses.rows"
 LOSSES = "diffusion_envs.objectives.path_steps.PathLosses.losses"
-IMPROVE = "diffusion_envs.training.trainer.Trainer._improve_adapter"
+IMPROVE = "diffusion_envs.training.trainer.Trainer._differentiate"
 LOSS = "diffusion_envs.objectives.score_as_action.ScoreAsAction.loss"
 SAMPLE = "diffusion_envs.environment.Environment.sample"
+SIMULATED = "diffusion_envs.environment.Environment._simulated"
 PRETRAINED = "diffusion_envs.models.adapters.AdapterSwitch._switch"
 KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
 
@@ -243,7 +244,7 @@ KL_RATE = "diffusion_envs.objectives.path_steps.path_kl_rate"
         ),
         wrong(
             "adapter ignored while sampling",
-            SAMPLE,
+            SIMULATED,
             "            means.append(self._act(states, timestep.expand(len(states)), conditions))",
             "            with self.model.pretrained():\n"
             "                means.append(self._act(states, timestep.expand(len(states)), "

@@ -131,7 +131,8 @@ def seen(case: Case, accelerator: Accelerator) -> dict[str, Any]:
     if trainer.critic is not None:
         trainer.critic.network.double()
         if trainer.critic.usual_moves is not None:
-            trainer.critic.usual_moves = trainer.critic.usual_moves.double()
+            critic: Any = trainer.critic
+            critic.usual_moves = critic.usual_moves.double()
     told: dict[str, Any] = {}
     for update in range(2):
         rollout = trainer.sample().rollout
