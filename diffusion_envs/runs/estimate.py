@@ -104,8 +104,9 @@ class RunCost:
         parts = {**self.held, **self.at_peak}
         has = "" if self.available is None else f", and the device has {gib(self.available)}"
         return (
-            f"the run needs about {gib(self.peak)} at its peak ({self.phase}){has}. Most of it, "
-            f"{gib(parts[self.largest])}, is for {self.largest}: {_REMEDIES[self.largest]}"
+            f"the run needs about {gib(self.peak)} at its peak ({self.phase}){has}. The "
+            f"largest part that a setting changes, {gib(parts[self.largest])}, is for "
+            f"{self.largest}: {_REMEDIES[self.largest]}"
         )
 
     @property

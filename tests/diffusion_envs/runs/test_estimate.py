@@ -189,7 +189,7 @@ def test_what_cannot_fit_is_refused_with_the_largest_part_and_a_remedy(monkeypat
     assert "seconds an update" in out
     assert "it does not fit: the run needs about" in err
     assert "the device has 10.0 MiB" in err
-    assert "is for weights of the networks: a reduced precision" in err
+    assert "MiB, is for activations: recompute them (--gradient-checkpointing)" in err
     monkeypatch.undo()
     assert command_line.main(FAMILY, words) == 0
     assert "fit" not in capsys.readouterr().err
