@@ -96,7 +96,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_checkpoint_that_forgets_the_optimiser_is_seen_by_kills(told):
     phase, wrong = told["kills"]
     assert phase == "value network"
-    assert wrong.startswith("the end differs in checkpoints/step-000002/")
+    assert wrong.startswith("the end differs in ")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from diffusion_envs.digests import LogDigests, opened, read_tensors, sealed, wri
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.resuming import Checkpoints
 from diffusion_envs.runs.run_folder import open_run, read_settings
+from verification.claims.training_loop import Process
 
 SETTINGS = {"updates": 3, "rate": 3e-4, "names": ("a", "b"), "options": {}, "none": None}
 TENSORS = {
@@ -152,9 +153,7 @@ def test_a_run_that_goes_on_says_which_log_was_altered(altered, tmp_path, caplog
     checkpoint.save(tmp_path / "checkpoints", 1, state)
     if altered:
         (tmp_path / "metrics.jsonl").write_text('{"update": 1, "reward": 0.75}\n')
-    trainer: Any = SimpleNamespace(
-        load_state=lambda state: None, accelerator=SimpleNamespace(is_main_process=True)
-    )
+    trainer: Any = SimpleNamespace(load_state=lambda state: None, accelerator=Process())
     checkpoints = object.__new__(Checkpoints)  # without the types that tests enforce
     checkpoints._folder, checkpoints._trainer = tmp_path / "checkpoints", trainer
     checkpoints._others, checkpoints._logs = {}, log

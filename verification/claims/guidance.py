@@ -96,7 +96,7 @@ def generated(setting: Setting, scale: float, steps: int) -> Normal:
 
 _SCORE = "diffusion_envs.models.text_to_image_unet.GuidedScore._score"
 _LEVELS = "diffusion_envs.models.text_to_image_unet.GuidedScore._alpha_bar"
-_GUIDED = "diffusion_envs.models.text_to_image_unet.GuidedScore.prediction"
+_GUIDED = "diffusion_envs.models.text_to_image_unet.GuidedScore._prediction"
 
 
 @claim(

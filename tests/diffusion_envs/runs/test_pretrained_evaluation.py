@@ -41,7 +41,14 @@ class World:
         return rewards.score(reward, images, prompts)
 
     def evaluate(
-        self, environment: Any, samples: int, *, judges: Any, batch: int, pretrained: bool
+        self,
+        environment: Any,
+        samples: int,
+        *,
+        judges: Any,
+        batch: int,
+        pretrained: bool,
+        accelerator: Any,
     ):
         assert pretrained
         self.made += 1

@@ -12,6 +12,7 @@ from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.callbacks import Callback, Callbacks
 from diffusion_envs.runs.resuming import Checkpoints
 from diffusion_envs.training.trainer import Trainer
+from verification.claims.training_loop import Process
 
 
 class Toy(Trainer):
@@ -20,7 +21,7 @@ class Toy(Trainer):
     def __init__(self, *, main: bool = True) -> None:
         self.weight, self.update = torch.zeros(3), 0
         self.environment = SimpleNamespace(reward_queries=0, model=SimpleNamespace(calls=0))
-        self.accelerator = SimpleNamespace(is_main_process=main, num_processes=1)
+        self.accelerator = Process(int(not main), 1)
 
     def state(self) -> dict[str, Any]:
         environment = self.environment
