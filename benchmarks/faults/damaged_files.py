@@ -154,7 +154,7 @@ class _NoTrainer(SimpleNamespace):
 
 
 def _logs(run: Path) -> Any:
-    trainer: Any = _NoTrainer(accelerator=SimpleNamespace(is_main_process=True))
+    trainer: Any = _NoTrainer(accelerator=SimpleNamespace(process_index=0, num_processes=1))
     Checkpoints(run / "checkpoints", trainer, 1, []).load()
     return [tracking.read_metrics(run / name) for name in tracking.LOGS]
 
