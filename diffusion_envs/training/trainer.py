@@ -346,7 +346,7 @@ class Trainer:
     def _improve_adapter(self, losses: Losses, rollout: Rollout) -> dict[str, float]:
         size, groups = self.size, rollout.place.of
         most = size.max_gradient_norm if self.optimiser.clips else math.inf
-        norm, stepped = 0.0, dict[str, float]()
+        norm, seen, stepped = 0.0, dict[str, float](), dict[str, float]()
         if self._shards.networks:
             self._agree_on_rows(losses)
         for epoch in range(size.epochs):
@@ -358,17 +358,17 @@ class Trainer:
                     shuffle.set_state(drawn)
                     with self._differentiating():
                         self._differentiate(losses, part, shuffle, rollout.place)
-                    why = self._spoilt(losses, part, rollout)
+                    seen = self._spoil(losses, part, rollout)
                     parallel.add_gradients(self.parameters, self.accelerator)
                     self.loss_scale.divide(self.parameters)
                     norm = sharded.clip_gradients(self.parameters, most)
                     if not math.isfinite(norm):
-                        self._shrink_loss_scale(norm, why)
+                        self._shrink_loss_scale(norm, self._why(seen, rollout))
                 self.loss_scale.keep()
                 metrics = list[PathMetric]()
                 stepped = self.optimiser.step(self._metric(rollout, epoch, k, metrics))
                 self.batch = min([self.batch, *(each.batch for each in metrics)])
-        numbers = {**losses.numbers(), "gradient_norm": norm, **stepped}
+        numbers = {**(seen or losses.numbers()), "gradient_norm": norm, **stepped}
         return numbers | self.loss_scale.numbers()
 
     def _differentiate(
@@ -412,24 +412,40 @@ class Trainer:
 
         return self._shards.in_step(iter(losses.losses(part, generator)), spare)
 
-    def _spoilt(self, losses: Losses, part: Tensor, rollout: Rollout) -> str:
-        """Make a gradient NaN where a number to log is not finite; says which.
+    def _spoil(self, losses: Losses, part: Tensor, rollout: Rollout) -> dict[str, float]:
+        """Make a gradient NaN where a number to log is not finite; the objective's numbers so far.
 
         Then all processes see it, and refuse it together. A ratio of policies may overflow where
-        the gradient, clipped, does not.
+        the gradient, clipped, does not. The device is not waited for, but for those numbers.
         """
         here = not isinstance(losses, DivisibleLosses) or losses.rows_of(part)[0] > 0
         seen = losses.numbers() if here else {}
-        bad = [f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value)]
-        read = {"a reward": rollout.rewards, "a part of the reward": rollout.reward_parts}
+        read = self._to_log(rollout).values()
+        fine = torch.stack([value.isfinite().all() for value in read]).all()
+        if not all(math.isfinite(value) for value in seen.values()):
+            fine = torch.zeros_like(fine)
+        first = next((p for p in self.parameters if p.grad is not None), self.parameters[0])
+        if first.grad is not None and not sharded.is_shard(first):
+            first.grad = torch.where(sent(fine, first.device), first.grad, math.nan)
+        elif not fine:
+            first.grad = torch.full_like(first, math.nan)
+        return seen
+
+    def _to_log(self, rollout: Rollout) -> dict[str, Tensor]:
+        """What a step must not be made from if it is not finite, though no gradient may see it."""
+        read = {"a reward": rollout.rewards}
+        if rollout.reward_parts is not None:
+            read["a part of the reward"] = rollout.reward_parts
         if self.target_kl is not None:
             read["the path KL, which kl_weight follows,"] = rollout.costs
-        for name, value in read.items():
-            if value is not None and not bool(value.isfinite().all()):
+        return read
+
+    def _why(self, seen: Mapping[str, float], rollout: Rollout) -> str:
+        """Which of these numbers is not finite, in words; none, if a gradient alone is not."""
+        bad = [f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value)]
+        for name, value in self._to_log(rollout).items():
+            if not bool(value.isfinite().all()):
                 bad.append(f"{name} is not finite")
-        if bad:
-            first = self.parameters[0]
-            first.grad = torch.full_like(first, math.nan)
         return "".join(f", as {words}" for words in bad[:1])
 
     def _shrink_loss_scale(self, norm: float, why: str) -> None:
