@@ -224,18 +224,20 @@ class EnergyCritic:
         moves = rollout.states.diff(dim=1).square().flatten(2).mean((0, 2))
         decay = self.objective.move_decay
         moves = parallel.total(rollout.place.weight * moves, self.accelerator)
-        if not bool(moves.isfinite().all()):  # on all processes
-            raise NonFiniteError("the sampled paths are not finite; nothing was learned from them")
-        self.usual_moves = decay * self.usual_moves + (1 - decay) * moves
+        # of paths that are not finite, on any process, nothing is learned: the gradient is NaN
+        fine = torch.where(moves.isfinite().all(), 1.0, math.nan)
         told: dict[str, Tensor] = {}
         for epoch in range(self.size.value_epochs):
-            told = self._energy_step(rollout, update, epoch)
+            told = self._energy_step(rollout, update, epoch, fine)
             steps = range(len(rollout.step_sizes))
             losses = [self._value_step(rollout, k) for k in reversed(steps)]
             told["value_loss"] = torch.stack(losses).mean()
+        self.usual_moves = decay * self.usual_moves + (1 - decay) * moves
         return dict(zip(told, read(*told.values()), strict=True))  # read once
 
-    def _energy_step(self, rollout: Rollout, update: int, epoch: int) -> dict[str, Tensor]:
+    def _energy_step(
+        self, rollout: Rollout, update: int, epoch: int, fine: Tensor
+    ) -> dict[str, Tensor]:
         samples = rollout.states[:, -1]
         place = rollout.place
         # all that all processes need, so that theirs together are those of a single one
@@ -251,7 +253,7 @@ class EnergyCritic:
             both = torch.cat([drawn[piece], samples[piece]])
             of_data, of_samples = self.network(both).chunk(2)
             seen.append((of_data.detach(), of_samples.detach()))
-            return energy_loss(of_data, of_samples, self.objective.square_weight)
+            return fine * energy_loss(of_data, of_samples, self.objective.square_weight)
 
         told = self._descend(loss, len(samples), place.weight)
         of_data, of_samples = (torch.cat(each).mean() for each in zip(*seen, strict=True))

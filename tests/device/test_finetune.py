@@ -170,7 +170,7 @@ class OnDevice(Process):
 
 
 def test_a_whole_run_on_the_device_is_resumed_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "start", lambda device=None: OnDevice())
+    monkeypatch.setattr(parallel, "start", lambda *_: OnDevice())
     arguments = {
         "reward": rewards.PromptAlignment("reward"),
         "judges": {"judge": rewards.PromptAlignment("judge")},
