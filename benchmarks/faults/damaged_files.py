@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -250,7 +251,9 @@ def _resumed(
     """A run that was killed in its last update, with a damaged file; one with all of the others."""
     killed = folder / "killed" / "run"
     process = small_run.begin(killed)
-    process.until("sampling", 2 * small_run.UPDATES - 1)  # into it, and back from its rewards
+    last_but_one = killed / "checkpoints" / f"step-{small_run.UPDATES - 1:06d}"
+    while process.running and not last_but_one.exists():
+        time.sleep(0.01)
     process.signal(signal.SIGKILL)
     process.wait()
     step = small_run.newest_step(killed)
