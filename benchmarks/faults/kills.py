@@ -73,7 +73,8 @@ def _moments(whole: small_run.Uninterrupted) -> Iterator[_Moment]:
     for name in itertools.cycle(small_run.PHASES):
         yield in_time(chance.uniform(0, whole.seconds))
         entries = chance.randint(1, min(3, whole.entries[name]))
-        yield in_phase(name, entries, chance.uniform(0, mean))
+        # at once, too: some phases are over sooner than the mean one
+        yield in_phase(name, entries, chance.choice((0.0, chance.uniform(0, mean))))
 
 
 def in_time(seconds: float) -> _Moment:
