@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class Stopwatch:
 
     def _time(self, operation: Operation) -> float:
         args, kwargs = tree_map(self._filled, operation.arguments)
-        run = lambda: operation.function(*args, **kwargs)  # noqa: E731
+        run = partial(operation.function, *args, **kwargs)
         with torch.no_grad():
             first = self._once(run)
             if first > 0.2:  # too long for a second try, and too long to be late by much
