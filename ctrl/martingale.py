@@ -335,7 +335,7 @@ def clstd(
 
     h = as_like(paths.grid.steps, paths.states)
     nothing = phi.new_zeros(phi.shape[0], phi.shape[1] - 1)
-    unpaid = replace(problem, terminal_reward=None)
+    unpaid = replace(problem, terminal_reward=None, exit_reward=None)
     moves = [martingale_increments(column(j), unpaid, paths, nothing) for j in range(phi.shape[2])]
     known = base if base is not None else _zero
     rewards = regularised_rewards(problem, paths, policy)

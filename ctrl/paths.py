@@ -550,13 +550,38 @@ def returns_to_go(
     """
     require_whole(problem, paths)
     rewards = regularised_rewards(problem, paths, policy)
-    terminal = terminal_rewards(problem, paths.states[:, -1])
+    terminal = at_exits(problem, paths, terminal_rewards(problem, paths.states[:, -1]))
     keep = torch.exp(-problem.discount * as_like(paths.grid.steps, rewards))
     returns, runs = [terminal], None if paths.ends is None else paths.running.unbind(1)
     for k in range(rewards.shape[1] - 1, -1, -1):
         ahead = rewards[:, k] + keep[k] * returns[-1]
         returns.append(ahead if runs is None else torch.where(runs[k], ahead, terminal))
     return torch.stack(returns[::-1], dim=1)
+
+
+def at_exits(
+    problem: ControlProblem, paths: Paths, terminal: Float[Tensor, " paths"]
+) -> Float[Tensor, " paths"]:
+    """What is paid at each path's end: the exit reward where it left the domain, else terminal.
+
+    Args:
+        problem: which pays.
+        paths: that end.
+        terminal: the terminal reward at the ends.
+
+    Raises:
+        ValueError: the exit reward is not one finite number for each path that left.
+    """
+    reward = problem.exit_reward
+    if reward is None or paths.ends is None:
+        return terminal
+    left = paths.terminated
+    if left is None:
+        left = paths.ends < paths.states.shape[1] - 1
+    times = as_like(paths.grid.nodes, paths.states)[paths.ends]
+    paid = call("exit_reward", reward, times, paths.states[:, -1])
+    paid = torch.where(left, one_a_path("exit_reward", paid, len(left)), terminal)
+    return all_finite("exit_reward", paid)
 
 
 def terminal_rewards(

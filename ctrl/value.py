@@ -22,6 +22,7 @@ from torch import Tensor
 from ctrl.devices import as_like
 from ctrl.paths import (
     Paths,
+    at_exits,
     ends_at_horizon,
     finished,
     over_nodes,
@@ -58,7 +59,7 @@ def values(value: Value, problem: ControlProblem, paths: Paths) -> Float[Tensor,
 
 def _pinned(unpinned: Tensor, problem: ControlProblem, paths: Paths) -> Tensor:
     """What is paid at the end of a path that is over there, from that node on."""
-    paid = terminal_rewards(problem, paths.states[:, -1])
+    paid = at_exits(problem, paths, terminal_rewards(problem, paths.states[:, -1]))
     ended = torch.nn.functional.pad(~paths.running, (0, 1), value=True)
     return torch.where(ended & finished(problem, paths).unsqueeze(1), paid.unsqueeze(1), unpinned)
 
