@@ -322,8 +322,31 @@ def _onto(domain: WalledDomain, t: Tensor, x: Tensor, wall: Tensor) -> Tensor:
     return (flat - (passed.unsqueeze(2) * normals).sum(1)).view_as(x)
 
 
-def rule_for(domain: Domain, black_box: bool) -> Stopping:
-    """``BridgeCorrected`` where the domain knows its walls and the noise is known; ``AtNodes``."""
+def stopping_rule(
+    domain: Domain | None, stopping: Stopping | None, *, black_box: bool
+) -> Stopping | None:
+    """The rule by which paths leave a domain; None where there is none.
+
+    Args:
+        domain: to leave.
+        stopping: the rule; if not given ``BridgeCorrected()`` where the domain knows its walls and
+            there are bridges, else ``AtNodes()``.
+        black_box: whether the noise between nodes is not known, so that there are no bridges.
+
+    Raises:
+        TypeError: ``stopping`` is no rule.
+        ValueError: there is no domain, or no bridge, for this rule.
+    """
+    if stopping is not None and (isinstance(stopping, type) or not isinstance(stopping, Stopping)):
+        raise TypeError(f"stopping must be AtNodes() or BridgeCorrected(), got {stopping!r}")
+    if domain is None:
+        if stopping is not None:
+            raise ValueError("stopping must be None for a problem without a domain to leave")
+        return None
+    if black_box and stopping is not None and stopping.draws:
+        raise ValueError("stopping must be AtNodes() for a BlackBox, whose noise is not known")
+    if stopping is not None:
+        return stopping
     bridges = isinstance(domain, WalledDomain) and not black_box
     return BridgeCorrected() if bridges else AtNodes()
 
