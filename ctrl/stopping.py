@@ -266,32 +266,45 @@ class BridgeCorrected:
 
     draws: bool = True
 
+    def crossed(self, domain: Domain, step: Step) -> Float[Tensor, "paths walls"]:
+        """Probability that each wall was crossed, given both ends of the step.
+
+        Raises:
+            TypeError: the domain does not know its walls.
+        """
+        walled = _walled(domain)
+        x0, h = step.before, float(step.t1 - step.t0)
+        t0, t1 = as_like(step.t0, x0), as_like(step.t1, x0)
+        distance, normals = walled.walls(t0, x0)
+        beyond, _ = walled.walls(t1, step.after)
+        variance = h * _across(step.sde, t0, x0, step.action, normals)
+        inside = (distance > 0) & (beyond > 0)
+        return torch.where(inside, torch.exp(-2 * distance * beyond / variance), 1)
+
     def exits(self, domain: Domain, step: Step) -> tuple[Tensor, Tensor]:
         """Nodes that are outside, and bridges that touched a wall.
 
         Raises:
             TypeError: the domain does not know its walls.
         """
-        if not isinstance(domain, WalledDomain):
-            raise TypeError(
-                f"domain must know its walls to be bridge corrected, got {type(domain).__name__}; "
-                "use AtNodes(), or Interval, HalfSpace, Box or Ball"
-            )
         assert step.uniform is not None
-        x0, h = step.before, float(step.t1 - step.t0)
-        t0, t1 = as_like(step.t0, x0), as_like(step.t1, x0)
-        distance, normals = domain.walls(t0, x0)
-        beyond, _ = domain.walls(t1, step.after)
-        variance = h * _across(step.sde, t0, x0, step.action, normals)
-        crossed = torch.exp(-2 * distance * beyond / variance)
-        crossed = torch.where((beyond > 0) & (distance > 0), crossed, 1)
+        crossed = self.crossed(domain, step)
         touched = 1 - (1 - crossed).prod(1)
-        leaves = (step.uniform < touched) | (beyond <= 0).any(1)
+        leaves = (step.uniform < touched) | (crossed == 1).any(1)
         # the same number, uniform again given that the path leaves, chooses the wall
         share = crossed.cumsum(1) / crossed.sum(1, keepdim=True)
         level = step.uniform / torch.where(touched > 0, touched, 1)
         wall = (share <= level.unsqueeze(1)).sum(1).clamp(max=crossed.shape[1] - 1)
-        return leaves, _onto(domain, t1, step.after, wall)
+        return leaves, _onto(_walled(domain), as_like(step.t1, step.after), step.after, wall)
+
+
+def _walled(domain: Domain) -> WalledDomain:
+    if isinstance(domain, WalledDomain):
+        return domain
+    raise TypeError(
+        f"domain must know its walls to be bridge corrected, got {type(domain).__name__}; use "
+        "AtNodes(), or Interval, HalfSpace, Box or Ball"
+    )
 
 
 def _across(
