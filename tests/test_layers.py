@@ -91,7 +91,8 @@ diffusion_envs.training.optimisers.natural_gradient
 diffusion_envs.training.optimisers.diagonal_metric
 diffusion_envs.training.optimisers.bounded_adamw diffusion_envs.training.optimisers.scaled_lora
 diffusion_envs.training.optimisers
-diffusion_envs.training.requirements diffusion_envs.training.trainer
+diffusion_envs.training.requirements diffusion_envs.training.gradients
+diffusion_envs.training.update_numbers diffusion_envs.training.trainer
 diffusion_envs.training.rehearsal
 diffusion_envs.training
 diffusion_envs.exact.gaussian diffusion_envs.exact.linear_policy
