@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from ctrl.devices import as_like, require, require_generator, together
+from ctrl.memory import AnyPolicy, PolicyWithMemory, for_roll_out
 from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
@@ -22,7 +23,7 @@ KEEP = ("states", "actions", "increments")
 
 def simulate(
     problem: ControlProblem,
-    policy: Policy,
+    policy: AnyPolicy,
     start: Float[Tensor, " paths *event"],
     grid: TimeGrid,
     solver: Solver | None = None,
@@ -39,7 +40,7 @@ def simulate(
 
     Args:
         problem: whose ``sde`` is simulated.
-        policy: acts at the left end of every step.
+        policy: acts at the left end of every step; one with memory begins anew.
         start: states at the first node; their dtype and device are the paths'.
         grid: the nodes, within the problem's horizon.
         solver: one-step map; ``EulerMaruyama()`` if not given.
@@ -72,6 +73,7 @@ def simulate(
         )
     with together():
         _check_start(start)
+        policy = for_roll_out(policy, start)
         source = _source(problem.sde, policy, start, grid, solver, noise, generator)
         with torch.set_grad_enabled(with_graph):
             rolled_out = (problem.sde, policy, start, grid, solver, source, keep)
@@ -82,7 +84,7 @@ def simulate(
 
 def simulate_end(
     problem: ControlProblem,
-    policy: Policy,
+    policy: AnyPolicy,
     start: Float[Tensor, " paths *event"],
     grid: TimeGrid,
     solver: Solver | None = None,
@@ -114,6 +116,7 @@ def simulate_end(
     with_graph = differentiable and torch.is_grad_enabled()
     with together():
         _check_start(start)
+        policy = for_roll_out(policy, start)
         source = _source(problem.sde, policy, start, grid, solver, noise, generator)
         with torch.set_grad_enabled(with_graph):
             end = _last_states(problem.sde, policy, start, grid, solver, source, with_graph)
@@ -432,7 +435,7 @@ def _left_ends(grid: TimeGrid, start: Tensor) -> Iterator[_Interval]:
 
 def _act(policy: Policy, t: Tensor, x: Tensor, source: _Source, k: int) -> Tensor:
     mean = mean_action(policy, t, x)
-    return policy.act(mean, t, source.for_action(k, mean) if policy.is_random else None)
+    return policy.act(mean, t, source.for_action(k, mean) if policy.is_random else None, x)
 
 
 def _step(
@@ -459,11 +462,11 @@ def _step(
 
 
 def _check_types(
-    problem: ControlProblem, policy: Policy, grid: TimeGrid, solver: Solver, keep: Sequence[str]
+    problem: ControlProblem, policy: AnyPolicy, grid: TimeGrid, solver: Solver, keep: Sequence[str]
 ) -> None:
     if not isinstance(problem, ControlProblem):
         raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}")
-    if not isinstance(policy, Policy):
+    if not isinstance(policy, Policy | PolicyWithMemory):
         raise TypeError(
             f"policy must be a Policy, got {type(policy).__name__}; wrap a function (t, states) -> "
             "actions as DeterministicPolicy or GaussianPolicy"
