@@ -3,8 +3,9 @@
 Sources  [JZ22b] Jia & Zhou 2022, policy gradient and actor-critic, JMLR 23.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from numbers import Real
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ctrl.devices import as_like, require
 from ctrl.estimate import require_probabilities
+from ctrl.memory import AnyPolicy, PolicyWithMemory, memories, with_memory
 from ctrl.policy import Policy, RandomPolicy, mean_action
 from ctrl.problem import ControlProblem
 from ctrl.user_functions import all_finite, call, one_a_path
@@ -338,7 +340,7 @@ def require_memoryless(policy: Policy, paths: Paths) -> None:
 _MEMORY = (
     "policy.mean must be a function of (t, x) alone, but it gave two actions for the same (t, x): "
     "it has a memory (or draws random numbers, as dropout does). Make what it remembers part of "
-    "the state, and switch dropout off (module.eval())"
+    "the state or declare it (ctrl.PolicyWithMemory), and switch dropout off (module.eval())"
 )
 
 
@@ -390,6 +392,80 @@ def over_nodes(
 ) -> Float[Tensor, "paths nodes *result"]:
     """function(t, x) at every node, the last one too; else as ``over_steps``."""
     return _along(function, as_like(paths.grid.nodes, paths.states), paths.states)
+
+
+def in_order(policy: AnyPolicy, paths: Paths) -> Iterator[Policy]:
+    """The ordinary policy of every step, in order, with the memory that it had there.
+
+    Raises:
+        ValueError: the policy has a memory that it does not declare, or has one and the paths have
+            not kept their actions.
+    """
+    if not isinstance(policy, PolicyWithMemory):
+        require_memoryless(policy, paths)
+        return itertools.repeat(policy, len(paths.grid.steps))
+    return (with_memory(policy, memory) for memory in memories_along(policy, paths).unbind(1))
+
+
+def memories_along(policy: PolicyWithMemory, paths: Paths) -> Float[Tensor, "paths steps *memory"]:
+    """The policy's memory at the left end of every step, computed in order.
+
+    Raises:
+        ValueError: the paths have not kept their actions.
+    """
+    times = as_like(paths.grid.nodes[:-1], paths.states)
+    return memories(policy, times, paths.states[:, :-1], kept_actions(paths))
+
+
+def over_policy_steps(
+    function: Callable[..., Tensor],
+    policy: AnyPolicy,
+    paths: Paths,
+    *more: Float[Tensor, "paths steps ..."],
+) -> Float[Tensor, "paths steps *result"]:
+    """function(policy, t, x, ...) at every step, the policy with the memory that it had there.
+
+    Args:
+        function: of (policy, t [], states [paths, *event], one slice of each of ``more``).
+        policy: of (t, x); or with memory, which is then computed first, in order.
+        paths: whose states and times it is given; with their actions, for a memory.
+        more: as for ``over_steps``.
+
+    Raises:
+        ValueError: the policy has a memory that it does not declare; or the actions are missing.
+    """
+    if isinstance(policy, PolicyWithMemory):
+        past = memories_along(policy, paths)
+
+        def remembering(t: Tensor, x: Tensor, m: Tensor, *rest: Tensor) -> Tensor:
+            return function(policy.at(m), t, x, *rest)
+
+        return over_steps(remembering, paths, past, *more)
+    require_memoryless(policy, paths)
+
+    def ordinary(t: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
+        return function(policy, t, x, *rest)
+
+    return over_steps(ordinary, paths, *more)
+
+
+def log_probs(policy: AnyPolicy, paths: Paths) -> Float[Tensor, "paths steps"]:
+    """log pi of the action of every step, nats, given the path so far.
+
+    Raises:
+        ValueError: the policy does not draw its actions, or has a memory that it does not declare;
+            or the paths have not kept their actions.
+    """
+
+    def at(now: Policy, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        if not isinstance(now, RandomPolicy):
+            raise ValueError(
+                "policy must be one that draws its actions and knows their density, got "
+                f"{type(now).__name__}"
+            )
+        return now.log_prob(t, x, a)
+
+    return over_policy_steps(at, policy, paths, kept_actions(paths))
 
 
 _CHUNK = 2**22  # bytes of states at a time: what a step makes of them should stay in cache
@@ -469,7 +545,7 @@ def running_rewards(problem: ControlProblem, paths: Paths) -> Float[Tensor, "pat
 
 
 def regularised_rewards(
-    problem: ControlProblem, paths: Paths, policy: Policy | None
+    problem: ControlProblem, paths: Paths, policy: AnyPolicy | None
 ) -> Float[Tensor, "paths steps"]:
     """Running reward with the entropy's share, -temperature log pi(a_k | t_k, x_k) h_k.
 
@@ -481,14 +557,13 @@ def regularised_rewards(
     rewards = running_rewards(problem, paths)
     if not problem.temperature:
         return rewards
-    if not isinstance(policy, RandomPolicy):
+    if not isinstance(policy, RandomPolicy | PolicyWithMemory):
         kind = "none" if policy is None else type(policy).__name__
         raise ValueError(
             f"policy must be one that draws its actions and knows their density, got {kind}: "
             f"problem.temperature = {problem.temperature:g} pays for its entropy"
         )
-    require_memoryless(policy, paths)
-    log_prob = over_steps(policy.log_prob, paths, kept_actions(paths))
+    log_prob = log_probs(policy, paths)
     return rewards - problem.temperature * log_prob * as_like(paths.grid.steps, rewards)
 
 
@@ -533,7 +608,7 @@ _BOOTSTRAP = (
 
 
 def returns_to_go(
-    problem: ControlProblem, paths: Paths, policy: Policy | None = None
+    problem: ControlProblem, paths: Paths, policy: AnyPolicy | None = None
 ) -> Float[Tensor, "paths nodes"]:
     """Discounted reward from every node to the path's end, discounted to that node's time.
 

@@ -165,7 +165,7 @@ class ConsistentQ:
         """q(t, x, a) less its mean under the policy, plus the entropy's share, reward/time."""
         mean = self.policy.mean(t, states)
         average = torch.zeros_like(mean.flatten(1)[:, 0])
-        for weight, action in drawn_actions(self.policy, t, mean, self.nodes):
+        for weight, action in drawn_actions(self.policy, t, mean, self.nodes, states):
             average = average + weight * self.q(t, states, action)
         entropy = self.policy.entropy(t, states)
         return self.q(t, states, actions) - average - self.temperature * entropy

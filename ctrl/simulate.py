@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from ctrl.devices import as_like, require, require_generator, together
+from ctrl.memory import AnyPolicy, PolicyWithMemory, for_roll_out
 from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
@@ -23,7 +24,7 @@ KEEP = ("states", "actions", "increments")
 
 def simulate(
     problem: ControlProblem,
-    policy: Policy,
+    policy: AnyPolicy,
     start: Float[Tensor, " paths *event"],
     grid: TimeGrid,
     solver: Solver | None = None,
@@ -42,7 +43,7 @@ def simulate(
 
     Args:
         problem: whose ``sde`` is simulated.
-        policy: acts at the left end of every step.
+        policy: acts at the left end of every step; one with memory begins anew.
         start: states at the first node; their dtype and device are the paths'.
         grid: the nodes, within the problem's horizon.
         solver: one-step map; ``EulerMaruyama()`` if not given.
@@ -80,6 +81,7 @@ def simulate(
         )
     with together():
         _check_start(start)
+        policy = for_roll_out(policy, start)
         source = _source(problem.sde, policy, start, grid, solver, noise, generator)
         with torch.set_grad_enabled(with_graph):
             if rule is not None:
@@ -93,7 +95,7 @@ def simulate(
 
 def simulate_end(
     problem: ControlProblem,
-    policy: Policy,
+    policy: AnyPolicy,
     start: Float[Tensor, " paths *event"],
     grid: TimeGrid,
     solver: Solver | None = None,
@@ -130,6 +132,7 @@ def simulate_end(
     rule = _stopping(problem, grid, start, solver, stopping, with_graph)
     with together():
         _check_start(start)
+        policy = for_roll_out(policy, start)
         source = _source(problem.sde, policy, start, grid, solver, noise, generator)
         with torch.set_grad_enabled(with_graph):
             if rule is None:
@@ -570,7 +573,7 @@ def _left_ends(grid: TimeGrid, start: Tensor) -> Iterator[_Interval]:
 
 def _act(policy: Policy, t: Tensor, x: Tensor, source: _Source, k: int) -> Tensor:
     mean = mean_action(policy, t, x)
-    return policy.act(mean, t, source.for_action(k, mean) if policy.is_random else None)
+    return policy.act(mean, t, source.for_action(k, mean) if policy.is_random else None, x)
 
 
 def _step(
@@ -597,11 +600,11 @@ def _step(
 
 
 def _check_types(
-    problem: ControlProblem, policy: Policy, grid: TimeGrid, solver: Solver, keep: Sequence[str]
+    problem: ControlProblem, policy: AnyPolicy, grid: TimeGrid, solver: Solver, keep: Sequence[str]
 ) -> None:
     if not isinstance(problem, ControlProblem):
         raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}")
-    if not isinstance(policy, Policy):
+    if not isinstance(policy, Policy | PolicyWithMemory):
         raise TypeError(
             f"policy must be a Policy, got {type(policy).__name__}; wrap a function (t, states) -> "
             "actions as DeterministicPolicy or GaussianPolicy"

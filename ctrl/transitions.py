@@ -15,22 +15,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.devices import as_like, require, together
+from ctrl.memory import AnyPolicy
 from ctrl.paths import (
     Paths,
+    in_order,
     kept_actions,
     require_dynamics,
-    require_memoryless,
     visited,
     while_running,
 )
-from ctrl.policy import Policy, mean_action
+from ctrl.policy import mean_action
 from ctrl.sde import ControlledSDE
 from ctrl.solvers import Solver, TransitionSolver, require_transition
 
 
 @together()
 def log_prob(
-    sde: ControlledSDE, solver: Solver, policy: Policy, paths: Paths
+    sde: ControlledSDE, solver: Solver, policy: AnyPolicy, paths: Paths
 ) -> Float[Tensor, "paths steps"]:
     """log p(x_{k+1} | x_k) of every step.
 
@@ -54,7 +55,7 @@ def log_prob(
 
 @together()
 def log_ratio(
-    sde: ControlledSDE, solver: Solver, policy: Policy, reference: Policy, paths: Paths
+    sde: ControlledSDE, solver: Solver, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
 ) -> Float[Tensor, "paths steps"]:
     """log p(x_{k+1} | x_k) - log p_ref(x_{k+1} | x_k) of every step.
 
@@ -88,7 +89,7 @@ def log_ratio(
 
 @together()
 def transition_kl(
-    sde: ControlledSDE, solver: Solver, policy: Policy, reference: Policy, paths: Paths
+    sde: ControlledSDE, solver: Solver, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
 ) -> Float[Tensor, "paths steps"]:
     """KL(p(. | x_k) || p_ref(. | x_k)) of every step; the chain's KL is the mean of their sums.
 
@@ -114,16 +115,16 @@ def transition_kl(
 
 
 def _laws(
-    sde: ControlledSDE, solver: Solver, policy: Policy, paths: Paths
+    sde: ControlledSDE, solver: Solver, policy: AnyPolicy, paths: Paths
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and standard deviation of every next state, both [paths, *event]."""
     gaussian = require_transition(solver)
     require_dynamics(paths)
-    require_memoryless(policy, paths)
     paths = visited(paths)
     nodes, times = paths.grid.nodes.cpu(), as_like(paths.grid.nodes, paths.states)
-    for k, x in enumerate(paths.states[:, :-1].unbind(1)):
-        action = mean_action(policy, times[k], x)
+    for k, now in enumerate(in_order(policy, paths)):
+        x = paths.states[:, k]
+        action = mean_action(now, times[k], x)
         mean, std = gaussian.transition(sde, nodes[k], nodes[k + 1], x, action)
         require((std > 0).all(), lambda k=k: _no_density(nodes[k]))
         yield mean, std.expand_as(mean)

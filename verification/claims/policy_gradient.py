@@ -290,8 +290,8 @@ def policy_gradient(setting: Setting) -> Iterator[Check]:
         wrong(
             "noise of the action not held in the pathwise form",
             "ctrl.policy_gradient._reparametrised",
-            "return policy.act(mean, t, noise.view_as(mean))",
-            "return mean + 0 * policy.act(mean, t, noise.view_as(mean))",
+            "return policy.act(mean, t, noise, x)",
+            "return mean + 0 * policy.act(mean, t, noise, x)",
         ),
         wrong(
             "diffusion of an average action, so that q is linear in the action",

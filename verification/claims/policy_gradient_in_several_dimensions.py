@@ -105,13 +105,13 @@ def row(gradients: tuple[Tensor, ...]) -> Tensor:
         wrong(
             "L for the covariance",
             "ctrl.policy.MultivariateGaussianPolicy.distribution",
-            "scale_tril=self.scale_at(t, mean)",
+            "scale_tril=self.scale_at(t, mean, states)",
             "covariance_matrix=self.scale_at(t, mean).tril() + self.scale_at(t, mean).tril(-1).T",
         ),
         wrong(
             "coordinates of the action taken for independent",
             "ctrl.policy.MultivariateGaussianPolicy.distribution",
-            "scale_tril=self.scale_at(t, mean)",
+            "scale_tril=self.scale_at(t, mean, states)",
             "scale_tril=self.scale_at(t, mean).diag().diag()",
         ),
         wrong(
