@@ -221,7 +221,7 @@ class _Given:
                 f"increments must be {list(shape)} to fit start and grid, got "
                 f"{list(noise.increments.shape)}"
             )
-        for name in ("increments", "actions", "weights"):
+        for name in ("increments", "actions", "weights", "exits"):
             value = getattr(noise, name)
             if value is not None and (value.dtype != start.dtype or value.device != start.device):
                 raise ValueError(

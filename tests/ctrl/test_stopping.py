@@ -277,3 +277,24 @@ def test_some_starts_outside_are_named():
         ctrl.simulate(
             PROBLEM, PUSHED, start, ctrl.uniform_grid(1.0, 2), generator=torch.Generator()
         )
+
+
+def test_the_mean_exit_time_is_learned_from_paths_that_leave_or_break_off():
+    """(1 - x^2) / sigma^2 by least squares: endless, undiscounted, and half of the paths cut."""
+    clock = replace(PROBLEM, running_reward=lambda t, x, a: 1 + 0 * x[:, 0], terminal_reward=None)
+    still = ctrl.DeterministicPolicy(lambda t, x: 0 * x)
+    start = torch.linspace(-0.9, 0.9, 4000, dtype=torch.float64).unsqueeze(1)
+    paths = ctrl.simulate(
+        clock, still, start, ctrl.uniform_grid(0.4, 40), generator=ctrl.noise.stream(8, "exit")
+    )
+    assert 1000 < int(paths.terminated.sum()) < 3000
+
+    def features(t, x):
+        bump = 1 - x.square()
+        return torch.cat([bump, bump.square(), x * bump], dim=1)
+
+    learned = ctrl.martingale.clstd(features, clock, paths)
+    at = torch.linspace(-0.8, 0.8, 9, dtype=torch.float64).unsqueeze(1)
+    exact = (1 - at.square())[:, 0] / SIGMA**2
+    # half a step late, as exits are recorded; the rest is the sample's
+    torch.testing.assert_close(learned(torch.tensor(0.0), at), exact, rtol=0.05, atol=0.01)
