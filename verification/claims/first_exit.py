@@ -39,10 +39,8 @@ def kernel(
     low, high = ends
     y = low + (high - low) * (points + 1) / 2
     pairs = setting.tensor(np.stack(np.meshgrid(y, y, indexing="ij"), -1)).reshape(-1, 2)
-    step = Step(
-        sde_of(law), setting.tensor(0.0), setting.tensor(h), pairs[:, :1], pairs[:, 1:], pairs[:, :1] * 0,
-        None,
-    )  # fmt: skip
+    x, after, begin, end = pairs[:, :1], pairs[:, 1:], setting.tensor(0.0), setting.tensor(h)
+    step = Step(sde_of(law), begin, end, x, after, 0 * x, None)
     if isinstance(rule, BridgeCorrected):
         stays = (1 - rule.crossed(domain, step)).prod(1)
     else:
@@ -106,12 +104,12 @@ def exits_between_nodes(setting: Setting) -> Iterator[Check]:
         got = math.log2(abs(missed[1] / missed[2]))
         curve = zip(sizes, missed, strict=True)
         yield limit(f"mean exit time, exits by {name}: order", got, order, curve=curve)
-    for name, law, time in (
+    for name, law, limiting in (
         ("mean exit time", MOTION, time),
         ("... of a well, noise of the state", WELL, WELL.exit_time()),
     ):
         rows = [mean_exit_time(setting, law, BridgeCorrected(), h) for h in sizes]
-        yield limit(f"{name} as steps vanish", 2 * rows[2] - rows[1], time)
+        yield limit(f"{name} as steps vanish", 2 * rows[2] - rows[1], limiting)
 
 
 def problem(setting: Setting) -> ctrl.ControlProblem:
