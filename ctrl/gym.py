@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from ctrl.devices import require_generator
 from ctrl.paths import Paths, TimeGrid, ends_at_horizon, terminal_rewards
 from ctrl.policy import Policy
-from ctrl.problem import ControlProblem
+from ctrl.problem import UNKNOWN, ControlProblem
 from ctrl.solvers import BlackBox, EulerMaruyama, Solver
 from ctrl.user_functions import one_a_path
 
@@ -81,6 +81,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not action_bound > 0:
             raise ValueError(f"action_bound must be positive, got {action_bound}")
         self.problem, self.grid, self._solver = problem, grid, solver or EulerMaruyama()
+        self._sde = UNKNOWN if isinstance(solver, BlackBox) else problem.dynamics
         self._nodes = grid.nodes.cpu()  # states are numpy's
         self._start, self._observe_time = start, observe_time
         first = start(np.random.default_rng(0)) if callable(start) else start
@@ -133,7 +134,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             paid = one_a_path("running_reward", self.problem.running_reward(t0, x, a), 1)
             reward += h * float(paid.detach())
         with torch.no_grad():
-            after = self._solver.step(self.problem.sde, t0, t1, x, a, self._increment(h))
+            after = self._solver.step(self._sde, t0, t1, x, a, self._increment(h))
         if not bool(torch.isfinite(after).all()):
             raise ValueError(
                 f"the state is not finite at t = {float(t1):g}: bound the actions (action_bound) "
@@ -150,7 +151,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def _increment(self, h: float) -> Tensor:
         if isinstance(self._solver, BlackBox):
             return torch.empty(0)
-        shape = (1, *self.problem.sde.noise_shape(tuple(self._state.shape)))
+        shape = (1, *self._sde.noise_shape(tuple(self._state.shape)))
         return math.sqrt(h) * torch.as_tensor(self.np_random.standard_normal(shape))
 
     def _observation(self) -> np.ndarray:

@@ -381,4 +381,4 @@ def _check(problem: ControlProblem, axes: tuple[Axis, ...], differences: str) ->
         raise ValueError(f"axes must be one or two of Axis, got {axes}")
     if differences not in ("monotone", "central"):
         raise ValueError(f"differences must be 'monotone' or 'central', got {differences!r}")
-    problem.sde.require_calculus("ito", "the HJB solver")
+    problem.dynamics.require_calculus("ito", "the HJB solver")

@@ -150,12 +150,12 @@ def require_dynamics(paths: Paths) -> None:
     """Refuse paths that were not simulated by the problem's ``sde``, where its coefficients count.
 
     Raises:
-        ValueError: a black box simulated them.
+        ValueError: a black box simulated them, or they were recorded.
     """
     if paths.black_box:
         raise ValueError(
             "paths must be those of problem.sde, whose coefficients are needed here, but a black "
-            "box simulated them; use what learns from paths alone: ctrl.martingale, the losses of "
+            "box simulated them, or they were recorded; use what learns from paths alone: ctrl.martingale, the losses of "
             "ctrl.q_learning, policy_gradient.return_gradient or temporal_difference_gradient"
         )
 

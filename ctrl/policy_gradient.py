@@ -156,7 +156,7 @@ class Transitions:
                 f"problem.temperature must be 0, got {problem.temperature:g}: where the next state "
                 "is the decision, the covariance of the actions drops out; use DrawnActions()"
             )
-        return transitions.log_prob(problem.sde, self.solver, policy, paths)
+        return transitions.log_prob(problem.dynamics, self.solver, policy, paths)
 
     def advantages(
         self, problem: ControlProblem, policy: Policy, value: Value, paths: Paths
@@ -168,7 +168,7 @@ class Transitions:
         for k, x in enumerate(paths.states[:, :-1].unbind(1)):
             t = as_like(nodes[k], x)
             action = mean_action(policy, t, x)
-            mean, _ = gaussian.transition(problem.sde, nodes[k], nodes[k + 1], x, action)
+            mean, _ = gaussian.transition(problem.dynamics, nodes[k], nodes[k + 1], x, action)
             surprise = paths.states[:, k + 1] - mean
             each.append(_directional(value, t, x, surprise))
         return torch.stack(each, dim=1)
@@ -291,7 +291,7 @@ def pathwise_gradient(
     """
     require_dynamics(paths)
     require_memoryless(policy, paths)
-    sde = problem.sde.to_ito()
+    sde = problem.dynamics.to_ito()
 
     def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         if sde.controls_diffusion:

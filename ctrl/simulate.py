@@ -14,7 +14,7 @@ from ctrl.memory import AnyPolicy, PolicyWithMemory, for_roll_out
 from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
-from ctrl.problem import ControlProblem
+from ctrl.problem import UNKNOWN, ControlProblem
 from ctrl.sde import ControlledSDE
 from ctrl.solvers import BlackBox, EulerMaruyama, InPlaceSolver, InteriorSolver, Solver
 
@@ -74,9 +74,10 @@ def simulate(
     with together():
         _check_start(start)
         policy = for_roll_out(policy, start)
-        source = _source(problem.sde, policy, start, grid, solver, noise, generator)
+        sde = _equation(problem, solver)
+        source = _source(sde, policy, start, grid, solver, noise, generator)
         with torch.set_grad_enabled(with_graph):
-            rolled_out = (problem.sde, policy, start, grid, solver, source, keep)
+            rolled_out = (sde, policy, start, grid, solver, source, keep)
             if with_graph:
                 return _roll_out_with_graph(*rolled_out)
             return _roll_out_in_place(*rolled_out, out)
@@ -117,9 +118,10 @@ def simulate_end(
     with together():
         _check_start(start)
         policy = for_roll_out(policy, start)
-        source = _source(problem.sde, policy, start, grid, solver, noise, generator)
+        sde = _equation(problem, solver)
+        source = _source(sde, policy, start, grid, solver, noise, generator)
         with torch.set_grad_enabled(with_graph):
-            end = _last_states(problem.sde, policy, start, grid, solver, source, with_graph)
+            end = _last_states(sde, policy, start, grid, solver, source, with_graph)
         require(torch.isfinite(end).all(), lambda: ValueError(_NOT_FINITE))
     return end
 
@@ -149,6 +151,13 @@ def _last_states(
         else:
             x = _step(solver, sde, t0, t1, x, action, increment, source)
     return x
+
+
+def _equation(problem: ControlProblem, solver: Solver) -> ControlledSDE:
+    """The dynamics, which a black box does not need."""
+    if problem.sde is None and isinstance(solver, BlackBox):
+        return UNKNOWN
+    return problem.dynamics
 
 
 def _source(

@@ -62,7 +62,8 @@ class SquashedGaussianPolicy:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real | Tensor):
                 raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
-        width = torch.as_tensor(self.high) - torch.as_tensor(self.low)
+        low, high = (torch.as_tensor(each).double() for each in (self.low, self.high))
+        width = high - low
         if not bool(((width > 0) & torch.isfinite(width)).all()):
             raise ValueError(f"low must be below high, both finite, got {self.low} and {self.high}")
 

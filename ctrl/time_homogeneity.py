@@ -33,9 +33,9 @@ def require_time_homogeneous(
 
     def at(time: float) -> dict[str, Tensor]:
         t = states.new_tensor(time)
-        sigma = problem.sde.diffusion_at(t, states, actions)
+        sigma = problem.dynamics.diffusion_at(t, states, actions)
         coefficients = {
-            "drift": problem.sde.drift_at(t, states, actions),
+            "drift": problem.dynamics.drift_at(t, states, actions),
             "diffusion": torch.as_tensor(sigma, dtype=states.dtype),
         }
         if problem.running_reward is not None:
