@@ -16,7 +16,15 @@ from torch import Tensor
 from ctrl.devices import as_like, require, together
 from ctrl.estimate import require_probabilities
 from ctrl.memory import AnyPolicy
-from ctrl.paths import Paths, in_order, ito_sum, require_dynamics, time_integral
+from ctrl.paths import (
+    Paths,
+    in_order,
+    ito_sum,
+    require_dynamics,
+    time_integral,
+    visited,
+    while_running,
+)
 from ctrl.policy import mean_action
 from ctrl.sde import ControlledSDE
 
@@ -25,6 +33,8 @@ def controls(
     sde: ControlledSDE, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
 ) -> Float[Tensor, "paths steps noise"]:
     """u at the left end of every step: the drift's shift in units of noise, 1/sqrt(time).
+
+    It is 0 after the end of a path: the laws that are compared are those of stopped paths.
 
     Args:
         sde: the dynamics, shared by both policies.
@@ -37,6 +47,7 @@ def controls(
             a black box simulated the paths, or a policy has a memory that it does not declare.
     """
     require_dynamics(paths)
+    stopped, paths = paths, visited(paths)
     nodes = as_like(paths.grid.nodes[:-1], paths.states)
     with together():
         each = []
@@ -48,7 +59,7 @@ def controls(
                 _require_equal_diffusions(sde, t, x, a, a_ref)
             shift = sde.drift_at(t, x, a) - sde.drift_at(t, x, a_ref)
             each.append(sde.whiten(t, x, shift, a))
-        u = torch.stack(each, dim=1)
+        u = while_running(torch.stack(each, dim=1), stopped)
         finite = torch.isfinite(u).all(2).all(0)
         require(finite.all(), lambda: _not_finite(finite, nodes))
     return u

@@ -46,6 +46,8 @@ from ctrl.paths import (
     require_memoryless,
     require_whole,
     returns_to_go,
+    visited,
+    while_running,
 )
 from ctrl.policy import Policy, RandomPolicy, ReparametrisedPolicy, mean_action
 from ctrl.problem import ControlProblem
@@ -164,14 +166,16 @@ class Transitions:
         """grad V(t_k, X_k) . (X_{k+1} - E[X_{k+1} | X_k])."""
         gaussian, nodes = require_transition(self.solver), paths.grid.nodes.cpu()
         require_dynamics(paths)
+        after = transitions.proposals(problem.dynamics, gaussian, paths)
+        stopped, paths = paths, visited(paths)
         each = []
         for k, x in enumerate(paths.states[:, :-1].unbind(1)):
             t = as_like(nodes[k], x)
             action = mean_action(policy, t, x)
             mean, _ = gaussian.transition(problem.dynamics, nodes[k], nodes[k + 1], x, action)
-            surprise = paths.states[:, k + 1] - mean
+            surprise = after[k] - mean
             each.append(_directional(value, t, x, surprise))
-        return torch.stack(each, dim=1)
+        return while_running(torch.stack(each, dim=1), stopped)
 
     def held_rewards(
         self, problem: ControlProblem, policy: AnyPolicy, paths: Paths
@@ -245,7 +249,8 @@ def temporal_difference_gradient(
     chosen = decisions or DrawnActions()
     along, h = values(value, problem, paths), as_like(paths.grid.steps, paths.states)
     rewards = regularised_rewards(problem, paths, policy)
-    advantages = continuous_gae(along, rewards, h, rate, problem.discount)
+    running = None if paths.ends is None else paths.running
+    advantages = continuous_gae(along, rewards, h, rate, problem.discount, running)
     return _summed(problem, policy, paths, chosen, advantages)
 
 
@@ -313,9 +318,11 @@ def pathwise_gradient(
         again = _reparametrised(policy, t, x, a.detach())
         return (slope.detach() * again).reshape(len(x), -1).sum(1)
 
+    stopped, paths = paths, visited(paths)
     times = as_like(paths.grid.nodes[:-1], paths.states)
     moments = zip(times, paths.states[:, :-1].unbind(1), kept_actions(paths).unbind(1), strict=True)
     rates = torch.stack([one(*moment) for moment in moments], dim=1)
+    rates = while_running(rates, stopped)
     h = as_like(paths.grid.steps, rates)
     return (discount_factors(problem, paths) * rates * h).sum(1)
 
@@ -358,7 +365,7 @@ def performance_difference(
             policy has a memory.
     """
     if math.isfinite(problem.horizon):
-        require_whole(problem, new_paths.grid)
+        require_whole(problem, new_paths)
     rates = _regularised_q(problem, value, new_policy, new_paths, probes)
     h = as_like(new_paths.grid.steps, rates)
     return (discount_factors(problem, new_paths) * rates * h).sum(1)
@@ -390,7 +397,7 @@ def surrogate(
             policy has a memory.
     """
     if math.isfinite(problem.horizon):
-        require_whole(problem, paths.grid)
+        require_whole(problem, paths)
     new, old = _log_probs(new_policy, paths), _log_probs(policy, paths)
     rates = _regularised_q(problem, value, new_policy, paths, probes)
     ratio = (new - old.detach()).exp()

@@ -282,7 +282,7 @@ def martingale_loss(
         ValueError: the grid ends before the horizon, as any does where that is infinite; or a
             number is not finite.
     """
-    require_whole(problem, paths.grid)
+    require_whole(problem, paths)
     dm = increments(value, q, problem, paths)
     discounts = discount_factors(problem, paths)
     ahead = (discounts * dm).flip(1).cumsum(1).flip(1)  # e^{-discount t_k} (G_k - V_k)

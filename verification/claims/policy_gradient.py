@@ -386,8 +386,8 @@ def policy_gradient_with_q_rates(setting: Setting) -> Iterator[Check]:
         wrong(
             "surprise of twice the size",
             "ctrl.policy_gradient.Transitions.advantages",
-            "paths.states[:, k + 1] - mean",
-            "2 * (paths.states[:, k + 1] - mean)",
+            "after[k] - mean",
+            "2 * (after[k] - mean)",
         ),
         wrong(
             "the action's own slope dropped",

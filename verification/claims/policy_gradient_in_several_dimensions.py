@@ -153,8 +153,8 @@ def row(gradients: tuple[Tensor, ...]) -> Tensor:
         wrong(
             "surprise of the first coordinate alone",
             "ctrl.policy_gradient.Transitions.advantages",
-            "surprise = paths.states[:, k + 1] - mean",
-            "surprise = torch.cat([paths.states[:, k + 1, :1] - mean[:, :1], 0 * mean[:, 1:]], 1)",
+            "surprise = after[k] - mean",
+            "surprise = torch.cat([after[k][:, :1] - mean[:, :1], 0 * mean[:, 1:]], 1)",
         ),
     ],
 )
