@@ -94,8 +94,8 @@ def entropy_refused() -> bool:
         wrong(
             "entropy of the latent action for that of the action",
             "ctrl.squashed_policy.entropy_estimates",
-            "known + policy._log_slope(z)",
-            "known + 0 * policy._log_slope(z)",
+            "-policy.log_prob(t, states, action)",
+            "-policy.latent.log_prob(t, states, policy.unsquash(action))",
         ),
         wrong(
             "a closed entropy: that of the normal law",
