@@ -6,6 +6,7 @@ Three nouns (problem, policy, paths) and pure functions of them.
 from ctrl import (
     agents,
     girsanov,
+    jumps,
     linear,
     martingale,
     noise,
@@ -18,6 +19,7 @@ from ctrl import (
 )
 from ctrl.estimate import Estimate
 from ctrl.exploration import exploratory_sde
+from ctrl.jumps import Jumps
 from ctrl.martingale import LinearValue
 from ctrl.noise import Noise
 from ctrl.paths import (
@@ -41,7 +43,16 @@ from ctrl.policy import (
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
 from ctrl.simulate import simulate, simulate_end
-from ctrl.solvers import BlackBox, EulerMaruyama, Heun, Milstein, Solver, TransitionSolver
+from ctrl.solvers import (
+    BlackBox,
+    DriftImplicitEuler,
+    EulerMaruyama,
+    Heun,
+    Milstein,
+    Solver,
+    TamedEuler,
+    TransitionSolver,
+)
 from ctrl.torchsde_solver import TorchSDE
 from ctrl.value import Value
 
@@ -50,10 +61,12 @@ __all__ = [
     "ControlProblem",
     "ControlledSDE",
     "DeterministicPolicy",
+    "DriftImplicitEuler",
     "Estimate",
     "EulerMaruyama",
     "GaussianPolicy",
     "Heun",
+    "Jumps",
     "LinearValue",
     "Milstein",
     "MultivariateGaussianPolicy",
@@ -62,6 +75,7 @@ __all__ = [
     "Policy",
     "RandomPolicy",
     "Solver",
+    "TamedEuler",
     "TimeGrid",
     "TorchSDE",
     "TransitionSolver",
@@ -70,6 +84,7 @@ __all__ = [
     "exploratory_sde",
     "girsanov",
     "ito_sum",
+    "jumps",
     "linear",
     "martingale",
     "noise",

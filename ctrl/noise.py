@@ -180,11 +180,16 @@ class Noise:
         increments: W(t + h) - W(t) for every path and step, sqrt(time).
         actions: standard normals that the policy's actions are drawn with, if it draws them.
         weights: of the paths, non-negative, summing to 1, where they are not equal (quadrature).
+        jumps: standard normals whose quantiles are the numbers of jumps, one for each kind.
+        marks: standard normals that marks are made of: of the first jumps of a step, [..., most,
+            coordinates of the marks of all kinds in a row].
     """
 
     increments: Float[Tensor, "paths steps *noise"]
     actions: Float[Tensor, "paths steps *action"] | None = None
     weights: Float[Tensor, " paths"] | None = None
+    jumps: Float[Tensor, "paths steps kinds"] | None = None
+    marks: Float[Tensor, "paths steps most marks"] | None = None
 
     def __post_init__(self) -> None:
         if self.increments.ndim < 2:
@@ -192,14 +197,16 @@ class Noise:
                 f"increments must be [paths, steps, *noise], got {list(self.increments.shape)}"
             )
         paths, steps = self.increments.shape[:2]
-        if self.actions is not None and self.actions.shape[:2] != (paths, steps):
-            raise ValueError(
-                f"actions must begin with [{paths}, {steps}], as increments do, got "
-                f"{list(self.actions.shape)}"
-            )
+        for name in ("actions", "jumps", "marks"):
+            value = getattr(self, name)
+            if value is not None and value.shape[:2] != (paths, steps):
+                raise ValueError(
+                    f"{name} must begin with [{paths}, {steps}], as increments do, got "
+                    f"{list(value.shape)}"
+                )
         if self.weights is not None and self.weights.shape != (paths,):
             raise ValueError(f"weights must be [{paths}], got {list(self.weights.shape)}")
-        for name in ("increments", "actions", "weights"):
+        for name in ("increments", "actions", "weights", "jumps", "marks"):
             value = getattr(self, name)
             if value is not None:
                 require(
@@ -340,7 +347,8 @@ def antithetic(noise: Noise) -> Noise:
     increments = mirrored(noise.increments)
     assert increments is not None
     weights = None if noise.weights is None else noise.weights.repeat_interleave(2) / 2
-    return Noise(increments, mirrored(noise.actions), weights)
+    actions, jumps, marks = (mirrored(each) for each in (noise.actions, noise.jumps, noise.marks))
+    return Noise(increments, actions, weights, jumps, marks)
 
 
 def coarsen(

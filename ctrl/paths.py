@@ -85,6 +85,7 @@ class Paths:
             rather than the problem.
         black_box: whether a simulator computed the states, and not the problem's ``sde``: then what
             needs the dynamics (q-rates, path likelihoods) refuses the paths.
+        jumps: how many of each kind every step had.
     """
 
     states: Float[Tensor, "paths nodes *event"]
@@ -94,9 +95,10 @@ class Paths:
     weights: Float[Tensor, " paths"] | None = None
     rewards: Float[Tensor, "paths steps"] | None = None
     black_box: bool = False
+    jumps: Float[Tensor, "paths steps kinds"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("states", "actions", "increments", "weights", "rewards"):
+        for name in ("states", "actions", "increments", "weights", "rewards", "jumps"):
             value = getattr(self, name)
             if not isinstance(value, Tensor) and (value is not None or name == "states"):
                 raise TypeError(
@@ -110,7 +112,7 @@ class Paths:
             )
         paths, nodes = len(self.states), len(self.grid.nodes)
         begins = {"states": (paths, nodes), "weights": (paths,)}
-        begins |= dict.fromkeys(("actions", "increments", "rewards"), (paths, nodes - 1))
+        begins |= dict.fromkeys(("actions", "increments", "rewards", "jumps"), (paths, nodes - 1))
         for name, begin in begins.items():
             value = getattr(self, name)
             if value is not None and tuple(value.shape[: len(begin)]) != begin:
@@ -308,6 +310,21 @@ def running_rewards(problem: ControlProblem, paths: Paths) -> Float[Tensor, "pat
     return all_finite("running_reward", over_steps(rate, paths, kept_actions(paths))) * steps
 
 
+def discount_rates(problem: ControlProblem, paths: Paths) -> float | Float[Tensor, "paths steps"]:
+    """The rate of discounting at the left end of every step, 1/time; a number if it is constant.
+
+    Raises:
+        ValueError: it is negative, not finite, or not one number a path.
+    """
+    if not callable(problem.discount):
+        return problem.discount
+
+    def rate(t: Tensor, x: Tensor) -> Tensor:
+        return one_a_path("discount", as_like(problem.discount_at(t, x), x), len(x))
+
+    return over_steps(rate, paths)
+
+
 def regularised_rewards(
     problem: ControlProblem, paths: Paths, policy: Policy | None
 ) -> Float[Tensor, "paths steps"]:
@@ -370,10 +387,10 @@ def returns_to_go(
     require_whole(problem, paths.grid)
     rewards = regularised_rewards(problem, paths, policy)
     terminal = terminal_rewards(problem, paths.states[:, -1])
-    keep = torch.exp(-problem.discount * as_like(paths.grid.steps, rewards))
+    keep = torch.exp(-discount_rates(problem, paths) * as_like(paths.grid.steps, rewards))
     returns = [terminal]
     for k in range(rewards.shape[1] - 1, -1, -1):
-        returns.append(rewards[:, k] + keep[k] * returns[-1])
+        returns.append(rewards[:, k] + keep[..., k] * returns[-1])
     return torch.stack(returns[::-1], dim=1)
 
 

@@ -37,6 +37,7 @@ from ctrl.advantages import continuous_gae, temporal_differences
 from ctrl.devices import as_like
 from ctrl.paths import (
     Paths,
+    discount_rates,
     kept_actions,
     over_steps,
     regularised_rewards,
@@ -161,6 +162,7 @@ class Transitions:
         self, problem: ControlProblem, policy: Policy, value: Value, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
         """grad V(t_k, X_k) . (X_{k+1} - E[X_{k+1} | X_k])."""
+        problem.sde.require_no_jumps("a step with them has no Gaussian density; use DrawnActions()")
         gaussian, nodes = require_transition(self.solver), paths.grid.nodes.cpu()
         require_dynamics(paths)
         each = []
@@ -243,7 +245,7 @@ def temporal_difference_gradient(
     chosen = decisions or DrawnActions()
     along, h = values(value, problem, paths), as_like(paths.grid.steps, paths.states)
     rewards = regularised_rewards(problem, paths, policy)
-    advantages = continuous_gae(along, rewards, h, rate, problem.discount)
+    advantages = continuous_gae(along, rewards, h, rate, discount_rates(problem, paths))
     return _summed(problem, policy, paths, chosen, advantages)
 
 
@@ -291,7 +293,7 @@ def pathwise_gradient(
     sde = problem.sde.to_ito()
 
     def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
-        if sde.controls_diffusion:
+        if sde.controls_diffusion or sde.jump_kinds:
             return q_rate(problem, value, t, x, a)
         # the other terms of q do not depend on the action
         transported = transport(sde, value, t, x, a)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from ctrl.devices import as_like, require, require_generator, together
+from ctrl.jumps import add_jumps
 from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
@@ -142,10 +143,34 @@ def _last_states(
         increment = source.increment(k, h, after if spare else None)
         if isinstance(solver, InPlaceSolver) and after is not None:
             solver.step_into(after, sde, t0, t1, x, action, increment)
+            _jump(sde, solver, source, k, t, h, x, after, action, into=after)
             x, after = after, (x if k else torch.empty_like(start))
         else:
-            x = _step(solver, sde, t0, t1, x, action, increment, source)
+            moved = _step(solver, sde, t0, t1, x, action, increment, source)
+            x, _ = _jump(sde, solver, source, k, t, h, x, moved, action)
     return x
+
+
+def _jump(
+    sde: ControlledSDE,
+    solver: Solver,
+    source: "_Source",
+    k: int,
+    t: Tensor,
+    h: float,
+    before: Tensor,
+    after: Tensor,
+    action: Tensor,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """States after the jumps of step k, and how many there were, [paths, kinds], if any may be."""
+    if not sde.jump_kinds or isinstance(solver, BlackBox):
+        return after, None
+    assert not isinstance(source, _Silent)
+    after, counts = add_jumps(sde.jump_kinds, source, k, t, h, before, after, action)
+    if into is not None:
+        into.copy_(after)
+    return after, counts
 
 
 def _source(
@@ -222,6 +247,27 @@ class _Given:
             )
         return self.noise.actions[:, k]
 
+    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
+        """Standard normals for the numbers of jumps of step k."""
+        jumps = self.noise.jumps
+        if jumps is None or jumps.shape[2] != kinds or jumps.dtype != like.dtype:
+            raise ValueError(
+                f"noise.jumps must be [paths, steps, {kinds}] in {like.dtype}: the sde jumps"
+            )
+        return jumps[:, k]
+
+    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
+        """Standard normals for the marks of the j-th jumps of step k."""
+        if dim == 0:
+            return like.new_empty(len(like), 0)
+        marks = self.noise.marks
+        if marks is None or marks.shape[2] <= j or marks.shape[3] < begin + dim:
+            raise ValueError(
+                f"noise.marks must be [paths, steps, {j + 1} or more, {begin + dim} or more]: "
+                f"step {k} has {j + 1} jumps on some path"
+            )
+        return marks[:, k, j, begin : begin + dim]
+
 
 class _Drawn:
     """Noise from a generator, drawn as it is needed."""
@@ -258,6 +304,14 @@ class _Drawn:
         """Standard normals for the actions of step k."""
         return torch.empty_like(mean).normal_(generator=self.generator)
 
+    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
+        """Standard normals for the numbers of jumps of step k."""
+        return like.new_empty(len(like), kinds).normal_(generator=self.generator)
+
+    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
+        """Standard normals for the marks of the j-th jumps of step k."""
+        return like.new_empty(len(like), dim).normal_(generator=self.generator)
+
 
 class _Streamed:
     """Noise that belongs to paths, whatever batch they are in."""
@@ -270,6 +324,7 @@ class _Streamed:
         like = start.new_empty(shape[0], *shape[2:])
         self.brownian = streams.rows("increments", shape[0], like)
         self.interior = streams.rows("interior", shape[0], like)
+        self.others = dict[tuple[str | int, ...], tuple[int, Iterator[Tensor]]]()
         self.drawn: Iterator[Tensor] | None = None
 
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
@@ -281,6 +336,28 @@ class _Streamed:
         if self.drawn is None:
             self.drawn = self.streams.rows("actions", len(mean), mean)
         return next(self.drawn).clone()  # a graph or the action may hold on to it
+
+    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
+        """Standard normals for the numbers of jumps of step k."""
+        return self._row(("jumps",), k, kinds, like)
+
+    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
+        """Standard normals for the marks of the j-th jumps of step k."""
+        if dim == 0:
+            return like.new_empty(len(like), 0)
+        return self._row(("marks", kind, j), k, dim, like)
+
+    def _row(self, name: tuple[str | int, ...], k: int, width: int, like: Tensor) -> Tensor:
+        """Row k of a stream of its own, whatever rows were asked for before."""
+        if name not in self.others:
+            written = "-".join(str(part) for part in name)
+            rows = self.streams.rows(written, len(like), like.new_empty(len(like), width))
+            self.others[name] = (0, rows)
+        taken, rows = self.others[name]
+        for _ in range(k - taken):  # steps in which no path of this batch needed it
+            next(rows)
+        self.others[name] = (k + 1, rows)
+        return next(rows).clone()
 
 
 class _Silent:
@@ -333,6 +410,10 @@ def _roll_out_in_place(
         increments = _buffer(out, "increments", (steps, *row), start)
         if isinstance(source, _Drawn):
             source.kept = increments
+    jumps: Tensor | None = None
+    if sde.jump_kinds and "increments" in keep and source.shows_noise:
+        row = (steps, len(start), len(sde.jump_kinds))
+        jumps = _buffer(out, "jumps", row, start)
     in_place = isinstance(solver, InPlaceSolver)
     # normals that fit and are not kept are drawn into the path's own next row
     spare = in_place and sde.noise == "diagonal"
@@ -345,6 +426,9 @@ def _roll_out_in_place(
             solver.step_into(after, sde, t0, t1, x, action, increment)
         else:
             after.copy_(_step(solver, sde, t0, t1, x, action, increment, source))
+        _, counts = _jump(sde, solver, source, k, t, h, x, after, action, into=after)
+        if jumps is not None and counts is not None:
+            jumps[k] = counts
         if "actions" in keep:
             if actions is None:
                 actions = _buffer(out, "actions", (steps, *action.shape), action)
@@ -356,6 +440,7 @@ def _roll_out_in_place(
         grid=grid,
         weights=source.weights,
         black_box=isinstance(solver, BlackBox),
+        jumps=None if jumps is None else jumps.movedim(0, 1),
     )
 
 
@@ -388,12 +473,17 @@ def _roll_out_with_graph(
 ) -> Paths:
     """Every step is a new tensor: what the graph has saved must not be written to again."""
     states, actions, increments = [start], list[Tensor](), list[Tensor]()
+    jumps = list[Tensor]()
     shown = "increments" in keep and source.shows_noise
     for k, t, h, t0, t1 in _left_ends(grid, start):
         actions.append(_act(policy, t, states[k], source, k))
         increment = source.increment(k, h, None)
-        states.append(_step(solver, sde, t0, t1, states[k], actions[k], increment, source))
+        moved = _step(solver, sde, t0, t1, states[k], actions[k], increment, source)
+        moved, counts = _jump(sde, solver, source, k, t, h, states[k], moved, actions[k])
+        states.append(moved)
         increments.append(increment)
+        if counts is not None:
+            jumps.append(counts)
     return Paths(
         states=torch.stack(states, dim=1),
         actions=torch.stack(actions, dim=1) if "actions" in keep else None,
@@ -401,6 +491,7 @@ def _roll_out_with_graph(
         grid=grid,
         weights=source.weights,
         black_box=isinstance(solver, BlackBox),
+        jumps=torch.stack(jumps, dim=1) if shown and jumps else None,
     )
 
 

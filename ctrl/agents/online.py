@@ -51,7 +51,7 @@ def one_step_paths(
     if problem.horizon < float("inf") or problem.discount:
         raise ValueError(
             "problem must be ergodic (infinite horizon, no discount) to be learned online, got "
-            f"horizon {problem.horizon:g} and discount {problem.discount:g}"
+            f"horizon {problem.horizon:g} and discount {problem.discount}"
         )
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
