@@ -188,7 +188,14 @@ def log_ratio(
         )
     u = controls(sde, policy, reference, paths)
     brownian = paths.increments.reshape(u.shape)
-    total = ito_sum(u, brownian) + time_integral(0.5 * u.square().sum(-1), paths.grid)
+    jumped = _log_ratio_of_jumps(sde, policy, reference, paths)
+    return ito_sum(u, brownian) + time_integral(0.5 * u.square().sum(-1), paths.grid) + jumped
+
+
+def _log_ratio_of_jumps(
+    sde: ControlledSDE, policy: Policy, reference: Policy, paths: Paths
+) -> Float[Tensor, " paths"]:
+    total = paths.states.new_zeros(len(paths.states))
     if not sde.jump_kinds:
         return total
     if paths.jumps is None or paths.jumps.shape[2] != len(sde.jump_kinds):

@@ -269,8 +269,8 @@ def ctd_lambda(
     along = values(value, problem, paths)
     h = as_like(paths.grid.steps, along)
     rewards = regularised_rewards(problem, paths, policy) - average_reward * h
-    rates = discount_rates(problem, paths)
-    advantages = continuous_gae(along, rewards, h, decay, rates).detach()
+    discount = discount_rates(problem, paths)
+    advantages = continuous_gae(along, rewards, h, decay, discount).detach()
     return -(discount_factors(problem, paths) * h * along[:, :-1] * advantages).sum(1)
 
 

@@ -387,7 +387,8 @@ def returns_to_go(
     require_whole(problem, paths.grid)
     rewards = regularised_rewards(problem, paths, policy)
     terminal = terminal_rewards(problem, paths.states[:, -1])
-    keep = torch.exp(-discount_rates(problem, paths) * as_like(paths.grid.steps, rewards))
+    discount = discount_rates(problem, paths)
+    keep = torch.exp(-discount * as_like(paths.grid.steps, rewards))
     returns = [terminal]
     for k in range(rewards.shape[1] - 1, -1, -1):
         returns.append(rewards[:, k] + keep[..., k] * returns[-1])

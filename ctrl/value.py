@@ -73,7 +73,8 @@ def martingale_increments(
             f"{list(rewards.shape)}"
         )
     h = as_like(paths.grid.steps, along)
-    keep = torch.exp(-discount_rates(problem, paths) * h)
+    discount = discount_rates(problem, paths)
+    keep = torch.exp(-discount * h)
     return keep * along[:, 1:] - along[:, :-1] + rewards - average_reward * h
 
 
@@ -82,12 +83,12 @@ def discount_factors(problem: ControlProblem, paths: Paths) -> Float[Tensor, "*p
 
     [steps], or [paths, steps] where the rate of discounting is a function.
     """
-    rates = discount_rates(problem, paths)
-    if isinstance(rates, Tensor):
-        over = rates * as_like(paths.grid.steps, rates)
+    discount = discount_rates(problem, paths)
+    if isinstance(discount, Tensor):
+        over = discount * as_like(paths.grid.steps, discount)
         return torch.exp(over - over.cumsum(1))
     nodes = paths.grid.nodes[:-1]
-    return as_like(torch.exp(-rates * (nodes - nodes[0])), paths.states)
+    return as_like(torch.exp(-discount * (nodes - nodes[0])), paths.states)
 
 
 def generator(

@@ -114,7 +114,8 @@ def _rates(
     h = as_like(paths.grid.steps, paths.states)
     rewards = regularised_rewards(problem, paths, policy)
     along = values(value, problem, paths)
-    return continuous_gae(along, rewards, h, rate, discount_rates(problem, paths)) / h
+    discount = discount_rates(problem, paths)
+    return continuous_gae(along, rewards, h, rate, discount) / h
 
 
 def _surrogate(
