@@ -43,19 +43,16 @@ def merton_sde() -> ctrl.ControlledSDE:
 
 def merton_value(t: Tensor, x: Tensor) -> Tensor:
     """Merton's series in torch, to be differentiated."""
-    to_go, x = M.horizon - t, x[:, 0]
-    grown, total = M.intensity * (1 + M.k), torch.zeros_like(x)
-    for n in range(18):
-        variance = M.noise**2 * to_go + n * M.std**2
-        growth = (M.rate - M.intensity * M.k) * to_go + n * math.log(1 + M.k)
-        root = variance.sqrt()
-        d1 = (x - math.log(M.strike) + growth + 0.5 * variance) / root
-        worth = x.exp() * torch.special.ndtr(d1)
-        worth = worth - M.strike * (-growth).exp() * torch.special.ndtr(d1 - root)
-        expected = grown * to_go
-        weight = (n * expected.log() - expected - math.lgamma(n + 1)).exp()
-        total = total + weight * worth
-    return total
+    n = torch.arange(18.0, dtype=x.dtype)  # numbers of jumps
+    to_go, grown = M.horizon - t, M.intensity * (1 + M.k) * (M.horizon - t)
+    variance = M.noise**2 * to_go + n * M.std**2
+    growth = (M.rate - M.intensity * M.k) * to_go + n * math.log(1 + M.k)
+    root = variance.sqrt()
+    d1 = (x - math.log(M.strike) + growth + 0.5 * variance) / root
+    strike = M.strike * (-growth).exp()
+    above, paid = (torch.erfc(-d * 0.5**0.5) / 2 for d in (d1, d1 - root))
+    worth = x.exp() * above - strike * paid
+    return worth @ (n * grown.log() - grown - torch.lgamma(n + 1)).exp()
 
 
 def enumerated(setting: Setting, steps: int) -> tuple[ctrl.TimeGrid, ctrl.Noise]:
@@ -134,6 +131,24 @@ JUMPS, GIRSANOV = "ctrl.jumps", "ctrl.girsanov"
             f"{JUMPS}.ExponentialMarks.from_normals",
             "-self.mean *",
             "-1 / self.mean *",
+        ),
+        wrong(
+            "rate for the mean in their rule",
+            f"{JUMPS}.ExponentialMarks.rule",
+            "self.mean * points",
+            "points / self.mean",
+        ),
+        wrong(
+            "values equally likely",
+            f"{JUMPS}.DiscreteMarks.rule",
+            "np.array(self.probabilities)",
+            "0 * np.array(self.probabilities) + 1 / 3",
+        ),
+        wrong(
+            "Merton's intensity not that of the price's measure",
+            "verification.claims.jumps.merton_value",
+            "M.intensity * (1 + M.k) * (",
+            "M.intensity * (",
         ),
         wrong(
             "marks by the lower tail",
