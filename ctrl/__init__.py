@@ -10,9 +10,11 @@ from ctrl import (
     linear,
     martingale,
     noise,
+    phibe,
     policy_gradient,
     problems,
     q_learning,
+    stopping,
     transitions,
     trust_region,
     value,
@@ -21,6 +23,7 @@ from ctrl.estimate import Estimate
 from ctrl.exploration import exploratory_sde
 from ctrl.jumps import Jumps
 from ctrl.martingale import LinearValue
+from ctrl.memory import PolicyWithMemory
 from ctrl.noise import Noise
 from ctrl.paths import (
     Paths,
@@ -53,6 +56,7 @@ from ctrl.solvers import (
     TamedEuler,
     TransitionSolver,
 )
+from ctrl.squashed_policy import SquashedGaussianPolicy, entropy_estimates
 from ctrl.torchsde_solver import TorchSDE
 from ctrl.value import Value
 
@@ -73,14 +77,17 @@ __all__ = [
     "Noise",
     "Paths",
     "Policy",
+    "PolicyWithMemory",
     "RandomPolicy",
     "Solver",
+    "SquashedGaussianPolicy",
     "TamedEuler",
     "TimeGrid",
     "TorchSDE",
     "TransitionSolver",
     "Value",
     "agents",
+    "entropy_estimates",
     "exploratory_sde",
     "girsanov",
     "ito_sum",
@@ -88,6 +95,7 @@ __all__ = [
     "linear",
     "martingale",
     "noise",
+    "phibe",
     "policy_gradient",
     "policy_kl",
     "problems",
@@ -97,6 +105,7 @@ __all__ = [
     "running_rewards",
     "simulate",
     "simulate_end",
+    "stopping",
     "time_integral",
     "transitions",
     "trust_region",

@@ -18,15 +18,26 @@ from torch import Tensor
 from ctrl.devices import as_like, require, together
 from ctrl.estimate import require_probabilities
 from ctrl.jumps import Jumps, intensity_kl, intensity_log_ratio
-from ctrl.paths import Paths, ito_sum, require_dynamics, require_memoryless, time_integral
-from ctrl.policy import Policy, mean_action
+from ctrl.memory import AnyPolicy
+from ctrl.paths import (
+    Paths,
+    in_order,
+    ito_sum,
+    require_dynamics,
+    time_integral,
+    visited,
+    while_running,
+)
+from ctrl.policy import mean_action
 from ctrl.sde import ControlledSDE
 
 
 def controls(
-    sde: ControlledSDE, policy: Policy, reference: Policy, paths: Paths
+    sde: ControlledSDE, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
 ) -> Float[Tensor, "paths steps noise"]:
     """u at the left end of every step: the drift's shift in units of noise, 1/sqrt(time).
+
+    It is 0 after the end of a path: the laws that are compared are those of stopped paths.
 
     Args:
         sde: the dynamics, shared by both policies.
@@ -36,22 +47,22 @@ def controls(
 
     Raises:
         ValueError: the diffusion is singular where the drifts differ, or a control is not finite;
-            a black box simulated the paths, or a policy has a memory.
+            a black box simulated the paths, or a policy has a memory that it does not declare.
     """
     require_dynamics(paths)
+    stopped, paths = paths, visited(paths)
     nodes = as_like(paths.grid.nodes[:-1], paths.states)
     with together():
-        for each_policy in (policy, reference):
-            require_memoryless(each_policy, paths)
         each = []
-        for k, t in enumerate(nodes):
-            x = paths.states[:, k]
-            a, a_ref = mean_action(policy, t, x), mean_action(reference, t, x)
+        policies = zip(in_order(policy, paths), in_order(reference, paths), strict=True)
+        for k, (now, now_ref) in enumerate(policies):
+            t, x = nodes[k], paths.states[:, k]
+            a, a_ref = mean_action(now, t, x), mean_action(now_ref, t, x)
             if sde.controls_diffusion:
                 _require_equal_diffusions(sde, t, x, a, a_ref)
             shift = sde.drift_at(t, x, a) - sde.drift_at(t, x, a_ref)
             each.append(sde.whiten(t, x, shift, a))
-        u = torch.stack(each, dim=1)
+        u = while_running(torch.stack(each, dim=1), stopped)
         finite = torch.isfinite(u).all(2).all(0)
         require(finite.all(), lambda: _not_finite(finite, nodes))
     return u
@@ -81,7 +92,7 @@ def _require_equal_diffusions(
 
 
 def path_kl(
-    sde: ControlledSDE, policy: Policy, reference: Policy, paths: Paths
+    sde: ControlledSDE, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
 ) -> Float[Tensor, " paths"]:
     """KL(P || P_ref) = E[ 1/2 int |u|^2 dt ], one value per path, nats ([SaA] Theorem 3.1).
 
@@ -114,9 +125,11 @@ def path_kl(
 
 
 def intensities(
-    sde: ControlledSDE, policy: Policy, reference: Policy, paths: Paths
+    sde: ControlledSDE, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
 ) -> list[tuple[Float[Tensor, "paths steps"], Float[Tensor, "paths steps"]]]:
     """l and l_ref of every kind of jumps at the left end of every step, 1/time.
+
+    They are 0 after the end of a path.
 
     Args:
         sde: the dynamics, shared by both policies.
@@ -127,17 +140,20 @@ def intensities(
     Raises:
         ValueError: an intensity is negative or not finite, or the sizes differ.
     """
+    stopped, paths = paths, visited(paths)
     nodes = as_like(paths.grid.nodes[:-1], paths.states)
     both = list[tuple[Tensor, Tensor]]()
     for kind in sde.jump_kinds:
         each = list[Tensor](), list[Tensor]()
-        for k, t in enumerate(nodes):
+        policies = zip(nodes, in_order(policy, paths), in_order(reference, paths), strict=True)
+        for k, (t, now, now_ref) in enumerate(policies):
             x = paths.states[:, k]
-            a, a_ref = mean_action(policy, t, x), mean_action(reference, t, x)
+            a, a_ref = mean_action(now, t, x), mean_action(now_ref, t, x)
             _require_equal_sizes(kind, t, x, a, a_ref)
             each[0].append(kind.intensity_at(t, x, a))
             each[1].append(kind.intensity_at(t, x, a_ref))
-        both.append((torch.stack(each[0], dim=1), torch.stack(each[1], dim=1)))
+        one, other = (while_running(torch.stack(rates, dim=1), stopped) for rates in each)
+        both.append((one, other))
     return both
 
 
@@ -156,7 +172,7 @@ def _require_equal_sizes(kind: Jumps, t: Tensor, x: Tensor, a: Tensor, a_ref: Te
 
 
 def log_ratio(
-    sde: ControlledSDE, policy: Policy, reference: Policy, paths: Paths
+    sde: ControlledSDE, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
 ) -> Float[Tensor, " paths"]:
     """log dP/dP_ref of each path: int u . dW + 1/2 int |u|^2 dt, nats ([KS91] 3.5.1).
 
@@ -181,7 +197,8 @@ def log_ratio(
         raise ValueError(
             'paths must have kept their increments: simulate(..., keep=("increments", ...))'
         )
-    if policy.is_random:
+    first = next(in_order(policy, paths))
+    if first.is_random:
         raise ValueError(
             "policy must be deterministic: where actions are drawn, W alone does not determine the "
             "path; use GaussianPolicy.log_prob of the kept actions"
@@ -193,7 +210,7 @@ def log_ratio(
 
 
 def _log_ratio_of_jumps(
-    sde: ControlledSDE, policy: Policy, reference: Policy, paths: Paths
+    sde: ControlledSDE, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
 ) -> Float[Tensor, " paths"]:
     total = paths.states.new_zeros(len(paths.states))
     if not sde.jump_kinds:
@@ -212,8 +229,8 @@ def _log_ratio_of_jumps(
 
 def terminal_kl_bound(
     sde: ControlledSDE,
-    policy: Policy,
-    reference: Policy,
+    policy: AnyPolicy,
+    reference: AnyPolicy,
     paths: Paths,
     initial_kl: float = 0.0,
 ) -> Float[Tensor, " paths"]:

@@ -115,7 +115,8 @@ def _rates(
     rewards = regularised_rewards(problem, paths, policy)
     along = values(value, problem, paths)
     discount = discount_rates(problem, paths)
-    return continuous_gae(along, rewards, h, rate, discount) / h
+    running = None if paths.ends is None else paths.running
+    return continuous_gae(along, rewards, h, rate, discount, running) / h
 
 
 def _surrogate(
@@ -139,4 +140,5 @@ def _surrogate(
     ).view_as(kl)
     weights = discount_factors(problem, paths) * as_like(paths.grid.steps, kl)
     gain = expectation((weights * rows).sum(1), paths)
-    return gain, float(expectation(kl.detach().sqrt().mean(1), paths))
+    made = paths.running.sum(1)  # a path's own steps
+    return gain, float(expectation(kl.detach().sqrt().sum(1) / made, paths))
