@@ -15,7 +15,7 @@ def temporal_differences(
     values: Float[Tensor, "paths nodes"],
     rewards: Float[Tensor, "paths steps"],
     step_sizes: Float[Tensor, " steps"],
-    discount: float = 0.0,
+    discount: float | Float[Tensor, "paths steps"] = 0.0,
     running: Bool[Tensor, "paths steps"] | None = None,
 ) -> Float[Tensor, "paths steps"]:
     """exp(-discount h_k) V_{k+1} - V_k + r_k: [SaA] Theorem 4.1's integrand over a step.
@@ -24,7 +24,7 @@ def temporal_differences(
         values: V at every node; the last column is the terminal reward.
         rewards: the running reward integrated over each step (not its rate).
         step_sizes: h_k, time.
-        discount: a rate, 1/time.
+        discount: a rate, 1/time; of every step where it differs.
         running: which steps are made, of paths of different length (``Paths.running``); the
             differences of others are 0. All of them if not given.
 
@@ -53,7 +53,7 @@ def continuous_gae(
     rewards: Float[Tensor, "paths steps"],
     step_sizes: Float[Tensor, " steps"],
     rate: float,
-    discount: float = 0.0,
+    discount: float | Float[Tensor, "paths steps"] = 0.0,
     running: Bool[Tensor, "paths steps"] | None = None,
 ) -> Float[Tensor, "paths steps"]:
     """Generalised advantages: A_k = sum_l exp(-(discount + rate) (t_l - t_k)) delta_l.
@@ -67,7 +67,7 @@ def continuous_gae(
         rewards: the running reward integrated over each step, reward.
         step_sizes: h_k, time.
         rate: of forgetting, 1/time; non-negative, may be infinite.
-        discount: a rate, 1/time.
+        discount: a rate, 1/time; of every step where it differs.
         running: as for ``temporal_differences``.
 
     Returns:
@@ -81,8 +81,8 @@ def continuous_gae(
     deltas = temporal_differences(values, rewards, step_sizes, discount, running)
     if math.isinf(rate):
         return deltas
-    keep = torch.exp(-(discount + rate) * step_sizes)
+    keep = torch.exp(-(discount + rate) * step_sizes)  # [steps] or [paths, steps]
     advantages = [deltas[:, -1]]
     for k in range(deltas.shape[1] - 2, -1, -1):
-        advantages.append(deltas[:, k] + keep[k] * advantages[-1])
+        advantages.append(deltas[:, k] + keep[..., k] * advantages[-1])
     return torch.stack(advantages[::-1], dim=1)

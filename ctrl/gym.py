@@ -7,6 +7,7 @@ gives any gymnasium environment with continuous actions to the losses of this on
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
@@ -16,6 +17,7 @@ from gymnasium import spaces
 from torch import Generator, Tensor
 
 from ctrl.devices import require_generator
+from ctrl.jumps import add_jumps
 from ctrl.paths import Paths, TimeGrid, ends_at_horizon, terminal_rewards
 from ctrl.policy import Policy
 from ctrl.problem import UNKNOWN, ControlProblem
@@ -135,6 +137,8 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             reward += h * float(paid.detach())
         with torch.no_grad():
             after = self._solver.step(self._sde, t0, t1, x, a, self._increment(h))
+            if (kinds := self._sde.jump_kinds) and not isinstance(self._solver, BlackBox):
+                after, _ = add_jumps(kinds, _Drawn(self.np_random), k, t0, h, x, after, a)
         if not bool(torch.isfinite(after).all()):
             raise ValueError(
                 f"the state is not finite at t = {float(t1):g}: bound the actions (action_bound) "
@@ -145,7 +149,10 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         terminated = last and ends_at_horizon(self.problem, self.grid)
         if terminated:
             reward += float(terminal_rewards(self.problem, after).detach())
-        info = {"time": float(t1), "discount": math.exp(-self.problem.discount * h)}
+        info = {
+            "time": float(t1),
+            "discount": math.exp(-h * float(self.problem.discount_at(t0, x))),
+        }
         return self._observation(), reward, terminated, last and not terminated, info
 
     def _increment(self, h: float) -> Tensor:
@@ -159,6 +166,19 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not self._observe_time:
             return state
         return np.append(state, float(self._nodes[self._step]))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Normals of jumps from gymnasium's generator."""
+
+    generator: np.random.Generator
+
+    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
+        return torch.as_tensor(self.generator.standard_normal((1, kinds)))
+
+    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
+        return torch.as_tensor(self.generator.standard_normal((1, dim)))
 
 
 def sample(

@@ -56,14 +56,14 @@ class MarkovChain:
     def resolvent(
         self,
         mass: Float[Tensor, "actions points"],
-        rate: float,
+        rate: float | Float[Tensor, " points"],
         source: Float[Tensor, " points"],
     ) -> Float[Tensor, " points"]:
         """The solution v of rate v - L v = source, L averaged over actions with ``mass``."""
         moves, points = self.neighbours.shape
         averaged = (self.rates * mass).sum(1)  # [moves, points]
         here = np.arange(points)
-        values = np.concatenate([-averaged.numpy().ravel(), rate + averaged.sum(0).numpy()])
+        values = np.concatenate([-averaged.numpy().ravel(), (rate + averaged.sum(0)).numpy()])
         rows = np.concatenate([np.tile(here, moves), here])
         columns = np.concatenate([self.neighbours.numpy().ravel(), here])
         matrix = sparse.csc_matrix((values, (rows, columns)), shape=(points, points))

@@ -31,7 +31,15 @@ from torch import Tensor
 
 from ctrl.advantages import continuous_gae
 from ctrl.devices import as_like
-from ctrl.paths import Paths, over_nodes, regularised_rewards, returns_to_go, stop, while_running
+from ctrl.paths import (
+    Paths,
+    discount_rates,
+    over_nodes,
+    regularised_rewards,
+    returns_to_go,
+    stop,
+    while_running,
+)
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
 from ctrl.user_functions import all_finite
@@ -196,6 +204,7 @@ def require_adapted(tests: TestFunctions, paths: Paths, *, sees_action: bool) ->
             actions=altered(paths.actions, int(sees_action)),
             increments=altered(paths.increments, 0),
             rewards=altered(paths.rewards, 0),
+            jumps=altered(paths.jumps, 0),
             weights=None,
             ends=None,
             terminated=None,
@@ -278,8 +287,9 @@ def ctd_lambda(
     along = values(value, problem, paths)
     h = as_like(paths.grid.steps, along)
     rewards = regularised_rewards(problem, paths, policy) - average_reward * h
+    discount = discount_rates(problem, paths)
     running = None if paths.ends is None else paths.running
-    advantages = continuous_gae(along, rewards, h, decay, problem.discount, running).detach()
+    advantages = continuous_gae(along, rewards, h, decay, discount, running).detach()
     return -(discount_factors(problem, paths) * h * along[:, :-1] * advantages).sum(1)
 
 
@@ -326,7 +336,7 @@ def clstd(
     if ergodic and (problem.discount or math.isfinite(problem.horizon)):
         raise ValueError(
             "problem must be undiscounted and of infinite horizon to be ergodic, got discount "
-            f"{problem.discount:g} and horizon {problem.horizon:g}"
+            f"{problem.discount} and horizon {problem.horizon:g}"
         )
     phi = all_finite("features", over_nodes(features, paths))
 
@@ -348,7 +358,7 @@ def clstd(
     if weights is None:
         weights = torch.full_like(phi[:, 0, 0], 1 / len(phi))
     discounts = discount_factors(problem, paths)
-    weighted = weights[:, None, None] * discounts[None, :, None] * tests
+    weighted = weights[:, None, None] * discounts[..., None] * tests
     matrix = torch.einsum("pki,pkj->ij", weighted, torch.stack(moves, dim=2))
     target = -torch.einsum("pki,pk->i", weighted, constant)
     if bool(torch.linalg.cond(matrix) > 0.1 / torch.finfo(matrix.dtype).eps):

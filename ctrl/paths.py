@@ -94,6 +94,7 @@ class Paths:
         terminated: whether each path is over at its end, so that what is paid there is all that is
             left; if not, its record breaks off, and a value function stands for the rest. If
             None: those that end before the last node are over, and at the horizon all are.
+        jumps: how many of each kind every step had.
     """
 
     states: Float[Tensor, "paths nodes *event"]
@@ -105,9 +106,10 @@ class Paths:
     black_box: bool = False
     ends: Int[Tensor, " paths"] | None = None
     terminated: Bool[Tensor, " paths"] | None = None
+    jumps: Float[Tensor, "paths steps kinds"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("states", "actions", "increments", "weights", "rewards"):
+        for name in ("states", "actions", "increments", "weights", "rewards", "jumps"):
             value = getattr(self, name)
             if not isinstance(value, Tensor) and (value is not None or name == "states"):
                 raise TypeError(
@@ -121,7 +123,7 @@ class Paths:
             )
         paths, nodes = len(self.states), len(self.grid.nodes)
         begins = {"states": (paths, nodes), "weights": (paths,)}
-        begins |= dict.fromkeys(("actions", "increments", "rewards"), (paths, nodes - 1))
+        begins |= dict.fromkeys(("actions", "increments", "rewards", "jumps"), (paths, nodes - 1))
         for name, begin in begins.items():
             value = getattr(self, name)
             if value is not None and tuple(value.shape[: len(begin)]) != begin:
@@ -545,6 +547,21 @@ def running_rewards(problem: ControlProblem, paths: Paths) -> Float[Tensor, "pat
     return all_finite("running_reward", over_steps(rate, paths, kept_actions(paths))) * steps
 
 
+def discount_rates(problem: ControlProblem, paths: Paths) -> float | Float[Tensor, "paths steps"]:
+    """The rate of discounting at the left end of every step, 1/time; a number if it is constant.
+
+    Raises:
+        ValueError: it is negative, not finite, or not one number a path.
+    """
+    if not callable(problem.discount):
+        return problem.discount
+
+    def rate(t: Tensor, x: Tensor) -> Tensor:
+        return one_a_path("discount", as_like(problem.discount_at(t, x), x), len(x))
+
+    return over_steps(rate, paths)
+
+
 def regularised_rewards(
     problem: ControlProblem, paths: Paths, policy: AnyPolicy | None
 ) -> Float[Tensor, "paths steps"]:
@@ -627,10 +644,11 @@ def returns_to_go(
     require_whole(problem, paths)
     rewards = regularised_rewards(problem, paths, policy)
     terminal = at_exits(problem, paths, terminal_rewards(problem, paths.states[:, -1]))
-    keep = torch.exp(-problem.discount * as_like(paths.grid.steps, rewards))
+    discount = discount_rates(problem, paths)
+    keep = torch.exp(-discount * as_like(paths.grid.steps, rewards))
     returns, runs = [terminal], None if paths.ends is None else paths.running.unbind(1)
     for k in range(rewards.shape[1] - 1, -1, -1):
-        ahead = rewards[:, k] + keep[k] * returns[-1]
+        ahead = rewards[:, k] + keep[..., k] * returns[-1]
         returns.append(ahead if runs is None else torch.where(runs[k], ahead, terminal))
     return torch.stack(returns[::-1], dim=1)
 

@@ -38,6 +38,7 @@ from ctrl.devices import as_like
 from ctrl.memory import AnyPolicy, PolicyWithMemory
 from ctrl.paths import (
     Paths,
+    discount_rates,
     kept_actions,
     log_probs,
     over_policy_steps,
@@ -164,6 +165,9 @@ class Transitions:
         self, problem: ControlProblem, policy: Policy, value: Value, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
         """grad V(t_k, X_k) . (X_{k+1} - E[X_{k+1} | X_k])."""
+        problem.dynamics.require_no_jumps(
+            "a step with them has no Gaussian density; use DrawnActions()"
+        )
         gaussian, nodes = require_transition(self.solver), paths.grid.nodes.cpu()
         require_dynamics(paths)
         after = transitions.proposals(problem.dynamics, gaussian, paths)
@@ -250,7 +254,8 @@ def temporal_difference_gradient(
     along, h = values(value, problem, paths), as_like(paths.grid.steps, paths.states)
     rewards = regularised_rewards(problem, paths, policy)
     running = None if paths.ends is None else paths.running
-    advantages = continuous_gae(along, rewards, h, rate, problem.discount, running)
+    discount = discount_rates(problem, paths)
+    advantages = continuous_gae(along, rewards, h, rate, discount, running)
     return _summed(problem, policy, paths, chosen, advantages)
 
 
@@ -299,7 +304,7 @@ def pathwise_gradient(
     sde = problem.dynamics.to_ito()
 
     def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
-        if sde.controls_diffusion:
+        if sde.controls_diffusion or sde.jump_kinds:
             return q_rate(problem, value, t, x, a)
         # the other terms of q do not depend on the action
         transported = transport(sde, value, t, x, a)

@@ -72,7 +72,7 @@ def q_rate(
         )
     rate = generator(problem.dynamics, value, t, states, actions, probes)
     if problem.discount:
-        rate = rate - problem.discount * value(t, states)
+        rate = rate - problem.discount_at(t, states) * value(t, states)
     if problem.running_reward is not None:
         reward = call("running_reward", problem.running_reward, t, states, actions)
         rate = rate + one_a_path("running_reward", reward, len(states))

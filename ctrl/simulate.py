@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from ctrl.devices import as_like, require, require_generator, together
+from ctrl.jumps import add_jumps
 from ctrl.memory import AnyPolicy, PolicyWithMemory, for_roll_out
 from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
 from ctrl.paths import Paths, TimeGrid
@@ -168,9 +169,11 @@ def _last_states(
         increment = source.increment(k, h, after if spare else None)
         if isinstance(solver, InPlaceSolver) and after is not None:
             solver.step_into(after, sde, t0, t1, x, action, increment)
+            _jump(sde, solver, source, k, t, h, x, after, action, into=after)
             x, after = after, (x if k else torch.empty_like(start))
         else:
-            x = _step(solver, sde, t0, t1, x, action, increment, source)
+            moved = _step(solver, sde, t0, t1, x, action, increment, source)
+            x, _ = _jump(sde, solver, source, k, t, h, x, moved, action)
     return x
 
 
@@ -179,6 +182,28 @@ def _equation(problem: ControlProblem, solver: Solver) -> ControlledSDE:
     if problem.sde is None and isinstance(solver, BlackBox):
         return UNKNOWN
     return problem.dynamics
+
+
+def _jump(
+    sde: ControlledSDE,
+    solver: Solver,
+    source: "_Source",
+    k: int,
+    t: Tensor,
+    h: float,
+    before: Tensor,
+    after: Tensor,
+    action: Tensor,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """States after the jumps of step k, and how many there were, [paths, kinds], if any may be."""
+    if not sde.jump_kinds or isinstance(solver, BlackBox):
+        return after, None
+    assert not isinstance(source, _Silent)
+    after, counts = add_jumps(sde.jump_kinds, source, k, t, h, before, after, action)
+    if into is not None:
+        into.copy_(after)
+    return after, counts
 
 
 def _source(
@@ -264,6 +289,27 @@ class _Given:
             )
         return self.noise.actions[:, k]
 
+    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
+        """Standard normals for the numbers of jumps of step k."""
+        jumps = self.noise.jumps
+        if jumps is None or jumps.shape[2] != kinds or jumps.dtype != like.dtype:
+            raise ValueError(
+                f"noise.jumps must be [paths, steps, {kinds}] in {like.dtype}: the sde jumps"
+            )
+        return jumps[:, k]
+
+    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
+        """Standard normals for the marks of the j-th jumps of step k."""
+        if dim == 0:
+            return like.new_empty(len(like), 0)
+        marks = self.noise.marks
+        if marks is None or marks.shape[2] <= j or marks.shape[3] < begin + dim:
+            raise ValueError(
+                f"noise.marks must be [paths, steps, {j + 1} or more, {begin + dim} or more]: "
+                f"step {k} has {j + 1} jumps on some path"
+            )
+        return marks[:, k, j, begin : begin + dim]
+
 
 class _Drawn:
     """Noise from a generator, drawn as it is needed."""
@@ -304,6 +350,14 @@ class _Drawn:
         """Standard normals for the actions of step k."""
         return torch.empty_like(mean).normal_(generator=self.generator)
 
+    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
+        """Standard normals for the numbers of jumps of step k."""
+        return like.new_empty(len(like), kinds).normal_(generator=self.generator)
+
+    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
+        """Standard normals for the marks of the j-th jumps of step k."""
+        return like.new_empty(len(like), dim).normal_(generator=self.generator)
+
 
 class _Streamed:
     """Noise that belongs to paths, whatever batch they are in."""
@@ -316,6 +370,7 @@ class _Streamed:
         like = start.new_empty(shape[0], *shape[2:])
         self.brownian = streams.rows("increments", shape[0], like)
         self.interior = streams.rows("interior", shape[0], like)
+        self.others = dict[tuple[str | int, ...], tuple[int, Iterator[Tensor]]]()
         self.drawn: Iterator[Tensor] | None = None
         self.leaving = streams.rows("exits", shape[0], start.new_empty(shape[0]))
 
@@ -332,6 +387,28 @@ class _Streamed:
         if self.drawn is None:
             self.drawn = self.streams.rows("actions", len(mean), mean)
         return next(self.drawn).clone()  # a graph or the action may hold on to it
+
+    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
+        """Standard normals for the numbers of jumps of step k."""
+        return self._row(("jumps",), k, kinds, like)
+
+    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
+        """Standard normals for the marks of the j-th jumps of step k."""
+        if dim == 0:
+            return like.new_empty(len(like), 0)
+        return self._row(("marks", kind, j), k, dim, like)
+
+    def _row(self, name: tuple[str | int, ...], k: int, width: int, like: Tensor) -> Tensor:
+        """Row k of a stream of its own, whatever rows were asked for before."""
+        if name not in self.others:
+            written = "-".join(str(part) for part in name)
+            rows = self.streams.rows(written, len(like), like.new_empty(len(like), width))
+            self.others[name] = (0, rows)
+        taken, rows = self.others[name]
+        for _ in range(k - taken):  # steps in which no path of this batch needed it
+            next(rows)
+        self.others[name] = (k + 1, rows)
+        return next(rows).clone()
 
 
 class _Silent:
@@ -388,6 +465,10 @@ def _roll_out_in_place(
         increments = _buffer(out, "increments", (steps, *row), start)
         if isinstance(source, _Drawn):
             source.kept = increments
+    jumps: Tensor | None = None
+    if sde.jump_kinds and "increments" in keep and source.shows_noise:
+        row = (steps, len(start), len(sde.jump_kinds))
+        jumps = _buffer(out, "jumps", row, start)
     in_place = isinstance(solver, InPlaceSolver)
     # normals that fit and are not kept are drawn into the path's own next row
     spare = in_place and sde.noise == "diagonal"
@@ -400,6 +481,9 @@ def _roll_out_in_place(
             solver.step_into(after, sde, t0, t1, x, action, increment)
         else:
             after.copy_(_step(solver, sde, t0, t1, x, action, increment, source))
+        _, counts = _jump(sde, solver, source, k, t, h, x, after, action, into=after)
+        if jumps is not None and counts is not None:
+            jumps[k] = counts
         if "actions" in keep:
             if actions is None:
                 actions = _buffer(out, "actions", (steps, *action.shape), action)
@@ -411,6 +495,7 @@ def _roll_out_in_place(
         grid=grid,
         weights=source.weights,
         black_box=isinstance(solver, BlackBox),
+        jumps=None if jumps is None else jumps.movedim(0, 1),
     )
 
 
@@ -423,6 +508,7 @@ class _AbsorbedStep(NamedTuple):
         increment: of the Brownian motion.
         runs: which paths make it.
         leaves: which of them leave the domain in it.
+        jumps: how many of each kind.
     """
 
     after: Tensor
@@ -430,6 +516,7 @@ class _AbsorbedStep(NamedTuple):
     increment: Tensor
     runs: Tensor
     leaves: Tensor
+    jumps: Tensor | None = None
 
 
 def _absorbed(
@@ -449,7 +536,8 @@ def _absorbed(
     for k, t, h, t0, t1 in _left_ends(grid, start):
         if last is not None and x.device.type == "cpu" and not bool(runs.any()):
             action, increment = torch.zeros_like(last.action), torch.zeros_like(last.increment)
-            yield _AbsorbedStep(x, action, increment, runs, runs)  # nobody is left
+            counts = None if last.jumps is None else torch.zeros_like(last.jumps)
+            yield _AbsorbedStep(x, action, increment, runs, runs, counts)  # nobody is left
             continue
         inside = torch.where(_beside(runs, x), x, start)
         action = _act(policy, t, inside, source, k)
@@ -458,13 +546,19 @@ def _absorbed(
         uniform = source.for_exits(k) if rule.draws else None
         step = Step(sde, t0, t1, inside, proposed, action, uniform)
         left, exits = rule.exits(problem.domain, step)
+        jumped, counts = _jump(sde, solver, source, k, t, h, inside, proposed, action)
+        if counts is not None:  # of those that have not left before
+            proposed = torch.where(_beside(left, x), proposed, jumped)
+            counts = torch.where((runs & ~left)[:, None], counts, 0)
+            out = ~(problem.domain.signed_distance(as_like(t1, x), proposed) > 0) & ~left
+            left, exits = left | out, torch.where(_beside(out, x), proposed, exits)
         leaves = left & runs
         after = torch.where(_beside(leaves, x), exits, proposed)
         after = torch.where(_beside(runs, x), after, x)
         if source.shows_noise:
             increment = torch.where(_beside(runs, increment), increment, 0)
         action = torch.where(_beside(runs, action), action, 0)
-        last = _AbsorbedStep(after, action, increment, runs, leaves)
+        last = _AbsorbedStep(after, action, increment, runs, leaves, counts)
         yield last
         x, runs = after, runs & ~leaves
 
@@ -498,6 +592,10 @@ def _roll_out_to_exits(
                 if name not in kept:
                     kept[name] = _buffer(out, name, (steps, *row.shape), row)
                 kept[name][k] = row
+        if "increments" in names and step.jumps is not None:
+            if "jumps" not in kept:
+                kept["jumps"] = _buffer(out, "jumps", (steps, *step.jumps.shape), step.jumps)
+            kept["jumps"][k] = step.jumps
     return Paths(
         states=states.movedim(0, 1),
         actions=kept["actions"].movedim(0, 1) if "actions" in kept else None,
@@ -505,6 +603,7 @@ def _roll_out_to_exits(
         grid=grid,
         weights=source.weights,
         black_box=isinstance(solver, BlackBox),
+        jumps=kept["jumps"].movedim(0, 1) if "jumps" in kept else None,
         ends=ends,
         terminated=left,
     )
@@ -539,12 +638,17 @@ def _roll_out_with_graph(
 ) -> Paths:
     """Every step is a new tensor: what the graph has saved must not be written to again."""
     states, actions, increments = [start], list[Tensor](), list[Tensor]()
+    jumps = list[Tensor]()
     shown = "increments" in keep and source.shows_noise
     for k, t, h, t0, t1 in _left_ends(grid, start):
         actions.append(_act(policy, t, states[k], source, k))
         increment = source.increment(k, h, None)
-        states.append(_step(solver, sde, t0, t1, states[k], actions[k], increment, source))
+        moved = _step(solver, sde, t0, t1, states[k], actions[k], increment, source)
+        moved, counts = _jump(sde, solver, source, k, t, h, states[k], moved, actions[k])
+        states.append(moved)
         increments.append(increment)
+        if counts is not None:
+            jumps.append(counts)
     return Paths(
         states=torch.stack(states, dim=1),
         actions=torch.stack(actions, dim=1) if "actions" in keep else None,
@@ -552,6 +656,7 @@ def _roll_out_with_graph(
         grid=grid,
         weights=source.weights,
         black_box=isinstance(solver, BlackBox),
+        jumps=torch.stack(jumps, dim=1) if shown and jumps else None,
     )
 
 

@@ -118,6 +118,7 @@ def _laws(
     sde: ControlledSDE, solver: Solver, policy: AnyPolicy, paths: Paths
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and standard deviation of every next state, both [paths, *event]."""
+    sde.require_no_jumps("a step with them has no Gaussian density; use girsanov.log_ratio")
     gaussian = require_transition(solver)
     require_dynamics(paths)
     paths = visited(paths)

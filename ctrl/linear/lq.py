@@ -230,7 +230,14 @@ class LinearQuadratic:
             settings[name] = float(rate.reshape(-1)[0])
         ends = bool(self.H.any()) or bool(self.h.any())
         terminal = self.terminal_reward if ends else None
-        return ControlProblem(self.sde, horizon, self.running_reward, terminal, **settings)
+        return ControlProblem(
+            self.sde,
+            horizon,
+            self.running_reward,
+            terminal,
+            discount=settings["discount"],
+            temperature=settings["temperature"],
+        )
 
 
 def value_rate(lq: LinearQuadratic, value: Quadratic, law: LinearGaussian) -> Quadratic:

@@ -213,7 +213,7 @@ def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> 
         wrong(
             "discount missing in the return",
             "ctrl.paths.returns_to_go",
-            "keep[k] * returns[-1]",
+            "keep[..., k] * returns[-1]",
             "returns[-1]",
         ),
         wrong(
@@ -226,7 +226,7 @@ def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> 
         wrong(
             "discount missing in dM",
             "ctrl.value.martingale_increments",
-            "-problem.discount * h",
+            "-discount * h",
             "-0.0 * h",
         ),
         wrong(
@@ -250,7 +250,7 @@ def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> 
         wrong(
             "discount of the features missing in CLSTD",
             "ctrl.martingale.clstd",
-            "weights[:, None, None] * discounts[None, :, None] * tests",
+            "weights[:, None, None] * discounts[..., None] * tests",
             "weights[:, None, None] * tests",
         ),
         wrong(

@@ -46,7 +46,7 @@ def gradient(each: Tensor, paths: ctrl.Paths, theta: list[Tensor]) -> Tensor:
 DISCOUNT_IN_RETURN = wrong(
     "discount inside the return missing",
     "ctrl.paths.returns_to_go",
-    "-problem.discount * ",
+    "-discount * ",
     "-0.0 * ",
 )
 DISCOUNT_IN_DIFFERENCE = wrong(
@@ -56,7 +56,7 @@ DISCOUNT_IN_DIFFERENCE = wrong(
     "values[:, 1:]",
 )
 OUTER_DISCOUNT = wrong(
-    "outer discount missing", "ctrl.value.discount_factors", "-problem.discount * ", "-0.0 * "
+    "outer discount missing", "ctrl.value.discount_factors", "-discount * ", "-0.0 * "
 )
 FIRST_ORDER_DISCOUNT = wrong(
     "1 - discount h for exp(-discount h)",
