@@ -21,6 +21,7 @@ from ctrl.jumps import Jumps, intensity_kl, intensity_log_ratio
 from ctrl.memory import AnyPolicy
 from ctrl.paths import (
     Paths,
+    common_grid,
     in_order,
     ito_sum,
     require_dynamics,
@@ -51,7 +52,7 @@ def controls(
     """
     require_dynamics(paths)
     stopped, paths = paths, visited(paths)
-    nodes = as_like(paths.grid.nodes[:-1], paths.states)
+    nodes = as_like(common_grid(paths).nodes[:-1], paths.states)
     with together():
         each = []
         policies = zip(in_order(policy, paths), in_order(reference, paths), strict=True)
@@ -141,7 +142,7 @@ def intensities(
         ValueError: an intensity is negative or not finite, or the sizes differ.
     """
     stopped, paths = paths, visited(paths)
-    nodes = as_like(paths.grid.nodes[:-1], paths.states)
+    nodes = as_like(common_grid(paths).nodes[:-1], paths.states)
     both = list[tuple[Tensor, Tensor]]()
     for kind in sde.jump_kinds:
         each = list[Tensor](), list[Tensor]()

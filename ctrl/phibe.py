@@ -28,7 +28,7 @@ from ctrl.devices import as_like
 from ctrl.linear.gaussian import transition
 from ctrl.linear.lq import LinearQuadratic
 from ctrl.martingale import Features, LinearValue
-from ctrl.paths import Paths, TimeGrid, over_steps, regularised_rewards
+from ctrl.paths import Paths, TimeGrid, common_grid, over_steps, regularised_rewards
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
 from ctrl.user_functions import all_finite, own_memory
@@ -142,7 +142,7 @@ def galerkin(
         actions=None,
         increments=None,
         rewards=None,
-        grid=TimeGrid(paths.grid.nodes[: count + 1]),
+        grid=TimeGrid(common_grid(paths).nodes[: count + 1]),
     )
     rewards = regularised_rewards(problem, paths, policy)[:, :count] / as_like(step, paths.states)
 
@@ -171,7 +171,7 @@ def galerkin(
 
 
 def _equal_step(paths: Paths, order: int) -> Float[Tensor, ""]:
-    steps = paths.grid.steps
+    steps = common_grid(paths).steps
     if len(steps) < order:
         raise ValueError(
             f"paths must have at least {order} steps for order {order}, got {len(steps)}"

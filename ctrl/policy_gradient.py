@@ -38,6 +38,7 @@ from ctrl.devices import as_like
 from ctrl.memory import AnyPolicy, PolicyWithMemory
 from ctrl.paths import (
     Paths,
+    common_grid,
     discount_rates,
     kept_actions,
     log_probs,
@@ -130,7 +131,7 @@ class DrawnActions:
         self, problem: ControlProblem, policy: AnyPolicy, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
         """Zero: the reward is of the drawn action, which is held."""
-        return paths.states.new_zeros(len(paths.states), len(paths.grid.steps))
+        return paths.states.new_zeros(len(paths.states), paths.states.shape[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class Transitions:
         """r(t_k, X_k, a(t_k, X_k)) h_k, the action a function of the policy's parameters."""
         reward = problem.running_reward
         if reward is None:
-            return paths.states.new_zeros(len(paths.states), len(paths.grid.steps))
+            return paths.states.new_zeros(len(paths.states), paths.states.shape[1] - 1)
 
         def rate(policy: Policy, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
             again = _reparametrised(policy, t, x, a.detach())
@@ -324,7 +325,7 @@ def pathwise_gradient(
         return (slope.detach() * again).reshape(len(x), -1).sum(1)
 
     stopped, paths = paths, visited(paths)
-    times = as_like(paths.grid.nodes[:-1], paths.states)
+    times = as_like(common_grid(paths).nodes[:-1], paths.states)
     moments = zip(times, paths.states[:, :-1].unbind(1), kept_actions(paths).unbind(1), strict=True)
     rates = torch.stack([one(*moment) for moment in moments], dim=1)
     rates = while_running(rates, stopped)

@@ -24,6 +24,7 @@ from ctrl.devices import as_like
 from ctrl.paths import (
     Paths,
     at_exits,
+    common_grid,
     discount_rates,
     ends_at_horizon,
     finished,
@@ -53,7 +54,7 @@ def values(value: Value, problem: ControlProblem, paths: Paths) -> Float[Tensor,
     if paths.ends is not None:
         return all_finite("value", _pinned(unpinned, problem, paths))
     unpinned = all_finite("value", unpinned)
-    if not ends_at_horizon(problem, paths.grid):
+    if not ends_at_horizon(problem, common_grid(paths)):
         return unpinned
     terminal = terminal_rewards(problem, paths.states[:, -1])
     return torch.cat([unpinned[:, :-1], terminal.unsqueeze(1)], dim=1)
@@ -101,14 +102,14 @@ def martingale_increments(
 def discount_factors(problem: ControlProblem, paths: Paths) -> Float[Tensor, "*paths steps"]:
     """e^{-discount (t_k - t_0)}: what a reward of each step is worth at the first node.
 
-    [steps], or [paths, steps] where the rate of discounting is a function.
+    [steps], or [paths, steps] where the rate of discounting is a function or paths have own times.
     """
     discount = discount_rates(problem, paths)
     if isinstance(discount, Tensor):
         over = discount * as_like(paths.grid.steps, discount)
         return torch.exp(over - over.cumsum(1))
-    nodes = paths.grid.nodes[:-1]
-    return as_like(torch.exp(-discount * (nodes - nodes[0])), paths.states)
+    nodes = paths.grid.nodes[..., :-1]
+    return as_like(torch.exp(-discount * (nodes - nodes[..., :1])), paths.states)
 
 
 def generator(

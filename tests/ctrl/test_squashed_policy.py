@@ -85,7 +85,7 @@ def test_entropy_is_refused_and_estimated(generator):
     assert abs(gap.mean) < 5 * gap.standard_error
     closed = ctrl.Estimate.of(ctrl.entropy_estimates(LATENT, T, X, noise)[:, 1])
     assert abs(closed.mean - LATENT.entropy(T, X)[1]) < 5 * closed.standard_error
-    with pytest.raises(ValueError, match=r"noise must be \[samples, 2"):
+    with pytest.raises((ValueError, TypeError), match="noise"):
         ctrl.entropy_estimates(POLICY, T, X, noise[:, :1])
 
 

@@ -265,8 +265,8 @@ def policy_gradient(setting: Setting) -> Iterator[Check]:
         wrong(
             "value of step i + 1 for i",
             "ctrl.paths.over_steps",
-            "paths.grid.nodes[:-1]",
-            "paths.grid.nodes[1:]",
+            "paths.grid.nodes[..., :-1]",
+            "paths.grid.nodes[..., 1:]",
         ),
         wrong(
             "state at the right end of a step",
