@@ -57,7 +57,8 @@ def controls(
         each = []
         policies = zip(in_order(policy, paths), in_order(reference, paths), strict=True)
         for k, (now, now_ref) in enumerate(policies):
-            t, x = nodes[k], paths.states[:, k]
+            t = nodes[k]
+            x = paths.states[:, k]
             a, a_ref = mean_action(now, t, x), mean_action(now_ref, t, x)
             if sde.controls_diffusion:
                 _require_equal_diffusions(sde, t, x, a, a_ref)
@@ -198,7 +199,7 @@ def log_ratio(
         raise ValueError(
             'paths must have kept their increments: simulate(..., keep=("increments", ...))'
         )
-    first = next(in_order(policy, paths))
+    first = next(in_order(policy, paths))  # of one with memory: its policy at the first node
     if first.is_random:
         raise ValueError(
             "policy must be deterministic: where actions are drawn, W alone does not determine the "

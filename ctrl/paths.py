@@ -355,7 +355,8 @@ def visited(paths: Paths) -> Paths:
 def finished(problem: ControlProblem, paths: Paths) -> Bool[Tensor, " paths"]:
     """Which paths are over at their end: what is paid there is their value."""
     if isinstance(paths.grid, OwnTimes):
-        over = _is_horizon(problem, paths.grid.nodes[:, -1]).to(paths.states.device)
+        gap = (paths.grid.nodes[:, -1] - problem.horizon).abs().to(paths.states.device)
+        over = gap <= (1e-6 * problem.horizon if math.isfinite(problem.horizon) else -1)
         return over if paths.terminated is None else over | paths.terminated
     last = ends_at_horizon(problem, paths.grid)
     over = torch.full((len(paths.states),), last, device=paths.states.device)
@@ -692,15 +693,10 @@ def regularised_rewards(
     return rewards - problem.temperature * log_prob * as_like(paths.grid.steps, rewards)
 
 
-def ends_at_horizon(problem: ControlProblem, grid: TimeGrid) -> bool:
-    """Whether the last node is the horizon, where the terminal reward is paid."""
-    return bool(_is_horizon(problem, grid.nodes[-1]))
-
-
-def _is_horizon(problem: ControlProblem, times: Tensor) -> Tensor:
-    if not math.isfinite(problem.horizon):
-        return torch.zeros_like(times, dtype=torch.bool)
-    return (times - problem.horizon).abs() <= 1e-6 * problem.horizon  # float32 grids
+def ends_at_horizon(problem: ControlProblem, grid: TimeGrid | OwnTimes) -> bool:
+    """Whether the last node (of every path) is the horizon, where the terminal reward is paid."""
+    gap = float((grid.nodes[..., -1] - problem.horizon).abs().max())
+    return math.isfinite(problem.horizon) and gap <= 1e-6 * problem.horizon  # float32 grids
 
 
 def require_whole(problem: ControlProblem, paths: Paths) -> None:
@@ -715,7 +711,7 @@ def require_whole(problem: ControlProblem, paths: Paths) -> None:
         over = finished(problem, paths)
         require(over.all(), lambda: ValueError(_broken_off(problem, paths, over)))
         return
-    if isinstance(grid, OwnTimes) or not ends_at_horizon(problem, grid):
+    if not ends_at_horizon(problem, grid):
         raise ValueError(
             f"grid must end at the horizon {problem.horizon:g}, or what comes after its end is "
             f"left out, got {float(grid.nodes[-1]):g}; where the horizon is infinite or the paths "

@@ -199,11 +199,11 @@ def gibbs_policy(
 
     def mean(t: Tensor, states: Tensor) -> Tensor:
         slope, hessian = _quadratic(problem, value, action_dim, t, states)
-        if state is None:
-            return torch.linalg.solve(-hessian, slope)
-        here = _quadratic(problem, value, action_dim, t, as_like(state, states).unsqueeze(0))[1]
-        gap = (hessian - here).abs().max()
-        require(~(gap > _digits(states) * here.abs().max()), lambda: ValueError(_NO_COVARIANCE))
+        if state is not None:
+            one = as_like(state, states).unsqueeze(0)
+            here = _quadratic(problem, value, action_dim, t, one)[1]
+            gap = (hessian - here).abs().max()
+            require(~(gap > _digits(states) * here.abs().max()), lambda: ValueError(_NO_COVARIANCE))
         return torch.linalg.solve(-hessian, slope)
 
     def scale_at(t: Tensor, states: Tensor) -> Tensor:

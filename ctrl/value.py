@@ -24,7 +24,6 @@ from ctrl.devices import as_like
 from ctrl.paths import (
     Paths,
     at_exits,
-    common_grid,
     discount_rates,
     ends_at_horizon,
     finished,
@@ -54,7 +53,7 @@ def values(value: Value, problem: ControlProblem, paths: Paths) -> Float[Tensor,
     if paths.ends is not None:
         return all_finite("value", _pinned(unpinned, problem, paths))
     unpinned = all_finite("value", unpinned)
-    if not ends_at_horizon(problem, common_grid(paths)):
+    if not ends_at_horizon(problem, paths.grid):
         return unpinned
     terminal = terminal_rewards(problem, paths.states[:, -1])
     return torch.cat([unpinned[:, :-1], terminal.unsqueeze(1)], dim=1)

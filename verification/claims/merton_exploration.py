@@ -116,8 +116,8 @@ def value(t: Tensor, x: Tensor) -> Tensor:
         wrong(
             "Gibbs policy's mean without the Hessian",
             "ctrl.q_learning.gibbs_policy",
-            "if state is None:\n            return torch.linalg.solve(-hessian, slope)",
-            "if state is None:\n            return slope",
+            "return torch.linalg.solve(-hessian, slope)",
+            "return slope",
         ),
         wrong(
             "temperature missing in the Gibbs policy's covariance",
