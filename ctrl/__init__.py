@@ -6,6 +6,7 @@ Three nouns (problem, policy, paths) and pure functions of them.
 from ctrl import (
     agents,
     girsanov,
+    jumps,
     linear,
     martingale,
     noise,
@@ -20,6 +21,7 @@ from ctrl import (
 )
 from ctrl.estimate import Estimate
 from ctrl.exploration import exploratory_sde
+from ctrl.jumps import Jumps
 from ctrl.martingale import LinearValue
 from ctrl.memory import PolicyWithMemory
 from ctrl.noise import Noise
@@ -44,7 +46,16 @@ from ctrl.policy import (
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
 from ctrl.simulate import simulate, simulate_end
-from ctrl.solvers import BlackBox, EulerMaruyama, Heun, Milstein, Solver, TransitionSolver
+from ctrl.solvers import (
+    BlackBox,
+    DriftImplicitEuler,
+    EulerMaruyama,
+    Heun,
+    Milstein,
+    Solver,
+    TamedEuler,
+    TransitionSolver,
+)
 from ctrl.squashed_policy import SquashedGaussianPolicy, entropy_estimates
 from ctrl.torchsde_solver import TorchSDE
 from ctrl.value import Value
@@ -54,10 +65,12 @@ __all__ = [
     "ControlProblem",
     "ControlledSDE",
     "DeterministicPolicy",
+    "DriftImplicitEuler",
     "Estimate",
     "EulerMaruyama",
     "GaussianPolicy",
     "Heun",
+    "Jumps",
     "LinearValue",
     "Milstein",
     "MultivariateGaussianPolicy",
@@ -68,6 +81,7 @@ __all__ = [
     "RandomPolicy",
     "Solver",
     "SquashedGaussianPolicy",
+    "TamedEuler",
     "TimeGrid",
     "TorchSDE",
     "TransitionSolver",
@@ -77,6 +91,7 @@ __all__ = [
     "exploratory_sde",
     "girsanov",
     "ito_sum",
+    "jumps",
     "linear",
     "martingale",
     "noise",
