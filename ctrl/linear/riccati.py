@@ -98,7 +98,7 @@ class FiniteHorizon:
                 f"t must be from {first:g} to {last:g}, the times that were solved for, got "
                 f"{_listed_range(at)}; solve over times that contain these"
             )
-        return _unflat(self.to_go(to_go), self._last)
+        return _unflat(self.to_go(to_go))
 
     @property
     def _last(self) -> LinearQuadratic:
@@ -186,7 +186,7 @@ def solve_lq(lq: LinearQuadratic | TimeVarying, times: Float[Tensor, " nodes"]) 
     require_concave(last, last.terminal, " at the horizon")
 
     def rate(t: Tensor, y: Tensor) -> Tensor:
-        now, value = problem_at(lq, grid[-1] - t), _unflat(y, last)
+        now, value = problem_at(lq, grid[-1] - t), _unflat(y)
         return _flat(value_rate(now, value, greedy(now, value)))
 
     if isinstance(lq, TimeVarying) or lq.scaled_noise[1].shape[-3]:
@@ -223,7 +223,7 @@ def solve_lq_switching(
     require_concave(lq, lq.terminal, " at the horizon")
 
     def rate(t: Tensor, y: Tensor) -> Tensor:
-        value = _unflat(y, lq)
+        value = _unflat(y)
         within = _flat(value_rate(lq, value, greedy(lq, value)))
         return within + moves @ y - moves.sum(1, keepdim=True) * y
 
@@ -273,7 +273,7 @@ def evaluate_lq(
 
     def rate(t: Tensor, y: Tensor) -> Tensor:
         now = law if isinstance(law, LinearGaussian) else law(grid[-1] - t)
-        return _flat(value_rate(problem_at(lq, grid[-1] - t), _unflat(y, last), now))
+        return _flat(value_rate(problem_at(lq, grid[-1] - t), _unflat(y), now))
 
     check_law(
         last, law if isinstance(law, LinearGaussian) else law(grid), time_dependent=callable(law)
@@ -403,8 +403,8 @@ def _flat(value: Quadratic) -> Float[Tensor, "*batch dim"]:
     return torch.cat([value.hessian.flatten(-2), value.slope, value.constant.unsqueeze(-1)], dim=-1)
 
 
-def _unflat(y: Float[Tensor, "*batch dim"], lq: LinearQuadratic) -> Quadratic:
-    n = lq.A.shape[-1]
+def _unflat(y: Float[Tensor, "*batch dim"]) -> Quadratic:
+    n = (math.isqrt(4 * y.shape[-1] - 3) - 1) // 2  # of n^2 + n + 1 numbers
     hessian, slope, constant = y.split([n * n, n, 1], dim=-1)
     return Quadratic(hessian.unflatten(-1, (n, n)), slope, constant.squeeze(-1))
 
@@ -451,7 +451,7 @@ def _flow(
         flow = HamiltonianFlow(A, lift(G, (0, 1, 0, 1)), Q, 0.5 * horizon * (points + 1))
 
         def panel(begin: float, halvings: int, y: Tensor) -> Tensor | None:
-            P = flow.after(-_in_one(_unflat(y, lq)), halvings)
+            P = flow.after(-_in_one(_unflat(y)), halvings)
             if not bool(torch.isfinite(P).all()):
                 return None
             n, half = P.shape[-1] - 1, 0.5 * horizon / 2**halvings
