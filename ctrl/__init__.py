@@ -14,6 +14,7 @@ from ctrl import (
     problems,
     q_learning,
     risk_sensitive,
+    stopping,
     transitions,
     trust_region,
     value,
@@ -21,6 +22,7 @@ from ctrl import (
 from ctrl.estimate import Estimate
 from ctrl.exploration import exploratory_sde
 from ctrl.martingale import LinearValue
+from ctrl.memory import PolicyWithMemory
 from ctrl.noise import Noise
 from ctrl.paths import (
     Paths,
@@ -44,6 +46,7 @@ from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
 from ctrl.simulate import simulate, simulate_end
 from ctrl.solvers import BlackBox, EulerMaruyama, Heun, Milstein, Solver, TransitionSolver
+from ctrl.squashed_policy import SquashedGaussianPolicy, entropy_estimates
 from ctrl.torchsde_solver import TorchSDE
 from ctrl.value import Value
 
@@ -62,13 +65,16 @@ __all__ = [
     "Noise",
     "Paths",
     "Policy",
+    "PolicyWithMemory",
     "RandomPolicy",
     "Solver",
+    "SquashedGaussianPolicy",
     "TimeGrid",
     "TorchSDE",
     "TransitionSolver",
     "Value",
     "agents",
+    "entropy_estimates",
     "exploratory_sde",
     "girsanov",
     "ito_sum",
@@ -86,6 +92,7 @@ __all__ = [
     "running_rewards",
     "simulate",
     "simulate_end",
+    "stopping",
     "time_integral",
     "transitions",
     "trust_region",

@@ -11,8 +11,9 @@ PACKAGES = ("ctrl", "diffusion_envs", "verification")
 # From the ground up. A package's name stands for its __init__, which comes after what it
 # re-exports.
 MODULES = """
-ctrl.devices ctrl.estimate ctrl.user_functions ctrl.sde ctrl.problem ctrl.policy
-ctrl.time_homogeneity ctrl.exploration ctrl.noise ctrl.paths ctrl.solvers
+ctrl.devices ctrl.estimate ctrl.user_functions ctrl.sde ctrl.stopping ctrl.problem ctrl.policy
+ctrl.squashed_policy ctrl.memory ctrl.time_homogeneity ctrl.exploration ctrl.noise ctrl.paths
+ctrl.solvers
 ctrl.torchsde_solver ctrl.simulate
 ctrl.girsanov ctrl.transitions ctrl.value
 ctrl.advantages ctrl.martingale ctrl.q_learning ctrl.trust_region ctrl.policy_gradient
@@ -91,7 +92,8 @@ diffusion_envs.training.optimisers.natural_gradient
 diffusion_envs.training.optimisers.diagonal_metric
 diffusion_envs.training.optimisers.bounded_adamw diffusion_envs.training.optimisers.scaled_lora
 diffusion_envs.training.optimisers
-diffusion_envs.training.requirements diffusion_envs.training.trainer
+diffusion_envs.training.requirements diffusion_envs.training.gradients
+diffusion_envs.training.update_numbers diffusion_envs.training.trainer
 diffusion_envs.training.rehearsal
 diffusion_envs.training
 diffusion_envs.exact.gaussian diffusion_envs.exact.linear_policy
