@@ -5,6 +5,7 @@ Three nouns (problem, policy, paths) and pure functions of them.
 
 from ctrl import (
     agents,
+    chains,
     girsanov,
     linear,
     martingale,
@@ -74,6 +75,7 @@ __all__ = [
     "TransitionSolver",
     "Value",
     "agents",
+    "chains",
     "entropy_estimates",
     "exploratory_sde",
     "girsanov",

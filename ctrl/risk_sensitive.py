@@ -50,7 +50,7 @@ from ctrl.linear.lq import (
 )
 from ctrl.linear.riccati import FiniteHorizon, check_law
 from ctrl.martingale import TestFunctions, moments
-from ctrl.paths import Paths, TimeGrid, running_rewards
+from ctrl.paths import Paths, TimeGrid, running_rewards, while_running
 from ctrl.problem import ControlProblem
 from ctrl.q_learning import QRate, rates
 from ctrl.sde import ControlledSDE
@@ -215,7 +215,7 @@ def increments(
     moves = values(value, problem, paths).diff(dim=1)
     paid = running_rewards(problem, paths)
     paid = paid - (rates(q, paths) + average_reward) * as_like(paths.grid.steps, moves)
-    return moves + paid + 0.5 * risk * moves.square()
+    return while_running(moves + paid + 0.5 * risk * moves.square(), paths)
 
 
 def orthogonality_loss(
