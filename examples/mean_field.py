@@ -14,7 +14,7 @@ def matrix(value: float) -> torch.Tensor:
     return torch.tensor([[value]], dtype=torch.float64)
 
 
-# dX = (0.8 (m - X) + a) dt + 0.4 dW, m the average; costs (X - m)^2 + a^2 / 2, 2 m^2 - 4 m at the end
+# dX = (0.8 (m - X) + a) dt + 0.4 dW, m the mean; costs (X - m)^2 + a^2 / 2, at the end 2 m^2 - 4 m
 alone = LinearQuadratic(
     matrix(-0.8), matrix(1.0), sigma=matrix(0.4), M=matrix(2.0), N=matrix(1.0), h=-matrix(4.0)[0]
 )

@@ -150,6 +150,12 @@ def earned(solution: mean_field.MeanFieldSolution) -> float:
             "float(lq.rates[1]) / count",
             "float(lq.rates[1])",
         ),
+        wrong(
+            "average over systems, not over particles",
+            "ctrl.mean_field.MeanFieldLQ.particles",
+            "x.mean(1, keepdim=True) @",
+            "x.mean(0, keepdim=True) @",
+        ),
         wrong("cost of the mean without 1/2", "ctrl.mean_field._cost", "0.5 * ", ""),
     ],
 )
