@@ -4,6 +4,7 @@ Three nouns (problem, policy, paths) and pure functions of them.
 """
 
 from ctrl import (
+    adjoint_matching,
     agents,
     chains,
     girsanov,
@@ -75,6 +76,7 @@ __all__ = [
     "TorchSDE",
     "TransitionSolver",
     "Value",
+    "adjoint_matching",
     "agents",
     "chains",
     "entropy_estimates",

@@ -92,22 +92,18 @@ def adjoints(problem: ControlProblem, policy: Policy, paths: Paths) -> Adjoints:
     with torch.no_grad():
         last = own_memory(paths.states[:, -1])
         ending = _ending(problem)
-        a, A = ending(last), along(ending, last).movedim(0, 2)
+        a, curved = ending(last), along(ending, last).movedim(0, 2)
         first, second = list[Tensor](), list[Tensor]()
         for k in reversed(range(len(h))):
-            a, A = keep[k] * a, keep[k] * A
+            a, curved = keep[k] * a, keep[k] * curved
             first.append(a)
-            second.append(A)
+            second.append(curved)
             t, x = as_like(paths.grid.nodes[k], a), own_memory(paths.states[:, k])
-
-            def acting(x: Tensor, t: Tensor = t) -> Tensor:
-                return mean_action(policy, t, x)
-
-            move, earned = _step(problem, t, h[k], increments[:, k], acting, a)
+            move, earned = _step(problem, t, h[k], increments[:, k], _acting(policy, t), a)
             slope = _slope(earned)
             F = along(move, x)  # [direction, paths, dim]
-            A = along(slope, x).movedim(0, 2) + torch.einsum("ipk,pkl,jpl->pij", F, A, F)
-            a = slope(x)
+            carried = torch.einsum("ipk,pkl,jpl->pij", F, curved, F)
+            a, curved = slope(x), along(slope, x).movedim(0, 2) + carried
     return Adjoints(
         all_finite("adjoint", torch.stack(first[::-1], dim=1)),
         all_finite("adjoint", torch.stack(second[::-1], dim=1)),
@@ -132,11 +128,8 @@ def lean_adjoints(problem: ControlProblem, paths: Paths) -> Float[Tensor, "paths
         for k in reversed(range(len(h))):
             a = keep[k] * a
             each.append(a)
-            t, u = as_like(paths.grid.nodes[k], a), actions[:, k]
-
-            def held(x: Tensor, u: Tensor = u) -> Tensor:
-                return u
-
+            t = as_like(paths.grid.nodes[k], a)
+            held = _held(actions[:, k])
             earned = _step(problem, t, h[k], increments[:, k], held, a)[1]
             a = _slope(earned)(own_memory(paths.states[:, k]))
     return all_finite("adjoint", torch.stack(each[::-1], dim=1))
@@ -218,6 +211,14 @@ def noise_matching_loss(
         earned = (moved * first[:, k]).flatten(1).sum(1)
         each.append(h[k] * _reward(problem, t, x, u) + earned)
     return -(discount_factors(problem, paths) * torch.stack(each, dim=1)).sum(1)
+
+
+def _acting(policy: Policy, t: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: mean_action(policy, t, x)
+
+
+def _held(actions: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: actions
 
 
 def _step(

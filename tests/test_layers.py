@@ -22,7 +22,7 @@ ctrl.linear.hamiltonian ctrl.linear.margin
 ctrl.linear.lyapunov
 ctrl.linear.lq ctrl.linear.gaussian ctrl.linear.kl_control
 ctrl.linear.riccati ctrl.linear ctrl.phibe ctrl.risk_sensitive ctrl.chains
-ctrl.mean_field ctrl.state_grid ctrl.action_grid ctrl.markov_chain ctrl.bellman
+ctrl.mean_field ctrl.adjoint_matching ctrl.state_grid ctrl.action_grid ctrl.markov_chain ctrl.bellman
 ctrl.hjb ctrl.pendulum ctrl.problems
 ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents.actor_critic
 ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents

@@ -165,3 +165,17 @@ def test_what_has_no_risk_sensitive_value_is_refused(as_users_run_it):
         rs.certainty_equivalent(tensor([1.0]), math.nan)
     with pytest.raises(ValueError, match="weights must"):
         rs.tilting_weights(tensor([1.0, 2.0]), RISK, tensor([0.7, 0.7]))
+
+
+def test_nothing_is_added_after_the_end_of_a_path(generator):
+    warm = lq(temperature=0.2)
+    problem, solution = warm.problem(0.9), rs.solve_lq(warm, RISK, TIMES)
+    policy = solution.policy()
+    pair = solution.value, q_learning.GibbsQ(policy, 0.2), problem
+    grid = ctrl.uniform_grid(0.9, 3)
+    start = torch.ones(3, 2, dtype=torch.float64)
+    paths = ctrl.simulate(problem, policy, start, grid, generator=generator)
+    ends = torch.tensor([1, 3, 2])
+    cut = ctrl.paths.stop(paths, ends, torch.tensor([False, True, False]))
+    whole, part = rs.increments(*pair, paths, RISK), rs.increments(*pair, cut, RISK)
+    torch.testing.assert_close(part, torch.where(cut.running, whole, 0), rtol=1e-12, atol=1e-12)
