@@ -117,10 +117,10 @@ def rolled_out(control: Affine) -> ctrl.Paths:
             "mean_action(policy, t, x.detach())",
         ),
         wrong(
-            "adjoints of the left end of the step",
+            "adjoints of the step before",
             "ctrl.adjoint_matching.adjoints",
             "first[::-1]",
-            "[*first[:0:-1], first[0]]",
+            "[first[-1], *first[:0:-1]]",
         ),
         wrong(
             "adjoints not discounted over the step",
@@ -153,9 +153,6 @@ def adjoint_matching_by_the_maximum_principle(setting: Setting) -> Iterator[Chec
     """Exact expectations through the losses."""
     control = Affine(exact.GAINS, exact.OFFSETS)
     paths = rolled_out(control)
-    J = float(np.real(exact.performance(exact.GAINS, exact.OFFSETS)))
-    returns = mean(ctrl.returns_to_go(problem(), paths)[:, 0], paths)
-    yield expectation("J of the chain", returns, J)
     slopes = exact.gradient(exact.GAINS, exact.OFFSETS)
     both = am.adjoints(problem(), control.policy, paths)
     loss = am.matching_loss(problem(), control.policy, paths, both)
