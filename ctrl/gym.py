@@ -160,7 +160,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         left = False
         if self._rule is not None and self.problem.domain is not None:
             uniform = torch.as_tensor(self.np_random.random(1)) if self._rule.draws else None
-            step = Step(self.problem.sde, t0, t1, x, after, a, uniform)
+            step = Step(self._sde, t0, t1, x, after, a, uniform)
             leaves, exits = self._rule.exits(self.problem.domain, step)
             left = bool(leaves)
             after = exits if left else after

@@ -20,8 +20,9 @@ ctrl.linear.reading ctrl.linear.collocation ctrl.linear.exponential
 ctrl.linear.hamiltonian ctrl.linear.margin
 ctrl.linear.lyapunov
 ctrl.linear.lq ctrl.linear.gaussian ctrl.linear.kl_control
-ctrl.linear.riccati ctrl.linear ctrl.regimes ctrl.phibe ctrl.state_grid ctrl.action_grid
-ctrl.wide_stencil ctrl.markov_chain ctrl.bellman ctrl.hjb ctrl.pendulum ctrl.problems
+ctrl.linear.riccati ctrl.linear ctrl.regimes ctrl.phibe ctrl.risk_sensitive ctrl.chains
+ctrl.mean_field ctrl.adjoint_matching ctrl.state_grid ctrl.action_grid ctrl.wide_stencil
+ctrl.markov_chain ctrl.bellman ctrl.hjb ctrl.pendulum ctrl.problems
 ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents.actor_critic
 ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents
 ctrl.gym ctrl.plots ctrl
