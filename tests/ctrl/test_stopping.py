@@ -235,6 +235,18 @@ def test_log_ratios_of_stopped_paths_average_to_one():
     torch.testing.assert_close(steps.sum(1), log_ratio)
 
 
+def test_log_ratios_of_jumps_average_to_one_at_the_exit():
+    """Those of a step in which a path leaves by diffusion are drawn, though it does not jump."""
+    jumps = ctrl.jumps.Jumps(lambda t, x, a: 1 + a[:, 0], lambda t, x, a, m: 0.05 + 0 * x)
+    sde = ctrl.ControlledSDE(lambda t, x, a: 0 * x, lambda t, x: SIGMA, jumps=jumps)
+    paths = sampled(replace(PROBLEM, sde=sde), paths=10_000, steps=16, seed=9)
+    still = ctrl.DeterministicPolicy(lambda t, x: 0 * x)
+    log_ratio = ctrl.girsanov.log_ratio(sde, PUSHED, still, paths)
+    one = ctrl.Estimate.of((-log_ratio).exp())
+    assert abs(one.mean - 1) < 4 * one.standard_error
+    assert one.standard_error < 0.01  # without those jumps the mean is 1.16
+
+
 def stays(**change):
     settings = {"stopping": None, "start": (START,)} | change
     return lambda: sampled(settings.pop("problem", PROBLEM), paths=3, **settings)
