@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl import drawn_ahead
+from ctrl.counter_normals import GROUP, key_of
 from ctrl.devices import as_like, require, require_generator, sent
 from ctrl.estimate import require_probabilities
 
@@ -106,21 +108,15 @@ def normals_by_sample(
     return sent(torch.stack(rows), device)
 
 
-_BLOCK = 256  # paths that share a stream
-_WIDE = 2048  # numbers in a row of one path from which on every path has a stream of its own
-_CHUNK = 16  # steps drawn at once
-
-
 @dataclass(frozen=True)
 class PathStreams:
     """Noise that belongs to paths: give it to ``simulate`` in place of a generator.
 
     What drives path ``first_path + i`` depends on (seed, name, that index, the step) alone: not on
-    how paths are split into batches or processes, nor on what was asked for before. Consecutive
-    blocks of 256 paths share a stream (one path each where a row of it has 2048 numbers or more),
-    so splitting costs most at block boundaries. Increments and actions have streams of their own,
-    and so have the two precisions. The numbers are drawn on the CPU and sent to the device, so
-    devices agree.
+    how paths are split into batches, processes or threads, nor on what was asked for before. The
+    numbers are made of their own index (``ctrl.counter_normals``), the same bits on every processor.
+    Increments and actions have numbers of their own, and so have the two precisions. They are drawn
+    on the CPU and sent to the device, so devices agree.
 
     Attributes:
         seed: of the run.
@@ -141,35 +137,51 @@ class PathStreams:
             raise ValueError(f"first_path must be at least 0, got {self.first_path}")
         stream(self.seed, *self.name)  # a bad seed or name is refused here
 
-    def rows(self, kind: str, paths: int, like: Tensor) -> Iterator[Tensor]:
-        """Standard normals of one step after the other, without end, [paths, *event].
-
-        Each is valid until the next is asked for.
+    def rows(
+        self,
+        kind: str,
+        paths: int,
+        like: Tensor,
+        *,
+        widths: list[float] | None = None,
+        into: Tensor | None = None,
+        by: drawn_ahead.Threads = drawn_ahead.ALONE,
+    ) -> Iterator[Tensor]:
+        """Standard normals of one step after the other, [paths, *event].
 
         Args:
-            kind: what for; a part of the streams' names.
+            kind: what for; a part of what names the numbers.
             paths: how many, from ``first_path`` on.
             like: [any, *event], whose shape, dtype and device they have.
+            widths: what those of each step are multiplied by; without them, and then without end,
+                by 1.
+            into: memory for all steps [steps, paths, *event], written to ahead of time, where
+                ``fits_rows`` says that it can be; otherwise each row is valid until the next is
+                asked for.
+            by: who draws.
         """
-        event = like.shape[1:]
-        width = event.numel()
-        block = _BLOCK if width < _WIDE else 1
-        first, last = self.first_path // block, (self.first_path + paths - 1) // block
-        precision = str(like.dtype)
-        generators = [
-            stream(self.seed, *self.name, kind, precision, index)
-            for index in range(first, last + 1)
-        ]
-        # torch draws in groups of 16 numbers, so a row must be made of whole groups
-        padded = -(-block * width // 16) * 16
-        drawn = torch.empty(_CHUNK, padded, dtype=like.dtype)
-        chunk = torch.empty(_CHUNK, len(generators), block * width, dtype=like.dtype)
-        begin = self.first_path - first * block
-        while True:
-            for index, generator in enumerate(generators):
-                chunk[:, index] = drawn.normal_(generator=generator)[:, : block * width]
-            selected = chunk.view(_CHUNK, -1, *event)[:, begin : begin + paths]
-            yield from sent(selected, like.device)
+        event, precision = like.shape[1:], str(like.dtype)
+        key = key_of(self.seed, *self.name, kind, precision)
+        drawn = drawn_ahead.rows(
+            key,
+            self._numbers(paths, event.numel()),
+            np.float64 if like.dtype == torch.float64 else np.float32,
+            scales=widths,
+            into=None if into is None else into.flatten(1).numpy(),
+            by=by,
+        )
+        for row in drawn:
+            yield sent(torch.from_numpy(row).view(paths, *event), like.device, like.dtype)
+
+    def fits_rows(self, memory: Tensor) -> bool:
+        """Whether ``rows`` can write all of its steps [steps, paths, *event] there."""
+        numbers = self._numbers(memory.shape[1], memory.shape[2:].numel())
+        whole = numbers.start % GROUP == 0 and len(numbers) % GROUP == 0
+        plain = memory.device.type == "cpu" and memory.dtype in (torch.float32, torch.float64)
+        return plain and whole and memory.is_contiguous()
+
+    def _numbers(self, paths: int, width: int) -> range:
+        return range(self.first_path * width, (self.first_path + paths) * width)
 
 
 @dataclass(frozen=True, eq=False)

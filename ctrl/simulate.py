@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from ctrl.devices import as_like, require, require_generator, together
+from ctrl.drawn_ahead import Threads, threads
 from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
@@ -32,6 +33,7 @@ def simulate(
     keep: Sequence[str] = KEEP,
     differentiable: bool = False,
     out: Paths | None = None,
+    workers: int = 1,
 ) -> Paths:
     """Sample paths of the controlled SDE under a policy.
 
@@ -52,6 +54,10 @@ def simulate(
         differentiable: keep the graph, so that gradients flow through the path.
         out: earlier paths of the same shapes that are no longer needed: their memory is used again,
             which spares large roll-outs the operating system's cost of fresh pages.
+        workers: threads that draw ``noise.PathStreams``, the caller's own among them and no more
+            than there are cores: the paths are the same bits for any number. Drift, diffusion,
+            policy and solver are called in the caller's thread only, on all paths at once. A
+            torch.Generator has its numbers one after the other, so it takes one worker.
 
     Returns:
         The paths. Without a graph their memory is that of what is kept, and a few states.
@@ -65,14 +71,15 @@ def simulate(
     _check_types(problem, policy, grid, solver, keep)
     _check_start_type(start)
     _check_end(problem, grid)
+    _check_workers(workers, generator)
     with_graph = differentiable and torch.is_grad_enabled()
     if with_graph and out is not None:
         raise ValueError(
             "out must be None for a differentiable roll-out, whose graph owns its memory"
         )
-    with together():
+    with together(), threads(workers) as by:
         _check_start(start)
-        source = _source(problem.sde, policy, start, grid, solver, noise, generator)
+        source = _source(problem.sde, policy, start, grid, solver, noise, generator, by)
         with torch.set_grad_enabled(with_graph):
             rolled_out = (problem.sde, policy, start, grid, solver, source, keep)
             if with_graph:
@@ -90,6 +97,7 @@ def simulate_end(
     noise: Noise | None = None,
     generator: Generator | PathStreams | None = None,
     differentiable: bool = False,
+    workers: int = 1,
 ) -> Float[Tensor, " paths *event"]:
     """States at the last node: ``simulate`` in constant memory, with the same numbers.
 
@@ -102,6 +110,7 @@ def simulate_end(
         noise: as in ``simulate``.
         generator: as in ``simulate``.
         differentiable: keep the graph (whose memory grows with the steps).
+        workers: as in ``simulate``.
 
     Raises:
         ValueError: as ``simulate``, but that the first node of a fault is not told.
@@ -111,10 +120,11 @@ def simulate_end(
     _check_types(problem, policy, grid, solver, ())
     _check_start_type(start)
     _check_end(problem, grid)
+    _check_workers(workers, generator)
     with_graph = differentiable and torch.is_grad_enabled()
-    with together():
+    with together(), threads(workers) as by:
         _check_start(start)
-        source = _source(problem.sde, policy, start, grid, solver, noise, generator)
+        source = _source(problem.sde, policy, start, grid, solver, noise, generator, by)
         with torch.set_grad_enabled(with_graph):
             end = _last_states(problem.sde, policy, start, grid, solver, source, with_graph)
         require(torch.isfinite(end).all(), lambda: ValueError(_NOT_FINITE))
@@ -156,6 +166,7 @@ def _source(
     solver: Solver,
     noise: Noise | None,
     generator: Generator | PathStreams | None,
+    by: Threads,
 ) -> "_Source":
     if noise is not None and not isinstance(noise, Noise):
         raise TypeError(
@@ -171,7 +182,7 @@ def _source(
             raise ValueError("noise must be None: a BlackBox brings its own; give a generator")
         if generator is None and policy.is_random:
             raise ValueError("generator must be given: the policy draws its actions")
-        return _Silent(generator)
+        return _Silent(generator, by)
     shape = (len(start), len(grid.steps), *sde.noise_shape(tuple(start.shape[1:])))
     if noise is not None and generator is None:
         return _Given(noise, shape, start)
@@ -182,7 +193,7 @@ def _source(
             "torch.Generator().manual_seed(0), say"
         )
     if isinstance(generator, PathStreams):
-        return _Streamed(generator, shape, start)
+        return _Streamed(generator, shape, start, grid, by)
     return _Drawn(generator, shape, start, grid)
 
 
@@ -265,21 +276,42 @@ class _Streamed:
     weights = None
     shows_noise = True
 
-    def __init__(self, streams: PathStreams, shape: tuple[int, ...], start: Tensor) -> None:
-        self.streams, self.shape = streams, shape
-        like = start.new_empty(shape[0], *shape[2:])
-        self.brownian = streams.rows("increments", shape[0], like)
-        self.interior = streams.rows("interior", shape[0], like)
+    def __init__(
+        self,
+        streams: PathStreams,
+        shape: tuple[int, ...],
+        start: Tensor,
+        grid: TimeGrid,
+        by: Threads,
+    ) -> None:
+        self.streams, self.shape, self.by = streams, shape, by
+        self.like = start.new_empty(shape[0], *shape[2:])
+        self.widths = [math.sqrt(h) for h in grid.steps.tolist()]
+        self.memory: Tensor | None = None  # where increments may be drawn ahead, time-major
+        self.brownian: Iterator[Tensor] | None = None
+        self.interior = streams.rows("interior", shape[0], self.like)
         self.drawn: Iterator[Tensor] | None = None
 
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
         """W(t + h) - W(t) of step k, in ``into`` if that is given."""
-        return torch.mul(next(self.brownian), math.sqrt(h), out=into)
+        if self.brownian is None:
+            memory = self.memory
+            if memory is not None and not self.streams.fits_rows(memory):
+                memory = None
+            self.brownian = self.streams.rows(
+                "increments", self.shape[0], self.like,
+                widths=self.widths, into=memory, by=self.by,
+            )  # fmt: skip
+        row = next(self.brownian)
+        if into is None:
+            return row.clone()  # a graph may hold on to it
+        return into if row.data_ptr() == into.data_ptr() else into.copy_(row)
 
     def for_action(self, k: int, mean: Tensor) -> Tensor:
         """Standard normals for the actions of step k."""
         if self.drawn is None:
-            self.drawn = self.streams.rows("actions", len(mean), mean)
+            one = [1.0] * len(self.widths)
+            self.drawn = self.streams.rows("actions", len(mean), mean, widths=one, by=self.by)
         return next(self.drawn).clone()  # a graph or the action may hold on to it
 
 
@@ -290,8 +322,8 @@ class _Silent:
     shows_noise = False
     shape = ()
 
-    def __init__(self, generator: Generator | PathStreams | None) -> None:
-        self.generator = generator
+    def __init__(self, generator: Generator | PathStreams | None, by: Threads) -> None:
+        self.generator, self.by = generator, by
         self.drawn: Iterator[Tensor] | None = None
 
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
@@ -302,7 +334,7 @@ class _Silent:
         """Standard normals for the actions of step k."""
         if isinstance(self.generator, PathStreams):
             if self.drawn is None:
-                self.drawn = self.generator.rows("actions", len(mean), mean)
+                self.drawn = self.generator.rows("actions", len(mean), mean, by=self.by)
             return next(self.drawn).clone()
         assert self.generator is not None
         require_generator(self.generator, mean.device, "the action")
@@ -336,6 +368,8 @@ def _roll_out_in_place(
     in_place = isinstance(solver, InPlaceSolver)
     # normals that fit and are not kept are drawn into the path's own next row
     spare = in_place and sde.noise == "diagonal"
+    if isinstance(source, _Streamed):
+        source.memory = increments if increments is not None else states[1:] if spare else None
     for k, t, h, t0, t1 in _left_ends(grid, start):
         x, after = states[k], states[k + 1]
         action = _act(policy, t, x, source, k)
@@ -474,6 +508,19 @@ def _check_types(
         raise TypeError(f"solver must be an object with a step, got {solver!r}")
     if isinstance(keep, str) or not set(keep) <= set(KEEP):
         raise ValueError(f"keep must be a tuple of names out of {KEEP}, got {keep!r}")
+
+
+def _check_workers(workers: int, generator: Generator | PathStreams | None) -> None:
+    if isinstance(workers, bool) or not isinstance(workers, int):
+        raise TypeError(f"workers must be an int, got {workers!r}")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if workers > 1 and not isinstance(generator, PathStreams):
+        raise ValueError(
+            f"workers must be 1 unless generator is noise.PathStreams, got {workers}: the numbers "
+            "of a torch.Generator come one after the other, and explicit noise is not drawn. "
+            'ctrl.noise.PathStreams(seed, ("name of the roll-out",)) draws in parallel'
+        )
 
 
 def _check_end(problem: ControlProblem, grid: TimeGrid) -> None:

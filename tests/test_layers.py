@@ -12,7 +12,8 @@ PACKAGES = ("ctrl", "diffusion_envs", "verification")
 # re-exports.
 MODULES = """
 ctrl.devices ctrl.estimate ctrl.user_functions ctrl.sde ctrl.problem ctrl.policy
-ctrl.time_homogeneity ctrl.exploration ctrl.noise ctrl.paths ctrl.solvers
+ctrl.time_homogeneity ctrl.exploration ctrl.compiled_normals ctrl.counter_normals
+ctrl.drawn_ahead ctrl.noise ctrl.paths ctrl.solvers
 ctrl.torchsde_solver ctrl.simulate
 ctrl.girsanov ctrl.transitions ctrl.value
 ctrl.advantages ctrl.martingale ctrl.q_learning ctrl.trust_region ctrl.policy_gradient
