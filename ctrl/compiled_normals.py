@@ -15,15 +15,11 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-Draw = Callable[[npt.NDArray[Any], npt.NDArray[np.uint64], int, int, float], None]
-"""(out, key, row, group, scale): see ``counter_normals.fill``."""
 
 _SOURCE = Path(__file__).with_name("counter_normals.c")
 _FLAGS = ["-O3", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -37,34 +33,34 @@ class _Compiled:
         self.lock = threading.Lock()
         self.asked = 0  # numbers asked for so far
         self.tried = False
-        self.draw: Draw | None = None
+        self.library: ctypes.CDLL | None = None
 
 
 _here = _Compiled()
 
 
-def compiled(numbers: int) -> Draw | None:
-    """The compiled function, if there is one and so many numbers have been asked for by now."""
+def compiled(numbers: int) -> ctypes.CDLL | None:
+    """The compiled functions, if there are any and enough numbers have been asked for by now."""
     if _here.tried:
-        return _here.draw
+        return _here.library
     _here.asked += numbers
     if _here.asked >= _WORTH_IT and _here.lock.acquire(blocking=False):
         try:
             if not _here.tried:
-                _here.draw = build()
+                _here.library = build()
                 _here.tried = True
         finally:
             _here.lock.release()
-    return _here.draw
+    return _here.library
 
 
-def build() -> Draw | None:
+def build() -> ctypes.CDLL | None:
     """Compile and load; None where that is not possible."""
     compiler = _compiler()
     if compiler is None or not _SOURCE.is_file():
         return None
     try:
-        return _wrapped(_library(compiler))
+        return _typed(_library(compiler))
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None
 
@@ -119,22 +115,75 @@ def _cache() -> Path | None:
     return folder if safe and os.access(folder, os.W_OK) else None
 
 
-def _wrapped(library: ctypes.CDLL) -> Draw:
-    functions = {}
-    for dtype, name, real in (
-        (np.dtype(np.float32), "fill32", ctypes.c_float),
-        (np.dtype(np.float64), "fill64", ctypes.c_double),
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    rows = ctypes.POINTER(_Rows)
+    for name, arguments in (
+        ("draw_all", [rows]),
+        ("wait_for", [rows, ctypes.c_int64]),
+        ("stop", [rows]),
     ):
-        function = functions[dtype] = getattr(library, name)
-        function.restype = None
-        function.argtypes = [
-            ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, real,
-        ]  # fmt: skip
+        function = getattr(library, name)
+        function.restype, function.argtypes = None, arguments
+    return library
 
-    def draw(
-        out: npt.NDArray[Any], key: npt.NDArray[np.uint64], row: int, group: int, scale: float
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("out", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("done", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("piece", ctypes.c_int64),
+        ("wide", ctypes.c_int64),
+        ("key", ctypes.c_uint64 * 2),
+        ("row", ctypes.c_uint64),
+        ("group", ctypes.c_uint64),
+        ("next", ctypes.c_int64),
+    )
+
+
+class CompiledRows:
+    """Rows of a key that several threads draw into one memory.
+
+    Args:
+        library: of ``compiled``.
+        out: where to, [rows, numbers], contiguous, float32 or float64; a multiple of 256 numbers.
+        key: of ``counter_normals.key_of``.
+        row: index of the first row.
+        group: index of the first group.
+        scales: what each row is multiplied by.
+        piece: groups that a thread takes at a time.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        out: npt.NDArray[Any],
+        key: npt.NDArray[np.uint64],
+        row: int,
+        group: int,
+        scales: npt.NDArray[np.float64],
+        piece: int,
     ) -> None:
-        address, count = out.ctypes.data, out.size // 256
-        functions[out.dtype](address, count, key.ctypes.data, row, group, scale)
+        assert out.flags.c_contiguous
+        assert out.dtype in (np.float32, np.float64)
+        self.library = library
+        # what the structure points to must live as long as it does
+        self.memory = out, scales, np.zeros(len(out), dtype=np.int32)
+        self.rows = _Rows(
+            *(each.ctypes.data for each in self.memory), len(out), out.shape[1] // 256, piece,
+            int(out.dtype == np.float64), (ctypes.c_uint64 * 2)(*key.tolist()), row, group, 0,
+        )  # fmt: skip
 
-    return draw
+    def draw_all(self) -> None:
+        """Draw what nobody else does, until all is taken."""
+        self.library.draw_all(self.rows)
+
+    def wait_for(self, k: int) -> None:
+        """Return when row k (of these) is there; until then draw along."""
+        self.library.wait_for(self.rows, k)
+
+    def stop(self) -> None:
+        """Let nobody begin another piece."""
+        self.library.stop(self.rows)

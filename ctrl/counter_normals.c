@@ -2,6 +2,7 @@
    Compile without contraction of a * b + c, or the last bits differ. */
 #include <float.h>
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -65,15 +66,6 @@ static void normals32(const uint32_t *restrict w, float *restrict z, float scale
   }
 }
 
-void fill32(float *z, int64_t groups, const uint64_t *key, uint64_t step, uint64_t group,
-            float scale) {
-  uint64_t words[HALF];
-  for (int64_t g = 0; g < groups; g++) {
-    philox(key, step, 1 + (group + g) * (HALF / 4), HALF / 4, words);
-    normals32((const uint32_t *)words, z + 2 * HALF * g, scale);
-  }
-}
-
 static void normals64(const uint64_t *restrict w, double *restrict z, double scale) {
   for (int i = 0; i < HALF; i++) {
     uint64_t v = w[i], q = w[HALF + i], bits = v >> 12 | 0x3ff0000000000000u;
@@ -126,11 +118,59 @@ static void normals64(const uint64_t *restrict w, double *restrict z, double sca
   }
 }
 
-void fill64(double *z, int64_t groups, const uint64_t *key, uint64_t step, uint64_t group,
-            double scale) {
+/* Consecutive groups of one row. */
+static void fill(void *out, int wide, int64_t groups, const uint64_t *key, uint64_t row,
+                 uint64_t group, double scale) {
   uint64_t words[2 * HALF];
+  int calls = wide ? HALF / 2 : HALF / 4;
   for (int64_t g = 0; g < groups; g++) {
-    philox(key, step, 1 + (group + g) * (HALF / 2), HALF / 2, words);
-    normals64(words, z + 2 * HALF * g, scale);
+    philox(key, row, 1 + (group + g) * calls, calls, words);
+    if (wide)
+      normals64(words, (double *)out + 2 * HALF * g, scale);
+    else
+      normals32((const uint32_t *)words, (float *)out + 2 * HALF * g, (float)scale);
   }
 }
+
+/* Rows that several threads draw; each takes the next piece that nobody has taken. */
+typedef struct {
+  char *out;            /* [rows, groups * 256] */
+  const double *scales; /* [rows], what each row is multiplied by */
+  int32_t *done;        /* [rows], pieces that are there */
+  int64_t rows, groups, piece; /* groups of a piece */
+  int64_t wide;         /* 0: float32, 1: float64 */
+  uint64_t key[2], row, group; /* first row, first group */
+  int64_t next;         /* piece that nobody has taken yet */
+} Rows;
+
+static int draw_next(Rows *r) {
+  int64_t pieces = (r->groups + r->piece - 1) / r->piece;
+  int64_t mine = __atomic_fetch_add(&r->next, 1, __ATOMIC_RELAXED);
+  int64_t k = mine / pieces, first = mine % pieces * r->piece;
+  if (mine < 0 || k >= r->rows) {
+    __atomic_fetch_sub(&r->next, 1, __ATOMIC_RELAXED);
+    return 0;
+  }
+  int64_t many = r->groups - first < r->piece ? r->groups - first : r->piece;
+  int64_t place = (k * r->groups + first) * 2 * HALF * (r->wide ? 8 : 4);
+  fill(r->out + place, r->wide, many, r->key, r->row + k, r->group + first, r->scales[k]);
+  __atomic_fetch_add(&r->done[k], 1, __ATOMIC_RELEASE);
+  return 1;
+}
+
+/* Draw until all is taken. */
+void draw_all(Rows *r) {
+  while (draw_next(r))
+    ;
+}
+
+/* Return when row k is there; until then draw along. */
+void wait_for(Rows *r, int64_t k) {
+  int64_t pieces = (r->groups + r->piece - 1) / r->piece;
+  while (__atomic_load_n(&r->done[k], __ATOMIC_ACQUIRE) < pieces)
+    if (!draw_next(r))
+      sched_yield();
+}
+
+/* Let nobody take another piece. */
+void stop(Rows *r) { __atomic_store_n(&r->next, INT64_MIN / 2, __ATOMIC_RELAXED); }

@@ -9,9 +9,9 @@ that IEEE 754 rounds correctly (+, -, *, /, square root, and integers), in one o
 sine and cosine by their series. What is left of these is below half a unit in the last place.
 
 A row is made of groups of 256 numbers, 128 pairs: group g of row k takes the words of the calls
-with counter (n, k, 0, 0), n = 1 + g c, ..., g c + c, where c = 32 in float32 and 64 in float64. Half of
-its words (of 32 or 64 bits) are radii, half are angles. ``numpy.random.Philox`` draws the words, or
-C that does all at once (``ctrl.compiled_normals``), where there is a compiler.
+with counter (n, k, 0, 0), n = 1 + g c, ..., g c + c, where c = 32 in float32, 64 in float64. Half
+of its words (of 32 or 64 bits) are radii, half are angles. ``numpy.random.Philox`` draws the
+words, or C that does all at once (``ctrl.compiled_normals``), where there is a compiler.
 
 Sources  [S11] Salmon, Moraes, Dror & Shaw 2011, Parallel random numbers: as easy as 1, 2, 3.
          [BM58] Box & Muller 1958, A note on the generation of random normal deviates.
@@ -24,10 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ctrl.compiled_normals import compiled
-
 GROUP = 256  # numbers that are drawn together
-_AT_ONCE = 64  # groups; what numpy works on then stays in cache
 _WORDS = {np.dtype(np.float32): GROUP // 2, np.dtype(np.float64): GROUP}  # 64-bit words of a group
 
 Array = npt.NDArray[Any]
@@ -39,41 +36,36 @@ def key_of(*name: object) -> npt.NDArray[np.uint64]:
     return np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
 
 
-def fill(
-    out: Array, key: npt.NDArray[np.uint64], *, row: int, group: int, scale: float = 1.0
-) -> None:
-    """Consecutive groups of one row, times ``scale``.
+def fill(out: Array, key: npt.NDArray[np.uint64], *, row: int, group: int, scales: Array) -> None:
+    """Consecutive groups of consecutive rows, by numpy.
 
     Args:
-        out: where to, float32 or float64, contiguous, a multiple of 256 numbers.
+        out: where to, [rows, numbers] in float32 or float64, a multiple of 256 numbers.
         key: of ``key_of``.
-        row: index of the row.
+        row: index of the first row.
         group: index of the first group.
-        scale: what the normals are multiplied by, in the precision of ``out``.
+        scales: what each row is multiplied by, in the precision of ``out``.
     """
-    draw = compiled(out.size)
-    if draw is not None:
-        draw(out, key, row, group, scale)
-        return
-    groups = out.reshape(-1, 2, GROUP // 2)
-    for first in range(0, len(groups), _AT_ONCE):
-        part = groups[first : first + _AT_ONCE]
-        plain(part, key, row, group + first)
-        part *= part.dtype.type(scale)
+    words = _WORDS[out.dtype] * (out.shape[1] // GROUP)
+    first = group * (_WORDS[out.dtype] // 4)
+    bits = np.random.Philox(key=key, counter=np.array([first, row, 0, 0], dtype=np.uint64))
+    drawn = np.empty((len(out), words), dtype=np.uint64)
+    for part in drawn:
+        part[:] = bits.random_raw(words)
+        bits.advance(2**64 - words // 4)  # to the same groups of the next row
+    normals = _normals(drawn, out.dtype).reshape(out.shape)
+    np.multiply(normals, scales.astype(out.dtype)[:, None], out=out)
 
 
-def plain(out: Array, key: npt.NDArray[np.uint64], row: int, group: int) -> None:
-    """Groups [groups, 2, 128] of one row, by numpy alone."""
-    words = _WORDS[out.dtype]
-    counter = np.array([group * (words // 4), row, 0, 0], dtype=np.uint64)
-    drawn = np.random.Philox(key=key, counter=counter).random_raw(len(out) * words)
-    if out.dtype == np.float32:
-        drawn = drawn.view(np.uint32)
-    halves = np.ascontiguousarray(drawn.reshape(out.shape).swapaxes(0, 1))
-    radius, cosine, sine = (_polar32 if out.dtype == np.float32 else _polar64)(*halves)
+def _normals(words: npt.NDArray[np.uint64], dtype: npt.DTypeLike) -> Array:
+    """Groups [groups, 2, 128] of their words."""
+    polar = _polar32 if dtype == np.float32 else _polar64
+    if dtype == np.float32:
+        words = words.view(np.uint32)
+    halves = np.ascontiguousarray(words.reshape(-1, 2, GROUP // 2).swapaxes(0, 1))
+    radius, cosine, sine = polar(*halves)
     _exchange_where_odd(halves[1], cosine, sine)
-    np.multiply(radius, cosine, out=out[:, 0])
-    np.multiply(radius, sine, out=out[:, 1])
+    return np.stack([radius * cosine, radius * sine], axis=1)
 
 
 def _exchange_where_odd(words: Array, one: Array, other: Array) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -114,9 +115,9 @@ class PathStreams:
 
     What drives path ``first_path + i`` depends on (seed, name, that index, the step) alone: not on
     how paths are split into batches, processes or threads, nor on what was asked for before. The
-    numbers are made of their own index (``ctrl.counter_normals``), the same bits on every processor.
-    Increments and actions have numbers of their own, and so have the two precisions. They are drawn
-    on the CPU and sent to the device, so devices agree.
+    numbers are made of their own index (``ctrl.counter_normals``), the same bits on every
+    processor. Increments and actions have numbers of their own, and so have the two precisions.
+    They are drawn on the CPU and sent to the device, so devices agree.
 
     Attributes:
         seed: of the run.
@@ -144,10 +145,11 @@ class PathStreams:
         like: Tensor,
         *,
         widths: list[float] | None = None,
-        into: Tensor | None = None,
-        by: drawn_ahead.Threads = drawn_ahead.ALONE,
+        by: drawn_ahead.Threads | None = None,
     ) -> Iterator[Tensor]:
         """Standard normals of one step after the other, [paths, *event].
+
+        Each is valid until the next is asked for.
 
         Args:
             kind: what for; a part of what names the numbers.
@@ -155,30 +157,51 @@ class PathStreams:
             like: [any, *event], whose shape, dtype and device they have.
             widths: what those of each step are multiplied by; without them, and then without end,
                 by 1.
-            into: memory for all steps [steps, paths, *event], written to ahead of time, where
-                ``fits_rows`` says that it can be; otherwise each row is valid until the next is
-                asked for.
-            by: who draws.
+            by: who draws beside the caller.
         """
-        event, precision = like.shape[1:], str(like.dtype)
-        key = key_of(self.seed, *self.name, kind, precision)
+        event = like.shape[1:]
         drawn = drawn_ahead.rows(
-            key,
             self._numbers(paths, event.numel()),
             np.float64 if like.dtype == torch.float64 else np.float32,
+            self._key(kind, like.dtype),
             scales=widths,
-            into=None if into is None else into.flatten(1).numpy(),
             by=by,
         )
         for row in drawn:
             yield sent(torch.from_numpy(row).view(paths, *event), like.device, like.dtype)
 
-    def fits_rows(self, memory: Tensor) -> bool:
-        """Whether ``rows`` can write all of its steps [steps, paths, *event] there."""
+    def drawn_into(
+        self,
+        memory: Tensor,
+        kind: str,
+        *,
+        widths: list[float],
+        by: drawn_ahead.Threads | None = None,
+    ) -> drawn_ahead.Drawing | None:
+        """What ``rows`` has for all steps, drawn into memory ahead of time.
+
+        Args:
+            memory: [steps, paths, *event].
+            kind: what for.
+            widths: what those of each step are multiplied by.
+            by: who draws beside the caller.
+
+        Returns:
+            Who to wait for before a row is touched; None where the memory does not allow it: on
+            another device, in half precision, or where rows do not begin and end with a group of
+            numbers that are drawn together.
+        """
         numbers = self._numbers(memory.shape[1], memory.shape[2:].numel())
         whole = numbers.start % GROUP == 0 and len(numbers) % GROUP == 0
         plain = memory.device.type == "cpu" and memory.dtype in (torch.float32, torch.float64)
-        return plain and whole and memory.is_contiguous()
+        if not (plain and whole and memory.is_contiguous()):
+            return None
+        out, key = memory.view(len(memory), -1).numpy(), self._key(kind, memory.dtype)
+        group = numbers.start // GROUP
+        return drawn_ahead.draw(out, key, group=group, scales=widths, by=by)
+
+    def _key(self, kind: str, dtype: torch.dtype) -> npt.NDArray[np.uint64]:
+        return key_of(self.seed, *self.name, kind, str(dtype))
 
     def _numbers(self, paths: int, width: int) -> range:
         return range(self.first_path * width, (self.first_path + paths) * width)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from ctrl.devices import as_like, require, require_generator, together
-from ctrl.drawn_ahead import Threads, threads
+from ctrl.drawn_ahead import Drawing, Threads, threads
 from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
@@ -287,25 +287,27 @@ class _Streamed:
         self.streams, self.shape, self.by = streams, shape, by
         self.like = start.new_empty(shape[0], *shape[2:])
         self.widths = [math.sqrt(h) for h in grid.steps.tolist()]
-        self.memory: Tensor | None = None  # where increments may be drawn ahead, time-major
-        self.brownian: Iterator[Tensor] | None = None
+        self.ahead: Drawing | None = None  # of increments, in memory that the roll-out has
+        self.brownian: Iterator[Tensor] | None = None  # of increments, where there is none
         self.interior = streams.rows("interior", shape[0], self.like)
         self.drawn: Iterator[Tensor] | None = None
 
+    def draw_into(self, memory: Tensor) -> None:
+        """Draw all increments there, time-major, before they are asked for; where that can be."""
+        self.ahead = self.streams.drawn_into(memory, "increments", widths=self.widths, by=self.by)
+
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
         """W(t + h) - W(t) of step k, in ``into`` if that is given."""
+        if self.ahead is not None:
+            assert into is not None
+            self.ahead.wait_for(k)
+            return into
         if self.brownian is None:
-            memory = self.memory
-            if memory is not None and not self.streams.fits_rows(memory):
-                memory = None
             self.brownian = self.streams.rows(
-                "increments", self.shape[0], self.like,
-                widths=self.widths, into=memory, by=self.by,
-            )  # fmt: skip
+                "increments", self.shape[0], self.like, widths=self.widths, by=self.by
+            )
         row = next(self.brownian)
-        if into is None:
-            return row.clone()  # a graph may hold on to it
-        return into if row.data_ptr() == into.data_ptr() else into.copy_(row)
+        return row.clone() if into is None else into.copy_(row)  # a graph may hold on to it
 
     def for_action(self, k: int, mean: Tensor) -> Tensor:
         """Standard normals for the actions of step k."""
@@ -368,8 +370,8 @@ def _roll_out_in_place(
     in_place = isinstance(solver, InPlaceSolver)
     # normals that fit and are not kept are drawn into the path's own next row
     spare = in_place and sde.noise == "diagonal"
-    if isinstance(source, _Streamed):
-        source.memory = increments if increments is not None else states[1:] if spare else None
+    if isinstance(source, _Streamed) and (increments is not None or spare):
+        source.draw_into(states[1:] if increments is None else increments)
     for k, t, h, t0, t1 in _left_ends(grid, start):
         x, after = states[k], states[k + 1]
         action = _act(policy, t, x, source, k)
