@@ -60,9 +60,8 @@ def fill(out: Array, key: npt.NDArray[np.uint64], *, row: int, group: int, scale
 def _normals(words: npt.NDArray[np.uint64], dtype: npt.DTypeLike) -> Array:
     """Groups [groups, 2, 128] of their words."""
     polar = _polar32 if dtype == np.float32 else _polar64
-    if dtype == np.float32:
-        words = words.view(np.uint32)
-    halves = np.ascontiguousarray(words.reshape(-1, 2, GROUP // 2).swapaxes(0, 1))
+    numbers: Array = words.view(np.uint32) if dtype == np.float32 else words
+    halves = np.ascontiguousarray(numbers.reshape(-1, 2, GROUP // 2).swapaxes(0, 1))
     radius, cosine, sine = polar(*halves)
     _exchange_where_odd(halves[1], cosine, sine)
     return np.stack([radius * cosine, radius * sine], axis=1)

@@ -8,7 +8,7 @@ come later; when it needs one that is not there yet, it draws along.
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Semaphore
@@ -65,7 +65,7 @@ class Threads:
 
 
 @contextmanager
-def threads(workers: int) -> Iterator[Threads]:
+def threads(workers: int) -> Generator[Threads, None, None]:
     """Threads that have ended at the end."""
     made = Threads(workers)
     try:
