@@ -174,19 +174,23 @@ class _NumpyRows:
         self.missing = {k: Semaphore(0) for k, _ in corners}
         self.pieces = len(corners) // len(self.missing)  # of a row, or of some rows
         self.there: set[int] = set()
+        self.failure: Exception | None = None
 
     def _draw_next(self) -> bool:
         try:
             k, n = self.left.popleft()
         except IndexError:
             return False
-        fill(
-            self.out[k : k + self.rows, n : n + self.wide],
-            self.key,
-            row=self.row + k,
-            group=self.group + n // GROUP,
-            scales=self.scales[k : k + self.rows],
-        )
+        try:
+            fill(
+                self.out[k : k + self.rows, n : n + self.wide],
+                self.key,
+                row=self.row + k,
+                group=self.group + n // GROUP,
+                scales=self.scales[k : k + self.rows],
+            )
+        except Exception as failure:  # raised in the caller's thread, which waits for the piece
+            self.failure = failure
         self.missing[k].release()
         return True
 
@@ -205,6 +209,8 @@ class _NumpyRows:
                 if not self._draw_next():
                     self.missing[first].acquire()
                     break
+        if self.failure is not None:
+            raise self.failure
         self.there.add(first)
 
     def stop(self) -> None:

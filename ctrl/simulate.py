@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from ctrl.devices import as_like, require, require_generator, together
 from ctrl.drawn_ahead import Drawing, Threads, threads
+from ctrl.reused_memory import settle, uninitialised
 from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
@@ -77,6 +78,7 @@ def simulate(
         raise ValueError(
             "out must be None for a differentiable roll-out, whose graph owns its memory"
         )
+    settle()
     with together(), threads(workers) as by:
         _check_start(start)
         source = _source(problem.sde, policy, start, grid, solver, noise, generator, by)
@@ -122,6 +124,7 @@ def simulate_end(
     _check_end(problem, grid)
     _check_workers(workers, generator)
     with_graph = differentiable and torch.is_grad_enabled()
+    settle()
     with together(), threads(workers) as by:
         _check_start(start)
         source = _source(problem.sde, policy, start, grid, solver, noise, generator, by)
@@ -396,12 +399,10 @@ def _roll_out_in_place(
 
 
 def _buffer(out: Paths | None, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Time-major memory: of earlier paths, or fresh."""
-    if out is None:
-        return like.new_empty(shape)
-    earlier = getattr(out, name)
+    """Time-major memory: of earlier paths, or what nobody refers to."""
+    earlier = None if out is None else getattr(out, name)
     if earlier is None:
-        return like.new_empty(shape)
+        return uninitialised(shape, like)
     memory = earlier.movedim(1, 0)
     fits = memory.shape == shape and memory.dtype == like.dtype and memory.device == like.device
     if not fits or not memory.is_contiguous() or memory.requires_grad:

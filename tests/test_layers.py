@@ -11,7 +11,7 @@ PACKAGES = ("ctrl", "diffusion_envs", "verification")
 # From the ground up. A package's name stands for its __init__, which comes after what it
 # re-exports.
 MODULES = """
-ctrl.devices ctrl.estimate ctrl.user_functions ctrl.sde ctrl.problem ctrl.policy
+ctrl.devices ctrl.reused_memory ctrl.estimate ctrl.user_functions ctrl.sde ctrl.problem ctrl.policy
 ctrl.time_homogeneity ctrl.exploration ctrl.compiled_normals ctrl.counter_normals
 ctrl.drawn_ahead ctrl.noise ctrl.paths ctrl.solvers
 ctrl.torchsde_solver ctrl.simulate
