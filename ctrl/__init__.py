@@ -9,9 +9,11 @@ from ctrl import (
     linear,
     martingale,
     noise,
+    phibe,
     policy_gradient,
     problems,
     q_learning,
+    stopping,
     transitions,
     trust_region,
     value,
@@ -19,6 +21,7 @@ from ctrl import (
 from ctrl.estimate import Estimate
 from ctrl.exploration import exploratory_sde
 from ctrl.martingale import LinearValue
+from ctrl.memory import PolicyWithMemory
 from ctrl.noise import Noise
 from ctrl.paths import (
     Paths,
@@ -42,6 +45,7 @@ from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
 from ctrl.simulate import simulate, simulate_end
 from ctrl.solvers import BlackBox, EulerMaruyama, Heun, Milstein, Solver, TransitionSolver
+from ctrl.squashed_policy import SquashedGaussianPolicy, entropy_estimates
 from ctrl.torchsde_solver import TorchSDE
 from ctrl.value import Value
 
@@ -60,19 +64,23 @@ __all__ = [
     "Noise",
     "Paths",
     "Policy",
+    "PolicyWithMemory",
     "RandomPolicy",
     "Solver",
+    "SquashedGaussianPolicy",
     "TimeGrid",
     "TorchSDE",
     "TransitionSolver",
     "Value",
     "agents",
+    "entropy_estimates",
     "exploratory_sde",
     "girsanov",
     "ito_sum",
     "linear",
     "martingale",
     "noise",
+    "phibe",
     "policy_gradient",
     "policy_kl",
     "problems",
@@ -82,6 +90,7 @@ __all__ = [
     "running_rewards",
     "simulate",
     "simulate_end",
+    "stopping",
     "time_integral",
     "transitions",
     "trust_region",

@@ -7,7 +7,7 @@ Sources  [SaA] Zhao, Chen, Zhang, Yao & Tang 2025, "Score as Action", arXiv 2502
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -16,6 +16,7 @@ def temporal_differences(
     rewards: Float[Tensor, "paths steps"],
     step_sizes: Float[Tensor, " steps"],
     discount: float = 0.0,
+    running: Bool[Tensor, "paths steps"] | None = None,
 ) -> Float[Tensor, "paths steps"]:
     """exp(-discount h_k) V_{k+1} - V_k + r_k: [SaA] Theorem 4.1's integrand over a step.
 
@@ -24,6 +25,8 @@ def temporal_differences(
         rewards: the running reward integrated over each step (not its rate).
         step_sizes: h_k, time.
         discount: a rate, 1/time.
+        running: which steps are made, of paths of different length (``Paths.running``); the
+            differences of others are 0. All of them if not given.
 
     Raises:
         ValueError: the shapes do not fit one another.
@@ -34,7 +37,15 @@ def temporal_differences(
             f"values must be [{paths}, {steps + 1}] and step_sizes [{steps}] to fit rewards, got "
             f"{list(values.shape)} and {list(step_sizes.shape)}"
         )
-    return torch.exp(-discount * step_sizes) * values[:, 1:] - values[:, :-1] + rewards
+    differences = torch.exp(-discount * step_sizes) * values[:, 1:] - values[:, :-1] + rewards
+    if running is None:
+        return differences
+    if running.shape != rewards.shape or running.dtype != torch.bool:
+        raise ValueError(
+            f"running must be boolean, {[paths, steps]}, as rewards are, got {running.dtype} "
+            f"{list(running.shape)}"
+        )
+    return torch.where(running, differences, 0)
 
 
 def continuous_gae(
@@ -43,6 +54,7 @@ def continuous_gae(
     step_sizes: Float[Tensor, " steps"],
     rate: float,
     discount: float = 0.0,
+    running: Bool[Tensor, "paths steps"] | None = None,
 ) -> Float[Tensor, "paths steps"]:
     """Generalised advantages: A_k = sum_l exp(-(discount + rate) (t_l - t_k)) delta_l.
 
@@ -56,6 +68,7 @@ def continuous_gae(
         step_sizes: h_k, time.
         rate: of forgetting, 1/time; non-negative, may be infinite.
         discount: a rate, 1/time.
+        running: as for ``temporal_differences``.
 
     Returns:
         One advantage per path and step, in reward (integrated over the step, not a rate).
@@ -65,7 +78,7 @@ def continuous_gae(
     """
     if not rate >= 0:
         raise ValueError(f"rate must be at least 0 (it may be infinite), got {rate}")
-    deltas = temporal_differences(values, rewards, step_sizes, discount)
+    deltas = temporal_differences(values, rewards, step_sizes, discount, running)
     if math.isinf(rate):
         return deltas
     keep = torch.exp(-(discount + rate) * step_sizes)

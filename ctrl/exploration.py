@@ -54,11 +54,11 @@ def exploratory_sde(
     if nodes < 1:
         raise ValueError(f"nodes must be at least 1, got {nodes}")
 
-    def drawn(t: Tensor, mean: Tensor) -> Iterator[tuple[float, Tensor]]:
-        return drawn_actions(policy, t, mean, nodes)
+    def drawn(t: Tensor, states: Tensor, mean: Tensor) -> Iterator[tuple[float, Tensor]]:
+        return drawn_actions(policy, t, mean, nodes, states)
 
     def drift(t: Tensor, states: Tensor, mean: Tensor) -> Tensor:
-        each = [weight * sde.drift_at(t, states, a) for weight, a in drawn(t, mean)]
+        each = [weight * sde.drift_at(t, states, a) for weight, a in drawn(t, states, mean)]
         return torch.stack(each).sum(0)
 
     if not sde.controls_diffusion:
@@ -69,7 +69,7 @@ def exploratory_sde(
         def root(t: Tensor, states: Tensor, mean: Tensor) -> Tensor:
             squares = [
                 weight * (torch.ones_like(states) * sde.diffusion_at(t, states, a)).square()
-                for weight, a in drawn(t, mean)
+                for weight, a in drawn(t, states, mean)
             ]
             return torch.stack(squares).sum(0).sqrt()
 
@@ -81,7 +81,7 @@ def exploratory_sde(
         )
 
     def square_root(t: Tensor, states: Tensor, mean: Tensor) -> Tensor:
-        each = [(weight, sde.columns(t, states, a)) for weight, a in drawn(t, mean)]
+        each = [(weight, sde.columns(t, states, a)) for weight, a in drawn(t, states, mean)]
         covariance = torch.stack([weight * s @ s.mT for weight, s in each]).sum(0)
         scales, axes = torch.linalg.eigh(covariance)
         return axes @ torch.diag_embed(scales.clamp_min(0).sqrt()) @ axes.mT
@@ -90,7 +90,7 @@ def exploratory_sde(
 
 
 def drawn_actions(
-    policy: RandomPolicy, t: Tensor, mean: Tensor, nodes: int
+    policy: RandomPolicy, t: Tensor, mean: Tensor, nodes: int, states: Tensor | None = None
 ) -> Iterator[tuple[float, Tensor]]:
     """Weights and actions [paths, *action] of a Gauss-Hermite rule for a Gaussian policy.
 
@@ -99,6 +99,7 @@ def drawn_actions(
         t: time, [].
         mean: of the actions, [paths, *action].
         nodes: of the rule for each coordinate of the action.
+        states: x, where the policy's standard deviation depends on it.
 
     Raises:
         ValueError: the product rule would have more than 100 000 nodes.
@@ -114,4 +115,4 @@ def drawn_actions(
         weight = math.prod(mass for mass, _ in chosen)
         point = torch.tensor([place for _, place in chosen], dtype=torch.float64)
         normal = as_like(point, mean).view(shape)
-        yield weight, policy.act(mean, t, normal.expand_as(mean))
+        yield weight, policy.act(mean, t, normal.expand_as(mean), states)

@@ -15,15 +15,26 @@ from torch import Tensor
 
 from ctrl.devices import as_like, require, together
 from ctrl.estimate import require_probabilities
-from ctrl.paths import Paths, ito_sum, require_dynamics, require_memoryless, time_integral
-from ctrl.policy import Policy, mean_action
+from ctrl.memory import AnyPolicy
+from ctrl.paths import (
+    Paths,
+    in_order,
+    ito_sum,
+    require_dynamics,
+    time_integral,
+    visited,
+    while_running,
+)
+from ctrl.policy import mean_action
 from ctrl.sde import ControlledSDE
 
 
 def controls(
-    sde: ControlledSDE, policy: Policy, reference: Policy, paths: Paths
+    sde: ControlledSDE, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
 ) -> Float[Tensor, "paths steps noise"]:
     """u at the left end of every step: the drift's shift in units of noise, 1/sqrt(time).
+
+    It is 0 after the end of a path: the laws that are compared are those of stopped paths.
 
     Args:
         sde: the dynamics, shared by both policies.
@@ -33,22 +44,22 @@ def controls(
 
     Raises:
         ValueError: the diffusion is singular where the drifts differ, or a control is not finite;
-            a black box simulated the paths, or a policy has a memory.
+            a black box simulated the paths, or a policy has a memory that it does not declare.
     """
     require_dynamics(paths)
+    stopped, paths = paths, visited(paths)
     nodes = as_like(paths.grid.nodes[:-1], paths.states)
     with together():
-        for each_policy in (policy, reference):
-            require_memoryless(each_policy, paths)
         each = []
-        for k, t in enumerate(nodes):
-            x = paths.states[:, k]
-            a, a_ref = mean_action(policy, t, x), mean_action(reference, t, x)
+        policies = zip(in_order(policy, paths), in_order(reference, paths), strict=True)
+        for k, (now, now_ref) in enumerate(policies):
+            t, x = nodes[k], paths.states[:, k]
+            a, a_ref = mean_action(now, t, x), mean_action(now_ref, t, x)
             if sde.controls_diffusion:
                 _require_equal_diffusions(sde, t, x, a, a_ref)
             shift = sde.drift_at(t, x, a) - sde.drift_at(t, x, a_ref)
             each.append(sde.whiten(t, x, shift, a))
-        u = torch.stack(each, dim=1)
+        u = while_running(torch.stack(each, dim=1), stopped)
         finite = torch.isfinite(u).all(2).all(0)
         require(finite.all(), lambda: _not_finite(finite, nodes))
     return u
@@ -78,7 +89,7 @@ def _require_equal_diffusions(
 
 
 def path_kl(
-    sde: ControlledSDE, policy: Policy, reference: Policy, paths: Paths
+    sde: ControlledSDE, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
 ) -> Float[Tensor, " paths"]:
     """KL(P || P_ref) = E[ 1/2 int |u|^2 dt ], one value per path, nats ([SaA] Theorem 3.1).
 
@@ -105,7 +116,7 @@ def path_kl(
 
 
 def log_ratio(
-    sde: ControlledSDE, policy: Policy, reference: Policy, paths: Paths
+    sde: ControlledSDE, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
 ) -> Float[Tensor, " paths"]:
     """log dP/dP_ref of each path: int u . dW + 1/2 int |u|^2 dt, nats ([KS91] 3.5.1).
 
@@ -127,7 +138,8 @@ def log_ratio(
         raise ValueError(
             'paths must have kept their increments: simulate(..., keep=("increments", ...))'
         )
-    if policy.is_random:
+    first = next(in_order(policy, paths))
+    if first.is_random:
         raise ValueError(
             "policy must be deterministic: where actions are drawn, W alone does not determine the "
             "path; use GaussianPolicy.log_prob of the kept actions"
@@ -139,8 +151,8 @@ def log_ratio(
 
 def terminal_kl_bound(
     sde: ControlledSDE,
-    policy: Policy,
-    reference: Policy,
+    policy: AnyPolicy,
+    reference: AnyPolicy,
     paths: Paths,
     initial_kl: float = 0.0,
 ) -> Float[Tensor, " paths"]:

@@ -207,7 +207,7 @@ def sample(
                 if policy.is_random:
                     require_generator(generator, mean.device, "the action")
                     noise = torch.empty_like(mean).normal_(generator=generator)
-                action = policy.act(mean, t, noise)[0].cpu()
+                action = policy.act(mean, t, noise, along[-1].unsqueeze(0))[0].cpu()
             observed, reward, terminated, truncated, _ = env.step(action.numpy())
             if (terminated or truncated) and k < len(grid.nodes) - 2:
                 raise ValueError(

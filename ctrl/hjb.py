@@ -77,10 +77,9 @@ class Solution:
     def policy(self) -> DeterministicPolicy | GaussianPolicy:
         """The optimal policy, to be simulated: its mean, and its standard deviation if not 0.
 
-        Raises:
-            ValueError: the standard deviation depends on the state (by more than 5 %), for which
-                is no ready policy. Where the drift is affine in the action and the diffusion not
-                controlled, DeterministicPolicy(mean_action) gives the states the same law.
+        Where that differs between states by less than 5 % (the walls aside) it is the average,
+        a function of time; else a function of (t, states). At walls both are those of a drift that
+        is cut off.
         """
         if not bool(self.action_std.table.any()):
             return DeterministicPolicy(self.mean_action)
@@ -90,12 +89,7 @@ class Solution:
         flat = inside.flatten(1, len(self.action_std.axes))  # [times, points, *action]
         std = flat.mean(1)
         if bool(((flat - std.unsqueeze(1)).abs() > 0.05 * std.unsqueeze(1)).any()):
-            raise ValueError(
-                "the optimal policy's standard deviation depends on the state, from "
-                f"{float(flat.min()):g} to {float(flat.max()):g}; if it should not, take a finer "
-                "grid, or actions further out where end_mass is large; if it should, simulate "
-                "DeterministicPolicy(solution.mean_action)"
-            )
+            return GaussianPolicy(self.mean_action, self.action_std)
         return GaussianPolicy(
             self.mean_action, GridFunction((), self.action_std.times, std).at_time
         )
@@ -293,8 +287,9 @@ def _given(
     if policy.is_random:
         if not isinstance(policy, RandomPolicy):
             raise TypeError(f"policy must have a density, got {type(policy).__name__}")
-        rule = list(drawn_actions(policy, time, mean, action_nodes))
-        entropy = policy.entropy(time, points)
+        rule = list(drawn_actions(policy, time, mean, action_nodes, points))
+        if problem.temperature:
+            entropy = policy.entropy(time, points)
     weights = points.new_tensor([weight for weight, _ in rule]).unsqueeze(1)
     actions = torch.stack([action for _, action in rule])
     chain = markov_chain(problem, axes, t, actions, monotone=monotone)

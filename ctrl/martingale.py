@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ctrl.advantages import continuous_gae
 from ctrl.devices import as_like
-from ctrl.paths import Paths, over_nodes, regularised_rewards, returns_to_go
+from ctrl.paths import Paths, over_nodes, regularised_rewards, returns_to_go, stop, while_running
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
 from ctrl.user_functions import all_finite
@@ -181,16 +181,26 @@ def require_adapted(tests: TestFunctions, paths: Paths, *, sees_action: bool) ->
             )
             return torch.where(future, 0.7 - 1.3 * rows, rows)
 
+        ends = paths.ends
+        if ends is not None:  # when a path ends is part of its future too
+            ends = ends[:few].repeat(steps)
+            probe = torch.arange(steps, device=ends.device).repeat_interleave(few).to(ends)
+            other = torch.where(ends == probe + 1, steps, probe + 1)
+            ends = torch.where((ends > probe) & change, other, ends).to(paths.ends)
+
         states = altered(paths.states, 1)
         assert states is not None
-        return replace(
+        altered_paths = replace(
             paths,
             states=states,
             actions=altered(paths.actions, int(sees_action)),
             increments=altered(paths.increments, 0),
             rewards=altered(paths.rewards, 0),
             weights=None,
+            ends=None,
+            terminated=None,
         )
+        return altered_paths if ends is None else stop(altered_paths, ends)
 
     with torch.no_grad():
         before, after = tests(probes(False)), tests(probes(True))
@@ -268,7 +278,8 @@ def ctd_lambda(
     along = values(value, problem, paths)
     h = as_like(paths.grid.steps, along)
     rewards = regularised_rewards(problem, paths, policy) - average_reward * h
-    advantages = continuous_gae(along, rewards, h, decay, problem.discount).detach()
+    running = None if paths.ends is None else paths.running
+    advantages = continuous_gae(along, rewards, h, decay, problem.discount, running).detach()
     return -(discount_factors(problem, paths) * h * along[:, :-1] * advantages).sum(1)
 
 
@@ -324,14 +335,14 @@ def clstd(
 
     h = as_like(paths.grid.steps, paths.states)
     nothing = phi.new_zeros(phi.shape[0], phi.shape[1] - 1)
-    unpaid = replace(problem, terminal_reward=None)
+    unpaid = replace(problem, terminal_reward=None, exit_reward=None)
     moves = [martingale_increments(column(j), unpaid, paths, nothing) for j in range(phi.shape[2])]
     known = base if base is not None else _zero
     rewards = regularised_rewards(problem, paths, policy)
     constant = martingale_increments(known, problem, paths, rewards)
     tests = phi[:, :-1]
     if ergodic:
-        moves.append(-h.expand_as(nothing))
+        moves.append(-while_running(h.expand_as(nothing), paths))
         tests = torch.cat([tests, torch.ones_like(tests[..., :1])], dim=2)
     weights = paths.weights
     if weights is None:
@@ -387,6 +398,7 @@ def cgtd_loss(
     if weighting == "identity":
         return 0.5 * mean.square().sum()
     xi, h = tests(paths).detach(), as_like(paths.grid.steps, each)
+    xi = while_running(xi, paths)
     covariance = torch.einsum("p,k,pki,pkj->ij", weights, h, xi, xi)
     return 0.5 * mean @ torch.linalg.solve(covariance, mean)
 

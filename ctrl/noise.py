@@ -215,11 +215,14 @@ class Noise:
         increments: W(t + h) - W(t) for every path and step, sqrt(time).
         actions: standard normals that the policy's actions are drawn with, if it draws them.
         weights: of the paths, non-negative, summing to 1, where they are not equal (quadrature).
+        exits: numbers in [0, 1), uniform, that decide which paths leave a domain between two nodes,
+            if that is drawn (``stopping.BridgeCorrected``).
     """
 
     increments: Float[Tensor, "paths steps *noise"]
     actions: Float[Tensor, "paths steps *action"] | None = None
     weights: Float[Tensor, " paths"] | None = None
+    exits: Float[Tensor, "paths steps"] | None = None
 
     def __post_init__(self) -> None:
         if self.increments.ndim < 2:
@@ -234,6 +237,11 @@ class Noise:
             )
         if self.weights is not None and self.weights.shape != (paths,):
             raise ValueError(f"weights must be [{paths}], got {list(self.weights.shape)}")
+        if self.exits is not None and (
+            self.exits.shape != (paths, steps)
+            or not bool(((self.exits >= 0) & (self.exits < 1)).all())
+        ):
+            raise ValueError(f"exits must be [{paths}, {steps}], numbers in [0, 1)")
         for name in ("increments", "actions", "weights"):
             value = getattr(self, name)
             if value is not None:
@@ -365,8 +373,9 @@ def random_signs(*shape: int, like: Tensor, generator: torch.Generator) -> Float
 def antithetic(noise: Noise) -> Noise:
     """Twice the paths, interleaved: path 2 i is path i, path 2 i + 1 its mirror image.
 
-    The mirror image has all normals with the opposite sign. Average each pair before you take a
-    standard error, ``values.view(-1, 2).mean(1)``: the two are not independent.
+    The mirror image has all normals with the opposite sign, and the same uniform numbers. Average
+    each pair before you take a standard error, ``values.view(-1, 2).mean(1)``: the two are not
+    independent.
     """
 
     def mirrored(value: Tensor | None) -> Tensor | None:
@@ -375,7 +384,8 @@ def antithetic(noise: Noise) -> Noise:
     increments = mirrored(noise.increments)
     assert increments is not None
     weights = None if noise.weights is None else noise.weights.repeat_interleave(2) / 2
-    return Noise(increments, mirrored(noise.actions), weights)
+    exits = None if noise.exits is None else noise.exits.repeat_interleave(2, dim=0)
+    return Noise(increments, mirrored(noise.actions), weights, exits)
 
 
 def coarsen(

@@ -3,17 +3,19 @@
 Sources  [JZ22b] Jia & Zhou 2022, policy gradient and actor-critic, JMLR 23.
 """
 
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ctrl.devices import as_like, require
 from ctrl.estimate import require_probabilities
+from ctrl.memory import AnyPolicy, PolicyWithMemory, memories, with_memory
 from ctrl.policy import Policy, RandomPolicy, mean_action
 from ctrl.problem import ControlProblem
 from ctrl.user_functions import all_finite, call, one_a_path
@@ -72,7 +74,9 @@ def uniform_grid(
 class Paths:
     """Sampled paths; parts that were not kept are None.
 
-    Stored time-major, viewed path-major.
+    Stored time-major, viewed path-major. Paths of different length have ``ends``: after its end a
+    path rests. Its states repeat the one at the end; actions, increments and rewards are 0
+    (``stop`` makes them so). Every estimator counts only the steps that are ``running``.
 
     Attributes:
         states: X at every node.
@@ -85,6 +89,11 @@ class Paths:
             rather than the problem.
         black_box: whether a simulator computed the states, and not the problem's ``sde``: then what
             needs the dynamics (q-rates, path likelihoods) refuses the paths.
+        ends: index of each path's last node, from 1 to the number of steps; None where all paths
+            end at the last node.
+        terminated: whether each path is over at its end, so that what is paid there is all that is
+            left; if not, its record breaks off, and a value function stands for the rest. If
+            None: those that end before the last node are over, and at the horizon all are.
     """
 
     states: Float[Tensor, "paths nodes *event"]
@@ -94,6 +103,8 @@ class Paths:
     weights: Float[Tensor, " paths"] | None = None
     rewards: Float[Tensor, "paths steps"] | None = None
     black_box: bool = False
+    ends: Int[Tensor, " paths"] | None = None
+    terminated: Bool[Tensor, " paths"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("states", "actions", "increments", "weights", "rewards"):
@@ -128,6 +139,39 @@ class Paths:
                 self._require_finite(name, value.detach())
         if self.weights is not None:
             require_probabilities("weights", self.weights)
+        self._check_ends()
+
+    @property
+    def running(self) -> Bool[Tensor, "paths steps"]:
+        """Which steps a path makes: those before its end."""
+        paths, steps = len(self.states), self.states.shape[1] - 1
+        if self.ends is None:
+            return torch.ones(paths, steps, dtype=torch.bool, device=self.states.device)
+        return torch.arange(steps, device=self.ends.device) < self.ends.unsqueeze(1)
+
+    def _check_ends(self) -> None:
+        if self.ends is None:
+            if self.terminated is not None:
+                raise ValueError("terminated must be None where ends is, which it belongs to")
+            return
+        _require_ends(self.ends, self.states)
+        if (end := self.terminated) is not None and (
+            not isinstance(end, Tensor)
+            or end.dtype != torch.bool
+            or end.shape != self.ends.shape
+            or end.device != self.ends.device
+        ):
+            raise ValueError(
+                f"terminated must be boolean, {list(self.ends.shape)}, as ends, got {end}"
+            )
+        rests = ~self.running
+        for name, rest in (("states", 0), ("actions", 1), ("increments", 1), ("rewards", 1)):
+            value = getattr(self, name)
+            if value is not None:
+                value = value.detach().flatten(2) if value.ndim > 2 else value.detach().unsqueeze(2)
+                changes = value if rest else value.diff(dim=1)
+                still = ~((changes != 0).any(2) & rests).any()
+                require(still, lambda name=name: ValueError(_NO_REST.format(name)))
 
     def _require_finite(self, name: str, values: Tensor) -> None:
         total = values.sum()
@@ -142,6 +186,118 @@ class Paths:
             f"{name} are not finite from node {k} (t = {self.grid.nodes[k]:g}) on: drift, "
             "diffusion, policy or start are too large for the step; refine the grid or bound them"
         )
+
+
+def _require_ends(ends: Tensor, states: Tensor) -> None:
+    """Refuse what are no indices of last nodes."""
+    paths, steps = len(states), states.shape[1] - 1
+    kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if not isinstance(ends, Tensor) or ends.dtype not in kinds:
+        kind = ends.dtype if isinstance(ends, Tensor) else type(ends).__name__
+        raise TypeError(f"ends must be a tensor of integers, got {kind}")
+    if ends.shape != (paths,):
+        raise ValueError(f"ends must be [{paths}], one for each path, got {list(ends.shape)}")
+    if ends.device != states.device:
+        raise ValueError(f"ends must be on {states.device}, as states are, got {ends.device}")
+    require(
+        ((ends >= 1) & (ends <= steps)).all(),
+        lambda: ValueError(
+            f"ends must be from 1 to {steps}, the index of each path's last node, got "
+            f"{int(ends.min())} to {int(ends.max())}"
+        ),
+    )
+
+
+_NO_REST = (
+    "{} must rest after the paths' ends (states repeat, all else is 0); ctrl.paths.stop(paths, "
+    "ends) makes them so"
+)
+
+
+def stop(
+    paths: Paths,
+    ends: Int[Tensor, " paths"],
+    terminated: Bool[Tensor, " paths"] | None = None,
+) -> Paths:
+    """The paths up to earlier ends, at rest from there on.
+
+    Args:
+        paths: that end later, or nowhere before the last node.
+        ends: index of each path's last node.
+        terminated: whether each is over there (``Paths.terminated``).
+
+    Raises:
+        ValueError: an end is not one of the steps, or after that of ``paths``.
+        TypeError: ``ends`` are no integers.
+    """
+    _require_ends(ends, paths.states)
+    if paths.ends is not None:
+        require(
+            (ends <= paths.ends).all(),
+            lambda: ValueError("ends must not be after those that the paths have already"),
+        )
+    nodes = torch.arange(paths.states.shape[1], device=ends.device)
+    last = torch.minimum(nodes, ends.unsqueeze(1).to(nodes))
+    states = paths.states[torch.arange(len(last), device=ends.device).unsqueeze(1), last]
+    runs = nodes[:-1] < ends.unsqueeze(1)
+
+    def while_running(value: Tensor | None) -> Tensor | None:
+        return None if value is None else torch.where(_beside(runs, value), value, 0)
+
+    return replace(
+        paths,
+        states=states,
+        actions=while_running(paths.actions),
+        increments=while_running(paths.increments),
+        rewards=while_running(paths.rewards),
+        ends=ends,
+        terminated=terminated,
+    )
+
+
+def _beside(runs: Bool[Tensor, "paths steps"], value: Tensor) -> Tensor:
+    return runs.view(*runs.shape, *[1] * (value.ndim - 2))
+
+
+def while_running(
+    each: Float[Tensor, "paths steps *one"], paths: Paths
+) -> Float[Tensor, "paths steps *one"]:
+    """What belongs to the steps, 0 for those that a path does not make."""
+    return each if paths.ends is None else torch.where(_beside(paths.running, each), each, 0)
+
+
+def visited(paths: Paths) -> Paths:
+    """The paths without rests: after its end each is at its start again, with its first action.
+
+    That is where functions of (t, x, a) can be called for all paths at once: at the end of a path,
+    on the wall of a domain say, they need not be finite.
+    """
+    if paths.ends is None:
+        return paths
+    runs = paths.running
+    whole = torch.nn.functional.pad(runs, (0, 1))
+    states, actions = paths.states, paths.actions
+    return replace(
+        paths,
+        states=torch.where(_beside(whole, states), states, states[:, :1]),
+        actions=None
+        if actions is None
+        else torch.where(_beside(runs, actions), actions, actions[:, :1]),
+        ends=None,
+        terminated=None,
+    )
+
+
+def finished(problem: ControlProblem, paths: Paths) -> Bool[Tensor, " paths"]:
+    """Which paths are over at their end: what is paid there is their value."""
+    last = ends_at_horizon(problem, paths.grid)
+    over = torch.full((len(paths.states),), last, device=paths.states.device)
+    if paths.ends is None:
+        return over
+    early = paths.ends < paths.states.shape[1] - 1
+    if paths.terminated is None:
+        return over | early
+    return paths.terminated | (over & ~early)
 
 
 def require_dynamics(paths: Paths) -> None:
@@ -184,7 +340,7 @@ def require_memoryless(policy: Policy, paths: Paths) -> None:
 _MEMORY = (
     "policy.mean must be a function of (t, x) alone, but it gave two actions for the same (t, x): "
     "it has a memory (or draws random numbers, as dropout does). Make what it remembers part of "
-    "the state, and switch dropout off (module.eval())"
+    "the state or declare it (ctrl.PolicyWithMemory), and switch dropout off (module.eval())"
 )
 
 
@@ -205,7 +361,7 @@ def over_steps(
     *more: Float[Tensor, "paths steps ..."],
     copies: int = 1,
 ) -> Float[Tensor, "paths steps *result"]:
-    """function(t, x, ...) at the left end of every step.
+    """function(t, x, ...) at the left end of every step; 0 for steps that a path does not make.
 
     Many steps at once where ``torch.func.vmap`` can; one after the other where it cannot (control
     flow that depends on values).
@@ -221,8 +377,14 @@ def over_steps(
     Raises:
         ValueError: the function writes into what it is given, which are the stored paths.
     """
+    stopped, paths = paths, visited(paths)
     times = as_like(paths.grid.nodes[:-1], paths.states)
-    return _along(function, times, paths.states[:, :-1], *more, copies=copies)
+    if stopped.ends is not None:
+        runs = stopped.running
+        more = tuple(torch.where(_beside(runs, one), one, one[:, :1]) for one in more)
+    return while_running(
+        _along(function, times, paths.states[:, :-1], *more, copies=copies), stopped
+    )
 
 
 def over_nodes(
@@ -230,6 +392,80 @@ def over_nodes(
 ) -> Float[Tensor, "paths nodes *result"]:
     """function(t, x) at every node, the last one too; else as ``over_steps``."""
     return _along(function, as_like(paths.grid.nodes, paths.states), paths.states)
+
+
+def in_order(policy: AnyPolicy, paths: Paths) -> Iterator[Policy]:
+    """The ordinary policy of every step, in order, with the memory that it had there.
+
+    Raises:
+        ValueError: the policy has a memory that it does not declare, or has one and the paths have
+            not kept their actions.
+    """
+    if not isinstance(policy, PolicyWithMemory):
+        require_memoryless(policy, paths)
+        return itertools.repeat(policy, len(paths.grid.steps))
+    return (with_memory(policy, memory) for memory in memories_along(policy, paths).unbind(1))
+
+
+def memories_along(policy: PolicyWithMemory, paths: Paths) -> Float[Tensor, "paths steps *memory"]:
+    """The policy's memory at the left end of every step, computed in order.
+
+    Raises:
+        ValueError: the paths have not kept their actions.
+    """
+    times = as_like(paths.grid.nodes[:-1], paths.states)
+    return memories(policy, times, paths.states[:, :-1], kept_actions(paths))
+
+
+def over_policy_steps(
+    function: Callable[..., Tensor],
+    policy: AnyPolicy,
+    paths: Paths,
+    *more: Float[Tensor, "paths steps ..."],
+) -> Float[Tensor, "paths steps *result"]:
+    """function(policy, t, x, ...) at every step, the policy with the memory that it had there.
+
+    Args:
+        function: of (policy, t [], states [paths, *event], one slice of each of ``more``).
+        policy: of (t, x); or with memory, which is then computed first, in order.
+        paths: whose states and times it is given; with their actions, for a memory.
+        more: as for ``over_steps``.
+
+    Raises:
+        ValueError: the policy has a memory that it does not declare; or the actions are missing.
+    """
+    if isinstance(policy, PolicyWithMemory):
+        past = memories_along(policy, paths)
+
+        def remembering(t: Tensor, x: Tensor, m: Tensor, *rest: Tensor) -> Tensor:
+            return function(policy.at(m), t, x, *rest)
+
+        return over_steps(remembering, paths, past, *more)
+    require_memoryless(policy, paths)
+
+    def ordinary(t: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
+        return function(policy, t, x, *rest)
+
+    return over_steps(ordinary, paths, *more)
+
+
+def log_probs(policy: AnyPolicy, paths: Paths) -> Float[Tensor, "paths steps"]:
+    """log pi of the action of every step, nats, given the path so far.
+
+    Raises:
+        ValueError: the policy does not draw its actions, or has a memory that it does not declare;
+            or the paths have not kept their actions.
+    """
+
+    def at(now: Policy, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        if not isinstance(now, RandomPolicy):
+            raise ValueError(
+                "policy must be one that draws its actions and knows their density, got "
+                f"{type(now).__name__}"
+            )
+        return now.log_prob(t, x, a)
+
+    return over_policy_steps(at, policy, paths, kept_actions(paths))
 
 
 _CHUNK = 2**22  # bytes of states at a time: what a step makes of them should stay in cache
@@ -309,7 +545,7 @@ def running_rewards(problem: ControlProblem, paths: Paths) -> Float[Tensor, "pat
 
 
 def regularised_rewards(
-    problem: ControlProblem, paths: Paths, policy: Policy | None
+    problem: ControlProblem, paths: Paths, policy: AnyPolicy | None
 ) -> Float[Tensor, "paths steps"]:
     """Running reward with the entropy's share, -temperature log pi(a_k | t_k, x_k) h_k.
 
@@ -321,14 +557,13 @@ def regularised_rewards(
     rewards = running_rewards(problem, paths)
     if not problem.temperature:
         return rewards
-    if not isinstance(policy, RandomPolicy):
+    if not isinstance(policy, RandomPolicy | PolicyWithMemory):
         kind = "none" if policy is None else type(policy).__name__
         raise ValueError(
             f"policy must be one that draws its actions and knows their density, got {kind}: "
             f"problem.temperature = {problem.temperature:g} pays for its entropy"
         )
-    require_memoryless(policy, paths)
-    log_prob = over_steps(policy.log_prob, paths, kept_actions(paths))
+    log_prob = log_probs(policy, paths)
     return rewards - problem.temperature * log_prob * as_like(paths.grid.steps, rewards)
 
 
@@ -338,25 +573,46 @@ def ends_at_horizon(problem: ControlProblem, grid: TimeGrid) -> bool:
     return math.isfinite(problem.horizon) and gap <= 1e-6 * problem.horizon  # float32 grids
 
 
-def require_whole(problem: ControlProblem, grid: TimeGrid) -> None:
-    """Refuse paths that end before the horizon, where a sum to the horizon is asked for.
+def require_whole(problem: ControlProblem, paths: Paths) -> None:
+    """Refuse paths that break off before they are over, where a sum to their end is asked for.
 
     Raises:
-        ValueError: the last node is not the horizon (an infinite one has no end).
+        ValueError: a path has not terminated and its last node is not the horizon (an infinite one
+            has no end).
     """
+    grid = paths.grid
+    if paths.ends is not None:
+        over = finished(problem, paths)
+        require(over.all(), lambda: ValueError(_broken_off(problem, paths, over)))
+        return
     if not ends_at_horizon(problem, grid):
         raise ValueError(
             f"grid must end at the horizon {problem.horizon:g}, or what comes after its end is "
             f"left out, got {float(grid.nodes[-1]):g}; where the horizon is infinite or the paths "
-            "are cut short, use what puts a value function at their end: martingale.ctd0 or "
-            "ctd_lambda, q_learning.orthogonality_loss, temporal_difference_gradient"
+            f"are cut short, {_BOOTSTRAP}"
         )
 
 
+def _broken_off(problem: ControlProblem, paths: Paths, over: Tensor) -> str:
+    return (
+        f"paths must be over at their ends, by termination or at the horizon {problem.horizon:g}, "
+        f"but {int((~over).sum())} of {len(over)} break off before; take a longer grid, or "
+        f"{_BOOTSTRAP}"
+    )
+
+
+_BOOTSTRAP = (
+    "use what puts a value function at their end: martingale.ctd0 or ctd_lambda, "
+    "q_learning.orthogonality_loss, temporal_difference_gradient"
+)
+
+
 def returns_to_go(
-    problem: ControlProblem, paths: Paths, policy: Policy | None = None
+    problem: ControlProblem, paths: Paths, policy: AnyPolicy | None = None
 ) -> Float[Tensor, "paths nodes"]:
-    """Discounted reward from every node to the horizon, discounted to that node's time.
+    """Discounted reward from every node to the path's end, discounted to that node's time.
+
+    At the end, and in the rest after it, it is what is paid there.
 
     Args:
         problem: which pays.
@@ -364,17 +620,43 @@ def returns_to_go(
         policy: that drew the actions; needed where the problem rewards its entropy.
 
     Raises:
-        ValueError: the grid does not end at the horizon (an infinite one has no end); a reward is
+        ValueError: a path breaks off before the horizon (an infinite one has no end); a reward is
             not one finite number for each path; or the policy is missing.
     """
-    require_whole(problem, paths.grid)
+    require_whole(problem, paths)
     rewards = regularised_rewards(problem, paths, policy)
-    terminal = terminal_rewards(problem, paths.states[:, -1])
+    terminal = at_exits(problem, paths, terminal_rewards(problem, paths.states[:, -1]))
     keep = torch.exp(-problem.discount * as_like(paths.grid.steps, rewards))
-    returns = [terminal]
+    returns, runs = [terminal], None if paths.ends is None else paths.running.unbind(1)
     for k in range(rewards.shape[1] - 1, -1, -1):
-        returns.append(rewards[:, k] + keep[k] * returns[-1])
+        ahead = rewards[:, k] + keep[k] * returns[-1]
+        returns.append(ahead if runs is None else torch.where(runs[k], ahead, terminal))
     return torch.stack(returns[::-1], dim=1)
+
+
+def at_exits(
+    problem: ControlProblem, paths: Paths, terminal: Float[Tensor, " paths"]
+) -> Float[Tensor, " paths"]:
+    """What is paid at each path's end: the exit reward where it left the domain, else terminal.
+
+    Args:
+        problem: which pays.
+        paths: that end.
+        terminal: the terminal reward at the ends.
+
+    Raises:
+        ValueError: the exit reward is not one finite number for each path that left.
+    """
+    reward = problem.exit_reward
+    if reward is None or paths.ends is None:
+        return terminal
+    left = paths.terminated
+    if left is None:
+        left = paths.ends < paths.states.shape[1] - 1
+    times = as_like(paths.grid.nodes, paths.states)[paths.ends]
+    paid = call("exit_reward", reward, times, paths.states[:, -1])
+    paid = torch.where(left, one_a_path("exit_reward", paid, len(left)), terminal)
+    return all_finite("exit_reward", paid)
 
 
 def terminal_rewards(

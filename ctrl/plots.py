@@ -135,7 +135,7 @@ def plot_policy(
             for j in range(mean.shape[1]):
                 unit = torch.zeros_like(mean)
                 unit[:, j] = 1
-                variance = variance + (policy.act(mean, t, unit).detach() - mean).square()
+                variance = variance + (policy.act(mean, t, unit, points).detach() - mean).square()
             width = _array(variance[:, coordinate].sqrt())
             axes.fill_between(
                 _array(states), line - width, line + width, color=_colour(share), alpha=0.15, lw=0

@@ -6,6 +6,7 @@ density is the policy's. Where the decision is the next state (view B), see ``ct
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Real
 from typing import Protocol, runtime_checkable
 
@@ -21,7 +22,7 @@ from torch.distributions import (
 )
 
 from ctrl.devices import as_like, require
-from ctrl.user_functions import call
+from ctrl.user_functions import call, takes
 
 Mean = Callable[[Tensor, Tensor], Tensor]
 """(time [], states [paths, *event]) -> [paths, *action]."""
@@ -40,14 +41,16 @@ class Policy(Protocol):
         """Whether ``act`` needs noise."""
         ...
 
-    def act(self, mean: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
-        """The action, from its mean and a standard normal of its shape."""
+    def act(
+        self, mean: Tensor, t: Tensor, noise: Tensor | None, states: Tensor | None = None
+    ) -> Tensor:
+        """The action, from its mean and a standard normal of its shape, at these states."""
         ...
 
 
 @runtime_checkable
 class RandomPolicy(Policy, Protocol):
-    """A policy that draws its actions and has their density."""
+    """A policy that draws its actions and has their density; the entropy may be refused."""
 
     def distribution(self, t: Tensor, states: Tensor) -> Distribution:
         """The law of the action of every path: batch shape [paths], event shape [*action]."""
@@ -62,6 +65,17 @@ class RandomPolicy(Policy, Protocol):
         ...
 
 
+@runtime_checkable
+class ReparametrisedPolicy(Policy, Protocol):
+    """A policy whose action determines the noise that made it."""
+
+    def noise_of(
+        self, actions: Tensor, mean: Tensor, t: Tensor, states: Tensor | None = None
+    ) -> Tensor:
+        """The standard normals that ``act`` turns into these actions."""
+        ...
+
+
 @dataclass(frozen=True)
 class DeterministicPolicy:
     """a = mean(t, x)."""
@@ -72,23 +86,25 @@ class DeterministicPolicy:
     def __post_init__(self) -> None:
         _check_mean(self.mean)
 
-    def act(self, mean: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
+    def act(
+        self, mean: Tensor, t: Tensor, noise: Tensor | None, states: Tensor | None = None
+    ) -> Tensor:
         """The mean."""
         return mean
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianPolicy:
-    """a ~ N(mean(t, x), diag(std(t)^2)).
+    """a ~ N(mean(t, x), diag(std(t, x)^2)).
 
     Attributes:
         mean: of the action.
         std: a positive number, or one for each coordinate, [*action]; or a function of time that
-            returns either.
+            returns either; or a function of (t, states) that returns [paths, *action].
     """
 
     mean: Mean
-    std: float | Tensor | Callable[[Tensor], Tensor | float]
+    std: float | Tensor | Callable[..., Tensor | float]
     is_random: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
@@ -101,14 +117,35 @@ class GaussianPolicy:
         if not bool(((std > 0) & torch.isfinite(std)).all()):
             raise ValueError(f"std must be positive and finite (or a function), got {self.std}")
 
-    def std_at(self, t: Tensor, like: Tensor | None = None) -> Float[Tensor, "*action"]:
+    @cached_property
+    def sees_states(self) -> bool:
+        """Whether std is a function of (t, states): one that cannot be called with t alone."""
+        return callable(self.std) and needs_states(self.std)
+
+    def std_at(
+        self, t: Tensor, like: Tensor | None = None, states: Tensor | None = None
+    ) -> Float[Tensor, " *action"]:
         """The standard deviation at a time, in the dtype and on the device of ``like`` (or of t).
 
+        Args:
+            t: time, [].
+            like: the mean action, [paths, *action].
+            states: x, where the standard deviation depends on it.
+
         Raises:
-            ValueError: it is neither one number nor one for each coordinate.
+            ValueError: it is neither one number nor one for each coordinate; or it depends on the
+                state and is not one for each path and coordinate, or the states are missing.
         """
-        value = self.std(t) if callable(self.std) else self.std
         kind = t if like is None else like
+        if callable(self.std) and self.sees_states:
+            value = as_like(call("std", self.std, t, _needed(states, "std")), kind)
+            if like is not None and value.shape != like.shape:
+                raise ValueError(
+                    f"std must return {list(like.shape)}, as actions are, where it is a function "
+                    f"of (t, states), got {list(value.shape)}"
+                )
+            return value
+        value = self.std(t) if callable(self.std) else self.std
         std = as_like(value, kind)
         if std.ndim and like is not None and std.shape != like.shape[1:]:
             raise ValueError(
@@ -117,16 +154,25 @@ class GaussianPolicy:
             )
         return std
 
-    def act(self, mean: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
+    def act(
+        self, mean: Tensor, t: Tensor, noise: Tensor | None, states: Tensor | None = None
+    ) -> Tensor:
         """The mean plus std * noise.
 
         Raises:
-            ValueError: there is no noise, or it has not the mean's shape.
+            ValueError: there is no noise, or it has not the mean's shape; or std depends on the
+                state, which is missing.
         """
-        noise = _checked_noise(mean, noise)
+        noise = checked_noise(mean, noise)
         if isinstance(self.std, Real):
             return torch.add(mean, noise, alpha=float(self.std))
-        return mean + self.std_at(t, mean) * noise
+        return mean + self.std_at(t, mean, states) * noise
+
+    def noise_of(
+        self, actions: Tensor, mean: Tensor, t: Tensor, states: Tensor | None = None
+    ) -> Tensor:
+        """(a - mean) / std."""
+        return (actions - mean) / self.std_at(t, mean, states)
 
     def distribution(self, t: Tensor, states: Float[Tensor, " paths *event"]) -> Distribution:
         """The law of the action of every path.
@@ -135,11 +181,13 @@ class GaussianPolicy:
             ValueError: std is not positive and finite at ``t``.
         """
         mean = self.mean(t, states)
-        std = self.std_at(t, mean)
+        std = self.std_at(t, mean, states)
+        good = (std > 0) & torch.isfinite(std)
         require(
-            ((std > 0) & torch.isfinite(std)).all(),
+            good.all(),
             lambda: ValueError(
-                f"std must be positive and finite, at t = {float(t):g} it is {std.tolist()}"
+                f"std must be positive and finite, at t = {float(t):g} it is "
+                f"{std[~good].flatten()[:3].tolist()}"
             ),
         )
         return Independent(Normal(mean, std, validate_args=False), mean.ndim - 1)
@@ -168,52 +216,83 @@ class GaussianPolicy:
 
 @dataclass(frozen=True, eq=False)
 class MultivariateGaussianPolicy:
-    """a ~ N(mean(t, x), L(t) L(t)'), its coordinates dependent.
+    """a ~ N(mean(t, x), L(t, x) L(t, x)'), its coordinates dependent.
 
     Attributes:
         mean: of the action, [paths, dim].
-        scale_tril: L, lower triangular with a positive diagonal, [dim, dim]; or a function of time.
+        scale_tril: L, lower triangular with a positive diagonal, [dim, dim]; or a function of time
+            that returns it; or a function of (t, states) that returns [paths, dim, dim].
     """
 
     mean: Mean
-    scale_tril: Tensor | Callable[[Tensor], Tensor]
+    scale_tril: Tensor | Callable[..., Tensor]
     is_random: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         _check_mean(self.mean)
         if isinstance(self.scale_tril, Tensor):
-            _check_scale(self.scale_tril)
+            _check_scale(self.scale_tril, 2)
         elif not callable(self.scale_tril):
             raise TypeError(f"scale_tril must be a tensor or a function, got {self.scale_tril!r}")
 
-    def scale_at(self, t: Tensor, like: Tensor) -> Float[Tensor, "dim dim"]:
-        """L at a time, in the dtype and on the device of ``like``.
+    @cached_property
+    def sees_states(self) -> bool:
+        """Whether L is a function of (t, states): one that cannot be called with t alone."""
+        return callable(self.scale_tril) and needs_states(self.scale_tril)
+
+    def scale_at(
+        self, t: Tensor, like: Tensor, states: Tensor | None = None
+    ) -> Float[Tensor, "*paths dim dim"]:
+        """L at a time, in the dtype and on the device of ``like``; of every path if it sees states.
 
         Raises:
-            ValueError: it is not lower triangular with a positive diagonal, of the actions' size.
+            ValueError: it is not lower triangular with a positive diagonal, of the actions' size;
+                or it depends on the state, which is missing.
         """
         scale = self.scale_tril
         if callable(scale):
-            scale = scale(t)
-            _check_scale(scale)
-        if like.ndim != 2 or len(scale) != like.shape[1]:
+            sees = self.sees_states
+            inputs = (t, _needed(states, "scale_tril")) if sees else (t,)
+            scale = call("scale_tril", scale, *inputs)
+            _check_scale(scale, 3 if sees else 2)
+            if sees and len(scale) != len(like):
+                raise ValueError(
+                    f"scale_tril must return [{len(like)}, dim, dim], one for each path, got "
+                    f"{list(scale.shape)}"
+                )
+        if like.ndim != 2 or scale.shape[-1] != like.shape[1]:
             raise ValueError(
                 f"scale_tril is {list(scale.shape)} and does not fit actions {list(like.shape)}"
             )
         return as_like(scale, like)
 
-    def act(self, mean: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
+    def act(
+        self, mean: Tensor, t: Tensor, noise: Tensor | None, states: Tensor | None = None
+    ) -> Tensor:
         """The mean plus L noise.
 
         Raises:
-            ValueError: there is no noise, or it has not the mean's shape.
+            ValueError: there is no noise, or it has not the mean's shape; or L depends on the
+                state, which is missing.
         """
-        return mean + _checked_noise(mean, noise) @ self.scale_at(t, mean).T
+        noise = checked_noise(mean, noise)
+        if self.sees_states:
+            return mean + (self.scale_at(t, mean, states) @ noise.unsqueeze(2)).squeeze(2)
+        return mean + noise @ self.scale_at(t, mean).T
+
+    def noise_of(
+        self, actions: Tensor, mean: Tensor, t: Tensor, states: Tensor | None = None
+    ) -> Tensor:
+        """L^{-1} (a - mean)."""
+        scale, gap = self.scale_at(t, mean, states), (actions - mean).unsqueeze(2)
+        return torch.linalg.solve_triangular(scale, gap, upper=False).squeeze(2)
 
     def distribution(self, t: Tensor, states: Float[Tensor, " paths *event"]) -> Distribution:
         """The law of the action of every path."""
         mean = self.mean(t, states)
-        return MultivariateNormal(mean, scale_tril=self.scale_at(t, mean), validate_args=False)
+        return MultivariateNormal(
+            mean, scale_tril=self.scale_at(t, mean, states), validate_args=False
+        )
 
     def log_prob(
         self,
@@ -243,8 +322,19 @@ def policy_kl(
 
     Of the actions that the policies draw (view A), not of the paths: ``girsanov.path_kl`` is that,
     and does not see the covariance of the actions.
+
+    Raises:
+        ValueError: the two are of kinds whose KL has no closed form (a squashed Gaussian against
+            one that is not squashed, or over another interval).
     """
-    return kl_divergence(policy.distribution(t, states), reference.distribution(t, states))
+    try:
+        return kl_divergence(policy.distribution(t, states), reference.distribution(t, states))
+    except NotImplementedError as unknown:
+        raise ValueError(
+            f"policies must be of kinds whose KL has a closed form, got {type(policy).__name__} "
+            f"and {type(reference).__name__} (squashed ones over one interval); average "
+            "policy.log_prob - reference.log_prob over drawn actions instead"
+        ) from unknown
 
 
 def mean_action(
@@ -256,7 +346,14 @@ def mean_action(
         TypeError: it is not a tensor.
         ValueError: there is not one action for each path, or the policy writes into the states.
     """
-    mean = call("policy.mean", policy.mean, t, states)
+    try:
+        function = policy.mean
+    except AttributeError as missing:
+        raise TypeError(
+            f"policy must have a mean action at (t, x), got {type(policy).__name__}; a policy with "
+            "memory is for simulate and for what goes along its paths (ctrl.memory)"
+        ) from missing
+    mean = call("policy.mean", function, t, states)
     if not isinstance(mean, Tensor):
         raise TypeError(f"policy.mean must return a tensor, got {type(mean).__name__}")
     if mean.ndim < 1 or len(mean) != len(states):
@@ -267,7 +364,23 @@ def mean_action(
     return mean
 
 
-def _checked_noise(mean: Tensor, noise: Tensor | None) -> Tensor:
+def needs_states(function: Callable[..., object]) -> bool:
+    """Whether a function is one of (t, states): it cannot be called with t alone."""
+    if isinstance(function, torch.nn.Module):
+        function = function.forward
+    return takes(function, 2) and not takes(function, 1)
+
+
+def _needed(states: Tensor | None, name: str) -> Tensor:
+    if states is None:
+        raise ValueError(
+            f"states must be given: {name} depends on them; act(mean, t, noise, states)"
+        )
+    return states
+
+
+def checked_noise(mean: Tensor, noise: Tensor | None) -> Tensor:
+    """``noise``, refused where it has not the mean's shape."""
     if noise is None or noise.shape != mean.shape:
         shape = "none" if noise is None else str(list(noise.shape))
         raise ValueError(f"noise must be {list(mean.shape)}, as the mean is, got {shape}")
@@ -283,11 +396,13 @@ def _log_prob(law: Distribution, actions: Tensor) -> Tensor:
     return law.log_prob(actions)
 
 
-def _check_scale(scale: Tensor) -> None:
-    if scale.ndim != 2 or scale.shape[0] != scale.shape[1]:
-        raise ValueError(f"scale_tril must be [dim, dim], got {list(scale.shape)}")
+def _check_scale(scale: Tensor, ndim: int) -> None:
+    if scale.ndim != ndim or scale.shape[-1] != scale.shape[-2]:
+        wanted = "[dim, dim]" if ndim == 2 else "[paths, dim, dim], being of (t, states)"
+        raise ValueError(f"scale_tril must be {wanted}, got {list(scale.shape)}")
+    diagonal = scale.diagonal(dim1=-2, dim2=-1)
     require(
-        torch.isfinite(scale).all() & (scale.diagonal() > 0).all(),
+        torch.isfinite(scale).all() & (diagonal > 0).all(),
         lambda: ValueError("scale_tril must be finite, with a positive diagonal"),
     )
     require(~scale.triu(1).any(), lambda: ValueError("scale_tril must be lower triangular"))

@@ -35,17 +35,21 @@ from torch import Tensor
 from ctrl import transitions
 from ctrl.advantages import continuous_gae, temporal_differences
 from ctrl.devices import as_like
+from ctrl.memory import AnyPolicy, PolicyWithMemory
 from ctrl.paths import (
     Paths,
     kept_actions,
-    over_steps,
+    log_probs,
+    over_policy_steps,
     regularised_rewards,
     require_dynamics,
     require_memoryless,
     require_whole,
     returns_to_go,
+    visited,
+    while_running,
 )
-from ctrl.policy import Policy, RandomPolicy, mean_action
+from ctrl.policy import Policy, RandomPolicy, ReparametrisedPolicy, mean_action
 from ctrl.problem import ControlProblem
 from ctrl.q_learning import q_rate, q_rates
 from ctrl.solvers import Solver, require_transition
@@ -75,7 +79,7 @@ class Decisions(Protocol):
     """Decision of the policy at every step: a drawn action, or the next state."""
 
     def log_prob(
-        self, problem: ControlProblem, policy: Policy, paths: Paths
+        self, problem: ControlProblem, policy: AnyPolicy, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
         """Log-density of the decision of every step, nats; the gradient goes through it."""
         ...
@@ -87,7 +91,7 @@ class Decisions(Protocol):
         ...
 
     def held_rewards(
-        self, problem: ControlProblem, policy: Policy, paths: Paths
+        self, problem: ControlProblem, policy: AnyPolicy, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
         """Running reward of every step as far as it moves with the policy, the decisions held."""
         ...
@@ -104,16 +108,15 @@ class DrawnActions:
     probes: Float[Tensor, "paths steps probes *noise"] | None = None
 
     def log_prob(
-        self, problem: ControlProblem, policy: Policy, paths: Paths
+        self, problem: ControlProblem, policy: AnyPolicy, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
-        """log pi(a_k | t_k, X_k).
+        """log pi(a_k | t_k, X_k), given the path so far where the policy declares a memory.
 
         Raises:
             TypeError: the policy does not draw its actions.
-            ValueError: it has a memory.
+            ValueError: it has a memory that it does not declare.
         """
-        require_memoryless(policy, paths)
-        return over_steps(_random(policy).log_prob, paths, kept_actions(paths))
+        return _log_probs(policy, paths)
 
     def advantages(
         self, problem: ControlProblem, policy: Policy, value: Value, paths: Paths
@@ -123,7 +126,7 @@ class DrawnActions:
         return rates * as_like(paths.grid.steps, rates)
 
     def held_rewards(
-        self, problem: ControlProblem, policy: Policy, paths: Paths
+        self, problem: ControlProblem, policy: AnyPolicy, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
         """Zero: the reward is of the drawn action, which is held."""
         return paths.states.new_zeros(len(paths.states), len(paths.grid.steps))
@@ -143,7 +146,7 @@ class Transitions:
         require_transition(self.solver)
 
     def log_prob(
-        self, problem: ControlProblem, policy: Policy, paths: Paths
+        self, problem: ControlProblem, policy: AnyPolicy, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
         """log p(X_{k+1} | X_k).
 
@@ -163,28 +166,30 @@ class Transitions:
         """grad V(t_k, X_k) . (X_{k+1} - E[X_{k+1} | X_k])."""
         gaussian, nodes = require_transition(self.solver), paths.grid.nodes.cpu()
         require_dynamics(paths)
+        after = transitions.proposals(problem.sde, gaussian, paths)
+        stopped, paths = paths, visited(paths)
         each = []
         for k, x in enumerate(paths.states[:, :-1].unbind(1)):
             t = as_like(nodes[k], x)
             action = mean_action(policy, t, x)
             mean, _ = gaussian.transition(problem.sde, nodes[k], nodes[k + 1], x, action)
-            surprise = paths.states[:, k + 1] - mean
+            surprise = after[k] - mean
             each.append(_directional(value, t, x, surprise))
-        return torch.stack(each, dim=1)
+        return while_running(torch.stack(each, dim=1), stopped)
 
     def held_rewards(
-        self, problem: ControlProblem, policy: Policy, paths: Paths
+        self, problem: ControlProblem, policy: AnyPolicy, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
         """r(t_k, X_k, a(t_k, X_k)) h_k, the action a function of the policy's parameters."""
         reward = problem.running_reward
         if reward is None:
             return paths.states.new_zeros(len(paths.states), len(paths.grid.steps))
 
-        def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        def rate(policy: Policy, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
             again = _reparametrised(policy, t, x, a.detach())
             return one_a_path("running_reward", reward(t, x, again), len(x))
 
-        rates = over_steps(rate, paths, kept_actions(paths))
+        rates = over_policy_steps(rate, policy, paths, kept_actions(paths))
         return rates * as_like(paths.grid.steps, rates)
 
 
@@ -197,7 +202,7 @@ def _directional(value: Value, t: Tensor, x: Tensor, direction: Tensor) -> Tenso
 
 def return_gradient(
     problem: ControlProblem,
-    policy: Policy,
+    policy: AnyPolicy,
     paths: Paths,
     baseline: Value | None = None,
     decisions: Decisions | None = None,
@@ -240,10 +245,12 @@ def temporal_difference_gradient(
         decisions: ``DrawnActions()`` if not given.
         rate: of ``continuous_gae``, 1/time; infinite for the one-step difference.
     """
+    _require_of_states(policy)
     chosen = decisions or DrawnActions()
     along, h = values(value, problem, paths), as_like(paths.grid.steps, paths.states)
     rewards = regularised_rewards(problem, paths, policy)
-    advantages = continuous_gae(along, rewards, h, rate, problem.discount)
+    running = None if paths.ends is None else paths.running
+    advantages = continuous_gae(along, rewards, h, rate, problem.discount, running)
     return _summed(problem, policy, paths, chosen, advantages)
 
 
@@ -263,6 +270,7 @@ def q_rate_gradient(
         paths: with what the decisions need.
         decisions: ``DrawnActions()`` if not given.
     """
+    _require_of_states(policy)
     chosen = decisions or DrawnActions()
     with torch.no_grad():  # forward mode differentiates all the same
         advantages = chosen.advantages(problem, policy, value, paths)
@@ -310,9 +318,11 @@ def pathwise_gradient(
         again = _reparametrised(policy, t, x, a.detach())
         return (slope.detach() * again).reshape(len(x), -1).sum(1)
 
+    stopped, paths = paths, visited(paths)
     times = as_like(paths.grid.nodes[:-1], paths.states)
     moments = zip(times, paths.states[:, :-1].unbind(1), kept_actions(paths).unbind(1), strict=True)
     rates = torch.stack([one(*moment) for moment in moments], dim=1)
+    rates = while_running(rates, stopped)
     h = as_like(paths.grid.steps, rates)
     return (discount_factors(problem, paths) * rates * h).sum(1)
 
@@ -321,24 +331,20 @@ def _reparametrised(policy: Policy, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
     """The action as a function of what the policy depends on, its noise held."""
     mean = mean_action(policy, t, x)
     if not policy.is_random:
-        return policy.act(mean, t, None)
-    if not isinstance(policy, RandomPolicy):
-        raise TypeError(f"policy must be Gaussian or deterministic, got {type(policy).__name__}")
-    # act is affine in the noise, so the noise is recovered by solving for it
-    zero, flat = torch.zeros_like(mean), mean[0].numel()
-    unit = torch.eye(flat, dtype=mean.dtype, device=mean.device)
-    unit = unit.view(flat, 1, *mean.shape[1:])
-    columns = torch.stack(
-        [(policy.act(zero, t, e.expand_as(mean)))[0].reshape(-1) for e in unit], dim=1
-    ).detach()
-    noise = torch.linalg.solve(columns, (a - mean).detach().reshape(len(x), -1).T).T
-    return policy.act(mean, t, noise.view_as(mean))
+        return policy.act(mean, t, None, x)
+    if not isinstance(policy, ReparametrisedPolicy):
+        raise TypeError(
+            f"policy must be deterministic or tell the noise of its actions (noise_of), got "
+            f"{type(policy).__name__}"
+        )
+    noise = policy.noise_of(a, mean, t, x).detach()
+    return policy.act(mean, t, noise, x)
 
 
 def performance_difference(
     problem: ControlProblem,
     value: Value,
-    new_policy: Policy,
+    new_policy: AnyPolicy,
     new_paths: Paths,
     probes: Float[Tensor, "paths steps probes *noise"] | None = None,
 ) -> Float[Tensor, " paths"]:
@@ -359,7 +365,7 @@ def performance_difference(
             policy has a memory.
     """
     if math.isfinite(problem.horizon):
-        require_whole(problem, new_paths.grid)
+        require_whole(problem, new_paths)
     rates = _regularised_q(problem, value, new_policy, new_paths, probes)
     h = as_like(new_paths.grid.steps, rates)
     return (discount_factors(problem, new_paths) * rates * h).sum(1)
@@ -368,8 +374,8 @@ def performance_difference(
 def surrogate(
     problem: ControlProblem,
     value: Value,
-    policy: RandomPolicy,
-    new_policy: RandomPolicy,
+    policy: AnyPolicy,
+    new_policy: AnyPolicy,
     paths: Paths,
     probes: Float[Tensor, "paths steps probes *noise"] | None = None,
 ) -> Float[Tensor, " paths"]:
@@ -391,11 +397,8 @@ def surrogate(
             policy has a memory.
     """
     if math.isfinite(problem.horizon):
-        require_whole(problem, paths.grid)
-    for each in (policy, new_policy):
-        require_memoryless(each, paths)
-    actions = kept_actions(paths)
-    new, old = (over_steps(each.log_prob, paths, actions) for each in (new_policy, policy))
+        require_whole(problem, paths)
+    new, old = _log_probs(new_policy, paths), _log_probs(policy, paths)
     rates = _regularised_q(problem, value, new_policy, paths, probes)
     ratio = (new - old.detach()).exp()
     h = as_like(paths.grid.steps, rates)
@@ -405,16 +408,26 @@ def surrogate(
 def _regularised_q(
     problem: ControlProblem,
     value: Value,
-    policy: Policy,
+    policy: AnyPolicy,
     paths: Paths,
     probes: Tensor | None,
 ) -> Float[Tensor, "paths steps"]:
     q = q_rates(problem, value, paths, probes)
     if not problem.temperature:
         return q
-    require_memoryless(policy, paths)
-    log_prob = over_steps(_random(policy).log_prob, paths, kept_actions(paths))
-    return q - problem.temperature * log_prob
+    return q - problem.temperature * _log_probs(policy, paths)
+
+
+def _log_probs(policy: AnyPolicy, paths: Paths) -> Float[Tensor, "paths steps"]:
+    return log_probs(policy if isinstance(policy, PolicyWithMemory) else _random(policy), paths)
+
+
+def _require_of_states(policy: AnyPolicy) -> None:
+    if isinstance(policy, PolicyWithMemory):
+        raise TypeError(
+            "policy must be one of (t, x), for which a value function of (t, x) is right, got "
+            "PolicyWithMemory; use return_gradient, or make its memory part of the state"
+        )
 
 
 def _random(policy: Policy) -> RandomPolicy:
@@ -428,7 +441,7 @@ def _random(policy: Policy) -> RandomPolicy:
 
 def _summed(
     problem: ControlProblem,
-    policy: Policy,
+    policy: AnyPolicy,
     paths: Paths,
     decisions: Decisions,
     advantages: Float[Tensor, "paths steps"],

@@ -165,7 +165,7 @@ class ConsistentQ:
         """q(t, x, a) less its mean under the policy, plus the entropy's share, reward/time."""
         mean = self.policy.mean(t, states)
         average = torch.zeros_like(mean.flatten(1)[:, 0])
-        for weight, action in drawn_actions(self.policy, t, mean, self.nodes):
+        for weight, action in drawn_actions(self.policy, t, mean, self.nodes, states):
             average = average + weight * self.q(t, states, action)
         entropy = self.policy.entropy(t, states)
         return self.q(t, states, actions) - average - self.temperature * entropy
@@ -275,7 +275,7 @@ def martingale_loss(
         ValueError: the grid ends before the horizon, as any does where that is infinite; or a
             number is not finite.
     """
-    require_whole(problem, paths.grid)
+    require_whole(problem, paths)
     dm = increments(value, q, problem, paths)
     discounts = discount_factors(problem, paths)
     ahead = (discounts * dm).flip(1).cumsum(1).flip(1)  # e^{-discount t_k} (G_k - V_k)

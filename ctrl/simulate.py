@@ -11,20 +11,22 @@ from torch import Generator, Tensor
 
 from ctrl.devices import as_like, require, require_generator, together
 from ctrl.drawn_ahead import Drawing, Threads, threads
-from ctrl.reused_memory import settle, uninitialised
+from ctrl.memory import AnyPolicy, PolicyWithMemory, for_roll_out
 from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
 from ctrl.problem import ControlProblem
+from ctrl.reused_memory import settle, uninitialised
 from ctrl.sde import ControlledSDE
 from ctrl.solvers import BlackBox, EulerMaruyama, InPlaceSolver, InteriorSolver, Solver
+from ctrl.stopping import Step, Stopping, require_inside, rule_for
 
 KEEP = ("states", "actions", "increments")
 
 
 def simulate(
     problem: ControlProblem,
-    policy: Policy,
+    policy: AnyPolicy,
     start: Float[Tensor, " paths *event"],
     grid: TimeGrid,
     solver: Solver | None = None,
@@ -35,14 +37,16 @@ def simulate(
     differentiable: bool = False,
     out: Paths | None = None,
     workers: int = 1,
+    stopping: Stopping | None = None,
 ) -> Paths:
     """Sample paths of the controlled SDE under a policy.
 
-    At every node the policy acts once; the action is held over the step.
+    At every node the policy acts once; the action is held over the step. Where the problem has a
+    domain, each path ends where it leaves (``Paths.ends``).
 
     Args:
         problem: whose ``sde`` is simulated.
-        policy: acts at the left end of every step.
+        policy: acts at the left end of every step; one with memory begins anew.
         start: states at the first node; their dtype and device are the paths'.
         grid: the nodes, within the problem's horizon.
         solver: one-step map; ``EulerMaruyama()`` if not given.
@@ -59,13 +63,17 @@ def simulate(
             than there are cores: the paths are the same bits for any number. Drift, diffusion,
             policy and solver are called in the caller's thread only, on all paths at once. A
             torch.Generator has its numbers one after the other, so it takes one worker.
+        stopping: how exits from the problem's domain are seen; if not given
+            ``stopping.BridgeCorrected()`` where the domain knows its walls and the solver the
+            noise, else ``stopping.AtNodes()``.
 
     Returns:
         The paths. Without a graph their memory is that of what is kept, and a few states.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; a state or a kept action became infinite
-            or NaN; both or neither of ``noise`` and ``generator`` are given.
+            or NaN; both or neither of ``noise`` and ``generator`` are given; a start is outside of
+            the domain; a differentiable roll-out has a domain.
         TypeError: ``start`` is not floating point, or an argument is not what its name says.
     """
     solver = solver or EulerMaruyama()
@@ -74,6 +82,7 @@ def simulate(
     _check_end(problem, grid)
     _check_workers(workers, generator)
     with_graph = differentiable and torch.is_grad_enabled()
+    rule = _stopping(problem, grid, start, solver, stopping, with_graph)
     if with_graph and out is not None:
         raise ValueError(
             "out must be None for a differentiable roll-out, whose graph owns its memory"
@@ -81,8 +90,12 @@ def simulate(
     settle()
     with together(), threads(workers) as by:
         _check_start(start)
+        policy = for_roll_out(policy, start)
         source = _source(problem.sde, policy, start, grid, solver, noise, generator, by)
         with torch.set_grad_enabled(with_graph):
+            if rule is not None:
+                absorbed = _absorbed(problem, policy, start, grid, solver, source, rule)
+                return _roll_out_to_exits(absorbed, start, grid, solver, source, keep, out)
             rolled_out = (problem.sde, policy, start, grid, solver, source, keep)
             if with_graph:
                 return _roll_out_with_graph(*rolled_out)
@@ -91,7 +104,7 @@ def simulate(
 
 def simulate_end(
     problem: ControlProblem,
-    policy: Policy,
+    policy: AnyPolicy,
     start: Float[Tensor, " paths *event"],
     grid: TimeGrid,
     solver: Solver | None = None,
@@ -100,8 +113,11 @@ def simulate_end(
     generator: Generator | PathStreams | None = None,
     differentiable: bool = False,
     workers: int = 1,
+    stopping: Stopping | None = None,
 ) -> Float[Tensor, " paths *event"]:
     """States at the last node: ``simulate`` in constant memory, with the same numbers.
+
+    Where the problem has a domain, those at each path's end.
 
     Args:
         problem: as in ``simulate``.
@@ -113,6 +129,7 @@ def simulate_end(
         generator: as in ``simulate``.
         differentiable: keep the graph (whose memory grows with the steps).
         workers: as in ``simulate``.
+        stopping: as in ``simulate``.
 
     Raises:
         ValueError: as ``simulate``, but that the first node of a fault is not told.
@@ -124,12 +141,19 @@ def simulate_end(
     _check_end(problem, grid)
     _check_workers(workers, generator)
     with_graph = differentiable and torch.is_grad_enabled()
+    rule = _stopping(problem, grid, start, solver, stopping, with_graph)
     settle()
     with together(), threads(workers) as by:
         _check_start(start)
+        policy = for_roll_out(policy, start)
         source = _source(problem.sde, policy, start, grid, solver, noise, generator, by)
         with torch.set_grad_enabled(with_graph):
-            end = _last_states(problem.sde, policy, start, grid, solver, source, with_graph)
+            if rule is None:
+                end = _last_states(problem.sde, policy, start, grid, solver, source, with_graph)
+            else:
+                end = start
+                for step in _absorbed(problem, policy, start, grid, solver, source, rule):
+                    end = step.after
         require(torch.isfinite(end).all(), lambda: ValueError(_NOT_FINITE))
     return end
 
@@ -220,6 +244,15 @@ class _Given:
                 )
         self.noise, self.weights, self.shape = noise, noise.weights, shape
 
+    def for_exits(self, k: int) -> Float[Tensor, " paths"]:
+        """Uniform numbers for the exits of step k."""
+        if self.noise.exits is None:
+            raise ValueError(
+                "noise must hold exits: whether a path crosses a wall between two nodes is drawn; "
+                "stopping=AtNodes() needs none"
+            )
+        return self.noise.exits[:, k]
+
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
         """W(t + h) - W(t) of step k, in ``into`` if that is given."""
         increment = self.noise.increments[:, k]
@@ -268,6 +301,10 @@ class _Drawn:
             fill_increments(self.block, widths, self.generator)
         return self.block[k % self.at_once]
 
+    def for_exits(self, k: int) -> Float[Tensor, " paths"]:
+        """Uniform numbers for the exits of step k."""
+        return self.like.new_empty(self.shape[0]).uniform_(generator=self.generator)
+
     def for_action(self, k: int, mean: Tensor) -> Tensor:
         """Standard normals for the actions of step k."""
         return torch.empty_like(mean).normal_(generator=self.generator)
@@ -294,6 +331,11 @@ class _Streamed:
         self.brownian: Iterator[Tensor] | None = None  # of increments, where there is none
         self.interior = streams.rows("interior", shape[0], self.like)
         self.drawn: Iterator[Tensor] | None = None
+        self.leaving = streams.rows("exits", shape[0], start.new_empty(shape[0]))
+
+    def for_exits(self, k: int) -> Float[Tensor, " paths"]:
+        """Uniform numbers for the exits of step k."""
+        return torch.special.ndtr(next(self.leaving))
 
     def draw_into(self, memory: Tensor) -> None:
         """Draw all increments there, time-major, before they are asked for; where that can be."""
@@ -330,6 +372,10 @@ class _Silent:
     def __init__(self, generator: Generator | PathStreams | None, by: Threads) -> None:
         self.generator, self.by = generator, by
         self.drawn: Iterator[Tensor] | None = None
+
+    def for_exits(self, k: int) -> Tensor:
+        """None: the law of what a black box does between two nodes is not known."""
+        raise AssertionError("a BlackBox stops at nodes alone")
 
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
         """Nothing."""
@@ -395,6 +441,101 @@ def _roll_out_in_place(
         grid=grid,
         weights=source.weights,
         black_box=isinstance(solver, BlackBox),
+    )
+
+
+class _AbsorbedStep(NamedTuple):
+    """One step of paths that end where they leave a domain; rests are 0.
+
+    Attributes:
+        after: states at its right end.
+        action: held over it.
+        increment: of the Brownian motion.
+        runs: which paths make it.
+        leaves: which of them leave the domain in it.
+    """
+
+    after: Tensor
+    action: Tensor
+    increment: Tensor
+    runs: Tensor
+    leaves: Tensor
+
+
+def _absorbed(
+    problem: ControlProblem,
+    policy: Policy,
+    start: Tensor,
+    grid: TimeGrid,
+    solver: Solver,
+    source: _Source,
+    rule: Stopping,
+) -> Iterator[_AbsorbedStep]:
+    """Step after step, absorbed where they leave; coefficients are asked inside the domain only."""
+    assert problem.domain is not None
+    x, runs = start, torch.ones(len(start), dtype=torch.bool, device=start.device)
+    last: _AbsorbedStep | None = None
+    for k, t, h, t0, t1 in _left_ends(grid, start):
+        if last is not None and x.device.type == "cpu" and not bool(runs.any()):
+            action, increment = torch.zeros_like(last.action), torch.zeros_like(last.increment)
+            yield _AbsorbedStep(x, action, increment, runs, runs)  # nobody is left
+            continue
+        inside = torch.where(_beside(runs, x), x, start)
+        action = _act(policy, t, inside, source, k)
+        increment = source.increment(k, h, None)
+        proposed = _step(solver, problem.sde, t0, t1, inside, action, increment, source)
+        uniform = source.for_exits(k) if rule.draws else None
+        step = Step(problem.sde, t0, t1, inside, proposed, action, uniform)
+        left, exits = rule.exits(problem.domain, step)
+        leaves = left & runs
+        after = torch.where(_beside(leaves, x), exits, proposed)
+        after = torch.where(_beside(runs, x), after, x)
+        if source.shows_noise:
+            increment = torch.where(_beside(runs, increment), increment, 0)
+        action = torch.where(_beside(runs, action), action, 0)
+        last = _AbsorbedStep(after, action, increment, runs, leaves)
+        yield last
+        x, runs = after, runs & ~leaves
+
+
+def _beside(which: Tensor, value: Tensor) -> Tensor:
+    return which.view(-1, *[1] * (value.ndim - 1))
+
+
+def _roll_out_to_exits(
+    absorbed: Iterator[_AbsorbedStep],
+    start: Tensor,
+    grid: TimeGrid,
+    solver: Solver,
+    source: _Source,
+    keep: Sequence[str],
+    out: Paths | None,
+) -> Paths:
+    """Keep what is asked for of every step, and where each path ends."""
+    steps = len(grid.nodes) - 1
+    states = _buffer(out, "states", (steps + 1, *start.shape), start)
+    states[0] = start
+    kept: dict[str, Tensor] = {}
+    names = [name for name in ("actions", "increments") if name in keep]
+    ends = torch.zeros(len(start), dtype=torch.int64, device=start.device)
+    left = torch.zeros(len(start), dtype=torch.bool, device=start.device)
+    for k, step in enumerate(absorbed):
+        states[k + 1] = step.after
+        ends, left = ends + step.runs, left | step.leaves
+        for name, row in (("actions", step.action), ("increments", step.increment)):
+            if name in names and (name == "actions" or source.shows_noise):
+                if name not in kept:
+                    kept[name] = _buffer(out, name, (steps, *row.shape), row)
+                kept[name][k] = row
+    return Paths(
+        states=states.movedim(0, 1),
+        actions=kept["actions"].movedim(0, 1) if "actions" in kept else None,
+        increments=kept["increments"].movedim(0, 1) if "increments" in kept else None,
+        grid=grid,
+        weights=source.weights,
+        black_box=isinstance(solver, BlackBox),
+        ends=ends,
+        terminated=left,
     )
 
 
@@ -469,7 +610,7 @@ def _left_ends(grid: TimeGrid, start: Tensor) -> Iterator[_Interval]:
 
 def _act(policy: Policy, t: Tensor, x: Tensor, source: _Source, k: int) -> Tensor:
     mean = mean_action(policy, t, x)
-    return policy.act(mean, t, source.for_action(k, mean) if policy.is_random else None)
+    return policy.act(mean, t, source.for_action(k, mean) if policy.is_random else None, x)
 
 
 def _step(
@@ -496,11 +637,11 @@ def _step(
 
 
 def _check_types(
-    problem: ControlProblem, policy: Policy, grid: TimeGrid, solver: Solver, keep: Sequence[str]
+    problem: ControlProblem, policy: AnyPolicy, grid: TimeGrid, solver: Solver, keep: Sequence[str]
 ) -> None:
     if not isinstance(problem, ControlProblem):
         raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}")
-    if not isinstance(policy, Policy):
+    if not isinstance(policy, Policy | PolicyWithMemory):
         raise TypeError(
             f"policy must be a Policy, got {type(policy).__name__}; wrap a function (t, states) -> "
             "actions as DeterministicPolicy or GaussianPolicy"
@@ -529,6 +670,34 @@ def _check_workers(workers: int, generator: Generator | PathStreams | None) -> N
 def _check_end(problem: ControlProblem, grid: TimeGrid) -> None:
     if (end := float(grid.nodes[-1])) > problem.horizon * (1 + 1e-6):  # grids may be float32
         raise ValueError(f"grid must end by the horizon {problem.horizon:g}, got {end:g}")
+
+
+def _stopping(
+    problem: ControlProblem,
+    grid: TimeGrid,
+    start: Tensor,
+    solver: Solver,
+    stopping: Stopping | None,
+    with_graph: bool,
+) -> Stopping | None:
+    """The rule by which paths leave the problem's domain; None where it has none."""
+    if stopping is not None and (isinstance(stopping, type) or not isinstance(stopping, Stopping)):
+        raise TypeError(f"stopping must be AtNodes() or BridgeCorrected(), got {stopping!r}")
+    if problem.domain is None:
+        if stopping is not None:
+            raise ValueError("stopping must be None for a problem without a domain to leave")
+        return None
+    if with_graph:
+        raise ValueError(
+            "differentiable must be False for a problem with a domain: which paths leave it, and "
+            "when, jumps with the parameters, so a gradient through paths would be wrong; use the "
+            "gradients of ctrl.policy_gradient"
+        )
+    if isinstance(solver, BlackBox) and stopping is not None and stopping.draws:
+        raise ValueError("stopping must be AtNodes() for a BlackBox, whose noise is not known")
+    _check_start(start)
+    require_inside(problem.domain, grid.nodes[0], start)
+    return stopping or rule_for(problem.domain, isinstance(solver, BlackBox))
 
 
 def _check_start_type(start: Tensor) -> None:

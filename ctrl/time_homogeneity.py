@@ -43,7 +43,7 @@ def require_time_homogeneous(
         if policy is not None:
             mean = mean_action(policy, t, states)
             noise = torch.ones_like(mean) if policy.is_random else None
-            coefficients["policy"] = policy.act(mean, t, noise)
+            coefficients["policy"] = policy.act(mean, t, noise, states)
         return coefficients
 
     with torch.no_grad():

@@ -20,7 +20,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.devices import as_like
-from ctrl.paths import Paths, ends_at_horizon, over_nodes, terminal_rewards
+from ctrl.paths import (
+    Paths,
+    at_exits,
+    ends_at_horizon,
+    finished,
+    over_nodes,
+    terminal_rewards,
+    while_running,
+)
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
 from ctrl.user_functions import all_finite, one_a_path, own_memory
@@ -30,7 +38,7 @@ Value = Callable[[Tensor, Tensor], Tensor]
 
 
 def values(value: Value, problem: ControlProblem, paths: Paths) -> Float[Tensor, "paths nodes"]:
-    """V at every node; at the horizon the terminal reward, which V is pinned to.
+    """V at every node; what is paid at the horizon, or where a path is over, which V is pinned to.
 
     Raises:
         ValueError: V is not one finite number for each path.
@@ -39,11 +47,21 @@ def values(value: Value, problem: ControlProblem, paths: Paths) -> Float[Tensor,
     def at(t: Tensor, x: Tensor) -> Tensor:
         return one_a_path("value", value(t, x), len(x))
 
-    unpinned = all_finite("value", over_nodes(at, paths))
+    unpinned = over_nodes(at, paths)
+    if paths.ends is not None:
+        return all_finite("value", _pinned(unpinned, problem, paths))
+    unpinned = all_finite("value", unpinned)
     if not ends_at_horizon(problem, paths.grid):
         return unpinned
     terminal = terminal_rewards(problem, paths.states[:, -1])
     return torch.cat([unpinned[:, :-1], terminal.unsqueeze(1)], dim=1)
+
+
+def _pinned(unpinned: Tensor, problem: ControlProblem, paths: Paths) -> Tensor:
+    """What is paid at the end of a path that is over there, from that node on."""
+    paid = at_exits(problem, paths, terminal_rewards(problem, paths.states[:, -1]))
+    ended = torch.nn.functional.pad(~paths.running, (0, 1), value=True)
+    return torch.where(ended & finished(problem, paths).unsqueeze(1), paid.unsqueeze(1), unpinned)
 
 
 def martingale_increments(
@@ -53,7 +71,7 @@ def martingale_increments(
     rewards: Float[Tensor, "paths steps"],
     average_reward: float | Float[Tensor, ""] = 0.0,
 ) -> Float[Tensor, "paths steps"]:
-    """dM of every step, discounted to that step's time: reward.
+    """dM of every step, discounted to that step's time: reward; 0 after a path's end.
 
     Args:
         value: V.
@@ -73,7 +91,8 @@ def martingale_increments(
         )
     h = as_like(paths.grid.steps, along)
     keep = torch.exp(-problem.discount * h)
-    return keep * along[:, 1:] - along[:, :-1] + rewards - average_reward * h
+    dm = keep * along[:, 1:] - along[:, :-1] + rewards - average_reward * h
+    return while_running(dm, paths)
 
 
 def discount_factors(problem: ControlProblem, paths: Paths) -> Float[Tensor, " steps"]:

@@ -11,9 +11,10 @@ PACKAGES = ("ctrl", "diffusion_envs", "verification")
 # From the ground up. A package's name stands for its __init__, which comes after what it
 # re-exports.
 MODULES = """
-ctrl.devices ctrl.reused_memory ctrl.estimate ctrl.user_functions ctrl.sde ctrl.problem ctrl.policy
-ctrl.time_homogeneity ctrl.exploration ctrl.compiled_normals ctrl.counter_normals
-ctrl.drawn_ahead ctrl.noise ctrl.paths ctrl.solvers
+ctrl.devices ctrl.reused_memory ctrl.compiled_normals ctrl.counter_normals ctrl.drawn_ahead
+ctrl.estimate ctrl.user_functions ctrl.sde ctrl.stopping ctrl.problem ctrl.policy
+ctrl.squashed_policy ctrl.memory ctrl.time_homogeneity ctrl.exploration ctrl.noise ctrl.paths
+ctrl.solvers
 ctrl.torchsde_solver ctrl.simulate
 ctrl.girsanov ctrl.transitions ctrl.value
 ctrl.advantages ctrl.martingale ctrl.q_learning ctrl.trust_region ctrl.policy_gradient
@@ -21,8 +22,8 @@ ctrl.linear.reading ctrl.linear.collocation ctrl.linear.exponential
 ctrl.linear.hamiltonian ctrl.linear.margin
 ctrl.linear.lyapunov
 ctrl.linear.lq ctrl.linear.gaussian ctrl.linear.kl_control
-ctrl.linear.riccati ctrl.linear ctrl.state_grid ctrl.action_grid ctrl.markov_chain ctrl.bellman
-ctrl.hjb ctrl.pendulum ctrl.problems
+ctrl.linear.riccati ctrl.linear ctrl.phibe ctrl.state_grid ctrl.action_grid ctrl.markov_chain
+ctrl.bellman ctrl.hjb ctrl.pendulum ctrl.problems
 ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents.actor_critic
 ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents
 ctrl.gym ctrl.plots ctrl
@@ -92,7 +93,8 @@ diffusion_envs.training.optimisers.natural_gradient
 diffusion_envs.training.optimisers.diagonal_metric
 diffusion_envs.training.optimisers.bounded_adamw diffusion_envs.training.optimisers.scaled_lora
 diffusion_envs.training.optimisers
-diffusion_envs.training.requirements diffusion_envs.training.trainer
+diffusion_envs.training.requirements diffusion_envs.training.gradients
+diffusion_envs.training.update_numbers diffusion_envs.training.trainer
 diffusion_envs.training.rehearsal
 diffusion_envs.training
 diffusion_envs.exact.gaussian diffusion_envs.exact.linear_policy

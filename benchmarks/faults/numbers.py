@@ -151,7 +151,7 @@ def far_policy(run: Trainer) -> None:
 
 def spoilt_gradient(run: Trainer) -> None:
     """One entry of a gradient is NaN, on this process of all."""
-    own = run._differentiate
+    own = run.gradients.differentiate
 
     def differentiate(*arguments: Any) -> None:
         own(*arguments)
@@ -160,19 +160,19 @@ def spoilt_gradient(run: Trainer) -> None:
             gradient = run.parameters[0].grad = torch.zeros_like(run.parameters[0])
         gradient.view(-1)[0] = math.nan
 
-    vars(run)["_differentiate"] = differentiate
+    vars(run.gradients)["differentiate"] = differentiate
 
 
 def half_precision(run: Trainer) -> None:
     """A gradient of float16 that overflows at every scale of the loss."""
-    run.loss_scale = LossScale.of(torch.float16)
-    own = run._differentiate
+    run.gradients.loss_scale = LossScale.of(torch.float16)
+    own = run.gradients.differentiate
 
     def differentiate(*arguments: Any) -> None:
         own(*arguments)
         run.parameters[0].grad = torch.full_like(run.parameters[0], math.inf)
 
-    vars(run)["_differentiate"] = differentiate
+    vars(run.gradients)["differentiate"] = differentiate
 
 
 # -- what must hold ------------------------------------------------------------------------------
@@ -299,16 +299,14 @@ def repeated(folder: Path) -> Row:
 
 class _spoilt_third_update:  # a context manager that a child enters
     def __enter__(self) -> None:
-        own = Trainer._differentiate
+        own = Trainer._improve
 
-        def differentiate(run: Trainer, *arguments: Any) -> None:
-            own(run, *arguments)
+        def improve(run: Trainer, sample: Sample) -> dict[str, Any]:
             if run.update == 2:
-                gradient = run.parameters[0].grad
-                assert gradient is not None
-                gradient.view(-1)[0] = math.nan
+                spoilt_gradient(run)
+            return own(run, sample)
 
-        patch.object(Trainer, "_differentiate", differentiate).start()
+        patch.object(Trainer, "_improve", improve).start()
 
     def __exit__(self, *_: object) -> None:
         """Nothing: the child ends."""

@@ -143,8 +143,8 @@ class Run:
             optimiser=setting.optimiser,
         )
         if setting.half:
-            self.trainer.loss_scale = LossScale.of(torch.float16)
-            self.trainer.loss_scale.patience = 7
+            self.trainer.gradients.loss_scale = LossScale.of(torch.float16)
+            self.trainer.gradients.loss_scale.patience = 7
 
         def measure(update: int, pretrained: bool) -> Scores:
             with self.trainer.averaged():
@@ -161,7 +161,7 @@ class Run:
         self.stopping.begin()
         for numbers in self.trainer.updates(until):
             if numbers["update"] == _LESS_MEMORY:
-                self.trainer.batch = 5  # as if memory had run out
+                self.trainer.gradients.batch = 5  # as if memory had run out
             self.stopping.after(numbers)
             self.checkpoints.after(numbers)
             plain = {k: v.as_dict() if isinstance(v, Estimate) else v for k, v in numbers.items()}

@@ -114,7 +114,8 @@ def _rates(
     h = as_like(paths.grid.steps, paths.states)
     rewards = regularised_rewards(problem, paths, policy)
     along = values(value, problem, paths)
-    return continuous_gae(along, rewards, h, rate, problem.discount) / h
+    running = None if paths.ends is None else paths.running
+    return continuous_gae(along, rewards, h, rate, problem.discount, running) / h
 
 
 def _surrogate(
@@ -138,4 +139,5 @@ def _surrogate(
     ).view_as(kl)
     weights = discount_factors(problem, paths) * as_like(paths.grid.steps, kl)
     gain = expectation((weights * rows).sum(1), paths)
-    return gain, float(expectation(kl.detach().sqrt().mean(1), paths))
+    made = paths.running.sum(1)  # a path's own steps
+    return gain, float(expectation(kl.detach().sqrt().sum(1) / made, paths))

@@ -45,14 +45,16 @@ def one_step_paths(
     between.
 
     Raises:
-        ValueError: the problem has an end or a discount, its coefficients or the policy change with
-            time, or there is not at least one step.
+        ValueError: the problem has an end, a domain or a discount, its coefficients or the policy
+            change with time, or there is not at least one step.
     """
     if problem.horizon < float("inf") or problem.discount:
         raise ValueError(
             "problem must be ergodic (infinite horizon, no discount) to be learned online, got "
             f"horizon {problem.horizon:g} and discount {problem.discount:g}"
         )
+    if problem.domain is not None:
+        raise ValueError("problem.domain must be None to be learned online: these paths never end")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     with torch.no_grad():

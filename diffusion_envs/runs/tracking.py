@@ -22,6 +22,8 @@ OVER_OPTIMISATION = "over_optimisation.jsonl"
 TRAINING_BY_PROMPT = "training_by_prompt.jsonl"
 LOGS = ("metrics.jsonl", OVER_OPTIMISATION, TRAINING_BY_PROMPT)
 PROJECT = "ctrl"  # of Weights & Biases
+_ALWAYS = ("reward", "reward_queries", "network_calls", "seconds")  # where one line has it
+_COLUMNS = ("prompt", "mean", "standard_error", "n")  # of training_by_prompt.jsonl
 _RECENT = 32  # pictures that all stay
 _MOST_PROMPTS = 20  # in the config that Weights & Biases gets
 _log = logging.getLogger(__name__)
@@ -36,13 +38,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")
-    read = []
+    read = list[dict[str, Any]]()
     for number, line in enumerate(
         lines[:-1], start=1
     ):  # what follows the last newline was cut short
         try:
             numbers = json.loads(line.decode())
             read.append(numbers | {"update": int(numbers["update"])})
+            _require_legible(numbers, read[-2] if len(read) > 1 else numbers)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number} is damaged ({error}); take the line out to go on without it"
@@ -50,6 +53,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if lines[-1]:
         _log.warning("%s: its last line was cut short and is left out", path)
     return read
+
+
+def _require_legible(numbers: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Refuse a line that its readers would stumble over.
+
+    Args:
+        numbers: the line.
+        before: the line before it, or itself.
+
+    Raises:
+        ValueError: an estimate lacks a number, one of two lines has a cost or a reward that the
+            other has not, or columns are not all there, of one length.
+    """
+    for name, value in numbers.items():
+        if isinstance(value, Mapping) and not _is_estimate(value):
+            raise ValueError(f"{name} is no estimate: {dict(value)}")
+    for name in _ALWAYS:
+        if (name in numbers) != (name in before):
+            raise ValueError(f"{name} is not in both this line and the one before")
+    if any(isinstance(value, list) for value in numbers.values()):
+        columns = [numbers.get(name) for name in _COLUMNS]
+        lengths = {len(each) if isinstance(each, list) else None for each in columns}
+        if None in lengths or len(lengths) > 1 or not all(numbers["n"]):
+            raise ValueError(f"{', '.join(_COLUMNS)} are not columns of one length")
+
+
+def _is_estimate(value: Mapping[str, Any]) -> bool:
+    error = value.get("standard_error", "missing")
+    numbers = [value.get("mean"), value.get("n"), *([] if error is None else [error])]
+    return len(value) == 3 and all(isinstance(each, int | float) for each in numbers)
 
 
 class Tracker:

@@ -8,11 +8,9 @@ and a few counters.
 
 import dataclasses
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,24 +18,24 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ctrl import Estimate
-from ctrl.devices import as_like, sent
+from ctrl.devices import sent
 from ctrl.noise import stream
 from diffusion_envs.environment import Environment, Sample
 from diffusion_envs.objectives import Objective
-from diffusion_envs.objectives.protocol import DivisibleLosses, Losses, PreflightError, Update
+from diffusion_envs.objectives.protocol import Losses, PreflightError, Update
 from diffusion_envs.preferences import FromReward, MissingChoicesError, Preference, compare
 from diffusion_envs.rewards import Counting, Reward
-from diffusion_envs.rewards.rounding import all_alike
 from diffusion_envs.rollout import Rollout, Share
 from diffusion_envs.training import kl_controller, memory, parallel, sharded
 from diffusion_envs.training.critic import Critic
 from diffusion_envs.training.energy import EnergyCritic, TrainingData
-from diffusion_envs.training.loss_scale import LossScale
+from diffusion_envs.training.gradients import Gradients
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.path_metric import PathMetric
 from diffusion_envs.training.phase import phase
 from diffusion_envs.training.refusal import NonFiniteError, RefusedStep
 from diffusion_envs.training.requirements import require_fit, require_shardable
+from diffusion_envs.training.update_numbers import Earned, means, peak_memory
 from diffusion_envs.training.update_size import UpdateSize
 
 __all__ = ["NonFiniteError", "PreflightError", "Trainer"]
@@ -103,8 +101,14 @@ class Trainer:
             self.critic = EnergyCritic(environment, objective, size, accelerator, stream_name, data)
         elif objective.needs_value:
             self.critic = Critic(environment, objective, size, accelerator, stream_name)
-        self.loss_scale = LossScale.of(environment.model.precision)
-        self.batch = size.batch  # rows of the update at once; fewer once memory has run out
+        self.gradients = Gradients(
+            environment,
+            self.parameters,
+            self.optimiser,
+            accelerator,
+            size.batch,
+            asks_reward=objective.needs_reward_gradient,
+        )
         self.update = 0  # updates done
         self.rewards_by_prompt = dict[int, Estimate]()  # of the last update, by index
         self._at_first = {name: pieces.batch for name, pieces in self._pieces.items()}
@@ -125,7 +129,7 @@ class Trainer:
             "mean": self.mean,
             "optimiser": self.optimiser.state_dict(),
             "critic": None if self.critic is None else self.critic.state(),
-            "loss_scale": self.loss_scale.state(),
+            "loss_scale": self.gradients.loss_scale.state(),
             "update": self.update,
             "reward_queries": self.environment.reward_queries,
             "network_calls": self.environment.model.calls,
@@ -151,7 +155,7 @@ class Trainer:
         self.optimiser.load_state_dict(moments)
         if self.critic is not None:
             self.critic.load_state(state["critic"])
-        self.loss_scale.load_state(state.get("loss_scale", {}))  # as above
+        self.gradients.loss_scale.load_state(state.get("loss_scale", {}))  # as above
         self.update = state["update"]
         if self.target_kl is not None:
             self.objective = kl_controller.with_kl_weight(self.objective, state["kl_weight"])
@@ -167,7 +171,10 @@ class Trainer:
     def _pieces(self) -> dict[str, memory.Batched]:
         """Whatever goes through something in pieces, by the name of its rows in the log."""
         model, critic = self.environment.model, self.critic
-        pieces: dict[str, memory.Batched] = {"batch": self, "batch.pictures": self.environment}
+        pieces: dict[str, memory.Batched] = {
+            "batch": self.gradients,
+            "batch.pictures": self.environment,
+        }
         if isinstance(model, memory.Batched):
             pieces["batch.network"] = model
         if critic is not None:
@@ -329,7 +336,7 @@ class Trainer:
                     stream=self._generator,
                     own_stream=self._own_generator,
                     old_policy=self._sampling_policy if changes else None,
-                    batch=self.batch,
+                    batch=self.gradients.batch,
                     train_steps=size.train_steps,
                 )
             )
@@ -347,91 +354,29 @@ class Trainer:
         size, groups = self.size, rollout.place.of
         most = size.max_gradient_norm if self.optimiser.clips else math.inf
         norm, seen, stepped = 0.0, dict[str, float](), dict[str, float]()
+        watched = self._watched(rollout)
         if self._shards.networks:
             self._agree_on_rows(losses)
         for epoch in range(size.epochs):
             shuffle = stream(self.environment.seed, self.stream_name, "rows", self.update, epoch, 0)
             order = torch.randperm(groups, generator=shuffle)
             for k, part in enumerate(dealt(order, size.minibatches)):
-                drawn, norm = shuffle.get_state(), math.nan
-                while not math.isfinite(norm):  # once, unless float16 overflows
-                    shuffle.set_state(drawn)
-                    with self._differentiating():
-                        self._differentiate(losses, part, shuffle, rollout.place)
-                    seen = self._spoil(losses, part, rollout)
-                    parallel.add_gradients(self.parameters, self.accelerator)
-                    self.loss_scale.divide(self.parameters)
-                    norm = sharded.clip_gradients(self.parameters, most)
-                    if not math.isfinite(norm):
-                        self._shrink_loss_scale(norm, self._why(seen, rollout))
-                self.loss_scale.keep()
+                norm, seen = self.gradients.of(
+                    losses,
+                    part,
+                    shuffle,
+                    rollout,
+                    update=self.update + 1,
+                    most=most,
+                    watched=watched,
+                )
                 metrics = list[PathMetric]()
                 stepped = self.optimiser.step(self._metric(rollout, epoch, k, metrics))
-                self.batch = min([self.batch, *(each.batch for each in metrics)])
+                self.gradients.batch = min([self.gradients.batch, *(m.batch for m in metrics)])
         numbers = {**(seen or losses.numbers()), "gradient_norm": norm, **stepped}
-        return numbers | self.loss_scale.numbers()
+        return numbers | self.gradients.loss_scale.numbers()
 
-    def _differentiate(
-        self, losses: Losses, part: Tensor, shuffle: torch.Generator, share: Share
-    ) -> None:
-        """The gradient of these groups' losses, in as many pieces as fit into memory.
-
-        It waits for no other process, but where weights are sharded: then no piece is halved.
-        """
-        drawn, spent = shuffle.get_state(), self.environment.spent
-
-        def attempt() -> None:
-            shuffle.set_state(drawn)
-            self.environment.spent = spent
-            self.optimiser.zero_grad(set_to_none=True)
-            for loss in self.loss_scale.scaled(self._in_step(losses, part, shuffle, share)):
-                loss.backward()
-
-        if self._shards.networks:
-            with memory.once("the update of sharded weights"):
-                return attempt()
-        if not isinstance(losses, DivisibleLosses):
-            return attempt()
-        rows, least = losses.rows_of(part)
-        memory.retried(attempt, losses, "the update", rows=rows, least=least)
-        self.batch = losses.batch
-        return None
-
-    def _in_step(
-        self, losses: Losses, part: Tensor, generator: torch.Generator, share: Share
-    ) -> Iterator[Tensor]:
-        """This process's losses of some groups; of sharded weights as many as other processes'."""
-        drawn = generator.get_state()
-
-        def spare() -> Tensor:
-            spent, own = self.environment.spent, torch.tensor([share.groups.start])
-            # what the objective draws for all of a part, it draws here too
-            loss = next(losses.losses(own, torch.Generator().set_state(drawn)))
-            self.environment.spent = spent
-            return loss
-
-        return self._shards.in_step(iter(losses.losses(part, generator)), spare)
-
-    def _spoil(self, losses: Losses, part: Tensor, rollout: Rollout) -> dict[str, float]:
-        """Make a gradient NaN where a number to log is not finite; the objective's numbers so far.
-
-        Then all processes see it, and refuse it together. A ratio of policies may overflow where
-        the gradient, clipped, does not. The device is not waited for, but for those numbers.
-        """
-        here = not isinstance(losses, DivisibleLosses) or losses.rows_of(part)[0] > 0
-        seen = losses.numbers() if here else {}
-        read = self._to_log(rollout).values()
-        fine = torch.stack([value.isfinite().all() for value in read]).all()
-        if not all(math.isfinite(value) for value in seen.values()):
-            fine = torch.zeros_like(fine)
-        first = next((p for p in self.parameters if p.grad is not None), self.parameters[0])
-        if first.grad is not None and not sharded.is_shard(first):
-            first.grad = torch.where(sent(fine, first.device), first.grad, math.nan)
-        elif not fine:
-            first.grad = torch.full_like(first, math.nan)
-        return seen
-
-    def _to_log(self, rollout: Rollout) -> dict[str, Tensor]:
+    def _watched(self, rollout: Rollout) -> dict[str, Tensor]:
         """What a step must not be made from if it is not finite, though no gradient may see it."""
         read = {"a reward": rollout.rewards}
         if rollout.reward_parts is not None:
@@ -439,34 +384,6 @@ class Trainer:
         if self.target_kl is not None:
             read["the path KL, which kl_weight follows,"] = rollout.costs
         return read
-
-    def _why(self, seen: Mapping[str, float], rollout: Rollout) -> str:
-        """Which of these numbers is not finite, in words; none, if a gradient alone is not."""
-        bad = [f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value)]
-        for name, value in self._to_log(rollout).items():
-            if not bool(value.isfinite().all()):
-                bad.append(f"{name} is not finite")
-        return "".join(f", as {words}" for words in bad[:1])
-
-    def _shrink_loss_scale(self, norm: float, why: str) -> None:
-        """After a gradient that is not finite: the same rows again, with a smaller factor.
-
-        Args:
-            norm: of the gradient.
-            why: in words, where this process knows it.
-
-        Raises:
-            NonFiniteError: the factor is not to blame, on any of the processes.
-        """
-        finite = self.loss_scale.finite_losses.to(self.environment.device)
-        everyones = parallel.total(finite, self.accelerator)
-        if bool(everyones == self.accelerator.num_processes) and self.loss_scale.shrink():
-            return
-        raise NonFiniteError(
-            f"the gradient's norm is {norm} at update {self.update + 1}{why}"
-            + (", and not by the scale of the loss" if self.loss_scale.used else "")
-            + "; no weight was changed by it. Lower learning_rate or guidance, or use float32"
-        )
 
     @contextmanager
     def _scheduled(self) -> Iterator[dict[str, float]]:
@@ -482,11 +399,6 @@ class Trainer:
         finally:
             for group, rate in zip(groups, before, strict=True):
                 group["lr"] = rate
-
-    def _differentiating(self) -> AbstractContextManager[Any]:
-        """Within this context losses may ask the reward for its gradient, and it may fail."""
-        asks = self.objective.needs_reward_gradient
-        return parallel.failing_together(self.accelerator) if asks else nullcontext()
 
     def _metric(
         self, rollout: Rollout, epoch: int, k: int, made: list[PathMetric]
@@ -506,7 +418,7 @@ class Trainer:
                 share=share,
                 generator=self._generator(*name),
                 own_generator=None if first else self._own_generator(*name),
-                batch=self.batch,
+                batch=self.gradients.batch,
                 accelerator=self.accelerator,
             )
             made.append(told)
@@ -599,46 +511,37 @@ class Trainer:
 
     def _measured(self, rollout: Rollout, numbers: dict[str, Any]) -> dict[str, Any]:
         """Numbers of this update over all processes; the next kl_weight follows from them."""
-        compared = rollout.rewards if rollout.preferences is None else rollout.preferences
-        parts = () if rollout.reward_parts is None else rollout.reward_parts.unbind(1)
-        columns = [rollout.rewards, rollout.costs.sum(1), compared, rollout.condition, *parts]
-        earned = torch.stack([as_like(column, rollout.rewards) for column in columns], dim=1)
-        earned = parallel.gather(earned, self.accelerator).cpu()
-        rewards, nats, compared, prompts, *parts = earned.unbind(1)
-        self.rewards_by_prompt = {
-            int(k): Estimate.of(rewards[prompts == k]) for k in prompts.unique().tolist()
-        }
-        known = rollout.costs.shape[1] > 0 and bool(torch.isfinite(nats).all())
-        kl = {"path_kl": Estimate.of(nats)} if known else {}
+        environment, world = self.environment, self.accelerator
+        earned = Earned.of(rollout, world)
+        self.rewards_by_prompt = earned.by_prompt()
         if self.target_kl is not None:
+            assert earned.path_kl is not None  # a step from costs that are not finite is refused
             numbers["kl_weight"] = weight = kl_controller.kl_weight(self.objective)
-            weight = self.target_kl.next_weight(weight, kl["path_kl"].mean)
+            weight = self.target_kl.next_weight(weight, earned.path_kl.mean)
             self.objective = kl_controller.with_kl_weight(self.objective, weight)
+        counts = {
+            "reward_queries": environment.reward_queries,
+            "network_calls": environment.model.calls,
+        }
         return {
             "update": self.update,
-            "reward": Estimate.of(rewards),
-            **{
-                f"reward.{name}": Estimate.of(part)
-                for name, part in zip(rollout.part_weights, parts, strict=True)
-            },
-            **_without_signal(compared, rollout.group),
-            **kl,
-            "reward_queries": self._over_processes(self.environment.reward_queries),
-            "network_calls": self._over_processes(self.environment.model.calls),
+            **earned.numbers(),
+            **parallel.add(counts, world),
             "seconds": self.seconds,
-            **self._of_all_processes(numbers, len(rollout.rewards)),
+            **means(numbers, len(rollout.rewards), world),
             **self._fewer_at_once(),
-            "memory": _peak_memory(self.environment.device),
+            "memory": peak_memory(environment.device),
         }
 
     def _agree_on_rows(self, losses: Losses) -> None:
         """As many rows at once on all processes, none of which the network divides further."""
-        self.batch = min(self.batch, self._pieces.get("batch.network", self).batch)
+        gradients = self.gradients
+        gradients.batch = min(gradients.batch, self._pieces.get("batch.network", gradients).batch)
         if isinstance(losses, memory.Batched):
-            self.batch = min(self.batch, losses.batch)
+            gradients.batch = min(gradients.batch, losses.batch)
         self._fewer_at_once()
         if isinstance(losses, memory.Batched):
-            losses.batch = self.batch
+            losses.batch = gradients.batch
 
     def _fewer_at_once(self) -> dict[str, int]:
         """Rows at once where memory has run out so far: the least of all processes, on each."""
@@ -661,26 +564,6 @@ class Trainer:
         total = parallel.add(changed, self.accelerator)
         return {f"reward_counts.{name}": count for name, count in total.items()}
 
-    def _of_all_processes(self, numbers: dict[str, float], paths: int) -> dict[str, float]:
-        """Means over the paths of all processes; of what is called a minimum or a maximum, that."""
-        if self.accelerator.num_processes == 1:
-            return numbers
-        mine = torch.tensor([[paths, *numbers.values()]], dtype=torch.float64)
-        every = parallel.gather(mine.to(self.environment.device), self.accelerator).cpu()
-        weight, every = every[:, :1] / every[:, 0].sum(), every[:, 1:]
-        least, most = every.amin(0), every.amax(0)
-        # what all know alike stays so, to the last bit
-        mean = torch.where(least == most, least, (weight * every).sum(0))
-        kinds = {"min": least.tolist(), "max": most.tolist()}
-        names = enumerate(numbers)
-        return {name: kinds.get(name.rpartition("_")[2], mean.tolist())[k] for k, name in names}
-
-    def _over_processes(self, count: int) -> int:
-        if self.accelerator.num_processes == 1:
-            return count
-        local = torch.tensor([count], device=self.environment.device)
-        return int(parallel.gather(local, self.accelerator).sum())
-
 
 def dealt(order: Tensor, minibatches: int) -> list[Tensor]:
     """The groups of each minibatch; of as many groups in a row each has one.
@@ -698,18 +581,3 @@ def dealt(order: Tensor, minibatches: int) -> list[Tensor]:
 def _counts(reward: Reward) -> dict[str, int]:
     """What it has counted so far; nothing, if it does not count."""
     return dict(reward.counts) if isinstance(reward, Counting) else {}
-
-
-def _without_signal(compared: Tensor, group: int) -> dict[str, float]:
-    """The share of groups in which there is nothing to compare, where groups are compared."""
-    if group == 1:
-        return {}
-    return {"groups_without_signal": all_alike(compared.view(-1, group)).double().mean().item()}
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Most memory held so far, bytes: of the GPU if there is one, otherwise of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

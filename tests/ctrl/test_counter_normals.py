@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ctrl import compiled_normals, counter_normals, drawn_ahead
+from ctrl import compiled_normals, drawn_ahead
 from ctrl.compiled_normals import CompiledRows
 from ctrl.counter_normals import fill, key_of
 

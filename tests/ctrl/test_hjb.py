@@ -513,37 +513,28 @@ def test_the_optimal_policy_can_be_simulated(generator):
     assert isinstance(cold.policy(), DeterministicPolicy)
 
 
-def test_a_policy_whose_spread_depends_on_the_state_is_refused():
+@pytest.mark.parametrize(("variation", "constant"), [(0.4, False), (0.1, False), (0.03, True)])
+def test_a_std_that_varies_by_more_than_five_percent_is_one_of_the_state(variation, constant):
+    """std^2 = temperature / (2 cost) where q is -cost(x) a^2 + linear."""
+    cost = lambda x: 1 + 2 * variation * x[:, 0].cos()
     problem = ControlProblem(
         ControlledSDE(lambda t, x, a: a, lambda t, x: 1.0),
         math.inf,
-        lambda t, x, a: -(1.5 + x[:, 0].cos()) * a[:, 0].square(),
-        discount=1.0,
-        temperature=0.5,
-    )
-    solution = hjb.solve_discounted(problem, CIRCLE, trapezoid(-4.0, 4.0, 41))
-    with pytest.raises(ValueError, match="depends on the state"):
-        solution.policy()
-
-
-@pytest.mark.parametrize(("variation", "refused"), [(0.1, True), (0.03, False)])
-def test_a_spread_that_varies_by_more_than_five_percent_is_refused(variation, refused):
-    """std^2 = temperature / (2 cost) where q is -cost(x) a^2 + linear: cost 1 + 2 v cos x."""
-    problem = ControlProblem(
-        ControlledSDE(lambda t, x, a: a, lambda t, x: 1.0),
-        math.inf,
-        lambda t, x, a: -(1 + 2 * variation * x[:, 0].cos()) * a[:, 0].square(),
+        lambda t, x, a: -cost(x) * a[:, 0].square(),
         discount=1.0,
         temperature=0.5,
     )
     solution = hjb.solve_discounted(problem, CIRCLE, trapezoid(-4.0, 4.0, 81))
-    std = solution.action_std.table
-    assert (std / std.mean() - 1).abs().max() == pytest.approx(variation, rel=0.3)
-    if refused:
-        with pytest.raises(ValueError, match="depends on the state"):
-            solution.policy()
+    policy, t = solution.policy(), torch.tensor(0.0)
+    x = hjb.grid_points(CIRCLE)
+    assert isinstance(policy, GaussianPolicy)
+    assert policy.sees_states is not constant
+    mean = policy.mean(t, x)
+    exact = (problem.temperature / (2 * cost(x))).sqrt()[:, None]
+    if constant:
+        assert float(policy.std_at(t, mean)) == pytest.approx(float(exact.mean()), rel=0.01)
     else:
-        assert isinstance(solution.policy(), GaussianPolicy)
+        torch.testing.assert_close(policy.std_at(t, mean, x), exact, rtol=0.01, atol=0)
 
 
 def periodic(period, place, phase=0.4):

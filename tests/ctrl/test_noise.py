@@ -351,7 +351,7 @@ def test_a_kept_row_of_action_noise_is_not_written_over():
         def mean(self, t, x):
             return x
 
-        def act(self, mean, t, noise):
+        def act(self, mean, t, noise, states=None):
             return noise
 
     sde = ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 0.5)

@@ -241,8 +241,8 @@ SURROGATE = "ctrl.agents.cppo._surrogate"
         wrong(
             "advantages not per unit of time",
             "ctrl.agents.cppo._rates",
-            "problem.discount) / h",
-            "problem.discount)",
+            "running) / h",
+            "running)",
         ),
         wrong(
             "entropy missing in the advantages",
@@ -260,8 +260,8 @@ SURROGATE = "ctrl.agents.cppo._surrogate"
         wrong(
             "root of the mean KL",
             SURROGATE,
-            "float(expectation(kl.detach().sqrt().mean(1), paths))",
-            "float(expectation(kl.detach().mean(1), paths).sqrt())",
+            "float(expectation(kl.detach().sqrt().sum(1) / made, paths))",
+            "float(expectation(kl.detach().sum(1) / made, paths).sqrt())",
         ),
         wrong(
             "KL the other way around",

@@ -79,12 +79,12 @@ def vanishing_step(sde: ctrl.ControlledSDE, policy: ctrl.Policy, setting: Settin
 
 AVERAGE_OF_SQUARES = """            squares = [
                 weight * (torch.ones_like(states) * sde.diffusion_at(t, states, a)).square()
-                for weight, a in drawn(t, mean)
+                for weight, a in drawn(t, states, mean)
             ]
             return torch.stack(squares).sum(0).sqrt()"""
 AVERAGE_OF_ROOTS = """            roots = [
                 weight * (torch.ones_like(states) * sde.diffusion_at(t, states, a))
-                for weight, a in drawn(t, mean)
+                for weight, a in drawn(t, states, mean)
             ]
             return torch.stack(roots).sum(0)"""
 

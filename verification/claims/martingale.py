@@ -377,8 +377,8 @@ def full_quadratic(t: Tensor, x: Tensor) -> Tensor:
         wrong(
             "average's sign in CLSTD",
             "ctrl.martingale.clstd",
-            "moves.append(-h",
-            "moves.append(h",
+            "moves.append(-while",
+            "moves.append(while",
         ),
         wrong(
             "entropy left out of CLSTD",
@@ -395,8 +395,8 @@ def full_quadratic(t: Tensor, x: Tensor) -> Tensor:
         wrong(
             "discount missing in CTD(lambda)",
             "ctrl.martingale.ctd_lambda",
-            "h, decay, problem.discount)",
-            "h, decay, 0.0)",
+            "h, decay, problem.discount, running)",
+            "h, decay, 0.0, running)",
         ),
         wrong(
             "ergodic J with a constant is not refused",

@@ -165,8 +165,8 @@ def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> 
         wrong(
             "gradient through dM in CTD(lambda)",
             "ctrl.martingale.ctd_lambda",
-            "problem.discount).detach()",
-            "problem.discount)",
+            "running).detach()",
+            "running)",
         ),
         wrong(
             "step sizes missing in CTD(lambda)'s features",

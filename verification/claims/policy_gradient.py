@@ -290,8 +290,8 @@ def policy_gradient(setting: Setting) -> Iterator[Check]:
         wrong(
             "noise of the action not held in the pathwise form",
             "ctrl.policy_gradient._reparametrised",
-            "return policy.act(mean, t, noise.view_as(mean))",
-            "return mean + 0 * policy.act(mean, t, noise.view_as(mean))",
+            "return policy.act(mean, t, noise, x)",
+            "return mean + 0 * policy.act(mean, t, noise, x)",
         ),
         wrong(
             "diffusion of an average action, so that q is linear in the action",
@@ -386,8 +386,8 @@ def policy_gradient_with_q_rates(setting: Setting) -> Iterator[Check]:
         wrong(
             "surprise of twice the size",
             "ctrl.policy_gradient.Transitions.advantages",
-            "paths.states[:, k + 1] - mean",
-            "2 * (paths.states[:, k + 1] - mean)",
+            "after[k] - mean",
+            "2 * (after[k] - mean)",
         ),
         wrong(
             "the action's own slope dropped",

@@ -105,13 +105,13 @@ def row(gradients: tuple[Tensor, ...]) -> Tensor:
         wrong(
             "L for the covariance",
             "ctrl.policy.MultivariateGaussianPolicy.distribution",
-            "scale_tril=self.scale_at(t, mean)",
+            "scale_tril=self.scale_at(t, mean, states)",
             "covariance_matrix=self.scale_at(t, mean).tril() + self.scale_at(t, mean).tril(-1).T",
         ),
         wrong(
             "coordinates of the action taken for independent",
             "ctrl.policy.MultivariateGaussianPolicy.distribution",
-            "scale_tril=self.scale_at(t, mean)",
+            "scale_tril=self.scale_at(t, mean, states)",
             "scale_tril=self.scale_at(t, mean).diag().diag()",
         ),
         wrong(
@@ -153,8 +153,8 @@ def row(gradients: tuple[Tensor, ...]) -> Tensor:
         wrong(
             "surprise of the first coordinate alone",
             "ctrl.policy_gradient.Transitions.advantages",
-            "surprise = paths.states[:, k + 1] - mean",
-            "surprise = torch.cat([paths.states[:, k + 1, :1] - mean[:, :1], 0 * mean[:, 1:]], 1)",
+            "surprise = after[k] - mean",
+            "surprise = torch.cat([after[k][:, :1] - mean[:, :1], 0 * mean[:, 1:]], 1)",
         ),
     ],
 )

@@ -44,7 +44,9 @@ class LawPolicy:
         """K x + k."""
         return self.law.mean(states)
 
-    def act(self, mean: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
+    def act(
+        self, mean: Tensor, t: Tensor, noise: Tensor | None, states: Tensor | None = None
+    ) -> Tensor:
         """Draw actions like the law's own policy."""
         return self.law.policy().act(mean, t, noise)
 

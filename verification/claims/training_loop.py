@@ -187,7 +187,7 @@ def units_of_ratio(rows: Rows) -> float:
 
 ROWS = "diffusion_envs.objectives.path_steps.PathLosses.rows"
 LOSSES = "diffusion_envs.objectives.path_steps.PathLosses.losses"
-IMPROVE = "diffusion_envs.training.trainer.Trainer._differentiate"
+IMPROVE = "diffusion_envs.training.gradients.Gradients.differentiate"
 LOSS = "diffusion_envs.objectives.score_as_action.ScoreAsAction.loss"
 SAMPLE = "diffusion_envs.environment.Environment.sample"
 SIMULATED = "diffusion_envs.environment.Environment._simulated"

@@ -76,7 +76,7 @@ FIXED = ctrl.ControlledSDE(SDE.drift, lambda t, x: E.noise * (1 + 0.3 * t))
         ),
         wrong(
             "density of the present state",
-            "ctrl.transitions._after",
+            "ctrl.transitions.proposals",
             "states[:, 1:]",
             "states[:, :-1]",
         ),

@@ -37,7 +37,7 @@ def run_of(small_trainer) -> Callable[..., Trainer]:
     def made(precision: torch.dtype, factor: float, objective: Any = None, **size: Any) -> Trainer:
         run = small_trainer(objective or DDPO(), **{"max_gradient_norm": 1e30, "batch": 5} | size)
         run.environment.model.score.precision = precision
-        run.loss_scale = LossScale.of(precision)
+        run.gradients.loss_scale = LossScale.of(precision)
         own = run.losses
         run.losses = lambda rollout: Times(own(rollout), factor)
         return run
@@ -69,7 +69,7 @@ def test_a_float16_gradient_is_that_of_float32(run_of, factor):
 def test_without_the_factor_small_gradients_are_lost(run_of):
     """So that the test above shows something."""
     run = run_of(torch.float16, 1e-9)
-    run.loss_scale = LossScale()
+    run.gradients.loss_scale = LossScale()
     run.step()
     assert gradient(run).norm() == 0
 
@@ -78,10 +78,10 @@ def test_a_repeated_gradient_is_of_the_same_rows(run_of):
     """Steps of paths are drawn while the losses are made: the draw is the same again."""
     steps = {"train_steps": 1, "batch": 64}
     plain = run_of(torch.float16, 1.0, **steps)
-    plain.loss_scale.scale = 256.0
+    plain.gradients.loss_scale.scale = 256.0
     plain.step()
     repeated = run_of(torch.float16, 1.0, **steps)
-    repeated.loss_scale.scale = 2.0**40
+    repeated.gradients.loss_scale.scale = 2.0**40
     assert repeated.step()["repeated_gradients"] > 20
     # powers of two round nothing, but where a product is subnormal, below 6e-5 of the scale
     torch.testing.assert_close(gradient(repeated), gradient(plain), rtol=1e-2, atol=1e-6)
@@ -94,7 +94,7 @@ def test_losses_that_are_no_numbers_end_the_run_and_change_nothing(run_of, preci
     with pytest.raises(NonFiniteError, match="no weight was changed by it") as caught:
         run.step()
     assert ("not by the scale" in str(caught.value)) == (precision == torch.float16)
-    assert run.loss_scale.repeated == 0
+    assert run.gradients.loss_scale.repeated == 0
     assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
 
 
@@ -102,7 +102,7 @@ def test_gradients_that_overflow_at_any_factor_end_the_run(run_of):
     run = run_of(torch.float16, 1e12)
     with pytest.raises(NonFiniteError, match="not by the scale"):
         run.step()
-    assert run.loss_scale.scale == 1
+    assert run.gradients.loss_scale.scale == 1
     assert run.update == 0
 
 

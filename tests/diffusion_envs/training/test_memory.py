@@ -27,7 +27,7 @@ from tests.diffusion_envs.objectives import small_runs
 from verification.planting import Edit, planted
 
 TOO_MUCH = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand more words")
-TRAINER = "diffusion_envs.training.trainer.Trainer"
+GRADIENTS = "diffusion_envs.training.gradients.Gradients"
 
 
 def fitting(most: int, asked: list[slice]) -> Any:
@@ -181,13 +181,13 @@ class Third(Limit):
     [
         # gradients of the attempt that failed are kept
         (
-            Edit(f"{TRAINER}._differentiate", "self.optimiser.zero_grad(set_to_none=True)", "..."),
+            Edit(f"{GRADIENTS}.differentiate", "self.optimiser.zero_grad(set_to_none=True)", "..."),
             DDPO(),
             {"train_steps": 3},
         ),
         # and the steps that are used are drawn anew
         (
-            Edit(f"{TRAINER}._differentiate", "shuffle.set_state(drawn)", "..."),
+            Edit(f"{GRADIENTS}.differentiate", "shuffle.set_state(drawn)", "..."),
             DDPO(),
             {"train_steps": 3},
         ),
@@ -253,7 +253,7 @@ def test_the_smaller_number_stays_and_goes_on_with_a_checkpoint():
     assert run.step()["batch"] == 4
     other = trainer(DDPO(), Limit(), 2)
     other.load_state(run.state())
-    assert other.batch == 4
+    assert other.gradients.batch == 4
     assert other.step()["batch"] == 4
     older = {name: value for name, value in run.state().items() if name != "at_once"}
     trainer(DDPO(), Limit(), 2).load_state(older)  # checkpoints of before have none

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.faults.numbers import lost_path, one_reward
 from diffusion_envs import rewards, sd15
+from diffusion_envs.environment import Sample
 from diffusion_envs.objectives import (
     DDPO,
     GRPO,
@@ -117,26 +118,29 @@ def test_rewards_without_variance_have_no_gradient_and_no_nan(objective: Objecti
 # -- what a run keeps of it --------------------------------------------------------------------
 
 
-class Spoilt:
-    """A trainer's gradient is NaN in one update."""
+def spoilt(update: int) -> Callable[..., Any]:
+    """A trainer's gradients are NaN in one update."""
+    own = Trainer._improve
 
-    def __init__(self, update: int) -> None:
-        self.update, self.own = update, Trainer._differentiate
+    def improve(run: Trainer, sample: Sample) -> dict[str, Any]:
+        differentiate = run.gradients.differentiate
 
-    def __call__(self) -> Callable[..., None]:
-        def differentiate(run: Trainer, *arguments: Any) -> None:
-            self.own(run, *arguments)
-            if run.update == self.update - 1:
-                gradient = run.parameters[-1].grad
-                assert gradient is not None
-                gradient.view(-1)[3] = math.nan
+        def spoil(*arguments: Any) -> None:
+            differentiate(*arguments)
+            gradient = run.parameters[-1].grad
+            assert gradient is not None
+            gradient.view(-1)[3] = math.nan
 
-        return differentiate
+        if run.update == update - 1:
+            vars(run.gradients)["differentiate"] = spoil
+        return own(run, sample)
+
+    return improve
 
 
 @pytest.mark.slow
 def test_a_run_keeps_what_it_refused_and_the_step_can_be_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "_differentiate", Spoilt(3)())
+    monkeypatch.setattr(Trainer, "_improve", spoilt(3))
     folder: Path = tmp_path / "run"
     with pytest.raises(NonFiniteError, match="at update 3"):
         sd15.finetune(

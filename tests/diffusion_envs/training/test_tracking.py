@@ -100,6 +100,55 @@ def test_a_line_that_is_no_text_is_named(tmp_path):
         read_metrics(path)
 
 
+LEGIBLE = {
+    "metrics.jsonl": {
+        "update": 2,
+        "reward": {"mean": 0.5, "standard_error": 0.1, "n": 4},
+        "reward_queries": 8,
+        "network_calls": 40,
+        "seconds": 1.5,
+    },
+    "training_by_prompt.jsonl": {
+        "update": 2,
+        "prompt": [0, 1],
+        "mean": [0.5, 0.25],
+        "standard_error": [0.1, None],
+        "n": [2, 1],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (name, text)
+        for name, line in LEGIBLE.items()
+        for text in ("standard_error", "mean", '"n"', *[f'"{key}"' for key in line])
+        if text in json.dumps(line)
+    ],
+)
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_a_line_that_its_readers_would_stumble_over_is_named(tmp_path, name, text, place):
+    """A bit of a name has flipped: the line is JSON still."""
+    path, lines = tmp_path / name, [json.dumps(LEGIBLE[name])] * 3
+    path.write_text("\n".join([*lines, ""]))
+    assert read_metrics(path) == [LEGIBLE[name]] * 3
+    lines[place - 1] = lines[place - 1].replace(text, text[:-2] + "#" + text[-1], 1)
+    path.write_text("\n".join([*lines, ""]))
+    with pytest.raises(ValueError, match=rf"{name}, line [{place}{min(3, place + 1)}] is damaged"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    "columns", [{"n": [2]}, {"n": [2, 0]}, {"mean": 0.5}, {"mean": [0.5, 0.25, 0.125]}]
+)
+def test_columns_that_do_not_fit_are_named(tmp_path, columns):
+    path = tmp_path / "training_by_prompt.jsonl"
+    path.write_text(json.dumps(LEGIBLE[path.name] | columns) + "\n")
+    with pytest.raises(ValueError, match="are not columns of one length"):
+        read_metrics(path)
+
+
 @pytest.mark.parametrize("altered", [False, True])
 def test_the_last_line_of_a_finished_run_is_made_anew_where_it_was_altered(
     altered, tmp_path, caplog
