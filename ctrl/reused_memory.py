@@ -43,7 +43,7 @@ def uninitialised(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 @cache
 def settle() -> None:
-    """Let the C library keep what the steps of a roll-out free, instead of giving it back each time.
+    """Let the C library keep what the steps of a roll-out free, and not give it back each time.
 
     glibc maps blocks of 128 KiB and more anew at each request, until one is freed: then it keeps
     blocks up to that size. One of 28 MiB, never touched, costs microseconds (32 MiB is its limit).
