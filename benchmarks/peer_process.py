@@ -8,6 +8,7 @@ libraries do not share threads, memory or an allocator.
 """
 
 import functools
+import itertools
 import sys
 import time
 
@@ -45,13 +46,15 @@ def ctrl_cases(threads):
         return ctrl.simulate(problem, policy, start(paths) + 1, grid, box, keep=("states",))
 
     def exit_problem(paths):
+        from ctrl import hjb, stopping
+
         fleming = ctrl.ControlProblem(
             ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 1.0), math.inf,
             lambda t, x, a: -0.5 * (a.square().sum(1) + WALL**2),
-            domain=ctrl.stopping.Interval(-1.0, 1.0),
+            domain=stopping.Interval(-1.0, 1.0),
         )  # fmt: skip
-        axes, actions = (ctrl.hjb.Axis(-1.0, 1.0, NODES),), ctrl.hjb.trapezoid(-2.0, 2.0, 401)
-        value = ctrl.hjb.solve_discounted(fleming, axes, actions).value.table[0]
+        axes, actions = (hjb.Axis(-1.0, 1.0, NODES),), hjb.trapezoid(-2.0, 2.0, 401)
+        value = hjb.solve_discounted(fleming, axes, actions).value.table[0]
         exact = (torch.cosh(WALL * axes[0].points()) / math.cosh(WALL)).log()
         return float((value - exact).abs().max())
 
@@ -73,7 +76,7 @@ def torch_cases(threads):
 
     def loop(paths):
         memory = kept(paths)
-        for x, after in zip(memory[:-1], memory[1:], strict=True):
+        for x, after in itertools.pairwise(memory):
             after.normal_(generator=generator).mul_(0.5 * H**0.5).add_(x, alpha=1 - H)
 
     return {"loop, memory kept": loop}
@@ -162,8 +165,6 @@ def diffrax_cases(threads):
 
 def _keyed(compiled):
     """Calls of jitted functions, each with a new key."""
-    import itertools
-
     import jax
 
     count = itertools.count()
