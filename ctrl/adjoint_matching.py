@@ -144,7 +144,7 @@ def hamiltonian(
     second: Float[Tensor, "paths dim dim"],
 ) -> Float[Tensor, " paths"]:
     """H = r + b . a + 1/2 tr(sigma sigma' A), reward/time; to be maximised in the control."""
-    sde = problem.sde
+    sde = problem.dynamics
     drift = sde.drift_at(t, states, controls)
     sigma = sde.columns(t, states, controls)
     noise = torch.einsum("pij,pik,pkj->p", sigma, second, sigma)
@@ -206,8 +206,8 @@ def noise_matching_loss(
     for k, t in enumerate(as_like(paths.grid.nodes[:-1], paths.states)):
         x = paths.states[:, k]
         u = mean_action(policy, t, x)
-        moved = h[k] * problem.sde.drift_at(t, x, u)
-        moved = moved + problem.sde.diffuse(t, x, increments[:, k], u)
+        moved = h[k] * problem.dynamics.drift_at(t, x, u)
+        moved = moved + problem.dynamics.diffuse(t, x, increments[:, k], u)
         earned = (moved * first[:, k]).flatten(1).sum(1)
         each.append(h[k] * _reward(problem, t, x, u) + earned)
     return -(discount_factors(problem, paths) * torch.stack(each, dim=1)).sum(1)
@@ -233,7 +233,7 @@ def _step(
 
     def move(x: Tensor) -> Tensor:
         u = acting(x)
-        return x + h * problem.sde.drift_at(t, x, u) + problem.sde.diffuse(t, x, increment, u)
+        return x + h * problem.dynamics.drift_at(t, x, u) + problem.dynamics.diffuse(t, x, increment, u)
 
     def earned(x: Tensor) -> Tensor:
         return h * _reward(problem, t, x, acting(x)) + (a * move(x)).flatten(1).sum(1)
@@ -270,6 +270,11 @@ def _reward(problem: ControlProblem, t: Tensor, x: Tensor, u: Tensor) -> Float[T
 
 def _steps(problem: ControlProblem, paths: Paths) -> tuple[Tensor, Tensor]:
     """h, and what a reward at its end is worth at its beginning."""
+    if callable(problem.discount):
+        raise ValueError(
+            "problem.discount must be a number: adjoints have no term for one that depends on the "
+            "state"
+        )
     h = as_like(paths.grid.steps, paths.states)
     return h, torch.exp(-problem.discount * h)
 
@@ -280,7 +285,8 @@ def _increments(problem: ControlProblem, policy: Policy | None, paths: Paths) ->
     require_whole(problem, paths)
     if paths.ends is not None:
         raise ValueError("paths must all go on to the horizon: an exit is no smooth function of x")
-    problem.sde.require_calculus("ito", "adjoint_matching")
+    problem.dynamics.require_calculus("ito", "adjoint_matching")
+    problem.dynamics.require_no_jumps("the adjoints here are those of a diffusion")
     if policy is not None:
         if policy.is_random:
             raise ValueError("policy must be deterministic: adjoints are of a control u(t, x)")

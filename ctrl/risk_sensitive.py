@@ -164,7 +164,8 @@ def q_rate(
     """
     _require_undiscounted(problem, risk)
     neutral = q_learning.q_rate(problem, value, t, states, actions, probes)
-    noise = noise_of_value(problem.sde, value, t, states, actions)
+    problem.dynamics.require_no_jumps("the penalty here is that of continuous paths")
+    noise = noise_of_value(problem.dynamics, value, t, states, actions)
     return neutral + 0.5 * risk * noise.reshape(len(states), -1).square().sum(1)
 
 
