@@ -10,6 +10,7 @@ from ctrl import (
     linear,
     martingale,
     noise,
+    off_policy,
     phibe,
     policy_gradient,
     problems,

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.devices import as_like, require
+from ctrl.devices import as_like, readable, require
 from ctrl.exploration import drawn_actions
 from ctrl.martingale import TestFunctions, moments
 from ctrl.paths import (
@@ -253,10 +253,11 @@ def _scale(
 ) -> Float[Tensor, "paths dim dim"]:
     """Cholesky factor of temperature (-Hessian)^{-1}."""
     factor, failed = torch.linalg.cholesky_ex(-hessian)
-    require(
-        (failed == 0).all(),
-        lambda: ValueError("q is not concave in the action: no Gibbs policy exists"),
-    )
+    concave = (failed == 0).all()
+    if readable(concave):  # inside vmap nothing is, and the factor is NaN where there is none
+        require(
+            concave, lambda: ValueError("q is not concave in the action: no Gibbs policy exists")
+        )
     precision = torch.cholesky_inverse(factor)
     return torch.linalg.cholesky_ex(temperature * precision)[0]
 
@@ -289,8 +290,11 @@ def _slope_and_hessian(
     hessian = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
     far, expected = q(2 * unit.sum(0)), here + 2 * slope.sum(1) + 2 * hessian.sum((1, 2))
     slack = _digits(states) * (far.abs().max() + here.abs().max())
+    quadratic = ~((far - expected).abs().max() > slack)
+    if not readable(quadratic):
+        return slope, torch.where(quadratic, hessian, math.nan)
     require(
-        ~((far - expected).abs().max() > slack),
+        quadratic,
         lambda: ValueError("q is not quadratic in the action, so the Gibbs policy is not Gaussian"),
     )
     return slope, hessian
