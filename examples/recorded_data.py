@@ -19,7 +19,7 @@ def records(generator: torch.Generator) -> list[ctrl.recorded.Episode]:
     """What somebody recorded: states, and actions held between irregular observations."""
     sde = ctrl.ControlledSDE(lambda t, x, a: A * x + B * a, lambda t, x: S)
     old, kept = ctrl.GaussianPolicy(lambda t, x: -0.2 * x, 0.8), []
-    for _ in range(20):
+    for _ in range(10):
         h = 0.004 + 0.012 * torch.rand(60, generator=generator).double()
         grid = ctrl.TimeGrid(torch.cat([h.new_zeros(1), h.cumsum(0)]))
         start = torch.randn(100, 1, generator=generator).double()
@@ -35,15 +35,19 @@ def main() -> tuple[float, float, float]:
     reward = lambda t, x, a: -(M * x[:, 0] ** 2 + N * a[:, 0] ** 2)  # noqa: E731
     problem = ctrl.ControlProblem(None, math.inf, reward, None, DISCOUNT, TEMPERATURE)
     policy: ctrl.RandomPolicy = ctrl.GaussianPolicy(lambda t, x: 0 * x, 0.8)
-    for _ in range(5):
+    for _ in range(4):
         found = ctrl.off_policy.evaluate(
             problem, policy, data,
             features=lambda t, x: torch.cat([x**2, torch.ones_like(x)], 1),
-            action_features=lambda t, x, a: torch.cat([a**2, x * a], 1),
+            action_features=lambda t, x, a: torch.cat([a**2, x * a], 1), nodes=2,
         )  # fmt: skip
-        policy = ctrl.q_learning.improved_policy(found.advantage, TEMPERATURE, action_dim=1)
+        squared, crossed = found.q.tolist()  # of a^2 and x a: the Gibbs policy is Gaussian
+        gain, std = -crossed / (2 * squared), math.sqrt(-TEMPERATURE / (2 * squared))
+        policy = ctrl.GaussianPolicy(lambda t, x, gain=gain: gain * x, std)
         t, x = data.grid.nodes[0, 0], torch.ones(1, 1).double()
-        print(f"V(1) = {float(found.value(t, x)):.3f}, next gain {float(policy.mean(t, x)):.3f}")
+        print(
+            f"V(1) = {float(found.value(t, x)):.3f}; the next policy is N({gain:.3f} x, {std:.3f}^2)"
+        )
     p = (DISCOUNT - 2 * A - math.sqrt((DISCOUNT - 2 * A) ** 2 + 4 * B**2 * M / N)) * N / (2 * B**2)
     best = p + (S**2 * p + TEMPERATURE / 2 * math.log(math.pi * TEMPERATURE / N)) / DISCOUNT
     return float(found.value(t, x)), float(found.value_error(t, x)), best
