@@ -36,21 +36,19 @@ def main() -> tuple[float, float, float]:
     problem = ctrl.ControlProblem(None, math.inf, reward, None, DISCOUNT, TEMPERATURE)
     policy: ctrl.RandomPolicy = ctrl.GaussianPolicy(lambda t, x: 0 * x, 0.8)
     for _ in range(4):
-        found = ctrl.off_policy.evaluate(
+        fit = ctrl.off_policy.evaluate(
             problem, policy, data,
             features=lambda t, x: torch.cat([x**2, torch.ones_like(x)], 1),
             action_features=lambda t, x, a: torch.cat([a**2, x * a], 1), nodes=2,
         )  # fmt: skip
-        squared, crossed = found.q.tolist()  # of a^2 and x a: the Gibbs policy is Gaussian
+        squared, crossed = fit.q.tolist()  # of a^2 and x a: the Gibbs policy is Gaussian
         gain, std = -crossed / (2 * squared), math.sqrt(-TEMPERATURE / (2 * squared))
         policy = ctrl.GaussianPolicy(lambda t, x, gain=gain: gain * x, std)
         t, x = data.grid.nodes[0, 0], torch.ones(1, 1).double()
-        print(
-            f"V(1) = {float(found.value(t, x)):.3f}; the next policy is N({gain:.3f} x, {std:.3f}^2)"
-        )
+        print(f"V(1) = {float(fit.value(t, x)):.3f}, next policy N({gain:.3f} x, {std:.3f}^2)")
     p = (DISCOUNT - 2 * A - math.sqrt((DISCOUNT - 2 * A) ** 2 + 4 * B**2 * M / N)) * N / (2 * B**2)
     best = p + (S**2 * p + TEMPERATURE / 2 * math.log(math.pi * TEMPERATURE / N)) / DISCOUNT
-    return float(found.value(t, x)), float(found.value_error(t, x)), best
+    return float(fit.value(t, x)), float(fit.value_error(t, x)), best
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def enumerated(setting: Setting, steps: int) -> tuple[ctrl.TimeGrid, ctrl.Noise]
     jumps = setting.tensor([normals for _, _, normals in tree])[..., None]
     weight = setting.tensor([weight for weight, _, _ in tree])
     return ctrl.TimeGrid(setting.tensor(times)), ctrl.Noise(
-        0 * jumps, None, weight / weight.sum(), jumps
+        0 * jumps, weights=weight / weight.sum(), jumps=jumps
     )
 
 
