@@ -37,3 +37,21 @@ def test_particles_earn_the_exact_value_of_their_number(capsys):
     # the grid of 100 steps is worth less than a standard error
     assert abs(estimate.mean - exact) < 5 * estimate.standard_error
     assert abs(limit - exact) < 0.05 * abs(limit)  # starts differ by chance, values by 1/30
+
+
+def test_records_give_the_best_policy_s_value():
+    value, error, best = main_of("recorded_data")
+    # the recorded policy earns -1.4; steps of 0.01 are worth 1 %, the estimated policy 1 %
+    assert abs(value - best) < 4 * error + 0.02 * abs(best)
+    assert error < 0.08 * abs(best)
+
+
+def test_an_exploring_investor_earns_the_closed_form():
+    estimate, exact = main_of("merton")
+    assert abs(estimate.mean - exact) < 5 * estimate.standard_error < 0.1 * exact
+
+
+def test_selling_costs_what_almgren_and_chriss_say():
+    rate, step = 3.3, 1 / 400  # sums by the left end are off by half a step's decay
+    for _, estimate, exact in main_of("almgren_chriss"):
+        assert abs(estimate.mean - exact) < 5 * estimate.standard_error + rate * step * exact
