@@ -67,12 +67,13 @@ class PolicyIteration:
         source: Float[Tensor, " points"],
         v: Float[Tensor, " points"],
     ) -> Solved:
-        """The solution of rate v = best(r + L v) + source.
+        """The solution of rate v = best(r + L v) + source; at absorbing points, what is paid.
 
         Args:
             chain: r and L of every action.
             improve: best.
-            rate: positive, 1/time; at every point where it differs.
+            rate: positive, 1/time, at every point where it differs; may be 0 where the chain is
+                absorbed.
             source: reward/time.
             v: to start from.
 
@@ -80,12 +81,12 @@ class PolicyIteration:
             RuntimeError: no convergence.
         """
         best, mass = improve(chain.hamiltonian(v))
-        residual = best + source - rate * v
+        residual = chain.residual(best + source, rate, v)
         for count in range(1, self.iterations + 1):
             change = chain.resolvent(mass, rate, residual)
             v = v + change
             best, mass = improve(chain.hamiltonian(v))
-            residual = best + source - rate * v
+            residual = chain.residual(best + source, rate, v)
             if bool(change.abs().max() <= self.tolerance * (1 + v.abs().max())):
                 return Solved(v, mass, float(residual.abs().max()), count)
         raise RuntimeError(

@@ -3,6 +3,7 @@
     d_t v + gam log int exp(H(t, x, a, v_x, v_xx) / gam) da - delta v = 0      gam > 0
     d_t v + max_a H - delta v = 0                                              gam = 0
     H = b . v_x + 1/2 tr(sigma sigma' v_xx) + r,   v(T, x) = terminal reward
+    v = what is paid at the exit, on the walls of the problem's domain, if it has one
 
 ([WZZ20] equation 13). The optimal policy is Gibbs, exp(H / gam) over its integral; for gam = 0 the
 maximum over the nodes of the action grid, which costs O(distance of the nodes^2) of the value.
@@ -23,7 +24,7 @@ Sources  [KD01] Kushner & Dupuis 2001, numerical methods for stochastic control 
 import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor
 from ctrl.action_grid import ActionGrid, gauss_legendre, trapezoid
 from ctrl.bellman import Improvement, PolicyIteration, Solved, backward, gibbs, greedy
 from ctrl.exploration import drawn_actions
-from ctrl.markov_chain import MarkovChain, markov_chain
+from ctrl.markov_chain import MarkovChain, absorbing_points, exit_rewards, markov_chain
 from ctrl.policy import DeterministicPolicy, GaussianPolicy, Policy, RandomPolicy, mean_action
 from ctrl.problem import ControlProblem
 from ctrl.state_grid import Axis, GridFunction, grid_points
@@ -109,7 +110,9 @@ def solve_discounted(
     Args:
         problem: of infinite horizon, its coefficients the same at all times, its SDE Ito.
         axes: the grid of the states [paths, dim], dim 1 or 2. A reflecting wall keeps the process
-            on the grid, which moves the value near it: take axes wider than what is needed.
+            on the grid, which moves the value near it: take axes wider than what is needed. Where
+            the problem has a domain, nodes on and beyond its walls are absorbing, with what is paid
+            there as the value: let the first or last node of an axis be on the wall.
         actions: over which the policy is optimised.
         differences: "monotone", or "central" (``ctrl.markov_chain.markov_chain``).
         tolerance: largest last change of v, in units of 1 + max |v|.
@@ -217,7 +220,8 @@ def evaluate_discounted(
         chain, mean = _given(problem, policy, axes, 0.0, action_nodes, monotone)
         zero = chain.rewards.new_zeros(chain.rewards.shape[1])
         best, mass = mean(chain.hamiltonian(zero))
-        v = chain.resolvent(mass, discount(0.0), best)
+        source = chain.residual(best, discount(0.0), zero)
+        v = chain.resolvent(mass, discount(0.0), source)
         return _function(axes, torch.zeros(1), [v])
 
 
@@ -287,10 +291,12 @@ def _discount(problem: ControlProblem, axes: tuple[Axis, ...]) -> Callable[[floa
 def _positive_discount(
     problem: ControlProblem, axes: tuple[Axis, ...]
 ) -> Callable[[float], float | Tensor]:
-    """The same, refused where it is 0 at t = 0 on all of the grid."""
+    """The same, refused where it is 0 at t = 0 on all of the grid and no domain is left."""
     discount = _discount(problem, axes)
-    if not bool(torch.as_tensor(discount(0.0)).any()):
-        raise ValueError("discount must be positive where the horizon is infinite, got 0")
+    if problem.domain is None and not bool(torch.as_tensor(discount(0.0)).any()):
+        raise ValueError(
+            "discount must be positive where the horizon is infinite and no domain is left, got 0"
+        )
     return discount
 
 
@@ -329,6 +335,11 @@ def _best(problem: ControlProblem, actions: ActionGrid) -> Improvement:
 
 def _terminal(problem: ControlProblem, axes: tuple[Axis, ...]) -> Float[Tensor, " points"]:
     points = grid_points(axes)
+    absorbing = absorbing_points(problem, axes, problem.horizon)
+    if absorbing is not None:
+        paid = exit_rewards(problem, problem.horizon, points, absorbing)
+        without = replace(problem, domain=None, exit_reward=None)
+        return torch.where(absorbing, paid, _terminal(without, axes))
     if problem.terminal_reward is None:
         return points.new_zeros(len(points))
     v = problem.terminal_reward(points)
@@ -348,6 +359,7 @@ def _solution(
     solved: Iterator[Solved],
 ) -> Solution:
     ends = actions.ends().to(torch.float64)
+    nearest = _nearest_inside(problem, axes)
     v: list[Tensor] = []
     moments: list[tuple[Tensor, Tensor]] = []
     end_mass: list[Tensor] = []
@@ -360,8 +372,9 @@ def _solution(
                 "mass (at most 0.6): take more nodes, or temperature 0"
             )
         v.append(one.v)
-        moments.append(actions.moments(one.mass))
-        end_mass.append(ends @ one.mass)
+        mass = one.mass if nearest is None else one.mass[:, nearest]
+        moments.append(actions.moments(mass))
+        end_mass.append(ends @ mass)
         residual, iterations = max(residual, one.residual), max(iterations, one.iterations)
     return Solution(
         value=_function(axes, times, v),
@@ -371,6 +384,19 @@ def _solution(
         residual=residual,
         iterations=iterations,
     )
+
+
+def _nearest_inside(problem: ControlProblem, axes: tuple[Axis, ...]) -> Tensor | None:
+    """Whose policy stands at each point: at an absorbing one, which has none, its neighbour's."""
+    end = 0.0 if math.isinf(problem.horizon) else problem.horizon
+    absorbing = absorbing_points(problem, axes, end)
+    if absorbing is None:
+        return None
+    points = grid_points(axes) / torch.tensor([axis.spacing for axis in axes]).to(torch.float64)
+    inside, nearest = (~absorbing).nonzero().squeeze(1), torch.arange(len(points))
+    some = [torch.cdist(each, points[inside]).argmin(1) for each in points[absorbing].split(64)]
+    nearest[absorbing] = inside[torch.cat(some)]
+    return nearest
 
 
 def _function(axes: tuple[Axis, ...], times: Tensor, rows: list[Tensor]) -> GridFunction:

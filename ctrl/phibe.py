@@ -148,9 +148,8 @@ def galerkin(
 
     def equation(function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         def at(t: Tensor, x: Tensor, later: Tensor) -> Tensor:
-            return generator(function, t, x, later, step) - problem.discount_at(t, x) * function(
-                t, x
-            )
+            discount = problem.discount_at(t, x)
+            return generator(function, t, x, later, step) - discount * function(t, x)
 
         return over_steps(at, begin, ahead)
 

@@ -18,7 +18,7 @@ from ctrl.policy import Policy, mean_action
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
 from ctrl.solvers import BlackBox, EulerMaruyama, InPlaceSolver, InteriorSolver, Solver
-from ctrl.stopping import Step, Stopping, require_inside, rule_for
+from ctrl.stopping import Step, Stopping, require_inside, stopping_rule
 
 KEEP = ("states", "actions", "increments")
 
@@ -736,11 +736,8 @@ def _stopping(
     with_graph: bool,
 ) -> Stopping | None:
     """The rule by which paths leave the problem's domain; None where it has none."""
-    if stopping is not None and (isinstance(stopping, type) or not isinstance(stopping, Stopping)):
-        raise TypeError(f"stopping must be AtNodes() or BridgeCorrected(), got {stopping!r}")
+    rule = stopping_rule(problem.domain, stopping, black_box=isinstance(solver, BlackBox))
     if problem.domain is None:
-        if stopping is not None:
-            raise ValueError("stopping must be None for a problem without a domain to leave")
         return None
     if with_graph:
         raise ValueError(
@@ -748,11 +745,9 @@ def _stopping(
             "when, jumps with the parameters, so a gradient through paths would be wrong; use the "
             "gradients of ctrl.policy_gradient"
         )
-    if isinstance(solver, BlackBox) and stopping is not None and stopping.draws:
-        raise ValueError("stopping must be AtNodes() for a BlackBox, whose noise is not known")
     _check_start(start)
     require_inside(problem.domain, grid.nodes[0], start)
-    return stopping or rule_for(problem.domain, isinstance(solver, BlackBox))
+    return rule
 
 
 def _check_start_type(start: Tensor) -> None:

@@ -46,6 +46,10 @@ def require_time_homogeneous(
             coefficients["discount"] = problem.discount(t, states)
         if problem.running_reward is not None:
             coefficients["running_reward"] = problem.running_reward(t, states, actions)
+        if problem.domain is not None:
+            coefficients["domain"] = problem.domain.signed_distance(t, states)
+        if problem.exit_reward is not None:
+            coefficients["exit_reward"] = problem.exit_reward(t.expand(len(states)), states)
         if policy is not None:
             mean = mean_action(policy, t, states)
             noise = torch.ones_like(mean) if policy.is_random else None

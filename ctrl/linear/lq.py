@@ -223,20 +223,14 @@ class LinearQuadratic:
         Raises:
             ValueError: the discount or the temperature differs within the batch.
         """
-        settings = dict[str, float]()
         for name, rate in zip(("discount", "temperature"), self.rates, strict=True):
             if bool((rate != rate.reshape(-1)[0]).any()):
                 raise ValueError(f"{name} must be one number for a ControlProblem, got {rate}")
-            settings[name] = float(rate.reshape(-1)[0])
+        discount, temperature = (float(rate.reshape(-1)[0]) for rate in self.rates)
         ends = bool(self.H.any()) or bool(self.h.any())
         terminal = self.terminal_reward if ends else None
         return ControlProblem(
-            self.sde,
-            horizon,
-            self.running_reward,
-            terminal,
-            discount=settings["discount"],
-            temperature=settings["temperature"],
+            self.sde, horizon, self.running_reward, terminal, discount, temperature
         )
 
 
