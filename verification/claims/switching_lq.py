@@ -116,6 +116,16 @@ SWITCHING = "ctrl.regimes.regime_switching"
             SWITCHING,
             "j - states[:, -1]",
             "j + 0 * states[:, -1]",
+            raises=IndexError,
+        ),
+        wrong(
+            "switches of one step added up",
+            "ctrl.jumps.add_jumps",
+            "kind.sizes_at(t, after, actions",
+            "kind.sizes_at(t, before, actions",
+        ),
+        wrong(
+            "half of the rates", "ctrl.jumps.add_jumps", "expected = h *", "expected = 0.5 * h *"
         ),
         wrong(
             "discount of the first regime",
