@@ -21,6 +21,7 @@ from ctrl.jumps import Jumps, intensity_kl, intensity_log_ratio
 from ctrl.memory import AnyPolicy
 from ctrl.paths import (
     Paths,
+    common_grid,
     in_order,
     ito_sum,
     require_dynamics,
@@ -51,12 +52,13 @@ def controls(
     """
     require_dynamics(paths)
     stopped, paths = paths, visited(paths)
-    nodes = as_like(paths.grid.nodes[:-1], paths.states)
+    nodes = as_like(common_grid(paths).nodes[:-1], paths.states)
     with together():
         each = []
         policies = zip(in_order(policy, paths), in_order(reference, paths), strict=True)
         for k, (now, now_ref) in enumerate(policies):
-            t, x = nodes[k], paths.states[:, k]
+            t = nodes[k]
+            x = paths.states[:, k]
             a, a_ref = mean_action(now, t, x), mean_action(now_ref, t, x)
             if sde.controls_diffusion:
                 _require_equal_diffusions(sde, t, x, a, a_ref)
@@ -141,7 +143,7 @@ def intensities(
         ValueError: an intensity is negative or not finite, or the sizes differ.
     """
     stopped, paths = paths, visited(paths)
-    nodes = as_like(paths.grid.nodes[:-1], paths.states)
+    nodes = as_like(common_grid(paths).nodes[:-1], paths.states)
     both = list[tuple[Tensor, Tensor]]()
     for kind in sde.jump_kinds:
         each = list[Tensor](), list[Tensor]()
@@ -197,7 +199,7 @@ def log_ratio(
         raise ValueError(
             'paths must have kept their increments: simulate(..., keep=("increments", ...))'
         )
-    first = next(in_order(policy, paths))
+    first = next(in_order(policy, paths))  # of one with memory: its policy at the first node
     if first.is_random:
         raise ValueError(
             "policy must be deterministic: where actions are drawn, W alone does not determine the "

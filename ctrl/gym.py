@@ -20,7 +20,7 @@ from ctrl.devices import require_generator
 from ctrl.jumps import add_jumps
 from ctrl.paths import Paths, TimeGrid, ends_at_horizon, terminal_rewards
 from ctrl.policy import Policy
-from ctrl.problem import ControlProblem
+from ctrl.problem import UNKNOWN, ControlProblem
 from ctrl.solvers import BlackBox, EulerMaruyama, Solver
 from ctrl.stopping import Step, Stopping, require_inside, stopping_rule
 from ctrl.user_functions import all_finite, one_a_path
@@ -87,6 +87,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not action_bound > 0:
             raise ValueError(f"action_bound must be positive, got {action_bound}")
         self.problem, self.grid, self._solver = problem, grid, solver or EulerMaruyama()
+        self._sde = UNKNOWN if isinstance(solver, BlackBox) else problem.dynamics
         self._nodes = grid.nodes.cpu()  # states are numpy's
         self._start, self._observe_time = start, observe_time
         first = start(np.random.default_rng(0)) if callable(start) else start
@@ -148,8 +149,8 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             paid = one_a_path("running_reward", self.problem.running_reward(t0, x, a), 1)
             reward += h * float(paid.detach())
         with torch.no_grad():
-            after = self._solver.step(self.problem.sde, t0, t1, x, a, self._increment(h))
-            if (kinds := self.problem.sde.jump_kinds) and not isinstance(self._solver, BlackBox):
+            after = self._solver.step(self._sde, t0, t1, x, a, self._increment(h))
+            if (kinds := self._sde.jump_kinds) and not isinstance(self._solver, BlackBox):
                 after, _ = add_jumps(kinds, _Drawn(self.np_random), k, t0, h, x, after, a)
         if not bool(torch.isfinite(after).all()):
             raise ValueError(
@@ -159,7 +160,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         left = False
         if self._rule is not None and self.problem.domain is not None:
             uniform = torch.as_tensor(self.np_random.random(1)) if self._rule.draws else None
-            step = Step(self.problem.sde, t0, t1, x, after, a, uniform)
+            step = Step(self._sde, t0, t1, x, after, a, uniform)
             leaves, exits = self._rule.exits(self.problem.domain, step)
             left = bool(leaves)
             after = exits if left else after
@@ -184,7 +185,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def _increment(self, h: float) -> Tensor:
         if isinstance(self._solver, BlackBox):
             return torch.empty(0)
-        shape = (1, *self.problem.sde.noise_shape(tuple(self._state.shape)))
+        shape = (1, *self._sde.noise_shape(tuple(self._state.shape)))
         return math.sqrt(h) * torch.as_tensor(self.np_random.standard_normal(shape))
 
     def _observation(self) -> np.ndarray:

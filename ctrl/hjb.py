@@ -291,7 +291,7 @@ def _discount(problem: ControlProblem, axes: tuple[Axis, ...]) -> Callable[[floa
 def _positive_discount(
     problem: ControlProblem, axes: tuple[Axis, ...]
 ) -> Callable[[float], float | Tensor]:
-    """The same, refused where it is 0 at t = 0 on all of the grid and no domain is left."""
+    """The same, refused where it is 0 on all of the grid and paths never end."""
     discount = _discount(problem, axes)
     if problem.domain is None and not bool(torch.as_tensor(discount(0.0)).any()):
         raise ValueError(
@@ -431,5 +431,5 @@ def _check(problem: ControlProblem, axes: tuple[Axis, ...], differences: str) ->
         raise ValueError(f"axes must be one or two of Axis, got {axes}")
     if differences not in ("monotone", "central"):
         raise ValueError(f"differences must be 'monotone' or 'central', got {differences!r}")
-    problem.sde.require_calculus("ito", "the HJB solver")
-    problem.sde.require_no_jumps("the HJB solver's grid has no integral over their sizes")
+    problem.dynamics.require_calculus("ito", "the HJB solver")
+    problem.dynamics.require_no_jumps("the HJB solver's grid has no integral over their sizes")

@@ -56,7 +56,10 @@ class MarkovChain:
     paid: Float[Tensor, " points"] | None = None
 
     def residual(
-        self, best: Float[Tensor, " points"], rate: float | Tensor, v: Float[Tensor, " points"]
+        self,
+        best: Float[Tensor, " points"],
+        rate: float | Float[Tensor, " points"],
+        v: Float[Tensor, " points"],
     ) -> Float[Tensor, " points"]:
         """best - rate v, or paid - v at absorbing points: 0 for the solution."""
         inside = best - rate * v
@@ -184,8 +187,8 @@ def _coefficients(
     time = points.new_tensor(t)
     x = points.expand(many, n, dim).reshape(-1, dim)
     a = actions.reshape(many * n, *actions.shape[2:])
-    b = problem.sde.drift_at(time, x, a)
-    sigma = problem.sde.columns(time, x, a).to(x)
+    b = problem.dynamics.drift_at(time, x, a)
+    sigma = problem.dynamics.columns(time, x, a).to(x)
     r = x.new_zeros(len(x))
     if problem.running_reward is not None:
         r = problem.running_reward(time, x, a)

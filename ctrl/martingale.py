@@ -32,7 +32,9 @@ from torch import Tensor
 from ctrl.advantages import continuous_gae
 from ctrl.devices import as_like
 from ctrl.paths import (
+    OwnTimes,
     Paths,
+    TimeGrid,
     discount_rates,
     over_nodes,
     regularised_rewards,
@@ -173,7 +175,13 @@ def require_adapted(tests: TestFunctions, paths: Paths, *, sees_action: bool) ->
     Raises:
         ValueError: xi of some step depends on what comes after it, or not on the given paths.
     """
-    steps, few = len(paths.grid.steps), min(2, len(paths.states))
+    steps, few = paths.states.shape[1] - 1, min(2, len(paths.states))
+
+    grid = paths.grid
+    if isinstance(grid, OwnTimes):  # any times will do: it is the same function of each path
+        first, last = float(grid.nodes.min()), float(grid.nodes.max())
+        nodes = torch.linspace(first, last, steps + 1, dtype=grid.nodes.dtype)
+        grid = TimeGrid(nodes.to(grid.nodes.device))
 
     def probes(change: bool) -> Paths:
         def altered(whole: Tensor | None, known: int) -> Tensor | None:
@@ -208,6 +216,7 @@ def require_adapted(tests: TestFunctions, paths: Paths, *, sees_action: bool) ->
             weights=None,
             ends=None,
             terminated=None,
+            grid=grid,
         )
         return altered_paths if ends is None else stop(altered_paths, ends)
 
@@ -227,7 +236,7 @@ def require_adapted(tests: TestFunctions, paths: Paths, *, sees_action: bool) ->
     if bool(changed.any()):
         k = int(probe[changed.nonzero()[0, 0]])
         raise ValueError(
-            f"tests must be adapted: at step {k} (t = {paths.grid.nodes[k]:g}) a test function "
+            f"tests must be adapted: at step {k} a test function "
             "changes with what happens after it (or with other paths); let it depend on its own "
             "path up to that node alone"
         )
@@ -409,7 +418,7 @@ def cgtd_loss(
         return 0.5 * mean.square().sum()
     xi, h = tests(paths).detach(), as_like(paths.grid.steps, each)
     xi = while_running(xi, paths)
-    covariance = torch.einsum("p,k,pki,pkj->ij", weights, h, xi, xi)
+    covariance = torch.einsum("pk,pki,pkj->ij", weights[:, None] * h, xi, xi)
     return 0.5 * mean @ torch.linalg.solve(covariance, mean)
 
 

@@ -1,4 +1,4 @@
-"""Control problems: an SDE with its running and terminal rewards."""
+"""Control problems: an SDE, or nothing but recorded paths, with running and terminal rewards."""
 
 import math
 from collections.abc import Callable
@@ -34,7 +34,8 @@ class ControlProblem:
     With a domain T is the first exit from it, if that is before the horizon.
 
     Attributes:
-        sde: the dynamics.
+        sde: the dynamics; None where they are not known, in recorded data or a black box. What
+            learns from paths alone takes such a problem, what needs dynamics refuses it.
         horizon: T, time; may be infinite.
         running_reward: per unit of time; none if not given.
         terminal_reward: paid once, at T; none if not given.
@@ -47,7 +48,7 @@ class ControlProblem:
     Sources  [KS91] Karatzas & Shreve, Brownian Motion and Stochastic Calculus, 2nd ed.
     """
 
-    sde: ControlledSDE
+    sde: ControlledSDE | None
     horizon: float
     running_reward: RunningReward | None = None
     terminal_reward: TerminalReward | None = None
@@ -57,8 +58,10 @@ class ControlProblem:
     exit_reward: ExitReward | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sde, ControlledSDE):
-            raise TypeError(f"sde must be a ControlledSDE, got {type(self.sde).__name__}")
+        if self.sde is not None and not isinstance(self.sde, ControlledSDE):
+            raise TypeError(
+                f"sde must be a ControlledSDE (None: not known), got {type(self.sde).__name__}"
+            )
         for name in ("running_reward", "terminal_reward", "exit_reward"):
             value = getattr(self, name)
             if value is not None and not callable(value):
@@ -89,6 +92,17 @@ class ControlProblem:
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
+    @property
+    def dynamics(self) -> ControlledSDE:
+        """The SDE, for what cannot do without.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        if self.sde is None:
+            raise ValueError(NO_DYNAMICS)
+        return self.sde
+
     def discount_at(
         self, t: Tensor, states: Float[Tensor, " paths *event"]
     ) -> float | Float[Tensor, " paths"]:
@@ -109,3 +123,18 @@ class ControlProblem:
             ),
         )
         return rate
+
+
+NO_DYNAMICS = (
+    "problem.sde must be given: the dynamics are needed here, and this problem has none (recorded "
+    "data, a black box); use what learns from paths alone: ctrl.martingale, the losses of "
+    "ctrl.q_learning, policy_gradient.return_gradient or temporal_difference_gradient"
+)
+
+
+def _unknown(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+    raise ValueError(NO_DYNAMICS)
+
+
+UNKNOWN = ControlledSDE(_unknown, _unknown, controls_diffusion=True)
+"""Stands where a solver is handed the equation and must not look at it, as a ``BlackBox``."""

@@ -33,12 +33,12 @@ def require_time_homogeneous(
 
     def at(time: float) -> dict[str, Tensor]:
         t = states.new_tensor(time)
-        sigma = problem.sde.diffusion_at(t, states, actions)
+        sigma = problem.dynamics.diffusion_at(t, states, actions)
         coefficients = {
-            "drift": problem.sde.drift_at(t, states, actions),
+            "drift": problem.dynamics.drift_at(t, states, actions),
             "diffusion": torch.as_tensor(sigma, dtype=states.dtype),
         }
-        for i, kind in enumerate(problem.sde.jump_kinds):
+        for i, kind in enumerate(problem.dynamics.jump_kinds):
             coefficients[f"intensity of jumps[{i}]"] = kind.intensity_at(t, states, actions)
             mark = kind.marks.rule(states)[1][-1].expand(len(states), -1)
             coefficients[f"sizes of jumps[{i}]"] = kind.sizes_at(t, states, actions, mark)

@@ -123,9 +123,9 @@ def _laws(
     require_dynamics(paths)
     paths = visited(paths)
     nodes, times = paths.grid.nodes.cpu(), as_like(paths.grid.nodes, paths.states)
-    for k, now in enumerate(in_order(policy, paths)):
-        x = paths.states[:, k]
-        action = mean_action(now, times[k], x)
+    policies = in_order(policy, paths)
+    for k, x in enumerate(paths.states[:, :-1].unbind(1)):
+        action = mean_action(next(policies), times[k], x)
         mean, std = gaussian.transition(sde, nodes[k], nodes[k + 1], x, action)
         require((std > 0).all(), lambda k=k: _no_density(nodes[k]))
         yield mean, std.expand_as(mean)

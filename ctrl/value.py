@@ -101,14 +101,14 @@ def martingale_increments(
 def discount_factors(problem: ControlProblem, paths: Paths) -> Float[Tensor, "*paths steps"]:
     """e^{-discount (t_k - t_0)}: what a reward of each step is worth at the first node.
 
-    [steps], or [paths, steps] where the rate of discounting is a function.
+    [steps], or [paths, steps] where the rate of discounting is a function or paths have own times.
     """
     discount = discount_rates(problem, paths)
     if isinstance(discount, Tensor):
         over = discount * as_like(paths.grid.steps, discount)
         return torch.exp(over - over.cumsum(1))
-    nodes = paths.grid.nodes[:-1]
-    return as_like(torch.exp(-discount * (nodes - nodes[0])), paths.states)
+    nodes = paths.grid.nodes[..., :-1]
+    return as_like(torch.exp(-discount * (nodes - nodes[..., :1])), paths.states)
 
 
 def generator(

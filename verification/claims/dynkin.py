@@ -273,14 +273,14 @@ def dynkin_formula(setting: Setting) -> Iterator[Check]:
         wrong(
             "discount counted from time 0 on a grid that begins later",
             "ctrl.value.discount_factors",
-            "(nodes - nodes[0])",
+            "(nodes - nodes[..., :1])",
             "nodes",
         ),
         wrong(
             "discount at the right end of a step",
             "ctrl.value.discount_factors",
-            "nodes = paths.grid.nodes[:-1]",
-            "nodes = paths.grid.nodes[1:]",
+            "nodes = paths.grid.nodes[..., :-1]",
+            "nodes = paths.grid.nodes[..., 1:]",
         ),
         wrong(
             "discount's sign",

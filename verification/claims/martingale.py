@@ -229,8 +229,8 @@ ERGODIC = replace(ENDLESS, discount=0.0)
         wrong(
             "discount of test functions one step late",
             "ctrl.value.discount_factors",
-            "nodes = paths.grid.nodes[:-1]",
-            "nodes = paths.grid.nodes[1:]",
+            "nodes = paths.grid.nodes[..., :-1]",
+            "nodes = paths.grid.nodes[..., 1:]",
         ),
         wrong(
             "test functions at the right end of a step",

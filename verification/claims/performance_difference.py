@@ -88,7 +88,7 @@ RIGHT_END = wrong(
     "paths.states[:, 1:]",
 )
 LATE = wrong(
-    "V a step late", "ctrl.paths.over_steps", "paths.grid.nodes[:-1]", "paths.grid.nodes[1:]"
+    "V a step late", "ctrl.paths.over_steps", "grid.nodes[..., :-1]", "grid.nodes[..., 1:]"
 )
 
 

@@ -268,8 +268,8 @@ def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> 
         wrong(
             "covariance of the test functions without dt in GMM",
             "ctrl.martingale.cgtd_loss",
-            '"p,k,pki,pkj->ij", weights, h,',
-            '"p,k,pki,pkj->ij", weights, h * 0 + h.mean(),',
+            '"pk,pki,pkj->ij", weights[:, None] * h,',
+            '"pk,pki,pkj->ij", weights[:, None] * (h * 0 + h.mean()),',
         ),
         wrong(
             "the stationary law for the process's own, in the continuous-time reference",

@@ -166,7 +166,7 @@ def regime_switching(setting: Setting) -> Iterator[Check]:
                 pathwise(f"q {shift} from the best action of regime {i}", q, lost, 1.0), units=SLOPE
             )
     errors = []
-    for h in (0.1, 0.05):
+    for h in (0.02, 0.01):
         got = switched(setting, h, 1)
         yield expectation(f"law of the regime after {h}", got, after_a_step(h, 1))
         generator = RATES - np.diag(RATES.sum(1))
