@@ -37,3 +37,16 @@ def test_particles_earn_the_exact_value_of_their_number(capsys):
     # the grid of 100 steps is worth less than a standard error
     assert abs(estimate.mean - exact) < 5 * estimate.standard_error
     assert abs(limit - exact) < 0.05 * abs(limit)  # starts differ by chance, values by 1/30
+
+
+def test_a_call_on_a_stock_that_jumps_is_worth_mertons_series():
+    estimate, series = main_of("jumps")
+    assert estimate.standard_error < 0.005 * series
+    assert abs(estimate.mean - series) < 5 * estimate.standard_error
+
+
+def test_an_investor_under_hestons_volatility_has_krafts_utility():
+    simulated, grid, exact, missed = main_of("heston")
+    assert abs(grid - exact) < 1e-3 * abs(exact)
+    assert abs(missed) <= 0.0125  # half a distance of the shares' grid
+    assert abs(simulated.mean - exact) < 5 * simulated.standard_error

@@ -11,7 +11,7 @@ from ctrl import hjb
 from ctrl.action_grid import trapezoid
 from ctrl.markov_chain import markov_chain
 from ctrl.state_grid import Axis
-from verification.claim import Check, Setting, bound, claim, limit, pathwise, wrong
+from verification.claim import Check, Setting, claim, limit, pathwise, wrong
 from verification.closed_form.heston import Heston
 
 H = Heston()
@@ -107,7 +107,6 @@ def controlled_correlated_noise(setting: Setting) -> Iterator[Check]:
     sde = turning()
     actions = torch.tensor([[[0.4]], [[1.0]], [[2.3]]], dtype=torch.float64)
     chain = markov_chain(ctrl.ControlProblem(sde, 1.0), PLANE, 0.0, actions)
-    yield bound("rates are not negative", -chain.rates.min(), 0.0, 1.0)
     x = torch.cartesian_prod(*(axis.points() for axis in PLANE))
     inside = (x.abs() < 0.3).all(1)
     moved = (x[chain.neighbours] - x)[:, inside]

@@ -72,7 +72,7 @@ IMPLICIT, TAMED = "ctrl.solvers.DriftImplicitEuler.step", "ctrl.solvers.TamedEul
             "step size off by half an order",
             IMPLICIT,
             "h = as_like(t1, states), float(t1 - t0)",
-            "h = as_like(t1, states), float(t1 - t0) * (1 + float(t1 - t0) ** 0.5)",
+            "h = as_like(t1, states), float(t1 - t0) * (1 + 3 * float(t1 - t0) ** 0.5)",
         ),
         wrong(
             "tamed by |b| sqrt(h)",
