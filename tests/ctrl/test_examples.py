@@ -55,3 +55,16 @@ def test_selling_costs_what_almgren_and_chriss_say():
     rate, step = 3.3, 1 / 400  # sums by the left end are off by half a step's decay
     for _, estimate, exact in main_of("almgren_chriss"):
         assert abs(estimate.mean - exact) < 5 * estimate.standard_error + rate * step * exact
+
+
+def test_a_call_on_a_stock_that_jumps_is_worth_mertons_series():
+    estimate, series = main_of("jumps")
+    assert estimate.standard_error < 0.005 * series
+    assert abs(estimate.mean - series) < 5 * estimate.standard_error
+
+
+def test_an_investor_under_hestons_volatility_has_krafts_utility():
+    simulated, grid, exact, missed = main_of("heston")
+    assert abs(grid - exact) < 1e-3 * abs(exact)
+    assert abs(missed) <= 0.0125  # half a distance of the shares' grid
+    assert abs(simulated.mean - exact) < 5 * simulated.standard_error
