@@ -15,7 +15,7 @@ Hamiltonian form of adjoint matching ([DH26]). Where sigma is free of the contro
 cost |u|^2 / 2 and drift s u it is the regression of u on s a ([DE24]).
 
 Instead of A one may take  a dW' / h  for its mean  A sigma  (``noise_matching_loss``; the
-principle's martingale term): no second derivatives, a variance of O(1/h). There ``lean_adjoints``
+principle's martingale term): no second derivatives, a variance of O(1/h) a step. ``lean_adjoints``
 do, whose control does not move with the state: at the optimum u moves no mean, so that it is
 critical, but elsewhere the gradient is not that of J. They have no second-order form: at the
 optimum the curvature of J with the controls held is not that of V.
