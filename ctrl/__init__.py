@@ -8,6 +8,7 @@ from ctrl import (
     agents,
     chains,
     girsanov,
+    jumps,
     linear,
     martingale,
     mean_field,
@@ -24,6 +25,7 @@ from ctrl import (
 )
 from ctrl.estimate import Estimate
 from ctrl.exploration import exploratory_sde
+from ctrl.jumps import Jumps
 from ctrl.martingale import LinearValue
 from ctrl.memory import PolicyWithMemory
 from ctrl.noise import Noise
@@ -48,7 +50,16 @@ from ctrl.policy import (
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
 from ctrl.simulate import simulate, simulate_end
-from ctrl.solvers import BlackBox, EulerMaruyama, Heun, Milstein, Solver, TransitionSolver
+from ctrl.solvers import (
+    BlackBox,
+    DriftImplicitEuler,
+    EulerMaruyama,
+    Heun,
+    Milstein,
+    Solver,
+    TamedEuler,
+    TransitionSolver,
+)
 from ctrl.squashed_policy import SquashedGaussianPolicy, entropy_estimates
 from ctrl.torchsde_solver import TorchSDE
 from ctrl.value import Value
@@ -58,10 +69,12 @@ __all__ = [
     "ControlProblem",
     "ControlledSDE",
     "DeterministicPolicy",
+    "DriftImplicitEuler",
     "Estimate",
     "EulerMaruyama",
     "GaussianPolicy",
     "Heun",
+    "Jumps",
     "LinearValue",
     "Milstein",
     "MultivariateGaussianPolicy",
@@ -72,6 +85,7 @@ __all__ = [
     "RandomPolicy",
     "Solver",
     "SquashedGaussianPolicy",
+    "TamedEuler",
     "TimeGrid",
     "TorchSDE",
     "TransitionSolver",
@@ -83,6 +97,7 @@ __all__ = [
     "exploratory_sde",
     "girsanov",
     "ito_sum",
+    "jumps",
     "linear",
     "martingale",
     "mean_field",

@@ -63,16 +63,17 @@ class PolicyIteration:
         self,
         chain: MarkovChain,
         improve: Improvement,
-        rate: float,
+        rate: float | Float[Tensor, " points"],
         source: Float[Tensor, " points"],
         v: Float[Tensor, " points"],
     ) -> Solved:
-        """The solution of rate v = best(r + L v) + source.
+        """The solution of rate v = best(r + L v) + source; at absorbing points, what is paid.
 
         Args:
             chain: r and L of every action.
             improve: best.
-            rate: positive, 1/time.
+            rate: positive, 1/time, at every point where it differs; may be 0 where the chain is
+                absorbed.
             source: reward/time.
             v: to start from.
 
@@ -80,12 +81,12 @@ class PolicyIteration:
             RuntimeError: no convergence.
         """
         best, mass = improve(chain.hamiltonian(v))
-        residual = best + source - rate * v
+        residual = chain.residual(best + source, rate, v)
         for count in range(1, self.iterations + 1):
             change = chain.resolvent(mass, rate, residual)
             v = v + change
             best, mass = improve(chain.hamiltonian(v))
-            residual = best + source - rate * v
+            residual = chain.residual(best + source, rate, v)
             if bool(change.abs().max() <= self.tolerance * (1 + v.abs().max())):
                 return Solved(v, mass, float(residual.abs().max()), count)
         raise RuntimeError(
@@ -121,7 +122,7 @@ def backward(
     at: Callable[[float], tuple[MarkovChain, Improvement]],
     times: Float[Tensor, " times"],
     terminal: Float[Tensor, " points"],
-    discount: float,
+    discount: Callable[[float], float | Tensor],
     method: PolicyIteration,
     order: int,
 ) -> Iterator[Solved]:
@@ -131,7 +132,7 @@ def backward(
         at: the chain and the improvement of a time.
         times: equally spaced.
         terminal: v at the last time.
-        discount: 1/time.
+        discount: of a time, 1/time; a number or [points].
         method: for each time.
         order: 1, backward Euler; or 2, backward differentiation after a first step of Euler's.
 
@@ -149,6 +150,6 @@ def backward(
             slope, source, guess = 1 / h, v / h, v
         else:  # v_t = (4 later - latest - 3 v) / (2 h)
             slope, source, guess = 1.5 / h, (4 * v - before) / (2 * h), 2 * v - before
-        solved = method.solve(chain, improve, discount + slope, source, guess)
+        solved = method.solve(chain, improve, discount(t) + slope, source, guess)
         before, v = v, solved.v
         yield solved

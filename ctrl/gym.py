@@ -7,6 +7,7 @@ gives any gymnasium environment with continuous actions to the losses of this on
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
@@ -16,11 +17,13 @@ from gymnasium import spaces
 from torch import Generator, Tensor
 
 from ctrl.devices import require_generator
+from ctrl.jumps import add_jumps
 from ctrl.paths import Paths, TimeGrid, ends_at_horizon, terminal_rewards
 from ctrl.policy import Policy
-from ctrl.problem import ControlProblem
+from ctrl.problem import UNKNOWN, ControlProblem
 from ctrl.solvers import BlackBox, EulerMaruyama, Solver
-from ctrl.user_functions import one_a_path
+from ctrl.stopping import Step, Stopping, require_inside, stopping_rule
+from ctrl.user_functions import all_finite, one_a_path
 
 Start = Callable[[np.random.Generator], np.ndarray]
 """Draws one initial state, [*event]."""
@@ -31,9 +34,10 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     The reward of a step is the running reward integrated over it (left end), undiscounted, and at
     the horizon the terminal reward too. Discounting is the learner's: ``info["discount"]`` is
-    exp(-discount h), what the next state's value is worth now. Episodes terminate at the horizon;
-    where the grid ends before it (endless problems) they are truncated. The temperature is not
-    paid: entropy belongs to the learner's policy.
+    exp(-discount h), what the next state's value is worth now. Episodes terminate at the horizon,
+    and where the state leaves the problem's domain, which pays the exit's reward; where the grid
+    ends before (endless problems) they are truncated. The temperature is not paid: entropy belongs
+    to the learner's policy.
 
     All randomness is gymnasium's: ``reset(seed=...)``.
 
@@ -54,6 +58,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         action_bound: float = math.inf,
         solver: Solver | None = None,
         observe_time: bool = True,
+        stopping: Stopping | None = None,
     ) -> None:
         """An environment.
 
@@ -66,6 +71,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 it finite.
             solver: one-step map; ``EulerMaruyama()`` if not given.
             observe_time: append t to the state: optimal policies of finite horizon need it.
+            stopping: how exits are seen, as in ``simulate``.
 
         Raises:
             ValueError: the grid ends after the horizon, or a number is out of its range.
@@ -81,6 +87,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not action_bound > 0:
             raise ValueError(f"action_bound must be positive, got {action_bound}")
         self.problem, self.grid, self._solver = problem, grid, solver or EulerMaruyama()
+        self._sde = UNKNOWN if isinstance(solver, BlackBox) else problem.dynamics
         self._nodes = grid.nodes.cpu()  # states are numpy's
         self._start, self._observe_time = start, observe_time
         first = start(np.random.default_rng(0)) if callable(start) else start
@@ -91,6 +98,10 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         bound = float(action_bound)
         self.action_space = spaces.Box(-bound, bound, (action_dim,), np.float64)
         self._state, self._step = torch.as_tensor(np.array(first, dtype=np.float64)), 0
+        self._over = False
+        black_box = isinstance(self._solver, BlackBox)
+        self._rule = stopping_rule(problem.domain, stopping, black_box=black_box)
+        self._require_inside()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -100,10 +111,15 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         Args:
             seed: of gymnasium's generator.
             options: none are known.
+
+        Raises:
+            ValueError: the start that was drawn is outside of the problem's domain.
         """
         super().reset(seed=seed)
         first = self._start(self.np_random) if callable(self._start) else self._start
         self._state, self._step = torch.as_tensor(np.array(first, dtype=np.float64)), 0
+        self._over = False
+        self._require_inside()
         return self._observation(), {"time": float(self._nodes[0])}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -117,7 +133,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 NaN; or the episode is over.
         """
         k, nodes = self._step, self._nodes
-        if k >= len(nodes) - 1:
+        if self._over or k >= len(nodes) - 1:
             raise ValueError("the episode is over: call reset()")
         wanted = self.action_space.shape
         requested = np.asarray(action, dtype=np.float64)
@@ -133,24 +149,43 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             paid = one_a_path("running_reward", self.problem.running_reward(t0, x, a), 1)
             reward += h * float(paid.detach())
         with torch.no_grad():
-            after = self._solver.step(self.problem.sde, t0, t1, x, a, self._increment(h))
+            after = self._solver.step(self._sde, t0, t1, x, a, self._increment(h))
+            if (kinds := self._sde.jump_kinds) and not isinstance(self._solver, BlackBox):
+                after, _ = add_jumps(kinds, _Drawn(self.np_random), k, t0, h, x, after, a)
         if not bool(torch.isfinite(after).all()):
             raise ValueError(
                 f"the state is not finite at t = {float(t1):g}: bound the actions (action_bound) "
                 "or refine the grid"
             )
-        self._state, self._step = after[0], k + 1
+        left = False
+        if self._rule is not None and self.problem.domain is not None:
+            uniform = torch.as_tensor(self.np_random.random(1)) if self._rule.draws else None
+            step = Step(self._sde, t0, t1, x, after, a, uniform)
+            leaves, exits = self._rule.exits(self.problem.domain, step)
+            left = bool(leaves)
+            after = exits if left else after
+        self._state, self._step, self._over = after[0], k + 1, left
         last = self._step == len(nodes) - 1
-        terminated = last and ends_at_horizon(self.problem, self.grid)
-        if terminated:
+        terminated = left or (last and ends_at_horizon(self.problem, self.grid))
+        if left and self.problem.exit_reward is not None:
+            paid = self.problem.exit_reward(t1.view(1), after)
+            reward += float(all_finite("exit_reward", one_a_path("exit_reward", paid, 1)).detach())
+        elif terminated:
             reward += float(terminal_rewards(self.problem, after).detach())
-        info = {"time": float(t1), "discount": math.exp(-self.problem.discount * h)}
+        info = {
+            "time": float(t1),
+            "discount": math.exp(-h * float(self.problem.discount_at(t0, x))),
+        }
         return self._observation(), reward, terminated, last and not terminated, info
+
+    def _require_inside(self) -> None:
+        if self.problem.domain is not None:
+            require_inside(self.problem.domain, self._nodes[0], self._state.unsqueeze(0))
 
     def _increment(self, h: float) -> Tensor:
         if isinstance(self._solver, BlackBox):
             return torch.empty(0)
-        shape = (1, *self.problem.sde.noise_shape(tuple(self._state.shape)))
+        shape = (1, *self._sde.noise_shape(tuple(self._state.shape)))
         return math.sqrt(h) * torch.as_tensor(self.np_random.standard_normal(shape))
 
     def _observation(self) -> np.ndarray:
@@ -158,6 +193,19 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not self._observe_time:
             return state
         return np.append(state, float(self._nodes[self._step]))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Normals of jumps from gymnasium's generator."""
+
+    generator: np.random.Generator
+
+    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
+        return torch.as_tensor(self.generator.standard_normal((1, kinds)))
+
+    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
+        return torch.as_tensor(self.generator.standard_normal((1, dim)))
 
 
 def sample(
@@ -173,7 +221,9 @@ def sample(
 
     Its rewards are kept (``Paths.rewards``), so the losses of ``martingale`` and ``q_learning``
     learn from them, with a ``ControlProblem`` that has no rewards of its own. Observations are the
-    states; a reward at the end is a running reward of the last step.
+    states; a reward at the end is a running reward of the last step. An episode that ends before
+    the grid does is a shorter path: over if the environment terminated it, broken off if it was
+    truncated.
 
     Args:
         env: a gymnasium environment.
@@ -188,8 +238,7 @@ def sample(
         The paths, double precision; they show no increments.
 
     Raises:
-        ValueError: an episode ends before the grid does (shorten the grid, or wrap the environment
-            so that ended episodes stand still and pay nothing), or a number is not finite.
+        ValueError: a number is not finite.
         TypeError: the environment's actions are not continuous vectors.
     """
     if not isinstance(env.action_space, spaces.Box) or len(env.action_space.shape) != 1:
@@ -197,10 +246,12 @@ def sample(
     if paths < 1:
         raise ValueError(f"paths must be at least 1, got {paths}")
     states, actions, rewards = list[Tensor](), list[Tensor](), list[list[float]]()
+    ends, over, steps = list[int](), list[bool](), len(grid.nodes) - 1
     for episode in range(paths):
         observed, _ = env.reset(seed=seed + episode)
         along, taken, paid = [_vector(observed)], list[Tensor](), list[float]()
-        for k, t in enumerate(grid.nodes[:-1].cpu().double()):
+        terminated = False
+        for t in grid.nodes[:-1].cpu().double():
             with torch.no_grad():
                 mean = policy.mean(t, along[-1].unsqueeze(0))
                 noise = None
@@ -209,20 +260,21 @@ def sample(
                     noise = torch.empty_like(mean).normal_(generator=generator)
                 action = policy.act(mean, t, noise, along[-1].unsqueeze(0))[0].cpu()
             observed, reward, terminated, truncated, _ = env.step(action.numpy())
-            if (terminated or truncated) and k < len(grid.nodes) - 2:
-                raise ValueError(
-                    f"episode {episode} ended after {k + 1} of {len(grid.nodes) - 1} steps; "
-                    "shorten the grid, or let ended episodes stand still and pay nothing"
-                )
             along.append(_vector(observed))
             taken.append(action)
             paid.append(float(reward))
-        states.append(torch.stack(along))
-        actions.append(torch.stack(taken))
-        rewards.append(paid)
+            if terminated or truncated:
+                break
+        ends.append(len(taken))
+        over.append(bool(terminated))
+        rest = steps - len(taken)  # of an episode that ended before the grid
+        states.append(torch.stack(along + rest * along[-1:]))
+        actions.append(torch.stack(taken + rest * [torch.zeros_like(taken[-1])]))
+        rewards.append(paid + rest * [0.0])
     observed_rewards = torch.tensor(rewards, dtype=torch.float64)
     if not bool(torch.isfinite(observed_rewards).all()):
         raise ValueError("rewards of env must be finite")
+    unequal = min(ends) < steps or any(over)
     return Paths(
         torch.stack(states),
         torch.stack(actions),
@@ -231,6 +283,8 @@ def sample(
         None,
         observed_rewards,
         black_box=True,
+        ends=torch.tensor(ends) if unequal else None,
+        terminated=torch.tensor(over) if unequal else None,
     )
 
 

@@ -3,6 +3,7 @@
     d_t v + gam log int exp(H(t, x, a, v_x, v_xx) / gam) da - delta v = 0      gam > 0
     d_t v + max_a H - delta v = 0                                              gam = 0
     H = b . v_x + 1/2 tr(sigma sigma' v_xx) + r,   v(T, x) = terminal reward
+    v = what is paid at the exit, on the walls of the problem's domain, if it has one
 
 ([WZZ20] equation 13). The optimal policy is Gibbs, exp(H / gam) over its integral; for gam = 0 the
 maximum over the nodes of the action grid, which costs O(distance of the nodes^2) of the value.
@@ -21,9 +22,9 @@ Sources  [KD01] Kushner & Dupuis 2001, numerical methods for stochastic control 
 """
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,7 +34,7 @@ from torch import Tensor
 from ctrl.action_grid import ActionGrid, gauss_legendre, trapezoid
 from ctrl.bellman import Improvement, PolicyIteration, Solved, backward, gibbs, greedy
 from ctrl.exploration import drawn_actions
-from ctrl.markov_chain import MarkovChain, markov_chain
+from ctrl.markov_chain import MarkovChain, absorbing_points, exit_rewards, markov_chain
 from ctrl.policy import DeterministicPolicy, GaussianPolicy, Policy, RandomPolicy, mean_action
 from ctrl.problem import ControlProblem
 from ctrl.state_grid import Axis, GridFunction, grid_points
@@ -109,7 +110,9 @@ def solve_discounted(
     Args:
         problem: of infinite horizon, its coefficients the same at all times, its SDE Ito.
         axes: the grid of the states [paths, dim], dim 1 or 2. A reflecting wall keeps the process
-            on the grid, which moves the value near it: take axes wider than what is needed.
+            on the grid, which moves the value near it: take axes wider than what is needed. Where
+            the problem has a domain, nodes on and beyond its walls are absorbing, with what is paid
+            there as the value: let the first or last node of an axis be on the wall.
         actions: over which the policy is optimised.
         differences: "monotone", or "central" (``ctrl.markov_chain.markov_chain``).
         tolerance: largest last change of v, in units of 1 + max |v|.
@@ -127,17 +130,16 @@ def solve_discounted(
         raise ValueError(
             f"horizon must be infinite, got {problem.horizon}; solve_finite_horizon is for others"
         )
-    if problem.discount == 0:
-        raise ValueError("discount must be positive where the horizon is infinite, got 0")
     with torch.no_grad(), _on_the_cpu():
         points = grid_points(axes)
+        discount = _positive_discount(problem, axes)
         for action in actions.nodes[[0, len(actions.nodes) // 2, -1]].to(points):
             require_time_homogeneous(problem, points, action.expand(len(points), *action.shape))
         each, monotone = actions.nodes.unsqueeze(1), differences == "monotone"
         chain = markov_chain(problem, axes, 0.0, each, monotone=monotone)
         start = chain.rewards.new_zeros(chain.rewards.shape[1])
         solved = PolicyIteration(tolerance, iterations).solve(
-            chain, _best(problem, actions), problem.discount, torch.zeros_like(start), start
+            chain, _best(problem, actions), discount(0.0), torch.zeros_like(start), start
         )
         return _solution(problem, axes, actions, torch.zeros(1), iter([solved]))
 
@@ -181,7 +183,8 @@ def solve_finite_horizon(
             return markov_chain(problem, axes, t, each, monotone=monotone), improve
 
         times = _times(problem, steps, order)
-        solved = backward(at, times, _terminal(problem, axes), problem.discount, method, order)
+        discount = _discount(problem, axes)
+        solved = backward(at, times, _terminal(problem, axes), discount, method, order)
         return _solution(problem, axes, actions, times, solved)
 
 
@@ -206,20 +209,19 @@ def evaluate_discounted(
         ValueError: as for ``solve_discounted``.
     """
     _check(problem, axes, differences)
-    if not math.isinf(problem.horizon) or problem.discount == 0:
-        raise ValueError(
-            "horizon must be infinite and discount positive, got "
-            f"{problem.horizon} and {problem.discount}"
-        )
+    if not math.isinf(problem.horizon):
+        raise ValueError(f"horizon must be infinite, got {problem.horizon}")
     with torch.no_grad(), _on_the_cpu():
         points = grid_points(axes)
+        discount = _positive_discount(problem, axes)
         taken = mean_action(policy, points.new_tensor(0.0), points)
         require_time_homogeneous(problem, points, taken, policy)
         monotone = differences == "monotone"
         chain, mean = _given(problem, policy, axes, 0.0, action_nodes, monotone)
         zero = chain.rewards.new_zeros(chain.rewards.shape[1])
         best, mass = mean(chain.hamiltonian(zero))
-        v = chain.resolvent(mass, problem.discount, best)
+        source = chain.residual(best, discount(0.0), zero)
+        v = chain.resolvent(mass, discount(0.0), source)
         return _function(axes, torch.zeros(1), [v])
 
 
@@ -255,7 +257,12 @@ def evaluate_finite_horizon(
 
         times = _times(problem, steps, order)
         solved = backward(
-            at, times, _terminal(problem, axes), problem.discount, PolicyIteration(1e-9, 5), order
+            at,
+            times,
+            _terminal(problem, axes),
+            _discount(problem, axes),
+            PolicyIteration(1e-9, 5),
+            order,
         )
         return _function(axes, times, [one.v for one in solved])
 
@@ -268,6 +275,29 @@ def _times(problem: ControlProblem, steps: int, order: int) -> Float[Tensor, " t
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
     return torch.linspace(0, problem.horizon, steps + 1, dtype=torch.float64)
+
+
+def _discount(problem: ControlProblem, axes: tuple[Axis, ...]) -> Callable[[float], float | Tensor]:
+    """The rate of discounting of a time, a number or one at every point, 1/time."""
+    points = grid_points(axes)
+
+    def at(t: float) -> float | Tensor:
+        rate = problem.discount_at(points.new_tensor(t), points)
+        return rate.to(points) if isinstance(rate, Tensor) else rate
+
+    return at
+
+
+def _positive_discount(
+    problem: ControlProblem, axes: tuple[Axis, ...]
+) -> Callable[[float], float | Tensor]:
+    """The same, refused where it is 0 on all of the grid and paths never end."""
+    discount = _discount(problem, axes)
+    if problem.domain is None and not bool(torch.as_tensor(discount(0.0)).any()):
+        raise ValueError(
+            "discount must be positive where the horizon is infinite and no domain is left, got 0"
+        )
+    return discount
 
 
 def _given(
@@ -305,6 +335,11 @@ def _best(problem: ControlProblem, actions: ActionGrid) -> Improvement:
 
 def _terminal(problem: ControlProblem, axes: tuple[Axis, ...]) -> Float[Tensor, " points"]:
     points = grid_points(axes)
+    absorbing = absorbing_points(problem, axes, problem.horizon)
+    if absorbing is not None:
+        paid = exit_rewards(problem, problem.horizon, points, absorbing)
+        without = replace(problem, domain=None, exit_reward=None)
+        return torch.where(absorbing, paid, _terminal(without, axes))
     if problem.terminal_reward is None:
         return points.new_zeros(len(points))
     v = problem.terminal_reward(points)
@@ -324,6 +359,7 @@ def _solution(
     solved: Iterator[Solved],
 ) -> Solution:
     ends = actions.ends().to(torch.float64)
+    nearest = _nearest_inside(problem, axes)
     v: list[Tensor] = []
     moments: list[tuple[Tensor, Tensor]] = []
     end_mass: list[Tensor] = []
@@ -336,8 +372,9 @@ def _solution(
                 "mass (at most 0.6): take more nodes, or temperature 0"
             )
         v.append(one.v)
-        moments.append(actions.moments(one.mass))
-        end_mass.append(ends @ one.mass)
+        mass = one.mass if nearest is None else one.mass[:, nearest]
+        moments.append(actions.moments(mass))
+        end_mass.append(ends @ mass)
         residual, iterations = max(residual, one.residual), max(iterations, one.iterations)
     return Solution(
         value=_function(axes, times, v),
@@ -347,6 +384,19 @@ def _solution(
         residual=residual,
         iterations=iterations,
     )
+
+
+def _nearest_inside(problem: ControlProblem, axes: tuple[Axis, ...]) -> Tensor | None:
+    """Whose policy stands at each point: at an absorbing one, which has none, its neighbour's."""
+    end = 0.0 if math.isinf(problem.horizon) else problem.horizon
+    absorbing = absorbing_points(problem, axes, end)
+    if absorbing is None:
+        return None
+    points = grid_points(axes) / torch.tensor([axis.spacing for axis in axes]).to(torch.float64)
+    inside, nearest = (~absorbing).nonzero().squeeze(1), torch.arange(len(points))
+    some = [torch.cdist(each, points[inside]).argmin(1) for each in points[absorbing].split(64)]
+    nearest[absorbing] = inside[torch.cat(some)]
+    return nearest
 
 
 def _function(axes: tuple[Axis, ...], times: Tensor, rows: list[Tensor]) -> GridFunction:
@@ -381,4 +431,5 @@ def _check(problem: ControlProblem, axes: tuple[Axis, ...], differences: str) ->
         raise ValueError(f"axes must be one or two of Axis, got {axes}")
     if differences not in ("monotone", "central"):
         raise ValueError(f"differences must be 'monotone' or 'central', got {differences!r}")
-    problem.sde.require_calculus("ito", "the HJB solver")
+    problem.dynamics.require_calculus("ito", "the HJB solver")
+    problem.dynamics.require_no_jumps("the HJB solver's grid has no integral over their sizes")

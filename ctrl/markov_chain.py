@@ -10,8 +10,12 @@ over neighbours y of x. With non-negative rates the scheme is monotone, so that 
     by |b| h, which is upwind differencing, order 1, where there is no noise at all.
 
 Correlated noise goes along the diagonals of a cell: along the one on which the two noises agree in
-sign, which is monotone only where the covariance is diagonally dominant in units of the spacings;
-or, for central differences throughout, along both with opposite signs, of order 2 and for any.
+sign, where the covariance is diagonally dominant in units of the spacings, and where it is not
+along wider moves (``ctrl.wide_stencil``); or, for central differences throughout, along both
+diagonals with opposite signs, of order 2 and for any.
+
+Where the problem has a domain, points that are not inside are absorbing: v is there what is paid at
+the exit (Dirichlet's condition). Put points onto its walls, or v is off by O(spacing).
 
 Sources  [KD01] Kushner & Dupuis 2001, numerical methods for stochastic control problems in
          continuous time, 2nd edition.
@@ -23,11 +27,12 @@ import numpy as np
 import scipy.sparse as sparse  # pyright: ignore[reportMissingTypeStubs]  # scipy has none
 import scipy.sparse.linalg as splinalg  # pyright: ignore[reportMissingTypeStubs]  # nor here
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ctrl.problem import ControlProblem
 from ctrl.state_grid import Axis, grid_points, neighbours
+from ctrl.wide_stencil import wide_moves
 
 _ROWS = 2**18  # states and actions that are evaluated at once: tens of megabytes
 
@@ -40,11 +45,27 @@ class MarkovChain:
         neighbours: index of the point that each move leads to, [moves, points].
         rates: of each move, 1/time, [moves, actions, points].
         rewards: running reward, reward/time, [actions, points].
+        absorbing: points at which the chain ends, if there are any; they have rates and rewards 0.
+        paid: what is paid there, reward; 0 elsewhere.
     """
 
     neighbours: Tensor
     rates: Float[Tensor, "moves actions points"]
     rewards: Float[Tensor, "actions points"]
+    absorbing: Bool[Tensor, " points"] | None = None
+    paid: Float[Tensor, " points"] | None = None
+
+    def residual(
+        self,
+        best: Float[Tensor, " points"],
+        rate: float | Float[Tensor, " points"],
+        v: Float[Tensor, " points"],
+    ) -> Float[Tensor, " points"]:
+        """best - rate v, or paid - v at absorbing points: 0 for the solution."""
+        inside = best - rate * v
+        if self.absorbing is None or self.paid is None:
+            return inside
+        return torch.where(self.absorbing, self.paid - v, inside)
 
     def hamiltonian(self, v: Float[Tensor, " points"]) -> Float[Tensor, "actions points"]:
         """r + L^a v, reward/time."""
@@ -56,14 +77,20 @@ class MarkovChain:
     def resolvent(
         self,
         mass: Float[Tensor, "actions points"],
-        rate: float,
+        rate: float | Float[Tensor, " points"],
         source: Float[Tensor, " points"],
     ) -> Float[Tensor, " points"]:
-        """The solution v of rate v - L v = source, L averaged over actions with ``mass``."""
+        """The solution v of rate v - L v = source, L averaged over actions with ``mass``.
+
+        At absorbing points v = source.
+        """
         moves, points = self.neighbours.shape
         averaged = (self.rates * mass).sum(1)  # [moves, points]
         here = np.arange(points)
-        values = np.concatenate([-averaged.numpy().ravel(), rate + averaged.sum(0).numpy()])
+        leaves = rate + averaged.sum(0)
+        if self.absorbing is not None:
+            leaves = torch.where(self.absorbing, 1, leaves)
+        values = np.concatenate([-averaged.numpy().ravel(), leaves.numpy()])
         rows = np.concatenate([np.tile(here, moves), here])
         columns = np.concatenate([self.neighbours.numpy().ravel(), here])
         matrix = sparse.csc_matrix((values, (rows, columns)), shape=(points, points))
@@ -94,12 +121,62 @@ def markov_chain(
             correlated too strongly for a monotone scheme on this grid.
     """
     points = grid_points(axes)
+    absorbing = absorbing_points(problem, axes, t)
+    asked = points
+    if absorbing is not None:  # on a wall the coefficients need not be finite
+        asked = torch.where(absorbing.unsqueeze(1), points[~absorbing][:1], points)
     actions = actions.expand(actions.shape[0], len(points), *actions.shape[2:])
     at_once = max(1, _ROWS // len(points))
-    parts = [_coefficients(problem, t, points, some) for some in actions.split(at_once)]
+    parts = [_coefficients(problem, t, asked, some) for some in actions.split(at_once)]
     drift, covariance, rewards = (torch.cat(part) for part in zip(*parts, strict=True))
     moves, rates = _rates(axes, drift, covariance, monotone)
-    return MarkovChain(torch.stack([neighbours(axes, move) for move in moves]), rates, rewards)
+    reached = torch.stack([neighbours(axes, move) for move in moves])
+    if absorbing is None:
+        return MarkovChain(reached, rates, rewards)
+    paid = exit_rewards(problem, t, points, absorbing)
+    rates, rewards = (torch.where(absorbing, 0, each) for each in (rates, rewards))
+    return MarkovChain(reached, rates, rewards, absorbing, paid)
+
+
+def absorbing_points(
+    problem: ControlProblem, axes: tuple[Axis, ...], t: float
+) -> Bool[Tensor, " points"] | None:
+    """Points of the grid that are not inside the problem's domain; None where it has none.
+
+    Raises:
+        ValueError: all points are inside, so that the walls are beyond the grid; or none is.
+    """
+    if problem.domain is None:
+        return None
+    points = grid_points(axes)
+    distance = problem.domain.signed_distance(points.new_tensor(t), points)
+    # a node on a wall may be inside by round-off
+    outside = distance <= 1e-9 * min(axis.spacing for axis in axes)
+    if bool(outside.all()) or not bool(outside.any()):
+        where = "outside" if bool(outside.all()) else "inside"
+        raise ValueError(
+            f"axes must reach from inside the problem's domain to its walls, but at t = {t:g} all "
+            f"points are {where}; put the first or the last node of an axis onto a wall"
+        )
+    return outside
+
+
+def exit_rewards(
+    problem: ControlProblem, t: float, points: Tensor, absorbing: Tensor
+) -> Float[Tensor, " points"]:
+    """What is paid at absorbing points, 0 at others."""
+    at = points[absorbing]
+    paid = at.new_zeros(len(at))
+    if problem.exit_reward is not None:
+        paid = problem.exit_reward(at.new_full((len(at),), t), at)
+    elif problem.terminal_reward is not None:
+        paid = problem.terminal_reward(at)
+    if paid.shape != at.shape[:1] or not bool(torch.isfinite(paid).all()):
+        raise ValueError(
+            f"what is paid at an exit must be [{len(at)}] finite numbers, one for each state, got "
+            f"{list(paid.shape)}"
+        )
+    return points.new_zeros(len(points)).masked_scatter(absorbing, paid.to(points))
 
 
 def _coefficients(
@@ -110,8 +187,8 @@ def _coefficients(
     time = points.new_tensor(t)
     x = points.expand(many, n, dim).reshape(-1, dim)
     a = actions.reshape(many * n, *actions.shape[2:])
-    b = problem.sde.drift_at(time, x, a)
-    sigma = problem.sde.columns(time, x, a).to(x)
+    b = problem.dynamics.drift_at(time, x, a)
+    sigma = problem.dynamics.columns(time, x, a).to(x)
     r = x.new_zeros(len(x))
     if problem.running_reward is not None:
         r = problem.running_reward(time, x, a)
@@ -126,6 +203,12 @@ def _coefficients(
     return b.view(many, n, dim), covariance.view(many, n, dim, dim), r.to(x).view(many, n)
 
 
+def _is_too_correlated(axes: tuple[Axis, ...], covariance: Tensor, cross: Tensor) -> bool:
+    """Whether moves to the neighbours alone would have a negative rate somewhere."""
+    noises = [covariance[..., i, i] / (2 * axis.spacing**2) for i, axis in enumerate(axes)]
+    return any(bool((noise - cross.abs() < -1e-12 * noise.abs().max()).any()) for noise in noises)
+
+
 def _rates(
     axes: tuple[Axis, ...], drift: Tensor, covariance: Tensor, monotone: bool
 ) -> tuple[list[tuple[int, ...]], Tensor]:
@@ -133,11 +216,15 @@ def _rates(
     moves: list[tuple[int, ...]] = []
     rates: list[Tensor] = []
     diagonal = covariance.new_zeros(covariance.shape[:2])
+    wide: list[Tensor] | None = None  # noise along the axes, where moves off them are wide
     if len(axes) == 2:
         cross = covariance[..., 0, 1] / (2 * axes[0].spacing * axes[1].spacing)
         if bool(cross.any()):
             moves += [(1, 1), (-1, -1), (1, -1), (-1, 1)]
-            if monotone:
+            if monotone and _is_too_correlated(axes, covariance, cross):
+                h = covariance.new_tensor([axis.spacing for axis in axes])
+                moves, rates, wide = wide_moves(covariance / (h[:, None] * h))
+            elif monotone:
                 diagonal = cross.abs()  # of the noise along the axes it takes this part
                 rates += 2 * [cross.clamp(min=0)] + 2 * [(-cross).clamp(min=0)]
             else:
@@ -146,13 +233,7 @@ def _rates(
     for i, axis in enumerate(axes):
         h = axis.spacing
         noise = covariance[..., i, i] / (2 * h * h)
-        diffusive = noise - diagonal
-        if bool((diffusive < -1e-12 * noise.abs().max()).any()):
-            raise ValueError(
-                "the noises of the two coordinates are correlated too strongly for a monotone "
-                f"scheme: the covariance must have |c_01| <= c_{i}{i} h_{1 - i} / h_{i} for "
-                "spacings h; choose spacings in the ratio of the noises, or differences='central'"
-            )
+        diffusive = noise - diagonal if wide is None else wide[i]
         diffusive, pull = diffusive.clamp(min=0), drift[..., i] / (2 * h)
         full = torch.maximum(diffusive, pull.abs()) if monotone else diffusive
         for sign in (1, -1):

@@ -28,7 +28,7 @@ from ctrl.devices import as_like
 from ctrl.linear.gaussian import transition
 from ctrl.linear.lq import LinearQuadratic
 from ctrl.martingale import Features, LinearValue
-from ctrl.paths import Paths, TimeGrid, over_steps, regularised_rewards
+from ctrl.paths import Paths, TimeGrid, common_grid, over_steps, regularised_rewards
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
 from ctrl.user_functions import all_finite, own_memory
@@ -151,13 +151,14 @@ def galerkin(
         rewards=None,
         ends=None,
         terminated=None,
-        grid=TimeGrid(paths.grid.nodes[: count + 1]),
+        grid=TimeGrid(common_grid(paths).nodes[: count + 1]),
     )
     rewards = regularised_rewards(problem, paths, policy)[:, :count] / as_like(step, paths.states)
 
     def equation(function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         def at(t: Tensor, x: Tensor, later: Tensor) -> Tensor:
-            return generator(function, t, x, later, step) - problem.discount * function(t, x)
+            drift = generator(function, t, x, later, step)
+            return drift - problem.discount_at(t, x) * function(t, x)
 
         return over_steps(at, begin, ahead)
 
@@ -182,9 +183,7 @@ def galerkin(
 
 
 def _equal_step(paths: Paths, order: int) -> Float[Tensor, ""]:
-    if not isinstance(paths.grid, TimeGrid):
-        raise TypeError(f"grid must be a TimeGrid, got {type(paths.grid).__name__}")
-    steps = paths.grid.steps
+    steps = common_grid(paths).steps
     if len(steps) < order:
         raise ValueError(
             f"paths must have at least {order} steps for order {order}, got {len(steps)}"

@@ -266,32 +266,45 @@ class BridgeCorrected:
 
     draws: bool = True
 
+    def crossed(self, domain: Domain, step: Step) -> Float[Tensor, "paths walls"]:
+        """Probability that each wall was crossed, given both ends of the step.
+
+        Raises:
+            TypeError: the domain does not know its walls.
+        """
+        walled = _walled(domain)
+        x0, h = step.before, float(step.t1 - step.t0)
+        t0, t1 = as_like(step.t0, x0), as_like(step.t1, x0)
+        distance, normals = walled.walls(t0, x0)
+        beyond, _ = walled.walls(t1, step.after)
+        variance = h * _across(step.sde, t0, x0, step.action, normals)
+        inside = (distance > 0) & (beyond > 0)
+        return torch.where(inside, torch.exp(-2 * distance * beyond / variance), 1)
+
     def exits(self, domain: Domain, step: Step) -> tuple[Tensor, Tensor]:
         """Nodes that are outside, and bridges that touched a wall.
 
         Raises:
             TypeError: the domain does not know its walls.
         """
-        if not isinstance(domain, WalledDomain):
-            raise TypeError(
-                f"domain must know its walls to be bridge corrected, got {type(domain).__name__}; "
-                "use AtNodes(), or Interval, HalfSpace, Box or Ball"
-            )
         assert step.uniform is not None
-        x0, h = step.before, float(step.t1 - step.t0)
-        t0, t1 = as_like(step.t0, x0), as_like(step.t1, x0)
-        distance, normals = domain.walls(t0, x0)
-        beyond, _ = domain.walls(t1, step.after)
-        variance = h * _across(step.sde, t0, x0, step.action, normals)
-        crossed = torch.exp(-2 * distance * beyond / variance)
-        crossed = torch.where((beyond > 0) & (distance > 0), crossed, 1)
+        crossed = self.crossed(domain, step)
         touched = 1 - (1 - crossed).prod(1)
-        leaves = (step.uniform < touched) | (beyond <= 0).any(1)
+        leaves = (step.uniform < touched) | (crossed == 1).any(1)
         # the same number, uniform again given that the path leaves, chooses the wall
         share = crossed.cumsum(1) / crossed.sum(1, keepdim=True)
         level = step.uniform / torch.where(touched > 0, touched, 1)
         wall = (share <= level.unsqueeze(1)).sum(1).clamp(max=crossed.shape[1] - 1)
-        return leaves, _onto(domain, t1, step.after, wall)
+        return leaves, _onto(_walled(domain), as_like(step.t1, step.after), step.after, wall)
+
+
+def _walled(domain: Domain) -> WalledDomain:
+    if isinstance(domain, WalledDomain):
+        return domain
+    raise TypeError(
+        f"domain must know its walls to be bridge corrected, got {type(domain).__name__}; use "
+        "AtNodes(), or Interval, HalfSpace, Box or Ball"
+    )
 
 
 def _across(
@@ -322,8 +335,31 @@ def _onto(domain: WalledDomain, t: Tensor, x: Tensor, wall: Tensor) -> Tensor:
     return (flat - (passed.unsqueeze(2) * normals).sum(1)).view_as(x)
 
 
-def rule_for(domain: Domain, black_box: bool) -> Stopping:
-    """``BridgeCorrected`` where the domain knows its walls and the noise is known; ``AtNodes``."""
+def stopping_rule(
+    domain: Domain | None, stopping: Stopping | None, *, black_box: bool
+) -> Stopping | None:
+    """The rule by which paths leave a domain; None where there is none.
+
+    Args:
+        domain: to leave.
+        stopping: the rule; if not given ``BridgeCorrected()`` where the domain knows its walls and
+            there are bridges, else ``AtNodes()``.
+        black_box: whether the noise between nodes is not known, so that there are no bridges.
+
+    Raises:
+        TypeError: ``stopping`` is no rule.
+        ValueError: there is no domain, or no bridge, for this rule.
+    """
+    if stopping is not None and (isinstance(stopping, type) or not isinstance(stopping, Stopping)):
+        raise TypeError(f"stopping must be AtNodes() or BridgeCorrected(), got {stopping!r}")
+    if domain is None:
+        if stopping is not None:
+            raise ValueError("stopping must be None for a problem without a domain to leave")
+        return None
+    if black_box and stopping is not None and stopping.draws:
+        raise ValueError("stopping must be AtNodes() for a BlackBox, whose noise is not known")
+    if stopping is not None:
+        return stopping
     bridges = isinstance(domain, WalledDomain) and not black_box
     return BridgeCorrected() if bridges else AtNodes()
 

@@ -564,23 +564,24 @@ def _carried_out(family: Family, arguments: Sequence[str]) -> int:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a user's module beside them
     try:
-        if arguments[:1] == ["evaluate"]:
-            words = list(arguments[1:])
-            evaluation = tyro.cli(Evaluate, args=words, prog=f"{family.program} evaluate")
-            _quiet_libraries()
-            run_evaluate(family, evaluation)
-        elif arguments and arguments[0] in family.commands:
-            _quiet_libraries()
-            family.commands[arguments[0]](arguments[1:])
-        else:
-            words = arguments[1:] if arguments[:1] == ["finetune"] else arguments
-            options = read(family, words)
-            folder = options.output
-            named = options.arguments()
-            _quiet_libraries()
-            if options.estimate:
-                return _show_cost(estimate(**{k: v for k, v in named.items() if k != "output"}))
-            _show(finetune(**named, resume=options.resume is not None), options)
+        with interruptible():  # an error that hides a signal is one
+            if arguments[:1] == ["evaluate"]:
+                words = list(arguments[1:])
+                evaluation = tyro.cli(Evaluate, args=words, prog=f"{family.program} evaluate")
+                _quiet_libraries()
+                run_evaluate(family, evaluation)
+            elif arguments and arguments[0] in family.commands:
+                _quiet_libraries()
+                family.commands[arguments[0]](arguments[1:])
+            else:
+                words = arguments[1:] if arguments[:1] == ["finetune"] else arguments
+                options = read(family, words)
+                folder = options.output
+                named = options.arguments()
+                _quiet_libraries()
+                if options.estimate:
+                    return _show_cost(estimate(**{k: v for k, v in named.items() if k != "output"}))
+                _show(finetune(**named, resume=options.resume is not None), options)
     except SystemExit as ended:  # help, or an option of the wrong type: it is printed
         return int(ended.code or 0)
     except KeyboardInterrupt:

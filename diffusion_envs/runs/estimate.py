@@ -127,6 +127,7 @@ class RunCost:
 
 BASE = "interpreter and libraries"
 LATER = "libraries that are loaded later"
+WHOLE = "whole weights, to sample with"
 HEAP = "pieces of the heap between tensors"
 _LATER = 80 * 2**20  # bytes; measured, as is what follows (benchmarks.run_cost)
 _HEAP = 5.5  # times a call's tensors without a gradient
@@ -139,6 +140,7 @@ _REMEDIES = {
     "gradients": "train a LoRA (--trains lora), or a smaller --lora-rank",
     "state of the optimiser": "moments of 8 bits (--optimiser adamw-8bit), or a LoRA",
     "copies of what trains": "leave out --average, or train a LoRA (--trains lora)",
+    WHOLE: "train a LoRA (--trains lora)",
     "value network": "an objective without one, such as ddpo or grpo",
     "activations": "recompute them (--gradient-checkpointing), or fewer rows at once (--batch)",
     HEAP: "set MALLOC_MMAP_THRESHOLD_=262144 in the environment, for slower calls",
@@ -182,7 +184,8 @@ def estimate(
         size: as of ``finetune``.
         options: as of ``finetune``.
         seed: as of ``finetune``.
-        processes: that share the samples; the answer is for each of them.
+        processes: that share the samples, and the weights where the model is sharded; the answer is
+            for each of them.
         timed: whether operations are timed, for about ``BUDGET`` seconds.
         clock: that is read for it.
 
@@ -219,11 +222,12 @@ def estimate(
             log_path_kl=options.log_path_kl,
         )
         course = plan.rehearse()
-        held = _held(loaded, plan, optimiser, kind, base)
+        shares = processes if getattr(model, "sharded", False) else 1
+        held = _held(loaded, plan, optimiser, kind, base, shares)
         peaks = {
-            "first update": _peak(course.first, networks, size.batch, kind),
-            "update": _peak(course.update, networks, size.batch, kind),
-            "evaluation": _peak(course.evaluation, networks, size.batch, kind),
+            "first update": held.whole | _peak(course.first, networks, size.batch, kind),
+            "update": held.whole | _peak(course.update, networks, size.batch, kind),
+            "evaluation": held.whole | _peak(course.evaluation, networks, size.batch, kind),
             "step of the optimiser": held.stepping,
             "checkpoint": held.checkpoint if kind == "cpu" else {},
             "export": held.export if kind == "cpu" else {},
@@ -359,6 +363,7 @@ def _peak(moments: list[Moment], networks: _Networks, batch: int, kind: str) -> 
 @dataclass(frozen=True)
 class _Held:
     always: dict[str, int]
+    whole: dict[str, int]  # of sharded weights, while they are sampled with
     stepping: dict[str, int]
     checkpoint: dict[str, int]
     export: dict[str, int]
@@ -375,8 +380,15 @@ def _bytes(tensor: Tensor) -> int:
     return local(tensor).numel() * tensor.dtype.itemsize
 
 
-def _held(model: Model, plan: Plan, optimiser: Optimiser, kind: str, base: int) -> _Held:
-    """What a trainer holds beside the networks' activations and the paths."""
+def _held(
+    model: Model, plan: Plan, optimiser: Optimiser, kind: str, base: int, shares: int
+) -> _Held:
+    """What a trainer holds beside the networks' activations and the paths.
+
+    Of weights that are sharded among so many processes each holds a part, and of gradients, moments
+    and copies. It holds the whole weights too while it samples; they are counted for all of an
+    update, of which the rest holds less.
+    """
     trained = sum(_bytes(parameter) for parameter in model.parameters)
     networks = dict(model.networks) if isinstance(model, WithNetworks) else {}
     everything = sum(bytes_of(part) for name, part in networks.items() if name != FROZEN)
@@ -389,19 +401,21 @@ def _held(model: Model, plan: Plan, optimiser: Optimiser, kind: str, base: int) 
     always = {
         **({BASE: base, LATER: _LATER} if kind == "cpu" else {}),
         "weights of the networks": max(0, everything - trained),
-        name: trained,
-        "pretrained copy": frozen,
-        "gradients": trained,
-        "state of the optimiser": state,
-        "copies of what trains": trained * (1 + averages),
+        name: trained // shares,
+        "pretrained copy": frozen // shares,
+        "gradients": trained // shares,
+        "state of the optimiser": state // shares,
+        "copies of what trains": trained * (1 + averages) // shares,
         "value network": 4 * value,  # with its gradient and the optimiser's state
     }
     always = {name: size for name, size in always.items() if size}
     written = trained * (1 + averages + lags) + state + 3 * value
     pipeline = everything if frozen else 0
+    missing = (trained + frozen) * (shares - 1) // shares
     return _Held(
         always=always,
-        stepping={"state of the optimiser, temporary": temporary},
+        whole={WHOLE: missing} if missing else {},
+        stepping={"state of the optimiser, temporary": temporary // shares},
         checkpoint={"copy for the checkpoint": written},
         export={"pipeline that is read back": pipeline},
     )

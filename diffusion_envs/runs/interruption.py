@@ -21,6 +21,29 @@ class Interruption:
         if self.requested:
             raise KeyboardInterrupt
 
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Within this context an error stands for the end that was asked for, if it hides that.
+
+        What is written in C may drop the exception that a signal raises in it, and raise an error
+        of its own: torch does where it asks for the shape of what a file holds. An error in what is
+        done to obey a signal stays what it is.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.requested and not _while_obeying(error):
+                raise KeyboardInterrupt from error
+            raise
+
+
+def _while_obeying(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
+
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
@@ -30,7 +53,8 @@ def interruptible() -> Iterator[Interruption]:
     so is every thread but the main one, where Python lets no handler be set.
     """
     if _obeyed:
-        yield _obeyed[-1]
+        with _obeyed[-1].told():
+            yield _obeyed[-1]
         return
     interruption = Interruption()
     former = {}
@@ -50,7 +74,8 @@ def interruptible() -> Iterator[Interruption]:
     if former:
         _obeyed.append(interruption)
     try:
-        yield interruption
+        with interruption.told():
+            yield interruption
     finally:
         if former:
             _obeyed.remove(interruption)

@@ -118,7 +118,9 @@ def test_paths_of_an_environment_carry_its_rewards():
     assert ctrl.running_rewards(unpaid, paths) is paths.rewards
     value = lambda t, x: x[:, 0]
     dm = ctrl.martingale.increments(value, unpaid, paths)
-    by_hand = paths.states[:, 1:, 0] - paths.states[:, :-1, 0] + paths.rewards
+    after = paths.states[:, 1:, 0].clone()
+    after[:, -1] = 0  # the environment terminates at its horizon, and has paid all
+    by_hand = after - paths.states[:, :-1, 0] + paths.rewards
     torch.testing.assert_close(dm, by_hand)
 
 
@@ -158,11 +160,73 @@ def test_another_librarys_environment_is_a_black_box_to_learn_from():
     assert bool(torch.isfinite(value.coefficients).all())
 
 
-def test_episodes_that_end_early_and_discrete_actions_are_refused():
-    g, policy = torch.Generator(), ctrl.GaussianPolicy(lambda t, x: x[:, :2], 0.3)
-    longer = ctrl.uniform_grid(1.0, 5)
-    with pytest.raises(ValueError, match="ended after 3 of 5"):
-        sample(env(), policy, longer, 1, seed=0, generator=g)
+WALLED = ctrl.ControlProblem(
+    ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 0.35),
+    math.inf,
+    lambda t, x, a: -1 + 0 * x[:, 0],
+    discount=0.3,
+    domain=ctrl.stopping.Interval(-0.5, 0.5),
+    exit_reward=lambda t, x: 3 + t + x[:, 0],
+)
+STEPS = ctrl.uniform_grid(1.0, 5)
+
+
+def test_an_episode_ends_where_the_domain_is_left_and_pays_the_exit():
+    """The same noise in simulate leaves at the same step."""
+    paths, draws = 20, 0
+    for seed in range(paths):
+        one = ControlEnv(WALLED, STEPS, np.array([0.1]), 1, observe_time=False)
+        one.reset(seed=seed)
+        again = np.random.default_rng()
+        again.bit_generator.state = one.np_random.bit_generator.state
+        drawn = [(again.standard_normal((1, 1)), again.random(1)) for _ in range(5)]
+        increments = torch.tensor(np.array([dw for dw, _ in drawn])).view(1, 5, 1) * 0.2**0.5
+        uniform = torch.tensor(np.array([u for _, u in drawn])).view(1, 5)
+        policy = ctrl.DeterministicPolicy(lambda t, x: 0.2 + 0 * x)
+        start = torch.tensor([[0.1]], dtype=torch.float64)
+        noise = ctrl.Noise(increments, exits=uniform)
+        path = ctrl.simulate(WALLED, policy, start, STEPS, noise=noise)
+        end = int(path.ends[0])
+        for k in range(end):
+            seen, reward, terminated, truncated, _ = one.step(np.array([0.2]))
+            np.testing.assert_allclose(seen, path.states[0, k + 1], atol=1e-14)
+            assert terminated == (k + 1 == end and bool(path.terminated[0]))
+            paid = 3 + float(STEPS.nodes[end]) + float(path.states[0, -1, 0]) if terminated else 0
+            assert reward == pytest.approx(paid - 0.2)
+        assert truncated == (not terminated)
+        draws += terminated
+        with pytest.raises(ValueError, match="over"):
+            one.step(np.array([0.2]))
+    assert 5 < draws < paths
+
+
+def test_episodes_of_different_length_become_paths_with_ends():
+    """Terminated: over. Truncated: broken off."""
+    policy = ctrl.DeterministicPolicy(lambda t, x: 0.2 + 0 * x)
+    walled = ControlEnv(WALLED, STEPS, np.array([0.1]), 1, observe_time=False)
+    generator = torch.Generator()
+    paths = sample(walled, policy, STEPS, 20, seed=0, generator=generator)
+    left = paths.states[:, -1, 0].abs() == 0.5
+    assert torch.equal(paths.terminated, left)
+    assert left.any()
+    assert not left.all()
+    assert bool((paths.ends < 5).any())
+    bare = ctrl.ControlProblem(WALLED.sde, math.inf, discount=0.3)
+    along = ctrl.value.values(lambda t, x: 7 + 0 * x[:, 0], bare, paths)
+    assert torch.equal(along[:, -1], torch.where(left, 0.0, 7.0).double())
+    short = sample(env(), DRAWN, ctrl.uniform_grid(1.0, 5), 2, seed=0, generator=generator)
+    assert short.ends.tolist() == [3, 3]
+    assert short.terminated.all()
+    outside = lambda rng: rng.standard_normal(1) + 9
+    with pytest.raises(ValueError, match="domain must contain a start"):
+        ControlEnv(WALLED, STEPS, outside, 1)
+
+
+DRAWN = ctrl.GaussianPolicy(lambda t, x: x[:, :2], 0.3)
+
+
+def test_discrete_actions_are_refused():
+    g, policy = torch.Generator(), DRAWN
     with pytest.raises(TypeError, match="continuous"):
         sample(gymnasium.make("CartPole-v1"), policy, GRID, 1, seed=0, generator=g)
     with pytest.raises(ValueError, match="paths"):

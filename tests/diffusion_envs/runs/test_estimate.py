@@ -106,6 +106,13 @@ def test_all_weights_are_held_six_times_and_read_back_at_the_end():
         assert cost.held[name] == pytest.approx(trained, rel=0.01), name
     assert cost.held["state of the optimiser"] == pytest.approx(2 * trained, rel=0.01)
     assert cost.phases["checkpoint"] > sum(cost.held.values()) + 2.9 * trained
+    sharded = cost_of(StableDiffusion("tiny", trains="all", sharded=True), processes=2)
+    for name in ("weights that train", "pretrained copy", "gradients", "copies of what trains"):
+        assert sharded.held[name] == cost.held[name] // 2, name
+    assert sharded.held["state of the optimiser"] == cost.held["state of the optimiser"] // 2
+    whole = (trained + cost.held["pretrained copy"]) // 2
+    for phase in ("first update", "update", "evaluation"):
+        assert sharded.phases[phase] > sum(sharded.held.values()) + whole, phase
 
 
 @pytest.mark.parametrize("objective", ["DDPO", "ScoreAsAction"])

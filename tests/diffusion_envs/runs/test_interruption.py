@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 
 import pytest
 
@@ -50,6 +50,38 @@ def test_a_signal_whose_exception_is_dropped_is_seen_at_the_next_check():
             os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             interruption.check()
+
+
+def drops_it() -> None:
+    """What code in C may do with the exception of a handler."""
+    with suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+    raise RuntimeError("could not determine the shape")
+
+
+def fails_while_it_obeys() -> None:
+    """A checkpoint that cannot be written."""
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        raise OSError("the disk is full") from None
+
+
+@pytest.mark.parametrize("within", [interruptible, nullcontext])
+def test_an_error_that_hides_a_signal_is_told_as_one(within):
+    with pytest.raises(KeyboardInterrupt) as told, interruptible(), within():
+        drops_it()
+    assert isinstance(told.value.__cause__, RuntimeError)
+
+
+def test_an_error_while_a_signal_is_obeyed_stays_what_it_is():
+    with pytest.raises(OSError, match="full"), interruptible():
+        fails_while_it_obeys()
+
+
+def test_an_error_without_a_signal_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="shape"), interruptible(), interruptible():
+        raise RuntimeError("could not determine the shape")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
