@@ -175,7 +175,8 @@ def simulate(
     mean = rates.matrices.new_full((len(start),), fastest * (end - begin))
     counts = torch.poisson(mean, generator=generator)
     most = int(counts.max())
-    uniform = torch.rand(len(start), 2, most, dtype=mean.dtype, generator=generator)
+    shape = (len(start), 2, most)
+    uniform = torch.rand(shape, dtype=mean.dtype, device=mean.device, generator=generator)
     index = torch.arange(most).to(counts)
     late = index >= counts[:, None]
     times = (begin + (end - begin) * uniform[:, 0]).masked_fill(late, end).sort(dim=1).values
