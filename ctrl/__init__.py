@@ -4,15 +4,20 @@ Three nouns (problem, policy, paths) and pure functions of them.
 """
 
 from ctrl import (
+    adjoint_matching,
     agents,
+    chains,
     girsanov,
+    jumps,
     linear,
     martingale,
+    mean_field,
     noise,
     phibe,
     policy_gradient,
     problems,
     q_learning,
+    risk_sensitive,
     stopping,
     transitions,
     trust_region,
@@ -20,6 +25,7 @@ from ctrl import (
 )
 from ctrl.estimate import Estimate
 from ctrl.exploration import exploratory_sde
+from ctrl.jumps import Jumps
 from ctrl.martingale import LinearValue
 from ctrl.memory import PolicyWithMemory
 from ctrl.noise import Noise
@@ -44,7 +50,16 @@ from ctrl.policy import (
 from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE
 from ctrl.simulate import simulate, simulate_end
-from ctrl.solvers import BlackBox, EulerMaruyama, Heun, Milstein, Solver, TransitionSolver
+from ctrl.solvers import (
+    BlackBox,
+    DriftImplicitEuler,
+    EulerMaruyama,
+    Heun,
+    Milstein,
+    Solver,
+    TamedEuler,
+    TransitionSolver,
+)
 from ctrl.squashed_policy import SquashedGaussianPolicy, entropy_estimates
 from ctrl.torchsde_solver import TorchSDE
 from ctrl.value import Value
@@ -54,10 +69,12 @@ __all__ = [
     "ControlProblem",
     "ControlledSDE",
     "DeterministicPolicy",
+    "DriftImplicitEuler",
     "Estimate",
     "EulerMaruyama",
     "GaussianPolicy",
     "Heun",
+    "Jumps",
     "LinearValue",
     "Milstein",
     "MultivariateGaussianPolicy",
@@ -68,17 +85,22 @@ __all__ = [
     "RandomPolicy",
     "Solver",
     "SquashedGaussianPolicy",
+    "TamedEuler",
     "TimeGrid",
     "TorchSDE",
     "TransitionSolver",
     "Value",
+    "adjoint_matching",
     "agents",
+    "chains",
     "entropy_estimates",
     "exploratory_sde",
     "girsanov",
     "ito_sum",
+    "jumps",
     "linear",
     "martingale",
+    "mean_field",
     "noise",
     "phibe",
     "policy_gradient",
@@ -87,6 +109,7 @@ __all__ = [
     "q_learning",
     "regularised_rewards",
     "returns_to_go",
+    "risk_sensitive",
     "running_rewards",
     "simulate",
     "simulate_end",

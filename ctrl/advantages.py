@@ -14,8 +14,8 @@ from torch import Tensor
 def temporal_differences(
     values: Float[Tensor, "paths nodes"],
     rewards: Float[Tensor, "paths steps"],
-    step_sizes: Float[Tensor, " steps"],
-    discount: float = 0.0,
+    step_sizes: Float[Tensor, "*paths steps"],
+    discount: float | Float[Tensor, "paths steps"] = 0.0,
     running: Bool[Tensor, "paths steps"] | None = None,
 ) -> Float[Tensor, "paths steps"]:
     """exp(-discount h_k) V_{k+1} - V_k + r_k: [SaA] Theorem 4.1's integrand over a step.
@@ -23,8 +23,8 @@ def temporal_differences(
     Args:
         values: V at every node; the last column is the terminal reward.
         rewards: the running reward integrated over each step (not its rate).
-        step_sizes: h_k, time.
-        discount: a rate, 1/time.
+        step_sizes: h_k, time; of every path, where they have their own.
+        discount: a rate, 1/time; of every step where it differs.
         running: which steps are made, of paths of different length (``Paths.running``); the
             differences of others are 0. All of them if not given.
 
@@ -32,7 +32,8 @@ def temporal_differences(
         ValueError: the shapes do not fit one another.
     """
     paths, steps = rewards.shape
-    if values.shape != (paths, steps + 1) or step_sizes.shape != (steps,):
+    own = step_sizes.ndim == 2 and step_sizes.shape == rewards.shape
+    if values.shape != (paths, steps + 1) or not (own or step_sizes.shape == (steps,)):
         raise ValueError(
             f"values must be [{paths}, {steps + 1}] and step_sizes [{steps}] to fit rewards, got "
             f"{list(values.shape)} and {list(step_sizes.shape)}"
@@ -51,9 +52,9 @@ def temporal_differences(
 def continuous_gae(
     values: Float[Tensor, "paths nodes"],
     rewards: Float[Tensor, "paths steps"],
-    step_sizes: Float[Tensor, " steps"],
+    step_sizes: Float[Tensor, "*paths steps"],
     rate: float,
-    discount: float = 0.0,
+    discount: float | Float[Tensor, "paths steps"] = 0.0,
     running: Bool[Tensor, "paths steps"] | None = None,
 ) -> Float[Tensor, "paths steps"]:
     """Generalised advantages: A_k = sum_l exp(-(discount + rate) (t_l - t_k)) delta_l.
@@ -65,9 +66,9 @@ def continuous_gae(
     Args:
         values: V at every node, reward; the last column is the terminal reward.
         rewards: the running reward integrated over each step, reward.
-        step_sizes: h_k, time.
+        step_sizes: h_k, time; of every path, where they have their own.
         rate: of forgetting, 1/time; non-negative, may be infinite.
-        discount: a rate, 1/time.
+        discount: a rate, 1/time; of every step where it differs.
         running: as for ``temporal_differences``.
 
     Returns:
@@ -81,8 +82,8 @@ def continuous_gae(
     deltas = temporal_differences(values, rewards, step_sizes, discount, running)
     if math.isinf(rate):
         return deltas
-    keep = torch.exp(-(discount + rate) * step_sizes)
+    keep = torch.exp(-(discount + rate) * step_sizes)  # [steps] or [paths, steps]
     advantages = [deltas[:, -1]]
     for k in range(deltas.shape[1] - 2, -1, -1):
-        advantages.append(deltas[:, k] + keep[k] * advantages[-1])
+        advantages.append(deltas[:, k] + keep[..., k] * advantages[-1])
     return torch.stack(advantages[::-1], dim=1)

@@ -63,7 +63,7 @@ class PolicyIteration:
         self,
         chain: MarkovChain,
         improve: Improvement,
-        rate: float,
+        rate: float | Float[Tensor, " points"],
         source: Float[Tensor, " points"],
         v: Float[Tensor, " points"],
     ) -> Solved:
@@ -72,7 +72,8 @@ class PolicyIteration:
         Args:
             chain: r and L of every action.
             improve: best.
-            rate: positive, 1/time; may be 0 where the chain is absorbed.
+            rate: positive, 1/time, at every point where it differs; may be 0 where the chain is
+                absorbed.
             source: reward/time.
             v: to start from.
 
@@ -121,7 +122,7 @@ def backward(
     at: Callable[[float], tuple[MarkovChain, Improvement]],
     times: Float[Tensor, " times"],
     terminal: Float[Tensor, " points"],
-    discount: float,
+    discount: Callable[[float], float | Tensor],
     method: PolicyIteration,
     order: int,
 ) -> Iterator[Solved]:
@@ -131,7 +132,7 @@ def backward(
         at: the chain and the improvement of a time.
         times: equally spaced.
         terminal: v at the last time.
-        discount: 1/time.
+        discount: of a time, 1/time; a number or [points].
         method: for each time.
         order: 1, backward Euler; or 2, backward differentiation after a first step of Euler's.
 
@@ -149,6 +150,6 @@ def backward(
             slope, source, guess = 1 / h, v / h, v
         else:  # v_t = (4 later - latest - 3 v) / (2 h)
             slope, source, guess = 1.5 / h, (4 * v - before) / (2 * h), 2 * v - before
-        solved = method.solve(chain, improve, discount + slope, source, guess)
+        solved = method.solve(chain, improve, discount(t) + slope, source, guess)
         before, v = v, solved.v
         yield solved

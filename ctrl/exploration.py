@@ -49,6 +49,9 @@ def exploratory_sde(
         TypeError: the policy does not draw its actions.
     """
     sde.require_calculus("ito", "exploratory_sde")
+    sde.require_no_jumps(
+        "their averages over actions are not made here; simulate the policy itself"
+    )
     if not isinstance(policy, RandomPolicy):
         raise TypeError(f"policy must draw its actions, got {type(policy).__name__}")
     if nodes < 1:

@@ -3,9 +3,11 @@
 Setting      dX = b(t, X, a) dt + sigma(t, X) dW, the same sigma and initial law under both
              policies; a is the mean action of a policy.
              u = sigma^{-1} (b(t, X, a) - b(t, X, a_ref)), in units of the noise.
+             Jumps: of the same sizes under both; their intensities l and l_ref may differ.
 Conventions  paths sampled under the policy, not the reference; natural logarithms.
 Sources      [SaA] "Score as Action", arXiv 2502.01819, Theorem 3.1.
              [KS91] Karatzas & Shreve, Brownian Motion and Stochastic Calculus, 3.5.
+             [B81] Bremaud 1981, Point Processes and Queues, VI.2.
              [K92] Kong 1992, a note on importance sampling, University of Chicago TR 348.
 """
 
@@ -15,9 +17,11 @@ from torch import Tensor
 
 from ctrl.devices import as_like, require, together
 from ctrl.estimate import require_probabilities
+from ctrl.jumps import Jumps, intensity_kl, intensity_log_ratio
 from ctrl.memory import AnyPolicy
 from ctrl.paths import (
     Paths,
+    common_grid,
     in_order,
     ito_sum,
     require_dynamics,
@@ -48,12 +52,13 @@ def controls(
     """
     require_dynamics(paths)
     stopped, paths = paths, visited(paths)
-    nodes = as_like(paths.grid.nodes[:-1], paths.states)
+    nodes = as_like(common_grid(paths).nodes[:-1], paths.states)
     with together():
         each = []
         policies = zip(in_order(policy, paths), in_order(reference, paths), strict=True)
         for k, (now, now_ref) in enumerate(policies):
-            t, x = nodes[k], paths.states[:, k]
+            t = nodes[k]
+            x = paths.states[:, k]
             a, a_ref = mean_action(now, t, x), mean_action(now_ref, t, x)
             if sde.controls_diffusion:
                 _require_equal_diffusions(sde, t, x, a, a_ref)
@@ -93,6 +98,8 @@ def path_kl(
 ) -> Float[Tensor, " paths"]:
     """KL(P || P_ref) = E[ 1/2 int |u|^2 dt ], one value per path, nats ([SaA] Theorem 3.1).
 
+    Every kind of jumps adds E int (l log(l / l_ref) - l + l_ref) dt ([B81]).
+
     The laws are those of the SDE with the mean action: the covariance of a random policy drops out
     in continuous time, and moves the value by O(step) where actions are drawn and held.
 
@@ -109,16 +116,69 @@ def path_kl(
         same mean and more variance.
 
     Raises:
-        ValueError: the diffusion is singular where the drifts differ, or a control is not finite.
+        ValueError: the diffusion is singular where the drifts differ, or a control is not finite;
+            jumps differ in their sizes, or occur where the reference has none.
     """
     energy = controls(sde, policy, reference, paths).square().sum(-1)
-    return time_integral(0.5 * energy, paths.grid)
+    rates = 0.5 * energy
+    for rate, rate_ref in intensities(sde, policy, reference, paths):
+        rates = rates + intensity_kl(rate, rate_ref)
+    return time_integral(rates, paths.grid)
+
+
+def intensities(
+    sde: ControlledSDE, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
+) -> list[tuple[Float[Tensor, "paths steps"], Float[Tensor, "paths steps"]]]:
+    """l and l_ref of every kind of jumps at the left end of every step, 1/time.
+
+    They are 0 after the end of a path.
+
+    Args:
+        sde: the dynamics, shared by both policies.
+        policy: at whose mean action l is.
+        reference: at whose mean action l_ref is.
+        paths: states at every node.
+
+    Raises:
+        ValueError: an intensity is negative or not finite, or the sizes differ.
+    """
+    stopped, paths = paths, visited(paths)
+    nodes = as_like(common_grid(paths).nodes[:-1], paths.states)
+    both = list[tuple[Tensor, Tensor]]()
+    for kind in sde.jump_kinds:
+        each = list[Tensor](), list[Tensor]()
+        policies = zip(nodes, in_order(policy, paths), in_order(reference, paths), strict=True)
+        for k, (t, now, now_ref) in enumerate(policies):
+            x = paths.states[:, k]
+            a, a_ref = mean_action(now, t, x), mean_action(now_ref, t, x)
+            _require_equal_sizes(kind, t, x, a, a_ref)
+            each[0].append(kind.intensity_at(t, x, a))
+            each[1].append(kind.intensity_at(t, x, a_ref))
+        one, other = (while_running(torch.stack(rates, dim=1), stopped) for rates in each)
+        both.append((one, other))
+    return both
+
+
+def _require_equal_sizes(kind: Jumps, t: Tensor, x: Tensor, a: Tensor, a_ref: Tensor) -> None:
+    marks = kind.marks.rule(x)[1]
+    for mark in marks[[0, len(marks) // 2, -1]]:
+        z = mark.expand(len(x), -1)
+        one, other = kind.sizes_at(t, x, a, z), kind.sizes_at(t, x, a_ref, z)
+        require(
+            ((one - other).abs() <= 1e-6 * other.abs().max()).all(),
+            lambda: ValueError(
+                f"the two policies move the sizes of jumps at t = {float(t):g}: their likelihood "
+                "ratio is not computed here; compare policies that differ in intensities and drift"
+            ),
+        )
 
 
 def log_ratio(
     sde: ControlledSDE, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
 ) -> Float[Tensor, " paths"]:
     """log dP/dP_ref of each path: int u . dW + 1/2 int |u|^2 dt, nats ([KS91] 3.5.1).
+
+    Every kind of jumps adds sum_k N_k log(l / l_ref) - int (l - l_ref) dt, N_k of each step.
 
     On every path it equals the difference of the Euler scheme's transition log-densities. A
     gradient in the policy holds dW; where the states are to be held, as in a likelihood-ratio
@@ -131,14 +191,15 @@ def log_ratio(
         paths: states at every node, and the increments that drove them.
 
     Raises:
-        ValueError: the paths have not kept their increments, the policy draws its actions (the
-            increments are then not all that drove the states), or the diffusion is singular.
+        ValueError: the paths have not kept their increments (and jumps), the policy draws its
+            actions (the increments are then not all that drove the states), or the diffusion is
+            singular.
     """
     if paths.increments is None:
         raise ValueError(
             'paths must have kept their increments: simulate(..., keep=("increments", ...))'
         )
-    first = next(in_order(policy, paths))
+    first = next(in_order(policy, paths))  # of one with memory: its policy at the first node
     if first.is_random:
         raise ValueError(
             "policy must be deterministic: where actions are drawn, W alone does not determine the "
@@ -146,7 +207,26 @@ def log_ratio(
         )
     u = controls(sde, policy, reference, paths)
     brownian = paths.increments.reshape(u.shape)
-    return ito_sum(u, brownian) + time_integral(0.5 * u.square().sum(-1), paths.grid)
+    jumped = _log_ratio_of_jumps(sde, policy, reference, paths)
+    return ito_sum(u, brownian) + time_integral(0.5 * u.square().sum(-1), paths.grid) + jumped
+
+
+def _log_ratio_of_jumps(
+    sde: ControlledSDE, policy: AnyPolicy, reference: AnyPolicy, paths: Paths
+) -> Float[Tensor, " paths"]:
+    total = paths.states.new_zeros(len(paths.states))
+    if not sde.jump_kinds:
+        return total
+    if paths.jumps is None or paths.jumps.shape[2] != len(sde.jump_kinds):
+        raise ValueError(
+            f"paths must have kept their jumps, of {len(sde.jump_kinds)} kinds: "
+            'simulate(..., keep=("increments", ...)) keeps them'
+        )
+    h = as_like(paths.grid.steps, total)
+    for i, (rate, rate_ref) in enumerate(intensities(sde, policy, reference, paths)):
+        each = intensity_log_ratio(paths.jumps[..., i], rate, rate_ref, h)
+        total = total + each.sum(1)
+    return total
 
 
 def terminal_kl_bound(

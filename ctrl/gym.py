@@ -7,6 +7,7 @@ gives any gymnasium environment with continuous actions to the losses of this on
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
@@ -16,9 +17,10 @@ from gymnasium import spaces
 from torch import Generator, Tensor
 
 from ctrl.devices import require_generator
+from ctrl.jumps import add_jumps
 from ctrl.paths import Paths, TimeGrid, ends_at_horizon, terminal_rewards
 from ctrl.policy import Policy
-from ctrl.problem import ControlProblem
+from ctrl.problem import UNKNOWN, ControlProblem
 from ctrl.solvers import BlackBox, EulerMaruyama, Solver
 from ctrl.stopping import Step, Stopping, require_inside, stopping_rule
 from ctrl.user_functions import all_finite, one_a_path
@@ -85,6 +87,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not action_bound > 0:
             raise ValueError(f"action_bound must be positive, got {action_bound}")
         self.problem, self.grid, self._solver = problem, grid, solver or EulerMaruyama()
+        self._sde = UNKNOWN if isinstance(solver, BlackBox) else problem.dynamics
         self._nodes = grid.nodes.cpu()  # states are numpy's
         self._start, self._observe_time = start, observe_time
         first = start(np.random.default_rng(0)) if callable(start) else start
@@ -146,7 +149,9 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             paid = one_a_path("running_reward", self.problem.running_reward(t0, x, a), 1)
             reward += h * float(paid.detach())
         with torch.no_grad():
-            after = self._solver.step(self.problem.sde, t0, t1, x, a, self._increment(h))
+            after = self._solver.step(self._sde, t0, t1, x, a, self._increment(h))
+            if (kinds := self._sde.jump_kinds) and not isinstance(self._solver, BlackBox):
+                after, _ = add_jumps(kinds, _Drawn(self.np_random), k, t0, h, x, after, a)
         if not bool(torch.isfinite(after).all()):
             raise ValueError(
                 f"the state is not finite at t = {float(t1):g}: bound the actions (action_bound) "
@@ -155,7 +160,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         left = False
         if self._rule is not None and self.problem.domain is not None:
             uniform = torch.as_tensor(self.np_random.random(1)) if self._rule.draws else None
-            step = Step(self.problem.sde, t0, t1, x, after, a, uniform)
+            step = Step(self._sde, t0, t1, x, after, a, uniform)
             leaves, exits = self._rule.exits(self.problem.domain, step)
             left = bool(leaves)
             after = exits if left else after
@@ -167,7 +172,10 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             reward += float(all_finite("exit_reward", one_a_path("exit_reward", paid, 1)).detach())
         elif terminated:
             reward += float(terminal_rewards(self.problem, after).detach())
-        info = {"time": float(t1), "discount": math.exp(-self.problem.discount * h)}
+        info = {
+            "time": float(t1),
+            "discount": math.exp(-h * float(self.problem.discount_at(t0, x))),
+        }
         return self._observation(), reward, terminated, last and not terminated, info
 
     def _require_inside(self) -> None:
@@ -177,7 +185,7 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def _increment(self, h: float) -> Tensor:
         if isinstance(self._solver, BlackBox):
             return torch.empty(0)
-        shape = (1, *self.problem.sde.noise_shape(tuple(self._state.shape)))
+        shape = (1, *self._sde.noise_shape(tuple(self._state.shape)))
         return math.sqrt(h) * torch.as_tensor(self.np_random.standard_normal(shape))
 
     def _observation(self) -> np.ndarray:
@@ -185,6 +193,19 @@ class ControlEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not self._observe_time:
             return state
         return np.append(state, float(self._nodes[self._step]))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Normals of jumps from gymnasium's generator."""
+
+    generator: np.random.Generator
+
+    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
+        return torch.as_tensor(self.generator.standard_normal((1, kinds)))
+
+    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
+        return torch.as_tensor(self.generator.standard_normal((1, dim)))
 
 
 def sample(

@@ -22,7 +22,7 @@ Sources  [KD01] Kushner & Dupuis 2001, numerical methods for stochastic control 
 """
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -130,19 +130,16 @@ def solve_discounted(
         raise ValueError(
             f"horizon must be infinite, got {problem.horizon}; solve_finite_horizon is for others"
         )
-    if problem.discount == 0 and problem.domain is None:
-        raise ValueError(
-            "discount must be positive where the horizon is infinite and no domain is left, got 0"
-        )
     with torch.no_grad(), _on_the_cpu():
         points = grid_points(axes)
+        discount = _positive_discount(problem, axes)
         for action in actions.nodes[[0, len(actions.nodes) // 2, -1]].to(points):
             require_time_homogeneous(problem, points, action.expand(len(points), *action.shape))
         each, monotone = actions.nodes.unsqueeze(1), differences == "monotone"
         chain = markov_chain(problem, axes, 0.0, each, monotone=monotone)
         start = chain.rewards.new_zeros(chain.rewards.shape[1])
         solved = PolicyIteration(tolerance, iterations).solve(
-            chain, _best(problem, actions), problem.discount, torch.zeros_like(start), start
+            chain, _best(problem, actions), discount(0.0), torch.zeros_like(start), start
         )
         return _solution(problem, axes, actions, torch.zeros(1), iter([solved]))
 
@@ -186,7 +183,8 @@ def solve_finite_horizon(
             return markov_chain(problem, axes, t, each, monotone=monotone), improve
 
         times = _times(problem, steps, order)
-        solved = backward(at, times, _terminal(problem, axes), problem.discount, method, order)
+        discount = _discount(problem, axes)
+        solved = backward(at, times, _terminal(problem, axes), discount, method, order)
         return _solution(problem, axes, actions, times, solved)
 
 
@@ -211,21 +209,19 @@ def evaluate_discounted(
         ValueError: as for ``solve_discounted``.
     """
     _check(problem, axes, differences)
-    if not math.isinf(problem.horizon) or (problem.discount == 0 and problem.domain is None):
-        raise ValueError(
-            "horizon must be infinite and discount positive (or the problem have a domain), got "
-            f"{problem.horizon} and {problem.discount}"
-        )
+    if not math.isinf(problem.horizon):
+        raise ValueError(f"horizon must be infinite, got {problem.horizon}")
     with torch.no_grad(), _on_the_cpu():
         points = grid_points(axes)
+        discount = _positive_discount(problem, axes)
         taken = mean_action(policy, points.new_tensor(0.0), points)
         require_time_homogeneous(problem, points, taken, policy)
         monotone = differences == "monotone"
         chain, mean = _given(problem, policy, axes, 0.0, action_nodes, monotone)
         zero = chain.rewards.new_zeros(chain.rewards.shape[1])
         best, mass = mean(chain.hamiltonian(zero))
-        source = chain.residual(best, problem.discount, zero)
-        v = chain.resolvent(mass, problem.discount, source)
+        source = chain.residual(best, discount(0.0), zero)
+        v = chain.resolvent(mass, discount(0.0), source)
         return _function(axes, torch.zeros(1), [v])
 
 
@@ -261,7 +257,12 @@ def evaluate_finite_horizon(
 
         times = _times(problem, steps, order)
         solved = backward(
-            at, times, _terminal(problem, axes), problem.discount, PolicyIteration(1e-9, 5), order
+            at,
+            times,
+            _terminal(problem, axes),
+            _discount(problem, axes),
+            PolicyIteration(1e-9, 5),
+            order,
         )
         return _function(axes, times, [one.v for one in solved])
 
@@ -274,6 +275,29 @@ def _times(problem: ControlProblem, steps: int, order: int) -> Float[Tensor, " t
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
     return torch.linspace(0, problem.horizon, steps + 1, dtype=torch.float64)
+
+
+def _discount(problem: ControlProblem, axes: tuple[Axis, ...]) -> Callable[[float], float | Tensor]:
+    """The rate of discounting of a time, a number or one at every point, 1/time."""
+    points = grid_points(axes)
+
+    def at(t: float) -> float | Tensor:
+        rate = problem.discount_at(points.new_tensor(t), points)
+        return rate.to(points) if isinstance(rate, Tensor) else rate
+
+    return at
+
+
+def _positive_discount(
+    problem: ControlProblem, axes: tuple[Axis, ...]
+) -> Callable[[float], float | Tensor]:
+    """The same, refused where it is 0 on all of the grid and paths never end."""
+    discount = _discount(problem, axes)
+    if problem.domain is None and not bool(torch.as_tensor(discount(0.0)).any()):
+        raise ValueError(
+            "discount must be positive where the horizon is infinite and no domain is left, got 0"
+        )
+    return discount
 
 
 def _given(
@@ -407,4 +431,5 @@ def _check(problem: ControlProblem, axes: tuple[Axis, ...], differences: str) ->
         raise ValueError(f"axes must be one or two of Axis, got {axes}")
     if differences not in ("monotone", "central"):
         raise ValueError(f"differences must be 'monotone' or 'central', got {differences!r}")
-    problem.sde.require_calculus("ito", "the HJB solver")
+    problem.dynamics.require_calculus("ito", "the HJB solver")
+    problem.dynamics.require_no_jumps("the HJB solver's grid has no integral over their sizes")

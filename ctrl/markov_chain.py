@@ -10,8 +10,9 @@ over neighbours y of x. With non-negative rates the scheme is monotone, so that 
     by |b| h, which is upwind differencing, order 1, where there is no noise at all.
 
 Correlated noise goes along the diagonals of a cell: along the one on which the two noises agree in
-sign, which is monotone only where the covariance is diagonally dominant in units of the spacings;
-or, for central differences throughout, along both with opposite signs, of order 2 and for any.
+sign, where the covariance is diagonally dominant in units of the spacings, and where it is not
+along wider moves (``ctrl.wide_stencil``); or, for central differences throughout, along both
+diagonals with opposite signs, of order 2 and for any.
 
 Where the problem has a domain, points that are not inside are absorbing: v is there what is paid at
 the exit (Dirichlet's condition). Put points onto its walls, or v is off by O(spacing).
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from ctrl.problem import ControlProblem
 from ctrl.state_grid import Axis, grid_points, neighbours
+from ctrl.wide_stencil import wide_moves
 
 _ROWS = 2**18  # states and actions that are evaluated at once: tens of megabytes
 
@@ -54,7 +56,10 @@ class MarkovChain:
     paid: Float[Tensor, " points"] | None = None
 
     def residual(
-        self, best: Float[Tensor, " points"], rate: float, v: Float[Tensor, " points"]
+        self,
+        best: Float[Tensor, " points"],
+        rate: float | Float[Tensor, " points"],
+        v: Float[Tensor, " points"],
     ) -> Float[Tensor, " points"]:
         """best - rate v, or paid - v at absorbing points: 0 for the solution."""
         inside = best - rate * v
@@ -72,7 +77,7 @@ class MarkovChain:
     def resolvent(
         self,
         mass: Float[Tensor, "actions points"],
-        rate: float,
+        rate: float | Float[Tensor, " points"],
         source: Float[Tensor, " points"],
     ) -> Float[Tensor, " points"]:
         """The solution v of rate v - L v = source, L averaged over actions with ``mass``.
@@ -182,8 +187,8 @@ def _coefficients(
     time = points.new_tensor(t)
     x = points.expand(many, n, dim).reshape(-1, dim)
     a = actions.reshape(many * n, *actions.shape[2:])
-    b = problem.sde.drift_at(time, x, a)
-    sigma = problem.sde.columns(time, x, a).to(x)
+    b = problem.dynamics.drift_at(time, x, a)
+    sigma = problem.dynamics.columns(time, x, a).to(x)
     r = x.new_zeros(len(x))
     if problem.running_reward is not None:
         r = problem.running_reward(time, x, a)
@@ -198,6 +203,12 @@ def _coefficients(
     return b.view(many, n, dim), covariance.view(many, n, dim, dim), r.to(x).view(many, n)
 
 
+def _is_too_correlated(axes: tuple[Axis, ...], covariance: Tensor, cross: Tensor) -> bool:
+    """Whether moves to the neighbours alone would have a negative rate somewhere."""
+    noises = [covariance[..., i, i] / (2 * axis.spacing**2) for i, axis in enumerate(axes)]
+    return any(bool((noise - cross.abs() < -1e-12 * noise.abs().max()).any()) for noise in noises)
+
+
 def _rates(
     axes: tuple[Axis, ...], drift: Tensor, covariance: Tensor, monotone: bool
 ) -> tuple[list[tuple[int, ...]], Tensor]:
@@ -205,11 +216,15 @@ def _rates(
     moves: list[tuple[int, ...]] = []
     rates: list[Tensor] = []
     diagonal = covariance.new_zeros(covariance.shape[:2])
+    wide: list[Tensor] | None = None  # noise along the axes, where moves off them are wide
     if len(axes) == 2:
         cross = covariance[..., 0, 1] / (2 * axes[0].spacing * axes[1].spacing)
         if bool(cross.any()):
             moves += [(1, 1), (-1, -1), (1, -1), (-1, 1)]
-            if monotone:
+            if monotone and _is_too_correlated(axes, covariance, cross):
+                h = covariance.new_tensor([axis.spacing for axis in axes])
+                moves, rates, wide = wide_moves(covariance / (h[:, None] * h))
+            elif monotone:
                 diagonal = cross.abs()  # of the noise along the axes it takes this part
                 rates += 2 * [cross.clamp(min=0)] + 2 * [(-cross).clamp(min=0)]
             else:
@@ -218,13 +233,7 @@ def _rates(
     for i, axis in enumerate(axes):
         h = axis.spacing
         noise = covariance[..., i, i] / (2 * h * h)
-        diffusive = noise - diagonal
-        if bool((diffusive < -1e-12 * noise.abs().max()).any()):
-            raise ValueError(
-                "the noises of the two coordinates are correlated too strongly for a monotone "
-                f"scheme: the covariance must have |c_01| <= c_{i}{i} h_{1 - i} / h_{i} for "
-                "spacings h; choose spacings in the ratio of the noises, or differences='central'"
-            )
+        diffusive = noise - diagonal if wide is None else wide[i]
         diffusive, pull = diffusive.clamp(min=0), drift[..., i] / (2 * h)
         full = torch.maximum(diffusive, pull.abs()) if monotone else diffusive
         for sign in (1, -1):

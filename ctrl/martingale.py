@@ -31,7 +31,17 @@ from torch import Tensor
 
 from ctrl.advantages import continuous_gae
 from ctrl.devices import as_like
-from ctrl.paths import Paths, over_nodes, regularised_rewards, returns_to_go, stop, while_running
+from ctrl.paths import (
+    OwnTimes,
+    Paths,
+    TimeGrid,
+    discount_rates,
+    over_nodes,
+    regularised_rewards,
+    returns_to_go,
+    stop,
+    while_running,
+)
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
 from ctrl.user_functions import all_finite
@@ -165,7 +175,13 @@ def require_adapted(tests: TestFunctions, paths: Paths, *, sees_action: bool) ->
     Raises:
         ValueError: xi of some step depends on what comes after it, or not on the given paths.
     """
-    steps, few = len(paths.grid.steps), min(2, len(paths.states))
+    steps, few = paths.states.shape[1] - 1, min(2, len(paths.states))
+
+    grid = paths.grid
+    if isinstance(grid, OwnTimes):  # any times will do: it is the same function of each path
+        first, last = float(grid.nodes.min()), float(grid.nodes.max())
+        nodes = torch.linspace(first, last, steps + 1, dtype=grid.nodes.dtype)
+        grid = TimeGrid(nodes.to(grid.nodes.device))
 
     def probes(change: bool) -> Paths:
         def altered(whole: Tensor | None, known: int) -> Tensor | None:
@@ -196,9 +212,11 @@ def require_adapted(tests: TestFunctions, paths: Paths, *, sees_action: bool) ->
             actions=altered(paths.actions, int(sees_action)),
             increments=altered(paths.increments, 0),
             rewards=altered(paths.rewards, 0),
+            jumps=altered(paths.jumps, 0),
             weights=None,
             ends=None,
             terminated=None,
+            grid=grid,
         )
         return altered_paths if ends is None else stop(altered_paths, ends)
 
@@ -218,7 +236,7 @@ def require_adapted(tests: TestFunctions, paths: Paths, *, sees_action: bool) ->
     if bool(changed.any()):
         k = int(probe[changed.nonzero()[0, 0]])
         raise ValueError(
-            f"tests must be adapted: at step {k} (t = {paths.grid.nodes[k]:g}) a test function "
+            f"tests must be adapted: at step {k} a test function "
             "changes with what happens after it (or with other paths); let it depend on its own "
             "path up to that node alone"
         )
@@ -278,8 +296,9 @@ def ctd_lambda(
     along = values(value, problem, paths)
     h = as_like(paths.grid.steps, along)
     rewards = regularised_rewards(problem, paths, policy) - average_reward * h
+    discount = discount_rates(problem, paths)
     running = None if paths.ends is None else paths.running
-    advantages = continuous_gae(along, rewards, h, decay, problem.discount, running).detach()
+    advantages = continuous_gae(along, rewards, h, decay, discount, running).detach()
     return -(discount_factors(problem, paths) * h * along[:, :-1] * advantages).sum(1)
 
 
@@ -326,7 +345,7 @@ def clstd(
     if ergodic and (problem.discount or math.isfinite(problem.horizon)):
         raise ValueError(
             "problem must be undiscounted and of infinite horizon to be ergodic, got discount "
-            f"{problem.discount:g} and horizon {problem.horizon:g}"
+            f"{problem.discount} and horizon {problem.horizon:g}"
         )
     phi = all_finite("features", over_nodes(features, paths))
 
@@ -348,7 +367,7 @@ def clstd(
     if weights is None:
         weights = torch.full_like(phi[:, 0, 0], 1 / len(phi))
     discounts = discount_factors(problem, paths)
-    weighted = weights[:, None, None] * discounts[None, :, None] * tests
+    weighted = weights[:, None, None] * discounts[..., None] * tests
     matrix = torch.einsum("pki,pkj->ij", weighted, torch.stack(moves, dim=2))
     target = -torch.einsum("pki,pk->i", weighted, constant)
     if bool(torch.linalg.cond(matrix) > 0.1 / torch.finfo(matrix.dtype).eps):
@@ -399,7 +418,7 @@ def cgtd_loss(
         return 0.5 * mean.square().sum()
     xi, h = tests(paths).detach(), as_like(paths.grid.steps, each)
     xi = while_running(xi, paths)
-    covariance = torch.einsum("p,k,pki,pkj->ij", weights, h, xi, xi)
+    covariance = torch.einsum("pk,pki,pkj->ij", weights[:, None] * h, xi, xi)
     return 0.5 * mean @ torch.linalg.solve(covariance, mean)
 
 

@@ -217,12 +217,17 @@ class Noise:
         weights: of the paths, non-negative, summing to 1, where they are not equal (quadrature).
         exits: numbers in [0, 1), uniform, that decide which paths leave a domain between two nodes,
             if that is drawn (``stopping.BridgeCorrected``).
+        jumps: standard normals whose quantiles are the numbers of jumps, one for each kind.
+        marks: standard normals that marks are made of: of the first jumps of a step, [..., most,
+            coordinates of the marks of all kinds in a row].
     """
 
     increments: Float[Tensor, "paths steps *noise"]
     actions: Float[Tensor, "paths steps *action"] | None = None
     weights: Float[Tensor, " paths"] | None = None
     exits: Float[Tensor, "paths steps"] | None = None
+    jumps: Float[Tensor, "paths steps kinds"] | None = None
+    marks: Float[Tensor, "paths steps most marks"] | None = None
 
     def __post_init__(self) -> None:
         if self.increments.ndim < 2:
@@ -230,11 +235,13 @@ class Noise:
                 f"increments must be [paths, steps, *noise], got {list(self.increments.shape)}"
             )
         paths, steps = self.increments.shape[:2]
-        if self.actions is not None and self.actions.shape[:2] != (paths, steps):
-            raise ValueError(
-                f"actions must begin with [{paths}, {steps}], as increments do, got "
-                f"{list(self.actions.shape)}"
-            )
+        for name in ("actions", "jumps", "marks"):
+            value = getattr(self, name)
+            if value is not None and value.shape[:2] != (paths, steps):
+                raise ValueError(
+                    f"{name} must begin with [{paths}, {steps}], as increments do, got "
+                    f"{list(value.shape)}"
+                )
         if self.weights is not None and self.weights.shape != (paths,):
             raise ValueError(f"weights must be [{paths}], got {list(self.weights.shape)}")
         if self.exits is not None and (
@@ -242,7 +249,7 @@ class Noise:
             or not bool(((self.exits >= 0) & (self.exits < 1)).all())
         ):
             raise ValueError(f"exits must be [{paths}, {steps}], numbers in [0, 1)")
-        for name in ("increments", "actions", "weights"):
+        for name in ("increments", "actions", "weights", "jumps", "marks"):
             value = getattr(self, name)
             if value is not None:
                 require(
@@ -385,7 +392,8 @@ def antithetic(noise: Noise) -> Noise:
     assert increments is not None
     weights = None if noise.weights is None else noise.weights.repeat_interleave(2) / 2
     exits = None if noise.exits is None else noise.exits.repeat_interleave(2, dim=0)
-    return Noise(increments, mirrored(noise.actions), weights, exits)
+    actions, jumps, marks = (mirrored(each) for each in (noise.actions, noise.jumps, noise.marks))
+    return Noise(increments, actions, weights, exits, jumps, marks)
 
 
 def coarsen(

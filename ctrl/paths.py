@@ -49,6 +49,47 @@ class TimeGrid:
         return self.nodes.diff()
 
 
+@dataclass(frozen=True, eq=False)
+class OwnTimes:
+    """Nodes of every path's own, as recorded data have; each path's end is repeated to the last.
+
+    Attributes:
+        nodes: strictly increasing along each path up to its end, and constant from there on.
+    """
+
+    nodes: Float[Tensor, "paths nodes"]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.nodes, Tensor) or not self.nodes.is_floating_point():
+            kind = self.nodes.dtype if isinstance(self.nodes, Tensor) else type(self.nodes).__name__
+            raise TypeError(f"nodes must be a floating point tensor, got {kind}")
+        if self.nodes.ndim != 2 or self.nodes.shape[1] < 2 or not len(self.nodes):
+            raise ValueError(
+                f"nodes must be [paths, at least 2 nodes], got {list(self.nodes.shape)}"
+            )
+        if not bool(torch.isfinite(self.nodes).all()):
+            raise ValueError("nodes must be finite; after the end of a path its last time is kept")
+        steps = self.steps
+        ends = (steps != 0).sum(1, keepdim=True)  # of a path that increases and then rests
+        index = torch.arange(steps.shape[1], device=steps.device)
+        bad = ((index < ends) & (steps <= 0)) | (ends == 0)
+        if bool(bad.any()):
+            path, k = (int(each) for each in bad.nonzero()[0])
+            raise ValueError(
+                f"nodes must increase strictly to a path's end and stay there, but path {path} has "
+                f"nodes[{k}] = {self.nodes[path, k]:g} and "
+                f"nodes[{k + 1}] = {self.nodes[path, k + 1]:g}"
+            )
+
+    @property
+    def steps(self) -> Float[Tensor, "paths steps"]:
+        """Step sizes, time; 0 after a path's end."""
+        return self.nodes.diff(dim=1)
+
+
+Grid = TimeGrid | OwnTimes
+
+
 def uniform_grid(
     horizon: float,
     steps: int,
@@ -82,7 +123,7 @@ class Paths:
         states: X at every node.
         actions: a at the left end of every step, held over it.
         increments: W(t + h) - W(t), sqrt(time).
-        grid: the nodes.
+        grid: the nodes, common to all paths; or ``OwnTimes`` (which need ``ends``).
         weights: of the paths, non-negative, summing to 1, where they are not equal: of a
             quadrature rule, or ``girsanov.importance_weights``.
         rewards: running reward of every step, integrated over it, where the simulator pays it
@@ -94,34 +135,42 @@ class Paths:
         terminated: whether each path is over at its end, so that what is paid there is all that is
             left; if not, its record breaks off, and a value function stands for the rest. If
             None: those that end before the last node are over, and at the horizon all are.
+        jumps: how many of each kind every step had.
     """
 
     states: Float[Tensor, "paths nodes *event"]
     actions: Float[Tensor, "paths steps *action"] | None
     increments: Float[Tensor, "paths steps *noise"] | None
-    grid: TimeGrid
+    grid: TimeGrid | OwnTimes
     weights: Float[Tensor, " paths"] | None = None
     rewards: Float[Tensor, "paths steps"] | None = None
     black_box: bool = False
     ends: Int[Tensor, " paths"] | None = None
     terminated: Bool[Tensor, " paths"] | None = None
+    jumps: Float[Tensor, "paths steps kinds"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("states", "actions", "increments", "weights", "rewards"):
+        for name in ("states", "actions", "increments", "weights", "rewards", "jumps"):
             value = getattr(self, name)
             if not isinstance(value, Tensor) and (value is not None or name == "states"):
                 raise TypeError(
                     f"{name} must be a torch tensor, got {type(value).__name__}; "
                     "torch.as_tensor(...) makes one of an array or a list"
                 )
-        if not isinstance(self.grid, TimeGrid):
+        if not isinstance(self.grid, TimeGrid | OwnTimes):
             raise TypeError(
-                f"grid must be a TimeGrid, got {type(self.grid).__name__}; TimeGrid(nodes) makes "
-                "one of times"
+                f"grid must be a TimeGrid (or OwnTimes), got {type(self.grid).__name__}; "
+                "TimeGrid(nodes) makes one of times"
             )
-        paths, nodes = len(self.states), len(self.grid.nodes)
+        paths, nodes = len(self.states), self.grid.nodes.shape[-1]
+        if isinstance(self.grid, OwnTimes) and (self.ends is None or len(self.grid.nodes) != paths):
+            raise ValueError(
+                f"a grid of own times must have one row for each of {paths} paths and come with "
+                f"their ends, got {list(self.grid.nodes.shape)} and ends {self.ends}; "
+                "ctrl.recorded.paths_of(episodes) makes both"
+            )
         begins = {"states": (paths, nodes), "weights": (paths,)}
-        begins |= dict.fromkeys(("actions", "increments", "rewards"), (paths, nodes - 1))
+        begins |= dict.fromkeys(("actions", "increments", "rewards", "jumps"), (paths, nodes - 1))
         for name, begin in begins.items():
             value = getattr(self, name)
             if value is not None and tuple(value.shape[: len(begin)]) != begin:
@@ -165,6 +214,15 @@ class Paths:
                 f"terminated must be boolean, {list(self.ends.shape)}, as ends, got {end}"
             )
         rests = ~self.running
+        if isinstance(self.grid, OwnTimes):
+            fits = ((self.grid.steps > 0).to(rests.device) == ~rests).all()
+            require(
+                fits,
+                lambda: ValueError(
+                    "grid must end where the paths do: own times increase up to each path's end "
+                    "and repeat it from there on"
+                ),
+            )
         for name, rest in (("states", 0), ("actions", 1), ("increments", 1), ("rewards", 1)):
             value = getattr(self, name)
             if value is not None:
@@ -183,9 +241,14 @@ class Paths:
     def _not_finite(self, name: str, whole: Tensor) -> ValueError:
         k = int((~whole).nonzero()[0])
         return ValueError(
-            f"{name} are not finite from node {k} (t = {self.grid.nodes[k]:g}) on: drift, "
+            f"{name} are not finite from node {k}{_at(self.grid, k)} on: drift, "
             "diffusion, policy or start are too large for the step; refine the grid or bound them"
         )
+
+
+def _at(grid: TimeGrid | OwnTimes, k: int) -> str:
+    """Words for the time of a node, which paths with own times do not share."""
+    return "" if isinstance(grid, OwnTimes) else f" (t = {grid.nodes[k]:g})"
 
 
 def _require_ends(ends: Tensor, states: Tensor) -> None:
@@ -274,6 +337,7 @@ def visited(paths: Paths) -> Paths:
     """
     if paths.ends is None:
         return paths
+    common_grid(paths)
     runs = paths.running
     whole = torch.nn.functional.pad(runs, (0, 1))
     states, actions = paths.states, paths.actions
@@ -290,6 +354,10 @@ def visited(paths: Paths) -> Paths:
 
 def finished(problem: ControlProblem, paths: Paths) -> Bool[Tensor, " paths"]:
     """Which paths are over at their end: what is paid there is their value."""
+    if isinstance(paths.grid, OwnTimes):
+        gap = (paths.grid.nodes[:, -1] - problem.horizon).abs().to(paths.states.device)
+        over = gap <= (1e-6 * problem.horizon if math.isfinite(problem.horizon) else -1)
+        return over if paths.terminated is None else over | paths.terminated
     last = ends_at_horizon(problem, paths.grid)
     over = torch.full((len(paths.states),), last, device=paths.states.device)
     if paths.ends is None:
@@ -304,14 +372,28 @@ def require_dynamics(paths: Paths) -> None:
     """Refuse paths that were not simulated by the problem's ``sde``, where its coefficients count.
 
     Raises:
-        ValueError: a black box simulated them.
+        ValueError: a black box simulated them, or they were recorded.
     """
     if paths.black_box:
         raise ValueError(
             "paths must be those of problem.sde, whose coefficients are needed here, but a black "
-            "box simulated them; use what learns from paths alone: ctrl.martingale, the losses of "
-            "ctrl.q_learning, policy_gradient.return_gradient or temporal_difference_gradient"
+            "box simulated them, or they were recorded; use what learns from paths alone: "
+            "ctrl.martingale, the losses of ctrl.q_learning, policy_gradient.return_gradient or "
+            "temporal_difference_gradient"
         )
+
+
+def common_grid(paths: Paths) -> TimeGrid:
+    """The nodes of all paths.
+
+    Raises:
+        ValueError: every path has its own.
+    """
+    if isinstance(paths.grid, OwnTimes):
+        raise ValueError(
+            "paths must have one grid of times here, but every path has its own (OwnTimes)"
+        )
+    return paths.grid
 
 
 def require_memoryless(policy: Policy, paths: Paths) -> None:
@@ -325,6 +407,7 @@ def require_memoryless(policy: Policy, paths: Paths) -> None:
         ValueError: the same (t, x) had two mean actions.
     """
     times, states = as_like(paths.grid.nodes, paths.states), paths.states.detach()
+    times = times if times.ndim == 1 else times[0]  # any will do
     elsewhere = (times[-2], states[:, -2]) if len(times) > 2 else (times[0], states[:, -1])
     with torch.no_grad():
         first = mean_action(policy, times[0], states[:, 0]).clone()
@@ -377,14 +460,15 @@ def over_steps(
     Raises:
         ValueError: the function writes into what it is given, which are the stored paths.
     """
-    stopped, paths = paths, visited(paths)
-    times = as_like(paths.grid.nodes[:-1], paths.states)
-    if stopped.ends is not None:
-        runs = stopped.running
-        more = tuple(torch.where(_beside(runs, one), one, one[:, :1]) for one in more)
-    return while_running(
-        _along(function, times, paths.states[:, :-1], *more, copies=copies), stopped
-    )
+    times, states = as_like(paths.grid.nodes[..., :-1], paths.states), paths.states[:, :-1]
+    if paths.ends is not None:  # in its rest each path is asked at its start again
+        runs = paths.running
+        times = torch.where(runs, times, times[:, :1]) if times.ndim == 2 else times
+        states, *rest = (
+            torch.where(_beside(runs, one), one, one[:, :1]) for one in (states, *more)
+        )
+        more = tuple(rest)
+    return while_running(_along(function, times, states, *more, copies=copies), paths)
 
 
 def over_nodes(
@@ -403,7 +487,7 @@ def in_order(policy: AnyPolicy, paths: Paths) -> Iterator[Policy]:
     """
     if not isinstance(policy, PolicyWithMemory):
         require_memoryless(policy, paths)
-        return itertools.repeat(policy, len(paths.grid.steps))
+        return itertools.repeat(policy, paths.grid.steps.shape[-1])
     return (with_memory(policy, memory) for memory in memories_along(policy, paths).unbind(1))
 
 
@@ -413,8 +497,14 @@ def memories_along(policy: PolicyWithMemory, paths: Paths) -> Float[Tensor, "pat
     Raises:
         ValueError: the paths have not kept their actions.
     """
-    times = as_like(paths.grid.nodes[:-1], paths.states)
-    return memories(policy, times, paths.states[:, :-1], kept_actions(paths))
+    times, actions = as_like(paths.grid.nodes[..., :-1], paths.states), kept_actions(paths)
+    if times.ndim == 1:
+        return memories(policy, times, paths.states[:, :-1], actions)
+    alone = [
+        memories(policy, t, x.unsqueeze(0), a.unsqueeze(0))
+        for t, x, a in zip(times, paths.states[:, :-1], actions, strict=True)
+    ]
+    return torch.cat(alone)
 
 
 def over_policy_steps(
@@ -475,6 +565,8 @@ def _along(
     function: Callable[..., Tensor], times: Tensor, *rows: Tensor, copies: int = 1
 ) -> Tensor:
     def along(times: Tensor, *rows: Tensor) -> Tensor:
+        if times.ndim == 2:
+            return _along_own_times(function, times, *rows, copies=copies)
         widest = max(row[:, 0].numel() * row.element_size() for row in rows)
         chunk = max(1, _CHUNK // max(1, copies * widest))
         in_dims = (0, *[1] * len(rows))
@@ -486,6 +578,24 @@ def _along(
             return torch.stack([function(*moment) for moment in moments], dim=1)
 
     return call("a function of (t, x) along paths", along, times, *rows)
+
+
+def _along_own_times(
+    function: Callable[..., Tensor], times: Tensor, *rows: Tensor, copies: int = 1
+) -> Tensor:
+    """Every step of every path by itself, since each has its own t []."""
+
+    def alone(t: Tensor, *one: Tensor) -> Tensor:
+        return function(t, *(each.unsqueeze(0) for each in one)).squeeze(0)
+
+    flat = [row.reshape(-1, *row.shape[2:]) for row in rows]
+    widest = max(row[0].numel() * row.element_size() for row in flat)
+    chunk = max(1, _CHUNK // max(1, copies * widest))
+    try:
+        each = torch.func.vmap(alone, chunk_size=chunk)(times.reshape(-1), *flat)
+    except RuntimeError:  # not vectorisable; a real fault is raised again by the loop
+        each = torch.stack([alone(*one) for one in zip(times.reshape(-1), *flat, strict=True)])
+    return each.view(*times.shape, *each.shape[1:])
 
 
 def ito_sum(
@@ -504,16 +614,17 @@ def ito_sum(
     return (integrand * increments).flatten(1).sum(1)
 
 
-def time_integral(rates: Float[Tensor, "paths steps"], grid: TimeGrid) -> Float[Tensor, " paths"]:
+def time_integral(
+    rates: Float[Tensor, "paths steps"], grid: TimeGrid | OwnTimes
+) -> Float[Tensor, " paths"]:
     """Time integral int f dt along each path, f at the left end of each step (error O(h)).
 
     Raises:
         ValueError: ``rates`` has not one entry for each step of ``grid``.
     """
-    if rates.ndim != 2 or rates.shape[1] != len(grid.steps):
-        raise ValueError(
-            f"rates must be [paths, {len(grid.steps)}] to fit the grid, got {list(rates.shape)}"
-        )
+    steps = grid.steps.shape[-1]
+    if rates.ndim != 2 or rates.shape[1] != steps:
+        raise ValueError(f"rates must be [paths, {steps}] to fit the grid, got {list(rates.shape)}")
     return (rates * as_like(grid.steps, rates)).sum(1)
 
 
@@ -536,12 +647,27 @@ def running_rewards(problem: ControlProblem, paths: Paths) -> Float[Tensor, "pat
         return paths.rewards
     steps = as_like(paths.grid.steps, paths.states)
     if reward is None:
-        return paths.states.new_zeros(len(paths.states), len(steps))
+        return paths.states.new_zeros(len(paths.states), steps.shape[-1])
 
     def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         return one_a_path("running_reward", reward(t, x, a), len(x))
 
     return all_finite("running_reward", over_steps(rate, paths, kept_actions(paths))) * steps
+
+
+def discount_rates(problem: ControlProblem, paths: Paths) -> float | Float[Tensor, "paths steps"]:
+    """The rate of discounting at the left end of every step, 1/time; a number if it is constant.
+
+    Raises:
+        ValueError: it is negative, not finite, or not one number a path.
+    """
+    if not callable(problem.discount):
+        return problem.discount
+
+    def rate(t: Tensor, x: Tensor) -> Tensor:
+        return one_a_path("discount", as_like(problem.discount_at(t, x), x), len(x))
+
+    return over_steps(rate, paths)
 
 
 def regularised_rewards(
@@ -567,9 +693,9 @@ def regularised_rewards(
     return rewards - problem.temperature * log_prob * as_like(paths.grid.steps, rewards)
 
 
-def ends_at_horizon(problem: ControlProblem, grid: TimeGrid) -> bool:
-    """Whether the last node is the horizon, where the terminal reward is paid."""
-    gap = abs(float(grid.nodes[-1]) - problem.horizon)
+def ends_at_horizon(problem: ControlProblem, grid: TimeGrid | OwnTimes) -> bool:
+    """Whether the last node (of every path) is the horizon, where the terminal reward is paid."""
+    gap = float((grid.nodes[..., -1] - problem.horizon).abs().max())
     return math.isfinite(problem.horizon) and gap <= 1e-6 * problem.horizon  # float32 grids
 
 
@@ -626,10 +752,11 @@ def returns_to_go(
     require_whole(problem, paths)
     rewards = regularised_rewards(problem, paths, policy)
     terminal = at_exits(problem, paths, terminal_rewards(problem, paths.states[:, -1]))
-    keep = torch.exp(-problem.discount * as_like(paths.grid.steps, rewards))
+    discount = discount_rates(problem, paths)
+    keep = torch.exp(-discount * as_like(paths.grid.steps, rewards))
     returns, runs = [terminal], None if paths.ends is None else paths.running.unbind(1)
     for k in range(rewards.shape[1] - 1, -1, -1):
-        ahead = rewards[:, k] + keep[k] * returns[-1]
+        ahead = rewards[:, k] + keep[..., k] * returns[-1]
         returns.append(ahead if runs is None else torch.where(runs[k], ahead, terminal))
     return torch.stack(returns[::-1], dim=1)
 
@@ -653,7 +780,8 @@ def at_exits(
     left = paths.terminated
     if left is None:
         left = paths.ends < paths.states.shape[1] - 1
-    times = as_like(paths.grid.nodes, paths.states)[paths.ends]
+    nodes = as_like(paths.grid.nodes, paths.states)
+    times = nodes[paths.ends] if nodes.ndim == 1 else nodes[:, -1]
     paid = call("exit_reward", reward, times, paths.states[:, -1])
     paid = torch.where(left, one_a_path("exit_reward", paid, len(left)), terminal)
     return all_finite("exit_reward", paid)

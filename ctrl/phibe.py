@@ -28,7 +28,7 @@ from ctrl.devices import as_like
 from ctrl.linear.gaussian import transition
 from ctrl.linear.lq import LinearQuadratic
 from ctrl.martingale import Features, LinearValue
-from ctrl.paths import Paths, TimeGrid, over_steps, regularised_rewards
+from ctrl.paths import Paths, TimeGrid, common_grid, over_steps, regularised_rewards
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
 from ctrl.user_functions import all_finite, own_memory
@@ -118,8 +118,8 @@ def galerkin(
     all windows of i + 1 nodes. Where V is a combination of the features its error is O(h^i), and
     that of ``clstd`` O(h); else both add their error of projection.
 
-    The last i - 1 steps begin no window. On a finite horizon the terminal reward is pinned by
-    features that vanish there, and ``base``.
+    The last i - 1 steps of a path begin no window. On a finite horizon the terminal reward is
+    pinned by features that vanish there, and ``base``.
 
     Args:
         features: phi(t, x).
@@ -130,10 +130,17 @@ def galerkin(
         base: a known part of V.
 
     Raises:
+        TypeError: the paths have times of their own.
         ValueError: the steps are not equal or too few, the features do not determine the
-            coefficients, or a feature is not finite.
+            coefficients, a feature is not finite, or the problem has a domain (which windows are
+            whole then depends on where they lead).
     """
     a = coefficients(order)
+    if problem.domain is not None:
+        raise ValueError(
+            "problem.domain must be None: windows that end in an exit show neither drift nor "
+            "covariance, and leaving them out is a selection; use martingale.clstd"
+        )
     step, count = _equal_step(paths, order), paths.states.shape[1] - len(a)
     ahead = paths.states.unfold(1, len(a) + 1, 1).movedim(-1, 2)[:, :, 1:]  # [paths, count, i, ..]
     begin = replace(
@@ -142,13 +149,16 @@ def galerkin(
         actions=None,
         increments=None,
         rewards=None,
-        grid=TimeGrid(paths.grid.nodes[: count + 1]),
+        ends=None,
+        terminated=None,
+        grid=TimeGrid(common_grid(paths).nodes[: count + 1]),
     )
     rewards = regularised_rewards(problem, paths, policy)[:, :count] / as_like(step, paths.states)
 
     def equation(function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         def at(t: Tensor, x: Tensor, later: Tensor) -> Tensor:
-            return generator(function, t, x, later, step) - problem.discount * function(t, x)
+            drift = generator(function, t, x, later, step)
+            return drift - problem.discount_at(t, x) * function(t, x)
 
         return over_steps(at, begin, ahead)
 
@@ -158,8 +168,12 @@ def galerkin(
     weights = paths.weights
     if weights is None:
         weights = torch.full_like(phi[:, 0, 0], 1 / len(phi))
-    matrix = torch.einsum("p,pki,pkj->ij", weights, phi, left)
-    target = -torch.einsum("p,pki,pk->i", weights, phi, right)
+    weighted = weights[:, None, None] * phi
+    if paths.ends is not None:  # windows within their path
+        last = torch.arange(count, device=paths.ends.device) + len(a)
+        weighted = torch.where((last <= paths.ends[:, None])[..., None], weighted, 0)
+    matrix = torch.einsum("pki,pkj->ij", weighted, left)
+    target = -torch.einsum("pki,pk->i", weighted, right)
     if not bool(torch.linalg.cond(matrix) <= 0.1 / torch.finfo(matrix.dtype).eps):
         raise ValueError(
             "features do not determine the coefficients: they depend on one another along these "
@@ -169,7 +183,7 @@ def galerkin(
 
 
 def _equal_step(paths: Paths, order: int) -> Float[Tensor, ""]:
-    steps = paths.grid.steps
+    steps = common_grid(paths).steps
     if len(steps) < order:
         raise ValueError(
             f"paths must have at least {order} steps for order {order}, got {len(steps)}"

@@ -38,6 +38,8 @@ from ctrl.devices import as_like
 from ctrl.memory import AnyPolicy, PolicyWithMemory
 from ctrl.paths import (
     Paths,
+    common_grid,
+    discount_rates,
     kept_actions,
     log_probs,
     over_policy_steps,
@@ -129,7 +131,7 @@ class DrawnActions:
         self, problem: ControlProblem, policy: AnyPolicy, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
         """Zero: the reward is of the drawn action, which is held."""
-        return paths.states.new_zeros(len(paths.states), len(paths.grid.steps))
+        return paths.states.new_zeros(len(paths.states), paths.states.shape[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -158,21 +160,24 @@ class Transitions:
                 f"problem.temperature must be 0, got {problem.temperature:g}: where the next state "
                 "is the decision, the covariance of the actions drops out; use DrawnActions()"
             )
-        return transitions.log_prob(problem.sde, self.solver, policy, paths)
+        return transitions.log_prob(problem.dynamics, self.solver, policy, paths)
 
     def advantages(
         self, problem: ControlProblem, policy: Policy, value: Value, paths: Paths
     ) -> Float[Tensor, "paths steps"]:
         """grad V(t_k, X_k) . (X_{k+1} - E[X_{k+1} | X_k])."""
+        problem.dynamics.require_no_jumps(
+            "a step with them has no Gaussian density; use DrawnActions()"
+        )
         gaussian, nodes = require_transition(self.solver), paths.grid.nodes.cpu()
         require_dynamics(paths)
-        after = transitions.proposals(problem.sde, gaussian, paths)
+        after = transitions.proposals(problem.dynamics, gaussian, paths)
         stopped, paths = paths, visited(paths)
         each = []
         for k, x in enumerate(paths.states[:, :-1].unbind(1)):
             t = as_like(nodes[k], x)
             action = mean_action(policy, t, x)
-            mean, _ = gaussian.transition(problem.sde, nodes[k], nodes[k + 1], x, action)
+            mean, _ = gaussian.transition(problem.dynamics, nodes[k], nodes[k + 1], x, action)
             surprise = after[k] - mean
             each.append(_directional(value, t, x, surprise))
         return while_running(torch.stack(each, dim=1), stopped)
@@ -183,7 +188,7 @@ class Transitions:
         """r(t_k, X_k, a(t_k, X_k)) h_k, the action a function of the policy's parameters."""
         reward = problem.running_reward
         if reward is None:
-            return paths.states.new_zeros(len(paths.states), len(paths.grid.steps))
+            return paths.states.new_zeros(len(paths.states), paths.states.shape[1] - 1)
 
         def rate(policy: Policy, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
             again = _reparametrised(policy, t, x, a.detach())
@@ -250,7 +255,8 @@ def temporal_difference_gradient(
     along, h = values(value, problem, paths), as_like(paths.grid.steps, paths.states)
     rewards = regularised_rewards(problem, paths, policy)
     running = None if paths.ends is None else paths.running
-    advantages = continuous_gae(along, rewards, h, rate, problem.discount, running)
+    discount = discount_rates(problem, paths)
+    advantages = continuous_gae(along, rewards, h, rate, discount, running)
     return _summed(problem, policy, paths, chosen, advantages)
 
 
@@ -296,10 +302,10 @@ def pathwise_gradient(
     """
     require_dynamics(paths)
     require_memoryless(policy, paths)
-    sde = problem.sde.to_ito()
+    sde = problem.dynamics.to_ito()
 
     def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
-        if sde.controls_diffusion:
+        if sde.controls_diffusion or sde.jump_kinds:
             return q_rate(problem, value, t, x, a)
         # the other terms of q do not depend on the action
         transported = transport(sde, value, t, x, a)
@@ -319,7 +325,7 @@ def pathwise_gradient(
         return (slope.detach() * again).reshape(len(x), -1).sum(1)
 
     stopped, paths = paths, visited(paths)
-    times = as_like(paths.grid.nodes[:-1], paths.states)
+    times = as_like(common_grid(paths).nodes[:-1], paths.states)
     moments = zip(times, paths.states[:, :-1].unbind(1), kept_actions(paths).unbind(1), strict=True)
     rates = torch.stack([one(*moment) for moment in moments], dim=1)
     rates = while_running(rates, stopped)

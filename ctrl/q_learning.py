@@ -70,9 +70,9 @@ def q_rate(
             f"actions must begin with {len(states)}, one for each of at least one state, got "
             f"{list(actions.shape)}"
         )
-    rate = generator(problem.sde, value, t, states, actions, probes)
+    rate = generator(problem.dynamics, value, t, states, actions, probes)
     if problem.discount:
-        rate = rate - problem.discount * value(t, states)
+        rate = rate - problem.discount_at(t, states) * value(t, states)
     if problem.running_reward is not None:
         reward = call("running_reward", problem.running_reward, t, states, actions)
         rate = rate + one_a_path("running_reward", reward, len(states))
@@ -104,7 +104,7 @@ def q_rates(
         return q_rate(problem, value, t, x, a, *signs)
 
     event = tuple(paths.states.shape[2:])
-    motions = math.prod(problem.sde.noise_shape(event)) if probes is None else probes.shape[2]
+    motions = math.prod(problem.dynamics.noise_shape(event)) if probes is None else probes.shape[2]
     more = () if probes is None else (probes,)
     return over_steps(at, paths, kept_actions(paths), *more, copies=motions)
 
@@ -172,46 +172,53 @@ class ConsistentQ:
 
 
 def gibbs_policy(
-    problem: ControlProblem, value: Value, action_dim: int, state: Float[Tensor, " *event"]
+    problem: ControlProblem,
+    value: Value,
+    action_dim: int,
+    state: Float[Tensor, " *event"] | None = None,
 ) -> MultivariateGaussianPolicy:
     """Policy improvement: pi proportional to exp(q / temperature), for q quadratic in the action.
 
     With q(t, x, .) of Hessian -H and maximiser m it is N(m, temperature H^{-1}) ([JZ23] equation
     17). So it is where drift and action cost are linear and quadratic in the action, as for every
-    diffusion model. H may depend on t, not on x. Slope and Hessian come from differences of q,
-    which are exact for a quadratic.
+    diffusion model; where H depends on the state, so does the covariance. Slope and Hessian come
+    from differences of q, which are exact for a quadratic.
 
     Args:
         problem: with a positive temperature.
         value: V of the policy to improve.
         action_dim: coordinates of the action.
-        state: any one state; H is taken there.
+        state: any one state, where H depends on t alone: it is taken there, once for all paths.
 
     Raises:
         ValueError: the temperature is 0. When the policy acts: q is not quadratic and concave in
-            the action, or H depends on the state.
+            the action, or H depends on the state and one was given.
     """
     if problem.temperature <= 0:
         raise ValueError(f"problem.temperature must be positive, got {problem.temperature:g}")
 
     def mean(t: Tensor, states: Tensor) -> Tensor:
         slope, hessian = _quadratic(problem, value, action_dim, t, states)
-        here = _quadratic(problem, value, action_dim, t, as_like(state, states).unsqueeze(0))[1]
-        gap = (hessian - here).abs().max()
-        require(~(gap > _digits(states) * here.abs().max()), lambda: ValueError(_NO_COVARIANCE))
+        if state is not None:
+            one = as_like(state, states).unsqueeze(0)
+            here = _quadratic(problem, value, action_dim, t, one)[1]
+            gap = (hessian - here).abs().max()
+            require(~(gap > _digits(states) * here.abs().max()), lambda: ValueError(_NO_COVARIANCE))
         return torch.linalg.solve(-hessian, slope)
 
-    def scale(t: Tensor) -> Tensor:
-        _, hessian = _quadratic(problem, value, action_dim, t, state.unsqueeze(0))
-        factor, failed = torch.linalg.cholesky_ex(-hessian[0])
+    def scale_at(t: Tensor, states: Tensor) -> Tensor:
+        _, hessian = _quadratic(problem, value, action_dim, t, states)
+        factor, failed = torch.linalg.cholesky_ex(-hessian)
         require(
-            failed == 0,
+            (failed == 0).all(),
             lambda: ValueError("q is not concave in the action: no Gibbs policy exists"),
         )
         precision = torch.cholesky_inverse(factor)
         return torch.linalg.cholesky_ex(problem.temperature * precision)[0]
 
-    return MultivariateGaussianPolicy(mean, scale)
+    if state is None:
+        return MultivariateGaussianPolicy(mean, scale_at)
+    return MultivariateGaussianPolicy(mean, lambda t: scale_at(t, state.unsqueeze(0))[0])
 
 
 def _quadratic(
@@ -244,7 +251,7 @@ def _quadratic(
 
 _NO_COVARIANCE = (
     "the Hessian of q in the action depends on the state, so the Gibbs policy has no common "
-    "covariance; use hjb, or learn a GibbsQ"
+    "covariance; leave out state, and each state gets its own"
 )
 
 

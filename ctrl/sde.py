@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.devices import as_like, require
+from ctrl.jumps import Jumps
 from ctrl.user_functions import call, own_memory, takes
 
 Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -51,6 +52,7 @@ class ControlledSDE:
         calculus: the sense of sigma dW, "ito" or "stratonovich". A solver takes the sense that it
             is made for and refuses the other; ``to_ito`` and ``to_stratonovich`` convert.
         controls_diffusion: whether ``diffusion`` takes the action too, as sigma(t, x, a).
+        jumps: one kind of jumps, or several, which are added to this (``ctrl.jumps``).
     """
 
     drift: Drift
@@ -59,8 +61,12 @@ class ControlledSDE:
     noise_dim: int | None = None
     calculus: Literal["ito", "stratonovich"] = "ito"
     controls_diffusion: bool = False
+    jumps: Jumps | tuple[Jumps, ...] | None = None
 
     def __post_init__(self) -> None:
+        for kind in self.jump_kinds:
+            if not isinstance(kind, Jumps):
+                raise TypeError(f"jumps must be Jumps or a tuple of them, got {self.jumps!r}")
         if not callable(self.drift) or not callable(self.diffusion):
             raise TypeError("drift and diffusion must be functions of (t, x, a) and of (t, x)")
         if self.noise not in NOISE_TYPES:
@@ -82,6 +88,24 @@ class ControlledSDE:
                 if self.controls_diffusion
                 else "diffusion must take (t, states); where the action enters it too, say so: "
                 "ControlledSDE(..., controls_diffusion=True)"
+            )
+
+    @property
+    def jump_kinds(self) -> tuple[Jumps, ...]:
+        """Kinds of jumps, of which there may be none."""
+        if self.jumps is None:
+            return ()
+        return self.jumps if isinstance(self.jumps, tuple) else (self.jumps,)
+
+    def require_no_jumps(self, what: str) -> None:
+        """Refuse jumps, where something is made for continuous paths.
+
+        Raises:
+            ValueError: there are kinds of jumps.
+        """
+        if self.jump_kinds:
+            raise ValueError(
+                f"sde.jumps must be None, got {len(self.jump_kinds)} kinds of jumps: {what}"
             )
 
     def noise_shape(self, event: tuple[int, ...]) -> tuple[int, ...]:

@@ -11,11 +11,12 @@ from torch import Generator, Tensor
 
 from ctrl.devices import as_like, require, require_generator, together
 from ctrl.drawn_ahead import Drawing, Threads, threads
+from ctrl.jumps import add_jumps
 from ctrl.memory import AnyPolicy, PolicyWithMemory, for_roll_out
 from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
-from ctrl.problem import ControlProblem
+from ctrl.problem import UNKNOWN, ControlProblem
 from ctrl.reused_memory import settle, uninitialised
 from ctrl.sde import ControlledSDE
 from ctrl.solvers import BlackBox, EulerMaruyama, InPlaceSolver, InteriorSolver, Solver
@@ -93,12 +94,13 @@ def simulate(
     with together(), threads(workers) as by:
         _check_start(start)
         policy = for_roll_out(policy, start)
-        source = _source(problem.sde, policy, start, grid, solver, noise, generator, by)
+        sde = _equation(problem, solver)
+        source = _source(sde, policy, start, grid, solver, noise, generator, by)
         with torch.set_grad_enabled(with_graph):
             if rule is not None:
                 absorbed = _absorbed(problem, policy, start, grid, solver, source, rule)
                 return _roll_out_to_exits(absorbed, start, grid, solver, source, keep, out)
-            rolled_out = (problem.sde, policy, start, grid, solver, source, keep)
+            rolled_out = (sde, policy, start, grid, solver, source, keep)
             if with_graph:
                 return _roll_out_with_graph(*rolled_out)
             return _roll_out_in_place(*rolled_out, out)
@@ -148,10 +150,11 @@ def simulate_end(
     with together(), threads(workers) as by:
         _check_start(start)
         policy = for_roll_out(policy, start)
-        source = _source(problem.sde, policy, start, grid, solver, noise, generator, by)
+        sde = _equation(problem, solver)
+        source = _source(sde, policy, start, grid, solver, noise, generator, by)
         with torch.set_grad_enabled(with_graph):
             if rule is None:
-                end = _last_states(problem.sde, policy, start, grid, solver, source, with_graph)
+                end = _last_states(sde, policy, start, grid, solver, source, with_graph)
             else:
                 end = start
                 for step in _absorbed(problem, policy, start, grid, solver, source, rule):
@@ -181,10 +184,41 @@ def _last_states(
         increment = source.increment(k, h, after if spare else None)
         if isinstance(solver, InPlaceSolver) and after is not None:
             solver.step_into(after, sde, t0, t1, x, action, increment)
+            _jump(sde, solver, source, k, t, h, x, after, action, into=after)
             x, after = after, (x if k else torch.empty_like(start))
         else:
-            x = _step(solver, sde, t0, t1, x, action, increment, source)
+            moved = _step(solver, sde, t0, t1, x, action, increment, source)
+            x, _ = _jump(sde, solver, source, k, t, h, x, moved, action)
     return x
+
+
+def _equation(problem: ControlProblem, solver: Solver) -> ControlledSDE:
+    """The dynamics, which a black box does not need."""
+    if problem.sde is None and isinstance(solver, BlackBox):
+        return UNKNOWN
+    return problem.dynamics
+
+
+def _jump(
+    sde: ControlledSDE,
+    solver: Solver,
+    source: "_Source",
+    k: int,
+    t: Tensor,
+    h: float,
+    before: Tensor,
+    after: Tensor,
+    action: Tensor,
+    into: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """States after the jumps of step k, and how many there were, [paths, kinds], if any may be."""
+    if not sde.jump_kinds or isinstance(solver, BlackBox):
+        return after, None
+    assert not isinstance(source, _Silent)
+    after, counts = add_jumps(sde.jump_kinds, source, k, t, h, before, after, action)
+    if into is not None:
+        into.copy_(after)
+    return after, counts
 
 
 def _source(
@@ -271,6 +305,27 @@ class _Given:
             )
         return self.noise.actions[:, k]
 
+    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
+        """Standard normals for the numbers of jumps of step k."""
+        jumps = self.noise.jumps
+        if jumps is None or jumps.shape[2] != kinds or jumps.dtype != like.dtype:
+            raise ValueError(
+                f"noise.jumps must be [paths, steps, {kinds}] in {like.dtype}: the sde jumps"
+            )
+        return jumps[:, k]
+
+    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
+        """Standard normals for the marks of the j-th jumps of step k."""
+        if dim == 0:
+            return like.new_empty(len(like), 0)
+        marks = self.noise.marks
+        if marks is None or marks.shape[2] <= j or marks.shape[3] < begin + dim:
+            raise ValueError(
+                f"noise.marks must be [paths, steps, {j + 1} or more, {begin + dim} or more]: "
+                f"step {k} has {j + 1} jumps on some path"
+            )
+        return marks[:, k, j, begin : begin + dim]
+
 
 class _Drawn:
     """Noise from a generator, drawn as it is needed."""
@@ -311,6 +366,14 @@ class _Drawn:
         """Standard normals for the actions of step k."""
         return torch.empty_like(mean).normal_(generator=self.generator)
 
+    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
+        """Standard normals for the numbers of jumps of step k."""
+        return like.new_empty(len(like), kinds).normal_(generator=self.generator)
+
+    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
+        """Standard normals for the marks of the j-th jumps of step k."""
+        return like.new_empty(len(like), dim).normal_(generator=self.generator)
+
 
 class _Streamed:
     """Noise that belongs to paths, whatever batch they are in."""
@@ -332,6 +395,7 @@ class _Streamed:
         self.ahead: Drawing | None = None  # of increments, in memory that the roll-out has
         self.brownian: Iterator[Tensor] | None = None  # of increments, where there is none
         self.interior = streams.rows("interior", shape[0], self.like)
+        self.others = dict[tuple[str | int, ...], tuple[int, Iterator[Tensor]]]()
         self.drawn: Iterator[Tensor] | None = None
         self.leaving = streams.rows("exits", shape[0], start.new_empty(shape[0]))
 
@@ -362,6 +426,28 @@ class _Streamed:
             one = [1.0] * len(self.widths)
             self.drawn = self.streams.rows("actions", len(mean), mean, widths=one, by=self.by)
         return next(self.drawn).clone()  # a graph or the action may hold on to it
+
+    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
+        """Standard normals for the numbers of jumps of step k."""
+        return self._row(("jumps",), k, kinds, like)
+
+    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
+        """Standard normals for the marks of the j-th jumps of step k."""
+        if dim == 0:
+            return like.new_empty(len(like), 0)
+        return self._row(("marks", kind, j), k, dim, like)
+
+    def _row(self, name: tuple[str | int, ...], k: int, width: int, like: Tensor) -> Tensor:
+        """Row k of a stream of its own, whatever rows were asked for before."""
+        if name not in self.others:
+            written = "-".join(str(part) for part in name)
+            rows = self.streams.rows(written, len(like), like.new_empty(len(like), width))
+            self.others[name] = (0, rows)
+        taken, rows = self.others[name]
+        for _ in range(k - taken):  # steps in which no path of this batch needed it
+            next(rows)
+        self.others[name] = (k + 1, rows)
+        return next(rows).clone()
 
 
 class _Silent:
@@ -418,6 +504,10 @@ def _roll_out_in_place(
         increments = _buffer(out, "increments", (steps, *row), start)
         if isinstance(source, _Drawn):
             source.kept = increments
+    jumps: Tensor | None = None
+    if sde.jump_kinds and "increments" in keep and source.shows_noise:
+        row = (steps, len(start), len(sde.jump_kinds))
+        jumps = _buffer(out, "jumps", row, start)
     in_place = isinstance(solver, InPlaceSolver)
     # normals that fit and are not kept are drawn into the path's own next row
     spare = in_place and sde.noise == "diagonal"
@@ -432,6 +522,9 @@ def _roll_out_in_place(
             solver.step_into(after, sde, t0, t1, x, action, increment)
         else:
             after.copy_(_step(solver, sde, t0, t1, x, action, increment, source))
+        _, counts = _jump(sde, solver, source, k, t, h, x, after, action, into=after)
+        if jumps is not None and counts is not None:
+            jumps[k] = counts
         if "actions" in keep:
             if actions is None:
                 actions = _buffer(out, "actions", (steps, *action.shape), action)
@@ -445,6 +538,7 @@ def _roll_out_in_place(
         grid=grid,
         weights=source.weights,
         black_box=isinstance(solver, BlackBox),
+        jumps=None if jumps is None else jumps.movedim(0, 1),
     )
 
 
@@ -457,6 +551,7 @@ class _AbsorbedStep(NamedTuple):
         increment: of the Brownian motion.
         runs: which paths make it.
         leaves: which of them leave the domain in it.
+        jumps: how many of each kind.
     """
 
     after: Tensor
@@ -464,6 +559,7 @@ class _AbsorbedStep(NamedTuple):
     increment: Tensor
     runs: Tensor
     leaves: Tensor
+    jumps: Tensor | None = None
 
 
 def _absorbed(
@@ -477,27 +573,35 @@ def _absorbed(
 ) -> Iterator[_AbsorbedStep]:
     """Step after step, absorbed where they leave; coefficients are asked inside the domain only."""
     assert problem.domain is not None
+    sde = _equation(problem, solver)
     x, runs = start, torch.ones(len(start), dtype=torch.bool, device=start.device)
     last: _AbsorbedStep | None = None
     for k, t, h, t0, t1 in _left_ends(grid, start):
         if last is not None and x.device.type == "cpu" and not bool(runs.any()):
             action, increment = torch.zeros_like(last.action), torch.zeros_like(last.increment)
-            yield _AbsorbedStep(x, action, increment, runs, runs)  # nobody is left
+            counts = None if last.jumps is None else torch.zeros_like(last.jumps)
+            yield _AbsorbedStep(x, action, increment, runs, runs, counts)  # nobody is left
             continue
         inside = torch.where(_beside(runs, x), x, start)
         action = _act(policy, t, inside, source, k)
         increment = source.increment(k, h, None)
-        proposed = _step(solver, problem.sde, t0, t1, inside, action, increment, source)
+        proposed = _step(solver, sde, t0, t1, inside, action, increment, source)
         uniform = source.for_exits(k) if rule.draws else None
-        step = Step(problem.sde, t0, t1, inside, proposed, action, uniform)
+        step = Step(sde, t0, t1, inside, proposed, action, uniform)
         left, exits = rule.exits(problem.domain, step)
+        jumped, counts = _jump(sde, solver, source, k, t, h, inside, proposed, action)
+        if counts is not None:  # of those that have not left before
+            proposed = torch.where(_beside(left, x), proposed, jumped)
+            counts = torch.where((runs & ~left)[:, None], counts, 0)
+            out = ~(problem.domain.signed_distance(as_like(t1, x), proposed) > 0) & ~left
+            left, exits = left | out, torch.where(_beside(out, x), proposed, exits)
         leaves = left & runs
         after = torch.where(_beside(leaves, x), exits, proposed)
         after = torch.where(_beside(runs, x), after, x)
         if source.shows_noise:
             increment = torch.where(_beside(runs, increment), increment, 0)
         action = torch.where(_beside(runs, action), action, 0)
-        last = _AbsorbedStep(after, action, increment, runs, leaves)
+        last = _AbsorbedStep(after, action, increment, runs, leaves, counts)
         yield last
         x, runs = after, runs & ~leaves
 
@@ -531,6 +635,10 @@ def _roll_out_to_exits(
                 if name not in kept:
                     kept[name] = _buffer(out, name, (steps, *row.shape), row)
                 kept[name][k] = row
+        if "increments" in names and step.jumps is not None:
+            if "jumps" not in kept:
+                kept["jumps"] = _buffer(out, "jumps", (steps, *step.jumps.shape), step.jumps)
+            kept["jumps"][k] = step.jumps
     return Paths(
         states=states.movedim(0, 1),
         actions=kept["actions"].movedim(0, 1) if "actions" in kept else None,
@@ -538,6 +646,7 @@ def _roll_out_to_exits(
         grid=grid,
         weights=source.weights,
         black_box=isinstance(solver, BlackBox),
+        jumps=kept["jumps"].movedim(0, 1) if "jumps" in kept else None,
         ends=ends,
         terminated=left,
     )
@@ -570,12 +679,17 @@ def _roll_out_with_graph(
 ) -> Paths:
     """Every step is a new tensor: what the graph has saved must not be written to again."""
     states, actions, increments = [start], list[Tensor](), list[Tensor]()
+    jumps = list[Tensor]()
     shown = "increments" in keep and source.shows_noise
     for k, t, h, t0, t1 in _left_ends(grid, start):
         actions.append(_act(policy, t, states[k], source, k))
         increment = source.increment(k, h, None)
-        states.append(_step(solver, sde, t0, t1, states[k], actions[k], increment, source))
+        moved = _step(solver, sde, t0, t1, states[k], actions[k], increment, source)
+        moved, counts = _jump(sde, solver, source, k, t, h, states[k], moved, actions[k])
+        states.append(moved)
         increments.append(increment)
+        if counts is not None:
+            jumps.append(counts)
     return Paths(
         states=torch.stack(states, dim=1),
         actions=torch.stack(actions, dim=1) if "actions" in keep else None,
@@ -583,6 +697,7 @@ def _roll_out_with_graph(
         grid=grid,
         weights=source.weights,
         black_box=isinstance(solver, BlackBox),
+        jumps=torch.stack(jumps, dim=1) if shown and jumps else None,
     )
 
 

@@ -4,6 +4,8 @@ Between two nodes the action is held. Orders are those of a general, smooth equa
 the error of the path, weak that of expectations.
 
 Sources  [KP92] Kloeden & Platen, Numerical Solution of Stochastic Differential Equations.
+         [HJK12] Hutzenthaler, Jentzen & Kloeden 2012, strong convergence of an explicit numerical
+         method for SDEs with nonglobally Lipschitz continuous coefficients, Ann. Appl. Probab. 22.
 """
 
 import math
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ctrl.devices import as_like
 from ctrl.sde import ControlledSDE
+from ctrl.user_functions import own_memory
 
 
 @runtime_checkable
@@ -135,6 +138,7 @@ class EulerMaruyama:
             ValueError: the noise is not diagonal, so the next state's coordinates are dependent.
         """
         sde.require_calculus("ito", "EulerMaruyama")
+        sde.require_no_jumps("a step with them has no Gaussian density; use girsanov.log_ratio")
         if sde.noise != "diagonal":
             raise ValueError(
                 f"sde must have diagonal noise, got {sde.noise}: the next state's coordinates are "
@@ -235,6 +239,135 @@ class Heun:
         there = states + here
         over_there = h * sde.drift_at(end, there, action)
         return states + 0.5 * (here + over_there + sde.diffuse(end, there, increment, action))
+
+
+@dataclass(frozen=True)
+class TamedEuler:
+    """X + b h / (1 + |b| h) + sigma dW (Ito), |b| the norm of a path's drift ([HJK12] equation 4).
+
+    For drifts that grow faster than linearly and push inward (one-sided Lipschitz), of which
+    Euler-Maruyama's moments explode: strong order 1/2 all the same, 1 for additive noise (the
+    drift is changed by O(h), which is the weak order too). No step moves by more than 1 without
+    noise.
+    """
+
+    def step(
+        self,
+        sde: ControlledSDE,
+        t0: Tensor,
+        t1: Tensor,
+        states: Tensor,
+        action: Tensor,
+        increment: Tensor,
+    ) -> Tensor:
+        """One step.
+
+        Raises:
+            ValueError: a Stratonovich equation.
+        """
+        t = as_like(t0, states)
+        moved = self._drifted(sde, t0, t1, states, action)
+        return moved + sde.diffuse(t, states, increment, action)
+
+    def transition(
+        self, sde: ControlledSDE, t0: Tensor, t1: Tensor, states: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the next state, for diagonal noise.
+
+        Raises:
+            ValueError: the noise is not diagonal, or the equation a Stratonovich one.
+        """
+        moved = self._drifted(sde, t0, t1, states, action)
+        return moved, EulerMaruyama().transition(sde, t0, t1, states, action)[1]
+
+    @staticmethod
+    def _drifted(
+        sde: ControlledSDE, t0: Tensor, t1: Tensor, states: Tensor, action: Tensor
+    ) -> Tensor:
+        sde.require_calculus("ito", "TamedEuler")
+        push = float(t1 - t0) * sde.drift_at(as_like(t0, states), states, action)
+        size = push.reshape(len(states), -1).norm(dim=1)
+        return states + push / (1 + size.view(-1, *[1] * (states.ndim - 1)))
+
+
+@dataclass(frozen=True)
+class DriftImplicitEuler:
+    """Y with Y = X + b(t1, Y) h + sigma(t0, X) dW (Ito), by Newton's method ([KP92] 12.2).
+
+    For stiff drifts, and superlinear ones that push inward: the equation has one solution where
+    h L < 1 for (b(x) - b(y)) . (x - y) <= L |x - y|^2, and a linear pull of any strength is damped.
+    Strong order 1/2, 1 for additive noise; weak order 1. The step is no Gaussian where b is not
+    affine, so there is no ``transition``. Gradients go through the solution (implicit function),
+    not through the iterations; once, not twice.
+
+    Attributes:
+        iterations: of Newton's method, before giving up.
+    """
+
+    iterations: int = 50
+
+    def __post_init__(self) -> None:
+        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int):
+            raise TypeError(f"iterations must be an integer, got {self.iterations!r}")
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {self.iterations}")
+
+    def step(
+        self,
+        sde: ControlledSDE,
+        t0: Tensor,
+        t1: Tensor,
+        states: Tensor,
+        action: Tensor,
+        increment: Tensor,
+    ) -> Tensor:
+        """One step.
+
+        Raises:
+            ValueError: a Stratonovich equation.
+            RuntimeError: Newton's method does not converge; the step is too large.
+        """
+        sde.require_calculus("ito", "DriftImplicitEuler")
+        end, h = as_like(t1, states), float(t1 - t0)
+        known = states + sde.diffuse(as_like(t0, states), states, increment, action)
+
+        def gap(y: Tensor) -> Tensor:
+            return y - h * sde.drift_at(end, y, action) - known
+
+        with torch.no_grad():
+            y, last = known, torch.full_like(known, math.inf)
+            for _ in range(self.iterations):
+                change = _newton_change(gap, y)
+                y = y - change
+                # quadratic: a change of sqrt(round-off) is followed by none
+                if not bool((change.abs() > _settled(y)).any()):
+                    break
+                last = change
+            else:
+                raise RuntimeError(
+                    f"Newton's method has not converged in {self.iterations} iterations at t = "
+                    f"{float(t0):g}, where it last moved by {float(last.abs().max()):g}: take "
+                    "smaller steps, or more iterations"
+                )
+        return y - _newton_change(gap, y.detach())
+
+
+def _settled(y: Tensor) -> Tensor:
+    return torch.finfo(y.dtype).eps ** 0.5 * (1 + y.abs())
+
+
+def _newton_change(gap: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """(d gap / dy)^{-1} gap(y) of every path; of its gradients the first is that of the root."""
+    y = own_memory(y)
+    directions = torch.eye(y[0].numel(), dtype=y.dtype, device=y.device)
+    with torch.no_grad():
+        columns = [
+            torch.func.jvp(gap, (y,), (own_memory(e.view(1, *y.shape[1:]).expand_as(y)),))[1]
+            for e in directions
+        ]
+    jacobian = torch.stack([column.reshape(len(y), -1) for column in columns], dim=-1)
+    residual = gap(y).reshape(len(y), -1, 1)
+    return torch.linalg.solve(jacobian, residual).view_as(y)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ class SquashedGaussianPolicy:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real | Tensor):
                 raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
-        width = torch.as_tensor(self.high) - torch.as_tensor(self.low)
+        low, high = (torch.as_tensor(each).double() for each in (self.low, self.high))
+        width = high - low
         if not bool(((width > 0) & torch.isfinite(width)).all()):
             raise ValueError(f"low must be below high, both finite, got {self.low} and {self.high}")
 
@@ -181,11 +182,9 @@ def entropy_estimates(
     states: Float[Tensor, " paths *event"],
     noise: Float[Tensor, "samples paths *action"],
 ) -> Float[Tensor, "samples paths"]:
-    """Estimates of the differential entropy, one for each sample, each unbiased, nats.
+    """Estimates of the differential entropy, -log pi(a) of drawn actions: each unbiased, nats.
 
-    -log pi(a) of drawn actions. Of a squashed Gaussian only the part without a closed form is
-    sampled, H(z) + log |da / dz|, which has less variance. The standard error is the caller's,
-    from the samples.
+    The standard error is the caller's, from the samples.
 
     Args:
         policy: any that has a density.
@@ -200,17 +199,9 @@ def entropy_estimates(
         raise ValueError(
             f"noise must be [samples, {len(states)}, *action], got {list(noise.shape)}"
         )
-    each: list[Tensor] = []
-    if isinstance(policy, SquashedGaussianPolicy):
-        center, known = mean_action(policy.latent, t, states), policy.latent.entropy(t, states)
-        for one in noise:
-            z = policy.latent.act(center, t, one, states)
-            each.append(known + policy._log_slope(z))  # pyright: ignore[reportPrivateUsage]  # one file
-        return torch.stack(each)
     mean = mean_action(policy, t, states)
-    for one in noise:
-        each.append(-policy.log_prob(t, states, policy.act(mean, t, one, states)))
-    return torch.stack(each)
+    drawn = [policy.act(mean, t, one, states) for one in noise]
+    return torch.stack([-policy.log_prob(t, states, action) for action in drawn])
 
 
 def _marginal_std(

@@ -22,7 +22,7 @@ def require_time_homogeneous(
     They are compared at t = 0 and ten later times, to the last digit, at these states and actions.
 
     Args:
-        problem: whose drift, diffusion and running reward are looked at.
+        problem: whose coefficients are looked at.
         states: x.
         actions: one for each state.
         policy: whose actions must be the same at all times too, if given.
@@ -33,11 +33,17 @@ def require_time_homogeneous(
 
     def at(time: float) -> dict[str, Tensor]:
         t = states.new_tensor(time)
-        sigma = problem.sde.diffusion_at(t, states, actions)
+        sigma = problem.dynamics.diffusion_at(t, states, actions)
         coefficients = {
-            "drift": problem.sde.drift_at(t, states, actions),
+            "drift": problem.dynamics.drift_at(t, states, actions),
             "diffusion": torch.as_tensor(sigma, dtype=states.dtype),
         }
+        for i, kind in enumerate(problem.dynamics.jump_kinds):
+            coefficients[f"intensity of jumps[{i}]"] = kind.intensity_at(t, states, actions)
+            mark = kind.marks.rule(states)[1][-1].expand(len(states), -1)
+            coefficients[f"sizes of jumps[{i}]"] = kind.sizes_at(t, states, actions, mark)
+        if callable(problem.discount):
+            coefficients["discount"] = problem.discount(t, states)
         if problem.running_reward is not None:
             coefficients["running_reward"] = problem.running_reward(t, states, actions)
         if problem.domain is not None:

@@ -118,13 +118,14 @@ def _laws(
     sde: ControlledSDE, solver: Solver, policy: AnyPolicy, paths: Paths
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and standard deviation of every next state, both [paths, *event]."""
+    sde.require_no_jumps("a step with them has no Gaussian density; use girsanov.log_ratio")
     gaussian = require_transition(solver)
     require_dynamics(paths)
     paths = visited(paths)
     nodes, times = paths.grid.nodes.cpu(), as_like(paths.grid.nodes, paths.states)
-    for k, now in enumerate(in_order(policy, paths)):
-        x = paths.states[:, k]
-        action = mean_action(now, times[k], x)
+    policies = in_order(policy, paths)
+    for k, x in enumerate(paths.states[:, :-1].unbind(1)):
+        action = mean_action(next(policies), times[k], x)
         mean, std = gaussian.transition(sde, nodes[k], nodes[k + 1], x, action)
         require((std > 0).all(), lambda k=k: _no_density(nodes[k]))
         yield mean, std.expand_as(mean)

@@ -1,6 +1,7 @@
 """Value functions along paths: their generator, and the martingale that characterises them.
 
     L^a V = d_t V + b(t, x, a) . grad V + 1/2 tr(sigma sigma' Hess V)
+            + intensity E_z[V(t, x + sizes) - V(t, x)] for every kind of jumps
     dM = e^{-discount h} V(t + h, X_{t+h}) - V(t, X_t) + (r - average) h
 
 V is the value of the policy that made the paths if and only if the sums of dM are a martingale
@@ -23,6 +24,7 @@ from ctrl.devices import as_like
 from ctrl.paths import (
     Paths,
     at_exits,
+    discount_rates,
     ends_at_horizon,
     finished,
     over_nodes,
@@ -90,15 +92,23 @@ def martingale_increments(
             f"{list(rewards.shape)}"
         )
     h = as_like(paths.grid.steps, along)
-    keep = torch.exp(-problem.discount * h)
+    discount = discount_rates(problem, paths)
+    keep = torch.exp(-discount * h)
     dm = keep * along[:, 1:] - along[:, :-1] + rewards - average_reward * h
     return while_running(dm, paths)
 
 
-def discount_factors(problem: ControlProblem, paths: Paths) -> Float[Tensor, " steps"]:
-    """e^{-discount (t_k - t_0)}: what a reward of each step is worth at the first node."""
-    nodes = paths.grid.nodes[:-1]
-    return as_like(torch.exp(-problem.discount * (nodes - nodes[0])), paths.states)
+def discount_factors(problem: ControlProblem, paths: Paths) -> Float[Tensor, "*paths steps"]:
+    """e^{-discount (t_k - t_0)}: what a reward of each step is worth at the first node.
+
+    [steps], or [paths, steps] where the rate of discounting is a function or paths have own times.
+    """
+    discount = discount_rates(problem, paths)
+    if isinstance(discount, Tensor):
+        over = discount * as_like(paths.grid.steps, discount)
+        return torch.exp(over - over.cumsum(1))
+    nodes = paths.grid.nodes[..., :-1]
+    return as_like(torch.exp(-discount * (nodes - nodes[..., :1])), paths.states)
 
 
 def generator(
@@ -116,7 +126,8 @@ def generator(
     evaluations of V for each Brownian motion, some at a time; or for each probe z, if there are
     probes: the mean of z'Mz / 2, M = sigma' Hess V sigma, is unbiased for tr M / 2 wherever
     E zz' = 1. For independent random signs its variance is sum_{i != j} M_ij^2 / (2 probes), the
-    least of all laws of independent coordinates ([H89]), and 0 where M is diagonal.
+    least of all laws of independent coordinates ([H89]), and 0 where M is diagonal. The integral
+    over the sizes of jumps is by the rule of their marks.
 
     Args:
         sde: the dynamics; of a Stratonovich equation, those of its Ito form.
@@ -127,7 +138,7 @@ def generator(
         probes: one Brownian increment's shape each, of variance 1 (``noise.random_signs``).
 
     Raises:
-        ValueError: V is not one number a path, or the probes do not fit.
+        ValueError: V is not one number a path, the probes do not fit, or an intensity is negative.
     """
     sde = sde.to_ito()
     states = own_memory(states)
@@ -155,7 +166,10 @@ def generator(
     trace = along_drift.new_zeros(len(states))
     for some in directions:
         trace = trace + share * torch.func.vmap(curvature)(some).sum(0)
-    return one_a_path("value", along_drift + 0.5 * trace, len(states))
+    total = along_drift + 0.5 * trace
+    for kind in sde.jump_kinds:
+        total = total + kind.rate_of_change(at, t, states, actions)
+    return one_a_path("value", total, len(states))
 
 
 def transport(
@@ -165,7 +179,7 @@ def transport(
     states: Float[Tensor, " paths *event"],
     actions: Float[Tensor, " paths *action"],
 ) -> Float[Tensor, " paths"]:
-    """d_t V + b(t, x, a) . grad V, reward/time: the part of the generator without noise.
+    """d_t V + b(t, x, a) . grad V, reward/time: the part of the generator without noise or jumps.
 
     Args:
         sde: the dynamics, in the sense of Ito.

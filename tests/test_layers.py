@@ -12,18 +12,18 @@ PACKAGES = ("ctrl", "diffusion_envs", "verification")
 # re-exports.
 MODULES = """
 ctrl.devices ctrl.reused_memory ctrl.compiled_normals ctrl.counter_normals ctrl.drawn_ahead
-ctrl.estimate ctrl.user_functions ctrl.sde ctrl.stopping ctrl.problem ctrl.policy
-ctrl.squashed_policy ctrl.memory ctrl.time_homogeneity ctrl.exploration ctrl.noise ctrl.paths
-ctrl.solvers
-ctrl.torchsde_solver ctrl.simulate
+ctrl.estimate ctrl.user_functions ctrl.jumps ctrl.sde ctrl.stopping ctrl.problem
+ctrl.policy ctrl.squashed_policy ctrl.memory ctrl.time_homogeneity ctrl.exploration ctrl.noise
+ctrl.paths ctrl.recorded ctrl.solvers ctrl.torchsde_solver ctrl.simulate
 ctrl.girsanov ctrl.transitions ctrl.value
 ctrl.advantages ctrl.martingale ctrl.q_learning ctrl.trust_region ctrl.policy_gradient
 ctrl.linear.reading ctrl.linear.collocation ctrl.linear.exponential
 ctrl.linear.hamiltonian ctrl.linear.margin
 ctrl.linear.lyapunov
 ctrl.linear.lq ctrl.linear.gaussian ctrl.linear.kl_control
-ctrl.linear.riccati ctrl.linear ctrl.phibe ctrl.state_grid ctrl.action_grid ctrl.markov_chain
-ctrl.bellman ctrl.hjb ctrl.pendulum ctrl.problems
+ctrl.linear.riccati ctrl.linear ctrl.regimes ctrl.phibe ctrl.risk_sensitive ctrl.chains
+ctrl.mean_field ctrl.adjoint_matching ctrl.state_grid ctrl.action_grid ctrl.wide_stencil
+ctrl.markov_chain ctrl.bellman ctrl.hjb ctrl.pendulum ctrl.problems
 ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents.actor_critic
 ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents
 ctrl.gym ctrl.plots ctrl

@@ -15,7 +15,7 @@ from ctrl.advantages import continuous_gae
 from ctrl.agents.descent import descend, expectation
 from ctrl.devices import as_like
 from ctrl.martingale import ctd0
-from ctrl.paths import Paths, kept_actions, over_steps, regularised_rewards
+from ctrl.paths import Paths, discount_rates, kept_actions, over_steps, regularised_rewards
 from ctrl.policy import RandomPolicy, policy_kl
 from ctrl.problem import ControlProblem
 from ctrl.trust_region import penalised_surrogate
@@ -114,8 +114,9 @@ def _rates(
     h = as_like(paths.grid.steps, paths.states)
     rewards = regularised_rewards(problem, paths, policy)
     along = values(value, problem, paths)
+    discount = discount_rates(problem, paths)
     running = None if paths.ends is None else paths.running
-    return continuous_gae(along, rewards, h, rate, problem.discount, running) / h
+    return continuous_gae(along, rewards, h, rate, discount, running) / h
 
 
 def _surrogate(

@@ -51,7 +51,7 @@ def one_step_paths(
     if problem.horizon < float("inf") or problem.discount:
         raise ValueError(
             "problem must be ergodic (infinite horizon, no discount) to be learned online, got "
-            f"horizon {problem.horizon:g} and discount {problem.discount:g}"
+            f"horizon {problem.horizon:g} and discount {problem.discount}"
         )
     if problem.domain is not None:
         raise ValueError("problem.domain must be None to be learned online: these paths never end")

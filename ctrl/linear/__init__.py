@@ -15,7 +15,7 @@ from ctrl.linear.gaussian import (
     transition,
 )
 from ctrl.linear.kl_control import Tilted, kl_optimal_drift, kl_optimal_value, tilt
-from ctrl.linear.lq import LinearGaussian, LinearQuadratic, Quadratic, improve_lq
+from ctrl.linear.lq import LinearGaussian, LinearQuadratic, Quadratic, TimeVarying, improve_lq
 from ctrl.linear.riccati import (
     FiniteHorizon,
     Stationary,
@@ -26,6 +26,7 @@ from ctrl.linear.riccati import (
     solve_lq,
     solve_lq_discounted,
     solve_lq_ergodic,
+    solve_lq_switching,
 )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Quadratic",
     "Stationary",
     "Tilted",
+    "TimeVarying",
     "Transition",
     "cost_of_exploration",
     "evaluate_lq",
@@ -53,6 +55,7 @@ __all__ = [
     "solve_lq",
     "solve_lq_discounted",
     "solve_lq_ergodic",
+    "solve_lq_switching",
     "tilt",
     "transition",
 ]

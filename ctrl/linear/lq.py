@@ -30,7 +30,7 @@ from ctrl.linear.margin import cholesky, require_positive_definite
 from ctrl.linear.reading import largest
 from ctrl.policy import DeterministicPolicy, MultivariateGaussianPolicy
 from ctrl.problem import ControlProblem
-from ctrl.sde import ControlledSDE
+from ctrl.sde import ControlledSDE, Diffusion
 
 ZERO = torch.zeros((), dtype=torch.float64)
 """Stands for zeros of whatever shape is meant."""
@@ -232,6 +232,89 @@ class LinearQuadratic:
         return ControlProblem(
             self.sde, horizon, self.running_reward, terminal, discount, temperature
         )
+
+
+@dataclass(frozen=True, eq=False)
+class TimeVarying:
+    """A linear-quadratic problem whose coefficients are smooth functions of time.
+
+    Attributes:
+        at: times [*times], float64 -> the problem at each of them, a batch [*times]. Coefficients
+            that do not change need no such dimensions: ``LinearQuadratic`` broadcasts.
+    """
+
+    at: Callable[[Tensor], LinearQuadratic]
+
+    def __post_init__(self) -> None:
+        if not callable(self.at):
+            raise TypeError(f"at must be a function of times, got {self.at!r}")
+
+    def now(self, t: Float[Tensor, "*times"]) -> LinearQuadratic:
+        """The problem at these times, a batch of as many.
+
+        Raises:
+            ValueError: the batch is another, so that a coefficient mixes times.
+        """
+        t = t.to(torch.float64)
+        lq = self.at(t)
+        if lq.A.shape[:-2] != t.shape:
+            raise ValueError(
+                f"at must return a batch {list(t.shape)}, a problem for each time, got "
+                f"{list(lq.A.shape[:-2])}: t[..., None, None] times a matrix is one"
+            )
+        return lq
+
+    @property
+    def sde(self) -> ControlledSDE:
+        """The dynamics; their noise is general, and controlled where D is not left out."""
+        first = self.now(ZERO)
+        controls_diffusion = not _is_left_out(first.D)
+
+        def free(t: Tensor, x: Tensor) -> Tensor:
+            return cast(Tensor, cast(Diffusion, self.now(t).sde.diffusion)(t, x))
+
+        def controlled(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+            lq = self.now(t)
+            columns = times(lq.C.to(x), x.unsqueeze(-2)) + times(lq.D.to(x), a.unsqueeze(-2))
+            return columns.mT + lq.sigma.to(x)
+
+        return ControlledSDE(
+            lambda t, x, a: self.now(t).sde.drift(t, x, a),
+            controlled if controls_diffusion else free,
+            "general",
+            first.sigma.shape[-1],
+            controls_diffusion=controls_diffusion,
+        )
+
+    def problem(self, horizon: float) -> ControlProblem:
+        """The same as a problem for ``simulate`` and the estimators; its discount is a function.
+
+        Args:
+            horizon: finite; the terminal cost is that of this time.
+
+        Raises:
+            ValueError: the temperature changes with time.
+        """
+        first, last = self.now(ZERO), self.now(torch.tensor(horizon, dtype=torch.float64))
+        temperature = float(first.rates[1])
+        if temperature != float(last.rates[1]):
+            raise ValueError(
+                "temperature must be one number for a ControlProblem, got "
+                f"{temperature} at 0 and {float(last.rates[1])} at the horizon"
+            )
+        return ControlProblem(
+            self.sde,
+            horizon,
+            lambda t, x, a: self.now(t).running_reward(t, x, a),
+            last.terminal_reward,
+            discount=lambda t, x: self.now(t).rates[0].to(x).expand(len(x)),
+            temperature=temperature,
+        )
+
+
+def problem_at(lq: LinearQuadratic | TimeVarying, t: Float[Tensor, "*times"]) -> LinearQuadratic:
+    """The problem at these times: always the same one, or a batch of as many."""
+    return lq if isinstance(lq, LinearQuadratic) else lq.now(t)
 
 
 def value_rate(lq: LinearQuadratic, value: Quadratic, law: LinearGaussian) -> Quadratic:

@@ -10,6 +10,7 @@ Sources  [K68] Kleinman 1968, on an iterative technique for Riccati equation com
          [WZZ20] Wang, Zariphopoulou & Zhou 2020, JMLR 21, section 4.
          [JZ22b] Jia & Zhou 2022, policy gradient and actor-critic, JMLR 23, section 6 (ergodic).
          [YZ99] Yong & Zhou, Stochastic Controls, chapter 6.
+         [CFT13] Costa, Fragoso & Todorov 2013, Continuous-Time Markov Jump Linear Systems.
          [R80] Roberts 1980, linear model reduction and solution of the algebraic Riccati equation
          by use of the sign function, Int. J. Control 32.
 """
@@ -36,8 +37,10 @@ from ctrl.linear.lq import (
     LinearGaussian,
     LinearQuadratic,
     Quadratic,
+    TimeVarying,
     greedy,
     improve_lq,
+    problem_at,
     require_concave,
     require_one,
     require_symmetric,
@@ -62,12 +65,12 @@ class FiniteHorizon:
     policy given and its improvement.
 
     Attributes:
-        lq: the problem.
+        lq: the problem, or one whose coefficients change with time.
         times: nodes that were asked for; the last is the horizon.
         to_go: S, e and c in a row, by time to go.
     """
 
-    lq: LinearQuadratic
+    lq: LinearQuadratic | TimeVarying
     times: Float[Tensor, " nodes"]
     to_go: Trajectory
 
@@ -95,7 +98,11 @@ class FiniteHorizon:
                 f"t must be from {first:g} to {last:g}, the times that were solved for, got "
                 f"{_listed_range(at)}; solve over times that contain these"
             )
-        return _unflat(self.to_go(to_go), self.lq)
+        return _unflat(self.to_go(to_go))
+
+    @property
+    def _last(self) -> LinearQuadratic:
+        return problem_at(self.lq, self.times[-1])
 
     def law_at(self, t: Float[Tensor, "*times"]) -> LinearGaussian:
         """The Gibbs policy at any times between the first and the last.
@@ -106,10 +113,11 @@ class FiniteHorizon:
         """
         value = self.value_at(t)
         try:
-            require_concave(self.lq, value)
+            lq = problem_at(self.lq, t)
+            require_concave(lq, value)
         except ValueError as error:
             raise ValueError(f"{error} at t = {_listed_range(t)}") from None
-        return greedy(self.lq, value)
+        return greedy(lq, value)
 
     def value(self, t: Float[Tensor, ""], x: Float[Tensor, "paths state"]) -> Tensor:
         """V(t, x), [paths], reward; differentiable in t and x."""
@@ -125,9 +133,9 @@ class FiniteHorizon:
         def mean(t: Tensor, x: Tensor) -> Tensor:
             return self.law_at(t).mean(x)
 
-        if not bool(self.lq.rates[1].any()):
+        if not bool(self._last.rates[1].any()):
             return DeterministicPolicy(mean)
-        require_one(self.lq.N)
+        require_one(self._last.N)
 
         def scale(t: Tensor) -> Tensor:
             return cholesky(self.law_at(t).covariance)
@@ -160,11 +168,11 @@ class Stationary:
         return self.law.policy()
 
 
-def solve_lq(lq: LinearQuadratic, times: Float[Tensor, " nodes"]) -> FiniteHorizon:
+def solve_lq(lq: LinearQuadratic | TimeVarying, times: Float[Tensor, " nodes"]) -> FiniteHorizon:
     """Optimal value and policy over a finite horizon ([YZ99] 6.2; entropy: [WZZ20]).
 
     Args:
-        lq: the problem.
+        lq: the problem; its coefficients may be functions of time.
         times: increasing; the last is the horizon, where the terminal reward is paid.
 
     Returns:
@@ -173,28 +181,84 @@ def solve_lq(lq: LinearQuadratic, times: Float[Tensor, " nodes"]) -> FiniteHoriz
     Raises:
         ValueError: N - sum_j D_j'S D_j does not stay positive definite, or the value explodes.
     """
-    require_concave(lq, lq.terminal, " at the horizon")
+    grid = TimeGrid(times).nodes
+    last = problem_at(lq, grid[-1])
+    require_concave(last, last.terminal, " at the horizon")
 
     def rate(t: Tensor, y: Tensor) -> Tensor:
-        value = _unflat(y, lq)
-        return _flat(value_rate(lq, value, greedy(lq, value)))
+        now, value = problem_at(lq, grid[-1] - t), _unflat(y)
+        return _flat(value_rate(now, value, greedy(now, value)))
 
-    if lq.scaled_noise[1].shape[-3]:
+    if isinstance(lq, TimeVarying) or lq.scaled_noise[1].shape[-3]:
         solution = _solution(lq, times, lambda start, horizon: integrate(rate, start, horizon))
     else:
         half = torch.linalg.solve_triangular(cholesky(lq.N), lq.B.mT, upper=False)
         free = greedy(lq, _zero(lq))  # the best of an instant, from which deviations cost N alone
         solution = _solution(lq, times, _flow(lq, free, half.mT @ half))
+    at = times[-1] - solution.to_go.breaks
+    require_concave(problem_at(lq, at), solution.value_at(at), " before the horizon")
+    return solution
+
+
+def solve_lq_switching(
+    lq: LinearQuadratic, rates: Float[Tensor, "regimes regimes"], times: Float[Tensor, " nodes"]
+) -> FiniteHorizon:
+    """Optimal values and policies of a problem that switches between regimes (``ctrl.regimes``).
+
+    The values V_i = x'S_i x/2 + e_i'x + c_i are coupled: the rate of each gains sum_j rates_ij (V_j
+    - V_i), so that S_i solve coupled Riccati equations ([CFT13] chapter 4).
+
+    Args:
+        lq: the regimes' problems, a batch [regimes].
+        rates: of switching from i to j, 1/time, at least 0; what is on the diagonal is not used.
+        times: as for ``solve_lq``.
+
+    Returns:
+        The solution, [regimes] for each time.
+
+    Raises:
+        ValueError: the rates are not [regimes, regimes], finite and at least 0, or as ``solve_lq``.
+    """
+    moves = require_rates(rates, lq.A.shape[:-2])
+    require_concave(lq, lq.terminal, " at the horizon")
+
+    def rate(t: Tensor, y: Tensor) -> Tensor:
+        value = _unflat(y)
+        within = _flat(value_rate(lq, value, greedy(lq, value)))
+        return within + moves @ y - moves.sum(1, keepdim=True) * y
+
+    solution = _solution(lq, times, lambda start, horizon: integrate(rate, start, horizon))
     value = solution.value_at(times[-1] - solution.to_go.breaks)
     require_concave(lq, value, " before the horizon")
     return solution
 
 
-def evaluate_lq(lq: LinearQuadratic, law: Law, times: Float[Tensor, " nodes"]) -> FiniteHorizon:
+def require_rates(
+    rates: Float[Tensor, "regimes regimes"], regimes: tuple[int, ...]
+) -> Float[Tensor, "regimes regimes"]:
+    """Rates of switching with a diagonal of 0.
+
+    Raises:
+        ValueError: they are not [regimes, regimes], finite and at least 0.
+    """
+    if tuple(rates.shape) != (*regimes, *regimes) or len(regimes) != 1:
+        raise ValueError(
+            f"rates must be [regimes, regimes] for a batch of problems [regimes], got "
+            f"{list(rates.shape)} for {list(regimes)}"
+        )
+    moves = rates - torch.diag(rates.diagonal())
+    if not bool(((moves >= 0) & torch.isfinite(moves)).all()):
+        raise ValueError(f"rates must be at least 0 and finite, got {rates.tolist()}")
+    return moves
+
+
+def evaluate_lq(
+    lq: LinearQuadratic | TimeVarying, law: Law, times: Float[Tensor, " nodes"]
+) -> FiniteHorizon:
     """The value of any linear-Gaussian policy over a finite horizon.
 
     Args:
-        lq: the problem.
+        lq: the problem; its coefficients may be functions of time.
         law: the policy; as a function it gives a batch of laws at times [nodes], as ``law_at`` of
             another solution does, and is smooth.
         times: as for ``solve_lq``.
@@ -205,13 +269,17 @@ def evaluate_lq(lq: LinearQuadratic, law: Law, times: Float[Tensor, " nodes"]) -
     """
     grid = TimeGrid(times).nodes
 
+    last = problem_at(lq, grid[-1])
+
     def rate(t: Tensor, y: Tensor) -> Tensor:
         now = law if isinstance(law, LinearGaussian) else law(grid[-1] - t)
-        return _flat(value_rate(lq, _unflat(y, lq), now))
+        return _flat(value_rate(problem_at(lq, grid[-1] - t), _unflat(y), now))
 
     check_law(
-        lq, law if isinstance(law, LinearGaussian) else law(grid), time_dependent=callable(law)
+        last, law if isinstance(law, LinearGaussian) else law(grid), time_dependent=callable(law)
     )
+    if isinstance(lq, TimeVarying):
+        return _solution(lq, grid, lambda start, horizon: integrate(rate, start, horizon))
     if isinstance(law, LinearGaussian) and not lq.scaled_noise[0].shape[-3]:
         return _solution(lq, grid, _flow(lq, law, torch.zeros_like(lq.A)))
     return _solution(lq, grid, lambda start, horizon: integrate(rate, start, horizon))
@@ -335,20 +403,21 @@ def _flat(value: Quadratic) -> Float[Tensor, "*batch dim"]:
     return torch.cat([value.hessian.flatten(-2), value.slope, value.constant.unsqueeze(-1)], dim=-1)
 
 
-def _unflat(y: Float[Tensor, "*batch dim"], lq: LinearQuadratic) -> Quadratic:
-    n = lq.A.shape[-1]
+def _unflat(y: Float[Tensor, "*batch dim"]) -> Quadratic:
+    n = (math.isqrt(4 * y.shape[-1] - 3) - 1) // 2  # of n^2 + n + 1 numbers
     hessian, slope, constant = y.split([n * n, n, 1], dim=-1)
     return Quadratic(hessian.unflatten(-1, (n, n)), slope, constant.squeeze(-1))
 
 
 def _solution(
-    lq: LinearQuadratic, times: Tensor, along: Callable[[Tensor, float], Trajectory]
+    lq: LinearQuadratic | TimeVarying, times: Tensor, along: Callable[[Tensor, float], Trajectory]
 ) -> FiniteHorizon:
     nodes = TimeGrid(times).nodes
     if nodes.dtype != torch.float64:
         raise TypeError(f"times must be float64, got {nodes.dtype}")
     try:
-        to_go = along(_flat(lq.terminal), float((nodes[-1] - nodes[0]).detach()))
+        terminal = problem_at(lq, nodes[-1]).terminal
+        to_go = along(_flat(terminal), float((nodes[-1] - nodes[0]).detach()))
     except FiniteEscapeError as escape:
         raise ValueError(
             f"the value must be finite back to t = {nodes[0].item():g}, and N - sum_j D_j'S D_j "
@@ -382,7 +451,7 @@ def _flow(
         flow = HamiltonianFlow(A, lift(G, (0, 1, 0, 1)), Q, 0.5 * horizon * (points + 1))
 
         def panel(begin: float, halvings: int, y: Tensor) -> Tensor | None:
-            P = flow.after(-_in_one(_unflat(y, lq)), halvings)
+            P = flow.after(-_in_one(_unflat(y)), halvings)
             if not bool(torch.isfinite(P).all()):
                 return None
             n, half = P.shape[-1] - 1, 0.5 * horizon / 2**halvings

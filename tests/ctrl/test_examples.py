@@ -29,3 +29,11 @@ def test_a_rare_event_is_sampled_as_often_as_the_grid_says():
     assert 1e-6 < chance < 1.3e-6
     assert estimate.standard_error < 0.01 * chance
     assert abs(estimate.mean - chance) < 5 * estimate.standard_error
+
+
+def test_particles_earn_the_exact_value_of_their_number(capsys):
+    estimate, exact, limit = main_of("mean_field")
+    capsys.readouterr()
+    # the grid of 100 steps is worth less than a standard error
+    assert abs(estimate.mean - exact) < 5 * estimate.standard_error
+    assert abs(limit - exact) < 0.05 * abs(limit)  # starts differ by chance, values by 1/30

@@ -120,3 +120,34 @@ def test_scaled_noise_and_steps_that_are_none_are_refused():
         phibe.held_lq(replace(lq, C=one[None]), 0.1)
     with pytest.raises(ValueError, match="step must be positive"):
         phibe.held_lq(lq, 0.0)
+
+
+def quadratics(t, x):
+    return torch.stack([torch.ones_like(x[:, 0]), x[:, 0], x[:, 0] ** 2], 1)
+
+
+def test_only_windows_within_a_path_count(generator):
+    noise = torch.randn(5, 4, 1, generator=generator, dtype=torch.float64).cumsum(1)
+    actions = torch.zeros(5, 3, 1, dtype=torch.float64)
+    whole = ctrl.Paths(noise, actions, None, ctrl.uniform_grid(3 * H, 3))
+    ends = torch.tensor([1, 3, 2, 3, 1])
+    cut = ctrl.paths.stop(whole, ends, torch.zeros(5, dtype=torch.bool))
+    for order in (1, 2):
+        windows = [
+            noise[i, k : k + order + 1] for i in range(5) for k in range(int(ends[i]) - order + 1)
+        ]
+        alone = ctrl.Paths(
+            torch.stack(windows), actions[:1, :order].expand(len(windows), order, 1), None,
+            ctrl.uniform_grid(order * H, order),
+        )  # fmt: skip
+        ours, theirs = (
+            phibe.galerkin(quadratics, problem(discount=0.4), each, order).coefficients
+            for each in (cut, alone)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_problems_with_a_domain_are_refused():
+    inside = replace(problem(discount=0.4), domain=ctrl.stopping.Interval(-1.0, 2.0))
+    with pytest.raises(ValueError, match=r"problem\.domain must be None"):
+        phibe.galerkin(quadratics, inside, quadrature(1), 1)

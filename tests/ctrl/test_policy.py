@@ -230,3 +230,98 @@ def test_densities_do_not_look_at_the_values_of_actions():
     t, x = torch.tensor(0.35).double(), torch.zeros(2, 2, dtype=torch.float64)
     for policy in (ctrl.GaussianPolicy(lambda t, x: x, 0.5), MOVING[0]):
         assert bool(policy.log_prob(t, x, torch.full_like(x, math.nan)).isnan().all())
+
+
+# --- standard deviations that depend on the state
+
+
+def std(t, x):
+    return 0.2 + t + x.square()
+
+
+SEEING = ctrl.GaussianPolicy(lambda t, x: 0.5 * x, std)
+
+
+def test_a_std_of_the_state_is_each_path_s_own():
+    t, x = torch.tensor(0.3).double(), torch.tensor([[0.4, -1.0], [2.0, 0.1]]).double()
+    a, z = torch.tensor([[0.1, 0.9], [-0.3, 0.2]]).double(), torch.tensor([[1.0, -2.0]] * 2)
+    law = Normal(0.5 * x, std(t, x))
+    close = {"rtol": 1e-14, "atol": 1e-14}
+    torch.testing.assert_close(SEEING.log_prob(t, x, a), law.log_prob(a).sum(1), **close)
+    torch.testing.assert_close(SEEING.entropy(t, x), law.entropy().sum(1), **close)
+    drawn = SEEING.act(SEEING.mean(t, x), t, z.double(), x)
+    torch.testing.assert_close(drawn, 0.5 * x + std(t, x) * z, **close)
+    torch.testing.assert_close(SEEING.noise_of(drawn, 0.5 * x, t, x), z.double(), **close)
+
+
+def test_what_std_is_a_function_of_is_seen_in_its_signature():
+    def scaled(t, scale=0.3):  # the second argument is no state
+        return scale + t
+
+    class Network(torch.nn.Module):
+        def forward(self, t, x):
+            return 0.1 + x.square()
+
+    for function, sees in ((scaled, False), (std, True), (Network(), True), (torch.exp, False)):
+        assert ctrl.GaussianPolicy(lambda t, x: x, function).sees_states is sees
+
+
+def test_scales_that_depend_on_the_state_are_each_path_s_own():
+    t, x = torch.tensor(0.3).double(), torch.tensor([[0.4, -1.0], [2.0, 0.1]]).double()
+
+    def scale(t, x):
+        return (1 + t + x[:, :1, None].square()) * SCALE
+
+    policy = ctrl.MultivariateGaussianPolicy(lambda t, x: x, scale)
+    a = torch.tensor([[0.1, 0.9], [-0.3, 0.2]]).double()
+    for i, factor in enumerate(1.3 + x[:, 0].square()):
+        alone = ctrl.MultivariateGaussianPolicy(lambda t, x: x, factor * SCALE)
+        one, (row, other) = slice(i, i + 1), (x[i : i + 1], a[i : i + 1])
+        torch.testing.assert_close(policy.log_prob(t, x, a)[one], alone.log_prob(t, row, other))
+        drawn = policy.act(x, t, a, x)
+        torch.testing.assert_close(drawn[one], alone.act(row, t, other))
+    torch.testing.assert_close(policy.noise_of(drawn, x, t, x), a)
+
+
+def test_a_std_of_the_state_that_does_not_fit_is_refused():
+    t, x = torch.tensor(0.5), torch.ones(2, 3)
+    with pytest.raises(ValueError, match="states must be given: std depends on them"):
+        SEEING.act(x, t, x)
+    narrow = ctrl.GaussianPolicy(lambda t, x: x, lambda t, x: x[:, :1])
+    with pytest.raises(ValueError, match=r"std must return \[2, 3\]"):
+        narrow.act(x, t, x, x)
+    negative = ctrl.GaussianPolicy(lambda t, x: x, lambda t, x: x - 1)
+    with pytest.raises(ValueError, match=r"positive and finite, at t = 0\.5 it is"):
+        negative.log_prob(t, x, x)
+    one = ctrl.MultivariateGaussianPolicy(lambda t, x: x, lambda t, x: torch.eye(3))
+    with pytest.raises(ValueError, match=r"must be \[paths, dim, dim\]"):
+        one.act(x, t, x, x)
+    few = ctrl.MultivariateGaussianPolicy(lambda t, x: x, lambda t, x: torch.eye(3)[None])
+    with pytest.raises(ValueError, match=r"must return \[2, dim, dim\]"):
+        few.act(x, t, x, x)
+
+    def writes(t, x):
+        return x.add_(1)
+
+    with pytest.raises(ValueError, match="std must not write into its inputs"):
+        ctrl.GaussianPolicy(lambda t, x: x, writes).act(x, t, x, x)
+
+
+def test_a_roll_out_and_its_density_see_one_std(generator):
+    """Noise recovered from the stored actions is the noise that made them, on every path."""
+    sde = ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 0.4)
+    grid = ctrl.TimeGrid(torch.tensor([0.0, 0.1, 0.4], dtype=torch.float64))
+    z = torch.randn(5, 2, 3, dtype=torch.float64, generator=generator)
+    noise = ctrl.Noise(0.2 * z, z.flip(0))
+    paths = ctrl.simulate(ctrl.ControlProblem(sde, 1.0), SEEING, z[:, 0], grid, noise=noise)
+    got = [
+        SEEING.noise_of(a, SEEING.mean(t, x), t, x)
+        for t, x, a in zip(
+            grid.nodes, paths.states[:, :-1].unbind(1), paths.actions.unbind(1), strict=False
+        )
+    ]
+    torch.testing.assert_close(torch.stack(got, 1), z.flip(0), rtol=1e-12, atol=1e-12)
+    log_prob = ctrl.paths.log_probs(SEEING, paths)
+    scales = torch.stack([std(grid.nodes[k], paths.states[:, k]) for k in range(2)], 1)
+    expected = Normal(0.0, 1.0).log_prob(z.flip(0)) - scales.log()
+    torch.testing.assert_close(log_prob, expected.sum(2), rtol=1e-12, atol=1e-12)

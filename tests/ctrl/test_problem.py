@@ -23,7 +23,7 @@ SDE = ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 1.0)
         ({"temperature": True}, TypeError),
         ({"running_reward": 1.0}, TypeError),
         ({"terminal_reward": 1.0}, TypeError),
-        ({"sde": None}, TypeError),
+        ({"sde": "unknown"}, TypeError),
     ],
     ids=str,
 )

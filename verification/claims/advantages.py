@@ -88,7 +88,7 @@ def by_definition(
         wrong(
             "forgetting of the next step",
             "ctrl.advantages.continuous_gae",
-            "keep[k] *",
+            "keep[..., k] *",
             "keep[k + 1] *",
         ),
         wrong(

@@ -126,7 +126,7 @@ OWN = "verification.claims.cppo"
         wrong(
             "discount missing in q",
             "ctrl.q_learning.q_rate",
-            "rate - problem.discount * value(t, states)",
+            "rate - problem.discount_at(t, states) * value(t, states)",
             "rate",
         ),
         wrong("second-order term of q missing", "ctrl.value.generator", "+ 0.5 * trace", ""),

@@ -111,8 +111,8 @@ _TRANSITIONS = "ctrl.transitions"
         wrong(
             "along paths: score of another time",
             f"{_TRANSITIONS}._laws",
-            "mean_action(policy, times[k], x)",
-            "mean_action(policy, times[k + 1], x)",
+            "mean_action(next(policies), times[k], x)",
+            "mean_action(next(policies), times[k + 1], x)",
         ),
         wrong(
             "along paths: KL without 1/2",

@@ -206,13 +206,13 @@ def dynkin_formula(setting: Setting) -> Iterator[Check]:
         wrong(
             "1 - discount h for exp(-discount h)",
             "ctrl.paths.returns_to_go",
-            "keep = torch.exp(-problem.discount * as_like(paths.grid.steps, rewards))",
-            "keep = 1 - problem.discount * as_like(paths.grid.steps, rewards)",
+            "keep = torch.exp(-discount * as_like(paths.grid.steps, rewards))",
+            "keep = 1 - discount * as_like(paths.grid.steps, rewards)",
         ),
         wrong(
             "discount missing",
             "ctrl.paths.returns_to_go",
-            "-problem.discount * as_like(",
+            "-discount * as_like(",
             "-0.0 * as_like(",
         ),
         wrong(
@@ -224,8 +224,8 @@ def dynkin_formula(setting: Setting) -> Iterator[Check]:
         wrong(
             "rewards discounted over their own step",
             "ctrl.paths.returns_to_go",
-            "rewards[:, k] + keep[k] * returns[-1]",
-            "keep[k] * (rewards[:, k] + returns[-1])",
+            "rewards[:, k] + keep[..., k] * returns[-1]",
+            "keep[..., k] * (rewards[:, k] + returns[-1])",
         ),
         wrong(
             "uneven grid taken for an even one, in the discount",
@@ -249,13 +249,13 @@ def dynkin_formula(setting: Setting) -> Iterator[Check]:
         wrong(
             "rewards off by one step",
             "ctrl.paths.returns_to_go",
-            "rewards[:, k] + keep[k]",
-            "rewards[:, k - 1] + keep[k]",
+            "rewards[:, k] + keep[..., k]",
+            "rewards[:, k - 1] + keep[..., k]",
         ),
         wrong(
             "discount off by one step",
             "ctrl.paths.returns_to_go",
-            "keep[k] * returns",
+            "keep[..., k] * returns",
             "keep[k - 1] * returns",
         ),
         wrong(
@@ -273,20 +273,20 @@ def dynkin_formula(setting: Setting) -> Iterator[Check]:
         wrong(
             "discount counted from time 0 on a grid that begins later",
             "ctrl.value.discount_factors",
-            "(nodes - nodes[0])",
+            "(nodes - nodes[..., :1])",
             "nodes",
         ),
         wrong(
             "discount at the right end of a step",
             "ctrl.value.discount_factors",
-            "nodes = paths.grid.nodes[:-1]",
-            "nodes = paths.grid.nodes[1:]",
+            "nodes = paths.grid.nodes[..., :-1]",
+            "nodes = paths.grid.nodes[..., 1:]",
         ),
         wrong(
             "discount's sign",
             "ctrl.value.discount_factors",
-            "-problem.discount",
-            "problem.discount",
+            "-discount * (nodes",
+            "discount * (nodes",
         ),
     ],
 )

@@ -38,9 +38,8 @@ CONTROLLED = PAID  # the action moves the diffusion too
         wrong(
             "normalisation of the density left out",
             "ctrl.policy_gradient.DrawnActions.log_prob",
-            "return over_steps(_random(policy).log_prob, paths, kept_actions(paths))",
-            "return over_steps(_random(policy).log_prob, paths, kept_actions(paths)) "
-            "+ policy.std_at(paths.grid.nodes[0]).log()",
+            "return _log_probs(policy, paths)",
+            "return _log_probs(policy, paths) + policy.std_at(paths.grid.nodes[0]).log()",
         ),
         wrong(
             "actions wider than their density",

@@ -156,8 +156,8 @@ def curved_densities(states: np.ndarray, nodes: np.ndarray) -> np.ndarray:
         wrong(
             "time at the right end of a step",
             "ctrl.girsanov.controls",
-            "paths.grid.nodes[:-1]",
-            "paths.grid.nodes[1:]",
+            "common_grid(paths).nodes[:-1]",
+            "common_grid(paths).nodes[1:]",
         ),
         wrong(
             "uneven grid treated as uniform",

@@ -113,7 +113,7 @@ def variances(setting: Setting, nodes: np.ndarray, drawn: bool) -> Tensor:
         wrong(
             "outer discount missing",
             "ctrl.value.discount_factors",
-            "-problem.discount * ",
+            "-discount * ",
             "-0.0 * ",
         ),
         wrong(

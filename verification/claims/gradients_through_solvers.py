@@ -99,8 +99,8 @@ def gradient_by_paths(
         wrong(
             "paths detached",
             "ctrl.simulate._roll_out_with_graph",
-            "states[k], actions[k], increment, source))",
-            "states[k].detach(), actions[k], increment, source))",
+            "states[k], actions[k], increment, source)",
+            "states[k].detach(), actions[k], increment, source)",
         ),
         wrong(
             "action detached",

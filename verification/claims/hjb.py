@@ -114,7 +114,7 @@ GIBBS, BACKWARD = "ctrl.bellman.gibbs", "ctrl.bellman.backward"
             "return (logits.exp()*H).sum(0)/normaliser.exp()",
         ),
         wrong("weights of the actions missing", GIBBS, "weights.log()", "(0 * weights)"),
-        wrong("sign of the discount", BACKWARD, "discount + slope", "slope - discount"),
+        wrong("sign of the discount", BACKWARD, "discount(t) + slope", "slope - discount(t)"),
         wrong("P(T) = 0 for H", BACKWARD, "v = before = terminal", "v = before = 0 * terminal"),
         wrong("time runs forward", "ctrl.hjb._function", "rows[::-1]", "rows"),
         wrong(

@@ -138,20 +138,20 @@ ERGODIC = replace(ENDLESS, discount=0.0)
         wrong(
             "discount missing",
             "ctrl.value.martingale_increments",
-            "-problem.discount * h",
+            "-discount * h",
             "-0.0 * h",
         ),
         wrong(
             "discount doubled",
             "ctrl.value.martingale_increments",
-            "-problem.discount * h",
-            "-2 * problem.discount * h",
+            "-discount * h",
+            "-2 * discount * h",
         ),
         wrong(
             "1 - discount h for exp(-discount h)",
             "ctrl.value.martingale_increments",
-            "torch.exp(-problem.discount * h)",
-            "1 - problem.discount * h",
+            "torch.exp(-discount * h)",
+            "1 - discount * h",
         ),
         wrong(
             "reward discounted over its own step",
@@ -229,8 +229,8 @@ ERGODIC = replace(ENDLESS, discount=0.0)
         wrong(
             "discount of test functions one step late",
             "ctrl.value.discount_factors",
-            "nodes = paths.grid.nodes[:-1]",
-            "nodes = paths.grid.nodes[1:]",
+            "nodes = paths.grid.nodes[..., :-1]",
+            "nodes = paths.grid.nodes[..., 1:]",
         ),
         wrong(
             "test functions at the right end of a step",
@@ -389,13 +389,13 @@ def full_quadratic(t: Tensor, x: Tensor) -> Tensor:
         wrong(
             "discount doubled",
             "ctrl.value.martingale_increments",
-            "-problem.discount * h",
-            "-2 * problem.discount * h",
+            "-discount * h",
+            "-2 * discount * h",
         ),
         wrong(
             "discount missing in CTD(lambda)",
             "ctrl.martingale.ctd_lambda",
-            "h, decay, problem.discount, running)",
+            "h, decay, discount, running)",
             "h, decay, 0.0, running)",
         ),
         wrong(

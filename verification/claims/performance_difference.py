@@ -51,7 +51,7 @@ def paths_of_old(setting: Setting, nodes: np.ndarray, rule: int = 3) -> ctrl.Pat
 
 
 OUTER_DISCOUNT = wrong(
-    "outer discount missing", "ctrl.value.discount_factors", "-problem.discount * ", "-0.0 * "
+    "outer discount missing", "ctrl.value.discount_factors", "-discount * ", "-0.0 * "
 )
 ENTROPY_SIGN = wrong(
     "entropy's sign",
@@ -88,7 +88,7 @@ RIGHT_END = wrong(
     "paths.states[:, 1:]",
 )
 LATE = wrong(
-    "V a step late", "ctrl.paths.over_steps", "paths.grid.nodes[:-1]", "paths.grid.nodes[1:]"
+    "V a step late", "ctrl.paths.over_steps", "grid.nodes[..., :-1]", "grid.nodes[..., 1:]"
 )
 
 

@@ -213,7 +213,7 @@ def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> 
         wrong(
             "discount missing in the return",
             "ctrl.paths.returns_to_go",
-            "keep[k] * returns[-1]",
+            "keep[..., k] * returns[-1]",
             "returns[-1]",
         ),
         wrong(
@@ -226,7 +226,7 @@ def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> 
         wrong(
             "discount missing in dM",
             "ctrl.value.martingale_increments",
-            "-problem.discount * h",
+            "-discount * h",
             "-0.0 * h",
         ),
         wrong(
@@ -250,7 +250,7 @@ def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> 
         wrong(
             "discount of the features missing in CLSTD",
             "ctrl.martingale.clstd",
-            "weights[:, None, None] * discounts[None, :, None] * tests",
+            "weights[:, None, None] * discounts[..., None] * tests",
             "weights[:, None, None] * tests",
         ),
         wrong(
@@ -268,8 +268,8 @@ def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> 
         wrong(
             "covariance of the test functions without dt in GMM",
             "ctrl.martingale.cgtd_loss",
-            '"p,k,pki,pkj->ij", weights, h,',
-            '"p,k,pki,pkj->ij", weights, h * 0 + h.mean(),',
+            '"pk,pki,pkj->ij", weights[:, None] * h,',
+            '"pk,pki,pkj->ij", weights[:, None] * (h * 0 + h.mean()),',
         ),
         wrong(
             "the stationary law for the process's own, in the continuous-time reference",

@@ -46,7 +46,7 @@ def gradient(each: Tensor, paths: ctrl.Paths, theta: list[Tensor]) -> Tensor:
 DISCOUNT_IN_RETURN = wrong(
     "discount inside the return missing",
     "ctrl.paths.returns_to_go",
-    "-problem.discount * ",
+    "-discount * ",
     "-0.0 * ",
 )
 DISCOUNT_IN_DIFFERENCE = wrong(
@@ -56,7 +56,7 @@ DISCOUNT_IN_DIFFERENCE = wrong(
     "values[:, 1:]",
 )
 OUTER_DISCOUNT = wrong(
-    "outer discount missing", "ctrl.value.discount_factors", "-problem.discount * ", "-0.0 * "
+    "outer discount missing", "ctrl.value.discount_factors", "-discount * ", "-0.0 * "
 )
 FIRST_ORDER_DISCOUNT = wrong(
     "1 - discount h for exp(-discount h)",
@@ -130,14 +130,14 @@ LATE_DIFFERENCE = wrong(
         wrong(
             "score divided by s for s^2",
             "ctrl.policy_gradient.DrawnActions.log_prob",
-            "kept_actions(paths))",
-            "kept_actions(paths)) * policy.std_at(paths.grid.nodes[0]).detach()",
+            "_log_probs(policy, paths)",
+            "_log_probs(policy, paths) * policy.std_at(paths.grid.nodes[0]).detach()",
         ),
         wrong(
             "score halved",
             "ctrl.policy_gradient.DrawnActions.log_prob",
-            "return over_steps",
-            "return 0.5 * over_steps",
+            "return _log_probs",
+            "return 0.5 * _log_probs",
         ),
         wrong(
             "chain rule of log s missing",
@@ -148,7 +148,7 @@ LATE_DIFFERENCE = wrong(
         wrong(
             "score at the next state",
             "ctrl.policy_gradient.DrawnActions.log_prob",
-            "over_steps(_random(policy).log_prob, paths, kept_actions(paths))",
+            "_log_probs(policy, paths)",
             "torch.stack([policy.log_prob(t, paths.states[:, k + 1], paths.actions[:, k]) "
             "for k, t in enumerate(paths.grid.nodes[:-1])], dim=1)",
         ),
@@ -247,8 +247,8 @@ def policy_gradient(setting: Setting) -> Iterator[Check]:
         wrong(
             "score halved",
             "ctrl.policy_gradient.DrawnActions.log_prob",
-            "return over_steps",
-            "return 0.5 * over_steps",
+            "return _log_probs",
+            "return 0.5 * _log_probs",
         ),
         wrong(
             "second-order term of q missing",
@@ -265,8 +265,8 @@ def policy_gradient(setting: Setting) -> Iterator[Check]:
         wrong(
             "value of step i + 1 for i",
             "ctrl.paths.over_steps",
-            "paths.grid.nodes[:-1]",
-            "paths.grid.nodes[1:]",
+            "paths.grid.nodes[..., :-1]",
+            "paths.grid.nodes[..., 1:]",
         ),
         wrong(
             "state at the right end of a step",

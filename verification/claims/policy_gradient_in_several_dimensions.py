@@ -134,9 +134,9 @@ def row(gradients: tuple[Tensor, ...]) -> Tensor:
         ),
         wrong(
             "action's noise recovered with L' for L",
-            "ctrl.policy_gradient._reparametrised",
-            "for e in unit], dim=1",
-            "for e in unit], dim=0",
+            "ctrl.policy.MultivariateGaussianPolicy.noise_of",
+            "torch.linalg.solve_triangular(scale, gap, upper=False)",
+            "torch.linalg.solve(scale.mT, gap)",
         ),
         wrong(
             "mean over coordinates in the pathwise form",

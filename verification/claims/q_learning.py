@@ -161,14 +161,14 @@ def root(
         wrong(
             "discount missing",
             "ctrl.value.martingale_increments",
-            "-problem.discount * h",
+            "-discount * h",
             "-0.0 * h",
         ),
         wrong(
             "discount doubled",
             "ctrl.value.martingale_increments",
-            "-problem.discount * h",
-            "-2 * problem.discount * h",
+            "-discount * h",
+            "-2 * discount * h",
         ),
         wrong("q added", "ctrl.q_learning.increments", "rewards - rates", "rewards + rates"),
         wrong(

@@ -159,8 +159,8 @@ def curved(setting: Setting, noise: NoiseKind) -> tuple[ctrl.ControlledSDE, ctrl
         wrong(
             "time at the right end of a step",
             "ctrl.girsanov.controls",
-            "paths.grid.nodes[:-1]",
-            "paths.grid.nodes[1:]",
+            "common_grid(paths).nodes[:-1]",
+            "common_grid(paths).nodes[1:]",
         ),
         wrong(
             "uneven grid treated as uniform",

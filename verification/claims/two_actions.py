@@ -172,7 +172,7 @@ def log_ratio_refused(paths: ctrl.Paths) -> bool:
         wrong(
             "random policies not refused in the log-ratio",
             "ctrl.girsanov.log_ratio",
-            "if policy.is_random:",
+            "if first.is_random:",
             "if False:",
         ),
         wrong(
