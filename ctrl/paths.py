@@ -562,7 +562,15 @@ def log_probs(policy: AnyPolicy, paths: Paths) -> Float[Tensor, "paths steps"]:
             )
         return now.log_prob(t, x, a)
 
-    return over_policy_steps(at, policy, paths, kept_actions(paths))
+    each = over_policy_steps(at, policy, paths, kept_actions(paths))
+    require(~torch.isnan(each).any(), lambda: ValueError(_NO_DENSITY))
+    return each
+
+
+_NO_DENSITY = (
+    "log_prob must be numbers along the paths, but some are NaN: the policy's std (or scale_tril) "
+    "must be positive and finite at every step"
+)
 
 
 _CHUNK = 2**22  # bytes of states at a time: what a step makes of them should stay in cache
