@@ -292,7 +292,10 @@ class BridgeCorrected:
         """
         assert step.uniform is not None
         crossed = self.crossed(domain, step)
-        touched = 1 - math.prod((1 - each for each in crossed.unbind(1)), start=1.0)
+        stays = torch.ones_like(step.uniform)
+        for each in crossed.unbind(1):  # as if each wall were alone
+            stays = stays * (1 - each)
+        touched = 1 - stays
         leaves = (step.uniform < touched) | (touched == 1)
         # on a GPU all paths are put onto a wall: to ask which of them leave would wait for it
         if leaves.device.type == "cpu" and not bool(leaves.any()):
