@@ -197,7 +197,8 @@ class Paths:
         paths, steps = len(self.states), self.states.shape[1] - 1
         if self.ends is None:
             return torch.ones(paths, steps, dtype=torch.bool, device=self.states.device)
-        return torch.arange(steps, device=self.ends.device) < self.ends.unsqueeze(1)
+        # time-major, as simulated states are
+        return (torch.arange(steps, device=self.ends.device).unsqueeze(1) < self.ends).T
 
     def _check_ends(self) -> None:
         if self.ends is None:
@@ -227,9 +228,8 @@ class Paths:
         for name in ("states", "actions", "increments", "rewards", "jumps"):
             value = getattr(self, name)
             if value is not None:
-                value = value.detach().flatten(2) if value.ndim > 2 else value.detach().unsqueeze(2)
-                changes = value.diff(dim=1) if name == "states" else value
-                still = ~((changes != 0).any(2) & rests).any()
+                changes = value.detach().diff(dim=1) if name == "states" else value.detach()
+                still = ~((changes != 0) & _beside(rests, changes)).any()
                 require(still, lambda name=name: ValueError(_NO_REST.format(name)))
 
     def _require_finite(self, name: str, values: Tensor) -> None:
@@ -326,7 +326,7 @@ def stop(
 
 
 def _beside(runs: Bool[Tensor, "paths steps"], value: Tensor) -> Tensor:
-    return runs.view(*runs.shape, *[1] * (value.ndim - 2))
+    return runs[(..., *[None] * (value.ndim - 2))]
 
 
 def while_running(

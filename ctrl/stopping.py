@@ -46,7 +46,10 @@ class Domain(Protocol):
 
 @runtime_checkable
 class WalledDomain(Domain, Protocol):
-    """A domain that knows its walls, so that crossings between nodes have a probability."""
+    """A domain that knows its walls, so that crossings between nodes have a probability.
+
+    They are the same for all paths, and are asked for some paths alone.
+    """
 
     def walls(
         self, t: Tensor, states: Float[Tensor, " paths *event"]
@@ -278,8 +281,8 @@ class BridgeCorrected:
         distance, normals = walled.walls(t0, x0)
         beyond, _ = walled.walls(t1, step.after)
         variance = h * _across(step.sde, t0, x0, step.action, normals)
-        inside = (distance > 0) & (beyond > 0)
-        return torch.where(inside, torch.exp(-2 * distance * beyond / variance), 1)
+        exponent = (-2 * distance * beyond / variance).clamp(min=_NEVER)
+        return torch.where((distance > 0) & (beyond > 0), exponent.exp(), 1)
 
     def exits(self, domain: Domain, step: Step) -> tuple[Tensor, Tensor]:
         """Nodes that are outside, and bridges that touched a wall.
@@ -289,13 +292,26 @@ class BridgeCorrected:
         """
         assert step.uniform is not None
         crossed = self.crossed(domain, step)
-        touched = 1 - (1 - crossed).prod(1)
-        leaves = (step.uniform < touched) | (crossed == 1).any(1)
+        stays = torch.ones_like(step.uniform)
+        for each in crossed.unbind(1):  # as if each wall were alone
+            stays = stays * (1 - each)
+        touched = 1 - stays
+        leaves = (step.uniform < touched) | (touched == 1)
+        # on a GPU all paths are put onto a wall: to ask which of them leave would wait for it
+        if leaves.device.type == "cpu" and not bool(leaves.any()):
+            return leaves, step.after
+        some = leaves.nonzero().squeeze(1) if leaves.device.type == "cpu" else slice(None)
+        crossed, touched, uniform = crossed[some], touched[some], step.uniform[some]
         # the same number, uniform again given that the path leaves, chooses the wall
         share = crossed.cumsum(1) / crossed.sum(1, keepdim=True)
-        level = step.uniform / torch.where(touched > 0, touched, 1)
+        level = uniform / torch.where(touched > 0, touched, 1)
         wall = (share <= level.unsqueeze(1)).sum(1).clamp(max=crossed.shape[1] - 1)
-        return leaves, _onto(_walled(domain), as_like(step.t1, step.after), step.after, wall)
+        exits = step.after.clone()
+        exits[some] = _onto(_walled(domain), as_like(step.t1, exits), exits[some], wall)
+        return leaves, exits
+
+
+_NEVER = -80.0  # its exponential is no number that a uniform one is below, and not yet denormal
 
 
 def _walled(domain: Domain) -> WalledDomain:

@@ -201,6 +201,8 @@ def test_given_noise_decides_the_exits(monkeypatch):
     paths = ctrl.simulate(PROBLEM, PUSHED, started(3, START), grid, noise=noise)
     assert paths.ends.tolist() == [1, 2, 2]
     assert paths.terminated.tolist() == [True, True, False]
+    twice = ctrl.noise.antithetic(noise).exits
+    assert torch.equal(twice, uniform.repeat_interleave(2, dim=0))
     with pytest.raises(ValueError, match="noise must hold exits"):
         ctrl.simulate(PROBLEM, PUSHED, started(3, START), grid, noise=ctrl.Noise(still))
     at_nodes = ctrl.simulate(
