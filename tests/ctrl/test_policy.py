@@ -325,3 +325,20 @@ def test_a_roll_out_and_its_density_see_one_std(generator):
     scales = torch.stack([std(grid.nodes[k], paths.states[:, k]) for k in range(2)], 1)
     expected = Normal(0.0, 1.0).log_prob(z.flip(0)) - scales.log()
     torch.testing.assert_close(log_prob, expected.sum(2), rtol=1e-12, atol=1e-12)
+
+
+def test_a_policy_that_cannot_take_the_states_is_refused_by_name(generator):
+    class Old:
+        is_random = False
+
+        def mean(self, t, x):
+            return x
+
+        def act(self, mean, t, noise):
+            return mean
+
+    problem = ctrl.ControlProblem(ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 1.0), 1.0)
+    with pytest.raises(TypeError, match=r"policy.act must take \(mean, t, noise, states\)"):
+        ctrl.simulate(
+            problem, Old(), torch.zeros(2, 1), ctrl.uniform_grid(1.0, 2), generator=generator
+        )
