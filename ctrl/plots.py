@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctrl.paths import Paths
+from ctrl.paths import Paths, common_grid
 from ctrl.policy import Policy
+from ctrl.squashed_policy import SquashedGaussianPolicy
 from ctrl.value import Value
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def plot_paths(
     if show < 0:
         raise ValueError(f"show must be at least 0, got {show}")
     axes = _axes(axes)
-    times, one = paths.grid.nodes.cpu().numpy(), _array(states[..., coordinate])
+    times, one = common_grid(paths).nodes.cpu().numpy(), _array(states[..., coordinate])
     shares = np.full(len(one), 1 / len(one)) if paths.weights is None else _array(paths.weights)
     low, high = (_quantile(one, shares, level) for level in (0.05, 0.95))
     axes.fill_between(times, low, high, color="tab:blue", alpha=0.15, lw=0)
@@ -130,19 +131,26 @@ def plot_policy(
         line = _array(mean[:, coordinate])
         axes.plot(_array(states), line, color=_colour(share), label=f"t = {time:g}")
         if policy.is_random:
-            # act is affine in its noise: the variance is the sum over unit normals
-            variance = torch.zeros_like(mean)
-            for j in range(mean.shape[1]):
-                unit = torch.zeros_like(mean)
-                unit[:, j] = 1
-                variance = variance + (policy.act(mean, t, unit, points).detach() - mean).square()
-            width = _array(variance[:, coordinate].sqrt())
+            width = _array(_std(policy, t, mean, points)[:, coordinate])
             axes.fill_between(
                 _array(states), line - width, line + width, color=_colour(share), alpha=0.15, lw=0
             )
     axes.set(xlabel="state", ylabel=f"action {coordinate} (mean, one standard deviation)")
     axes.legend(frameon=False)
     return axes
+
+
+def _std(policy: Policy, t: Tensor, mean: Tensor, points: Tensor) -> Tensor:
+    """Standard deviation of every coordinate of the action."""
+    if isinstance(policy, SquashedGaussianPolicy):
+        return policy.moments(t, points)[1].detach()
+    # act is affine in its noise: the variance is the sum over unit normals
+    variance = torch.zeros_like(mean)
+    for j in range(mean.shape[1]):
+        unit = torch.zeros_like(mean)
+        unit[:, j] = 1
+        variance = variance + (policy.act(mean, t, unit, points).detach() - mean).square()
+    return variance.sqrt()
 
 
 def _axes(axes: "Axes | None") -> "Axes":

@@ -12,7 +12,6 @@ Sources  [JZ23] Jia & Zhou 2023, q-learning in continuous time, JMLR 24 (off-pol
          [L92] Lin 1992, self-improving reactive agents (experience replay), Machine Learning 8.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -205,7 +204,7 @@ class Replay:
         """
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"capacity must be an integer of at least 1, got {capacity!r}")
-        self._episodes: deque[Episode] = deque(maxlen=capacity)
+        self._capacity, self._episodes = capacity, list[Episode]()
 
     def __len__(self) -> int:
         """How many episodes there are."""
@@ -225,6 +224,7 @@ class Replay:
                     f"and got {_kind(one)}"
                 )
             self._episodes.append(one)
+        del self._episodes[: -self._capacity]
 
     def sample(self, paths: int, generator: Generator) -> Paths:
         """Whole episodes, each as probable as any other, with replacement.
@@ -250,8 +250,19 @@ class Replay:
         upto = lengths.cumsum(0)
         which = torch.searchsorted(upto, chosen, right=True)
         k = chosen - (upto - lengths)[which]
-        return paths_of(
-            [_step(self._episodes[i], j) for i, j in zip(which.tolist(), k.tolist(), strict=True)]
+        rows = [(self._episodes[i], j) for i, j in zip(which.tolist(), k.tolist(), strict=True)]
+        rewards = [one.rewards[j : j + 1] for one, j in rows if one.rewards is not None]
+        over = [one.terminated and j == len(one) - 1 for one, j in rows]
+        states = _time_major([one.states[j : j + 2] for one, j in rows])
+        return Paths(
+            states=states,
+            actions=_time_major([one.actions[j : j + 1] for one, j in rows]),
+            increments=None,
+            grid=OwnTimes(torch.stack([one.times[j : j + 2] for one, j in rows])),
+            rewards=_time_major(rewards) if rewards else None,
+            black_box=True,
+            ends=torch.ones(paths, dtype=torch.int64, device=states.device),
+            terminated=torch.tensor(over, device=states.device),
         )
 
     def _require(self, paths: int) -> None:
@@ -286,16 +297,6 @@ def episodes_of(paths: Paths) -> list[Episode]:
             )
         )
     return episodes
-
-
-def _step(episode: Episode, k: int) -> Episode:
-    return Episode(
-        episode.times[k : k + 2],
-        episode.states[k : k + 2],
-        episode.actions[k : k + 1],
-        None if episode.rewards is None else episode.rewards[k : k + 1],
-        terminated=episode.terminated and k == len(episode) - 1,
-    )
 
 
 def _tensor(

@@ -20,7 +20,9 @@ from ctrl.problem import UNKNOWN, ControlProblem
 from ctrl.reused_memory import settle, uninitialised
 from ctrl.sde import ControlledSDE
 from ctrl.solvers import BlackBox, EulerMaruyama, InPlaceSolver, InteriorSolver, Solver
+from ctrl.squashed_policy import SquashedGaussianPolicy
 from ctrl.stopping import Step, Stopping, require_inside, stopping_rule
+from ctrl.user_functions import takes
 
 KEEP = ("states", "actions", "increments")
 
@@ -728,6 +730,8 @@ def _left_ends(grid: TimeGrid, start: Tensor) -> Iterator[_Interval]:
 
 
 def _act(policy: Policy, t: Tensor, x: Tensor, source: _Source, k: int) -> Tensor:
+    if isinstance(policy, SquashedGaussianPolicy):  # whose mean takes a quadrature
+        return policy.squash(_act(policy.latent, t, x, source, k))
     mean = mean_action(policy, t, x)
     return policy.act(mean, t, source.for_action(k, mean) if policy.is_random else None, x)
 
@@ -765,6 +769,8 @@ def _check_types(
             f"policy must be a Policy, got {type(policy).__name__}; wrap a function (t, states) -> "
             "actions as DeterministicPolicy or GaussianPolicy"
         )
+    if isinstance(policy, Policy) and not takes(policy.act, 4):
+        raise TypeError("policy.act must take (mean, t, noise, states)")
     if not isinstance(grid, TimeGrid):
         raise TypeError(f"grid must be a TimeGrid, got {type(grid).__name__}")
     if isinstance(solver, type) or not isinstance(solver, Solver):

@@ -94,3 +94,14 @@ def test_bad_input_is_refused():
             plots.plot_value(value, (X, X), times=times)
     with pytest.raises(ValueError, match="coordinate"):
         plots.plot_policy(ctrl.DeterministicPolicy(lambda t, x: x), X, coordinate=3)
+
+
+def test_the_std_of_a_squashed_policy_is_that_of_its_actions():
+    latent = ctrl.GaussianPolicy(lambda t, x: x, 0.7)
+    policy = ctrl.SquashedGaussianPolicy(latent, -1.0, 3.0)
+    x, t = torch.tensor([[0.3], [-0.8]]), torch.zeros(())
+    drawn = 1 + 2 * torch.tanh(x + 0.7 * torch.linspace(-6, 6, 2001))
+    weights = torch.exp(-(torch.linspace(-6, 6, 2001) ** 2) / 2)
+    mean = (drawn * weights).sum(1) / weights.sum()
+    variance = ((drawn - mean[:, None]) ** 2 * weights).sum(1) / weights.sum()
+    torch.testing.assert_close(plots._std(policy, t, policy.mean(t, x), x)[:, 0], variance.sqrt())

@@ -325,3 +325,35 @@ def test_a_roll_out_and_its_density_see_one_std(generator):
     scales = torch.stack([std(grid.nodes[k], paths.states[:, k]) for k in range(2)], 1)
     expected = Normal(0.0, 1.0).log_prob(z.flip(0)) - scales.log()
     torch.testing.assert_close(log_prob, expected.sum(2), rtol=1e-12, atol=1e-12)
+
+
+def test_a_policy_that_cannot_take_the_states_is_refused_by_name(generator):
+    class Old:
+        is_random = False
+
+        def mean(self, t, x):
+            return x
+
+        def act(self, mean, t, noise):
+            return mean
+
+    problem = ctrl.ControlProblem(ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 1.0), 1.0)
+    with pytest.raises(TypeError, match=r"policy.act must take \(mean, t, noise, states\)"):
+        ctrl.simulate(
+            problem, Old(), torch.zeros(2, 1), ctrl.uniform_grid(1.0, 2), generator=generator
+        )
+
+
+def test_a_std_that_turns_bad_along_paths_is_refused(generator):
+    """There the steps are taken at once, and no single one can be looked at."""
+    sde = ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: 0.4)
+    start, problem = torch.zeros(3, 1, dtype=torch.float64), ctrl.ControlProblem(sde, 1.0)
+    good = ctrl.GaussianPolicy(lambda t, x: x, 0.3)
+    paths = ctrl.simulate(problem, good, start, ctrl.uniform_grid(1.0, 4), generator=generator)
+    for bad in (
+        ctrl.GaussianPolicy(lambda t, x: x, lambda t: 0.3 - t),
+        ctrl.GaussianPolicy(lambda t, x: x, lambda t, x: 0.3 - t + 0 * x),
+        ctrl.MultivariateGaussianPolicy(lambda t, x: x, lambda t: (0.3 - t).reshape(1, 1)),
+    ):
+        with pytest.raises(ValueError, match="must be positive and finite at every step"):
+            ctrl.paths.log_probs(bad, paths)

@@ -149,7 +149,7 @@ def exploration_that_sees_the_state(setting: Setting) -> Iterator[Check]:
         gibbs.scale_at(t, gibbs.mean(t, x), x)[:, 0, 0],
         exact.relative_std(0.37) * wealth,
     )
-    averaged = ctrl.exploratory_sde(stated.sde, policy)
+    averaged = ctrl.exploratory_sde(stated.dynamics, policy)
     root = averaged.diffusion_at(t, x, policy.mean(t, x))
     assert isinstance(root, Tensor)
     size = math.hypot(exact.share(), exact.relative_std(0.37))

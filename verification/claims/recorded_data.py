@@ -44,7 +44,7 @@ def recorded(setting: Setting, nodes: np.ndarray) -> tuple[list[Episode], Tensor
     grid = ctrl.TimeGrid(setting.tensor(nodes))
     steps = len(nodes) - 1
     # the last increment enters a square alone, the others the ratios too
-    counts = [*[7] * (steps - 1), 3, *[9] * steps]
+    counts = [*[5] * (steps - 1), 3, *[9] * steps]
     rules = [np.polynomial.hermite_e.hermegauss(count) for count in counts]
     normals = setting.tensor(list(itertools.product(*[points for points, _ in rules])))
     weights = setting.tensor(list(itertools.product(*[masses for _, masses in rules]))).prod(1)

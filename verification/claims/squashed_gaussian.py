@@ -104,7 +104,7 @@ def entropy_refused() -> bool:
             "        return self.latent.entropy(t, states)\n        raise ValueError(",
         ),
         wrong(
-            "the roll-out draws around the mean action, not the location",
+            "drawn around the mean action, not the location",
             "ctrl.squashed_policy.SquashedGaussianPolicy.act",
             "self.latent.act(center, t, noise, states)",
             "self.latent.act(mean, t, noise, states)",
