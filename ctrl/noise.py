@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ctrl import drawn_ahead
+from ctrl.counter_normals import GROUP, key_of
 from ctrl.devices import as_like, require, require_generator, sent
 from ctrl.estimate import require_probabilities
 
@@ -106,21 +109,15 @@ def normals_by_sample(
     return sent(torch.stack(rows), device)
 
 
-_BLOCK = 256  # paths that share a stream
-_WIDE = 2048  # numbers in a row of one path from which on every path has a stream of its own
-_CHUNK = 16  # steps drawn at once
-
-
 @dataclass(frozen=True)
 class PathStreams:
     """Noise that belongs to paths: give it to ``simulate`` in place of a generator.
 
     What drives path ``first_path + i`` depends on (seed, name, that index, the step) alone: not on
-    how paths are split into batches or processes, nor on what was asked for before. Consecutive
-    blocks of 256 paths share a stream (one path each where a row of it has 2048 numbers or more),
-    so splitting costs most at block boundaries. Increments and actions have streams of their own,
-    and so have the two precisions. The numbers are drawn on the CPU and sent to the device, so
-    devices agree.
+    how paths are split into batches, processes or threads, nor on what was asked for before. The
+    numbers are made of their own index (``ctrl.counter_normals``), the same bits on every
+    processor. Increments and actions have numbers of their own, and so have the two precisions.
+    They are drawn on the CPU and sent to the device, so devices agree.
 
     Attributes:
         seed: of the run.
@@ -141,35 +138,73 @@ class PathStreams:
             raise ValueError(f"first_path must be at least 0, got {self.first_path}")
         stream(self.seed, *self.name)  # a bad seed or name is refused here
 
-    def rows(self, kind: str, paths: int, like: Tensor) -> Iterator[Tensor]:
-        """Standard normals of one step after the other, without end, [paths, *event].
+    def rows(
+        self,
+        kind: str,
+        paths: int,
+        like: Tensor,
+        *,
+        widths: list[float] | None = None,
+        by: drawn_ahead.Threads | None = None,
+    ) -> Iterator[Tensor]:
+        """Standard normals of one step after the other, [paths, *event].
 
         Each is valid until the next is asked for.
 
         Args:
-            kind: what for; a part of the streams' names.
+            kind: what for; a part of what names the numbers.
             paths: how many, from ``first_path`` on.
             like: [any, *event], whose shape, dtype and device they have.
+            widths: what those of each step are multiplied by; without them, and then without end,
+                by 1.
+            by: who draws beside the caller.
         """
         event = like.shape[1:]
-        width = event.numel()
-        block = _BLOCK if width < _WIDE else 1
-        first, last = self.first_path // block, (self.first_path + paths - 1) // block
-        precision = str(like.dtype)
-        generators = [
-            stream(self.seed, *self.name, kind, precision, index)
-            for index in range(first, last + 1)
-        ]
-        # torch draws in groups of 16 numbers, so a row must be made of whole groups
-        padded = -(-block * width // 16) * 16
-        drawn = torch.empty(_CHUNK, padded, dtype=like.dtype)
-        chunk = torch.empty(_CHUNK, len(generators), block * width, dtype=like.dtype)
-        begin = self.first_path - first * block
-        while True:
-            for index, generator in enumerate(generators):
-                chunk[:, index] = drawn.normal_(generator=generator)[:, : block * width]
-            selected = chunk.view(_CHUNK, -1, *event)[:, begin : begin + paths]
-            yield from sent(selected, like.device)
+        drawn = drawn_ahead.rows(
+            self._numbers(paths, event.numel()),
+            np.float64 if like.dtype == torch.float64 else np.float32,
+            self._key(kind, like.dtype),
+            scales=widths,
+            by=by,
+        )
+        for row in drawn:
+            yield sent(torch.from_numpy(row).view(paths, *event), like.device, like.dtype)
+
+    def drawn_into(
+        self,
+        memory: Tensor,
+        kind: str,
+        *,
+        widths: list[float],
+        by: drawn_ahead.Threads | None = None,
+    ) -> drawn_ahead.Drawing | None:
+        """What ``rows`` has for all steps, drawn into memory ahead of time.
+
+        Args:
+            memory: [steps, paths, *event].
+            kind: what for.
+            widths: what those of each step are multiplied by.
+            by: who draws beside the caller.
+
+        Returns:
+            Who to wait for before a row is touched; None where the memory does not allow it: on
+            another device, in half precision, or where rows do not begin and end with a group of
+            numbers that are drawn together.
+        """
+        numbers = self._numbers(memory.shape[1], memory.shape[2:].numel())
+        whole = numbers.start % GROUP == 0 and len(numbers) % GROUP == 0
+        plain = memory.device.type == "cpu" and memory.dtype in (torch.float32, torch.float64)
+        if not (plain and whole and memory.is_contiguous()):
+            return None
+        out, key = memory.view(len(memory), -1).numpy(), self._key(kind, memory.dtype)
+        group = numbers.start // GROUP
+        return drawn_ahead.draw(out, key, group=group, scales=widths, by=by)
+
+    def _key(self, kind: str, dtype: torch.dtype) -> npt.NDArray[np.uint64]:
+        return key_of(self.seed, *self.name, kind, str(dtype))
+
+    def _numbers(self, paths: int, width: int) -> range:
+        return range(self.first_path * width, (self.first_path + paths) * width)
 
 
 @dataclass(frozen=True, eq=False)

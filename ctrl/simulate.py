@@ -10,12 +10,14 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from ctrl.devices import as_like, require, require_generator, together
+from ctrl.drawn_ahead import Drawing, Threads, threads
 from ctrl.jumps import add_jumps
 from ctrl.memory import AnyPolicy, PolicyWithMemory, for_roll_out
 from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
 from ctrl.problem import UNKNOWN, ControlProblem
+from ctrl.reused_memory import settle, uninitialised
 from ctrl.sde import ControlledSDE
 from ctrl.solvers import BlackBox, EulerMaruyama, InPlaceSolver, InteriorSolver, Solver
 from ctrl.stopping import Step, Stopping, require_inside, stopping_rule
@@ -35,6 +37,7 @@ def simulate(
     keep: Sequence[str] = KEEP,
     differentiable: bool = False,
     out: Paths | None = None,
+    workers: int = 1,
     stopping: Stopping | None = None,
 ) -> Paths:
     """Sample paths of the controlled SDE under a policy.
@@ -57,6 +60,10 @@ def simulate(
         differentiable: keep the graph, so that gradients flow through the path.
         out: earlier paths of the same shapes that are no longer needed: their memory is used again,
             which spares large roll-outs the operating system's cost of fresh pages.
+        workers: threads that draw ``noise.PathStreams``, the caller's own among them and no more
+            than there are cores: the paths are the same bits for any number. Drift, diffusion,
+            policy and solver are called in the caller's thread only, on all paths at once. A
+            torch.Generator has its numbers one after the other, so it takes one worker.
         stopping: how exits from the problem's domain are seen; if not given
             ``stopping.BridgeCorrected()`` where the domain knows its walls and the solver the
             noise, else ``stopping.AtNodes()``.
@@ -74,17 +81,19 @@ def simulate(
     _check_types(problem, policy, grid, solver, keep)
     _check_start_type(start)
     _check_end(problem, grid)
+    _check_workers(workers, generator)
     with_graph = differentiable and torch.is_grad_enabled()
     rule = _stopping(problem, grid, start, solver, stopping, with_graph)
     if with_graph and out is not None:
         raise ValueError(
             "out must be None for a differentiable roll-out, whose graph owns its memory"
         )
-    with together():
+    settle()
+    with together(), threads(workers) as by:
         _check_start(start)
         policy = for_roll_out(policy, start)
         sde = _equation(problem, solver)
-        source = _source(sde, policy, start, grid, solver, noise, generator)
+        source = _source(sde, policy, start, grid, solver, noise, generator, by)
         with torch.set_grad_enabled(with_graph):
             if rule is not None:
                 absorbed = _absorbed(problem, policy, start, grid, solver, source, rule)
@@ -105,6 +114,7 @@ def simulate_end(
     noise: Noise | None = None,
     generator: Generator | PathStreams | None = None,
     differentiable: bool = False,
+    workers: int = 1,
     stopping: Stopping | None = None,
 ) -> Float[Tensor, " paths *event"]:
     """States at the last node: ``simulate`` in constant memory, with the same numbers.
@@ -120,6 +130,7 @@ def simulate_end(
         noise: as in ``simulate``.
         generator: as in ``simulate``.
         differentiable: keep the graph (whose memory grows with the steps).
+        workers: as in ``simulate``.
         stopping: as in ``simulate``.
 
     Raises:
@@ -130,13 +141,15 @@ def simulate_end(
     _check_types(problem, policy, grid, solver, ())
     _check_start_type(start)
     _check_end(problem, grid)
+    _check_workers(workers, generator)
     with_graph = differentiable and torch.is_grad_enabled()
     rule = _stopping(problem, grid, start, solver, stopping, with_graph)
-    with together():
+    settle()
+    with together(), threads(workers) as by:
         _check_start(start)
         policy = for_roll_out(policy, start)
         sde = _equation(problem, solver)
-        source = _source(sde, policy, start, grid, solver, noise, generator)
+        source = _source(sde, policy, start, grid, solver, noise, generator, by)
         with torch.set_grad_enabled(with_graph):
             if rule is None:
                 end = _last_states(sde, policy, start, grid, solver, source, with_graph)
@@ -214,6 +227,7 @@ def _source(
     solver: Solver,
     noise: Noise | None,
     generator: Generator | PathStreams | None,
+    by: Threads,
 ) -> "_Source":
     if noise is not None and not isinstance(noise, Noise):
         raise TypeError(
@@ -229,7 +243,7 @@ def _source(
             raise ValueError("noise must be None: a BlackBox brings its own; give a generator")
         if generator is None and policy.is_random:
             raise ValueError("generator must be given: the policy draws its actions")
-        return _Silent(generator)
+        return _Silent(generator, by)
     shape = (len(start), len(grid.steps), *sde.noise_shape(tuple(start.shape[1:])))
     if noise is not None and generator is None:
         return _Given(noise, shape, start)
@@ -240,7 +254,7 @@ def _source(
             "torch.Generator().manual_seed(0), say"
         )
     if isinstance(generator, PathStreams):
-        return _Streamed(generator, shape, start)
+        return _Streamed(generator, shape, start, grid, by)
     return _Drawn(generator, shape, start, grid)
 
 
@@ -255,7 +269,7 @@ class _Given:
                 f"increments must be {list(shape)} to fit start and grid, got "
                 f"{list(noise.increments.shape)}"
             )
-        for name in ("increments", "actions", "weights"):
+        for name in ("increments", "actions", "weights", "exits"):
             value = getattr(noise, name)
             if value is not None and (value.dtype != start.dtype or value.device != start.device):
                 raise ValueError(
@@ -365,11 +379,20 @@ class _Streamed:
     weights = None
     shows_noise = True
 
-    def __init__(self, streams: PathStreams, shape: tuple[int, ...], start: Tensor) -> None:
-        self.streams, self.shape = streams, shape
-        like = start.new_empty(shape[0], *shape[2:])
-        self.brownian = streams.rows("increments", shape[0], like)
-        self.interior = streams.rows("interior", shape[0], like)
+    def __init__(
+        self,
+        streams: PathStreams,
+        shape: tuple[int, ...],
+        start: Tensor,
+        grid: TimeGrid,
+        by: Threads,
+    ) -> None:
+        self.streams, self.shape, self.by = streams, shape, by
+        self.like = start.new_empty(shape[0], *shape[2:])
+        self.widths = [math.sqrt(h) for h in grid.steps.tolist()]
+        self.ahead: Drawing | None = None  # of increments, in memory that the roll-out has
+        self.brownian: Iterator[Tensor] | None = None  # of increments, where there is none
+        self.interior = streams.rows("interior", shape[0], self.like)
         self.others = dict[tuple[str | int, ...], tuple[int, Iterator[Tensor]]]()
         self.drawn: Iterator[Tensor] | None = None
         self.leaving = streams.rows("exits", shape[0], start.new_empty(shape[0]))
@@ -378,14 +401,28 @@ class _Streamed:
         """Uniform numbers for the exits of step k."""
         return torch.special.ndtr(next(self.leaving))
 
+    def draw_into(self, memory: Tensor) -> None:
+        """Draw all increments there, time-major, before they are asked for; where that can be."""
+        self.ahead = self.streams.drawn_into(memory, "increments", widths=self.widths, by=self.by)
+
     def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
         """W(t + h) - W(t) of step k, in ``into`` if that is given."""
-        return torch.mul(next(self.brownian), math.sqrt(h), out=into)
+        if self.ahead is not None:
+            assert into is not None
+            self.ahead.wait_for(k)
+            return into
+        if self.brownian is None:
+            self.brownian = self.streams.rows(
+                "increments", self.shape[0], self.like, widths=self.widths, by=self.by
+            )
+        row = next(self.brownian)
+        return row.clone() if into is None else into.copy_(row)  # a graph may hold on to it
 
     def for_action(self, k: int, mean: Tensor) -> Tensor:
         """Standard normals for the actions of step k."""
         if self.drawn is None:
-            self.drawn = self.streams.rows("actions", len(mean), mean)
+            one = [1.0] * len(self.widths)
+            self.drawn = self.streams.rows("actions", len(mean), mean, widths=one, by=self.by)
         return next(self.drawn).clone()  # a graph or the action may hold on to it
 
     def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
@@ -418,8 +455,8 @@ class _Silent:
     shows_noise = False
     shape = ()
 
-    def __init__(self, generator: Generator | PathStreams | None) -> None:
-        self.generator = generator
+    def __init__(self, generator: Generator | PathStreams | None, by: Threads) -> None:
+        self.generator, self.by = generator, by
         self.drawn: Iterator[Tensor] | None = None
 
     def for_exits(self, k: int) -> Tensor:
@@ -434,7 +471,7 @@ class _Silent:
         """Standard normals for the actions of step k."""
         if isinstance(self.generator, PathStreams):
             if self.drawn is None:
-                self.drawn = self.generator.rows("actions", len(mean), mean)
+                self.drawn = self.generator.rows("actions", len(mean), mean, by=self.by)
             return next(self.drawn).clone()
         assert self.generator is not None
         require_generator(self.generator, mean.device, "the action")
@@ -472,6 +509,8 @@ def _roll_out_in_place(
     in_place = isinstance(solver, InPlaceSolver)
     # normals that fit and are not kept are drawn into the path's own next row
     spare = in_place and sde.noise == "diagonal"
+    if isinstance(source, _Streamed) and (increments is not None or spare):
+        source.draw_into(states[1:] if increments is None else increments)
     for k, t, h, t0, t1 in _left_ends(grid, start):
         x, after = states[k], states[k + 1]
         action = _act(policy, t, x, source, k)
@@ -547,9 +586,9 @@ def _absorbed(
         step = Step(sde, t0, t1, inside, proposed, action, uniform)
         left, exits = rule.exits(problem.domain, step)
         jumped, counts = _jump(sde, solver, source, k, t, h, inside, proposed, action)
-        if counts is not None:  # of those that have not left before
+        if counts is not None:  # those that have not left before jump
             proposed = torch.where(_beside(left, x), proposed, jumped)
-            counts = torch.where((runs & ~left)[:, None], counts, 0)
+            counts = torch.where(runs[:, None], counts, 0)  # as drawn: likelihood ratios count them
             out = ~(problem.domain.signed_distance(as_like(t1, x), proposed) > 0) & ~left
             left, exits = left | out, torch.where(_beside(out, x), proposed, exits)
         leaves = left & runs
@@ -610,12 +649,10 @@ def _roll_out_to_exits(
 
 
 def _buffer(out: Paths | None, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Time-major memory: of earlier paths, or fresh."""
-    if out is None:
-        return like.new_empty(shape)
-    earlier = getattr(out, name)
+    """Time-major memory: of earlier paths, or what nobody refers to."""
+    earlier = None if out is None else getattr(out, name)
     if earlier is None:
-        return like.new_empty(shape)
+        return uninitialised(shape, like)
     memory = earlier.movedim(1, 0)
     fits = memory.shape == shape and memory.dtype == like.dtype and memory.device == like.device
     if not fits or not memory.is_contiguous() or memory.requires_grad:
@@ -730,6 +767,19 @@ def _check_types(
         raise TypeError(f"solver must be an object with a step, got {solver!r}")
     if isinstance(keep, str) or not set(keep) <= set(KEEP):
         raise ValueError(f"keep must be a tuple of names out of {KEEP}, got {keep!r}")
+
+
+def _check_workers(workers: int, generator: Generator | PathStreams | None) -> None:
+    if isinstance(workers, bool) or not isinstance(workers, int):
+        raise TypeError(f"workers must be an int, got {workers!r}")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if workers > 1 and not isinstance(generator, PathStreams):
+        raise ValueError(
+            f"workers must be 1 unless generator is noise.PathStreams, got {workers}: the numbers "
+            "of a torch.Generator come one after the other, and explicit noise is not drawn. "
+            'ctrl.noise.PathStreams(seed, ("name of the roll-out",)) draws in parallel'
+        )
 
 
 def _check_end(problem: ControlProblem, grid: TimeGrid) -> None:

@@ -29,8 +29,9 @@ def call(name: str, function: Callable[..., Result], *inputs: Tensor) -> Result:
     """
     if torch.compiler.is_compiling():  # a graph has no version counters
         return function(*inputs)
-    if any(each.is_inference() for each in inputs):
-        return function(*(each.clone() for each in inputs))
+    for one in inputs:
+        if one.is_inference():
+            return function(*(each.clone() for each in inputs))
     before = [each._version for each in inputs]
     result = function(*inputs)
     if [each._version for each in inputs] != before:

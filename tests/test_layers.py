@@ -11,11 +11,13 @@ PACKAGES = ("ctrl", "diffusion_envs", "verification")
 # From the ground up. A package's name stands for its __init__, which comes after what it
 # re-exports.
 MODULES = """
-ctrl.devices ctrl.estimate ctrl.user_functions ctrl.jumps ctrl.sde ctrl.stopping ctrl.problem
+ctrl.devices ctrl.reused_memory ctrl.compiled_normals ctrl.counter_normals ctrl.drawn_ahead
+ctrl.estimate ctrl.user_functions ctrl.jumps ctrl.sde ctrl.stopping ctrl.problem
 ctrl.policy ctrl.squashed_policy ctrl.memory ctrl.time_homogeneity ctrl.exploration ctrl.noise
-ctrl.paths ctrl.recorded ctrl.off_policy ctrl.solvers ctrl.torchsde_solver ctrl.simulate
+ctrl.paths ctrl.recorded ctrl.solvers ctrl.torchsde_solver ctrl.simulate
 ctrl.girsanov ctrl.transitions ctrl.value
-ctrl.advantages ctrl.martingale ctrl.q_learning ctrl.trust_region ctrl.policy_gradient
+ctrl.advantages ctrl.martingale ctrl.q_learning ctrl.off_policy ctrl.trust_region
+ctrl.policy_gradient
 ctrl.linear.reading ctrl.linear.collocation ctrl.linear.exponential
 ctrl.linear.hamiltonian ctrl.linear.margin
 ctrl.linear.lyapunov

@@ -77,7 +77,7 @@ MISTAKES = [
     Mistake("ctrl.noise.gauss_hermite", "as_like(torch.as_tensor(points), step_sizes)",
             "torch.as_tensor(points)",
             same_numbers, "gauss_hermite"),
-    Mistake("ctrl.noise.PathStreams.rows", "sent(selected, like.device)", "selected",
+    Mistake("ctrl.noise.PathStreams.rows", ", like.device, like.dtype)", ', "cpu", like.dtype)',
             same_numbers, "simulate, streams"),
     Mistake("ctrl.policy.MultivariateGaussianPolicy.scale_at", "as_like(scale, like)", "scale",
             same_numbers, "multivariate"),

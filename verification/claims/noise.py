@@ -227,7 +227,8 @@ def by_parts(
     return states, increments, actions
 
 
-ROWS = "ctrl.noise.PathStreams.rows"
+KEY, NUMBERS = "ctrl.noise.PathStreams._key", "ctrl.noise.PathStreams._numbers"
+ROWS, ALIKE = "ctrl.drawn_ahead.rows", "increments and actions alike"
 
 
 @claim(
@@ -239,42 +240,44 @@ ROWS = "ctrl.noise.PathStreams.rows"
     source="Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3; verl-omni issue 561",
     wrongs=[
         wrong(
-            "seeds local to a process",
-            ROWS,
-            "for index in range(first, last + 1)",
-            "for index in range(last + 1 - first)",
-        ),
-        wrong("the first path of a block", ROWS, "begin : begin + paths", ": paths"),
-        wrong(
-            "one noise for every block of a group",
-            ROWS,
-            "kind, precision, index)",
-            "kind, precision)",
+            "numbers local to a process",
+            NUMBERS,
+            "range(self.first_path * width, (self.first_path + paths) * width)",
+            "range(paths * width)",
         ),
         wrong(
-            "seed + rank",
-            ROWS,
-            "stream(self.seed, *self.name, kind, precision, index)",
-            "stream(self.seed + index, *self.name, kind, precision)",
+            "one path too far",
+            NUMBERS,
+            "range(self.first_path * width, (self.first_path + paths) * width)",
+            "range((self.first_path + bool(self.first_path)) * width, (self.first_path + "
+            "bool(self.first_path) + paths) * width)",
         ),
-        wrong("increments and actions alike", ROWS, "kind, precision, index)", "precision, index)"),
+        wrong(
+            "the first paths of a group",
+            ROWS,
+            "row[begin : begin + len(numbers)]",
+            "row[: len(numbers)]",
+        ),
+        wrong("one noise for every group of numbers", ROWS, "group=group,", "group=0,"),
+        wrong("seed + rank", KEY, "key_of(self.seed,", "key_of(self.seed + (self.first_path > 0),"),
+        wrong(ALIKE, KEY, "kind, str(dtype)", "str(dtype)"),
         wrong(
             "the same noise at every step",
             ROWS,
-            "yield from sent(selected, like.device)",
-            "yield from sent(selected, like.device)[:1].expand_as(selected)",
+            "row[begin : begin + len(numbers)]",
+            "out[0, begin : begin + len(numbers)]",
+        ),
+        wrong(
+            "widths of other steps",
+            "ctrl.simulate._Streamed.__init__",
+            "grid.steps.tolist()",
+            "grid.steps.flip(0).tolist()",
         ),
         wrong(
             "the generator advanced twice a step",
             "ctrl.simulate._Drawn.increment",
             "fill_increments(into.unsqueeze(0), self.widths[k : k + 1], self.generator)",
             "[fill_increments(into[None], self.widths[k : k + 1], self.generator) for _ in '12']",
-        ),
-        wrong(
-            "the stream advanced twice a step",
-            "ctrl.simulate._Streamed.increment",
-            "torch.mul(next(self.brownian)",
-            "torch.mul((next(self.brownian), next(self.brownian))[1]",
         ),
         wrong("the seed left out of a name", STREAM, "repr((seed, *name))", "repr(name)"),
         wrong(
@@ -391,7 +394,7 @@ FILL = "ctrl.noise.fill_increments"
             "return drawn.movedim(0, 1)",
             "return drawn[:1].expand_as(drawn).movedim(0, 1)",
         ),
-        wrong("increments and actions alike", ROWS, "kind, precision, index)", "precision, index)"),
+        wrong(ALIKE, KEY, "kind, str(dtype)", "str(dtype)"),
         wrong(
             "integral's variance h^3 / 3", PIECES, "h * math.sqrt(h / 12)", "h * math.sqrt(h / 3)"
         ),
