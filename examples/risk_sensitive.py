@@ -22,7 +22,7 @@ lq = linear.LinearQuadratic(
 
 def main(paths: int = 20_000) -> dict[str, tuple[ctrl.Estimate, float]]:
     """Estimated and exact worth of the averse and of the neutral optimum, from 0."""
-    grid, generator = ctrl.uniform_grid(1.0, steps=50), torch.Generator().manual_seed(0)
+    grid, generator = ctrl.uniform_grid(1.0, steps=100), torch.Generator().manual_seed(0)
     problem, start = lq.problem(1.0), torch.zeros(paths, 1, dtype=torch.float64)
     averse, neutral = rs.solve_lq(lq, RISK, grid.nodes), linear.solve_lq(lq, grid.nodes)
     worth = {}
