@@ -20,7 +20,7 @@ share = torch.nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
 policy = ctrl.DeterministicPolicy(lambda t, x: share.expand_as(x))
 
 
-def main(updates: int = 25, paths: int = 500) -> tuple[float, float]:
+def main(updates: int = 12, paths: int = 500) -> tuple[float, float]:
     """Learn the share; return it and Merton's."""
     grid, generator = ctrl.uniform_grid(1.0, steps=10), torch.Generator().manual_seed(0)
     start = torch.ones(paths, 1, dtype=torch.float64)
