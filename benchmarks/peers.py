@@ -149,7 +149,7 @@ class Libraries:
 def measure(
     cases: tuple[Case, ...], paths: int, rounds: int, libraries: Libraries
 ) -> list[dict[str, Any]]:
-    """Every case with each number of threads: seconds of every round, two before do not count."""
+    """Every case with each number of threads: seconds of every round; the first do not count."""
     timed = [
         (case, threads, library)
         for case in cases
@@ -160,10 +160,11 @@ def measure(
         {"case": case.name, "paths": paths, "threads": threads, "seconds": []}
         for case, threads, _ in timed
     ]
-    for turn in range(rounds + 2):
+    before = 2 if paths < 10_000 else 1
+    for turn in range(rounds + before):
         for row, (case, _, library) in zip(rows, timed, strict=True):
             seconds, error = library.seconds(case.call, paths)
-            if turn >= 2:
+            if turn >= before:
                 row["seconds"].append(float(f"{seconds:.5g}"))
                 row["error"] = error
     return rows

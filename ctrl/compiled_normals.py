@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 _SOURCE = Path(__file__).with_name("counter_normals.c")
 _FLAGS = ["-O3", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+_LEAD = 2**21  # bytes of rows between the caller and the others: twice a core's own cache
 _WORTH_IT = 2**22  # numbers: numpy takes about 30 ms for them, a compiler 500
 
 
@@ -132,6 +133,7 @@ class _Rows(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("done", ctypes.c_void_p),
+        ("taken", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("groups", ctypes.c_int64),
         ("piece", ctypes.c_int64),
@@ -139,7 +141,10 @@ class _Rows(ctypes.Structure):
         ("key", ctypes.c_uint64 * 2),
         ("row", ctypes.c_uint64),
         ("group", ctypes.c_uint64),
-        ("next", ctypes.c_int64),
+        ("lead", ctypes.c_int64),
+        ("waited", ctypes.c_int64),
+        ("ahead", ctypes.c_int64),
+        ("stopped", ctypes.c_int64),
     )
 
 
@@ -169,11 +174,17 @@ class CompiledRows:
         assert out.flags.c_contiguous
         assert out.dtype in (np.float32, np.float64)
         self.library = library
+        groups = out.shape[1] // 256
+        done, taken = (
+            np.zeros(len(out), np.int32),
+            np.zeros(len(out) * -(-groups // piece), np.int8),
+        )
         # what the structure points to must live as long as it does
-        self.memory = out, scales, np.zeros(len(out), dtype=np.int32)
+        self.memory = out, scales, done, taken
+        lead = min(max(1, _LEAD // max(1, out[0].nbytes)), max(1, len(out) // 4))
         self.rows = _Rows(
-            *(each.ctypes.data for each in self.memory), len(out), out.shape[1] // 256, piece,
-            int(out.dtype == np.float64), (ctypes.c_uint64 * 2)(*key.tolist()), row, group, 0,
+            *(each.ctypes.data for each in self.memory), len(out), groups, piece,
+            int(out.dtype == np.float64), (ctypes.c_uint64 * 2)(*key.tolist()), row, group, lead,
         )  # fmt: skip
 
     def draw_all(self) -> None:

@@ -132,25 +132,32 @@ static void fill(void *out, int wide, int64_t groups, const uint64_t *key, uint6
   }
 }
 
-/* Rows that several threads draw; each takes the next piece that nobody has taken. */
+/* Rows that several threads draw, in pieces that each is taken by one of them. The caller takes
+   those of the row that it waits for; the others begin `lead` rows after it, so that what they
+   write has left their own cache when the caller reads it. */
 typedef struct {
   char *out;            /* [rows, groups * 256] */
   const double *scales; /* [rows], what each row is multiplied by */
   int32_t *done;        /* [rows], pieces that are there */
+  int8_t *taken;        /* [rows, pieces] */
   int64_t rows, groups, piece; /* groups of a piece */
   int64_t wide;         /* 0: float32, 1: float64 */
   uint64_t key[2], row, group; /* first row, first group */
-  int64_t next;         /* piece that nobody has taken yet */
+  int64_t lead;
+  int64_t waited; /* row that the caller has waited for last */
+  int64_t ahead;  /* piece that the others have come to */
+  int64_t stopped;
 } Rows;
 
-static int draw_next(Rows *r) {
-  int64_t pieces = (r->groups + r->piece - 1) / r->piece;
-  int64_t mine = __atomic_fetch_add(&r->next, 1, __ATOMIC_RELAXED);
-  int64_t k = mine / pieces, first = mine % pieces * r->piece;
-  if (mine < 0 || k >= r->rows) {
-    __atomic_fetch_sub(&r->next, 1, __ATOMIC_RELAXED);
+#define LOAD(x) __atomic_load_n(&(x), __ATOMIC_RELAXED)
+
+static int64_t pieces(const Rows *r) { return (r->groups + r->piece - 1) / r->piece; }
+
+/* Draw a piece, unless another thread has taken it. */
+static int draw(Rows *r, int64_t which) {
+  if (LOAD(r->taken[which]) || __atomic_exchange_n(&r->taken[which], 1, __ATOMIC_RELAXED))
     return 0;
-  }
+  int64_t k = which / pieces(r), first = which % pieces(r) * r->piece;
   int64_t many = r->groups - first < r->piece ? r->groups - first : r->piece;
   int64_t place = (k * r->groups + first) * 2 * HALF * (r->wide ? 8 : 4);
   fill(r->out + place, r->wide, many, r->key, r->row + k, r->group + first, r->scales[k]);
@@ -158,19 +165,40 @@ static int draw_next(Rows *r) {
   return 1;
 }
 
+/* Draw the first piece from `which` on that is left; 0 if none is. */
+static int draw_next(Rows *r, int64_t which) {
+  for (int64_t all = r->rows * pieces(r); which < all; which++)
+    if (draw(r, which))
+      return 1;
+  return 0;
+}
+
 /* Draw until all is taken. */
 void draw_all(Rows *r) {
-  while (draw_next(r))
-    ;
+  int64_t all = r->rows * pieces(r);
+  while (!LOAD(r->stopped)) {
+    int64_t waited = LOAD(r->waited), here = LOAD(r->ahead);
+    int64_t next = (waited + r->lead) * pieces(r);
+    next = here > next ? here : next;
+    if (next >= all) {
+      if (!draw_next(r, waited * pieces(r)))
+        return;
+    } else if (__atomic_compare_exchange_n(&r->ahead, &here, next + 1, 0, __ATOMIC_RELAXED,
+                                           __ATOMIC_RELAXED))
+      draw(r, next);
+  }
 }
 
 /* Return when row k is there; until then draw along. */
 void wait_for(Rows *r, int64_t k) {
-  int64_t pieces = (r->groups + r->piece - 1) / r->piece;
-  while (__atomic_load_n(&r->done[k], __ATOMIC_ACQUIRE) < pieces)
-    if (!draw_next(r))
+  int64_t first = k * pieces(r), end = first + pieces(r);
+  __atomic_store_n(&r->waited, k, __ATOMIC_RELAXED);
+  for (int64_t which = first; which < end; which++)
+    draw(r, which);
+  while (__atomic_load_n(&r->done[k], __ATOMIC_ACQUIRE) < pieces(r))
+    if (!draw_next(r, end))
       sched_yield();
 }
 
-/* Let nobody take another piece. */
-void stop(Rows *r) { __atomic_store_n(&r->next, INT64_MIN / 2, __ATOMIC_RELAXED); }
+/* Let the others take no other piece. */
+void stop(Rows *r) { __atomic_store_n(&r->stopped, 1, __ATOMIC_RELAXED); }

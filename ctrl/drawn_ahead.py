@@ -16,11 +16,13 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ctrl.compiled_normals import CompiledRows, compiled
 from ctrl.counter_normals import GROUP, Array, fill
 
-_PIECE = 2**14  # numbers that one thread draws at a time: some 40 us
+_PIECE = 2**14  # numbers that one thread draws at a time: 40 us of C
+_NUMPY_PIECE = 2**18  # the same by numpy, whose threads wait for Python at every operation
 _CHUNK = 2**18  # numbers of the rows that are drawn together: two chunks of float32 are 2 MiB
 
 
@@ -42,12 +44,19 @@ class Drawing(Protocol):
 
 
 class Threads:
-    """Threads that draw, beside the caller's own: no more together than this process has cores."""
+    """Threads that draw, beside the caller's own: no more together than this process has cores.
+
+    Where there are others, torch's own rest until ``stop``: they would compete with those that draw
+    for the same cores, and spin while they wait.
+    """
 
     def __init__(self, workers: int) -> None:
         self.others = min(workers, _cores()) - 1
         self._pool = ThreadPoolExecutor(self.others, "ctrl-normals") if self.others else None
         self._begun: list[Drawing] = []
+        self._of_torch = torch.get_num_threads()
+        if self.others:
+            torch.set_num_threads(1)
 
     def begin(self, drawing: Drawing) -> None:
         """Let the others draw."""
@@ -56,12 +65,19 @@ class Threads:
             for _ in range(self.others):
                 self._pool.submit(drawing.draw_all)
 
-    def stop(self) -> None:
-        """Begin nothing more, and wait for what has begun."""
+    def end(self) -> None:
+        """Begin nothing more, without waiting for what has begun."""
         for drawing in self._begun:
             drawing.stop()
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def stop(self) -> None:
+        """Begin nothing more, and wait for what has begun."""
+        self.end()
+        if self._pool is not None:
+            self._pool.shutdown()
+            torch.set_num_threads(self._of_torch)
 
 
 @contextmanager
@@ -166,9 +182,10 @@ class _NumpyRows:
         self, out: Array, key: npt.NDArray[np.uint64], row: int, group: int, scales: Array
     ) -> None:
         self.out, self.key, self.row, self.group, self.scales = out, key, row, group, scales
-        self.rows, self.wide = max(1, _PIECE // out.shape[1]), min(_PIECE, out.shape[1])
+        width = out.shape[1]
+        self.rows, self.wide = max(1, _NUMPY_PIECE // width), min(_NUMPY_PIECE, width)
         corners = [
-            (k, n) for k in range(0, len(out), self.rows) for n in range(0, out.shape[1], self.wide)
+            (k, n) for k in range(0, len(out), self.rows) for n in range(0, width, self.wide)
         ]
         self.left = deque(corners)
         self.missing = {k: Semaphore(0) for k, _ in corners}

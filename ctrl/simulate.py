@@ -61,9 +61,11 @@ def simulate(
         out: earlier paths of the same shapes that are no longer needed: their memory is used again,
             which spares large roll-outs the operating system's cost of fresh pages.
         workers: threads that draw ``noise.PathStreams``, the caller's own among them and no more
-            than there are cores: the paths are the same bits for any number. Drift, diffusion,
-            policy and solver are called in the caller's thread only, on all paths at once. A
-            torch.Generator has its numbers one after the other, so it takes one worker.
+            than there are cores. The numbers are the same bits for any of them. Drift, diffusion,
+            policy and solver are called in the caller's thread only, on all paths at once; with
+            more than one worker torch computes in one thread meanwhile, so leave it at 1 where the
+            time is that of a large network. A torch.Generator has its numbers one after the other
+            and takes one worker.
         stopping: how exits from the problem's domain are seen; if not given
             ``stopping.BridgeCorrected()`` where the domain knows its walls and the solver the
             noise, else ``stopping.AtNodes()``.
@@ -527,6 +529,8 @@ def _roll_out_in_place(
             if actions is None:
                 actions = _buffer(out, "actions", (steps, *action.shape), action)
             actions[k] = action
+    if isinstance(source, _Streamed):
+        source.by.end()  # they have drawn all, and end while the paths are checked
     return Paths(
         states=states.movedim(0, 1),
         actions=None if actions is None else actions.movedim(0, 1),
@@ -819,4 +823,6 @@ def _check_start_type(start: Tensor) -> None:
 
 
 def _check_start(start: Tensor) -> None:
+    if start.device.type == "cpu" and math.isfinite(float(start.detach().sum())):
+        return  # a sum of finite numbers may overflow, so it only acquits
     require(torch.isfinite(start).all(), lambda: ValueError("start must be finite"))

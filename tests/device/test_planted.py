@@ -78,7 +78,7 @@ MISTAKES = [
             "torch.as_tensor(points)",
             same_numbers, "gauss_hermite"),
     Mistake("ctrl.noise.PathStreams.rows", ", like.device, like.dtype)", ', "cpu", like.dtype)',
-            same_numbers, "simulate, streams"),
+            same_numbers, "simulate, streams, srk"),
     Mistake("ctrl.policy.MultivariateGaussianPolicy.scale_at", "as_like(scale, like)", "scale",
             same_numbers, "multivariate"),
     Mistake("ctrl.policy_gradient._reparametrised", "device=mean.device", 'device="cpu"',
