@@ -184,3 +184,17 @@ def test_likelihood_ratios_that_do_not_exist_are_refused(generator):
     moved = replace(sde, jumps=ctrl.Jumps(intensity, lambda t, x, a, z: a, NormalMarks()))
     with pytest.raises(ValueError, match="move the sizes of jumps"):
         ctrl.girsanov.path_kl(moved, one, STILL, paths)
+
+
+def test_a_jump_out_of_a_domain_ends_the_path_where_it_leads(generator):
+    far = ctrl.Jumps(lambda t, x, a: torch.full_like(x[:, 0], 2.0), lambda t, x, a, z: 5 - x)
+    sde = replace(sde_with(far), drift=lambda t, x, a: 0 * x, diffusion=lambda t, x: 0.05)
+    problem = ctrl.ControlProblem(sde, 1.0, domain=ctrl.stopping.Interval(-1.0, 1.0))
+    start = torch.zeros(500, 1, dtype=torch.float64)
+    paths = ctrl.simulate(problem, STILL, start, ctrl.uniform_grid(1.0, 8), generator=generator)
+    jumped = paths.jumps[..., 0].sum(1) > 0
+    torch.testing.assert_close(paths.terminated, jumped)  # 20 standard deviations to the walls
+    assert bool((paths.states[jumped, -1, 0] == 5).all())
+    assert not bool(paths.jumps[..., 0][~paths.running].any())
+    # the share that never jumps is e^{-2}, within 5 standard deviations
+    assert abs(float((~jumped).double().mean()) - math.exp(-2)) < 5 * (0.117 / 500) ** 0.5

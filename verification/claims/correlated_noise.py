@@ -97,7 +97,7 @@ WIDE, RATES = "ctrl.wide_stencil.obtuse_superbase", "ctrl.markov_chain._rates"
             "noise of the first action for all",
             "ctrl.markov_chain._coefficients",
             "problem.dynamics.columns(time, x, a)",
-            "problem.sde.columns(time, x, 0 * a + a[:1])",
+            "problem.dynamics.columns(time, x, 0 * a + a[:1])",
         ),
     ],
     why_double="the grids of ctrl.hjb are in float64",

@@ -222,6 +222,7 @@ def towards(intensity: float) -> ctrl.DeterministicPolicy:
 
 def chain_log_ratio(paths: ctrl.Paths, noise: float, extra: float, extra_ref: float) -> np.ndarray:
     """Of the transition laws: Gaussian times Poisson, by scipy."""
+    assert paths.jumps is not None
     x, n = paths.states[..., 0].numpy(), paths.jumps.numpy()[..., 0]
     h = np.diff(paths.grid.nodes.numpy())
     before = x[:, :-1]
@@ -303,10 +304,11 @@ def girsanov_for_intensities(setting: Setting) -> Iterator[Check]:
 
     noise, extra, extra_ref = 0.5, 0.9, 0.2
     policy, reference = towards(extra), towards(extra_ref)
-    problem = ctrl.ControlProblem(controlled(noise), 1.0)
+    sde = controlled(noise)
+    problem = ctrl.ControlProblem(sde, 1.0)
     start = setting.tensor([0.4, 0.8, 1.1, 1.6]).repeat(16)[:, None]
     paths = ctrl.simulate(problem, policy, start, grid, generator=setting.generator("paths"))
-    ratio = ctrl.girsanov.log_ratio(problem.sde, policy, reference, paths)
+    ratio = ctrl.girsanov.log_ratio(sde, policy, reference, paths)
     want = chain_log_ratio(paths, noise, extra, extra_ref)
     yield pathwise("log-ratio of the transitions", ratio, want)
 
