@@ -233,7 +233,11 @@ def _step(
 
     def move(x: Tensor) -> Tensor:
         u = acting(x)
-        return x + h * problem.dynamics.drift_at(t, x, u) + problem.dynamics.diffuse(t, x, increment, u)
+        return (
+            x
+            + h * problem.dynamics.drift_at(t, x, u)
+            + problem.dynamics.diffuse(t, x, increment, u)
+        )
 
     def earned(x: Tensor) -> Tensor:
         return h * _reward(problem, t, x, acting(x)) + (a * move(x)).flatten(1).sum(1)
