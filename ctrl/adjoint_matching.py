@@ -15,10 +15,10 @@ Hamiltonian form of adjoint matching ([DH26]). Where sigma is free of the contro
 cost |u|^2 / 2 and drift s u it is the regression of u on s a ([DE24]).
 
 Instead of A one may take  a dW' / h  for its mean  A sigma  (``noise_matching_loss``; the
-principle's martingale term): no second derivatives, a variance of O(1/h). There ``lean_adjoints``
-do, whose control does not move with the state: at the optimum u moves no mean, so that it is
-critical, but elsewhere the gradient is not that of J. They have no second-order form: at the
-optimum the curvature of J with the controls held is not that of V.
+principle's martingale term): no second derivatives, a variance of O(1/h) a step. With
+``lean_adjoints``, for which the controls are held, that loss is critical at the optimum, where the
+controls move no mean; elsewhere its gradient is not that of J. Lean adjoints have no second-order
+form: at the optimum the curvature of J with the controls held is not that of V.
 
 On an Euler chain all this is exact, the adjoints being those of the right end of each step (Stein's
 identity E[dW f(X + sigma dW)] = h sigma' E f'): nothing has to be small.
@@ -168,6 +168,7 @@ def matching_loss(
         ValueError: the policy has a memory.
     """
     require_memoryless(policy, paths)
+    _require_like(paths, adjoints.first)
     h, _ = _steps(problem, paths)
     each = []
     for k, t in enumerate(as_like(paths.grid.nodes[:-1], paths.states)):
@@ -200,6 +201,7 @@ def noise_matching_loss(
         ValueError: as ``adjoints``.
     """
     require_memoryless(policy, paths)
+    _require_like(paths, first)
     increments = _increments(problem, None, paths)
     h, _ = _steps(problem, paths)
     each = []
@@ -211,6 +213,15 @@ def noise_matching_loss(
         earned = (moved * first[:, k]).flatten(1).sum(1)
         each.append(h[k] * _reward(problem, t, x, u) + earned)
     return -(discount_factors(problem, paths) * torch.stack(each, dim=1)).sum(1)
+
+
+def _require_like(paths: Paths, first: Tensor) -> None:
+    if first.shape != paths.states[:, 1:].shape:
+        raise ValueError(
+            f"adjoints must be {list(paths.states[:, 1:].shape)}, one for each step of these "
+            f"paths, got {list(first.shape)}"
+        )
+    all_finite("adjoints", first)
 
 
 def _acting(policy: Policy, t: Tensor) -> Callable[[Tensor], Tensor]:
@@ -274,13 +285,10 @@ def _reward(problem: ControlProblem, t: Tensor, x: Tensor, u: Tensor) -> Float[T
 
 def _steps(problem: ControlProblem, paths: Paths) -> tuple[Tensor, Tensor]:
     """h, and what a reward at its end is worth at its beginning."""
-    if callable(problem.discount):
-        raise ValueError(
-            "problem.discount must be a number: adjoints have no term for one that depends on the "
-            "state"
-        )
-    h = as_like(paths.grid.steps, paths.states)
-    return h, torch.exp(-problem.discount * h)
+    h, rate = as_like(paths.grid.steps, paths.states), problem.discount
+    if callable(rate):
+        raise ValueError("problem.discount must be a number: adjoints do not differentiate it")
+    return h, torch.exp(-rate * h)
 
 
 def _increments(problem: ControlProblem, policy: Policy | None, paths: Paths) -> Tensor:
@@ -290,7 +298,7 @@ def _increments(problem: ControlProblem, policy: Policy | None, paths: Paths) ->
     if paths.ends is not None:
         raise ValueError("paths must all go on to the horizon: an exit is no smooth function of x")
     problem.dynamics.require_calculus("ito", "adjoint_matching")
-    problem.dynamics.require_no_jumps("the adjoints here are those of a diffusion")
+    problem.dynamics.require_no_jumps("whether one happens is no smooth function of x")
     if policy is not None:
         if policy.is_random:
             raise ValueError("policy must be deterministic: adjoints are of a control u(t, x)")

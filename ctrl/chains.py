@@ -130,6 +130,11 @@ class JumpPaths:
     grid: TimeGrid
 
     def __post_init__(self) -> None:
+        if self.times.ndim != 2 or not self.times.is_floating_point():
+            raise ValueError(
+                f"times must be [paths, jumps], floating point, got {self.times.dtype} "
+                f"{list(self.times.shape)}"
+            )
         if self.states.shape != (self.times.shape[0], self.times.shape[1] + 1):
             raise ValueError(
                 f"states must be {[self.times.shape[0], self.times.shape[1] + 1]}, one more than "
@@ -170,7 +175,8 @@ def simulate(
     mean = rates.matrices.new_full((len(start),), fastest * (end - begin))
     counts = torch.poisson(mean, generator=generator)
     most = int(counts.max())
-    uniform = torch.rand(len(start), 2, most, dtype=mean.dtype, generator=generator)
+    shape = (len(start), 2, most)
+    uniform = torch.rand(shape, dtype=mean.dtype, device=mean.device, generator=generator)
     index = torch.arange(most).to(counts)
     late = index >= counts[:, None]
     times = (begin + (end - begin) * uniform[:, 0]).masked_fill(late, end).sort(dim=1).values
@@ -340,6 +346,12 @@ def tilt(
             f"[{steps}, {states}], got {list(terminal_reward.shape)} and "
             f"{list(running_reward.shape)}"
         )
+    for name, reward in (("terminal", terminal_reward), ("running", running_reward)):
+        if reward.dtype != reference.matrices.dtype or not bool(torch.isfinite(reward).all()):
+            raise ValueError(
+                f"{name}_reward must be finite and {reference.matrices.dtype}, as rates are, got "
+                f"{reward}"
+            )
     r = running_reward.expand(steps, states)
     log_h = [terminal_reward / kl_weight]
     for k, h in reversed(list(enumerate(reference.grid.steps.tolist()))):
@@ -353,7 +365,7 @@ def _weighted(Q: Tensor, r: Tensor, kl_weight: float, duration: float) -> tuple[
     Without a factor that might overflow, the largest reward's, whose logarithm comes second.
     """
     rates = r / kl_weight
-    most = float(rates.max())
+    most = float(rates.detach().max())
     return exponential((Q + torch.diag(rates - most)) * duration), most * duration
 
 

@@ -60,6 +60,17 @@ def require(holds: Tensor, error: Callable[[], Exception]) -> None:
         raise error()
 
 
+def readable(holds: Tensor) -> bool:
+    """Whether a condition has one truth value: inside ``torch.func.vmap`` it has many, unread."""
+    if not torch._C._functorch.is_functorch_wrapped_tensor(holds):  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]  # torch has no public name for it
+        return True
+    try:
+        bool(holds)
+    except RuntimeError:
+        return False
+    return True
+
+
 @contextmanager
 def together() -> Generator[None, None, None]:
     """Within it, conditions of other devices than the CPU are read at its end, all at once.

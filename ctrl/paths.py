@@ -135,7 +135,8 @@ class Paths:
         terminated: whether each path is over at its end, so that what is paid there is all that is
             left; if not, its record breaks off, and a value function stands for the rest. If
             None: those that end before the last node are over, and at the horizon all are.
-        jumps: how many of each kind every step had.
+        jumps: how many of each kind every step drew; in the step of an exit too, where a path that
+            has left by diffusion does not make them: likelihood ratios need what was drawn.
     """
 
     states: Float[Tensor, "paths nodes *event"]
@@ -223,11 +224,11 @@ class Paths:
                     "and repeat it from there on"
                 ),
             )
-        for name, rest in (("states", 0), ("actions", 1), ("increments", 1), ("rewards", 1)):
+        for name in ("states", "actions", "increments", "rewards", "jumps"):
             value = getattr(self, name)
             if value is not None:
                 value = value.detach().flatten(2) if value.ndim > 2 else value.detach().unsqueeze(2)
-                changes = value if rest else value.diff(dim=1)
+                changes = value.diff(dim=1) if name == "states" else value
                 still = ~((changes != 0).any(2) & rests).any()
                 require(still, lambda name=name: ValueError(_NO_REST.format(name)))
 
@@ -301,7 +302,11 @@ def stop(
         )
     nodes = torch.arange(paths.states.shape[1], device=ends.device)
     last = torch.minimum(nodes, ends.unsqueeze(1).to(nodes))
-    states = paths.states[torch.arange(len(last), device=ends.device).unsqueeze(1), last]
+    each = torch.arange(len(last), device=ends.device).unsqueeze(1)
+    states, grid = paths.states[each, last], paths.grid
+    if isinstance(grid, OwnTimes):
+        where = grid.nodes.device
+        grid = OwnTimes(grid.nodes[each.to(where), last.to(where)])
     runs = nodes[:-1] < ends.unsqueeze(1)
 
     def while_running(value: Tensor | None) -> Tensor | None:
@@ -313,6 +318,8 @@ def stop(
         actions=while_running(paths.actions),
         increments=while_running(paths.increments),
         rewards=while_running(paths.rewards),
+        jumps=while_running(paths.jumps),
+        grid=grid,
         ends=ends,
         terminated=terminated,
     )
@@ -555,7 +562,15 @@ def log_probs(policy: AnyPolicy, paths: Paths) -> Float[Tensor, "paths steps"]:
             )
         return now.log_prob(t, x, a)
 
-    return over_policy_steps(at, policy, paths, kept_actions(paths))
+    each = over_policy_steps(at, policy, paths, kept_actions(paths))
+    require(~torch.isnan(each).any(), lambda: ValueError(_NO_DENSITY))
+    return each
+
+
+_NO_DENSITY = (
+    "log_prob must be numbers along the paths, but some are NaN: the policy's std (or scale_tril) "
+    "must be positive and finite at every step"
+)
 
 
 _CHUNK = 2**22  # bytes of states at a time: what a step makes of them should stay in cache

@@ -157,8 +157,10 @@ def galerkin(
 
     def equation(function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         def at(t: Tensor, x: Tensor, later: Tensor) -> Tensor:
-            drift = generator(function, t, x, later, step)
-            return drift - problem.discount_at(t, x) * function(t, x)
+            here, rate = function(t, x), as_like(problem.discount_at(t, x), x)
+            if rate.ndim:  # one a path, and features beside
+                rate = rate.view(-1, *[1] * (here.ndim - 1))
+            return generator(function, t, x, later, step) - rate * here
 
         return over_steps(at, begin, ahead)
 

@@ -4,6 +4,7 @@ In this view of an action (view A) the policy draws it and the dynamics hold it 
 density is the policy's. Where the decision is the next state (view B), see ``ctrl.transitions``.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,7 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from ctrl.devices import as_like, require
+from ctrl.devices import as_like, readable, require
 from ctrl.user_functions import call, takes
 
 Mean = Callable[[Tensor, Tensor], Tensor]
@@ -182,14 +183,8 @@ class GaussianPolicy:
         """
         mean = self.mean(t, states)
         std = self.std_at(t, mean, states)
-        good = (std > 0) & torch.isfinite(std)
-        require(
-            good.all(),
-            lambda: ValueError(
-                f"std must be positive and finite, at t = {float(t):g} it is "
-                f"{std[~good].flatten()[:3].tolist()}"
-            ),
-        )
+        if not isinstance(self.std, Real):  # a number was looked at when it was given
+            std = _positive_std(t, std)
         return Independent(Normal(mean, std, validate_args=False), mean.ndim - 1)
 
     def log_prob(
@@ -253,8 +248,7 @@ class MultivariateGaussianPolicy:
         if callable(scale):
             sees = self.sees_states
             inputs = (t, _needed(states, "scale_tril")) if sees else (t,)
-            scale = call("scale_tril", scale, *inputs)
-            _check_scale(scale, 3 if sees else 2)
+            scale = _check_scale(call("scale_tril", scale, *inputs), 3 if sees else 2)
             if sees and len(scale) != len(like):
                 raise ValueError(
                     f"scale_tril must return [{len(like)}, dim, dim], one for each path, got "
@@ -364,6 +358,21 @@ def mean_action(
     return mean
 
 
+def _positive_std(t: Tensor, std: Tensor) -> Tensor:
+    """``std``, refused where it is not positive; inside vmap, where nothing can be read, NaN."""
+    good = (std > 0) & torch.isfinite(std)
+    if not readable(good.all()):
+        return torch.where(good, std, math.nan)
+    require(
+        good.all(),
+        lambda: ValueError(
+            f"std must be positive and finite, at t = {float(t):g} it is "
+            f"{std[~good].flatten()[:3].tolist()}"
+        ),
+    )
+    return std
+
+
 def needs_states(function: Callable[..., object]) -> bool:
     """Whether a function is one of (t, states): it cannot be called with t alone."""
     if isinstance(function, torch.nn.Module):
@@ -396,16 +405,18 @@ def _log_prob(law: Distribution, actions: Tensor) -> Tensor:
     return law.log_prob(actions)
 
 
-def _check_scale(scale: Tensor, ndim: int) -> None:
+def _check_scale(scale: Tensor, ndim: int) -> Tensor:
+    """``scale``, refused where it is no factor; inside vmap, where nothing can be read, NaN."""
     if scale.ndim != ndim or scale.shape[-1] != scale.shape[-2]:
         wanted = "[dim, dim]" if ndim == 2 else "[paths, dim, dim], being of (t, states)"
         raise ValueError(f"scale_tril must be {wanted}, got {list(scale.shape)}")
     diagonal = scale.diagonal(dim1=-2, dim2=-1)
-    require(
-        torch.isfinite(scale).all() & (diagonal > 0).all(),
-        lambda: ValueError("scale_tril must be finite, with a positive diagonal"),
-    )
-    require(~scale.triu(1).any(), lambda: ValueError("scale_tril must be lower triangular"))
+    positive, lower = torch.isfinite(scale).all() & (diagonal > 0).all(), ~scale.triu(1).any()
+    if not readable(positive & lower):
+        return torch.where(positive & lower, scale, math.nan)
+    require(positive, lambda: ValueError("scale_tril must be finite, with a positive diagonal"))
+    require(lower, lambda: ValueError("scale_tril must be lower triangular"))
+    return scale
 
 
 def _check_mean(mean: Mean) -> None:

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ctrl.devices import as_like, require
+from ctrl.devices import as_like, readable, require
 from ctrl.exploration import drawn_actions
 from ctrl.martingale import TestFunctions, moments
 from ctrl.paths import (
@@ -208,28 +208,76 @@ def gibbs_policy(
 
     def scale_at(t: Tensor, states: Tensor) -> Tensor:
         _, hessian = _quadratic(problem, value, action_dim, t, states)
-        factor, failed = torch.linalg.cholesky_ex(-hessian)
-        require(
-            (failed == 0).all(),
-            lambda: ValueError("q is not concave in the action: no Gibbs policy exists"),
-        )
-        precision = torch.cholesky_inverse(factor)
-        return torch.linalg.cholesky_ex(problem.temperature * precision)[0]
+        return _scale(hessian, problem.temperature)
 
     if state is None:
         return MultivariateGaussianPolicy(mean, scale_at)
     return MultivariateGaussianPolicy(mean, lambda t: scale_at(t, state.unsqueeze(0))[0])
 
 
+def improved_policy(q: QRate, temperature: float, action_dim: int) -> MultivariateGaussianPolicy:
+    """The Gibbs policy of a learned q that is quadratic in the action ([JZ23] equation 17).
+
+    As ``gibbs_policy``, for a q that was learned from paths and needs no dynamics.
+
+    Args:
+        q: (t, x, a) -> [paths], reward/time; quadratic and concave in the action.
+        temperature: positive, reward per nat and unit of time.
+        action_dim: coordinates of the action.
+
+    Raises:
+        ValueError: the temperature is not positive. When the policy acts: q is not quadratic and
+            concave in the action.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+    def pieces(t: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        def of_action(a: Tensor) -> Tensor:
+            return q(t, states, a.expand(len(states), action_dim))
+
+        return _slope_and_hessian(of_action, action_dim, states)
+
+    def mean(t: Tensor, states: Tensor) -> Tensor:
+        slope, hessian = pieces(t, states)
+        return torch.linalg.solve(-hessian, slope)
+
+    def scale(t: Tensor, states: Tensor) -> Tensor:
+        return _scale(pieces(t, states)[1], temperature)
+
+    return MultivariateGaussianPolicy(mean, scale)
+
+
+def _scale(
+    hessian: Float[Tensor, "paths dim dim"], temperature: float
+) -> Float[Tensor, "paths dim dim"]:
+    """Cholesky factor of temperature (-Hessian)^{-1}."""
+    factor, failed = torch.linalg.cholesky_ex(-hessian)
+    concave = (failed == 0).all()
+    if readable(concave):  # inside vmap nothing is, and the factor is NaN where there is none
+        require(
+            concave, lambda: ValueError("q is not concave in the action: no Gibbs policy exists")
+        )
+    precision = torch.cholesky_inverse(factor)
+    return torch.linalg.cholesky_ex(temperature * precision)[0]
+
+
 def _quadratic(
     problem: ControlProblem, value: Value, dim: int, t: Tensor, states: Tensor
 ) -> tuple[Float[Tensor, "paths dim"], Float[Tensor, "paths dim dim"]]:
-    """Slope and Hessian of q in the action, at 0."""
-    unit = torch.eye(dim, dtype=states.dtype, device=states.device)
+    """Slope and Hessian of the q-rate in the action, at 0."""
 
     def q(a: Tensor) -> Tensor:
         return q_rate(problem, value, t, states, a.expand(len(states), dim))
 
+    return _slope_and_hessian(q, dim, states)
+
+
+def _slope_and_hessian(
+    q: Callable[[Tensor], Tensor], dim: int, states: Tensor
+) -> tuple[Float[Tensor, "paths dim"], Float[Tensor, "paths dim dim"]]:
+    """The same of any quadratic function of one action [dim]."""
+    unit = torch.eye(dim, dtype=states.dtype, device=states.device)
     here, up, down = q(torch.zeros_like(unit[0])), [q(e) for e in unit], [q(-e) for e in unit]
     slope = torch.stack([(u - d) / 2 for u, d in zip(up, down, strict=True)], dim=1)
     rows = [
@@ -242,8 +290,11 @@ def _quadratic(
     hessian = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
     far, expected = q(2 * unit.sum(0)), here + 2 * slope.sum(1) + 2 * hessian.sum((1, 2))
     slack = _digits(states) * (far.abs().max() + here.abs().max())
+    quadratic = ~((far - expected).abs().max() > slack)
+    if not readable(quadratic):
+        return slope, torch.where(quadratic, hessian, math.nan)
     require(
-        ~((far - expected).abs().max() > slack),
+        quadratic,
         lambda: ValueError("q is not quadratic in the action, so the Gibbs policy is not Gaussian"),
     )
     return slope, hessian

@@ -54,7 +54,7 @@ from ctrl.paths import Paths, TimeGrid, running_rewards, while_running
 from ctrl.problem import ControlProblem
 from ctrl.q_learning import QRate, rates
 from ctrl.sde import ControlledSDE
-from ctrl.user_functions import own_memory
+from ctrl.user_functions import all_finite, own_memory
 from ctrl.value import Value, values
 
 
@@ -72,7 +72,7 @@ def certainty_equivalent(
         weights: of the paths, where they are not equal.
 
     Raises:
-        ValueError: the weights are no probabilities, or the risk is not finite.
+        ValueError: the weights are no probabilities, or a return or the risk is not finite.
     """
     _require_risk(risk)
     masses = _masses(returns, weights)
@@ -105,6 +105,9 @@ def tilting_weights(
 def _masses(returns: Tensor, weights: Tensor | None) -> Tensor:
     if returns.ndim != 1 or not len(returns):
         raise ValueError(f"returns must be [paths], one number a path, got {list(returns.shape)}")
+    if not returns.is_floating_point():
+        raise TypeError(f"returns must be floating point, got {returns.dtype}")
+    all_finite("returns", returns)
     if weights is None:
         return torch.full_like(returns, 1 / len(returns))
     require_probabilities("weights", weights)
@@ -160,12 +163,13 @@ def q_rate(
         probes: as for ``value.generator``; the exact trace if not given.
 
     Raises:
-        ValueError: as ``q_learning.q_rate``; or the problem is discounted.
+        ValueError: as ``q_learning.q_rate``; or the problem is discounted, or jumps.
     """
     _require_undiscounted(problem, risk)
     neutral = q_learning.q_rate(problem, value, t, states, actions, probes)
-    problem.dynamics.require_no_jumps("the penalty here is that of continuous paths")
-    noise = noise_of_value(problem.dynamics, value, t, states, actions)
+    sde = problem.dynamics
+    sde.require_no_jumps("of V's jumps exp(risk dV) counts, not their square")
+    noise = noise_of_value(sde, value, t, states, actions)
     return neutral + 0.5 * risk * noise.reshape(len(states), -1).square().sum(1)
 
 
@@ -176,9 +180,10 @@ def tilted_sde(sde: ControlledSDE, value: Value, risk: float) -> ControlledSDE:
     value: what a risk-averse player fears (risk < 0), or hopes for.
 
     Raises:
-        ValueError: the risk is not finite.
+        ValueError: the risk is not finite, or the equation has jumps.
     """
     _require_risk(risk)
+    sde.require_no_jumps("their intensities are tilted too")
     sde = sde.to_ito()
 
     def drift(t: Tensor, states: Tensor, actions: Tensor) -> Tensor:

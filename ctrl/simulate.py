@@ -271,7 +271,7 @@ class _Given:
                 f"increments must be {list(shape)} to fit start and grid, got "
                 f"{list(noise.increments.shape)}"
             )
-        for name in ("increments", "actions", "weights"):
+        for name in ("increments", "actions", "weights", "exits"):
             value = getattr(noise, name)
             if value is not None and (value.dtype != start.dtype or value.device != start.device):
                 raise ValueError(
@@ -588,9 +588,9 @@ def _absorbed(
         step = Step(sde, t0, t1, inside, proposed, action, uniform)
         left, exits = rule.exits(problem.domain, step)
         jumped, counts = _jump(sde, solver, source, k, t, h, inside, proposed, action)
-        if counts is not None:  # of those that have not left before
+        if counts is not None:  # those that have not left before jump
             proposed = torch.where(_beside(left, x), proposed, jumped)
-            counts = torch.where((runs & ~left)[:, None], counts, 0)
+            counts = torch.where(runs[:, None], counts, 0)  # as drawn: likelihood ratios count them
             out = ~(problem.domain.signed_distance(as_like(t1, x), proposed) > 0) & ~left
             left, exits = left | out, torch.where(_beside(out, x), proposed, exits)
         leaves = left & runs

@@ -22,7 +22,7 @@ best = ctrl.DeterministicPolicy(lambda t, x: W * torch.tanh(W * x))
 
 def main() -> list[tuple[str, ctrl.Estimate, float]]:
     """Each estimate beside the known answer; Fleming's for the least cost."""
-    grid, start = ctrl.uniform_grid(12.0, 600), torch.full((4000, 1), START).double()
+    grid, start = ctrl.uniform_grid(8.0, 400), torch.full((3000, 1), START).double()
     noise = ctrl.noise.stream(0, "exit")
     left, cheap = (ctrl.simulate(problem, p, start, grid, generator=noise) for p in (pushed, best))
     times, above = grid.nodes[left.ends], (left.states[:, -1, 0] > 0).double()

@@ -9,7 +9,7 @@ import torch
 import ctrl
 from ctrl import hjb
 
-SIGMA, HORIZON, LOW, HIGH = 0.3, 2.0, -2.0, 1.0
+SIGMA, HORIZON, LOW, HIGH = 0.35, 2.0, -2.0, 1.0
 sde = ctrl.ControlledSDE(lambda t, x, a: x - x**3 + a, lambda t, x: SIGMA)
 wall = ctrl.stopping.Interval(-torch.inf, HIGH)
 pays = {"domain": wall, "exit_reward": lambda t, x: torch.ones_like(t)}  # and 0 at the horizon
@@ -19,7 +19,7 @@ free = ctrl.DeterministicPolicy(lambda t, x: torch.zeros_like(x))
 
 def main() -> tuple[ctrl.Estimate, float]:
     """The chance by weighted paths, and from the grid."""
-    chance = hjb.evaluate_finite_horizon(problem, free, (hjb.Axis(LOW, HIGH, 401),), steps=400)
+    chance = hjb.evaluate_finite_horizon(problem, free, (hjb.Axis(LOW, HIGH, 401),), steps=200)
 
     def slope(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         left, right = (x - 0.01).clamp(min=LOW), (x + 0.01).clamp(max=HIGH)
@@ -27,7 +27,7 @@ def main() -> tuple[ctrl.Estimate, float]:
         return SIGMA**2 * (high - low).unsqueeze(1) / (right - left)
 
     driven = ctrl.DeterministicPolicy(slope)
-    grid, start = ctrl.uniform_grid(HORIZON, 200), torch.full((5000, 1), -1.0).double()
+    grid, start = ctrl.uniform_grid(HORIZON, 200), torch.full((4000, 1), -1.0).double()
     paths = ctrl.simulate(problem, driven, start, grid, generator=ctrl.noise.stream(0, "well"))
     weights = (-ctrl.girsanov.log_ratio(sde, driven, free, paths)).exp()
     estimate = ctrl.Estimate.of(weights * ctrl.returns_to_go(problem, paths)[:, 0])

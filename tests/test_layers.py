@@ -16,7 +16,8 @@ ctrl.estimate ctrl.user_functions ctrl.jumps ctrl.sde ctrl.stopping ctrl.problem
 ctrl.policy ctrl.squashed_policy ctrl.memory ctrl.time_homogeneity ctrl.exploration ctrl.noise
 ctrl.paths ctrl.recorded ctrl.solvers ctrl.torchsde_solver ctrl.simulate
 ctrl.girsanov ctrl.transitions ctrl.value
-ctrl.advantages ctrl.martingale ctrl.q_learning ctrl.trust_region ctrl.policy_gradient
+ctrl.advantages ctrl.martingale ctrl.q_learning ctrl.off_policy ctrl.trust_region
+ctrl.policy_gradient
 ctrl.linear.reading ctrl.linear.collocation ctrl.linear.exponential
 ctrl.linear.hamiltonian ctrl.linear.margin
 ctrl.linear.lyapunov

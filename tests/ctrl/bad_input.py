@@ -10,9 +10,12 @@ from dataclasses import replace
 import torch
 
 import ctrl
+from ctrl import adjoint_matching as am
+from ctrl import chains, phibe
 from ctrl import martingale as mg
 from ctrl import policy_gradient as pg
 from ctrl import q_learning as ql
+from ctrl import risk_sensitive as rs
 from ctrl import trust_region as tr
 
 SDE = ctrl.ControlledSDE(lambda t, x, a: a - x, lambda t, x: 0.5)
@@ -33,6 +36,13 @@ T = torch.tensor(0.2).double()
 ROWS = torch.linspace(-0.4, 0.5, 5).double()
 SMALL = torch.linspace(0.1, 0.5, 5).double()
 STEPS = torch.full((5, 3), 0.1).double()
+
+
+WARMED = replace(PROBLEM, discount=0.0)
+JUMPS = chains.with_diagonal(torch.tensor([[0.0, 0.8], [1.3, 0.0]]).double()).repeat(3, 1, 1)
+CHAIN, OTHER_CHAIN = (chains.JumpRates(GRID, share * JUMPS) for share in (1.0, 0.5))
+WHEN = torch.tensor([[0.1, 0.3], [0.25, 0.55], [0.2, 0.5]]).double()
+WALKED = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 1]])
 
 
 def value(t, x):
@@ -172,6 +182,57 @@ CASES = {
         lambda states, actions: DRAWN.log_prob(T, states, actions),
         {"states": PATHS.states[:, 0], "actions": PATHS.actions[:, 0]},
     ),
+    "phibe.generator": (
+        lambda states, ahead: phibe.generator(value, T, states, ahead, 0.2),
+        {"states": PATHS.states[:, 0], "ahead": PATHS.states[:, 1:3]},
+    ),
+    "certainty_equivalent": (
+        lambda returns, weights: rs.certainty_equivalent(returns, -0.7, weights),
+        {"returns": ROWS, "weights": torch.full((5,), 0.2).double()},
+    ),
+    "tilting_weights": (
+        lambda returns, weights: rs.tilting_weights(returns, -0.7, weights),
+        {"returns": ROWS, "weights": torch.full((5,), 0.2).double()},
+    ),
+    "risk_sensitive.increments": (
+        lambda states, actions: rs.increments(
+            value, q, WARMED, of(PATHS, states=states, actions=actions), -0.7
+        ),
+        {"states": PATHS.states, "actions": PATHS.actions},
+    ),
+    "adjoints": (
+        lambda states, increments: am.adjoints(
+            PROBLEM, MEAN, of(STILL, states=states, increments=increments)
+        ).second,
+        {"states": STILL.states, "increments": STILL.increments},
+    ),
+    "lean_adjoints": (
+        lambda states, actions: am.lean_adjoints(
+            PROBLEM, of(STILL, states=states, actions=actions)
+        ),
+        {"states": STILL.states, "actions": STILL.actions},
+    ),
+    "noise_matching_loss": (
+        lambda first: am.noise_matching_loss(PROBLEM, MEAN, STILL, first),
+        {"first": STILL.states[:, 1:]},
+    ),
+    "JumpRates": (
+        lambda matrices: chains.JumpRates(GRID, matrices).transitions(), {"matrices": JUMPS}
+    ),
+    "chains.path_kl": (
+        lambda start: chains.path_kl(CHAIN, OTHER_CHAIN, start),
+        {"start": torch.tensor([0.3, 0.7]).double()},
+    ),
+    "chains.log_ratio": (
+        lambda times: chains.log_ratio(
+            CHAIN, OTHER_CHAIN, chains.JumpPaths(times, WALKED, GRID)
+        ),
+        {"times": WHEN},
+    ),
+    "chains.tilt": (
+        lambda terminal, running: chains.tilt(CHAIN, 0.5, terminal, running).values,
+        {"terminal": torch.tensor([0.3, 0.7]).double(), "running": torch.ones(3, 2).double()},
+    ),
 }  # fmt: skip
 
 BAD = {
@@ -194,7 +255,8 @@ GOOD = {
 # would cost a synchronisation each: what is not finite goes through, and is refused where paths
 # are born and before an optimiser steps.
 POINTWISE = (
-    "q_rate", "log_prob", "continuous_gae", "clipped_surrogate", "penalised_surrogate",
+    "q_rate", "log_prob", "phibe.generator", "continuous_gae", "clipped_surrogate",
+    "penalised_surrogate",
 )  # fmt: skip
 # an infinite term makes a bound infinite, which is right
 UNBOUNDED = ("trust_region.bounded", "trust_region.chi_square")

@@ -97,6 +97,9 @@ def test_bad_input_is_refused(generator):
     other = replace(BENT, sde=replace(BENT.sde, calculus="stratonovich"))
     with pytest.raises(ValueError, match="adjoint_matching solves ito equations"):
         am.lean_adjoints(other, paths)
+    killed = replace(BENT, discount=lambda t, x: x.square().sum(1))
+    with pytest.raises(ValueError, match=r"problem\.discount must be a number"):
+        am.matching_loss(killed, policy, paths, am.adjoints(BENT, policy, paths))
     stopped = ctrl.paths.stop(paths, torch.tensor([1, 3, 2]), torch.tensor([True] * 3))
     with pytest.raises(ValueError, match="paths must all go on to the horizon"):
         am.lean_adjoints(BENT, stopped)

@@ -53,7 +53,8 @@ def test_what_one_law_cannot_do_is_infinitely_unlikely():
     assert bool(torch.isfinite(chains.path_kl(chain(closed), chain(), START)))
     # where nobody comes, nothing counts
     alone = [[0.0, 0.0, 0.0], [0.5, 0.0, 1.3], [0.8, 0.2, 0.0]]
-    never = chains.path_kl(chain(alone, alone), chain(alone, closed), tensor([1.0, 0.0, 0.0]))
+    barred = [[0.0, 0.0, 0.4], [0.5, 0.0, 0.0], [0.8, 0.2, 0.0]]
+    never = chains.path_kl(chain(alone, alone), chain(alone, barred), tensor([1.0, 0.0, 0.0]))
     assert float(never) == pytest.approx(0.4 * 0.7, rel=1e-13)
 
 

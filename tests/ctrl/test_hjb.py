@@ -23,6 +23,7 @@ from ctrl import (
     uniform_grid,
 )
 from ctrl.action_grid import ActionGrid, gauss_legendre, trapezoid
+from ctrl.markov_chain import markov_chain
 from ctrl.state_grid import Axis
 
 NOW = torch.tensor(0.0, dtype=torch.float64)
@@ -224,11 +225,45 @@ def test_two_dimensional_lq_with_correlated_noise_is_that_of_scipy(differences):
     torch.testing.assert_close(mean, x @ gain.T, rtol=0, atol=10 * atol)
 
 
-def test_noise_too_correlated_for_the_grid_is_refused():
-    problem, *_ = plane()
-    axes = (Axis(-4.0, 4.0, 11), Axis(-4.0, 4.0, 81))
+def test_noise_along_a_line_that_meets_no_node_is_refused():
+    along = torch.tensor([[0.7], [0.7 * math.sqrt(2)]], dtype=torch.float64)
+    problem = ControlProblem(
+        ControlledSDE(
+            lambda t, x, a: 0 * x, lambda t, x: along.expand(len(x), 2, 1), "general", noise_dim=1
+        ),
+        math.inf,
+        discount=0.4,
+    )
+    axes = (Axis(-4.0, 4.0, 17), Axis(-4.0, 4.0, 17))
     with pytest.raises(ValueError, match="correlated too strongly"):
         hjb.solve_discounted(problem, axes, IDLE)
+
+
+@pytest.mark.parametrize("share", [0.95, -0.9])
+def test_noise_of_any_other_correlation_moves_by_rates_that_are_not_negative(share):
+    """And of its covariance: (x - y)(x - y)' of all moves, weighted by their rates."""
+    G = torch.tensor([[0.9, 0.0], [0.5 * share, 0.1]], dtype=torch.float64)
+    problem = ControlProblem(
+        ControlledSDE(
+            lambda t, x, a: 0 * x,
+            lambda t, x, a: (1 + a[:, :1, None]) * G,
+            "general",
+            noise_dim=2,
+            controls_diffusion=True,
+        ),
+        math.inf,
+        discount=0.4,
+    )
+    axes = (Axis(-4.0, 4.0, 41), Axis(-3.0, 3.0, 25))
+    actions = torch.tensor([[[0.0]], [[0.7]]], dtype=torch.float64)
+    chain = markov_chain(problem, axes, 0.0, actions)
+    assert bool((chain.rates >= 0).all())
+    x = torch.cartesian_prod(*(axis.points() for axis in axes))
+    middle = len(x) // 2
+    moved = (x[chain.neighbours] - x)[:, middle]
+    got = torch.einsum("ma,mi,mj->aij", chain.rates[..., middle], moved, moved)
+    exact = (1 + actions[:, 0, 0])[:, None, None] ** 2 * (G @ G.mT)
+    torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
 
 
 # --- Fourier modes: the exact answer of the discrete equations ----------------------------------
@@ -291,7 +326,7 @@ def test_a_plane_wave_under_correlated_noise_is_the_symbol_of_the_stencil(share)
 
 @pytest.mark.parametrize("share", [0.9, -0.9])
 def test_a_plane_wave_is_the_symbol_of_central_differences_for_any_correlation(share):
-    """The covariance is far from dominant in its diagonal: monotone differences refuse it."""
+    """The covariance is far from dominant in its diagonal, and moves are to neighbours only."""
     axes = (Axis(0.0, 2 * math.pi, 16, "periodic"), Axis(0.0, 2 * math.pi, 26, "periodic"))
     G = torch.tensor([[0.9, 0.0], [0.3 * share, 0.06]], dtype=torch.float64)
     k, discount = (2, 3), 0.6
@@ -303,8 +338,6 @@ def test_a_plane_wave_is_the_symbol_of_central_differences_for_any_correlation(s
         lambda t, x, a: (k[0] * x[:, 0] + k[1] * x[:, 1]).cos(),
         discount=discount,
     )
-    with pytest.raises(ValueError, match="differences='central'"):
-        hjb.solve_discounted(problem, axes, IDLE)
     h, c = [axis.spacing for axis in axes], (G @ G.T).tolist()
     angle = [k[0] * h[0], k[1] * h[1]]
     rate = discount + c[0][1] * math.sin(angle[0]) * math.sin(angle[1]) / (h[0] * h[1])

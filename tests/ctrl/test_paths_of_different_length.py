@@ -210,3 +210,17 @@ def test_what_is_over_belongs_to_ends():
         ctrl.paths.stop(paths, torch.tensor([2, 2]))
     endless = replace(lq.problem(), horizon=math.inf, terminal_reward=None)
     assert ctrl.paths.finished(endless, paths).tolist() == [False, True]
+
+
+def test_jumps_and_own_times_rest_too():
+    jumps = torch.ones(2, 2, 3, dtype=torch.float64)
+    paths = ctrl.Paths(STATES, None, None, GRID, jumps=jumps)
+    stopped = ctrl.paths.stop(paths, torch.tensor([1, 2]))
+    assert stopped.jumps.sum((1, 2)).tolist() == [3.0, 6.0]
+    with pytest.raises(ValueError, match="jumps must rest"):
+        replace(stopped, jumps=jumps)
+    times = torch.tensor([[0.0, 0.2, 0.9], [0.0, 0.5, 0.5]], dtype=torch.float64)
+    own = ctrl.Paths(STATES, None, None, ctrl.paths.OwnTimes(times), ends=torch.tensor([2, 1]))
+    assert ctrl.paths.stop(own, torch.tensor([1, 1])).grid.nodes.tolist() == [
+        [0.0, 0.2, 0.2], [0.0, 0.5, 0.5],
+    ]  # fmt: skip

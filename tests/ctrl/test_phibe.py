@@ -151,3 +151,14 @@ def test_problems_with_a_domain_are_refused():
     inside = replace(problem(discount=0.4), domain=ctrl.stopping.Interval(-1.0, 2.0))
     with pytest.raises(ValueError, match=r"problem\.domain must be None"):
         phibe.galerkin(quadratics, inside, quadrature(1), 1)
+
+
+def test_a_discount_may_depend_on_the_state():
+    number = problem(discount=0.4)
+    function = replace(number, discount=lambda t, x: 0.4 + 0 * x[:, 0])
+    paths, base = quadrature(2), lambda t, x: x[:, 0]
+    ours, theirs = (
+        phibe.galerkin(quadratics, each, paths, base=base).coefficients
+        for each in (function, number)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

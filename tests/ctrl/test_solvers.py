@@ -1,5 +1,6 @@
 """Euler-Maruyama: its transition is its step; it converges at its order."""
 
+import itertools
 import math
 
 import pytest
@@ -189,3 +190,71 @@ def test_coefficients_are_given_the_time_in_the_states_precision():
     EULER.transition(ito, T0, T1, x, a)
     ctrl.Heun().step(stratonovich, T0, T1, x, a, w)
     assert set(seen) == {torch.float32}
+
+
+# --- stiff and superlinear drifts -----------------------------------------------------------------
+
+CUBIC = ctrl.ControlledSDE(lambda t, x, a: -(x**3), lambda t, x: 0.5)
+
+
+@pytest.mark.parametrize("solver", [ctrl.DriftImplicitEuler(), ctrl.TamedEuler()])
+def test_superlinear_drifts_stay_finite_where_euler_explodes(solver, generator):
+    start = torch.full((8, 1), 30.0, dtype=torch.float64)
+    problem, still = ctrl.ControlProblem(CUBIC, 4.0), ctrl.DeterministicPolicy(lambda t, x: 0 * x)
+    grid, noise = (
+        ctrl.uniform_grid(4.0, 40),
+        ctrl.noise.brownian_increments(
+            torch.full((40,), 0.1, dtype=torch.float64), 8, generator=generator
+        ),
+    )
+    with pytest.raises(ValueError, match="not finite"):
+        ctrl.simulate(problem, still, start, grid, noise=ctrl.Noise(noise))
+    paths = ctrl.simulate(problem, still, start, grid, solver, noise=ctrl.Noise(noise))
+    # tamed, a step goes down by less than 1; noise of 8 paths is below 5 standard deviations
+    assert float(paths.states[:, -1].abs().max()) < 3
+
+
+@pytest.mark.parametrize("solver", [ctrl.DriftImplicitEuler(), ctrl.TamedEuler()])
+def test_strong_order_one_half_of_noise_in_proportion_to_the_state(solver):
+    """Local, from exact expectations on 2, 4 and 8 coupled steps of a short time."""
+    sde = ctrl.ControlledSDE(lambda t, x, a: x - x**3, lambda t, x: x)
+    fine = torch.linspace(0, 0.01, 9, dtype=torch.float64)
+    noise = ctrl.noise.gauss_hermite(fine.diff(), nodes=3)
+    start = torch.full((len(noise.increments), 1), 0.9, dtype=torch.float64)
+    still, ends = ctrl.DeterministicPolicy(lambda t, x: 0 * x), []
+    for every in (4, 2, 1):
+        dw = ctrl.noise.coarsen(noise.increments, fine, fine[::every])
+        grid, problem = ctrl.TimeGrid(fine[::every]), ctrl.ControlProblem(sde, 1.0)
+        end = ctrl.simulate_end(problem, still, start, grid, solver, noise=ctrl.Noise(dw))
+        ends.append(end[:, 0])
+    first, second = ((noise.weights @ (a - b).square()).sqrt() for a, b in itertools.pairwise(ends))
+    # of Milstein's scheme it is 1; what is left is O(time) = 0.01 of its square root
+    assert float((first / second).log2()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_gradients_go_through_an_implicit_step():
+    solver, t0, t1 = ctrl.DriftImplicitEuler(), torch.tensor(0.0), torch.tensor(0.3)
+    x = torch.tensor([[1.3, -0.4]], dtype=torch.float64, requires_grad=True)
+    a = torch.tensor([[0.2, 0.5]], dtype=torch.float64, requires_grad=True)
+    pull = torch.tensor([[-3.0, 1.0], [2.0, -5.0]], dtype=torch.float64)
+    sde = ctrl.ControlledSDE(lambda t, x, a: x @ pull.T - x**3 + a, lambda t, x: 0.5)
+
+    def step(x, a):
+        return solver.step(sde, t0, t1, x, a, torch.zeros_like(x))
+
+    assert torch.autograd.gradcheck(step, (x, a))
+
+
+def test_newtons_method_says_where_it_does_not_converge():
+    rough = ctrl.ControlledSDE(lambda t, x, a: 60 * (x**2 + 1), lambda t, x: 0.5)  # no solution
+    x = torch.ones(3, 1, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="has not converged in 50 iterations at t = 0"):
+        ctrl.DriftImplicitEuler().step(rough, torch.tensor(0.0), torch.tensor(0.5), x, 0 * x, 0 * x)
+    with pytest.raises(ValueError, match="iterations must be at least 1"):
+        ctrl.DriftImplicitEuler(0)
+
+
+def test_an_implicit_step_has_no_gaussian_transition_and_a_tamed_one_has():
+    with pytest.raises(TypeError, match="DriftImplicitEuler has no transition density"):
+        require_transition(ctrl.DriftImplicitEuler())
+    assert require_transition(ctrl.TamedEuler())

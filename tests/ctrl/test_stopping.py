@@ -235,6 +235,18 @@ def test_log_ratios_of_stopped_paths_average_to_one():
     torch.testing.assert_close(steps.sum(1), log_ratio)
 
 
+def test_log_ratios_of_jumps_average_to_one_at_the_exit():
+    """Those of a step in which a path leaves by diffusion are drawn, though it does not jump."""
+    jumps = ctrl.jumps.Jumps(lambda t, x, a: 1 + a[:, 0], lambda t, x, a, m: 0.05 + 0 * x)
+    sde = ctrl.ControlledSDE(lambda t, x, a: 0 * x, lambda t, x: SIGMA, jumps=jumps)
+    paths = sampled(replace(PROBLEM, sde=sde), paths=10_000, steps=16, seed=9)
+    still = ctrl.DeterministicPolicy(lambda t, x: 0 * x)
+    log_ratio = ctrl.girsanov.log_ratio(sde, PUSHED, still, paths)
+    one = ctrl.Estimate.of((-log_ratio).exp())
+    assert abs(one.mean - 1) < 4 * one.standard_error
+    assert one.standard_error < 0.01  # without those jumps the mean is 1.16
+
+
 def stays(**change):
     settings = {"stopping": None, "start": (START,)} | change
     return lambda: sampled(settings.pop("problem", PROBLEM), paths=3, **settings)
@@ -277,3 +289,24 @@ def test_some_starts_outside_are_named():
         ctrl.simulate(
             PROBLEM, PUSHED, start, ctrl.uniform_grid(1.0, 2), generator=torch.Generator()
         )
+
+
+def test_the_mean_exit_time_is_learned_from_paths_that_leave_or_break_off():
+    """(1 - x^2) / sigma^2 by least squares: endless, undiscounted, and half of the paths cut."""
+    clock = replace(PROBLEM, running_reward=lambda t, x, a: 1 + 0 * x[:, 0], terminal_reward=None)
+    still = ctrl.DeterministicPolicy(lambda t, x: 0 * x)
+    start = torch.linspace(-0.9, 0.9, 4000, dtype=torch.float64).unsqueeze(1)
+    paths = ctrl.simulate(
+        clock, still, start, ctrl.uniform_grid(0.4, 40), generator=ctrl.noise.stream(8, "exit")
+    )
+    assert 1000 < int(paths.terminated.sum()) < 3000
+
+    def features(t, x):
+        bump = 1 - x.square()
+        return torch.cat([bump, bump.square(), x * bump], dim=1)
+
+    learned = ctrl.martingale.clstd(features, clock, paths)
+    at = torch.linspace(-0.8, 0.8, 9, dtype=torch.float64).unsqueeze(1)
+    exact = (1 - at.square())[:, 0] / SIGMA**2
+    # half a step late, as exits are recorded; the rest is the sample's
+    torch.testing.assert_close(learned(torch.tensor(0.0), at), exact, rtol=0.05, atol=0.01)

@@ -125,7 +125,7 @@ def rolled_out(control: Affine) -> ctrl.Paths:
         wrong(
             "adjoints not discounted over the step",
             "ctrl.adjoint_matching._steps",
-            "torch.exp(-problem.discount * h)",
+            "torch.exp(-rate * h)",
             "torch.ones_like(h)",
         ),
         wrong(
@@ -137,7 +137,7 @@ def rolled_out(control: Affine) -> ctrl.Paths:
         wrong(
             "no noise in the step that is differentiated",
             "ctrl.adjoint_matching._step",
-            " + problem.sde.diffuse(t, x, increment, u)",
+            " + problem.dynamics.diffuse(t, x, increment, u)",
             "",
         ),
         wrong(

@@ -14,6 +14,7 @@ from verification.claim import Check, Setting, claim, expectation, limit, pathwi
 from verification.closed_form import first_exit as exact
 
 MOTION = exact.Motion(0.3, 0.9)
+WELL = exact.Well(0.8, 0.7, 0.4)
 OTHER, DISCOUNT, W, PAID = -0.5, 0.4, 1.4, 0.7
 WALLS, FLOOR = Interval(-1.0, 1.0), Interval(0.0, math.inf)
 SDE = ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: MOTION.noise)
@@ -26,6 +27,7 @@ EXITS, ABSORBED = "ctrl.stopping.BridgeCorrected.exits", "ctrl.simulate._absorbe
 
 def kernel(
     setting: Setting,
+    law: exact.Motion | exact.Well,
     rule: AtNodes | BridgeCorrected,
     domain: Domain,
     ends: tuple[float, float],
@@ -37,22 +39,29 @@ def kernel(
     low, high = ends
     y = low + (high - low) * (points + 1) / 2
     pairs = setting.tensor(np.stack(np.meshgrid(y, y, indexing="ij"), -1)).reshape(-1, 2)
-    step = Step(
-        SDE, setting.tensor(0.0), setting.tensor(h), pairs[:, :1], pairs[:, 1:], pairs[:, :1] * 0,
-        None,
-    )  # fmt: skip
+    x, after, begin, end = pairs[:, :1], pairs[:, 1:], setting.tensor(0.0), setting.tensor(h)
+    step = Step(sde_of(law), begin, end, x, after, 0 * x, None)
     if isinstance(rule, BridgeCorrected):
         stays = (1 - rule.crossed(domain, step)).prod(1)
     else:
         stays = 1 - rule.exits(domain, step)[0].to(pairs)
     stays = stays.view(nodes, nodes).cpu().double().numpy()
-    density = MOTION.density(y[:, None], y[None], h)
+    density = law.density(y[:, None], y[None], h)
     return y, density * stays * weights * (high - low) / 2
 
 
-def mean_exit_time(setting: Setting, rule: AtNodes | BridgeCorrected, h: float) -> float:
+def sde_of(law: exact.Motion | exact.Well) -> ctrl.ControlledSDE:
+    """Whose step has that law; the drift does not count between two nodes."""
+    if isinstance(law, exact.Motion):
+        return SDE
+    return ctrl.ControlledSDE(lambda t, x, a: a, lambda t, x: law.noise + law.bend * x.square())
+
+
+def mean_exit_time(
+    setting: Setting, law: exact.Motion | exact.Well, rule: AtNodes | BridgeCorrected, h: float
+) -> float:
     """E tau of the scheme from the middle: h (1 - K)^{-1} 1, at an odd number of points."""
-    y, k = kernel(setting, rule, WALLS, (-1.0, 1.0), h, 121)
+    y, k = kernel(setting, law, rule, WALLS, (-1.0, 1.0), h, 121)
     return h * float(np.linalg.solve(np.eye(len(y)) - k, np.ones(len(y)))[60])
 
 
@@ -62,7 +71,8 @@ def mean_exit_time(setting: Setting, rule: AtNodes | BridgeCorrected, h: float) 
         step crosses it with probability exp(-2 d0 d1 / (|sigma' n|^2 h)), whatever the drift. So
         decided, the exit of Brownian motion with drift through one wall has its exact law at the
         nodes of any grid; the mean exit time, exits recorded at the end of their step, has an error
-        of order 1, where exits seen at the nodes alone have order 1/2.
+        of order 1 (h/2 for constant coefficients; here with coefficients of the state too), where
+        exits seen at the nodes alone have order 1/2.
         """,
     source="Gobet 2000, Stochastic Processes and their Applications 87; Bachelier's reflection",
     why_double="orders of small differences",
@@ -81,7 +91,7 @@ def mean_exit_time(setting: Setting, rule: AtNodes | BridgeCorrected, h: float) 
 def exits_between_nodes(setting: Setting) -> Iterator[Check]:
     """Kernels of the scheme's own transition, to the last digit, and their orders."""
     h = 0.2
-    y, k = kernel(setting, BridgeCorrected(), FLOOR, (0.0, 6.0), h, 161)
+    y, k = kernel(setting, MOTION, BridgeCorrected(), FLOOR, (0.0, 6.0), h, 161)
     stays = np.ones(len(y))
     near = y < 1.5  # what is lost beyond 6 has no digits
     for steps in (1, 2, 3):
@@ -90,12 +100,16 @@ def exits_between_nodes(setting: Setting) -> Iterator[Check]:
         yield expectation(f"no visit to a wall within {steps} steps", stays[near], np.array(law))
     sizes, time = (0.04, 0.02, 0.01), float(MOTION.exit_time(np.array(0.0)))
     for name, rule, order in (("bridges", BridgeCorrected(), 1.0), ("nodes", AtNodes(), 0.5)):
-        missed = [mean_exit_time(setting, rule, h) - time for h in sizes]
+        missed = [mean_exit_time(setting, MOTION, rule, h) - time for h in sizes]
         got = math.log2(abs(missed[1] / missed[2]))
         curve = zip(sizes, missed, strict=True)
         yield limit(f"mean exit time, exits by {name}: order", got, order, curve=curve)
-    one, two = (mean_exit_time(setting, BridgeCorrected(), h) for h in sizes[1:])
-    yield limit("mean exit time as steps vanish", 2 * two - one, time)
+    for name, law, limiting in (
+        ("mean exit time", MOTION, time),
+        ("... of a well, noise of the state", WELL, WELL.exit_time()),
+    ):
+        rows = [mean_exit_time(setting, law, BridgeCorrected(), h) for h in sizes]
+        yield limit(f"{name} as steps vanish", 2 * rows[2] - rows[1], limiting)
 
 
 def problem(setting: Setting) -> ctrl.ControlProblem:

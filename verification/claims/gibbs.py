@@ -81,20 +81,20 @@ BELLMAN, IMPROVE = "ctrl.bellman.gibbs", "ctrl.q_learning.gibbs_policy"
     wrongs=[
         wrong(
             "temperature inverse",
-            IMPROVE,
-            "problem.temperature * prec",
-            "1 / problem.temperature * prec",
+            "ctrl.q_learning._scale",
+            "temperature * prec",
+            "1 / temperature * prec",
         ),
         wrong(
             "variance temperature * W for temperature / W",
-            IMPROVE,
-            "problem.temperature * precision",
-            "problem.temperature * -hessian[0]",
+            "ctrl.q_learning._scale",
+            "temperature * precision",
+            "temperature * -hessian",
         ),
         wrong("mean halved", IMPROVE, "solve(-hessian, slope)", "solve(-2 * hessian, slope)"),
         wrong(
             "no mixed derivatives in the Hessian",
-            "ctrl.q_learning._quadratic",
+            "ctrl.q_learning._slope_and_hessian",
             "q(unit[i] + unit[j]) - up[i] - up[j] + here",
             "0 * here",
             raises=ValueError,

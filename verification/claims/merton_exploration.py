@@ -108,10 +108,8 @@ def value(t: Tensor, x: Tensor) -> Tensor:
         wrong(
             "Gibbs policy with the covariance of one state",
             "ctrl.q_learning.gibbs_policy",
-            "_, hessian = _quadratic(problem, value, action_dim, t, states)\n        factor",
-            "_, hessian = _quadratic(problem, value, action_dim, t, states)\n"
-            "        hessian = hessian[:1].expand_as(hessian)\n"
-            "        factor",
+            "return _scale(hessian, problem.temperature)",
+            "return _scale(hessian[:1].expand_as(hessian), problem.temperature)",
         ),
         wrong(
             "Gibbs policy's mean without the Hessian",
@@ -121,8 +119,8 @@ def value(t: Tensor, x: Tensor) -> Tensor:
         ),
         wrong(
             "temperature missing in the Gibbs policy's covariance",
-            "ctrl.q_learning.gibbs_policy",
-            "problem.temperature * precision",
+            "ctrl.q_learning._scale",
+            "temperature * precision",
             "precision",
         ),
         wrong(

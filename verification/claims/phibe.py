@@ -115,7 +115,7 @@ def scalar_lq(discount: float, noise: float) -> linear.LinearQuadratic:
         wrong(
             "discount dropped",
             "ctrl.phibe.galerkin",
-            " - problem.discount_at(t, x) * function(t, x)",
+            " - rate * here",
             "",
             raises=ValueError,
         ),

@@ -541,15 +541,15 @@ def off_policy_moments(setting: Setting, steps: int, offset: float) -> np.ndarra
         ),
         wrong(
             "temperature inverse in the policy's variance",
-            "ctrl.q_learning.gibbs_policy",
-            "problem.temperature * precision",
-            "precision / problem.temperature",
+            "ctrl.q_learning._scale",
+            "temperature * precision",
+            "precision / temperature",
         ),
         wrong(
             "curvature for its inverse in the policy's variance",
-            "ctrl.q_learning.gibbs_policy",
+            "ctrl.q_learning._scale",
             "torch.cholesky_inverse(factor)",
-            "-hessian[0]",
+            "-hessian",
         ),
         wrong(
             "half of the policy's mean",

@@ -116,6 +116,16 @@ SWITCHING = "ctrl.regimes.regime_switching"
             SWITCHING,
             "j - states[:, -1]",
             "j + 0 * states[:, -1]",
+            raises=IndexError,
+        ),
+        wrong(
+            "switches of one step added up",
+            "ctrl.jumps.add_jumps",
+            "kind.sizes_at(t, after, actions",
+            "kind.sizes_at(t, before, actions",
+        ),
+        wrong(
+            "half of the rates", "ctrl.jumps.add_jumps", "expected = h *", "expected = 0.5 * h *"
         ),
         wrong(
             "discount of the first regime",
@@ -156,7 +166,7 @@ def regime_switching(setting: Setting) -> Iterator[Check]:
                 pathwise(f"q {shift} from the best action of regime {i}", q, lost, 1.0), units=SLOPE
             )
     errors = []
-    for h in (0.1, 0.05):
+    for h in (0.02, 0.01):
         got = switched(setting, h, 1)
         yield expectation(f"law of the regime after {h}", got, after_a_step(h, 1))
         generator = RATES - np.diag(RATES.sum(1))

@@ -42,6 +42,35 @@ class Motion:
         return norm.pdf(y, x + self.drift * time, self.noise * math.sqrt(time))
 
 
+@dataclass(frozen=True)
+class Well:
+    """dX = -pull X dt + s(X) dW, s = noise + bend X^2: scale density p, speed 2 / (s^2 p)."""
+
+    pull: float
+    noise: float
+    bend: float
+
+    def s(self, x: np.ndarray) -> np.ndarray:
+        """The diffusion."""
+        return self.noise + self.bend * x**2
+
+    def density(self, x: np.ndarray, y: np.ndarray, time: float) -> np.ndarray:
+        """Of Euler's next state y, given x."""
+        return norm.pdf(y, x - self.pull * x * time, self.s(x) * math.sqrt(time))
+
+    def exit_time(self) -> float:
+        """E tau from 0: int_0^1 p(y) int_0^y 2 / (s^2 p) dz dy, as both sides are alike."""
+        points, weights = np.polynomial.legendre.leggauss(40)
+        y, w = (points + 1) / 2, weights / 2
+        z = y[:, None] * y  # the inner integral's, [outer, inner]
+
+        def scale(x: np.ndarray) -> np.ndarray:
+            return np.exp(self.pull / self.bend * (1 / self.noise - 1 / self.s(x)))
+
+        inner = (2 / (self.s(z) ** 2 * scale(z)) * w).sum(1) * y
+        return float((w * scale(y) * inner).sum())
+
+
 def fleming(x: np.ndarray, w: float) -> np.ndarray:
     """The value of the exit problem, a reward: -V = log(cosh(w x) / cosh(w))."""
     return np.log(np.cosh(w * x) / np.cosh(w))
