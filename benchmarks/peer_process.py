@@ -1,7 +1,8 @@
 """One library's side of benchmarks/peers.py, in a process of its own.
 
-Reads lines "case paths", answers each with the wall time of one call in seconds and what the call
-says of itself. Run by any Python that has the library: only what a case needs is imported, so that
+Reads lines "case paths", answers each with wall seconds and what the call says of itself: those of
+the call after one that does not count (another library has just had the caches), for few paths the
+median of three. Run by any Python that has the library: only what a case needs is imported, so that
 libraries do not share threads, memory or an allocator.
 
     python benchmarks/peer_process.py ctrl|torch|torchsde|torchdiffeq|jax|diffrax|finhjb THREADS
@@ -9,6 +10,7 @@ libraries do not share threads, memory or an allocator.
 
 import functools
 import itertools
+import statistics
 import sys
 import time
 
@@ -227,12 +229,16 @@ def main():
     print("ready", flush=True)
     for line in sys.stdin:
         case, paths = line.rsplit(maxsplit=1)
-        begin = time.perf_counter()
-        result = cases[case](int(paths))
-        seconds = time.perf_counter() - begin
+        cases[case](int(paths))
+        seconds = []
+        for _ in range(3 if int(paths) < 10_000 else 1):
+            result = None  # its memory is free, as it is where results are used one by one
+            begin = time.perf_counter()
+            result = cases[case](int(paths))
+            seconds.append(time.perf_counter() - begin)
         said = result if isinstance(result, float) else "-"
         del result
-        print(seconds, said, flush=True)
+        print(statistics.median(seconds), said, flush=True)
 
 
 if __name__ == "__main__":

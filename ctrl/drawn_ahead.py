@@ -7,11 +7,11 @@ come later; when it needs one that is not there yet, it draws along.
 
 import itertools
 import os
+from _thread import start_new_thread
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Semaphore
+from threading import Condition, Semaphore
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -52,31 +52,42 @@ class Threads:
 
     def __init__(self, workers: int) -> None:
         self.others = min(workers, _cores()) - 1
-        self._pool = ThreadPoolExecutor(self.others, "ctrl-normals") if self.others else None
         self._begun: list[Drawing] = []
+        self._waiting: deque[Drawing] = deque()  # once for each of the others
+        self._running = 0
+        self._changed = Condition()
         self._of_torch = torch.get_num_threads()
         if self.others:
             torch.set_num_threads(1)
 
     def begin(self, drawing: Drawing) -> None:
-        """Let the others draw."""
-        if self._pool is not None:
-            self._begun.append(drawing)
-            for _ in range(self.others):
-                self._pool.submit(drawing.draw_all)
+        """Let the others draw, after what they have begun before."""
+        self._begun.append(drawing)
+        with self._changed:
+            self._waiting.extend([drawing] * self.others)
+            for _ in range(self._running, self.others):
+                self._running += 1
+                start_new_thread(self._draw, ())  # a Thread's start() would wait for it
 
-    def end(self) -> None:
-        """Begin nothing more, without waiting for what has begun."""
-        for drawing in self._begun:
-            drawing.stop()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+    def _draw(self) -> None:
+        """What each of the others does."""
+        while True:
+            with self._changed:
+                if not self._waiting:
+                    self._running -= 1
+                    self._changed.notify()
+                    return
+                drawing = self._waiting.popleft()
+            drawing.draw_all()
 
     def stop(self) -> None:
         """Begin nothing more, and wait for what has begun."""
-        self.end()
-        if self._pool is not None:
-            self._pool.shutdown()
+        for drawing in self._begun:
+            drawing.stop()
+        with self._changed:
+            self._waiting.clear()
+            self._changed.wait_for(lambda: not self._running)
+        if self.others:
             torch.set_num_threads(self._of_torch)
 
 

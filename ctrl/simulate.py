@@ -531,8 +531,6 @@ def _roll_out_in_place(
             if actions is None:
                 actions = _buffer(out, "actions", (steps, *action.shape), action)
             actions[k] = action
-    if isinstance(source, _Streamed):
-        source.by.end()  # they have drawn all, and end while the paths are checked
     return Paths(
         states=states.movedim(0, 1),
         actions=None if actions is None else actions.movedim(0, 1),

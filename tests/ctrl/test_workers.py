@@ -108,42 +108,58 @@ def test_the_users_functions_run_in_the_callers_thread_alone():
     assert seen == {(threading.get_ident(), 512)}
 
 
-def ours():
-    return [one for one in threading.enumerate() if one.name.startswith("ctrl-normals")]
+@pytest.fixture
+def made(monkeypatch):
+    """All threads that were asked to draw."""
+    seen, begin = [], drawn_ahead.Threads.begin
+    monkeypatch.setattr(
+        drawn_ahead.Threads,
+        "begin",
+        lambda self, drawing: seen.append(self) or begin(self, drawing),
+    )
+    return seen
 
 
-@pytest.mark.usefixtures("_cores")
-def test_threads_end_with_the_roll_out_and_with_its_failure(compiler):
+@pytest.mark.usefixtures("_cores", "compiler")
+def test_threads_end_with_the_roll_out_and_with_its_failure(made):
     calls = []
 
     def drift(t, x, a):
-        calls.append(len(ours()))
+        calls.append(made[0]._running)
         if len(calls) == 7:
             raise RuntimeError("of the drift")
         return a - x
 
-    with pytest.raises(RuntimeError, match="of the drift"):
-        run({"sde": ctrl.ControlledSDE(drift, lambda t, x: 0.5)}, 3)
-    assert not ours()
-    run({}, 3)
-    assert not ours()
-    assert max(calls) >= 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="of the drift"):
+            run({"sde": ctrl.ControlledSDE(drift, lambda t, x: 0.5)}, 3)
+        run({}, 3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert max(calls) <= 2
+    assert len(made) == 2
+    assert [(one.others, one._running) for one in made] == [(2, 0), (2, 0)]
 
 
-def test_a_failure_of_a_thread_is_raised(monkeypatch):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failure_of_a_thread_is_raised(monkeypatch, made, workers):
     here = threading.get_ident()
 
     def fill(*arguments, **settings):
-        if threading.get_ident() != here or not ours():
+        if workers == 1 or threading.get_ident() != here:
             raise MemoryError("of a thread")
         time.sleep(0.01)  # so that another thread has its turn
 
     monkeypatch.setattr(drawn_ahead, "compiled", lambda numbers: None)
+    monkeypatch.setattr(drawn_ahead, "_NUMPY_PIECE", 2048)  # a row: more pieces than one
     monkeypatch.setattr(drawn_ahead, "_cores", lambda: 8)
     monkeypatch.setattr(drawn_ahead, "fill", fill)
-    for workers in (1, 2):
-        with pytest.raises(MemoryError, match="of a thread"):
-            run({}, workers)
+    with pytest.raises(MemoryError, match="of a thread"):
+        run({}, workers)
+    assert not made[0]._running
 
 
 BAD = [
@@ -177,9 +193,7 @@ def test_a_generator_and_explicit_noise_take_one_worker():
                 function(*arguments, workers=2, **source)
 
 
-def test_more_workers_than_cores_start_no_more_threads(monkeypatch):
+def test_more_workers_than_cores_start_no_more_threads(monkeypatch, made):
     monkeypatch.setattr(drawn_ahead, "_cores", lambda: 3)
-    count = []
-    sde = ctrl.ControlledSDE(lambda t, x, a: count.append(len(ours())) or a - x, lambda t, x: 0.5)
-    assert bits(run({"sde": sde}, 10**9)) == bits(run({}, 1))
-    assert max(count) <= 2
+    assert bits(run({}, 10**9)) == bits(run({}, 1))
+    assert [one.others for one in made] == [2, 0]
