@@ -8,6 +8,8 @@ libraries do not share threads, memory or an allocator.
     python benchmarks/peer_process.py ctrl|torch|torchsde|torchdiffeq|jax|diffrax|finhjb THREADS
 """
 
+# pyright: reportMissingImports=false  # each Python has some of them
+
 import functools
 import itertools
 import statistics
@@ -151,7 +153,7 @@ def jax_cases(threads):
 def diffrax_cases(threads):
     """Its fastest Brownian path, in its usual form (vmap) and with the batch as one state."""
     import jax
-    from diffrax_peer import solve  # pyright: ignore[reportMissingImports]  # beside this file
+    from diffrax_peer import solve
 
     @functools.cache
     def batch(paths):
@@ -230,7 +232,7 @@ def main():
     for line in sys.stdin:
         case, paths = line.rsplit(maxsplit=1)
         cases[case](int(paths))
-        seconds = []
+        seconds, result = [], None
         for _ in range(3 if int(paths) < 10_000 else 1):
             result = None  # its memory is free, as it is where results are used one by one
             begin = time.perf_counter()
