@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from ctrl.devices import as_like, require, require_generator, together
-from ctrl.drawn_ahead import Drawing, Threads, threads
+from ctrl.devices import as_like, require, together
+from ctrl.drawn_ahead import threads
 from ctrl.jumps import add_jumps
 from ctrl.memory import AnyPolicy, PolicyWithMemory, for_roll_out
-from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
+from ctrl.noise import Noise, PathStreams
+from ctrl.noise_sources import Drawn, Silent, Source, Streamed, source_of
 from ctrl.paths import Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
 from ctrl.problem import UNKNOWN, ControlProblem
@@ -97,7 +98,7 @@ def simulate(
         _check_start(start)
         policy = for_roll_out(policy, start)
         sde = _equation(problem, solver)
-        source = _source(sde, policy, start, grid, solver, noise, generator, by)
+        source = source_of(sde, policy, start, grid, solver, noise, generator, by)
         with torch.set_grad_enabled(with_graph):
             if rule is not None:
                 absorbed = _absorbed(problem, policy, start, grid, solver, source, rule)
@@ -153,7 +154,7 @@ def simulate_end(
         _check_start(start)
         policy = for_roll_out(policy, start)
         sde = _equation(problem, solver)
-        source = _source(sde, policy, start, grid, solver, noise, generator, by)
+        source = source_of(sde, policy, start, grid, solver, noise, generator, by)
         with torch.set_grad_enabled(with_graph):
             if rule is None:
                 end = _last_states(sde, policy, start, grid, solver, source, with_graph)
@@ -174,7 +175,7 @@ def _last_states(
     start: Tensor,
     grid: TimeGrid,
     solver: Solver,
-    source: "_Source",
+    source: Source,
     with_graph: bool,
 ) -> Tensor:
     """Two rows of memory, taken in turns; a new tensor for every step where a graph is kept."""
@@ -204,7 +205,7 @@ def _equation(problem: ControlProblem, solver: Solver) -> ControlledSDE:
 def _jump(
     sde: ControlledSDE,
     solver: Solver,
-    source: "_Source",
+    source: Source,
     k: int,
     t: Tensor,
     h: float,
@@ -216,273 +217,11 @@ def _jump(
     """States after the jumps of step k, and how many there were, [paths, kinds], if any may be."""
     if not sde.jump_kinds or isinstance(solver, BlackBox):
         return after, None
-    assert not isinstance(source, _Silent)
+    assert not isinstance(source, Silent)
     after, counts = add_jumps(sde.jump_kinds, source, k, t, h, before, after, action)
     if into is not None:
         into.copy_(after)
     return after, counts
-
-
-def _source(
-    sde: ControlledSDE,
-    policy: Policy,
-    start: Tensor,
-    grid: TimeGrid,
-    solver: Solver,
-    noise: Noise | None,
-    generator: Generator | PathStreams | None,
-    by: Threads,
-) -> "_Source":
-    if noise is not None and not isinstance(noise, Noise):
-        raise TypeError(
-            f"noise must be a Noise, got {type(noise).__name__}; ctrl.Noise(increments) makes one"
-        )
-    if generator is not None and not isinstance(generator, Generator | PathStreams):
-        raise TypeError(
-            f"generator must be a torch.Generator or noise.PathStreams, got {generator!r}; of a "
-            "seed: torch.Generator().manual_seed(0)"
-        )
-    if isinstance(solver, BlackBox):
-        if noise is not None:
-            raise ValueError("noise must be None: a BlackBox brings its own; give a generator")
-        if generator is None and policy.is_random:
-            raise ValueError("generator must be given: the policy draws its actions")
-        return _Silent(generator, by)
-    shape = (len(start), len(grid.steps), *sde.noise_shape(tuple(start.shape[1:])))
-    if noise is not None and generator is None:
-        return _Given(noise, shape, start)
-    if noise is not None or generator is None:
-        what = "neither" if generator is None else "both"
-        raise ValueError(
-            f"give exactly one of noise and generator, got {what}; a generator is "
-            "torch.Generator().manual_seed(0), say"
-        )
-    if isinstance(generator, PathStreams):
-        return _Streamed(generator, shape, start, grid, by)
-    return _Drawn(generator, shape, start, grid)
-
-
-class _Given:
-    """Noise that the caller brings."""
-
-    shows_noise = True
-
-    def __init__(self, noise: Noise, shape: tuple[int, ...], start: Tensor) -> None:
-        if noise.increments.shape != shape:
-            raise ValueError(
-                f"increments must be {list(shape)} to fit start and grid, got "
-                f"{list(noise.increments.shape)}"
-            )
-        for name in ("increments", "actions", "weights", "exits"):
-            value = getattr(noise, name)
-            if value is not None and (value.dtype != start.dtype or value.device != start.device):
-                raise ValueError(
-                    f"{name} must be {start.dtype} on {start.device}, as start is, got "
-                    f"{value.dtype} on {value.device}"
-                )
-        self.noise, self.weights, self.shape = noise, noise.weights, shape
-
-    def for_exits(self, k: int) -> Float[Tensor, " paths"]:
-        """Uniform numbers for the exits of step k."""
-        if self.noise.exits is None:
-            raise ValueError(
-                "noise must hold exits: whether a path crosses a wall between two nodes is drawn; "
-                "stopping=AtNodes() needs none"
-            )
-        return self.noise.exits[:, k]
-
-    def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
-        """W(t + h) - W(t) of step k, in ``into`` if that is given."""
-        increment = self.noise.increments[:, k]
-        return increment if into is None else into.copy_(increment)
-
-    def for_action(self, k: int, mean: Tensor) -> Tensor:
-        """Standard normals for the actions of step k."""
-        if self.noise.actions is None:
-            raise ValueError("noise must hold actions: the policy draws its actions")
-        if self.noise.actions.shape[2:] != mean.shape[1:]:
-            raise ValueError(
-                f"noise.actions must be [paths, steps, *{list(mean.shape[1:])}] to fit the "
-                f"policy's actions, got {list(self.noise.actions.shape)}"
-            )
-        return self.noise.actions[:, k]
-
-    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
-        """Standard normals for the numbers of jumps of step k."""
-        jumps = self.noise.jumps
-        if jumps is None or jumps.shape[2] != kinds or jumps.dtype != like.dtype:
-            raise ValueError(
-                f"noise.jumps must be [paths, steps, {kinds}] in {like.dtype}: the sde jumps"
-            )
-        return jumps[:, k]
-
-    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
-        """Standard normals for the marks of the j-th jumps of step k."""
-        if dim == 0:
-            return like.new_empty(len(like), 0)
-        marks = self.noise.marks
-        if marks is None or marks.shape[2] <= j or marks.shape[3] < begin + dim:
-            raise ValueError(
-                f"noise.marks must be [paths, steps, {j + 1} or more, {begin + dim} or more]: "
-                f"step {k} has {j + 1} jumps on some path"
-            )
-        return marks[:, k, j, begin : begin + dim]
-
-
-class _Drawn:
-    """Noise from a generator, drawn as it is needed."""
-
-    weights = None
-    shows_noise = True
-
-    def __init__(
-        self, generator: Generator, shape: tuple[int, ...], start: Tensor, grid: TimeGrid
-    ) -> None:
-        require_generator(generator, start.device, "start")
-        self.generator, self.shape, self.like = generator, shape, start
-        self.at_once = steps_at_once(start.new_empty(shape[:1] + shape[2:]))
-        self.widths = grid.steps.sqrt().tolist()
-        self.kept: Tensor | None = None  # where increments stay, time-major, if they do
-        self.block = start  # the steps that were drawn last
-
-    def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
-        """W(t + h) - W(t) of step k; on the CPU in ``into`` if that is given."""
-        row = self.shape[:1] + self.shape[2:]
-        if self.at_once == 1:
-            into = self.like.new_empty(row) if into is None else into
-            fill_increments(into.unsqueeze(0), self.widths[k : k + 1], self.generator)
-            return into
-        if k % self.at_once == 0:
-            widths = self.widths[k : k + self.at_once]
-            many = len(widths)
-            kept = self.kept
-            self.block = self.like.new_empty(many, *row) if kept is None else kept[k : k + many]
-            fill_increments(self.block, widths, self.generator)
-        return self.block[k % self.at_once]
-
-    def for_exits(self, k: int) -> Float[Tensor, " paths"]:
-        """Uniform numbers for the exits of step k."""
-        return self.like.new_empty(self.shape[0]).uniform_(generator=self.generator)
-
-    def for_action(self, k: int, mean: Tensor) -> Tensor:
-        """Standard normals for the actions of step k."""
-        return torch.empty_like(mean).normal_(generator=self.generator)
-
-    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
-        """Standard normals for the numbers of jumps of step k."""
-        return like.new_empty(len(like), kinds).normal_(generator=self.generator)
-
-    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
-        """Standard normals for the marks of the j-th jumps of step k."""
-        return like.new_empty(len(like), dim).normal_(generator=self.generator)
-
-
-class _Streamed:
-    """Noise that belongs to paths, whatever batch they are in."""
-
-    weights = None
-    shows_noise = True
-
-    def __init__(
-        self,
-        streams: PathStreams,
-        shape: tuple[int, ...],
-        start: Tensor,
-        grid: TimeGrid,
-        by: Threads,
-    ) -> None:
-        self.streams, self.shape, self.by = streams, shape, by
-        self.like = start.new_empty(shape[0], *shape[2:])
-        self.widths = [math.sqrt(h) for h in grid.steps.tolist()]
-        self.ahead: Drawing | None = None  # of increments, in memory that the roll-out has
-        self.brownian: Iterator[Tensor] | None = None  # of increments, where there is none
-        self.interior = streams.rows("interior", shape[0], self.like)
-        self.others = dict[tuple[str | int, ...], tuple[int, Iterator[Tensor]]]()
-        self.drawn: Iterator[Tensor] | None = None
-        self.leaving = streams.rows("exits", shape[0], start.new_empty(shape[0]))
-
-    def for_exits(self, k: int) -> Float[Tensor, " paths"]:
-        """Uniform numbers for the exits of step k."""
-        return torch.special.ndtr(next(self.leaving))
-
-    def draw_into(self, memory: Tensor) -> None:
-        """Draw all increments there, time-major, before they are asked for; where that can be."""
-        self.ahead = self.streams.drawn_into(memory, "increments", widths=self.widths, by=self.by)
-
-    def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
-        """W(t + h) - W(t) of step k, in ``into`` if that is given."""
-        if self.ahead is not None:
-            assert into is not None
-            self.ahead.wait_for(k)
-            return into
-        if self.brownian is None:
-            self.brownian = self.streams.rows(
-                "increments", self.shape[0], self.like, widths=self.widths, by=self.by
-            )
-        row = next(self.brownian)
-        return row.clone() if into is None else into.copy_(row)  # a graph may hold on to it
-
-    def for_action(self, k: int, mean: Tensor) -> Tensor:
-        """Standard normals for the actions of step k."""
-        if self.drawn is None:
-            one = [1.0] * len(self.widths)
-            self.drawn = self.streams.rows("actions", len(mean), mean, widths=one, by=self.by)
-        return next(self.drawn).clone()  # a graph or the action may hold on to it
-
-    def for_jumps(self, k: int, kinds: int, like: Tensor) -> Tensor:
-        """Standard normals for the numbers of jumps of step k."""
-        return self._row(("jumps",), k, kinds, like)
-
-    def for_marks(self, k: int, kind: int, j: int, begin: int, dim: int, like: Tensor) -> Tensor:
-        """Standard normals for the marks of the j-th jumps of step k."""
-        if dim == 0:
-            return like.new_empty(len(like), 0)
-        return self._row(("marks", kind, j), k, dim, like)
-
-    def _row(self, name: tuple[str | int, ...], k: int, width: int, like: Tensor) -> Tensor:
-        """Row k of a stream of its own, whatever rows were asked for before."""
-        if name not in self.others:
-            written = "-".join(str(part) for part in name)
-            rows = self.streams.rows(written, len(like), like.new_empty(len(like), width))
-            self.others[name] = (0, rows)
-        taken, rows = self.others[name]
-        for _ in range(k - taken):  # steps in which no path of this batch needed it
-            next(rows)
-        self.others[name] = (k + 1, rows)
-        return next(rows).clone()
-
-
-class _Silent:
-    """No Brownian noise: the simulator has its own."""
-
-    weights = None
-    shows_noise = False
-    shape = ()
-
-    def __init__(self, generator: Generator | PathStreams | None, by: Threads) -> None:
-        self.generator, self.by = generator, by
-        self.drawn: Iterator[Tensor] | None = None
-
-    def for_exits(self, k: int) -> Tensor:
-        """None: the law of what a black box does between two nodes is not known."""
-        raise AssertionError("a BlackBox stops at nodes alone")
-
-    def increment(self, k: int, h: float, into: Tensor | None) -> Tensor:
-        """Nothing."""
-        return torch.empty(0)
-
-    def for_action(self, k: int, mean: Tensor) -> Tensor:
-        """Standard normals for the actions of step k."""
-        if isinstance(self.generator, PathStreams):
-            if self.drawn is None:
-                self.drawn = self.generator.rows("actions", len(mean), mean, by=self.by)
-            return next(self.drawn).clone()
-        assert self.generator is not None
-        require_generator(self.generator, mean.device, "the action")
-        return torch.empty_like(mean).normal_(generator=self.generator)
-
-
-_Source = _Given | _Drawn | _Streamed | _Silent
 
 
 def _roll_out_in_place(
@@ -491,7 +230,7 @@ def _roll_out_in_place(
     start: Tensor,
     grid: TimeGrid,
     solver: Solver,
-    source: _Source,
+    source: Source,
     keep: Sequence[str],
     out: Paths | None,
 ) -> Paths:
@@ -504,7 +243,7 @@ def _roll_out_in_place(
     if "increments" in keep and source.shows_noise:
         row = source.shape[:1] + source.shape[2:]
         increments = _buffer(out, "increments", (steps, *row), start)
-        if isinstance(source, _Drawn):
+        if isinstance(source, Drawn):
             source.kept = increments
     jumps: Tensor | None = None
     if sde.jump_kinds and "increments" in keep and source.shows_noise:
@@ -513,7 +252,7 @@ def _roll_out_in_place(
     in_place = isinstance(solver, InPlaceSolver)
     # normals that fit and are not kept are drawn into the path's own next row
     spare = in_place and sde.noise == "diagonal"
-    if isinstance(source, _Streamed) and (increments is not None or spare):
+    if isinstance(source, Streamed) and (increments is not None or spare):
         source.draw_into(states[1:] if increments is None else increments)
     for k, t, h, t0, t1 in _left_ends(grid, start):
         x, after = states[k], states[k + 1]
@@ -568,7 +307,7 @@ def _absorbed(
     start: Tensor,
     grid: TimeGrid,
     solver: Solver,
-    source: _Source,
+    source: Source,
     rule: Stopping,
 ) -> Iterator[_AbsorbedStep]:
     """Step after step, absorbed where they leave; coefficients are asked inside the domain only."""
@@ -615,7 +354,7 @@ def _roll_out_to_exits(
     start: Tensor,
     grid: TimeGrid,
     solver: Solver,
-    source: _Source,
+    source: Source,
     keep: Sequence[str],
     out: Paths | None,
 ) -> Paths:
@@ -674,7 +413,7 @@ def _roll_out_with_graph(
     start: Tensor,
     grid: TimeGrid,
     solver: Solver,
-    source: _Source,
+    source: Source,
     keep: Sequence[str],
 ) -> Paths:
     """Every step is a new tensor: what the graph has saved must not be written to again."""
@@ -727,7 +466,7 @@ def _left_ends(grid: TimeGrid, start: Tensor) -> Iterator[_Interval]:
     return itertools.starmap(_Interval, steps)
 
 
-def _act(policy: Policy, t: Tensor, x: Tensor, source: _Source, k: int) -> Tensor:
+def _act(policy: Policy, t: Tensor, x: Tensor, source: Source, k: int) -> Tensor:
     if isinstance(policy, SquashedGaussianPolicy):  # whose mean takes a quadrature
         return policy.squash(_act(policy.latent, t, x, source, k))
     mean = mean_action(policy, t, x)
@@ -742,10 +481,10 @@ def _step(
     x: Tensor,
     action: Tensor,
     increment: Tensor,
-    source: _Source,
+    source: Source,
 ) -> Tensor:
     moment = (sde, t0, t1, x, action, increment)
-    if isinstance(source, _Streamed) and isinstance(solver, InteriorSolver):
+    if isinstance(source, Streamed) and isinstance(solver, InteriorSolver):
         after = solver.step_inside(*moment, source.interior)
     else:
         after = solver.step(*moment)

@@ -85,7 +85,7 @@ _ACT = "ctrl.policy.GaussianPolicy.act"
         wrong("actions not drawn", _ACT, "alpha=float(self.std)", "alpha=0.0"),
         wrong(
             "the same draw at every step",
-            "ctrl.simulate._Given.for_action",
+            "ctrl.noise_sources.Prescribed.for_action",
             "return self.noise.actions[:, k]",
             "return self.noise.actions[:, 0]",
         ),

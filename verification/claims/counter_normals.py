@@ -147,7 +147,7 @@ def _law(setting: Setting) -> Iterator[Sampled]:
     yield sampled("two keys", (keys(k) for k in count()), 0.0, variance=1.1, scale=1.0)
 
 
-WIDTHS = "ctrl.simulate._Streamed.__init__"
+WIDTHS = "ctrl.noise_sources.Streamed.__init__"
 PATHS, STEPS = 768, 5  # of dimension 2: six groups of 256 numbers
 
 

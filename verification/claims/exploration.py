@@ -43,7 +43,7 @@ CONTROLLED = PAID  # the action moves the diffusion too
         ),
         wrong(
             "actions wider than their density",
-            "ctrl.simulate._Given.for_action",
+            "ctrl.noise_sources.Prescribed.for_action",
             "return self.noise.actions[:, k]",
             "return 1.1 * self.noise.actions[:, k]",
         ),

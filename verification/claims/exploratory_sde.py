@@ -154,7 +154,7 @@ AVERAGE_OF_ROOTS = """            roots = [
         ),
         wrong(
             "one action kept for the whole path",
-            "ctrl.simulate._Given.for_action",
+            "ctrl.noise_sources.Prescribed.for_action",
             "return self.noise.actions[:, k]",
             "return self.noise.actions[:, 0]",
         ),

@@ -269,13 +269,13 @@ ROWS, ALIKE = "ctrl.drawn_ahead.rows", "increments and actions alike"
         ),
         wrong(
             "widths of other steps",
-            "ctrl.simulate._Streamed.__init__",
+            "ctrl.noise_sources.Streamed.__init__",
             "grid.steps.tolist()",
             "grid.steps.flip(0).tolist()",
         ),
         wrong(
             "the generator advanced twice a step",
-            "ctrl.simulate._Drawn.increment",
+            "ctrl.noise_sources.Drawn.increment",
             "fill_increments(into.unsqueeze(0), self.widths[k : k + 1], self.generator)",
             "[fill_increments(into[None], self.widths[k : k + 1], self.generator) for _ in '12']",
         ),
