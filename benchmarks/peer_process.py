@@ -8,7 +8,8 @@ libraries do not share threads, memory or an allocator.
     python benchmarks/peer_process.py ctrl|torch|torchsde|torchdiffeq|jax|diffrax|finhjb THREADS
 """
 
-# pyright: reportMissingImports=false  # each Python has some of them
+# Each Python has some of the libraries only.
+# pyright: reportMissingImports=false
 
 import functools
 import itertools

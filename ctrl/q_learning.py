@@ -210,9 +210,11 @@ def gibbs_policy(
         _, hessian = _quadratic(problem, value, action_dim, t, states)
         return _scale(hessian, problem.temperature)
 
-    if state is None:
-        return MultivariateGaussianPolicy(mean, scale_at)
-    return MultivariateGaussianPolicy(mean, lambda t: scale_at(t, state.unsqueeze(0))[0])
+    def scale(t: Tensor) -> Tensor:
+        assert state is not None
+        return scale_at(t, state.unsqueeze(0))[0]
+
+    return MultivariateGaussianPolicy(mean, scale_at if state is None else scale)
 
 
 def improved_policy(q: QRate, temperature: float, action_dim: int) -> MultivariateGaussianPolicy:

@@ -45,8 +45,10 @@ def weighted(setting: Setting, nodes: int) -> tuple[ctrl.Paths, Tensor, Tensor]:
     grid = ctrl.TimeGrid(setting.tensor(NODES))
     start, noise = gaussian_start(grid, P.mean, P.std, nodes)
     paths = ctrl.simulate(problem, policy, start, grid, noise=noise)
-    ratio = ctrl.girsanov.log_ratio(problem.sde, policy, reference, paths)
-    each = ctrl.transitions.log_ratio(problem.sde, ctrl.EulerMaruyama(), policy, reference, paths)
+    ratio = ctrl.girsanov.log_ratio(problem.dynamics, policy, reference, paths)
+    each = ctrl.transitions.log_ratio(
+        problem.dynamics, ctrl.EulerMaruyama(), policy, reference, paths
+    )
     return paths, ratio, ctrl.girsanov.importance_weights(whole(each), paths.weights)
 
 

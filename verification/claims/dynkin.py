@@ -184,7 +184,7 @@ def dynkin_formula(setting: Setting) -> Iterator[Check]:
 
     dm = ctrl.martingale.increments(square, bare, paths)
     rate = [
-        ctrl.value.generator(bare.sde, square, t, paths.states[:, k], actions[:, k])
+        ctrl.value.generator(bare.dynamics, square, t, paths.states[:, k], actions[:, k])
         for k, t in enumerate(paths.grid.nodes[:-1])
     ]
     state_change = (C.drift * x + C.control * a) * h + C.noise * increments[..., 0]

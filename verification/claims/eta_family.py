@@ -177,4 +177,4 @@ def shift_kl(setting: Setting, eta: float) -> float:
     grid = ctrl.TimeGrid(torch.tensor(UNEVEN, dtype=torch.float64))
     still = ctrl.Noise(setting.tensor(np.zeros((1, len(grid.steps), 2))))
     paths = ctrl.simulate(problem, policy, setting.tensor([[0.4, -0.9]]), grid, noise=still)
-    return ctrl.girsanov.path_kl(problem.sde, policy, reference, paths).item()
+    return ctrl.girsanov.path_kl(problem.dynamics, policy, reference, paths).item()

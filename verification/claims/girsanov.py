@@ -204,13 +204,13 @@ def path_kl(setting: Setting) -> Iterator[Check]:
         exact,
         kl(*closed.euler_laws(P, np.array(NODES))),
     )
-    running = ctrl.girsanov.path_kl(problem.sde, policy, reference, paths)
+    running = ctrl.girsanov.path_kl(problem.dynamics, policy, reference, paths)
     yield expectation(
         "running form: its mean, against the chain's KL",
         ctrl.Estimate.of(running, quadrature_weights=paths.weights).mean,
         exact,
     )
-    ratio = ctrl.girsanov.log_ratio(problem.sde, policy, reference, paths)
+    ratio = ctrl.girsanov.log_ratio(problem.dynamics, policy, reference, paths)
     yield expectation("log-ratio: its mean, against the chain's KL", mean(ratio, paths), exact)
     yield expectation(
         "variance of what the two forms differ by, against 2 KL",
@@ -252,7 +252,7 @@ def marginal_paths(setting: Setting, steps: int) -> ctrl.Paths:
     euler, states = ctrl.EulerMaruyama(), [centre + marginal_std * points]
     for t0, t1 in zip(even.nodes[:-1], even.nodes[1:], strict=True):
         x = states[-1]
-        after, std = euler.transition(problem.sde, t0, t1, x, policy.mean(t0, x))
+        after, std = euler.transition(problem.dynamics, t0, t1, x, policy.mean(t0, x))
         centre = (weights @ after)[0]
         marginal_std = ((weights @ (after - centre).square())[0] + std.square()).sqrt()
         states.append(centre + marginal_std * points)
@@ -263,7 +263,7 @@ def chain_kl(setting: Setting, steps: int) -> float:
     """The chain's KL by production code."""
     problem, policy, reference = ornstein_uhlenbeck(P)
     paths = marginal_paths(setting, steps)
-    return float(mean(ctrl.girsanov.path_kl(problem.sde, policy, reference, paths), paths))
+    return float(mean(ctrl.girsanov.path_kl(problem.dynamics, policy, reference, paths), paths))
 
 
 def numbers(setting: Setting, p: closed.OrnsteinUhlenbeck) -> list[Tensor]:

@@ -172,7 +172,7 @@ def mean_field_control(setting: Setting) -> Iterator[Check]:
     yield limit("their actions", action, flat @ best.K.T + best.k)
 
     system = problem().particles(COUNT, exact.HORIZON)
-    drift = system.sde.drift_at(t, x, a).flatten(1)
+    drift = system.dynamics.drift_at(t, x, a).flatten(1)
     pushed = a.flatten(1).numpy() @ np.kron(np.eye(COUNT), exact.B).T
     moved = flat @ exact.drift(COUNT).T + pushed + np.kron(np.ones(COUNT), exact.DRIFT)
     yield pathwise("drift of three particles", drift, moved)

@@ -106,8 +106,8 @@ def doob(setting: Setting, std: float) -> tuple[ctrl.Paths, ctrl.linear.Gaussian
     return (
         paths,
         law_at_end(base),
-        ctrl.girsanov.path_kl(problem.sde, policy, reference, paths),
-        ctrl.girsanov.log_ratio(problem.sde, policy, reference, paths),
+        ctrl.girsanov.path_kl(problem.dynamics, policy, reference, paths),
+        ctrl.girsanov.log_ratio(problem.dynamics, policy, reference, paths),
     )
 
 
@@ -232,7 +232,7 @@ def terminal_kl(setting: Setting) -> Iterator[Check]:
     start, noise = gaussian_start(grid(setting), P.mean, P.std, nodes=3)
     paths = ctrl.simulate(problem, policy, start, grid(setting), noise=noise)
     base = ctrl.simulate(problem, reference, start, grid(setting), noise=noise)
-    above = ctrl.girsanov.terminal_kl_bound(problem.sde, policy, reference, paths)
+    above = ctrl.girsanov.terminal_kl_bound(problem.dynamics, policy, reference, paths)
     path = float(mean(above, paths))
     below = float(ctrl.linear.gaussian_kl(law_at_end(paths), law_at_end(base)))
     laws = closed.euler_laws(P, nodes)
@@ -358,12 +358,12 @@ def initial_laws(setting: Setting) -> Iterator[Check]:
     begins = float(ctrl.linear.gaussian_kl(rho, rho_ref))
     law = closed.euler_laws(P, nodes)[0]
     other = closed.euler_law(P.reference_pull, P.reference_shift, P.noise, *REFERENCE_START, nodes)
-    path_bound = ctrl.girsanov.terminal_kl_bound(problem.sde, policy, reference, paths, begins)
+    path_bound = ctrl.girsanov.terminal_kl_bound(problem.dynamics, policy, reference, paths, begins)
     whole = float(mean(path_bound, paths))
     yield expectation("KL of the joint laws, different initial laws", whole, kl(law, other))
 
     x = paths.states[..., 0].double().numpy()
-    ratio = ctrl.girsanov.log_ratio(problem.sde, policy, reference, paths)
+    ratio = ctrl.girsanov.log_ratio(problem.dynamics, policy, reference, paths)
     first = log_density(x[:, :1], law.of(0).mean, law.of(0).covariance) - log_density(
         x[:, :1], other.of(0).mean, other.of(0).covariance
     )
@@ -374,7 +374,7 @@ def initial_laws(setting: Setting) -> Iterator[Check]:
     short = ctrl.TimeGrid(setting.tensor([0.0, 0.02, 0.05]))
     start, noise = gaussian_start(short, P.mean, P.std, nodes=3)
     paths = ctrl.simulate(problem, policy, start, short, noise=noise)
-    path_bound = ctrl.girsanov.terminal_kl_bound(problem.sde, policy, reference, paths, begins)
+    path_bound = ctrl.girsanov.terminal_kl_bound(problem.dynamics, policy, reference, paths, begins)
     brief = short.nodes.double().numpy()
     ends = (
         closed.euler_laws(P, brief)[0].of(-1),

@@ -211,11 +211,11 @@ def torchsde_logqp(setting: Setting) -> Iterator[Check]:
     paths = ctrl.simulate(problem, policy, start, grid(setting), noise=noise)
     _, ratios = by_torchsde(Linear(), start, paths.grid.nodes, noise.increments)
     logqp = ratios.sum(1)
-    running = ctrl.girsanov.path_kl(problem.sde, policy, reference, paths)
+    running = ctrl.girsanov.path_kl(problem.dynamics, policy, reference, paths)
     yield pathwise("path KL and logqp, linear law", running, logqp)
     exact = closed.euler_path_kl(P, np.array(NODES))
     yield expectation("mean of logqp, against the chain's KL", mean(logqp, paths), exact)
-    ratio = ctrl.girsanov.log_ratio(problem.sde, policy, reference, paths)
+    ratio = ctrl.girsanov.log_ratio(problem.dynamics, policy, reference, paths)
     yield expectation(
         "variance of log dP/dP_ref - logqp, against 2 KL",
         mean((ratio - logqp).square(), paths),

@@ -86,7 +86,7 @@ def gap_and_kl(
     held = replace(here, actions=here.actions + shift)  # new actions at the old states
     whole = mean(pg.performance_difference(problem, value, new, there), there)
     surrogate = mean(pg.performance_difference(problem, value, new, held), held)
-    u = ctrl.girsanov.controls(problem.sde, new, old, there)
+    u = ctrl.girsanov.controls(problem.dynamics, new, old, there)
     rates = mean(0.5 * u.square().sum(-1), there) * grid.steps
     return whole - surrogate, rates.cumsum(0) - rates
 

@@ -43,7 +43,7 @@ def path_kl() -> float:
     """1/2 E sum_k h (-g m - REFERENCE x)^2 / SIGMA^2, nats: from a policy without memory."""
     total, gap = 0.0, np.array([-REFERENCE, -GAIN])
     for h, s in zip(np.diff(NODES), second_moments(GAIN), strict=False):
-        total += 0.5 * h * float((gap @ s @ gap).real) / SIGMA**2
+        total += 0.5 * h * float(np.real(gap @ s @ gap)) / SIGMA**2
     return total
 
 

@@ -37,8 +37,9 @@ REGIMES = Coefficients(
 RATES = np.array([[0.0, 1.3, 0.4], [0.7, 0.0, 0.9], [0.25, 1.6, 0.0]])
 
 
-def of_time(t: float | np.ndarray) -> Coefficients:
+def of_time(time: float | np.ndarray) -> Coefficients:
     """Coefficients that change with time, of one regime."""
+    t = np.asarray(time)
     one = np.ones_like(t)
     return Coefficients(
         A=-0.4 + 0.5 * np.sin(3 * t), B=0.9 - 0.4 * t, f=0.3 * np.cos(2 * t), C=0.2 + 0.3 * t,
