@@ -196,10 +196,19 @@ def save(folder: str | Path, step: int, state: Any, *, keep: int = 2) -> Path:
             f"could not write the checkpoint of step {step} to {folder}: {error}. Earlier "
             "checkpoints are untouched; free space or choose another output folder, then resume"
         ) from error
-    older = [path for other, path in _steps(folder) if other < step]
-    for path in [replaced, *older[: len(older) - (keep - 1)]]:
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    drop_older(folder, step, keep=keep)
     return final
+
+
+def drop_older(folder: str | Path, step: int, *, keep: int = 2) -> None:
+    """Drop checkpoints before this step but the newest ``keep - 1``, whole or half removed.
+
+    ``save`` does it; a run that is resumed does it again, for it may have been killed before that.
+    """
+    older = [path for other, path in _steps(Path(folder)) if other < step]
+    for path in older[: len(older) - (keep - 1)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load(path: str | Path) -> Checkpoint:

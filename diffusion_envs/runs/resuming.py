@@ -49,6 +49,8 @@ class Checkpoints(Callback):
             self._hold(self.state())
             return
         newest = newest or checkpoint.load(self._folder / f"step-{step:06d}")
+        if self._main:
+            checkpoint.drop_older(self._folder, step)
         self._trainer.load_state(newest.state)
         self._check_logs(newest)
         for name, part in self._others.items():

@@ -233,3 +233,18 @@ def test_the_reasons_to_stop_are_said_together():
         assert callbacks.after({"update": 3}) == "far; worse"
     with Callbacks([], ALONE).running() as reason:
         assert reason is None
+
+
+def test_what_a_kill_left_of_an_older_checkpoint_goes_when_the_run_is_resumed(tmp_path):
+    """Killed while it removed the oldest: of the last update's, after which none is written."""
+    for step in (2, 3):
+        checkpoint.save(tmp_path, step, Toy().state() | {"update": step, "callbacks": {}})
+    half = tmp_path / "step-000001"
+    half.mkdir()
+    (half / "manifest.json").write_text("{}")
+    Checkpoints(tmp_path, Toy(main=False), 1, []).load()  # another process leaves it to the main
+    assert half.exists()
+    trainer = Toy()
+    Checkpoints(tmp_path, trainer, 1, []).load()
+    assert trainer.update == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
