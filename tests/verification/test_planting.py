@@ -44,8 +44,8 @@ def test_methods_and_properties_of_classes_can_be_changed():
 
 def test_an_edit_shows_the_lines_that_differ():
     right, wrong = Edit("ctrl.girsanov.path_kl", "0.5 * energy", "energy").lines()
-    assert right == "return time_integral(0.5 * energy, paths.grid)"
-    assert wrong == "return time_integral(energy, paths.grid)"
+    assert right == "rates = 0.5 * energy"
+    assert wrong == "rates = energy"
 
 
 @pytest.mark.parametrize(

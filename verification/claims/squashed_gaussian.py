@@ -121,7 +121,7 @@ def squashed_gaussian(setting: Setting) -> Iterator[Check]:
     density = torch.stack([pi.log_prob(t, x, one[:, None]) for one in a.unbind(1)], 1)
     want = exact.log_density(exact.action(each), locations[:, None], STD)
     # 1 - tanh^2 is 0.03 at the ends: the action has that many times less digits
-    yield stated(pathwise("log-density", density, want), units=rounding(size=30))
+    yield stated(pathwise("log-density", density, want), units=rounding(size=30.0))
     m = float(locations[0])
     nodes, masses = exact.grid(m, STD)
     inside = np.abs(nodes) < 4

@@ -11,7 +11,7 @@ START, START_STD, MEMORY = 0.6, 0.5, 0.8  # m_0 = MEMORY x_0
 NODES = np.array([0.0, 0.3, 0.4, 0.75, 1.1])
 
 
-def second_moments(gain: complex) -> list[np.ndarray]:
+def second_moments(gain: float | complex) -> list[np.ndarray]:
     """E of the products of (x, m) at every node."""
     first = np.array([1.0, MEMORY])
     now = np.outer(first, first) * (START**2 + START_STD**2) + 0j
@@ -25,7 +25,7 @@ def second_moments(gain: complex) -> list[np.ndarray]:
     return each
 
 
-def expected_return(gain: complex) -> complex:
+def expected_return(gain: float | complex) -> complex:
     """E sum_k h (-x^2 - COST a^2 + TEMPERATURE entropy) - E x_end^2."""
     entropy = 0.5 * np.log(2 * np.pi * np.e * STD**2)
     moments, total = second_moments(gain), 0j
