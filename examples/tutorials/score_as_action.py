@@ -140,7 +140,8 @@ print("exactly          {:.4f} {:.4f}".format(*exact.tolist()))
 # A run takes several steps on one roll-out, so the loss is a surrogate at the policy that sampled.
 # Per step of a path
 #
-# $$\ell = \lambda\,\tfrac12\,g^2\,|\mu_\theta - s_{pre}|^2\,h - \min\big(\rho\,A,\ \mathrm{clip}(\rho)\,A\big),
+# $$\ell = \lambda\,\tfrac12\,g^2\,|\mu_\theta - s_{pre}|^2\,h
+# - \min\big(\rho\,A,\ \mathrm{clip}(\rho)\,A\big),
 # \qquad \rho = \frac{p_\theta(x_{k+1}|x_k)}{p_{old}(x_{k+1}|x_k)}.$$
 #
 # - The first term is Theorem 3.1's, exactly, with weight $\lambda$ = `kl_weight`, reward per nat.
