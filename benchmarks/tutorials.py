@@ -7,13 +7,15 @@ A tutorial is a script in ``examples/tutorials`` in the percent format, which ed
 read too: a line ``# %%`` begins a cell of code, ``# %% [markdown]`` one of prose. What a cell
 prints stands below it on the page. Where its last line is an expression, as in a notebook, and a
 figure or a picture, the page shows that. A script runs alone as well; then it shows no pictures.
+
+Comments before the first cell, ``# run with: OLD -> NEW``, make a tutorial small for the tests.
 """
 
 import ast
 import contextlib
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +26,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS, PAGES = ROOT / "examples" / "tutorials", ROOT / "docs" / "tutorials"
+CHANGE = re.compile(r"^# run with: (.+) -> (.+)$", re.MULTILINE)
 CELL = re.compile(r"^# %%(?P<prose> \[markdown\])?$", re.MULTILINE)
 _LARGEST = 100_000  # bytes of a picture
 
@@ -63,7 +66,7 @@ def cells(source: str) -> list[Cell]:
         ValueError: the script does not begin with a cell, or a line of prose is no comment.
     """
     starts = list(CELL.finditer(source))
-    if not starts or source[: starts[0].start()].strip():
+    if not starts or CHANGE.sub("", source[: starts[0].start()]).strip():
         raise ValueError("a tutorial must begin with a cell: '# %% [markdown]' or '# %%'")
     ends = [*(start.start() for start in starts[1:]), len(source)]
     return [_cell(source, start, end) for start, end in zip(starts, ends, strict=True)]
@@ -84,17 +87,25 @@ def _cell(source: str, start: re.Match[str], end: int) -> Cell:
     return Cell("\n".join(text[2:] for text in lines), False, line)
 
 
-def smaller(source: str, sizes: Mapping[str, object]) -> str:
-    """A script with other values of some constants, each assigned once: ``NAME = value``.
+def changes(source: str) -> list[tuple[str, str]]:
+    """What makes a script small, (old, new) each: the comments before its first cell.
 
     Raises:
-        ValueError: a constant is not assigned exactly once on a line of its own.
+        ValueError: what is to be changed does not stand in a cell of code exactly once.
     """
-    for name, value in sizes.items():
-        source, count = re.subn(rf"(?m)^{name} = [^#\n]*", f"{name} = {value!r}  ", source)
-        if count != 1:
-            raise ValueError(f"{name} must be assigned on one line of the script, not {count}")
-    return source
+    made = [(old, new) for old, new in CHANGE.findall(source.partition("# %%")[0])]
+    for old, _ in made:
+        if sum(cell.text.count(old) for cell in cells(source) if cell.is_code) != 1:
+            raise ValueError(f"{old!r} must stand in one cell of code, once")
+    return made
+
+
+def smaller(source: str) -> str:
+    """A script as the tests run it."""
+    head, mark, body = source.partition("# %%")
+    for old, new in changes(source):
+        body = body.replace(old, new)
+    return head + mark + body
 
 
 def executed(script: Sequence[Cell], name: str) -> Iterator[Result | None]:
@@ -117,16 +128,17 @@ def executed(script: Sequence[Cell], name: str) -> Iterator[Result | None]:
         yield Result(printed.getvalue(), picture)
 
 
-def page(
-    script: Sequence[Cell], results: Sequence[Result | None], name: str
-) -> tuple[str, dict[str, bytes]]:
+def page(source: str, results: Sequence[Result | None], name: str) -> tuple[str, dict[str, bytes]]:
     """The page of a tutorial, and its pictures by file name."""
+    script, small = cells(source), changes(source)
     parts, pictures = list[str](), dict[str, bytes]()
     for cell, result in zip(script, results, strict=True):
         if result is None:
             parts.append(cell.text)
             continue
-        parts.append(f"```python\n{cell.text}\n```")
+        here = "; ".join(f"{old} -> {new}" for old, new in small if old in cell.text)
+        comment = f"<!-- run with: {here} -->\n" if here else ""
+        parts.append(f"{comment}```python\n{cell.text}\n```")
         if result.printed.strip():
             parts.append(f"```text\n{result.printed.rstrip()}\n```")
         if result.shown is not None:
@@ -183,8 +195,8 @@ def without_results(text: str) -> str:
 
 def write(name: str, output: Path = PAGES) -> None:
     """Run one tutorial and write its page and pictures; earlier pictures of it go."""
-    script = cells((SCRIPTS / f"{name}.py").read_text())
-    text, pictures = page(script, list(executed(script, f"{name}.py")), name)
+    source = (SCRIPTS / f"{name}.py").read_text()
+    text, pictures = page(source, list(executed(cells(source), f"{name}.py")), name)
     output.mkdir(parents=True, exist_ok=True)
     for old in output.glob(f"{name}-*.png"):
         old.unlink()

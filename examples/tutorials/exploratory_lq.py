@@ -1,3 +1,5 @@
+# run with: PATHS = 20_000 -> PATHS = 1_000
+
 # %% [markdown]
 # # Learn an exploratory control problem, and see how far from the optimum you are
 #

@@ -1,3 +1,7 @@
+# run with: UPDATES, SAMPLES, STEPS = 12, 16, 8 -> UPDATES, SAMPLES, STEPS = 4, 2, 2
+# run with: CTRL_C_IN_CALL = 12 -> CTRL_C_IN_CALL = 5
+# run with: evaluation_samples=24 -> evaluation_samples=2
+
 # %% [markdown]
 # # Fine-tune the embedded model with your own reward and prompts
 #

@@ -1,3 +1,5 @@
+# run with: PATHS = 20_000 -> PATHS = 500
+
 # %% [markdown]
 # # Leave an interval: exits, and the cheapest way out
 #

@@ -1,3 +1,6 @@
+# run with: PATHS, UPDATES = 2_000, 100 -> PATHS, UPDATES = 100, 4
+# run with: steps=500 -> steps=50
+
 # %% [markdown]
 # # Score as action: from the theorem to the loss
 #
