@@ -1,4 +1,4 @@
-# run with: PATHS = 20_000 -> PATHS = 500
+# run with: PATHS = 5_000 -> PATHS = 500
 
 # %% [markdown]
 # # Leave an interval: exits, and the cheapest way out
@@ -22,7 +22,7 @@ import torch
 import ctrl
 from ctrl import hjb, plots
 
-PATHS = 20_000
+PATHS = 5_000
 W, START = 1.5, 0.2
 
 sde = ctrl.ControlledSDE(drift=lambda t, x, a: a, diffusion=lambda t, x: 1.0)
@@ -43,14 +43,14 @@ idle = ctrl.DeterministicPolicy(lambda t, x: torch.zeros_like(x))
 
 # %%
 exact = 1 - START**2
-for steps in (100, 400):
-    grid = ctrl.uniform_grid(8.0, steps)
+for steps in (200, 800):
+    grid = ctrl.uniform_grid(16.0, steps)
     for stopping in (ctrl.stopping.AtNodes(), ctrl.stopping.BridgeCorrected()):
         generator = ctrl.noise.stream(0, "exit")
         paths = ctrl.simulate(problem, idle, start, grid, generator=generator, stopping=stopping)
         time = ctrl.Estimate.of(grid.nodes[paths.ends])
         name = type(stopping).__name__
-        print(f"step {8 / steps:g}, {name:15} {time}, off by {time.mean - exact:+.3f}")
+        print(f"step {16 / steps:g}, {name:15} {time}, off by {time.mean - exact:+.3f}")
 
 # %% [markdown]
 # A path seen at the nodes alone leaves too late, by an error of order $\sqrt{h}$: four times the
@@ -75,18 +75,22 @@ print(f"best push:  on the grid {float(best.mean(zero, here)):.4f}, ", end="")
 print(f"exactly {W * math.tanh(W * START):.4f}")
 
 # %% [markdown]
-# Now simulate it. `returns_to_go` integrates the running reward up to the exit and no further.
+# Now simulate it. `returns_to_go` integrates the running reward up to the exit and no further, and
+# refuses paths that have not left when the grid ends.
 
 # %%
-grid = ctrl.uniform_grid(8.0, 800)
+grid = ctrl.uniform_grid(16.0, 1600)
 for name, policy in (("idle", idle), ("best", best)):
     paths = ctrl.simulate(problem, policy, start, grid, generator=ctrl.noise.stream(0, "cost"))
     cost = ctrl.Estimate.of(-ctrl.returns_to_go(problem, paths)[:, 0])
     print(f"{name}: cost {cost}")
-    assert bool((paths.ends < 800).all())  # all have left before the grid ends
 print(f"exactly: {0.5 * W**2 * exact:.4f} and {least:.4f}")
 
 # %% [markdown]
+# Both are a little too large: the exit of every path is noted half a step late, and the action is
+# held over a step while the best one changes. At steps of 0.01 that is about 0.01; refine the grid
+# to see it vanish.
+#
 # ## How far is that from doing nothing?
 #
 # The path KL of stopped paths stops with them; its cost is half of the squared push, so that the
