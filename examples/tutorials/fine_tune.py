@@ -141,9 +141,15 @@ print(f"in plain diffusers: {plain:.2f} without, {warmth(pictures(), []).mean():
 # %% [markdown]
 # ## The same from the command line
 #
-# Put the reward into a file, `my_rewards.py`, and say where:
+# Put the reward into a file, and say where:
 #
+# ```python title="my_rewards.py"
+# def warmth(images, prompts):
+#     """How much more red than blue a picture is, in tenths."""
+#     return 10 * (images[:, 0] - images[:, 2]).mean((1, 2))
 # ```
+#
+# ```bash
 # python -m diffusion_envs.sd15 --reward my_rewards.py:warmth --output runs/warm \
 #     --prompts "a photo of a ship" "a photo of a horse" --kl-weight 0.05 --guidance 1 \
 #     --updates 12 --samples 16 --steps 8

@@ -107,8 +107,8 @@ axes.figure
 # %% [markdown]
 # ## What to try
 #
-# - Make `diffusion=lambda t, x: 0.25`: half the noise, four times the KL. The control is the same,
-#   but it stands out more.
+# - Make `diffusion=lambda t, x: 0.25`: half the noise, about four times the KL: the
+#   same push stands out more.
 # - Give `policy` a network for its mean. `path_kl` carries gradients, so it can be a term of a
 #   loss.
 # - Let the diffusion depend on the policy (`controls_diffusion=True`): the two laws are then

@@ -8,7 +8,7 @@ from benchmarks import tutorials
 from benchmarks.tutorials import Result, cells, changes, executed, page, smaller, without_results
 
 NAMES = sorted(path.stem for path in tutorials.SCRIPTS.glob("*.py"))
-# Those that take seconds at full size. The others run small.
+# Those that take seconds as they are; all run small, as pages, in test_blocks.py.
 QUICK = ("path_kl", "leave_an_interval")
 NUMBER = re.compile(r"[-+]?\d+\.\d+|\d+")
 SCRIPT = """# run with: SIZE = 3 -> SIZE = 2
@@ -62,17 +62,6 @@ def test_pages_say_what_scripts_print(name):
             assert float(one) == pytest.approx(
                 float(other), rel=0.02, abs=2e-3 + 1.01 * ("." not in one)
             )
-
-
-@pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in QUICK])
-def test_scripts_run(name, as_users_run_it, capsys):
-    results = list(executed(cells(smaller(source_of(name))), name))
-    capsys.readouterr()
-    text, _ = page(source_of(name), results, name)
-    said = (tutorials.PAGES / f"{name}.md").read_text()
-    for sign in ("```text", "!["):
-        assert text.count(sign) == said.count(sign)
 
 
 def test_every_tutorial_is_in_the_list_and_ends_with_what_to_try():
