@@ -135,7 +135,8 @@ def plot_policy(
             axes.fill_between(
                 _array(states), line - width, line + width, color=_colour(share), alpha=0.15, lw=0
             )
-    axes.set(xlabel="state", ylabel=f"action {coordinate} (mean, one standard deviation)")
+    drawn = " (mean, one standard deviation)" if policy.is_random else ""
+    axes.set(xlabel="state", ylabel=f"action {coordinate}{drawn}")
     axes.legend(frameon=False)
     return axes
 

@@ -31,7 +31,7 @@ lq = ctrl.linear.LinearQuadratic(
     sigma=0.6 * one,
     M=2 * one,  # the running reward is -(M x^2 + N a^2) / 2
     N=one,
-    H=2 * one,  # the terminal reward -(H x^2 / 2 + h x); that of the text less 1
+    H=2 * one,  # the terminal reward -(H x^2 / 2 + h x); that of the text plus 1
     h=-2 * one[0],
     temperature=TEMPERATURE,
 )
@@ -121,8 +121,9 @@ for k, (value, policy) in enumerate(iterations, start=1):
     print(f"iteration {k}: from a policy of value {at_start:.4f} to one {gap} beside the best")
 
 # %% [markdown]
-# Policy iteration is Newton's method here, and after two or three iterations nothing is left but
-# the noise of the samples. The policy itself is near, too:
+# Policy iteration is Newton's method here: each iteration squares the distance, until only the noise
+# of the samples and the grid are left. The policy itself is near, too; what is left there is the
+# grid's, and halves with the step:
 
 # %%
 law = exact.law_at(zero)

@@ -74,6 +74,10 @@ def test_policies_have_a_band_of_one_standard_deviation():
     assert top == pytest.approx(2.5)
     certain = plots.plot_policy(ctrl.DeterministicPolicy(lambda t, x: -x), X)
     assert not certain.collections
+    assert [a.get_ylabel() for a in (axes, certain)] == [
+        "action 0 (mean, one standard deviation)",
+        "action 0",
+    ]
 
 
 def test_given_axes_are_used():
