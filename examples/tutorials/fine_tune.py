@@ -60,7 +60,7 @@ arguments = {
     "reward": warmth,
     "prompts": ["a photo of a ship", "a photo of a horse", "a photo of a truck"],
     "output": folder,
-    "objective": objectives.ScoreAsAction(kl_weight=0.05),
+    "objective": objectives.ScoreAsAction(kl_weight=0.5),
     "sampler": samplers.DDIM(eta=1.0),
     "steps": STEPS,
     "updates": UPDATES,
@@ -151,16 +151,16 @@ print(f"in plain diffusers: {plain:.2f} without, {warmth(pictures(), []).mean():
 #
 # ```bash
 # python -m diffusion_envs.sd15 --reward my_rewards.py:warmth --output runs/warm \
-#     --prompts "a photo of a ship" "a photo of a horse" --kl-weight 0.05 --guidance 1 \
+#     --prompts "a photo of a ship" "a photo of a horse" --kl-weight 0.5 --guidance 1 \
 #     --updates 12 --samples 16 --steps 8
 # python -m diffusion_envs.sd15 --resume runs/warm --updates 24
 # ```
 #
 # ## What to try
 #
-# - A larger `kl_weight` keeps the pictures nearer to the pretrained model; at 0 nothing does, and
-#   the reward is exploited sooner or later. `RunOptions(judges={...})` watches with rewards that
-#   are not trained on, and says when.
+# - `kl_weight=0.05`: twelve updates later every picture is a sheet of orange (a reward of 8.3 at 39
+#   nats). That is what was asked for. `RunOptions(judges={...})` watches with rewards that are not
+#   trained on, and the report says when they fall.
 # - `RunOptions(frontier_samples=1000)`: how much any policy could have earned at the same KL.
 # - Your own model: `sd15.StableDiffusion("path/to/folder")`, a single `.safetensors` file, or a
 #   hub id; what fits in memory is printed by `--estimate`.
