@@ -189,7 +189,7 @@ def png(shown: Figure | Image.Image) -> bytes:
 
 def without_results(text: str) -> str:
     """A page without what was printed and shown: what follows from the script alone."""
-    text = re.sub(r"```text\n.*?\n```\n\n", "", text, flags=re.DOTALL)
+    text = re.sub(r"(?<=\n```\n\n)```text\n.*?\n```\n\n", "", text, flags=re.DOTALL)
     return re.sub(r"(?m)^!\[[^\]]*\]\([\w-]+\.png\)\n\n", "", text)
 
 

@@ -105,7 +105,9 @@ figure
 #
 # One line in the table `methods()` of `benchmarks/compared_methods.py`,
 #
-# ```text "reinforce": Entry(lambda b: o.Reinforce(kl_weight=b)), ```
+# ```text
+# "reinforce": Entry(lambda b: o.Reinforce(kl_weight=b)),
+# ```
 #
 # and `python -m benchmarks.leaderboard --problem gaussian --methods reinforce` sweeps its rate on
 # seeds of their own, runs it on five more, and writes the tables again with its row. Rows of
