@@ -12,7 +12,7 @@ from diffusion_envs.denoising import kl_factor
 from diffusion_envs.exact import GaussianProblem, gaussian, linear_policy, table
 from diffusion_envs.exact.problems import MixtureProblem
 from diffusion_envs.frontier import Frontier
-from diffusion_envs.noise_schedules import VPLinear
+from diffusion_envs.noise_schedules import NoiseSchedule, VPLinear
 from diffusion_envs.samplers import DDIM
 
 ZERO, ONE = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
@@ -153,8 +153,8 @@ def frontier() -> Figure:
     return figure
 
 
-def _chain(steps: linear_policy.Steps, schedule: object) -> gaussian.Affine:
-    return linear_policy.chain(DATA, schedule, steps, NO_GAIN, NO_SHIFT)  # type: ignore[arg-type]  # a table is a schedule
+def _chain(steps: linear_policy.Steps, schedule: NoiseSchedule) -> gaussian.Affine:
+    return linear_policy.chain(DATA, schedule, steps, NO_GAIN, NO_SHIFT)
 
 
 def _chain_kl(steps: int) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "theory" / "plots"
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#3f88e8", "#e07b10", "#22a07a", "#a46bd6", "#888888"
 """Colours that keep a contrast of at least 2.5 on white and on black, and differ in lightness."""
 
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "theory",  # ids that do not change
     "svg.fonttype": "none",  # text stays text, in the reader's font
     "font.size": 10,
