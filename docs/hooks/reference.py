@@ -345,6 +345,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Link names in backticks to the reference."""
+    if page.file.src_uri.startswith("reference/"):
+        page.meta["search"] = {"boost": 2}
     if page.file.src_uri.startswith(("source/", "examples/")):
         return markdown
     return linked(markdown)
