@@ -12,7 +12,7 @@ import pytest
 
 from tests.diffusion_envs.cifar10.few_pictures import write_pictures
 from tests.docs import commands
-from tests.docs.reading import ROOT, hook, name, pages
+from tests.docs.reading import hook, name, pages
 
 blocks = hook("blocks")
 LANGUAGES = {"python", "bash", "text", "json", "", "toml", "yaml", "math"}
@@ -88,13 +88,11 @@ def with_what_it_reads(command, folder, finished):
             shutil.copytree(finished, folder / run)
 
 
-# Pages whose blocks another test runs, and holds to what they say that they print.
-RUN_BY = {"docs/theory/": "tests/docs/test_theory.py"}
+# test_theory.py runs those of docs/theory, and compares what they print
 WITH_PYTHON = [
-    path
-    for path in PAGES
-    if any(block.not_run is None for block in of_language(path, "python"))
-    and not any(name(path).startswith(f) and (ROOT / t).exists() for f, t in RUN_BY.items())
+    p
+    for p in PAGES
+    if p.parent.name != "theory" and any(b.not_run is None for b in of_language(p, "python"))
 ]
 
 
