@@ -157,7 +157,7 @@ def picture(claim: dict[str, Any], *, legend: bool = True) -> str:
         parts.append(f'<path class="within" d="M{_LEFT} {y}H{at(tolerance):.1f}"/>')
         parts.append(f'<path class="tolerance" d="M{at(tolerance):.1f} {y - 7}V{y + 7}"/>')
         parts.append(f'<circle class="deviation" cx="{at(deviation):.1f}" cy="{y}" r="4"/>')
-        if _finite(rejected):
+        if rejected is not None and _finite(rejected):
             x = at(rejected)
             parts.append(f'<path class="rejected" d="M{x - 4:.1f} {y - 4}l8 8m0 -8l-8 8"/>')
         parts.append("</g>")

@@ -12,7 +12,8 @@ from tests.docs.reading import DOCS, ROOT, hook
 
 architecture, blocks, claims = hook("architecture"), hook("blocks"), hook("claims")
 docstrings, formulas = hook("docstrings"), hook("formulas")
-navigation, outside, reference = hook("navigation"), hook("outside"), hook("reference")
+navigation, offline = hook("navigation"), hook("offline")
+outside, reference = hook("outside"), hook("reference")
 
 CLAIM = {
     "name": "path-kl",
@@ -189,7 +190,21 @@ def test_the_drawing_of_the_layers_is_that_of_the_imports(monkeypatch):
     assert len(architecture.upward()) > 100
 
 
-def test_nothing_is_fetched_when_a_page_is_read():
+def test_what_a_page_would_fetch_is_seen():
+    for fetched in (
+        '<script src="https://a.b/c.js">',
+        "<img alt=x src=//a.b/c.png>",
+        '<link rel="stylesheet" href="https://a.b/c.css">',
+        '<link href="https://a.b/f" rel="preconnect">',
+        "<style>@import url('https://a.b/c.css')</style>",
+    ):
+        assert offline.fetched(fetched), fetched
+    assert not offline.fetched(
+        '<a href="https://a.b">x</a><img src="c.png"><link rel="canonical" href="https://a.b">'
+    )
+
+
+def test_settings_and_assets_name_no_other_place():
     text = (ROOT / "mkdocs.yml").read_text()
     settings = yaml.load(text, Loader=type("Loader", (yaml.BaseLoader,), {}))
     assert settings["theme"]["font"] == "false"
