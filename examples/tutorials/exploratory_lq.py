@@ -121,9 +121,9 @@ for k, (value, policy) in enumerate(iterations, start=1):
     print(f"iteration {k}: from a policy of value {at_start:.4f} to one {gap} beside the best")
 
 # %% [markdown]
-# Policy iteration is Newton's method here: each iteration squares the distance, until only the noise
-# of the samples and the grid are left. The policy itself is near, too; what is left there is the
-# grid's, and halves with the step:
+# Policy iteration is Newton's method here: each iteration squares the distance, until only the
+# noise of the samples and the grid are left. The policy itself is near, too; what is left there is
+# the grid's, and halves with the step:
 
 # %%
 law = exact.law_at(zero)
@@ -156,5 +156,9 @@ axes.figure
 # - Learn with networks and gradients instead: [own_problem.py](../../examples/own_problem.py) goes
 #   the same way by actor-critic, and `ctrl.agents.q_learning` learns value and q-rate together.
 #
-# Where it comes from: [Jia & Zhou, and Wang, Zariphopoulou & Zhou](../theorems.md) in the list of
-# results.
+# The theory: [the martingale characterisation](../theory/martingale.md),
+# [policy evaluation](../theory/policy-evaluation.md),
+# [Gibbs policies](../theory/gibbs-policies.md), [policy iteration](../theory/policy-iteration.md),
+# [exploratory LQ](../theory/exploratory-lq.md),
+# [the cost of exploration](../theory/cost-of-exploration.md). The functions:
+# `ctrl.martingale.clstd`, `ctrl.agents.policy_iteration`, `ctrl.linear.solve_lq`.

@@ -158,13 +158,14 @@ print(f"in plain diffusers: {plain:.2f} without, {warmth(pictures(), []).mean():
 #
 # ## What to try
 #
-# - `kl_weight=0.05`: twelve updates later every picture is a sheet of orange (a reward of 8.3 at 39
-#   nats). That is what was asked for. `RunOptions(judges={...})` watches with rewards that are not
-#   trained on, and the report says when they fall.
+# - `kl_weight=0.05`: twelve updates later every picture is a sheet of orange (a reward of 8.3 at
+#   39 nats). That is what was asked for. `RunOptions(judges={...})` watches with rewards that are
+#   not trained on, and the report says when they fall.
 # - `RunOptions(frontier_samples=1000)`: how much any policy could have earned at the same KL.
 # - Your own model: `sd15.StableDiffusion("path/to/folder")`, a single `.safetensors` file, or a
 #   hub id; what fits in memory is printed by `--estimate`.
 #
-# The ground it stands on: [score as action, from the theorem to the loss](score_as_action.md).
-# Further: [rewards](../rewards.md), [the run's folder](../run_folder.md),
-# [which method when](../which_method.md).
+# The theory: [score as action, from the theorem to the loss](score_as_action.md),
+# [the training loop](../theory/training-loop.md),
+# [the frontier of KL and reward](../theory/frontier.md). Further: [rewards](../rewards.md),
+# [the run's folder](../run_folder.md), [which method when](../which_method.md).

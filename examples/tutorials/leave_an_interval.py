@@ -61,9 +61,8 @@ for steps in (200, 800):
 # ## The cheapest way out
 #
 # The value $V$ solves a Hamilton-Jacobi-Bellman equation with $V = 0$ on both walls. `ctrl.hjb`
-# solves it on a grid whose last nodes are the walls; here the answer is known, too
-# ([Fleming 1978](../theorems.md)): $a^* = w\tanh(wx)$, and the least cost is
-# $-\log(\cosh(wx)/\cosh w)$.
+# solves it on a grid whose last nodes are the walls; here the answer is known, too (Fleming 1978):
+# $a^* = w\tanh(wx)$, and the least cost is $-\log(\cosh(wx)/\cosh w)$.
 
 # %%
 solution = hjb.solve_discounted(problem, (hjb.Axis(-1.0, 1.0, 201),), hjb.trapezoid(-2.0, 2.0, 401))
@@ -124,4 +123,6 @@ axes.figure
 # - A really rare exit: [rare_event.py](../../examples/rare_event.py) samples a chance of 3 in
 #   100,000 to a per cent with 4,000 paths.
 #
-# Where it comes from: [stopping in the list of results](../theorems.md).
+# The theory: [exits](../theory/exits.md), [HJB equations on a grid](../theory/hjb.md),
+# [the KL-regularised optimum](../theory/kl-tilt.md). The functions: `ctrl.ControlProblem`,
+# `ctrl.stopping.BridgeCorrected`, `ctrl.hjb.solve_discounted`.

@@ -125,5 +125,6 @@ figure
 # - Several passes over a roll-out, `UpdateSize(epochs=2)`: the ratio is then not 1, and wants a
 #   clip (`ctrl.trust_region.clipped_surrogate`).
 #
-# More: [the methods and what they reach](../methods.md),
-# [how to contribute one](../../CONTRIBUTING.md).
+# The theory: [the policy gradient](../theory/policy-gradient.md),
+# [the training loop](../theory/training-loop.md). More:
+# [the methods and what they reach](../methods.md), [how to contribute one](../../CONTRIBUTING.md).

@@ -107,12 +107,13 @@ axes.figure
 # %% [markdown]
 # ## What to try
 #
-# - Make `diffusion=lambda t, x: 0.25`: half the noise, about four times the KL: the
-#   same push stands out more.
+# - Make `diffusion=lambda t, x: 0.25`: half the noise, about four times the KL: the same push
+#   stands out more.
 # - Give `policy` a network for its mean. `path_kl` carries gradients, so it can be a term of a
 #   loss.
 # - Let the diffusion depend on the policy (`controls_diffusion=True`): the two laws are then
 #   singular, the KL is infinite, and the library says so instead of printing a number.
 #
-# Where it comes from: [every theorem and its check](../theorems.md); the function:
-# `ctrl.girsanov.path_kl`.
+# The theory: [path KL](../theory/path-kl.md), [KL of terminal laws](../theory/terminal-kl.md),
+# [noise](../theory/noise.md). The functions: `ctrl.girsanov.path_kl`, `ctrl.simulate`,
+# `ctrl.noise.gauss_hermite`, `ctrl.Estimate`.

@@ -198,5 +198,9 @@ print(f"the optimum's path KL: {best.path_kl:.3f} nats")
 # - `objectives.DDPO()` in its place: it has no KL term, passes the optimum, and goes on.
 # - `ScoreAsActionSampled`: the other view of an action, on the same problem.
 #
-# Next: [fine-tune images](fine_tune.md), or [write a method of your own](own_method.md). Where it
-# comes from: ["Score as Action" in the list of results](../theorems.md).
+# Next: [fine-tune images](fine_tune.md), or [write a method of your own](own_method.md). The
+# theory: [score as action](../theory/score-as-action.md), [path KL](../theory/path-kl.md),
+# [policy gradient](../theory/policy-gradient.md),
+# [two meanings of an action](../theory/two-actions.md),
+# [continuous advantages](../theory/continuous-advantages.md),
+# [trust region](../theory/trust-region.md), [value network](../theory/value-network.md).
