@@ -1,3 +1,5 @@
+# run with: steps=50 -> steps=5
+# run with: iterations=5 -> iterations=1
 # run with: PATHS = 20_000 -> PATHS = 1_000
 
 # %% [markdown]

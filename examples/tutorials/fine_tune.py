@@ -105,12 +105,14 @@ for line in (folder / "metrics.jsonl").read_text().splitlines()[:: UPDATES // 4]
 # Before, and after, with the same seeds:
 
 # %%
-before = Image.open(folder / "samples" / "step-000000.png")
+with Image.open(folder / "samples" / "step-000000.png") as before:
+    before.load()
 before.info["caption"] = "Pictures of the pretrained model"
 before
 
 # %%
-after = Image.open(folder / "samples" / f"step-{UPDATES:06d}.png")
+with Image.open(folder / "samples" / f"step-{UPDATES:06d}.png") as after:
+    after.load()
 after.info["caption"] = "The same seeds after fine-tuning: warmer"
 after
 

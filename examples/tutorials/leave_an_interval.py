@@ -1,3 +1,5 @@
+# run with: (200, 800) -> (20, 40)
+# run with: 16.0, 1600 -> 16.0, 160
 # run with: PATHS = 5_000 -> PATHS = 500
 
 # %% [markdown]
