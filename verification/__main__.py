@@ -26,7 +26,8 @@ from rich.table import Table
 
 from verification import claims as _claims  # noqa: F401  # registers them
 from verification import measuring, record, report, tolerances
-from verification.claim import CLAIMS, Setting
+from verification.claim import Setting
+from verification.claims import CLAIMS
 from verification.kernels import MEASURED
 from verification.running import Outcome, Rates, run
 from verification.statistics import Verdict
@@ -144,8 +145,8 @@ def main(options: Options) -> int:
             _details(outcome, console)
     console.print(_table(outcomes))
     held = sum(outcome.holds for outcome in outcomes)
-    rejected = sum(w.rejected for outcome in outcomes for w in outcome.wrongs)
-    variants = sum(len(outcome.wrongs) for outcome in outcomes)
+    rejected = sum(w.rejected for outcome in outcomes for w in outcome.mistakes)
+    variants = sum(len(outcome.mistakes) for outcome in outcomes)
     console.print(
         f"{held} of {len(outcomes)} claims hold, {rejected} of {variants} wrong variants rejected, "
         f"{recorded['seconds']:.0f} s. {page}",
@@ -164,7 +165,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
     for outcome in outcomes:
         ratios = [c.deviation / c.tolerance for c in outcome.checks if c.tolerance]
         worst = max(ratios, default=float("nan"))
-        rejected = sum(w.rejected for w in outcome.wrongs)
+        rejected = sum(w.rejected for w in outcome.mistakes)
         verdict = "holds" if outcome.holds else outcome.verdict.value
         if outcome.verdict is Verdict.PASS and not outcome.holds:
             verdict = "accepts a mistake"
@@ -172,7 +173,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
             outcome.claim.name,
             str(len(outcome.checks)),
             f"{worst:.0e}",
-            f"{rejected}/{len(outcome.wrongs)}",
+            f"{rejected}/{len(outcome.mistakes)}",
             f"{outcome.seconds:.1f}",
             f"[{'green' if outcome.holds else 'bold red'}]{verdict}[/]",
         )
@@ -190,7 +191,7 @@ def _details(outcome: Outcome, console: Console) -> None:
         more = f"; about {check.needed} samples would decide" if check.needed else ""
         text = f"  {check.verdict.value}: {check.name}: {check.deviation:.1e}, tolerance {limit}"
         line(f"{text} {check.note}{more}".rstrip(), check.verdict is Verdict.PASS)
-    for rejection in outcome.wrongs:
+    for rejection in outcome.mistakes:
         how = rejection.note
         if rejection.by:
             deviation = rejection.deviations[rejection.by]

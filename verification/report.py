@@ -127,7 +127,7 @@ def _circumstances(record: Record) -> str:
 def _tiles(record: Record) -> str:
     claims = record["claims"]
     checks = sum(len(claim["checks"]) for claim in claims)
-    wrongs = [wrong for claim in claims for wrong in claim["wrongs"]]
+    wrongs = [wrong for claim in claims for wrong in claim["mistakes"]]
     rejected = sum(wrong["rejected"] for wrong in wrongs)
     held = sum(claim["holds"] for claim in claims)
     tiles = [
@@ -175,7 +175,7 @@ def _overview(claims: Sequence[Record]) -> str:
 
 
 def _share(claim: Record) -> str:
-    return f"{sum(w['rejected'] for w in claim['wrongs'])} / {len(claim['wrongs'])}"
+    return f"{sum(w['rejected'] for w in claim['mistakes'])} / {len(claim['mistakes'])}"
 
 
 def _words(claim: Record) -> str:
@@ -194,7 +194,7 @@ def _verdict(claim: Record) -> str:
 
 
 def _card(claim: Record) -> str:
-    checks = "".join(_check(check, claim["wrongs"]) for check in claim["checks"])
+    checks = "".join(_check(check, claim["mistakes"]) for check in claim["checks"])
     curves = "".join(_curve(check) for check in claim["checks"] if check.get("curve"))
     error = f"<pre class='bad'>{html.escape(claim['error'])}</pre>" if claim["error"] else ""
     return (
@@ -250,10 +250,10 @@ def _numbers(check: Record) -> str:
 
 
 def _mistakes(claim: Record) -> str:
-    if not claim["wrongs"]:
+    if not claim["mistakes"]:
         return ""
     rows = []
-    for wrong in claim["wrongs"]:
+    for wrong in claim["mistakes"]:
         where = "".join(
             f"<code>{html.escape(edit['target'])}</code>"
             f"<code class='good'>&minus; {html.escape(edit['right'])}</code>"
@@ -270,7 +270,7 @@ def _mistakes(claim: Record) -> str:
         )
     opened = "" if claim["holds"] else " open"
     return (
-        f"<details{opened}><summary>{len(claim['wrongs'])} mistakes that are planted, and what "
+        f"<details{opened}><summary>{len(claim['mistakes'])} mistakes that are planted, and what "
         "rejects them</summary><div class='scroll'><table><thead><tr><th>mistake</th>"
         "<th>planted in</th><th>largest deviation</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></details>"
@@ -349,7 +349,7 @@ def document(record: Record) -> str:
     """The record as Markdown, with what does not change from run to run."""
     claims = record["claims"]
     checks = sum(len(claim["checks"]) for claim in claims)
-    wrongs = sum(len(claim["wrongs"]) for claim in claims)
+    wrongs = sum(len(claim["mistakes"]) for claim in claims)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         "# What is verified",
@@ -357,7 +357,7 @@ def document(record: Record) -> str:
         "Generated: `python -m verification --full --document docs/verification.md`.",
         "",
         f"{_headline(record)}: {checks} checks on the right code, and {wrongs} planted mistakes, "
-        f"of which {sum(w['rejected'] for c in claims for w in c['wrongs'])} are rejected "
+        f"of which {sum(w['rejected'] for c in claims for w in c['mistakes'])} are rejected "
         f"({record['precision']}, {record['device']}, {versions}).",
         "",
         "A claim is a statement from the literature. Its checks run the library's own code on "
@@ -394,8 +394,8 @@ def document(record: Record) -> str:
                 f"| {_cell(check['name'])} | {route} | {_digits(check['found'])} | "
                 f"{_digits(check['claimed'])} | {_short(check['deviation'])} | {tolerance} |"
             )
-        lines += ["", f"<details><summary>{len(claim['wrongs'])} mistakes rejected</summary>", ""]
-        for wrong in claim["wrongs"]:
+        lines += ["", f"<details><summary>{len(claim['mistakes'])} mistakes rejected</summary>", ""]
+        for wrong in claim["mistakes"]:
             how = _short(wrong["deviations"][wrong["by"]]) if wrong["by"] else wrong["note"]
             where = ", ".join(f"`{edit['target']}`" for edit in wrong["edits"])
             lines.append(f"- {wrong['name']} ({where}): {how}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from verification.claim import Check, Claim, Sampled, Setting, Wrong
+from verification.claim import Check, Claim, Mistake, Sampled, Setting
 from verification.planting import PlantingError, planted
 from verification.statistics import Verdict, decide, samples_needed
 from verification.tolerances import Tolerance
@@ -85,7 +85,7 @@ class Outcome:
         return (
             self.verdict is Verdict.PASS
             and not self.error
-            and all(rejection.rejected for rejection in self.wrongs)
+            and all(rejection.rejected for rejection in self.mistakes)
         )
 
 
@@ -132,7 +132,7 @@ def run(
         verdict = Verdict.PASS
     wrongs = tuple(
         _rejection(claim, wrong, setting, tolerances, rates)
-        for wrong in claim.wrongs
+        for wrong in claim.mistakes
         if plant and (setting.full or not wrong.full)
     )
     return Outcome(claim, verdict, checks, wrongs, time.perf_counter() - began, error)
@@ -200,7 +200,7 @@ def _decided(
 
 def _rejection(
     claim: Claim,
-    wrong: Wrong,
+    wrong: Mistake,
     setting: Setting,
     tolerances: Mapping[str, Tolerance],
     rates: Rates,

@@ -11,19 +11,20 @@ import pytest
 from verification import __main__ as command
 from verification import claim, report
 from verification.__main__ import Options, UnknownClaimError, chosen, main
+from verification.claims import CLAIMS
 
 QUICK = "proof-of-the-policy-gradient"
 
 
 def test_nothing_chosen_is_everything():
-    assert chosen(()) == list(claim.CLAIMS)
+    assert chosen(()) == list(CLAIMS)
 
 
 def test_names_and_patterns_choose():
     assert chosen((QUICK,)) == [QUICK]
     proofs = chosen(("proof-*",))
     assert len(proofs) >= 9
-    assert proofs == [name for name in claim.CLAIMS if name.startswith("proof-")]
+    assert proofs == [name for name in CLAIMS if name.startswith("proof-")]
     assert chosen((QUICK, "proof-*")) == proofs
 
 
@@ -63,8 +64,8 @@ def test_a_run_says_what_it_did(tmp_path, capsys):
     (one,) = record["claims"]
     assert one["name"] == QUICK
     assert {"deviation", "tolerance", "verdict", "route"} <= set(one["checks"][0])
-    assert all(wrong["rejected"] and wrong["by"] for wrong in one["wrongs"])
-    assert one["wrongs"][0]["edits"][0]["right"] != one["wrongs"][0]["edits"][0]["wrong"]
+    assert all(wrong["rejected"] and wrong["by"] for wrong in one["mistakes"])
+    assert one["mistakes"][0]["edits"][0]["right"] != one["mistakes"][0]["edits"][0]["wrong"]
     assert QUICK in document.read_text()
 
 
@@ -72,8 +73,8 @@ def test_a_claim_that_fails_is_shown_and_named(tmp_path, capsys, monkeypatch):
     def wrong(setting):
         yield claim.pathwise("one", [1.01], [1.0])
 
-    broken = replace(claim.CLAIMS[QUICK], body=wrong)
-    monkeypatch.setitem(claim.CLAIMS, QUICK, broken)
+    broken = replace(CLAIMS[QUICK], body=wrong)
+    monkeypatch.setitem(CLAIMS, QUICK, broken)
     line = command.tolerances.Tolerance("pathwise", 0.0, 1e-2, "v", 1e-9)
     monkeypatch.setattr(command.tolerances, "load", lambda: {"float64": {QUICK: {"one": line}}})
     assert main(Options(claim=(QUICK,), output=tmp_path)) == 1
@@ -93,7 +94,7 @@ def test_too_few_samples_are_inconclusive_with_the_number_that_would_do(
         stream = (torch.randn(64, dtype=torch.float64) for _ in range(10**6))
         yield claim.sampled("mean", stream, 0.0, variance=1.0, scale=1.0)
 
-    monkeypatch.setitem(claim.CLAIMS, QUICK, replace(claim.CLAIMS[QUICK], body=body))
+    monkeypatch.setitem(CLAIMS, QUICK, replace(CLAIMS[QUICK], body=body))
     line = command.tolerances.Tolerance("sampled", 0.0, 0.1, "v", 0.05)
     monkeypatch.setattr(command.tolerances, "load", lambda: {"float64": {QUICK: {"mean": line}}})
     assert main(Options(claim=(QUICK,), output=tmp_path, most=500)) == 1
@@ -167,7 +168,7 @@ RECORD = {
                     "note": "few",
                 },
             ],
-            "wrongs": [
+            "mistakes": [
                 {
                     "name": "w",
                     "rejected": False,
