@@ -16,9 +16,9 @@ _LOW, _HIGH = -17, 3  # powers of ten of the axis
 _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 1000, 380, 44, 12, 62
 _STYLE = """
   .axis { stroke: #8a929a; stroke-width: .6; opacity: .5; } text { fill: #7a828a;
-  font: 11px system-ui, sans-serif; } .right { stroke: #2a7fc0; } .edge { stroke: #7a828a; }
+  font: 11px system-ui, sans-serif; } .right { stroke: #2a7fc0; } .edge { stroke: #59616a; }
   .wrong { stroke: #d2691e; } .right, .wrong { stroke-width: 3.4; stroke-linecap: round; }
-  .edge { stroke-width: 1.6; }
+  .edge { stroke-width: 2.2; }
 """
 
 
