@@ -23,6 +23,7 @@ from verification.problems.gaussian_diffusion import (
     DATA,
     ctrl_normal,
     normal,
+    quadratic,  # noqa: F401  # a mistake takes it
     schedule,
 )
 

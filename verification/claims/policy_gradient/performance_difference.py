@@ -25,14 +25,12 @@ from verification.problems.exploratory_lq import (
     problem,
     to_zero,
 )
-from verification.problems.performance_difference import OLD, P, value_of_old
+from verification.problems.performance_difference import NEW, OLD, P, value_of_old
 
 SOURCE = (
     '"Score as Action", arXiv 2502.01819, Lemma 4.2; Zhao, Tang & Yao 2023, policy '
     "optimisation in continuous time, Theorem 2"
 )
-
-NEW = np.array([-0.2, 0.6, -0.75])
 
 
 def paths_of_new(setting: Setting, nodes: np.ndarray) -> ctrl.Paths:
