@@ -1,4 +1,4 @@
-"""Dependence of the performance on the standard deviation of the drawn actions.
+"""Theorem 4.1 for the exploration's scale: the gradient in the covariance.
 
 With a terminal reward only, a drift affine in the action and a diffusion without it,
 E[(z^2 - 1) q] = 0: in continuous time the performance has no gradient in the spread of the

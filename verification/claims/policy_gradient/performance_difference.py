@@ -1,4 +1,4 @@
-"""On a grid, against moments; in the limit, against both performances.
+"""Lemma 4.2: the difference of two policies' performances, by q-rates.
 
 V'(0, x) - V(0, x) = E' int e^{-discount t} (q(t, X_t, a_t) - temperature log pi'(a_t)) dt,
 where q is of the value V of the old policy, and states, actions and entropy are the new
