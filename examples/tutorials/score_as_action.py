@@ -18,8 +18,8 @@
 # $$dX_t = \big(-f(T-t, X_t) + g(T-t)^2\,a_t\big)\,dt + g(T-t)\,dW_t,
 # \qquad a_t = \text{the score}.$$
 #
-# With $a = s_{pre}$, the score of the noised data, this samples from the data. A policy is another
-# score; $\theta$ is here a shift that is added to the pretrained one.
+# With $a = s_{\mathrm{pre}}$, the score of the noised data, this samples from the data. A policy
+# is another score; $\theta$ is here a shift that is added to the pretrained one.
 
 # %%
 import inspect
@@ -63,13 +63,13 @@ def sample(theta: torch.Tensor) -> ctrl.Paths:
 # %% [markdown]
 # ## Theorem 3.1: what leaving the pretrained model costs
 #
-# $$\mathrm{KL}(P_\theta\,\|\,P_{pre}) = \tfrac12\int_0^T g(T-t)^2
-# \mathbb{E}_\theta\,|\mu_\theta(t, X_t) - s_{pre}(t, X_t)|^2\,dt.$$
+# $$\mathrm{KL}(P_\theta\,\|\,P_{\mathrm{pre}}) = \tfrac12\int_0^T g(T-t)^2
+# \mathbb{E}_\theta\,|\mu_\theta(t, X_t) - s_{\mathrm{pre}}(t, X_t)|^2\,dt.$$
 #
 # This is `ctrl.girsanov.path_kl` of the SDE above: the diffusion is $g$, the drift moves by
-# $g^2(\mu_\theta - s_{pre})$, so $u = g\,(\mu_\theta - s_{pre})$. For a constant shift it is
-# $\tfrac12|\theta|^2\int g^2dt$, on every path. Of the images themselves, the laws at $T$, the KL
-# is smaller: an image is a function of its path, and forgets most of it.
+# $g^2(\mu_\theta - s_{\mathrm{pre}})$, so $u = g\,(\mu_\theta - s_{\mathrm{pre}})$. For a constant
+# shift it is $\tfrac12|\theta|^2\int g^2dt$, on every path. Of the images themselves, the laws at
+# $T$, the KL is smaller: an image is a function of its path, and forgets most of it.
 
 # %%
 theta = torch.tensor([0.15, -0.1], dtype=torch.float64)
@@ -146,9 +146,9 @@ print("exactly          {:.4f} {:.4f}".format(*exact.tolist()))
 # A run takes several steps on one roll-out, so the loss is a surrogate at the policy that sampled.
 # Per step of a path
 #
-# $$\ell = \lambda\,\tfrac12\,g^2\,|\mu_\theta - s_{pre}|^2\,h
+# $$\ell = \lambda\,\tfrac12\,g^2\,|\mu_\theta - s_{\mathrm{pre}}|^2\,h
 # - \min\big(\rho\,A,\ \mathrm{clip}(\rho)\,A\big),
-# \qquad \rho = \frac{p_\theta(x_{k+1}|x_k)}{p_{old}(x_{k+1}|x_k)}.$$
+# \qquad \rho = \frac{p_\theta(x_{k+1}|x_k)}{p_{\mathrm{old}}(x_{k+1}|x_k)}.$$
 #
 # - The first term is Theorem 3.1's, exactly, with weight $\lambda$ = `kl_weight`, reward per nat.
 # - $A$ is a continuous advantage: temporal differences of $V$, less what the KL costs, forgotten
