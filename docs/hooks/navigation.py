@@ -46,8 +46,9 @@ def expanded(nav: list[Any], pages: list[str], docs: Path) -> list[Any]:
         elif item == "reference/*":
             made += reference.navigation()
         elif "*" in item:
-            fitting = [p for p in pages if fnmatch(p, item) and p not in named]
-            made += in_order(fitting, item.split("/")[0], docs)
+            deep = item.count("/")
+            fitting = [p for p in pages if fnmatch(p, item) and p.count("/") == deep]
+            made += in_order([p for p in fitting if p not in named], item.split("/")[0], docs)
         else:
             made.append(item)
     return made
