@@ -52,7 +52,7 @@ def test_a_claim_becomes_its_statement_its_checks_and_a_picture(docs):
     assert "see it" not in text
     assert text.startswith("before")
     assert "    KL(P^u || P^0) = E^u[1/2 int |u|^2 dt]" in text
-    assert "2 checks, 1 of 2 planted mistakes rejected" in text
+    assert "2 checks reject 1 of 2 planted mistakes" in text
     assert r"| 1 | one \| path | pathwise | 0 | 1.0e-12 | 3.0e-01 |" in text
     assert "| 2 | mean | sampled | 2.0e-03 | 1.0e-02 |  |" in text
     assert r"\<of\> the\_paper" in text
