@@ -24,7 +24,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.pages import Page
 
 _MARKER = re.compile(r"^(.*)<!-- claim: ([\w-]+) -->[ \t]*$", re.MULTILINE)
-_SECTION = re.compile(r"^## (\S+)$", re.MULTILINE)
+_SECTION = re.compile(r"^#{2,3} (\S+)$", re.MULTILINE)
 _LEAST, _WIDTH, _LEFT, _ROW = 1e-18, 640, 34, 20
 
 

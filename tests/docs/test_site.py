@@ -127,8 +127,10 @@ def test_the_navigation_is_filled_in_by_the_page_that_leads_to_it(tmp_path):
     assert navigation.expanded(nav, pages, tmp_path) == [
         {"Theory": ["theorems.md", "theory/b.md", "theory/a.md", "theory/c.md"]}
     ]
-    rest = navigation.expanded(["a.md", "*.md"], ["a.md", "b.md", "x/c.md"], tmp_path)
-    assert rest == ["a.md", "b.md"]
+    rest = navigation.expanded(
+        [{"A": "a.md"}, {"Rest": ["*.md"]}], ["a.md", "b.md", "x/c.md"], tmp_path
+    )
+    assert rest == [{"A": "a.md"}, {"Rest": ["b.md"]}]
     (tmp_path / "theorems.md").write_text("## B\n[b](theory/b.md)\n## A\n[a](theory/a.md)\n")
     assert navigation.expanded(nav, pages, tmp_path)[0]["Theory"] == [
         "theorems.md",
