@@ -52,7 +52,7 @@ def test_a_claim_becomes_its_statement_its_checks_and_a_picture(docs):
     assert "see it" not in text
     assert text.startswith("before")
     assert "    KL(P^u || P^0) = E^u[1/2 int |u|^2 dt]" in text
-    assert "2 checks, 1 of 2 planted mistakes rejected" in text
+    assert "2 checks reject 1 of 2 planted mistakes" in text
     assert r"| 1 | one \| path | pathwise | 0 | 1.0e-12 | 3.0e-01 |" in text
     assert "| 2 | mean | sampled | 2.0e-03 | 1.0e-02 |  |" in text
     assert r"\<of\> the\_paper" in text
@@ -127,6 +127,10 @@ def test_the_navigation_is_filled_in_by_the_page_that_leads_to_it(tmp_path):
     assert navigation.expanded(nav, pages, tmp_path) == [
         {"Theory": ["theorems.md", "theory/b.md", "theory/a.md", "theory/c.md"]}
     ]
+    rest = navigation.expanded(
+        [{"A": "a.md"}, {"Rest": ["*.md"]}], ["a.md", "b.md", "x/c.md"], tmp_path
+    )
+    assert rest == [{"A": "a.md"}, {"Rest": ["b.md"]}]
     (tmp_path / "theorems.md").write_text("## B\n[b](theory/b.md)\n## A\n[a](theory/a.md)\n")
     assert navigation.expanded(nav, pages, tmp_path)[0]["Theory"] == [
         "theorems.md",
