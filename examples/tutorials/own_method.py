@@ -6,7 +6,8 @@
 # All methods run in one loop, on one sampler, one adapter and one count of reward queries. A
 # method is a frozen dataclass of its hyperparameters with two functions: what every decision was
 # worth, and the loss of a row. This page writes one, runs it on a problem whose optimum is known,
-# and places it among the others. It needs a clone of the repository, for `benchmarks`.
+# and places it among the others. It needs a clone of the repository, for `benchmarks`; where the
+# script runs alone, with `PYTHONPATH=.` before it.
 #
 # The method is the oldest there is, REINFORCE, on the transitions of the sampler, with the path KL
 # as a running cost:
