@@ -28,8 +28,8 @@ def eta_family() -> Figure:
     left.plot([1], [0.5], "o", color=ORANGE)
     left.annotate("time reversal: 1/2", (1, 0.5), (1.0, 1.2), ha="center")
     left.set(xlabel="η", ylabel="path KL / ∫ g² |Δs|² dt", title="what a change costs")
-    schedule, times = VPLinear(0.1, 20.0), torch.linspace(1, 0, 1001, dtype=torch.float64)
-    etas = torch.linspace(0.02, 1.5, 38).tolist()  # no KL, hence no steps, at 0
+    schedule, times = VPLinear(0.1, 20.0), torch.linspace(1, 0, 601, dtype=torch.float64)
+    etas = torch.linspace(0.02, 1.5, 23).tolist()  # no KL, hence no steps, at 0
     response = []
     for eta in etas:
         steps = linear_policy.Steps.of_euler(schedule, times, eta)
