@@ -19,6 +19,7 @@ PICTURES = {
     "terminal_kl": path_laws.terminal_kl,
     "two_actions": path_laws.two_actions,
     "trust_region": path_laws.trust_region_gap,
+    "generation": fine_tuning.generation,
     "eta_family": fine_tuning.eta_family,
     "kl_tilt": fine_tuning.kl_tilt,
     "value_function_bias": fine_tuning.value_function_bias,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import ctrl
 from benchmarks.theory_plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, panels
-from diffusion_envs.denoising import kl_factor
+from diffusion_envs.denoising import generation_sde, kl_factor
 from diffusion_envs.exact import GaussianProblem, gaussian, linear_policy, table
 from diffusion_envs.exact.problems import MixtureProblem
 from diffusion_envs.frontier import Frontier
@@ -18,6 +18,41 @@ from diffusion_envs.samplers import DDIM
 ZERO, ONE = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
 DATA = gaussian.Gaussian(0.8 * ONE[None], 0.5 * ONE[None, None])
 NO_GAIN, NO_SHIFT = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+
+
+def generation() -> Figure:
+    """Paths from noise to data from the same starts: the time reversal, and the flow."""
+    figure, axes = panels(2)
+    problem, schedule, grid = MixtureProblem(), VPLinear(0.1, 20.0), ctrl.uniform_grid(1.0, 200)
+
+    def score(t: Tensor, x: Tensor) -> Tensor:
+        s = (schedule.horizon - t).expand(len(x))
+        return problem.exact_score(x, schedule.alpha(s), schedule.sigma(s))
+
+    start = torch.randn(12, 1, dtype=torch.float64, generator=ctrl.noise.stream(0, "start"))
+    for panel, eta, title in ((axes[0], 1.0, "eta = 1: SDE"), (axes[1], 0.0, "eta = 0: ODE")):
+        paths = ctrl.simulate(
+            ctrl.ControlProblem(generation_sde(schedule, eta), horizon=1.0),
+            ctrl.DeterministicPolicy(score),
+            start,
+            grid,
+            generator=ctrl.noise.stream(0, "generation"),
+        )
+        for path in paths.states[:, ::5, 0]:
+            colour = (BLUE, ORANGE)[int(path[-1] > -0.15)]
+            panel.plot(grid.nodes[::5], path, color=colour, linewidth=0.9)
+        x = torch.linspace(-2.6, 2.6, 53, dtype=torch.float64)
+        for at, side, alpha, sigma in ((0.0, -1, 0.0, 1.0), (1.0, 1, 1.0, 0.0)):
+            density = torch.zeros_like(x)
+            for w, m, std in zip(problem.weights, problem.means, problem.stds, strict=True):
+                law = torch.distributions.Normal(alpha * m, (alpha**2 * std**2 + sigma**2) ** 0.5)
+                density += w * law.log_prob(x).exp()
+            panel.fill_betweenx(
+                x, at, at + 0.25 * side * density, color=GREY, alpha=0.4, linewidth=0
+            )
+        panel.set(xlabel="t", ylabel="X", title=title, xlim=(-0.2, 1.2), ylim=(-2.7, 2.7))
+        panel.set_xticks([0, 1], ["0: noise", "1: data"])
+    return figure
 
 
 def eta_family() -> Figure:
