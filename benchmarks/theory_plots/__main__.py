@@ -24,6 +24,7 @@ PICTURES = {
     "kl_tilt": fine_tuning.kl_tilt,
     "value_function_bias": fine_tuning.value_function_bias,
     "step_transfer": fine_tuning.step_transfer,
+    "natural_gradient": fine_tuning.natural_gradient,
     "frontier": fine_tuning.frontier,
     "ddim": fine_tuning.ddim,
     "policy_evaluation": control.policy_evaluation,

@@ -14,6 +14,7 @@ from diffusion_envs.exact.problems import MixtureProblem
 from diffusion_envs.frontier import Frontier
 from diffusion_envs.noise_schedules import NoiseSchedule, VPLinear
 from diffusion_envs.samplers import DDIM
+from diffusion_envs.training.optimisers.natural_gradient import natural_direction
 
 ZERO, ONE = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
 DATA = gaussian.Gaussian(0.8 * ONE[None], 0.5 * ONE[None, None])
@@ -159,6 +160,32 @@ def step_transfer() -> Figure:
     axes.set(
         xlabel="steps of sampling (trained at 50)", ylabel="share of the shift", ylim=(0, 1.15)
     )
+    return figure
+
+
+def natural_gradient() -> Figure:
+    """Two steps of equal path KL: along the gradient, and along the natural one."""
+    figure, (axes,) = panels(height=3.2)
+    metric = torch.tensor([[1.0, 0.8], [0.8, 2.2]], dtype=torch.float64)
+    gradient = torch.tensor([1.0, 0.1], dtype=torch.float64)
+    nats = 0.02
+    natural, _ = natural_direction(lambda v: metric @ v, gradient, iterations=2, damping=0.0)
+    angle = torch.linspace(0, 2 * math.pi, 121, dtype=torch.float64)
+    circle = torch.stack([angle.cos(), angle.sin()])
+    edge = circle * (2 * nats / (circle * (metric @ circle)).sum(0)).sqrt()
+    axes.plot(*edge, color=GREY, label=f"{nats:g} nats from here")
+    for direction, name, colour in (
+        (gradient, "gradient", ORANGE),
+        (natural, "natural gradient", BLUE),
+    ):
+        step = direction * (2 * nats / (direction @ metric @ direction)).sqrt()
+        gain = (gradient @ step).item()
+        axes.plot([0, step[0]], [0, step[1]], "o-", color=colour, label=f"{name}: gains {gain:.3f}")
+        x = torch.linspace(-0.3, 0.45, 2, dtype=torch.float64)
+        line = (gain - gradient[0] * x) / gradient[1]
+        axes.plot(x, line, ":", color=colour, linewidth=1)
+    axes.set(xlabel="first parameter", ylabel="second parameter")
+    axes.set(xlim=(-0.28, 0.42), ylim=(-0.22, 0.34), aspect="equal")
     return figure
 
 
