@@ -173,14 +173,20 @@ def natural_gradient() -> Figure:
     angle = torch.linspace(0, 2 * math.pi, 121, dtype=torch.float64)
     circle = torch.stack([angle.cos(), angle.sin()])
     edge = circle * (2 * nats / (circle * (metric @ circle)).sum(0)).sqrt()
-    axes.plot(*edge, color=GREY, label=f"{nats:g} nats from here")
+    axes.plot(*edge.tolist(), color=GREY, label=f"{nats:g} nats from here")
     for direction, name, colour in (
         (gradient, "gradient", ORANGE),
         (natural, "natural gradient", BLUE),
     ):
         step = direction * (2 * nats / (direction @ metric @ direction)).sqrt()
         gain = (gradient @ step).item()
-        axes.plot([0, step[0]], [0, step[1]], "o-", color=colour, label=f"{name}: gains {gain:.3f}")
+        axes.plot(
+            [0, step[0].item()],
+            [0, step[1].item()],
+            "o-",
+            color=colour,
+            label=f"{name}: gains {gain:.3f}",
+        )
         x = torch.linspace(-0.3, 0.45, 2, dtype=torch.float64)
         line = (gain - gradient[0] * x) / gradient[1]
         axes.plot(x, line, ":", color=colour, linewidth=1)
