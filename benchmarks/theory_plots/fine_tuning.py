@@ -102,7 +102,7 @@ def kl_tilt() -> Figure:
         tilted = density * (rewards / kl_weight).exp()
         tilted /= torch.trapezoid(tilted, x)
         axes.plot(x[inside], tilted[inside], color=colour, label=f"tilt, β = {kl_weight:g}")
-    axes.set(xlabel="x", ylabel="density", ylim=(0, 2.9))
+    axes.set(xlabel="x", ylabel="density", ylim=(0, 3.3))
     return figure
 
 
