@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import griffe
+import reference
 
 _ENTRY = re.compile(r"^([A-Z][\w-]*) {2,}(\S.*)$")
 
@@ -74,3 +75,6 @@ class Docstrings(griffe.Extension):
                 obj.docstring.value += f"\n\nAttributes:\n{fields}"
         if obj.docstring and any(_ENTRY.match(x) for x in obj.docstring.value.split("\n")):
             obj.docstring.value = as_markdown(obj.docstring.value)
+        if obj.docstring and obj.package.path in reference.packages():
+            text = obj.docstring.value
+            obj.docstring.value = reference.linked_docstring(text, obj.path, obj.module.path)

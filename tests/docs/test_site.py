@@ -161,6 +161,18 @@ def test_names_in_backticks_lead_to_the_reference_but_not_in_code():
         assert reference.linked(kept) == kept
 
 
+def test_names_in_docstrings_lead_to_the_reference():
+    def linked(text):
+        return reference.linked_docstring(text, "ctrl.girsanov.path_kl", "ctrl.girsanov")
+
+    assert linked("see ``girsanov.log_ratio``") == (
+        "see [``girsanov.log_ratio``][ctrl.girsanov.log_ratio]"
+    )
+    assert linked("``Estimate.of(x)``") == "[``Estimate.of(x)``][ctrl.estimate.Estimate.of]"
+    for kept in ("``girsanov.path_kl``", "``states``", "``noise``", "``True``"):
+        assert linked(kept) == kept
+
+
 def test_blocks_say_what_the_tests_do_with_them():
     text = (
         "a\n\n<!-- run before: x = 1 -->\n<!-- run with: y = 9 -> y = 2 -->\n"
