@@ -151,10 +151,10 @@ def test_aligned_entries_of_a_docstring_become_a_list():
 
 
 def test_aligned_columns_of_a_docstring_are_kept():
-    text = "First.\n\na   b\ncc  d\n\n    code   it\n    is\n\nSetting   x.\n\nOne sentence.  Another\nline.\n"
-    assert docstrings.with_tables_kept(text) == (
-        "First.\n\n```text\na   b\ncc  d\n```\n\n    code   it\n    is\n\nSetting   x.\n\nOne sentence.  Another\nline.\n"
-    )
+    code, rest = "    code   it\n    is", "Setting   x.\n\nOne sentence.  Another\nline.\n"
+    text = f"First.\n\na   b\ncc  d\n\n{code}\n\n{rest}"
+    kept = f"First.\n\n```text\na   b\ncc  d\n```\n\n{code}\n\n{rest}"
+    assert docstrings.with_tables_kept(text) == kept
 
 
 def test_names_in_backticks_lead_to_the_reference_but_not_in_code():
