@@ -114,6 +114,7 @@ GROUPS = (
 
 # Further modules whose names stand on the page of their package.
 SHARED: dict[str, tuple[str, ...]] = {
+    "diffusion_envs.exact": _of("diffusion_envs.exact", "gaussian linear_policy"),
     "ctrl.linear": _of("ctrl.linear", "lq riccati lyapunov gaussian kl_control"),
     "ctrl.agents": _of(
         "ctrl.agents",
