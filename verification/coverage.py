@@ -35,44 +35,42 @@ _ROLL_OUTS = ("simulate.py", "noise_sources.py", "solvers.py", "sde.py", "torchs
 _STEP = 0.37  # from one action, or one time, to another
 
 # Beginning of a result in docs/theorems.md -> why a property cannot be there.
-_NO_REWARD = {
-    ACTION: "no reward enters",
-    DISCOUNT: "no reward enters",
-    TEMPERATURE: "no reward enters",
-}
-_NEXT_STATE = {TEMPERATURE: "the next state has no entropy that a policy chooses: refused"}
-_TERMINAL = {
-    ACTION: "a bound on laws and a rate h, whatever pays it",
-    DISCOUNT: "the rate h is discounted or not",
-    TEMPERATURE: "the rate h has the entropy in it or not",
-}
-_OF_NUMBERS = "of advantages already computed: no dynamics enter"
+_NO_REWARD: dict[str, str] = dict.fromkeys((ACTION, DISCOUNT, TEMPERATURE), "of laws of paths: no reward enters")
 _DENOISING = {
-    DISCOUNT: "the paper has none",
-    TEMPERATURE: "the paper has none",
-    CORRELATED: "noise of a diffusion model is independent in every coordinate",
+    **dict.fromkeys(
+        (DISCOUNT, TEMPERATURE),
+        "a diffusion model's reward is terminal, its score the action: no discount, no entropy",
+    ),
+    CORRELATED: "the noise of a diffusion model is independent in every coordinate",
 }
-_NO_GRID = "solved in continuous time, without a grid"
+_SAMPLES = "of samples of the last state: no grid and no dynamics enter"
 NOT_APPLICABLE: Mapping[str, Mapping[str, str]] = {
-    "Theorem 3.1, KL": _NO_REWARD,
-    "Theorem 3.1, terminal": _NO_REWARD,
-    "two meanings of an action": {},
-    "Theorem 4.4": {},
-    "... as an algorithm": {**_NO_REWARD, CORRELATED: _DENOISING[CORRELATED]},
-    "continuous advantages": {},
-    "value network": {**_DENOISING, ACTION: "no KL is weighed in the value network's target"},
-    "2023, normalisation": {UNEVEN: "of one state and time: no grid enters"},
-    "2023, Theorems": {},
-    "... exploratory LQ": {UNEVEN: _NO_GRID},
-    "Tang & Zhou 2024": {UNEVEN: _NO_GRID, TIME: "the problem is stationary"},
-    "Wang, Zariphopoulou & Zhou 2020": {DISCOUNT: "of the state's law alone"},
+    "Theorem 3.1": _NO_REWARD,
+    "two meanings of an action": {
+        TEMPERATURE: "the next state has no entropy that a policy chooses: such problems are "
+        "refused (view A: the row above)",
+        CORRELATED: "transition densities of noise that mixes are refused (view A: the row above)",
+    },
+    "... as an algorithm": {
+        **_NO_REWARD,
+        CORRELATED: _DENOISING[CORRELATED],
+        UNEVEN: "steps are weighed by their noise, not by their length",
+    },
+    "value network": {**_DENOISING, ACTION: "no KL enters the value network's target"},
+    "2023, normalisation": dict.fromkeys(
+        (UNEVEN, TIME), "at one state and one time: no grid enters, and time is a parameter"
+    ),
+    "Wang, Zariphopoulou & Zhou 2020": dict.fromkeys(
+        (ACTION, DISCOUNT, TEMPERATURE), _NO_REWARD[ACTION]
+    ),
+    "Zhao, Tang & Yao 2023": {TIME: "a stationary problem without a horizon"},
+    "Tang & Zhou 2024": {
+        TIME: "a stationary problem without a horizon",
+        UNEVEN: "solved in continuous time: no grid enters",
+    },
     "Adjoint matching": _DENOISING,
     "KL-regularised optimum": _DENOISING,
-    "KL-reward frontier": {
-        **_DENOISING,
-        UNEVEN: "of samples of the terminal law: no grid enters",
-        TIME: "of samples of the terminal law: no dynamics enter",
-    },
+    "KL-reward frontier": {**_DENOISING, UNEVEN: _SAMPLES, TIME: _SAMPLES},
 }
 
 
@@ -186,7 +184,7 @@ class Watch:
 
 def _plain(value: object) -> bool:
     """Whether a number can be looked at: not inside of a ``torch.func`` transform."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # torch has no public name for it
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]  # there is no public name
     return not isinstance(value, Tensor) or not wrapped(value)
 
 

@@ -35,9 +35,13 @@ class Quadratic(NamedTuple):
     e: np.ndarray
     c: float | complex
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray) -> np.ndarray | np.number:
         """At states [..., dim]."""
         return np.einsum("...i,ij,...j", x, self.P, x) / 2 + x @ self.e + self.c
+
+    def less(self, other: "Quadratic") -> "Quadratic":
+        """The difference of two."""
+        return Quadratic(self.P - other.P, self.e - other.e, self.c - other.c)
 
     def expected(self, mean: np.ndarray, second: np.ndarray) -> float | complex:
         """Of states with this mean and these second moments."""
@@ -52,7 +56,7 @@ def value(t: float) -> Quadratic:
 
 def slope(t: float) -> Quadratic:
     """dV / dt: V is linear in time."""
-    return Quadratic(*(after - now for after, now in zip(value(t + 1), value(t), strict=True)))
+    return value(t + 1).less(value(t))
 
 
 class Coefficients(NamedTuple):
@@ -88,7 +92,7 @@ class MatrixLQ:
     def reward(self, t: float) -> Quadratic:
         """M, m and n: what V lacks to be a martingale under THETA."""
         none = Quadratic(np.zeros((DIM, DIM)), np.zeros(DIM), 0.0)
-        return Quadratic(*(-each for each in _average(self, t, value(t), slope(t), THETA, none)))
+        return none.less(_average(self, t, value(t), slope(t), THETA, none))
 
 
 def unpack(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -125,23 +129,26 @@ def log_density(theta: np.ndarray, x: np.ndarray, a: np.ndarray) -> np.ndarray:
     return DIM / 2 - _entropy(scale) - 0.5 * (z**2).sum(1)
 
 
+def paid(p: MatrixLQ, t: float, x: np.ndarray, a: np.ndarray) -> np.ndarray:
+    """The reward rate without its entropy, [paths]."""
+    return p.reward(t)(x) - np.einsum("pi,ij,pj->p", a, p.at(t).N, a) / 2
+
+
 def q_rate(p: MatrixLQ, t: float, x: np.ndarray, a: np.ndarray) -> np.ndarray:
     """q of V, [paths]."""
-    (A, B, S, N), v = p.at(t), value(t)
+    (A, B, S, _), v = p.at(t), value(t)
     along = np.sum((x @ A.T + a @ B.T) * (x @ v.P + v.e), axis=1) + np.trace(S @ S.T @ v.P) / 2
-    cost = np.einsum("pi,ij,pj->p", a, N, a) / 2
-    return slope(t)(x) + along + p.reward(t)(x) - cost - p.discount * v(x)
+    return slope(t)(x) + along + paid(p, t, x, a) - p.discount * v(x)
 
 
 def chain_q(
     p: MatrixLQ, theta: np.ndarray, nodes: np.ndarray, k: int, x: np.ndarray, a: np.ndarray
 ) -> np.ndarray:
     """(e^{-discount h} E[V_{k+1} | x, a] - V_k) / h + r of the chain's own V, [paths]."""
-    h, (A, B, S, N) = nodes[k + 1] - nodes[k], p.at(nodes[k])
+    h, (A, B, S, _) = nodes[k + 1] - nodes[k], p.at(nodes[k])
     now, after = chain_value(p, theta, nodes)[k : k + 2]
     ahead = after(x + h * (x @ A.T + a @ B.T)) + h * np.trace(S @ S.T @ after.P) / 2
-    paid = p.reward(nodes[k])(x) - np.einsum("pi,ij,pj->p", a, N, a) / 2
-    return (np.exp(-p.discount * h) * ahead - now(x)) / h + paid
+    return (np.exp(-p.discount * h) * ahead - now(x)) / h + paid(p, nodes[k], x, a)
 
 
 def chain_value(p: MatrixLQ, theta: np.ndarray, nodes: np.ndarray) -> list[Quadratic]:
@@ -182,10 +189,10 @@ def continuous_performance(p: MatrixLQ, theta: np.ndarray) -> float:
         turned = F @ second + np.outer(push, mean)
         cost = np.sum(gain.T @ N @ gain * second) / 2 + offset @ N @ gain @ mean
         cost += (offset @ N @ offset + np.trace(N @ scale @ scale.T)) / 2
-        paid = reward.expected(mean, second) - cost + p.temperature * _entropy(scale)
+        earned = reward.expected(mean, second) - cost + p.temperature * _entropy(scale)
         second_rate = turned + turned.T + S @ S.T
-        paid *= np.exp(-p.discount * t)
-        return np.concatenate([F @ mean + push, second_rate.ravel(), [paid]])
+        earned *= np.exp(-p.discount * t)
+        return np.concatenate([F @ mean + push, second_rate.ravel(), [earned]])
 
     start = np.array(p.start)
     begin = np.concatenate([start, np.outer(start, start).ravel(), [0.0]])

@@ -107,6 +107,4 @@ def along(paths: ctrl.Paths) -> list[tuple[int, float, float, np.ndarray, np.nda
     assert paths.actions is not None
     x, a = (each.detach().double().cpu().numpy() for each in (paths.states, paths.actions))
     nodes = paths.grid.nodes.double().cpu().numpy()
-    return [
-        (k, float(nodes[k]), float(h), x[:, k], a[:, k]) for k, h in enumerate(np.diff(nodes))
-    ]
+    return [(k, float(nodes[k]), float(h), x[:, k], a[:, k]) for k, h in enumerate(np.diff(nodes))]

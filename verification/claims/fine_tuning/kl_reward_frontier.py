@@ -28,6 +28,7 @@ from verification.problems.frontier import (
 
 SOURCE = "Gibbs' variational principle (Donsker & Varadhan 1975); arXiv 2605.07105"
 WHY_DOUBLE = "the frontier is computed in float64, whatever its rewards come in"
+COVERS = "several dimensions"
 
 WEIGHTS = (1.1, 0.6)
 LAW = Normal(np.array(GAUSSIAN.mean), np.array(GAUSSIAN.covariance))
