@@ -35,7 +35,9 @@ _ROLL_OUTS = ("simulate.py", "noise_sources.py", "solvers.py", "sde.py", "torchs
 _STEP = 0.37  # from one action, or one time, to another
 
 # Beginning of a result in docs/theorems.md -> why a property cannot be there.
-_NO_REWARD: dict[str, str] = dict.fromkeys((ACTION, DISCOUNT, TEMPERATURE), "of laws of paths: no reward enters")
+_NO_REWARD: dict[str, str] = dict.fromkeys(
+    (ACTION, DISCOUNT, TEMPERATURE), "of laws of paths: no reward enters"
+)
 _DENOISING = {
     **dict.fromkeys(
         (DISCOUNT, TEMPERATURE),

@@ -80,15 +80,15 @@ def checks(setting: Setting) -> Iterator[Check]:
     paths = paths_after(setting, nodes, None)
     stated, policy = lq.problem(P), lq.policy(*[setting.tensor(float(v)) for v in THETA])
     along, rewards = values(smooth, stated, paths), regularised_rewards(stated, paths, policy)
-    columns = [each.double().cpu().numpy() for each in (along, rewards, paths.grid.steps)]
-    exact = by_definition(*columns, RATE, np.full_like(columns[1], P.discount))
+    v, r, steps = (each.double().cpu().numpy() for each in (along, rewards, paths.grid.steps))
+    exact = by_definition(v, r, steps, RATE, np.full_like(r, P.discount))
     yield pathwise("the defining sum", advantages(setting, smooth, paths, RATE), exact)
     killed, h = replace(stated, discount=killing), paths.grid.steps
     moments = zip(paths.grid.nodes, paths.states[:, :-1].unbind(1), strict=False)
     discounts = torch.stack([killing(t, x) for t, x in moments], 1).double().cpu().numpy()
     rates = discount_rates(killed, paths)
     slow, whole = (continuous_gae(along, rewards, h, rate, rates) for rate in (RATE, 0.0))
-    exact = by_definition(*columns, RATE, discounts)
+    exact = by_definition(v, r, steps, RATE, discounts)
     yield pathwise("the defining sum, discount of state and time", slow, exact)
     exact = returns_to_go(killed, paths, policy)[:, :-1] - along[:, :-1]
     yield pathwise("rate 0, discount of state and time: the return less V", whole, exact)

@@ -100,14 +100,13 @@ def checks(setting: Setting) -> Iterator[Check]:
     stated, chosen, value = problem(setting), policy(parameters(setting)), chain_value(setting)
     paths = drawn_paths(setting, parameters(setting))
     other = drawn_paths(setting, parameters(setting, OTHER))
-    size = abs(float(lq.performance(P, THETA, NODES)))
+    size = abs(lq.performance(P, THETA, NODES))
     xi = mg.features_along(monomials)
     zero = mean(mg.orthogonality(xi, value, stated, paths, chosen), paths).detach()
     yield expectation("E int xi dM = 0 of the chain's own value", zero, [0.0] * 6, size)
     fitted = mg.clstd(of_each_node, stated, paths, chosen).coefficients
     first, (P1, e1, c1), _ = lq.chain_value(P, THETA, NODES)
-    start = float(first(np.array(P.start)))
-    there = [start, float(c1), *e1, P1[0, 0] / 2, P1[0, 1], P1[1, 1] / 2]
+    there = [first(np.array(P.start)), c1, *e1, P1[0, 0] / 2, P1[0, 1], P1[1, 1] / 2]
     yield expectation("CLSTD finds the chain's value", fitted, there)
 
     # a value that is wrong, and the direction x1 x2 in which losses are differentiated
