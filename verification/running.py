@@ -75,7 +75,7 @@ class Outcome:
     claim: Claim
     verdict: Verdict
     checks: tuple[Measured, ...]
-    wrongs: tuple[Rejection, ...]
+    mistakes: tuple[Rejection, ...]
     seconds: float
     error: str = ""
 
@@ -130,12 +130,12 @@ def run(
         verdict = Verdict.INCONCLUSIVE
     else:
         verdict = Verdict.PASS
-    wrongs = tuple(
+    mistakes = tuple(
         _rejection(claim, wrong, setting, tolerances, rates)
         for wrong in claim.mistakes
         if plant and (setting.full or not wrong.full)
     )
-    return Outcome(claim, verdict, checks, wrongs, time.perf_counter() - began, error)
+    return Outcome(claim, verdict, checks, mistakes, time.perf_counter() - began, error)
 
 
 def _decided(
