@@ -11,12 +11,14 @@ their own, by a recursion. Parameters in a row: theta = (K, k, lower triangle of
 recursions are analytic in theta, so that derivatives are complex steps.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from scipy.integrate import solve_ivp
+
+from verification.closed_form import gaussian_law
 
 DIM = 2
 HORIZON = 0.9
@@ -125,8 +127,7 @@ def _entropy(scale: np.ndarray) -> float | complex:
 def log_density(theta: np.ndarray, x: np.ndarray, a: np.ndarray) -> np.ndarray:
     """log pi(a | x), [paths]."""
     gain, offset, scale = unpack(theta)
-    z = np.linalg.solve(scale, (a - x @ gain.T - offset).T).T
-    return DIM / 2 - _entropy(scale) - 0.5 * (z**2).sum(1)
+    return gaussian_law.log_density(a, x @ gain.T + offset, scale @ scale.T)
 
 
 def paid(p: MatrixLQ, t: float, x: np.ndarray, a: np.ndarray) -> np.ndarray:
@@ -199,12 +200,6 @@ def continuous_performance(p: MatrixLQ, theta: np.ndarray) -> float:
     end = solve_ivp(rates, (0, HORIZON), begin, rtol=1e-12, atol=1e-13).y[:, -1]
     terminal = value(HORIZON).expected(end[:DIM], end[DIM:-1].reshape(DIM, DIM))
     return float(end[-1] + np.exp(-p.discount * HORIZON) * terminal)
-
-
-def gradient(function: Callable[[np.ndarray], float | complex], theta: np.ndarray) -> np.ndarray:
-    """d function / d theta, by complex steps."""
-    step = 1e-30
-    return np.array([np.imag(function(theta + 1j * step * e)) / step for e in np.eye(len(theta))])
 
 
 def moments(

@@ -18,7 +18,8 @@ from itertools import pairwise
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from verification.closed_form.vp_gaussian import Normal, Transition, VPGaussian
+from verification.closed_form.gaussian_law import Normal, Transition
+from verification.closed_form.vp_gaussian import VPGaussian
 
 EULER_GAMMA = 0.5772156649015329
 

@@ -15,7 +15,8 @@ import numpy as np
 from scipy.integrate import solve_ivp
 from scipy.linalg import fractional_matrix_power
 
-from verification.closed_form.vp_gaussian import Normal, Quadratic, Transition, VPGaussian
+from verification.closed_form.gaussian_law import Normal, Quadratic, Transition
+from verification.closed_form.vp_gaussian import VPGaussian
 
 
 def tilt(law: Normal, reward: Quadratic, b: float) -> tuple[Normal, float]:

@@ -18,6 +18,7 @@ import ctrl
 from diffusion_envs.exact import gaussian
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, expectation, limit, pathwise
+from verification.closed_form.gaussian_law import Normal, Transition
 from verification.closed_form.samplers import (
     Nodes,
     ddim_steps,
@@ -25,7 +26,7 @@ from verification.closed_form.samplers import (
     extrapolated,
     whole,
 )
-from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, Normal, Transition, VPGaussian
+from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, VPGaussian
 from verification.cubature import affine_end
 from verification.problems import gaussian_data, generation, table, vp_linear
 

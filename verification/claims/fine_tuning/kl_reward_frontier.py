@@ -15,7 +15,7 @@ from scipy import stats
 
 from verification.claim import Check, Setting, bound, expectation, limit, pathwise, rounding, stated
 from verification.closed_form import frontier as exact
-from verification.closed_form.vp_gaussian import Normal
+from verification.closed_form.gaussian_law import Normal
 from verification.problems.frontier import (
     GAUSSIAN,
     MIXTURE,

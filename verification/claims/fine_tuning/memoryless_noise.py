@@ -17,8 +17,9 @@ from ctrl import linear
 from diffusion_envs.exact import gaussian
 from verification.claim import Check, Setting, expectation
 from verification.closed_form import tilt as exact
+from verification.closed_form.gaussian_law import kl
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
-from verification.closed_form.vp_gaussian import LONG, kl
+from verification.closed_form.vp_gaussian import LONG
 from verification.problems.gaussian_diffusion import (
     DATA,
     ctrl_normal,

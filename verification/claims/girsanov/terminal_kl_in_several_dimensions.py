@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ctrl
 from verification.claim import Check, Setting, bound, expectation
-from verification.closed_form.gaussian_law import Law, chain, kl
+from verification.closed_form.gaussian_law import Normal, chain, kl
 from verification.cubature import mean, point_start
 from verification.problems.matrix_lq import of_time
 
@@ -31,7 +31,7 @@ def noise(t: float) -> np.ndarray:
     return np.array([(0.5, 0.2), (-0.3, 0.7)]) * (1 + 0.9 * t)
 
 
-def law(gain: np.ndarray, tilt: np.ndarray, pull: np.ndarray) -> Law:
+def law(gain: np.ndarray, tilt: np.ndarray, pull: np.ndarray) -> Normal:
     """Of all states of an Euler chain after the first, which is a point."""
     F, f, C = [], [], []
     for t, h in zip(NODES[:-1], np.diff(NODES), strict=True):
@@ -39,7 +39,7 @@ def law(gain: np.ndarray, tilt: np.ndarray, pull: np.ndarray) -> Law:
         F.append(np.eye(2) + h * (pull + gain))
         f.append(h * square @ tilt)
         C.append(h * square)
-    return chain(Law(F[0] @ START + f[0], C[0]), list(zip(F[1:], f[1:], C[1:], strict=True)))
+    return chain(Normal(F[0] @ START + f[0], C[0]), list(zip(F[1:], f[1:], C[1:], strict=True)))
 
 
 def checks(setting: Setting) -> Iterator[Check]:

@@ -19,6 +19,7 @@ from torch import Tensor
 import ctrl
 from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation
+from verification.closed_form import complex_steps
 from verification.closed_form import matrix_lq_chain as lq
 from verification.closed_form.matrix_lq_chain import DIM, NODES, THETA
 from verification.cubature import mean, point_start
@@ -52,7 +53,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     """Both views on two steps."""
     theta, true = parameters(setting), quadratic(setting, lq.value)
     drawn, stated, paths = policy(theta), problem(setting), drawn_paths(setting, theta)
-    exact = lq.gradient(lambda th: lq.performance(P, th, NODES), THETA)
+    exact = complex_steps.gradient(lambda th: lq.performance(P, th, NODES), THETA)
     value = chain_value(setting)
     for name, each in (
         ("return", pg.return_gradient(stated, drawn, paths)),
@@ -74,7 +75,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     start = point_start(noise, list(P.start))
     paths = ctrl.simulate(stated, mean_action, start, grid, noise=noise)
     view, value = pg.Transitions(ctrl.EulerMaruyama()), chain_value(setting, DIAGONAL, SILENT)
-    exact = lq.gradient(lambda th: lq.performance(DIAGONAL, th, NODES), SILENT)[:6]
+    exact = complex_steps.gradient(lambda th: lq.performance(DIAGONAL, th, NODES), SILENT)[:6]
     for name, each in (
         ("return", pg.return_gradient(stated, mean_action, paths, decisions=view)),
         ("dV", pg.temporal_difference_gradient(stated, mean_action, value, paths, view)),
