@@ -20,6 +20,7 @@ from diffusion_envs.exact.gaussian import Affine
 from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, expectation, limit
+from verification.closed_form.extrapolation import extrapolated
 from verification.closed_form.gaussian_law import Normal
 from verification.closed_form.samplers import (
     EULER_GAMMA,
@@ -27,7 +28,6 @@ from verification.closed_form.samplers import (
     ddpm_chain,
     euler_chain,
     exact_chain,
-    extrapolated,
 )
 from verification.closed_form.vp_gaussian import VPGaussian
 from verification.problems import gaussian_data, table, vp_linear

@@ -19,9 +19,9 @@ from ctrl import policy_gradient as pg
 from ctrl import trust_region as tr
 from verification.claim import Check, Setting, bound, expectation, limit, pathwise
 from verification.closed_form import matrix_lq_chain as lq
+from verification.closed_form.extrapolation import extrapolated
 from verification.closed_form.matrix_lq_chain import HORIZON, NODES, THETA
 from verification.cubature import mean
-from verification.problems.backward_induction import extrapolated
 from verification.problems.matrix_lq import (
     OTHER,
     P,
