@@ -6,8 +6,8 @@ shipped ones; states, noises, actions, rewards and values are numbers without sy
 log-ratios lie on both sides of a clip and advantages have both signs.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +57,11 @@ def current(step: np.ndarray, x: np.ndarray) -> np.ndarray:
     return pretrained(step, x) + x @ GAIN.T + SHIFT
 
 
+def half_trained(step: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Score of the policy that made the data: half of the adapter."""
+    return pretrained(step, x) + 0.5 * (x @ GAIN.T + SHIFT)
+
+
 def reward(x: np.ndarray) -> np.ndarray:
     """Of states without noise; of complex ones too."""
     return x @ np.array([0.6, -0.9, 0.4]) + np.sin(x[..., 0] * x[..., 2]) - 0.3 * x[..., 1] ** 2
@@ -69,7 +74,7 @@ def value(node: np.ndarray, x: np.ndarray, path: np.ndarray) -> np.ndarray:
 
 
 def _values(node: Tensor, states: Tensor, path: Tensor) -> Tensor:
-    bent = (0.8 * states + 0.3 * node[:, None]).sin() @ states.new_tensor([0.7, -0.5, 0.9])
+    bent = (0.8 * states + 0.3 * node.to(states)[:, None]).sin() @ states.new_tensor([0.7, -0.5, 0.9])
     return bent + (0.2 + 0.1 * path.to(states)) * states[:, 0] * states[:, 1]
 
 
@@ -122,6 +127,18 @@ def environment(setting: Setting, sampler: Any = None) -> Environment:
     )
 
 
+@contextmanager
+def halved(made: Environment) -> Iterator[None]:
+    """Within this context the policy has half of its adapter."""
+    with torch.no_grad():
+        for parameter in made.model.parameters:
+            parameter.mul_(0.5)
+    yield
+    with torch.no_grad():
+        for parameter in made.model.parameters:
+            parameter.mul_(2.0)
+
+
 def bound() -> BoundDDIM:
     """DDIM's uneven steps, the last of which ends where some noise is left."""
     return DDIM(ETA).bind(levels(), STEPS)
@@ -158,15 +175,16 @@ def update(
     """What the objective makes its losses from."""
     values: Values | None = _values if objective.needs_value else None
     made = rollout(setting, objective.group)
+    model = environment(setting)
     whole = Update(
-        environment=environment(setting),
+        environment=model,
         rollout=made,
         advantages=lambda function: function(made),
         values=values,
         usual_moves=usual_moves,
         stream=lambda name: stream(setting.seed, "losses", name),
         own_stream=lambda name: stream(setting.seed, "own losses", name),
-        old_policy=nullcontext,
+        old_policy=lambda: halved(model),
         batch=64,
     )
     return replace(whole, **changes)
