@@ -74,7 +74,9 @@ def value(node: np.ndarray, x: np.ndarray, path: np.ndarray) -> np.ndarray:
 
 
 def _values(node: Tensor, states: Tensor, path: Tensor) -> Tensor:
-    bent = (0.8 * states + 0.3 * node.to(states)[:, None]).sin() @ states.new_tensor([0.7, -0.5, 0.9])
+    bent = (0.8 * states + 0.3 * node.to(states)[:, None]).sin() @ states.new_tensor(
+        [0.7, -0.5, 0.9]
+    )
     return bent + (0.2 + 0.1 * path.to(states)) * states[:, 0] * states[:, 1]
 
 
@@ -108,6 +110,7 @@ def environment(setting: Setting, sampler: Any = None) -> Environment:
     correction = AffineCorrection(DIM, degree=1).to(setting.device, setting.dtype)
     with torch.no_grad():
         correction.gain[0], correction.shift[0] = setting.tensor(GAIN), setting.tensor(SHIFT)
+
     def score(x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         a = alpha[:, None]
         linear = (a * x.new_tensor(CENTRE) - x) / (1 - 0.4 * a.square())

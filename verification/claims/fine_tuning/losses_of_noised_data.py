@@ -186,9 +186,7 @@ COMPARED: dict[str, tuple[Any, Callable[[Noised], np.ndarray]]] = {
         _nft(0.7, True, 0.4),
     ),
     "NFT without weights": (
-        objectives.DiffusionNFT(
-            beta=0.7, advantage_clip=0.9, velocity_weight=0.4, weighted=False
-        ),
+        objectives.DiffusionNFT(beta=0.7, advantage_clip=0.9, velocity_weight=0.4, weighted=False),
         _nft(0.7, False, 0.4),
     ),
     "RAM": (objectives.ReinforceAdjointMatching(kl_weight=KL_WEIGHT), _ram),
@@ -203,9 +201,7 @@ COMPARED: dict[str, tuple[Any, Callable[[Noised], np.ndarray]]] = {
     "Diffusion-DPO in nats": (objectives.DiffusionDPO(beta=0.35), _dpo(_in_nats)),
     "distributional optimisation": (
         objectives.DistributionalOptimisation(),
-        lambda rows: (
-            rows.advantage * np.sum((rows.sigma * rows.mean + rows.noise) ** 2, axis=1)
-        ),
+        lambda rows: rows.advantage * np.sum((rows.sigma * rows.mean + rows.noise) ** 2, axis=1),
     ),
 }
 
@@ -240,7 +236,9 @@ def checks(setting: Setting) -> Iterator[Check]:
     pairs = torch.cartesian_prod(torch.arange(PATHS), torch.arange(DRAWS))
     total = sum(losses.losses(torch.arange(PATHS), made.stream("order")))
     assert isinstance(total, torch.Tensor)
-    drawn = numbers(losses, pairs.numpy(), objective.advantages(made.rollout).cpu().numpy()[pairs[:, 0]])
+    drawn = numbers(
+        losses, pairs.numpy(), objective.advantages(made.rollout).cpu().numpy()[pairs[:, 0]]
+    )
     mean = np.mean(COMPARED["distributional optimisation"][1](drawn))
     yield pathwise("mean over all noised states, in pieces", total, mean)
 

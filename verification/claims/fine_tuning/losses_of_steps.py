@@ -92,8 +92,7 @@ def _pcpo(rows: Steps) -> np.ndarray:
 
 def _dpok(penalty: Callable[[Steps], np.ndarray]) -> Callable[[Steps], np.ndarray]:
     return lambda rows: (
-        KL_WEIGHT * penalty(rows)
-        - 3.2 * np.exp(clip(_ratio(rows), -CLIP, CLIP)) * rows.advantage
+        KL_WEIGHT * penalty(rows) - 3.2 * np.exp(clip(_ratio(rows), -CLIP, CLIP)) * rows.advantage
     )
 
 
