@@ -162,7 +162,7 @@ def generalised_advantages(
 def dual_averaging(
     rewards: np.ndarray, variation: Callable, kl_weight: float, rounds: int
 ) -> np.ndarray:
-    """n q; q_{k+1} is tilted by the average of the variations at q_1 .. q_k, that at q_j j times."""
+    """n q; q_{k+1} is tilted by the average of the variations so far, that at q_j j times."""
     weights, kept = np.full(len(rewards), 1 / len(rewards)), []
     for _ in range(rounds):
         kept.append(variation(rewards, weights))

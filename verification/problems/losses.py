@@ -9,6 +9,7 @@ log-ratios lie on both sides of a clip and advantages have both signs.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -230,6 +231,7 @@ def numbers(group: int = 1) -> exact.Steps:
 Formula = Callable[[exact.Steps], np.ndarray]
 
 
+@cache  # formulas are the same whatever is planted
 def value_and_slope(loss: Formula, group: int = 1) -> np.ndarray:
     """A formula's losses, and the slope of their sum in the current score, one after another."""
     rows = numbers(group)
