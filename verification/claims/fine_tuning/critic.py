@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diffusion_envs import objectives
 from diffusion_envs.objectives.dxmi_from_data import energy_loss, next_cost
+from diffusion_envs.objectives.tdpo import active_neurons
 from diffusion_envs.training.critic import Critic
 from diffusion_envs.training.energy import EnergyCritic
 from diffusion_envs.training.update_size import UpdateSize
@@ -82,13 +83,17 @@ def _leaky(x: np.ndarray) -> np.ndarray:
     return np.where(x > 0, x, 0.2 * x)
 
 
-def residual(weights: list[np.ndarray], times: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """F of the value network: x, a prompt of zeros, the time, its sines and cosines."""
+def hidden(weights: list[np.ndarray], times: np.ndarray, x: np.ndarray) -> list[np.ndarray]:
+    """Neurons of the value network on x, a prompt of zeros, the time, its sines and cosines."""
     turns = np.pi / 2 * np.arange(1, 5) * times[:, None]
     seen = [x, 0 * times[:, None], times[:, None], np.sin(turns), np.cos(turns)]
     first = _silu(_layer(np.concatenate(seen, axis=1), *weights[:2]))
-    second = _silu(_layer(first, *weights[2:4]) + first)
-    answer = _layer(second, *weights[4:])[:, 0]
+    return [first, _silu(_layer(first, *weights[2:4]) + first)]
+
+
+def residual(weights: list[np.ndarray], times: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """F of the value network."""
+    answer = _layer(hidden(weights, times, x)[1], *weights[4:])[:, 0]
     return REWARDS.mean() + np.std(REWARDS, ddof=1) * answer
 
 
@@ -152,6 +157,12 @@ def _values(setting: Setting) -> Iterator[Check]:
     got = sees.values_along(made, None)
     assert got is not None
     yield pathwise("values of denoised states", got, want)
+    shown = sees.shown(made)
+    seen_by = hidden(weights, TIMES, GUESSES)
+    want = [np.maximum(x, 0).mean(0) for x in seen_by]
+    active = active_neurons(sees.network, shown, 0.9)
+    want = np.concatenate([each > 0.9 * each.mean() for each in want]).astype(float)
+    yield pathwise("TDPO-R: neurons that are active", torch.cat(active).double(), want)
     node = np.array([2, 0, 4, 1, 3, 4])
     x, path = setting.tensor(STATES[:, 1]), torch.arange(PATHS, device=setting.device)
     got = sees.at(made)(torch.as_tensor(node, device=setting.device), x, path)
@@ -270,6 +281,9 @@ diffusion_envs.training.critic.Critic._differentiated
 diffusion_envs.training.critic.Critic._losses
     end not fitted | losses + rollout.step_sizes[-1] * gap => losses + 0 * gap
     end of unit weight | rollout.step_sizes[-1] * gap.square() => gap.square()
+diffusion_envs.objectives.tdpo.active_neurons
+    active: against the largest | dormant * activity.mean() => dormant * activity.max()
+    active: by the last sample | .transpose(0, 1).flatten(1).mean(1) => .transpose(0, 1).flatten(1)[:, -1]
 diffusion_envs.training.value_network._Residual.calibrate
     scale is the variance | self.scale.copy_(std) => self.scale.copy_(std.square())
 diffusion_envs.training.value_network._Residual.clock

@@ -208,6 +208,15 @@ COMPARED: dict[str, tuple[Any, Callable[[Noised], np.ndarray]]] = {
 
 def checks(setting: Setting) -> Iterator[Check]:
     """What is drawn; losses of all rows, their slopes in the current scores, and their mean."""
+    timestep = drawn_levels(8, 3, 1, 401, stream(setting.seed, "levels")).double()
+    own = np.sort(timestep[:, :2].flatten().numpy())  # the third of a path is the first again
+    edges = 1 + 400 * np.arange(17) / 16
+    excess = np.maximum(edges[:-1] - 1 - own, own - edges[1:])
+    yield bound("levels: one in each equal interval", excess, np.zeros(16), scale=25.0)
+    noise = drawn_noise(8, 3, (DIM,), stream(setting.seed, "noise")).double()
+    pair = torch.cat([timestep[:, 2] - timestep[:, 0], (noise[:, 2] + noise[:, 0]).flatten()])
+    yield pathwise("levels and noise of a pair", pair, np.zeros(8 + 8 * DIM), scale=1.0)
+
     for name, (objective, formula) in COMPARED.items():
         losses = objective.losses_of(update(setting, objective))
         size = objective.group
@@ -241,15 +250,6 @@ def checks(setting: Setting) -> Iterator[Check]:
     )
     mean = np.mean(COMPARED["distributional optimisation"][1](drawn))
     yield pathwise("mean over all noised states, in pieces", total, mean)
-
-    timestep = drawn_levels(8, 3, 1, 401, stream(setting.seed, "levels")).double()
-    own = np.sort(timestep[:, :2].flatten().numpy())  # the third of a path is the first again
-    edges = 1 + 400 * np.arange(17) / 16
-    excess = np.maximum(edges[:-1] - 1 - own, own - edges[1:])
-    yield bound("levels: one in each equal interval", excess, np.zeros(16), scale=25.0)
-    noise = drawn_noise(8, 3, (DIM,), stream(setting.seed, "noise")).double()
-    pair = torch.cat([timestep[:, 2] - timestep[:, 0], (noise[:, 2] + noise[:, 0]).flatten()])
-    yield pathwise("levels and noise of a pair", pair, np.zeros(8 + 8 * DIM), scale=1.0)
 
 
 MISTAKES = r"""

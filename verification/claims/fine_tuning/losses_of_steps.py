@@ -12,10 +12,11 @@ score are complex steps. Log-ratios lie on both sides of every clip.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffusion_envs import objectives
 from verification.claim import Check, Setting, pathwise
@@ -26,9 +27,12 @@ from verification.problems.losses import (
     ACTIONS,
     DIM,
     NODES,
+    PATHS,
     SCORE_GAIN,
     STD,
+    numbers,
     shipped,
+    update,
     value_and_slope,
     which,
 )
@@ -181,6 +185,21 @@ def checks(setting: Setting) -> Iterator[Check]:
         got = shipped(setting, compared.objective)
         yield pathwise(name, got, value_and_slope(compared.formula, compared.group))
 
+    groups, every = torch.arange(PATHS // 2), np.tile(np.arange(len(STD)), (PATHS // 2, 1))
+    for name in ("GRPO", "Flow-DPPO, per path"):
+        objective = COMPARED[name].objective
+        made = replace(update(setting, objective, batch=5), train_steps=len(STD))
+        losses = objective.losses_of(made)
+        drawn = losses._steps(len(groups), len(STD), made.stream("steps"))
+        yield pathwise(f"{name}: steps, each once", np.sort(drawn.numpy()), every)
+        advantages = losses.advantages.double().cpu().numpy()[tuple(which(2).T)]
+        rows = replace(numbers(2), advantage=advantages)
+        mean = np.sum(COMPARED[name].formula(rows)) / PATHS
+        mean = mean if name == "GRPO" else mean / len(STD)
+        total = sum(losses.losses(groups, made.stream("steps")))
+        assert isinstance(total, torch.Tensor)
+        yield pathwise(f"{name}: mean over paths, in pieces", total, mean)
+
 
 MISTAKES = r"""
 diffusion_envs.objectives.path_steps.transition_log_ratio
@@ -199,6 +218,11 @@ diffusion_envs.objectives.path_steps.PathLosses.rows
     horizon of one step | rollout.step_sizes.sum() => rollout.step_sizes[0]
     noise of another path | noise=stored("noises") => noise=stored("noises").flip(0)
     step sizes not shuffled | rollout.step_sizes[step] => rollout.step_sizes[step.sort()[0]]
+diffusion_envs.objectives.path_steps.PathLosses.losses
+    sum over rows for their mean | .sum() * steps / len(which) => .sum() * steps
+    steps of a joined path counted twice | `            steps = 1\n` => `            pass\n`
+diffusion_envs.objectives.path_steps.PathLosses._steps
+    steps drawn with replacement | .argsort(1)[:, :used] => .mul(steps).long()[:, :used]
 diffusion_envs.objectives.ddpo.DDPOScoreFunction.loss
     score function: sign | return -transition => return transition
 diffusion_envs.objectives.ddpo.DDPO.loss

@@ -9,10 +9,10 @@ What objectives ask the model is checked too: the pretrained mean of the next st
 gradient, against complex steps.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ctrl.noise import stream
 from diffusion_envs import objectives
-from diffusion_envs.environment import Environment
 from diffusion_envs.samplers import BoundBlackBox
 from verification.claim import Check, Setting, pathwise, rounding, stated
 from verification.closed_form import objectives as exact
@@ -87,6 +86,30 @@ class Scheduler:
         return SimpleNamespace(prev_sample=states - share * prediction)
 
 
+class Parts:
+    """The reward as a weighted sum of two."""
+
+    concurrent = False
+    weights: ClassVar = {"first": 0.6, "whole": -0.4}
+
+    def parts(self, images: Tensor, prompts: Sequence[str], ask: Any) -> dict[str, Tensor]:
+        """The first coordinate, and all of the reward."""
+        return {"first": images[:, 0], "whole": ask(self._whole, images, prompts)}
+
+    def total(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Their sum."""
+        return 0.6 * parts["first"] - 0.4 * parts["whole"]
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """As any reward."""
+        return self.total(self.parts(images, prompts, lambda reward, x, p: reward(x, p)))
+
+    @staticmethod
+    def _whole(x: Tensor, prompts: Sequence[str]) -> Tensor:
+        plain = x @ x.new_tensor([0.6, -0.9, 0.4]) - 0.3 * x[:, 1].square()
+        return plain + (x[:, 0] * x[:, 2]).sin()
+
+
 def checks(setting: Setting) -> Iterator[Check]:
     """A roll-out in groups that share their start; what objectives ask; a black box."""
     made = environment(setting)
@@ -137,12 +160,23 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield pathwise("gradient of the reward", numbers(made.reward_gradient(x, condition)), slopes)
     yield pathwise("queries of the reward", made.reward_queries, PATHS * (STEPS + 3))
 
-    yield from _black_box(setting, made, objective, condition)
+    late = replace(environment(setting), reward=Parts(), overlap=1, batch=4)
+    other = late.sample(objective.policy, SAMPLES, condition, shared_start=True, **options)
+    x, parts = numbers(other.rollout.states[:, -1]), other.rollout.reward_parts
+    yield pathwise("parts of a reward", numbers(parts), np.stack([x[:, 0], reward(x)], axis=1))
+    weights = list(other.rollout.part_weights.values())
+    yield pathwise("weights of parts", weights, [0.6, -0.4])
+    means = numbers(other.rollout.means)
+    guesses = (numbers(other.rollout.states)[:, :-1] + sigma**2 * means) / alpha
+    seen = np.concatenate([guesses, x[:, None]], axis=1)
+    want = 0.6 * seen[:, :, 0] - 0.4 * reward(seen)
+    found = numbers(other.denoised_rewards)
+    yield pathwise("rewards that are asked for meanwhile", found, want)
+
+    yield from _black_box(setting, objective, condition)
 
 
-def _black_box(
-    setting: Setting, made: Environment, objective: Any, condition: Tensor
-) -> Iterator[Check]:
+def _black_box(setting: Setting, objective: Any, condition: Tensor) -> Iterator[Check]:
     box = BoundBlackBox(Scheduler(), levels(), 3)
     boxed = environment(setting, box).sample(objective.policy, SAMPLES, condition, stream="claim")
     x = 1.3 * named("start", SAMPLES, DIM)
@@ -178,6 +212,16 @@ diffusion_envs.environment.Environment.sample
     the last reward for all | rewards=achieved => rewards=achieved[-1].expand(len(achieved))
     denoised by the drawn scores | self.sampler.denoised(before, paths.means) => self.sampler.denoised(before, paths.actions)
     reward of the denoised state at the end | achieved[:, None]], dim=1 => earlier.view(-1, steps)[:, -1:]], dim=1
+diffusion_envs.environment.Environment._answers
+    rewards of denoised states for those of samples | columns[: len(samples)], columns[len(samples) :, 0]
+        => columns[-len(samples) :], columns[: -len(samples), 0]
+    denoised states scored with the samples' own pictures | pictures = self._pictures(guesses[c])
+        => pictures = self._pictures(2 * guesses[c])
+diffusion_envs.environment.Environment.part_weights
+    parts without weights | return self.reward.weights if => return dict.fromkeys(self.reward.weights, 1.0) if
+diffusion_envs.environment.Environment._columns
+    the first part for the total | torch.stack([total, *parts.values()], dim=1)
+        => torch.stack([*parts.values(), total][: 1 + len(parts)], dim=1)
 diffusion_envs.environment.Environment._score
     queries counted by the batch | self.reward_queries += len(images) => self.reward_queries += 1
 diffusion_envs.environment.Environment.pretrained_mean
