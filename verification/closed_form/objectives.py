@@ -63,14 +63,30 @@ class Steps:
         return 0.5 * self.kl_factor * gap * self.size
 
 
-def slope(loss: Callable[[np.ndarray], np.ndarray], at: np.ndarray) -> np.ndarray:
-    """Derivatives of the sum of all losses, by complex steps."""
-    slopes = np.empty(at.size)
-    for i in range(at.size):
+def slope(
+    loss: Callable[[np.ndarray], np.ndarray], at: np.ndarray, together: int | None = None
+) -> np.ndarray:
+    """Derivatives of the sum of all losses, by complex steps.
+
+    Args:
+        loss: a number each row.
+        at: rows [n, dim], or any numbers.
+        together: rows in a row on which a loss depends; None: on any.
+    """
+    if together is None:
+        slopes = np.empty(at.size)
+        for i in range(at.size):
+            beside = at.astype(complex)
+            beside.flat[i] += 1j * _TINY
+            slopes[i] = np.sum(loss(beside)).imag / _TINY
+        return slopes.reshape(at.shape)
+    slopes = np.empty(at.shape)
+    for member, coordinate in itertools.product(range(together), range(at.shape[1])):
         beside = at.astype(complex)
-        beside.flat[i] += 1j * _TINY
-        slopes[i] = np.sum(loss(beside)).imag / _TINY
-    return slopes.reshape(at.shape)
+        beside[member::together, coordinate] += 1j * _TINY
+        each = np.reshape(loss(beside).imag / _TINY, (-1, together))
+        slopes[member::together, coordinate] = each.sum(1)
+    return slopes
 
 
 def least(a: np.ndarray, b: np.ndarray) -> np.ndarray:

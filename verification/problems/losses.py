@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrl.noise import stream
 from diffusion_envs.environment import Environment
@@ -23,6 +23,7 @@ from diffusion_envs.noise_schedules import DDPMTable
 from diffusion_envs.objectives import Objective, Rollout
 from diffusion_envs.objectives.protocol import Update, Values
 from diffusion_envs.samplers import DDIM, BoundDDIM
+from diffusion_envs.training.update_size import UpdateSize
 from verification.claim import Setting
 from verification.closed_form import objectives as exact
 from verification.closed_form.samplers import Nodes, ddim_law, integrated_rates
@@ -269,3 +270,25 @@ def adjoints(reward_slopes: np.ndarray) -> np.ndarray:
         jacobian = STATE_GAIN[k] * np.eye(DIM) + SCORE_GAIN[k] * score
         carried.append(np.einsum("pij,pi->pj", jacobian, carried[-1]))
     return np.stack(carried[::-1], axis=1)
+
+
+def filled(network: nn.Module, dtype: torch.dtype) -> list[np.ndarray]:
+    """Give a network numbers for weights; they, layer by layer."""
+    network.to(dtype)
+    weights = []
+    with torch.no_grad():
+        for i, parameter in enumerate(network.parameters()):
+            weights.append(wave(*parameter.shape, size=0.35, phase=0.9 * i))
+            parameter.copy_(torch.as_tensor(weights[-1]))
+    return weights
+
+
+def update_size() -> UpdateSize:
+    """One pass of the value network over all paths at once."""
+    return UpdateSize(samples=PATHS, value_epochs=1, value_batch=10**4, value_learning_rate=1e-9)
+
+
+def slope_of(parameter: Any) -> Tensor:
+    """Its gradient, as it is now."""
+    assert parameter.grad is not None
+    return parameter.grad.clone()

@@ -1,13 +1,11 @@
-"""The critic: what it says of every node, its loss of returns to go, its gradient; and an energy.
+"""The critic: what it says of every node, its loss of returns to go, and its gradient.
 
 V = c_skip r(x0_hat) + c_out F(t, x), F = location + scale * network, and r at the end. Returns
 to go charge the step's own cost too, G_k = r - b sum_{j >= k} cost_j; the loss is
 int (G - V)^2 over the horizon, and h (F(T, x) - r)^2 where a value's own slope is used there.
-DxMI's energy pays E(data) - E(samples) + gamma (E^2 + E^2); its value at x_k regresses on
-E(x_{k+1}) + time_cost (sigmoid(c - k) - sigmoid(c - 1 - k)).
 
-The networks are multilayer perceptrons, written out in numpy; the learning rate is 0, so that all
-parts of an update see one network. Slopes in the last layer are complex steps.
+The network is a multilayer perceptron, written out in numpy; slopes in its last layer are complex
+steps.
 """
 
 from collections.abc import Iterator
@@ -15,14 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from diffusion_envs import objectives
-from diffusion_envs.objectives.dxmi_from_data import energy_loss, next_cost
 from diffusion_envs.objectives.tdpo import active_neurons
 from diffusion_envs.training.critic import Critic
-from diffusion_envs.training.energy import EnergyCritic
-from diffusion_envs.training.update_size import UpdateSize
 from diffusion_envs.training.value_network import constant_weights, cosine_weights, linear_weights
 from verification.claim import Check, Setting, pathwise
 from verification.closed_form import objectives as exact
@@ -37,7 +31,10 @@ from verification.problems.losses import (
     STATES,
     STEPS,
     environment,
+    filled,
     rollout,
+    slope_of,
+    update_size,
     wave,
 )
 from verification.problems.training_loop import Process
@@ -49,7 +46,7 @@ SOURCE = (
 WHY_DOUBLE = "the critic's clock and costs are float32 whatever the setting, as its network is"
 PRECISION = torch.float32
 
-B, WIDTH = 0.7, 5
+B = 0.7
 DENOISED = wave(PATHS, STEPS + 1, size=0.9, phase=0.6)
 TIMES = np.tile(NODES.s, PATHS)
 EVERY = STATES.reshape(-1, DIM)
@@ -57,18 +54,6 @@ _ALPHA, _SIGMA = NODES.alpha[:-1, None], NODES.sigma[:-1, None]
 GUESSES = np.concatenate(
     [(STATES[:, :-1] + _SIGMA**2 * OLD) / _ALPHA, STATES[:, -1:]], axis=1
 ).reshape(-1, DIM)
-DATA = wave(PATHS, DIM, size=1.1, phase=3.0)
-
-
-def filled(network: nn.Module, dtype: torch.dtype) -> list[np.ndarray]:
-    """Give a network numbers for weights; they, layer by layer."""
-    network.to(dtype)
-    weights = []
-    with torch.no_grad():
-        for i, parameter in enumerate(network.parameters()):
-            weights.append(wave(*parameter.shape, size=0.35, phase=0.9 * i))
-            parameter.copy_(torch.as_tensor(weights[-1]))
-    return weights
 
 
 def _layer(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -77,10 +62,6 @@ def _layer(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
 
 def _silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
-
-
-def _leaky(x: np.ndarray) -> np.ndarray:
-    return np.where(x > 0, x, 0.2 * x)
 
 
 def hidden(weights: list[np.ndarray], times: np.ndarray, x: np.ndarray) -> list[np.ndarray]:
@@ -95,16 +76,6 @@ def residual(weights: list[np.ndarray], times: np.ndarray, x: np.ndarray) -> np.
     """F of the value network."""
     answer = _layer(hidden(weights, times, x)[1], *weights[4:])[:, 0]
     return REWARDS.mean() + np.std(REWARDS, ddof=1) * answer
-
-
-def energy(weights: list[np.ndarray], x: np.ndarray) -> np.ndarray:
-    """E of the energy network."""
-    first = _leaky(_layer(x, *weights[:2]))
-    return _layer(_layer(_leaky(_layer(first, *weights[2:4])), *weights[4:6]), *weights[6:])[:, 0]
-
-
-def _size(samples: int = PATHS) -> UpdateSize:
-    return UpdateSize(samples=samples, value_epochs=1, value_batch=10**4, value_learning_rate=1e-9)
 
 
 def values(F: np.ndarray, skip: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -129,7 +100,7 @@ def _value_loss(V: np.ndarray, end: np.ndarray | None = None) -> np.ndarray:
 
 def _critic(setting: Setting, objective: Any, weights: Any = None) -> Critic:
     made = environment(setting)
-    return Critic(made, objective, _size(), Process(), "claim", weights)
+    return Critic(made, objective, update_size(), Process(), "claim", weights)
 
 
 def _values(setting: Setting) -> Iterator[Check]:
@@ -191,75 +162,17 @@ def _learning(setting: Setting) -> Iterator[Check]:
         last = np.concatenate([weights[4].ravel(), weights[5]])
         critic._differentiated(made, seen, setting.tensor(TO_GO), part, of=PATHS)
         leave = critic.network.leave
-        slopes = torch.cat([_grad(leave.weight).flatten(), _grad(leave.bias)])
+        slopes = torch.cat([slope_of(leave.weight).flatten(), slope_of(leave.bias)])
         want = exact.slope(loss, last) / PATHS / np.var(REWARDS, ddof=1)
         yield pathwise(f"{name}: slope of the loss", slopes, want)
         told = critic.improve(made, seen, 0)
         yield pathwise(f"{name}: loss of the returns to go", told["value_loss"], loss(last).mean())
 
 
-def _grad(parameter: Any) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad.clone()
-
-
-class Data:
-    """Numbers for data."""
-
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """So many of them."""
-        return torch.as_tensor(DATA[:n])
-
-
-def _energy(setting: Setting) -> Iterator[Check]:
-    objective = objectives.DxMIFromData(
-        square_weight=0.6, time_cost=0.8, move_decay=0.9, energy_width=WIDTH
-    )
-    critic = EnergyCritic(environment(setting), objective, _size(), Process(), "claim", Data())
-    weights, made = filled(critic.network, setting.dtype), rollout(setting)
-    critic.optimiser.param_groups[0]["lr"] = 0.0
-    usual = 1 - (NODES.alpha[:-1] / NODES.alpha[1:]) ** 2
-    yield pathwise("energy: squared moves at first", critic.usual_moves, usual)
-    critic.usual_moves = setting.tensor(usual)
-    told = critic.improve(made, None, 0)
-    along = energy(weights, EVERY).reshape(PATHS, STEPS + 1)
-    data, samples = energy(weights, DATA), along[:, -1]
-    squares = np.mean(data**2) + np.mean(samples**2)
-    want = np.mean(data) - np.mean(samples) + 0.6 * squares
-    yield pathwise("energy: loss", told["energy_loss"], want)
-    means = [told["energy_of_data"], told["energy_of_samples"]]
-    yield pathwise("energy: of data and samples", means, [data.mean(), samples.mean()])
-    sigmoid = 1 / (1 + np.exp(-(STEPS // 2 - np.arange(STEPS + 1.0))))
-    cost = 0.8 * (sigmoid[:-1] - sigmoid[1:])
-    gaps = along[:, :-1] - (along[:, 1:] + cost)
-    yield pathwise("energy: loss of the value", told["value_loss"], np.mean(gaps**2))
-    leave = critic.network.get_submodule("leave")
-    slope = _grad(leave.weight)
-
-    def loss(weight: np.ndarray) -> np.ndarray:
-        first = energy([*weights[:4], weight, *weights[5:]], STATES[:, 0])
-        return (first - along[:, 1] - cost[0]) ** 2 / PATHS
-
-    yield pathwise("energy: slope of its last step", slope, exact.slope(loss, weights[4]))
-    moves = np.mean((STATES[:, 1:] - STATES[:, :-1]) ** 2, axis=(0, 2))
-    want = 0.9 * usual + 0.1 * moves
-    yield pathwise("energy: squared moves then", critic.usual_moves, want)
-    x = setting.tensor(STATES[:, 1])
-    got = critic.at(made)(torch.zeros(PATHS).long(), x, torch.arange(PATHS))
-    yield pathwise("energy: value of any states", got, -energy(weights, STATES[:, 1]))
-    pieces = [next_cost(k, STEPS, 0.8) for k in range(STEPS)]
-    yield pathwise("energy: what each step adds", pieces, cost)
-    got = energy_loss(setting.tensor(DATA[:, 0]), setting.tensor(REWARDS), 0.6)
-    want = DATA[:, 0].mean() - REWARDS.mean()
-    want = want + 0.6 * (np.mean(DATA[:, 0] ** 2) + np.mean(REWARDS**2))
-    yield pathwise("energy: loss of any energies", got, want)
-
-
 def checks(setting: Setting) -> Iterator[Check]:
-    """Values, returns and losses of the critic; the energy's update."""
+    """Values, returns and losses."""
     yield from _values(setting)
     yield from _learning(setting)
-    yield from _energy(setting)
 
 
 MISTAKES = r"""
@@ -299,24 +212,6 @@ diffusion_envs.training.value_network.cosine_weights
     cosine: a sine after all | skip, 1 - skip => skip_weights(noising_time)
 diffusion_envs.training.value_network.constant_weights
     constant: no network | torch.ones_like(noising_time), torch.ones_like => torch.ones_like(noising_time), torch.zeros_like
-diffusion_envs.objectives.dxmi_from_data.energy_loss
-    energy: samples are data | data.mean() - samples => samples.mean() - data
-    energy: squares of data only | ` + samples.square().mean()` => ``
-diffusion_envs.objectives.dxmi_from_data.next_cost
-    energy: costs fall by the step after | steps // 2 - step => steps // 2 - step - 1
-    energy: cost's sign | centre.sigmoid() - (centre - 1).sigmoid() => (centre - 1).sigmoid() - centre.sigmoid()
-diffusion_envs.training.energy.EnergyCritic.__init__
-    energy: what is kept for the squared move | (1 - kept).float() => kept.float()
-diffusion_envs.training.energy.EnergyCritic._value_step
-    energy: target of the same state | rollout.states[piece, step + 1] => rollout.states[piece, step]
-    energy: cost earned | + cost => - cost
-diffusion_envs.training.energy.EnergyCritic.improve
-    energy: decay of what is new | decay * self.usual_moves + (1 - decay) * moves => (1 - decay) * self.usual_moves + decay * moves
-    energy: steps forwards | reversed(steps) => steps
-diffusion_envs.training.energy.EnergyCritic.at
-    energy: value is the energy | return -functional_call => return functional_call
-diffusion_envs.training.energy.EnergyOfVectors.forward
-    energy: not scaled | self.scale(self.leave(x))[:, 0] => self.leave(x)[:, 0]
 shared
     sine and cosine exchanged
     half a turn for a quarter

@@ -3,8 +3,8 @@
 With L = log p_th(x'|x) - log p_old(x'|x) of the step's normal laws, A its advantage and KL
 that from the pretrained step: DDPO -min(rho A, clip(rho) A), rho = e^L; GRPO the same +
 b KL; GRPO-Guard normalises L and weighs steps by 1 / length; Flow-DPPO masks by KL(old || th);
-DPOK truncates and charges |epsilon - epsilon_pre|^2; PCPO is linear in L; score as action
-clips at c sqrt(share of the step) and charges the path KL, of transitions or of drawn scores.
+DPOK truncates and charges |epsilon - epsilon_pre|^2; PCPO is linear in L; TDPO is
+DDPO with a critic.
 
 The rows are those that ``PathLosses`` makes of a roll-out of numbers, with the environment's model
 and DDIM's tables; the formulas are written in numpy from the densities, their slopes in the current
@@ -23,8 +23,6 @@ from verification.claim import Check, Setting, pathwise
 from verification.closed_form import objectives as exact
 from verification.closed_form.objectives import Steps, clip, least, ppo
 from verification.problems.losses import (
-    ACTION_STD,
-    ACTIONS,
     DIM,
     NODES,
     PATHS,
@@ -105,20 +103,6 @@ def _noise_gap(rows: Steps) -> np.ndarray:
     return np.sum(gap**2, axis=1)
 
 
-def _by_share(rows: Steps) -> np.ndarray:
-    width = CLIP * np.sqrt(rows.size / rows.horizon)
-    return KL_WEIGHT * rows.path_kl - ppo(_ratio(rows), rows.advantage, width)
-
-
-def _drawn(rows: Steps) -> np.ndarray:
-    path, step = which(1).T
-    action, std = ACTIONS[path, step], ACTION_STD[step][:, None]
-    squares = (action - rows.old) ** 2 - (action - rows.mean) ** 2
-    log_ratio = np.sum(squares / (2 * std**2), axis=1)
-    width = CLIP * np.sqrt(rows.size / rows.horizon)
-    return KL_WEIGHT * rows.path_kl - ppo(log_ratio, rows.advantage, width)
-
-
 GROUPED: dict[str, Any] = {"group": 2, "kl_weight": KL_WEIGHT}
 COMPARED = {
     "DDPO by the score function": Compared(
@@ -162,20 +146,6 @@ COMPARED = {
         objectives.TDPOReset(clip_per_pixel=0.11),
         lambda rows: -ppo(_ratio(rows), rows.advantage, 0.11 * DIM),
     ),
-    "score as action": Compared(
-        objectives.ScoreAsAction(clip=CLIP, kl_weight=KL_WEIGHT), _by_share
-    ),
-    "score as action, the clip per pixel": Compared(
-        objectives.ScoreAsAction(clip_per_pixel=0.11, kl_weight=KL_WEIGHT),
-        lambda rows: KL_WEIGHT * rows.path_kl - ppo(_ratio(rows), rows.advantage, 0.11 * DIM),
-    ),
-    "score as action, drawn": Compared(
-        objectives.ScoreAsActionSampled(clip=CLIP, kl_weight=KL_WEIGHT, exploration=0.35), _drawn
-    ),
-    "score as action, released": Compared(
-        objectives.ScoreAsActionReleased(clip_per_pixel=0.11),
-        lambda rows: -ppo(_ratio(rows) / DIM, rows.advantage, 0.11),
-    ),
 }
 
 
@@ -209,15 +179,10 @@ diffusion_envs.objectives.path_steps.transition_log_ratio
 diffusion_envs.objectives.path_steps.transition_kl
     KL fourteen times | return 0.5 * => return 7.0 *
     KL from the old policy | rows.mean - _reference(rows) => rows.mean - rows.old_mean
-diffusion_envs.objectives.path_steps.path_kl_rate
-    path KL without the step | ` * rows.step_size` => ``
-    path KL of full noise | `rows.kl_factor * ` => ``
 diffusion_envs.objectives.path_steps.trusted_width
     clip per pixel not times the pixels | clip_per_pixel * coordinates(rows) => clip_per_pixel
 diffusion_envs.objectives.path_steps.PathLosses.rows
-    horizon of one step | rollout.step_sizes.sum() => rollout.step_sizes[0]
     noise of another path | noise=stored("noises") => noise=stored("noises").flip(0)
-    step sizes not shuffled | rollout.step_sizes[step] => rollout.step_sizes[step.sort()[0]]
 diffusion_envs.objectives.path_steps.PathLosses.losses
     sum over rows for their mean | .sum() * steps / len(which) => .sum() * steps
     steps of a joined path counted twice | `            steps = 1\n` => `            pass\n`
@@ -260,24 +225,7 @@ diffusion_envs.objectives.dpok.DPOK.loss
     DPOK: reward not weighed | self.reward_weight * gain => gain
 diffusion_envs.objectives.tdpo.TDPO.loss
     TDPO: sign | return -clipped => return clipped
-diffusion_envs.objectives.score_as_action._ContinuousTime.half_width
-    clip the same at every step | * (rows.step_size / rows.horizon).sqrt() => + 0 * rows.step_size
-    clip by the share itself | (rows.step_size / rows.horizon).sqrt() => (rows.step_size / rows.horizon)
-diffusion_envs.objectives.score_as_action._ContinuousTime._kl_cost
-    score as action: half the KL | self.kl_weight * path => 0.5 * self.kl_weight * path
-diffusion_envs.objectives.score_as_action.drawn_log_ratio
-    drawn: 1/2 missing | 0.5 * shift => shift
-    drawn: as if the mean had been drawn | (rows.action - rows.old_mean) => (rows.mean - rows.old_mean)
-diffusion_envs.objectives.score_as_action.ScoreAsActionSampled.action_std
-    drawn: exploration in units of the score | self.exploration / sigma => self.exploration + 0 * sigma
-diffusion_envs.objectives.score_as_action.ScoreAsActionSampled.loss
-    drawn: sign of the gain | - self._gain => + self._gain
-diffusion_envs.objectives.score_as_action.ScoreAsActionReleased.log_ratio
-    released: sum over coordinates | ` / coordinates(rows)` => ``
-diffusion_envs.objectives.score_as_action.ScoreAsActionReleased.loss
-    released: sign | return -clipped => return clipped
 shared
     clipped always
-    lower end of the range missing
     ratio to first order
 """

@@ -1,17 +1,15 @@
-"""Losses by preferences, adjoints, weights and values, as a run takes them, and their formulas.
+"""Losses by preferences, weights and adjoints, as a run takes them, against their formulas.
 
 D3PO: -log sigmoid(beta (clip L_w - clip L_l)), L = log p_th / p_pre of a step; dense reward:
 Plackett and Luce's order of means over steps; tilted regression w |u|^2 / 2 - (w - c) u.z;
 adjoint matching 1/2 |c^(1/2) (score - pretrained) + c^(-1/2) gain a / b|^2, a the lean adjoint
-at the end of the step; DxMI -V(t', x') + moves - entropy + b KL, x' a function of the
-policy; its continuous variant -<grad V(t, x), x' - x> + b KL.
+at the end of the step.
 
 Rows, model and sampler are those of `losses-of-steps`; the lean adjoint is carried by Jacobians by
-hand, V and its gradient in x are formulas.
+hand.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,22 +26,16 @@ from verification.problems.losses import (
     PREFERENCES,
     STATES,
     STEPS,
-    USUAL_MOVES,
     adjoints,
-    next_states,
-    numbers,
     reward,
-    rows_of,
     shipped,
-    value,
     value_and_slope,
-    value_slope,
     which,
 )
 
 SOURCE = (
     "arXiv 2311.13231 (D3PO), 2402.08265 (dense reward), 1505.01874 (tilted regression), "
-    "2409.08861 (adjoint matching), 2407.00626 (DxMI), 2502.01819"
+    "2409.08861 (adjoint matching)"
 )
 
 KL_WEIGHT, BETA, CLIP = 1.7, 0.8, 0.25
@@ -102,39 +94,6 @@ def by_queries(setting: Setting, pairs: int, width: float) -> np.ndarray:
     return np.mean(differences[:, :, None] * z, axis=1)
 
 
-def _moves(rows: Steps) -> np.ndarray:
-    path, step = which(1).T
-    return np.mean((next_states(rows) - STATES[path, step]) ** 2, axis=1)
-
-
-def _dxmi(
-    usual: Callable[[Steps], np.ndarray], entropy: float = 0.3, moves: float = 0.4, b: float = 0.0
-) -> Callable[[Steps], np.ndarray]:
-    path, step = which(1).T
-    return lambda rows: (
-        b * rows.path_kl
-        + moves * _moves(rows) / (2 * usual(rows))
-        - entropy * np.log(rows.std)
-        - value(step + 1, next_states(rows), path)
-    )
-
-
-def _continuous(
-    later: int, state: float, move: float, most: float, b: float
-) -> Callable[[Steps], np.ndarray]:
-    path, step = which(1).T
-    x = STATES[path, step]
-    slope = value_slope(step + later, x, path)
-
-    def losses(rows: Steps) -> np.ndarray:
-        moved = clip(clip(next_states(rows), -state, state) - x, -move, move)
-        return b * rows.path_kl - clip(np.sum(slope * moved, axis=1), -most, most)
-
-    return losses
-
-
-FREE = np.inf
-USUAL = USUAL_MOVES[which(1)[:, 1]]
 COMPARED: dict[str, tuple[Any, Callable[[Steps], np.ndarray]]] = {
     "D3PO": (objectives.D3PO(beta=BETA, clip=CLIP), _pairs(BETA, -CLIP, CLIP)),
     "D3PO, published clip": (
@@ -158,26 +117,6 @@ COMPARED: dict[str, tuple[Any, Callable[[Steps], np.ndarray]]] = {
         objectives.AdjointMatching(kl_weight=KL_WEIGHT, path_kl=True),
         _matched(REWARD_SLOPES, path_kl=True),
     ),
-    "DxMI": (
-        objectives.DxMI(entropy_weight=0.3, move_weight=0.4, kl_weight=KL_WEIGHT),
-        _dxmi(lambda rows: 2 * (1 - np.exp(-rows.size / 2)), b=KL_WEIGHT),
-    ),
-    "continuous DxMI": (
-        objectives.ContinuousDxMI(kl_weight=KL_WEIGHT),
-        _continuous(0, FREE, FREE, FREE, KL_WEIGHT),
-    ),
-    "continuous DxMI, released": (
-        objectives.ContinuousDxMIReleased(move_clip=0.5, state_clip=0.9, gain_clip=0.3),
-        _continuous(1, 0.9, 0.5, 0.3, 0.0),
-    ),
-    "continuous DxMI from data": (
-        objectives.ContinuousDxMIFromData(kl_weight=KL_WEIGHT),
-        _continuous(0, FREE, FREE, FREE, KL_WEIGHT),
-    ),
-    "continuous DxMI from data, released": (
-        objectives.ContinuousDxMIReleasedFromData(move_clip=0.5, state_clip=0.9, gain_clip=0.3),
-        _continuous(1, 0.9, 0.5, 0.3, 0.0),
-    ),
 }
 
 
@@ -191,16 +130,6 @@ def checks(setting: Setting) -> Iterator[Check]:
     formula = _matched(by_queries(setting, 5, 0.3))
     got = shipped(setting, queries)
     yield pathwise("adjoint matching by queries", got, value_and_slope(formula))
-    from_data = objectives.DxMIFromData(entropy_weight=0.3, move_weight=0.4)
-    got = shipped(setting, from_data, usual_moves=setting.tensor(USUAL_MOVES))
-    formula = _dxmi(lambda rows: USUAL)
-    yield pathwise("DxMI from data", got, value_and_slope(formula))
-    rows = rows_of(setting, from_data, usual_moves=setting.tensor(USUAL_MOVES))
-    std = rows.std.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(from_data.loss(replace(rows, std=std)).sum(), std)
-    plain = numbers()
-    want = exact.slope(lambda free: formula(replace(plain, std=free)), plain.std)
-    yield pathwise("DxMI from data: slope in the standard deviations", slope, want)
 
 
 MISTAKES = r"""
@@ -248,25 +177,4 @@ diffusion_envs.environment.Environment.reward_gradient_by_queries
     by queries: width forgotten | (2 * width * pairs) => (2 * pairs)
     by queries: sum over pairs | (2 * width * pairs) => (2 * width)
     by queries: one side | above - below => above
-diffusion_envs.objectives.dxmi.next_state
-    DxMI: noise dropped | + std * rows.noise => + 0 * std
-diffusion_envs.objectives.dxmi.usual_move
-    DxMI: usual move of the whole exponent | -0.5 * step_size => -step_size
-diffusion_envs.objectives.dxmi._ByValue.rows
-    DxMI: value of the wrong node | values(step + 1, x, path) => values(step, x, path)
-    DxMI: state left as it is | gain * state + => state +
-    DxMI: usual moves of noising always | usual=None if steps.usual_moves is None else => usual=None if True else
-diffusion_envs.objectives.dxmi._ByValue.charge
-    DxMI: sign of the KL | self.kl_weight * path => -self.kl_weight * path
-diffusion_envs.objectives.dxmi.DxMI.loss
-    DxMI: moves not halved | (2 * usual) => usual
-    DxMI: moves summed | .flatten(1).mean(1) => .flatten(1).sum(1)
-    DxMI: sign of the entropy | cost - entropy => cost + entropy
-    DxMI: sign of the value | - rows.next_value => + rows.next_value
-diffusion_envs.objectives.dxmi.ContinuousDxMI.loss
-    continuous DxMI: value of the other node | if self.value_of_next_node else => if not self.value_of_next_node else
-    continuous DxMI: moves not clipped | .clamp(-self.move_clip, self.move_clip) => ``
-    continuous DxMI: gain not clipped | .clamp(-self.gain_clip, self.gain_clip) => ``
-diffusion_envs.objectives.dxmi.ContinuousDxMI._moves
-    continuous DxMI: states not clipped | .clamp(-self.state_clip, self.state_clip) => ``
 """
