@@ -4,6 +4,7 @@
 # make test-device   the same on a simulated accelerator, CUDA's discipline without a GPU
 # make verify every theorem, and every mistake that its check must reject (under 2 minutes)
 # make faults   kill, damage, fill, interrupt: does a run keep its promises? (under 30 minutes)
+# make docs   the documentation as a site: site/index.html, to open without a network (under 1 minute)
 # make portability   the tests that round, under every kernel that this machine can run (15 minutes)
 
 PYTHON ?= python3
@@ -31,7 +32,7 @@ endef
 # Threads that wait must not burn the core that another program needs.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo demo-words test test-device verify faults portability lint bench mutants clean
+.PHONY: demo demo-words test test-device verify docs faults portability lint bench mutants clean
 .DELETE_ON_ERROR:
 
 # torch first and pinned: it decides what everything else may bring.
@@ -43,6 +44,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-ocr: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[diffusion,ocr]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
@@ -64,6 +69,11 @@ test-device: $(VENV)/.installed-dev
 
 verify: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m verification
+
+# A broken link, an unknown claim, a formula that cannot be typeset: any warning fails it.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo site/index.html
 
 # SAMPLE=--sample: few faults of each kind.
 faults: $(VENV)/.installed-dev

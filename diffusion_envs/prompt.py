@@ -7,13 +7,12 @@ from typing import Any
 
 
 class Prompt(str):
-    """A string to ask a model for, with columns that only rewards read.
+    """A string to ask a model for, with columns that only rewards read: ``Prompt(text, metadata)``.
 
     Models, logs and whatever else takes a string see its text alone; two are equal if their texts
     are. A reward reads ``prompt.metadata["column"]``.
 
-    Args:
-        text: what the model is asked for.
+    Attributes:
         metadata: by column, whatever JSON can hold; nothing if left out.
 
     Raises:

@@ -184,7 +184,8 @@ FIRST = {
 PIECES = {
     "verification.closed_form": "verification.cubature",
     "verification.problems": "",
-    "verification.claims": "verification.measuring verification.report verification.__main__",
+    "verification.claims": "verification.measuring verification.margins verification.report "
+    "verification.document verification.__main__",
 }
 for package, after in PIECES.items():
     folder = ROOT / package.replace(".", "/")

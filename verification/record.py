@@ -47,6 +47,8 @@ def _claim(outcome: Outcome) -> dict[str, Any]:
     planted = {wrong.name: wrong for wrong in claim.mistakes}
     return {
         "name": claim.name,
+        "title": claim.title,
+        "theme": claim.theme,
         "statement": claim.statement,
         "source": claim.source,
         "file": claim.file,

@@ -30,7 +30,9 @@ from ctrl.devices import read
 from diffusion_envs.training.memory import ran_out
 
 Reward = Callable[[Tensor, Sequence[str]], Any]
-Scorer = Callable[[Reward, Tensor, Sequence[str]], Tensor]  # how a reward is asked, and checked
+"""Any callable (images [n, 3, h, w] in [0, 1], prompts) -> one number for each image."""
+Scorer = Callable[[Reward, Tensor, Sequence[str]], Tensor]
+"""How a reward is asked, and its answer checked: (reward, images, prompts) -> [n]."""
 _SLACK = 1e-3  # outside [0, 1] that is let through: decoders overshoot; clamping is the reward's
 LARGEST = 1e15  # |reward|: of a million such the sum of squares is a number in float32
 _PYTHON = ".py"  # the ending of a file of code

@@ -4,6 +4,8 @@ The exploratory LQ problem again. q-rates are those of the old policy's value in
 known as a power series; so are their expectations along the Euler chain of either policy.
 """
 
+import numpy as np
+
 from ctrl.value import Value
 from verification.claim import Setting
 from verification.closed_form import lq_chain
@@ -15,6 +17,7 @@ from verification.problems.exploratory_lq import (
 P = LQChain()
 
 OLD = lq_chain.THETA
+NEW = np.array([-0.2, 0.6, -0.75])
 
 
 def value_of_old(setting: Setting) -> Value:

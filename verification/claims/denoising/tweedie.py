@@ -1,4 +1,4 @@
-"""Gaussian data against the conditioning of joint normals, a mixture against quadrature.
+"""Tweedie's formula: the posterior mean of the data, from the score.
 
 E[Y_0 | Y_s = x] = (x + sigma^2 score) / alpha for every law of the data, and
 Cov[Y_0 | x] = (sigma^2 / alpha^2) (I + sigma^2 grad score). For a reward that is not linear

@@ -1,4 +1,4 @@
-"""Against one path after the other, written out; and Fleming's transform on a grid.
+"""First exits: rewards that end at a wall, likelihood ratios up to it, Fleming's transform.
 
 A path that leaves a domain at tau ends there: r is paid until tau, then the exit's reward,
 and M_t = e^{-d t} V + int_0^t e^{-d s} r ds stops at tau, where V is what is paid; the

@@ -1,4 +1,4 @@
-"""Kernels of the scheme's own transition, to the last digit, and their orders.
+"""Exits between the nodes of a grid, by Brownian bridges: order one instead of one half.
 
 Between two nodes inside, at distances d0 and d1 from a flat wall, the bridge of an Euler
 step crosses it with probability exp(-2 d0 d1 / (|sigma' n|^2 h)), whatever the drift. So

@@ -1,4 +1,4 @@
-"""Poisson laws, transitions, and mean 1 of the ratio.
+"""Girsanov for jump intensities: likelihood ratio and path KL of point processes.
 
 Where a policy moves the intensity l of jumps, and not their sizes, dP/dP_ref of a path has
 the factor prod (l / l_ref) over jumps times exp(-int (l - l_ref) dt), and the path KL the

@@ -1,4 +1,4 @@
-"""The generator, the law of a step, and the order.
+"""Jump diffusions: the generator, the law of a step, and the order of the scheme.
 
 X jumps by sizes(t, X, a, z) at the rate intensity(t, X, a): L V gains intensity E_z[V(t, x
 + sizes) - V(t, x)], under which Merton's series for a call on e^X is a martingale with

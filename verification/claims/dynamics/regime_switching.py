@@ -1,4 +1,4 @@
-"""Coupled Riccati equations, the generator, and a step.
+"""Regimes that switch by a Markov chain: coupled Riccati equations and their generator.
 
 The values x'S_i x/2 + e_i'x + c_i of linear-quadratic problems that switch from i to j at
 the rates q_ij solve Riccati equations coupled by sum_j q_ij (V_j - V_i), which is the

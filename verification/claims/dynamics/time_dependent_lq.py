@@ -1,4 +1,4 @@
-"""Against scipy, and q of the best action.
+"""Linear-quadratic problems whose coefficients are functions of time.
 
 With coefficients that are functions of time S, e and c solve the Riccati equation with the
 coefficients of that time, backwards; the best action is that of the time too, and the

@@ -1,4 +1,4 @@
-"""The optimum, the value of a policy, and the HJB equation.
+"""Exploratory linear-quadratic control with a horizon: optimum, values of policies, HJB.
 
 dX = (A X + B a + f) dt + sum_j (C_j X + D_j a + sigma_j) dW_j over [t, T], reward
 -(x'Mx/2 + a'Rx + a'Na/2 + p'x + l'a) + gam entropy, -(x'Hx/2 + h'x) at T, discount rho:

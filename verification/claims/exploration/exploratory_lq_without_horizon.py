@@ -1,4 +1,4 @@
-"""Discounted and ergodic problems, the benchmark, and several dimensions.
+"""Exploratory linear-quadratic control without a horizon: discounted and ergodic.
 
 One dimension, without horizon: rho k2 = (k2 (B + C D) - R)^2 / W + k2 (2 A + C^2) - M with
 W = N - k2 D^2, rho k1 = (k1 B - L) K + k1 A - P, pi* = N(K x + (k1 B - L)/W, gam / W),

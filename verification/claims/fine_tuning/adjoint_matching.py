@@ -1,4 +1,4 @@
-"""On three Euler steps, with full noise and with less; and in the limit.
+"""Adjoint matching on chains: whose scores it makes, with full noise and with less.
 
 Maximise E[r(X_T)] - b KL. The lean adjoint a_T = -grad r(X_T), carried back along paths by
 the pretrained drift alone, has E*[a_t | X_t = x] = -grad V*(t, x) on paths of the optimum;

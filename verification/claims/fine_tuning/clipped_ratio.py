@@ -1,4 +1,4 @@
-"""Values and slopes on both sides of both ends, for good and bad decisions.
+"""The clipped surrogate: values and slopes on both sides of both ends.
 
 The clipped surrogate is min(r A, clip(r) A): for A > 0 its gradient ends where r is above
 the range, for A < 0 where it is below, and nowhere else. False: that clipping alone bounds

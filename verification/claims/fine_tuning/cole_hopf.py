@@ -1,4 +1,4 @@
-"""One value by three routes, and the drift that belongs to it.
+"""The Cole-Hopf transform: one value by three routes, and the drift that belongs to it.
 
 The value of maximising E[r(X_T)] - b (path KL) over controls of dX = (AX + a)dt + G dW is
 V* = b log E[exp(r(X_T) / b) | X_t = x] (Cole-Hopf). It solves the HJB equation

@@ -1,4 +1,4 @@
-"""A coin's reward, over all outcomes; and many prompts alike.
+"""Bias and standard errors of the estimated KL-reward frontier.
 
 From n samples of a prompt E[J*(b)] is too low by b chi^2 / (2 n) + O(n^-2), chi^2 of the
 tilt from P, where n / (1 + chi^2) is the effective number of samples; the jackknife takes

@@ -1,4 +1,4 @@
-"""Weights on both sides of the edge; times on both sides of the blow-up.
+"""Where the KL-tilted optimum exists: the edge of integrability, and blow-up times.
 
 Where the reward is not concave (Q has a negative eigenvalue) the tilt exists if and only if
 S^-1 + Q/b > 0, and V* at noising time s if and only if C_s^-1 + Q/b > 0, C_s the covariance

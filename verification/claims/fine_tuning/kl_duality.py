@@ -1,4 +1,4 @@
-"""Three policies in continuous time; the optimum and others on chains of two noises.
+"""Duality of KL-regularised control: nothing beats J*, and what others lose is b KL.
 
 J(a) = E[r(X_T)] - b KL(P_a || P_pre) = J* - b KL(P_a || P*), so that no policy exceeds J*,
 and a policy that is off by d loses (b/2) E_a int g^2 |d|^2: second order, b times the path

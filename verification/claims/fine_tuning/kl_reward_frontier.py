@@ -1,4 +1,4 @@
-"""Drawn rewards against definitions; quantiles of two laws against closed forms.
+"""The KL-reward frontier of the pretrained model, from its samples.
 
 From n samples of a prompt, with weights w proportional to exp(r / b): R(b) = sum w r,
 KL(b) = sum w log(n w), J*(b) = R - b KL = b log mean exp(r / b), averaged over prompts at

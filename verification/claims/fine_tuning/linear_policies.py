@@ -1,4 +1,4 @@
-"""Performance and its gradients, the response to a shift, and the same on a chain.
+"""Linear score policies: performance, its gradients, and the response to a shift.
 
 Policies score + D x + c of a Gaussian model: E[r] has the gradients
 dJ/dc = int g^2 E[grad V], dJ/dD = int g^2 E[grad V X'], V the policy's own value. With

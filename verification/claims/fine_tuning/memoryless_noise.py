@@ -1,4 +1,4 @@
-"""eta = 1 and eta = .5 on the long schedule.
+"""Memoryless noise: adjoint matching generates the tilt only if trained with full noise.
 
 The law that adjoint matching generates depends on the noise it is trained with. With full
 noise (eta = 1) and little signal left (alpha_T = .0066) it is the tilt up to 1e-9 nats;
@@ -23,6 +23,7 @@ from verification.problems.gaussian_diffusion import (
     DATA,
     ctrl_normal,
     normal,
+    quadratic,  # noqa: F401  # a mistake takes it
     schedule,
 )
 

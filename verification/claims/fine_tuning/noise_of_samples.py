@@ -1,4 +1,4 @@
-"""Counts of distinct vectors, and equality over numbers of processes.
+"""Noise of samples: distinct vectors for each sample, equal for any number of processes.
 
 Every sample of every update has noise of its own, on every process: as many distinct
 noise vectors as were asked for, the same for 1, 2 and 3 processes, whatever the prompts;

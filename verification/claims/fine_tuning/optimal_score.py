@@ -1,4 +1,4 @@
-"""V* and a* of a long and of a short schedule.
+"""The optimal score of KL-regularised fine-tuning, on a long and on a short schedule.
 
 For data N(m, S) and a quadratic reward the optimal score is a* = s_pre + grad V* / b (not
 g^2 grad V*/b), and it is the score of the tilted data noised to the same time. V* solves

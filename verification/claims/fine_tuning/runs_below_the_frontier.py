@@ -1,4 +1,4 @@
-"""Optima of two chains; a process from fixed starts; errors of a run.
+"""No run lies above the frontier: KLs of chains, fixed starts, errors of a run.
 
 No policy's reward is above the frontier over prompts at the KL of the chain that it
 samples: the optimum of a chain by dynamic programming is below it, and above it at half its

@@ -1,4 +1,4 @@
-"""Six designs, two classes of residuals, three times; then their order.
+"""Designs of a value network: which skip connections can hold the exact value.
 
 What each design of the value network leaves to be learned, exactly, in the Gaussian model.
 With skip weight c on r(xhat0) a residual that is constant in x leaves the loss

@@ -1,4 +1,4 @@
-"""The exploratory Riccati solution and the tilted one, at two temperatures.
+"""Temperature and mean: exploration in drawn scores and the tilted optimum share their mean.
 
 Maximise E r(X_T) - E int g^2 |a - s_pre|^2 + th x entropy, with a drawn from a policy: the
 optimal policy is N(s_pre + grad J / 2, th / (2 g^2)). The penalty is twice the path KL, so

@@ -1,4 +1,4 @@
-"""Both production tilts, and the maximum that they attain.
+"""The KL-tilted law: both of the library's tilts, and the maximum that they attain.
 
 The law that maximises E[r(X)] - b KL(. || P) is P exp(r / b) / Z, and the maximum is
 b log Z = b log E[exp(r / b)] under P. For P = N(m, S) and r = -x'Qx/2 + l'x + c it is

@@ -1,4 +1,4 @@
-"""One update in the midst of a run, against gradients by hand.
+"""The training loop: one update in the midst of a run, against gradients by hand.
 
 Before the first gradient step on a roll-out the ratio of new to old policy is 1 in every
 row; the gradient is that of -sum_k A_k grad log p(x_{k+1} | x_k) + kl_weight path KL,

@@ -1,4 +1,4 @@
-"""From p_T, N(0, I), p*_T and another start; at two alpha_T; and in the limit.
+"""The bias of fine-tuning from the wrong start: what p_T and N(0, I) cost.
 
 Started from rho_0, the KL-optimal process ends in the law of p_pre(x_0, x_T) exp(r(x_T)/b)
 / E[exp(r/b) | x_0]: the tilt only if rho_0 is the tilt noised to T, or if X_0 and X_T are

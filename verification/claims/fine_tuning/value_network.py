@@ -1,4 +1,4 @@
-"""V, F* and the loss, at three times.
+"""The value network's target, loss and optimum.
 
 For Gaussian data and a quadratic reward the pretrained model's value is
 V = r(xhat0(x)) - tr(Q Cov)/2: the error of the denoised reward does not depend on the

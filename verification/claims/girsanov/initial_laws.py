@@ -1,4 +1,4 @@
-"""Gaussian chains from different starts.
+"""Path laws from different initial laws: the chain rule of the KL.
 
 With initial laws rho and rho_ref, KL(P || P_ref) = KL(rho || rho_ref) + 1/2 E int |u|^2 dt,
 the second under P from rho; on every path log rho / rho_ref (X_0) is added. Without it the

@@ -1,4 +1,4 @@
-"""Theorem 3.1 on quadrature paths, and pathwise.
+"""Theorem 3.1: the KL between the path laws of two controlled SDEs, on a grid.
 
 KL(P || P_ref) = 1/2 E int |u|^2 dt, u = (b - b_ref) / sigma, under P; and on every path
 log dP/dP_ref = int u . dW + 1/2 int |u|^2 dt, the ratio of the transition densities.

@@ -1,4 +1,4 @@
-"""Gaussian chains, whose joint laws are known, and their limit.
+"""Theorem 3.1 for terminal laws: a bound, and its gap, the KL of the bridges.
 
 KL(p_T || p_ref,T) <= KL(P || P_ref) = 1/2 E int |u|^2 dt, and the gap is E KL(path | X_T),
 that is 1/2 E int |u - sigma grad log(p / p_ref)|^2 dt. "Path KL = terminal KL" is false. It

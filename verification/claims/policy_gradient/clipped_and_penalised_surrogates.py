@@ -1,4 +1,4 @@
-"""Values and slopes, row by row, on a table of ratios, advantages of both signs and widths.
+"""Clipped and penalised surrogates, row by row: values and slopes.
 
 The clipped surrogate is min(ratio A, clip(ratio) A) with the clip on the log-ratio: where
 the advantage is positive the ratio is cut from above only, where it is negative from below

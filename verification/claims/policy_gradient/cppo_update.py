@@ -1,4 +1,4 @@
-"""The step, and the penalty after it.
+"""CPPO: the step, and the penalty after it.
 
 One step of CPPO from the old policy is exact gradient ascent of the chain's performance:
 the penalty sqrt(KL) has slope 0 there, and the sum of e^{-rho t} h ratio (q - gam log pi)

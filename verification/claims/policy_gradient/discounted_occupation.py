@@ -1,4 +1,4 @@
-"""Both identities, and the order of what the surrogate leaves out.
+"""Performance differences by discounted occupation times, and the surrogate's error.
 
 d = rho int e^{-rho t} law(X_t) dt. V' - V = (1/rho) E_{d', pi'}[q - gam log pi'], q of the
 old policy, states of the new one; grad V = (1/rho) E_{d, pi}[grad log pi (q - gam log pi)].

@@ -1,4 +1,4 @@
-"""Dependence of the performance on the standard deviation of the drawn actions.
+"""Theorem 4.1 for the exploration's scale: the gradient in the covariance.
 
 With a terminal reward only, a drift affine in the action and a diffusion without it,
 E[(z^2 - 1) q] = 0: in continuous time the performance has no gradient in the spread of the
@@ -6,8 +6,8 @@ actions. On a grid it has one, of O(h), from actions held over steps, which the 
 find exactly. It is not so in general: where the action moves the diffusion, the gradient in
 the spread stays.
 
-In continuous time only through what that is paid or charged for: with a terminal reward, a
-drift affine in the action and an uncontrolled diffusion it does not, because q is linear in the
+In continuous time it depends on it only through what is paid or charged for it: with a terminal
+reward, a drift affine in the action and an uncontrolled diffusion it does not, because q is linear in the
 action. On a grid actions are held over a step, which adds O(h).
 """
 

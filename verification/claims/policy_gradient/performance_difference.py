@@ -1,4 +1,4 @@
-"""On a grid, against moments; in the limit, against both performances.
+"""Lemma 4.2: the difference of two policies' performances, by q-rates.
 
 V'(0, x) - V(0, x) = E' int e^{-discount t} (q(t, X_t, a_t) - temperature log pi'(a_t)) dt,
 where q is of the value V of the old policy, and states, actions and entropy are the new
@@ -25,14 +25,12 @@ from verification.problems.exploratory_lq import (
     problem,
     to_zero,
 )
-from verification.problems.performance_difference import OLD, P, value_of_old
+from verification.problems.performance_difference import NEW, OLD, P, value_of_old
 
 SOURCE = (
     '"Score as Action", arXiv 2502.01819, Lemma 4.2; Zhao, Tang & Yao 2023, policy '
     "optimisation in continuous time, Theorem 2"
 )
-
-NEW = np.array([-0.2, 0.6, -0.75])
 
 
 def paths_of_new(setting: Setting, nodes: np.ndarray) -> ctrl.Paths:

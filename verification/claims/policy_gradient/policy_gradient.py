@@ -1,4 +1,4 @@
-"""Returns and temporal differences of drawn actions, against the chain's exact gradient.
+"""Theorem 4.1: the policy gradient by returns and temporal differences, exactly.
 
 grad V(0, x) = E sum e^{-discount t} grad log pi(a_t) A_t, the actions drawn from the policy
 (view A), for A the discounted return to go, with or without V subtracted, for the temporal

@@ -1,4 +1,4 @@
-"""All estimators of view B, on a chain of three steps.
+"""Theorem 4.1 in view B: transitions as decisions, all estimators on a chain.
 
 Where the next state is the decision (view B), the gradient of the deterministic policy's
 chain is E sum e^{-discount t} (grad log p(X_{k+1}|X_k) A_k + h grad_a r d mu / d theta),

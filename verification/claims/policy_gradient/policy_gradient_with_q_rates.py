@@ -1,4 +1,4 @@
-"""q-rates and their derivative in the action, on a grid and in the limit.
+"""Theorem 4.1 by q-rates, and pathwise by their derivative in the action.
 
 grad V(0, x) = E int e^{-discount t} grad log pi(a_t) (q - temperature log pi) dt
 = E int e^{-discount t} (d a / d theta)' grad_a (q - temperature log pi) dt

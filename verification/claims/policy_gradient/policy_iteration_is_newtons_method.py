@@ -1,4 +1,4 @@
-"""Every step against Newton's, in several dimensions; the constant in one.
+"""Policy iteration on linear-quadratic problems is Newton's method.
 
 Linear-quadratic problems: V^{n+1}, the value of the Gibbs policy of V^n, is Newton's step
 from V^n on the Riccati equation F(S, e, c) = 0, to round-off. So V^n <= V^{n+1}, and the

@@ -1,4 +1,4 @@
-"""On a circle, far from linear-quadratic; references by dense matrices.
+"""The rate of policy improvement far from linear-quadratic problems, on a circle.
 
 Any dynamics, bounded actions: with V^{n+1} the value of the Gibbs policy pi_n of V^n,
 V* - V^{n+1} = (rho - L^{pi_n})^{-1} gam KL(pi_n || pi*), hence V^n increases and

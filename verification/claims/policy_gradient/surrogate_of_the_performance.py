@@ -1,4 +1,4 @@
-"""Value, gap and slope of the surrogate.
+"""Theorem 4.4's surrogate: its value, gap and slope.
 
 The surrogate L(pi') - V = E int e^{-discount t} E_{a ~ pi'}[ q - temperature log pi' ] dt
 keeps the states of the old policy; the new actions are the old ones, reweighted by

@@ -1,4 +1,4 @@
-"""Unbounded rewards: transport, Wasserstein and chi-square.
+"""Theorem 4.4 for unbounded rewards: transport, Wasserstein and chi-square bounds.
 
 For any reward, with h_t of Lipschitz constant L_t, Gaussian states of variance P_t under
 the old policy and K_t = KL(P'_[0,t] || P_[0,t]):

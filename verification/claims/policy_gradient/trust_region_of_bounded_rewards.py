@@ -1,4 +1,4 @@
-"""A cosine reward.
+"""Theorem 4.4 for bounded rewards: the total-variation bound.
 
 For bounded h_t: |V' - L(pi')| <= int (sup h_t - inf h_t) sqrt(K_t / 2) dt (Pinsker), here
 for a reward cos(w x). It is of second order. Half of it is less than the gap of a steep

@@ -1,4 +1,4 @@
-"""Girsanov's density, step by step.
+"""Girsanov's density of one step, by symbols.
 
 One Euler step: log of the ratio of the two Gaussian transition densities
 = u dW + u^2 h / 2 with u = (b - b_ref) / g, for every dW; its mean under P is u^2 h / 2.

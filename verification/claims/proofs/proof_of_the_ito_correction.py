@@ -1,4 +1,4 @@
-"""The correction is what Heun's predictor adds.
+"""The Ito correction is what Heun's predictor adds.
 
 Ito to Stratonovich: dX = b dt + sigma dW is dX = (b - sigma sigma' / 2) dt + sigma o dW:
 a Heun step with that drift has the mean b h of the Ito equation, to first order in h.

@@ -1,4 +1,4 @@
-"""The likelihood-ratio form and the pathwise form are one.
+"""The likelihood-ratio form and the pathwise form of the policy gradient are one.
 
 Policy gradient with a terminal reward: q = g^2 V_x (a - mean) gives
 E[d log pi / d mean q] = g^2 V_x, whatever the exploration's variance, and a baseline that

@@ -1,4 +1,4 @@
-"""Against the exact solution, which depends on the increment alone.
+"""Adaptive steps of torchsde against an exact solution.
 
 Adaptive steps of torchsde, the path refined within a step and its increment kept, converge
 on every path: on geometric Brownian motion to start exp((b - s^2 / 2) h + s dW).

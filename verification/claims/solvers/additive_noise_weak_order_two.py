@@ -1,4 +1,4 @@
-"""Order 2, and the two ways to lose it.
+"""Weak order two for additive noise, and the two ways to lose it.
 
 Heun has weak order 2 for additive noise: E f(X^h_T) = E f(X_T) + C h^2 + O(h^3) where s
 depends on time alone. False: it has order 1 still where the control is a feedback that is

@@ -1,4 +1,4 @@
-"""The law of refined increments, read off the linear map that makes them.
+"""Brownian bridges: the law of refined increments.
 
 refine adds a Brownian bridge: given the coarse increments c, the fine ones are
 N(H A' (A H A')^{-1} c, H - H A' (A H A')^{-1} A H); coarsen is A, and undoes it exactly.

@@ -1,4 +1,4 @@
-"""Number by number in both precisions, then pieces, then moments.
+"""Normals by counter: every number is a function of its index.
 
 Number q of row k is sqrt(-2 log u) times cosine or sine of an angle, of the words that
 Philox4x64-10 gives for (key, k, q): independent standard normals. They do not depend on

@@ -1,4 +1,4 @@
-"""Mixed moments of two increments and an action's normals, and where exactness ends.
+"""Gauss-Hermite noise: which moments it has exactly, and where exactness ends.
 
 The weighted mean over gauss_hermite's paths is the expectation of every polynomial of
 degree up to 2 nodes - 1 in each increment and each action's normal; at degree 2 nodes it

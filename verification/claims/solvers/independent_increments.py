@@ -1,4 +1,4 @@
-"""Second and fourth moments and cross-correlations, by sequential tests.
+"""Random increments: moments and independence, by sequential tests.
 
 Increments are independent N(0, h), over steps and paths and of the actions' normals; the
 time integral that srk draws is N(h W / 2, h^3 / 12) given the increment W.

@@ -1,4 +1,4 @@
-"""Splits, counts, names.
+"""Named random streams: the same for any split, different for any two names.
 
 The noise of a path depends on (seed, name, index of the path, step) alone: the same
 whether 1, 2 or 4 processes draw it, and different for every request. Streams differ in

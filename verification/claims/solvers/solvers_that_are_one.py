@@ -1,4 +1,4 @@
-"""Equal states on the same increments.
+"""Solvers that are one method have equal states on the same increments.
 
 A BlackBox that is given Euler's step and its increments is EulerMaruyama; steps in place
 are steps; simulate_end is the end of simulate.

@@ -1,4 +1,4 @@
-"""Errors on an uneven grid by two routes, then orders on even ones.
+"""Strong orders of solvers with one Brownian motion.
 
 On geometric Brownian motion, E |X^h_T - X_T|^2 = O(h^(2p)) along one Brownian path, with
 p = 1/2 for EulerMaruyama, 1 for Milstein and for Heun; and the mean square error is what a

@@ -1,4 +1,4 @@
-"""Orders of pairs of runs.
+"""Strong orders of solvers with several Brownian motions, commutative and not.
 
 Several Brownian motions: Heun has strong order 1 where they commute and 1/2 where they do
 not, EulerMaruyama 1/2, and 1 for additive noise; Milstein 1 for one Brownian motion that

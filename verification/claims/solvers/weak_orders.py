@@ -1,4 +1,4 @@
-"""Order and limit of each of our solvers.
+"""Weak orders of our solvers, and the limit of each.
 
 EulerMaruyama and Milstein on dX = b dt + s dW (Ito), and Heun on the Stratonovich
 equation of drift b - s s' / 2, have weak order 1:

@@ -1,4 +1,4 @@
-"""Order and limit of each method of torchsde that needs increments alone.
+"""Weak orders of torchsde's methods, and the limit of each.
 
 The one-step methods of torchsde, behind ctrl.TorchSDE, have weak order 1 and the same
 limit: euler and milstein on the Ito equation; euler_heun, heun, midpoint and

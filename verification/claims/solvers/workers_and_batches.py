@@ -1,4 +1,4 @@
-"""Batches of whole groups and not, one worker and two, in memory and beside it.
+"""The same bits for any number of workers, batches and places.
 
 simulate(..., workers=n) gives the same bits for every n and every batch, whether rows are
 drawn into the paths' memory ahead of time (batches of whole groups) or beside it.

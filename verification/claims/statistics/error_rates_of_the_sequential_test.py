@@ -1,4 +1,4 @@
-"""Its error rates, counted and by importance sampling.
+"""Error rates of the sequential test, counted and by importance sampling.
 
 FAIL where the claim is right, and PASS where the mean is off by the tolerance, have at most
 their stated probabilities: 1 % each, counted, for laws from light to heavy tails; and 1e-6

@@ -1,4 +1,4 @@
-"""The test's evidence, and the inequality that it rests on.
+"""The sequential test's evidence is a supermartingale.
 
 E exp(phi(lam X)) <= 1 + lam^2 v / 2 <= exp(lam^2 v / 2) for every law of X of mean 0 and
 variance v, heavy-tailed ones too: the sum of phi(lam (X_i - m)) - lam^2 v / 2 is the

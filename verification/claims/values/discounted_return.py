@@ -1,4 +1,4 @@
-"""Against sums written out, the recursion of values, and the integral in the limit.
+"""The discounted return on a grid, and in the limit.
 
 The return of a path on a grid is sum_k e^{-discount (t_k - t_0)} r_k h_k
 + e^{-discount (T - t_0)} r(X_T), rewards at the left end of their own step; its mean is the

@@ -1,4 +1,4 @@
-"""By integrals over exact laws, by hand, and on paths.
+"""Dynkin's formula, by exact laws, by hand, and along paths.
 
 E phi(T, X_T) - phi(0, x) = E int_0^T L phi(t, X_t) dt with
 L phi = d_t phi + b . grad phi + tr(sigma sigma' Hess phi) / 2, for polynomials of a linear

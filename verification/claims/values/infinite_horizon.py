@@ -1,4 +1,4 @@
-"""Discounted and ergodic values of equal steps without end.
+"""Discounted and ergodic values without a horizon.
 
 Without a horizon nothing is paid at the end of the grid and J is not pinned there. With a
 discount, E int e^{-discount t} xi dM = 0 determines V. Without one,

@@ -1,4 +1,4 @@
-"""Propositions 1 and 2: zero for the true value, known sizes for a wrong one.
+"""Propositions 1 and 2: the martingale characterisation of a policy's value.
 
 J is the value of the policy if and only if E int e^{-discount t} xi dM = 0 for all adapted
 xi, dM = e^{-discount h} J(t + h, X') - J(t, X) + (r - temperature log pi) h, with J(T, .)

@@ -1,4 +1,4 @@
-"""Theorems 6, 7 and 9 on a chain whose pair is known, along paths of two policies.
+"""Theorems 6, 7 and 9: the pair (V, q) by martingale conditions, on- and off-policy.
 
 With E_pi[q - temperature log pi] = 0 and V(T, .) the terminal reward, (V, q) is the value
 and q-rate of pi if and only if E int e^{-discount t} xi dM = 0,

@@ -1,4 +1,4 @@
-"""q against formulas, against one step of the Euler scheme, and its normalisation.
+"""The q-rate: against formulas, against one step, and its normalisation.
 
 q = d_t J + b . J' + sigma^2 J'' / 2 + r - discount J is the slope of the Q-function of a
 step: Q_h(x, a) = J(x) + q(x, a) h + o(h), so Q itself forgets the action as h -> 0. At the

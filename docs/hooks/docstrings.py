@@ -1,0 +1,46 @@
+"""Docstrings as Markdown: aligned entries of a module become a list, formulas stay plain."""
+
+import re
+from typing import Any
+
+import griffe
+
+_ENTRY = re.compile(r"^([A-Z][\w-]*) {2,}(\S.*)$")
+
+
+def as_markdown(text: str) -> str:
+    """A docstring whose aligned entries (``Setting     dX = ...``) are a list.
+
+    An entry is a capitalised word, two blanks or more, and text that may go on, indented.
+    """
+    lines, made, inside = text.split("\n"), [], False
+    for line in lines:
+        entry = _ENTRY.match(line)
+        if entry:
+            if not inside and made and made[-1].strip():
+                made.append("")
+            made.append(f"- **{entry[1]}**: {_escaped(entry[2])}")
+            inside = True
+        elif inside and line.startswith("  ") and line.strip():
+            made.append(f"  {_escaped(line.strip())}")
+        else:
+            if inside and line.strip():
+                made.append("")
+            inside = False
+            made.append(line)
+    return "\n".join(made)
+
+
+def _escaped(text: str) -> str:
+    """Formulas in plain text, safe from emphasis and references."""
+    parts = re.split(r"(``?[^`]*``?)", text)
+    return "".join(p if p.startswith("`") else re.sub(r"([*_\[\]<])", r"\\\1", p) for p in parts)
+
+
+class Docstrings(griffe.Extension):
+    """Rewrites docstrings of modules and classes as they are read."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Change what has aligned entries."""
+        if obj.docstring and any(_ENTRY.match(x) for x in obj.docstring.value.split("\n")):
+            obj.docstring.value = as_markdown(obj.docstring.value)
