@@ -116,9 +116,10 @@ def functions_of(module: str) -> Iterator[tuple[str, ast.FunctionDef]]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef):
             yield f"{module}.{node.name}", node
-        for member in node.body if isinstance(node, ast.ClassDef) else ():
-            if isinstance(member, ast.FunctionDef):
-                yield f"{module}.{node.name}.{member.name}", member
+        elif isinstance(node, ast.ClassDef):
+            for member in node.body:
+                if isinstance(member, ast.FunctionDef):
+                    yield f"{module}.{node.name}.{member.name}", member
 
 
 def returns_numbers(node: ast.FunctionDef) -> bool:

@@ -78,13 +78,13 @@ def slope(
         for i in range(at.size):
             beside = at.astype(complex)
             beside.flat[i] += 1j * _TINY
-            slopes[i] = np.sum(loss(beside)).imag / _TINY
+            slopes[i] = np.imag(np.sum(loss(beside))) / _TINY
         return slopes.reshape(at.shape)
     slopes = np.empty(at.shape)
     for member, coordinate in itertools.product(range(together), range(at.shape[1])):
         beside = at.astype(complex)
         beside[member::together, coordinate] += 1j * _TINY
-        each = np.reshape(loss(beside).imag / _TINY, (-1, together))
+        each = np.reshape(np.imag(loss(beside)) / _TINY, (-1, together))
         slopes[member::together, coordinate] = each.sum(1)
     return slopes
 

@@ -85,13 +85,13 @@ def checks(setting: Setting) -> Iterator[Check]:
     data, samples = energy(weights, DATA), along[:, -1]
     squares = np.mean(data**2) + np.mean(samples**2)
     want = np.mean(data) - np.mean(samples) + 0.6 * squares
-    yield pathwise("loss", told["energy_loss"], want)
+    yield pathwise("loss", told["energy_loss"], float(want))
     means = [told["energy_of_data"], told["energy_of_samples"]]
     yield pathwise("of data and samples", means, [data.mean(), samples.mean()])
     sigmoid = 1 / (1 + np.exp(-(STEPS // 2 - np.arange(STEPS + 1.0))))
     cost = 0.8 * (sigmoid[:-1] - sigmoid[1:])
     gaps = along[:, :-1] - (along[:, 1:] + cost)
-    yield pathwise("loss of the value", told["value_loss"], np.mean(gaps**2))
+    yield pathwise("loss of the value", told["value_loss"], float(np.mean(gaps**2)))
     leave = critic.network.get_submodule("leave")
     slope = slope_of(leave.weight)
 
