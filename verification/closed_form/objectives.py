@@ -105,7 +105,7 @@ def ppo(log_ratio: Rows, advantage: Rows, width: Rows | float) -> Rows:
     return least(np.exp(log_ratio) * advantage, trusted * advantage)
 
 
-def log_sigmoid(x: np.ndarray) -> np.ndarray:
+def log_sigmoid(x: np.ndarray | np.generic) -> np.ndarray | np.generic:
     """log 1 / (1 + exp(-x))."""
     return -np.log(1 + np.exp(-x))
 
@@ -128,7 +128,7 @@ def preferred_pairs(log_ratio: Rows, preference: Rows, beta: float) -> Rows:
     return losses
 
 
-def plackett_luce(logits: np.ndarray, preference: np.ndarray, compared: int) -> complex:
+def plackett_luce(logits: np.ndarray, preference: np.ndarray, compared: int) -> complex | float:
     """-log probability of the preferred order, averaged over all lists of so many items."""
     losses = []
     for some in itertools.combinations(range(len(logits)), compared):
