@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,7 @@ def ppo(log_ratio: Rows, advantage: Rows, width: Rows | float) -> Rows:
     return least(np.exp(log_ratio) * advantage, trusted * advantage)
 
 
-def log_sigmoid(x: np.ndarray | np.generic) -> np.ndarray | np.generic:
+def log_sigmoid(x: Any) -> Any:
     """log 1 / (1 + exp(-x))."""
     return -np.log(1 + np.exp(-x))
 
