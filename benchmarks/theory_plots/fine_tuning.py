@@ -8,16 +8,52 @@ from torch import Tensor
 
 import ctrl
 from benchmarks.theory_plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, panels
-from diffusion_envs.denoising import kl_factor
+from diffusion_envs.denoising import generation_sde, kl_factor
 from diffusion_envs.exact import GaussianProblem, gaussian, linear_policy, table
 from diffusion_envs.exact.problems import MixtureProblem
 from diffusion_envs.frontier import Frontier
 from diffusion_envs.noise_schedules import NoiseSchedule, VPLinear
 from diffusion_envs.samplers import DDIM
+from diffusion_envs.training.optimisers.natural_gradient import natural_direction
 
 ZERO, ONE = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
 DATA = gaussian.Gaussian(0.8 * ONE[None], 0.5 * ONE[None, None])
 NO_GAIN, NO_SHIFT = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+
+
+def generation() -> Figure:
+    """Paths from noise to data from the same starts: the time reversal, and the flow."""
+    figure, axes = panels(2)
+    problem, schedule, grid = MixtureProblem(), VPLinear(0.1, 20.0), ctrl.uniform_grid(1.0, 200)
+
+    def score(t: Tensor, x: Tensor) -> Tensor:
+        s = (schedule.horizon - t).expand(len(x))
+        return problem.exact_score(x, schedule.alpha(s), schedule.sigma(s))
+
+    start = torch.randn(12, 1, dtype=torch.float64, generator=ctrl.noise.stream(0, "start"))
+    for panel, eta, title in ((axes[0], 1.0, "eta = 1: SDE"), (axes[1], 0.0, "eta = 0: ODE")):
+        paths = ctrl.simulate(
+            ctrl.ControlProblem(generation_sde(schedule, eta), horizon=1.0),
+            ctrl.DeterministicPolicy(score),
+            start,
+            grid,
+            generator=ctrl.noise.stream(0, "generation"),
+        )
+        for path in paths.states[:, ::5, 0]:
+            colour = (BLUE, ORANGE)[int(path[-1] > -0.15)]
+            panel.plot(grid.nodes[::5], path, color=colour, linewidth=0.9)
+        x = torch.linspace(-2.6, 2.6, 53, dtype=torch.float64)
+        for at, side, alpha, sigma in ((0.0, -1, 0.0, 1.0), (1.0, 1, 1.0, 0.0)):
+            density = torch.zeros_like(x)
+            for w, m, std in zip(problem.weights, problem.means, problem.stds, strict=True):
+                law = torch.distributions.Normal(alpha * m, (alpha**2 * std**2 + sigma**2) ** 0.5)
+                density += w * law.log_prob(x).exp()
+            panel.fill_betweenx(
+                x, at, at + 0.25 * side * density, color=GREY, alpha=0.4, linewidth=0
+            )
+        panel.set(xlabel="t", ylabel="X", title=title, xlim=(-0.2, 1.2), ylim=(-2.7, 2.7))
+        panel.set_xticks([0, 1], ["0: noise", "1: data"])
+    return figure
 
 
 def eta_family() -> Figure:
@@ -28,8 +64,8 @@ def eta_family() -> Figure:
     left.plot([1], [0.5], "o", color=ORANGE)
     left.annotate("time reversal: 1/2", (1, 0.5), (1.0, 1.2), ha="center")
     left.set(xlabel="η", ylabel="path KL / ∫ g² |Δs|² dt", title="what a change costs")
-    schedule, times = VPLinear(0.1, 20.0), torch.linspace(1, 0, 1001, dtype=torch.float64)
-    etas = torch.linspace(0.02, 1.5, 38).tolist()  # no KL, hence no steps, at 0
+    schedule, times = VPLinear(0.1, 20.0), torch.linspace(1, 0, 601, dtype=torch.float64)
+    etas = torch.linspace(0.02, 1.5, 23).tolist()  # no KL, hence no steps, at 0
     response = []
     for eta in etas:
         steps = linear_policy.Steps.of_euler(schedule, times, eta)
@@ -66,7 +102,7 @@ def kl_tilt() -> Figure:
         tilted = density * (rewards / kl_weight).exp()
         tilted /= torch.trapezoid(tilted, x)
         axes.plot(x[inside], tilted[inside], color=colour, label=f"tilt, β = {kl_weight:g}")
-    axes.set(xlabel="x", ylabel="density", ylim=(0, 2.9))
+    axes.set(xlabel="x", ylabel="density", ylim=(0, 3.3))
     return figure
 
 
@@ -124,6 +160,38 @@ def step_transfer() -> Figure:
     axes.set(
         xlabel="steps of sampling (trained at 50)", ylabel="share of the shift", ylim=(0, 1.15)
     )
+    return figure
+
+
+def natural_gradient() -> Figure:
+    """Two steps of equal path KL: along the gradient, and along the natural one."""
+    figure, (axes,) = panels(height=3.2)
+    metric = torch.tensor([[1.0, 0.8], [0.8, 2.2]], dtype=torch.float64)
+    gradient = torch.tensor([1.0, 0.1], dtype=torch.float64)
+    nats = 0.02
+    natural, _ = natural_direction(lambda v: metric @ v, gradient, iterations=2, damping=0.0)
+    angle = torch.linspace(0, 2 * math.pi, 121, dtype=torch.float64)
+    circle = torch.stack([angle.cos(), angle.sin()])
+    edge = circle * (2 * nats / (circle * (metric @ circle)).sum(0)).sqrt()
+    axes.plot(*edge.tolist(), color=GREY, label=f"{nats:g} nats from here")
+    for direction, name, colour in (
+        (gradient, "gradient", ORANGE),
+        (natural, "natural gradient", BLUE),
+    ):
+        step = direction * (2 * nats / (direction @ metric @ direction)).sqrt()
+        gain = (gradient @ step).item()
+        axes.plot(
+            [0, step[0].item()],
+            [0, step[1].item()],
+            "o-",
+            color=colour,
+            label=f"{name}: gains {gain:.3f}",
+        )
+        x = torch.linspace(-0.3, 0.45, 2, dtype=torch.float64)
+        line = (gain - gradient[0] * x) / gradient[1]
+        axes.plot(x, line, ":", color=colour, linewidth=1)
+    axes.set(xlabel="first parameter", ylabel="second parameter")
+    axes.set(xlim=(-0.28, 0.42), ylim=(-0.22, 0.34), aspect="equal")
     return figure
 
 

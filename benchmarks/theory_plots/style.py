@@ -1,5 +1,6 @@
 """How the pictures look: transparent, and readable on light and on dark pages."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,12 @@ def save(figure: Figure, name: str, folder: Path = FOLDER) -> Path:
             if axes.get_legend_handles_labels()[1]:
                 axes.legend()
         figure.savefig(file, transparent=True, metadata={"Date": None})
-    lines = [line.rstrip() for line in file.read_text().splitlines()]
-    file.write_text("\n".join(lines) + "\n")
+    text = "\n".join(line.rstrip() for line in file.read_text().splitlines())
+    file.write_text(_numbered(text) + "\n")
     return file
+
+
+def _numbered(svg: str) -> str:
+    """Ids in the order of their appearance: matplotlib's are hashes of all digits of a place."""
+    names: dict[str, str] = {}
+    return re.sub(r"\b[mp][0-9a-f]{10}\b", lambda m: names.setdefault(m[0], f"id{len(names)}"), svg)

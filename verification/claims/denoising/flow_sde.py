@@ -24,9 +24,11 @@ from scipy.integrate import quad
 import ctrl
 from diffusion_envs.exact import GaussianProblem
 from diffusion_envs.noise_schedules import FlowTable
+from diffusion_envs.objectives.path_steps import transition_kl, transition_log_ratio
 from diffusion_envs.samplers import CPS, DDIM, FlowSDE
 from verification.claim import Check, Setting, expectation, pathwise, stated
-from verification.problems.ddim_transitions import log_density
+from verification.closed_form.gaussian_law import independent_log_density
+from verification.problems.losses import rows_of_steps
 
 SOURCE = "arXiv 2505.05470 equations 8, 9; 2509.05952; 2107.00630 (KL by the SNR); 2010.02502"
 
@@ -120,13 +122,13 @@ def checks(setting: Setting) -> Iterator[Check]:
         other = law(name, STEP, STATES, NEW)[0]
         after = mean + std * NORMALS
         yield pathwise(f"{name}: mean of the next state", sampler.mean(step, x, old), mean)
-        yield pathwise(
-            f"{name}: noise", sampler.noise(step, x, setting.tensor(after), old), NORMALS
+        ratio = independent_log_density(after, other, std**2) - independent_log_density(
+            after, mean, std**2
         )
-        ratio = log_density(after, other, std) - log_density(after, mean, std)
-        yield pathwise(f"{name}: log-ratio", sampler.log_ratio(step, z, new, old), ratio)
+        rows = rows_of_steps(sampler, step, z, new, old)
+        yield pathwise(f"{name}: log-ratio", transition_log_ratio(rows), ratio)
         kl = np.sum(((other - mean) / std) ** 2, axis=-1) / 2
-        yield pathwise(f"{name}: KL of rows", sampler.transition_kl(step, new, old), kl)
+        yield pathwise(f"{name}: KL of rows", transition_kl(rows), kl)
 
     change = np.stack([NEW - OLD, OLD - 0.3])[:, :STEPS]
     for name, sampler, eta in (
@@ -175,9 +177,9 @@ diffusion_envs.samplers.flow_sde.BoundFlowDDIM.std
     eta ignored | `self.eta * ` => ``
 diffusion_envs.samplers.flow_sde.BoundCPS.std
     CPS: angle of a half turn | 0.5 * math.pi => math.pi
-diffusion_envs.samplers.gaussian_steps.GaussianSteps.log_ratio
+diffusion_envs.objectives.path_steps.transition_log_ratio
     1/2 dropped | 0.5 * shift => shift
-diffusion_envs.samplers.gaussian_steps.GaussianSteps.transition_kl
+diffusion_envs.objectives.path_steps.transition_kl
     KL without 1/2 | return 0.5 * => return
 diffusion_envs.environment.Environment._act
     score asked for where it says nothing | self.model.denoised( => self.model(

@@ -15,10 +15,15 @@ from torch import Tensor
 
 from ctrl import linear
 from diffusion_envs.exact import gaussian
+from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, expectation
 from verification.closed_form import tilt as exact
+from verification.closed_form.gaussian_law import kl
+from verification.closed_form.samplers import ddim_steps, eta_transition, uniform, whole
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
-from verification.closed_form.vp_gaussian import LONG, kl
+from verification.closed_form.vp_gaussian import LONG
+from verification.cubature import affine_end
+from verification.problems import generation, table
 from verification.problems.gaussian_diffusion import (
     DATA,
     ctrl_normal,
@@ -29,6 +34,8 @@ from verification.problems.gaussian_diffusion import (
 
 SOURCE = "Domingo-Enrich et al. 2024, arXiv 2409.08861, memoryless noise schedule"
 WHY_DOUBLE = "ctrl.linear solves in float64 only, and says so"
+
+STEPS = 20  # of a sampler
 
 
 def generated(setting: Setting, eta: float) -> gaussian.Gaussian:
@@ -53,7 +60,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     tilted, _ = exact.tilt(DATA, REWARD, KL_WEIGHT)
     reference = ctrl_normal(normal(setting, tilted))
     for eta in (1.0, 0.5):
-        base = exact.eta_transition(LONG, eta)
+        base = eta_transition(LONG, LONG.horizon, 0.0, eta)
         want = exact.tilted_transition(base, REWARD, KL_WEIGHT).of(LONG.noised(1.0))
         got = generated(setting, eta)
         yield expectation(
@@ -71,7 +78,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     begin, end = setting.tensor(1.0), setting.tensor(0.0)
     for eta in (0.5, 0.0):
         got = gaussian.transition(model, schedule(LONG), begin, end, eta).after(start)
-        want = exact.eta_transition(LONG.with_data(tilted), eta).of(LONG.noised(1.0))
+        want = eta_transition(LONG.with_data(tilted), LONG.horizon, 0.0, eta).of(LONG.noised(1.0))
         yield expectation(
             f"trained with full noise, sampled with eta {eta}: law of X_T",
             torch.cat([got.mean, got.covariance.flatten()]),
@@ -81,6 +88,17 @@ def checks(setting: Setting) -> Iterator[Check]:
             f"trained with full noise, sampled with eta {eta}: KL(generated || tilt)",
             linear.gaussian_kl(ctrl_normal(got), reference),
             kl(want, tilted),
+        )
+    for eta in (1.0, 0.5):  # as a run samples it
+        sampler = DDIM(eta).bind(table(LONG, STEPS, spacing="trailing", final_is_one=True), STEPS)
+        problem, policy = generation(model, sampler.table, eta)
+        steps = affine_end(problem, policy, sampler.grid, model.mean, sampler)
+        got = steps.of(LONG.noised(1.0))
+        want = whole(ddim_steps(tilted, uniform(LONG, STEPS), eta)).of(LONG.noised(1.0))
+        yield expectation(
+            f"trained with full noise, {STEPS} steps of DDIM with eta {eta}: law of X_T",
+            np.concatenate([got.mean, got.covariance.ravel()]),
+            np.concatenate([want.mean, want.covariance.ravel()]),
         )
 
 
@@ -96,4 +114,7 @@ shared
     the start forgotten
     b for 1/b
     direction of the KL
+    DDIM: eta ignored
+    DDIM: alpha-bar for alpha
+    mean: noise not taken out of the direction
 """
