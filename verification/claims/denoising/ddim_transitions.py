@@ -105,12 +105,8 @@ diffusion_envs.samplers.BoundDDIM._whitened
     variance of another step | self.std, step => self.std.roll(1), step
     variance for standard deviation | self.std, step => self.std**2, step
 diffusion_envs.objectives.path_steps.transition_log_ratio
-    1/2 dropped | 0.5 * shift => shift
     sign of the quadratic term | - 0.5 => + 0.5
-    mean over coordinates | shift.square()).sum(1) => shift.square()).mean(1)
     policies exchanged | rows.mean - rows.old_mean => rows.old_mean - rows.mean
-diffusion_envs.objectives.path_steps.transition_kl
-    KL of rows without 1/2 | return 0.5 * => return
 diffusion_envs.samplers.BoundDDIM.transition_kl
     KL without 1/2 | return 0.5 * => return
 diffusion_envs.samplers.BoundDDIM.chain_kl
@@ -129,6 +125,9 @@ diffusion_envs.samplers.BoundDDIM.step
 diffusion_envs.samplers.BoundDDIM._require_density
     zero-noise step in the log-probability | if not self.has_density: => if False:
 shared
+    KL of rows without 1/2
+    log-ratio averaged over coordinates
+    log-ratio of transitions: 1/2 dropped
     DDIM: eta ignored
     KL averaged over coordinates
     mean: noise not taken out of the direction

@@ -152,8 +152,6 @@ MISTAKES = """
 diffusion_envs.samplers.flow_sde._OnFlow.snr_increase
     SNR without square | .square().diff() => .diff()
     SNR of the noise alone | (self.alpha / self.sigma) => (1 / self.sigma)
-diffusion_envs.samplers.flow_sde.BoundFlowSDE.path_kl_gain
-    KL of the time reversal | kl_factor(self.eta) * => ``
 diffusion_envs.samplers.flow_sde.BoundFlowSDE.eta
     a taken for eta | self.noise_level / math.sqrt(2) => self.noise_level
 diffusion_envs.samplers.gaussian_steps.GaussianSteps.path_kl
@@ -177,12 +175,11 @@ diffusion_envs.samplers.flow_sde.BoundFlowDDIM.std
     eta ignored | `self.eta * ` => ``
 diffusion_envs.samplers.flow_sde.BoundCPS.std
     CPS: angle of a half turn | 0.5 * math.pi => math.pi
-diffusion_envs.objectives.path_steps.transition_log_ratio
-    1/2 dropped | 0.5 * shift => shift
-diffusion_envs.objectives.path_steps.transition_kl
-    KL without 1/2 | return 0.5 * => return
 diffusion_envs.environment.Environment._act
     score asked for where it says nothing | self.model.denoised( => self.model(
-diffusion_envs.noise_schedules.FlowTable.nodes
-    shift of the nodes forgotten | self.shift * u / (1 + (self.shift - 1) * u) => u
+shared
+    shift of the nodes forgotten
+    KL of the time reversal
+    KL of rows without 1/2
+    log-ratio of transitions: 1/2 dropped
 """

@@ -105,8 +105,6 @@ diffusion_envs.samplers.ddim.BoundDDIM.noising_times
     noising times half an entry early | (self.timesteps.double() + 1) => (self.timesteps.double() + 0.5)
 diffusion_envs.noise_schedules.DDPMTable.timesteps
     trailing: counted from 1 | int(mark) - 1 => int(mark) - 1 * (mark > 5)
-diffusion_envs.noise_schedules.FlowTable.nodes
-    shift of the nodes forgotten | self.shift * u / (1 + (self.shift - 1) * u) => u
 diffusion_envs.samplers.gaussian_steps.GaussianSteps.step_sizes
     clock: the complement of the angle | torch.atan2(self.alpha, self.sigma) => torch.atan2(self.sigma, self.alpha)
 diffusion_envs.samplers.gaussian_steps.GaussianSteps.kl_factor
@@ -123,6 +121,7 @@ diffusion_envs.samplers.flow_sde._OnFlow.snr_increase
     last step holds x0_hat of the step before | * rate.square() => * rate
 diffusion_envs.samplers.flow_sde._OnFlow.timesteps
     timesteps of the right end | self.noising_times[:-1] => self.noising_times[1:]
-diffusion_envs.samplers.flow_sde.BoundFlowSDE.path_kl_gain
-    flow SDE: KL of eta 1 | kl_factor(self.eta) * => ``
+shared
+    shift of the nodes forgotten
+    KL of the time reversal
 """

@@ -191,11 +191,8 @@ def checks(setting: Setting) -> Iterator[Check]:
 
 MISTAKES = r"""
 diffusion_envs.objectives.adjoint_matching.lean_adjoint
-    sign of the adjoint | [-reward_gradient] => [reward_gradient]
-    reward gradient not carried back | adjoint.append(carried) => adjoint.append(adjoint[-1])
     Jacobian in place of its transpose | adjoint.append(carried)
         => f = lambda x, k=k: pretrained_mean(k, x)  # noqa: E731\n        adjoint.append(torch.func.jvp(f, (states[:, k],), (adjoint[-1],))[1])
-    Jacobian at the next state | states[:, k].detach() => states[:, k + 1].detach()
 verification.claims.fine_tuning.adjoint_matching.carrier
     adjoint carried by the fine-tuned model | return mean_of_next
         => return lambda k, x: mean_of_next(k, x) + x @ setting.tensor(controls[k][0]).mT
@@ -204,12 +201,16 @@ verification.claims.fine_tuning.adjoint_matching.sampled
 verification.claims.fine_tuning.adjoint_matching.loss_gradient
     adjoint at the beginning of the step | adjoint[:, 1:] => adjoint[:, :-1]
 diffusion_envs.objectives.adjoint_matching.AdjointMatching.loss
-    b for 1/b | / root / self.kl_weight => / root * self.kl_weight
     variance in place of standard deviation | (rows.score_gain / root / self.kl_weight)
         => (rows.score_gain / root * rows.std / self.kl_weight)
-    control not in units of the noise | rows.score_gain / rows.std => rows.score_gain
     1/2 of the loss missing | `return 0.5 * ` => `return `
     sign of the adjoint in the loss | * gap + wanted => * gap - wanted
 diffusion_envs.exact.linear_policy.Steps.of_euler
     score's gain of the deterministic sampler | 0.5 * (1 + eta**2) => 0.5 * (1 + 0 * eta**2)
+shared
+    control not in units of the noise, in loss
+    b for 1/b, in loss
+    Jacobian at the next state
+    reward gradient not carried back
+    sign of the adjoint
 """

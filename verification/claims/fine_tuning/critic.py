@@ -203,9 +203,6 @@ diffusion_envs.training.value_network._Residual.clock
     cosines for sines | phases.sin(), phases.cos() => phases.cos(), phases.sin()
 diffusion_envs.training.value_network._Residual.rewarded
     location forgotten | self.location + self.scale => self.scale
-diffusion_envs.training.value_network.martingale_loss
-    right end of each step | [:, :-1] => [:, 1:]
-    steps not weighted by time | ` * step_sizes` => ``
 diffusion_envs.training.value_network.linear_weights
     linear weights exchanged | 1 - noising_time, noising_time => noising_time, 1 - noising_time
 diffusion_envs.training.value_network.cosine_weights
@@ -213,6 +210,8 @@ diffusion_envs.training.value_network.cosine_weights
 diffusion_envs.training.value_network.constant_weights
     constant: no network | torch.ones_like(noising_time), torch.ones_like => torch.ones_like(noising_time), torch.zeros_like
 shared
+    steps not weighted by time
+    right end of each step
     sine and cosine exchanged
     half a turn for a quarter
 """

@@ -213,10 +213,6 @@ diffusion_envs.denoising.v_from_score
     velocity: sign of the data | alpha * epsilon - sigma => alpha * epsilon + sigma
 diffusion_envs.objectives.ram.ReinforceAdjointMatching.loss
     RAM: three times the pull | (rows.advantage / self.kl_weight) => (3 * rows.advantage / self.kl_weight)
-    RAM: b for 1/b | rows.advantage / self.kl_weight => rows.advantage * self.kl_weight
-    RAM: no baseline | -rows.noise / sigma - score => -rows.noise / sigma
-    RAM: target not held | rows.mean.detach() => rows.mean
-    RAM: anchored at the current model | wanted = rows.reference_score + => wanted = score +
     RAM: cost at the noised state halved | -rows.alpha.log() * gap => -0.5 * rows.alpha.log() * gap
     RAM: sign of the path cost | wanted - cost => wanted + cost
 diffusion_envs.objectives.diffusion_dpo.DiffusionDPO.weight
@@ -230,6 +226,10 @@ diffusion_envs.objectives.diffusion_dpo.DiffusionDPO.loss
 diffusion_envs.objectives.distributional.DistributionalOptimisation.loss
     distributional: error of the score | -sigma * rows.mean - rows.noise => rows.mean - rows.noise
     distributional: not weighed | rows.advantage * error => error
-diffusion_envs.denoising.tweedie_mean
-    expected data: sigma for sigma^2 | sigma.square() * score => sigma * score
+shared
+    standard deviation for variance in Tweedie's formula
+    RAM: anchored at the current model
+    RAM: target not held
+    RAM: no baseline
+    RAM: b for 1/b
 """

@@ -77,7 +77,6 @@ diffusion_envs.objectives.path_steps.PathLosses.rows
     step sizes not shuffled | rollout.step_sizes[step] => rollout.step_sizes[step.sort()[0]]
 diffusion_envs.objectives.path_steps.path_kl_rate
     path KL without the step | ` * rows.step_size` => ``
-    path KL of full noise | `rows.kl_factor * ` => ``
 diffusion_envs.objectives.score_as_action._ContinuousTime.half_width
     clip the same at every step | * (rows.step_size / rows.horizon).sqrt() => + 0 * rows.step_size
     clip by the share itself | (rows.step_size / rows.horizon).sqrt() => (rows.step_size / rows.horizon)
@@ -95,6 +94,7 @@ diffusion_envs.objectives.score_as_action.ScoreAsActionReleased.log_ratio
 diffusion_envs.objectives.score_as_action.ScoreAsActionReleased.loss
     released: sign | return -clipped => return clipped
 shared
+    path KL of full noise
     clipped always
     lower end of the range missing
     ratio to first order

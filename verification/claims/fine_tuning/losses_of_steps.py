@@ -175,7 +175,6 @@ MISTAKES = r"""
 diffusion_envs.objectives.path_steps.transition_log_ratio
     log-ratio without its square | - 0.5 * shift => - 0 * shift
     log-ratio: variance for standard deviation | rows.score_gain / rows.std => rows.score_gain / rows.std**2
-    log-ratio averaged over coordinates | shift.square()).sum(1) => shift.square()).mean(1)
 diffusion_envs.objectives.path_steps.transition_kl
     KL fourteen times | return 0.5 * => return 7.0 *
     KL from the old policy | rows.mean - _reference(rows) => rows.mean - rows.old_mean
@@ -226,6 +225,7 @@ diffusion_envs.objectives.dpok.DPOK.loss
 diffusion_envs.objectives.tdpo.TDPO.loss
     TDPO: sign | return -clipped => return clipped
 shared
+    log-ratio averaged over coordinates
     clipped always
     ratio to first order
 """

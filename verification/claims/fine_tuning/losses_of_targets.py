@@ -158,18 +158,12 @@ diffusion_envs.objectives.tilted_regression.TiltedRegression.loss
     tilted regression: 1/2 missing | 0.5 * weight => weight
     tilted regression: control variate's sign | weight - self.control_variate => weight + self.control_variate
     tilted regression: control in units of the state | rows.score_gain / rows.std => rows.score_gain
-diffusion_envs.objectives.adjoint_matching.lean_adjoint
-    sign of the adjoint | [-reward_gradient] => [reward_gradient]
-    reward gradient not carried back | adjoint.append(carried) => adjoint.append(adjoint[-1])
-    Jacobian at the next state | states[:, k].detach() => states[:, k + 1].detach()
 diffusion_envs.objectives.adjoint_matching.AdjointMatching.targets
     adjoint at the beginning of the step | adjoint[:, 1:] => adjoint[:, :-1]
     adjoint carried by the fine-tuned model | with model.pretrained(): => if True:
 diffusion_envs.objectives.adjoint_matching.AdjointMatching.loss
     adjoint matching: factor 14 | return 0.5 => return 7.0
-    adjoint matching: b for 1/b | / root / self.kl_weight => / root * self.kl_weight
     adjoint matching: path KL without eta | rows.kl_factor * rows.step_size => rows.step_size
-    adjoint matching: control not in units of the noise | rows.score_gain / rows.std => rows.score_gain
 diffusion_envs.environment.Environment.pretrained_mean
     adjoint carried by the fine-tuned model | with self.model.pretrained(): => if True:
     adjoint carried by another step | self.steps.mean(which => self.steps.mean(0 * which
@@ -177,4 +171,10 @@ diffusion_envs.environment.Environment.reward_gradient_by_queries
     by queries: width forgotten | (2 * width * pairs) => (2 * pairs)
     by queries: sum over pairs | (2 * width * pairs) => (2 * width)
     by queries: one side | above - below => above
+shared
+    control not in units of the noise, in loss
+    b for 1/b, in loss
+    Jacobian at the next state
+    reward gradient not carried back
+    sign of the adjoint
 """

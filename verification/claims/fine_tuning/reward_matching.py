@@ -209,11 +209,7 @@ diffusion_envs.denoising.score_from_x0
     signal's factor missing in the score | (alpha * x0 - states) => (x0 - states)
 diffusion_envs.objectives.ram.ReinforceAdjointMatching.loss
     data less noise in the target | -rows.noise / sigma - score => rows.noise / sigma - score
-    no baseline | -rows.noise / sigma - score => -rows.noise / sigma
     pretrained score as baseline | sigma - score => sigma - rows.reference_score
-    anchored at the current model instead of the pretrained one | wanted = rows.reference_score + => wanted = score +
-    b for 1/b | rows.advantage / self.kl_weight => rows.advantage * self.kl_weight
-    target not held fixed | rows.mean.detach() => rows.mean
 verification.claims.fine_tuning.reward_matching.pairs
     clean data of the pretrained model in place of the current one's | normal(setting, model)
         => normal(setting, pretrained)
@@ -222,6 +218,10 @@ diffusion_envs.noise_schedules.RectifiedFlow.sigma
 verification.claims.fine_tuning.reward_matching.lost
     dropped path cost overlooked | factor.T @ factor.T => factor.T
 shared
+    RAM: anchored at the current model
+    RAM: target not held
+    RAM: no baseline
+    RAM: b for 1/b
     standard deviation for variance in Tweedie's formula
     signal not divided out in Tweedie's formula
 """

@@ -189,8 +189,6 @@ def _black_box(setting: Setting, objective: Any, condition: Tensor) -> Iterator[
 
 
 MISTAKES = r"""
-diffusion_envs.environment.Environment.action
-    timestep of another step | [sent(step, self.device)] => [sent(step, self.device) - 1]
 diffusion_envs.environment.Environment._simulated
     noise level of the step after | levels[len(means) - 1] => levels[len(means)]
     increments of unit variance | sampler.grid.steps, normals).sqrt() => sampler.grid.steps, normals)
@@ -240,4 +238,6 @@ diffusion_envs.samplers.ddim.BoundDDIM.path_kl
     path KL at eta 1 | factor=self.kl_factor => factor=1.0
 diffusion_envs.samplers.gaussian_steps.GaussianSteps.denoised
     levels of the step after | as_like(level[:-1], states) => as_like(level[1:], states)
+shared
+    timestep of another step
 """
