@@ -74,6 +74,13 @@ def test_names_and_files_that_are_no_models_are_refused(tmp_path):
     assert local_folder("words", None, ("StableDiffusionPipeline",), {}).parts[-3] == "words"
 
 
+def test_an_embedded_model_of_another_package_is_named_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "shipped_folder", lambda name: tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"model 'words'.*ctrl-diffusion\[models\]"):
+        ask(hub := Hub(tmp_path), "words")
+    assert hub.asked == []
+
+
 @pytest.mark.parametrize(
     ("unet", "text", "variant"),
     [
