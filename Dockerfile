@@ -3,9 +3,10 @@
 #   docker run --rm --gpus all --volume "$PWD/runs:/runs" ctrl --reward jpeg-compressibility --output /runs/mine
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /source
-RUN python -m pip install --no-cache-dir build==1.3.0
 COPY . .
-RUN python -m build --outdir /dist . && python -m build --wheel --outdir /dist packages/models
+RUN python -m pip install --no-cache-dir --constraint constraints.txt build \
+    && python -m build --outdir /dist . \
+    && python -m build --wheel --outdir /dist packages/models
 
 FROM python:3.11-slim-bookworm
 # A C compiler makes roll-outs and torch.compile fast; numbers are the same without it.
@@ -19,7 +20,7 @@ COPY --from=build /dist /tmp/dist
 RUN python -m pip install --no-cache-dir --constraint /tmp/constraints.txt torch \
     && python -m pip install --no-cache-dir --constraint /tmp/constraints.txt --find-links /tmp/dist "ctrl-diffusion[diffusion,models,ocr,gym,verification]"
 RUN useradd --create-home --uid 1000 ctrl && mkdir /runs && chown ctrl /runs
-USER ctrl
+USER 1000
 WORKDIR /runs
 ENTRYPOINT ["python", "-m", "diffusion_envs.sd15"]
 CMD ["--help"]

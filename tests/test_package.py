@@ -208,6 +208,15 @@ def test_images_are_of_a_named_python_and_of_files_that_exist(place):
     assert [rest for keyword, rest in found if keyword == "USER"][-1] not in {"root", "0"}
 
 
+def test_images_pass_their_linter():
+    linter = Path(sys.executable).with_name("hadolint")
+    if not linter.exists():
+        pytest.skip("hadolint has no wheel for this machine")
+    places = [str(ROOT / "Dockerfile"), str(ROOT / ".devcontainer" / "Dockerfile")]
+    done = subprocess.run([str(linter), *places], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout
+
+
 def test_the_development_container_builds_the_file_beside_it():
     folder = ROOT / ".devcontainer"
     settings = json.loads((folder / "devcontainer.json").read_text())
