@@ -121,8 +121,13 @@ def required(extra: str | None = None) -> set[str]:
     names: set[str] = set()
     for one in map(Requirement, EXTRAS[extra] if extra else DECLARED["dependencies"]):
         names |= set().union(*map(required, one.extras)) if one.name == "ctrl-diffusion" else set()
-        names.add(one.name.lower())
+        names.add(normalised(one.name))
     return names
+
+
+def normalised(name: str) -> str:
+    """A distribution's name, however it is written."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def imported(source: Path) -> set[str]:
@@ -141,7 +146,7 @@ OPTIONAL = {
     "ctrl/gym.py": "gym",
     "ctrl/plots.py": "plots",
     "diffusion_envs/rewards/text_in_picture.py": "ocr",
-    "diffusion_envs/training/tracking.py": "wandb",
+    "diffusion_envs/runs/tracking.py": "wandb",
 }
 
 
@@ -156,7 +161,7 @@ def test_whatever_is_imported_is_declared(package):
         declared |= required(OPTIONAL[name]) if name in OPTIONAL else set()
         for module in imported(source):
             seen += 1
-            by = {one.lower() for one in providers.get(module, [module])}
+            by = {normalised(one) for one in providers.get(module, [module])}
             assert by & declared, f"{name} imports {module}, which no requirement brings"
     assert seen > 20
 
@@ -169,11 +174,11 @@ def test_extras_name_extras_that_exist():
 
 def test_what_is_pinned_is_what_is_declared():
     lines = (ROOT / "constraints.txt").read_text().split()
-    pinned = {one.name.lower(): one for one in map(Requirement, lines)}
+    pinned = {normalised(one.name): one for one in map(Requirement, lines)}
     for extra in (None, *EXTRAS):
         for one in map(Requirement, EXTRAS[extra] if extra else DECLARED["dependencies"]):
-            if one.name.lower() in pinned:
-                (version,) = (part.version for part in pinned[one.name.lower()].specifier)
+            if normalised(one.name) in pinned:
+                (version,) = (part.version for part in pinned[normalised(one.name)].specifier)
                 assert one.specifier.contains(version), f"{one} but {version} in constraints.txt"
             else:  # ours, and what is a service of others
                 assert one.name in {"ctrl-diffusion", "ctrl-diffusion-models", "wandb"}, one

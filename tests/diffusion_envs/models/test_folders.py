@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from diffusion_envs.models import folders
 from diffusion_envs.models.folders import local_folder, tiny_folder, variant_of
 from diffusion_envs.sd15 import StableDiffusion
 
