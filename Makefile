@@ -63,7 +63,7 @@ demo-words: $(VENV)/.installed-ocr
 	$(call finetune,$(WORDS))
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # A process of its own: the simulated accelerator replaces parts of torch.
 test-device: $(VENV)/.installed-dev

@@ -36,7 +36,7 @@ for asked in project["dependencies"] + extras["diffusion"] + extras["verificatio
         lines.append(name if latest and name not in replaced else pin)
 Path(folder, "lowest.txt").write_text("\n".join(lines) + "\n")
 pins = Path("constraints.txt").read_text().splitlines()
-names = ("beartype", "hypothesis", "pytest", "pytest-xdist", "pyyaml", "typeguard")
+names = ("beartype", "hypothesis", "pytest", "pytest-xdist", "pyyaml")
 tools = [pin for pin in pins if pin.partition("==")[0].lower() in names]
 Path(folder, "tools.txt").write_text("\n".join(tools) + "\n")
 END
