@@ -18,6 +18,11 @@ class Estimate:
     """Mean, standard error and number of independent samples; prints as ``0.3615(12)``.
 
     The standard error is infinite where one sample does not tell it, and 0 where the mean is exact.
+
+    Attributes:
+        mean: of the samples, in their unit.
+        standard_error: of the mean, in the same unit.
+        n: how many independent samples.
     """
 
     mean: float

@@ -58,7 +58,11 @@ class MarkLaw(Protocol):
 
 @dataclass(frozen=True)
 class NoMarks:
-    """Jumps whose size time, state and action decide."""
+    """Jumps whose size time, state and action decide.
+
+    Attributes:
+        dim: of a mark: 0, there is none.
+    """
 
     dim: int = 0
 

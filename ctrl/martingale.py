@@ -304,7 +304,14 @@ def ctd_lambda(
 
 @dataclass(frozen=True, eq=False)
 class LinearValue:
-    """J(t, x) = base(t, x) + coefficients . features(t, x), a ``Value``."""
+    """J(t, x) = base(t, x) + coefficients . features(t, x), a ``Value``.
+
+    Attributes:
+        features: (t, states) -> [paths, features].
+        coefficients: one of each feature, reward.
+        base: a value to add, such as the terminal reward; 0 if left out.
+        average_reward: of an ergodic problem, reward/time.
+    """
 
     features: Features
     coefficients: Float[Tensor, " features"]

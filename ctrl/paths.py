@@ -23,7 +23,11 @@ from ctrl.user_functions import all_finite, call, one_a_path
 
 @dataclass(frozen=True, eq=False)
 class TimeGrid:
-    """Nodes t_0 < ... < t_steps of a discretisation, validated once, here, for everyone."""
+    """Nodes t_0 < ... < t_steps of a discretisation, validated once, here, for everyone.
+
+    Attributes:
+        nodes: in time, strictly increasing; one more than there are steps.
+    """
 
     nodes: Float[Tensor, " nodes"]
 

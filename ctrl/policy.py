@@ -79,7 +79,12 @@ class ReparametrisedPolicy(Policy, Protocol):
 
 @dataclass(frozen=True)
 class DeterministicPolicy:
-    """a = mean(t, x)."""
+    """a = mean(t, x).
+
+    Attributes:
+        mean: (t, states [paths, *event]) -> [paths, *action].
+        is_random: False.
+    """
 
     mean: Mean
     is_random: bool = field(default=False, init=False)
@@ -102,6 +107,7 @@ class GaussianPolicy:
         mean: of the action.
         std: a positive number, or one for each coordinate, [*action]; or a function of time that
             returns either; or a function of (t, states) that returns [paths, *action].
+        is_random: True.
     """
 
     mean: Mean
@@ -217,6 +223,7 @@ class MultivariateGaussianPolicy:
         mean: of the action, [paths, dim].
         scale_tril: L, lower triangular with a positive diagonal, [dim, dim]; or a function of time
             that returns it; or a function of (t, states) that returns [paths, dim, dim].
+        is_random: True.
     """
 
     mean: Mean

@@ -45,6 +45,7 @@ class SquashedGaussianPolicy:
         latent: the Gaussian policy of z.
         low: of every coordinate of the action, a number or [*action].
         high: the same; above ``low``.
+        is_random: True.
     """
 
     latent: GaussianPolicy | MultivariateGaussianPolicy

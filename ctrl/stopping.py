@@ -250,7 +250,11 @@ class Stopping(Protocol):
 
 @dataclass(frozen=True)
 class AtNodes:
-    """A path leaves where a node is outside, and is absorbed there: error O(sqrt(h))."""
+    """A path leaves where a node is outside, and is absorbed there: error O(sqrt(h)).
+
+    Attributes:
+        draws: whether an exit takes a random number: it does not.
+    """
 
     draws: bool = False
 
@@ -265,6 +269,9 @@ class BridgeCorrected:
 
     Several walls count as if each were alone: the chance to touch two within a step is smaller than
     any power of h, but at corners. For curved walls the tangent plane stands for the wall.
+
+    Attributes:
+        draws: whether an exit takes a random number: it does.
     """
 
     draws: bool = True

@@ -2,7 +2,7 @@
 
 python -m verification                    every claim, and every mistake that it must reject
 python -m verification --full             the slow checks too
-python -m verification --claim path-kl    one claim, with all its checks and variants
+python -m verification --claim path-kl    one claim, with all its checks and mistakes
 """
 
 import difflib
@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from verification import claims as _claims  # noqa: F401  # registers them
-from verification import measuring, record, report, tolerances
-from verification.claim import CLAIMS, Setting
+from verification import document, measuring, record, report, tolerances
+from verification.claim import Setting
+from verification.claims import CLAIMS
 from verification.kernels import MEASURED
 from verification.running import Outcome, Rates, run
 from verification.statistics import Verdict
@@ -48,10 +48,10 @@ class Options:
         fresh: a new seed instead, which is recorded.
         most: samples that a sequential test may use.
         list: print the claims and stop.
-        plant: run the wrong variants too (--no-plant: the right code alone, under another kernel).
+        plant: plant the mistakes too (--no-plant: the right code alone, under another kernel).
         measure: measure the tolerances of these claims anew, under several kernels, and write them
             to the table (all of them: about 10 minutes on 2 cores).
-        document: write the outcome to this Markdown file too.
+        document: write the outcome to this Markdown file too, its picture and numbers beside it.
     """
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -108,6 +108,13 @@ def main(options: Options) -> int:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         console.print("device cuda: this machine has none that torch can use", style="red")
         return 2
+    if options.document and options.document.resolve().parent == options.output.resolve():
+        console.print(
+            f"document {options.document}: its numbers and those of the run would have "
+            f"one name; choose another folder than {options.output}",
+            style="red",
+        )
+        return 2
     if options.measure:
         return _measure(names, options, console)
     dtype = getattr(torch, options.precision)
@@ -138,16 +145,16 @@ def main(options: Options) -> int:
     page = options.output / "report.html"
     page.write_text(report.page(recorded), encoding="utf-8")
     if options.document is not None:
-        options.document.write_text(report.document(recorded), encoding="utf-8")
+        document.write(recorded, options.document)
     for outcome in outcomes:
         if len(outcomes) == 1 or not outcome.holds:
             _details(outcome, console)
     console.print(_table(outcomes))
     held = sum(outcome.holds for outcome in outcomes)
-    rejected = sum(w.rejected for outcome in outcomes for w in outcome.wrongs)
-    variants = sum(len(outcome.wrongs) for outcome in outcomes)
+    rejected = sum(w.rejected for outcome in outcomes for w in outcome.mistakes)
+    variants = sum(len(outcome.mistakes) for outcome in outcomes)
     console.print(
-        f"{held} of {len(outcomes)} claims hold, {rejected} of {variants} wrong variants rejected, "
+        f"{held} of {len(outcomes)} claims hold, {rejected} of {variants} mistakes rejected, "
         f"{recorded['seconds']:.0f} s. {page}",
         style="green" if held == len(outcomes) else "bold red",
         highlight=False,
@@ -164,7 +171,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
     for outcome in outcomes:
         ratios = [c.deviation / c.tolerance for c in outcome.checks if c.tolerance]
         worst = max(ratios, default=float("nan"))
-        rejected = sum(w.rejected for w in outcome.wrongs)
+        rejected = sum(w.rejected for w in outcome.mistakes)
         verdict = "holds" if outcome.holds else outcome.verdict.value
         if outcome.verdict is Verdict.PASS and not outcome.holds:
             verdict = "accepts a mistake"
@@ -172,7 +179,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
             outcome.claim.name,
             str(len(outcome.checks)),
             f"{worst:.0e}",
-            f"{rejected}/{len(outcome.wrongs)}",
+            f"{rejected}/{len(outcome.mistakes)}",
             f"{outcome.seconds:.1f}",
             f"[{'green' if outcome.holds else 'bold red'}]{verdict}[/]",
         )
@@ -190,7 +197,7 @@ def _details(outcome: Outcome, console: Console) -> None:
         more = f"; about {check.needed} samples would decide" if check.needed else ""
         text = f"  {check.verdict.value}: {check.name}: {check.deviation:.1e}, tolerance {limit}"
         line(f"{text} {check.note}{more}".rstrip(), check.verdict is Verdict.PASS)
-    for rejection in outcome.wrongs:
+    for rejection in outcome.mistakes:
         how = rejection.note
         if rejection.by:
             deviation = rejection.deviations[rejection.by]
@@ -204,7 +211,7 @@ def _details(outcome: Outcome, console: Console) -> None:
 
 
 def _measure(names: Sequence[str], options: Options, console: Console) -> int:
-    """Measure right code and variants, write the table; 1 if float64 has complaints."""
+    """Measure right code and mistakes, write the table; 1 if float64 has complaints."""
 
     def told(text: str) -> None:
         console.print(text, markup=False, highlight=False)

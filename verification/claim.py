@@ -25,16 +25,18 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from verification.planting import Edit
+from verification import mistakes
+from verification.mistakes import Mistake
 
 ROUTES = ("proof", "pathwise", "expectation", "bound", "limit", "sampled")
-_FEWEST_VARIANTS = 3
+_FEWEST_MISTAKES = 3
 
 
 @dataclass(frozen=True)
@@ -222,59 +224,82 @@ def _array(value: Numbers) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Wrong:
-    """A mistake that the claim must reject.
-
-    Attributes:
-        name: the mistake, in words.
-        edits: that plant it.
-        full: only where ``Setting.full`` is there a check that sees it.
-        raises: the error with which the code itself refuses the mistake, if it does.
-    """
-
-    name: str
-    edits: tuple[Edit, ...]
-    full: bool = False
-    raises: type[Exception] | None = None
-
-
-def wrong(
-    name: str,
-    target: str,
-    old: str,
-    new: str,
-    *,
-    full: bool = False,
-    raises: type[Exception] | None = None,
-) -> Wrong:
-    """A mistake in one place: in ``target``, ``new`` for ``old`` (see ``planting.Edit``)."""
-    return Wrong(name, (Edit(target, old, new),), full, raises)
-
-
-@dataclass(frozen=True)
 class Claim:
-    """A statement that is checked, with the mistakes that the check is known to see.
+    """A statement that is checked, with the mistakes that the checks are known to reject.
 
     Attributes:
-        name: of the body, with hyphens.
+        name: of the file, with hyphens.
+        title: what it is about, in one sentence.
         statement: the result, with its formula.
         source: paper and theorem or equation.
-        wrongs: at least three.
+        mistakes: at least three that the checks reject.
         body: setting -> checks.
-        single: whether it is meaningful in float32 too.
-        why_double: if not, why.
-        precision: in which the body computes, whatever the setting; None for the setting's.
-        file: of the body, relative to the package.
+        why_double: where float32 cannot show anything: the reason.
+        precision: in which the body computes whatever the setting; None for the setting's.
+        theme: the folder.
+
+    Raises:
+        ValueError: fewer than three mistakes, two of one name, or no words.
     """
 
     name: str
+    title: str
     statement: str
     source: str
-    wrongs: tuple[Wrong, ...]
+    mistakes: tuple[Mistake, ...]
     body: Body
-    why_double: str | None
-    file: str
+    why_double: str | None = None
     precision: torch.dtype | None = None
+    theme: str = ""
+
+    def __post_init__(self) -> None:
+        names = [mistake.name for mistake in self.mistakes]
+        if len(names) < _FEWEST_MISTAKES:
+            raise ValueError(
+                f"claim {self.name} has {len(names)} mistakes: a check that is not shown to fail "
+                f"proves nothing, at least {_FEWEST_MISTAKES} are needed"
+            )
+        if len(set(names)) < len(names):
+            raise ValueError(f"claim {self.name} has two mistakes of one name: {names}")
+        if not self.statement.strip() or not self.source.strip():
+            raise ValueError(f"claim {self.name} must have a statement and a source")
+
+    @classmethod
+    def of(cls, module: ModuleType) -> "Claim":
+        """The claim that a module is.
+
+        Its docstring has a title and, after an empty line, the statement; what follows are remarks.
+        ``SOURCE`` names the paper, ``checks`` is the body, ``MISTAKES`` the table of mistakes
+        (``mistakes.read``). ``WHY_DOUBLE`` and ``PRECISION`` are there where they are needed.
+
+        Raises:
+            ValueError: one of them is missing, or the table cannot be read.
+        """
+        theme, _, name = module.__name__.rpartition(".")
+        parts = ("SOURCE", "checks", "MISTAKES")
+        missing = [part for part in parts if not hasattr(module, part)]
+        title, _, rest = inspect.cleandoc(module.__doc__ or "").partition("\n\n")
+        if missing or not rest:
+            raise ValueError(
+                f"{module.__name__} is no claim: it has no {', '.join(missing or ['statement'])}; "
+                "imitate a file beside it"
+            )
+        return cls(
+            name.replace("_", "-"),
+            title,
+            rest.split("\n\n")[0],
+            module.SOURCE,
+            mistakes.read(module.MISTAKES),
+            module.checks,
+            getattr(module, "WHY_DOUBLE", None),
+            getattr(module, "PRECISION", None),
+            theme.rpartition(".")[2],
+        )
+
+    @property
+    def file(self) -> str:
+        """Where the claim is, relative to the repository."""
+        return self.body.__module__.replace(".", "/") + ".py"
 
     @property
     def single(self) -> bool:
@@ -285,59 +310,3 @@ class Claim:
         """In which a check of this claim computes: its own, the claim's or the setting's."""
         own = check.precision if isinstance(check, Check) else None
         return own or self.precision or setting.dtype
-
-
-CLAIMS: dict[str, Claim] = {}
-
-
-def claim(
-    *,
-    statement: str,
-    source: str,
-    wrongs: Iterable[Wrong],
-    why_double: str | None = None,
-    precision: torch.dtype | None = None,
-) -> Callable[[Body], Body]:
-    """Register a claim: its body is the decorated generator function.
-
-    Args:
-        statement: the result, with its formula.
-        source: paper and theorem or equation.
-        wrongs: at least three mistakes that the body's checks reject.
-        why_double: where float32 cannot show anything: the reason.
-        precision: in which the body computes whatever the setting, if it does: its tolerances then
-            start from that type's round-off.
-
-    Raises:
-        ValueError: fewer than three mistakes, two of one name, a name taken, or no words.
-    """
-    listed = tuple(wrongs)
-
-    def register(body: Body) -> Body:
-        name = body.__name__.replace("_", "-")
-        names = [w.name for w in listed]
-        if len(listed) < _FEWEST_VARIANTS:
-            raise ValueError(
-                f"claim {name} has {len(listed)} wrong variants: a check that is not shown to fail "
-                f"proves nothing, at least {_FEWEST_VARIANTS} are needed"
-            )
-        if len(set(names)) < len(names):
-            raise ValueError(f"claim {name} has two wrong variants of one name: {names}")
-        if name in CLAIMS and CLAIMS[name].body.__module__ != body.__module__:
-            raise ValueError(f"there is a claim {name} already, in {CLAIMS[name].file}")
-        if not statement.strip() or not source.strip():
-            raise ValueError(f"claim {name} must have a statement and a source")
-        file = body.__module__.replace(".", "/") + ".py"
-        CLAIMS[name] = Claim(
-            name,
-            inspect.cleandoc(statement),
-            source,
-            listed,
-            body,
-            why_double,
-            file,
-            precision,
-        )
-        return body
-
-    return register

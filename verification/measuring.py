@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from verification.claim import CLAIMS, Check, Claim, Sampled, Setting
+from verification.claim import Check, Claim, Sampled, Setting
+from verification.claims import CLAIMS
 from verification.kernels import Kernel
 from verification.planting import PlantingError, planted
 from verification.tolerances import Right, Tolerance, derive, units_seen
@@ -78,7 +79,7 @@ def observe(claim: Claim, setting: Setting) -> Observation:
             f"check {check!r} computes in float32 ({', '.join(operations)}) and does not say so"
             for check, operations in unstated_singles(claim).items()
         ]
-    for variant in claim.wrongs:
+    for variant in claim.mistakes:
         effects: dict[str, float] = {}
         try:
             with planted(*variant.edits):
@@ -146,7 +147,7 @@ def lines(
             units = max(right[check].units, units_seen(_right(shown)))
             if right[check].route not in ("limit", "sampled"):
                 right[check] = replace(right[check], units=units)
-    full_only = frozenset(variant.name for variant in claim.wrongs if variant.full)
+    full_only = frozenset(variant.name for variant in claim.mistakes if variant.full)
     table, complaints = derive(
         right,
         observation.wrong,
@@ -305,6 +306,4 @@ def main(names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    import verification.claims  # noqa: F401  # registers them
-
     main(sys.argv[1:])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from verification.claim import Setting, Wrong
+from verification.claim import Mistake, Setting
 from verification.planting import PlantingError
 from verification.running import Measured, Outcome, Rates, Rejection
 
@@ -44,9 +44,11 @@ def of(
 
 def _claim(outcome: Outcome) -> dict[str, Any]:
     claim = outcome.claim
-    planted = {wrong.name: wrong for wrong in claim.wrongs}
+    planted = {wrong.name: wrong for wrong in claim.mistakes}
     return {
         "name": claim.name,
+        "title": claim.title,
+        "theme": claim.theme,
         "statement": claim.statement,
         "source": claim.source,
         "file": claim.file,
@@ -56,7 +58,7 @@ def _claim(outcome: Outcome) -> dict[str, Any]:
         "seconds": round(outcome.seconds, 3),
         "error": outcome.error,
         "checks": [_check(check) for check in outcome.checks],
-        "wrongs": [_wrong(rejection, planted[rejection.name]) for rejection in outcome.wrongs],
+        "mistakes": [_wrong(rejection, planted[rejection.name]) for rejection in outcome.mistakes],
     }
 
 
@@ -79,7 +81,7 @@ def _check(check: Measured) -> dict[str, Any]:
     return numbers | ({"note": check.note} if check.note else {})
 
 
-def _wrong(rejection: Rejection, wrong: Wrong) -> dict[str, Any]:
+def _wrong(rejection: Rejection, wrong: Mistake) -> dict[str, Any]:
     edits = []
     for edit in wrong.edits:
         try:

@@ -1,21 +1,24 @@
-"""The outcome of a run as one self-contained page, and as a document for the repository.
+"""The outcome of a run as one self-contained page.
 
-Both are functions of the record alone (``record.of``, ``verification.json``). The page's central
-picture is one line per check, on a logarithmic axis of relative deviation: the right code at the
-left, at round-off; the wrong variants at the right; the tolerance between them, with room on both
-sides. Nothing is fetched, nothing is scripted.
+A function of the record alone (``record.of``, ``verification.json``). Its first screen says what
+holds and shows all checks at once (``margins``); below, each claim has a line for every check, on a
+logarithmic axis of relative deviation: the right code at the left, at round-off; the mistakes at
+the right; the tolerance between them, with room on both sides. Nothing is fetched or scripted.
 """
 
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from verification.margins import picture
 
 Record = Mapping[str, Any]
 
 _LOW, _HIGH = -17.0, 1.5  # powers of ten of the axis
 
-_ROUTES = {
+ROUTES = {
     "proof": "symbols: what is left of the difference",
     "pathwise": "two formulas on the same paths",
     "expectation": "exact expectation, by quadrature or recursion through the library's code",
@@ -24,74 +27,17 @@ _ROUTES = {
     "sampled": "random numbers, a sequential test with both error rates stated",
 }
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #5d656d; --page: #f7f8f9; --card: #fff;
-  --line: #dfe3e6; --good: #14713d; --bad: #b3261e; --right: #0b62a8; --wrong: #b85300;
-  --over: #fdf0e4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a5acb3; --page: #16181b;
-  --card: #202327; --line: #3a3f45; --good: #7ad39b; --bad: #ff9d94; --right: #79bbf2;
-  --wrong: #f5a45d; --over: #33271c; } }
-* { box-sizing: border-box; }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page);
-  margin: 0 auto; max-width: 72rem; padding: 1.5rem clamp(.8rem, 3vw, 2.5rem) 4rem; }
-h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.2rem; margin: 0; overflow-wrap: anywhere; }
-h3 { font-size: .95rem; margin: 1.4rem 0 .4rem; color: var(--soft); font-weight: 600; }
-p { max-width: 46rem; } .muted, small { color: var(--soft); font-size: .92rem; }
-a { color: inherit; text-decoration-color: var(--line); text-underline-offset: .2em; }
-.good { color: var(--good); } .bad { color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 1rem;
-  margin: 1.5rem 0; }
-.tile, article, .scroll { background: var(--card); border: 1px solid var(--line);
-  border-radius: .7rem; }
-.tile { padding: .9rem 1.1rem; } .tile b { display: block; font-size: 1.7rem; line-height: 1.25;
-  font-variant-numeric: tabular-nums; }
-article { padding: 1.1rem clamp(.8rem, 2vw, 1.5rem) 1.3rem; margin-top: 1.2rem;
-  scroll-margin-top: 1rem; }
-article header { display: flex; gap: .2rem 1rem; align-items: baseline;
-  justify-content: space-between; }
-.statement { white-space: pre-wrap; margin: .5rem 0 .3rem; font: .95rem/1.5 ui-monospace, monospace;
-  overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; padding: .3rem 1.1rem; margin-top: 1rem; }
-table { border-collapse: collapse; width: 100%; font-size: .93rem; }
-th, td { text-align: left; padding: .4rem 1.1rem .4rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; } tbody tr:last-child > * { border-bottom: 0; }
-thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-tbody th { font-weight: 500; overflow-wrap: break-word; min-width: 8rem; }
-td:last-child { min-width: 15rem; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-code { font-size: .86em; overflow-wrap: anywhere; } td code { display: block; }
-.check { margin: 1rem 0 0; font-size: .95rem; } .check small { display: block; }
-.track { position: relative; height: 1.5rem; border-bottom: 1px solid var(--soft);
-  margin: .1rem 0; }
-.track i { position: absolute; font-style: normal; transform: translateX(-50%); line-height: 1; }
-.track .over { inset: 0 0 0 auto; background: var(--over); transform: none; }
-.track .edge { top: 0; bottom: 0; width: 0; border-left: 2px solid var(--ink); }
-.track .right { color: var(--right); top: .12rem; font-size: 1.15rem; }
-.track .wrong { color: var(--wrong); top: .12rem; font-size: 1.15rem; font-weight: 600; }
-.ticks { position: relative; height: 1.2rem; font-size: .75rem; color: var(--soft); }
-.ticks span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
-.key { display: inline-block; width: 1.1em; text-align: center; }
-details { margin-top: 1rem; } summary { cursor: pointer; color: var(--soft); }
-details .scroll { border: 0; padding: 0; margin-top: .3rem; }
-.curves { display: grid; gap: 1rem; grid-template-columns:
-  repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); max-width: 60rem; }
-figure { margin: 0; } figure svg { width: 100%; height: auto; max-width: 26rem; display: block; }
-figcaption { font-size: .85rem; color: var(--soft); }
-svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
-svg .axis { stroke: var(--line); } svg .data { stroke: var(--right); fill: none; stroke-width: 2; }
-svg circle { fill: var(--right); } svg .guide { stroke: var(--soft); stroke-dasharray: 3 4;
-  fill: none; }
-pre { overflow-x: auto; font-size: .85rem; }
-"""
+_STYLE = (Path(__file__).parent / "report.css").read_text()
 
 
 def page(record: Record) -> str:
     """The record as HTML: an overview, then a card for every claim."""
     claims = record["claims"]
     parts = [
-        f"<header><h1>{_headline(record)}</h1>"
+        f"<header><h1>{headline(record)}</h1>"
         f"<p class='muted'>{_circumstances(record)}</p></header>",
         _tiles(record),
+        picture(record),
         _how_to_read(),
         _overview(claims),
         *(_card(claim) for claim in claims),
@@ -99,7 +45,7 @@ def page(record: Record) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Verification: {_headline(record)}</title><style>{_STYLE}</style></head>"
+        f"<title>Verification: {headline(record)}</title><style>{_STYLE}</style></head>"
         f"<body>{''.join(parts)}</body></html>\n"
     )
 
@@ -107,7 +53,8 @@ def page(record: Record) -> str:
 # -- words ---------------------------------------------------------------------------------------
 
 
-def _headline(record: Record) -> str:
+def headline(record: Record) -> str:
+    """How many claims hold, in words."""
     claims = record["claims"]
     held = sum(claim["holds"] for claim in claims)
     if held == len(claims):
@@ -127,7 +74,7 @@ def _circumstances(record: Record) -> str:
 def _tiles(record: Record) -> str:
     claims = record["claims"]
     checks = sum(len(claim["checks"]) for claim in claims)
-    wrongs = [wrong for claim in claims for wrong in claim["wrongs"]]
+    wrongs = [wrong for claim in claims for wrong in claim["mistakes"]]
     rejected = sum(wrong["rejected"] for wrong in wrongs)
     held = sum(claim["holds"] for claim in claims)
     tiles = [
@@ -162,7 +109,7 @@ def _overview(claims: Sequence[Record]) -> str:
     rows = "".join(
         f"<tr><th><a href='#{claim['name']}'>{claim['name']}</a></th>"
         f"<td>{_verdict(claim)}</td><td class='number'>{len(claim['checks'])}</td>"
-        f"<td class='number'>{_share(claim)}</td><td class='number'>{claim['seconds']:.1f}</td>"
+        f"<td class='number'>{share(claim)}</td><td class='number'>{claim['seconds']:.1f}</td>"
         f"<td>{html.escape(claim['source'])}</td></tr>"
         for claim in claims
     )
@@ -174,8 +121,9 @@ def _overview(claims: Sequence[Record]) -> str:
     )
 
 
-def _share(claim: Record) -> str:
-    return f"{sum(w['rejected'] for w in claim['wrongs'])} / {len(claim['wrongs'])}"
+def share(claim: Record) -> str:
+    """Mistakes rejected, of those planted."""
+    return f"{sum(w['rejected'] for w in claim['mistakes'])} / {len(claim['mistakes'])}"
 
 
 def _words(claim: Record) -> str:
@@ -194,7 +142,7 @@ def _verdict(claim: Record) -> str:
 
 
 def _card(claim: Record) -> str:
-    checks = "".join(_check(check, claim["wrongs"]) for check in claim["checks"])
+    checks = "".join(_check(check, claim["mistakes"]) for check in claim["checks"])
     curves = "".join(_curve(check) for check in claim["checks"] if check.get("curve"))
     error = f"<pre class='bad'>{html.escape(claim['error'])}</pre>" if claim["error"] else ""
     return (
@@ -217,12 +165,12 @@ def _check(check: Record, wrongs: Iterable[Record]) -> str:
         for wrong in wrongs:
             if check["name"] in wrong["deviations"]:
                 size = wrong["deviations"][check["name"]]
-                title = html.escape(f"{wrong['name']}: {_short(size)}", quote=True)
+                title = html.escape(f"{wrong['name']}: {short(size)}", quote=True)
                 marks.append(
                     f"<i class='wrong' style='left:{_place(size):.2f}%' title='{title}'>&#215;</i>"
                 )
     size = check["deviation"]
-    title = html.escape(f"right code: {_short(size)}", quote=True)
+    title = html.escape(f"right code: {short(size)}", quote=True)
     marks.append(f"<i class='right' style='left:{_place(size):.2f}%' title='{title}'>&#9679;</i>")
     bad = "" if check["verdict"] == "pass" else f" <b class='bad'>{check['verdict']}</b>"
     note = check.get("note", "")
@@ -238,9 +186,9 @@ def _check(check: Record, wrongs: Iterable[Record]) -> str:
 
 def _numbers(check: Record) -> str:
     """The two numbers, and how far they are apart."""
-    route, off = check["route"], f"deviation {_short(check['deviation'])}"
+    route, off = check["route"], f"deviation {short(check['deviation'])}"
     if check["tolerance"] is not None:
-        off += f", tolerance {_short(check['tolerance'])}"
+        off += f", tolerance {short(check['tolerance'])}"
     value, claimed = _digits(check["found"]), _digits(check["claimed"])
     relation = "&le;" if route == "bound" else "="
     pair = "" if route == "proof" else f"{value} {relation} {claimed} &middot; "
@@ -250,10 +198,10 @@ def _numbers(check: Record) -> str:
 
 
 def _mistakes(claim: Record) -> str:
-    if not claim["wrongs"]:
+    if not claim["mistakes"]:
         return ""
     rows = []
-    for wrong in claim["wrongs"]:
+    for wrong in claim["mistakes"]:
         where = "".join(
             f"<code>{html.escape(edit['target'])}</code>"
             f"<code class='good'>&minus; {html.escape(edit['right'])}</code>"
@@ -261,7 +209,7 @@ def _mistakes(claim: Record) -> str:
             for edit in wrong["edits"]
         )
         if wrong["by"]:
-            how = f"{_short(wrong['deviations'][wrong['by']])} by {html.escape(wrong['by'])}"
+            how = f"{short(wrong['deviations'][wrong['by']])} by {html.escape(wrong['by'])}"
         else:
             how = html.escape(wrong["note"])
         state = "" if wrong["rejected"] else "<b class='bad'>accepted</b> "
@@ -270,7 +218,7 @@ def _mistakes(claim: Record) -> str:
         )
     opened = "" if claim["holds"] else " open"
     return (
-        f"<details{opened}><summary>{len(claim['wrongs'])} mistakes that are planted, and what "
+        f"<details{opened}><summary>{len(claim['mistakes'])} mistakes that are planted, and what "
         "rejects them</summary><div class='scroll'><table><thead><tr><th>mistake</th>"
         "<th>planted in</th><th>largest deviation</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></details>"
@@ -332,7 +280,8 @@ def _curve(check: Record) -> str:
     )
 
 
-def _short(value: float | str) -> str:
+def short(value: float | str) -> str:
+    """A deviation with two digits."""
     number = float(value)
     return f"{number:.1e}" if math.isfinite(number) else str(value)
 
@@ -340,68 +289,3 @@ def _short(value: float | str) -> str:
 def _digits(value: float | str) -> str:
     number = float(value)
     return f"{number:.8g}" if math.isfinite(number) else str(value)
-
-
-# -- for the repository --------------------------------------------------------------------------
-
-
-def document(record: Record) -> str:
-    """The record as Markdown, with what does not change from run to run."""
-    claims = record["claims"]
-    checks = sum(len(claim["checks"]) for claim in claims)
-    wrongs = sum(len(claim["wrongs"]) for claim in claims)
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines = [
-        "# What is verified",
-        "",
-        "Generated: `python -m verification --full --document docs/verification.md`.",
-        "",
-        f"{_headline(record)}: {checks} checks on the right code, and {wrongs} planted mistakes, "
-        f"of which {sum(w['rejected'] for c in claims for w in c['wrongs'])} are rejected "
-        f"({record['precision']}, {record['device']}, {versions}).",
-        "",
-        "A claim is a statement from the literature. Its checks run the library's own code on "
-        "problems whose answers are known by another route, and compare. Then a mistake is planted "
-        "in that code, one at a time, and the same checks must fail. A *deviation* is relative to "
-        "the size of what is claimed; a *tolerance* is derived from what the right code shows and "
-        "from the smallest effect of a mistake that the check is to see "
-        "(`verification/tolerances.py`), never chosen. `python -m verification --claim NAME` shows "
-        "one claim; the run's `report.html` shows all, with pictures and the planted lines.",
-        "",
-        "| route | what is compared |",
-        "| --- | --- |",
-        *(f"| {name} | {text} |" for name, text in _ROUTES.items()),
-        "",
-        "| claim | checks | mistakes rejected | source |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| [{c['name']}](#{c['name']}) | {len(c['checks'])} | {_share(c)} | {c['source']} |"
-            for c in claims
-        ),
-    ]
-    for claim in claims:
-        lines += ["", f"## {claim['name']}", "", "```text", claim["statement"], "```", ""]
-        lines += [f"{claim['source']}. `{claim['file']}`"]
-        if claim["why_double"]:
-            lines += ["", f"In float64 only: {claim['why_double']}."]
-        lines += ["", "| check | route | found | claimed | deviation | tolerance |"]
-        lines += ["| --- | --- | --- | --- | --- | --- |"]
-        for check in claim["checks"]:
-            tolerance = "" if check["tolerance"] is None else _short(check["tolerance"])
-            own = check.get("precision") or record["precision"]
-            route = check["route"] + ("" if own == record["precision"] else f", in {own}")
-            lines.append(
-                f"| {_cell(check['name'])} | {route} | {_digits(check['found'])} | "
-                f"{_digits(check['claimed'])} | {_short(check['deviation'])} | {tolerance} |"
-            )
-        lines += ["", f"<details><summary>{len(claim['wrongs'])} mistakes rejected</summary>", ""]
-        for wrong in claim["wrongs"]:
-            how = _short(wrong["deviations"][wrong["by"]]) if wrong["by"] else wrong["note"]
-            where = ", ".join(f"`{edit['target']}`" for edit in wrong["edits"])
-            lines.append(f"- {wrong['name']} ({where}): {how}")
-        lines += ["", "</details>"]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

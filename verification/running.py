@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from verification.claim import Check, Claim, Sampled, Setting, Wrong
+from verification.claim import Check, Claim, Mistake, Sampled, Setting
 from verification.planting import PlantingError, planted
 from verification.statistics import Verdict, decide, samples_needed
 from verification.tolerances import Tolerance
@@ -75,7 +75,7 @@ class Outcome:
     claim: Claim
     verdict: Verdict
     checks: tuple[Measured, ...]
-    wrongs: tuple[Rejection, ...]
+    mistakes: tuple[Rejection, ...]
     seconds: float
     error: str = ""
 
@@ -85,7 +85,7 @@ class Outcome:
         return (
             self.verdict is Verdict.PASS
             and not self.error
-            and all(rejection.rejected for rejection in self.wrongs)
+            and all(rejection.rejected for rejection in self.mistakes)
         )
 
 
@@ -105,14 +105,17 @@ def run(
     rates: Rates | None = None,
     plant: bool = True,
 ) -> Outcome:
-    """One claim: its checks on the right code, and on every variant.
+    """One claim: its checks on the right code, and on every mistake.
+
+    A mistake is rejected by the first check that fails; a full run makes them all, and tells which
+    of them saw it best.
 
     Args:
         claim: to run.
         setting: type, device, seed, and whether there is time.
         tolerances: of its checks, in this precision.
         rates: of its sequential tests.
-        plant: whether to run the variants too.
+        plant: whether to plant the mistakes too.
     """
     rates = rates or Rates()
     began = time.perf_counter()
@@ -130,12 +133,12 @@ def run(
         verdict = Verdict.INCONCLUSIVE
     else:
         verdict = Verdict.PASS
-    wrongs = tuple(
+    mistakes = tuple(
         _rejection(claim, wrong, setting, tolerances, rates)
-        for wrong in claim.wrongs
+        for wrong in claim.mistakes
         if plant and (setting.full or not wrong.full)
     )
-    return Outcome(claim, verdict, checks, wrongs, time.perf_counter() - began, error)
+    return Outcome(claim, verdict, checks, mistakes, time.perf_counter() - began, error)
 
 
 def _decided(
@@ -200,7 +203,7 @@ def _decided(
 
 def _rejection(
     claim: Claim,
-    wrong: Wrong,
+    wrong: Mistake,
     setting: Setting,
     tolerances: Mapping[str, Tolerance],
     rates: Rates,
@@ -211,6 +214,8 @@ def _rejection(
             for check in claim.body(setting):
                 if check.name in tolerances:
                     measured.append(_decided(check, claim, tolerances, setting, rates))
+                    if measured[-1].verdict is Verdict.FAIL and not setting.full:
+                        break
     except PlantingError as error:
         return Rejection(wrong.name, False, note=str(error))
     except Exception as error:

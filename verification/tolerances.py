@@ -193,7 +193,7 @@ def load(path: Path = TABLE) -> dict[str, dict[str, dict[str, Tolerance]]]:
 
 
 def save(table: Mapping[str, Mapping[str, Mapping[str, Tolerance]]], path: Path = TABLE) -> None:
-    """Write the table, sorted, so that a change shows as a change."""
+    """Write the table, sorted, a line each check, so that a change shows as a change."""
 
     def rounded(line: Tolerance) -> dict[str, object]:
         values = asdict(line)
@@ -202,11 +202,14 @@ def save(table: Mapping[str, Mapping[str, Mapping[str, Tolerance]]], path: Path 
             for key, value in values.items()
         }
 
-    plain = {
-        precision: {
-            claim: {check: rounded(line) for check, line in sorted(checks.items())}
-            for claim, checks in sorted(claims.items())
-        }
-        for precision, claims in sorted(table.items())
-    }
-    path.write_text(json.dumps(plain, indent=1) + "\n")
+    text = []
+    for precision, claims in sorted(table.items()):
+        each = []
+        for claim, checks in sorted(claims.items()):
+            rows = [
+                f"   {json.dumps(check)}: {json.dumps(rounded(line))}"
+                for check, line in sorted(checks.items())
+            ]
+            each.append(f"  {json.dumps(claim)}: {{\n" + ",\n".join(rows) + "\n  }")
+        text.append(f" {json.dumps(precision)}: {{\n" + ",\n".join(each) + "\n }")
+    path.write_text("{\n" + ",\n".join(text) + "\n}\n")

@@ -66,6 +66,7 @@ def _write_rows(module: str, folder: Path, written: Path, sample: bool) -> None:
     try:
         os.setpgid(0, 0)
         small_run.end_with_parent()
+        small_run.rebuild_threads()
         done = importlib.import_module(f"benchmarks.faults.{module}").rows(folder, sample=sample)
         with written.open("a") as file:
             for row in done:

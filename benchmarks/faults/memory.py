@@ -346,6 +346,7 @@ def system_limit(folder: Path) -> Row:
     if not child:
         code = 1
         try:
+            small_run.rebuild_threads()
             written.write_text(json.dumps(_under_a_real_limit()))
             code = 0
         except BaseException as error:

@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from benchmarks.faults import small_run
 from benchmarks.faults.row import Row
 from ctrl import Estimate
 from diffusion_envs import objectives
@@ -224,7 +225,7 @@ def _in_a_child(work: Callable[[], Any], told: Path) -> Any:
     child = os.fork()
     if not child:
         try:
-            torch.set_num_threads(1)
+            small_run.rebuild_threads()
             told.write_text(json.dumps(work()))
         except BaseException as error:
             told.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))

@@ -17,7 +17,7 @@ Instruction = Literal["not run", "run with", "run before"]
 
 _BLOCK = re.compile(
     r"^(?P<comments>(?:[ ]*<!-- (?:not run|run with|run before): [^\n]*-->[ ]*\n)*)"
-    r"(?P<indent>[ ]*)(?P<fence>```+|~~~+)(?P<language>[\w+-]*)[^\n]*\n"
+    r"(?P<indent>[ ]*)(?P<fence>```+|~~~+)(?P<language>[\w+-]*)(?P<info>[^\n]*)\n"
     r"(?P<source>.*?)^(?P=indent)(?P=fence)[ ]*$",
     re.MULTILINE | re.DOTALL,
 )
@@ -35,6 +35,7 @@ class Block:
         not_run: why the tests do not run it; None if they do.
         changes: what the tests read in place of what, to make it small.
         before: statements that the tests execute first.
+        file: that the block is the text of (``title="NAME"`` after the language); None if of none.
     """
 
     language: str
@@ -43,6 +44,7 @@ class Block:
     not_run: str | None
     changes: tuple[tuple[str, str], ...]
     before: str
+    file: str | None = None
 
     def smaller(self) -> str:
         """The source as the tests run it.
@@ -76,6 +78,7 @@ def blocks(text: str) -> Iterator[Block]:
                 for change in words.split("; ")
             ),
             "\n".join(words for kind, words in said if kind == "run before"),
+            title[1] if (title := re.search(r'title="([^"]+)"', match["info"])) else None,
         )
 
 

@@ -25,7 +25,7 @@ from mkdocs.structure.pages import Page
 
 _MARKER = re.compile(r"^(.*)<!-- claim: ([\w-]+) -->[ \t]*$", re.MULTILINE)
 _SECTION = re.compile(r"^## (\S+)$", re.MULTILINE)
-_LEAST, _WIDTH, _LEFT, _ROW = 1e-18, 640, 16, 26
+_LEAST, _WIDTH, _LEFT, _ROW = 1e-18, 640, 34, 20
 
 
 @cache
@@ -51,11 +51,13 @@ def expanded(text: str, uri: str, docs: Path) -> str:
         PluginError: a marker names no claim.
     """
     known, up = claims(docs), "../" * uri.count("/")
+    first_at = next((match.start() for match in _MARKER.finditer(text)), -1)
 
     def claim(match: re.Match[str]) -> str:
         name = match[2]
         if name in known:
-            return shown(known[name], f"{up}verification.md")
+            first = match.start() == first_at
+            return shown(known[name], f"{up}verification.md", legend=first)
         if not known and name in listed(docs):
             return match[1] or f"[{name}]({up}verification.md#{name})"
         raise PluginError(f"{uri} names a claim that is not there: {name}")
@@ -63,12 +65,13 @@ def expanded(text: str, uri: str, docs: Path) -> str:
     return _MARKER.sub(claim, text)
 
 
-def shown(claim: dict[str, Any], page: str) -> str:
+def shown(claim: dict[str, Any], page: str, *, legend: bool = True) -> str:
     """A claim as Markdown.
 
     Args:
         claim: of ``verification.json``.
         page: that lists all claims, relative to this one.
+        legend: whether the picture's signs are explained below it.
     """
     name, checks = claim["name"], claim["checks"]
     mistakes = len(claim["mistakes"])
@@ -85,13 +88,13 @@ def shown(claim: dict[str, Any], page: str) -> str:
         f"    Source: {_text(claim['source'])}. Again on this machine: "
         f"`python -m verification --claim {name}`; [all claims]({page}#{name}).",
         "",
-        "    | check | route | deviation | tolerance | smallest rejected |",
-        "    | --- | --- | ---: | ---: | ---: |",
+        "    | | check | route | deviation | tolerance | smallest rejected |",
+        "    | ---: | --- | --- | ---: | ---: | ---: |",
     ]
-    for check in checks:
+    for row, check in enumerate(checks, 1):
         numbers = " | ".join(_number(check[k]) for k in ("deviation", "tolerance", "rejected"))
-        folded.append(f"    | {_text(check['name'])} | {check['route']} | {numbers} |")
-    return "\n".join(["", picture(claim), "", *folded, ""])
+        folded.append(f"    | {row} | {_text(check['name'])} | {check['route']} | {numbers} |")
+    return "\n".join(["", picture(claim, legend=legend), "", *folded, ""])
 
 
 def _text(words: str) -> str:
@@ -103,7 +106,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}" if value else "0"
 
 
-def picture(claim: dict[str, Any]) -> str:
+def picture(claim: dict[str, Any], *, legend: bool = True) -> str:
     """Each check on one logarithmic line: deviation, tolerance, smallest rejected effect.
 
     Colours are the page's own, so that it reads in the light and in the dark.
@@ -120,7 +123,7 @@ def picture(claim: dict[str, Any]) -> str:
 
     def at(value: float) -> float:
         place = (math.log10(max(value, 10.0**low)) - low) / (high - low)
-        return _LEFT + place * (_WIDTH - 2 * _LEFT)
+        return _LEFT + place * (_WIDTH - _LEFT - 12)
 
     height = _ROW * len(checks) + 34
     label = f"{claim['name']}: deviation, tolerance and smallest rejected effect of each check"
@@ -148,23 +151,26 @@ def picture(claim: dict[str, Any]) -> str:
             f"{_number(tolerance)}"
             + ("" if rejected is None else f", smallest rejected {_number(rejected)}")
         )
+        number = claim["checks"].index(check) + 1
         parts.append(f"<g><title>{title}</title>")
+        parts.append(f'<text class="number" x="{_LEFT - 12}" y="{y + 4}">{number}</text>')
         parts.append(f'<path class="within" d="M{_LEFT} {y}H{at(tolerance):.1f}"/>')
-        parts.append(f'<path class="tolerance" d="M{at(tolerance):.1f} {y - 8}V{y + 8}"/>')
+        parts.append(f'<path class="tolerance" d="M{at(tolerance):.1f} {y - 7}V{y + 7}"/>')
         parts.append(f'<circle class="deviation" cx="{at(deviation):.1f}" cy="{y}" r="4"/>')
         if _finite(rejected):
             x = at(rejected)
             parts.append(f'<path class="rejected" d="M{x - 4:.1f} {y - 4}l8 8m0 -8l-8 8"/>')
         parts.append("</g>")
     parts.append("</svg>")
-    legend = (
-        '<figcaption class="claim">Every check of <code>' + claim["name"] + "</code>: "
-        '<span class="deviation">&#9679;</span> deviation of the right code, '
-        '<span class="tolerance">&#10072;</span> tolerance, '
-        '<span class="rejected">&#10005;</span> smallest deviation of a planted mistake that it '
-        "rejects (relative to the size of what is claimed)</figcaption>"
+    name = f"<code>{claim['name']}</code>"
+    words = (
+        f'Every check of {name}: <span class="deviation">&#9679;</span> deviation of the right '
+        'code, <span class="tolerance">&#10072;</span> tolerance, <span class="rejected">&#10005;'
+        "</span> smallest deviation of a planted mistake that it rejects (relative to the size of "
+        "what is claimed)"
     )
-    return f"<figure>{''.join(parts)}{legend}</figure>"
+    caption = f'<figcaption class="claim">{words if legend else name}</figcaption>'
+    return f'<figure class="claim">{"".join(parts)}{caption}</figure>'
 
 
 def _finite(value: Any) -> bool:

@@ -1,6 +1,8 @@
 """Docstrings as Markdown: aligned entries of a module become a list, formulas stay plain."""
 
 import re
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import griffe
@@ -37,10 +39,38 @@ def _escaped(text: str) -> str:
     return "".join(p if p.startswith("`") else re.sub(r"([*_\[\]<])", r"\\\1", p) for p in parts)
 
 
+@cache
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def commented_fields(cls: griffe.Class) -> dict[str, str]:
+    """Fields of a class and the comments that end their lines."""
+    comments: dict[str, str] = {}
+    for name, member in cls.members.items():
+        if member.is_alias or not member.is_attribute or name.startswith("_"):
+            continue
+        if "instance-attribute" not in member.labels or not member.lineno:
+            continue
+        line = _lines(Path(str(cls.filepath)))[member.lineno - 1]
+        code, mark, comment = line.partition("  # ")
+        if mark and code.strip().startswith(name) and not comment.startswith(("noqa", "pyright")):
+            comments[name] = comment.strip()
+    return comments
+
+
 class Docstrings(griffe.Extension):
     """Rewrites docstrings of modules and classes as they are read."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Change what has aligned entries."""
+        """Change what has aligned entries; list fields that comments explain."""
+        if (
+            isinstance(obj, griffe.Class)
+            and obj.docstring
+            and "Attributes:" not in obj.docstring.value
+        ):
+            fields = "\n".join(f"    {k}: {v}" for k, v in commented_fields(obj).items())
+            if fields:
+                obj.docstring.value += f"\n\nAttributes:\n{fields}"
         if obj.docstring and any(_ENTRY.match(x) for x in obj.docstring.value.split("\n")):
             obj.docstring.value = as_markdown(obj.docstring.value)

@@ -9,6 +9,11 @@ from mkdocs.structure.pages import Page
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
+_OPERATOR = re.compile(
+    r"<mi>(log|exp|sin|cos|tan|tanh|sinh|cosh|arg|dim|det|ln|sign)</mi>"
+    r"((?:<mrow>)?<mo [^>]*>(?:&#x00028;|\(|&#x0005B;|\[)</mo>)?"
+)
+
 
 def mathml(latex: str, *, block: bool) -> str:
     """A formula as MathML.
@@ -27,7 +32,13 @@ def mathml(latex: str, *, block: bool) -> str:
     left = re.findall(r"\\[a-zA-Z]+", html.unescape(re.sub(r"<[^>]*>", " ", made)))
     if left:
         raise ValueError(f"{latex!r} has commands that latex2mathml does not know: {left}")
-    return made
+    return _OPERATOR.sub(_spaced, made)
+
+
+def _spaced(match: re.Match[str]) -> str:
+    """A named operator with TeX's thin spaces, but none before a parenthesis."""
+    after = "0" if match[2] else "0.167em"
+    return f'<mo lspace="0.167em" rspace="{after}">{match[1]}</mo>{match[2]}'
 
 
 def on_page_content(content: str, /, page: Page, **_: object) -> str:

@@ -13,16 +13,24 @@ from mkdocs.config.defaults import MkDocsConfig
 ORDERED_BY = {"theory": "theorems.md", "tutorials": "tutorials/index.md", "howto": "howto/index.md"}
 
 
-def in_order(uris: list[str], folder: str, docs: Path) -> list[str]:
-    """Pages of a folder in the order of the page that leads to them."""
+def in_order(uris: list[str], folder: str, docs: Path) -> list[Any]:
+    """Pages of a folder in the order, and under the headings, of the page that leads to them."""
     leading = docs / ORDERED_BY.get(folder, "-")
     text = leading.read_text() if leading.is_file() else ""
     prefix = "" if leading.parent.name == folder else f"{folder}/"
-    place: dict[str, int] = {}
-    for n, target in enumerate(re.findall(r"\]\(([^)#\s]+)", text)):
-        place.setdefault(target.removeprefix(prefix), n)
-    last = len(place) + len(text)
-    return sorted(uris, key=lambda uri: (place.get(uri.removeprefix(f"{folder}/"), last), uri))
+    left, groups = sorted(uris), list[tuple[str, list[str]]]()
+    heading = ""
+    for title, target in re.findall(r"^## (.*)$|\]\(([^)#\s]+)", text, re.MULTILINE):
+        heading = title or heading
+        uri = f"{folder}/{target.removeprefix(prefix)}"
+        if target and uri in left:
+            left.remove(uri)
+            if not groups or groups[-1][0] != heading:
+                groups.append((heading, []))
+            groups[-1][1].append(uri)
+    grouped = len(groups) > 1 and all(title for title, _ in groups)
+    found = [{t: us} for t, us in groups] if grouped else [u for _, us in groups for u in us]
+    return [*found, *left]
 
 
 def expanded(nav: list[Any], pages: list[str], docs: Path) -> list[Any]:

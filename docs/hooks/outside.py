@@ -189,6 +189,6 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     uri = page.file.src_uri
     if uri.startswith(("reference/", "source/", "examples/")):
         return markdown
-    if uri in ("verification.md", "mutants.md"):
-        page.meta["search"] = {"exclude": True}  # tables of thousands of rows drown the rest
+    if uri in ("verification.md", "mutants.md", "changelog.md"):
+        page.meta["search"] = {"exclude": True}  # a word or two of everything drowns the rest
     return rewritten(markdown, uri)

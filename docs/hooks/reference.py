@@ -98,6 +98,14 @@ GROUPS = (
         ),
     ),
     Group(
+        "Inner parts",
+        "What the pages speak of and nobody has to call.",
+        (
+            *_of("ctrl", "bellman markov_chain wide_stencil counter_normals reused_memory"),
+            *_of("diffusion_envs", "training.value_network digests whole_files"),
+        ),
+    ),
+    Group(
         "verification",
         "What a claim is, how its mistakes are planted, and where tolerances come from.",
         _of("verification", "claim planting tolerances statistics running"),
@@ -192,7 +200,14 @@ def page(module: str) -> str:
     if not is_overview(module):
         return f"::: {module}\n"
     names = exported(module)
-    lines = [f"# {module}", "", first_line(lookup(module)), "", "| | |", "| --- | --- |"]
+    lines = [
+        f"# {module} {{ #{module} }}",
+        "",
+        first_line(lookup(module)),
+        "",
+        "| | |",
+        "| --- | --- |",
+    ]
     for path in sorted(names, key=lambda p: p.rpartition(".")[2].lower()):
         name = path.rpartition(".")[2]
         lines.append(f"| [`{name}`][{path}] | {first_line(lookup(path))} |")
@@ -255,7 +270,7 @@ def linkable() -> dict[str, str]:
     shown = {m for module in modules() for m in (module, *SHARED.get(module, ()))}
     shown |= {inner for m in modules() if is_overview(m) for inner in defining(m)}
     for module in sorted(shown):
-        if module in modules() and not is_overview(module):
+        if module in modules():
             known[module] = module
         for name in own_members(module):
             path = f"{module}.{name}"
@@ -265,6 +280,10 @@ def linkable() -> dict[str, str]:
                 for inner, member in lookup(path).members.items():
                     if not inner.startswith("_") and member.has_docstring:
                         known[f"{path}.{inner}"] = f"{path}.{inner}"
+    for package in modules():
+        if is_overview(package):
+            for inner in {*defining(package), *SHARED.get(package, ())}:
+                known.setdefault(inner, package)
     for package in ("ctrl", *(m for m in modules() if is_overview(m))):
         for path in exported(package):
             for full in [p for p in known if p == path or p.startswith(path + ".")]:
@@ -276,6 +295,23 @@ def linkable() -> dict[str, str]:
     return known
 
 
+@cache
+def target(name: str) -> str | None:
+    """Where the reference explains a dotted name: at the name, or at the class that has it."""
+    known = linkable()
+    if name in known:
+        return known[name]
+    try:
+        thing = lookup(name)
+    except KeyError:
+        thing = None
+    if thing is not None and thing.is_alias and thing.target_path in known:
+        return known[thing.target_path]
+    parent = name.rpartition(".")[0]
+    is_attribute = parent in known and lookup(known[parent]).is_class
+    return known[parent] if is_attribute and "._" not in name else None
+
+
 _NAME = re.compile(r"(?<![\[`])`((?:\w+\.)+\w+)(\([^`]*\))?`(?![`\]])")
 _FENCED = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.M | re.S)
 
@@ -284,7 +320,7 @@ def linked(text: str) -> str:
     """Markdown in which dotted names in backticks lead to the reference."""
 
     def link(match: re.Match[str]) -> str:
-        path = linkable().get(match[1])
+        path = target(match[1])
         return match.group() if path is None else f"[{match.group()}][{path}]"
 
     parts, at = [], 0
@@ -309,6 +345,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Link names in backticks to the reference."""
+    if page.file.src_uri.startswith("reference/"):
+        page.meta["search"] = {"boost": 2}
     if page.file.src_uri.startswith(("source/", "examples/")):
         return markdown
     return linked(markdown)

@@ -25,7 +25,7 @@ from diffusion_envs.training.update_size import UpdateSize
 from tests.device.counting import counting
 from tests.device.memory import NAME
 from tests.diffusion_envs.sd15.calling import finetune
-from verification.claims.training_loop import Process
+from verification.problems.training_loop import Process
 
 SYNCHRONISATIONS = {
     "ScoreAsAction": 6,

@@ -15,7 +15,7 @@ from diffusion_envs.digests import LogDigests, opened, read_tensors, sealed, wri
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.resuming import Checkpoints
 from diffusion_envs.runs.run_folder import open_run, read_settings
-from verification.claims.training_loop import Process
+from verification.problems.training_loop import Process
 
 SETTINGS = {"updates": 3, "rate": 3e-4, "names": ("a", "b"), "options": {}, "none": None}
 TENSORS = {

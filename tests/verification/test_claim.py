@@ -7,22 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-import verification.claims  # noqa: F401  # registers them
-from verification import claim as claims
 from verification.claim import (
-    CLAIMS,
     Claim,
     Setting,
     bound,
-    claim,
     expectation,
     pathwise,
     proof,
     rounding,
     sampled,
     stated,
-    wrong,
 )
+from verification.claims import CLAIMS
 from verification.measuring import (
     Observation,
     Shown,
@@ -31,6 +27,7 @@ from verification.measuring import (
     merged,
     unstated_singles,
 )
+from verification.mistakes import read
 from verification.running import Rates, run
 from verification.statistics import Verdict
 from verification.tolerances import Right, Tolerance, derive, floor, load, room
@@ -52,11 +49,6 @@ HERE = f"{__name__}.half_square"
 
 
 @pytest.fixture(autouse=True)
-def _registry(monkeypatch):
-    monkeypatch.setattr(claims, "CLAIMS", dict(CLAIMS))
-
-
-@pytest.fixture(autouse=True)
 def _importable(monkeypatch):
     import sys
 
@@ -71,16 +63,16 @@ def _this():
     return module
 
 
-WRONGS = [
-    wrong("no 1/2", HERE, "0.5 * x", "x"),
-    wrong("off by 1 %", HERE, "0.5 *", "0.505 *"),
-    wrong("sign", HERE, "return 0.5", "return -0.5"),
-]
+MISTAKES = f"""
+{HERE}
+    no 1/2 | 0.5 * x => x
+    off by 1 % | 0.5 * => 0.505 *
+    sign | return 0.5 => return -0.5
+"""
 
 
-def made(body, wrongs=WRONGS, **more) -> Claim:
-    claim(statement="s", source="s", wrongs=wrongs, **more)(body)
-    return claims.CLAIMS[body.__name__.replace("_", "-")]
+def made(body, table=MISTAKES, statement="s", **more) -> Claim:
+    return Claim(body.__name__, "title", statement, "source", read(table), body, **more)
 
 
 def body_of_squares(setting):
@@ -99,7 +91,7 @@ def test_right_code_passes_and_every_mistake_is_rejected():
     outcome = run(one, SETTING, table)
     assert outcome.holds
     assert outcome.verdict is Verdict.PASS
-    assert [w.rejected for w in outcome.wrongs] == [True] * 3
+    assert [w.rejected for w in outcome.mistakes] == [True] * 3
 
 
 def test_a_mistake_that_nothing_sees_is_a_complaint_and_is_accepted():
@@ -114,7 +106,7 @@ def test_a_mistake_that_nothing_sees_is_a_complaint_and_is_accepted():
     outcome = run(one, SETTING, table)
     assert not outcome.holds
     assert outcome.verdict is Verdict.PASS
-    assert [w.rejected for w in outcome.wrongs] == [True, True, False]
+    assert [w.rejected for w in outcome.mistakes] == [True, True, False]
 
 
 def test_a_check_that_cannot_fail_is_a_complaint_and_gets_no_tolerance():
@@ -179,14 +171,14 @@ def test_a_mistake_that_the_code_refuses_counts_only_if_that_is_said():
     table, complaints = measure(made(strict), SETTING)
     assert "breaks the code" in complaints[0]
     assert not run(made(strict), SETTING, table).holds
-    said = [*WRONGS[:2], wrong("sign", HERE, "return 0.5", "return -0.5", raises=ValueError)]
+    said = MISTAKES.replace("sign |", "sign [ValueError] |")
     table, complaints = measure(made(strict, said), SETTING)
     assert not complaints
     outcome = run(made(strict, said), SETTING, table)
     assert outcome.holds
-    assert "refused with ValueError: negative" in outcome.wrongs[2].note
+    assert "refused with ValueError: negative" in outcome.mistakes[2].note
     # and one that is said to be refused, but is not, is a complaint
-    said[0] = wrong("no 1/2", HERE, "0.5 * x", "x", raises=ValueError)
+    said = said.replace("no 1/2 |", "no 1/2 [ValueError] |")
     assert "is not refused" in measure(made(strict, said), SETTING)[1][0]
 
 
@@ -197,12 +189,7 @@ def means(setting):
 
 
 def test_a_sampled_check_decides_and_rejects():
-    wrongs = [
-        wrong("no 1/2", HERE, "0.5 * x", "x"),
-        wrong("twice", HERE, "0.5 *", "1.1 *"),
-        wrong("sign", HERE, "return 0.5", "return -0.5"),
-    ]
-    one = made(means, wrongs)
+    one = made(means, MISTAKES.replace("off by 1 % | 0.5 * => 0.505 *", "off | 0.5 * => 1.1 *"))
     table, complaints = measure(one, SETTING)
     assert not complaints
     assert table["mean"].tolerance == pytest.approx(table["mean"].effect / 2, rel=0.05)
@@ -229,11 +216,26 @@ def test_the_same_variants_get_the_same_random_numbers():
 
 def test_fewer_than_three_mistakes_do_not_load():
     with pytest.raises(ValueError, match="at least 3"):
-        made(body_of_squares, WRONGS[:2])
-    with pytest.raises(ValueError, match="two wrong variants of one name"):
-        made(body_of_squares, [*WRONGS, WRONGS[0]])
+        made(body_of_squares, MISTAKES.replace("    off by 1 % | 0.5 * => 0.505 *\n", ""))
+    with pytest.raises(ValueError, match="two mistakes of one name"):
+        Claim("c", "t", "s", "s", 2 * read(MISTAKES), body_of_squares)
     with pytest.raises(ValueError, match="statement and a source"):
-        claim(statement=" ", source="s", wrongs=WRONGS)(body_of_squares)
+        made(body_of_squares, statement=" ")
+
+
+def test_a_module_is_a_claim_or_says_what_it_lacks():
+    import types
+
+    module = types.ModuleType("verification.claims.squares.half_of_squares", "Title.\n\nStatement.")
+    with pytest.raises(ValueError, match="no SOURCE, checks, MISTAKES"):
+        Claim.of(module)
+    module.SOURCE, module.checks, module.MISTAKES = "source", body_of_squares, MISTAKES
+    one = Claim.of(module)
+    assert (one.name, one.title, one.statement) == ("half-of-squares", "Title.", "Statement.")
+    assert (one.theme, one.source, one.single) == ("squares", "source", True)
+    module.__doc__ = "Title."
+    with pytest.raises(ValueError, match="no statement"):
+        Claim.of(module)
 
 
 def test_a_scale_of_zero_is_refused():
@@ -379,7 +381,7 @@ def test_the_table_keeps_the_rule_and_belongs_to_the_claims_that_there_are():
                 where = f"{precision} {name}: {check}"
                 dtype = getattr(torch, line.precision)
                 free = room(line.route, dtype)
-                assert line.variant in {w.name for w in CLAIMS[name].wrongs}, where
+                assert line.variant in {w.name for w in CLAIMS[name].mistakes}, where
                 # two digits are kept of each
                 assert line.floor >= 0.95 * max(line.right, torch.finfo(dtype).eps), where
                 assert line.tolerance <= 1.1 * line.effect / (2 if free == 3 else free), where

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import verification.claims  # noqa: F401  # registers them
 from verification import tolerances
-from verification.claim import CLAIMS, Setting
+from verification.claim import Setting
+from verification.claims import CLAIMS
 from verification.running import run
 
 TABLE = tolerances.load()
@@ -19,7 +19,7 @@ def why(outcome):
         for check in outcome.checks
     ]
     lines += [
-        f"accepted: {w.name}: {w.note or w.deviations}" for w in outcome.wrongs if not w.rejected
+        f"accepted: {w.name}: {w.note or w.deviations}" for w in outcome.mistakes if not w.rejected
     ]
     return "\n".join([outcome.claim.name, *lines])
 

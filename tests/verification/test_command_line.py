@@ -3,27 +3,31 @@
 import html.parser
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from verification import __main__ as command
-from verification import claim, report
+from verification import claim, document, report
 from verification.__main__ import Options, UnknownClaimError, chosen, main
+from verification.claims import CLAIMS
+from verification.margins import picture, rejected
 
+NAMES = ("right", "edge", "wrong")
 QUICK = "proof-of-the-policy-gradient"
 
 
 def test_nothing_chosen_is_everything():
-    assert chosen(()) == list(claim.CLAIMS)
+    assert chosen(()) == list(CLAIMS)
 
 
 def test_names_and_patterns_choose():
     assert chosen((QUICK,)) == [QUICK]
     proofs = chosen(("proof-*",))
     assert len(proofs) >= 9
-    assert proofs == [name for name in claim.CLAIMS if name.startswith("proof-")]
+    assert proofs == [name for name in CLAIMS if name.startswith("proof-")]
     assert chosen((QUICK, "proof-*")) == proofs
 
 
@@ -53,27 +57,34 @@ def test_a_device_that_is_not_there_is_an_error(tmp_path, capsys, monkeypatch):
 
 
 def test_a_run_says_what_it_did(tmp_path, capsys):
-    document = tmp_path / "verification.md"
-    assert main(Options(claim=(QUICK,), output=tmp_path, document=document)) == 0
+    page = tmp_path / "verification.md"
+    output = tmp_path / "run"
+    assert main(Options(claim=(QUICK,), output=output, document=page)) == 0
     out = capsys.readouterr().out
     assert "1 of 1 claims hold" in out
     assert "score over std" in out  # one claim alone shows its variants
-    record = json.loads((tmp_path / "verification.json").read_text())
+    record = json.loads((output / "verification.json").read_text())
     assert record["holds"] is True
     (one,) = record["claims"]
     assert one["name"] == QUICK
     assert {"deviation", "tolerance", "verdict", "route"} <= set(one["checks"][0])
-    assert all(wrong["rejected"] and wrong["by"] for wrong in one["wrongs"])
-    assert one["wrongs"][0]["edits"][0]["right"] != one["wrongs"][0]["edits"][0]["wrong"]
-    assert QUICK in document.read_text()
+    assert all(wrong["rejected"] and wrong["by"] for wrong in one["mistakes"])
+    assert one["mistakes"][0]["edits"][0]["right"] != one["mistakes"][0]["edits"][0]["wrong"]
+    assert QUICK in page.read_text()
+
+
+def test_the_document_may_not_overwrite_the_record(tmp_path, capsys):
+    options = Options(claim=(QUICK,), output=tmp_path, document=tmp_path / "verification.md")
+    assert main(options) == 2
+    assert "choose another folder" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_claim_that_fails_is_shown_and_named(tmp_path, capsys, monkeypatch):
     def wrong(setting):
         yield claim.pathwise("one", [1.01], [1.0])
 
-    broken = replace(claim.CLAIMS[QUICK], body=wrong)
-    monkeypatch.setitem(claim.CLAIMS, QUICK, broken)
+    broken = replace(CLAIMS[QUICK], body=wrong)
+    monkeypatch.setitem(CLAIMS, QUICK, broken)
     line = command.tolerances.Tolerance("pathwise", 0.0, 1e-2, "v", 1e-9)
     monkeypatch.setattr(command.tolerances, "load", lambda: {"float64": {QUICK: {"one": line}}})
     assert main(Options(claim=(QUICK,), output=tmp_path)) == 1
@@ -93,7 +104,7 @@ def test_too_few_samples_are_inconclusive_with_the_number_that_would_do(
         stream = (torch.randn(64, dtype=torch.float64) for _ in range(10**6))
         yield claim.sampled("mean", stream, 0.0, variance=1.0, scale=1.0)
 
-    monkeypatch.setitem(claim.CLAIMS, QUICK, replace(claim.CLAIMS[QUICK], body=body))
+    monkeypatch.setitem(CLAIMS, QUICK, replace(CLAIMS[QUICK], body=body))
     line = command.tolerances.Tolerance("sampled", 0.0, 0.1, "v", 0.05)
     monkeypatch.setattr(command.tolerances, "load", lambda: {"float64": {QUICK: {"mean": line}}})
     assert main(Options(claim=(QUICK,), output=tmp_path, most=500)) == 1
@@ -132,6 +143,8 @@ RECORD = {
     "claims": [
         {
             "name": "one",
+            "title": "One.",
+            "theme": "ones",
             "statement": "a < b & c",
             "source": "s",
             "file": "f.py",
@@ -167,7 +180,7 @@ RECORD = {
                     "note": "few",
                 },
             ],
-            "wrongs": [
+            "mistakes": [
                 {
                     "name": "w",
                     "rejected": False,
@@ -201,10 +214,38 @@ def test_the_page_is_whole_whatever_happened():
     assert "<script" not in page
 
 
-def test_the_document_is_markdown_with_every_claim():
-    text = report.document(RECORD)
-    assert "## one" in text
-    assert "| x < y | limit | nan | 1 | nan | 1.0e-01 |" in text
+def test_the_document_is_markdown_with_every_claim(tmp_path):
+    document.write(RECORD, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "## Ones\n\n### one\n" in text
+    assert "<td>x &lt; y</td><td>limit</td><td>nan</td><td>1</td><td>nan</td>" in text
+    assert "**does not hold.**" in text
+    assert "(page.svg)" in text
+    (one,) = json.loads((tmp_path / "page.json").read_text())["claims"]
+    assert one["checks"][0] == {
+        "name": "x < y",
+        "route": "limit",
+        "deviation": "nan",
+        "tolerance": 0.1,
+        "rejected": 1e6,
+    }
+    assert [m["by"] for m in one["mistakes"]] == ["x < y", ""]
+
+
+def test_the_picture_has_a_mark_for_each_number():
+    check = {"name": "a", "deviation": 1e-16, "tolerance": 1e-9}
+    mistakes = [{"deviations": {"a": size}} for size in (1e-3, "nan", 1e-12)]
+    assert rejected(check, mistakes) == 1e-3
+    assert rejected(check, mistakes[2:]) is None
+    claims = [{"theme": theme, "checks": [check], "mistakes": mistakes} for theme in "vu"]
+    drawn = picture({"claims": claims})
+    Balance().feed(drawn)
+    marks = {name: re.findall(rf"class='{name}' d='((?:M[^']*?)+)' fill", drawn) for name in NAMES}
+    assert {name: d[0].count("M") for name, d in marks.items()} == dict.fromkeys(NAMES, 2)
+    heights = [float(re.search(r" (\d+)h", marks[name][0])[1]) for name in NAMES]
+    assert heights == sorted(heights, reverse=True)  # right code lowest, mistakes highest
+    assert drawn.index(">u<") < drawn.index(">v<")
+    assert picture({"claims": []}) == ""
 
 
 def test_places_on_the_axis_increase_and_stay_on_it():

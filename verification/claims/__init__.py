@@ -1,7 +1,21 @@
-"""The claims: one file per theorem or result, found by being here."""
+"""The claims: a folder for each theme, a file for each claim, each known by being here."""
 
 import importlib
 import pkgutil
 
-for _module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
-    importlib.import_module(f"{__name__}.{_module.name}")
+from verification.claim import Claim
+
+
+def _all() -> dict[str, Claim]:
+    claims: dict[str, Claim] = {}
+    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
+        if module.ispkg:
+            continue
+        claim = Claim.of(importlib.import_module(module.name))
+        if claim.name in claims:
+            raise ValueError(f"two claims are called {claim.name}: {claims[claim.name].file}")
+        claims[claim.name] = claim
+    return claims
+
+
+CLAIMS = _all()

@@ -28,7 +28,7 @@ from diffusion_envs.samplers import DDIM, BoundDDIM
 from diffusion_envs.training.optimisers import AdamW, Optimiser
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
-from verification.claims.training_loop import Network, Process
+from verification.problems.training_loop import Network, Process
 
 
 def tensor(values: Any) -> Tensor:

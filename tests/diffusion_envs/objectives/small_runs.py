@@ -8,7 +8,7 @@ from diffusion_envs.preferences import Preference
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
-from verification.claims.training_loop import Process
+from verification.problems.training_loop import Process
 
 STEPS = 4
 PROBLEM = GaussianProblem()

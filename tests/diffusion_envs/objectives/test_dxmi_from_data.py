@@ -33,7 +33,7 @@ from diffusion_envs.training.energy import (
 from diffusion_envs.training.requirements import require_inputs
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
-from verification.claims.training_loop import Process
+from verification.problems.training_loop import Process
 
 STEPS = 4
 KINDS = (DxMIFromData, ContinuousDxMIFromData, ContinuousDxMIReleasedFromData)

@@ -45,7 +45,7 @@ from tests.diffusion_envs.test_two_views import (
     relative_gap,
     roll_out,
 )
-from verification.claims.training_loop import Process
+from verification.problems.training_loop import Process
 
 SD15 = TABLES["sd15"]
 

@@ -12,7 +12,7 @@ from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.callbacks import Callback, Callbacks
 from diffusion_envs.runs.resuming import Checkpoints
 from diffusion_envs.training.trainer import Trainer
-from verification.claims.training_loop import Process
+from verification.problems.training_loop import Process
 
 
 class Toy(Trainer):

@@ -19,7 +19,7 @@ from diffusion_envs.noise_schedules import FlowTable, NoiseSchedule
 from diffusion_envs.samplers import CPS, DDIM, BoundFlowDDIM, FlowSDE, GaussianSteps
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
-from verification.claims.training_loop import Process
+from verification.problems.training_loop import Process
 
 FLOW = FlowTable(shift=1.7, end=0.03)
 TO_DATA = FlowTable(shift=2.2)

@@ -24,7 +24,7 @@ from diffusion_envs.training import kl_controller as control
 from diffusion_envs.training.kl_controller import TargetKL
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
-from verification.claims.training_loop import Process
+from verification.problems.training_loop import Process
 
 PROBLEM, SAMPLER = GaussianProblem(), DDIM(1.0).bind(table(), 4)
 

@@ -38,7 +38,7 @@ from diffusion_envs.training.path_metric import PathMetric, flattened, unflatten
 from diffusion_envs.training.refusal import NonFiniteError
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
-from verification.claims.training_loop import Process
+from verification.problems.training_loop import Process
 
 OPTIMISERS: list[Optimiser] = [
     AdamW(),

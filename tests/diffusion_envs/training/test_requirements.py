@@ -33,7 +33,7 @@ from diffusion_envs.samplers import DDIM, BoundBlackBox, BoundDDIM, Scheduler
 from diffusion_envs.training.kl_controller import TargetKL
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
-from verification.claims.training_loop import Process
+from verification.problems.training_loop import Process
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers deprecates freely
 

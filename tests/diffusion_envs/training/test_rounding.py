@@ -13,7 +13,7 @@ from diffusion_envs.objectives.score_as_action import DrawnRows, drawn_log_ratio
 from diffusion_envs.samplers import DDIM
 from diffusion_envs.training.trainer import PreflightError, Trainer
 from verification.claim import Setting
-from verification.claims.training_loop import SAMPLES, STEPS, network_of, trainer
+from verification.problems.training_loop import SAMPLES, STEPS, network_of, trainer
 
 UNIT = torch.finfo(torch.float32).eps
 WHICH = torch.cartesian_prod(torch.arange(SAMPLES), torch.arange(STEPS))

@@ -39,7 +39,7 @@ from diffusion_envs.training.optimisers import AdamW, NaturalGradient, Optimiser
 from diffusion_envs.training.trainer import Trainer, dealt
 from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.training.processes import run_worlds
-from verification.claims.training_loop import Process
+from verification.problems.training_loop import Process
 
 WORLDS = (2, 3, 4)
 ADAMW = AdamW()

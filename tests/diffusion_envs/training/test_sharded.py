@@ -28,7 +28,7 @@ from diffusion_envs.training.update_size import UpdateSize
 from tests.diffusion_envs.models.small_pipelines import small_pipeline
 from tests.diffusion_envs.sd15.calling import finetune
 from tests.diffusion_envs.training.processes import run_worlds
-from verification.claims.training_loop import Process
+from verification.problems.training_loop import Process
 
 pytestmark = pytest.mark.filterwarnings("default")  # diffusers and transformers deprecate freely
 

@@ -1,0 +1,1 @@
+"""Diffusion models: schedules, scores, time reversal, samplers and the laws of their chains."""

@@ -1,0 +1,1 @@
+"""Beyond diffusions without end: exits, jumps, chains, regimes, correlated noise."""

@@ -1,0 +1,1 @@
+"""Exploratory control: relaxed dynamics, linear-quadratic problems, policies and their entropy."""

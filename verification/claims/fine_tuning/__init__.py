@@ -1,0 +1,1 @@
+"""Fine-tuning: the KL-tilted optimum, objectives, the training loop, the frontier."""

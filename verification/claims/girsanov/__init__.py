@@ -1,0 +1,1 @@
+"""Change of measure: KL and likelihood ratio of path laws, their bounds and limits."""

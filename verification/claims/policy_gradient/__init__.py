@@ -1,0 +1,1 @@
+"""The policy gradient theorem, its estimators, trust regions, policy iteration."""

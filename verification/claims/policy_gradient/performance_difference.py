@@ -1,0 +1,79 @@
+"""Lemma 4.2: the difference of two policies' performances, by q-rates.
+
+V'(0, x) - V(0, x) = E' int e^{-discount t} (q(t, X_t, a_t) - temperature log pi'(a_t)) dt,
+where q is of the value V of the old policy, and states, actions and entropy are the new
+one's. The sum over an Euler chain is known exactly and must be met to round-off; it tends
+to the difference of the two performances.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch import Tensor
+
+import ctrl
+from ctrl import policy_gradient as pg
+from verification.claim import Check, Setting, expectation, limit
+from verification.closed_form import lq_chain
+from verification.cubature import mean
+from verification.problems.exploratory_lq import (
+    HORIZON,
+    NODES,
+    drawn_paths,
+    parameters,
+    policy,
+    problem,
+    to_zero,
+)
+from verification.problems.performance_difference import NEW, OLD, P, value_of_old
+
+SOURCE = (
+    '"Score as Action", arXiv 2502.01819, Lemma 4.2; Zhao, Tang & Yao 2023, policy '
+    "optimisation in continuous time, Theorem 2"
+)
+
+
+def paths_of_new(setting: Setting, nodes: np.ndarray) -> ctrl.Paths:
+    """Paths of the new policy."""
+    return drawn_paths(setting, P, parameters(setting, NEW), nodes)
+
+
+def checks(setting: Setting) -> Iterator[Check]:
+    """On a grid, against moments; in the limit, against both performances."""
+    stated, value, new = problem(P), value_of_old(setting), policy(*parameters(setting, NEW))
+
+    def difference(nodes: np.ndarray) -> Tensor:
+        paths = paths_of_new(setting, nodes)
+        return mean(pg.performance_difference(stated, value, new, paths), paths)
+
+    exact = lq_chain.q_rate_sum(P, NODES, valued=OLD, visiting=NEW, acting=NEW)
+    yield expectation("on a grid, against the states' moments", difference(NODES), exact)
+    finer = [difference(np.linspace(0, HORIZON, steps + 1)) for steps in (1, 2, 3)]
+    old, better = [lq_chain.continuous_performance(P, theta, HORIZON) for theta in (OLD, NEW)]
+    yield limit(
+        "steps to 0: the difference of performances", to_zero(*finer), np.real(better - old)
+    )
+
+
+MISTAKES = """
+verification.problems.performance_difference.value_of_old
+    q of the new policy's value | P, OLD => P, NEW
+verification.claims.policy_gradient.performance_difference.paths_of_new
+    states and actions of the old policy | (setting, NEW) => (setting, OLD)
+ctrl.paths.over_steps
+    V a step late | grid.nodes[..., :-1] => grid.nodes[..., 1:]
+ctrl.policy_gradient.performance_difference
+    uneven grid taken for an even one | as_like(new_paths.grid.steps, rates)
+        => as_like(new_paths.grid.steps, rates).mean()
+    signs exchanged: old less new | return (discount_factors => return -(discount_factors
+shared
+    outer discount missing
+    entropy's sign, in regularised_q
+    entropy dropped
+    discount V left out of q
+    second-order term of q missing
+    second-order term of q without 1/2
+    derivative of V in time missing
+    states at the right end of a step
+    running reward left out of q
+"""

@@ -1,0 +1,97 @@
+"""Theorem 4.1 in view B: transitions as decisions, all estimators on a chain.
+
+Where the next state is the decision (view B), the gradient of the deterministic policy's
+chain is E sum e^{-discount t} (grad log p(X_{k+1}|X_k) A_k + h grad_a r d mu / d theta),
+with A the return to go, the temporal difference, or (in the limit) grad V . (X_{k+1} -
+E X_{k+1}): a running reward of the action itself has a slope of its own, whatever the next
+state is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+import ctrl
+from ctrl import policy_gradient as pg
+from verification.claim import Check, Setting, expectation
+from verification.closed_form import lq_chain
+from verification.closed_form.lq_chain import THETA, LQChain
+from verification.problems.exploratory_lq import (
+    HORIZON,
+    NODES,
+    chain_value,
+    continuous_value,
+    deterministic,
+    parameters,
+    problem,
+    silent_paths,
+)
+from verification.problems.policy_gradient import P, gradient
+
+SOURCE = (
+    '"Score as Action", arXiv 2502.01819, Theorem 4.1, with the decisions of its algorithm '
+    "(the transitions of DDPO)"
+)
+
+# view B: the next state is decided, so the action's std has no part
+TRANSITIONS = replace(P, noise_slope=0.0, noise_push=0.0, temperature=0.0)
+SILENT = np.array([THETA[0], THETA[1], -40.0])  # a std of 4e-18 is none
+
+
+def _silent_performance(p: LQChain, theta: np.ndarray) -> float | complex:
+    return lq_chain.performance(p, np.array([*theta, SILENT[2]]), NODES)
+
+
+def checks(setting: Setting) -> Iterator[Check]:
+    """All estimators of view B, on a chain of three steps."""
+    p, theta = TRANSITIONS, parameters(setting, THETA)[:2]
+    stated, chosen = problem(p), deterministic(*theta)
+    value = chain_value(setting, p, SILENT, NODES)
+    paths, view = silent_paths(setting, p, theta, NODES), pg.Transitions(ctrl.EulerMaruyama())
+    exact = lq_chain.gradient(lambda th: _silent_performance(p, th), SILENT[:2])
+    each = pg.return_gradient(stated, chosen, paths, decisions=view)
+    yield expectation("return", gradient(each, paths, theta), exact)
+    each = pg.return_gradient(stated, chosen, paths, value, view)
+    yield expectation("return less V", gradient(each, paths, theta), exact)
+    each = pg.temporal_difference_gradient(stated, chosen, value, paths, view)
+    yield expectation("temporal difference", gradient(each, paths, theta), exact)
+    smooth, series = continuous_value(setting, p, SILENT), lq_chain.value_series(p, SILENT)
+    along = np.array([lq_chain.series_at(series, HORIZON - t) for t in NODES])
+    slopes = lq_chain.transition_gradient(p, SILENT, NODES, along)
+    each = pg.q_rate_gradient(stated, chosen, smooth, paths, view)
+    slopes = slopes + lq_chain.own_slope(p, SILENT, NODES)
+    yield expectation("q-rates on a grid", gradient(each, paths, theta), slopes)
+
+
+MISTAKES = """
+ctrl.transitions._laws
+    transition of the step after | in enumerate(paths.states[:, :-1] => in enumerate(paths.states[:, 1:]
+ctrl.solvers.EulerMaruyama.transition
+    sqrt(h) missing in the transition | sigma.abs() * math.sqrt(h) => sigma.abs()
+ctrl.policy_gradient._summed
+    last transition left out | (log_prob * advantages.detach() + held)).sum(1)
+        => (log_prob * advantages.detach() + held))[:, :-1].sum(1)
+    the action's own slope dropped | + held => ``
+    the action's own slope not discounted | discount_factors(problem, paths) * (log_prob * advantages.detach() + held)
+        => discount_factors(problem, paths) * log_prob * advantages.detach() + held
+ctrl.policy_gradient.Transitions.advantages
+    slope of V at the next state | _directional(value, t, x, surprise)
+        => _directional(value, t, paths.states[:, k + 1], surprise)
+    increment not centred, and V at the next time | _directional(value, t, x, surprise)
+        => _directional(value, nodes[k + 1].to(x), x, surprise)
+    surprise of twice the size | after[k] - mean => 2 * (after[k] - mean)
+ctrl.policy_gradient.Transitions.held_rewards
+    the action's own slope without dt | return rates * as_like(paths.grid.steps, rates) => return rates
+    the action's own slope of a fixed action | reward(t, x, again) => reward(t, x, a)
+shared
+    sign of the score
+    discount inside the return missing
+    discount inside the temporal difference missing
+    outer discount missing
+    terminal reward missing
+    dt missing in the reward
+    value of step i for i + 1
+    factor 1/2 of the normal density dropped
+    transition's score divided by s for s^2
+"""

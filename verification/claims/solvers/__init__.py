@@ -1,0 +1,1 @@
+"""Solvers and noise: orders, gradients, quadrature, bridges, random streams."""

@@ -1,0 +1,1 @@
+"""The sequential test by which sampled checks are decided."""

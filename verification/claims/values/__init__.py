@@ -1,0 +1,1 @@
+"""Values and q-rates: martingale conditions, policy evaluation, q-learning, the HJB equation."""
