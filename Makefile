@@ -48,8 +48,12 @@ $(VENV)/.installed-ocr: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[diffusion,ocr]"
 	touch $@
 
-$(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+# The site is made from the text of the sources: neither torch nor the package itself is needed.
+DOCS := import tomllib; print("\n".join(tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"]))
+$(VENV)/.installed-docs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c '$(DOCS)' > $(VENV)/docs.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement $(VENV)/docs.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

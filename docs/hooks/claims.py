@@ -24,7 +24,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.pages import Page
 
 _MARKER = re.compile(r"^(.*)<!-- claim: ([\w-]+) -->[ \t]*$", re.MULTILINE)
-_SECTION = re.compile(r"^## (\S+)$", re.MULTILINE)
+_SECTION = re.compile(r"^#{2,3} (\S+)$", re.MULTILINE)
 _LEAST, _WIDTH, _LEFT, _ROW = 1e-18, 640, 34, 20
 
 
@@ -77,16 +77,19 @@ def shown(claim: dict[str, Any], page: str, *, legend: bool = True) -> str:
     mistakes = len(claim["mistakes"])
     seen = sum(1 for mistake in claim["mistakes"] if mistake.get("by"))
     statement = "\n".join(f"    {line}".rstrip() for line in claim["statement"].splitlines())
+    rest = ""
+    if seen < mistakes:
+        rest = " A mistake that none of them rejects is refused by the code itself, or by `--full`."
     folded = [
-        f'??? abstract "Claim `{name}`: {len(checks)} checks, {seen} of {mistakes} planted '
-        'mistakes rejected"',
+        f'??? abstract "Claim `{name}`: {len(checks)} checks reject {seen} of {mistakes} planted '
+        'mistakes"',
         "",
         "    ```text",
         statement,
         "    ```",
         "",
         f"    Source: {_text(claim['source'])}. Again on this machine: "
-        f"`python -m verification --claim {name}`; [all claims]({page}#{name}).",
+        f"`python -m verification --claim {name}`; [all claims]({page}#{name}).{rest}",
         "",
         "    | | check | route | deviation | tolerance | smallest rejected |",
         "    | ---: | --- | --- | ---: | ---: | ---: |",
@@ -94,7 +97,7 @@ def shown(claim: dict[str, Any], page: str, *, legend: bool = True) -> str:
     for row, check in enumerate(checks, 1):
         numbers = " | ".join(_number(check[k]) for k in ("deviation", "tolerance", "rejected"))
         folded.append(f"    | {row} | {_text(check['name'])} | {check['route']} | {numbers} |")
-    return "\n".join(["", picture(claim, legend=legend), "", *folded, ""])
+    return "\n".join(["", *folded, "", picture(claim, legend=legend), ""])
 
 
 def _text(words: str) -> str:
@@ -157,19 +160,18 @@ def picture(claim: dict[str, Any], *, legend: bool = True) -> str:
         parts.append(f'<path class="within" d="M{_LEFT} {y}H{at(tolerance):.1f}"/>')
         parts.append(f'<path class="tolerance" d="M{at(tolerance):.1f} {y - 7}V{y + 7}"/>')
         parts.append(f'<circle class="deviation" cx="{at(deviation):.1f}" cy="{y}" r="4"/>')
-        if _finite(rejected):
+        if rejected is not None and _finite(rejected):
             x = at(rejected)
             parts.append(f'<path class="rejected" d="M{x - 4:.1f} {y - 4}l8 8m0 -8l-8 8"/>')
         parts.append("</g>")
     parts.append("</svg>")
-    name = f"<code>{claim['name']}</code>"
     words = (
-        f'Every check of {name}: <span class="deviation">&#9679;</span> deviation of the right '
-        'code, <span class="tolerance">&#10072;</span> tolerance, <span class="rejected">&#10005;'
-        "</span> smallest deviation of a planted mistake that it rejects (relative to the size of "
-        "what is claimed)"
+        '<span class="deviation">&#9679;</span> deviation of the right code, by check; '
+        '<span class="tolerance">&#10072;</span> tolerance; <span class="rejected">&#10005;</span>'
+        " smallest deviation of a planted mistake that the check rejects; all relative to the size "
+        "of what is claimed"
     )
-    caption = f'<figcaption class="claim">{words if legend else name}</figcaption>'
+    caption = f'<figcaption class="claim">{words}</figcaption>' if legend else ""
     return f'<figure class="claim">{"".join(parts)}{caption}</figure>'
 
 

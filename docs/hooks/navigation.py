@@ -33,21 +33,32 @@ def in_order(uris: list[str], folder: str, docs: Path) -> list[Any]:
     return [*found, *left]
 
 
-def expanded(nav: list[Any], pages: list[str], docs: Path) -> list[Any]:
-    """``nav`` with patterns replaced by pages that are not named in it otherwise."""
-    named = set(re.findall(r"[\w/.-]+\.md", repr(nav)))
+def expanded(
+    nav: list[Any], pages: list[str], docs: Path, named: set[str] | None = None
+) -> list[Any]:
+    """``nav`` with patterns replaced by pages that are not named in it otherwise.
+
+    Args:
+        nav: of ``mkdocs.yml``, or a part of it.
+        pages: all that there are.
+        docs: their folder.
+        named: pages that the whole of it names; those of ``nav`` if left out.
+    """
+    if named is None:
+        named = set(re.findall(r"[\w/.-]+\.md", repr(nav)))
     made: list[Any] = []
     for item in nav:
         if isinstance(item, dict):
             ((title, inner),) = item.items()
-            filled = expanded(inner, pages, docs) if isinstance(inner, list) else inner
+            filled = expanded(inner, pages, docs, named) if isinstance(inner, list) else inner
             if filled:
                 made.append({title: filled})
         elif item == "reference/*":
             made += reference.navigation()
         elif "*" in item:
-            fitting = [p for p in pages if fnmatch(p, item) and p not in named]
-            made += in_order(fitting, item.split("/")[0], docs)
+            deep = item.count("/")
+            fitting = [p for p in pages if fnmatch(p, item) and p.count("/") == deep]
+            made += in_order([p for p in fitting if p not in named], item.split("/")[0], docs)
         else:
             made.append(item)
     return made

@@ -158,17 +158,19 @@ def first_line(thing: griffe.Object | griffe.Alias) -> str:
     return text.split("\n\n")[0].replace("\n", " ").replace("|", "\\|").strip()
 
 
+def defined_at(thing: griffe.Object | griffe.Alias) -> str:
+    """The dotted name under which it is defined, wherever it was imported from."""
+    return thing.target_path if isinstance(thing, griffe.Alias) else thing.path
+
+
 def exported(package: str) -> list[str]:
     """Where the names that a package re-exports are defined, submodules left out."""
     module = lookup(package)
     names = []
     for name in module.exports or []:
         member = module.members.get(str(name))
-        if member is None or (member.is_alias and member.target_path in modules()):
-            continue
-        if member.is_module:
-            continue
-        names.append(member.target_path if member.is_alias else member.path)
+        if member is not None and defined_at(member) not in modules() and not member.is_module:
+            names.append(defined_at(member))
     return names
 
 
@@ -305,8 +307,8 @@ def target(name: str) -> str | None:
         thing = lookup(name)
     except KeyError:
         thing = None
-    if thing is not None and thing.is_alias and thing.target_path in known:
-        return known[thing.target_path]
+    if thing is not None and defined_at(thing) in known:
+        return known[defined_at(thing)]
     parent = name.rpartition(".")[0]
     is_attribute = parent in known and lookup(known[parent]).is_class
     return known[parent] if is_attribute and "._" not in name else None

@@ -4,6 +4,8 @@ A program of ours reads its words as it would, in this process, and is stopped b
 """
 
 import argparse
+import functools
+import inspect
 import re
 import runpy
 import shlex
@@ -21,7 +23,22 @@ import tyro
 from tests.docs.reading import ROOT
 
 # What others' programs do is theirs; that these are their names is all that is held to be so.
-OTHERS = ("vllm", "tensorboard", "hf", "git", "cd", "kill", "ls", "open", "docker", "pre-commit")
+OTHERS = (
+    "ruff",
+    "pyright",
+    "hadolint",
+    "jupytext",
+    "vllm",
+    "tensorboard",
+    "hf",
+    "git",
+    "cd",
+    "kill",
+    "ls",
+    "open",
+    "docker",
+    "pre-commit",
+)
 # Harmless, and what stands after it needs what it does.
 CARRIED_OUT = ("printf", "echo", "mkdir", "cat")
 _PLACEHOLDER = re.compile(r"^[A-Z][A-Z_]+(/[A-Z_]+)?$")
@@ -59,6 +76,7 @@ def check(command: str, folder: Path) -> None:
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words = words[1:]  # the environment
     program, *rest = words or [""]
+    program = program.removeprefix(".venv/bin/")
     if program in CARRIED_OUT:
         done = subprocess.run(["bash", "-c", command], cwd=folder, check=False, capture_output=True)
         if done.returncode:
@@ -90,7 +108,9 @@ def _python(words: list[str], folder: Path) -> None:
 def _module(module: str, words: list[str], folder: Path) -> None:
     """Let a module read its words, and stop it there."""
     if module.split(".")[0] not in ("diffusion_envs", "verification", "benchmarks"):
-        if module not in ("pip", "venv", "build", "pytest", "mkdocs"):
+        if module == "pytest":
+            _pytest(words)
+        elif module not in ("pip", "venv", "build", "mkdocs"):
             raise NotACommandError(f"python -m {module} is no program that pages may name")
         return
     if (
@@ -119,9 +139,27 @@ def _module(module: str, words: list[str], folder: Path) -> None:
     raise NotACommandError(f"python -m {module} {' '.join(words)} read no words")
 
 
+def _pytest(words: list[str]) -> None:
+    for word in words:
+        if word.startswith("tests") and not (ROOT / word.split("::")[0]).exists():
+            raise NotACommandError(f"there is no {word}")
+
+
 def _filled(word: str) -> str:
     """A placeholder as a word that an option may take."""
     return word.lower() if _PLACEHOLDER.match(word) else word
+
+
+def _unmade(wanted):
+    """What reads the same words and does nothing: tyro calls a function that it reads for."""
+    if not inspect.isfunction(wanted):
+        return wanted
+
+    @functools.wraps(wanted)
+    def nothing(*_, **__):
+        raise Read
+
+    return nothing
 
 
 @contextmanager
@@ -133,21 +171,21 @@ def _stopped_when_read() -> Iterator[None]:
     real_commands, real_read = tyro.extras.subcommand_cli_from_dict, command_line.read
     inside = False  # a call of tyro that is a part of another
 
-    def by_tyro(*words, **options):
-        made = real_tyro(*words, **options)
+    def by_tyro(wanted, *words, **options):
         if inside:
-            return made
+            return real_tyro(wanted, *words, **options)
+        real_tyro(_unmade(wanted), *words, **options)
         raise Read
 
     def by_argparse(parser, args=None, namespace=None):
         real_argparse(parser, args, namespace)
         raise Read
 
-    def by_command(*words, **options):
+    def by_command(subcommands, **options):
         nonlocal inside
         inside = True  # it reads by tyro.cli
         try:
-            real_commands(*words, **options)
+            real_commands({k: _unmade(f) for k, f in subcommands.items()}, **options)
         finally:
             inside = False
         raise Read

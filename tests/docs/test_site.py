@@ -12,7 +12,8 @@ from tests.docs.reading import DOCS, ROOT, hook
 
 architecture, blocks, claims = hook("architecture"), hook("blocks"), hook("claims")
 docstrings, formulas = hook("docstrings"), hook("formulas")
-navigation, outside, reference = hook("navigation"), hook("outside"), hook("reference")
+navigation, offline = hook("navigation"), hook("offline")
+outside, reference = hook("outside"), hook("reference")
 
 CLAIM = {
     "name": "path-kl",
@@ -51,7 +52,7 @@ def test_a_claim_becomes_its_statement_its_checks_and_a_picture(docs):
     assert "see it" not in text
     assert text.startswith("before")
     assert "    KL(P^u || P^0) = E^u[1/2 int |u|^2 dt]" in text
-    assert "2 checks, 1 of 2 planted mistakes rejected" in text
+    assert "2 checks reject 1 of 2 planted mistakes" in text
     assert r"| 1 | one \| path | pathwise | 0 | 1.0e-12 | 3.0e-01 |" in text
     assert "| 2 | mean | sampled | 2.0e-03 | 1.0e-02 |  |" in text
     assert r"\<of\> the\_paper" in text
@@ -126,6 +127,10 @@ def test_the_navigation_is_filled_in_by_the_page_that_leads_to_it(tmp_path):
     assert navigation.expanded(nav, pages, tmp_path) == [
         {"Theory": ["theorems.md", "theory/b.md", "theory/a.md", "theory/c.md"]}
     ]
+    rest = navigation.expanded(
+        [{"A": "a.md"}, {"Rest": ["*.md"]}], ["a.md", "b.md", "x/c.md"], tmp_path
+    )
+    assert rest == [{"A": "a.md"}, {"Rest": ["b.md"]}]
     (tmp_path / "theorems.md").write_text("## B\n[b](theory/b.md)\n## A\n[a](theory/a.md)\n")
     assert navigation.expanded(nav, pages, tmp_path)[0]["Theory"] == [
         "theorems.md",
@@ -189,7 +194,21 @@ def test_the_drawing_of_the_layers_is_that_of_the_imports(monkeypatch):
     assert len(architecture.upward()) > 100
 
 
-def test_nothing_is_fetched_when_a_page_is_read():
+def test_what_a_page_would_fetch_is_seen():
+    for fetched in (
+        '<script src="https://a.b/c.js">',
+        "<img alt=x src=//a.b/c.png>",
+        '<link rel="stylesheet" href="https://a.b/c.css">',
+        '<link href="https://a.b/f" rel="preconnect">',
+        "<style>@import url('https://a.b/c.css')</style>",
+    ):
+        assert offline.fetched(fetched), fetched
+    assert not offline.fetched(
+        '<a href="https://a.b">x</a><img src="c.png"><link rel="canonical" href="https://a.b">'
+    )
+
+
+def test_settings_and_assets_name_no_other_place():
     text = (ROOT / "mkdocs.yml").read_text()
     settings = yaml.load(text, Loader=type("Loader", (yaml.BaseLoader,), {}))
     assert settings["theme"]["font"] == "false"
