@@ -18,14 +18,19 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
-# Files that take a minute of processor time or more: begun first, so that no core waits for the last.
-DEAREST = """
-tests/diffusion_envs/runs/test_estimate.py tests/diffusion_envs/sd15/test_early_stop.py
-tests/verification/test_claims.py tests/benchmarks/test_faults.py
-tests/benchmarks/test_fault_processes.py tests/diffusion_envs/training/test_sharded.py
-tests/diffusion_envs/runs/test_servers_that_die.py tests/diffusion_envs/training/test_control.py
-tests/ctrl/test_examples.py tests/benchmarks/test_figures.py
-""".split()
+# Files that take a minute of processor time or more: begun first, so that no core waits for one.
+DEAREST = [
+    "tests/diffusion_envs/runs/test_estimate.py",
+    "tests/diffusion_envs/sd15/test_early_stop.py",
+    "tests/verification/test_claims.py",
+    "tests/benchmarks/test_faults.py",
+    "tests/benchmarks/test_fault_processes.py",
+    "tests/diffusion_envs/training/test_sharded.py",
+    "tests/diffusion_envs/runs/test_servers_that_die.py",
+    "tests/diffusion_envs/training/test_control.py",
+    "tests/ctrl/test_examples.py",
+    "tests/benchmarks/test_figures.py",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
