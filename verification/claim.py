@@ -36,6 +36,16 @@ from verification import mistakes
 from verification.mistakes import Mistake
 
 ROUTES = ("proof", "pathwise", "expectation", "bound", "limit", "sampled")
+PROPERTIES = (
+    "reward on the action",
+    "discount",
+    "temperature",
+    "uneven grid",
+    "correlated noise",
+    "several dimensions",
+    "time-dependent",
+)
+"""What the problems of a claim may have, and a narrow claim's do not (``coverage``)."""
 _FEWEST_MISTAKES = 3
 
 
@@ -237,6 +247,7 @@ class Claim:
         why_double: where float32 cannot show anything: the reason.
         precision: in which the body computes whatever the setting; None for the setting's.
         theme: the folder.
+        covers: those of ``PROPERTIES`` that its problems have and ``coverage`` cannot see.
 
     Raises:
         ValueError: fewer than three mistakes, two of one name, or no words.
@@ -251,6 +262,7 @@ class Claim:
     why_double: str | None = None
     precision: torch.dtype | None = None
     theme: str = ""
+    covers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [mistake.name for mistake in self.mistakes]
@@ -263,6 +275,10 @@ class Claim:
             raise ValueError(f"claim {self.name} has two mistakes of one name: {names}")
         if not self.statement.strip() or not self.source.strip():
             raise ValueError(f"claim {self.name} must have a statement and a source")
+        if unknown := set(self.covers) - set(PROPERTIES):
+            raise ValueError(
+                f"claim {self.name} covers {sorted(unknown)}, but the properties are {PROPERTIES}"
+            )
 
     @classmethod
     def of(cls, module: ModuleType) -> "Claim":
@@ -270,7 +286,8 @@ class Claim:
 
         Its docstring has a title and, after an empty line, the statement; what follows are remarks.
         ``SOURCE`` names the paper, ``checks`` is the body, ``MISTAKES`` the table of mistakes
-        (``mistakes.read``). ``WHY_DOUBLE`` and ``PRECISION`` are there where they are needed.
+        (``mistakes.read``). ``WHY_DOUBLE``, ``PRECISION`` and ``COVERS`` (names, with commas) are
+        there where they are needed.
 
         Raises:
             ValueError: one of them is missing, or the table cannot be read.
@@ -294,6 +311,7 @@ class Claim:
             getattr(module, "WHY_DOUBLE", None),
             getattr(module, "PRECISION", None),
             theme.rpartition(".")[2],
+            tuple(filter(None, getattr(module, "COVERS", "").split(", "))),
         )
 
     @property

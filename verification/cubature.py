@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ctrl
-from verification.closed_form.vp_gaussian import Transition
+from verification.closed_form.gaussian_law import Transition
 
 
 def gaussian_start(

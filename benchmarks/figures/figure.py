@@ -21,11 +21,11 @@ LEVEL = 0.95
 
 HEAD = """# The paper's figures, made again
 
-Figures of "Score as Action" (arXiv 2502.01819), each by one command, `python -m benchmarks.figures
-N`, on problems that two cores can train: problems whose optimum is known exactly, and the embedded
-image model. Intervals are 95 % and over training seeds (Student's t), of differences on the same
-noise where two things are compared. Every number of this page is filled in from the data beside it;
-so is what a sentence says of an interval.
+Figures of "Score as Action" (arXiv 2502.01819), each by one command (the first by
+`python -m benchmarks.figures 1`), on problems that two cores can train: problems whose optimum is
+known exactly, and the embedded image model. Intervals are 95 % and over training seeds (Student's
+t), of differences on the same noise where two things are compared. Every number of this page is
+filled in from the data beside it; so is what a sentence says of an interval.
 """
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import griffe
+import reference
 
 _ENTRY = re.compile(r"^([A-Z][\w-]*) {2,}(\S.*)$")
 
@@ -37,6 +38,23 @@ def _escaped(text: str) -> str:
     """Formulas in plain text, safe from emphasis and references."""
     parts = re.split(r"(``?[^`]*``?)", text)
     return "".join(p if p.startswith("`") else re.sub(r"([*_\[\]<])", r"\\\1", p) for p in parts)
+
+
+_ALIGNED = re.compile(r"\S {3,}\S")
+_SECTION = re.compile(r"^(Args|Arguments|Attributes|Returns|Raises|Yields|Examples?|Note):$")
+
+
+def with_tables_kept(text: str) -> str:
+    """A docstring whose paragraphs with aligned columns are shown as they were typed."""
+    paragraphs = text.split("\n\n")
+    for n, paragraph in enumerate(paragraphs):
+        lines = paragraph.strip("\n").split("\n")
+        if _SECTION.match(lines[0]) or any(_ENTRY.match(line) for line in lines):
+            continue
+        is_code = "```" in paragraph or all(line.startswith("    ") for line in lines)
+        if len(lines) > 1 and not is_code and any(_ALIGNED.search(line) for line in lines):
+            paragraphs[n] = "\n".join(["```text", *lines, "```"])
+    return "\n\n".join(paragraphs)
 
 
 @cache
@@ -72,5 +90,10 @@ class Docstrings(griffe.Extension):
             fields = "\n".join(f"    {k}: {v}" for k, v in commented_fields(obj).items())
             if fields:
                 obj.docstring.value += f"\n\nAttributes:\n{fields}"
+        if obj.docstring and obj.is_module:
+            obj.docstring.value = with_tables_kept(obj.docstring.value)
         if obj.docstring and any(_ENTRY.match(x) for x in obj.docstring.value.split("\n")):
             obj.docstring.value = as_markdown(obj.docstring.value)
+        if obj.docstring and obj.package.path in reference.packages():
+            text = obj.docstring.value
+            obj.docstring.value = reference.linked_docstring(text, obj.path, obj.module.path)

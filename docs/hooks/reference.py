@@ -114,6 +114,7 @@ GROUPS = (
 
 # Further modules whose names stand on the page of their package.
 SHARED: dict[str, tuple[str, ...]] = {
+    "diffusion_envs.exact": _of("diffusion_envs.exact", "gaussian linear_policy"),
     "ctrl.linear": _of("ctrl.linear", "lq riccati lyapunov gaussian kl_control"),
     "ctrl.agents": _of(
         "ctrl.agents",
@@ -214,24 +215,18 @@ def page(module: str) -> str:
         name = path.rpartition(".")[2]
         lines.append(f"| [`{name}`][{path}] | {first_line(lookup(path))} |")
     lines.append("")
-    if own_members(module):
-        lines += _member(module, own_members(module))
+    for name in own_members(module):
+        if lookup(f"{module}.{name}").has_docstring:
+            lines += _of_package(f"{module}.{name}")
     for inner in sorted({*defining(module), *SHARED.get(module, ())}):
         if inner in modules():
             continue
-        lines += _member(inner, own_members(inner))
+        lines += _of_package(inner)
     return "\n".join(lines)
 
 
-def _member(module: str, members: list[str]) -> list[str]:
-    lines = [
-        f"::: {module}",
-        "    options:",
-        "      heading_level: 2",
-    ]
-    if is_overview(module):
-        lines += ["      show_root_heading: false", f"      members: [{', '.join(members)}]"]
-    return [*lines, ""]
+def _of_package(name: str) -> list[str]:
+    return [f"::: {name}", "    options:", "      heading_level: 2", ""]
 
 
 def overview() -> str:
@@ -305,13 +300,42 @@ def target(name: str) -> str | None:
         return known[name]
     try:
         thing = lookup(name)
-    except KeyError:
+    except (KeyError, griffe.AliasResolutionError):
         thing = None
     if thing is not None and defined_at(thing) in known:
         return known[defined_at(thing)]
     parent = name.rpartition(".")[0]
     is_attribute = parent in known and lookup(known[parent]).is_class
     return known[parent] if is_attribute and "._" not in name else None
+
+
+_IN_DOCSTRING = re.compile(r"(?<![\[`])(`{1,2})(\w+(?:\.\w+)*)(\([^`]*\))?\1(?![`\]])")
+
+
+def linked_docstring(text: str, path: str, module: str) -> str:
+    """A docstring whose names, dotted or capitalised, lead to the reference.
+
+    Args:
+        text: of the docstring.
+        path: of what it documents, which is not linked to itself.
+        module: that this stands in, whose names need no dots.
+    """
+    package = module.partition(".")[0]
+
+    def link(match: re.Match[str]) -> str:
+        name = match[2]
+        if "." not in name and not name[0].isupper():
+            return match.group()
+        for prefix in ("", f"{module}.", f"{package}.", "ctrl."):
+            there = target(prefix + name)
+            if there is not None and there != path:
+                return f"[{match.group()}][{there}]"
+        return match.group()
+
+    lines = text.split("\n")  # code and sections that are indented by four blanks are code
+    return "\n".join(
+        line if line.lstrip().startswith(">>>") else _IN_DOCSTRING.sub(link, line) for line in lines
+    )
 
 
 _NAME = re.compile(r"(?<![\[`])`((?:\w+\.)+\w+)(\([^`]*\))?`(?![`\]])")

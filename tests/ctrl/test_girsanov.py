@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +13,9 @@ from torch.distributions import Normal
 import ctrl
 from ctrl import girsanov
 from ctrl.noise import gauss_hermite
+from verification.closed_form import ornstein_uhlenbeck as closed
+from verification.closed_form.gaussian_law import kl
+from verification.closed_form.ornstein_uhlenbeck import OrnsteinUhlenbeck, euler_path_kl
 
 # No zero, no one, no equal values; an uneven grid.
 PULL, REFERENCE_PULL, SHIFT, NOISE = 1.3, 0.4, 0.35, 0.7
@@ -31,32 +35,14 @@ def sample(grid: ctrl.TimeGrid, start: Tensor, noise: ctrl.Noise) -> ctrl.Paths:
     return ctrl.simulate(ctrl.ControlProblem(sde(), 1.0), POLICY, start, grid, noise=noise)
 
 
+def laws(mean: float = MEAN, std: float = SPREAD) -> OrnsteinUhlenbeck:
+    """Both laws, whose divergences are closed forms: no line shared with ctrl."""
+    return OrnsteinUhlenbeck(PULL, SHIFT, REFERENCE_PULL, 0.0, NOISE, mean, std)
+
+
 def euler_kl(grid: ctrl.TimeGrid, mean: float, variance: float) -> float:
-    """KL of the Euler chain by a recursion of mean and variance: no line shared with ctrl."""
-    total = 0.0
-    for h in grid.nodes.diff().tolist():
-        gap_mean = -(PULL - REFERENCE_PULL) * mean + SHIFT
-        gap_square = gap_mean**2 + (PULL - REFERENCE_PULL) ** 2 * variance
-        total += 0.5 * gap_square / NOISE**2 * h
-        mean, variance = (
-            mean + h * (SHIFT - PULL * mean),
-            (1 - PULL * h) ** 2 * variance + NOISE**2 * h,
-        )
-    return total
-
-
-def continuous_kl(horizon: float) -> float:
-    """The closed form for two Ornstein-Uhlenbeck processes from N(MEAN, SPREAD^2)."""
-    k, centre, stationary = PULL, SHIFT / PULL, NOISE**2 / (2 * PULL)
-    e1 = (1 - math.exp(-k * horizon)) / k
-    e2 = (1 - math.exp(-2 * k * horizon)) / (2 * k)
-    gap = MEAN - centre
-    first = centre * horizon + gap * e1
-    second = centre**2 * horizon + 2 * centre * gap * e1 + gap**2 * e2
-    variance = stationary * horizon + (SPREAD**2 - stationary) * e2
-    pull, shift = PULL - REFERENCE_PULL, SHIFT
-    energy = pull**2 * (variance + second) - 2 * pull * shift * first + shift**2 * horizon
-    return energy / (2 * NOISE**2)
+    """KL of the Euler chain by a recursion of mean and variance."""
+    return euler_path_kl(laws(mean, math.sqrt(variance)), grid.nodes.numpy())
 
 
 def quadrature(steps: Tensor, nodes: int = 4) -> tuple[Tensor, ctrl.Noise]:
@@ -117,7 +103,7 @@ def test_log_ratio_is_the_ratio_of_transition_densities_on_every_path(generator)
 
 
 def test_the_schemes_kl_tends_to_the_closed_form_at_order_one():
-    exact = continuous_kl(0.9)
+    exact = closed.path_kl(laws(), 0.9)
     errors = []
     for steps in (400, 800, 1600):
         errors.append(euler_kl(ctrl.uniform_grid(0.9, steps), MEAN, SPREAD**2) - exact)
@@ -221,10 +207,8 @@ def test_terminal_kl_is_below_its_bound_by_the_exact_gap():
     """Terminal laws of the Euler chain are Gaussian: their KL by moment recursion."""
     sde, policy, reference, paths = linear_paths()
     bound = float(paths.weights @ ctrl.girsanov.terminal_kl_bound(sde, policy, reference, paths))
-    (m1, v1), (m0, v0) = (
-        chain_moments(gain, offset, 0.2, 3) for gain, offset in ((-0.9, 0.4), (-0.2, 0.0))
-    )
-    terminal = 0.5 * (v1 / v0 - 1 - math.log(v1 / v0) + (m1 - m0) ** 2 / v0)
+    ends = [chain_end(gain, offset) for gain, offset in ((-0.9, 0.4), (-0.2, 0.0))]
+    terminal = kl(*ends)
     assert 0.5 * bound < terminal < bound
     with_start = ctrl.girsanov.terminal_kl_bound(sde, policy, reference, paths, 0.3)
     assert float(paths.weights @ with_start) == pytest.approx(bound + 0.3, rel=1e-12)
@@ -233,20 +217,16 @@ def test_terminal_kl_is_below_its_bound_by_the_exact_gap():
             ctrl.girsanov.terminal_kl_bound(sde, policy, reference, paths, bad)
 
 
-def chain_moments(gain, offset, h, steps, mean=0.7, variance=0.0):
-    for _ in range(steps):
-        mean, variance = (
-            mean + h * (gain * mean + offset),
-            (1 + h * gain) ** 2 * variance + 0.25 * h,
-        )
-    return mean, variance
+def chain_end(gain, offset):
+    """Law of the last state of ``linear_paths``."""
+    return closed.euler_law(-gain, offset, 0.5, 0.7, 0.0, np.linspace(0, 0.6, 4)).of(-1)
 
 
 def test_importance_weights_turn_paths_of_the_policy_into_paths_of_the_reference():
     sde, policy, reference, paths = linear_paths(nodes=12)
     log_ratio = ctrl.girsanov.log_ratio(sde, policy, reference, paths)
     weights = ctrl.girsanov.importance_weights(log_ratio, paths.weights)
-    mean, variance = chain_moments(-0.2, 0.0, 0.2, 3)
+    (mean,), ((variance,),) = chain_end(-0.2, 0.0)
     final = paths.states[:, -1, 0]
     # the ratio is an exponential of a quadratic: 12 nodes resolve it to 1e-6
     assert float(weights @ final) == pytest.approx(mean, abs=1e-5)

@@ -15,6 +15,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from ctrl import linear
 from ctrl.linear import Affine, Gaussian
+from verification.closed_form.ornstein_uhlenbeck import OrnsteinUhlenbeck, path_kl
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # of scipy's integrator at its tightest, 1e-13
 
@@ -178,17 +179,6 @@ def test_moments_are_those_of_the_transition():
 # ---- divergences
 
 
-def closed_form_path_kl(k1, c1, k0, c0, noise, m0, P0, T):
-    """The textbook form, which divides by k1."""
-    mu, stationary = c1 / k1, noise**2 / (2 * k1)
-    e1, e2 = (1 - math.exp(-k1 * T)) / k1, (1 - math.exp(-2 * k1 * T)) / (2 * k1)
-    first = mu * T + (m0 - mu) * e1
-    second = mu**2 * T + 2 * mu * (m0 - mu) * e1 + (m0 - mu) ** 2 * e2
-    variance = stationary * T + (P0 - stationary) * e2
-    dk, dc = k1 - k0, c1 - c0
-    return (dk**2 * (variance + second) - 2 * dk * dc * first + dc**2 * T) / (2 * noise**2)
-
-
 PULLS, SHIFTS = st.floats(0.2, 3), st.floats(-2, 2)
 
 
@@ -198,7 +188,9 @@ LAWS = (SHIFTS, PULLS, SHIFTS, st.floats(0.3, 2), SHIFTS, st.floats(0, 1), st.fl
 @given(st.tuples(PULLS, *LAWS))
 def test_ornstein_uhlenbeck_path_kl_is_the_closed_form(numbers):
     divergence = linear.ornstein_uhlenbeck_path_kl(*[tensor(number) for number in numbers])
-    expected = closed_form_path_kl(*numbers)
+    k1, c1, k0, c0, noise, mean, variance, time = numbers
+    laws = OrnsteinUhlenbeck(k1, c1, k0, c0, noise, mean, math.sqrt(variance))
+    expected = path_kl(laws, time)
     assert float(divergence) == pytest.approx(expected, rel=1e-10, abs=1e-11)
 
 

@@ -1,5 +1,6 @@
 """LQ solutions: against scipy, moment equations, autodiff residuals, published formulas."""
 
+import dataclasses
 import itertools
 import math
 
@@ -17,6 +18,7 @@ from ctrl import linear
 from ctrl.linear import LinearGaussian, LinearQuadratic
 from ctrl.linear.lq import value_rate
 from ctrl.q_learning import q_rate, q_rates
+from verification.closed_form import lq as exact
 
 NODES = torch.tensor([0.2, 0.35, 0.9, 1.3], dtype=torch.float64)
 SEEDS, DIMS = st.integers(0, 2**31), st.integers(1, 4)
@@ -72,30 +74,12 @@ def endless(lq: LinearQuadratic, **changed) -> LinearQuadratic:
 
 def riccati_by_scipy(lq: LinearQuadratic, horizon: float):
     """The completed square, in numpy: no line shared with the library."""
-    A, B, M, N, R, p, q_a, H, h, f = (getattr(lq, name).numpy() for name in "ABMNRplHhf")
-    C, D, s = lq.C.numpy(), lq.D.numpy(), lq.sigma.numpy().T
-    rho, gam, n = float(lq.discount), float(lq.temperature), len(A)
-
-    def rate(time_to_go, y):
-        S, e, c = y[: n * n].reshape(n, n), y[n * n : -1], y[-1]
-        W, G, g = N.copy(), B.T @ S - R, B.T @ e - q_a
-        Q, q, k = A.T @ S + S @ A - M, A.T @ e + S @ f - p, e @ f
-        for Cj, Dj, sj in zip(C, D, s, strict=True):
-            W = W - Dj.T @ S @ Dj
-            G, g = G + Dj.T @ S @ Cj, g + Dj.T @ S @ sj
-            Q, q, k = Q + Cj.T @ S @ Cj, q + Cj.T @ S @ sj, k + sj @ S @ sj / 2
-        inverse = np.linalg.inv(W)
-        c_rate = k + g @ inverse @ g / 2 - rho * c
-        if gam:
-            c_rate += gam / 2 * np.linalg.slogdet(2 * np.pi * gam * inverse)[1]
-        S_rate, e_rate = Q + G.T @ inverse @ G - rho * S, q + G.T @ inverse @ g - rho * e
-        return np.concatenate([S_rate.ravel(), e_rate, [c_rate]])
-
-    start = np.concatenate([-H.ravel(), -h, [0.0]])
-    y = scipy.integrate.solve_ivp(
-        rate, (0, horizon), start, method="DOP853", rtol=3e-14, atol=1e-13
-    ).y[:, -1]
-    return torch.from_numpy(y[: n * n].reshape(n, n)), torch.from_numpy(y[n * n : -1]), y[-1]
+    names = [each.name for each in dataclasses.fields(exact.LQ)]
+    numbers = {name: np.asarray(getattr(lq, name)) for name in names}
+    rates = {name: float(numbers[name]) for name in ("discount", "temperature")}
+    by_motion = {"sigma": numbers["sigma"].T}  # a row for each Brownian motion
+    S, e, c = exact.riccati(exact.LQ(**{**numbers, **rates, **by_motion}), horizon)
+    return torch.from_numpy(S), torch.from_numpy(e), c
 
 
 # ---- finite horizon

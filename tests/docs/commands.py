@@ -212,7 +212,8 @@ def _make(words: list[str]) -> None:
         variable, equals, _ = word.partition("=")
         if equals and f"$({variable})" not in _MAKEFILE:
             raise NotACommandError(f"the Makefile reads no {variable}")
-        if not equals and not re.search(rf"^{re.escape(word)}:", _MAKEFILE, re.M):
+        target = re.escape(word.replace(".venv/", "$(VENV)/"))
+        if not equals and not re.search(rf"^{target}:", _MAKEFILE, re.M):
             raise NotACommandError(f"the Makefile has no target {word}")
 
 

@@ -150,6 +150,13 @@ def test_aligned_entries_of_a_docstring_become_a_list():
     )
 
 
+def test_aligned_columns_of_a_docstring_are_kept():
+    code, rest = "    code   it\n    is", "Setting   x.\n\nOne sentence.  Another\nline.\n"
+    text = f"First.\n\na   b\ncc  d\n\n{code}\n\n{rest}"
+    kept = f"First.\n\n```text\na   b\ncc  d\n```\n\n{code}\n\n{rest}"
+    assert docstrings.with_tables_kept(text) == kept
+
+
 def test_names_in_backticks_lead_to_the_reference_but_not_in_code():
     assert reference.linked("`ctrl.girsanov.path_kl` x") == (
         "[`ctrl.girsanov.path_kl`][ctrl.girsanov.path_kl] x"
@@ -159,6 +166,18 @@ def test_names_in_backticks_lead_to_the_reference_but_not_in_code():
     )
     for kept in ("`ctrl.girsanov.nothing`", "[`ctrl.simulate`](x.md)", "```\n`ctrl.simulate`\n```"):
         assert reference.linked(kept) == kept
+
+
+def test_names_in_docstrings_lead_to_the_reference():
+    def linked(text):
+        return reference.linked_docstring(text, "ctrl.girsanov.path_kl", "ctrl.girsanov")
+
+    assert linked("see ``girsanov.log_ratio``") == (
+        "see [``girsanov.log_ratio``][ctrl.girsanov.log_ratio]"
+    )
+    assert linked("``Estimate.of(x)``") == "[``Estimate.of(x)``][ctrl.estimate.Estimate.of]"
+    for kept in ("``girsanov.path_kl``", "``states``", "``noise``", "``True``"):
+        assert linked(kept) == kept
 
 
 def test_blocks_say_what_the_tests_do_with_them():

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from verification.closed_form import complex_steps
+from verification.closed_form.gaussian_law import Normal, Transition
 from verification.closed_form.linear_adapter import Sampler
-
-Law = tuple[np.ndarray, np.ndarray]  # mean, covariance
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,19 +61,18 @@ class AffinePolicies:
         shifts = theta[cut:].reshape(self.terms, self.dim)
         return np.einsum("kt,tij->kij", self.basis, gains), self.basis @ shifts
 
-    def laws(self, theta: np.ndarray) -> list[Law]:
+    def laws(self, theta: np.ndarray) -> list[Normal]:
         """The state's law at every node, from N(0, 1); analytic in theta."""
         unit, (gains, shifts) = np.eye(self.dim), self.coefficients(theta)
-        laws: list[Law] = [(np.zeros(self.dim), unit)]
+        laws: list[Normal] = [Normal(np.zeros(self.dim), unit)]
         a = self.sampler.alpha_bar
         for k in range(len(a) - 1):
             precision = np.linalg.inv(a[k] * self.covariance + (1 - a[k]) * unit)
             push = self.sampler.gain[k]
             matrix = np.sqrt(a[k + 1] / a[k]) * unit + push * (gains[k] - precision)
             shift = push * (shifts[k] + np.sqrt(a[k]) * precision @ self.mean)
-            m, P = laws[-1]
             noise = self.sampler.std[k] ** 2 * unit
-            laws.append((matrix @ m + shift, matrix @ P @ matrix.T + noise))
+            laws.append(Transition(matrix, shift, noise).of(laws[-1]))
         return laws
 
     def path_kl(self, theta: np.ndarray, reference: np.ndarray) -> complex | float:
@@ -113,10 +112,9 @@ class AffinePolicies:
         self, theta: np.ndarray, curvature: np.ndarray, slope: np.ndarray, kl_weight: float
     ) -> np.ndarray:
         """Of the performance, by complex steps, which cancel nothing."""
-        tiny = 1e-30
-        steps = theta + 1j * tiny * np.eye(self.size)
-        values = [self.performance(s, curvature, slope, kl_weight) for s in steps]
-        return np.imag(np.array(values)) / tiny
+        return complex_steps.gradient(
+            lambda moved: self.performance(moved, curvature, slope, kl_weight), theta
+        )
 
 
 def krylov_solution(matrix: np.ndarray, vector: np.ndarray, dimension: int) -> np.ndarray:

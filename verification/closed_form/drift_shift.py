@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from verification.closed_form.ornstein_uhlenbeck import euler_law
+
 
 @dataclass(frozen=True)
 class DriftShift:
@@ -24,13 +26,8 @@ class DriftShift:
 
 def laws(p: DriftShift, shift: float, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of the Euler chain at the left end of every step."""
-    mean, variance, moments = p.mean, p.std**2, []
-    for h in np.diff(nodes):
-        moments.append((mean, variance))
-        mean = mean + h * (p.action + shift - p.pull * mean)
-        variance = (1 - p.pull * h) ** 2 * variance + p.noise**2 * h
-    means, variances = np.array(moments).T
-    return means, variances
+    law = euler_law(p.pull, p.action + shift, p.noise, p.mean, p.std, nodes)
+    return law.mean[:-1], law.covariance.diagonal()[:-1].copy()
 
 
 def path_kl(p: DriftShift, shift: float, nodes: np.ndarray) -> np.ndarray:

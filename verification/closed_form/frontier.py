@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from verification.closed_form.gaussian_law import Normal, Quadratic, kl
 from verification.closed_form.tilt import tilt
-from verification.closed_form.vp_gaussian import Normal, Quadratic, kl
 
 
 class Point(NamedTuple):

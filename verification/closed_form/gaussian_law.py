@@ -1,29 +1,66 @@
-"""Gaussian laws of several variables: parts, conditional laws, and their divergences.
+"""Normal laws of several variables: parts, transitions, conditional laws, and divergences.
 
 Written with the textbook's block formulas, on dense matrices. The chain rule
     KL(joint) = KL(given) + E KL(rest | given)
 is not used: both sides are computed, each from its own definition.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 
-@dataclass(frozen=True)
-class Law:
+class Normal(NamedTuple):
     """N(mean, covariance)."""
 
     mean: np.ndarray
     covariance: np.ndarray
 
-    def of(self, *indices: int) -> "Law":
+    def of(self, *indices: int) -> "Normal":
         """The law of some of the variables."""
         chosen = [index % len(self.mean) for index in indices]
-        return Law(self.mean[chosen], self.covariance[np.ix_(chosen, chosen)])
+        return Normal(self.mean[chosen], self.covariance[np.ix_(chosen, chosen)])
 
 
-def kl(law: Law, reference: Law) -> float:
+class Transition(NamedTuple):
+    """X' given X = x is N(F x + f, C)."""
+
+    F: np.ndarray
+    f: np.ndarray
+    C: np.ndarray
+
+    def of(self, law: Normal) -> Normal:
+        """The law of X' if X has this one."""
+        return Normal(self.F @ law.mean + self.f, self.F @ law.covariance @ self.F.T + self.C)
+
+    def then(self, later: "Transition") -> "Transition":
+        """This transition and a later one in a row."""
+        law = later.of(Normal(self.f, self.C))
+        return Transition(later.F @ self.F, law.mean, law.covariance)
+
+
+class Quadratic(NamedTuple):
+    """x -> -x'Qx/2 + l'x + c."""
+
+    Q: np.ndarray
+    l: np.ndarray  # noqa: E741  # the reward's name
+    c: float
+
+    def __call__(self, x: np.ndarray) -> np.ndarray | np.float64:
+        """Its value at x [..., dim]."""
+        return -0.5 * np.einsum("...i,ij,...j", x, self.Q, x) + x @ self.l + self.c
+
+    def expectation(self, law: Normal) -> float:
+        """Its mean under a law."""
+        return float(self(law.mean) - 0.5 * np.trace(self.Q @ law.covariance))
+
+    def variance(self, law: Normal) -> float:
+        """Its variance under a normal law: tr(QSQS)/2 + |S^{1/2} gradient at the mean|^2."""
+        product, slope = self.Q @ law.covariance, self.l - self.Q @ law.mean
+        return float(0.5 * np.trace(product @ product) + slope @ law.covariance @ slope)
+
+
+def kl(law: Normal, reference: Normal) -> float:
     """KL(law || reference), nats."""
     precision = np.linalg.inv(reference.covariance)
     gap = law.mean - reference.mean
@@ -32,7 +69,7 @@ def kl(law: Law, reference: Law) -> float:
     return float(0.5 * (trace + gap @ precision @ gap + volume))
 
 
-def conditional(law: Law, known: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def conditional(law: Normal, known: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Slope, constant and covariance of the other variables given one."""
     known %= len(law.mean)
     rest = [index for index in range(len(law.mean)) if index != known]
@@ -42,7 +79,7 @@ def conditional(law: Law, known: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return slope, law.mean[rest] - slope * law.mean[known], left
 
 
-def conditional_kl(law: Law, reference: Law, known: int) -> float:
+def conditional_kl(law: Normal, reference: Normal, known: int) -> float:
     """E KL(others | one), the one distributed as under ``law``, nats."""
     slope, constant, covariance = conditional(law, known)
     reference_slope, reference_constant, reference_covariance = conditional(reference, known)
@@ -50,7 +87,7 @@ def conditional_kl(law: Law, reference: Law, known: int) -> float:
     steeper = slope - reference_slope
     apart = constant - reference_constant + steeper * mean
     precision = np.linalg.inv(reference_covariance)
-    same_means = kl(Law(0 * apart, covariance), Law(0 * apart, reference_covariance))
+    same_means = kl(Normal(0 * apart, covariance), Normal(0 * apart, reference_covariance))
     return same_means + 0.5 * float(
         apart @ precision @ apart + variance * (steeper @ precision @ steeper)
     )
@@ -65,7 +102,13 @@ def log_density(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.n
     return -0.5 * ((gap * weighed).sum(-1) + volume)
 
 
-def chain(start: Law, steps: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Law:
+def independent_log_density(x: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """The same of coordinates that are independent, [..., dim] each or broadcast."""
+    gaps = (x - mean) ** 2 / variance
+    return -0.5 * np.sum(gaps + np.log(2 * np.pi * variance), axis=-1)
+
+
+def chain(start: Normal, steps: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Normal:
     """The joint law of X_0, ..., X_n, one after the other: X_{k+1} = F X_k + f + N(0, C)."""
     mean, blocks = [start.mean], [[start.covariance]]
     for matrix, vector, noise in steps:
@@ -78,10 +121,10 @@ def chain(start: Law, steps: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) ->
         for j, block in enumerate(row):
             covariance[i * dim : (i + 1) * dim, j * dim : (j + 1) * dim] = block
             covariance[j * dim : (j + 1) * dim, i * dim : (i + 1) * dim] = block.T
-    return Law(np.concatenate(mean), covariance)
+    return Normal(np.concatenate(mean), covariance)
 
 
-def second_moment_of_ratio(law: Law, reference: Law) -> float:
+def second_moment_of_ratio(law: Normal, reference: Normal) -> float:
     """E (d reference / d law)^2 under ``law``: 1 and the chi-square divergence.
 
     Finite only while twice the reference's precision exceeds that of the law.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from verification.closed_form.gaussian_law import independent_log_density
+
 
 @dataclass(frozen=True)
 class Equation:
@@ -38,7 +40,7 @@ def law(e: Equation, f: Feedback, x: np.ndarray, h: float) -> tuple[np.ndarray, 
 def log_density(e: Equation, f: Feedback, x: np.ndarray, after: np.ndarray, h: float) -> np.ndarray:
     """log p(x' | x), of rows [paths, dim]."""
     mean, variance = law(e, f, x, h)
-    return -0.5 * ((after - mean) ** 2 / variance + np.log(2 * np.pi * variance)).sum(1)
+    return independent_log_density(after, mean, variance)
 
 
 def divergence(e: Equation, f: Feedback, g: Feedback, x: np.ndarray, h: float) -> np.ndarray:

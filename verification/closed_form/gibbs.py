@@ -65,13 +65,6 @@ def _monomials(a: np.ndarray) -> np.ndarray:
     return np.stack([np.ones_like(one), one, two, one**2, two**2, one * two], axis=1)
 
 
-def log_density(mean: np.ndarray, covariance: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Log-density of N(mean, covariance) at each action, nats."""
-    gap = actions - mean
-    square = np.einsum("ni,ij,nj->n", gap, np.linalg.inv(covariance), gap)
-    return -(square + np.linalg.slogdet(2 * np.pi * covariance)[1]) / 2
-
-
 def gaussian_mean(
     mean: np.ndarray, root: np.ndarray, function: Callable[[np.ndarray], np.ndarray]
 ) -> float:

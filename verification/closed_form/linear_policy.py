@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from verification.closed_form.vp_gaussian import Normal, Quadratic, VPGaussian
+from verification.closed_form.gaussian_law import Normal, Quadratic
+from verification.closed_form.vp_gaussian import VPGaussian
 
 _SOLVER = {"method": "DOP853", "rtol": 1e-10, "atol": 1e-12}
 

@@ -9,13 +9,11 @@ Values are V = p x^2 / 2 + e x + c. Parameters are theta = (gain, offset, log_st
 are analytic in theta, so derivatives are complex steps: exact to round-off.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 THETA = np.array([0.4, 0.25, -0.4])
-_STEP = 1e-30
 
 
 @dataclass(frozen=True)
@@ -33,12 +31,6 @@ class LQChain:
     discount: float = 0.35
     temperature: float = 0.2
     start: float = 0.75
-
-
-def gradient(function: Callable[[np.ndarray], float | complex], theta: np.ndarray) -> np.ndarray:
-    """d function / d theta, by a complex step in every coordinate."""
-    steps = 1j * _STEP * np.eye(len(theta))
-    return np.array([np.imag(function(theta + step)) / _STEP for step in steps])
 
 
 def chain_value(p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.integrate import quad
 
-from verification.closed_form.gaussian_law import Law, kl
+from verification.closed_form.gaussian_law import Normal, kl
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def euler_law(
     mean: float,
     std: float,
     nodes: np.ndarray,
-) -> Law:
+) -> Normal:
     """The joint law of an Euler chain at all nodes; ``shift`` one number, or one a step."""
     steps = np.diff(nodes)
     shifts = np.broadcast_to(shift, steps.shape)
@@ -61,10 +61,10 @@ def euler_law(
         means.append(means[-1] + h * (shifts[k] - pull * means[-1]))
         loads.append(load)
     matrix = np.array(loads)
-    return Law(np.array(means), matrix @ matrix.T)
+    return Normal(np.array(means), matrix @ matrix.T)
 
 
-def euler_laws(p: OrnsteinUhlenbeck, nodes: np.ndarray) -> tuple[Law, Law]:
+def euler_laws(p: OrnsteinUhlenbeck, nodes: np.ndarray) -> tuple[Normal, Normal]:
     """The joint laws of both Euler chains at all nodes."""
     return (
         euler_law(p.pull, p.shift, p.noise, p.mean, p.std, nodes),
@@ -72,22 +72,22 @@ def euler_laws(p: OrnsteinUhlenbeck, nodes: np.ndarray) -> tuple[Law, Law]:
     )
 
 
+def _moments(p: OrnsteinUhlenbeck, pull: float, shift: float, t: float) -> tuple[float, float]:
+    centre, stationary = shift / pull, p.noise**2 / (2 * pull)
+    return (
+        centre + (p.mean - centre) * np.exp(-pull * t),
+        stationary + (p.std**2 - stationary) * np.exp(-2 * pull * t),
+    )
+
+
 def moments(p: OrnsteinUhlenbeck, t: float) -> tuple[float, float]:
     """Mean and variance of X_t under law 1, in continuous time."""
-    centre, stationary = p.shift / p.pull, p.noise**2 / (2 * p.pull)
-    return (
-        centre + (p.mean - centre) * np.exp(-p.pull * t),
-        stationary + (p.std**2 - stationary) * np.exp(-2 * p.pull * t),
-    )
+    return _moments(p, p.pull, p.shift, t)
 
 
 def reference_moments(p: OrnsteinUhlenbeck, t: float) -> tuple[float, float]:
     """Mean and variance of X_t under law 0, in continuous time."""
-    centre, stationary = p.reference_shift / p.reference_pull, p.noise**2 / (2 * p.reference_pull)
-    return (
-        centre + (p.mean - centre) * np.exp(-p.reference_pull * t),
-        stationary + (p.std**2 - stationary) * np.exp(-2 * p.reference_pull * t),
-    )
+    return _moments(p, p.reference_pull, p.reference_shift, t)
 
 
 def path_kl(p: OrnsteinUhlenbeck, time: float) -> float:
@@ -107,7 +107,7 @@ def path_kl(p: OrnsteinUhlenbeck, time: float) -> float:
 def terminal_kl(p: OrnsteinUhlenbeck, time: float) -> float:
     """KL of the laws of X at ``time``, nats."""
     (m, v), (m0, v0) = moments(p, time), reference_moments(p, time)
-    return kl(Law(np.array([m]), np.array([[v]])), Law(np.array([m0]), np.array([[v0]])))
+    return kl(Normal(np.array([m]), np.array([[v]])), Normal(np.array([m0]), np.array([[v0]])))
 
 
 def reversal_kl(p: OrnsteinUhlenbeck, time: float) -> float:

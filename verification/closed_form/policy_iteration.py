@@ -6,15 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.special
 
+from verification.closed_form import complex_steps
 from verification.closed_form.lq import LQ, Scalar, riccati_rate, solve_scalar
-
-_STEP = 1e-30  # of complex differentiation, which subtracts nothing
 
 
 def newton(lq: LQ, y: np.ndarray) -> np.ndarray:
     """y - F'(y)^{-1} F(y), F the Riccati equation of (S, e, c); it knows of no policy."""
-    columns = [np.imag(riccati_rate(lq, y + 1j * _STEP * unit)) / _STEP for unit in np.eye(len(y))]
-    return y - np.linalg.solve(np.array(columns).T, riccati_rate(lq, y))
+    slope = complex_steps.gradient(lambda moved: riccati_rate(lq, moved), y)
+    return y - np.linalg.solve(slope.T, riccati_rate(lq, y))
 
 
 def scalar_constant(p: Scalar) -> float:

@@ -5,7 +5,7 @@
 
 import numpy as np
 
-from verification.closed_form.vp_gaussian import Normal, Transition
+from verification.closed_form.gaussian_law import Normal, Transition
 
 
 def pair_given(data: Normal, s: float) -> Transition:

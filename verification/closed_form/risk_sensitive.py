@@ -7,16 +7,17 @@ Backwards, V_k(x) = best_a [ paid + 1/risk log E exp(risk V_{k+1}(X')) ], a Gaus
 differential equation appears. The values of the diffusion are limits h -> 0, extrapolated.
 """
 
-import itertools
 import math
-from collections.abc import Callable
 
 import numpy as np
+
+from verification.closed_form.extrapolation import extrapolated
 
 PULL, PUSH, DRIFT, NOISE = -0.4, 1.2, 0.3, 0.6
 STATE, ACTION, TILT = 0.9, 0.7, 0.25
 END, LAST = 1.1, -0.5
 HORIZON, TEMPERATURE = 0.8, 0.15
+STEPS = tuple(32 * 2**k for k in range(6))  # of the chains that are extrapolated
 
 Coefficients = tuple[float, float, float]
 """S, e, c of S x^2 / 2 + e x + c."""
@@ -67,23 +68,15 @@ def drawn(std: float) -> float:
     return HORIZON * (TEMPERATURE * entropy - 0.5 * ACTION * std**2)
 
 
-def extrapolated(of_steps: Callable[[int], np.ndarray]) -> np.ndarray:
-    """The limit of what converges in powers of 1/steps, to five of them."""
-    row = [of_steps(32 * 2**k) for k in range(6)]
-    for power in range(1, 6):
-        row = [(2**power * b - a) / (2**power - 1) for a, b in itertools.pairwise(row)]
-    return row[0]
-
-
 def optimal(risk: float) -> np.ndarray:
     """S, e, c of the best value at time 0, entropy included."""
-    value = extrapolated(lambda steps: backward(steps, risk, None))
+    value = extrapolated([backward(steps, risk, None) for steps in STEPS])
     return value + np.array([0.0, 0.0, drawn(math.sqrt(TEMPERATURE / ACTION))])
 
 
 def evaluated(risk: float, gain: float, offset: float, std: float) -> np.ndarray:
     """S, e, c of a policy's value at time 0."""
-    value = extrapolated(lambda steps: backward(steps, risk, (gain, offset)))
+    value = extrapolated([backward(steps, risk, (gain, offset)) for steps in STEPS])
     return value + np.array([0.0, 0.0, drawn(std)])
 
 

@@ -10,15 +10,15 @@ Data N(mean, covariance); score of Y_s:  -(alpha^2 covariance + sigma^2)^{-1} (x
                       c = eta (sigma' / sigma) sqrt(1 - (alpha / alpha')^2)
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from itertools import pairwise
 
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from verification.closed_form.vp_gaussian import Normal, Transition, VPGaussian
+from verification.closed_form.gaussian_law import Normal, Transition
+from verification.closed_form.vp_gaussian import VPGaussian
 
 EULER_GAMMA = 0.5772156649015329
 
@@ -95,15 +95,6 @@ def ddim_steps(
 def whole(steps: Iterable[Transition]) -> Transition:
     """All steps in a row."""
     return reduce(Transition.then, steps)
-
-
-def extrapolated(values: Sequence[np.ndarray | float]) -> np.ndarray:
-    """The limit of errors a/N + b/N^2 + ..., from values at N, 2N, 4N, ... (Richardson)."""
-    table = [np.asarray(value, dtype=np.float64) for value in values]
-    for order in range(1, len(values)):
-        factor = 2.0**order
-        table = [(factor * fine - coarse) / (factor - 1) for coarse, fine in pairwise(table)]
-    return np.asarray(table[0])
 
 
 def eta_transition(model: VPGaussian, s_from: float, s_to: float, eta: float) -> Transition:

@@ -5,15 +5,15 @@ One coordinate, the schedule of ``score_chains``; a score is N(slope x + constan
 
 import numpy as np
 
-from verification.closed_form.gaussian_law import Law, chain, kl
+from verification.closed_form.gaussian_law import Normal, chain, kl
 from verification.closed_form.score_chains import beta
 
 SCORE, REFERENCE = (-0.8, 0.35), (-1.2, -0.15)  # slope and constant
 STD = 0.6
-START = Law(np.array([0.4]), np.array([[0.5]]))
+START = Normal(np.array([0.4]), np.array([[0.5]]))
 
 
-def states(score: tuple[float, float], nodes: np.ndarray) -> Law:
+def states(score: tuple[float, float], nodes: np.ndarray) -> Normal:
     """The joint law of the states at all nodes: a drawn score adds its variance to a step's."""
     slope, constant = score
     steps = []
@@ -41,10 +41,3 @@ def shift_squares(nodes: np.ndarray) -> np.ndarray:
     slope, constant = SCORE[0] - REFERENCE[0], SCORE[1] - REFERENCE[1]
     means, variances = law.mean[:-1], np.diag(law.covariance)[:-1]
     return (slope * means + constant) ** 2 + slope**2 * variances
-
-
-def normal_kl(mean: float, std: float, reference_mean: float, reference_std: float) -> float:
-    """KL of two normal laws, nats."""
-    ratio = std / reference_std
-    apart = (mean - reference_mean) / reference_std
-    return float(0.5 * (ratio**2 - 1 + apart**2) - np.log(ratio))

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.integrate import solve_ivp
-from scipy.linalg import fractional_matrix_power
 
-from verification.closed_form.vp_gaussian import Normal, Quadratic, Transition, VPGaussian
+from verification.closed_form.gaussian_law import Normal, Quadratic, Transition
+from verification.closed_form.vp_gaussian import VPGaussian
 
 
 def tilt(law: Normal, reward: Quadratic, b: float) -> tuple[Normal, float]:
@@ -225,17 +225,6 @@ def reward_gradient(steps: list[ChainStep], reward: Quadratic, start: np.ndarray
     slope = reward.l - reward.Q @ mean
     gains = [step.score_gain for step in steps]
     return np.array([g * F.T @ slope for g, F in zip(gains, carried[::-1], strict=True)])
-
-
-def eta_transition(p: VPGaussian, eta: float) -> Transition:
-    """From the horizon to the data under the eta family's SDE with the exact score."""
-    before, after = p.noised(p.horizon), Normal(p.mean, p.covariance)
-    power = 0.5 * (1 + eta**2)
-    ratio = after.covariance @ np.linalg.inv(before.covariance)
-    F = p.alpha(p.horizon) ** (eta**2) * np.real(fractional_matrix_power(ratio, power))
-    return Transition(
-        F, after.mean - F @ before.mean, after.covariance - F @ before.covariance @ F.T
-    )
 
 
 def tilted_transition(base: Transition, reward: Quadratic, b: float) -> Transition:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from verification.closed_form.vp_gaussian import Normal, Quadratic, VPGaussian
+from verification.closed_form.gaussian_law import Normal, Quadratic
+from verification.closed_form.vp_gaussian import VPGaussian
 
 
 def of_denoised(p: VPGaussian, reward: Quadratic, s: float) -> Quadratic:

@@ -11,64 +11,11 @@ time reversal, so its transition from noising time s to s' < s is the law of Y_s
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import sqrtm
 
-
-class Normal(NamedTuple):
-    """N(mean, covariance)."""
-
-    mean: np.ndarray
-    covariance: np.ndarray
-
-
-class Transition(NamedTuple):
-    """X' given X = x is N(F x + f, C)."""
-
-    F: np.ndarray
-    f: np.ndarray
-    C: np.ndarray
-
-    def of(self, law: Normal) -> Normal:
-        """The law of X' if X has the given one."""
-        return Normal(self.F @ law.mean + self.f, self.F @ law.covariance @ self.F.T + self.C)
-
-    def then(self, later: "Transition") -> "Transition":
-        """This transition and a later one in a row."""
-        law = later.of(Normal(self.f, self.C))
-        return Transition(later.F @ self.F, law.mean, law.covariance)
-
-
-class Quadratic(NamedTuple):
-    """x -> -x'Qx/2 + l'x + c."""
-
-    Q: np.ndarray
-    l: np.ndarray  # noqa: E741  # the reward's name
-    c: float
-
-    def __call__(self, x: np.ndarray) -> np.ndarray | np.float64:
-        """Its value at x [..., dim]."""
-        return -0.5 * np.einsum("...i,ij,...j", x, self.Q, x) + x @ self.l + self.c
-
-    def expectation(self, law: Normal) -> float:
-        """Its mean under a law."""
-        return float(self(law.mean) - 0.5 * np.trace(self.Q @ law.covariance))
-
-    def variance(self, law: Normal) -> float:
-        """Its variance under a normal law: tr(QSQS)/2 + |S^{1/2} gradient at the mean|^2."""
-        product, slope = self.Q @ law.covariance, self.l - self.Q @ law.mean
-        return float(0.5 * np.trace(product @ product) + slope @ law.covariance @ slope)
-
-
-def kl(law: Normal, reference: Normal) -> float:
-    """KL(law || reference), nats."""
-    gap = reference.mean - law.mean
-    ratio = np.linalg.solve(reference.covariance, law.covariance)
-    away = gap @ np.linalg.solve(reference.covariance, gap)
-    logdet = np.linalg.slogdet(ratio)[1]
-    return float(0.5 * (np.trace(ratio) - len(gap) + away - logdet))
+from verification.closed_form.gaussian_law import Normal, Transition
 
 
 @dataclass(frozen=True, eq=False)

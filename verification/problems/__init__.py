@@ -14,9 +14,10 @@ import ctrl
 from diffusion_envs.exact import gaussian, linear_policy
 from diffusion_envs.noise_schedules import DDPMTable, NoiseSchedule, VPLinear
 from verification.claim import Setting
+from verification.closed_form.gaussian_law import Normal
 from verification.closed_form.ornstein_uhlenbeck import OrnsteinUhlenbeck
 from verification.closed_form.samplers import integrated_rates
-from verification.closed_form.vp_gaussian import Normal, VPGaussian
+from verification.closed_form.vp_gaussian import VPGaussian
 
 NODES = (0.0, 0.1, 0.35, 0.5, 0.9)  # uneven
 HORIZON = NODES[-1]

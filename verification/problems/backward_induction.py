@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import ctrl
+from verification.closed_form.extrapolation import extrapolated
 
 
 def points(count: int, like: Tensor) -> Tensor:
@@ -69,13 +70,6 @@ def expectation(
         return noise.increments[:, 0], noise.weights
 
     return backwards(after, values, nodes, draws)
-
-
-def extrapolated(values: list[float], power: int = 1) -> float:
-    """Richardson's limit of values at steps h, h / 2, h / 4, ...; errors h^power, h^(power+1).."""
-    for order in range(power, power + len(values) - 1):
-        values = [(2**order * fine - coarse) / (2**order - 1) for coarse, fine in pairwise(values)]
-    return values[0]
 
 
 def local_order(values: list[float], limit: float) -> float:

@@ -14,7 +14,7 @@ from scipy import stats
 from diffusion_envs.exact import GaussianProblem, MixtureProblem
 from diffusion_envs.frontier import Frontier, FrontierPoint
 from verification.claim import Setting
-from verification.closed_form.vp_gaussian import Normal, Quadratic
+from verification.closed_form.gaussian_law import Normal, Quadratic
 
 
 def frontier_of(setting: Setting, groups: Sequence[np.ndarray], resamples: int = 20) -> Frontier:

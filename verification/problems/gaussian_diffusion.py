@@ -11,9 +11,9 @@ from diffusion_envs.exact import gaussian
 from diffusion_envs.noise_schedules import VPLinear
 from verification.claim import Setting
 from verification.closed_form import tilt
-from verification.closed_form.vp_gaussian import LONG, Normal, VPGaussian
+from verification.closed_form.gaussian_law import Normal
+from verification.closed_form.vp_gaussian import LONG, VPGaussian
 
-ONLY_DOUBLE = "ctrl.linear solves in float64 only, and says so"
 DATA = Normal(LONG.mean, LONG.covariance)
 START = Normal(np.array([0.3, -0.2]), np.array([[1.2, 0.1], [0.1, 0.7]]))  # no one's marginal
 STANDARD = Normal(np.zeros(2), np.eye(2))

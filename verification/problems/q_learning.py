@@ -1,6 +1,5 @@
 """Jia & Zhou 2023: the pair of value and q-rate, along paths of its own policy or any other."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +20,3 @@ def basis(behaviour: exact.Feedback) -> mg.TestFunctions:
         return torch.stack([torch.ones_like(x), x, x**2, x * eps, eps**2 - 1], dim=2)
 
     return tests
-
-
-def extrapolated(results: list[np.ndarray], sizes: np.ndarray) -> np.ndarray:
-    """The limit of results at these step sizes, by a polynomial in them."""
-    powers = np.vander(sizes, increasing=True)
-    return np.linalg.solve(powers, np.array(results))[0]

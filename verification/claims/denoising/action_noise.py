@@ -23,17 +23,18 @@ from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, expectation, limit, pathwise
+from verification.closed_form.extrapolation import extrapolated
+from verification.closed_form.gaussian_law import Normal
 from verification.closed_form.samplers import (
     Chain,
     Nodes,
     drawn_steps,
     euler_chain,
-    extrapolated,
     inflation,
     rates,
     whole,
 )
-from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, Normal, VPGaussian
+from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, VPGaussian
 from verification.cubature import affine_end
 from verification.problems import gaussian_data, generation, table, vp_linear
 

@@ -14,10 +14,10 @@ import torch
 import ctrl
 from diffusion_envs.samplers import DDIM, BoundDDIM
 from verification.claim import Check, Setting, expectation, pathwise
+from verification.closed_form.gaussian_law import independent_log_density
 from verification.closed_form.samplers import Nodes, ddim_law
 from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, VPGaussian
 from verification.problems import table
-from verification.problems.ddim_transitions import log_density
 
 SOURCE = "arXiv 2010.02502, equations 12 and 16; arXiv 2305.13301 (transitions as decisions)"
 
@@ -46,7 +46,9 @@ def checks(setting: Setting) -> Iterator[Check]:
     x, z, old, new = (setting.tensor(v) for v in (STATES, NORMALS, OLD, NEW))
     yield pathwise("mean of the next state", ddim.mean(step, x, old), means)
     yield pathwise("noise found again", ddim.noise(step, x, setting.tensor(after), old), NORMALS)
-    ratio = log_density(after, new_means, stds) - log_density(after, means, stds)
+    ratio = independent_log_density(after, new_means, stds**2) - independent_log_density(
+        after, means, stds**2
+    )
     yield pathwise("log-ratio of rows, against densities", ddim.log_ratio(step, z, new, old), ratio)
     kl = np.sum(((new_means - means) / stds) ** 2, axis=-1) / 2
     yield pathwise("KL of rows", ddim.transition_kl(step, new, old), kl)
@@ -73,8 +75,8 @@ def checks(setting: Setting) -> Iterator[Check]:
         mean, std = ddim_law(nodes, ETA, row, now, -(1.3 - 0.4 * t) * now + 0.35)
         other = ddim_law(nodes, ETA, row, now, -now + 0.2 * t)[0]
         states.append(mean + std * drawn[:, k].double().cpu().numpy())
-        log_probs.append(log_density(states[-1], mean, std))
-        log_ratios.append(log_probs[-1] - log_density(states[-1], other, std))
+        log_probs.append(independent_log_density(states[-1], mean, std**2))
+        log_ratios.append(log_probs[-1] - independent_log_density(states[-1], other, std**2))
         kls.append(np.sum(((mean - other) / std) ** 2, axis=-1) / 2)
     yield pathwise("paths", paths.states, np.stack(states, axis=1))
     of = (ddim.sde, ddim, policy)

@@ -20,15 +20,16 @@ from diffusion_envs.exact.gaussian import Affine
 from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, expectation, limit
+from verification.closed_form.extrapolation import extrapolated
+from verification.closed_form.gaussian_law import Normal
 from verification.closed_form.samplers import (
     EULER_GAMMA,
     Chain,
     ddpm_chain,
     euler_chain,
     exact_chain,
-    extrapolated,
 )
-from verification.closed_form.vp_gaussian import Normal, VPGaussian
+from verification.closed_form.vp_gaussian import VPGaussian
 from verification.problems import gaussian_data, table, vp_linear
 
 SOURCE = "by hand, from equations 6 and 7 of arXiv 2006.11239; data with a density"

@@ -20,14 +20,10 @@ import ctrl
 from diffusion_envs import denoising
 from diffusion_envs.exact import gaussian
 from verification.claim import Check, Setting, bound, expectation, limit, pathwise
-from verification.closed_form.samplers import (
-    Nodes,
-    eta_transition,
-    euler_steps,
-    extrapolated,
-    whole,
-)
-from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, Normal, Transition, VPGaussian
+from verification.closed_form.extrapolation import extrapolated
+from verification.closed_form.gaussian_law import Normal, Transition
+from verification.closed_form.samplers import Nodes, eta_transition, euler_steps, whole
+from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, VPGaussian
 from verification.cubature import affine_end
 from verification.problems import gaussian_data, generation, vp_linear
 

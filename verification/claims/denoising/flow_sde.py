@@ -26,7 +26,7 @@ from diffusion_envs.exact import GaussianProblem
 from diffusion_envs.noise_schedules import FlowTable
 from diffusion_envs.samplers import CPS, DDIM, FlowSDE
 from verification.claim import Check, Setting, expectation, pathwise, stated
-from verification.problems.ddim_transitions import log_density
+from verification.closed_form.gaussian_law import independent_log_density
 
 SOURCE = "arXiv 2505.05470 equations 8, 9; 2509.05952; 2107.00630 (KL by the SNR); 2010.02502"
 
@@ -123,7 +123,9 @@ def checks(setting: Setting) -> Iterator[Check]:
         yield pathwise(
             f"{name}: noise", sampler.noise(step, x, setting.tensor(after), old), NORMALS
         )
-        ratio = log_density(after, other, std) - log_density(after, mean, std)
+        ratio = independent_log_density(after, other, std**2) - independent_log_density(
+            after, mean, std**2
+        )
         yield pathwise(f"{name}: log-ratio", sampler.log_ratio(step, z, new, old), ratio)
         kl = np.sum(((other - mean) / std) ** 2, axis=-1) / 2
         yield pathwise(f"{name}: KL of rows", sampler.transition_kl(step, new, old), kl)

@@ -24,8 +24,10 @@ from diffusion_envs.models.text_condition import TextCondition
 from diffusion_envs.models.text_to_image_unet import GuidedScore
 from diffusion_envs.noise_schedules import DDPMTable, VPLinear
 from verification.claim import Check, Setting, limit, pathwise, stated
-from verification.closed_form.samplers import extrapolated, guided_law, power_law
-from verification.closed_form.vp_gaussian import Normal, VPGaussian
+from verification.closed_form.extrapolation import extrapolated
+from verification.closed_form.gaussian_law import Normal
+from verification.closed_form.samplers import guided_law, power_law
+from verification.closed_form.vp_gaussian import VPGaussian
 from verification.cubature import affine_end
 from verification.problems import gaussian_data, generation, vp_linear
 

@@ -18,14 +18,10 @@ import ctrl
 from diffusion_envs.exact import gaussian
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, expectation, limit, pathwise
-from verification.closed_form.samplers import (
-    Nodes,
-    ddim_steps,
-    euler_steps,
-    extrapolated,
-    whole,
-)
-from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, Normal, Transition, VPGaussian
+from verification.closed_form.extrapolation import extrapolated
+from verification.closed_form.gaussian_law import Normal, Transition
+from verification.closed_form.samplers import Nodes, ddim_steps, euler_steps, whole
+from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, VPGaussian
 from verification.cubature import affine_end
 from verification.problems import gaussian_data, generation, table, vp_linear
 

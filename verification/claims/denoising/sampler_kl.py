@@ -22,14 +22,14 @@ from diffusion_envs.noise_schedules import DDPMTable, VPLinear
 from diffusion_envs.samplers import DDIM, BoundDDIM
 from verification.claim import Check, Setting, bound, expectation, limit, pathwise
 from verification.closed_form import score_chains as closed
-from verification.closed_form.gaussian_law import Law, chain, kl
+from verification.closed_form.gaussian_law import Normal, chain, kl
 from verification.cubature import mean
 
 SOURCE = '"Score as Action", arXiv 2502.01819, Theorem 3.1; DDIM, arXiv 2010.02502, equation 12'
 
 ETAS = (0.6, 1.7)
 NODES = (0.0, 0.3, 0.45, 0.9)
-START = Law(np.array([0.4, -0.3]), np.diag([0.5, 0.8]))
+START = Normal(np.array([0.4, -0.3]), np.diag([0.5, 0.8]))
 KL_WEIGHT = 0.37
 SCHEDULE = VPLinear(*closed.BETA)
 

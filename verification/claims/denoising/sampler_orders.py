@@ -20,16 +20,10 @@ from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, expectation, limit
-from verification.closed_form.samplers import (
-    Chain,
-    Nodes,
-    ddim_steps,
-    euler_steps,
-    extrapolated,
-    uniform,
-    whole,
-)
-from verification.closed_form.vp_gaussian import Normal, VPGaussian
+from verification.closed_form.extrapolation import extrapolated
+from verification.closed_form.gaussian_law import Normal
+from verification.closed_form.samplers import Chain, Nodes, ddim_steps, euler_steps, uniform, whole
+from verification.closed_form.vp_gaussian import VPGaussian
 from verification.cubature import affine_end
 from verification.problems import gaussian_data, generation, table, vp_linear
 

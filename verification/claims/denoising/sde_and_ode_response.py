@@ -22,8 +22,9 @@ from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, expectation, limit, pathwise
 from verification.closed_form import samplers
+from verification.closed_form.gaussian_law import Normal
 from verification.closed_form.samplers import Nodes, ddim_steps, whole
-from verification.closed_form.vp_gaussian import Normal, VPGaussian
+from verification.closed_form.vp_gaussian import VPGaussian
 from verification.problems import gaussian_data, normal, table, vp_linear
 
 SOURCE = "the setting of arXiv 2510.10767; integrals of the linear response, by hand"

@@ -24,13 +24,10 @@ from diffusion_envs.exact.gaussian import Gaussian, Quadratic
 from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, expectation, limit
-from verification.closed_form.samplers import (
-    Chain,
-    best_euler_shift,
-    extrapolated,
-    response_of_steps,
-)
-from verification.closed_form.vp_gaussian import Normal, VPGaussian
+from verification.closed_form.extrapolation import extrapolated
+from verification.closed_form.gaussian_law import Normal
+from verification.closed_form.samplers import Chain, best_euler_shift, response_of_steps
+from verification.closed_form.vp_gaussian import VPGaussian
 from verification.problems import gaussian_data, generation, table, vp_linear
 
 SOURCE = 'Figure 1 of "Score as Action", arXiv 2502.01819 (the setting); expansions by hand'

@@ -22,8 +22,10 @@ from diffusion_envs.exact import gaussian
 from diffusion_envs.exact.gaussian import Gaussian
 from diffusion_envs.noise_schedules import VE, NoiseSchedule
 from verification.claim import Check, Setting, expectation, limit
-from verification.closed_form.samplers import Nodes, euler_steps, extrapolated, whole
-from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, Normal, Transition, VPGaussian
+from verification.closed_form.extrapolation import extrapolated
+from verification.closed_form.gaussian_law import Normal, Transition
+from verification.closed_form.samplers import Nodes, euler_steps, whole
+from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, VPGaussian
 from verification.cubature import affine_end
 from verification.problems import gaussian_data, generation, normal, vp_linear
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from diffusion_envs import denoising
 from diffusion_envs.exact import gaussian
 from verification.claim import Check, Setting, expectation, pathwise
+from verification.closed_form.gaussian_law import Normal
 from verification.closed_form.mixture import Mixture
-from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, Normal, VPGaussian
+from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, VPGaussian
 from verification.problems import gaussian_data, vp_linear
 
 SOURCE = "Efron 2011, Tweedie's formula; Robbins 1956"

@@ -15,7 +15,7 @@ from scipy import stats
 
 from verification.claim import Check, Setting, bound, expectation, limit, pathwise, rounding, stated
 from verification.closed_form import frontier as exact
-from verification.closed_form.vp_gaussian import Normal
+from verification.closed_form.gaussian_law import Normal
 from verification.problems.frontier import (
     GAUSSIAN,
     MIXTURE,
@@ -28,6 +28,7 @@ from verification.problems.frontier import (
 
 SOURCE = "Gibbs' variational principle (Donsker & Varadhan 1975); arXiv 2605.07105"
 WHY_DOUBLE = "the frontier is computed in float64, whatever its rewards come in"
+COVERS = "several dimensions"
 
 WEIGHTS = (1.1, 0.6)
 LAW = Normal(np.array(GAUSSIAN.mean), np.array(GAUSSIAN.covariance))

@@ -17,8 +17,9 @@ from diffusion_envs.exact import gaussian, linear_policy
 from verification.claim import Check, Setting, expectation
 from verification.closed_form import linear_policy as policies
 from verification.closed_form import tilt as exact
+from verification.closed_form.gaussian_law import Normal
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
-from verification.closed_form.vp_gaussian import SHORT, Normal, VPGaussian
+from verification.closed_form.vp_gaussian import SHORT, VPGaussian
 from verification.problems.duality import GAIN, NOISING_TIMES, SHIFT, performance
 from verification.problems.gaussian_diffusion import (
     DATA,

@@ -17,8 +17,10 @@ from ctrl import linear
 from diffusion_envs.exact import gaussian
 from verification.claim import Check, Setting, expectation
 from verification.closed_form import tilt as exact
+from verification.closed_form.gaussian_law import kl
+from verification.closed_form.samplers import eta_transition
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
-from verification.closed_form.vp_gaussian import LONG, kl
+from verification.closed_form.vp_gaussian import LONG
 from verification.problems.gaussian_diffusion import (
     DATA,
     ctrl_normal,
@@ -53,7 +55,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     tilted, _ = exact.tilt(DATA, REWARD, KL_WEIGHT)
     reference = ctrl_normal(normal(setting, tilted))
     for eta in (1.0, 0.5):
-        base = exact.eta_transition(LONG, eta)
+        base = eta_transition(LONG, LONG.horizon, 0.0, eta)
         want = exact.tilted_transition(base, REWARD, KL_WEIGHT).of(LONG.noised(1.0))
         got = generated(setting, eta)
         yield expectation(
@@ -71,7 +73,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     begin, end = setting.tensor(1.0), setting.tensor(0.0)
     for eta in (0.5, 0.0):
         got = gaussian.transition(model, schedule(LONG), begin, end, eta).after(start)
-        want = exact.eta_transition(LONG.with_data(tilted), eta).of(LONG.noised(1.0))
+        want = eta_transition(LONG.with_data(tilted), LONG.horizon, 0.0, eta).of(LONG.noised(1.0))
         yield expectation(
             f"trained with full noise, sampled with eta {eta}: law of X_T",
             torch.cat([got.mean, got.covariance.flatten()]),

@@ -26,8 +26,8 @@ from diffusion_envs.objectives import ram
 from verification.claim import Check, Setting, expectation, pathwise
 from verification.closed_form import rectified_flow
 from verification.closed_form import tilt as exact
+from verification.closed_form.gaussian_law import Normal, kl
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
-from verification.closed_form.vp_gaussian import Normal, kl
 from verification.problems.gaussian_diffusion import DATA, STATES, normal, quadratic
 
 SOURCE = "RAM, arXiv 2605.10759, equation 17; the missing factor is derived here"

@@ -24,7 +24,8 @@ from diffusion_envs.samplers import BoundDDIM
 from verification.claim import Check, Setting, bound, expectation, limit, pathwise
 from verification.closed_form import frontier as exact
 from verification.closed_form import tilt
-from verification.closed_form.vp_gaussian import SHORT, Normal, VPGaussian
+from verification.closed_form.gaussian_law import Normal
+from verification.closed_form.vp_gaussian import SHORT, VPGaussian
 from verification.problems.frontier import (
     GAUSSIAN,
     QUADRATIC,

@@ -11,8 +11,8 @@ from ctrl import linear
 from diffusion_envs.exact import gaussian
 from verification.claim import Check, Setting, expectation
 from verification.closed_form import tilt as exact
+from verification.closed_form.gaussian_law import kl
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
-from verification.closed_form.vp_gaussian import kl
 from verification.problems.gaussian_diffusion import (
     DATA,
     normal,

@@ -18,8 +18,9 @@ from ctrl import linear
 from diffusion_envs.exact import gaussian
 from verification.claim import Check, Setting, expectation, limit
 from verification.closed_form import tilt as exact
+from verification.closed_form.gaussian_law import Normal, kl
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
-from verification.closed_form.vp_gaussian import LONG, SHORT, Normal, VPGaussian, kl
+from verification.closed_form.vp_gaussian import LONG, SHORT, VPGaussian
 from verification.problems.gaussian_diffusion import (
     DATA,
     STANDARD,

@@ -19,7 +19,7 @@ from diffusion_envs.exact import gaussian
 from diffusion_envs.noise_schedules import VPLinear
 from verification.claim import Check, Setting, bound, expectation, limit, pathwise
 from verification.closed_form import ornstein_uhlenbeck as closed
-from verification.closed_form.gaussian_law import Law, conditional_kl, kl
+from verification.closed_form.gaussian_law import Normal, conditional_kl, kl
 from verification.cubature import gaussian_start, mean, point_start
 from verification.problems import HORIZON, NODES, grid, ornstein_uhlenbeck
 from verification.problems.terminal_laws import P, columns
@@ -82,14 +82,14 @@ def doob(setting: Setting, std: float) -> tuple[ctrl.Paths, ctrl.linear.Gaussian
     )
 
 
-def reference_law(std: float) -> Law:
+def reference_law(std: float) -> Normal:
     """All nodes of the reference chain."""
     return closed.euler_law(
         P.reference_pull, P.reference_shift, P.noise, P.mean, std, np.array(NODES)
     )
 
 
-def tilted_law(std: float) -> Law:
+def tilted_law(std: float) -> Normal:
     """All nodes of the chain with the drift of ``doob_shift``."""
     nodes = np.array(NODES)
     shift = P.reference_shift + doob_shift(P, nodes)

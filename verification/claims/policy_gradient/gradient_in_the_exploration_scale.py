@@ -21,7 +21,7 @@ from torch import Tensor
 import ctrl
 from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation, limit
-from verification.closed_form import lq_chain
+from verification.closed_form import complex_steps, lq_chain
 from verification.closed_form.lq_chain import THETA, LQChain
 from verification.cubature import mean
 from verification.problems import exploratory_lq as lq
@@ -57,7 +57,7 @@ def checks(setting: Setting) -> Iterator[Check]:
         value = lq.continuous_value(setting, p, THETA)
         return _slope(pg.q_rate_gradient(lq.problem(p), policy, value, paths), paths, log_std)
 
-    exact = lq_chain.gradient(lambda th: lq_chain.performance(PLAIN, th, lq.NODES), THETA)
+    exact = complex_steps.gradient(lambda th: lq_chain.performance(PLAIN, th, lq.NODES), THETA)
     yield expectation("return: what held actions add on a grid", by_return(lq.NODES), exact[2])
     difference_slope = by_difference(lq.NODES)
     yield expectation("temporal difference: the same", difference_slope, exact[2])

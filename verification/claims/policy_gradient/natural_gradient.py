@@ -41,6 +41,7 @@ SOURCE = (
     "4.4; Hestenes & Stiefel 1952"
 )
 WHY_DOUBLE = "errors of third order are compared at small steps"
+COVERS = "several dimensions"
 
 ETA, STEPS, TERMS = 0.7, 3, 6  # more parameters than policies: F is singular
 DAMPING, MANY = 0.06, 40  # products, of 18 different actions' coefficients

@@ -27,6 +27,7 @@ from diffusion_envs.denoising import generation_sde
 from diffusion_envs.noise_schedules import VPLinear
 from verification.claim import Check, Setting, bound, expectation, limit, pathwise
 from verification.closed_form import scores_drawn as closed
+from verification.closed_form.gaussian_law import Normal, kl
 from verification.closed_form.score_chains import BETA, alpha_bar, beta
 from verification.cubature import mean
 
@@ -177,7 +178,8 @@ def checks(setting: Setting) -> Iterator[Check]:
         ctrl.GaussianPolicy(score, 0.6), ctrl.GaussianPolicy(reference, 0.9), t, x
     )
     means = [slope * 0.7 + constant for slope, constant in (closed.SCORE, closed.REFERENCE)]
-    exact = closed.normal_kl(means[0], 0.6, means[1], 0.9)
+    laws = zip(means, (0.6, 0.9), strict=True)
+    exact = kl(*(Normal(np.array([mean]), np.array([[std**2]])) for mean, std in laws))
     yield expectation("policy KL, different spreads", wide[0], exact)
 
     grids = (8, 16, 32, 64)

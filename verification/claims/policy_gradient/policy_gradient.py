@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation
-from verification.closed_form import lq_chain
+from verification.closed_form import complex_steps, lq_chain
 from verification.closed_form.lq_chain import THETA
 from verification.problems.exploratory_lq import (
     NODES,
@@ -36,8 +36,8 @@ def checks(setting: Setting) -> Iterator[Check]:
     stated, chosen = problem(P), policy(*theta)
     value = chain_value(setting, P, THETA, NODES)
     paths = drawn_paths(setting, P, theta, NODES)
-    backward = lq_chain.gradient(lambda th: lq_chain.performance(P, th, NODES), THETA)
-    forward = lq_chain.gradient(lambda th: lq_chain.forward_performance(P, th, NODES), THETA)
+    backward = complex_steps.gradient(lambda th: lq_chain.performance(P, th, NODES), THETA)
+    forward = complex_steps.gradient(lambda th: lq_chain.forward_performance(P, th, NODES), THETA)
     slope = gradient(pg.return_gradient(stated, chosen, paths), paths, theta)
     yield expectation("return, against the derivative of a backward recursion", slope, backward)
     yield expectation("return, against the derivative of the states' moments", slope, forward)

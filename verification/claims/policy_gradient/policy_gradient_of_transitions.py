@@ -15,7 +15,7 @@ import numpy as np
 import ctrl
 from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation
-from verification.closed_form import lq_chain
+from verification.closed_form import complex_steps, lq_chain
 from verification.closed_form.lq_chain import THETA, LQChain
 from verification.problems.exploratory_lq import (
     HORIZON,
@@ -49,7 +49,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     stated, chosen = problem(p), deterministic(*theta)
     value = chain_value(setting, p, SILENT, NODES)
     paths, view = silent_paths(setting, p, theta, NODES), pg.Transitions(ctrl.EulerMaruyama())
-    exact = lq_chain.gradient(lambda th: _silent_performance(p, th), SILENT[:2])
+    exact = complex_steps.gradient(lambda th: _silent_performance(p, th), SILENT[:2])
     each = pg.return_gradient(stated, chosen, paths, decisions=view)
     yield expectation("return", gradient(each, paths, theta), exact)
     each = pg.return_gradient(stated, chosen, paths, value, view)

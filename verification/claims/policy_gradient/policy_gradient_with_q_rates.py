@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation, limit
-from verification.closed_form import lq_chain
+from verification.closed_form import complex_steps, lq_chain
 from verification.closed_form.lq_chain import THETA
 from verification.problems.exploratory_lq import (
     HORIZON,
@@ -51,7 +51,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     paths = drawn_paths(setting, P, theta, NODES)
     by_path = gradient(pg.pathwise_gradient(stated, chosen, value, paths), paths, theta)
     yield expectation("pathwise form on a grid, against Stein's identities", by_path, exact)
-    true = lq_chain.gradient(lambda th: lq_chain.continuous_performance(P, th, HORIZON), THETA)
+    true = complex_steps.gradient(lambda th: lq_chain.continuous_performance(P, th, HORIZON), THETA)
     finer = [by_ratio(np.linspace(0, HORIZON, steps + 1)) for steps in (1, 2, 3)]
     yield limit("q-rates, steps to 0: the continuous gradient", to_zero(*finer), true)
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 import ctrl
 from verification.claim import Check, Setting, limit
 from verification.closed_form.circle import backward
-from verification.problems.backward_induction import extrapolated, local_order
+from verification.closed_form.extrapolation import extrapolated
+from verification.problems.backward_induction import local_order
 from verification.problems.solver_orders import C, curve, means
 
 SOURCE = "Kloeden & Platen, section 15.1; Milstein & Tretyakov, Stochastic Numerics, section 2.2"

@@ -18,8 +18,8 @@ from torch import Tensor
 
 import ctrl
 from verification.claim import Check, Setting, limit, pathwise
+from verification.closed_form.extrapolation import extrapolated
 from verification.closed_form.linear_moments import first, noise_drift, second
-from verification.problems.backward_induction import extrapolated
 
 SOURCE = "Kloeden & Platen, section 4.9"
 

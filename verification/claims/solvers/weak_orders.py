@@ -12,7 +12,8 @@ import ctrl
 from verification.claim import Check, Setting, limit
 from verification.claim import expectation as exact
 from verification.closed_form.circle import backward, forward
-from verification.problems.backward_induction import extrapolated, local_order
+from verification.closed_form.extrapolation import extrapolated
+from verification.problems.backward_induction import local_order
 from verification.problems.solver_orders import ITO, C, curve, means
 
 SOURCE = "Kloeden & Platen, Numerical Solution of SDEs, sections 4.9, 14.1"

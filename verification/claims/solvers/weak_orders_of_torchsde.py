@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import ctrl
 from verification.claim import Check, Setting, limit
 from verification.closed_form.circle import backward
-from verification.problems.backward_induction import extrapolated, local_order
+from verification.closed_form.extrapolation import extrapolated
+from verification.problems.backward_induction import local_order
 from verification.problems.solver_orders import ITO, C, curve, means
 
 SOURCE = "Kloeden & Platen, sections 4.9, 14.1; torchsde 0.2.6"

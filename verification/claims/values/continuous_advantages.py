@@ -11,6 +11,7 @@ grid's own V there is none, and all rates have one mean.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 import ctrl
 from ctrl.advantages import continuous_gae, temporal_differences
-from ctrl.paths import regularised_rewards, returns_to_go
+from ctrl.paths import discount_rates, regularised_rewards, returns_to_go
 from ctrl.value import Value, values
 from verification.claim import Check, Setting, expectation, limit, pathwise
 from verification.closed_form import lq_chain
@@ -55,17 +56,21 @@ def advantages(setting: Setting, value: Value, paths: ctrl.Paths, rate: float) -
 
 
 def by_definition(
-    along: np.ndarray, rewards: np.ndarray, h: np.ndarray, rate: float, discount: float
+    along: np.ndarray, rewards: np.ndarray, h: np.ndarray, rate: float, discounts: np.ndarray
 ) -> np.ndarray:
-    """sum_{l >= k} e^{-(discount + rate) (t_l - t_k)} delta_l, all double sums written out."""
-    times = np.concatenate([[0.0], np.cumsum(h)])
+    """sum_{l >= k} e^{-int_k^l (discount + rate) dt} delta_l, all double sums written out."""
     sums = np.zeros_like(rewards)
     for k in range(len(h)):
         for step in range(k, len(h)):
-            later = math.exp(-discount * h[step]) * along[:, step + 1]
+            later = np.exp(-discounts[:, step] * h[step]) * along[:, step + 1]
             delta = later - along[:, step] + rewards[:, step]
-            sums[:, k] += math.exp(-(discount + rate) * (times[step] - times[k])) * delta
+            sums[:, k] += np.exp(-(discounts + rate)[:, k:step] @ h[k:step]) * delta
     return sums
+
+
+def killing(t: Tensor, x: Tensor) -> Tensor:
+    """A discount that depends on state and time."""
+    return 0.3 + 0.5 * x[:, 0].square() + 0.4 * t
 
 
 def checks(setting: Setting) -> Iterator[Check]:
@@ -75,9 +80,18 @@ def checks(setting: Setting) -> Iterator[Check]:
     paths = paths_after(setting, nodes, None)
     stated, policy = lq.problem(P), lq.policy(*[setting.tensor(float(v)) for v in THETA])
     along, rewards = values(smooth, stated, paths), regularised_rewards(stated, paths, policy)
-    columns = [each.double().cpu().numpy() for each in (along, rewards, paths.grid.steps)]
-    exact = by_definition(columns[0], columns[1], columns[2], RATE, P.discount)
+    v, r, steps = (each.double().cpu().numpy() for each in (along, rewards, paths.grid.steps))
+    exact = by_definition(v, r, steps, RATE, np.full_like(r, P.discount))
     yield pathwise("the defining sum", advantages(setting, smooth, paths, RATE), exact)
+    killed, h = replace(stated, discount=killing), paths.grid.steps
+    moments = zip(paths.grid.nodes, paths.states[:, :-1].unbind(1), strict=False)
+    discounts = torch.stack([killing(t, x) for t, x in moments], 1).double().cpu().numpy()
+    rates = discount_rates(killed, paths)
+    slow, whole = (continuous_gae(along, rewards, h, rate, rates) for rate in (RATE, 0.0))
+    exact = by_definition(v, r, steps, RATE, discounts)
+    yield pathwise("the defining sum, discount of state and time", slow, exact)
+    exact = returns_to_go(killed, paths, policy)[:, :-1] - along[:, :-1]
+    yield pathwise("rate 0, discount of state and time: the return less V", whole, exact)
     whole = returns_to_go(stated, paths, policy)[:, :-1] - along[:, :-1]
     yield pathwise("rate 0: the return less V", advantages(setting, smooth, paths, 0.0), whole)
     single = advantages(setting, smooth, paths, math.inf)
@@ -129,6 +143,9 @@ ctrl.advantages.continuous_gae
     1 - (discount + rate) h for the exponential | torch.exp(-(discount + rate) * step_sizes)
         => 1 - (discount + rate) * step_sizes
     steps in the order of time | torch.stack(advantages[::-1], dim=1) => torch.stack(advantages, dim=1)
+ctrl.paths.discount_rates
+    discount of the first state for all steps | return over_steps(rate, paths)
+        => return over_steps(rate, paths)[:, :1].expand(-1, paths.grid.steps.shape[-1])
 ctrl.advantages.temporal_differences
     V of the step itself discounted | torch.exp(-discount * step_sizes) * values[:, 1:] - values[:, :-1]
         => values[:, 1:] - torch.exp(-discount * step_sizes) * values[:, :-1]

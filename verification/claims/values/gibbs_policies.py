@@ -27,6 +27,7 @@ from ctrl.policy import RandomPolicy
 from ctrl.q_learning import ConsistentQ, GibbsQ, QRate, gibbs_policy, q_rate
 from verification.claim import Check, Setting, expectation, pathwise
 from verification.closed_form import gibbs as exact
+from verification.closed_form.gaussian_law import log_density
 from verification.closed_form.lq import Quadratic, example, soft_maximum
 from verification.closed_form.lq import q_rate as exact_q_rate
 from verification.problems.lq import ACTIONS, X, production
@@ -134,7 +135,7 @@ def checks(setting: Setting) -> Iterator[Check]:
 
         def excess_rate(at: np.ndarray, here: Tensor = here, middle: np.ndarray = middle):
             rates = centred(t, here.expand(len(at), 2), setting.tensor(at)).double().cpu().numpy()
-            return rates - gam * exact.log_density(middle, ROOT @ ROOT.T, at)
+            return rates - gam * log_density(at, middle, ROOT @ ROOT.T)
 
         left.append(exact.gaussian_mean(middle, ROOT, excess_rate))
     yield expectation("E_pi[q - gam log pi] = 0: ConsistentQ of a cubic", left, [0.0, 0.0], 1.0)

@@ -22,6 +22,7 @@ import ctrl
 from ctrl import martingale as mg
 from verification.claim import Check, Setting, expectation, limit, pathwise
 from verification.closed_form import policy_evaluation as exact
+from verification.closed_form.extrapolation import by_polynomial
 from verification.problems.policy_evaluation import problem, sampled
 
 SOURCE = "Jia & Zhou 2022a, JMLR 23, sections 3 and 4"
@@ -103,12 +104,6 @@ def root(
     return torch.linalg.solve(slope, -offset).double().cpu().numpy()
 
 
-def extrapolated(results: list[np.ndarray]) -> np.ndarray:
-    """The limit of results on grids of ``STEPS``, by a polynomial in the step size."""
-    powers = np.vander(1 / np.array(STEPS, dtype=float), increasing=True)
-    return np.linalg.solve(powers, np.array(results))[0]
-
-
 def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> Tensor:
     """Gradients of every path's own loss, at coefficients away from every root, [paths, 3]."""
     theta = paths.states.new_tensor([0.7, -0.4, 0.25]).repeat(len(paths.states), 1)
@@ -129,11 +124,15 @@ def limits(setting: Setting) -> Iterator[Check]:
         factors.append(root(squares, paths, true_value(PLAIN, paths.grid.nodes)) * steps)
     continuous = exact.continuous(PLAIN, DECAY)
     for method, printed in LIMITS.items():
-        got = extrapolated(roots[method])
+        got = by_polynomial(roots[method], 1 / np.array(STEPS))
         yield limit(f"{method}: limit of small steps, by integrals", got, continuous[method])
         yield limit(f"{method}: the number in print", continuous[method], printed)
     name = "squares of c V, c / h"
-    yield limit(f"{name}: limit of small steps", extrapolated(factors), continuous[name])
+    yield limit(
+        f"{name}: limit of small steps",
+        by_polynomial(factors, 1 / np.array(STEPS)),
+        continuous[name],
+    )
 
 
 def checks(setting: Setting) -> Iterator[Check]:

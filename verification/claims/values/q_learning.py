@@ -27,6 +27,7 @@ from ctrl.paths import kept_actions
 from ctrl.value import Value
 from verification.claim import Check, Setting, expectation, limit, pathwise
 from verification.closed_form import exploratory_chain as exact
+from verification.closed_form.extrapolation import by_polynomial
 from verification.cubature import mean
 from verification.problems import NODES
 from verification.problems.martingale import (
@@ -39,7 +40,7 @@ from verification.problems.martingale import (
     problem,
     sampled,
 )
-from verification.problems.q_learning import BEHAVIOUR, basis, extrapolated
+from verification.problems.q_learning import BEHAVIOUR, basis
 
 SOURCE = "Jia & Zhou 2023, JMLR 24, Theorems 6, 7 and 9, equations 34 and following"
 
@@ -237,8 +238,8 @@ def checks(setting: Setting) -> Iterator[Check]:
             )
             for steps in coarse
         ]
-        got = extrapolated([f.double().cpu().numpy() for f in pair_slopes], 1 / np.array(coarse))
-        want = extrapolated([bias(np.array(even[steps])) for steps in fine], 1 / np.array(fine))
+        got = by_polynomial([f.double().cpu().numpy() for f in pair_slopes], 1 / np.array(coarse))
+        want = by_polynomial([bias(np.array(even[steps])) for steps in fine], 1 / np.array(fine))
         yield limit("off-policy: that slope does not vanish with the steps", got, want)
 
 

@@ -23,13 +23,14 @@ from ctrl import q_learning as ql
 from ctrl.value import Value
 from verification.claim import Check, Setting, expectation, limit, pathwise
 from verification.closed_form import q_learning as closed
+from verification.closed_form.extrapolation import by_polynomial
 from verification.cubature import degree_five, mean
 from verification.problems import NODES
 from verification.problems.martingale import (
     C,
     gaussian,
 )
-from verification.problems.q_learning import BEHAVIOUR, basis, extrapolated
+from verification.problems.q_learning import BEHAVIOUR, basis
 
 SOURCE = "Jia & Zhou 2023, JMLR 24, equation 14, Proposition 8, Theorem 9; Wang et al. 2020"
 
@@ -110,7 +111,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield pathwise("q of any J, by hand", got, by_hand)
     sizes = 0.2 / 2 ** np.arange(5)
     steps = [one_step_rates(setting, float(h), x, a).double().cpu().numpy() for h in sizes]
-    got = extrapolated(steps, sizes)
+    got = by_polynomial(steps, sizes)
     yield limit("(Q_h - J) / h of one step tends to q", got, by_hand)
 
     value, policy = optimal(LQ)
@@ -144,12 +145,14 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield pathwise("q along paths of another policy", got, want)
     if setting.full:
         exactly = [off_policy_moments(setting, n, 0.0) for n in GRIDS]
-        yield limit("E int xi dM of the optimal pair -> 0", extrapolated(exactly, SIZES), ZERO, 0.2)
+        yield limit(
+            "E int xi dM of the optimal pair -> 0", by_polynomial(exactly, SIZES), ZERO, 0.2
+        )
         orders = np.log2(np.abs(exactly[-2] / exactly[-1]))
         yield limit("... as the step", orders[:3], [1.0] * 3)
         lacking = [off_policy_moments(setting, n, -0.2) for n in GRIDS]
         whole = 0.2 * (1 - math.exp(-PLAIN.discount)) / PLAIN.discount
-        yield limit("with q - 0.2, xi = 1", extrapolated(lacking, SIZES)[0], whole)
+        yield limit("with q - 0.2, xi = 1", by_polynomial(lacking, SIZES)[0], whole)
 
 
 MISTAKES = """
