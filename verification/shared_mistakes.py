@@ -221,4 +221,32 @@ verification.problems.value_network.residual
     residual target without dividing by c_out | ` / out` => ``
 verification.statistics.decide
     variance not paid for | 0.5 * lam**2 * variance => 0.0 * lam
+diffusion_envs.objectives.path_steps.transition_log_ratio
+    log-ratio averaged over coordinates | shift.square()).sum(1) => shift.square()).mean(1)
+    log-ratio of transitions: 1/2 dropped | 0.5 * shift => shift
+diffusion_envs.objectives.path_steps.transition_kl
+    KL of rows without 1/2 | return 0.5 * => return
+diffusion_envs.samplers.flow_sde.BoundFlowSDE.path_kl_gain
+    KL of the time reversal | kl_factor(self.eta) * => ``
+diffusion_envs.noise_schedules.FlowTable.nodes
+    shift of the nodes forgotten | self.shift * u / (1 + (self.shift - 1) * u) => u
+diffusion_envs.objectives.adjoint_matching.lean_adjoint
+    Jacobian at the next state | states[:, k].detach() => states[:, k + 1].detach()
+    reward gradient not carried back | adjoint.append(carried) => adjoint.append(adjoint[-1])
+    sign of the adjoint | [-reward_gradient] => [reward_gradient]
+diffusion_envs.objectives.adjoint_matching.AdjointMatching.loss
+    control not in units of the noise, in loss | rows.score_gain / rows.std => rows.score_gain
+    b for 1/b, in loss | / root / self.kl_weight => / root * self.kl_weight
+diffusion_envs.training.value_network.martingale_loss
+    steps not weighted by time | ` * step_sizes` => ``
+    right end of each step | [:, :-1] => [:, 1:]
+diffusion_envs.objectives.ram.ReinforceAdjointMatching.loss
+    RAM: anchored at the current model | wanted = rows.reference_score + => wanted = score +
+    RAM: target not held | rows.mean.detach() => rows.mean
+    RAM: no baseline | -rows.noise / sigma - score => -rows.noise / sigma
+    RAM: b for 1/b | rows.advantage / self.kl_weight => rows.advantage * self.kl_weight
+diffusion_envs.objectives.path_steps.path_kl_rate
+    path KL of full noise | `rows.kl_factor * ` => ``
+diffusion_envs.environment.Environment.action
+    timestep of another step | [sent(step, self.device)] => [sent(step, self.device) - 1]
 """

@@ -107,43 +107,6 @@ def lean_adjoint(
     return torch.stack(adjoint[::-1], dim=1)
 
 
-def matching_loss(
-    scores: Float[Tensor, "paths steps *event"],
-    reference_scores: Float[Tensor, "paths steps *event"],
-    adjoint: Float[Tensor, "paths nodes *event"],
-    score_gain: Float[Tensor, " steps"],
-    std: Float[Tensor, " steps"],
-    kl_weight: float,
-) -> Float[Tensor, " paths"]:
-    """1/2 sum_k |score_gain (score - reference) / std + std a_{k+1} / kl_weight|^2, nats.
-
-    Args:
-        scores: of the policy, at the left of each step; the only argument to differentiate.
-        reference_scores: of the pretrained model.
-        adjoint: by ``lean_adjoint``.
-        score_gain: d mean / d score of each step; g^2 h for Euler-Maruyama.
-        std: of each step's noise, positive; g sqrt(h) for Euler-Maruyama.
-        kl_weight: reward per nat.
-
-    Raises:
-        ValueError: the shapes do not fit, ``std`` or ``kl_weight`` is not positive.
-    """
-    steps = scores.shape[1]
-    if adjoint.shape[1] != steps + 1 or not len(score_gain) == len(std) == steps:
-        raise ValueError(
-            f"{steps} steps need {steps + 1} nodes of the adjoint and {steps} of score_gain and "
-            f"std, got {adjoint.shape[1]}, {len(score_gain)} and {len(std)}"
-        )
-    if not kl_weight > 0:
-        raise ValueError(f"kl_weight must be positive, got {kl_weight}")
-    if not bool((std > 0).all()):
-        raise ValueError("std must be positive: adjoint matching needs noise in every step")
-    shape = (1, steps, *[1] * (scores.ndim - 2))
-    control = (score_gain / std).view(shape) * (scores - reference_scores)
-    target = std.view(shape) * adjoint[:, 1:] / kl_weight
-    return 0.5 * (control + target).square().flatten(1).sum(1)
-
-
 @dataclass(frozen=True, eq=False)
 class AdjointRows(Rows):
     """Rows with the lean adjoint at the end of each step, reward/state."""

@@ -55,59 +55,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ctrl.devices import sent
-from diffusion_envs.denoising import Level, State
 from diffusion_envs.objectives.noised_data import NoisedObjective, NoisedRows
 from diffusion_envs.objectives.protocol import require_count, require_positive
 from diffusion_envs.rollout import Rollout
-
-
-def score_from_velocity(states: State, velocity: State, s: Level) -> State:
-    """-(x + (1 - s) v) / s, 1/state."""
-    return -(states + (1 - s) * velocity) / s
-
-
-def velocity_from_score(states: State, score: State, s: Level) -> State:
-    """-(x + s score) / (1 - s)."""
-    return -(states + s * score) / (1 - s)
-
-
-def target(
-    reference_velocity: Float[Tensor, " rows *event"],
-    velocity: Float[Tensor, " rows *event"],
-    data: Float[Tensor, " rows *event"],
-    noise: Float[Tensor, " rows *event"],
-    rewards: Float[Tensor, " rows"],
-    kl_weight: float,
-) -> Float[Tensor, " rows *event"]:
-    """v_ref + r(x_0) / kl_weight (epsilon - x_0 - v) ([RAM] 17); to be held fixed in the loss.
-
-    Args:
-        reference_velocity: of the pretrained model at x.
-        velocity: of the current model at x: as a baseline it takes the mean of R out.
-        data: x_0, from the current model.
-        noise: epsilon; x = (1 - s) x_0 + s epsilon.
-        rewards: r(x_0).
-        kl_weight: reward per nat.
-
-    Raises:
-        ValueError: ``kl_weight`` is not positive.
-    """
-    if not kl_weight > 0:
-        raise ValueError(f"kl_weight must be positive, got {kl_weight}")
-    weight = (rewards / kl_weight).view(-1, *[1] * (data.ndim - 1))
-    return reference_velocity + weight * (noise - data - velocity)
-
-
-def matching_loss(
-    velocity: Float[Tensor, " rows *event"], targets: Float[Tensor, " rows *event"]
-) -> Float[Tensor, " rows"]:
-    """Squared distance of each row, summed over coordinates.
-
-    Args:
-        velocity: of the current model; carries the gradient.
-        targets: by ``target``, detached.
-    """
-    return (velocity - targets).square().flatten(1).sum(1)
 
 
 def without_others_mean(
@@ -169,4 +119,4 @@ class ReinforceAdjointMatching(NoisedObjective):
             here = -rows.alpha.log() * gap  # depth / 2 |gap|^2 with alpha^2 = exp(-depth)
             cost = (rows.bridge_cost - here).view(shape)
             wanted = wanted - cost * (rows.bridge_score - score)
-        return matching_loss(-sigma * rows.mean, -sigma * wanted)
+        return (sigma * (rows.mean - wanted)).square().flatten(1).sum(1)

@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,17 +34,6 @@ class BlackBox:
     def has_density(self) -> bool:
         """False: intermediate states are not exposed."""
         return False
-
-    def log_ratio(self, *_: Any) -> NoReturn:
-        """Refused.
-
-        Raises:
-            TypeError: always; the message names the remedy.
-        """
-        raise TypeError(
-            f"{type(self.scheduler).__name__} is a black box and has no transition density; "
-            "sample with DDIM(eta > 0), or treat drawn scores as the decision"
-        )
 
     @torch.no_grad()
     def sample(

@@ -176,36 +176,6 @@ class GaussianSteps(ABC):
             self._at(self.gain, step, states) * action
         )
 
-    def noise(self, step: Steps, states: State, next_states: State, action: State) -> State:
-        """The standard normal that led from a state to the next one under an action.
-
-        Raises:
-            ValueError: the sampler has no density.
-        """
-        self._require_density()
-        gap = next_states - self.mean(step, states, action)
-        return gap / self._at(self.std, step, states)
-
-    def log_ratio(
-        self, step: Steps, noise: State, action: State, old_action: State
-    ) -> Float[Tensor, " rows"]:
-        """log p(x' | x, action) - log p(x' | x, old_action), summed over coordinates, nats.
-
-        Actions of one network at one state differ by round-off where it was asked in other batches;
-        what that makes of a log-ratio is bounded by ``path_steps.log_ratio_rounding``.
-
-        Args:
-            step: of each row.
-            noise: standard normal that led to x' under ``old_action``.
-            action: of the policy in question.
-            old_action: of the policy that sampled.
-
-        Raises:
-            ValueError: the sampler has no density.
-        """
-        shift = self._whitened(step, action - old_action)
-        return (shift * noise - 0.5 * shift.square()).flatten(1).sum(1)
-
     def transition_kl(self, step: Steps, action: State, reference: State) -> Float[Tensor, " rows"]:
         """KL of each row's transition from the reference's, |difference of means|^2 / (2 std^2).
 

@@ -14,6 +14,7 @@ from functools import cache
 
 import pytest
 import torch
+from verification.problems.ddim_transitions import rows_of_steps
 
 import ctrl
 from diffusion_envs.denoising import path_kl_per_step
@@ -22,6 +23,7 @@ from diffusion_envs.exact.gaussian import Gaussian, Quadratic, shift_response, t
 from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.noise_schedules import DDPMTable, VPLinear
 from diffusion_envs.objectives import Rollout, ScoreAsAction, ScoreAsActionSampled
+from diffusion_envs.objectives.path_steps import transition_log_ratio
 from diffusion_envs.objectives.score_as_action import DrawnRows
 from diffusion_envs.samplers import DDIM
 
@@ -197,7 +199,8 @@ def test_the_samplers_own_log_ratio_gives_view_bs_gradient():
     for k in range(3):
         score = rollout.reference_scores[:, k] + rollout.states[:, k] @ gain.T + shift
         step = torch.full((len(weights),), k)
-        log_ratio = sampler.log_ratio(step, rollout.noises[:, k], score, score.detach())
+        rows = rows_of_steps(sampler, step, rollout.noises[:, k], score, score.detach())
+        log_ratio = transition_log_ratio(rows)
         gained = rollout.values[:, k + 1] - rollout.values[:, k] - BETA * rollout.costs[:, k]
         cost = path_kl_per_step(
             score[:, None], rollout.reference_scores[:, k : k + 1], sampler.integrated_g2[k : k + 1]

@@ -15,7 +15,7 @@ from diffusion_envs.environment import Environment
 from diffusion_envs.exact import GaussianProblem, gaussian, table
 from diffusion_envs.models.text_to_image_unet import TextToImageUNet
 from diffusion_envs.objectives import AdjointMatching, Rollout, ZerothOrderAdjointMatching
-from diffusion_envs.objectives.adjoint_matching import AdjointRows, lean_adjoint, matching_loss
+from diffusion_envs.objectives.adjoint_matching import AdjointRows, lean_adjoint
 from diffusion_envs.objectives.path_steps import PathLosses
 from diffusion_envs.samplers import DDIM
 
@@ -47,30 +47,11 @@ def test_the_lean_adjoint_is_the_gradient_through_the_noise_free_steps(generator
         torch.testing.assert_close(got[:, k], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_loss_is_minimal_where_the_shift_of_the_mean_is_minus_variance_times_adjoint(generator):
-    reference = normals(generator, PATHS, STEPS, *EVENT)
-    adjoint = normals(generator, PATHS, STEPS + 1, *EVENT)
-    gain, std = (each.view(1, -1, 1, 1) for each in (GAIN, STD))
-    best = reference - std.square() * adjoint[:, 1:] / (0.7 * gain)
-    loss = matching_loss(best, reference, adjoint, GAIN, STD, 0.7)
-    torch.testing.assert_close(loss, torch.zeros(PATHS).double(), rtol=0, atol=1e-26)
-    moved = matching_loss(best + std / gain, reference, adjoint, GAIN, STD, 0.7)
-    expected = torch.full((PATHS,), 0.5 * STEPS * 6, dtype=torch.float64)
-    torch.testing.assert_close(moved, expected, rtol=1e-12, atol=0)
-
-
 def test_bad_input_is_refused_by_name(generator, monkeypatch):
-    states, scores = normals(generator, 2, 4, 1), normals(generator, 2, 3, 1)
-    level = torch.ones(3).double()
-    with pytest.raises(ValueError, match="std must be positive"):
-        matching_loss(scores, scores, states, level, 0 * level, 0.7)
-    with pytest.raises(ValueError, match="kl_weight must be positive, got 0"):
-        matching_loss(scores, scores, states, level, level, 0.0)
+    states = normals(generator, 2, 4, 1)
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # as in production
     with pytest.raises(ValueError, match=r"reward_gradient must be \[2, 1\]"):
         lean_adjoint(pretrained, states, states[:, :2, 0])
-    with pytest.raises(ValueError, match="3 steps need 4 nodes of the adjoint"):
-        matching_loss(scores, scores, states[:, 1:], level, level, 0.7)
 
 
 # -- the objective -------------------------------------------------------------------------------
@@ -105,8 +86,9 @@ def test_a_rows_loss_is_its_summand_of_the_paths(generator):
             control = GAIN[k] / STD[k] * (scores[i, k] - reference[i, k])
             by_hand[i, k] = 0.5 * ((control + STD[k] * adjoint[i, k + 1] / 0.7) ** 2).sum()
     np.testing.assert_allclose(found.numpy(), by_hand, rtol=1e-12)
-    whole = matching_loss(scores, reference, adjoint, GAIN, STD, 0.7)
-    torch.testing.assert_close(found.sum(1), whole, rtol=1e-12, atol=0)
+    best = reference - (STD.square() / GAIN).view(1, -1, 1, 1) * adjoint[:, 1:] / 0.7
+    least = objective.loss(replace(rows, mean=best.flatten(0, 1)))
+    torch.testing.assert_close(least, torch.zeros_like(least), rtol=0, atol=1e-26)
 
 
 @dataclass

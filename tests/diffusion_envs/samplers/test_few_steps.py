@@ -6,9 +6,11 @@ from diffusers import DDPMScheduler
 from scipy.optimize import brentq
 from scipy.special import gammaln
 from torch.distributions import Independent, Normal, kl_divergence
+from verification.problems.ddim_transitions import rows_of_steps
 
 import ctrl
 from diffusion_envs.noise_schedules import DDPMTable, FlowTable
+from diffusion_envs.objectives.path_steps import transition_log_ratio
 from diffusion_envs.samplers import DDIM, BoundFewSteps, EqualAngles, QuadraticVariances, Scheduler
 
 EVENT = (2, 3, 5)
@@ -216,7 +218,7 @@ def test_transition_kl_and_log_ratio_are_those_of_the_gaussians(generator):
     )
     after = sampler.mean(rows, x, old) + std.view(wide) * z
     expected = law(new, std).log_prob(after) - law(old, std).log_prob(after)
-    ratio = sampler.log_ratio(rows, z, new, old).detach()
+    ratio = transition_log_ratio(rows_of_steps(sampler, rows, z, new, old)).detach()
     torch.testing.assert_close(ratio, expected, rtol=1e-9, atol=1e-9)
     paths = sampler.path_kl(new[None], old[None]).detach()
     means = published().path_kl(new[None], old[None])

@@ -7,23 +7,27 @@ the step. A last step without noise has neither: a policy gradient must leave it
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 import ctrl
+from diffusion_envs.objectives.path_steps import transition_kl, transition_log_ratio
 from diffusion_envs.samplers import DDIM, BoundDDIM
 from verification.claim import Check, Setting, expectation, pathwise
 from verification.closed_form.gaussian_law import independent_log_density
 from verification.closed_form.samplers import Nodes, ddim_law
 from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, VPGaussian
 from verification.problems import table
+from verification.problems.losses import rows_of_steps
 
 SOURCE = "arXiv 2010.02502, equations 12 and 16; arXiv 2305.13301 (transitions as decisions)"
 
 MODEL = VPGaussian(MEAN, COVARIANCE, 0.4, 2.6)
 ETA, STEPS = 0.8, 5
-STEP = np.array([3, 0, 2, 1, 3, 0])  # of each row: mixed
+STEP = np.array([3, 0, 2, 1, 4, 0])  # of each row: mixed
+OF_A_PATH = [1, 3, 2, 0, 4]  # rows that stand in for the steps 0, 1, 2, 3, 4 of a path
 STATES = np.array([[0.4, -0.9], [-1.3, 0.25], [2.1, 0.7], [0.1, 1.2], [-0.6, -0.35], [0.9, 1.6]])
 NORMALS = np.array([[-0.4, 0.65], [1.15, -0.8], [0.25, -1.7], [0.8, 0.3], [-1.2, 0.5], [0.6, -0.2]])
 OLD = -0.9 * STATES + np.array([0.3, -0.2])  # scores that sampled
@@ -45,18 +49,18 @@ def checks(setting: Setting) -> Iterator[Check]:
     step = torch.as_tensor(STEP)
     x, z, old, new = (setting.tensor(v) for v in (STATES, NORMALS, OLD, NEW))
     yield pathwise("mean of the next state", ddim.mean(step, x, old), means)
-    yield pathwise("noise found again", ddim.noise(step, x, setting.tensor(after), old), NORMALS)
     ratio = independent_log_density(after, new_means, stds**2) - independent_log_density(
         after, means, stds**2
     )
-    yield pathwise("log-ratio of rows, against densities", ddim.log_ratio(step, z, new, old), ratio)
+    rows = rows_of_steps(ddim, step, z, new, old)
+    yield pathwise("log-ratio of rows, against densities", transition_log_ratio(rows), ratio)
     kl = np.sum(((new_means - means) / stds) ** 2, axis=-1) / 2
-    yield pathwise("KL of rows", ddim.transition_kl(step, new, old), kl)
+    yield pathwise("KL of rows", transition_kl(rows), kl)
+    whole = ddim.chain_kl(new[OF_A_PATH][None], old[OF_A_PATH][None])
+    yield pathwise("KL of the chain's steps", whole, kl[OF_A_PATH][None])
     rule, weights = np.polynomial.hermite_e.hermegauss(2)
     mean_ratio = sum(
-        w
-        / weights.sum()
-        * ddim.log_ratio(step, setting.tensor(np.full_like(NORMALS, node)), new, old)
+        w / weights.sum() * transition_log_ratio(replace(rows, noise=torch.full_like(z, node)))
         for node, w in zip(rule, weights, strict=True)
     )
     yield expectation("mean log-ratio is minus the KL", -mean_ratio, kl)
@@ -89,7 +93,7 @@ def checks(setting: Setting) -> Iterator[Check]:
 
     noiseless = DDIM(ETA).bind(table(MODEL, STEPS, spacing="trailing", final_is_one=True), STEPS)
     try:
-        noiseless.log_ratio(step, z, new, old)
+        noiseless.transition_kl(step, new, old)
         refused = 0.0
     except ValueError:
         refused = 1.0
@@ -100,15 +104,14 @@ MISTAKES = """
 diffusion_envs.samplers.BoundDDIM._whitened
     variance of another step | self.std, step => self.std.roll(1), step
     variance for standard deviation | self.std, step => self.std**2, step
-diffusion_envs.samplers.BoundDDIM.log_ratio
-    1/2 dropped | 0.5 * shift => shift
-    sign of the quadratic term | noise - 0.5 => noise + 0.5
-    mean over coordinates | .flatten(1).sum(1) => .flatten(1).mean(1)
-    policies exchanged | action - old_action) => old_action - action)
+diffusion_envs.objectives.path_steps.transition_log_ratio
+    sign of the quadratic term | - 0.5 => + 0.5
+    policies exchanged | rows.mean - rows.old_mean => rows.old_mean - rows.mean
 diffusion_envs.samplers.BoundDDIM.transition_kl
     KL without 1/2 | return 0.5 * => return
-diffusion_envs.samplers.BoundDDIM.noise
-    noise in units of variance | self._at(self.std, => self._at(self.std**2,
+diffusion_envs.samplers.BoundDDIM.chain_kl
+    KL of the step after | torch.arange(actions.shape[1], device=actions.device)
+        => torch.arange(actions.shape[1], device=actions.device).roll(1)
 diffusion_envs.samplers.BoundDDIM.mean
     mean of the step before | self.gain, step => self.gain.roll(1), step
 ctrl.transitions.log_ratio
@@ -122,6 +125,9 @@ diffusion_envs.samplers.BoundDDIM.step
 diffusion_envs.samplers.BoundDDIM._require_density
     zero-noise step in the log-probability | if not self.has_density: => if False:
 shared
+    KL of rows without 1/2
+    log-ratio averaged over coordinates
+    log-ratio of transitions: 1/2 dropped
     DDIM: eta ignored
     KL averaged over coordinates
     mean: noise not taken out of the direction

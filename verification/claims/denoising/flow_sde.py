@@ -24,9 +24,11 @@ from scipy.integrate import quad
 import ctrl
 from diffusion_envs.exact import GaussianProblem
 from diffusion_envs.noise_schedules import FlowTable
+from diffusion_envs.objectives.path_steps import transition_kl, transition_log_ratio
 from diffusion_envs.samplers import CPS, DDIM, FlowSDE
 from verification.claim import Check, Setting, expectation, pathwise, stated
 from verification.closed_form.gaussian_law import independent_log_density
+from verification.problems.losses import rows_of_steps
 
 SOURCE = "arXiv 2505.05470 equations 8, 9; 2509.05952; 2107.00630 (KL by the SNR); 2010.02502"
 
@@ -120,15 +122,13 @@ def checks(setting: Setting) -> Iterator[Check]:
         other = law(name, STEP, STATES, NEW)[0]
         after = mean + std * NORMALS
         yield pathwise(f"{name}: mean of the next state", sampler.mean(step, x, old), mean)
-        yield pathwise(
-            f"{name}: noise", sampler.noise(step, x, setting.tensor(after), old), NORMALS
-        )
         ratio = independent_log_density(after, other, std**2) - independent_log_density(
             after, mean, std**2
         )
-        yield pathwise(f"{name}: log-ratio", sampler.log_ratio(step, z, new, old), ratio)
+        rows = rows_of_steps(sampler, step, z, new, old)
+        yield pathwise(f"{name}: log-ratio", transition_log_ratio(rows), ratio)
         kl = np.sum(((other - mean) / std) ** 2, axis=-1) / 2
-        yield pathwise(f"{name}: KL of rows", sampler.transition_kl(step, new, old), kl)
+        yield pathwise(f"{name}: KL of rows", transition_kl(rows), kl)
 
     change = np.stack([NEW - OLD, OLD - 0.3])[:, :STEPS]
     for name, sampler, eta in (
@@ -152,8 +152,6 @@ MISTAKES = """
 diffusion_envs.samplers.flow_sde._OnFlow.snr_increase
     SNR without square | .square().diff() => .diff()
     SNR of the noise alone | (self.alpha / self.sigma) => (1 / self.sigma)
-diffusion_envs.samplers.flow_sde.BoundFlowSDE.path_kl_gain
-    KL of the time reversal | kl_factor(self.eta) * => ``
 diffusion_envs.samplers.flow_sde.BoundFlowSDE.eta
     a taken for eta | self.noise_level / math.sqrt(2) => self.noise_level
 diffusion_envs.samplers.gaussian_steps.GaussianSteps.path_kl
@@ -177,12 +175,11 @@ diffusion_envs.samplers.flow_sde.BoundFlowDDIM.std
     eta ignored | `self.eta * ` => ``
 diffusion_envs.samplers.flow_sde.BoundCPS.std
     CPS: angle of a half turn | 0.5 * math.pi => math.pi
-diffusion_envs.samplers.gaussian_steps.GaussianSteps.log_ratio
-    1/2 dropped | 0.5 * shift => shift
-diffusion_envs.samplers.gaussian_steps.GaussianSteps.transition_kl
-    KL without 1/2 | return 0.5 * => return
 diffusion_envs.environment.Environment._act
     score asked for where it says nothing | self.model.denoised( => self.model(
-diffusion_envs.noise_schedules.FlowTable.nodes
-    shift of the nodes forgotten | self.shift * u / (1 + (self.shift - 1) * u) => u
+shared
+    shift of the nodes forgotten
+    KL of the time reversal
+    KL of rows without 1/2
+    log-ratio of transitions: 1/2 dropped
 """

@@ -18,7 +18,7 @@ import ctrl
 from diffusion_envs.denoising import generation_sde
 from diffusion_envs.exact import gaussian, linear_policy
 from diffusion_envs.exact.linear_policy import Steps
-from diffusion_envs.objectives.adjoint_matching import lean_adjoint, matching_loss
+from diffusion_envs.objectives.adjoint_matching import AdjointMatching, AdjointRows, lean_adjoint
 from verification.claim import Check, Setting, expectation, limit, pathwise
 from verification.closed_form import tilt as exact
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
@@ -92,9 +92,33 @@ def loss_gradient(
     )
     pretrained = torch.einsum("kij,pkj->pki", slope, x) + offset
     scores = pretrained + torch.einsum("kij,pkj->pki", gain, x) + shift
-    loss = matching_loss(scores, pretrained, adjoint, steps.score_gain, steps.std, KL_WEIGHT)
+    loss = shipped_loss(steps, scores, pretrained, adjoint[:, 1:])
     slopes = torch.autograd.grad(mean(loss, paths), (gain, shift))
     return torch.cat([each.flatten() for each in slopes])
+
+
+def shipped_loss(steps: Steps, scores: Tensor, pretrained: Tensor, adjoint: Tensor) -> Tensor:
+    """The loss that a run takes, of every step, summed along paths."""
+    paths, count = scores.shape[:2]
+    none = scores.new_zeros(paths * count)
+
+    def flat(values: Tensor) -> Tensor:
+        return values.flatten(0, 1)
+
+    rows = AdjointRows(
+        mean=flat(scores),
+        old_mean=flat(scores.detach()),
+        reference_score=flat(pretrained),
+        noise=flat(0 * pretrained),
+        advantage=none,
+        step_size=none,
+        horizon=none.sum(),
+        score_gain=steps.score_gain.repeat(paths),
+        std=steps.std.repeat(paths),
+        kl_factor=1.0,
+        adjoint=flat(adjoint),
+    )
+    return AdjointMatching(kl_weight=KL_WEIGHT).loss(rows).view(paths, count).sum(1)
 
 
 def bent(k: int, x: Tensor) -> Tensor:
@@ -167,22 +191,26 @@ def checks(setting: Setting) -> Iterator[Check]:
 
 MISTAKES = r"""
 diffusion_envs.objectives.adjoint_matching.lean_adjoint
-    sign of the adjoint | [-reward_gradient] => [reward_gradient]
-    reward gradient not carried back | adjoint.append(carried) => adjoint.append(adjoint[-1])
     Jacobian in place of its transpose | adjoint.append(carried)
         => f = lambda x, k=k: pretrained_mean(k, x)  # noqa: E731\n        adjoint.append(torch.func.jvp(f, (states[:, k],), (adjoint[-1],))[1])
-    Jacobian at the next state | states[:, k].detach() => states[:, k + 1].detach()
 verification.claims.fine_tuning.adjoint_matching.carrier
     adjoint carried by the fine-tuned model | return mean_of_next
         => return lambda k, x: mean_of_next(k, x) + x @ setting.tensor(controls[k][0]).mT
 verification.claims.fine_tuning.adjoint_matching.sampled
     paths of the pretrained model in place of the current policy's | return pretrained + ( => return pretrained + 0 * (
-diffusion_envs.objectives.adjoint_matching.matching_loss
-    adjoint at the beginning of the step | * adjoint[:, 1:] => * adjoint[:, :-1]
-    b for 1/b | / kl_weight\n    return => * kl_weight\n    return
-    variance in place of standard deviation | std.view(shape) * adjoint => std.view(shape).square() * adjoint
-    control not in units of the noise | (score_gain / std) => score_gain
+verification.claims.fine_tuning.adjoint_matching.loss_gradient
+    adjoint at the beginning of the step | adjoint[:, 1:] => adjoint[:, :-1]
+diffusion_envs.objectives.adjoint_matching.AdjointMatching.loss
+    variance in place of standard deviation | (rows.score_gain / root / self.kl_weight)
+        => (rows.score_gain / root * rows.std / self.kl_weight)
     1/2 of the loss missing | `return 0.5 * ` => `return `
+    sign of the adjoint in the loss | * gap + wanted => * gap - wanted
 diffusion_envs.exact.linear_policy.Steps.of_euler
     score's gain of the deterministic sampler | 0.5 * (1 + eta**2) => 0.5 * (1 + 0 * eta**2)
+shared
+    control not in units of the noise, in loss
+    b for 1/b, in loss
+    Jacobian at the next state
+    reward gradient not carried back
+    sign of the adjoint
 """

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from ctrl import linear
 from diffusion_envs.exact import gaussian
+from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, expectation
 from verification.closed_form import tilt as exact
 from verification.closed_form.gaussian_law import kl
-from verification.closed_form.samplers import eta_transition
+from verification.closed_form.samplers import ddim_steps, eta_transition, uniform, whole
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
 from verification.closed_form.vp_gaussian import LONG
+from verification.cubature import affine_end
+from verification.problems import generation, table
 from verification.problems.gaussian_diffusion import (
     DATA,
     ctrl_normal,
@@ -31,6 +34,8 @@ from verification.problems.gaussian_diffusion import (
 
 SOURCE = "Domingo-Enrich et al. 2024, arXiv 2409.08861, memoryless noise schedule"
 WHY_DOUBLE = "ctrl.linear solves in float64 only, and says so"
+
+STEPS = 20  # of a sampler
 
 
 def generated(setting: Setting, eta: float) -> gaussian.Gaussian:
@@ -84,6 +89,17 @@ def checks(setting: Setting) -> Iterator[Check]:
             linear.gaussian_kl(ctrl_normal(got), reference),
             kl(want, tilted),
         )
+    for eta in (1.0, 0.5):  # as a run samples it
+        sampler = DDIM(eta).bind(table(LONG, STEPS, spacing="trailing", final_is_one=True), STEPS)
+        problem, policy = generation(model, sampler.table, eta)
+        steps = affine_end(problem, policy, sampler.grid, model.mean, sampler)
+        got = steps.of(LONG.noised(1.0))
+        want = whole(ddim_steps(tilted, uniform(LONG, STEPS), eta)).of(LONG.noised(1.0))
+        yield expectation(
+            f"trained with full noise, {STEPS} steps of DDIM with eta {eta}: law of X_T",
+            np.concatenate([got.mean, got.covariance.ravel()]),
+            np.concatenate([want.mean, want.covariance.ravel()]),
+        )
 
 
 MISTAKES = """
@@ -98,4 +114,7 @@ shared
     the start forgotten
     b for 1/b
     direction of the KL
+    DDIM: eta ignored
+    DDIM: alpha-bar for alpha
+    mean: noise not taken out of the direction
 """

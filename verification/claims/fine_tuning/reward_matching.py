@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 import ctrl
+from diffusion_envs.denoising import score_from_x0, tweedie_mean
 from diffusion_envs.exact import gaussian
 from diffusion_envs.noise_schedules import RectifiedFlow
-from diffusion_envs.objectives import ram
+from diffusion_envs.objectives import NoisedRows, ReinforceAdjointMatching
 from verification.claim import Check, Setting, expectation, pathwise
 from verification.closed_form import rectified_flow
 from verification.closed_form import tilt as exact
@@ -37,11 +38,15 @@ FLOW = RectifiedFlow()
 LINEAR = REWARD._replace(Q=0 * REWARD.Q)
 
 
+def score(setting: Setting, model: Normal, x: Tensor) -> Tensor:
+    """Score of a Gaussian model."""
+    return gaussian.score(normal(setting, model), FLOW, setting.tensor(S), x)
+
+
 def velocity(setting: Setting, model: Normal, x: Tensor) -> Tensor:
-    """The velocity of a Gaussian model, from its score."""
+    """Velocity of a Gaussian model, (x - x0_hat) / s."""
     s = setting.tensor(S)
-    score = gaussian.score(normal(setting, model), FLOW, s, x)
-    return ram.velocity_from_score(x, score, s)
+    return (x - tweedie_mean(x, score(setting, model, x), 1 - s, s)) / s
 
 
 def pairs(setting: Setting, model: Normal, pretrained: Normal, x: Tensor) -> tuple[Tensor, ...]:
@@ -59,29 +64,37 @@ def pairs(setting: Setting, model: Normal, pretrained: Normal, x: Tensor) -> tup
 def mean_gradient(
     setting: Setting, model: Normal, pretrained: Normal, reward: exact.Quadratic, states: Tensor
 ) -> Tensor:
-    """d E[loss | x] / dv / 2 at the model's own velocity, for each of the states."""
+    """d E[loss | x] / d score / (2 s^2) at the model's own score, for each of the states."""
     gradients = []
     for x in states:
         data, epsilon, weights = pairs(setting, model, pretrained, x)
-        rows = x.expand_as(data)
-        v = velocity(setting, model, rows).requires_grad_()
-        target = ram.target(
-            velocity(setting, pretrained, rows),
-            v,
-            data,
-            epsilon,
-            quadratic(setting, reward)(data),
-            KL_WEIGHT,
-        ).detach()
-        loss = (ram.matching_loss(v, target) * weights).sum()
-        gradients.append(torch.autograd.grad(loss, v)[0].sum(0) / 2)
+        at = x.expand_as(data)
+        own = score(setting, model, at).requires_grad_()
+        paid = quadratic(setting, reward)(data)
+        rows = NoisedRows(
+            mean=own,
+            old_mean=None,
+            reference_score=score(setting, pretrained, at),
+            state=at,
+            data=data,
+            noise=epsilon,
+            alpha=torch.full_like(paid, 1 - S),
+            sigma=torch.full_like(paid, S),
+            reward=paid,
+            advantage=paid,
+        )
+        loss = (ReinforceAdjointMatching(kl_weight=KL_WEIGHT).loss(rows) * weights).sum()
+        gradients.append(torch.autograd.grad(loss, own)[0].sum(0) / (2 * S**2))
     return torch.stack(gradients)
 
 
 def guidance(setting: Setting, model: Normal, reward: exact.Quadratic, x: Tensor) -> Tensor:
-    """Mean change of the pretrained velocity by RAM's target, for each of the states."""
-    velocity_change = velocity(setting, model, x) - velocity(setting, DATA, x)
-    return velocity_change - mean_gradient(setting, model, DATA, reward, x)
+    """Mean change of the pretrained velocity by RAM's target, for each of the states.
+
+    A velocity is an affine function of the score, of slope -s / (1 - s).
+    """
+    change = score(setting, model, x) - score(setting, DATA, x)
+    return -S / (1 - S) * (change - mean_gradient(setting, model, DATA, reward, x))
 
 
 def lost(reward: exact.Quadratic, b: float, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -137,12 +150,9 @@ def checks(setting: Setting) -> Iterator[Check]:
         "velocity from the score is E[epsilon - x_0 | x]", v, np.array(STATES) @ matrix.T + vector
     )
     marginal = rectified_flow.marginal(DATA, S)
-    score = -np.linalg.solve(marginal.covariance, (np.array(STATES) - marginal.mean).T).T
-    yield pathwise(
-        "score from the velocity",
-        ram.score_from_velocity(x, setting.tensor(np.array(STATES) @ matrix.T + vector), s),
-        score,
-    )
+    by_hand = -np.linalg.solve(marginal.covariance, (np.array(STATES) - marginal.mean).T).T
+    clean = x - s * setting.tensor(np.array(STATES) @ matrix.T + vector)
+    yield pathwise("score from the velocity", score_from_x0(x, clean, 1 - s, s), by_hand)
     stein = [
         rectified_flow.covariance_with_reward(DATA, S, REWARD.Q, REWARD.l, np.array(y))
         for y in STATES
@@ -194,20 +204,12 @@ def checks(setting: Setting) -> Iterator[Check]:
 
 
 MISTAKES = """
-diffusion_envs.objectives.ram.velocity_from_score
-    time of signal for time of noise in the velocity | s * score) / (1 - s) => (1 - s) * score) / s
-    sign of the score in the velocity | states + s * score => states - s * score
-diffusion_envs.objectives.ram.score_from_velocity
-    sign of the velocity: data less noise | (1 - s) * velocity => (s - 1) * velocity
-    signal's factor missing in the score | (1 - s) * velocity => velocity
-diffusion_envs.objectives.ram.target
-    data less noise in the target | (noise - data - velocity) => (data - noise - velocity)
-    no baseline | (noise - data - velocity) => (noise - data)
-    pretrained velocity as baseline | (noise - data - velocity) => (noise - data - reference_velocity)
-    anchored at the current model instead of the pretrained one | return reference_velocity + => return velocity +
-    b for 1/b | rewards / kl_weight => rewards * kl_weight
-verification.claims.fine_tuning.reward_matching.mean_gradient
-    target not held fixed | ).detach() => )
+diffusion_envs.denoising.score_from_x0
+    sign of the signal in the score | (alpha * x0 - states) => (-alpha * x0 - states)
+    signal's factor missing in the score | (alpha * x0 - states) => (x0 - states)
+diffusion_envs.objectives.ram.ReinforceAdjointMatching.loss
+    data less noise in the target | -rows.noise / sigma - score => rows.noise / sigma - score
+    pretrained score as baseline | sigma - score => sigma - rows.reference_score
 verification.claims.fine_tuning.reward_matching.pairs
     clean data of the pretrained model in place of the current one's | normal(setting, model)
         => normal(setting, pretrained)
@@ -215,4 +217,11 @@ diffusion_envs.noise_schedules.RectifiedFlow.sigma
     variance for standard deviation in the schedule | return s => return s.sqrt()
 verification.claims.fine_tuning.reward_matching.lost
     dropped path cost overlooked | factor.T @ factor.T => factor.T
+shared
+    RAM: anchored at the current model
+    RAM: target not held
+    RAM: no baseline
+    RAM: b for 1/b
+    standard deviation for variance in Tweedie's formula
+    signal not divided out in Tweedie's formula
 """

@@ -122,8 +122,6 @@ diffusion_envs.objectives.path_steps.PathLosses.rows
         => advantage=self.advantages[path.sort()[0], step]
     noise of another step | noise=stored("noises") => noise=rollout.noises[path, step - 1]
     prompts not shuffled with their rows | rollout.condition[which[:, 0]] => rollout.condition[which[:, 0].flip(0)]
-diffusion_envs.environment.Environment.action
-    timestep of another step | [sent(step, self.device)] => [sent(step, self.device) - 1]
 diffusion_envs.environment.Environment._simulated
     adapter ignored while sampling | `            means.append(self._act(states, timestep.expand(len(states)), conditions))`
         => `            with self.model.pretrained():\n                means.append(self._act(states, timestep.expand(len(states)), conditions))`
@@ -135,7 +133,6 @@ diffusion_envs.objectives.score_as_action.ScoreAsAction.loss
     sign of the gain in the loss | self._kl_cost(rows) - self._gain(rows) => self._kl_cost(rows) + self._gain(rows)
 diffusion_envs.objectives.path_steps.path_kl_rate
     KL reported is not the KL trained: half | 0.5 * rows => 1.0 * rows
-    KL reported is not the KL trained: factor | `rows.kl_factor * ` => ``
 diffusion_envs.samplers.BoundDDIM.path_kl
     KL of the ancestral sampler reported | factor=self.kl_factor => factor=1.0
 diffusion_envs.objectives.path_steps.PathLosses.losses
@@ -152,4 +149,7 @@ diffusion_envs.training.trainer.Trainer.__init__
 diffusion_envs.objectives.path_steps.transition_log_ratio
     transition's noise of another variance in the ratio | (rows.score_gain / rows.std)
         => (rows.score_gain / rows.std.square())
+shared
+    timestep of another step
+    path KL of full noise
 """

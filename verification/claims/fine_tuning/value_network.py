@@ -114,12 +114,12 @@ diffusion_envs.training.value_network.combine
     weights exchanged | skip, out = (weights => out, skip = (weights
 diffusion_envs.training.value_network.martingale_loss
     value left out of the martingale loss | (returns - values) => (returns - 0 * values)
-    right end of each step | [:, :-1] => [:, 1:]
-    steps not weighted by time | ` * step_sizes` => ``
     one-step residual instead of the return | (returns - values)[:, :-1].square() => values.diff(dim=1).square()
 verification.problems.value_network.residual
     sign of the residual target's constant | - 0.5 * reward_curvature => + 0.5 * reward_curvature
 shared
+    steps not weighted by time
+    right end of each step
     sine and cosine exchanged
     half a turn for a quarter
     standard deviation for variance in Tweedie's formula
