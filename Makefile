@@ -5,6 +5,8 @@
 # make verify every theorem, and every mistake that its check must reject (under 2 minutes)
 # make faults   kill, damage, fill, interrupt: does a run keep its promises? (under 30 minutes)
 # make docs   the documentation as a site: site/index.html, to open without a network (under 1 minute)
+# make package   both wheels, installed into an empty environment and used there (under 3 minutes)
+# make lowest   part of the tests with the lowest versions that are declared (docs/releasing.md)
 # make portability   the tests that round, under every kernel that this machine can run (15 minutes)
 
 PYTHON ?= python3
@@ -32,7 +34,7 @@ endef
 # Threads that wait must not burn the core that another program needs.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: demo demo-words test test-device verify docs faults portability lint bench mutants clean
+.PHONY: demo demo-words test test-device verify docs package lowest faults portability lint bench mutants clean
 .DELETE_ON_ERROR:
 
 # torch first and pinned: it decides what everything else may bring.
@@ -65,7 +67,7 @@ demo-words: $(VENV)/.installed-ocr
 	$(call finetune,$(WORDS))
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # A process of its own: the simulated accelerator replaces parts of torch.
 test-device: $(VENV)/.installed-dev
@@ -78,6 +80,12 @@ verify: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo site/index.html
+
+package: $(VENV)/.installed-dev
+	PYTHON=$(BIN)/python bash .ci/package
+
+lowest:
+	bash benchmarks/lowest_versions.sh runs/lowest
 
 # SAMPLE=--sample: few faults of each kind.
 faults: $(VENV)/.installed-dev

@@ -66,6 +66,8 @@ from ctrl.squashed_policy import SquashedGaussianPolicy, entropy_estimates
 from ctrl.torchsde_solver import TorchSDE
 from ctrl.value import Value
 
+__version__ = "0.1.0"  # the one place; the package's metadata read it here
+
 __all__ = [
     "BlackBox",
     "ControlProblem",

@@ -81,7 +81,8 @@ class Cifar10Model:
             model = small_folder()
             if not (model / "model_index.json").is_file():
                 raise FileNotFoundError(
-                    f"model 'small' is not part of this installation ({model}); train it by "
+                    f"model 'small' is not part of this installation ({model}); "
+                    'pip install "ctrl-diffusion[models]" brings it; or train one by '
                     "python -m diffusion_envs.cifar10 pretrain --data DIR --output DIR and name "
                     "the folder of its pipeline, or use google/ddpm-cifar10-32"
                 )

@@ -65,14 +65,19 @@ def local_folder(
         variant: of the weights to download; "fp16" where there are no plain ones if left out.
 
     Raises:
-        FileNotFoundError: ``model`` is neither a folder nor to be had from the hub, or it is a
-            folder that lacks ``model_index.json``.
+        FileNotFoundError: ``model`` is neither a folder nor to be had from the hub, it is a
+            folder that lacks ``model_index.json``, or a shipped model that is not installed.
         ValueError: ``model`` is empty, or of a class that is not supported.
     """
     if not str(model).strip():
         raise ValueError(f"model must be {_NAMES}, a folder or a hub id, got an empty name")
     shipped = str(model) in SHIPPED
     source = shipped_folder(str(model)) if shipped else Path(model).expanduser()
+    if shipped and not source.is_dir():
+        raise FileNotFoundError(
+            f"model {str(model)!r} is not part of this installation ({source}); "
+            'pip install "ctrl-diffusion[models]" brings it'
+        )
     if source.is_dir():
         if (source / "model_index.json").is_file():
             index = read_settings(source / "model_index.json")

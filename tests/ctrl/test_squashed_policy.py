@@ -76,7 +76,7 @@ def test_pathwise_and_score_gradients_have_one_mean():
 def test_entropy_is_refused_and_estimated(generator):
     with pytest.raises(ValueError, match="no closed form: estimate it by samples"):
         POLICY.entropy(T, X)
-    noise = torch.randn(4000, 2, 2, dtype=torch.float64, generator=generator)
+    noise = torch.randn(1000, 2, 2, dtype=torch.float64, generator=generator)
     estimates = ctrl.entropy_estimates(POLICY, T, X, noise)
     z = LATENT.mean(T, X) + (0.3 + X.square()) * noise
     slope = (HIGH - LOW) / 2 / z.cosh().square()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from diffusion_envs.models import folders
 from diffusion_envs.models.folders import local_folder, tiny_folder, variant_of
 from diffusion_envs.sd15 import StableDiffusion
 
@@ -72,6 +73,13 @@ def test_names_and_files_that_are_no_models_are_refused(tmp_path):
         ask(Hub(tmp_path), " ")
     assert local_folder("tiny", None, ("StableDiffusionPipeline",), {}) == tiny_folder()
     assert local_folder("words", None, ("StableDiffusionPipeline",), {}).parts[-3] == "words"
+
+
+def test_an_embedded_model_of_another_package_is_named_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "shipped_folder", lambda name: tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"model 'words'.*ctrl-diffusion\[models\]"):
+        ask(hub := Hub(tmp_path), "words")
+    assert hub.asked == []
 
 
 @pytest.mark.parametrize(
