@@ -8,9 +8,12 @@ import math
 import os
 import re
 from collections.abc import Collection, Mapping
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 TINY = "tiny"
 WORDS = "words"
@@ -398,6 +401,43 @@ def least_numbers(part: Path) -> int:
         numbers = sum(map(math.prod, shapes))
         by_variant[match["variant"]] = by_variant.get(match["variant"], 0) + numbers
     return min(by_variant.values(), default=0)
+
+
+def require_read(part: Path, model: nn.Module) -> None:
+    """Refuse a text encoder whose weights are not those of its files.
+
+    Where names of weights have changed between versions, transformers leaves what it misses at
+    random, with a warning (5.0 and files of 5.23, say). Every vector of the model (biases, scales
+    of norms) is compared with the files; the prefix ``text_model.`` may be there or not.
+
+    Raises:
+        ValueError: a vector is not in the files, or has other numbers.
+    """
+    from safetensors import safe_open
+
+    vectors = {_plain(name): value for name, value in model.state_dict().items() if value.ndim == 1}
+    read = dict.fromkeys(vectors, False)
+    for file in part.iterdir():
+        if _WEIGHTS.fullmatch(file.name) is None:
+            continue
+        with safe_open(file, framework="pt") as content:
+            for key in content.keys():  # noqa: SIM118  # not a dict
+                if (name := _plain(key)) in read and not read[name]:
+                    value = vectors[name]
+                    theirs = content.get_tensor(key).to(value.dtype)
+                    read[name] = torch.equal(theirs, value.cpu())
+    if missing := [name for name, same in read.items() if not same]:
+        raise ValueError(
+            f"{part} was not read as it is: {len(missing)} of {len(read)} vectors of the network "
+            f"({missing[0]}, ...) are not those of the files, perhaps as transformers "
+            f"{metadata.version('transformers')} knows them by other names; install the version "
+            "that saved them, or a newer one, or save the folder anew"
+        )
+
+
+def _plain(name: str) -> str:
+    """A weight's name without the prefix that some versions of transformers give it."""
+    return name.removeprefix("text_model.")
 
 
 def _refuse_pickles(files: Collection[Path]) -> None:

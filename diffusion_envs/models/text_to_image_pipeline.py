@@ -138,6 +138,9 @@ class PipelineFiles:
                 local_files_only=True,
                 **self.family.without,
             )
+            for name in _networks(self.family, self.configs["index"]):
+                if name.startswith("text_encoder"):  # diffusers refuses by itself, transformers not
+                    folders.require_read(self.folder / name, getattr(pipe, name))
         else:
             pipe = kind.from_single_file(
                 str(self.weights),

@@ -11,6 +11,7 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionPipeline,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctrl.noise import normals_by_sample
@@ -174,6 +175,24 @@ def test_files_of_half_precision_are_loaded_where_there_are_no_others(tmp_path):
     assert model.score.unet.dtype == model.pipe.text_encoder.dtype == torch.float32
     expected = theirs(tmp_path, model.event, 2.5, variant="fp16", dtype=torch.float32)
     torch.testing.assert_close(ours(model), expected, rtol=0, atol=1e-4)
+
+
+def test_a_text_encoder_whose_weights_have_other_names_is_refused(tmp_path):
+    """Transformers leaves what it misses at random."""
+    small_pipeline().save_pretrained(tmp_path)
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    assert "embeddings.token_embedding.weight" in {k.removeprefix("text_model.") for k in weights}
+    TextToImageUNet.load(tmp_path, guidance=2.5)
+    renamed = {key.replace("final_layer_norm", "last_norm"): v for key, v in weights.items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"text_encoder was not read .* 2 of \d+ vectors"):
+        TextToImageUNet.load(tmp_path, guidance=2.5)
+    prefixed = {f"text_model.{key.removeprefix('text_model.')}": v for key, v in weights.items()}
+    save_file(prefixed, file, metadata={"format": "pt"})
+    model = TextToImageUNet.load(tmp_path, guidance=2.5)
+    key = "embeddings.token_embedding.weight"
+    assert torch.equal(model.pipe.text_encoder.state_dict()[key], prefixed[f"text_model.{key}"])
 
 
 def test_plain_weights_win_over_variants_and_missing_ones_are_named(tmp_path):
