@@ -79,7 +79,7 @@ def local_folder(
     if shipped and not source.is_dir():
         raise FileNotFoundError(
             f"model {str(model)!r} is not part of this installation ({source}); "
-            'pip install "ctrl-diffusion[models]" brings it'
+            'pip install "ctrl-diffusion[models]" brings it, and in a clone "./packages/models"'
         )
     if source.is_dir():
         if (source / "model_index.json").is_file():
