@@ -112,6 +112,7 @@ def test_a_run_counts_what_was_killed_and_reports_what_survived(tmp_path):
     for name, text in {
         "pyproject.toml": "[tool.pytest.ini_options]\npythonpath = ['.']\n",
         "benchmarks/__init__.py": "",
+        "ctrl/__init__.py": "",  # another ctrl may be installed
         "ctrl/planted.py": PLANTED,
         "tests/test_planted.py": TESTS,
         "tests/deeper/conftest.py": "",

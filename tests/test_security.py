@@ -63,6 +63,12 @@ REASONS = {
     ("benchmarks/figures/three.py", "import multiprocessing"): "between a program and the "
     "processes that it starts itself",
     ("benchmarks/mutants/run.py", "exec"): "our own source, with a mistake",
+    ("benchmarks/tutorials.py", "exec"): "our own tutorials",
+    ("benchmarks/tutorials.py", "eval"): "the last line of a cell of theirs",
+    (
+        "examples/tutorials/fine_tune.py",
+        "from_pretrained without use_safetensors",
+    ): "what a user of plain diffusers types, on the embedded model",
 }
 
 

@@ -10,6 +10,7 @@ action or a drift on time is asked of the function itself, at two actions or two
 cannot see (a formula in numbers alone) a claim declares: ``COVERS``.
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -331,7 +332,7 @@ def read(text: str) -> dict[str, tuple[str, ...]]:
     return rows
 
 
-def main(document: Path, names: Iterable[str] = ()) -> None:
+def write(document: Path, names: Iterable[str] = ()) -> None:
     """Measure these claims, or all, and write the page."""
     rows = read(document.read_text(encoding="utf-8")) if document.exists() else {}
     for name in names or CLAIMS:
@@ -342,6 +343,19 @@ def main(document: Path, names: Iterable[str] = ()) -> None:
         sys.stderr.write(f"no claim of {hole}\n")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("document", type=Path, help="the page, whose other rows are kept")
+    parser.add_argument("claims", nargs="*", metavar="claim", help="all, if none is named")
+    options = parser.parse_args()
+    if unknown := set(options.claims) - set(CLAIMS):
+        parser.error(f"no claim is called {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2:])
+    write(options.document, options.claims)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,13 +15,13 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from torch.distributions import Independent, Normal, kl_divergence
-from verification.problems.ddim_transitions import rows_of_steps
 
 import ctrl
 from diffusion_envs.denoising import generation_sde, path_kl_per_step
 from diffusion_envs.noise_schedules import DDPMTable, FlowTable, VPLinear
 from diffusion_envs.objectives.path_steps import transition_log_ratio
 from diffusion_envs.samplers import DDIM, BlackBox, Scheduler
+from verification.problems.losses import rows_of_steps
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 EVENT = (4, 3, 5)  # an image, no two sides alike

@@ -14,7 +14,6 @@ from functools import cache
 
 import pytest
 import torch
-from verification.problems.ddim_transitions import rows_of_steps
 
 import ctrl
 from diffusion_envs.denoising import path_kl_per_step
@@ -26,6 +25,7 @@ from diffusion_envs.objectives import Rollout, ScoreAsAction, ScoreAsActionSampl
 from diffusion_envs.objectives.path_steps import transition_log_ratio
 from diffusion_envs.objectives.score_as_action import DrawnRows
 from diffusion_envs.samplers import DDIM
+from verification.problems.losses import rows_of_steps
 
 
 def tensor(values):

@@ -6,12 +6,12 @@ from diffusers import DDPMScheduler
 from scipy.optimize import brentq
 from scipy.special import gammaln
 from torch.distributions import Independent, Normal, kl_divergence
-from verification.problems.ddim_transitions import rows_of_steps
 
 import ctrl
 from diffusion_envs.noise_schedules import DDPMTable, FlowTable
 from diffusion_envs.objectives.path_steps import transition_log_ratio
 from diffusion_envs.samplers import DDIM, BoundFewSteps, EqualAngles, QuadraticVariances, Scheduler
+from verification.problems.losses import rows_of_steps
 
 EVENT = (2, 3, 5)
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
-from verification.problems.ddim_transitions import rows_of_steps
 
 import ctrl
 from diffusion_envs import objectives
@@ -21,6 +20,7 @@ from diffusion_envs.objectives.path_steps import transition_log_ratio
 from diffusion_envs.samplers import CPS, DDIM, BoundFlowDDIM, FlowSDE, GaussianSteps
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
+from verification.problems.losses import rows_of_steps
 from verification.problems.training_loop import Process
 
 FLOW = FlowTable(shift=1.7, end=0.03)

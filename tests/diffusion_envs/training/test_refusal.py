@@ -106,7 +106,8 @@ def test_a_critic_takes_no_units_from_rewards_that_are_none():
     assert all(torch.isfinite(value).all() for value in run.critic.network.state_dict().values())
 
 
-@pytest.mark.parametrize("objective", [GRPO(group=3), DDPO(), TDPO()])
+# without a KL, whose gradient between equal policies is 0 up to round-off
+@pytest.mark.parametrize("objective", [GRPO(group=3, kl_weight=0.0), DDPO(), TDPO()])
 def test_rewards_without_variance_have_no_gradient_and_no_nan(objective: Objective):
     run = trainer(objective, value_epochs=1)
     run.environment.score_images = lambda reward, states, prompts: torch.full((len(states),), -3.7)
