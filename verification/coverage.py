@@ -71,6 +71,10 @@ NOT_APPLICABLE: Mapping[str, Mapping[str, str]] = {
         TIME: "a stationary problem without a horizon",
         UNEVEN: "solved in continuous time: no grid enters",
     },
+    "Gibbs policies": dict.fromkeys(
+        (UNEVEN, TIME), "at one state and one time: no grid enters, and time is a parameter"
+    ),
+    "exploratory HJB": {UNEVEN: "steps of time are the solver's own, and even"},
     "Adjoint matching": _DENOISING,
     "KL-regularised optimum": _DENOISING,
     "KL-reward frontier": {**_DENOISING, UNEVEN: _SAMPLES, TIME: _SAMPLES},
@@ -238,7 +242,7 @@ def theorems() -> Iterator[tuple[str, str, tuple[str, ...]]]:
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         names = tuple(name for name in re.findall(r"`([\w-]+)`", cells[-1]) if name in CLAIMS)
         if line.startswith("| ") and len(cells) == 3 and names:
-            yield section, cells[0], names
+            yield section, re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cells[0]), names
 
 
 def not_applicable(result: str) -> Mapping[str, str]:
