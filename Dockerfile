@@ -14,11 +14,11 @@ FROM python:3.11-slim-bookworm
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-COPY constraints.txt /tmp/constraints.txt
-COPY --from=build /dist /tmp/dist
+COPY constraints.txt /dist/constraints.txt
+COPY --from=build /dist /dist
 # torch first and pinned, as in the Makefile: it decides what everything else may bring.
-RUN python -m pip install --no-cache-dir --constraint /tmp/constraints.txt torch \
-    && python -m pip install --no-cache-dir --constraint /tmp/constraints.txt --find-links /tmp/dist "ctrl-diffusion[diffusion,models,ocr,gym,verification]"
+RUN python -m pip install --no-cache-dir --constraint /dist/constraints.txt torch \
+    && python -m pip install --no-cache-dir --constraint /dist/constraints.txt --find-links /dist "ctrl-diffusion[diffusion,models,ocr,gym,verification]"
 RUN useradd --create-home --uid 1000 ctrl && mkdir /runs && chown ctrl /runs
 USER 1000
 WORKDIR /runs

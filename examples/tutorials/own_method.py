@@ -113,7 +113,7 @@ figure
 # and `python -m benchmarks.leaderboard --problem gaussian --methods reinforce` sweeps its rate on
 # seeds of their own, runs it on five more, and writes the tables again with its row. Rows of
 # methods that are not named stay only where their runs are on this machine, so write to another
-# folder first: `--output /tmp/leaderboard`.
+# folder first: `--output runs/leaderboard_mine`.
 #
 # One line in `OBJECTIVES` of `diffusion_envs/runs/method_names.py` gives it a name on the command
 # line; its fields become options there, with the comments behind them as their help. And it trains

@@ -94,6 +94,19 @@ def test_right_code_passes_and_every_mistake_is_rejected():
     assert [w.rejected for w in outcome.mistakes] == [True] * 3
 
 
+def test_a_quick_run_stops_at_the_first_check_that_rejects_and_a_full_one_does_not():
+    def twice(setting):
+        yield from body_of_squares(setting)
+        yield pathwise("again", half_square(2.0), 2.0)
+
+    one = made(twice)
+    table, _ = measure(one, SETTING)
+    for full, seen in ((False, {"squares"}), (True, {"squares", "again"})):
+        outcome = run(one, replace(SETTING, full=full), table)
+        assert outcome.holds
+        assert all(set(mistake.deviations) == seen for mistake in outcome.mistakes)
+
+
 def test_a_mistake_that_nothing_sees_is_a_complaint_and_is_accepted():
     def blind_to_sign(setting):
         x = setting.tensor([0.3])
