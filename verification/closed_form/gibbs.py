@@ -55,8 +55,7 @@ def _actions() -> tuple[np.ndarray, float]:
 def lq_gibbs(lq: LQ, value: Quadratic, slope: Quadratic, x: np.ndarray) -> Gibbs:
     """The Gibbs policy of a linear-quadratic q at x; q is known from six of its values."""
     points = np.array([[0, 0], [1, 0], [0, 1], [-1, 0], [0, -1], [1, 1]], dtype=float)
-    at = np.array([q_rate(lq, value, slope, x, a) for a in points])
-    coefficients = np.linalg.solve(_monomials(points), at)
+    coefficients = np.linalg.solve(_monomials(points), q_rate(lq, value, slope, x, points))
     return gibbs(lambda actions: _monomials(actions) @ coefficients, lq.temperature)
 
 

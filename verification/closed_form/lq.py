@@ -5,16 +5,27 @@
     terminal -(x'Hx/2 + h'x)
 
 A value is x'Sx/2 + e'x + c, a policy N(K x + k, Sigma). sigma, C and D have the Brownian motion as
-their first index here.
+their first index here. Of (1, x), as in ``lq_policies``, there are no affine terms.
 """
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.integrate
 import scipy.linalg
+
+from verification.closed_form import complex_steps, lq_policies
+from verification.closed_form.lq_policies import (
+    Law,
+    Linear,
+    Number,
+    bordered,
+    motion,
+    paid,
+    pairs,
+    row,
+)
 
 
 @dataclass(frozen=True)
@@ -37,14 +48,24 @@ class LQ:
     discount: float
     temperature: float
 
+    def of_pairs(self) -> Linear:
+        """The same problem of (1, x)."""
+        return Linear(
+            A=_with_zeros(np.column_stack([self.f, self.A])),
+            B=_with_zeros(self.B),
+            C=_with_zeros(np.concatenate([self.sigma[..., None], self.C], axis=-1)),
+            D=_with_zeros(self.D),
+            M=bordered(self.M, self.p, 0.0),
+            N=self.N,
+            R=np.column_stack([self.l, self.R]),
+            discount=self.discount,
+            temperature=self.temperature,
+        )
 
-@dataclass(frozen=True)
-class Law:
-    """N(K x + k, Sigma)."""
 
-    K: np.ndarray
-    k: np.ndarray
-    Sigma: np.ndarray
+def _with_zeros(rows: np.ndarray) -> np.ndarray:
+    """Rows of what moves x, below one of zeros: 1 does not move."""
+    return np.concatenate([0 * rows[..., :1, :], rows], axis=-2)
 
 
 Quadratic = tuple[np.ndarray, np.ndarray, float]
@@ -76,34 +97,33 @@ def example(*, noise_moves: bool = True) -> LQ:
     )
 
 
-def q_rate(lq: LQ, value: Quadratic, slope: Quadratic, x: np.ndarray, a: np.ndarray) -> float:
-    """d_t V + b . grad V + tr(sigma sigma' Hess V) / 2 + r - discount V at one (x, a).
+def q_rate(
+    lq: LQ, value: Quadratic, slope: Quadratic, x: np.ndarray, a: np.ndarray
+) -> np.ndarray | np.number:
+    """d_t V + b . grad V + tr(sigma sigma' Hess V) / 2 + r - discount V at x and actions.
 
     Args:
         lq: the problem.
         value: V.
         slope: its derivative in time.
         x: state.
-        a: action.
+        a: actions [..., actions].
     """
-    S, e, c = value
-    noise = lq.C @ x + lq.D @ a + lq.sigma
-    gain = (lq.A @ x + lq.B @ a + lq.f) @ (S @ x + e) + np.einsum("ji,ik,jk", noise, S, noise) / 2
-    cost = x @ lq.M @ x / 2 + a @ lq.R @ x + a @ lq.N @ a / 2 + lq.p @ x + lq.l @ a
-    here = x @ S @ x / 2 + e @ x + c
-    in_time = x @ slope[0] @ x / 2 + slope[1] @ x + slope[2]
-    return float(in_time + gain - cost - lq.discount * here)
+    return lq_policies.q_rate(lq.of_pairs(), row(*value), row(*slope), x, a)
+
+
+def _square(p: Linear, P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """W and G of q = a'G y - a'Wa/2 + ..., y = (1, x), for V = y'Py/2."""
+    DP = p.D.mT @ P
+    return p.N - (DP @ p.D).sum(0), p.B.T @ P - p.R + (DP @ p.C).sum(0)
 
 
 def soft_maximum(lq: LQ, value: Quadratic, slope: Quadratic, x: np.ndarray) -> float:
     """gam log int exp(q / gam) da = max_a q + (gam / 2) log det(2 pi gam W^{-1}); no e in it."""
-    S, e, _ = value
-    W = lq.N - np.einsum("jia,ik,jkb->ab", lq.D, S, lq.D)
-    noise = lq.C @ x + lq.sigma
-    linear = lq.B.T @ (S @ x + e) + np.einsum("jia,ik,jk", lq.D, S, noise) - lq.R @ x - lq.l
-    best = np.linalg.solve(W, linear)
+    W, G = _square(lq.of_pairs(), lq_policies.hessian(row(*value)))
+    best = np.linalg.solve(W, G @ lq_policies.with_one(x))
     log_det = np.linalg.slogdet(2 * math.pi * lq.temperature * np.linalg.inv(W))[1]
-    return q_rate(lq, value, slope, x, best) + lq.temperature / 2 * float(log_det)
+    return float(q_rate(lq, value, slope, x, best) + lq.temperature / 2 * log_det)
 
 
 # ---- the optimum over a finite horizon, in two ways
@@ -114,131 +134,92 @@ def riccati_rate(lq: LQ, y: np.ndarray) -> np.ndarray:
 
     Analytic in y, so that complex steps differentiate it.
     """
-    n = len(lq.A)
-    S, e, c = y[: n * n].reshape(n, n), y[n * n : -1], y[-1]
-    W, G, g = lq.N.copy(), lq.B.T @ S - lq.R, lq.B.T @ e - lq.l
-    Q, q, k = lq.A.T @ S + S @ lq.A - lq.M, lq.A.T @ e + S @ lq.f - lq.p, e @ lq.f
-    for Cj, Dj, sj in zip(lq.C, lq.D, lq.sigma, strict=True):
-        W = W - Dj.T @ S @ Dj
-        G, g = G + Dj.T @ S @ Cj, g + Dj.T @ S @ sj
-        Q, q, k = Q + Cj.T @ S @ Cj, q + Cj.T @ S @ sj, k + sj @ S @ sj / 2
-    K = np.linalg.solve(W, np.column_stack([G, g]))
-    k = k + g @ K[:, -1] / 2 - lq.discount * c
-    if lq.temperature:
-        volume = (2 * np.pi * lq.temperature) ** len(W) / np.linalg.det(W)
-        k = k + lq.temperature / 2 * np.log(volume)
-    S_rate, e_rate = Q + G.T @ K[:, :-1] - lq.discount * S, q + G.T @ K[:, -1]
-    return np.concatenate([S_rate.ravel(), e_rate - lq.discount * e, [k]])
+    return _riccati_rate(lq.of_pairs(), y)
+
+
+def _riccati_rate(p: Linear, y: np.ndarray) -> np.ndarray:
+    S, e, c = _parts(y, len(p.A) - 1)
+    P = bordered(S, e, 2 * c)
+    W, G = _square(p, P)
+    rate = p.A.T @ P + P @ p.A + (p.C.mT @ P @ p.C).sum(0) - p.M - p.discount * P
+    rate = rate + G.T @ np.linalg.solve(W, G)
+    if p.temperature:
+        volume = (2 * np.pi * p.temperature) ** len(W) / np.linalg.det(W)
+        rate[0, 0] += p.temperature * np.log(volume)
+    return np.concatenate([rate[1:, 1:].ravel(), rate[0, 1:], [rate[0, 0] / 2]])
+
+
+def _parts(y: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, Number]:
+    return y[: n * n].reshape(n, n), y[n * n : -1], y[-1]
 
 
 def riccati(lq: LQ, horizon: float) -> Quadratic:
     """The optimal value at time to go ``horizon``: the completed square, by DOP853."""
-    n = len(lq.A)
-    start = np.concatenate([-lq.H.ravel(), -lq.h, [0.0]])
+    p = lq.of_pairs()
     solution = scipy.integrate.solve_ivp(
-        lambda _, y: riccati_rate(lq, y),
+        lambda _, y: _riccati_rate(p, y),
         (0, horizon),
-        start,
+        np.concatenate([-lq.H.ravel(), -lq.h, [0.0]]),
         method="DOP853",
         rtol=3e-14,
         atol=1e-14,
     )
-    y = solution.y[:, -1]
-    return y[: n * n].reshape(n, n), y[n * n : -1], float(y[-1])
+    S, e, c = _parts(solution.y[:, -1], len(lq.A))
+    return S, e, float(c)
 
 
 def riccati_by_exponential(lq: LQ, horizon: float, nodes: int = 14) -> Quadratic:
     """The same where C and D are 0: Radon's linear system in (x, 1), and Gauss-Legendre for c."""
-    n = len(lq.A)
-    A = np.block([[lq.A, lq.f[:, None]], [np.zeros((1, n + 1))]])
-    A = A - lq.discount / 2 * np.eye(n + 1)
-    B = np.vstack([lq.B, np.zeros((1, lq.B.shape[1]))])
-    M, R = _bordered(lq.M, lq.p), np.column_stack([lq.R, lq.l])
-    back = np.linalg.solve(lq.N, R)
-    A, M, across = A - B @ back, M - R.T @ back, B @ np.linalg.solve(lq.N, B.T)
-    # P = -S solves P' = A'P + P A - P across P + M in time to go; P = Y X^{-1}
-    radon = np.block([[-A, across], [M, A.T]])
-    begin = np.vstack([np.eye(n + 1), _bordered(lq.H, lq.h)])
+    n, p = len(lq.A), lq.of_pairs()
+    one, back = np.eye(n + 1), np.linalg.solve(p.N, p.R)
+    A, M = p.A - p.discount / 2 * one - p.B @ back, p.M - p.R.T @ back
+    # P = -S solves P' = A'P + P A - P B N^{-1} B' P + M in time to go; P = Y X^{-1}
+    radon = np.block([[-A, p.B @ np.linalg.solve(p.N, p.B.T)], [M, A.T]])
+    begin = np.vstack([one, bordered(lq.H, lq.h, 0.0)])
 
     def at(s: float) -> np.ndarray:
         X, Y = np.split(scipy.linalg.expm(s * radon) @ begin, 2)
         return -np.linalg.solve(X.T, Y.T)
 
-    rate = lq.temperature / 2 * np.linalg.slogdet(2 * np.pi * lq.temperature * _inverse(lq.N))[1]
+    volume = np.linalg.slogdet(2 * np.pi * p.temperature * np.linalg.inv(p.N))[1]
     points, weights = np.polynomial.legendre.leggauss(nodes)
     points, weights = horizon / 2 * (points + 1), horizon / 2 * weights
     square = lq.sigma.T @ lq.sigma
-    grown = [rate + np.sum(square * at(s)[:n, :n]) / 2 for s in points]
-    noise = np.sum(weights * np.exp(-lq.discount * (horizon - points)) * grown)
+    grown = [p.temperature / 2 * volume + np.sum(square * at(s)[1:, 1:]) / 2 for s in points]
+    noise = np.sum(weights * np.exp(-p.discount * (horizon - points)) * grown)
     end = at(horizon)
-    return end[:n, :n], end[:n, n], float(end[n, n] / 2 + noise)
-
-
-def _bordered(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    return np.block([[matrix, vector[:, None]], [vector[None], np.zeros((1, 1))]])
-
-
-def _inverse(matrix: np.ndarray) -> np.ndarray:
-    return np.linalg.inv(matrix)
+    return end[1:, 1:], end[0, 1:], float(end[0, 0] / 2 + noise)
 
 
 # ---- the value of a policy, by the moments of the state
 
 
-def _moment_system(lq: LQ, law: Law) -> tuple[np.ndarray, np.ndarray]:
-    """z' = L z for z = (1, E X, vec E X X'); and the row with E reward = row z."""
-    n = len(lq.A)
-    A, f = lq.A + lq.B @ law.K, lq.f + lq.B @ law.k
-    L = np.zeros((1 + n + n * n,) * 2)
-    L[1 : n + 1, 0], L[1 : n + 1, 1 : n + 1] = f, A
-    eye = np.eye(n)
-    L[n + 1 :, 1 : n + 1] = np.kron(f[:, None], eye) + np.kron(eye, f[:, None])
-    L[n + 1 :, n + 1 :] = np.kron(A, eye) + np.kron(eye, A)
-    for Cj, Dj, sj in zip(lq.C, lq.D, lq.sigma, strict=True):
-        C, s = Cj + Dj @ law.K, sj + Dj @ law.k
-        L[n + 1 :, n + 1 :] += np.kron(C, C)
-        L[n + 1 :, 1 : n + 1] += np.kron(s[:, None], C) + np.kron(C, s[:, None])
-        L[n + 1 :, 0] += np.kron(s, s) + (Dj @ law.Sigma @ Dj.T).ravel()
-    K, k = law.K, law.k
-    constant = k @ lq.N @ k / 2 + np.sum(lq.N * law.Sigma) / 2 + lq.l @ k
-    first = lq.p + lq.R.T @ k + K.T @ (lq.N @ k + lq.l)
-    second = lq.M / 2 + K.T @ lq.R + K.T @ lq.N @ K / 2
-    row = -np.concatenate([[constant], first, second.ravel()])
-    row[0] += lq.temperature * entropy(law.Sigma) if lq.temperature else 0.0
-    return L, row
-
-
-def entropy(Sigma: np.ndarray) -> float:
-    """Entropy of N(., Sigma), nats."""
-    return float(np.linalg.slogdet(2 * math.pi * math.e * Sigma)[1]) / 2
-
-
-def _moments(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([[1.0], x, np.outer(x, x).ravel()])
-
-
 def value_by_moments(lq: LQ, law: Law, x: np.ndarray, horizon: float) -> float:
     """Expected discounted reward of a constant policy from x: one matrix exponential."""
-    L, row = _moment_system(lq, law)
-    size = len(row)
-    both = np.zeros((size + 1, size + 1))
-    both[:size, :size], both[size, :size] = L - lq.discount * np.eye(size), row
-    end = scipy.linalg.expm(horizon * both) @ np.append(_moments(x), 0.0)
-    terminal = np.concatenate([[0.0], lq.h, (lq.H / 2).ravel()])
-    return float(end[size] - terminal @ end[:size])
+    p = lq.of_pairs()
+    (L, _), pay, z = motion(p, law), paid(p, law), pairs(x)
+    discounted = L - lq.discount * np.eye(len(z))
+    with_paid = np.block([[discounted, np.zeros((len(z), 1))], [pay[None], np.zeros((1, 1))]])
+    end = scipy.linalg.expm(horizon * with_paid) @ np.append(z, 0.0)
+    return float(end[-1] - row(lq.H, lq.h, 0.0) @ end[:-1])
 
 
-def discounted_value_by_moments(lq: LQ, law: Law, x: np.ndarray) -> float:
-    """The same without end: row (discount - L)^{-1} z."""
-    L, row = _moment_system(lq, law)
-    return float(row @ np.linalg.solve(lq.discount * np.eye(len(row)) - L, _moments(x)))
+def _resolvent(lq: LQ, law: Law, x: np.ndarray) -> np.ndarray:
+    """int e^{-discount t} E z dt, by (discount - L)^{-1} z."""
+    L, _ = motion(lq.of_pairs(), law)
+    return np.linalg.solve(lq.discount * np.eye(len(L)) - L, pairs(x))
+
+
+def discounted_value_by_moments(lq: LQ, law: Law, x: np.ndarray) -> Number:
+    """The same without end."""
+    return (paid(lq.of_pairs(), law) @ _resolvent(lq, law, x)).item()
 
 
 def average_reward_by_moments(lq: LQ, law: Law) -> float:
     """Expected reward rate at rest."""
-    L, row = _moment_system(lq, law)
+    L, _ = motion(lq.of_pairs(), law)
     rest = np.concatenate([[1.0], -np.linalg.solve(L[1:, 1:], L[1:, 0])])
-    return float(row @ rest)
+    return float(paid(lq.of_pairs(), law) @ rest)
 
 
 def stationary_hessian(lq: LQ) -> np.ndarray:
@@ -337,32 +318,22 @@ def entropy_gain(W: np.ndarray, temperature: float, discount: float) -> float:
 
 def occupation(lq: LQ, law: Law, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of d = discount int e^{-discount t} law(X_t) dt, X_0 = x."""
-    L, _ = _moment_system(lq, law)
-    n = len(x)
-    z = lq.discount * np.linalg.solve(lq.discount * np.eye(len(L)) - L, _moments(x))
-    mean = z[1 : n + 1]
-    return mean, z[n + 1 :].reshape(n, n) - np.outer(mean, mean)
+    n = len(x) + 1
+    second = lq.discount * _resolvent(lq, law, x).reshape(n, n)
+    mean = second[0, 1:]
+    return mean, second[1:, 1:] - np.outer(mean, mean)
 
 
 def gradient_in_law(lq: LQ, law: Law, x: np.ndarray) -> np.ndarray:
-    """d V(x) in K, k and the lower triangular root of Sigma, by extrapolated differences."""
-    n, m = len(x), len(law.k)
-    root = np.linalg.cholesky(law.Sigma)
-    rows, columns = np.tril_indices(m)
-    theta = np.concatenate([law.K.ravel(), law.k, root[rows, columns]])
+    """d V(x) in K, k and the lower triangular root of Sigma, by complex steps."""
+    m, n = law.K.shape
+    lower = np.tril_indices(m)
+    theta = np.concatenate([law.K.ravel(), law.k, np.linalg.cholesky(law.Sigma)[lower]])
 
-    def value(theta: np.ndarray) -> float:
-        low = np.zeros((m, m))
-        low[rows, columns] = theta[m * n + m :]
-        shifted = Law(theta[: m * n].reshape(m, n), theta[m * n : m * n + m], low @ low.T)
-        return discounted_value_by_moments(lq, shifted, x)
+    def value(theta: np.ndarray) -> Number:
+        root = np.zeros((m, m), theta.dtype)
+        root[lower] = theta[m * n + m :]
+        moved = Law(theta[: m * n].reshape(m, n), theta[m * n : m * n + m], root @ root.T)
+        return discounted_value_by_moments(lq, moved, x)
 
-    by_coordinate = []
-    for unit in np.eye(len(theta)):
-        slopes = [(value(theta + h * unit) - value(theta - h * unit)) / (2 * h) for h in _STEPS]
-        one, two = ((4 * b - a) / 3 for a, b in itertools.pairwise(slopes))
-        by_coordinate.append((16 * two - one) / 15)
-    return np.array(by_coordinate)
-
-
-_STEPS = (4e-3, 2e-3, 1e-3)
+    return complex_steps.gradient(value, theta)

@@ -7,7 +7,7 @@ from torch import Tensor
 import ctrl
 from ctrl.value import Value
 from verification.claim import Setting
-from verification.closed_form import lq_chain
+from verification.closed_form import lq_policies
 from verification.closed_form.lq_chain import LQChain
 from verification.cubature import point_start
 
@@ -54,31 +54,37 @@ def deterministic(gain: Tensor, offset: Tensor) -> ctrl.DeterministicPolicy:
     return ctrl.DeterministicPolicy(lambda t, x: gain * x + offset)
 
 
+def quadratic(v: Tensor, x: Tensor) -> Tensor:
+    """A row of ``closed_form.lq_policies`` at states [paths, dim]."""
+    y = torch.cat([torch.ones_like(x[:, :1]), x], 1)
+    return (y @ v.view(y.shape[1], -1) * y).sum(1)
+
+
+def on_nodes(setting: Setting, nodes: np.ndarray, rows: np.ndarray) -> Value:
+    """A row a node."""
+    times, table = setting.tensor(nodes), setting.tensor(rows)
+    return lambda t, x: quadratic(table[(times - t).abs().argmin()], x)
+
+
+def series_in_time(series: Tensor, t: Tensor) -> Tensor:
+    """sum_j series[j] t^j."""
+    total = torch.zeros_like(series[0])
+    for each in series.flip(0):
+        total = total * t + each
+    return total
+
+
 def chain_value(setting: Setting, p: LQChain, theta: np.ndarray, nodes: np.ndarray) -> Value:
     """V of the chain at its nodes; at the horizon, where V is pinned, anything."""
-    rows = lq_chain.chain_value(p, theta, nodes)
+    rows = lq_policies.chain_value(p, theta, nodes)
     rows[-1] = 0.4
-    times, coefficients = setting.tensor(nodes), setting.tensor(rows)
-
-    def value(t: Tensor, x: Tensor) -> Tensor:
-        square, linear, constant = coefficients[(times - t).abs().argmin()].unbind()
-        return (square * x.square() / 2 + linear * x + constant).squeeze(1)
-
-    return value
+    return on_nodes(setting, nodes, rows)
 
 
 def continuous_value(setting: Setting, p: LQChain, theta: np.ndarray) -> Value:
     """V of the continuous-time problem."""
-    series = setting.tensor(lq_chain.value_series(p, theta))
-
-    def value(t: Tensor, x: Tensor) -> Tensor:
-        total = torch.zeros_like(series[0])
-        for row in series.flip(0):
-            total = total * (HORIZON - t) + row
-        square, linear, constant = total.unbind()
-        return (square * x.square() / 2 + linear * x + constant).squeeze(1)
-
-    return value
+    series = setting.tensor(lq_policies.value_series(p, theta))
+    return lambda t, x: quadratic(series_in_time(series, HORIZON - t), x)
 
 
 def drawn_paths(
@@ -87,9 +93,8 @@ def drawn_paths(
     """Quadrature paths of the drawn actions: every variable enters to the fourth degree at most."""
     grid = ctrl.TimeGrid(setting.tensor(nodes))
     noise = ctrl.noise.gauss_hermite(grid.steps, nodes=rule, action=(1,))
-    return ctrl.simulate(
-        problem(p), policy(*theta), point_start(noise, [p.start]), grid, noise=noise
-    )
+    start = point_start(noise, list(p.start))
+    return ctrl.simulate(problem(p), policy(*theta), start, grid, noise=noise)
 
 
 def silent_paths(
@@ -98,7 +103,7 @@ def silent_paths(
     """Quadrature paths of the mean action."""
     grid = ctrl.TimeGrid(setting.tensor(nodes))
     noise = ctrl.noise.gauss_hermite(grid.steps, nodes=rule)
-    start = point_start(noise, [p.start])
+    start = point_start(noise, list(p.start))
     return ctrl.simulate(problem(p), deterministic(*theta[:2]), start, grid, noise=noise)
 
 

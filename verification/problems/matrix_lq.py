@@ -3,15 +3,16 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import ctrl
 from ctrl.value import Value
 from verification.claim import Setting
+from verification.closed_form import lq_policies
 from verification.closed_form import matrix_lq_chain as lq
 from verification.closed_form.matrix_lq_chain import DIM, HORIZON, NODES, THETA, MatrixLQ
 from verification.cubature import point_start
+from verification.problems.exploratory_lq import on_nodes, quadratic, series_in_time
 
 P = MatrixLQ()
 # another policy, for what is off-policy or new
@@ -24,31 +25,28 @@ def of_time(setting: Setting, coefficient: Callable[[float], object]) -> Callabl
     rows = np.array([coefficient(t) for t in times], dtype=float)
     fitted = np.linalg.solve(np.vander(times, increasing=True), rows.reshape(len(times), -1))
     series = setting.tensor(fitted.reshape(rows.shape))
-
-    def at(t: Tensor) -> Tensor:
-        total = torch.zeros_like(series[0])
-        for each in series.flip(0):
-            total = total * t + each
-        return total
-
-    return at
+    return lambda t: series_in_time(series, t)
 
 
-def form(x: Tensor, matrix: Tensor) -> Tensor:
-    """x' matrix x / 2 of every row."""
-    return 0.5 * (x @ matrix * x).sum(1)
-
-
-def quadratic(setting: Setting, of: Callable[[float], lq.Quadratic]) -> Value:
-    """A quadratic function of the state and of time."""
-    P, e, c = (of_time(setting, lambda t, i=i: of(t)[i]) for i in range(3))
-    return lambda t, x: form(x, P(t)) + x @ e(t) + c(t)
+def true_value(setting: Setting) -> Value:
+    """V of THETA in continuous time."""
+    v = of_time(setting, lambda t: lq.value(t)[0])
+    return lambda t, x: quadratic(v(t), x)
 
 
 def problem(setting: Setting, p: MatrixLQ = P) -> ctrl.ControlProblem:
     """Dynamics and rewards; the noise is diagonal if its matrix is."""
-    A, B, S, N = (of_time(setting, lambda t, i=i: p.at(t)[i]) for i in range(4))
-    paid, value = quadratic(setting, p.reward), quadratic(setting, lq.value)
+    A, B, S, M, N = (
+        of_time(setting, each)
+        for each in (
+            lambda t: p.at(t).A[1:, 1:],
+            lambda t: p.at(t).B[1:],
+            lambda t: p.at(t).C[:, 1:, 0].T,
+            lambda t: p.at(t).M,
+            lambda t: p.at(t).N,
+        )
+    )
+    value = true_value(setting)
 
     def drift(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         return x @ A(t).T + a @ B(t).T
@@ -62,7 +60,7 @@ def problem(setting: Setting, p: MatrixLQ = P) -> ctrl.ControlProblem:
     return ctrl.ControlProblem(
         sde,
         HORIZON,
-        lambda t, x, a: paid(t, x) - form(a, N(t)),
+        lambda t, x, a: -0.5 * (quadratic(M(t), x) + (a @ N(t) * a).sum(1)),
         lambda x: value(x.new_tensor(HORIZON), x),
         p.discount,
         p.temperature,
@@ -71,14 +69,7 @@ def problem(setting: Setting, p: MatrixLQ = P) -> ctrl.ControlProblem:
 
 def chain_value(setting: Setting, p: MatrixLQ = P, theta: np.ndarray = THETA) -> Value:
     """V of the chain at its nodes."""
-    times, rows = setting.tensor(NODES), lq.chain_value(p, theta, NODES)
-    squares, linears, constants = (setting.tensor(np.array(c)) for c in zip(*rows, strict=True))
-
-    def value(t: Tensor, x: Tensor) -> Tensor:
-        k = (times - t).abs().argmin()
-        return form(x, squares[k]) + x @ linears[k] + constants[k]
-
-    return value
+    return on_nodes(setting, NODES, lq_policies.chain_value(p, theta, NODES))
 
 
 def parameters(setting: Setting, theta: np.ndarray = THETA) -> list[Tensor]:

@@ -10,9 +10,7 @@ from ctrl.value import Value
 from verification.claim import Setting
 from verification.closed_form import lq_chain
 from verification.closed_form.lq_chain import LQChain
-from verification.problems.exploratory_lq import (
-    continuous_value,
-)
+from verification.problems.exploratory_lq import continuous_value
 
 P = LQChain()
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import ctrl
 from ctrl import agents
 from verification.claim import Check, Setting, expectation, pathwise
-from verification.closed_form import complex_steps, lq_chain
+from verification.closed_form import complex_steps
 from verification.closed_form.lq_chain import THETA, LQChain
+from verification.closed_form.lq_policies import performance
 from verification.problems import exploratory_lq
 
 SOURCE = "Zhao, Tang & Yao 2023, NeurIPS 36, section 4"
@@ -86,7 +87,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     p, rate = replace(LQChain(), noise_slope=0.0, noise_push=0.0), 0.08
     nodes = exploratory_lq.NODES
     after, _, paths = one_update(setting, p, rate)
-    want = complex_steps.gradient(lambda theta: lq_chain.performance(p, theta, nodes), THETA)
+    want = complex_steps.gradient(lambda theta: performance(p, theta, nodes), THETA)
     yield expectation("first step: the exact gradient", (after - THETA) / rate, want)
     root_kl = mean_root_kl(after, paths)
     moves = {1 / 1.11: 1.5, 1 / 1.09: 1.0, 1 / 0.91: 1.0, 1 / 0.89: 1 / 1.5}

@@ -120,8 +120,8 @@ verification.claims.policy_gradient.discounted_occupation.advantage
     entropy missing | - problem.temperature * log => - 0 * log
     sign of the entropy | - problem.temp => + problem.temp
 verification.closed_form.lq.occupation
-    occupation not discounted | lq.discount * np.linalg.solve(lq.discount
-        => 2 * lq.discount * np.linalg.solve(2 * lq.discount
+    occupation not discounted | lq.discount * _resolvent(lq
+        => 2 * lq.discount * _resolvent(replace(lq, discount=2 * lq.discount)
 ctrl.q_learning.q_rate
     discount missing in q | rate - problem.discount_at(t, states) * value(t, states) => rate
 ctrl.value.generator

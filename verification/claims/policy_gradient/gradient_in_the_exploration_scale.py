@@ -22,6 +22,7 @@ import ctrl
 from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation, limit
 from verification.closed_form import complex_steps, lq_chain
+from verification.closed_form import lq_policies as closed
 from verification.closed_form.lq_chain import THETA, LQChain
 from verification.cubature import mean
 from verification.problems import exploratory_lq as lq
@@ -57,7 +58,7 @@ def checks(setting: Setting) -> Iterator[Check]:
         value = lq.continuous_value(setting, p, THETA)
         return _slope(pg.q_rate_gradient(lq.problem(p), policy, value, paths), paths, log_std)
 
-    exact = complex_steps.gradient(lambda th: lq_chain.performance(PLAIN, th, lq.NODES), THETA)
+    exact = complex_steps.gradient(lambda th: closed.performance(PLAIN, th, lq.NODES), THETA)
     yield expectation("return: what held actions add on a grid", by_return(lq.NODES), exact[2])
     difference_slope = by_difference(lq.NODES)
     yield expectation("temporal difference: the same", difference_slope, exact[2])
@@ -69,9 +70,8 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield limit(
         "gradient by h, steps to 0: not 0, nor infinite", lq.to_zero(*per_step), first_order
     )
-    series = lq_chain.value_series(CONTROLLED, THETA)
-    along = np.array([lq_chain.series_at(series, lq.HORIZON - t) for t in lq.NODES])
-    stays = lq_chain.q_rate_gradient(CONTROLLED, THETA, lq.NODES, along)[2]
+    true = closed.continuous_value(CONTROLLED, THETA, lq.HORIZON)
+    stays = closed.q_gradient(CONTROLLED, lq.NODES, true, THETA)[2]
     rates_slope = by_rates(CONTROLLED, lq.NODES)
     yield expectation("q-rates where the action moves the diffusion: not 0", rates_slope, stays)
 

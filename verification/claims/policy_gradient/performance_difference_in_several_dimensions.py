@@ -9,6 +9,7 @@ which transport, Wasserstein and chi-square bound, where K_t = 1/2 int |S^{-1} B
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import ctrl
 from ctrl import policy_gradient as pg
 from ctrl import trust_region as tr
 from verification.claim import Check, Setting, bound, expectation, limit, pathwise
+from verification.closed_form import lq_policies as closed
 from verification.closed_form import matrix_lq_chain as lq
 from verification.closed_form.extrapolation import extrapolated
 from verification.closed_form.matrix_lq_chain import HORIZON, NODES, THETA
@@ -30,7 +32,7 @@ from verification.problems.matrix_lq import (
     parameters,
     policy,
     problem,
-    quadratic,
+    true_value,
 )
 
 SOURCE = '"Score as Action", arXiv 2502.01819, Lemma 4.2 and Theorem 4.4'
@@ -42,7 +44,7 @@ SHIFTED = np.concatenate([THETA[:4], THETA[4:6] + SHIFT, THETA[6:]])
 def difference(setting: Setting, acting: np.ndarray) -> Tensor:
     """The performance difference along a chain of the new policy."""
     theta = parameters(setting, acting)
-    paths, value = drawn_paths(setting, theta), quadratic(setting, lq.value)
+    paths, value = drawn_paths(setting, theta), true_value(setting)
     each = pg.performance_difference(problem(setting), value, policy(theta), paths)
     return mean(each, paths).detach()
 
@@ -51,8 +53,8 @@ def surrogate_by_hand(paths: ctrl.Paths) -> np.ndarray:
     """sum h e^{-discount t} ratio (q - temperature log pi') of every path, step by step."""
     total = np.zeros(len(paths.states))
     for _, t, h, x, a in along(paths):
-        new, old = (lq.log_density(theta, x, a) for theta in (OTHER, THETA))
-        rate = lq.q_rate(P, t, x, a) - P.temperature * new
+        new, old = (closed.log_density(P, theta, x, a) for theta in (OTHER, THETA))
+        rate = closed.q_rate(P.at(t), *lq.value(t), x, a) - P.temperature * new
         total += h * np.exp(-P.discount * t) * np.exp(new - old) * rate
     return total
 
@@ -61,11 +63,14 @@ def trust_region() -> tuple[float, np.ndarray, list[np.ndarray]]:
     """The gap, K_t, and |g|, |E'X - EX|, largest variance, Var h and chi^2 at every step."""
     gap, kl, kls, rows = 0.0, 0.0, list[float](), list[list[float]]()
     gain, _, _ = lq.unpack(THETA)
-    old, new = (list(lq.moments(P, theta, NODES)) for theta in (THETA, SHIFTED))
-    for (t, h, mean_old, second), (_, _, mean_new, _) in zip(old, new, strict=True):
-        _, B, S, N = P.at(t)
-        g = np.exp(-P.discount * t) * (lq.value(t).P @ B - gain.T @ N) @ SHIFT
-        apart, covariance = mean_new - mean_old, second - np.outer(mean_old, mean_old)
+    old, new = (closed.visits(P, theta, NODES) for theta in (THETA, SHIFTED))
+    for (t, h, at, z), (_, _, _, z_new) in zip(old, new, strict=True):
+        B, S = at.B[1:], at.C[:, 1:, 0].T
+        g = np.exp(-P.discount * t) * (closed.hessian(lq.value(t)[0])[1:, 1:] @ B - gain.T @ at.N)
+        g = g @ SHIFT
+        second = z.reshape(3, 3)
+        apart = (z_new - z)[1:3]
+        covariance = second[1:, 1:] - np.outer(second[0, 1:], second[0, 1:])
         gap += h * g @ apart
         kls.append(kl)
         kl += h * np.sum(np.linalg.solve(S, B @ SHIFT) ** 2) / 2
@@ -76,19 +81,26 @@ def trust_region() -> tuple[float, np.ndarray, list[np.ndarray]]:
     return gap, np.array(kls), list(np.array(rows).T.clip(0))
 
 
+@cache
+def exact_sums() -> tuple[float, float]:
+    """The difference on the grid, and in the limit of small steps, by the states' moments."""
+    grids = [NODES, *(np.linspace(0, HORIZON, steps + 1) for steps in (16, 32, 64, 128, 256))]
+    exact, *finer = (closed.q_sum(P, nodes, lq.value, OTHER, OTHER) for nodes in grids)
+    return exact, extrapolated(finer)
+
+
 def checks(setting: Setting) -> Iterator[Check]:
     """Grids against moments, limits against performances, bounds against the gap."""
     on_grid = difference(setting, OTHER)
-    exact = lq.q_rate_sum(P, NODES, OTHER, OTHER)
+    exact, finest = exact_sums()
     yield expectation("difference on a grid, against the states' moments", on_grid, exact)
     # as far as the grid is from steps of 0 the moments know exactly
-    grids = [np.linspace(0, HORIZON, steps + 1) for steps in (16, 32, 64, 128, 256)]
-    beyond = extrapolated([lq.q_rate_sum(P, nodes, OTHER, OTHER) for nodes in grids]) - exact
-    true = lq.continuous_performance(P, OTHER) - float(lq.value(0.0)(np.array(P.start)))
-    yield limit("steps to 0: the difference of performances", on_grid + beyond, true)
+    true = closed.continuous_performance(P, OTHER, HORIZON) - closed.at_start(P, lq.value(0.0)[0])
+    to_zero = on_grid + finest - exact
+    yield limit("steps to 0: the difference of performances", to_zero, true)
 
     old, new = policy(parameters(setting)), policy(parameters(setting, OTHER))
-    stated, value = problem(setting), quadratic(setting, lq.value)
+    stated, value = problem(setting), true_value(setting)
     paths = drawn_paths(setting, parameters(setting))
     each = pg.surrogate(stated, value, old, new, paths)
     yield pathwise("surrogate, step by step on every path", each, surrogate_by_hand(paths))

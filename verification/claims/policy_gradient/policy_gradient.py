@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation
-from verification.closed_form import complex_steps, lq_chain
+from verification.closed_form import complex_steps
 from verification.closed_form.lq_chain import THETA
+from verification.closed_form.lq_policies import forward_performance, performance
 from verification.problems.exploratory_lq import (
     NODES,
     chain_value,
@@ -36,8 +37,8 @@ def checks(setting: Setting) -> Iterator[Check]:
     stated, chosen = problem(P), policy(*theta)
     value = chain_value(setting, P, THETA, NODES)
     paths = drawn_paths(setting, P, theta, NODES)
-    backward = complex_steps.gradient(lambda th: lq_chain.performance(P, th, NODES), THETA)
-    forward = complex_steps.gradient(lambda th: lq_chain.forward_performance(P, th, NODES), THETA)
+    backward = complex_steps.gradient(lambda th: performance(P, th, NODES), THETA)
+    forward = complex_steps.gradient(lambda th: forward_performance(P, th, NODES), THETA)
     slope = gradient(pg.return_gradient(stated, chosen, paths), paths, theta)
     yield expectation("return, against the derivative of a backward recursion", slope, backward)
     yield expectation("return, against the derivative of the states' moments", slope, forward)
@@ -70,8 +71,8 @@ ctrl.policy_gradient.return_gradient
 ctrl.policy_gradient._summed
     gradient flows into the advantage | advantages.detach() => advantages
     mean over steps instead of the sum | .sum(1) => .mean(1)
-verification.problems.exploratory_lq.chain_value
-    the chain's value off by 1 % | square * x.square() / 2 => 1.01 * square * x.square() / 2
+verification.problems.exploratory_lq.quadratic
+    the chain's value off by 1 % | return (y => return 1.01 * (y
 shared
     entropy's sign
     sign of the score

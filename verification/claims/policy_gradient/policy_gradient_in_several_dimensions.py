@@ -20,6 +20,7 @@ import ctrl
 from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation
 from verification.closed_form import complex_steps
+from verification.closed_form import lq_policies as exact_lq
 from verification.closed_form import matrix_lq_chain as lq
 from verification.closed_form.matrix_lq_chain import DIM, NODES, THETA
 from verification.cubature import mean, point_start
@@ -30,7 +31,7 @@ from verification.problems.matrix_lq import (
     parameters,
     policy,
     problem,
-    quadratic,
+    true_value,
 )
 
 SOURCE = (
@@ -51,9 +52,9 @@ def row(gradients: tuple[Tensor, ...]) -> Tensor:
 
 def checks(setting: Setting) -> Iterator[Check]:
     """Both views on two steps."""
-    theta, true = parameters(setting), quadratic(setting, lq.value)
+    theta, true = parameters(setting), true_value(setting)
     drawn, stated, paths = policy(theta), problem(setting), drawn_paths(setting, theta)
-    exact = complex_steps.gradient(lambda th: lq.performance(P, th, NODES), THETA)
+    exact = complex_steps.gradient(lambda th: exact_lq.performance(P, th, NODES), THETA)
     value = chain_value(setting)
     for name, each in (
         ("return", pg.return_gradient(stated, drawn, paths)),
@@ -61,7 +62,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     ):
         slope = row(torch.autograd.grad(mean(each, paths), theta))
         yield expectation(f"drawn action: {name}", slope, exact)
-    stein = lq.q_rate_gradient(P, THETA, NODES)
+    stein = exact_lq.q_gradient(P, NODES, lq.value, THETA)
     for name, each in (
         ("q-rates", pg.q_rate_gradient(stated, drawn, true, paths)),
         ("pathwise form", pg.pathwise_gradient(stated, drawn, true, paths)),
@@ -75,7 +76,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     start = point_start(noise, list(P.start))
     paths = ctrl.simulate(stated, mean_action, start, grid, noise=noise)
     view, value = pg.Transitions(ctrl.EulerMaruyama()), chain_value(setting, DIAGONAL, SILENT)
-    exact = complex_steps.gradient(lambda th: lq.performance(DIAGONAL, th, NODES), SILENT)[:6]
+    exact = complex_steps.gradient(lambda th: exact_lq.performance(DIAGONAL, th, NODES), SILENT)[:6]
     for name, each in (
         ("return", pg.return_gradient(stated, mean_action, paths, decisions=view)),
         ("dV", pg.temporal_difference_gradient(stated, mean_action, value, paths, view)),
@@ -84,7 +85,7 @@ def checks(setting: Setting) -> Iterator[Check]:
         yield expectation(f"next state: {name}", slope, exact)
     each = pg.q_rate_gradient(stated, mean_action, true, paths, view)
     slope = row(torch.autograd.grad(mean(each, paths), theta[:2]))
-    stein = lq.q_rate_gradient(DIAGONAL, SILENT, NODES)[:6]
+    stein = exact_lq.q_gradient(DIAGONAL, NODES, lq.value, SILENT)[:6]
     yield expectation("next state: q-rates", slope, stein)
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import ctrl
 from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation
-from verification.closed_form import complex_steps, lq_chain
-from verification.closed_form.lq_chain import THETA, LQChain
+from verification.closed_form import complex_steps, lq_policies
+from verification.closed_form.lq_chain import THETA
 from verification.problems.exploratory_lq import (
     HORIZON,
     NODES,
@@ -39,28 +39,25 @@ TRANSITIONS = replace(P, noise_slope=0.0, noise_push=0.0, temperature=0.0)
 SILENT = np.array([THETA[0], THETA[1], -40.0])  # a std of 4e-18 is none
 
 
-def _silent_performance(p: LQChain, theta: np.ndarray) -> float | complex:
-    return lq_chain.performance(p, np.array([*theta, SILENT[2]]), NODES)
-
-
 def checks(setting: Setting) -> Iterator[Check]:
     """All estimators of view B, on a chain of three steps."""
     p, theta = TRANSITIONS, parameters(setting, THETA)[:2]
     stated, chosen = problem(p), deterministic(*theta)
     value = chain_value(setting, p, SILENT, NODES)
     paths, view = silent_paths(setting, p, theta, NODES), pg.Transitions(ctrl.EulerMaruyama())
-    exact = complex_steps.gradient(lambda th: _silent_performance(p, th), SILENT[:2])
+    exact = complex_steps.gradient(lambda th: lq_policies.performance(p, th, NODES), SILENT)[:2]
     each = pg.return_gradient(stated, chosen, paths, decisions=view)
     yield expectation("return", gradient(each, paths, theta), exact)
     each = pg.return_gradient(stated, chosen, paths, value, view)
     yield expectation("return less V", gradient(each, paths, theta), exact)
     each = pg.temporal_difference_gradient(stated, chosen, value, paths, view)
     yield expectation("temporal difference", gradient(each, paths, theta), exact)
-    smooth, series = continuous_value(setting, p, SILENT), lq_chain.value_series(p, SILENT)
-    along = np.array([lq_chain.series_at(series, HORIZON - t) for t in NODES])
-    slopes = lq_chain.transition_gradient(p, SILENT, NODES, along)
+    smooth, true = (
+        continuous_value(setting, p, SILENT),
+        lq_policies.continuous_value(p, SILENT, HORIZON),
+    )
     each = pg.q_rate_gradient(stated, chosen, smooth, paths, view)
-    slopes = slopes + lq_chain.own_slope(p, SILENT, NODES)
+    slopes = lq_policies.q_gradient(p, NODES, true, SILENT)[:2]
     yield expectation("q-rates on a grid", gradient(each, paths, theta), slopes)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation, limit
-from verification.closed_form import complex_steps, lq_chain
+from verification.closed_form import complex_steps
+from verification.closed_form import lq_policies as exact
 from verification.closed_form.lq_chain import THETA
 from verification.problems.exploratory_lq import (
     HORIZON,
@@ -38,20 +39,19 @@ def checks(setting: Setting) -> Iterator[Check]:
     """q-rates and their derivative in the action, on a grid and in the limit."""
     theta = parameters(setting, THETA)
     stated, chosen = problem(P), policy(*theta)
-    value, series = continuous_value(setting, P, THETA), lq_chain.value_series(P, THETA)
+    value = continuous_value(setting, P, THETA)
 
     def by_ratio(nodes: np.ndarray) -> Tensor:
         paths = drawn_paths(setting, P, theta, nodes)
         each = pg.q_rate_gradient(stated, chosen, value, paths)
         return gradient(each, paths, theta)
 
-    along = np.array([lq_chain.series_at(series, HORIZON - t) for t in NODES])
-    exact = lq_chain.q_rate_gradient(P, THETA, NODES, along)
-    yield expectation("q-rates on a grid, against Stein's identities", by_ratio(NODES), exact)
+    stein = exact.q_gradient(P, NODES, exact.continuous_value(P, THETA, HORIZON), THETA)
+    yield expectation("q-rates on a grid, against Stein's identities", by_ratio(NODES), stein)
     paths = drawn_paths(setting, P, theta, NODES)
     by_path = gradient(pg.pathwise_gradient(stated, chosen, value, paths), paths, theta)
-    yield expectation("pathwise form on a grid, against Stein's identities", by_path, exact)
-    true = complex_steps.gradient(lambda th: lq_chain.continuous_performance(P, th, HORIZON), THETA)
+    yield expectation("pathwise form on a grid, against Stein's identities", by_path, stein)
+    true = complex_steps.gradient(lambda th: exact.initial_value(P, th, HORIZON), THETA)
     finer = [by_ratio(np.linspace(0, HORIZON, steps + 1)) for steps in (1, 2, 3)]
     yield limit("q-rates, steps to 0: the continuous gradient", to_zero(*finer), true)
 

@@ -16,7 +16,7 @@ import torch
 import ctrl
 from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation
-from verification.closed_form import lq_chain
+from verification.closed_form.lq_policies import continuous_value, q_gradient, q_sum
 from verification.cubature import mean
 from verification.problems.exploratory_lq import (
     HORIZON,
@@ -49,17 +49,16 @@ def checks(setting: Setting) -> Iterator[Check]:
         linearised = mean(pg.surrogate(stated, value, old, near, paths), paths)
         there = drawn_paths(setting, P, parameters(setting, NEAR), SHORT)
         whole = mean(pg.performance_difference(stated, value, near, there), there)
-    here = lq_chain.q_rate_sum(P, SHORT, valued=OLD, visiting=OLD, acting=NEAR)
-    both_changed = lq_chain.q_rate_sum(P, SHORT, valued=OLD, visiting=NEAR, acting=NEAR)
+    true = continuous_value(P, OLD, HORIZON)
+    here = q_sum(P, SHORT, true, visiting=OLD, acting=NEAR)
+    both_changed = q_sum(P, SHORT, true, visiting=NEAR, acting=NEAR)
     yield expectation("surrogate, against the old states' moments", linearised, here)
     yield expectation(
         "what it misses: the change of the state law", whole - linearised, both_changed - here
     )
     paths = paths_of_old(setting, NODES)
     slope = torch.autograd.grad(mean(pg.surrogate(stated, value, old, old, paths), paths), theta)
-    series = lq_chain.value_series(P, OLD)
-    along = np.array([lq_chain.series_at(series, HORIZON - t) for t in NODES])
-    gradient = lq_chain.q_rate_gradient(P, OLD, NODES, along)
+    gradient = q_gradient(P, NODES, true, OLD)
     yield expectation("slope at the old policy: the policy gradient", torch.stack(slope), gradient)
 
 

@@ -22,7 +22,7 @@ from ctrl.advantages import continuous_gae, temporal_differences
 from ctrl.paths import discount_rates, regularised_rewards, returns_to_go
 from ctrl.value import Value, values
 from verification.claim import Check, Setting, expectation, limit, pathwise
-from verification.closed_form import lq_chain
+from verification.closed_form import lq_chain, lq_policies
 from verification.closed_form.lq_chain import THETA, LQChain
 from verification.cubature import mean, point_start
 from verification.problems import exploratory_lq as lq
@@ -44,7 +44,7 @@ def paths_after(setting: Setting, nodes: np.ndarray, z: float | None) -> ctrl.Pa
     if z is not None:
         noise.actions[:, 0] = z
     theta = [setting.tensor(float(value)) for value in THETA]
-    start = point_start(noise, [P.start])
+    start = point_start(noise, list(P.start))
     return ctrl.simulate(lq.problem(P), lq.policy(*theta), start, grid, noise=noise)
 
 
@@ -102,9 +102,9 @@ def checks(setting: Setting) -> Iterator[Check]:
         after = paths_after(setting, nodes, z)
         return mean(advantages(setting, value, after, rate)[:, 0], after)
 
-    actions = {z: THETA[0] * P.start + THETA[1] + z * np.exp(THETA[2]) for z in (-0.8, 0.6)}
-    series, own = lq_chain.value_series(P, THETA), lq_chain.chain_value(P, THETA, nodes)
-    true = np.array([lq_chain.series_at(series, lq.HORIZON - t) for t in nodes])
+    actions = {z: THETA[0] * P.start[0] + THETA[1] + z * np.exp(THETA[2]) for z in (-0.8, 0.6)}
+    own = lq_policies.chain_value(P, THETA, nodes)
+    true = lq_policies.continuous_value(P, THETA, lq.HORIZON)(nodes)[0].T
     for rate in (0.0, RATE, math.inf):
         means = torch.stack([conditional_mean(z, nodes, smooth, rate) for z in actions])
         wanted = [

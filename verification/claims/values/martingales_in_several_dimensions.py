@@ -21,8 +21,9 @@ from ctrl.advantages import continuous_gae
 from ctrl.paths import kept_actions, regularised_rewards
 from ctrl.value import values
 from verification.claim import Check, Setting, expectation, pathwise
+from verification.closed_form import lq_policies as closed
 from verification.closed_form import matrix_lq_chain as lq
-from verification.closed_form.matrix_lq_chain import HORIZON, NODES, THETA
+from verification.closed_form.matrix_lq_chain import NODES, THETA
 from verification.cubature import mean
 from verification.problems.matrix_lq import (
     OTHER,
@@ -33,7 +34,7 @@ from verification.problems.matrix_lq import (
     parameters,
     policy,
     problem,
-    quadratic,
+    true_value,
 )
 
 SOURCE = (
@@ -69,7 +70,7 @@ def chain_q(setting: Setting) -> ql.QRate:
     def q(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         k = int(np.abs(NODES - float(t)).argmin())
         numbers = [each.detach().double().cpu().numpy() for each in (x, a)]
-        return setting.tensor(lq.chain_q(P, THETA, NODES, k, *numbers))
+        return setting.tensor(closed.chain_q(P, THETA, NODES, k, *numbers))
 
     return q
 
@@ -79,15 +80,17 @@ def advantages_by_hand(paths: ctrl.Paths, rate: float) -> np.ndarray:
 
     delta is dM, each discounted to its own step's time.
     """
-    steps, own = along(paths), lq.chain_value(P, THETA, NODES)
+    steps, own = along(paths), closed.chain_value(P, THETA, NODES)
     last = paths.states[:, -1].detach().double().cpu().numpy()
 
     def value(k: int, x: np.ndarray) -> np.ndarray:
-        return own[k](x) + ERROR[0] * x[:, 0] + ERROR[1] * x[:, 1] ** 2
+        return closed.pairs(x) @ own[k] + ERROR[0] * x[:, 0] + ERROR[1] * x[:, 1] ** 2
 
-    ends, ahead, advantages = lq.value(HORIZON)(last), np.zeros(len(last)), []
+    ends, ahead, advantages = closed.pairs(last) @ P.last, np.zeros(len(last)), []
     for k, t, h, x, a in reversed(steps):
-        earned = h * (lq.paid(P, t, x, a) - P.temperature * lq.log_density(THETA, x, a))
+        earned = h * (
+            closed.reward(P.at(t), x, a) - P.temperature * closed.log_density(P, THETA, x, a)
+        )
         delta = np.exp(-P.discount * h) * ends - value(k, x) + earned
         ahead = delta + np.exp(-(P.discount + rate) * h) * ahead
         advantages.append(ahead)
@@ -100,13 +103,14 @@ def checks(setting: Setting) -> Iterator[Check]:
     stated, chosen, value = problem(setting), policy(parameters(setting)), chain_value(setting)
     paths = drawn_paths(setting, parameters(setting))
     other = drawn_paths(setting, parameters(setting, OTHER))
-    size = abs(lq.performance(P, THETA, NODES))
+    size = abs(closed.performance(P, THETA, NODES))
     xi = mg.features_along(monomials)
     zero = mean(mg.orthogonality(xi, value, stated, paths, chosen), paths).detach()
     yield expectation("E int xi dM = 0 of the chain's own value", zero, [0.0] * 6, size)
     fitted = mg.clstd(of_each_node, stated, paths, chosen).coefficients
-    first, (P1, e1, c1), _ = lq.chain_value(P, THETA, NODES)
-    there = [first(np.array(P.start)), c1, *e1, P1[0, 0] / 2, P1[0, 1], P1[1, 1] / 2]
+    first, second, _ = closed.chain_value(P, THETA, NODES)
+    # of 1, x1, x2, x1^2, x1 x2, x2^2; pairs have products twice
+    there = [closed.at_start(P, first), *(second[[0, 1, 2, 4, 5, 8]] * [1, 2, 2, 1, 2, 1])]
     yield expectation("CLSTD finds the chain's value", fitted, there)
 
     # a value that is wrong, and the direction x1 x2 in which losses are differentiated
@@ -138,10 +142,12 @@ def checks(setting: Setting) -> Iterator[Check]:
         yield expectation(f"{name}: the slope of its loss", got, wanted)
 
     # q, of the value in continuous time and of the chain
-    smooth = quadratic(setting, lq.value)
-    exact = np.stack([lq.q_rate(P, t, x, a) for _, t, _, x, a in along(other)], 1)
+    smooth = true_value(setting)
+    exact = np.stack(
+        [closed.q_rate(P.at(t), *lq.value(t), x, a) for _, t, _, x, a in along(other)], 1
+    )
     yield pathwise("q of every action", ql.q_rates(stated, smooth, other), exact)
-    log_prob = np.stack([lq.log_density(THETA, x, a) for _, _, _, x, a in along(paths)], 1)
+    log_prob = np.stack([closed.log_density(P, THETA, x, a) for _, _, _, x, a in along(paths)], 1)
     beyond = ql.q_rates(stated, smooth, paths) - P.temperature * setting.tensor(log_prob)
     zero = mean(torch.cat([beyond, beyond * paths.states[:, :-1, 0]], 1), paths)
     yield expectation("E_pi[q - temperature log pi] = 0", zero, [0.0] * 4, abs(exact).mean())
@@ -152,7 +158,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     unpaid = replace(stated, terminal_reward=None)
     dm = ql.increments(lambda t, x: 0 * x[:, 0], q, unpaid, other)
     rates = [
-        h * (lq.paid(P, t, x, a) - lq.chain_q(P, THETA, NODES, k, x, a))
+        h * (closed.reward(P.at(t), x, a) - closed.chain_q(P, THETA, NODES, k, x, a))
         for k, t, h, x, a in along(other)
     ]
     yield pathwise("dM of q alone: (r - q) h", dm, np.stack(rates, 1))
@@ -160,7 +166,7 @@ def checks(setting: Setting) -> Iterator[Check]:
 
 MISTAKES = """
 verification.claims.values.martingales_in_several_dimensions.chain_q
-    q of the chain + 1 % | setting.tensor(lq => setting.tensor(1.01 * lq
+    q of the chain + 1 % | setting.tensor(closed => setting.tensor(1.01 * closed
 ctrl.martingale.clstd
     the terminal reward counted as a feature | unpaid = replace(problem, terminal_reward=None, exit_reward=None)
         => unpaid = problem
