@@ -19,14 +19,7 @@ from verification.claim import (
     stated,
 )
 from verification.claims import CLAIMS
-from verification.measuring import (
-    Observation,
-    Shown,
-    lines,
-    measure,
-    merged,
-    unstated_singles,
-)
+from verification.measuring import Observation, Shown, lines, measure, merged, unstated_singles
 from verification.mistakes import read
 from verification.running import Rates, run
 from verification.statistics import Verdict

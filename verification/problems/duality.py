@@ -11,13 +11,7 @@ from diffusion_envs.exact import linear_policy
 from verification.claim import Setting
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
 from verification.closed_form.vp_gaussian import SHORT
-from verification.problems.gaussian_diffusion import (
-    DATA,
-    START,
-    normal,
-    quadratic,
-    schedule,
-)
+from verification.problems.gaussian_diffusion import DATA, START, normal, quadratic, schedule
 
 GAIN = np.array([[-0.3, 0.15], [0.05, 0.2]])
 

@@ -9,9 +9,7 @@ from torch import Tensor
 import ctrl
 from ctrl.linear import LinearQuadratic
 from verification.claim import rounding
-from verification.closed_form.switching_lq import (
-    Coefficients,
-)
+from verification.closed_form.switching_lq import Coefficients
 
 HORIZON, AT = 0.9, 0.25
 

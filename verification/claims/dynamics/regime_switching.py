@@ -21,12 +21,7 @@ from ctrl.linear import solve_lq_switching
 from ctrl.q_learning import q_rate
 from verification.claim import Check, Setting, expectation, limit, pathwise, stated
 from verification.closed_form.jumps import count_cells
-from verification.closed_form.switching_lq import (
-    RATES,
-    REGIMES,
-    after_a_step,
-    values,
-)
+from verification.closed_form.switching_lq import RATES, REGIMES, after_a_step, values
 from verification.problems.switching_lq import AT, HORIZON, SLOPE, TIMES, flat, production
 
 SOURCE = "Costa, Fragoso & Todorov 2013, chapter 4; Yin & Zhu 2010, section 2.4"

@@ -13,10 +13,7 @@ import ctrl
 from ctrl.linear import TimeVarying, evaluate_lq, solve_lq
 from ctrl.q_learning import q_rate
 from verification.claim import Check, Setting, limit, pathwise, stated
-from verification.closed_form.switching_lq import (
-    of_time,
-    values,
-)
+from verification.closed_form.switching_lq import of_time, values
 from verification.problems.switching_lq import AT, HORIZON, SLOPE, TIMES, flat, production
 
 SOURCE = "Yong & Zhou 1999, chapter 6"

@@ -24,13 +24,7 @@ from verification.closed_form import tilt as exact
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
 from verification.closed_form.vp_gaussian import SHORT
 from verification.cubature import mean, point_start
-from verification.problems.gaussian_diffusion import (
-    DATA,
-    STATES,
-    normal,
-    quadratic,
-    schedule,
-)
+from verification.problems.gaussian_diffusion import DATA, STATES, normal, quadratic, schedule
 
 SOURCE = "Domingo-Enrich et al. 2024, arXiv 2409.08861: lean adjoint, adjoint matching loss"
 

@@ -16,9 +16,7 @@ from ctrl import linear
 from verification.claim import Check, Setting, expectation, pathwise
 from verification.closed_form import tilt as exact
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
-from verification.problems.gaussian_diffusion import (
-    STATES,
-)
+from verification.problems.gaussian_diffusion import STATES
 from verification.problems.tilt import coefficients, expected
 
 SOURCE = "Dai Pra 1991, Cole-Hopf transform; Kappen 2005"

@@ -15,13 +15,7 @@ from diffusion_envs.exact import gaussian
 from verification.claim import Check, Setting, pathwise
 from verification.closed_form.tilt import REWARD
 from verification.closed_form.vp_gaussian import SHORT
-from verification.problems.gaussian_diffusion import (
-    DATA,
-    ctrl_normal,
-    normal,
-    quadratic,
-    schedule,
-)
+from verification.problems.gaussian_diffusion import DATA, ctrl_normal, normal, quadratic, schedule
 
 SOURCE = "Gaussian integrals; the blow-up of the Riccati equation of Dai Pra 1991"
 WHY_DOUBLE = "ctrl.linear solves in float64 only, and says so"

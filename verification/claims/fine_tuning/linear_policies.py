@@ -21,13 +21,7 @@ from verification.closed_form.gaussian_law import Normal
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
 from verification.closed_form.vp_gaussian import SHORT, VPGaussian
 from verification.problems.duality import GAIN, NOISING_TIMES, SHIFT, performance
-from verification.problems.gaussian_diffusion import (
-    DATA,
-    START,
-    normal,
-    quadratic,
-    schedule,
-)
+from verification.problems.gaussian_diffusion import DATA, START, normal, quadratic, schedule
 
 SOURCE = "linear equations of the moments and of the value (Fleming & Rishel, chapter VI)"
 

@@ -22,22 +22,8 @@ from diffusion_envs import objectives
 from diffusion_envs.objectives.noised_data import drawn_levels, drawn_noise
 from verification.claim import Check, Setting, pathwise
 from verification.closed_form import objectives as exact
-from verification.problems.losses import (
-    ADVANTAGES,
-    DIM,
-    ENTRIES,
-    PATHS,
-    half_trained,
-    update,
-)
-from verification.problems.noised_data import (
-    ALPHA_BAR,
-    DRAWS,
-    SIGNS,
-    Noised,
-    between,
-    numbers,
-)
+from verification.problems.losses import ADVANTAGES, DIM, ENTRIES, PATHS, half_trained, update
+from verification.problems.noised_data import ALPHA_BAR, DRAWS, SIGNS, Noised, between, numbers
 
 SOURCE = (
     "arXiv 2509.16117 (DiffusionNFT), 2605.10759 equation 17 (RAM), 2311.12908 equation 14 "

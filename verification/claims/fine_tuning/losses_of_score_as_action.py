@@ -16,14 +16,7 @@ import numpy as np
 from diffusion_envs import objectives
 from verification.claim import Check, Setting, pathwise
 from verification.closed_form.objectives import Steps, ppo
-from verification.problems.losses import (
-    ACTION_STD,
-    ACTIONS,
-    DIM,
-    shipped,
-    value_and_slope,
-    which,
-)
+from verification.problems.losses import ACTION_STD, ACTIONS, DIM, shipped, value_and_slope, which
 
 SOURCE = '"Score as Action", arXiv 2502.01819, Theorems 3.1 and 4.1, and the authors\' code'
 

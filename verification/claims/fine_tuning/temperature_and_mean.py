@@ -17,9 +17,7 @@ from verification.claim import Check, Setting, expectation, pathwise
 from verification.closed_form import tilt as exact
 from verification.closed_form.tilt import REWARD
 from verification.problems.duality import weight
-from verification.problems.gaussian_diffusion import (
-    STATES,
-)
+from verification.problems.gaussian_diffusion import STATES
 
 SOURCE = "Gao, Zha & Zhou 2024, arXiv 2409.04832; Wang, Zariphopoulou & Zhou 2020"
 WHY_DOUBLE = "ctrl.linear solves in float64 only, and says so"

@@ -13,11 +13,7 @@ from verification.claim import Check, Setting, expectation
 from verification.closed_form import tilt as exact
 from verification.closed_form.gaussian_law import kl
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
-from verification.problems.gaussian_diffusion import (
-    DATA,
-    normal,
-    quadratic,
-)
+from verification.problems.gaussian_diffusion import DATA, normal, quadratic
 
 SOURCE = "Gibbs' variational principle (Donsker & Varadhan 1975); Dai Pra 1991"
 WHY_DOUBLE = "ctrl.linear solves in float64 only, and says so"

@@ -20,14 +20,7 @@ from ctrl import trust_region as tr
 from verification.claim import Check, Setting, bound, expectation, limit
 from verification.closed_form import drift_shift
 from verification.closed_form.drift_shift import DriftShift
-from verification.problems.trust_region import (
-    FREE,
-    FREQUENCY,
-    HORIZON,
-    NODES,
-    PULLED,
-    gap_and_kl,
-)
+from verification.problems.trust_region import FREE, FREQUENCY, HORIZON, NODES, PULLED, gap_and_kl
 
 SOURCE = '"Score as Action", arXiv 2502.01819, Theorem 4.4'
 

@@ -10,10 +10,7 @@ import torch
 
 import ctrl
 from verification.claim import Check, Setting, expectation, pathwise
-from verification.closed_form.brownian_bridge import (
-    bridge,
-    sums,
-)
+from verification.closed_form.brownian_bridge import bridge, sums
 
 SOURCE = "Karatzas & Shreve, section 5.6.B; conditioning of Gaussian vectors"
 

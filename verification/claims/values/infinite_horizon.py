@@ -23,14 +23,7 @@ from ctrl.value import Value
 from verification.claim import Check, Setting, expectation, pathwise
 from verification.closed_form import exploratory_chain as exact
 from verification.cubature import degree_five, mean
-from verification.problems.martingale import (
-    POLICY,
-    C,
-    basis,
-    gaussian,
-    is_refused,
-    problem,
-)
+from verification.problems.martingale import POLICY, C, basis, gaussian, is_refused, problem
 
 SOURCE = "Jia & Zhou 2022a, JMLR 23, and 2022b, JMLR 23, section 5 (ergodic tasks)"
 

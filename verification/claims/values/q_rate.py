@@ -26,10 +26,7 @@ from verification.closed_form import q_learning as closed
 from verification.closed_form.extrapolation import by_polynomial
 from verification.cubature import degree_five, mean
 from verification.problems import NODES
-from verification.problems.martingale import (
-    C,
-    gaussian,
-)
+from verification.problems.martingale import C, gaussian
 from verification.problems.q_learning import BEHAVIOUR, basis
 
 SOURCE = "Jia & Zhou 2023, JMLR 24, equation 14, Proposition 8, Theorem 9; Wang et al. 2020"
