@@ -20,18 +20,7 @@ from diffusion_envs import objectives
 from diffusion_envs.preferences import FromReward
 from verification.claim import Check, Setting, pathwise
 from verification.closed_form import objectives as exact
-from verification.problems.losses import (
-    COSTS,
-    PART_WEIGHTS,
-    PARTS,
-    PATHS,
-    PROMPTS,
-    REWARDS,
-    SIZES,
-    STEPS,
-    VALUES,
-    rollout,
-)
+from verification.problems import losses as case
 
 SOURCE = (
     "arXiv 2305.13301 (DDPO), 2505.05470 (GRPO), 2601.05242 (parts), 2305.16381 (DPOK), "
@@ -39,13 +28,13 @@ SOURCE = (
 )
 
 B, CLIP = 0.9, 1.1
-PAIRS = np.arange(PATHS) // 2
-TRIPLES = np.arange(PATHS) // 3
+PAIRS = np.arange(case.PATHS) // 2
+TRIPLES = np.arange(case.PATHS) // 3
 
 
 def every_step(of_paths: np.ndarray) -> np.ndarray:
     """The same at every step."""
-    return np.repeat(of_paths[:, None], STEPS, axis=1)
+    return np.repeat(of_paths[:, None], case.STEPS, axis=1)
 
 
 def _clipped(x: np.ndarray) -> np.ndarray:
@@ -53,9 +42,9 @@ def _clipped(x: np.ndarray) -> np.ndarray:
 
 
 def _of_prompts(least: int) -> np.ndarray:
-    own = exact.in_groups(REWARDS, PROMPTS, lambda r: exact.z_scores(r, 1e-6))
-    count = np.array([sum(prompt == PROMPTS) for prompt in PROMPTS])
-    return _clipped(np.where(count < least, exact.z_scores(REWARDS, 1e-6), own))
+    own = exact.in_groups(case.REWARDS, case.PROMPTS, lambda r: exact.z_scores(r, 1e-6))
+    count = np.array([sum(prompt == case.PROMPTS) for prompt in case.PROMPTS])
+    return _clipped(np.where(count < least, exact.z_scores(case.REWARDS, 1e-6), own))
 
 
 def _of_groups(rewards: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -68,28 +57,28 @@ def _of_all(rewards: np.ndarray) -> np.ndarray:
 
 
 def _parts() -> np.ndarray:
-    weights = np.array(list(PART_WEIGHTS.values()))
-    each = [_of_groups(part, TRIPLES) for part in PARTS.T]
+    weights = np.array(list(case.PART_WEIGHTS.values()))
+    each = [_of_groups(part, TRIPLES) for part in case.PARTS.T]
     return weights @ each / np.sqrt(np.sum(weights**2))
 
 
 def _centred(rate: float, b: float) -> np.ndarray:
-    gains = exact.generalised_advantages(VALUES, -b * COSTS, SIZES, rate)
-    return gains - sum(gains) / PATHS
+    gains = exact.generalised_advantages(case.VALUES, -b * case.COSTS, case.SIZES, rate)
+    return gains - sum(gains) / case.PATHS
 
 
 def _released() -> np.ndarray:
-    gains = VALUES[:, 1:] - VALUES[:, :-1]
-    std = np.sqrt(np.sum((gains - sum(gains) / PATHS) ** 2, axis=0) / (PATHS - 1))
-    return _clipped((gains - sum(gains) / PATHS) / (std + 1e-8))
+    gains = case.VALUES[:, 1:] - case.VALUES[:, :-1]
+    std = np.sqrt(np.sum((gains - sum(gains) / case.PATHS) ** 2, axis=0) / (case.PATHS - 1))
+    return _clipped((gains - sum(gains) / case.PATHS) / (std + 1e-8))
 
 
 def _later(k: int) -> np.ndarray:
-    return sum((COSTS[:, j] for j in range(k + 1, STEPS)), np.zeros(PATHS))
+    return sum((case.COSTS[:, j] for j in range(k + 1, case.STEPS)), np.zeros(case.PATHS))
 
 
-DPOK = REWARDS[:, None] - VALUES[:, :-1]
-DPOK_CHARGED = DPOK - B / 3.2 * np.stack([_later(k) for k in range(STEPS)], axis=1)
+DPOK = case.REWARDS[:, None] - case.VALUES[:, :-1]
+DPOK_CHARGED = DPOK - B / 3.2 * np.stack([_later(k) for k in range(case.STEPS)], axis=1)
 TDPO = (DPOK - DPOK.sum() / DPOK.size) / np.sqrt(
     np.sum((DPOK - DPOK.sum() / DPOK.size) ** 2) / (DPOK.size - 1)
 )
@@ -97,7 +86,7 @@ TDPO = (DPOK - DPOK.sum() / DPOK.size) / np.sqrt(
 
 def _tilts(prompts: np.ndarray, variation: Callable[..., Any], rounds: int) -> np.ndarray:
     return exact.in_groups(
-        REWARDS, prompts, lambda r: exact.dual_averaging(r, variation, B, rounds)
+        case.REWARDS, prompts, lambda r: exact.dual_averaging(r, variation, B, rounds)
     )
 
 
@@ -105,11 +94,15 @@ def _others(r: np.ndarray) -> np.ndarray:
     return r - (sum(r) - r) / (len(r) - 1) if len(r) > 1 else r
 
 
-LONE = PROMPTS == 2  # its baseline is the mean of all others
+LONE = case.PROMPTS == 2  # its baseline is the mean of all others
 RAM = np.where(
-    LONE, REWARDS - (sum(REWARDS) - REWARDS) / 5, exact.in_groups(REWARDS, PROMPTS, _others)
+    LONE,
+    case.REWARDS - (sum(case.REWARDS) - case.REWARDS) / 5,
+    exact.in_groups(case.REWARDS, case.PROMPTS, _others),
 )
-NFT = exact.in_groups(REWARDS, PROMPTS, lambda r: r - sum(r) / len(r)) / (np.std(REWARDS) + 1e-4)
+NFT = exact.in_groups(case.REWARDS, case.PROMPTS, lambda r: r - sum(r) / len(r)) / (
+    np.std(case.REWARDS) + 1e-4
+)
 GRPO = {"group": 3, "advantage_clip": CLIP}
 COMPARED: dict[str, tuple[Any, np.ndarray]] = {
     "DDPO, by prompt": (objectives.DDPO(advantage_clip=CLIP), every_step(_of_prompts(2))),
@@ -117,10 +110,10 @@ COMPARED: dict[str, tuple[Any, np.ndarray]] = {
         objectives.DDPOScoreFunction(advantage_clip=CLIP, min_count=3),
         every_step(_of_prompts(3)),
     ),
-    "GRPO": (objectives.GRPO(**GRPO), every_step(_clipped(_of_groups(REWARDS, TRIPLES)))),
+    "GRPO": (objectives.GRPO(**GRPO), every_step(_clipped(_of_groups(case.REWARDS, TRIPLES)))),
     "GRPO, the batch's deviation": (
         objectives.GRPO(whole_batch_std=True, **GRPO),
-        every_step(_clipped(_of_all(REWARDS))),
+        every_step(_clipped(_of_all(case.REWARDS))),
     ),
     "GRPO by parts": (
         objectives.GRPO(advantage="parts", **GRPO),
@@ -150,17 +143,17 @@ COMPARED: dict[str, tuple[Any, np.ndarray]] = {
     "TDPO": (objectives.TDPO(), TDPO),
     "tilted regression": (
         objectives.TiltedRegression(kl_weight=B),
-        every_step(_tilts(PROMPTS, lambda r, q: r, 1)),
+        every_step(_tilts(case.PROMPTS, lambda r, q: r, 1)),
     ),
     "distributional optimisation": (
         objectives.DistributionalOptimisation(kl_weight=B, rounds=3),
-        _tilts(PROMPTS, lambda r, q: r, 1),
+        _tilts(case.PROMPTS, lambda r, q: r, 1),
     ),
     "distributional optimisation, near a target": (
         objectives.DistributionalOptimisation(
             kl_weight=B, rounds=7, first_variation=objectives.NearTarget(0.5)
         ),
-        _tilts(PROMPTS, lambda r, q: (0.5 - sum(q * r)) * r, 7),
+        _tilts(case.PROMPTS, lambda r, q: (0.5 - sum(q * r)) * r, 7),
     ),
     "RAM": (objectives.ReinforceAdjointMatching(), RAM),
     "NFT": (objectives.DiffusionNFT(), NFT),
@@ -169,7 +162,7 @@ COMPARED: dict[str, tuple[Any, np.ndarray]] = {
         np.sign([0.6, -0.6, -0.6, 0.6, 0.0, 0.0]),
     ),
 } | {
-    f"none: {kind.__name__}": (kind(), np.zeros((PATHS, STEPS)))
+    f"none: {kind.__name__}": (kind(), np.zeros((case.PATHS, case.STEPS)))
     for kind in (
         objectives.D3PO,
         objectives.DenseReward,
@@ -182,16 +175,16 @@ COMPARED: dict[str, tuple[Any, np.ndarray]] = {
 def checks(setting: Setting) -> Iterator[Check]:
     """Advantages of all paths and steps."""
     for name, (objective, want) in COMPARED.items():
-        got = objective.advantages(rollout(setting, objective.group))
+        got = objective.advantages(case.rollout(setting, objective.group))
         yield pathwise(name, got, want, scale=1.0 if not np.any(want) else None)
 
-    ties = REWARDS[[0, 1, 0, 3, 4, 5]]
-    tied = replace(rollout(setting, 3), rewards=setting.tensor(ties))
+    ties = case.REWARDS[[0, 1, 0, 3, 4, 5]]
+    tied = replace(case.rollout(setting, 3), rewards=setting.tensor(ties))
     objective = objectives.GRPO(advantage="ranks", **GRPO)
     places = [exact.ranks(r) for r in ties.reshape(2, 3)]
     want = np.concatenate([(r - 1) / np.std(r) for r in places])
     yield pathwise("GRPO by ranks", objective.advantages(tied), every_step(_clipped(want)))
-    chosen = FromReward()(torch.zeros(PATHS), [], tied.rewards, range(PATHS), 3)
+    chosen = FromReward()(torch.zeros(case.PATHS), [], tied.rewards, range(case.PATHS), 3)
     yield pathwise("preferences of rewards", chosen, np.concatenate(places))
 
 

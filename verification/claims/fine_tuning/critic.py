@@ -20,23 +20,7 @@ from diffusion_envs.training.critic import Critic
 from diffusion_envs.training.value_network import constant_weights, cosine_weights, linear_weights
 from verification.claim import Check, Setting, pathwise
 from verification.closed_form import objectives as exact
-from verification.problems.losses import (
-    COSTS,
-    DIM,
-    NODES,
-    OLD,
-    PATHS,
-    REWARDS,
-    SIZES,
-    STATES,
-    STEPS,
-    environment,
-    filled,
-    rollout,
-    slope_of,
-    update_size,
-    wave,
-)
+from verification.problems import losses as case
 from verification.problems.training_loop import Process
 
 SOURCE = (
@@ -47,13 +31,13 @@ WHY_DOUBLE = "the critic's clock and costs are float32 whatever the setting, as 
 PRECISION = torch.float32
 
 B = 0.7
-DENOISED = wave(PATHS, STEPS + 1, size=0.9, phase=0.6)
-TIMES = np.tile(NODES.s, PATHS)
-EVERY = STATES.reshape(-1, DIM)
-_ALPHA, _SIGMA = NODES.alpha[:-1, None], NODES.sigma[:-1, None]
+DENOISED = case.wave(case.PATHS, case.STEPS + 1, size=0.9, phase=0.6)
+TIMES = np.tile(case.NODES.s, case.PATHS)
+EVERY = case.STATES.reshape(-1, case.DIM)
+_ALPHA, _SIGMA = case.NODES.alpha[:-1, None], case.NODES.sigma[:-1, None]
 GUESSES = np.concatenate(
-    [(STATES[:, :-1] + _SIGMA**2 * OLD) / _ALPHA, STATES[:, -1:]], axis=1
-).reshape(-1, DIM)
+    [(case.STATES[:, :-1] + _SIGMA**2 * case.OLD) / _ALPHA, case.STATES[:, -1:]], axis=1
+).reshape(-1, case.DIM)
 
 
 def _layer(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -75,54 +59,58 @@ def hidden(weights: list[np.ndarray], times: np.ndarray, x: np.ndarray) -> list[
 def residual(weights: list[np.ndarray], times: np.ndarray, x: np.ndarray) -> np.ndarray:
     """F of the value network."""
     answer = _layer(hidden(weights, times, x)[1], *weights[4:])[:, 0]
-    return REWARDS.mean() + np.std(REWARDS, ddof=1) * answer
+    return case.REWARDS.mean() + np.std(case.REWARDS, ddof=1) * answer
 
 
 def values(F: np.ndarray, skip: np.ndarray, out: np.ndarray) -> np.ndarray:
     """skip r(x0_hat) + out F, and r at the end: [paths, nodes]."""
-    mixed = skip * DENOISED + out * F.reshape(PATHS, STEPS + 1)
-    return np.concatenate([mixed[:, :-1], REWARDS[:, None]], axis=1)
+    mixed = skip * DENOISED + out * F.reshape(case.PATHS, case.STEPS + 1)
+    return np.concatenate([mixed[:, :-1], case.REWARDS[:, None]], axis=1)
 
 
 TO_GO = np.stack(
-    [REWARDS - B * sum(COSTS[:, j] for j in range(k, STEPS)) for k in range(STEPS)] + [REWARDS],
+    [
+        case.REWARDS - B * sum(case.COSTS[:, j] for j in range(k, case.STEPS))
+        for k in range(case.STEPS)
+    ]
+    + [case.REWARDS],
     axis=1,
 )
-SKIP, OUT = np.cos(np.pi / 2 * NODES.s), np.sin(np.pi / 2 * NODES.s)
+SKIP, OUT = np.cos(np.pi / 2 * case.NODES.s), np.sin(np.pi / 2 * case.NODES.s)
 
 
 def _value_loss(V: np.ndarray, end: np.ndarray | None = None) -> np.ndarray:
-    paid = np.sum((TO_GO - V)[:, :-1] ** 2 * SIZES, axis=1)
+    paid = np.sum((TO_GO - V)[:, :-1] ** 2 * case.SIZES, axis=1)
     if end is not None:
-        paid = paid + SIZES[-1] * (end - REWARDS) ** 2
-    return paid / SIZES.sum()
+        paid = paid + case.SIZES[-1] * (end - case.REWARDS) ** 2
+    return paid / case.SIZES.sum()
 
 
 def _critic(setting: Setting, objective: Any, weights: Any = None) -> Critic:
-    made = environment(setting)
-    return Critic(made, objective, update_size(), Process(), "claim", weights)
+    made = case.environment(setting)
+    return Critic(made, objective, case.update_size(), Process(), "claim", weights)
 
 
 def _values(setting: Setting) -> Iterator[Check]:
-    made = rollout(setting)
+    made = case.rollout(setting)
     seen = setting.tensor(DENOISED)
     charged = objectives.ScoreAsAction(kl_weight=B)
     designs = (
         ("sine", None, SKIP, OUT),
-        ("linear", linear_weights, 1 - NODES.s, NODES.s),
+        ("linear", linear_weights, 1 - case.NODES.s, case.NODES.s),
         ("cosine", cosine_weights, SKIP, 1 - SKIP),
         ("constant", constant_weights, 1 + 0 * SKIP, 1 + 0 * SKIP),
     )
     for name, design, skip, out in designs:
         critic = _critic(setting, charged, design)
-        weights = filled(critic.network, setting.dtype)
+        weights = case.filled(critic.network, setting.dtype)
         critic.calibrate(made.rewards)
         want = values(residual(weights, TIMES, EVERY), skip, out)
         got = critic.values_along(made, seen)
         assert got is not None
         yield pathwise(f"{name} weights: values of all nodes", got, want)
     sees = _critic(setting, objectives.TDPO())
-    weights = filled(sees.network, setting.dtype)
+    weights = case.filled(sees.network, setting.dtype)
     sees.calibrate(made.rewards)
     want = values(residual(weights, TIMES, GUESSES), 0 * SKIP, 1 + 0 * OUT)
     got = sees.values_along(made, None)
@@ -135,20 +123,20 @@ def _values(setting: Setting) -> Iterator[Check]:
     want = np.concatenate([each > 0.9 * each.mean() for each in want]).astype(float)
     yield pathwise("TDPO-R: neurons that are active", torch.cat(active).double(), want)
     node = np.array([2, 0, 4, 1, 3, 4])
-    x, path = setting.tensor(STATES[:, 1]), torch.arange(PATHS, device=setting.device)
+    x, path = setting.tensor(case.STATES[:, 1]), torch.arange(case.PATHS, device=setting.device)
     got = sees.at(made)(torch.as_tensor(node, device=setting.device), x, path)
-    want = residual(weights, NODES.s[node], STATES[:, 1])
+    want = residual(weights, case.NODES.s[node], case.STATES[:, 1])
     yield pathwise("value of any states", got, want)
 
 
 def _learning(setting: Setting) -> Iterator[Check]:
-    made, part = rollout(setting), torch.arange(PATHS)
+    made, part = case.rollout(setting), torch.arange(case.PATHS)
     for name, objective in (
         ("score as action", objectives.ScoreAsAction(kl_weight=B)),
         ("DxMI", objectives.ContinuousDxMI(kl_weight=B)),
     ):
         critic = _critic(setting, objective)
-        weights = filled(critic.network, setting.dtype)
+        weights = case.filled(critic.network, setting.dtype)
         critic.calibrate(made.rewards)
         seen = setting.tensor(DENOISED) if name == "score as action" else None
         skip, out = (SKIP, OUT) if name == "score as action" else (0 * SKIP, 1 + 0 * OUT)
@@ -156,14 +144,14 @@ def _learning(setting: Setting) -> Iterator[Check]:
         def loss(last: np.ndarray, w: Any = weights, s: Any = skip, o: Any = out) -> np.ndarray:
             changed = [*w[:4], last[None, :-1], last[-1:]]
             F = residual(changed, TIMES, EVERY)
-            end = F.reshape(PATHS, -1)[:, -1] if s[0] == s[-1] else None
+            end = F.reshape(case.PATHS, -1)[:, -1] if s[0] == s[-1] else None
             return _value_loss(values(F, s, o), end)
 
         last = np.concatenate([weights[4].ravel(), weights[5]])
-        critic._differentiated(made, seen, setting.tensor(TO_GO), part, of=PATHS)
+        critic._differentiated(made, seen, setting.tensor(TO_GO), part, of=case.PATHS)
         leave = critic.network.leave
-        slopes = torch.cat([slope_of(leave.weight).flatten(), slope_of(leave.bias)])
-        want = exact.slope(loss, last) / PATHS / np.var(REWARDS, ddof=1)
+        slopes = torch.cat([case.slope_of(leave.weight).flatten(), case.slope_of(leave.bias)])
+        want = exact.slope(loss, last) / case.PATHS / np.var(case.REWARDS, ddof=1)
         yield pathwise(f"{name}: slope of the loss", slopes, want)
         told = critic.improve(made, seen, 0)
         yield pathwise(f"{name}: loss of the returns to go", told["value_loss"], loss(last).mean())

@@ -20,20 +20,7 @@ from diffusion_envs.objectives.dxmi_from_data import energy_loss, next_cost
 from diffusion_envs.training.energy import EnergyCritic
 from verification.claim import Check, Setting, pathwise
 from verification.closed_form import objectives as exact
-from verification.problems.losses import (
-    DIM,
-    NODES,
-    PATHS,
-    REWARDS,
-    STATES,
-    STEPS,
-    environment,
-    filled,
-    rollout,
-    slope_of,
-    update_size,
-    wave,
-)
+from verification.problems import losses as case
 from verification.problems.training_loop import Process
 
 SOURCE = "arXiv 2407.00626, algorithm 1 and equation 6, and the authors' code for CIFAR-10"
@@ -41,8 +28,8 @@ WHY_DOUBLE = "the costs of time are float32 whatever the setting, as the network
 PRECISION = torch.float32
 
 WIDTH = 5
-EVERY = STATES.reshape(-1, DIM)
-DATA = wave(PATHS, DIM, size=1.1, phase=3.0)
+EVERY = case.STATES.reshape(-1, case.DIM)
+DATA = case.wave(case.PATHS, case.DIM, size=1.1, phase=3.0)
 
 
 def _layer(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -73,44 +60,44 @@ def checks(setting: Setting) -> Iterator[Check]:
         square_weight=0.6, time_cost=0.8, move_decay=0.9, energy_width=WIDTH
     )
     critic = EnergyCritic(
-        environment(setting), objective, update_size(), Process(), "claim", Data()
+        case.environment(setting), objective, case.update_size(), Process(), "claim", Data()
     )
-    weights, made = filled(critic.network, setting.dtype), rollout(setting)
+    weights, made = case.filled(critic.network, setting.dtype), case.rollout(setting)
     critic.optimiser.param_groups[0]["lr"] = 0.0
-    usual = 1 - (NODES.alpha[:-1] / NODES.alpha[1:]) ** 2
+    usual = 1 - (case.NODES.alpha[:-1] / case.NODES.alpha[1:]) ** 2
     yield pathwise("squared moves at first", critic.usual_moves, usual)
     critic.usual_moves = setting.tensor(usual)
     told = critic.improve(made, None, 0)
-    along = energy(weights, EVERY).reshape(PATHS, STEPS + 1)
+    along = energy(weights, EVERY).reshape(case.PATHS, case.STEPS + 1)
     data, samples = energy(weights, DATA), along[:, -1]
     squares = np.mean(data**2) + np.mean(samples**2)
     want = np.mean(data) - np.mean(samples) + 0.6 * squares
     yield pathwise("loss", told["energy_loss"], float(want))
     means = [told["energy_of_data"], told["energy_of_samples"]]
     yield pathwise("of data and samples", means, [data.mean(), samples.mean()])
-    sigmoid = 1 / (1 + np.exp(-(STEPS // 2 - np.arange(STEPS + 1.0))))
+    sigmoid = 1 / (1 + np.exp(-(case.STEPS // 2 - np.arange(case.STEPS + 1.0))))
     cost = 0.8 * (sigmoid[:-1] - sigmoid[1:])
     gaps = along[:, :-1] - (along[:, 1:] + cost)
     yield pathwise("loss of the value", told["value_loss"], float(np.mean(gaps**2)))
     leave = critic.network.get_submodule("leave")
-    slope = slope_of(leave.weight)
+    slope = case.slope_of(leave.weight)
 
     def loss(weight: np.ndarray) -> np.ndarray:
-        first = energy([*weights[:4], weight, *weights[5:]], STATES[:, 0])
-        return (first - along[:, 1] - cost[0]) ** 2 / PATHS
+        first = energy([*weights[:4], weight, *weights[5:]], case.STATES[:, 0])
+        return (first - along[:, 1] - cost[0]) ** 2 / case.PATHS
 
     yield pathwise("slope of its last step", slope, exact.slope(loss, weights[4]))
-    moves = np.mean((STATES[:, 1:] - STATES[:, :-1]) ** 2, axis=(0, 2))
+    moves = np.mean((case.STATES[:, 1:] - case.STATES[:, :-1]) ** 2, axis=(0, 2))
     want = 0.9 * usual + 0.1 * moves
     yield pathwise("squared moves then", critic.usual_moves, want)
-    x = setting.tensor(STATES[:, 1])
-    got = critic.at(made)(torch.zeros(PATHS).long(), x, torch.arange(PATHS))
-    yield pathwise("value of any states", got, -energy(weights, STATES[:, 1]))
-    pieces = [next_cost(k, STEPS, 0.8) for k in range(STEPS)]
+    x = setting.tensor(case.STATES[:, 1])
+    got = critic.at(made)(torch.zeros(case.PATHS).long(), x, torch.arange(case.PATHS))
+    yield pathwise("value of any states", got, -energy(weights, case.STATES[:, 1]))
+    pieces = [next_cost(k, case.STEPS, 0.8) for k in range(case.STEPS)]
     yield pathwise("what each step adds", pieces, cost)
-    got = energy_loss(setting.tensor(DATA[:, 0]), setting.tensor(REWARDS), 0.6)
-    want = DATA[:, 0].mean() - REWARDS.mean()
-    want = want + 0.6 * (np.mean(DATA[:, 0] ** 2) + np.mean(REWARDS**2))
+    got = energy_loss(setting.tensor(DATA[:, 0]), setting.tensor(case.REWARDS), 0.6)
+    want = DATA[:, 0].mean() - case.REWARDS.mean()
+    want = want + 0.6 * (np.mean(DATA[:, 0] ** 2) + np.mean(case.REWARDS**2))
     yield pathwise("loss of any energies", got, want)
 
 

@@ -22,18 +22,7 @@ from diffusion_envs import objectives
 from verification.claim import Check, Setting, pathwise
 from verification.closed_form import objectives as exact
 from verification.closed_form.objectives import Steps, clip, least, ppo
-from verification.problems.losses import (
-    DIM,
-    NODES,
-    PATHS,
-    SCORE_GAIN,
-    STD,
-    numbers,
-    shipped,
-    update,
-    value_and_slope,
-    which,
-)
+from verification.problems import losses as case
 
 SOURCE = (
     "arXiv 2305.13301 (DDPO), 2505.05470 and 2505.07818 (GRPO), 2510.22319 (GRPO-Guard), "
@@ -65,12 +54,12 @@ def _kl(rows: Steps) -> np.ndarray:
 
 
 def _at(per_step: np.ndarray, group: int = 1) -> np.ndarray:
-    return per_step[which(group)[:, 1]]
+    return per_step[case.which(group)[:, 1]]
 
 
 def _guard(rows: Steps) -> np.ndarray:
-    lengths = -np.diff(NODES.s)
-    scale = STD / np.mean(STD)
+    lengths = -np.diff(case.NODES.s)
+    scale = case.STD / np.mean(case.STD)
     weight = 1 / lengths
     weight = weight / np.mean(weight * scale)
     shift = rows.kl(rows.old)  # half a square of the mean's shift, in standard deviations
@@ -79,13 +68,13 @@ def _guard(rows: Steps) -> np.ndarray:
 
 
 def _per_path(rows: Steps) -> np.ndarray:
-    each = rows.kl(rows.old).reshape(-1, len(STD), 2)
+    each = rows.kl(rows.old).reshape(-1, len(case.STD), 2)
     paths = np.broadcast_to(each.sum(1, keepdims=True), each.shape).ravel()
     return _kl(rows) - exact.masked_ratio(rows, paths, MOST_OF_PATH)
 
 
 def _pcpo(rows: Steps) -> np.ndarray:
-    weights = SCORE_GAIN / (STD * NODES.sigma[:-1])
+    weights = case.SCORE_GAIN / (case.STD * case.NODES.sigma[:-1])
     credit = _at(np.mean(weights) / weights, 2)
     most = CLIP * np.abs(rows.advantage)
     gain = rows.advantage + least(rows.advantage * _ratio(rows), most)
@@ -99,7 +88,7 @@ def _dpok(penalty: Callable[[Steps], np.ndarray]) -> Callable[[Steps], np.ndarra
 
 
 def _noise_gap(rows: Steps) -> np.ndarray:
-    gap = _at(NODES.sigma)[:, None] * (rows.mean - rows.pretrained)
+    gap = _at(case.NODES.sigma)[:, None] * (rows.mean - rows.pretrained)
     return np.sum(gap**2, axis=1)
 
 
@@ -113,7 +102,7 @@ COMPARED = {
     ),
     "DDPO, the clip per pixel": Compared(
         objectives.DDPO(clip_per_pixel=0.11),
-        lambda rows: -ppo(_ratio(rows), rows.advantage, 0.11 * DIM),
+        lambda rows: -ppo(_ratio(rows), rows.advantage, 0.11 * case.DIM),
     ),
     "GRPO": Compared(
         objectives.GRPO(clip=CLIP, **GROUPED),
@@ -144,7 +133,7 @@ COMPARED = {
     ),
     "TDPO-R": Compared(
         objectives.TDPOReset(clip_per_pixel=0.11),
-        lambda rows: -ppo(_ratio(rows), rows.advantage, 0.11 * DIM),
+        lambda rows: -ppo(_ratio(rows), rows.advantage, 0.11 * case.DIM),
     ),
 }
 
@@ -152,20 +141,21 @@ COMPARED = {
 def checks(setting: Setting) -> Iterator[Check]:
     """Losses of all rows, and their slopes in the current scores."""
     for name, compared in COMPARED.items():
-        got = shipped(setting, compared.objective)
-        yield pathwise(name, got, value_and_slope(compared.formula, compared.group))
+        got = case.shipped(setting, compared.objective)
+        yield pathwise(name, got, case.value_and_slope(compared.formula, compared.group))
 
-    groups, every = torch.arange(PATHS // 2), np.tile(np.arange(len(STD)), (PATHS // 2, 1))
+    groups = torch.arange(case.PATHS // 2)
+    every = np.tile(np.arange(len(case.STD)), (case.PATHS // 2, 1))
     for name in ("GRPO", "Flow-DPPO, per path"):
         objective = COMPARED[name].objective
-        made = replace(update(setting, objective, batch=5), train_steps=len(STD))
+        made = replace(case.update(setting, objective, batch=5), train_steps=len(case.STD))
         losses = objective.losses_of(made)
-        drawn = losses._steps(len(groups), len(STD), made.stream("steps"))
+        drawn = losses._steps(len(groups), len(case.STD), made.stream("steps"))
         yield pathwise(f"{name}: steps, each once", np.sort(drawn.numpy()), every)
-        advantages = losses.advantages.double().cpu().numpy()[tuple(which(2).T)]
-        rows = replace(numbers(2), advantage=advantages)
-        mean = np.sum(COMPARED[name].formula(rows)) / PATHS
-        mean = mean if name == "GRPO" else mean / len(STD)
+        advantages = losses.advantages.double().cpu().numpy()[tuple(case.which(2).T)]
+        rows = replace(case.numbers(2), advantage=advantages)
+        mean = np.sum(COMPARED[name].formula(rows)) / case.PATHS
+        mean = mean if name == "GRPO" else mean / len(case.STD)
         total = sum(losses.losses(groups, made.stream("steps")))
         assert isinstance(total, torch.Tensor)
         yield pathwise(f"{name}: mean over paths, in pieces", total, mean)

@@ -20,18 +20,7 @@ from diffusion_envs import objectives
 from verification.claim import Check, Setting, pathwise
 from verification.closed_form import objectives as exact
 from verification.closed_form.objectives import Steps, clip
-from verification.problems.losses import (
-    DIM,
-    PATHS,
-    PREFERENCES,
-    STATES,
-    STEPS,
-    adjoints,
-    reward,
-    shipped,
-    value_and_slope,
-    which,
-)
+from verification.problems import losses as case
 
 SOURCE = (
     "arXiv 2311.13231 (D3PO), 2402.08265 (dense reward), 1505.01874 (tilted regression), "
@@ -42,23 +31,23 @@ KL_WEIGHT, BETA, CLIP = 1.7, 0.8, 0.25
 
 
 def _pairs(beta: float, low: float, high: float) -> Callable[[Steps], np.ndarray]:
-    preference = PREFERENCES[which(2)[:, 0]]
+    preference = case.PREFERENCES[case.which(2)[:, 0]]
     return lambda rows: exact.preferred_pairs(
         clip(rows.log_ratio(rows.pretrained), low, high), preference, beta
     )
 
 
 def _order(compared: int, beta: float, width: float) -> Callable[[Steps], np.ndarray]:
-    preference = PREFERENCES.reshape(-1, 3)
+    preference = case.PREFERENCES.reshape(-1, 3)
 
     def losses(rows: Steps) -> np.ndarray:
-        ratio = clip(rows.log_ratio(rows.pretrained), -width, width).reshape(-1, STEPS, 3)
+        ratio = clip(rows.log_ratio(rows.pretrained), -width, width).reshape(-1, case.STEPS, 3)
         logits = beta * ratio.mean(1)
         each = [
             exact.plackett_luce(one, likes, compared)
             for one, likes in zip(logits, preference, strict=True)
         ]
-        return np.repeat(np.array(each), 3 * STEPS)
+        return np.repeat(np.array(each), 3 * case.STEPS)
 
     return losses
 
@@ -70,8 +59,8 @@ def _tilted(rows: Steps) -> np.ndarray:
 
 
 def _matched(slopes: np.ndarray, path_kl: bool = False) -> Callable[[Steps], np.ndarray]:
-    path, step = which(1).T
-    adjoint = adjoints(slopes)[path, step + 1]
+    path, step = case.which(1).T
+    adjoint = case.adjoints(slopes)[path, step + 1]
 
     def losses(rows: Steps) -> np.ndarray:
         cost = rows.kl_factor * rows.size if path_kl else (rows.gain / rows.std) ** 2
@@ -82,15 +71,17 @@ def _matched(slopes: np.ndarray, path_kl: bool = False) -> Callable[[Steps], np.
     return losses
 
 
-REWARD_SLOPES = exact.slope(reward, STATES[:, -1])
+REWARD_SLOPES = exact.slope(case.reward, case.STATES[:, -1])
 
 
 def by_queries(setting: Setting, pairs: int, width: float) -> np.ndarray:
     """Differences of the reward either side of the last states, along drawn normals."""
     generator = stream(setting.seed, "own losses", "targets")
-    z = np.stack([torch.randn(pairs, DIM, generator=generator).numpy() for _ in range(PATHS)])
-    z, x = z.astype(float), STATES[:, -1][:, None]
-    differences = (reward(x + width * z) - reward(x - width * z)) / (2 * width)
+    z = np.stack(
+        [torch.randn(pairs, case.DIM, generator=generator).numpy() for _ in range(case.PATHS)]
+    )
+    z, x = z.astype(float), case.STATES[:, -1][:, None]
+    differences = (case.reward(x + width * z) - case.reward(x - width * z)) / (2 * width)
     return np.mean(differences[:, :, None] * z, axis=1)
 
 
@@ -98,7 +89,7 @@ COMPARED: dict[str, tuple[Any, Callable[[Steps], np.ndarray]]] = {
     "D3PO": (objectives.D3PO(beta=BETA, clip=CLIP), _pairs(BETA, -CLIP, CLIP)),
     "D3PO, published clip": (
         objectives.D3PO(beta_per_pixel=2.1, clip_per_pixel=0.09),
-        _pairs(2.1 / DIM, DIM * np.log(1 - 0.09), DIM * np.log(1 + 0.09)),
+        _pairs(2.1 / case.DIM, case.DIM * np.log(1 - 0.09), case.DIM * np.log(1 + 0.09)),
     ),
     "dense reward": (
         objectives.DenseReward(members=3, beta=BETA, clip=CLIP),
@@ -106,7 +97,7 @@ COMPARED: dict[str, tuple[Any, Callable[[Steps], np.ndarray]]] = {
     ),
     "dense reward, whole orders, published clip": (
         objectives.DenseReward(members=3, compared=3, beta_per_pixel=2.1, clip_per_pixel=0.09),
-        _order(3, 2.1 / DIM, 0.09 * DIM),
+        _order(3, 2.1 / case.DIM, 0.09 * case.DIM),
     ),
     "tilted regression": (objectives.TiltedRegression(control_variate=0.6), _tilted),
     "adjoint matching": (
@@ -123,13 +114,13 @@ COMPARED: dict[str, tuple[Any, Callable[[Steps], np.ndarray]]] = {
 def checks(setting: Setting) -> Iterator[Check]:
     """Losses of all rows, and their slopes in the current scores."""
     for name, (objective, formula) in COMPARED.items():
-        got = shipped(setting, objective)
-        yield pathwise(name, got, value_and_slope(formula, objective.group))
+        got = case.shipped(setting, objective)
+        yield pathwise(name, got, case.value_and_slope(formula, objective.group))
 
     queries = objectives.ZerothOrderAdjointMatching(kl_weight=KL_WEIGHT, pairs=5, width=0.3)
     formula = _matched(by_queries(setting, 5, 0.3))
-    got = shipped(setting, queries)
-    yield pathwise("adjoint matching by queries", got, value_and_slope(formula))
+    got = case.shipped(setting, queries)
+    yield pathwise("adjoint matching by queries", got, case.value_and_slope(formula))
 
 
 MISTAKES = r"""

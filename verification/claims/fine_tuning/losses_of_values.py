@@ -20,18 +20,7 @@ from diffusion_envs import objectives
 from verification.claim import Check, Setting, pathwise
 from verification.closed_form import objectives as exact
 from verification.closed_form.objectives import Steps, clip
-from verification.problems.losses import (
-    STATES,
-    USUAL_MOVES,
-    next_states,
-    numbers,
-    rows_of,
-    shipped,
-    value,
-    value_and_slope,
-    value_slope,
-    which,
-)
+from verification.problems import losses as case
 
 SOURCE = "arXiv 2407.00626 (DxMI); 2502.01819, and the authors' code for CIFAR-10"
 
@@ -39,38 +28,38 @@ KL_WEIGHT = 1.7
 
 
 def _moves(rows: Steps) -> np.ndarray:
-    path, step = which(1).T
-    return np.mean((next_states(rows) - STATES[path, step]) ** 2, axis=1)
+    path, step = case.which(1).T
+    return np.mean((case.next_states(rows) - case.STATES[path, step]) ** 2, axis=1)
 
 
 def _dxmi(
     usual: Callable[[Steps], np.ndarray], entropy: float = 0.3, moves: float = 0.4, b: float = 0.0
 ) -> Callable[[Steps], np.ndarray]:
-    path, step = which(1).T
+    path, step = case.which(1).T
     return lambda rows: (
         b * rows.path_kl
         + moves * _moves(rows) / (2 * usual(rows))
         - entropy * np.log(rows.std)
-        - value(step + 1, next_states(rows), path)
+        - case.value(step + 1, case.next_states(rows), path)
     )
 
 
 def _continuous(
     later: int, state: float, move: float, most: float, b: float
 ) -> Callable[[Steps], np.ndarray]:
-    path, step = which(1).T
-    x = STATES[path, step]
-    slope = value_slope(step + later, x, path)
+    path, step = case.which(1).T
+    x = case.STATES[path, step]
+    slope = case.value_slope(step + later, x, path)
 
     def losses(rows: Steps) -> np.ndarray:
-        moved = clip(clip(next_states(rows), -state, state) - x, -move, move)
+        moved = clip(clip(case.next_states(rows), -state, state) - x, -move, move)
         return b * rows.path_kl - clip(np.sum(slope * moved, axis=1), -most, most)
 
     return losses
 
 
 FREE = np.inf
-USUAL = USUAL_MOVES[which(1)[:, 1]]
+USUAL = case.USUAL_MOVES[case.which(1)[:, 1]]
 COMPARED: dict[str, tuple[Any, Callable[[Steps], np.ndarray]]] = {
     "DxMI": (
         objectives.DxMI(entropy_weight=0.3, move_weight=0.4, kl_weight=KL_WEIGHT),
@@ -98,16 +87,16 @@ COMPARED: dict[str, tuple[Any, Callable[[Steps], np.ndarray]]] = {
 def checks(setting: Setting) -> Iterator[Check]:
     """Losses of all rows, and their slopes in the current scores and in the deviations."""
     for name, (objective, formula) in COMPARED.items():
-        yield pathwise(name, shipped(setting, objective), value_and_slope(formula))
+        yield pathwise(name, case.shipped(setting, objective), case.value_and_slope(formula))
 
     from_data = objectives.DxMIFromData(entropy_weight=0.3, move_weight=0.4)
-    got = shipped(setting, from_data, usual_moves=setting.tensor(USUAL_MOVES))
+    got = case.shipped(setting, from_data, usual_moves=setting.tensor(case.USUAL_MOVES))
     formula = _dxmi(lambda rows: USUAL)
-    yield pathwise("DxMI from data", got, value_and_slope(formula))
-    rows = rows_of(setting, from_data, usual_moves=setting.tensor(USUAL_MOVES))
+    yield pathwise("DxMI from data", got, case.value_and_slope(formula))
+    rows = case.rows_of(setting, from_data, usual_moves=setting.tensor(case.USUAL_MOVES))
     std = rows.std.detach().requires_grad_()
     (slope,) = torch.autograd.grad(from_data.loss(replace(rows, std=std)).sum(), std)
-    plain = numbers()
+    plain = case.numbers()
     want = exact.slope(lambda free: formula(replace(plain, std=free)), plain.std)
     yield pathwise("DxMI from data: slope in the standard deviations", slope, want)
 

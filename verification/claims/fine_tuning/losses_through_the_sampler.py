@@ -20,44 +20,27 @@ from ctrl.noise import stream
 from diffusion_envs import objectives
 from verification.claim import Check, Setting, pathwise
 from verification.closed_form import objectives as exact
-from verification.problems.losses import (
-    DIM,
-    FACTOR,
-    GAIN,
-    NODES,
-    NOISES,
-    PATHS,
-    SCORE_GAIN,
-    SHIFT,
-    SIZES,
-    STATE_GAIN,
-    STATES,
-    STD,
-    STEPS,
-    pretrained,
-    reward,
-    update,
-)
+from verification.problems import losses as case
 
 SOURCE = "arXiv 2304.05977 (ReFL), 2309.17400 (DRaFT), 2310.03739 (AlignProp)"
 
 B = 0.35
-ADAPTER = np.concatenate([GAIN.ravel(), SHIFT])
+ADAPTER = np.concatenate([case.GAIN.ravel(), case.SHIFT])
 
 
 def finished(adapter: np.ndarray, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
     """Reward and path KL of the steps ``first`` to ``last``, with this adapter."""
-    gain, shift = adapter[: DIM**2].reshape(DIM, DIM), adapter[DIM**2 :]
-    x, nats = STATES[:, first].astype(adapter.dtype), np.zeros(PATHS, adapter.dtype)
+    gain, shift = adapter[: case.DIM**2].reshape(case.DIM, case.DIM), adapter[case.DIM**2 :]
+    x, nats = case.STATES[:, first].astype(adapter.dtype), np.zeros(case.PATHS, adapter.dtype)
     for k in range(first, last):
         change = x @ gain.T + shift
-        score = pretrained(np.full(PATHS, k), x) + change
-        if k == last - 1 and last < STEPS:
-            x = (x + NODES.sigma[k] ** 2 * score) / NODES.alpha[k]
+        score = case.pretrained(np.full(case.PATHS, k), x) + change
+        if k == last - 1 and last < case.STEPS:
+            x = (x + case.NODES.sigma[k] ** 2 * score) / case.NODES.alpha[k]
             break
-        nats = nats + 0.5 * FACTOR * SIZES[k] * np.sum(change**2, axis=1)
-        x = STATE_GAIN[k] * x + SCORE_GAIN[k] * score + STD[k] * NOISES[:, k]
-    return reward(x), nats
+        nats = nats + 0.5 * case.FACTOR * case.SIZES[k] * np.sum(change**2, axis=1)
+        x = case.STATE_GAIN[k] * x + case.SCORE_GAIN[k] * score + case.STD[k] * case.NOISES[:, k]
+    return case.reward(x), nats
 
 
 def refl(rewards: np.ndarray, nats: np.ndarray) -> np.ndarray:
@@ -100,8 +83,8 @@ CUTS = {  # first step that is differentiated, and where the reward is
 
 def shipped(setting: Setting, objective: Any, name: str) -> Tensor:
     """Mean loss of all paths, in pieces, and its slope in the adapter."""
-    made = update(setting, objective, batch=4)
-    losses = objective.losses_of(made).losses(torch.arange(PATHS), stream(setting.seed, name))
+    made = case.update(setting, objective, batch=4)
+    losses = objective.losses_of(made).losses(torch.arange(case.PATHS), stream(setting.seed, name))
     total = sum(losses)
     assert isinstance(total, Tensor)
     slopes = torch.autograd.grad(total, made.environment.model.parameters)
@@ -113,7 +96,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     for name, (objective, paid, seed) in COMPARED.items():
 
         def loss(adapter: np.ndarray, paid: Any = paid, cut: Any = CUTS[name]) -> np.ndarray:
-            return paid(*finished(adapter, *cut)) / PATHS
+            return paid(*finished(adapter, *cut)) / case.PATHS
 
         want = [np.sum(loss(ADAPTER)), *exact.slope(loss, ADAPTER)]
         yield pathwise(name, shipped(setting, objective, seed), want)

@@ -23,31 +23,14 @@ from diffusion_envs import objectives
 from diffusion_envs.samplers import BoundBlackBox
 from verification.claim import Check, Setting, pathwise, rounding, stated
 from verification.closed_form import objectives as exact
-from verification.problems.losses import (
-    DIM,
-    FACTOR,
-    NODES,
-    PATHS,
-    PROMPTS,
-    SCORE_GAIN,
-    SIZES,
-    STATE_GAIN,
-    STATES,
-    STD,
-    STEPS,
-    current,
-    environment,
-    levels,
-    pretrained,
-    reward,
-)
+from verification.problems import losses as case
 
 SOURCE = "arXiv 2010.02502 equation 12; arXiv 2502.01819, Theorem 3.1 and its value network"
 WHY_DOUBLE = "a roll-out's noise, and so its states, are float32 whatever the setting"
 PRECISION = torch.float32
 
 EXPLORATION, SEED = 0.35, 7
-SAMPLES = range(2, 2 + PATHS)
+SAMPLES = range(2, 2 + case.PATHS)
 ASKED = np.array([3, 8, 5])  # timesteps of the black box
 SHARES = np.array([0.7, 1.4, 0.4])
 
@@ -112,64 +95,68 @@ class Parts:
 
 def checks(setting: Setting) -> Iterator[Check]:
     """A roll-out in groups that share their start; what objectives ask; a black box."""
-    made = environment(setting)
+    made = case.environment(setting)
     objective = objectives.ScoreAsActionSampled(exploration=EXPLORATION)
-    condition = torch.as_tensor(PROMPTS, device=setting.device)
+    condition = torch.as_tensor(case.PROMPTS, device=setting.device)
     options: dict[str, Any] = {"stream": "claim", "denoised": True, "group": 2}
     sample = made.sample(objective.policy, SAMPLES, condition, shared_start=True, **options)
     got = sample.rollout
     states, means, actions = (numbers(v) for v in (got.states, got.means, got.actions))
-    start = np.repeat(named("start", range(1, 4), DIM), 2, axis=0)
+    start = np.repeat(named("start", range(1, 4), case.DIM), 2, axis=0)
     yield pathwise("starts, one a group", states[:, 0], start)
-    noises = named("transition", SAMPLES, STEPS, DIM)
+    noises = named("transition", SAMPLES, case.STEPS, case.DIM)
     yield pathwise("noises of transitions", numbers(got.noises), noises)
-    step = np.tile(np.arange(STEPS), PATHS)
-    before = states[:, :-1].reshape(-1, DIM)
-    want = current(step, before).reshape(means.shape)
+    step = np.tile(np.arange(case.STEPS), case.PATHS)
+    before = states[:, :-1].reshape(-1, case.DIM)
+    want = case.current(step, before).reshape(means.shape)
     yield pathwise("mean scores", means, want)
-    drawn = (EXPLORATION / NODES.sigma[:-1])[:, None] * named("action", SAMPLES, STEPS, DIM)
+    drawn = (EXPLORATION / case.NODES.sigma[:-1])[:, None] * named(
+        "action", SAMPLES, case.STEPS, case.DIM
+    )
     yield pathwise("drawn scores", actions, means + drawn)
-    A, G, s = (v[:, None] for v in (STATE_GAIN, SCORE_GAIN, STD))
+    A, G, s = (v[:, None] for v in (case.STATE_GAIN, case.SCORE_GAIN, case.STD))
     after = A * states[:, :-1] + G * actions + s * noises
     size = float(np.abs(A * states[:, :-1]).max() / np.abs(after).max())
     yield stated(pathwise("next states", states[:, 1:], after), units=rounding(3, 2 * size))
-    reference = pretrained(step, before).reshape(means.shape)
+    reference = case.pretrained(step, before).reshape(means.shape)
     yield pathwise("pretrained scores", numbers(got.reference_scores), reference)
     gap = np.sum((means - numbers(got.reference_scores)) ** 2, axis=2)
-    yield pathwise("path KL", numbers(got.costs), 0.5 * FACTOR * SIZES * gap)
-    yield pathwise("clock", numbers(got.step_sizes), SIZES)
-    alpha, sigma = (v[:-1, None] for v in (NODES.alpha, NODES.sigma))
+    yield pathwise("path KL", numbers(got.costs), 0.5 * case.FACTOR * case.SIZES * gap)
+    yield pathwise("clock", numbers(got.step_sizes), case.SIZES)
+    alpha, sigma = (v[:-1, None] for v in (case.NODES.alpha, case.NODES.sigma))
     guesses = (states[:, :-1] + sigma**2 * means) / alpha
-    denoised = np.concatenate([reward(guesses), reward(states[:, -1])[:, None]], axis=1)
+    denoised = np.concatenate([case.reward(guesses), case.reward(states[:, -1])[:, None]], axis=1)
     yield pathwise("rewards of denoised states", numbers(sample.denoised_rewards), denoised)
     yield pathwise("rewards", numbers(got.rewards), denoised[:, -1])
     alone = made.sample(objective.policy, SAMPLES, condition, stream="claim", reference=False)
     alone = alone.rollout
-    start = named("start", SAMPLES, DIM)
+    start = named("start", SAMPLES, case.DIM)
     yield pathwise("starts, one a path", numbers(alone.states[:, 0]), start)
     unknown = float(alone.costs.isnan().all() and alone.reference_scores is None)
     yield pathwise("path KL is not known without the pretrained model", unknown, 1.0)
 
-    x = torch.tensor(STATES[:, 1], dtype=torch.float32, device=setting.device)
+    x = torch.tensor(case.STATES[:, 1], dtype=torch.float32, device=setting.device)
     for k in (1, 3):
-        mean = STATE_GAIN[k] * STATES[:, 1]
-        mean = mean + SCORE_GAIN[k] * pretrained(np.full(PATHS, k), STATES[:, 1])
+        mean = case.STATE_GAIN[k] * case.STATES[:, 1]
+        mean = mean + case.SCORE_GAIN[k] * case.pretrained(
+            np.full(case.PATHS, k), case.STATES[:, 1]
+        )
         found = made.pretrained_mean(k, x, condition)
         yield pathwise(f"pretrained mean of step {k}", numbers(found), mean)
-    slopes = exact.slope(reward, STATES[:, 1])
+    slopes = exact.slope(case.reward, case.STATES[:, 1])
     yield pathwise("gradient of the reward", numbers(made.reward_gradient(x, condition)), slopes)
-    yield pathwise("queries of the reward", made.reward_queries, PATHS * (STEPS + 3))
+    yield pathwise("queries of the reward", made.reward_queries, case.PATHS * (case.STEPS + 3))
 
-    late = replace(environment(setting), reward=Parts(), overlap=1, batch=4)
+    late = replace(case.environment(setting), reward=Parts(), overlap=1, batch=4)
     other = late.sample(objective.policy, SAMPLES, condition, shared_start=True, **options)
     x, parts = numbers(other.rollout.states[:, -1]), other.rollout.reward_parts
-    yield pathwise("parts of a reward", numbers(parts), np.stack([x[:, 0], reward(x)], axis=1))
+    yield pathwise("parts of a reward", numbers(parts), np.stack([x[:, 0], case.reward(x)], axis=1))
     weights = list(other.rollout.part_weights.values())
     yield pathwise("weights of parts", weights, [0.6, -0.4])
     means = numbers(other.rollout.means)
     guesses = (numbers(other.rollout.states)[:, :-1] + sigma**2 * means) / alpha
     seen = np.concatenate([guesses, x[:, None]], axis=1)
-    want = 0.6 * seen[:, :, 0] - 0.4 * reward(seen)
+    want = 0.6 * seen[:, :, 0] - 0.4 * case.reward(seen)
     found = numbers(other.denoised_rewards)
     yield pathwise("rewards that are asked for meanwhile", found, want)
 
@@ -177,15 +164,17 @@ def checks(setting: Setting) -> Iterator[Check]:
 
 
 def _black_box(setting: Setting, objective: Any, condition: Tensor) -> Iterator[Check]:
-    box = BoundBlackBox(Scheduler(), levels(), 3)
-    boxed = environment(setting, box).sample(objective.policy, SAMPLES, condition, stream="claim")
-    x = 1.3 * named("start", SAMPLES, DIM)
+    box = BoundBlackBox(Scheduler(), case.levels(), 3)
+    boxed = case.environment(setting, box).sample(
+        objective.policy, SAMPLES, condition, stream="claim"
+    )
+    x = 1.3 * named("start", SAMPLES, case.DIM)
     for timestep, share in zip(ASKED, SHARES, strict=True):
-        abar = float(levels().alphas_cumprod[timestep])
-        score = current(np.full(PATHS, abar), 0.8 * x)
+        abar = float(case.levels().alphas_cumprod[timestep])
+        score = case.current(np.full(case.PATHS, abar), 0.8 * x)
         x = x + share * np.sqrt(1 - abar) * score
     yield pathwise("black box: data", numbers(boxed.rollout.states[:, 0]), x)
-    yield pathwise("black box: rewards", numbers(boxed.rollout.rewards), reward(x))
+    yield pathwise("black box: rewards", numbers(boxed.rollout.rewards), case.reward(x))
 
 
 MISTAKES = r"""

@@ -16,15 +16,7 @@ from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation, limit
 from verification.closed_form import lq_policies as closed
 from verification.cubature import mean
-from verification.problems.exploratory_lq import (
-    HORIZON,
-    NODES,
-    drawn_paths,
-    parameters,
-    policy,
-    problem,
-    to_zero,
-)
+from verification.problems import exploratory_lq as lq
 from verification.problems.performance_difference import NEW, OLD, P, value_of_old
 
 SOURCE = (
@@ -35,22 +27,24 @@ SOURCE = (
 
 def paths_of_new(setting: Setting, nodes: np.ndarray) -> ctrl.Paths:
     """Paths of the new policy."""
-    return drawn_paths(setting, P, parameters(setting, NEW), nodes)
+    return lq.drawn_paths(setting, P, lq.parameters(setting, NEW), nodes)
 
 
 def checks(setting: Setting) -> Iterator[Check]:
     """On a grid, against moments; in the limit, against both performances."""
-    stated, value, new = problem(P), value_of_old(setting), policy(*parameters(setting, NEW))
+    stated = lq.problem(P)
+    value = value_of_old(setting)
+    new = lq.policy(*lq.parameters(setting, NEW))
 
     def difference(nodes: np.ndarray) -> Tensor:
         paths = paths_of_new(setting, nodes)
         return mean(pg.performance_difference(stated, value, new, paths), paths)
 
-    exact = closed.q_sum(P, NODES, closed.continuous_value(P, OLD, HORIZON), NEW, NEW)
-    yield expectation("on a grid, against the states' moments", difference(NODES), exact)
-    finer = [difference(np.linspace(0, HORIZON, steps + 1)) for steps in (1, 2, 3)]
-    old, better = (closed.initial_value(P, theta, HORIZON) for theta in (OLD, NEW))
-    yield limit("steps to 0: the difference of performances", to_zero(*finer), better - old)
+    exact = closed.q_sum(P, lq.NODES, closed.continuous_value(P, OLD, lq.HORIZON), NEW, NEW)
+    yield expectation("on a grid, against the states' moments", difference(lq.NODES), exact)
+    finer = [difference(np.linspace(0, lq.HORIZON, steps + 1)) for steps in (1, 2, 3)]
+    old, better = (closed.initial_value(P, theta, lq.HORIZON) for theta in (OLD, NEW))
+    yield limit("steps to 0: the difference of performances", lq.to_zero(*finer), better - old)
 
 
 MISTAKES = """

@@ -24,16 +24,8 @@ from verification.closed_form import matrix_lq_chain as lq
 from verification.closed_form.extrapolation import extrapolated
 from verification.closed_form.matrix_lq_chain import HORIZON, NODES, THETA
 from verification.cubature import mean
-from verification.problems.matrix_lq import (
-    OTHER,
-    P,
-    along,
-    drawn_paths,
-    parameters,
-    policy,
-    problem,
-    true_value,
-)
+from verification.problems import matrix_lq as case
+from verification.problems.matrix_lq import OTHER, P
 
 SOURCE = '"Score as Action", arXiv 2502.01819, Lemma 4.2 and Theorem 4.4'
 
@@ -43,16 +35,16 @@ SHIFTED = np.concatenate([THETA[:4], THETA[4:6] + SHIFT, THETA[6:]])
 
 def difference(setting: Setting, acting: np.ndarray) -> Tensor:
     """The performance difference along a chain of the new policy."""
-    theta = parameters(setting, acting)
-    paths, value = drawn_paths(setting, theta), true_value(setting)
-    each = pg.performance_difference(problem(setting), value, policy(theta), paths)
+    theta = case.parameters(setting, acting)
+    paths, value = case.drawn_paths(setting, theta), case.true_value(setting)
+    each = pg.performance_difference(case.problem(setting), value, case.policy(theta), paths)
     return mean(each, paths).detach()
 
 
 def surrogate_by_hand(paths: ctrl.Paths) -> np.ndarray:
     """sum h e^{-discount t} ratio (q - temperature log pi') of every path, step by step."""
     total = np.zeros(len(paths.states))
-    for _, t, h, x, a in along(paths):
+    for _, t, h, x, a in case.along(paths):
         new, old = (closed.log_density(P, theta, x, a) for theta in (OTHER, THETA))
         rate = closed.q_rate(P.at(t), *lq.value(t), x, a) - P.temperature * new
         total += h * np.exp(-P.discount * t) * np.exp(new - old) * rate
@@ -99,16 +91,17 @@ def checks(setting: Setting) -> Iterator[Check]:
     to_zero = on_grid + finest - exact
     yield limit("steps to 0: the difference of performances", to_zero, true)
 
-    old, new = policy(parameters(setting)), policy(parameters(setting, OTHER))
-    stated, value = problem(setting), true_value(setting)
-    paths = drawn_paths(setting, parameters(setting))
+    old = case.policy(case.parameters(setting))
+    new = case.policy(case.parameters(setting, OTHER))
+    stated, value = case.problem(setting), case.true_value(setting)
+    paths = case.drawn_paths(setting, case.parameters(setting))
     each = pg.surrogate(stated, value, old, new, paths)
     yield pathwise("surrogate, step by step on every path", each, surrogate_by_hand(paths))
 
-    shifted = policy(parameters(setting, SHIFTED))
+    shifted = case.policy(case.parameters(setting, SHIFTED))
     assert paths.actions is not None
     held = replace(paths, actions=paths.actions + setting.tensor(SHIFT))
-    there = drawn_paths(setting, parameters(setting, SHIFTED))
+    there = case.drawn_paths(setting, case.parameters(setting, SHIFTED))
     whole = difference(setting, SHIFTED)
     at_old = mean(pg.performance_difference(stated, value, shifted, held), held)
     gap, kls, (slope, apart, largest, variance, chi2) = trust_region()

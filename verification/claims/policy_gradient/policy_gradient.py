@@ -15,14 +15,7 @@ from verification.claim import Check, Setting, expectation
 from verification.closed_form import complex_steps
 from verification.closed_form.lq_chain import THETA
 from verification.closed_form.lq_policies import forward_performance, performance
-from verification.problems.exploratory_lq import (
-    NODES,
-    chain_value,
-    drawn_paths,
-    parameters,
-    policy,
-    problem,
-)
+from verification.problems import exploratory_lq as lq
 from verification.problems.policy_gradient import P, gradient
 
 SOURCE = (
@@ -33,12 +26,12 @@ SOURCE = (
 
 def checks(setting: Setting) -> Iterator[Check]:
     """Returns and temporal differences of drawn actions, against the chain's exact gradient."""
-    theta = parameters(setting, THETA)
-    stated, chosen = problem(P), policy(*theta)
-    value = chain_value(setting, P, THETA, NODES)
-    paths = drawn_paths(setting, P, theta, NODES)
-    backward = complex_steps.gradient(lambda th: performance(P, th, NODES), THETA)
-    forward = complex_steps.gradient(lambda th: forward_performance(P, th, NODES), THETA)
+    theta = lq.parameters(setting, THETA)
+    stated, chosen = lq.problem(P), lq.policy(*theta)
+    value = lq.chain_value(setting, P, THETA, lq.NODES)
+    paths = lq.drawn_paths(setting, P, theta, lq.NODES)
+    backward = complex_steps.gradient(lambda th: performance(P, th, lq.NODES), THETA)
+    forward = complex_steps.gradient(lambda th: forward_performance(P, th, lq.NODES), THETA)
     slope = gradient(pg.return_gradient(stated, chosen, paths), paths, theta)
     yield expectation("return, against the derivative of a backward recursion", slope, backward)
     yield expectation("return, against the derivative of the states' moments", slope, forward)

@@ -24,15 +24,8 @@ from verification.closed_form import lq_policies as exact_lq
 from verification.closed_form import matrix_lq_chain as lq
 from verification.closed_form.matrix_lq_chain import DIM, NODES, THETA
 from verification.cubature import mean, point_start
-from verification.problems.matrix_lq import (
-    P,
-    chain_value,
-    drawn_paths,
-    parameters,
-    policy,
-    problem,
-    true_value,
-)
+from verification.problems import matrix_lq as case
+from verification.problems.matrix_lq import P
 
 SOURCE = (
     '"Score as Action", arXiv 2502.01819, Theorem 4.1; Jia & Zhou 2022, policy gradient and '
@@ -52,10 +45,12 @@ def row(gradients: tuple[Tensor, ...]) -> Tensor:
 
 def checks(setting: Setting) -> Iterator[Check]:
     """Both views on two steps."""
-    theta, true = parameters(setting), true_value(setting)
-    drawn, stated, paths = policy(theta), problem(setting), drawn_paths(setting, theta)
+    theta, true = case.parameters(setting), case.true_value(setting)
+    drawn = case.policy(theta)
+    stated = case.problem(setting)
+    paths = case.drawn_paths(setting, theta)
     exact = complex_steps.gradient(lambda th: exact_lq.performance(P, th, NODES), THETA)
-    value = chain_value(setting)
+    value = case.chain_value(setting)
     for name, each in (
         ("return", pg.return_gradient(stated, drawn, paths)),
         ("dV", pg.temporal_difference_gradient(stated, drawn, value, paths)),
@@ -70,12 +65,12 @@ def checks(setting: Setting) -> Iterator[Check]:
     ):
         slope = row(torch.autograd.grad(mean(each, paths), theta))
         yield expectation(f"drawn action: {name}", slope, stein)
-    stated, mean_action = problem(setting, DIAGONAL), ctrl.DeterministicPolicy(drawn.mean)
+    stated, mean_action = case.problem(setting, DIAGONAL), ctrl.DeterministicPolicy(drawn.mean)
     grid = ctrl.TimeGrid(setting.tensor(NODES))
     noise = ctrl.noise.gauss_hermite(grid.steps, nodes=3, noise=(DIM,))
     start = point_start(noise, list(P.start))
     paths = ctrl.simulate(stated, mean_action, start, grid, noise=noise)
-    view, value = pg.Transitions(ctrl.EulerMaruyama()), chain_value(setting, DIAGONAL, SILENT)
+    view, value = pg.Transitions(ctrl.EulerMaruyama()), case.chain_value(setting, DIAGONAL, SILENT)
     exact = complex_steps.gradient(lambda th: exact_lq.performance(DIAGONAL, th, NODES), SILENT)[:6]
     for name, each in (
         ("return", pg.return_gradient(stated, mean_action, paths, decisions=view)),

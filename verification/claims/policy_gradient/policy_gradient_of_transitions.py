@@ -17,16 +17,7 @@ from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation
 from verification.closed_form import complex_steps, lq_policies
 from verification.closed_form.lq_chain import THETA
-from verification.problems.exploratory_lq import (
-    HORIZON,
-    NODES,
-    chain_value,
-    continuous_value,
-    deterministic,
-    parameters,
-    problem,
-    silent_paths,
-)
+from verification.problems import exploratory_lq as lq
 from verification.problems.policy_gradient import P, gradient
 
 SOURCE = (
@@ -41,23 +32,21 @@ SILENT = np.array([THETA[0], THETA[1], -40.0])  # a std of 4e-18 is none
 
 def checks(setting: Setting) -> Iterator[Check]:
     """All estimators of view B, on a chain of three steps."""
-    p, theta = TRANSITIONS, parameters(setting, THETA)[:2]
-    stated, chosen = problem(p), deterministic(*theta)
-    value = chain_value(setting, p, SILENT, NODES)
-    paths, view = silent_paths(setting, p, theta, NODES), pg.Transitions(ctrl.EulerMaruyama())
-    exact = complex_steps.gradient(lambda th: lq_policies.performance(p, th, NODES), SILENT)[:2]
+    p, theta = TRANSITIONS, lq.parameters(setting, THETA)[:2]
+    stated, chosen = lq.problem(p), lq.deterministic(*theta)
+    value = lq.chain_value(setting, p, SILENT, lq.NODES)
+    paths, view = lq.silent_paths(setting, p, theta, lq.NODES), pg.Transitions(ctrl.EulerMaruyama())
+    exact = complex_steps.gradient(lambda th: lq_policies.performance(p, th, lq.NODES), SILENT)[:2]
     each = pg.return_gradient(stated, chosen, paths, decisions=view)
     yield expectation("return", gradient(each, paths, theta), exact)
     each = pg.return_gradient(stated, chosen, paths, value, view)
     yield expectation("return less V", gradient(each, paths, theta), exact)
     each = pg.temporal_difference_gradient(stated, chosen, value, paths, view)
     yield expectation("temporal difference", gradient(each, paths, theta), exact)
-    smooth, true = (
-        continuous_value(setting, p, SILENT),
-        lq_policies.continuous_value(p, SILENT, HORIZON),
-    )
+    smooth = lq.continuous_value(setting, p, SILENT)
+    true = lq_policies.continuous_value(p, SILENT, lq.HORIZON)
     each = pg.q_rate_gradient(stated, chosen, smooth, paths, view)
-    slopes = lq_policies.q_gradient(p, NODES, true, SILENT)[:2]
+    slopes = lq_policies.q_gradient(p, lq.NODES, true, SILENT)[:2]
     yield expectation("q-rates on a grid", gradient(each, paths, theta), slopes)
 
 

@@ -17,16 +17,7 @@ from verification.claim import Check, Setting, expectation, limit
 from verification.closed_form import complex_steps
 from verification.closed_form import lq_policies as exact
 from verification.closed_form.lq_chain import THETA
-from verification.problems.exploratory_lq import (
-    HORIZON,
-    NODES,
-    continuous_value,
-    drawn_paths,
-    parameters,
-    policy,
-    problem,
-    to_zero,
-)
+from verification.problems import exploratory_lq as lq
 from verification.problems.policy_gradient import P, gradient
 
 SOURCE = (
@@ -37,23 +28,23 @@ SOURCE = (
 
 def checks(setting: Setting) -> Iterator[Check]:
     """q-rates and their derivative in the action, on a grid and in the limit."""
-    theta = parameters(setting, THETA)
-    stated, chosen = problem(P), policy(*theta)
-    value = continuous_value(setting, P, THETA)
+    theta = lq.parameters(setting, THETA)
+    stated, chosen = lq.problem(P), lq.policy(*theta)
+    value = lq.continuous_value(setting, P, THETA)
 
     def by_ratio(nodes: np.ndarray) -> Tensor:
-        paths = drawn_paths(setting, P, theta, nodes)
+        paths = lq.drawn_paths(setting, P, theta, nodes)
         each = pg.q_rate_gradient(stated, chosen, value, paths)
         return gradient(each, paths, theta)
 
-    stein = exact.q_gradient(P, NODES, exact.continuous_value(P, THETA, HORIZON), THETA)
-    yield expectation("q-rates on a grid, against Stein's identities", by_ratio(NODES), stein)
-    paths = drawn_paths(setting, P, theta, NODES)
+    stein = exact.q_gradient(P, lq.NODES, exact.continuous_value(P, THETA, lq.HORIZON), THETA)
+    yield expectation("q-rates on a grid, against Stein's identities", by_ratio(lq.NODES), stein)
+    paths = lq.drawn_paths(setting, P, theta, lq.NODES)
     by_path = gradient(pg.pathwise_gradient(stated, chosen, value, paths), paths, theta)
     yield expectation("pathwise form on a grid, against Stein's identities", by_path, stein)
-    true = complex_steps.gradient(lambda th: exact.initial_value(P, th, HORIZON), THETA)
-    finer = [by_ratio(np.linspace(0, HORIZON, steps + 1)) for steps in (1, 2, 3)]
-    yield limit("q-rates, steps to 0: the continuous gradient", to_zero(*finer), true)
+    true = complex_steps.gradient(lambda th: exact.initial_value(P, th, lq.HORIZON), THETA)
+    finer = [by_ratio(np.linspace(0, lq.HORIZON, steps + 1)) for steps in (1, 2, 3)]
+    yield limit("q-rates, steps to 0: the continuous gradient", lq.to_zero(*finer), true)
 
 
 MISTAKES = """

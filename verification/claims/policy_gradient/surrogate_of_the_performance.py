@@ -18,14 +18,7 @@ from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation
 from verification.closed_form.lq_policies import continuous_value, q_gradient, q_sum
 from verification.cubature import mean
-from verification.problems.exploratory_lq import (
-    HORIZON,
-    NODES,
-    drawn_paths,
-    parameters,
-    policy,
-    problem,
-)
+from verification.problems import exploratory_lq as lq
 from verification.problems.performance_difference import OLD, P, value_of_old
 
 SOURCE = '"Score as Action", arXiv 2502.01819, Theorem 4.4'
@@ -36,29 +29,29 @@ SHORT = np.array([0.0, 0.35, 0.9])
 
 def paths_of_old(setting: Setting, nodes: np.ndarray, rule: int = 3) -> ctrl.Paths:
     """Paths of the old policy."""
-    return drawn_paths(setting, P, parameters(setting, OLD), nodes, rule)
+    return lq.drawn_paths(setting, P, lq.parameters(setting, OLD), nodes, rule)
 
 
 def checks(setting: Setting) -> Iterator[Check]:
     """Value, gap and slope of the surrogate."""
-    stated, value = problem(P), value_of_old(setting)
-    theta = parameters(setting, OLD)
-    old, near = policy(*theta), policy(*parameters(setting, NEAR))
+    stated, value = lq.problem(P), value_of_old(setting)
+    theta = lq.parameters(setting, OLD)
+    old, near = lq.policy(*theta), lq.policy(*lq.parameters(setting, NEAR))
     with torch.no_grad():
         paths = paths_of_old(setting, SHORT, rule=9)
         linearised = mean(pg.surrogate(stated, value, old, near, paths), paths)
-        there = drawn_paths(setting, P, parameters(setting, NEAR), SHORT)
+        there = lq.drawn_paths(setting, P, lq.parameters(setting, NEAR), SHORT)
         whole = mean(pg.performance_difference(stated, value, near, there), there)
-    true = continuous_value(P, OLD, HORIZON)
+    true = continuous_value(P, OLD, lq.HORIZON)
     here = q_sum(P, SHORT, true, visiting=OLD, acting=NEAR)
     both_changed = q_sum(P, SHORT, true, visiting=NEAR, acting=NEAR)
     yield expectation("surrogate, against the old states' moments", linearised, here)
     yield expectation(
         "what it misses: the change of the state law", whole - linearised, both_changed - here
     )
-    paths = paths_of_old(setting, NODES)
+    paths = paths_of_old(setting, lq.NODES)
     slope = torch.autograd.grad(mean(pg.surrogate(stated, value, old, old, paths), paths), theta)
-    gradient = q_gradient(P, NODES, true, OLD)
+    gradient = q_gradient(P, lq.NODES, true, OLD)
     yield expectation("slope at the old policy: the policy gradient", torch.stack(slope), gradient)
 
 
@@ -71,7 +64,7 @@ ctrl.policy_gradient.surrogate
     entropy of the old policy | _regularised_q(problem, value, new_policy, paths, probes)
         => _regularised_q(problem, value, policy, paths, probes)
 verification.claims.policy_gradient.surrogate_of_the_performance.paths_of_old
-    states of the new policy | parameters(setting, OLD), nodes => parameters(setting, NEAR), nodes
+    states of the new policy | lq.parameters(setting, OLD), nodes => lq.parameters(setting, NEAR), nodes
 shared
     outer discount missing
     entropy's sign, in regularised_q

@@ -25,17 +25,8 @@ from verification.closed_form import lq_policies as closed
 from verification.closed_form import matrix_lq_chain as lq
 from verification.closed_form.matrix_lq_chain import NODES, THETA
 from verification.cubature import mean
-from verification.problems.matrix_lq import (
-    OTHER,
-    P,
-    along,
-    chain_value,
-    drawn_paths,
-    parameters,
-    policy,
-    problem,
-    true_value,
-)
+from verification.problems import matrix_lq as case
+from verification.problems.matrix_lq import OTHER, P
 
 SOURCE = (
     "Jia & Zhou 2022a, JMLR 23, Propositions 1 and 2, sections 3 and 4; Jia & Zhou 2023, JMLR 24, "
@@ -80,7 +71,7 @@ def advantages_by_hand(paths: ctrl.Paths, rate: float) -> np.ndarray:
 
     delta is dM, each discounted to its own step's time.
     """
-    steps, own = along(paths), closed.chain_value(P, THETA, NODES)
+    steps, own = case.along(paths), closed.chain_value(P, THETA, NODES)
     last = paths.states[:, -1].detach().double().cpu().numpy()
 
     def value(k: int, x: np.ndarray) -> np.ndarray:
@@ -100,9 +91,11 @@ def advantages_by_hand(paths: ctrl.Paths, rate: float) -> np.ndarray:
 
 def checks(setting: Setting) -> Iterator[Check]:
     """Zeros of the true value and pair, sums of a wrong value."""
-    stated, chosen, value = problem(setting), policy(parameters(setting)), chain_value(setting)
-    paths = drawn_paths(setting, parameters(setting))
-    other = drawn_paths(setting, parameters(setting, OTHER))
+    stated = case.problem(setting)
+    chosen = case.policy(case.parameters(setting))
+    value = case.chain_value(setting)
+    paths = case.drawn_paths(setting, case.parameters(setting))
+    other = case.drawn_paths(setting, case.parameters(setting, OTHER))
     size = abs(closed.performance(P, THETA, NODES))
     xi = mg.features_along(monomials)
     zero = mean(mg.orthogonality(xi, value, stated, paths, chosen), paths).detach()
@@ -142,12 +135,14 @@ def checks(setting: Setting) -> Iterator[Check]:
         yield expectation(f"{name}: the slope of its loss", got, wanted)
 
     # q, of the value in continuous time and of the chain
-    smooth = true_value(setting)
+    smooth = case.true_value(setting)
     exact = np.stack(
-        [closed.q_rate(P.at(t), *lq.value(t), x, a) for _, t, _, x, a in along(other)], 1
+        [closed.q_rate(P.at(t), *lq.value(t), x, a) for _, t, _, x, a in case.along(other)], 1
     )
     yield pathwise("q of every action", ql.q_rates(stated, smooth, other), exact)
-    log_prob = np.stack([closed.log_density(P, THETA, x, a) for _, _, _, x, a in along(paths)], 1)
+    log_prob = np.stack(
+        [closed.log_density(P, THETA, x, a) for _, _, _, x, a in case.along(paths)], 1
+    )
     beyond = ql.q_rates(stated, smooth, paths) - P.temperature * setting.tensor(log_prob)
     zero = mean(torch.cat([beyond, beyond * paths.states[:, :-1, 0]], 1), paths)
     yield expectation("E_pi[q - temperature log pi] = 0", zero, [0.0] * 4, abs(exact).mean())
@@ -159,7 +154,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     dm = ql.increments(lambda t, x: 0 * x[:, 0], q, unpaid, other)
     rates = [
         h * (closed.reward(P.at(t), x, a) - closed.chain_q(P, THETA, NODES, k, x, a))
-        for k, t, h, x, a in along(other)
+        for k, t, h, x, a in case.along(other)
     ]
     yield pathwise("dM of q alone: (r - q) h", dm, np.stack(rates, 1))
 
