@@ -23,17 +23,9 @@ from diffusion_envs.exact import linear_policy
 from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, expectation, limit, pathwise
+from verification.closed_form import samplers as closed
 from verification.closed_form.extrapolation import extrapolated
 from verification.closed_form.gaussian_law import Normal
-from verification.closed_form.samplers import (
-    Chain,
-    Nodes,
-    drawn_steps,
-    euler_chain,
-    inflation,
-    rates,
-    whole,
-)
 from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, VPGaussian
 from verification.cubature import affine_end
 from verification.problems import gaussian_data, generation, table, vp_linear
@@ -47,7 +39,7 @@ STD, SHIFT = 0.5, 0.7
 TABLES = Setting()  # samplers' tables are in double precision on the CPU, whatever runs
 
 
-def chain(count: int, std: float, shift: float = 0.0) -> Chain:
+def chain(count: int, std: float, shift: float = 0.0) -> closed.Chain:
     """Production's Euler steps whose score is drawn around score + shift."""
     data = gaussian_data(TABLES, Normal(*_law(MODEL)))
     steps = Steps.of_euler(vp_linear(MODEL), 1 - ctrl.uniform_grid(1.0, count).nodes)
@@ -59,7 +51,7 @@ def chain(count: int, std: float, shift: float = 0.0) -> Chain:
         torch.full_like(data.mean, shift),
         action_std=torch.full_like(steps.std, std),
     )
-    return Chain(
+    return closed.Chain(
         *(
             v.reshape(-1).numpy()
             for v in (steps_of_chain.matrix, steps_of_chain.shift, steps_of_chain.covariance)
@@ -71,7 +63,7 @@ def _law(model: VPGaussian) -> tuple[np.ndarray, np.ndarray]:
     return model.mean, model.covariance
 
 
-def end_variance(one: Chain) -> float:
+def end_variance(one: closed.Chain) -> float:
     """Variance of the generated data."""
     return float(one.moments(MODEL.noised(1.0))[1][-1])
 
@@ -83,7 +75,9 @@ def checks(setting: Setting) -> Iterator[Check]:
     drawn = ctrl.GaussianPolicy(pretrained.mean, STD)
     grid = ctrl.TimeGrid(torch.tensor(UNEVEN, dtype=torch.float64))
     euler_end = affine_end(problem, drawn, grid, data.mean)
-    want = whole(drawn_steps(Normal(*_law(PLANE)), Nodes.of(PLANE, 1 - UNEVEN), STD))
+    want = closed.whole(
+        closed.drawn_steps(Normal(*_law(PLANE)), closed.Nodes.of(PLANE, 1 - UNEVEN), STD)
+    )
     yield expectation("Euler, four uneven steps: covariance", euler_end.C, want.C)
     yield expectation("Euler, four uneven steps: slope", euler_end.F, want.F)
 
@@ -91,8 +85,8 @@ def checks(setting: Setting) -> Iterator[Check]:
     problem, pretrained = generation(data, sampler.table, 0.8)
     drawn = ctrl.GaussianPolicy(pretrained.mean, STD)
     ddim_end = affine_end(problem, drawn, sampler.grid, data.mean, sampler)
-    nodes = Nodes.of(PLANE, sampler.noising_times.tolist())
-    want = whole(drawn_steps(Normal(*_law(PLANE)), nodes, STD, eta=0.8))
+    nodes = closed.Nodes.of(PLANE, sampler.noising_times.tolist())
+    want = closed.whole(closed.drawn_steps(Normal(*_law(PLANE)), nodes, STD, eta=0.8))
     yield expectation("DDIM, four steps: covariance", ddim_end.C, want.C)
 
     counts = (50, 100, 200, 400, 800)
@@ -100,9 +94,9 @@ def checks(setting: Setting) -> Iterator[Check]:
     exact = []
     for n in counts[:2]:
         s = np.linspace(1, 0, n + 1)
-        plain = euler_chain(MODEL, s)
-        more = plain.variance + (rates(MODEL, s[:-1]) / n * STD) ** 2
-        wide = Chain(plain.slope, plain.offset, more)
+        plain = closed.euler_chain(MODEL, s)
+        more = plain.variance + (closed.rates(MODEL, s[:-1]) / n * STD) ** 2
+        wide = closed.Chain(plain.slope, plain.offset, more)
         exact.append(n * (end_variance(wide) - end_variance(plain)))
     yield expectation("N times the variance added, 50 and 100 steps", widened[:2], exact)
     yield limit(
@@ -111,13 +105,13 @@ def checks(setting: Setting) -> Iterator[Check]:
         [0.5718, 0.5673, 0.5644],
     )
     tends = float(extrapolated(widened))
-    yield limit("N times the variance added, many steps", tends, inflation(MODEL, STD))
+    yield limit("N times the variance added, many steps", tends, closed.inflation(MODEL, STD))
 
     grid_kls = []
     for n in counts:
         base, shifted = chain(n, STD), chain(n, STD, SHIFT)
         grid_kls.append(shifted.kl(base, MODEL.noised(1.0)))
-    beta = rates(MODEL, np.linspace(1, 0, 101)[:-1]) / 100
+    beta = closed.rates(MODEL, np.linspace(1, 0, 101)[:-1]) / 100
     exact_kl = float(np.sum(beta * SHIFT**2 / (2 * (1 + beta * STD**2))))
     yield expectation("KL of the states on a grid of 100 steps", grid_kls[1], exact_kl)
     path_kl = 0.5 * SHIFT**2 * MODEL.integrated_beta(1.0)

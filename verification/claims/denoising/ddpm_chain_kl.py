@@ -20,15 +20,9 @@ from diffusion_envs.exact.gaussian import Affine
 from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.samplers import DDIM
 from verification.claim import Check, Setting, expectation, limit
+from verification.closed_form import samplers as closed
 from verification.closed_form.extrapolation import extrapolated
 from verification.closed_form.gaussian_law import Normal
-from verification.closed_form.samplers import (
-    EULER_GAMMA,
-    Chain,
-    ddpm_chain,
-    euler_chain,
-    exact_chain,
-)
 from verification.closed_form.vp_gaussian import VPGaussian
 from verification.problems import gaussian_data, table, vp_linear
 
@@ -42,13 +36,13 @@ TABLES = Setting()  # samplers' tables are in double precision on the CPU, whate
 FINE = (1000, 4000, 16000)
 
 
-def numbers(step: Affine) -> Chain:
+def numbers(step: Affine) -> closed.Chain:
     """A chain out of production code."""
     parts = (step.matrix[:, 0, 0], step.shift[:, 0], step.covariance[:, 0, 0])
-    return Chain(*(part.numpy() for part in parts))
+    return closed.Chain(*(part.numpy() for part in parts))
 
 
-def chains(count: int, model: VPGaussian = MODEL) -> dict[str, Chain]:
+def chains(count: int, model: VPGaussian = MODEL) -> dict[str, closed.Chain]:
     """Production's chains from s = 1 to s = 1 / count: DDPM's very last step has no density."""
     data, schedule = gaussian_data(TABLES, DATA), vp_linear(model)
     none = 0 * data.covariance, 0 * data.mean
@@ -62,7 +56,7 @@ def chains(count: int, model: VPGaussian = MODEL) -> dict[str, Chain]:
     }
 
 
-def divergence(chain: Chain, reference: Chain, model: VPGaussian = MODEL) -> float:
+def divergence(chain: closed.Chain, reference: closed.Chain, model: VPGaussian = MODEL) -> float:
     """KL(chain || reference) from the exact law of the start."""
     return chain.kl(reference, model.noised(1.0))
 
@@ -78,8 +72,11 @@ def checks(setting: Setting) -> Iterator[Check]:
     """Chain KLs by production's steps: against independent recursions, and in the limit."""
     for model, beta in ((MODEL, "constant"), (RISING, "rising")):
         s, start = np.arange(100, 0, -1) / 100, model.noised(1.0)
-        laws, exact = chains(100, model), exact_chain(model, s)
-        for name, want in (("DDPM", ddpm_chain(model, s)), ("Euler", euler_chain(model, s))):
+        laws, exact = chains(100, model), closed.exact_chain(model, s)
+        for name, want in (
+            ("DDPM", closed.ddpm_chain(model, s)),
+            ("Euler", closed.euler_chain(model, s)),
+        ):
             got = [
                 divergence(laws["exact"], laws[name], model),
                 divergence(laws[name], laws["exact"], model),
@@ -92,17 +89,17 @@ def checks(setting: Setting) -> Iterator[Check]:
     fine = {count: chains(count) for count in FINE}
     towards = [divergence(c["exact"], c["DDPM"]) for c in fine.values()]
     limit_kl = without_logarithm(FINE, towards)
-    yield limit("KL(exact || DDPM), many steps", limit_kl, EULER_GAMMA / 2)
+    yield limit("KL(exact || DDPM), many steps", limit_kl, closed.EULER_GAMMA / 2)
     away = [divergence(c["DDPM"], c["exact"]) for c in fine.values()]
     yield limit(
-        "KL(DDPM || exact), many steps", without_logarithm(FINE, away), (1 - EULER_GAMMA) / 2
+        "KL(DDPM || exact), many steps", without_logarithm(FINE, away), (1 - closed.EULER_GAMMA) / 2
     )
     counts = (250, 500, 1000, 2000)
     euler = [chains(count) for count in counts]
     kls = [divergence(c["exact"], c["Euler"]) for c in euler]
     yield limit("Euler: order of its chain KL", float(np.log2(kls[-2] / kls[-1])), 1.0)
     vanishing = float(extrapolated(kls))
-    yield limit("Euler: what its chain KL tends to", vanishing, 0.0, scale=EULER_GAMMA / 2)
+    yield limit("Euler: what its chain KL tends to", vanishing, 0.0, scale=closed.EULER_GAMMA / 2)
 
 
 MISTAKES = """

@@ -17,17 +17,7 @@ import ctrl
 from ctrl.linear import LinearGaussian, LinearQuadratic
 from verification.claim import Check, Setting, expectation, limit, pathwise
 from verification.closed_form import lq as exact
-from verification.problems.lq import (
-    LAW,
-    X,
-    _tensor,
-    flat,
-    numbers,
-    production,
-    production_law,
-    published,
-    scalar,
-)
+from verification.problems import lq as case
 
 SOURCE = "Wang, Zariphopoulou & Zhou 2020, Theorem 4; Jia & Zhou 2022b, section 6, appendix B2"
 WHY_DOUBLE = "ctrl.linear solves its equations in float64 only, and refuses other types"
@@ -44,9 +34,9 @@ def checks(setting: Setting) -> Iterator[Check]:
         ("discounted", exact.DISCOUNTED, ctrl.linear.solve_lq_discounted),
         ("ergodic", exact.ERGODIC, ctrl.linear.solve_lq_ergodic),
     ):
-        got = numbers(solve(scalar(p, setting)))
-        yield expectation(f"{name}: value, policy and rate, by formula", got, published(p))
-    benchmark = scalar(exact.BENCHMARK, setting)
+        got = case.numbers(solve(case.scalar(p, setting)))
+        yield expectation(f"{name}: value, policy and rate, by formula", got, case.published(p))
+    benchmark = case.scalar(exact.BENCHMARK, setting)
     best = ctrl.linear.solve_lq_ergodic(benchmark)
     cold = replace(benchmark, temperature=0 * benchmark.rates[1])
     plain = ctrl.linear.evaluate_lq_ergodic(cold, best.law).average_reward
@@ -61,20 +51,22 @@ def checks(setting: Setting) -> Iterator[Check]:
     lq = exact.example()
     lq = replace(lq, A=lq.A - np.eye(2))
     still = replace(lq, C=0 * lq.C, D=0 * lq.D)
-    got = ctrl.linear.solve_lq_discounted(production(still, setting)).quadratic.hessian
+    got = ctrl.linear.solve_lq_discounted(case.production(still, setting)).quadratic.hessian
     want = exact.stationary_hessian(still)
     yield expectation("several dimensions: optimal Hessian, by scipy's Riccati solver", got, want)
-    got = flat(ctrl.linear.solve_lq_discounted(production(lq, setting)).quadratic)
+    got = case.flat(ctrl.linear.solve_lq_discounted(case.production(lq, setting)).quadratic)
     left = exact.riccati_rate(lq, got.cpu().numpy())
     yield pathwise("several dimensions: what is left of the HJB equation", left, 0 * left, 1.0)
-    lq, x = exact.example(), _tensor(X, setting)
-    got = evaluated(production(lq, setting), production_law(LAW, setting), x)
-    want = [exact.discounted_value_by_moments(lq, LAW, each) for each in X]
+    lq, x = exact.example(), case._tensor(case.X, setting)
+    got = evaluated(case.production(lq, setting), case.production_law(case.LAW, setting), x)
+    want = [exact.discounted_value_by_moments(lq, case.LAW, each) for each in case.X]
     yield expectation("several dimensions: value of a policy, by moments", got, want)
     lq = replace(lq, discount=0.0)
-    ergodic = ctrl.linear.evaluate_lq_ergodic(production(lq, setting), production_law(LAW, setting))
+    ergodic = ctrl.linear.evaluate_lq_ergodic(
+        case.production(lq, setting), case.production_law(case.LAW, setting)
+    )
     assert ergodic.average_reward is not None
-    want = exact.average_reward_by_moments(lq, LAW)
+    want = exact.average_reward_by_moments(lq, case.LAW)
     yield expectation(
         "several dimensions: average of a policy, at rest", ergodic.average_reward, want
     )

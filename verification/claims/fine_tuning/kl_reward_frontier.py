@@ -16,39 +16,31 @@ from scipy import stats
 from verification.claim import Check, Setting, bound, expectation, limit, pathwise, rounding, stated
 from verification.closed_form import frontier as exact
 from verification.closed_form.gaussian_law import Normal
-from verification.problems.frontier import (
-    GAUSSIAN,
-    MIXTURE,
-    QUADRATIC,
-    frontier_of,
-    numbers,
-    plane,
-    rewards_of,
-)
+from verification.problems import frontier as case
 
 SOURCE = "Gibbs' variational principle (Donsker & Varadhan 1975); arXiv 2605.07105"
 WHY_DOUBLE = "the frontier is computed in float64, whatever its rewards come in"
 COVERS = "several dimensions"
 
 WEIGHTS = (1.1, 0.6)
-LAW = Normal(np.array(GAUSSIAN.mean), np.array(GAUSSIAN.covariance))
+LAW = Normal(np.array(case.GAUSSIAN.mean), np.array(case.GAUSSIAN.covariance))
 
 
 def density(x: np.ndarray) -> np.ndarray:
     """Of the mixture."""
-    parts = zip(MIXTURE.weights, MIXTURE.means, MIXTURE.stds, strict=True)
+    parts = zip(case.MIXTURE.weights, case.MIXTURE.means, case.MIXTURE.stds, strict=True)
     return sum((w * stats.norm.pdf(x, m, s) for w, m, s in parts), np.zeros_like(x))
 
 
 def cosine(x: np.ndarray) -> np.ndarray:
     """The mixture's reward."""
-    return MIXTURE.reward(torch.as_tensor(x)[:, None], ["-"] * len(x)).numpy()
+    return case.MIXTURE.reward(torch.as_tensor(x)[:, None], ["-"] * len(x)).numpy()
 
 
 def both(b: float) -> exact.Point:
     """The frontier of the two prompts, by closed form and by quadrature."""
     return exact.mean(
-        [exact.of_gaussian(LAW, QUADRATIC, b), exact.of_density(density, cosine, b, reach=5.0)]
+        [exact.of_gaussian(LAW, case.QUADRATIC, b), exact.of_density(density, cosine, b, reach=5.0)]
     )
 
 
@@ -58,7 +50,7 @@ def samples_of_both() -> list[np.ndarray]:
     x = np.linspace(-5, 5, 200_001)
     mass = np.cumsum(density(x))
     at = np.searchsorted(mass / mass[-1], (np.arange(1500) + 0.5) / 1500)
-    return [rewards_of(QUADRATIC, plane(LAW, 50)), cosine(x[at])]
+    return [case.rewards_of(case.QUADRATIC, case.plane(LAW, 50)), cosine(x[at])]
 
 
 def checks(setting: Setting) -> Iterator[Check]:
@@ -68,12 +60,12 @@ def checks(setting: Setting) -> Iterator[Check]:
         (size * torch.randn(n, dtype=torch.float64, generator=generator) + shift).numpy()
         for n, size, shift in ((37, 0.6, 0.3), (52, 0.35, -1.2), (31, 0.8, 2.1))
     ]
-    frontier, b = frontier_of(setting, drawn), 1.7
+    frontier, b = case.frontier_of(setting, drawn), 1.7
     units = rounding(52, 10.0)
     point = frontier.at_weight(b)
     want = exact.mean(exact.jackknifed(rewards, b) for rewards in drawn)
     n = rounding(52, 52.0)  # the jackknife multiplies by n what differs by 1 / n
-    yield stated(pathwise("reward, KL and J* of drawn rewards", numbers(point), want), units=n)
+    yield stated(pathwise("reward, KL and J* of drawn rewards", case.numbers(point), want), units=n)
     least = min(exact.effective_samples(rewards, b) for rewards in drawn)
     effective = pathwise("least effective number of samples", point.effective_samples, least)
     yield stated(effective, units=units)
@@ -85,10 +77,12 @@ def checks(setting: Setting) -> Iterator[Check]:
         ),
         units=n,
     )
-    frontier = frontier_of(setting, samples_of_both())
+    frontier = case.frontier_of(setting, samples_of_both())
     for b in WEIGHTS:
         want = both(b)
-        yield limit(f"reward, KL and J* of two laws, b {b}", numbers(frontier.at_weight(b)), want)
+        yield limit(
+            f"reward, KL and J* of two laws, b {b}", case.numbers(frontier.at_weight(b)), want
+        )
         at = frontier.at_kl(want.kl)
         yield limit(
             f"reward and b at {want.kl:.2f} nats", [at.reward.mean, at.kl_weight], [want.reward, b]

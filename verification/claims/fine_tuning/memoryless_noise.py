@@ -23,14 +23,8 @@ from verification.closed_form.samplers import ddim_steps, eta_transition, unifor
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
 from verification.closed_form.vp_gaussian import LONG
 from verification.cubature import affine_end
+from verification.problems import gaussian_diffusion as case
 from verification.problems import generation, table
-from verification.problems.gaussian_diffusion import (
-    DATA,
-    ctrl_normal,
-    normal,
-    quadratic,  # noqa: F401  # a mistake takes it
-    schedule,
-)
 
 SOURCE = "Domingo-Enrich et al. 2024, arXiv 2409.08861, memoryless noise schedule"
 WHY_DOUBLE = "ctrl.linear solves in float64 only, and says so"
@@ -40,7 +34,7 @@ STEPS = 20  # of a sampler
 
 def generated(setting: Setting, eta: float) -> gaussian.Gaussian:
     """Law of X_T under the optimal control of the eta family, from p_T."""
-    data, rate = normal(setting, DATA), schedule(LONG)
+    data, rate = case.normal(setting, case.DATA), case.schedule(LONG)
     begin, end = setting.tensor(1.0), setting.tensor(0.0)
     base = gaussian.transition(data, rate, begin, end, eta)
     Q, slope, c = (setting.tensor(each) for each in REWARD)
@@ -57,8 +51,8 @@ def generated(setting: Setting, eta: float) -> gaussian.Gaussian:
 
 def checks(setting: Setting) -> Iterator[Check]:
     """eta = 1 and eta = .5 on the long schedule."""
-    tilted, _ = exact.tilt(DATA, REWARD, KL_WEIGHT)
-    reference = ctrl_normal(normal(setting, tilted))
+    tilted, _ = exact.tilt(case.DATA, REWARD, KL_WEIGHT)
+    reference = case.ctrl_normal(case.normal(setting, tilted))
     for eta in (1.0, 0.5):
         base = eta_transition(LONG, LONG.horizon, 0.0, eta)
         want = exact.tilted_transition(base, REWARD, KL_WEIGHT).of(LONG.noised(1.0))
@@ -70,14 +64,14 @@ def checks(setting: Setting) -> Iterator[Check]:
         )
         yield expectation(
             f"eta {eta}: KL(generated || tilt)",
-            linear.gaussian_kl(ctrl_normal(got), reference),
+            linear.gaussian_kl(case.ctrl_normal(got), reference),
             kl(want, tilted),
             scale=1.0 if eta == 1 else None,  # of 1e-10 nats few digits are left
         )
-    model, start = normal(setting, tilted), normal(setting, LONG.noised(1.0))
+    model, start = case.normal(setting, tilted), case.normal(setting, LONG.noised(1.0))
     begin, end = setting.tensor(1.0), setting.tensor(0.0)
     for eta in (0.5, 0.0):
-        got = gaussian.transition(model, schedule(LONG), begin, end, eta).after(start)
+        got = gaussian.transition(model, case.schedule(LONG), begin, end, eta).after(start)
         want = eta_transition(LONG.with_data(tilted), LONG.horizon, 0.0, eta).of(LONG.noised(1.0))
         yield expectation(
             f"trained with full noise, sampled with eta {eta}: law of X_T",
@@ -86,7 +80,7 @@ def checks(setting: Setting) -> Iterator[Check]:
         )
         yield expectation(
             f"trained with full noise, sampled with eta {eta}: KL(generated || tilt)",
-            linear.gaussian_kl(ctrl_normal(got), reference),
+            linear.gaussian_kl(case.ctrl_normal(got), reference),
             kl(want, tilted),
         )
     for eta in (1.0, 0.5):  # as a run samples it
@@ -109,7 +103,7 @@ diffusion_envs.exact.gaussian.transition
     noise of the eta family without the square | ((1 + eta**2) / 2) => ((1 + eta) / 2)
 verification.claims.fine_tuning.memoryless_noise.generated
     the joint law tilted, with the start's law tilted too | start = gaussian.marginal(data, rate, begin)
-        => start = gaussian.marginal(gaussian.tilt(data, quadratic(setting, REWARD), KL_WEIGHT), rate, begin)
+        => start = gaussian.marginal(gaussian.tilt(data, case.quadratic(setting, REWARD), KL_WEIGHT), rate, begin)
 shared
     the start forgotten
     b for 1/b

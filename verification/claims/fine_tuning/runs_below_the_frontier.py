@@ -26,14 +26,7 @@ from verification.closed_form import frontier as exact
 from verification.closed_form import tilt
 from verification.closed_form.gaussian_law import Normal
 from verification.closed_form.vp_gaussian import SHORT, VPGaussian
-from verification.problems.frontier import (
-    GAUSSIAN,
-    QUADRATIC,
-    frontier_of,
-    numbers,
-    plane,
-    rewards_of,
-)
+from verification.problems import frontier as case
 from verification.problems.gaussian_diffusion import START
 
 SOURCE = "data processing inequality; Domingo-Enrich et al. 2024, arXiv 2409.08861, section 4"
@@ -60,14 +53,14 @@ def charged() -> type[BoundDDIM]:
 def runs(kind: type[BoundDDIM]) -> list[tuple[np.ndarray, Outcome]]:
     """Rewards of what the pretrained chain generates, and the best policy for its KL."""
     sampler, mixture = kind(1.0, table(), STEPS), MixtureProblem()
-    gain, shift = GAUSSIAN.best_correction(sampler)
-    law = GAUSSIAN.law_of(0 * gain, 0 * shift, sampler)
-    points = plane(Normal(law.mean.numpy(), law.covariance.numpy()), 60)
+    gain, shift = case.GAUSSIAN.best_correction(sampler)
+    law = case.GAUSSIAN.law_of(0 * gain, 0 * shift, sampler)
+    points = case.plane(Normal(law.mean.numpy(), law.covariance.numpy()), 60)
     changes = mixture.best_correction(sampler)
     mass = mixture.law_of(0 * changes, sampler)[0].cumsum(0).numpy()
     at = np.searchsorted(mass / mass[-1], (np.arange(3000) + 0.5) / 3000)
     return [
-        (rewards_of(QUADRATIC, points), GAUSSIAN.optimum(sampler)),
+        (case.rewards_of(case.QUADRATIC, points), case.GAUSSIAN.optimum(sampler)),
         (mixture.rewards.numpy()[at], mixture.optimum(sampler)),
     ]
 
@@ -81,7 +74,7 @@ def errors_of_a_run(setting: Setting) -> Iterator[Check]:
     """The lower bound of the excess, from its three errors."""
     generator = setting.generator("draws")
     drawn = torch.randn(2000, dtype=torch.float64, generator=generator).numpy()
-    frontier, run, kl = frontier_of(setting, [drawn]), (1.7, 0.04), (1.1, 0.05)
+    frontier, run, kl = case.frontier_of(setting, [drawn]), (1.7, 0.04), (1.1, 0.05)
     got = frontier.excess(Estimate(*run, 100), Estimate(*kl, 100))
     at, z = frontier.at_kl(kl[0]), stats.norm.ppf(0.999)
     longer = z + at.reward.acceleration * (2 * z**2 + 1)
@@ -104,19 +97,21 @@ def from_fixed_starts(setting: Setting) -> Iterator[Check]:
     root = np.sqrt(2) * np.linalg.cholesky(START.covariance).T
     starts = [START.mean + sign * row for row in root for sign in (1, -1)]
     laws = [Normal(end.F @ x + end.f, end.C) for x in starts]
-    groups = [rewards_of(QUADRATIC, plane(law, 70)) for law in laws]
-    optimum = tilt.optimum_from(MEMORY, QUADRATIC, b, horizon).of(START)
+    groups = [case.rewards_of(case.QUADRATIC, case.plane(law, 70)) for law in laws]
+    optimum = tilt.optimum_from(MEMORY, case.QUADRATIC, b, horizon).of(START)
     want = [
-        QUADRATIC.expectation(optimum),
-        tilt.optimal_path_kl(MEMORY, QUADRATIC, b, START),
-        tilt.optimal_value(MEMORY, QUADRATIC, b, horizon).expectation(START),
+        case.QUADRATIC.expectation(optimum),
+        tilt.optimal_path_kl(MEMORY, case.QUADRATIC, b, START),
+        tilt.optimal_value(MEMORY, case.QUADRATIC, b, horizon).expectation(START),
     ]
-    got = frontier_of(setting, groups).at_weight(b)
-    yield limit("fixed starts: reward, path KL and J* of the optimal process", numbers(got), want)
-    pooled = frontier_of(setting, [np.concatenate(groups)])
+    got = case.frontier_of(setting, groups).at_weight(b)
+    yield limit(
+        "fixed starts: reward, path KL and J* of the optimal process", case.numbers(got), want
+    )
+    pooled = case.frontier_of(setting, [np.concatenate(groups)])
     yield limit(
         "over prompts: reward, KL and J* of the tilt",
-        numbers(pooled.at_weight(b)),
+        case.numbers(pooled.at_weight(b)),
         choosing_starts(laws, b),
     )
     same = float(brentq(lambda b: choosing_starts(laws, b).kl - want[1], 0.9, 9.0))  # pyright: ignore[reportArgumentType]  # it returns a number
@@ -130,7 +125,7 @@ def from_fixed_starts(setting: Setting) -> Iterator[Check]:
 
 def choosing_starts(laws: Sequence[Normal], b: float) -> exact.Point:
     """The frontier over prompts: its tilt has starts in proportion to exp(V* / b)."""
-    points = [exact.of_gaussian(law, QUADRATIC, b) for law in laws]
+    points = [exact.of_gaussian(law, case.QUADRATIC, b) for law in laws]
     shares = np.exp([point.objective / b for point in points])
     best = float(shares @ [point.reward for point in points] / shares.sum())
     value = b * float(np.log(shares.mean()))
@@ -140,7 +135,7 @@ def choosing_starts(laws: Sequence[Normal], b: float) -> exact.Point:
 def checks(setting: Setting) -> Iterator[Check]:
     """Optima of two chains; a process from fixed starts; errors of a run."""
     for name, (rewards, best) in zip(("Gaussian", "mixture"), runs(charged()), strict=True):
-        frontier = frontier_of(setting, [rewards])
+        frontier = case.frontier_of(setting, [rewards])
         right = judged(frontier, best.reward, best.path_kl)
         half = judged(frontier, best.reward, 0.5 * best.path_kl)
         scale = right.point.reward.mean - frontier.pretrained.mean  # what this KL can buy

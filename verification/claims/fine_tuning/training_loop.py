@@ -20,15 +20,7 @@ from diffusion_envs.training.trainer import Trainer
 from verification.claim import Check, Setting, pathwise, rounding, stated
 from verification.closed_form import linear_adapter
 from verification.closed_form.linear_adapter import Sampler
-from verification.problems.training_loop import (
-    ETA,
-    KL_WEIGHT,
-    SAMPLES,
-    STEPS,
-    flat,
-    network_of,
-    trainer,
-)
+from verification.problems import training_loop as case
 
 SOURCE = '"Score as Action", arXiv 2502.01819, Theorems 3.1 and 4.1; Schulman et al. 2017'
 WHY_DOUBLE = "the loop's networks, states and rewards are float32 whatever the setting"
@@ -44,10 +36,10 @@ def sampler_of(made: Trainer) -> BoundDDIM:
 
 def by_hand(made: Trainer) -> tuple[Sampler, np.ndarray, np.ndarray]:
     """The sampler's tables and the adapter."""
-    network = network_of(made)
+    network = case.network_of(made)
     alpha_bar = sampler_of(made).alpha_bar.numpy()
     a, b = (p.detach().double().numpy() for p in (network.a, network.b))
-    return Sampler(ETA, alpha_bar), a, b
+    return Sampler(case.ETA, alpha_bar), a, b
 
 
 def units_of_ratio(rows: Rows) -> float:
@@ -66,14 +58,14 @@ def units_of_ratio(rows: Rows) -> float:
 
 def checks(setting: Setting) -> Iterator[Check]:
     """One update in the midst of a run, against gradients by hand."""
-    made = trainer(setting)
+    made = case.trainer(setting)
     rollout = made.sample().rollout
     s, a, b = by_hand(made)
-    x = flat(rollout.states[:, :-1])
+    x = case.flat(rollout.states[:, :-1])
     costs = linear_adapter.path_kl(s, a, b, x)
     yield pathwise("path KL of every step, by hand", rollout.costs, costs)
-    order = torch.randperm(SAMPLES * STEPS, generator=stream(setting.seed, "rows"))
-    which = torch.cartesian_prod(torch.arange(SAMPLES), torch.arange(STEPS))[order]
+    order = torch.randperm(case.SAMPLES * case.STEPS, generator=stream(setting.seed, "rows"))
+    which = torch.cartesian_prod(torch.arange(case.SAMPLES), torch.arange(case.STEPS))[order]
     objective = made.objective
     assert isinstance(objective, ScoreAsAction)
     with torch.no_grad():
@@ -89,7 +81,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     path, step = which.unbind(1)
     yield pathwise("path KL of a row that is trained", trained, costs[path, step])
     a_k = advantages[path, step].double().numpy()
-    check = pathwise("loss of a row", losses, KL_WEIGHT * costs[path, step] - a_k)
+    check = pathwise("loss of a row", losses, case.KL_WEIGHT * costs[path, step] - a_k)
     share = float(np.abs(a_k).max()) / losses.abs().max().item()
     yield stated(check, units=share * units_of_ratio(rows))
     after = rollout.states[path, step + 1]
@@ -97,11 +89,11 @@ def checks(setting: Setting) -> Iterator[Check]:
     std = torch.as_tensor(s.std).to(after)[step].view(-1, 1, 1, 1)
     yield pathwise("a row's noise leads to its next state", mean + std * rows.noise, after)
     want = linear_adapter.gradient(
-        s, a, b, x, flat(rollout.noises), advantages.double().numpy(), KL_WEIGHT
+        s, a, b, x, case.flat(rollout.noises), advantages.double().numpy(), case.KL_WEIGHT
     )
     for batch in (24, 13, 3):
-        one = trainer(setting, batch=batch)
-        network = network_of(one)
+        one = case.trainer(setting, batch=batch)
+        network = case.network_of(one)
         network.b.grad = 1e4 * torch.ones_like(network.b)  # of the update before
         frozen = [network.base.clone(), network.context.clone(), network.time.clone()]
         numbers = one.step()

@@ -21,15 +21,7 @@ from verification.closed_form import tilt as exact
 from verification.closed_form.gaussian_law import Normal, kl
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
 from verification.closed_form.vp_gaussian import LONG, SHORT, VPGaussian
-from verification.problems.gaussian_diffusion import (
-    DATA,
-    STANDARD,
-    START,
-    ctrl_normal,
-    normal,
-    quadratic,
-    schedule,
-)
+from verification.problems import gaussian_diffusion as case
 
 SOURCE = "Domingo-Enrich et al. 2024, arXiv 2409.08861, section 4 (value function bias)"
 WHY_DOUBLE = "ctrl.linear solves in float64 only, and says so"
@@ -37,25 +29,32 @@ WHY_DOUBLE = "ctrl.linear solves in float64 only, and says so"
 
 def at_the_optimum(setting: Setting, p: VPGaussian, start: Normal) -> gaussian.Gaussian:
     """The law of X_T under the optimal score, from this start."""
-    tilted = gaussian.tilt(normal(setting, DATA), quadratic(setting, REWARD), KL_WEIGHT)
+    tilted = gaussian.tilt(
+        case.normal(setting, case.DATA), case.quadratic(setting, REWARD), KL_WEIGHT
+    )
     begin, end = setting.tensor(p.horizon), setting.tensor(0.0)
-    whole = gaussian.transition(tilted, schedule(p), begin, end)
-    return whole.after(normal(setting, start))
+    whole = gaussian.transition(tilted, case.schedule(p), begin, end)
+    return whole.after(case.normal(setting, start))
 
 
 def best(setting: Setting, p: VPGaussian, start: Normal) -> torch.Tensor:
     """J* from this start."""
     begin, end = setting.tensor(p.horizon), setting.tensor(0.0)
     value = gaussian.optimal_value(
-        normal(setting, DATA), schedule(p), quadratic(setting, REWARD), KL_WEIGHT, begin, end
+        case.normal(setting, case.DATA),
+        case.schedule(p),
+        case.quadratic(setting, REWARD),
+        KL_WEIGHT,
+        begin,
+        end,
     )
-    return value.expectation(normal(setting, start))
+    return value.expectation(case.normal(setting, start))
 
 
 def tilted_value(setting: Setting) -> torch.Tensor:
     """b log Z."""
     Q, slope, c = (setting.tensor(each) for each in REWARD)
-    data = ctrl_normal(normal(setting, DATA))
+    data = case.ctrl_normal(case.normal(setting, case.DATA))
     return KL_WEIGHT * linear.tilt(data, Q, slope, KL_WEIGHT, c).log_normaliser
 
 
@@ -63,18 +62,18 @@ def _extrapolated(quantity: Callable[[VPGaussian], torch.Tensor], power: int) ->
     """The limit of quantity / alpha_T^power, whose error is of the order alpha_T^2."""
     by_model = []
     for beta in (6.0, 6.0 + 2 * np.log(2)):  # alpha_T^2 = e^-beta: a quarter of it
-        p = VPGaussian(DATA.mean, DATA.covariance, beta, beta)
+        p = VPGaussian(case.DATA.mean, case.DATA.covariance, beta, beta)
         by_model.append(quantity(p) / p.alpha(1.0) ** power)
     return (4 * by_model[1] - by_model[0]) / 3
 
 
 def checks(setting: Setting) -> Iterator[Check]:
     """From p_T, N(0, I), p*_T and another start; at two alpha_T; and in the limit."""
-    tilted, _ = exact.tilt(DATA, REWARD, KL_WEIGHT)
+    tilted, _ = exact.tilt(case.DATA, REWARD, KL_WEIGHT)
     for name, p in (("alpha_T .0066", LONG), ("alpha_T .37", SHORT)):
         p_T, tilt_T = p.noised(p.horizon), p.with_data(tilted).noised(p.horizon)
         optimum = exact.optimum_from(p, REWARD, KL_WEIGHT, p.horizon)
-        for start, law in (("p_T", p_T), ("N(0, I)", STANDARD), ("another start", START)):
+        for start, law in (("p_T", p_T), ("N(0, I)", case.STANDARD), ("another start", case.START)):
             want, got = optimum.of(law), at_the_optimum(setting, p, law)
             both = torch.cat([got.mean, got.covariance.flatten()])
             yield expectation(
@@ -101,25 +100,25 @@ def checks(setting: Setting) -> Iterator[Check]:
             KL_WEIGHT * kl(tilt_T, p_T),
             scale=KL_WEIGHT,
         )
-    law = ctrl_normal(normal(setting, tilted))
-    for start in (SHORT.noised(1.0), STANDARD):
-        name = "N(0, I)" if start is STANDARD else "p_T"
+    law = case.ctrl_normal(case.normal(setting, tilted))
+    for start in (SHORT.noised(1.0), case.STANDARD):
+        name = "N(0, I)" if start is case.STANDARD else "p_T"
         yield expectation(
             f"alpha_T .37: KL(generated || tilt) from {name}",
-            linear.gaussian_kl(ctrl_normal(at_the_optimum(setting, SHORT, start)), law),
+            linear.gaussian_kl(case.ctrl_normal(at_the_optimum(setting, SHORT, start)), law),
             kl(exact.optimum_from(SHORT, REWARD, KL_WEIGHT, 1.0).of(start), tilted),
         )
-    gap = tilted.mean - DATA.mean
+    gap = tilted.mean - case.DATA.mean
     yield limit(
         "alpha_T -> 0: bias / alpha_T^2",
         _extrapolated(lambda p: tilted_value(setting) - best(setting, p, p.noised(1.0)), 2),
         KL_WEIGHT * gap @ gap / 2,
     )
-    for name, start, away in (("p_T", None, gap), ("N(0, I)", STANDARD, tilted.mean)):
+    for name, start, away in (("p_T", None, gap), ("N(0, I)", case.STANDARD, tilted.mean)):
 
         def divergence(p: VPGaussian, start: Normal | None = start) -> torch.Tensor:
             generated = at_the_optimum(setting, p, start or p.noised(1.0))
-            return linear.gaussian_kl(ctrl_normal(generated), law)
+            return linear.gaussian_kl(case.ctrl_normal(generated), law)
 
         yield limit(
             f"alpha_T -> 0: KL(generated || tilt) from {name} / alpha_T^4",
@@ -130,7 +129,7 @@ def checks(setting: Setting) -> Iterator[Check]:
 
 MISTAKES = """
 verification.claims.fine_tuning.value_function_bias.at_the_optimum
-    the tilt itself for what is generated | return whole.after(normal(setting, start)) => return tilted
+    the tilt itself for what is generated | return whole.after(case.normal(setting, start)) => return tilted
 diffusion_envs.exact.gaussian.optimal_value
     X_T independent of X_0: the bias ignored | step = transition(data, schedule, s, s_end)
         => step = Affine(0 * data.covariance, data.mean, data.covariance)

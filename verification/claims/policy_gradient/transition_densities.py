@@ -16,24 +16,18 @@ import torch
 
 import ctrl
 from verification.claim import Check, Setting, expectation, pathwise
-from verification.closed_form.gaussian_transitions import (
-    Equation,
-    Feedback,
-    divergence,
-    law,
-    log_density,
-)
+from verification.closed_form import gaussian_transitions as exact
 from verification.cubature import mean, point_start
 
 SOURCE = "Kloeden & Platen, section 9.1; Kullback & Leibler 1951; Fisher 1925"
 
-E = Equation()
-NEW, OLD = Feedback(0.4, -0.2), Feedback(-0.3, 0.5)
+E = exact.Equation()
+NEW, OLD = exact.Feedback(0.4, -0.2), exact.Feedback(-0.3, 0.5)
 NODES = (0.0, 0.2, 0.5)
 START = [0.8, -0.55]
 
 
-def policy(f: Feedback, tilt: torch.Tensor | float = 0.0) -> ctrl.DeterministicPolicy:
+def policy(f: exact.Feedback, tilt: torch.Tensor | float = 0.0) -> ctrl.DeterministicPolicy:
     """a = gain x + level + tilt."""
     return ctrl.DeterministicPolicy(lambda t, x: f.gain * x + f.level + tilt)
 
@@ -50,7 +44,7 @@ def _integrals(setting: Setting) -> Iterator[Check]:
     """Integrals over the next state by the trapezoidal rule, which is exact for Gaussians."""
     h = NODES[1]
     before = np.array([[START[0]]])
-    centre, variance = (v.item() for v in law(E, NEW, before, h))
+    centre, variance = (v.item() for v in exact.law(E, NEW, before, h))
     y = setting.tensor(np.linspace(-9, 9, 73)) * variance**0.5 + centre
     states = torch.stack([torch.full_like(y, START[0]), y], dim=1)[..., None]
     grid = ctrl.TimeGrid(setting.tensor(NODES[:2]))
@@ -98,14 +92,14 @@ def checks(setting: Setting) -> Iterator[Check]:
     x = paths.states.double().cpu().numpy()
     computed = ctrl.transitions.log_prob(SDE, solver, policy(NEW), paths)
     new, old = (
-        np.stack([log_density(E, f, x[:, k], x[:, k + 1], h) for k, h in enumerate(steps)], 1)
+        np.stack([exact.log_density(E, f, x[:, k], x[:, k + 1], h) for k, h in enumerate(steps)], 1)
         for f in (NEW, OLD)
     )
     yield pathwise("log-density, by hand", computed, new)
     ratio = ctrl.transitions.log_ratio(SDE, solver, policy(NEW), policy(OLD), paths)
     yield pathwise("log-ratio, against the difference of two", ratio, new - old)
     kl = ctrl.transitions.transition_kl(SDE, solver, policy(NEW), policy(OLD), paths)
-    want = np.stack([divergence(E, NEW, OLD, x[:, k], h) for k, h in enumerate(steps)], 1)
+    want = np.stack([exact.divergence(E, NEW, OLD, x[:, k], h) for k, h in enumerate(steps)], 1)
     yield pathwise("KL of transitions, by hand", kl, want)
     # the log-ratio is quadratic in the last step's noise: quadrature is exact
     yield expectation("mean log-ratio is the KL", mean(ratio, paths), mean(kl, paths))

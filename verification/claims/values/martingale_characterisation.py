@@ -21,19 +21,8 @@ from verification.claim import Check, Setting, expectation, pathwise
 from verification.closed_form import exploratory_chain as exact
 from verification.cubature import mean
 from verification.problems import NODES
-from verification.problems.martingale import (
-    ERROR,
-    POLICY,
-    C,
-    basis,
-    discounts,
-    earned,
-    exact_value,
-    gaussian,
-    is_refused,
-    problem,
-    sampled,
-)
+from verification.problems import martingale as case
+from verification.problems.martingale import POLICY, C
 
 SOURCE = "Jia & Zhou 2022a, JMLR 23, Propositions 1 and 2"
 
@@ -42,37 +31,37 @@ NAMES = ("1", "x", "x^2", "x eps", "eps^2 - 1")
 
 def checks(setting: Setting) -> Iterator[Check]:
     """Propositions 1 and 2: zero for the true value, known sizes for a wrong one."""
-    paths, value, policy = sampled(setting), exact_value(setting), gaussian(POLICY)
+    paths, value, policy = case.sampled(setting), case.exact_value(setting), case.gaussian(POLICY)
     nodes, size = np.array(NODES), abs(exact.values(C, POLICY, np.array(NODES))[0](C.mean))
-    moments = mean(mg.orthogonality(basis, value, problem(), paths, policy), paths)
+    moments = mean(mg.orthogonality(case.basis, value, case.problem(), paths, policy), paths)
     for name, moment in zip(NAMES, moments, strict=True):
         yield expectation(f"E int xi dM = 0, xi = {name}", moment, 0.0, size)
     state = mg.features_along(lambda t, x: torch.cat([x**0, x, x**2], dim=1))
-    again = mean(mg.orthogonality(state, value, problem(), paths, policy), paths)
+    again = mean(mg.orthogonality(state, value, case.problem(), paths, policy), paths)
     yield expectation("E int xi dM = 0, xi of (t, x) by features_along", again, [0.0] * 3, size)
 
     def off(t: Tensor, x: Tensor) -> Tensor:
         """The true value plus an error."""
-        c = setting.tensor(ERROR.coef)
+        c = setting.tensor(case.ERROR.coef)
         return value(t, x) + c[0] + c[1] * x[:, 0] + c[2] * x[:, 0] ** 2
 
-    orthogonality = mean(mg.orthogonality(basis, off, problem(), paths, policy), paths)
-    known = exact.moments_of_a_wrong_value(C, POLICY, nodes, ERROR)
+    orthogonality = mean(mg.orthogonality(case.basis, off, case.problem(), paths, policy), paths)
+    known = exact.moments_of_a_wrong_value(C, POLICY, nodes, case.ERROR)
     yield expectation("E int xi dM of a wrong value has its known size", orthogonality, known)
     # whatever J is, M_T - M_0 is what was earned less J(0, X_0)
-    dm = mg.increments(off, problem(), paths, policy)
-    whole = mg.moments(state, dm, problem(), paths, sees_action=False)[:, 0]
-    left = earned(paths) - off(paths.grid.nodes[0], paths.states[:, 0])
+    dm = mg.increments(off, case.problem(), paths, policy)
+    whole = mg.moments(state, dm, case.problem(), paths, sees_action=False)[:, 0]
+    left = case.earned(paths) - off(paths.grid.nodes[0], paths.states[:, 0])
     yield pathwise("M_T - M_0, against what was earned, on every path", whole, left)
     # what is not adapted: refused, and for a reason
-    ahead = mg.increments(value, problem(), paths, policy) * paths.states[:, 1:, 0]
-    anticipating = mean((discounts(paths) * ahead).sum(1), paths)
+    ahead = mg.increments(value, case.problem(), paths, policy) * paths.states[:, 1:, 0]
+    anticipating = mean((case.discounts(paths) * ahead).sum(1), paths)
     known = exact.look_ahead(C, POLICY, nodes)
     yield expectation("E int xi dM of the true value, xi = X(t + h), is not 0", anticipating, known)
     tries = [lambda p: p.states[:, 1:], lambda p: p.actions, lambda p: p.increments]
     answers = [
-        is_refused(lambda xi=xi: mg.orthogonality(xi, value, problem(), paths, policy))
-        for xi in [*tries, basis]
+        case.is_refused(lambda xi=xi: mg.orthogonality(xi, value, case.problem(), paths, policy))
+        for xi in [*tries, case.basis]
     ]
     yield expectation("what is not adapted is refused", answers, [1.0, 1.0, 1.0, 0.0])
 

@@ -30,16 +30,8 @@ from verification.closed_form import exploratory_chain as exact
 from verification.closed_form.extrapolation import by_polynomial
 from verification.cubature import mean
 from verification.problems import NODES
-from verification.problems.martingale import (
-    ERROR,
-    POLICY,
-    C,
-    earned,
-    exact_value,
-    gaussian,
-    problem,
-    sampled,
-)
+from verification.problems import martingale as case
+from verification.problems.martingale import POLICY, C
 from verification.problems.q_learning import BEHAVIOUR, basis
 
 SOURCE = "Jia & Zhou 2023, JMLR 24, Theorems 6, 7 and 9, equations 34 and following"
@@ -78,7 +70,7 @@ def root(
 
     All these q obey the constraint. The gradient is affine in c.
     """
-    policy = gaussian(POLICY)
+    policy = case.gaussian(POLICY)
 
     def gradient(c: Tensor) -> Tensor:
         c = c.requires_grad_()
@@ -113,7 +105,7 @@ def slope_at_the_pair(value: Value, q: ql.QRate, paths: ctrl.Paths) -> Tensor:
     """The martingale loss's gradient in the directions of ``centred``."""
     w = paths.states.new_zeros(2, requires_grad=True)
     each = ql.martingale_loss(
-        value, lambda t, x, a: q(t, x, a) + centred(w, x, a), problem(), paths
+        value, lambda t, x, a: q(t, x, a) + centred(w, x, a), case.problem(), paths
     )
     return torch.autograd.grad(mean(each, paths), w)[0]
 
@@ -124,7 +116,7 @@ def slopes_of_squares(value: Value, q: ql.QRate, paths: ctrl.Paths) -> tuple[Ten
     each = ql.increments(
         lambda t, x: value(t, x) + v[0] * x[:, 0] + v[1] * x[:, 0] ** 2,
         lambda t, x, a: q(t, x, a) + centred(w, x, a),
-        problem(),
+        case.problem(),
         paths,
     )
     return torch.autograd.grad(mean(each.square().sum(1), paths), (v, w))
@@ -133,8 +125,8 @@ def slopes_of_squares(value: Value, q: ql.QRate, paths: ctrl.Paths) -> tuple[Ten
 def left_over(paths: ctrl.Paths, value: Value, q: ql.QRate) -> Tensor:
     """Discounted reward, terminal reward too, less q, less the first value: step by step."""
     nodes, x, a = paths.grid.nodes, paths.states, kept_actions(paths)
-    policy = gaussian(POLICY)
-    total = earned(paths) - value(nodes[0], x[:, 0])
+    policy = case.gaussian(POLICY)
+    total = case.earned(paths) - value(nodes[0], x[:, 0])
     for k, h in enumerate(nodes.diff()):
         t = nodes[k]
         beyond = q(t, x[:, k], a[:, k]) - C.temperature * policy.log_prob(t, x[:, k], a[:, k])
@@ -144,9 +136,9 @@ def left_over(paths: ctrl.Paths, value: Value, q: ql.QRate) -> Tensor:
 
 def checks(setting: Setting) -> Iterator[Check]:
     """Theorems 6, 7 and 9 on a chain whose pair is known, along paths of two policies."""
-    value, q, nodes = exact_value(setting), exact_q(setting), np.array(NODES)
+    value, q, nodes = case.exact_value(setting), exact_q(setting), np.array(NODES)
     size = abs(exact.values(C, POLICY, nodes)[0](C.mean))
-    error, rate_error = setting.tensor(ERROR.coef), setting.tensor(RATE_ERROR)
+    error, rate_error = setting.tensor(case.ERROR.coef), setting.tensor(RATE_ERROR)
 
     def off_value(t: Tensor, x: Tensor) -> Tensor:
         return value(t, x) + error[0] + error[1] * x[:, 0] + error[2] * x[:, 0] ** 2
@@ -155,39 +147,39 @@ def checks(setting: Setting) -> Iterator[Check]:
         return q(t, x, a) + quadratic(rate_error, x, a)
 
     for kind, behaviour in ALONG.items():
-        paths, xi = sampled(setting, behaviour), basis(behaviour)
-        moments = mean(ql.orthogonality(xi, value, q, problem(), paths), paths)
+        paths, xi = case.sampled(setting, behaviour), basis(behaviour)
+        moments = mean(ql.orthogonality(xi, value, q, case.problem(), paths), paths)
         for name, moment in zip(NAMES, moments, strict=True):
             yield expectation(f"{kind}: E int xi dM = 0, xi = {name}", moment, 0.0, size)
-        orthogonality = mean(ql.orthogonality(xi, off_value, off_q, problem(), paths), paths)
+        orthogonality = mean(ql.orthogonality(xi, off_value, off_q, case.problem(), paths), paths)
         rates = np.tile(RATE_ERROR, (len(nodes) - 1, 1))
-        known = exact.moments_of_a_wrong_pair(C, behaviour, nodes, ERROR, rates)
+        known = exact.moments_of_a_wrong_pair(C, behaviour, nodes, case.ERROR, rates)
         yield expectation(
             f"{kind}: E int xi dM of a wrong pair has its known size", orthogonality, known
         )
         rests = root(
-            lambda v, r, p=paths: ql.orthogonality_loss(v, r, problem(), p), value, q, paths
+            lambda v, r, p=paths: ql.orthogonality_loss(v, r, case.problem(), p), value, q, paths
         )
         yield expectation(
             f"{kind}: the orthogonality loss rests at the pair", rests, [1.0, 1.0, 0.0, 0.0]
         )
 
     # the constraint, which the martingale condition does not imply
-    on, off = sampled(setting), sampled(setting, BEHAVIOUR)
-    held = ql.ConsistentQ(q, gaussian(POLICY), C.temperature, nodes=3)
+    on, off = case.sampled(setting), case.sampled(setting, BEHAVIOUR)
+    held = ql.ConsistentQ(q, case.gaussian(POLICY), C.temperature, nodes=3)
     got, want, scale = ql.rates(held, off), ql.rates(q, off), abs(off.states).max()
     yield pathwise("E_pi[q - temperature log pi] = 0", got, want, float(scale))
-    loose = ql.ConsistentQ(off_q, gaussian(POLICY), C.temperature, nodes=3)
+    loose = ql.ConsistentQ(off_q, case.gaussian(POLICY), C.temperature, nodes=3)
     rate_change = ql.rates(loose, off) - ql.rates(off_q, off)
     mean_error = sum(exact.in_noise(RATE_ERROR, POLICY)[::2], Polynomial([0.0]))
     known = -mean_error(off.states[:, :-1, 0].double().cpu().numpy())
     yield pathwise("the constraint, imposed on a q that breaks it", rate_change, known)
 
     # whatever (V, q) is, M_T - M_0 is what was earned, less q, less V(0, X_0)
-    dm = ql.increments(off_value, off_q, problem(), off)
-    whole = mg.moments(basis(POLICY), dm, problem(), off, sees_action=True)[:, 0]
+    dm = ql.increments(off_value, off_q, case.problem(), off)
+    whole = mg.moments(basis(POLICY), dm, case.problem(), off, sees_action=True)[:, 0]
     yield pathwise("M_T - M_0, against what was earned", whole, left_over(off, off_value, off_q))
-    shifted = ql.increments(off_value, off_q, problem(), off, 0.1)
+    shifted = ql.increments(off_value, off_q, case.problem(), off, 0.1)
     yield pathwise("an average reward", dm - shifted, 0.1 * off.grid.nodes.diff().expand_as(dm))
 
     # what half of the test functions cannot see
@@ -195,22 +187,22 @@ def checks(setting: Setting) -> Iterator[Check]:
     none = Polynomial([0.0])
 
     def scaled(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
-        return 2 * q(t, x, a) - C.temperature * gaussian(POLICY).log_prob(t, x, a)
+        return 2 * q(t, x, a) - C.temperature * case.gaussian(POLICY).log_prob(t, x, a)
 
-    scaled_q = mean(ql.orthogonality(basis(POLICY), value, scaled, problem(), on), on)
+    scaled_q = mean(ql.orthogonality(basis(POLICY), value, scaled, case.problem(), on), on)
     known = exact.moments_of_a_wrong_pair(C, POLICY, nodes, none, beyond)
     yield expectation("on-policy: q scaled, by 1, x, x^2 (unseen) and the rest", scaled_q, known)
     yield expectation("on-policy: q scaled is unseen by functions of x", known[:3], [0.0] * 3, size)
 
     # what does not hold off-policy
     state = mg.features_along(lambda t, x: torch.cat([x**0, x, x**2], dim=1))
-    policy = gaussian(POLICY)
-    without_q = mean(mg.orthogonality(state, value, problem(), off, policy), off)
+    policy = case.gaussian(POLICY)
+    without_q = mean(mg.orthogonality(state, value, case.problem(), off, policy), off)
     known = exact.moments_of_a_wrong_pair(C, BEHAVIOUR, nodes, none, -beyond)[:3]
     yield expectation("off-policy: the condition of values, without q, is off by", without_q, known)
 
     def loss(paths: ctrl.Paths) -> Callable[[Value, ql.QRate], Tensor]:
-        return lambda v, r: ql.martingale_loss(v, r, problem(), paths)
+        return lambda v, r: ql.martingale_loss(v, r, case.problem(), paths)
 
     rests = root(loss(on), value, q, on)
     yield expectation(
@@ -232,9 +224,9 @@ def checks(setting: Setting) -> Iterator[Check]:
         even = {steps: np.linspace(0, NODES[-1], steps + 1).tolist() for steps in coarse + fine}
         pair_slopes = [
             slope_at_the_pair(
-                exact_value(setting, even[steps]),
+                case.exact_value(setting, even[steps]),
                 exact_q(setting, even[steps]),
-                sampled(setting, BEHAVIOUR, even[steps]),
+                case.sampled(setting, BEHAVIOUR, even[steps]),
             )
             for steps in coarse
         ]
@@ -250,7 +242,7 @@ verification.claims.values.q_learning.exact_q
     q missing | return quadratic( => return 0 * quadratic(
     q not centred | return quadratic( => return -0.2 + quadratic(
     entropy counted again beside q | return quadratic(
-        => return -C.temperature * gaussian(POLICY).log_prob(t, x, a) + quadratic(
+        => return -C.temperature * case.gaussian(POLICY).log_prob(t, x, a) + quadratic(
 verification.closed_form.exploratory_chain.reward
     entropy missing in V, and q made of this V | return c.temperature * policy.entropy() => return 0.0
     entropy's sign in V, and q made of this V | return c.temperature * policy.entropy()
