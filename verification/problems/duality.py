@@ -14,9 +14,7 @@ from verification.closed_form.vp_gaussian import SHORT
 from verification.problems.gaussian_diffusion import DATA, START, normal, quadratic, schedule
 
 GAIN = np.array([[-0.3, 0.15], [0.05, 0.2]])
-
 SHIFT = np.array([0.25, -0.1])
-
 NOISING_TIMES = [1.0, 0.72, 0.37, 0.0]
 
 

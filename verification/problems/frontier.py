@@ -46,5 +46,4 @@ def rewards_of(reward: Quadratic, points: np.ndarray) -> np.ndarray:
 
 
 GAUSSIAN, MIXTURE = GaussianProblem(), MixtureProblem()
-
 QUADRATIC = Quadratic(np.array(GAUSSIAN.curvature), np.array(GAUSSIAN.slope), 0.0)

@@ -9,7 +9,6 @@ from verification.claim import Setting
 from verification.closed_form.jumps import LinearIntensity, Merton, count_cells
 
 M, L = Merton(), LinearIntensity()
-
 NOWHERE = ctrl.DeterministicPolicy(lambda t, x: torch.zeros_like(x))
 
 

@@ -18,7 +18,6 @@ from verification.claim import Setting
 from verification.closed_form import lq as exact
 
 HORIZON = 0.9
-
 X = np.array([[0.7, -0.4], [-1.2, 0.3]])
 
 LAW = exact.Law(

@@ -20,7 +20,6 @@ from verification.cubature import degree_five
 from verification.problems import HORIZON, NODES
 
 C, POLICY = exact.ExploratoryChain(), exact.Feedback()
-
 ERROR = Polynomial([0.3, -0.2, 0.15])  # of a value that is wrong
 
 

@@ -13,7 +13,6 @@ from verification.closed_form.lq_chain import LQChain
 from verification.problems.exploratory_lq import continuous_value
 
 P = LQChain()
-
 OLD = lq_chain.THETA
 NEW = np.array([-0.2, 0.6, -0.75])
 

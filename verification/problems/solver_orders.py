@@ -15,11 +15,8 @@ from verification.closed_form.circle import Circle
 from verification.problems.backward_induction import expectation, points
 
 C = Circle()
-
 STEPS = (3, 6, 12, 24)
-
 POINTS = 24
-
 FEEDBACK = ctrl.DeterministicPolicy(lambda t, x: C.steer * x.cos())
 
 ITO = ctrl.ControlledSDE(

@@ -15,7 +15,6 @@ HORIZON, AT = 0.9, 0.25
 
 # the time derivative of a polynomial of degree 16 on panels of [0, HORIZON] has this much round-off
 SLOPE = rounding(size=16**2 / HORIZON)
-
 TIMES = torch.linspace(0, HORIZON, 4, dtype=torch.float64)
 
 

@@ -26,11 +26,8 @@ from diffusion_envs.training.update_size import UpdateSize
 from verification.claim import Setting
 
 EVENT, STEPS, SAMPLES = (4, 2, 2), 4, 6
-
 PROMPTS = ["one", "two", "three"]
-
 TABLE = torch.linspace(0.97, 0.08, 20, dtype=torch.float64)
-
 ETA, KL_WEIGHT = 0.45, 2.3
 
 

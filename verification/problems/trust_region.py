@@ -22,11 +22,8 @@ Expected = Callable[[Tensor, Tensor], Tensor]
 """The reward's expectation under N(mean, variance)."""
 
 NODES = np.array([0.0, 0.3, 0.5, 0.9])
-
 HORIZON = 0.9
-
 PULLED = DriftShift()
-
 CURVATURE, FREQUENCY = 1.15, 2.5
 
 # from a point and without a pull the mean moves as far as the divergence of the paths allows
