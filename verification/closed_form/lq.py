@@ -10,6 +10,7 @@ their first index here. Of (1, x), as in ``lq_policies``, there are no affine te
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import scipy.integrate
@@ -97,9 +98,7 @@ def example(*, noise_moves: bool = True) -> LQ:
     )
 
 
-def q_rate(
-    lq: LQ, value: Quadratic, slope: Quadratic, x: np.ndarray, a: np.ndarray
-) -> np.ndarray | np.number:
+def q_rate(lq: LQ, value: Quadratic, slope: Quadratic, x: np.ndarray, a: np.ndarray) -> Any:
     """d_t V + b . grad V + tr(sigma sigma' Hess V) / 2 + r - discount V at x and actions.
 
     Args:
@@ -233,7 +232,7 @@ def stationary_hessian(lq: LQ) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scalar:
-    """dX = (A X + B a) dt + (C X + D a) dW, -(M x^2/2 + R x a + N a^2/2 + P x + L a)."""
+    """dX = (A X + B a) dt + (C X + D a + s) dW, -(M x^2/2 + R x a + N a^2/2 + P x + L a)."""
 
     A: float
     B: float
@@ -246,6 +245,16 @@ class Scalar:
     L: float
     discount: float
     temperature: float
+    s: float = 0.0
+
+    def lq(self) -> LQ:
+        """The same with matrices; nothing is paid at the end."""
+        one = np.ones((1, 1))
+        return LQ(
+            self.A * one, self.B * one, self.s * one, self.M * one, self.N * one, self.R * one,
+            self.P * one[0], self.L * one[0], 0 * one, 0 * one[0], 0 * one[0], self.C * one[None],
+            self.D * one[None], self.discount, self.temperature,
+        )  # fmt: skip
 
 
 DISCOUNTED = Scalar(-0.6, 0.8, 0.27, 0.5, 1.3, 0.4, 0.9, 0.33, -0.21, 0.45, 0.3)
@@ -280,14 +289,21 @@ def solve_scalar(p: Scalar) -> ScalarSolution:
     b = -2 * u * p.R + p.M * p.D**2 - v * p.N
     c = p.R**2 - p.M * p.N
     k2 = 2 * c / (-b + math.sqrt(b * b - 4 * a * c))
-    W = p.N - k2 * p.D**2
-    gain = (k2 * u - p.R) / W
-    k1 = -(p.L * gain + p.P) / (p.discount - p.A - p.B * gain)
-    rate = (k1 * p.B - p.L) ** 2 / (2 * W)
+    gain = (k2 * u - p.R) / (p.N - k2 * p.D**2)
+    k1 = gain * (k2 * p.D * p.s - p.L) - p.P + k2 * p.C * p.s
+    k1 = k1 / (p.discount - p.A - p.B * gain)
+    _, offset, variance = scalar_gibbs(p, k2, k1)
+    rate = (k2 * p.s**2 + offset**2 * (p.N - k2 * p.D**2)) / 2
     if p.temperature:
-        log_variance = math.log(2 * math.pi * math.e * p.temperature / W)
-        rate += p.temperature / 2 * (log_variance - 1)
-    return ScalarSolution(k2, k1, rate, gain, (k1 * p.B - p.L) / W, p.temperature / W)
+        rate += p.temperature / 2 * math.log(2 * math.pi * variance)
+    return ScalarSolution(k2, k1, rate, gain, offset, variance)
+
+
+def scalar_gibbs(p: Scalar, k2: float, k1: float) -> tuple[float, float, float]:
+    """Gain, offset and variance of exp(q / temperature) for k2 x^2/2 + k1 x, optimal or not."""
+    W = p.N - k2 * p.D**2
+    offset = (k1 * p.B - p.L + k2 * p.D * p.s) / W
+    return (k2 * (p.B + p.C * p.D) - p.R) / W, offset, p.temperature / W
 
 
 # ---- the cost of exploration

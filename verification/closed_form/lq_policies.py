@@ -131,31 +131,27 @@ def average_q(p: Linear, law: Law, value: np.ndarray, slope: np.ndarray) -> np.n
 # ---- one action
 
 
-def reward(p: Linear, x: np.ndarray, a: np.ndarray) -> np.ndarray | np.number:
+def reward(p: Linear, x: np.ndarray, a: np.ndarray) -> Any:
     """Without entropy, at states [..., dim] and actions [..., actions]."""
     y = with_one(x)
     cost = np.sum(y @ p.M * y, -1) / 2 + np.sum(y @ p.R.T * a, -1) + np.sum(a @ p.N * a, -1) / 2
     return -cost
 
 
-def _noise(p: Linear, v: np.ndarray, x: np.ndarray, a: np.ndarray) -> np.ndarray | np.number:
+def _noise(p: Linear, v: np.ndarray, x: np.ndarray, a: np.ndarray) -> Any:
     """Sum_j sigma_j' Hess V sigma_j / 2."""
     each = np.tensordot(with_one(x), p.C, (-1, -1)) + np.tensordot(a, p.D, (-1, -1))
     return np.sum(each @ hessian(v) * each, axis=(-1, -2)) / 2
 
 
-def q_rate(
-    p: Linear, value: np.ndarray, slope: np.ndarray, x: np.ndarray, a: np.ndarray
-) -> np.ndarray | np.number:
+def q_rate(p: Linear, value: np.ndarray, slope: np.ndarray, x: np.ndarray, a: np.ndarray) -> Any:
     """dV/dt + b . grad V + tr(sigma sigma' Hess V) / 2 + r - discount V."""
     y = with_one(x)
     along = np.sum((y @ p.A.T + a @ p.B.T) * (y @ hessian(value)), -1) + _noise(p, value, x, a)
     return pairs(x) @ (slope - p.discount * value) + along + reward(p, x, a)
 
 
-def ahead(
-    p: Linear, h: float, after: np.ndarray, x: np.ndarray, a: np.ndarray
-) -> np.ndarray | np.number:
+def ahead(p: Linear, h: float, after: np.ndarray, x: np.ndarray, a: np.ndarray) -> Any:
     """E[after(X') | x, a], X' an Euler step of size h later."""
     moved = x + h * (with_one(x) @ p.A.T + a @ p.B.T)[..., 1:]
     return pairs(moved) @ after + h * _noise(p, after, x, a)

@@ -45,19 +45,6 @@ def _tensor(value: np.ndarray | float | list, setting: Setting) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device=setting.device)
 
 
-def scalar(p: exact.Scalar, setting: Setting) -> LinearQuadratic:
-    """A scalar problem for ``ctrl``: the Brownian motion is moved by state and action only."""
-
-    def matrix(value: float) -> Tensor:
-        return _tensor([[value]], setting)
-
-    return LinearQuadratic(
-        A=matrix(p.A), B=matrix(p.B), sigma=matrix(0.0), M=matrix(p.M), N=matrix(p.N),
-        R=matrix(p.R), p=matrix(p.P)[0], l=matrix(p.L)[0], C=matrix(p.C)[None], D=matrix(p.D)[None],
-        discount=p.discount, temperature=p.temperature,
-    )  # fmt: skip
-
-
 def flat(value: ctrl.linear.Quadratic) -> Tensor:
     """S, e and c in a row."""
     return torch.cat([value.hessian.flatten(), value.slope, value.constant.reshape(1)])

@@ -34,9 +34,9 @@ def checks(setting: Setting) -> Iterator[Check]:
         ("discounted", exact.DISCOUNTED, ctrl.linear.solve_lq_discounted),
         ("ergodic", exact.ERGODIC, ctrl.linear.solve_lq_ergodic),
     ):
-        got = case.numbers(solve(case.scalar(p, setting)))
+        got = case.numbers(solve(case.production(p.lq(), setting)))
         yield expectation(f"{name}: value, policy and rate, by formula", got, case.published(p))
-    benchmark = case.scalar(exact.BENCHMARK, setting)
+    benchmark = case.production(exact.BENCHMARK.lq(), setting)
     best = ctrl.linear.solve_lq_ergodic(benchmark)
     cold = replace(benchmark, temperature=0 * benchmark.rates[1])
     plain = ctrl.linear.evaluate_lq_ergodic(cold, best.law).average_reward

@@ -18,7 +18,7 @@ from ctrl.linear import LinearGaussian, LinearQuadratic
 from verification.claim import Check, Setting, bound, expectation, limit, pathwise
 from verification.closed_form import lq as exact_lq
 from verification.closed_form import policy_iteration as exact
-from verification.problems.lq import X, flat, numbers, production, published, scalar
+from verification.problems.lq import X, flat, numbers, production, published
 
 SOURCE = "Kleinman 1968; Wang & Zhou 2020, Theorem 4; Tang & Zhou 2024, section 4"
 WHY_DOUBLE = "ctrl.linear solves its equations in float64 only, and refuses other types"
@@ -73,7 +73,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     values = torch.stack([each.quadratic(x) for each in solutions])
     yield bound("no step makes the policy worse", values[:-1], values[1:])
     p = exact_lq.DISCOUNTED
-    steps = iterates(scalar(p, setting), 6)
+    steps = iterates(production(p.lq(), setting), 6)
     yield expectation(
         "the end of the iteration: value and rate", numbers(steps[-1])[:3], published(p)[:3]
     )
@@ -81,7 +81,8 @@ def checks(setting: Setting) -> Iterator[Check]:
     error = [float(each.quadratic.hessian) - best for each in steps]
     name = "e_{n+1} / e_n^2, as the error vanishes"
     yield limit(name, error[3] / error[2] ** 2, exact.scalar_constant(p))
-    hot = iterates(scalar(replace(p, temperature=7 * p.temperature), setting), 4)
+    hotter = replace(p, temperature=7 * p.temperature)
+    hot = iterates(production(hotter.lq(), setting), 4)
     both = [float(each.quadratic.hessian) for each in hot]
     cold = [float(each.quadratic.hessian) for each in steps[:4]]
     yield pathwise("the errors of S do not know the temperature", both, cold)

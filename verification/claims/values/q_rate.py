@@ -22,8 +22,9 @@ from ctrl import martingale as mg
 from ctrl import q_learning as ql
 from ctrl.value import Value
 from verification.claim import Check, Setting, expectation, limit, pathwise
-from verification.closed_form import q_learning as closed
+from verification.closed_form import lq as closed
 from verification.closed_form.extrapolation import by_polynomial
+from verification.closed_form.lq_policies import q_rate, row
 from verification.cubature import degree_five, mean
 from verification.problems import NODES
 from verification.problems.martingale import C, gaussian
@@ -31,37 +32,36 @@ from verification.problems.q_learning import BEHAVIOUR, basis
 
 SOURCE = "Jia & Zhou 2023, JMLR 24, equation 14, Proposition 8, Theorem 9; Wang et al. 2020"
 
-LQ = closed.Endless()
-PLAIN = replace(LQ, noise_slope=0.0, noise_push=0.0)  # additive noise: what quadrature is exact for
+LQ = closed.Scalar(-0.7, 0.9, 0.35, -0.25, 0.8, 0.15, 0.5, -0.2, 0.12, 0.3, 0.4, 0.55)
+PLAIN = replace(LQ, C=0.0, D=0.0)  # additive noise: what quadrature is exact for
 LEVEL, MOVES = np.array([0.6, -0.4, -0.9]), np.array([0.3, 0.2, 0.5])  # J and d_t J in 1, x, x^2
 GRIDS = (4, 8, 16, 32)
 SIZES, ZERO = 1 / np.array(GRIDS), np.zeros(5)
 
 
-def endless(e: closed.Endless) -> ctrl.ControlProblem:
+def endless(e: closed.Scalar) -> ctrl.ControlProblem:
     """The problem without end, whose diffusion may be controlled too."""
     sde = ctrl.ControlledSDE(
-        lambda t, x, a: e.drift * x + e.control * a,
-        lambda t, x, a: e.noise_slope * x + e.noise_push * a + e.noise,
+        lambda t, x, a: e.A * x + e.B * a,
+        lambda t, x, a: e.C * x + e.D * a + e.s,
         controls_diffusion=True,
     )
 
     def reward(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         x, a = x[:, 0], a[:, 0]
-        square = e.state_cost * x**2 / 2 + e.cross * x * a + e.action_cost * a**2 / 2
-        return -(square + e.pull * x + e.push * a)
+        return -(e.M * x**2 / 2 + e.R * x * a + e.N * a**2 / 2 + e.P * x + e.L * a)
 
     return ctrl.ControlProblem(
         sde, math.inf, reward, discount=e.discount, temperature=e.temperature
     )
 
 
-def optimal(e: closed.Endless) -> tuple[Value, ctrl.GaussianPolicy]:
+def optimal(e: closed.Scalar) -> tuple[Value, ctrl.GaussianPolicy]:
     """V* and pi* as functions of tensors."""
-    k2, k1, k0 = closed.value(e)
-    gain, offset, std = closed.gibbs(e, k2, k1)
-    policy = ctrl.GaussianPolicy(lambda t, x: gain * x + offset, std)
-    return lambda t, x: k2 * x[:, 0] ** 2 / 2 + k1 * x[:, 0] + k0, policy
+    v = closed.solve_scalar(e)
+    policy = ctrl.GaussianPolicy(lambda t, x: v.gain * x + v.offset, math.sqrt(v.variance))
+    k0 = v.rate / e.discount
+    return lambda t, x: v.k2 * x[:, 0] ** 2 / 2 + v.k1 * x[:, 0] + k0, policy
 
 
 def moving(t: Tensor, x: Tensor) -> Tensor:
@@ -103,7 +103,8 @@ def checks(setting: Setting) -> Iterator[Check]:
     """q against formulas, against one step of the Euler scheme, and its normalisation."""
     x, a = setting.tensor([[0.7], [-1.2], [0.3]]), setting.tensor([[0.2], [1.1], [-0.5]])
     t, flat = setting.tensor(0.0), (x[:, 0].double().cpu().numpy(), a[:, 0].double().cpu().numpy())
-    by_hand = closed.rate(LQ, LEVEL, MOVES, *flat)
+    level, moves = (row(np.array([[2 * v[2]]]), v[1:2], v[0]) for v in (LEVEL, MOVES))
+    by_hand = q_rate(LQ.lq().of_pairs(), level, moves, *(each[:, None] for each in flat))
     got = ql.q_rate(endless(LQ), moving, t, x, a)
     yield pathwise("q of any J, by hand", got, by_hand)
     sizes = 0.2 / 2 ** np.arange(5)
@@ -112,8 +113,8 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield limit("(Q_h - J) / h of one step tends to q", got, by_hand)
 
     value, policy = optimal(LQ)
-    k2, k1, _ = closed.value(LQ)
-    gain, offset, std = closed.gibbs(LQ, k2, k1)
+    best = closed.solve_scalar(LQ)
+    gain, offset, std = best.gain, best.offset, math.sqrt(best.variance)
     eps = (flat[1] - gain * flat[0] - offset) / std
     known = -LQ.temperature * (eps**2 / 2 + np.log(std * np.sqrt(2 * np.pi)))
     yield pathwise("q at the optimum", ql.q_rate(endless(LQ), value, t, x, a), known)
@@ -125,11 +126,11 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield expectation("int exp(q / temperature) da = 1", mass, 1.0)
 
     def improved(curvature: float, slope: float) -> np.ndarray:
-        gain, offset, std = closed.gibbs(LQ, curvature, slope)
-        return np.array([*(gain * flat[0] + offset), std])
+        gain, offset, variance = closed.scalar_gibbs(LQ, curvature, slope)
+        return np.array([*(gain * flat[0] + offset), math.sqrt(variance)])
 
     for name, j, curvature, slope in (
-        ("the optimum", value, k2, k1),
+        ("the optimum", value, best.k2, best.k1),
         ("any J", moving, 2 * LEVEL[2], LEVEL[1]),
     ):
         better = ql.gibbs_policy(endless(LQ), j, 1, x[0])
@@ -167,9 +168,9 @@ ctrl.q_learning._scale
 ctrl.q_learning.gibbs_policy
     half of the policy's mean | torch.linalg.solve(-hessian, slope) => torch.linalg.solve(-2 * hessian, slope)
     mean's sign | torch.linalg.solve(-hessian, slope) => torch.linalg.solve(hessian, slope)
-verification.closed_form.q_learning.value
-    log-partition term missing in V | entropy = e.temperature => entropy = 0 * e.temperature
-    curvature of V + 1 % | k2 = min( => k2 = 1.01 * min(
+verification.closed_form.lq.solve_scalar
+    log-partition term missing in V | rate += p.temperature / 2 * => rate += 0 *
+    curvature of V + 1 % | k2 = 2 * c => k2 = 1.01 * 2 * c
 verification.claims.values.q_rate.off_policy_moments
     q not centred [full] | lambda *at: gibbs(*at) + offset => lambda *at: gibbs(*at) + offset - 0.05
 shared
