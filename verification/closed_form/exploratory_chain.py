@@ -1,10 +1,6 @@
-"""A scalar exploratory linear-quadratic problem on a grid: values, q-rates, and their mistakes.
+"""Martingale conditions of values and q-rates on the chain of ``lq_chain``, and of wrong ones.
 
-    X' = X + h (drift X + control a) + noise dW,    a ~ N(gain X + offset, std^2) held over a step
-    reward   -(state_cost X^2 + action_cost a^2) / 2 - temperature log pi  per unit of time,
-             terminal_slope X - terminal_cost X^2 / 2 at the end;  discounted continuously
-    start    N(mean, std^2)
-
+The noise does not move with state or action, and the start is normal: so is every state.
 Everything is a polynomial of normals, so expectations follow from three rules:
     E p(X') given X     = p(m) + v/2 p''(m), m and v its mean and variance, for p of degree 3
     E[eps f(eps)]       = E f'(eps)                (Stein), eps a standard normal
@@ -17,6 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.polynomial import Polynomial
+
+from verification.closed_form.lq_chain import LQChain
+from verification.closed_form.lq_policies import chain_value, paid, visits
 
 
 @dataclass(frozen=True)
@@ -31,31 +30,15 @@ class Feedback:
         """Its mean, of x."""
         return Polynomial([self.offset, self.gain])
 
-    def entropy(self) -> float:
-        """Differential, nats."""
-        return 0.5 * math.log(2 * math.pi * math.e * self.std**2)
+    def theta(self) -> np.ndarray:
+        """The parameters of ``lq_chain``."""
+        return np.array([self.gain, self.offset, math.log(self.std)])
 
 
-@dataclass(frozen=True)
-class ExploratoryChain:
-    """The numbers of the problem; no two equal, none 0 or 1."""
-
-    drift: float = -0.7
-    control: float = 0.9
-    noise: float = 0.55
-    state_cost: float = 0.8
-    action_cost: float = 0.5
-    terminal_slope: float = 0.4
-    terminal_cost: float = 1.3
-    discount: float = 0.3
-    temperature: float = 0.2
-    mean: float = 0.7
-    std: float = 0.45
-
-    def after(self, policy: Feedback, h: float) -> tuple[Polynomial, float]:
-        """Mean of X' as a polynomial of X, and its variance."""
-        mean = Polynomial([0, 1 + h * self.drift]) + h * self.control * policy.mean()
-        return mean, self.noise**2 * h + (h * self.control * policy.std) ** 2
+def after(c: LQChain, policy: Feedback, h: float) -> tuple[Polynomial, float]:
+    """Mean of X' as a polynomial of X, and its variance."""
+    mean = Polynomial([0, 1 + h * c.drift_slope]) + h * c.push * policy.mean()
+    return mean, c.noise**2 * h + (h * c.push * policy.std) ** 2
 
 
 def expected(p: Polynomial, mean: Polynomial | float, variance: float) -> Any:
@@ -63,32 +46,25 @@ def expected(p: Polynomial, mean: Polynomial | float, variance: float) -> Any:
     return p(mean) + variance / 2 * p.deriv(2)(mean) + variance**2 / 8 * p.deriv(4)(mean)
 
 
-def reward(c: ExploratoryChain, policy: Feedback) -> Polynomial:
-    """Mean running reward with the entropy's share, of x, reward/time."""
-    square = policy.mean() ** 2 + policy.std**2
-    cost = c.state_cost * Polynomial([0, 0, 1]) + c.action_cost * square
-    return c.temperature * policy.entropy() - cost / 2
+def polynomial(v: np.ndarray) -> Polynomial:
+    """Of a row."""
+    return Polynomial([v[0], v[1] + v[2], v[3]])
 
 
-def values(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> list[Polynomial]:
-    """V of every node by backward recursion."""
-    backward = [Polynomial([0, c.terminal_slope, -c.terminal_cost / 2])]
-    for h in np.diff(nodes)[::-1]:
-        later = expected(backward[-1], *c.after(policy, h))
-        backward.append(np.exp(-c.discount * h) * later + h * reward(c, policy))
-    return backward[::-1]
+def values(c: LQChain, policy: Feedback, nodes: np.ndarray) -> list[Polynomial]:
+    """V of every node."""
+    return [polynomial(v) for v in chain_value(c, policy.theta(), nodes)]
 
 
-def stationary(
-    c: ExploratoryChain, policy: Feedback, h: float, discount: float
-) -> tuple[Polynomial, float]:
+def stationary(c: LQChain, policy: Feedback, h: float, discount: float) -> tuple[Polynomial, float]:
     """V = keep E V(X') + (reward - average) h for equal steps without end, V(0) = 0 if ergodic.
 
     Returns:
         V, and the average reward (0 where there is a discount).
     """
-    keep, gain = np.exp(-discount * h), reward(c, policy).coef
-    mean, variance = c.after(policy, h)
+    keep = np.exp(-discount * h)
+    gain = polynomial(paid(c.at(0.0), c.law(policy.theta()))).coef
+    mean, variance = after(c, policy, h)
     b, f = mean.coef
     curved = h * gain[2] / (1 - keep * f**2)
     sloped = (h * gain[1] + keep * 2 * curved * f * b) / (1 - keep * f)
@@ -98,19 +74,13 @@ def stationary(
     return Polynomial([0, sloped, curved]), float(constant / h)
 
 
-def state_laws(
-    c: ExploratoryChain, policy: Feedback, nodes: np.ndarray
-) -> list[tuple[float, float]]:
+def state_laws(c: LQChain, policy: Feedback, nodes: np.ndarray) -> list[tuple[float, float]]:
     """Mean and variance of X at every node."""
-    laws = [(c.mean, c.std**2)]
-    for h in np.diff(nodes):
-        mean, variance = c.after(policy, h)
-        m, v = laws[-1]
-        laws.append((float(mean(m)), float(mean.coef[1] ** 2 * v + variance)))
-    return laws
+    along = visits(c, policy.theta(), np.append(nodes, nodes[-1] + 1))
+    return [(float(z[1]), float(z[3] - z[1] ** 2)) for _, _, _, z in along]
 
 
-def rates(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> np.ndarray:
+def rates(c: LQChain, policy: Feedback, nodes: np.ndarray) -> np.ndarray:
     """q of every step, (E[e^{-discount h} V' | x, a] - V) / h + r, without the entropy.
 
     Returns:
@@ -119,7 +89,7 @@ def rates(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> np.ndarra
     by_step, along = [], values(c, policy, nodes)
     for k, h in enumerate(np.diff(nodes)):
         constant, slope, curvature = np.exp(-c.discount * h) * along[k + 1].coef
-        f, b = 1 + h * c.drift, h * c.control  # X' = f x + b a + noise dW
+        f, b = 1 + h * c.drift_slope, h * c.push  # X' = f x + b a + noise dW
         later = [
             constant + curvature * c.noise**2 * h,
             slope * f,
@@ -135,7 +105,7 @@ def rates(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> np.ndarra
 
 
 def moments_of_a_wrong_value(
-    c: ExploratoryChain, policy: Feedback, nodes: np.ndarray, error: Polynomial
+    c: LQChain, policy: Feedback, nodes: np.ndarray, error: Polynomial
 ) -> np.ndarray:
     """E int e^{-discount t} xi dM for J = V + error before the end, and J = V at the end.
 
@@ -148,29 +118,29 @@ def moments_of_a_wrong_value(
     for k, h in enumerate(steps):
         gap = -error
         if k < len(steps) - 1:
-            gap = gap + np.exp(-c.discount * h) * expected(error, *c.after(policy, h))
+            gap = gap + np.exp(-c.discount * h) * expected(error, *after(c, policy, h))
         moments = [expected(p * gap, *laws[k]) for p in (x**0, x, x**2)]
-        pushed = steps[k - 1] * c.control * policy.std if k else 0.0  # d x_k / d eps
+        pushed = steps[k - 1] * c.push * policy.std if k else 0.0  # d x_k / d eps
         moments.append(pushed * expected((x * gap).deriv(), *laws[k]))
         moments.append(pushed**2 * expected(gap.deriv(2), *laws[k]))
         total += np.exp(-c.discount * (nodes[k] - nodes[0])) * np.array(moments)
     return total
 
 
-def look_ahead(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> float:
+def look_ahead(c: LQChain, policy: Feedback, nodes: np.ndarray) -> float:
     """sum_k e^{-discount t_k} E[X_{k+1} dM_k] of the true value: what not being adapted gives."""
     laws, along, total = state_laws(c, policy, nodes), values(c, policy, nodes), 0.0
     for k, h in enumerate(np.diff(nodes)):
-        mean, variance = c.after(policy, h)
+        mean, variance = after(c, policy, h)
         # Cov(X', V(X')) = variance E V'(X');  Cov(X', -cost a^2 / 2) = -b std^2 cost E a
         with_value = variance * np.exp(-c.discount * h) * along[k + 1].deriv()(mean(laws[k][0]))
-        pushed = h * c.control * policy.std**2
+        pushed = h * c.push * policy.std**2
         with_reward = -h * c.action_cost * pushed * policy.mean()(laws[k][0])
         total += np.exp(-c.discount * (nodes[k] - nodes[0])) * (with_value + with_reward)
     return float(total)
 
 
-def entropy_rate(c: ExploratoryChain, policy: Feedback) -> np.ndarray:
+def entropy_rate(c: LQChain, policy: Feedback) -> np.ndarray:
     """temperature log pi, as coefficients of 1, x, x^2, a, a x, a^2."""
     g, o, half = policy.gain, policy.offset, 0.5 / policy.std**2
     square = half * np.array(
@@ -188,7 +158,7 @@ def in_noise(rate: np.ndarray, behaviour: Feedback) -> list[Polynomial]:
 
 
 def moments_of_a_wrong_pair(
-    c: ExploratoryChain,
+    c: LQChain,
     behaviour: Feedback,
     nodes: np.ndarray,
     error: Polynomial,
@@ -210,8 +180,8 @@ def moments_of_a_wrong_pair(
     total = np.zeros(5)
     for k, h in enumerate(steps):
         keep = np.exp(-c.discount * h) if k < len(steps) - 1 else 0.0
-        ahead, _ = c.after(behaviour, h)
-        pushed = h * c.control * behaviour.std  # X' = ahead + pushed eps + noise dW
+        ahead, _ = after(c, behaviour, h)
+        pushed = h * c.push * behaviour.std  # X' = ahead + pushed eps + noise dW
         off = in_noise(rate_error[k], behaviour)
         still = keep * expected(error, ahead, c.noise**2 * h) - error - h * off[0]
         sloped = keep * pushed * error.deriv()(ahead) - h * off[1]
@@ -222,8 +192,24 @@ def moments_of_a_wrong_pair(
     return total
 
 
+def covariance(
+    c: LQChain,
+    behaviour: Feedback,
+    h: float,
+    law: tuple[float, float],
+    f: Polynomial,
+    g: Polynomial,
+) -> float:
+    """E Cov(f(X'), g(X') | x, a) of quadratics, where x has this mean and variance."""
+    mean, variance = after(c, behaviour, h)
+    v = c.noise**2 * h  # X' ~ N(y, v) given x and a, y ~ N(mean(x), variance - v)
+    both = v * f.deriv() * g.deriv() + v**2 / 2 * f.deriv(2) * g.deriv(2)
+    spread = mean.coef[1] ** 2 * law[1] + variance - v
+    return float(expected(both, float(mean(law[0])), float(spread)))
+
+
 def slope_of_the_martingale_loss(
-    c: ExploratoryChain, policy: Feedback, behaviour: Feedback, nodes: np.ndarray, rate: np.ndarray
+    c: LQChain, policy: Feedback, behaviour: Feedback, nodes: np.ndarray, rate: np.ndarray
 ) -> float:
     """d/dpsi E sum_k h_k (M_T - M_k)^2 at the true pair, q changed by psi rate, along behaviour.
 
@@ -238,20 +224,16 @@ def slope_of_the_martingale_loss(
     total, ahead = 0.0, Polynomial([0.0])  # sum_{l > j} e^{-discount t_l} h_l E[rate_l | x_{j + 1}]
     for j in range(len(steps) - 2, -1, -1):
         if j < len(steps) - 2:
-            ahead = expected(ahead, *c.after(behaviour, steps[j + 1]))
+            ahead = expected(ahead, *after(c, behaviour, steps[j + 1]))
         ahead = ahead + factors[j + 1] * steps[j + 1] * action_mean
-        mean, variance = c.after(behaviour, steps[j])
-        v, value = c.noise**2 * steps[j], np.exp(-c.discount * steps[j]) * along[j + 1]
-        # Cov(V(X'), ahead(X') | x, a) at X' ~ N(y, v), then over y ~ N(mean(x), variance - v)
-        both = v * value.deriv() * ahead.deriv() + v**2 / 2 * value.deriv(2) * ahead.deriv(2)
-        m, state_variance = laws[j]
-        where = (float(mean(m)), float(mean.coef[1] ** 2 * state_variance + variance - v))
-        total -= 2 * factors[j] * (nodes[j + 1] - nodes[0]) * float(expected(both, *where))
+        value = np.exp(-c.discount * steps[j]) * along[j + 1]
+        both = covariance(c, behaviour, steps[j], laws[j], value, ahead)
+        total -= 2 * factors[j] * (nodes[j + 1] - nodes[0]) * both
     return total
 
 
 def slope_of_squares(
-    c: ExploratoryChain,
+    c: LQChain,
     policy: Feedback,
     behaviour: Feedback,
     nodes: np.ndarray,
@@ -263,13 +245,8 @@ def slope_of_squares(
     what is random in V' is squared, and does not average out.
     """
     along, laws, steps = values(c, policy, nodes), state_laws(c, behaviour, nodes), np.diff(nodes)
-    total = 0.0
-    for k, h in enumerate(steps[:-1]):
-        mean, variance = c.after(behaviour, h)
-        v, value, (m, state_variance) = c.noise**2 * h, along[k + 1], laws[k]
-        both = v * value.deriv() * direction.deriv() + v**2 / 2 * value.deriv(2) * direction.deriv(
-            2
-        )
-        where = (float(mean(m)), float(mean.coef[1] ** 2 * state_variance + variance - v))
-        total += 2 * np.exp(-2 * c.discount * h) * float(expected(both, *where))
-    return total
+    each = [
+        2 * np.exp(-2 * c.discount * h) * covariance(c, behaviour, h, law, later, direction)
+        for h, law, later in zip(steps[:-1], laws[:-2], along[1:-1], strict=True)
+    ]
+    return sum(each)

@@ -3,7 +3,8 @@
     dX = (drift_slope X + push a) dt + (noise + noise_slope X + noise_push a) dW
     a ~ N(gain X + offset, e^{2 log_std}), held over a step
     reward rate -(state_cost X^2 + action_cost a^2) / 2 - temperature log pi(a)
-    terminal reward -terminal_cost X^2 / 2;  discount, a rate
+    terminal reward terminal_slope X - terminal_cost X^2 / 2;  discount, a rate
+    start N(mean, std^2), at a point if not said otherwise
 
 Parameters are theta = (gain, offset, log_std); rows and pairs are those of ``lq_policies``.
 """
@@ -39,10 +40,12 @@ class LQChain:
     noise_push: float = -0.45
     state_cost: float = 0.8
     action_cost: float = 0.5
+    terminal_slope: float = 0.0
     terminal_cost: float = 1.3
     discount: float = 0.35
     temperature: float = 0.2
-    start: tuple[float] = (0.75,)
+    mean: float = 0.75
+    std: float = 0.0
 
     def at(self, t: float) -> Linear:
         """The same at all times."""
@@ -59,9 +62,14 @@ class LQChain:
         )
 
     @property
+    def first(self) -> np.ndarray:
+        """E z at the start."""
+        return np.array([1, self.mean, self.mean, self.mean**2 + self.std**2])
+
+    @property
     def last(self) -> np.ndarray:
         """The terminal reward."""
-        return np.array([0, 0, 0, -self.terminal_cost / 2])
+        return np.array([0, self.terminal_slope, self.terminal_slope, -self.terminal_cost]) / 2
 
     def law(self, theta: np.ndarray) -> Law:
         """Of gain, offset and log-std."""
@@ -96,7 +104,7 @@ def baseline_rate(p: LQChain, theta: np.ndarray, horizon: float, rate: float) ->
     for steps in (200, 400):
         nodes = np.linspace(0, horizon, steps + 1)
         first = average_advantages(p, theta, nodes, value(nodes)[0].T, rate)[0]
-        advantages.append(first @ pairs(np.array(p.start)) * steps / horizon)
+        advantages.append(first @ p.first * steps / horizon)
     return float(2 * advantages[1] - advantages[0])
 
 
@@ -109,7 +117,7 @@ def expected_advantage(
     action: float,
 ) -> float:
     """E[ A_0 | X_0 = start, a_0 = action ], by the law of X_1."""
-    at, x, a, h = p.at(0.0), np.array(p.start), np.array([action]), nodes[1] - nodes[0]
+    at, x, a, h = p.at(0.0), np.array([p.mean]), np.array([action]), nodes[1] - nodes[0]
     after = np.exp(-p.discount * h) * values[1]
     if len(nodes) > 2:
         later = average_advantages(p, theta, nodes, values, rate)[1]
@@ -122,7 +130,7 @@ def q_difference(
     p: LQChain, theta: np.ndarray, value: np.ndarray, action: float, other: float
 ) -> float:
     """q - temperature log pi of one action less that of another, at the start."""
-    x, a = np.tile(p.start, (2, 1)), np.array([[action], [other]])
+    x, a = np.full((2, 1), p.mean), np.array([[action], [other]])
     log_prob = log_density(p, theta, x, a)
     rate, other_rate = q_rate(p.at(0.0), value, 0 * value, x, a) - p.temperature * log_prob
     return float(rate - other_rate)

@@ -49,10 +49,10 @@ class Law(NamedTuple):
 
 @runtime_checkable
 class Problem(Protocol):
-    """Coefficients of time, a start, the reward at the end (a row), policies by parameters."""
+    """E z at the start, the reward at the end (a row), coefficients of time, policies."""
 
     @property
-    def start(self) -> tuple[float, ...]: ...  # noqa: D102
+    def first(self) -> np.ndarray: ...  # noqa: D102
     @property
     def last(self) -> np.ndarray: ...  # noqa: D102
     def at(self, t: float) -> Linear: ...  # noqa: D102
@@ -181,7 +181,7 @@ def visits(
     p: Problem, theta: np.ndarray, nodes: np.ndarray
 ) -> Iterator[tuple[float, float, Linear, np.ndarray]]:
     """Time, step size, coefficients and E z of the chain's states at every step: forwards."""
-    law, z = p.law(theta), pairs(np.array(p.start))
+    law, z = p.law(theta), p.first
     for t, h in zip(nodes[:-1], np.diff(nodes), strict=True):
         at = p.at(t)
         yield float(t), float(h), at, z
@@ -199,8 +199,8 @@ def chain_q(
 
 
 def at_start(p: Problem, v: np.ndarray) -> Number:
-    """A quadratic at the start."""
-    return (v @ pairs(np.array(p.start))).item()
+    """A quadratic's mean at the start."""
+    return (v @ p.first).item()
 
 
 def performance(p: Problem, theta: np.ndarray, nodes: np.ndarray) -> Number:

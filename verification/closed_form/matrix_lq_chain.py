@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from verification.closed_form.lq_policies import Law, Linear, average_q, hessian, row
+from verification.closed_form.lq_policies import Law, Linear, average_q, hessian, pairs, row
 
 DIM = 2
 HORIZON = 0.9
@@ -47,6 +47,11 @@ class MatrixLQ:
     temperature: float = 0.2
     start: tuple[float, float] = (0.75, -0.5)
     last: np.ndarray = field(default_factory=lambda: value(HORIZON)[0])
+
+    @property
+    def first(self) -> np.ndarray:
+        """At a point."""
+        return pairs(np.array(self.start))
 
     def at(self, t: float) -> Linear:
         """The cost of the state is what V lacks to be a martingale under THETA."""

@@ -33,7 +33,7 @@ def problem(p: LQChain) -> ctrl.ControlProblem:
         sde,
         HORIZON,
         reward,
-        lambda x: -0.5 * p.terminal_cost * x.square().squeeze(1),
+        lambda x: (p.terminal_slope * x - 0.5 * p.terminal_cost * x.square()).squeeze(1),
         p.discount,
         p.temperature,
     )
@@ -93,7 +93,7 @@ def drawn_paths(
     """Quadrature paths of the drawn actions: every variable enters to the fourth degree at most."""
     grid = ctrl.TimeGrid(setting.tensor(nodes))
     noise = ctrl.noise.gauss_hermite(grid.steps, nodes=rule, action=(1,))
-    start = point_start(noise, list(p.start))
+    start = point_start(noise, [p.mean])
     return ctrl.simulate(problem(p), policy(*theta), start, grid, noise=noise)
 
 
@@ -103,7 +103,7 @@ def silent_paths(
     """Quadrature paths of the mean action."""
     grid = ctrl.TimeGrid(setting.tensor(nodes))
     noise = ctrl.noise.gauss_hermite(grid.steps, nodes=rule)
-    start = point_start(noise, list(p.start))
+    start = point_start(noise, [p.mean])
     return ctrl.simulate(problem(p), deterministic(*theta[:2]), start, grid, noise=noise)
 
 

@@ -16,24 +16,22 @@ from ctrl.paths import kept_actions
 from ctrl.value import Value
 from verification.claim import Setting
 from verification.closed_form import exploratory_chain as exact
+from verification.closed_form.lq_chain import LQChain
 from verification.cubature import degree_five
-from verification.problems import HORIZON, NODES
+from verification.problems import HORIZON, NODES, exploratory_lq
 
-C, POLICY = exact.ExploratoryChain(), exact.Feedback()
+POLICY = exact.Feedback()
+C = LQChain(
+    drift_slope=-0.7, push=0.9, noise=0.55, noise_slope=0.0, noise_push=0.0,
+    state_cost=0.8, action_cost=0.5, terminal_slope=0.4, terminal_cost=1.3,
+    discount=0.3, temperature=0.2, mean=0.7, std=0.45,
+)  # fmt: skip
 ERROR = Polynomial([0.3, -0.2, 0.15])  # of a value that is wrong
 
 
 def problem() -> ctrl.ControlProblem:
     """The exploratory linear-quadratic problem."""
-    sde = ctrl.ControlledSDE(lambda t, x, a: C.drift * x + C.control * a, lambda t, x: C.noise)
-    return ctrl.ControlProblem(
-        sde,
-        HORIZON,
-        lambda t, x, a: -0.5 * (C.state_cost * x[:, 0] ** 2 + C.action_cost * a[:, 0] ** 2),
-        lambda x: C.terminal_slope * x[:, 0] - 0.5 * C.terminal_cost * x[:, 0] ** 2,
-        C.discount,
-        C.temperature,
-    )
+    return exploratory_lq.problem(C)
 
 
 def gaussian(policy: exact.Feedback) -> ctrl.GaussianPolicy:

@@ -44,7 +44,7 @@ def paths_after(setting: Setting, nodes: np.ndarray, z: float | None) -> ctrl.Pa
     if z is not None:
         noise.actions[:, 0] = z
     theta = [setting.tensor(float(value)) for value in THETA]
-    start = point_start(noise, list(P.start))
+    start = point_start(noise, [P.mean])
     return ctrl.simulate(lq.problem(P), lq.policy(*theta), start, grid, noise=noise)
 
 
@@ -102,7 +102,7 @@ def checks(setting: Setting) -> Iterator[Check]:
         after = paths_after(setting, nodes, z)
         return mean(advantages(setting, value, after, rate)[:, 0], after)
 
-    actions = {z: THETA[0] * P.start[0] + THETA[1] + z * np.exp(THETA[2]) for z in (-0.8, 0.6)}
+    actions = {z: THETA[0] * P.mean + THETA[1] + z * np.exp(THETA[2]) for z in (-0.8, 0.6)}
     own = lq_policies.chain_value(P, THETA, nodes)
     true = lq_policies.continuous_value(P, THETA, lq.HORIZON)(nodes)[0].T
     for rate in (0.0, RATE, math.inf):

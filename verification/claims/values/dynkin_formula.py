@@ -109,7 +109,7 @@ def checks(setting: Setting) -> Iterator[Check]:
         ctrl.value.generator(bare.dynamics, square, t, paths.states[:, k], actions[:, k])
         for k, t in enumerate(paths.grid.nodes[:-1])
     ]
-    state_change = (C.drift * x + C.control * a) * h + C.noise * increments[..., 0]
+    state_change = (C.drift_slope * x + C.push * a) * h + C.noise * increments[..., 0]
     rest = (0.8 * x - 0.3) * C.noise * increments[..., 0]
     rest = rest + 0.4 * (state_change**2 - C.noise**2 * h)
     yield pathwise("Ito's formula on every Euler path", dm, torch.stack(rate, 1) * h + rest)

@@ -243,10 +243,9 @@ verification.claims.values.q_learning.exact_q
     q not centred | return quadratic( => return -0.2 + quadratic(
     entropy counted again beside q | return quadratic(
         => return -C.temperature * case.gaussian(POLICY).log_prob(t, x, a) + quadratic(
-verification.closed_form.exploratory_chain.reward
-    entropy missing in V, and q made of this V | return c.temperature * policy.entropy() => return 0.0
-    entropy's sign in V, and q made of this V | return c.temperature * policy.entropy()
-        => return -c.temperature * policy.entropy()
+verification.closed_form.lq_policies.paid
+    entropy missing in V, and q made of this V | v[0] += p.temperature => v[0] += 0
+    entropy's sign in V, and q made of this V | v[0] += p.temperature => v[0] -= p.temperature
 ctrl.q_learning.increments
     q added | rewards - rates => rewards + rates
     q's dt missing | rates(q, paths) * as_like(paths.grid.steps, rewards) => rates(q, paths)
