@@ -21,11 +21,13 @@ from verification.closed_form.lq_policies import (
     Law,
     Linear,
     Number,
+    affine,
     bordered,
     motion,
     paid,
     pairs,
     row,
+    with_zeros,
 )
 
 
@@ -52,21 +54,16 @@ class LQ:
     def of_pairs(self) -> Linear:
         """The same problem of (1, x)."""
         return Linear(
-            A=_with_zeros(np.column_stack([self.f, self.A])),
-            B=_with_zeros(self.B),
-            C=_with_zeros(np.concatenate([self.sigma[..., None], self.C], axis=-1)),
-            D=_with_zeros(self.D),
+            A=affine(self.f, self.A),
+            B=with_zeros(self.B),
+            C=affine(self.sigma, self.C),
+            D=with_zeros(self.D),
             M=bordered(self.M, self.p, 0.0),
             N=self.N,
             R=np.column_stack([self.l, self.R]),
             discount=self.discount,
             temperature=self.temperature,
         )
-
-
-def _with_zeros(rows: np.ndarray) -> np.ndarray:
-    """Rows of what moves x, below one of zeros: 1 does not move."""
-    return np.concatenate([0 * rows[..., :1, :], rows], axis=-2)
 
 
 Quadratic = tuple[np.ndarray, np.ndarray, float]

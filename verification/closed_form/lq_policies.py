@@ -64,7 +64,17 @@ Value = Callable[[Any], tuple[np.ndarray, np.ndarray]]
 """A quadratic and its derivative in time, at a time; both are rows."""
 
 
-# ---- rows
+# ---- rows, and maps of y
+
+
+def with_zeros(rows: np.ndarray) -> np.ndarray:
+    """Rows of what moves x, below one of zeros: 1 does not move."""
+    return np.concatenate([0 * rows[..., :1, :], rows], axis=-2)
+
+
+def affine(constant: np.ndarray, slope: np.ndarray) -> np.ndarray:
+    """The map y -> (0, slope x + constant)."""
+    return with_zeros(np.concatenate([constant[..., None], slope], axis=-1))
 
 
 def bordered(S: np.ndarray, e: np.ndarray, c: Number) -> np.ndarray:
@@ -97,10 +107,16 @@ def pairs(x: np.ndarray) -> np.ndarray:
 # ---- what a policy does in a moment
 
 
+def generator(F: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """L of dy = F y dt + sum_j noise_j y dW_j."""
+    one = np.eye(len(F))
+    return _kron(F, one) + _kron(one, F) + _kron(noise, noise).sum(0)
+
+
 def motion(p: Linear, law: Law) -> tuple[np.ndarray, np.ndarray]:
     """L, and H, which holding the action over a step adds: the square of the drift."""
-    F, noise, one = p.A + p.B @ law.G, p.C + p.D @ law.G, np.eye(len(p.A))
-    L, H = _kron(F, one) + _kron(one, F) + _kron(noise, noise).sum(0), _kron(F, F)
+    F = p.A + p.B @ law.G
+    L, H = generator(F, p.C + p.D @ law.G), _kron(F, F)
     L[:, 0] += (p.D @ law.Sigma @ p.D.mT).sum(0).ravel()
     H[:, 0] += (p.B @ law.Sigma @ p.B.T).ravel()
     return L, H
@@ -166,14 +182,17 @@ def log_density(p: Problem, theta: np.ndarray, x: np.ndarray, a: np.ndarray) -> 
 # ---- Euler chains
 
 
+def before(p: Linear, law: Law, h: float, v: np.ndarray) -> np.ndarray:
+    """The value a step of size h earlier."""
+    L, H = motion(p, law)
+    return np.exp(-p.discount * h) * (v + h * v @ L + h**2 * v @ H) + h * paid(p, law)
+
+
 def chain_value(p: Problem, theta: np.ndarray, nodes: np.ndarray) -> np.ndarray:
     """V at every node, rows: backwards."""
     law, backward = p.law(theta), [p.last]
     for t, h in zip(nodes[-2::-1], np.diff(nodes)[::-1], strict=True):
-        at, v = p.at(t), backward[-1]
-        L, H = motion(at, law)
-        expected = v + h * v @ L + h**2 * v @ H
-        backward.append(np.exp(-at.discount * h) * expected + h * paid(at, law))
+        backward.append(before(p.at(t), law, h, backward[-1]))
     return np.array(backward[::-1])
 
 

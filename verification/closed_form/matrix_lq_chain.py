@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from verification.closed_form.lq_policies import Law, Linear, average_q, hessian, pairs, row
+from verification.closed_form.lq_policies import (
+    Law,
+    Linear,
+    affine,
+    average_q,
+    hessian,
+    pairs,
+    row,
+    with_zeros,
+)
 
 DIM = 2
 HORIZON = 0.9
@@ -55,13 +64,17 @@ class MatrixLQ:
 
     def at(self, t: float) -> Linear:
         """The cost of the state is what V lacks to be a martingale under THETA."""
-        A, C = np.zeros((3, 3)), np.zeros((DIM, 3, 3))
-        A[1:, 1:] = self.drift * (1 + 0.8 * t)
-        C[:, 1:, 0] = self.noise.T * (1 + 0.6 * t)
-        B = np.vstack([np.zeros((1, DIM)), self.push * (1 - 0.4 * t)])
-        N, none = self.action_cost * (1 + 0.7 * t), np.zeros((DIM, 3))
+        still = np.zeros((DIM, DIM))
         free = Linear(
-            A, B, C, np.zeros((DIM, 3, DIM)), 0 * A, N, none, self.discount, self.temperature
+            A=affine(still[0], self.drift * (1 + 0.8 * t)),
+            B=with_zeros(self.push * (1 - 0.4 * t)),
+            C=affine(self.noise.T * (1 + 0.6 * t), np.stack([still, still])),
+            D=np.zeros((DIM, 3, DIM)),
+            M=np.zeros((3, 3)),
+            N=self.action_cost * (1 + 0.7 * t),
+            R=np.zeros((DIM, 3)),
+            discount=self.discount,
+            temperature=self.temperature,
         )
         return free._replace(M=hessian(average_q(free, self.law(THETA), *value(t))))
 

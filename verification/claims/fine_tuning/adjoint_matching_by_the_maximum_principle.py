@@ -19,10 +19,11 @@ from torch import Tensor
 import ctrl
 from ctrl import adjoint_matching as am
 from ctrl import q_learning
-from ctrl.linear import LinearQuadratic, Quadratic
+from ctrl.linear import Quadratic
 from verification.claim import Check, Setting, expectation, pathwise
 from verification.closed_form import adjoint_matching as exact
 from verification.cubature import mean, point_start
+from verification.problems.lq import production
 
 SOURCE = "the stochastic maximum principle (Peng 1990); cf. arXiv 2604.08580"
 WHY_DOUBLE = "the answers are float64"
@@ -31,23 +32,7 @@ PRECISION = torch.float64
 
 def problem() -> ctrl.ControlProblem:
     """The problem of the closed form, in double precision."""
-    matrices = {
-        "A": exact.A,
-        "B": exact.B,
-        "sigma": exact.SIGMA,
-        "M": exact.M,
-        "N": exact.N,
-        "R": exact.R,
-        "p": exact.P,
-        "l": exact.L,
-        "H": exact.LAST,
-        "h": exact.TILT,
-        "f": exact.DRIFT,
-        "C": exact.C,
-        "D": exact.D,
-    }
-    tensors = {name: torch.as_tensor(each, dtype=torch.float64) for name, each in matrices.items()}
-    return LinearQuadratic(**tensors, discount=exact.DISCOUNT).problem(float(exact.NODES[-1]))
+    return production(exact.PROBLEM, Setting()).problem(float(exact.NODES[-1]))
 
 
 class Affine:
@@ -99,14 +84,18 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield expectation("with lean adjoints too", best.gradient(loss, paths), np.zeros(9), scale)
 
     V = Quadratic(
-        -torch.as_tensor(exact.LAST), -torch.as_tensor(exact.TILT), torch.zeros(()).double()
+        -torch.as_tensor(exact.PROBLEM.H),
+        -torch.as_tensor(exact.PROBLEM.h),
+        torch.zeros(()).double(),
     )
     x, u = paths.states[:7, 1], 0.8 - paths.states[:7, 2, :1]
     t = paths.grid.nodes[0]
     slope, curved = V.gradient(x), V.hessian.expand(7, 2, 2)
     H = am.hamiltonian(problem(), t, x, u, slope, curved)
     q = q_learning.q_rate(problem(), lambda t, x: V(x), t, x, u)
-    yield pathwise("H of a value is its q-rate and discount V", H, q + exact.DISCOUNT * V(x))
+    yield pathwise(
+        "H of a value is its q-rate and discount V", H, q + exact.PROBLEM.discount * V(x)
+    )
 
 
 MISTAKES = """
