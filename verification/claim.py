@@ -181,12 +181,12 @@ def limit(
 
 def proof(name: str, left: Numbers, scale: float = 1.0) -> Check:
     """Remainder of an identity's difference: exactly 0 where it is proven."""
-    return _compared(name, "proof", left, np.zeros(np.shape(_array(left))), scale)
+    return _compared(name, "proof", left, np.zeros(np.shape(array(left))), scale)
 
 
 def bound(name: str, smaller: Numbers, larger: Numbers, scale: float | None = None) -> Check:
     """smaller <= larger; the deviation is the largest excess."""
-    a, b = _array(smaller), _array(larger)
+    a, b = array(smaller), array(larger)
     size = float(np.abs(b).max()) if scale is None else scale
     check = _compared(name, "bound", a, b, size)
     over = np.maximum(a - b, 0.0) / size  # NaN stays
@@ -205,7 +205,7 @@ def sampled(
 
 
 def _compared(name: str, route: str, got: Numbers, want: Numbers, scale: float | None) -> Check:
-    a, b = _array(got), _array(want)
+    a, b = array(got), array(want)
     if a.shape != b.shape:
         raise ValueError(f"{name!r} compares shapes {list(a.shape)} and {list(b.shape)}")
     if not a.size:
@@ -227,7 +227,8 @@ def _usable(name: str, scale: float) -> float:
     return scale
 
 
-def _array(value: Numbers) -> np.ndarray:
+def array(value: Numbers) -> np.ndarray:
+    """In float64, for numpy."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
     return np.asarray(value, dtype=np.float64)

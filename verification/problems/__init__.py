@@ -13,7 +13,7 @@ from torch import Tensor
 import ctrl
 from diffusion_envs.exact import gaussian, linear_policy
 from diffusion_envs.noise_schedules import DDPMTable, NoiseSchedule, VPLinear
-from verification.claim import Setting
+from verification.claim import Setting, array
 from verification.closed_form.gaussian_law import Normal
 from verification.closed_form.ornstein_uhlenbeck import OrnsteinUhlenbeck
 from verification.closed_form.samplers import integrated_rates
@@ -47,7 +47,7 @@ def gaussian_data(setting: Setting, law: Normal) -> gaussian.Gaussian:
 
 def normal(law: gaussian.Gaussian) -> Normal:
     """A normal law out of production code."""
-    mean, covariance = (v.detach().double().cpu().numpy() for v in (law.mean, law.covariance))
+    mean, covariance = (array(v) for v in (law.mean, law.covariance))
     return Normal(mean, covariance)
 
 

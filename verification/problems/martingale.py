@@ -88,6 +88,14 @@ def earned(paths: ctrl.Paths) -> Tensor:
     return running + np.exp(-C.discount * HORIZON) * terminal
 
 
+def affine_root(gradient: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """Where a gradient vanishes that is affine in its coefficients, as many as ``like`` [n] has."""
+    unit = torch.eye(len(like)).to(like)
+    offset = gradient(torch.zeros_like(like))
+    slope = torch.stack([gradient(one) - offset for one in unit.unbind()], dim=1)
+    return torch.linalg.lstsq(slope, -offset[:, None]).solution[:, 0]  # singular where wrong
+
+
 def is_refused(call: Callable[[], object]) -> float:
     """1 if the library refuses it, else 0."""
     try:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import ctrl
 from ctrl.value import Value
-from verification.claim import Setting
+from verification.claim import Setting, array
 from verification.closed_form import lq_policies
 from verification.closed_form import matrix_lq_chain as lq
 from verification.closed_form.matrix_lq_chain import DIM, HORIZON, NODES, THETA, MatrixLQ
@@ -96,6 +96,6 @@ def drawn_paths(
 def along(paths: ctrl.Paths) -> list[tuple[int, float, float, np.ndarray, np.ndarray]]:
     """Every step for numpy: its number, time and size, states and actions."""
     assert paths.actions is not None
-    x, a = (each.detach().double().cpu().numpy() for each in (paths.states, paths.actions))
-    nodes = paths.grid.nodes.double().cpu().numpy()
+    x, a = (array(each) for each in (paths.states, paths.actions))
+    nodes = array(paths.grid.nodes)
     return [(k, float(nodes[k]), float(h), x[:, k], a[:, k]) for k, h in enumerate(np.diff(nodes))]

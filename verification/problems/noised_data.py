@@ -7,7 +7,7 @@ import torch
 
 from ctrl.noise import stream
 from diffusion_envs.objectives.noised_data import NoisedLosses, drawn_levels, drawn_noise
-from verification.claim import Setting
+from verification.claim import Setting, array
 from verification.problems.losses import DIM, ENTRIES, PATHS, STATES, current, levels, pretrained
 
 DRAWS = 4
@@ -68,7 +68,7 @@ def numbers(losses: NoisedLosses, pairs: np.ndarray, advantage: np.ndarray) -> N
     """The rows of (path, draw) pairs, with what was drawn for them."""
     path = pairs[:, 0]
     timestep = losses.timestep.cpu().numpy()[tuple(pairs.T)]
-    noise = losses.noise.double().cpu().numpy()[tuple(pairs.T)]
+    noise = array(losses.noise)[tuple(pairs.T)]
     abar = ALPHA_BAR[timestep][:, None]
     x = np.sqrt(abar) * DATA[path] + np.sqrt(1 - abar) * noise
     mean = current(abar[:, 0], x)
@@ -81,7 +81,7 @@ def between(setting: Setting, rows: Noised, pairs: np.ndarray) -> tuple[np.ndarr
     drawn_levels(PATHS, DRAWS, 1, ENTRIES, generator)
     drawn_noise(PATHS, DRAWS, (DIM,), generator)
     shares = torch.rand(PATHS, DRAWS, generator=generator, dtype=torch.float64).numpy()
-    normals = torch.randn(PATHS * DRAWS, DIM, generator=generator).double().numpy()
+    normals = array(torch.randn(PATHS * DRAWS, DIM, generator=generator))
     depth = -np.log(ALPHA_BAR)
     aim = shares[tuple(pairs.T)] * depth[rows.timestep]
     before = np.array([max([j for j in range(ENTRIES) if depth[j] <= a], default=0) for a in aim])

@@ -15,7 +15,7 @@ import torch
 import ctrl
 from diffusion_envs.objectives.path_steps import transition_kl, transition_log_ratio
 from diffusion_envs.samplers import DDIM, BoundDDIM
-from verification.claim import Check, Setting, expectation, pathwise
+from verification.claim import Check, Setting, array, expectation, pathwise
 from verification.closed_form.gaussian_law import independent_log_density
 from verification.closed_form.samplers import Nodes, ddim_law
 from verification.closed_form.vp_gaussian import COVARIANCE, MEAN, VPGaussian
@@ -78,7 +78,7 @@ def checks(setting: Setting) -> Iterator[Check]:
         row, now, t = np.full(3, k), states[-1], 1 - nodes.s[k]
         mean, std = ddim_law(nodes, ETA, row, now, -(1.3 - 0.4 * t) * now + 0.35)
         other = ddim_law(nodes, ETA, row, now, -now + 0.2 * t)[0]
-        states.append(mean + std * drawn[:, k].double().cpu().numpy())
+        states.append(mean + std * array(drawn[:, k]))
         log_probs.append(independent_log_density(states[-1], mean, std**2))
         log_ratios.append(log_probs[-1] - independent_log_density(states[-1], other, std**2))
         kls.append(np.sum(((mean - other) / std) ** 2, axis=-1) / 2)

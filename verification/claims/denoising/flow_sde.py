@@ -26,7 +26,7 @@ from diffusion_envs.exact import GaussianProblem
 from diffusion_envs.noise_schedules import FlowTable
 from diffusion_envs.objectives.path_steps import transition_kl, transition_log_ratio
 from diffusion_envs.samplers import CPS, DDIM, FlowSDE
-from verification.claim import Check, Setting, expectation, pathwise, stated
+from verification.claim import Check, Setting, array, expectation, pathwise, stated
 from verification.closed_form.gaussian_law import independent_log_density
 from verification.problems.losses import rows_of_steps
 
@@ -90,8 +90,8 @@ def _rollout(setting: Setting) -> Iterator[Check]:
         torch.zeros(6, dtype=torch.long),
         stream="claim",
     ).rollout
-    states, noises = (v.double().cpu().numpy() for v in (rollout.states, rollout.noises))
-    gain, shift = (p.detach().double().cpu().numpy() for p in environment.model.parameters)
+    states, noises = (array(v) for v in (rollout.states, rollout.noises))
+    gain, shift = (array(p) for p in environment.model.parameters)
     covariance, mean = np.array(problem.covariance), np.array(problem.mean)
     halves, now, costs = half_increases(NOISE / np.sqrt(2)), states[:, 0], []
     for k, s in enumerate(nodes()[:-1]):

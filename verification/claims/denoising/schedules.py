@@ -23,7 +23,7 @@ from diffusion_envs.noise_schedules import (
     VPLinear,
 )
 from diffusion_envs.samplers import DDIM
-from verification.claim import Check, Setting, expectation, pathwise
+from verification.claim import Check, Setting, array, expectation, pathwise
 from verification.closed_form import schedules as exact
 
 SOURCE = "arXiv 2011.13456 appendix B, 2102.09672 eq. 17, 2209.03003; Kingma et al. 2107.00630"
@@ -53,10 +53,10 @@ def checks(setting: Setting) -> Iterator[Check]:
         cuts = np.arange(1, ENTRIES) / ENTRIES if name == "table" else ()
 
         def k(u: np.ndarray, of: NoiseSchedule = schedule) -> np.ndarray:
-            return of.drift_coefficient(setting.tensor(u)).double().cpu().numpy()
+            return array(of.drift_coefficient(setting.tensor(u)))
 
         def g2(u: np.ndarray, of: NoiseSchedule = schedule) -> np.ndarray:
-            return of.g2(setting.tensor(u)).double().cpu().numpy()
+            return array(of.g2(setting.tensor(u)))
 
         yield pathwise(f"{name}: signal", schedule.alpha(s), alpha)
         yield pathwise(f"{name}: noise", schedule.sigma(s), sigma)

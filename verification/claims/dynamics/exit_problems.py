@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ctrl
 from ctrl import hjb
-from verification.claim import Check, Setting, limit, pathwise
+from verification.claim import Check, Setting, array, limit, pathwise
 from verification.closed_form import first_exit as exact
 from verification.problems.first_exit import MOTION, SDE, WALLS
 
@@ -70,9 +70,9 @@ def sampled(setting: Setting) -> tuple[ctrl.Paths, np.ndarray, exact.Stopped]:
     start = setting.tensor(np.linspace(-0.8, 0.8, 60))[:, None]
     noise = ctrl.Noise(dw, exits=uniform)
     paths = ctrl.simulate(problem(setting), PUSHED, start, grid, noise=noise)
-    drawn = dw[..., 0].double().cpu().numpy()
-    numbers = uniform.double().cpu().numpy()
-    stop = exact.stopped(MOTION, start[:, 0].double().cpu().numpy(), TIMES, drawn, numbers)
+    drawn = array(dw[..., 0])
+    numbers = array(uniform)
+    stop = exact.stopped(MOTION, array(start[:, 0]), TIMES, drawn, numbers)
     return paths, drawn, stop
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 import ctrl
 from ctrl.stopping import AtNodes, BridgeCorrected, Domain, Step
-from verification.claim import Check, Setting, expectation, limit
+from verification.claim import Check, Setting, array, expectation, limit
 from verification.closed_form import first_exit as exact
 from verification.problems.first_exit import FLOOR, MOTION, SDE, WALLS
 
@@ -45,7 +45,7 @@ def kernel(
         stays = (1 - rule.crossed(domain, step)).prod(1)
     else:
         stays = 1 - rule.exits(domain, step)[0].to(pairs)
-    stays = stays.view(nodes, nodes).cpu().double().numpy()
+    stays = array(stays.view(nodes, nodes))
     density = law.density(y[:, None], y[None], h)
     return y, density * stays * weights * (high - low) / 2
 

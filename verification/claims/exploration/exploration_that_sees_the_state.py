@@ -20,7 +20,7 @@ from torch import Tensor
 import ctrl
 from ctrl.paths import log_probs
 from ctrl.q_learning import gibbs_policy, q_rate
-from verification.claim import Check, Setting, expectation, pathwise
+from verification.claim import Check, Setting, array, expectation, pathwise
 from verification.closed_form import merton as exact
 from verification.cubature import mean
 
@@ -72,7 +72,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     t, policy, stated = setting.tensor(0.37), investor(), problem()
     x = setting.tensor([[0.4], [1.0], [2.6]]).repeat_interleave(3, 0)
     a = x * setting.tensor([[-0.9], [0.6], [2.1]]).repeat(3, 1)
-    wealth, money = x[:, 0].double().cpu().numpy(), a[:, 0].double().cpu().numpy()
+    wealth, money = array(x[:, 0]), array(a[:, 0])
     density = exact.log_density(float(t), wealth, money)
     yield pathwise("log-density of drawn money", policy.log_prob(t, x, a), density)
     yield pathwise("entropy at every wealth", policy.entropy(t, x), exact.entropy(0.37, wealth))
@@ -103,7 +103,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield expectation("E X and E X^2 of the chain", moments, exact.moments(NODES, START))
     assert paths.actions is not None
     along = [
-        exact.log_density(float(s), x.double().cpu().numpy(), a.double().cpu().numpy())
+        exact.log_density(float(s), array(x), array(a))
         for s, x, a in zip(
             NODES, paths.states[:, :-1, 0].unbind(1), paths.actions[..., 0].unbind(1), strict=False
         )

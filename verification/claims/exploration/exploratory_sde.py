@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import ctrl
-from verification.claim import Check, Setting, expectation, limit, pathwise
+from verification.claim import Check, Setting, array, expectation, limit, pathwise
 from verification.closed_form import exploratory as exact
 from verification.cubature import mean, point_start
 
@@ -89,7 +89,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     p, policy, t = P, drawing(P), setting.tensor(0.3)
     x = setting.tensor([[0.4], [-1.1], [0.9]])
     averaged = ctrl.exploratory_sde(scalar_sde(p), policy)
-    a, at = policy.mean(t, x), x.double().cpu().numpy()
+    a, at = policy.mean(t, x), array(x)
     drift = averaged.drift_at(t, x, a)
     yield pathwise("drift at points, quadratic in the action", drift, exact.averaged_drift(p, at))
     square = torch.as_tensor(averaged.diffusion_at(t, x, a)).square()
@@ -107,9 +107,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     both = ctrl.exploratory_sde(plane, many, nodes=4, state_dim=2)
     x = setting.tensor([[0.2, -0.5], [0.9, 0.1]])
     a = many.mean(t, x)
-    drift, covariance = exact.plane_averages(
-        PLANE, x.double().cpu().numpy(), a.double().cpu().numpy()
-    )
+    drift, covariance = exact.plane_averages(PLANE, array(x), array(a))
     yield pathwise("drift at points, a product of two actions", both.drift_at(t, x, a), drift)
     sigma = both.columns(t, x, a)
     yield pathwise("covariance at points, dependent actions", sigma @ sigma.mT, covariance)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ctrl
 from ctrl.paths import log_probs
-from verification.claim import Check, Setting, expectation, pathwise
+from verification.claim import Check, Setting, array, expectation, pathwise
 from verification.closed_form import memory as exact
 from verification.cubature import degree_five, mean
 
@@ -57,7 +57,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     got = mean(paths.states[..., 0].square(), paths)
     yield expectation("E X^2 at every node", got, [float(one[0, 0].real) for one in moments])
     assert paths.actions is not None
-    states, actions = (one[..., 0].double().cpu().numpy() for one in (paths.states, paths.actions))
+    states, actions = (array(one[..., 0]) for one in (paths.states, paths.actions))
     densities = exact.log_densities(states, actions)
     yield pathwise("log-density of every action", log_probs(policy, paths), densities)
     returns = mean(ctrl.returns_to_go(stated, paths, policy)[:, 0], paths)

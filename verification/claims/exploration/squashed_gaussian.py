@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import ctrl
-from verification.claim import Check, Setting, expectation, pathwise, rounding, stated
+from verification.claim import Check, Setting, array, expectation, pathwise, rounding, stated
 from verification.closed_form import squashed as exact
 from verification.cubature import mean
 
@@ -59,7 +59,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     at = setting.tensor(exact.action(nodes[inside]))[:, None]
     slopes = exact.HALF / np.cosh(nodes[inside]) ** 2
     width = nodes[1] - nodes[0]
-    total = pi.log_prob(t, x[:1].expand(len(at), 1), at).exp().double().cpu().numpy() @ slopes
+    total = array(pi.log_prob(t, x[:1].expand(len(at), 1), at).exp()) @ slopes
     mass = float(masses[inside].sum())
     yield stated(expectation("mass on the interval", total * width, mass), units=rounding(2000))
     moments = torch.stack([one[0, 0] for one in pi.moments(t, x[:1])])

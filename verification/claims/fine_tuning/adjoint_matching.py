@@ -19,7 +19,7 @@ from diffusion_envs.denoising import generation_sde
 from diffusion_envs.exact import gaussian, linear_policy
 from diffusion_envs.exact.linear_policy import Steps
 from diffusion_envs.objectives.adjoint_matching import AdjointMatching, AdjointRows, lean_adjoint
-from verification.claim import Check, Setting, expectation, limit, pathwise
+from verification.claim import Check, Setting, array, expectation, limit, pathwise
 from verification.closed_form import tilt as exact
 from verification.closed_form.tilt import KL_WEIGHT, REWARD
 from verification.closed_form.vp_gaussian import SHORT
@@ -166,7 +166,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield pathwise(
         "adjoint of a base that turns and is not linear, against products of Jacobians",
         lean_adjoint(bent, states, slopes)[:, 0],
-        _products(states.double().cpu().numpy(), slopes.double().cpu().numpy()),
+        _products(array(states), array(slopes)),
     )
     refined, none = [], [(0 * REWARD.Q, 0 * REWARD.l)]
     for count in (20, 40):

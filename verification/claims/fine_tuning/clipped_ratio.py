@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from ctrl.trust_region import clipped_surrogate
-from verification.claim import Check, Setting, pathwise
+from verification.claim import Check, Setting, array, pathwise
 from verification.closed_form import linear_adapter
 
 SOURCE = "Schulman et al. 2017, equation 7"
@@ -24,7 +24,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     advantage = setting.tensor([1.7] * 13 + [-0.6] * 13)
     gain = clipped_surrogate(log_ratio, advantage, torch.full_like(advantage, half_width))
     (slope,) = torch.autograd.grad(gain.sum(), log_ratio)
-    x, a = (v.detach().double().cpu().numpy() for v in (log_ratio, advantage))
+    x, a = (array(v) for v in (log_ratio, advantage))
     want, slopes = linear_adapter.surrogate(x, a, half_width)
     yield pathwise("surrogate", gain, want)
     yield pathwise("its slope in the log-ratio", slope, slopes)

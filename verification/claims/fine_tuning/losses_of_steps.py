@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from diffusion_envs import objectives
-from verification.claim import Check, Setting, pathwise
+from verification.claim import Check, Setting, array, pathwise
 from verification.closed_form import objectives as exact
 from verification.closed_form.objectives import Steps, clip, least, ppo
 from verification.problems import losses as case
@@ -152,7 +152,7 @@ def checks(setting: Setting) -> Iterator[Check]:
         losses = objective.losses_of(made)
         drawn = losses._steps(len(groups), len(case.STD), made.stream("steps"))
         yield pathwise(f"{name}: steps, each once", np.sort(drawn.numpy()), every)
-        advantages = losses.advantages.double().cpu().numpy()[tuple(case.which(2).T)]
+        advantages = array(losses.advantages)[tuple(case.which(2).T)]
         rows = replace(case.numbers(2), advantage=advantages)
         mean = np.sum(COMPARED[name].formula(rows)) / case.PATHS
         mean = mean if name == "GRPO" else mean / len(case.STD)

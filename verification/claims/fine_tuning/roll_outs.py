@@ -21,7 +21,7 @@ from torch import Tensor
 from ctrl.noise import stream
 from diffusion_envs import objectives
 from diffusion_envs.samplers import BoundBlackBox
-from verification.claim import Check, Setting, pathwise, rounding, stated
+from verification.claim import Check, Setting, array, pathwise, rounding, stated
 from verification.closed_form import objectives as exact
 from verification.problems import losses as case
 
@@ -38,13 +38,13 @@ SHARES = np.array([0.7, 1.4, 0.4])
 def named(what: str, samples: range, *shape: int) -> np.ndarray:
     """The normals of each sample, by their name."""
     each = [torch.randn(shape, generator=stream(SEED, "claim", what, i)) for i in samples]
-    return torch.stack(each).double().numpy()
+    return array(torch.stack(each))
 
 
 def numbers(values: Tensor | None) -> np.ndarray:
     """In double precision."""
     assert values is not None
-    return values.detach().double().cpu().numpy()
+    return array(values)
 
 
 @dataclass

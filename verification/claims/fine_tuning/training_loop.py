@@ -17,7 +17,7 @@ from diffusion_envs.objectives import ScoreAsAction
 from diffusion_envs.objectives.path_steps import PathLosses, Rows, path_kl_rate
 from diffusion_envs.samplers.ddim import BoundDDIM
 from diffusion_envs.training.trainer import Trainer
-from verification.claim import Check, Setting, pathwise, rounding, stated
+from verification.claim import Check, Setting, array, pathwise, rounding, stated
 from verification.closed_form import linear_adapter
 from verification.closed_form.linear_adapter import Sampler
 from verification.problems import training_loop as case
@@ -38,7 +38,7 @@ def by_hand(made: Trainer) -> tuple[Sampler, np.ndarray, np.ndarray]:
     """The sampler's tables and the adapter."""
     network = case.network_of(made)
     alpha_bar = sampler_of(made).alpha_bar.numpy()
-    a, b = (p.detach().double().numpy() for p in (network.a, network.b))
+    a, b = (array(p) for p in (network.a, network.b))
     return Sampler(case.ETA, alpha_bar), a, b
 
 
@@ -80,7 +80,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield stated(check, units=units_of_ratio(rows))
     path, step = which.unbind(1)
     yield pathwise("path KL of a row that is trained", trained, costs[path, step])
-    a_k = advantages[path, step].double().numpy()
+    a_k = array(advantages[path, step])
     check = pathwise("loss of a row", losses, case.KL_WEIGHT * costs[path, step] - a_k)
     share = float(np.abs(a_k).max()) / losses.abs().max().item()
     yield stated(check, units=share * units_of_ratio(rows))
@@ -89,7 +89,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     std = torch.as_tensor(s.std).to(after)[step].view(-1, 1, 1, 1)
     yield pathwise("a row's noise leads to its next state", mean + std * rows.noise, after)
     want = linear_adapter.gradient(
-        s, a, b, x, case.flat(rollout.noises), advantages.double().numpy(), case.KL_WEIGHT
+        s, a, b, x, case.flat(rollout.noises), array(advantages), case.KL_WEIGHT
     )
     for batch in (24, 13, 3):
         one = case.trainer(setting, batch=batch)

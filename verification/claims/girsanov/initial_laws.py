@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import ctrl
-from verification.claim import Check, Setting, bound, expectation, pathwise
+from verification.claim import Check, Setting, array, bound, expectation, pathwise
 from verification.closed_form import ornstein_uhlenbeck as closed
 from verification.closed_form.gaussian_law import kl, log_density
 from verification.cubature import gaussian_start, mean
@@ -47,7 +47,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     whole = float(mean(path_bound, paths))
     yield expectation("KL of the joint laws, different initial laws", whole, kl(law, other))
 
-    x = paths.states[..., 0].double().numpy()
+    x = array(paths.states[..., 0])
     ratio = ctrl.girsanov.log_ratio(problem.dynamics, policy, reference, paths)
     first = log_density(x[:, :1], law.of(0).mean, law.of(0).covariance) - log_density(
         x[:, :1], other.of(0).mean, other.of(0).covariance
@@ -60,7 +60,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     start, noise = gaussian_start(short, P.mean, P.std, nodes=3)
     paths = ctrl.simulate(problem, policy, start, short, noise=noise)
     path_bound = ctrl.girsanov.terminal_kl_bound(problem.dynamics, policy, reference, paths, begins)
-    brief = short.nodes.double().numpy()
+    brief = array(short.nodes)
     ends = (
         closed.euler_laws(P, brief)[0].of(-1),
         closed.euler_law(P.reference_pull, P.reference_shift, P.noise, *REFERENCE_START, brief).of(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ctrl
-from verification.claim import Check, Setting, expectation, pathwise
+from verification.claim import Check, Setting, array, expectation, pathwise
 from verification.closed_form import weighted_norm
 from verification.closed_form.gaussian_law import log_density
 from verification.cubature import mean, point_start
@@ -102,7 +102,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     sde, noise = moving(setting), ctrl.noise.gauss_hermite(nodes.steps, nodes=3, noise=(3,))
     start = point_start(noise, [0.4, -0.9])
     paths = ctrl.simulate(ctrl.ControlProblem(sde, NODES[-1]), POLICY, start, nodes, noise=noise)
-    ratios, kls = densities(paths.states.double().numpy())
+    ratios, kls = densities(array(paths.states))
     ratio = ctrl.girsanov.log_ratio(sde, POLICY, REFERENCE, paths)
     yield pathwise("log-ratio, against normal densities on every path", ratio, ratios.sum(1))
     running = ctrl.girsanov.path_kl(sde, POLICY, REFERENCE, paths)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import ctrl
-from verification.claim import Check, Setting, expectation, pathwise
+from verification.claim import Check, Setting, array, expectation, pathwise
 from verification.closed_form import ornstein_uhlenbeck as closed
 from verification.closed_form.gaussian_law import kl, log_density
 from verification.cubature import gaussian_start, mean, point_start
@@ -91,8 +91,8 @@ def checks(setting: Setting) -> Iterator[Check]:
 
     sde, paths = curved(setting)
     ratio = ctrl.girsanov.log_ratio(sde, CURVED, CURVED_REFERENCE, paths)
-    nodes = paths.grid.nodes.double().numpy()
-    steps = curved_densities(paths.states.double().numpy(), nodes)
+    nodes = array(paths.grid.nodes)
+    steps = curved_densities(array(paths.states), nodes)
     yield pathwise("log-ratio, coefficients not linear, on every path", ratio, steps.sum(1))
     euler = ctrl.EulerMaruyama()
     step_ratios = ctrl.transitions.log_ratio(sde, euler, CURVED, CURVED_REFERENCE, paths)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import ctrl
 from ctrl import agents
-from verification.claim import Check, Setting, expectation, pathwise
+from verification.claim import Check, Setting, array, expectation, pathwise
 from verification.closed_form import complex_steps
 from verification.closed_form.lq_chain import THETA, LQChain
 from verification.closed_form.lq_policies import performance
@@ -74,12 +74,12 @@ def one_update(
 
 def mean_root_kl(theta: np.ndarray, paths: ctrl.Paths) -> float:
     """Mean over paths and steps of sqrt(KL(theta || THETA)) at the paths' states."""
-    x = paths.states[:, :-1, 0].detach().double().cpu().numpy()
+    x = array(paths.states[:, :-1, 0])
     shift = (theta[0] - THETA[0]) * x + theta[1] - THETA[1]
     ratio = np.exp(2 * (theta[2] - THETA[2]))
     kl = (ratio - 1 - np.log(ratio) + shift**2 * np.exp(-2 * THETA[2])) / 2
     assert paths.weights is not None
-    return float(paths.weights.double().cpu().numpy() @ np.sqrt(kl).mean(1))
+    return float(array(paths.weights) @ np.sqrt(kl).mean(1))
 
 
 def checks(setting: Setting) -> Iterator[Check]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import ctrl
-from verification.claim import Check, Setting, expectation, pathwise
+from verification.claim import Check, Setting, array, expectation, pathwise
 from verification.closed_form import gaussian_transitions as exact
 from verification.cubature import mean, point_start
 
@@ -89,7 +89,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     noise = ctrl.noise.gauss_hermite(grid.steps, nodes=4, noise=(2,))
     problem = ctrl.ControlProblem(SDE, NODES[-1])
     paths = ctrl.simulate(problem, policy(NEW), point_start(noise, START), grid, noise=noise)
-    x = paths.states.double().cpu().numpy()
+    x = array(paths.states)
     computed = ctrl.transitions.log_prob(SDE, solver, policy(NEW), paths)
     new, old = (
         np.stack([exact.log_density(E, f, x[:, k], x[:, k + 1], h) for k, h in enumerate(steps)], 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import ctrl
-from verification.claim import Check, Setting, expectation, limit
+from verification.claim import Check, Setting, array, expectation, limit
 from verification.closed_form.linear_steps import gradient, second_moment
 from verification.cubature import mean
 from verification.problems.backward_induction import local_order
@@ -74,7 +74,7 @@ def checks(setting: Setting) -> Iterator[Check]:
         even = tuple(np.linspace(0, 0.4, count + 1).tolist())
         _, adjoint_slopes = gradient_by_paths(setting, ctrl.TorchSDE("euler", adjoint=True), even)
         exact = gradient("Euler-Maruyama", NUMBERS, np.diff(even))
-        errors.append(float(np.abs(adjoint_slopes.double().cpu().numpy() - exact).max()))
+        errors.append(float(np.abs(array(adjoint_slopes) - exact).max()))
     yield limit("adjoint of euler: local order of its error", local_order(errors, 0.0), 1.0)
 
 

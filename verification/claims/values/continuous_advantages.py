@@ -21,7 +21,7 @@ import ctrl
 from ctrl.advantages import continuous_gae, temporal_differences
 from ctrl.returns import discount_rates, regularised_rewards, returns_to_go
 from ctrl.value import Value, values
-from verification.claim import Check, Setting, expectation, limit, pathwise
+from verification.claim import Check, Setting, array, expectation, limit, pathwise
 from verification.closed_form import lq_chain, lq_policies
 from verification.closed_form.lq_chain import THETA, LQChain
 from verification.cubature import mean, point_start
@@ -80,12 +80,12 @@ def checks(setting: Setting) -> Iterator[Check]:
     paths = paths_after(setting, nodes, None)
     stated, policy = lq.problem(P), lq.policy(*[setting.tensor(float(v)) for v in THETA])
     along, rewards = values(smooth, stated, paths), regularised_rewards(stated, paths, policy)
-    v, r, steps = (each.double().cpu().numpy() for each in (along, rewards, paths.grid.steps))
+    v, r, steps = (array(each) for each in (along, rewards, paths.grid.steps))
     exact = by_definition(v, r, steps, RATE, np.full_like(r, P.discount))
     yield pathwise("the defining sum", advantages(setting, smooth, paths, RATE), exact)
     killed, h = replace(stated, discount=killing), paths.grid.steps
     moments = zip(paths.grid.nodes, paths.states[:, :-1].unbind(1), strict=False)
-    discounts = torch.stack([killing(t, x) for t, x in moments], 1).double().cpu().numpy()
+    discounts = array(torch.stack([killing(t, x) for t, x in moments], 1))
     rates = discount_rates(killed, paths)
     slow, whole = (continuous_gae(along, rewards, h, rate, rates) for rate in (RATE, 0.0))
     exact = by_definition(v, r, steps, RATE, discounts)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import ctrl
 from ctrl.paths import kept_actions
-from verification.claim import Check, Setting, expectation, pathwise
+from verification.claim import Check, Setting, array, expectation, pathwise
 from verification.closed_form import dynkin as exact
 from verification.problems import NoiseKind
 from verification.problems.martingale import C, problem, sampled
@@ -57,7 +57,7 @@ def rates(
     """L phi by the library."""
     actions = setting.tensor(np.broadcast_to(a, x.shape).copy())
     generated = ctrl.value.generator(sde, phi, setting.tensor(t), setting.tensor(x), actions)
-    return generated.double().cpu().numpy()
+    return array(generated)
 
 
 def checks(setting: Setting) -> Iterator[Check]:

@@ -23,12 +23,13 @@ from ctrl.value import Value
 from verification.claim import Check, Setting, expectation, pathwise
 from verification.closed_form import exploratory_chain as exact
 from verification.cubature import degree_five, mean
-from verification.problems.martingale import POLICY, C, basis, gaussian, is_refused, problem
+from verification.problems import martingale as case
+from verification.problems.martingale import POLICY, C
 
 SOURCE = "Jia & Zhou 2022a, JMLR 23, and 2022b, JMLR 23, section 5 (ergodic tasks)"
 
 STEP, STEPS = 0.3, 3  # without a horizon values do not depend on time where steps are equal
-ENDLESS = replace(problem(), horizon=math.inf, terminal_reward=None)
+ENDLESS = replace(case.problem(), horizon=math.inf, terminal_reward=None)
 ERGODIC = replace(ENDLESS, discount=0.0)
 
 
@@ -46,10 +47,7 @@ def root(loss: Callable[[Value], Tensor], phi: mg.Features, paths: ctrl.Paths) -
         theta = theta.requires_grad_()
         return torch.autograd.grad(mean(loss(mg.LinearValue(phi, theta)), paths), theta)[0]
 
-    unit = torch.eye(phi(paths.grid.nodes[0], paths.states[:, 0]).shape[1]).to(paths.states)
-    offset = gradient(torch.zeros_like(unit[0]))
-    slope = torch.stack([gradient(one) - offset for one in unit.unbind()], dim=1)
-    return torch.linalg.lstsq(slope, -offset[:, None]).solution[:, 0]  # singular where wrong
+    return case.affine_root(gradient, phi(paths.grid.nodes[0], paths.states[:, 0])[0])
 
 
 def quadratic(t: Tensor, x: Tensor) -> Tensor:
@@ -65,12 +63,12 @@ def full_quadratic(t: Tensor, x: Tensor) -> Tensor:
 def checks(setting: Setting) -> Iterator[Check]:
     """Discounted and ergodic values of equal steps without end."""
     even = ctrl.TimeGrid(STEP * torch.arange(STEPS + 1).to(setting.tensor(1.0)))
-    policy = gaussian(POLICY)
+    policy = case.gaussian(POLICY)
     start, noise = degree_five(even, C.mean, C.std, draws=True)
     paths = ctrl.simulate(ENDLESS, policy, start, even, noise=noise)
 
     along, value, _ = stationary_value(setting, C.discount)
-    moments = mean(mg.orthogonality(basis, value, ENDLESS, paths, policy), paths)
+    moments = mean(mg.orthogonality(case.basis, value, ENDLESS, paths, policy), paths)
     size = abs(along(C.mean))
     yield expectation("discounted: E int xi dM = 0, five xi", moments, [0.0] * 5, size)
     for name, loss in {
@@ -82,7 +80,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield expectation("discounted: CLSTD", got, along.coef)
 
     along, value, average = stationary_value(setting, 0.0)
-    moments = mean(mg.orthogonality(basis, value, ERGODIC, paths, policy, average), paths)
+    moments = mean(mg.orthogonality(case.basis, value, ERGODIC, paths, policy, average), paths)
     yield expectation("ergodic: E int xi dM = 0, five xi", moments, [0.0] * 5, abs(average))
     state = mg.features_along(full_quadratic)
     off = mg.orthogonality(state, value, ERGODIC, paths, policy, average + 0.1)
@@ -101,9 +99,9 @@ def checks(setting: Setting) -> Iterator[Check]:
     same = mg.increments(value, ERGODIC, paths, policy, average)
     yield pathwise("ergodic: a constant in J changes no dM", raised, same)
     answers = [
-        is_refused(lambda: mg.clstd(full_quadratic, ERGODIC, paths, policy, ergodic=True)),
-        is_refused(lambda: mg.martingale_loss(value, ENDLESS, paths, policy)),
-        is_refused(lambda: mg.clstd(full_quadratic, ENDLESS, paths, policy)),
+        case.is_refused(lambda: mg.clstd(full_quadratic, ERGODIC, paths, policy, ergodic=True)),
+        case.is_refused(lambda: mg.martingale_loss(value, ENDLESS, paths, policy)),
+        case.is_refused(lambda: mg.clstd(full_quadratic, ENDLESS, paths, policy)),
     ]
     yield expectation("what is not determined is refused", answers, [1.0, 1.0, 0.0])
 

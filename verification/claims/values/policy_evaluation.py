@@ -20,9 +20,10 @@ from torch import Tensor
 
 import ctrl
 from ctrl import martingale as mg
-from verification.claim import Check, Setting, expectation, limit, pathwise
+from verification.claim import Check, Setting, array, expectation, limit, pathwise
 from verification.closed_form import policy_evaluation as exact
 from verification.closed_form.extrapolation import by_polynomial
+from verification.problems.martingale import affine_root
 from verification.problems.policy_evaluation import problem, sampled
 
 SOURCE = "Jia & Zhou 2022a, JMLR 23, sections 3 and 4"
@@ -59,7 +60,7 @@ def base(e: exact.Evaluation) -> ctrl.value.Value:
 
 def true_value(e: exact.Evaluation, nodes: Tensor) -> mg.Features:
     """V of the chain, as the only feature."""
-    table = torch.as_tensor(exact.values(e, nodes.double().cpu().numpy())).to(nodes)
+    table = torch.as_tensor(exact.values(e, array(nodes))).to(nodes)
 
     def true(t: Tensor, x: Tensor) -> Tensor:
         c = table[(nodes - t).abs().argmin()]
@@ -98,10 +99,7 @@ def root(
         total = each if each.ndim == 0 else weights @ each
         return torch.autograd.grad(total, theta)[0]
 
-    unit = torch.eye(phi(paths.grid.nodes[0], paths.states[:, 0]).shape[1]).to(paths.states)
-    offset = gradient(torch.zeros_like(unit[0]))
-    slope = torch.stack([gradient(one) - offset for one in unit.unbind()], dim=1)
-    return torch.linalg.solve(slope, -offset).double().cpu().numpy()
+    return array(affine_root(gradient, phi(paths.grid.nodes[0], paths.states[:, 0])[0]))
 
 
 def gradients(loss: Callable[[ctrl.value.Value], Tensor], paths: ctrl.Paths) -> Tensor:

@@ -25,7 +25,7 @@ from ctrl import martingale as mg
 from ctrl import q_learning as ql
 from ctrl.paths import kept_actions
 from ctrl.value import Value
-from verification.claim import Check, Setting, expectation, limit, pathwise
+from verification.claim import Check, Setting, array, expectation, limit, pathwise
 from verification.closed_form import exploratory_chain as exact
 from verification.closed_form.extrapolation import by_polynomial
 from verification.cubature import mean
@@ -82,10 +82,7 @@ def root(
         each = loss(lambda t, x: c[0] * value(t, x), rate)
         return torch.autograd.grad(mean(each, paths), c)[0]
 
-    unit = torch.eye(4).to(paths.states)
-    offset = gradient(torch.zeros_like(unit[0]))
-    slope = torch.stack([gradient(one) - offset for one in unit.unbind()], dim=1)
-    return torch.linalg.lstsq(slope, -offset[:, None]).solution[:, 0]  # singular where wrong
+    return case.affine_root(gradient, paths.states.new_zeros(4))
 
 
 def bias(nodes: np.ndarray) -> np.ndarray:
@@ -172,7 +169,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     loose = ql.ConsistentQ(off_q, case.gaussian(POLICY), C.temperature, nodes=3)
     rate_change = ql.rates(loose, off) - ql.rates(off_q, off)
     mean_error = sum(exact.in_noise(RATE_ERROR, POLICY)[::2], Polynomial([0.0]))
-    known = -mean_error(off.states[:, :-1, 0].double().cpu().numpy())
+    known = -mean_error(array(off.states[:, :-1, 0]))
     yield pathwise("the constraint, imposed on a q that breaks it", rate_change, known)
 
     # whatever (V, q) is, M_T - M_0 is what was earned, less q, less V(0, X_0)
@@ -230,7 +227,7 @@ def checks(setting: Setting) -> Iterator[Check]:
             )
             for steps in coarse
         ]
-        got = by_polynomial([f.double().cpu().numpy() for f in pair_slopes], 1 / np.array(coarse))
+        got = by_polynomial([array(f) for f in pair_slopes], 1 / np.array(coarse))
         want = by_polynomial([bias(np.array(even[steps])) for steps in fine], 1 / np.array(fine))
         yield limit("off-policy: that slope does not vanish with the steps", got, want)
 

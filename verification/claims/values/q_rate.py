@@ -21,7 +21,7 @@ import ctrl
 from ctrl import martingale as mg
 from ctrl import q_learning as ql
 from ctrl.value import Value
-from verification.claim import Check, Setting, expectation, limit, pathwise
+from verification.claim import Check, Setting, array, expectation, limit, pathwise
 from verification.closed_form import lq as closed
 from verification.closed_form.extrapolation import by_polynomial
 from verification.closed_form.lq_policies import q_rate, row
@@ -96,19 +96,19 @@ def off_policy_moments(setting: Setting, steps: int, offset: float) -> np.ndarra
     orthogonality = ql.orthogonality(
         basis(BEHAVIOUR), value, lambda *at: gibbs(*at) + offset, endless(PLAIN), paths
     )
-    return mean(orthogonality, paths).double().cpu().numpy()
+    return array(mean(orthogonality, paths))
 
 
 def checks(setting: Setting) -> Iterator[Check]:
     """q against formulas, against one step of the Euler scheme, and its normalisation."""
     x, a = setting.tensor([[0.7], [-1.2], [0.3]]), setting.tensor([[0.2], [1.1], [-0.5]])
-    t, flat = setting.tensor(0.0), (x[:, 0].double().cpu().numpy(), a[:, 0].double().cpu().numpy())
+    t, flat = setting.tensor(0.0), (array(x[:, 0]), array(a[:, 0]))
     level, moves = (row(np.array([[2 * v[2]]]), v[1:2], v[0]) for v in (LEVEL, MOVES))
     by_hand = q_rate(LQ.lq().of_pairs(), level, moves, *(each[:, None] for each in flat))
     got = ql.q_rate(endless(LQ), moving, t, x, a)
     yield pathwise("q of any J, by hand", got, by_hand)
     sizes = 0.2 / 2 ** np.arange(5)
-    steps = [one_step_rates(setting, float(h), x, a).double().cpu().numpy() for h in sizes]
+    steps = [array(one_step_rates(setting, float(h), x, a)) for h in sizes]
     got = by_polynomial(steps, sizes)
     yield limit("(Q_h - J) / h of one step tends to q", got, by_hand)
 
