@@ -31,16 +31,6 @@ _PILOT = 200_000  # samples that measure a sampled check's effects
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A check on the right code, as plain numbers (``tolerances.Right``)."""
-
-    route: str
-    deviation: float
-    precision: str
-    units: float
-
-
-@dataclass(frozen=True)
 class Observation:
     """Deviations that one claim showed, under one kernel or under several.
 
@@ -52,7 +42,7 @@ class Observation:
         complaints: variants that do not fit or break the code, checks of one name.
     """
 
-    right: Mapping[str, Shown] = field(default_factory=dict[str, Shown])
+    right: Mapping[str, Right] = field(default_factory=dict[str, Right])
     wrong: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
     refused: tuple[str, ...] = ()
     quick: tuple[str, ...] = ()
@@ -63,14 +53,14 @@ def observe(claim: Claim, setting: Setting) -> Observation:
     """Run a claim's body on the right code and on every variant, here and now."""
     quick = tuple(check.name for check in claim.body(replace(setting, full=False)))
     full = replace(setting, full=True)
-    right: dict[str, Shown] = {}
+    right: dict[str, Right] = {}
     for check in claim.body(full):
         if check.name in right:
             return Observation(complaints=(f"two checks are called {check.name!r}",))
         precision = str(claim.precision_of(check, setting)).removeprefix("torch.")
         units = check.units if isinstance(check, Check) else 1.0
         deviation = _size(check, standard_error=True)
-        right[check.name] = Shown(check.route, deviation, precision, units)
+        right[check.name] = Right(check.route, deviation, precision, units)
     wrong: dict[str, dict[str, float]] = {}
     refused: list[str] = []
     complaints: list[str] = []
@@ -141,10 +131,10 @@ def lines(
         observation: of it.
         single: of it in float32, which tells how many units of round-off its checks gather.
     """
-    right = {check: _right(shown) for check, shown in observation.right.items()}
+    right = dict(observation.right)
     for check, shown in (single.right if single else {}).items():
         if check in right:
-            units = max(right[check].units, units_seen(_right(shown)))
+            units = max(right[check].units, units_seen(shown))
             if right[check].route not in ("limit", "sampled"):
                 right[check] = replace(right[check], units=units)
     full_only = frozenset(variant.name for variant in claim.mistakes if variant.full)
@@ -211,13 +201,9 @@ def _under(
 
 
 def _observation(plain: dict[str, Any]) -> Observation:
-    right = {check: Shown(**shown) for check, shown in plain["right"].items()}
+    right = {check: Right(**shown) for check, shown in plain["right"].items()}
     lists = {key: tuple(plain[key]) for key in ("refused", "quick", "complaints")}
     return Observation(right, plain["wrong"], **lists)
-
-
-def _right(shown: Shown) -> Right:
-    return Right(shown.route, shown.deviation, getattr(torch, shown.precision), shown.units)
 
 
 def _nan_last(value: float) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from verification.claim import Check, Claim, Mistake, Sampled, Setting
 from verification.planting import PlantingError, planted
-from verification.statistics import Verdict, decide, samples_needed
+from verification.statistics import Verdict, decide
 from verification.tolerances import Tolerance
 
 
@@ -236,8 +236,3 @@ def _excess(check: Measured) -> float:
     """Deviation in units of the tolerance; infinite for NaN."""
     assert check.tolerance is not None
     return math.inf if math.isnan(check.deviation) else check.deviation / check.tolerance
-
-
-def samples_for(line: Tolerance, check: Sampled) -> int:
-    """About how many samples this check takes to pass on right code."""
-    return samples_needed(line.tolerance * check.scale, check.variance)

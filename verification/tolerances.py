@@ -67,19 +67,24 @@ class Right:
     Attributes:
         route: of the check.
         deviation: the largest that was seen.
-        dtype: in which the check computes.
-        units: of that type's round-off, by which right code may be off.
+        precision: in which the check computes.
+        units: of its round-off, by which right code may be off.
     """
 
     route: str
     deviation: float
-    dtype: torch.dtype = torch.float64
+    precision: str = "float64"
     units: float = 1.0
+
+    @property
+    def eps(self) -> float:
+        """A unit of round-off."""
+        return torch.finfo(getattr(torch, self.precision)).eps
 
 
 def floor(right: Right) -> float:
     """Deviation that right code may show on a machine that nobody measured: see above."""
-    return max(right.deviation, right.units * torch.finfo(right.dtype).eps)
+    return max(right.deviation, right.units * right.eps)
 
 
 def units_seen(single: Right) -> float:
@@ -89,10 +94,10 @@ def units_seen(single: Right) -> float:
     """
     if single.route in ("limit", "sampled") or not math.isfinite(single.deviation):
         return 1.0
-    return max(single.units, single.deviation / torch.finfo(single.dtype).eps)
+    return max(single.units, single.deviation / single.eps)
 
 
-def room(route: str, dtype: torch.dtype) -> float:
+def room(route: str, precision: str) -> float:
     """The factor that must be free on both sides of a tolerance.
 
     1e3 for exact routes in float64: another machine's round-off may be tens of units where this
@@ -103,7 +108,7 @@ def room(route: str, dtype: torch.dtype) -> float:
         return 5.0
     if route == "sampled":
         return 3.0  # standard errors of the pilot on both sides of the half
-    return 1e3 if dtype == torch.float64 else 30.0
+    return 1e3 if precision == "float64" else 30.0
 
 
 def derive(
@@ -134,7 +139,7 @@ def derive(
             complaints.append(f"check {check!r} is not finite on the right code")
             continue
         least = floor(shown)
-        free = room(shown.route, shown.dtype) ** 2
+        free = room(shown.route, shown.precision) ** 2
         effects = {
             name: min(deviations.get(check, 0.0), 1e6)
             if not math.isnan(deviations.get(check, 0.0))
@@ -158,7 +163,7 @@ def derive(
             effect,
             variant,
             float(f"{tolerance:.2g}"),
-            str(shown.dtype).removeprefix("torch."),
+            shown.precision,
             least,
         )
         if quick is None or check in quick:

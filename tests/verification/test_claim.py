@@ -19,7 +19,7 @@ from verification.claim import (
     stated,
 )
 from verification.claims import CLAIMS
-from verification.measuring import Observation, Shown, lines, measure, merged, unstated_singles
+from verification.measuring import Observation, lines, measure, merged, unstated_singles
 from verification.mistakes import read
 from verification.running import Rates, run
 from verification.statistics import Verdict
@@ -280,7 +280,7 @@ def test_tolerances_lie_between_right_and_wrong_with_room():
 
 def test_a_deviation_of_zero_in_float32_is_taken_for_a_unit_of_float32():
     """The mistake that let a ratio of 1 + 1.5e-6 fail: float64's unit for float32's."""
-    table, _ = derive({"a": Right("pathwise", 0.0, torch.float32)}, SEEN)
+    table, _ = derive({"a": Right("pathwise", 0.0, "float32")}, SEEN)
     assert table["a"].variant == "large"  # 1e-8 is less than a unit
     assert table["a"].tolerance == pytest.approx(math.sqrt(SINGLE_UNIT), rel=0.05)
     assert table["a"].precision == "float32"
@@ -304,28 +304,28 @@ def test_a_sum_of_many_terms_may_be_off_by_more_than_a_unit(dtype, generator):
             one_by_one += x[:, k]
         off = ((one_by_one.double() - exact.double()).abs() / exact.double()).max() / unit
         assert 1 < off <= rounding(terms)
-    shown = Right("pathwise", 0.0, dtype, rounding(terms))
+    shown = Right("pathwise", 0.0, str(dtype).removeprefix("torch."), rounding(terms))
     assert floor(shown) == pytest.approx(math.sqrt(terms) * unit)
     assert rounding(1, 0.1) == 1  # nothing is known to better than a unit
 
 
 def test_units_of_float32_are_carried_over_to_float64():
     """A check that was off by 50 units in float32 may be off by 50 in float64 elsewhere."""
-    double = Observation({"a": Shown("pathwise", 0.0, "float64", 1.0)}, SEEN, quick=("a",))
-    single = Observation({"a": Shown("pathwise", 50 * SINGLE_UNIT, "float32", 1.0)}, SEEN)
+    double = Observation({"a": Right("pathwise", 0.0, "float64", 1.0)}, SEEN, quick=("a",))
+    single = Observation({"a": Right("pathwise", 50 * SINGLE_UNIT, "float32", 1.0)}, SEEN)
     claim = made(body_of_squares)
     alone, both = lines(claim, double)[0]["a"], lines(claim, double, single)[0]["a"]
     assert alone.floor == UNIT
     assert both.floor == pytest.approx(50 * UNIT)
     assert both.tolerance == pytest.approx(math.sqrt(50 * UNIT), rel=0.05)
-    limits = Observation({"a": Shown("limit", 1e-3, "float32", 1.0)}, SEEN)
+    limits = Observation({"a": Right("limit", 1e-3, "float32", 1.0)}, SEEN)
     assert lines(claim, double, limits)[0]["a"].floor == UNIT
 
 
 def test_of_several_kernels_the_worst_right_code_and_the_mildest_mistake_count():
     def seen(right, small, large):
         wrong = {"small": {"a": small}, "large": {"a": large}}
-        return Observation({"a": Shown("pathwise", right, "float64", 1.0)}, wrong, quick=("a",))
+        return Observation({"a": Right("pathwise", right, "float64", 1.0)}, wrong, quick=("a",))
 
     both = merged([seen(0.0, 3e-3, 0.5), seen(4e-16, 2e-3, 0.7)])
     assert both.right["a"].deviation == 4e-16
@@ -386,7 +386,7 @@ def test_the_table_keeps_the_rule_and_belongs_to_the_claims_that_there_are():
             for check, line in checks.items():
                 where = f"{precision} {name}: {check}"
                 dtype = getattr(torch, line.precision)
-                free = room(line.route, dtype)
+                free = room(line.route, line.precision)
                 assert line.variant in {w.name for w in CLAIMS[name].mistakes}, where
                 # two digits are kept of each
                 assert line.floor >= 0.95 * max(line.right, torch.finfo(dtype).eps), where
