@@ -18,6 +18,8 @@ from torch import Tensor
 import ctrl
 from verification.closed_form.extrapolation import extrapolated
 
+STILL = ctrl.DeterministicPolicy(lambda t, x: torch.zeros_like(x))
+
 
 def points(count: int, like: Tensor) -> Tensor:
     """An even grid of the circle, [count]."""

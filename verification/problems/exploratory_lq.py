@@ -9,8 +9,9 @@ from ctrl.value import Value
 from verification.claim import Setting
 from verification.closed_form import lq_policies
 from verification.closed_form.lq_chain import LQChain
-from verification.cubature import point_start
+from verification.cubature import mean, point_start
 
+P = LQChain()
 HORIZON = 0.9
 NODES = np.array([0.0, 0.3, 0.5, 0.9])  # uneven
 
@@ -85,6 +86,11 @@ def continuous_value(setting: Setting, p: LQChain, theta: np.ndarray) -> Value:
     """V of the continuous-time problem."""
     series = setting.tensor(lq_policies.value_series(p, theta))
     return lambda t, x: quadratic(series_in_time(series, HORIZON - t), x)
+
+
+def gradient(each: Tensor, paths: ctrl.Paths, theta: list[Tensor]) -> Tensor:
+    """The mean of an estimator, as users take it: one backward pass."""
+    return torch.stack(torch.autograd.grad(mean(each, paths), theta))
 
 
 def drawn_paths(

@@ -12,6 +12,7 @@ from numpy.polynomial import Polynomial
 from torch import Tensor
 
 import ctrl
+from ctrl import martingale as mg
 from ctrl.paths import kept_actions
 from ctrl.value import Value
 from verification.claim import Setting
@@ -21,6 +22,7 @@ from verification.cubature import degree_five
 from verification.problems import HORIZON, NODES, exploratory_lq
 
 POLICY = exact.Feedback()
+BEHAVIOUR = exact.Feedback(gain=0.5, offset=-0.3, std=0.9)
 C = LQChain(
     drift_slope=-0.7, push=0.9, noise=0.55, noise_slope=0.0, noise_push=0.0,
     state_cost=0.8, action_cost=0.5, terminal_slope=0.4, terminal_cost=1.3,
@@ -70,6 +72,17 @@ def basis(paths: ctrl.Paths) -> Tensor:
     before = torch.cat([first, eps[:, :-1]], dim=1)
     squares = torch.cat([first, eps[:, :-1] ** 2 - 1], dim=1)
     return torch.stack([torch.ones_like(x), x, x**2, x * before, squares], dim=2)
+
+
+def basis_of(behaviour: exact.Feedback) -> mg.TestFunctions:
+    """1, x, x^2, x eps, eps^2 - 1, eps the noise of the step's own action."""
+
+    def tests(paths: ctrl.Paths) -> Tensor:
+        x, a = paths.states[:, :-1, 0], kept_actions(paths)[..., 0]
+        eps = (a - behaviour.gain * x - behaviour.offset) / behaviour.std
+        return torch.stack([torch.ones_like(x), x, x**2, x * eps, eps**2 - 1], dim=2)
+
+    return tests
 
 
 def discounts(paths: ctrl.Paths) -> Tensor:

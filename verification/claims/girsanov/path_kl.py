@@ -17,9 +17,10 @@ from verification.closed_form import ornstein_uhlenbeck as closed
 from verification.closed_form.gaussian_law import kl, log_density
 from verification.cubature import gaussian_start, mean, point_start
 from verification.problems import NODES, grid, ornstein_uhlenbeck
-from verification.problems.girsanov import P
 
 SOURCE = '"Score as Action", arXiv 2502.01819, Theorem 3.1; Karatzas & Shreve 3.5.1'
+
+P = closed.OrnsteinUhlenbeck()
 
 
 def sampled_policy(policy: ctrl.Policy, reference: ctrl.Policy) -> ctrl.Policy:

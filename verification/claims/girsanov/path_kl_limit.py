@@ -18,10 +18,11 @@ from verification.closed_form import linear_path_kl as matrices
 from verification.closed_form import ornstein_uhlenbeck as closed
 from verification.cubature import mean
 from verification.problems import HORIZON, ornstein_uhlenbeck
-from verification.problems.girsanov import P
 
 SOURCE = '"Score as Action", arXiv 2502.01819, Theorem 3.1'
 WHY_DOUBLE = "ctrl.linear is double precision; an error of order h is lost in float32's"
+
+P = closed.OrnsteinUhlenbeck()
 
 
 def marginal_paths(setting: Setting, steps: int) -> ctrl.Paths:

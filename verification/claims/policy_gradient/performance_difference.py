@@ -13,16 +13,25 @@ from torch import Tensor
 
 import ctrl
 from ctrl import policy_gradient as pg
+from ctrl.value import Value
 from verification.claim import Check, Setting, expectation, limit
 from verification.closed_form import lq_policies as closed
+from verification.closed_form.lq_chain import THETA as OLD
 from verification.cubature import mean
 from verification.problems import exploratory_lq as lq
-from verification.problems.performance_difference import NEW, OLD, P, value_of_old
+from verification.problems.exploratory_lq import P
 
 SOURCE = (
     '"Score as Action", arXiv 2502.01819, Lemma 4.2; Zhao, Tang & Yao 2023, policy '
     "optimisation in continuous time, Theorem 2"
 )
+
+NEW = np.array([-0.2, 0.6, -0.75])
+
+
+def value_of_old(setting: Setting) -> Value:
+    """V of the old policy, in continuous time."""
+    return lq.continuous_value(setting, P, OLD)
 
 
 def paths_of_new(setting: Setting, nodes: np.ndarray) -> ctrl.Paths:
@@ -48,7 +57,7 @@ def checks(setting: Setting) -> Iterator[Check]:
 
 
 MISTAKES = """
-verification.problems.performance_difference.value_of_old
+verification.claims.policy_gradient.performance_difference.value_of_old
     q of the new policy's value | P, OLD => P, NEW
 verification.claims.policy_gradient.performance_difference.paths_of_new
     states and actions of the old policy | (setting, NEW) => (setting, OLD)

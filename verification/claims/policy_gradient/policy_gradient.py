@@ -16,7 +16,7 @@ from verification.closed_form import complex_steps
 from verification.closed_form.lq_chain import THETA
 from verification.closed_form.lq_policies import forward_performance, performance
 from verification.problems import exploratory_lq as lq
-from verification.problems.policy_gradient import P, gradient
+from verification.problems.exploratory_lq import P, gradient
 
 SOURCE = (
     '"Score as Action", arXiv 2502.01819, Theorem 4.1, Lemma 2.2; Jia & Zhou 2022, policy '

@@ -18,7 +18,7 @@ from verification.claim import Check, Setting, expectation
 from verification.closed_form import complex_steps, lq_policies
 from verification.closed_form.lq_chain import THETA
 from verification.problems import exploratory_lq as lq
-from verification.problems.policy_gradient import P, gradient
+from verification.problems.exploratory_lq import P, gradient
 
 SOURCE = (
     '"Score as Action", arXiv 2502.01819, Theorem 4.1, with the decisions of its algorithm '

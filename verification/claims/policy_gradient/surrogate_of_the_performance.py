@@ -16,10 +16,11 @@ import torch
 import ctrl
 from ctrl import policy_gradient as pg
 from verification.claim import Check, Setting, expectation
+from verification.closed_form.lq_chain import THETA as OLD
 from verification.closed_form.lq_policies import continuous_value, q_gradient, q_sum
 from verification.cubature import mean
 from verification.problems import exploratory_lq as lq
-from verification.problems.performance_difference import OLD, P, value_of_old
+from verification.problems.exploratory_lq import P
 
 SOURCE = '"Score as Action", arXiv 2502.01819, Theorem 4.4'
 
@@ -34,7 +35,7 @@ def paths_of_old(setting: Setting, nodes: np.ndarray, rule: int = 3) -> ctrl.Pat
 
 def checks(setting: Setting) -> Iterator[Check]:
     """Value, gap and slope of the surrogate."""
-    stated, value = lq.problem(P), value_of_old(setting)
+    stated, value = lq.problem(P), lq.continuous_value(setting, P, OLD)
     theta = lq.parameters(setting, OLD)
     old, near = lq.policy(*theta), lq.policy(*lq.parameters(setting, NEAR))
     with torch.no_grad():

@@ -13,9 +13,10 @@ from torch import Tensor
 import ctrl
 from ctrl.noise import PathStreams
 from verification.claim import Sampled, Setting, sampled
-from verification.problems.noise import STEPS
 
 SOURCE = "Kloeden & Platen, sections 1.8, 10.4; Foster, Lyons & Oberhauser 2020"
+
+STEPS = (0.3, 0.55)
 
 
 def batches(draw: Callable[[int], Tensor]) -> Iterator[Tensor]:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import ctrl
 from verification.claim import Check, Setting, pathwise
-from verification.problems.gradients_through_solvers import NODES
 
 SOURCE = "definitions"
 
+NODES = (0.0, 0.2, 0.5, 0.9)
 ITO = ctrl.ControlledSDE(
     lambda t, x, a: x.sin() - 0.3 * t + a, lambda t, x: (0.5 + 0.3 * x.cos()) * (1 + 0.4 * t)
 )

@@ -19,8 +19,7 @@ from verification.closed_form.geometric_brownian_motion import (
     growth,
     mean_square_error,
 )
-from verification.problems.backward_induction import local_order
-from verification.problems.strong_orders import STILL
+from verification.problems.backward_induction import STILL, local_order
 
 SOURCE = "Kloeden & Platen, Theorems 10.2.2, 10.3.5"
 WHY_DOUBLE = "orders are read off differences that float32's round-off covers"

@@ -18,8 +18,7 @@ from torch import Tensor
 import ctrl
 from ctrl.torchsde_solver import _Piece
 from verification.claim import Check, Setting, limit
-from verification.problems.backward_induction import local_order
-from verification.problems.strong_orders import STILL
+from verification.problems.backward_induction import STILL, local_order
 
 SOURCE = "Kloeden & Platen, sections 10.3, 11.1; Clark & Cameron 1980; Roessler 2010"
 WHY_DOUBLE = "orders are read off differences that float32's round-off covers"

@@ -31,8 +31,7 @@ from verification.closed_form.extrapolation import by_polynomial
 from verification.cubature import mean
 from verification.problems import NODES
 from verification.problems import martingale as case
-from verification.problems.martingale import POLICY, C
-from verification.problems.q_learning import BEHAVIOUR, basis
+from verification.problems.martingale import BEHAVIOUR, POLICY, C, basis_of
 
 SOURCE = "Jia & Zhou 2023, JMLR 24, Theorems 6, 7 and 9, equations 34 and following"
 
@@ -144,7 +143,7 @@ def checks(setting: Setting) -> Iterator[Check]:
         return q(t, x, a) + quadratic(rate_error, x, a)
 
     for kind, behaviour in ALONG.items():
-        paths, xi = case.sampled(setting, behaviour), basis(behaviour)
+        paths, xi = case.sampled(setting, behaviour), basis_of(behaviour)
         moments = mean(ql.orthogonality(xi, value, q, case.problem(), paths), paths)
         for name, moment in zip(NAMES, moments, strict=True):
             yield expectation(f"{kind}: E int xi dM = 0, xi = {name}", moment, 0.0, size)
@@ -174,7 +173,7 @@ def checks(setting: Setting) -> Iterator[Check]:
 
     # whatever (V, q) is, M_T - M_0 is what was earned, less q, less V(0, X_0)
     dm = ql.increments(off_value, off_q, case.problem(), off)
-    whole = mg.moments(basis(POLICY), dm, case.problem(), off, sees_action=True)[:, 0]
+    whole = mg.moments(basis_of(POLICY), dm, case.problem(), off, sees_action=True)[:, 0]
     yield pathwise("M_T - M_0, against what was earned", whole, left_over(off, off_value, off_q))
     shifted = ql.increments(off_value, off_q, case.problem(), off, 0.1)
     yield pathwise("an average reward", dm - shifted, 0.1 * off.grid.nodes.diff().expand_as(dm))
@@ -186,7 +185,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     def scaled(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         return 2 * q(t, x, a) - C.temperature * case.gaussian(POLICY).log_prob(t, x, a)
 
-    scaled_q = mean(ql.orthogonality(basis(POLICY), value, scaled, case.problem(), on), on)
+    scaled_q = mean(ql.orthogonality(basis_of(POLICY), value, scaled, case.problem(), on), on)
     known = exact.moments_of_a_wrong_pair(C, POLICY, nodes, none, beyond)
     yield expectation("on-policy: q scaled, by 1, x, x^2 (unseen) and the rest", scaled_q, known)
     yield expectation("on-policy: q scaled is unseen by functions of x", known[:3], [0.0] * 3, size)

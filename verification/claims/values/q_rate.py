@@ -27,8 +27,7 @@ from verification.closed_form.extrapolation import by_polynomial
 from verification.closed_form.lq_policies import q_rate, row
 from verification.cubature import degree_five, mean
 from verification.problems import NODES
-from verification.problems.martingale import C, gaussian
-from verification.problems.q_learning import BEHAVIOUR, basis
+from verification.problems.martingale import BEHAVIOUR, C, basis_of, gaussian
 
 SOURCE = "Jia & Zhou 2023, JMLR 24, equation 14, Proposition 8, Theorem 9; Wang et al. 2020"
 
@@ -94,7 +93,7 @@ def off_policy_moments(setting: Setting, steps: int, offset: float) -> np.ndarra
     value, policy = optimal(PLAIN)
     gibbs = ql.GibbsQ(policy, PLAIN.temperature)
     orthogonality = ql.orthogonality(
-        basis(BEHAVIOUR), value, lambda *at: gibbs(*at) + offset, endless(PLAIN), paths
+        basis_of(BEHAVIOUR), value, lambda *at: gibbs(*at) + offset, endless(PLAIN), paths
     )
     return array(mean(orthogonality, paths))
 
