@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import expm
+
+from verification.closed_form.lq_policies import transition
 
 
 @dataclass(frozen=True)
@@ -16,17 +17,9 @@ class Linear:
     start: np.ndarray
 
     def law(self, t: float) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and covariance at a time, exactly (Van Loan)."""
-        d = len(self.start)
-        block = np.zeros((2 * d, 2 * d))
-        block[:d, :d], block[d:, d:] = -self.drift, self.drift.T
-        block[:d, d:] = self.noise @ self.noise.T
-        whole = expm(block * t)
-        flow = whole[d:, d:].T
-        affine = np.zeros((d + 1, d + 1))
-        affine[:d, :d], affine[:d, d] = self.drift, self.push
-        mean = flow @ self.start + expm(affine * t)[:d, d]
-        return mean, flow @ whole[:d, d:]
+        """Mean and covariance at a time, exactly."""
+        F, f, C = transition(self.drift, self.push, self.noise, t)
+        return F @ self.start + f, C
 
 
 def normal_nodes(mean: np.ndarray, covariance: np.ndarray, nodes: int = 5):

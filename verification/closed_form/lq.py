@@ -23,6 +23,7 @@ from verification.closed_form.lq_policies import (
     Number,
     affine,
     bordered,
+    earned,
     motion,
     paid,
     pairs,
@@ -192,12 +193,10 @@ def riccati_by_exponential(lq: LQ, horizon: float, nodes: int = 14) -> Quadratic
 
 def value_by_moments(lq: LQ, law: Law, x: np.ndarray, horizon: float) -> float:
     """Expected discounted reward of a constant policy from x: one matrix exponential."""
-    p = lq.of_pairs()
-    (L, _), pay, z = motion(p, law), paid(p, law), pairs(x)
-    discounted = L - lq.discount * np.eye(len(z))
-    with_paid = np.block([[discounted, np.zeros((len(z), 1))], [pay[None], np.zeros((1, 1))]])
-    end = scipy.linalg.expm(horizon * with_paid) @ np.append(z, 0.0)
-    return float(end[-1] - row(lq.H, lq.h, 0.0) @ end[:-1])
+    p, z = lq.of_pairs(), pairs(x)
+    fading = motion(p, law)[0] - lq.discount * np.eye(len(z))
+    running, end = earned(fading, paid(p, law), z, horizon)
+    return running - float(row(lq.H, lq.h, 0.0) @ end)
 
 
 def _resolvent(lq: LQ, law: Law, x: np.ndarray) -> np.ndarray:

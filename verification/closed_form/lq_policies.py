@@ -16,8 +16,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from scipy.integrate import solve_ivp
+from scipy.linalg import expm
 
 from verification.closed_form import complex_steps, gaussian_law
+from verification.closed_form.gaussian_law import Transition
 
 
 class Linear(NamedTuple):
@@ -142,6 +144,29 @@ def paid(p: Linear, law: Law) -> np.ndarray:
 def average_q(p: Linear, law: Law, value: np.ndarray, slope: np.ndarray) -> np.ndarray:
     """E_{a ~ law}[q - temperature log pi] of V = value, dV/dt = slope, a row."""
     return slope + paid(p, law) + value @ motion(p, law)[0] - p.discount * value
+
+
+# ---- linear diffusions dX = (A X + c) dt + G dW, without actions
+
+
+def uncontrolled(A: np.ndarray, c: np.ndarray, G: np.ndarray) -> np.ndarray:
+    """L."""
+    return generator(affine(c, A), affine(G.T, np.zeros((G.shape[1], *A.shape))))
+
+
+def transition(A: np.ndarray, c: np.ndarray, G: np.ndarray, time: float) -> Transition:
+    """X at this time given where it starts."""
+    moved, n = expm(time * uncontrolled(A, c, G)), len(c) + 1
+    second = moved[:, 0].reshape(n, n)  # from 0
+    mean = second[0, 1:]
+    return Transition(moved[1:n, 1:n], mean, second[1:, 1:] - np.outer(mean, mean))
+
+
+def earned(L: np.ndarray, rate: np.ndarray, z: np.ndarray, time: float) -> tuple[float, np.ndarray]:
+    """int_0^time rate . z dt of z' = L z, and z at the end: one matrix exponential."""
+    zero = np.zeros((len(z), 1))
+    end = expm(time * np.block([[L, zero], [rate[None], zero[:1]]])) @ np.append(z, 0.0)
+    return float(end[-1]), end[:-1]
 
 
 # ---- one action

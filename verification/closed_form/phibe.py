@@ -11,7 +11,7 @@ import numpy as np
 from scipy.linalg import expm
 from scipy.optimize import brentq
 
-from verification.closed_form.lq_policies import affine, generator, row
+from verification.closed_form.lq_policies import row, uncontrolled
 
 A = np.array([[-0.7, 0.4], [-0.3, -1.1]])
 DRIFT = np.array([0.2, -0.1])
@@ -22,16 +22,8 @@ DISCOUNT = 0.5
 
 # one dimension: dX = (PULL X + PUSH a) dt + NOISE dW, cost (STATE x^2 + ACTION a^2) / 2
 PULL, PUSH, NOISE, STATE, ACTION = 0.6, 1.3, 0.5, 1.7, 0.9
-_L = generator(affine(DRIFT, A), affine(G.T, np.zeros((2, 2, 2))))
+_L = uncontrolled(A, DRIFT, G)
 _ONE = np.eye(len(_L))
-
-
-def law(h: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """F, f and C of X_h | x ~ N(F x + f, C)."""
-    moved = expm(h * _L)
-    second = moved[:, 0].reshape(3, 3)  # from x = 0
-    f = second[0, 1:]
-    return moved[1:3, 1:3], f, second[1:, 1:] - np.outer(f, f)
 
 
 def _solved(equation: np.ndarray) -> np.ndarray:

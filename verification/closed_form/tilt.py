@@ -15,6 +15,7 @@ import numpy as np
 from scipy.integrate import solve_ivp
 
 from verification.closed_form.gaussian_law import Normal, Quadratic, Transition
+from verification.closed_form.lq_policies import transition
 from verification.closed_form.vp_gaussian import VPGaussian
 
 
@@ -108,19 +109,11 @@ def log_average(
     x: np.ndarray,
 ) -> np.ndarray:
     """b log E[exp(r(X_T) / b) | x] by sums over Gauss-Hermite nodes of X_T, for rows of x."""
-    n, D = len(a), G @ G.T
-
-    def rate(_: float, v: np.ndarray) -> np.ndarray:
-        mean, C = v[: n * len(x)].reshape(len(x), n), v[n * len(x) :].reshape(n, n)
-        return np.concatenate([(mean @ A.T + a).ravel(), (A @ C + C @ A.T + D).ravel()])
-
-    start = np.concatenate([x.ravel(), np.zeros(n * n)])
-    end = solve_ivp(rate, (0, to_go), start, method="DOP853", rtol=1e-12, atol=1e-13).y[:, -1]
-    mean, C = end[: n * len(x)].reshape(len(x), n), end[n * len(x) :].reshape(n, n)
+    n, (F, f, C) = len(a), transition(A, a, G, to_go)
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     z = np.stack(np.meshgrid(*[nodes] * n, indexing="ij"), axis=-1).reshape(-1, n)
     mass = np.prod(np.stack(np.meshgrid(*[weights / weights.sum()] * n), axis=-1), -1).ravel()
-    ends = mean[:, None] + z @ np.linalg.cholesky(C).T
+    ends = (x @ F.T + f)[:, None] + z @ np.linalg.cholesky(C).T
     return b * np.log(np.exp(reward(ends) / b) @ mass)
 
 

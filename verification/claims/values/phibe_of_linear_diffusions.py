@@ -22,6 +22,7 @@ import ctrl
 from ctrl import linear, martingale, phibe
 from verification.claim import Check, Setting, expectation, limit, rounding, stated
 from verification.closed_form import phibe as exact
+from verification.closed_form.lq_policies import transition
 
 SOURCE = "Zhu, arXiv 2405.12535, PhiBE of order i; arXiv 2506.05208, the linear-quadratic case"
 WHY_DOUBLE = "errors of order h^2 are differences of nearly equal numbers"
@@ -33,7 +34,7 @@ WEIGHTS = {1: [1.0], 2: [2.0, -0.5], 3: [3.0, -1.5, 1 / 3]}
 
 def windows(setting: Setting, h: float, order: int) -> ctrl.Paths:
     """All values of X at 0, h, ..., of exact transitions, with their weights."""
-    F, f, C = exact.law(h)
+    F, f, C = transition(exact.A, exact.DRIFT, exact.G, h)
     root = setting.tensor(np.linalg.cholesky(C))
     both = ctrl.noise.gauss_hermite(setting.tensor([1.0] * (order + 1)), nodes=3, noise=(2,))
     assert both.increments is not None
