@@ -154,10 +154,7 @@ class Watch:
         self._number("temperature", lq.temperature)
 
     def _problem(
-        self,
-        given: ctrl.ControlProblem | ctrl.ControlledSDE,
-        values: Mapping[str, Any],
-        paid: bool,
+        self, given: ctrl.ControlProblem | ctrl.ControlledSDE, values: Mapping[str, Any], paid: bool
     ) -> None:
         """Ask a problem's functions, at the first states that are beside it."""
         where = None if (id(given), paid) in self._asked else _where(values)

@@ -48,10 +48,7 @@ def degree_five(
     s = (n - 2) / (n + 2)
     points = torch.cat([(2 / (1 - s)) ** 0.5 * torch.cat([unit, -unit]), s**-0.5 * signs])
     masses = torch.cat(
-        [
-            unit.new_full((2 * n,), (1 - s) ** 2 / 4),
-            unit.new_full((len(signs),), s**2 / len(signs)),
-        ]
+        [unit.new_full((2 * n,), (1 - s) ** 2 / 4), unit.new_full((len(signs),), s**2 / len(signs))]
     )
     brownian = points[:, 1 : steps + 1, None] * grid.steps.sqrt()[:, None]
     drawn = points[:, steps + 1 :, None] if draws else None

@@ -154,10 +154,7 @@ def measure(claim: Claim, setting: Setting) -> tuple[dict[str, Tolerance], list[
 
 
 def over_kernels(
-    names: Sequence[str],
-    kernels: Sequence[Kernel],
-    told: Callable[[str], None],
-    processes: int = 2,
+    names: Sequence[str], kernels: Sequence[Kernel], told: Callable[[str], None], processes: int = 2
 ) -> dict[str, dict[str, Observation]]:
     """Precision -> claim -> what it showed under all these kernels, each in its own process.
 

@@ -60,7 +60,7 @@ def optimum() -> tuple[np.ndarray, np.ndarray]:
     p, v, best = PROBLEM.of_pairs(), _LAST, []
     for h in STEPS[::-1]:
         S, keep = hessian(v), np.exp(-p.discount * h)
-        BS, DS = h * p.B.T @ S, h * p.D.mT @ S
+        BS, DS = h * p.B.T @ S, h * p.D.swapaxes(1, 2) @ S
         W = h * p.N - keep * (h * BS @ p.B + (DS @ p.D).sum(0))
         G = keep * (BS @ (np.eye(3) + h * p.A) + (DS @ p.C).sum(0)) - h * p.R
         k, K = np.split(np.linalg.solve(W, G), [1], axis=1)

@@ -158,11 +158,7 @@ def in_noise(rate: np.ndarray, behaviour: Feedback) -> list[Polynomial]:
 
 
 def moments_of_a_wrong_pair(
-    c: LQChain,
-    behaviour: Feedback,
-    nodes: np.ndarray,
-    error: Polynomial,
-    rate_error: np.ndarray,
+    c: LQChain, behaviour: Feedback, nodes: np.ndarray, error: Polynomial, rate_error: np.ndarray
 ) -> np.ndarray:
     """E int e^{-discount t} xi dM for V + error before the end and q + rate_error.
 
@@ -233,11 +229,7 @@ def slope_of_the_martingale_loss(
 
 
 def slope_of_squares(
-    c: LQChain,
-    policy: Feedback,
-    behaviour: Feedback,
-    nodes: np.ndarray,
-    direction: Polynomial,
+    c: LQChain, policy: Feedback, behaviour: Feedback, nodes: np.ndarray, direction: Polynomial
 ) -> float:
     """d/dtheta E sum_k dM_k^2 at the true pair, V changed by theta direction before the end.
 

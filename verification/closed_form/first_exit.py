@@ -124,11 +124,7 @@ def worth(
 
 
 def log_ratio(
-    motion: Motion,
-    other: float,
-    stop: Stopped,
-    times: np.ndarray,
-    dw: np.ndarray,
+    motion: Motion, other: float, stop: Stopped, times: np.ndarray, dw: np.ndarray
 ) -> np.ndarray:
     """log dP/dP' of the increments up to the exit, P' with another drift, by densities."""
     total = np.zeros(len(stop.ends))

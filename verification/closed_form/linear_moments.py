@@ -9,6 +9,7 @@ import numpy as np
 from scipy.linalg import expm
 
 from verification.closed_form import complex_steps
+from verification.closed_form.lq_policies import generator
 
 
 def first(a: np.ndarray, start: np.ndarray, horizon: float) -> np.ndarray:
@@ -18,9 +19,7 @@ def first(a: np.ndarray, start: np.ndarray, horizon: float) -> np.ndarray:
 
 def second(a: np.ndarray, b: np.ndarray, start: np.ndarray, horizon: float) -> np.ndarray:
     """E X_T X_T', for columns b[j]."""
-    one = np.eye(len(a))
-    generator = np.kron(a, one) + np.kron(one, a) + sum(np.kron(each, each) for each in b)
-    whole = expm(horizon * generator) @ np.outer(start, start).ravel()
+    whole = expm(horizon * generator(a, b)) @ np.outer(start, start).ravel()
     return whole.reshape(len(a), len(a))
 
 

@@ -111,7 +111,7 @@ def q_rate(lq: LQ, value: Quadratic, slope: Quadratic, x: np.ndarray, a: np.ndar
 
 def _square(p: Linear, P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """W and G of q = a'G y - a'Wa/2 + ..., y = (1, x), for V = y'Py/2."""
-    DP = p.D.mT @ P
+    DP = p.D.swapaxes(1, 2) @ P
     return p.N - (DP @ p.D).sum(0), p.B.T @ P - p.R + (DP @ p.C).sum(0)
 
 
@@ -138,7 +138,7 @@ def _riccati_rate(p: Linear, y: np.ndarray) -> np.ndarray:
     S, e, c = _parts(y, len(p.A) - 1)
     P = bordered(S, e, 2 * c)
     W, G = _square(p, P)
-    rate = p.A.T @ P + P @ p.A + (p.C.mT @ P @ p.C).sum(0) - p.M - p.discount * P
+    rate = p.A.T @ P + P @ p.A + (p.C.swapaxes(1, 2) @ P @ p.C).sum(0) - p.M - p.discount * P
     rate = rate + G.T @ np.linalg.solve(W, G)
     if p.temperature:
         volume = (2 * np.pi * p.temperature) ** len(W) / np.linalg.det(W)

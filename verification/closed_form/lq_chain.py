@@ -109,12 +109,7 @@ def baseline_rate(p: LQChain, theta: np.ndarray, horizon: float, rate: float) ->
 
 
 def expected_advantage(
-    p: LQChain,
-    theta: np.ndarray,
-    nodes: np.ndarray,
-    values: np.ndarray,
-    rate: float,
-    action: float,
+    p: LQChain, theta: np.ndarray, nodes: np.ndarray, values: np.ndarray, rate: float, action: float
 ) -> float:
     """E[ A_0 | X_0 = start, a_0 = action ], by the law of X_1."""
     at, x, a, h = p.at(0.0), np.array([p.mean]), np.array([action]), nodes[1] - nodes[0]

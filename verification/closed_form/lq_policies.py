@@ -96,12 +96,12 @@ def hessian(v: np.ndarray) -> np.ndarray:
 
 
 def with_one(x: np.ndarray) -> np.ndarray:
-    """Y = (1, x), x [..., dim]."""
+    """The vector (1, x) of states [..., dim]."""
     return np.concatenate([np.ones_like(x[..., :1]), x], axis=-1)
 
 
 def pairs(x: np.ndarray) -> np.ndarray:
-    """Z of x [..., dim]."""
+    """The products of all pairs in (1, x), in a row, of states [..., dim]."""
     y = with_one(x)
     return (y[..., :, None] * y[..., None, :]).reshape(*y.shape[:-1], -1)
 
@@ -119,7 +119,7 @@ def motion(p: Linear, law: Law) -> tuple[np.ndarray, np.ndarray]:
     """L, and H, which holding the action over a step adds: the square of the drift."""
     F = p.A + p.B @ law.G
     L, H = generator(F, p.C + p.D @ law.G), _kron(F, F)
-    L[:, 0] += (p.D @ law.Sigma @ p.D.mT).sum(0).ravel()
+    L[:, 0] += (p.D @ law.Sigma @ p.D.swapaxes(1, 2)).sum(0).ravel()
     H[:, 0] += (p.B @ law.Sigma @ p.B.T).ravel()
     return L, H
 

@@ -43,12 +43,7 @@ def euler_path_kl(p: OrnsteinUhlenbeck, nodes: np.ndarray) -> float:
 
 
 def euler_law(
-    pull: float,
-    shift: float | np.ndarray,
-    noise: float,
-    mean: float,
-    std: float,
-    nodes: np.ndarray,
+    pull: float, shift: float | np.ndarray, noise: float, mean: float, std: float, nodes: np.ndarray
 ) -> Normal:
     """The joint law of an Euler chain at all nodes; ``shift`` one number, or one a step."""
     steps = np.diff(nodes)

@@ -26,10 +26,7 @@ ITO = ctrl.ControlledSDE(
 
 
 def means(
-    setting: Setting,
-    solver: ctrl.Solver,
-    sde: ctrl.ControlledSDE,
-    c: Circle = C,
+    setting: Setting, solver: ctrl.Solver, sde: ctrl.ControlledSDE, c: Circle = C
 ) -> list[float]:
     """E exp(sin X_T) on finer and finer grids, X_0 spread out as the circle's."""
     x = points(POINTS, setting.tensor(0.0))

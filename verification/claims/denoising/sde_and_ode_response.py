@@ -100,9 +100,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     name = "DDIM, six steps, score + c, each eta: "
     yield expectation(name + "mean", [law.mean for law, _ in laws], [law.mean for _, law in laws])
     yield expectation(
-        name + "variance",
-        [law.covariance for law, _ in laws],
-        [law.covariance for _, law in laws],
+        name + "variance", [law.covariance for law, _ in laws], [law.covariance for _, law in laws]
     )
 
     other_model = SHORT.with_data(OTHER)

@@ -138,11 +138,7 @@ def checks(setting: Setting) -> Iterator[Check]:
         shifts_by_steps[trained, 2 * trained] / shifts_by_steps[trained, trained]
         for trained in (25, 50)
     ]
-    yield limit(
-        "table: fraction realised at twice the steps",
-        float(extrapolated(halves)),
-        0.5,
-    )
+    yield limit("table: fraction realised at twice the steps", float(extrapolated(halves)), 0.5)
     quarter = shifts_by_steps[25, 100] / shifts_by_steps[25, 25]
     yield limit("table: fraction realised at four times the steps", quarter, 0.25)
 

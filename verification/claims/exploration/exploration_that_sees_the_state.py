@@ -37,10 +37,7 @@ def problem() -> ctrl.ControlProblem:
         controls_diffusion=True,
     )
     return ctrl.ControlProblem(
-        sde,
-        exact.HORIZON,
-        terminal_reward=lambda x: x[:, 0].log(),
-        temperature=exact.TEMPERATURE,
+        sde, exact.HORIZON, terminal_reward=lambda x: x[:, 0].log(), temperature=exact.TEMPERATURE
     )
 
 

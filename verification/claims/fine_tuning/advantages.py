@@ -115,14 +115,8 @@ COMPARED: dict[str, tuple[Any, np.ndarray]] = {
         objectives.GRPO(whole_batch_std=True, **GRPO),
         every_step(_clipped(_of_all(case.REWARDS))),
     ),
-    "GRPO by parts": (
-        objectives.GRPO(advantage="parts", **GRPO),
-        every_step(_clipped(_parts())),
-    ),
-    "score as action": (
-        objectives.ScoreAsAction(kl_weight=B, gae_rate=0.6),
-        _centred(0.6, B),
-    ),
+    "GRPO by parts": (objectives.GRPO(advantage="parts", **GRPO), every_step(_clipped(_parts()))),
+    "score as action": (objectives.ScoreAsAction(kl_weight=B, gae_rate=0.6), _centred(0.6, B)),
     "score as action, one step ahead": (
         objectives.ScoreAsAction(kl_weight=B, gae_rate=np.inf),
         _centred(1e4, B),
@@ -157,10 +151,7 @@ COMPARED: dict[str, tuple[Any, np.ndarray]] = {
     ),
     "RAM": (objectives.ReinforceAdjointMatching(), RAM),
     "NFT": (objectives.DiffusionNFT(), NFT),
-    "Diffusion-DPO": (
-        objectives.DiffusionDPO(),
-        np.sign([0.6, -0.6, -0.6, 0.6, 0.0, 0.0]),
-    ),
+    "Diffusion-DPO": (objectives.DiffusionDPO(), np.sign([0.6, -0.6, -0.6, 0.6, 0.0, 0.0])),
 } | {
     f"none: {kind.__name__}": (kind(), np.zeros((case.PATHS, case.STEPS)))
     for kind in (

@@ -40,10 +40,7 @@ TOLD: list[tuple[Any, list[float]]] = [
     (objectives.DiffusionDPO(), [np.inf, 1.0, 1e-3, 0.0, 1.0]),
     (objectives.DiffusionDPO(online=True), [np.inf, 0.0, 1e-3, 0.0, 1.0]),
     (objectives.DxMI(kl_weight=B, std_rate=0.02), [B, 0.0, 1e-3, 0.02, 1.0]),
-    (
-        objectives.ContinuousDxMIReleasedFromData(rate_decay=0.99),
-        [np.inf, 0.0, 3e-7, 0.0, 0.99],
-    ),
+    (objectives.ContinuousDxMIReleasedFromData(rate_decay=0.99), [np.inf, 0.0, 3e-7, 0.0, 0.99]),
 ]
 
 

@@ -100,10 +100,7 @@ COMPARED: dict[str, tuple[Any, Callable[[Steps], np.ndarray]]] = {
         _order(3, 2.1 / case.DIM, 0.09 * case.DIM),
     ),
     "tilted regression": (objectives.TiltedRegression(control_variate=0.6), _tilted),
-    "adjoint matching": (
-        objectives.AdjointMatching(kl_weight=KL_WEIGHT),
-        _matched(REWARD_SLOPES),
-    ),
+    "adjoint matching": (objectives.AdjointMatching(kl_weight=KL_WEIGHT), _matched(REWARD_SLOPES)),
     "adjoint matching by path KL": (
         objectives.AdjointMatching(kl_weight=KL_WEIGHT, path_kl=True),
         _matched(REWARD_SLOPES, path_kl=True),

@@ -66,10 +66,7 @@ def checks(setting: Setting) -> Iterator[Check]:
         problem = ctrl.ControlProblem(sde, float(NODES[-1]))
         paths = ctrl.simulate(problem, policy, start, grid, noise=brownian)
         path = float(mean(ctrl.girsanov.path_kl(sde, policy, reference, paths), paths))
-        moved, still = (
-            law(each, TILT, pull.numpy()),
-            law(0 * each, 0 * TILT, pull.numpy()),
-        )
+        moved, still = law(each, TILT, pull.numpy()), law(0 * each, 0 * TILT, pull.numpy())
         yield expectation(f"{name}: path KL, against the joint laws", path, kl(moved, still))
         last, other = moved.of(2, 3), still.of(2, 3)
         gaussians = [

@@ -79,8 +79,7 @@ def paths_of(
 ) -> ctrl.Paths:
     """dX = (drift(X) + K a) dt + noise dW on quadrature paths, a = gain sin(X) + GAIN parameter."""
     sde = ctrl.ControlledSDE(
-        lambda t, x, a: drift(x) + K * a,
-        lambda t, x: noise(x) if callable(noise) else noise,
+        lambda t, x, a: drift(x) + K * a, lambda t, x: noise(x) if callable(noise) else noise
     )
     policy = ctrl.DeterministicPolicy(lambda t, x: gain * torch.sin(x) + GAIN * parameter)
     rule = ctrl.noise.gauss_hermite(grid(setting).steps, nodes=4)

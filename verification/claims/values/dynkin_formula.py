@@ -44,10 +44,7 @@ def linear(setting: Setting) -> ctrl.ControlledSDE:
     """dX = (drift X + a) dt + noise dW; ``push`` is the action that is held."""
     drift, noise = setting.tensor(LINEAR.drift), setting.tensor(LINEAR.noise)
     return ctrl.ControlledSDE(
-        lambda t, x, a: x @ drift.T + a,
-        lambda t, x: noise.expand(len(x), 2, 2),
-        "general",
-        2,
+        lambda t, x, a: x @ drift.T + a, lambda t, x: noise.expand(len(x), 2, 2), "general", 2
     )
 
 
