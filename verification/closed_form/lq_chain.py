@@ -112,13 +112,13 @@ def expected_advantage(
     p: LQChain, theta: np.ndarray, nodes: np.ndarray, values: np.ndarray, rate: float, action: float
 ) -> float:
     """E[ A_0 | X_0 = start, a_0 = action ], by the law of X_1."""
-    at, x, a, h = p.at(0.0), np.array([p.mean]), np.array([action]), nodes[1] - nodes[0]
+    at, x, a, h = p.at(0.0), np.array([[p.mean]]), np.array([[action]]), nodes[1] - nodes[0]
     after = np.exp(-p.discount * h) * values[1]
     if len(nodes) > 2:
         later = average_advantages(p, theta, nodes, values, rate)[1]
         after = after + np.exp(-(p.discount + rate) * h) * later
     earned = reward(at, x, a) - p.temperature * log_density(p, theta, x, a)
-    return float(ahead(at, h, after, x, a) + h * earned - pairs(x) @ values[0])
+    return (ahead(at, h, after, x, a) + h * earned - pairs(x) @ values[0]).item()
 
 
 def q_difference(
