@@ -17,6 +17,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 
+from verification.answers import forgotten
+
 
 class PlantingError(ValueError):
     """An edit does not fit the source that it is meant for."""
@@ -109,6 +111,8 @@ def planted(*edits: Edit) -> Iterator[None]:
     if len({id(function) for function, _ in codes}) < len(codes):
         raise PlantingError("edits must be of different functions: join those of one function")
     with ExitStack() as undo:
+        if any(edit.target.startswith("verification.") for edit in edits):
+            undo.enter_context(forgotten())
         for function, wrong in codes:
             undo.callback(setattr, function, "__code__", function.__code__)
             function.__code__ = wrong

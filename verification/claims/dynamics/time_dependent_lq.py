@@ -14,6 +14,7 @@ from ctrl.linear import TimeVarying, evaluate_lq, solve_lq
 from ctrl.q_learning import q_rate
 from verification.claim import Check, Setting, limit, pathwise, stated
 from verification.closed_form.switching_lq import (
+    of_one_regime,
     of_time,
     values,
 )
@@ -32,7 +33,7 @@ def checks(setting: Setting) -> Iterator[Check]:
     """Against scipy, and q of the best action."""
     lq, t = varying(), setting.tensor(AT)
     solution = solve_lq(lq, TIMES)
-    want = values(lambda s: of_time(np.array([s])), np.zeros((1, 1)), AT, HORIZON)
+    want = values(of_one_regime, np.zeros((1, 1)), AT, HORIZON)
     yield limit("Riccati equation of changing coefficients", flat(solution.value_at(t)), want)
     problem = lq.problem(HORIZON)
     x = setting.tensor([[-0.8], [0.3], [1.1]])

@@ -139,14 +139,17 @@ def left_out(risk: float) -> float:
 
 def checks(setting: Setting) -> Iterator[Check]:
     """Exact values, the martingale in the limit of small steps, and the gradient by quadrature."""
-    gain = torch.tensor(GAIN, dtype=torch.float64)
-    for risk, name in ((AVERSE, "averse"), (SEEKING, "seeking")):
-        best = at_start(rs.solve_lq(lq(), risk, TIMES))
-        yield limit(f"optimal value, {name}", best, exact.optimal(risk))
-        value = at_start(rs.evaluate_lq(lq(), law(gain), risk, TIMES))
-        yield limit(f"a policy's value, {name}", value, exact.evaluated(risk, GAIN, OFFSET, STD))
+    normals = ctrl.noise.gauss_hermite(TIMES.new_tensor([1.0]), nodes=24)
+    assert normals.increments is not None
+    assert normals.weights is not None
+    returns = 0.3 + 0.5 * normals.increments[:, 0, 0]
+    sure = rs.certainty_equivalent(returns, AVERSE, normals.weights)
+    yield expectation("certainty equivalent of a normal return", sure, 0.3 + 0.125 * AVERSE)
+    weights = rs.tilting_weights(returns, AVERSE, normals.weights)
+    yield expectation("its tilted mean", weights @ returns, 0.3 + 0.25 * AVERSE)
 
     solution = rs.solve_lq(lq(), AVERSE, TIMES)
+    yield limit("optimal value, averse", at_start(solution), exact.optimal(AVERSE))
     policy = solution.policy()
     assert isinstance(policy, ctrl.RandomPolicy)
     t = torch.tensor(0.31, dtype=torch.float64)
@@ -163,21 +166,21 @@ def checks(setting: Setting) -> Iterator[Check]:
     rate = (4 * once[1] - once[0]) / 3
     yield limit("E dM / h of the optimal pair", rate, [0.0, 0.0], 1.0, curve=curve)
 
+    gain = torch.tensor(GAIN, dtype=torch.float64)
+    value = rs.evaluate_lq(lq(), law(gain), AVERSE, TIMES)
+    want = exact.evaluated(AVERSE, GAIN, OFFSET, STD)
+    yield limit("a policy's value, averse", at_start(value), want)
     truth = exact.slope_in_gain(AVERSE, GAIN, OFFSET, START)
-    value = rs.evaluate_lq(lq(), law(gain), AVERSE, TIMES).value
-    tilted = gradient_under(rs.tilted_sde(lq().sde, value, AVERSE), AVERSE)
+    tilted = gradient_under(rs.tilted_sde(lq().sde, value.value, AVERSE), AVERSE)
     yield limit("policy gradient under the tilted law", tilted, truth)
     plain = gradient_under(lq().sde, AVERSE)
     yield limit("plain policy gradient and what it leaves out", plain + left_out(AVERSE), truth)
 
-    normals = ctrl.noise.gauss_hermite(TIMES.new_tensor([1.0]), nodes=24)
-    assert normals.increments is not None
-    assert normals.weights is not None
-    returns = 0.3 + 0.5 * normals.increments[:, 0, 0]
-    sure = rs.certainty_equivalent(returns, AVERSE, normals.weights)
-    yield expectation("certainty equivalent of a normal return", sure, 0.3 + 0.125 * AVERSE)
-    weights = rs.tilting_weights(returns, AVERSE, normals.weights)
-    yield expectation("its tilted mean", weights @ returns, 0.3 + 0.25 * AVERSE)
+    best = at_start(rs.solve_lq(lq(), SEEKING, TIMES))
+    yield limit("optimal value, seeking", best, exact.optimal(SEEKING))
+    seeking = at_start(rs.evaluate_lq(lq(), law(gain), SEEKING, TIMES))
+    want = exact.evaluated(SEEKING, GAIN, OFFSET, STD)
+    yield limit("a policy's value, seeking", seeking, want)
 
 
 MISTAKES = """
