@@ -75,11 +75,12 @@ def checks(setting: Setting) -> Iterator[Check]:
     def value(t: Tensor, states: Tensor) -> Tensor:
         return regimes.switching_value(solution, t, states)
 
+    states, shifts = torch.cat([regimes.join(x, i) for i in range(3)]), (0.0, 0.6)
+    best = policy.mean(t, states)
+    actions = torch.cat([best + shift for shift in shifts])
+    q_rates = q_rate(problem, value, t, states.repeat(2, 1), actions).view(2, 3, len(x))
     for i in range(3):
-        states = regimes.join(x, i)
-        best = policy.mean(t, states)
-        for shift in (0.0, 0.6):
-            q = q_rate(problem, value, t, states, best + shift)
+        for shift, q in zip(shifts, q_rates[:, i], strict=True):
             lost = -0.5 * REGIMES.N[i] * shift**2 + 0 * q
             yield stated(
                 pathwise(f"q {shift} from the best action of regime {i}", q, lost, 1.0), units=SLOPE

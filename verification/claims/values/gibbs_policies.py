@@ -42,11 +42,11 @@ MEAN, ROOT = np.array([0.35, -0.6]), np.array([[0.5, 0.0], [-0.2, 0.4]])
 
 def value(t: Tensor, x: Tensor) -> Tensor:
     """A quadratic whose coefficients are linear in time."""
-    S, e, c = (
-        x.new_tensor(now) + (t - TIME) * x.new_tensor(slope)
-        for now, slope in zip(VALUE, SLOPE, strict=True)
+    now, slope = (
+        x.new_tensor(np.concatenate([np.ravel(each) for each in part])) for part in (VALUE, SLOPE)
     )
-    return (x * (0.5 * x @ S + e)).sum(-1) + c
+    S, e, c = (now + (t - TIME) * slope).split([4, 2, 1])
+    return (x * (0.5 * x @ S.view(2, 2) + e)).sum(-1) + c
 
 
 def cubic(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
