@@ -7,10 +7,10 @@ all of these runs: it calls nothing of the library, as a test asks. Only a mista
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from types import FunctionType
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -41,7 +41,7 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
     def answer(*args: P.args, **kwargs: P.kwargs) -> T:
         key = _value(args), _value(tuple(sorted(kwargs.items())))
         if key not in memory:
-            memory[key] = function(*args, **kwargs)
+            memory[key] = copy.deepcopy(function(*args, **kwargs))
         return copy.deepcopy(memory[key])
 
     return answer
@@ -50,15 +50,16 @@ def remembered(function: Callable[P, T]) -> Callable[P, T]:
 @contextmanager
 def forgotten() -> Iterator[None]:
     """Compute every answer anew in here, and keep none of these."""
-    before = [dict(memory) for memory in _MEMORIES]
+    before = [(memory, dict(memory)) for memory in _MEMORIES]
     for memory in _MEMORIES:
         memory.clear()
     try:
         yield
     finally:
-        for k, memory in enumerate(_MEMORIES):
+        for memory in _MEMORIES:
             memory.clear()
-            memory.update(before[k] if k < len(before) else {})
+        for memory, answers in before:
+            memory.update(answers)
 
 
 def _value(argument: object) -> Hashable:
@@ -70,7 +71,7 @@ def _value(argument: object) -> Hashable:
     kind = type(argument)
     if argument is None or isinstance(argument, bool | int | float | complex | str | np.generic):
         return kind, repr(argument)  # tells 0.0 from -0.0, and 1 from True
-    if isinstance(argument, np.ndarray):
+    if isinstance(argument, np.ndarray) and not argument.dtype.hasobject:
         return argument.dtype.str, argument.shape, argument.tobytes()
     if isinstance(argument, Polynomial):
         return kind, _value((argument.coef, argument.domain, argument.window))
@@ -80,7 +81,10 @@ def _value(argument: object) -> Hashable:
         return kind, _value((argument.func, argument.args, *sorted(argument.keywords.items())))
     if is_dataclass(kind) and kind.__module__.startswith(_CLOSED_FORMS):
         return kind, *(_value(getattr(argument, field.name)) for field in fields(kind))
-    named = inspect.isfunction(argument) and "<" not in argument.__qualname__  # by its module
-    if named and argument.__module__.startswith(_CLOSED_FORMS):
+    if (
+        isinstance(argument, FunctionType)
+        and argument.__module__.startswith(_CLOSED_FORMS)
+        and "<" not in argument.__qualname__  # no lambda, nothing inside a function
+    ):
         return argument.__module__, argument.__qualname__
     raise TypeError(f"answers for {argument!r} cannot be remembered: it has no value to compare")

@@ -1,4 +1,4 @@
-"""Answers of closed forms are computed once, and never by a planted mistake's leave."""
+"""Closed forms answer out of memory, but anew where a mistake is planted."""
 
 import numpy as np
 import pytest
@@ -13,28 +13,28 @@ from verification.planting import Edit, planted
 
 START = Normal(np.array([0.3, -0.8]), np.array([[1.2, 0.1], [0.1, 0.7]]))
 GAIN, SHIFT = np.array([[-0.3, 0.15], [0.05, 0.2]]), np.array([0.25, -0.1])
-HALVED = Edit(
+FLIPPED = Edit(
     "verification.closed_form.linear_policy._mean_square", "centre @ centre +", "centre @ centre -"
 )
 
 
-def cost(eta=1.0):
+def performance(eta=1.0):
     return linear_policy.performance(SHORT, START, GAIN, SHIFT, REWARD, KL_WEIGHT, eta)
 
 
 def test_a_mistake_in_what_a_closed_form_calls_changes_its_answer_and_goes_with_it():
-    right, other = cost(), cost(0.7)
-    with planted(HALVED):
-        wrong = cost()
+    right, other = performance(), performance(0.7)
+    with planted(FLIPPED):
+        wrong = performance()
         assert abs(wrong - right) > 1e-3
-        assert cost() == wrong
-    assert cost() == right
-    assert cost(0.7) == other
-    with planted(HALVED):
-        assert cost() == wrong
+        assert performance() == wrong
+    assert performance() == right
+    assert performance(0.7) == other
+    with planted(FLIPPED):
+        assert performance() == wrong
 
 
-def test_an_answer_is_computed_once(monkeypatch):
+def test_an_answer_is_computed_once():
     calls = []
 
     def closed_form(x):
