@@ -75,6 +75,12 @@ class Ended:
         return "Traceback" not in self.said
 
     @property
+    def over(self) -> bool:
+        """Whether it had said its last words: where its report is."""
+        lines = self.said.splitlines()
+        return bool(lines) and lines[-1].startswith("report:")
+
+    @property
     def last(self) -> str:
         """The last words that it said."""
         lines = [line for line in self.said.splitlines() if line.strip()]
