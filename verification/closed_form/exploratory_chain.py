@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.polynomial import Polynomial
 
+from verification.answers import remembered
 from verification.closed_form.lq_chain import LQChain
 from verification.closed_form.lq_policies import chain_value, paid, visits
 
@@ -51,6 +52,7 @@ def polynomial(v: np.ndarray) -> Polynomial:
     return Polynomial([v[0], v[1] + v[2], v[3]])
 
 
+@remembered
 def values(c: LQChain, policy: Feedback, nodes: np.ndarray) -> list[Polynomial]:
     """V of every node."""
     return [polynomial(v) for v in chain_value(c, policy.theta(), nodes)]
@@ -80,6 +82,7 @@ def state_laws(c: LQChain, policy: Feedback, nodes: np.ndarray) -> list[tuple[fl
     return [(float(z[1]), float(z[3] - z[1] ** 2)) for _, _, _, z in along]
 
 
+@remembered
 def rates(c: LQChain, policy: Feedback, nodes: np.ndarray) -> np.ndarray:
     """q of every step, (E[e^{-discount h} V' | x, a] - V) / h + r, without the entropy.
 
@@ -157,6 +160,7 @@ def in_noise(rate: np.ndarray, behaviour: Feedback) -> list[Polynomial]:
     return [still, s * (rate[3] + rate[4] * x + 2 * rate[5] * m), s**2 * rate[5] * x**0]
 
 
+@remembered
 def moments_of_a_wrong_pair(
     c: LQChain, behaviour: Feedback, nodes: np.ndarray, error: Polynomial, rate_error: np.ndarray
 ) -> np.ndarray:

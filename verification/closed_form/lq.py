@@ -16,6 +16,7 @@ import numpy as np
 import scipy.integrate
 import scipy.linalg
 
+from verification.answers import remembered
 from verification.closed_form import complex_steps, lq_policies
 from verification.closed_form.lq_policies import (
     Law,
@@ -150,6 +151,7 @@ def _parts(y: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, Number]:
     return y[: n * n].reshape(n, n), y[n * n : -1], y[-1]
 
 
+@remembered
 def riccati(lq: LQ, horizon: float) -> Quadratic:
     """The optimal value at time to go ``horizon``: the completed square, by DOP853."""
     p = lq.of_pairs()
@@ -165,6 +167,7 @@ def riccati(lq: LQ, horizon: float) -> Quadratic:
     return S, e, float(c)
 
 
+@remembered
 def riccati_by_exponential(lq: LQ, horizon: float, nodes: int = 14) -> Quadratic:
     """The same where C and D are 0: Radon's linear system in (x, 1), and Gauss-Legendre for c."""
     n, p = len(lq.A), lq.of_pairs()
@@ -191,6 +194,7 @@ def riccati_by_exponential(lq: LQ, horizon: float, nodes: int = 14) -> Quadratic
 # ---- the value of a policy, by the moments of the state
 
 
+@remembered
 def value_by_moments(lq: LQ, law: Law, x: np.ndarray, horizon: float) -> float:
     """Expected discounted reward of a constant policy from x: one matrix exponential."""
     p, z = lq.of_pairs(), pairs(x)
@@ -205,6 +209,7 @@ def _resolvent(lq: LQ, law: Law, x: np.ndarray) -> np.ndarray:
     return np.linalg.solve(lq.discount * np.eye(len(L)) - L, pairs(x))
 
 
+@remembered
 def discounted_value_by_moments(lq: LQ, law: Law, x: np.ndarray) -> Number:
     """The same without end."""
     return (paid(lq.of_pairs(), law) @ _resolvent(lq, law, x)).item()
@@ -328,6 +333,7 @@ def entropy_gain(W: np.ndarray, temperature: float, discount: float) -> float:
 # ---- discounted occupation
 
 
+@remembered
 def occupation(lq: LQ, law: Law, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of d = discount int e^{-discount t} law(X_t) dt, X_0 = x."""
     n = len(x) + 1
@@ -336,6 +342,7 @@ def occupation(lq: LQ, law: Law, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return mean, second[1:, 1:] - np.outer(mean, mean)
 
 
+@remembered
 def gradient_in_law(lq: LQ, law: Law, x: np.ndarray) -> np.ndarray:
     """d V(x) in K, k and the lower triangular root of Sigma, by complex steps."""
     m, n = law.K.shape

@@ -18,6 +18,7 @@ import numpy as np
 from scipy.integrate import solve_ivp
 from scipy.linalg import expm
 
+from verification.answers import remembered
 from verification.closed_form import complex_steps, gaussian_law
 from verification.closed_form.gaussian_law import Transition
 
@@ -247,6 +248,7 @@ def at_start(p: Problem, v: np.ndarray) -> Number:
     return (v @ p.first).item()
 
 
+@remembered
 def performance(p: Problem, theta: np.ndarray, nodes: np.ndarray) -> Number:
     """V(0, start) of the chain, backwards."""
     return at_start(p, chain_value(p, theta, nodes)[0])
@@ -293,6 +295,7 @@ def q_gradient(p: Problem, nodes: np.ndarray, value: Value, theta: np.ndarray) -
 # ---- continuous time
 
 
+@remembered
 def continuous_performance(p: Problem, theta: np.ndarray, horizon: float) -> Number:
     """V(0, start)."""
     law = p.law(theta)

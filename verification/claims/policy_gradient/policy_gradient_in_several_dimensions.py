@@ -59,9 +59,9 @@ def checks(setting: Setting) -> Iterator[Check]:
         yield expectation(f"drawn action: {name}", slope, exact)
     stein = exact_lq.q_gradient(P, NODES, lq.value, THETA)
     for name, each in (
-        ("q-rates", pg.q_rate_gradient(stated, drawn, true, paths)),
         ("pathwise form", pg.pathwise_gradient(stated, drawn, true, paths)),
         ("slope of the surrogate", pg.surrogate(stated, true, drawn, drawn, paths)),
+        ("q-rates", pg.q_rate_gradient(stated, drawn, true, paths)),
     ):
         slope = row(torch.autograd.grad(mean(each, paths), theta))
         yield expectation(f"drawn action: {name}", slope, stein)

@@ -101,11 +101,11 @@ def checks(setting: Setting) -> Iterator[Check]:
     xi = mg.features_along(monomials)
     zero = mean(mg.orthogonality(xi, value, stated, paths, chosen), paths).detach()
     yield expectation("E int xi dM = 0 of the chain's own value", zero, [0.0] * 6, size)
-    fitted = mg.clstd(of_each_node, stated, paths, chosen).coefficients
-    first, second, _ = closed.chain_value(P, THETA, NODES)
-    # of 1, x1, x2, x1^2, x1 x2, x2^2; pairs have products twice
-    there = [closed.at_start(P, first), *(second[[0, 1, 2, 4, 5, 8]] * [1, 2, 2, 1, 2, 1])]
-    yield expectation("CLSTD finds the chain's value", fitted, there)
+    smooth = case.true_value(setting)
+    exact = np.stack(
+        [closed.q_rate(P.at(t), *lq.value(t), x, a) for _, t, _, x, a in case.along(other)], 1
+    )
+    yield pathwise("q of every action", ql.q_rates(stated, smooth, other), exact)
 
     # a value that is wrong, and the direction x1 x2 in which losses are differentiated
     error = setting.tensor(0.0).requires_grad_()
@@ -135,12 +135,13 @@ def checks(setting: Setting) -> Iterator[Check]:
         wanted = -float(paths.weights.double().cpu().numpy() @ slopes.sum(1))
         yield expectation(f"{name}: the slope of its loss", got, wanted)
 
+    fitted = mg.clstd(of_each_node, stated, paths, chosen).coefficients
+    first, second, _ = closed.chain_value(P, THETA, NODES)
+    # of 1, x1, x2, x1^2, x1 x2, x2^2; pairs have products twice
+    there = [closed.at_start(P, first), *(second[[0, 1, 2, 4, 5, 8]] * [1, 2, 2, 1, 2, 1])]
+    yield expectation("CLSTD finds the chain's value", fitted, there)
+
     # q, of the value in continuous time and of the chain
-    smooth = case.true_value(setting)
-    exact = np.stack(
-        [closed.q_rate(P.at(t), *lq.value(t), x, a) for _, t, _, x, a in case.along(other)], 1
-    )
-    yield pathwise("q of every action", ql.q_rates(stated, smooth, other), exact)
     log_prob = np.stack(
         [closed.log_density(P, THETA, x, a) for _, _, _, x, a in case.along(paths)], 1
     )
