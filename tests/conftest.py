@@ -4,8 +4,14 @@ import hashlib
 import os
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
+
+from tests import checked_types
+
+# Before any package is imported whose functions the import hook decorates.
+jaxtyping.jaxtyped = checked_types.jaxtyped
 
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
 hypothesis.settings.register_profile(
