@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import io
+import types
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 
 _THEIRS = jaxtyping.jaxtyped
+_WRAPPERS = dict[tuple[Any, ...], tuple[Any, Any]]()  # of the code and hints of a closure
 _CHECKER = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
@@ -29,6 +31,42 @@ def jaxtyped(thing: Any = None, *, typechecker: Any = None) -> Any:
         return _THEIRS(thing, typechecker=typechecker)
     theirs = _THEIRS(typechecker=typechecker)
     return lambda it: _checked(it) if inspect.isfunction(it) and _is_plain(it) else theirs(it)
+
+
+def _checks_of(function: Any) -> Callable[..., Any]:
+    """The checker's wrapper; one that serves each function that another makes at its every call."""
+    if not function.__closure__:
+        return _CHECKER(function)
+    hints = function.__annotations__
+    key = (function.__code__, *hints, *map(_hint, hints.values()))
+    if key not in _WRAPPERS:
+        cells = tuple(types.CellType() for _ in function.__closure__)  # keep nothing alive
+        stand_in = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, None, cells
+        )
+        stand_in.__annotations__, stand_in.__qualname__ = hints, function.__qualname__
+        stand_in.__module__ = function.__module__
+        _WRAPPERS[key] = stand_in, _CHECKER(stand_in)
+    stand_in, wrapper = _WRAPPERS[key]
+    if wrapper is stand_in:  # there is nothing to check
+        return function
+    kept = wrapper.__kwdefaults__ or {}  # what the wrapper's code names, the function among it
+    own = {k: function if v is stand_in else v for k, v in kept.items()}
+    if own == kept:
+        return _CHECKER(function)
+    checks = types.FunctionType(
+        wrapper.__code__, wrapper.__globals__, function.__name__, wrapper.__defaults__
+    )
+    checks.__kwdefaults__ = own
+    return checks
+
+
+def _hint(hint: Any) -> Any:
+    """What is the same for hints that say the same; jaxtyping makes another class each time."""
+    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
+        return hint.__name__, hint.dtype, hint.array_type, hint.dim_str
+    parts = hint if isinstance(hint, list) else typing.get_args(hint)  # a list: of a Callable
+    return (typing.get_origin(hint), *map(_hint, parts)) if parts else hint or repr(hint)
 
 
 def _is_plain(function: Callable[..., Any]) -> bool:
@@ -43,7 +81,7 @@ def _is_plain(function: Callable[..., Any]) -> bool:
 
 
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    checked = _CHECKER(function)
+    checked = _checks_of(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -152,6 +153,41 @@ def test_sizes_of_axes_are_forgotten_between_calls_and_known_within():
         return call(x[:2])  # another number of paths within
 
     assert len(ours(outer)(zeros(5, 3))) == 2
+
+
+def made(value: Any, kind: Any = int, default: int = 1, checker: Any = ours) -> Any:
+    """A function that is made anew at each call."""
+
+    @checker
+    def inner(x: Float[Tensor, " n"], y: kind = default) -> Float[Tensor, " n"] | None:  # pyright: ignore[reportInvalidTypeForm]  # varies
+        return value if y else None
+
+    return inner
+
+
+def test_functions_made_anew_return_their_own_and_are_checked_by_their_own_hints():
+    one, two, words = made(zeros(3)), made(zeros(2), default=0), made(zeros(3), kind=str)
+    assert one(zeros(3)).shape == (3,)
+    assert two(zeros(3)) is None
+    assert two(zeros(2), 1).shape == (2,)
+    assert words(zeros(3), "a").shape == (3,)
+    for call, *arguments in ((one, zeros(2)), (two, zeros(3), 1), (one, zeros(3), "a")):
+        with pytest.raises(TypeCheckError):
+            call(*arguments)
+    with pytest.raises(TypeCheckError):
+        words(zeros(3), 1)
+    assert inspect.unwrap(one) is not inspect.unwrap(made(zeros(3)))
+
+
+def test_functions_made_anew_are_checked_by_code_made_once_that_keeps_none_alive():
+    before = len(checked_types._WRAPPERS)
+    for _ in range(2):
+        value = zeros(3)
+        gone, call = weakref.ref(value), made(value, kind=float)
+        assert call(zeros(3), 1.0) is value
+        del value, call
+        assert gone() is None
+    assert len(checked_types._WRAPPERS) == before + 1
 
 
 def test_the_packages_are_checked_so():
