@@ -31,16 +31,7 @@ from ctrl.jumps import Jumps
 from ctrl.martingale import LinearValue
 from ctrl.memory import PolicyWithMemory
 from ctrl.noise import Noise
-from ctrl.paths import (
-    Paths,
-    TimeGrid,
-    ito_sum,
-    regularised_rewards,
-    returns_to_go,
-    running_rewards,
-    time_integral,
-    uniform_grid,
-)
+from ctrl.paths import Paths, TimeGrid, ito_sum, time_integral, uniform_grid
 from ctrl.policy import (
     DeterministicPolicy,
     GaussianPolicy,
@@ -50,6 +41,7 @@ from ctrl.policy import (
     policy_kl,
 )
 from ctrl.problem import ControlProblem
+from ctrl.returns import regularised_rewards, returns_to_go, running_rewards
 from ctrl.sde import ControlledSDE
 from ctrl.simulate import simulate, simulate_end
 from ctrl.solvers import (

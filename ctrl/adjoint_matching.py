@@ -38,9 +38,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.devices import as_like
-from ctrl.paths import Paths, kept_actions, require_dynamics, require_memoryless, require_whole
+from ctrl.paths import Paths, kept_actions, require_dynamics, require_memoryless
 from ctrl.policy import Policy, mean_action
 from ctrl.problem import ControlProblem
+from ctrl.returns import require_whole
 from ctrl.user_functions import all_finite, call, one_a_path, own_memory
 from ctrl.value import discount_factors
 

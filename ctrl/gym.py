@@ -18,9 +18,10 @@ from torch import Generator, Tensor
 
 from ctrl.devices import require_generator
 from ctrl.jumps import add_jumps
-from ctrl.paths import Paths, TimeGrid, ends_at_horizon, terminal_rewards
+from ctrl.paths import Paths, TimeGrid, ends_at_horizon
 from ctrl.policy import Policy
 from ctrl.problem import UNKNOWN, ControlProblem
+from ctrl.returns import terminal_rewards
 from ctrl.solvers import BlackBox, EulerMaruyama, Solver
 from ctrl.stopping import Step, Stopping, require_inside, stopping_rule
 from ctrl.user_functions import all_finite, one_a_path

@@ -31,19 +31,10 @@ from torch import Tensor
 
 from ctrl.advantages import continuous_gae
 from ctrl.devices import as_like
-from ctrl.paths import (
-    OwnTimes,
-    Paths,
-    TimeGrid,
-    discount_rates,
-    over_nodes,
-    regularised_rewards,
-    returns_to_go,
-    stop,
-    while_running,
-)
+from ctrl.paths import OwnTimes, Paths, TimeGrid, over_nodes, stop, while_running
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
+from ctrl.returns import discount_rates, regularised_rewards, returns_to_go
 from ctrl.user_functions import all_finite
 from ctrl.value import Value, discount_factors, martingale_increments, values
 

@@ -28,21 +28,17 @@ from ctrl.devices import as_like
 from ctrl.exploration import drawn_actions
 from ctrl.martingale import Features, LinearValue
 from ctrl.memory import AnyPolicy
-from ctrl.paths import (
-    Paths,
+from ctrl.paths import Paths, kept_actions, log_probs, over_nodes, over_steps
+from ctrl.policy import RandomPolicy
+from ctrl.problem import ControlProblem
+from ctrl.returns import (
     at_exits,
     discount_rates,
-    kept_actions,
-    log_probs,
-    over_nodes,
-    over_steps,
     regularised_rewards,
     require_whole,
     running_rewards,
     terminal_rewards,
 )
-from ctrl.policy import RandomPolicy
-from ctrl.problem import ControlProblem
 from ctrl.user_functions import all_finite
 from ctrl.value import discount_factors, martingale_increments
 

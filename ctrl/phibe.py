@@ -28,9 +28,10 @@ from ctrl.devices import as_like
 from ctrl.linear.gaussian import transition
 from ctrl.linear.lq import LinearQuadratic
 from ctrl.martingale import Features, LinearValue
-from ctrl.paths import Paths, TimeGrid, common_grid, over_steps, regularised_rewards
+from ctrl.paths import Paths, TimeGrid, common_grid, over_steps
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
+from ctrl.returns import regularised_rewards
 from ctrl.user_functions import all_finite, own_memory
 from ctrl.value import Value
 

@@ -39,21 +39,18 @@ from ctrl.memory import AnyPolicy, PolicyWithMemory
 from ctrl.paths import (
     Paths,
     common_grid,
-    discount_rates,
     kept_actions,
     log_probs,
     over_policy_steps,
-    regularised_rewards,
     require_dynamics,
     require_memoryless,
-    require_whole,
-    returns_to_go,
     visited,
     while_running,
 )
 from ctrl.policy import Policy, RandomPolicy, ReparametrisedPolicy, mean_action
 from ctrl.problem import ControlProblem
 from ctrl.q_learning import q_rate, q_rates
+from ctrl.returns import discount_rates, regularised_rewards, require_whole, returns_to_go
 from ctrl.solvers import Solver, require_transition
 from ctrl.trust_region import clipped_surrogate, penalised_surrogate
 from ctrl.user_functions import one_a_path, own_memory

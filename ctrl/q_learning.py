@@ -26,16 +26,10 @@ from torch import Tensor
 from ctrl.devices import as_like, readable, require
 from ctrl.exploration import drawn_actions
 from ctrl.martingale import TestFunctions, moments
-from ctrl.paths import (
-    Paths,
-    kept_actions,
-    over_steps,
-    require_dynamics,
-    require_whole,
-    running_rewards,
-)
+from ctrl.paths import Paths, kept_actions, over_steps, require_dynamics
 from ctrl.policy import MultivariateGaussianPolicy, RandomPolicy
 from ctrl.problem import ControlProblem
+from ctrl.returns import require_whole, running_rewards
 from ctrl.user_functions import all_finite, call, one_a_path
 from ctrl.value import Value, discount_factors, generator, martingale_increments, values
 

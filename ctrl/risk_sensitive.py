@@ -50,9 +50,10 @@ from ctrl.linear.lq import (
 )
 from ctrl.linear.riccati import FiniteHorizon, check_law
 from ctrl.martingale import TestFunctions, moments
-from ctrl.paths import Paths, TimeGrid, running_rewards, while_running
+from ctrl.paths import Paths, TimeGrid, while_running
 from ctrl.problem import ControlProblem
 from ctrl.q_learning import QRate, rates
+from ctrl.returns import running_rewards
 from ctrl.sde import ControlledSDE
 from ctrl.user_functions import all_finite, own_memory
 from ctrl.value import Value, values

@@ -21,17 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.devices import as_like
-from ctrl.paths import (
-    Paths,
-    at_exits,
-    discount_rates,
-    ends_at_horizon,
-    finished,
-    over_nodes,
-    terminal_rewards,
-    while_running,
-)
+from ctrl.paths import Paths, ends_at_horizon, finished, over_nodes, while_running
 from ctrl.problem import ControlProblem
+from ctrl.returns import at_exits, discount_rates, terminal_rewards
 from ctrl.sde import ControlledSDE
 from ctrl.user_functions import all_finite, one_a_path, own_memory
 

@@ -14,7 +14,7 @@ MODULES = """
 ctrl.devices ctrl.reused_memory ctrl.compiled_normals ctrl.counter_normals ctrl.drawn_ahead
 ctrl.estimate ctrl.user_functions ctrl.jumps ctrl.sde ctrl.stopping ctrl.problem
 ctrl.policy ctrl.squashed_policy ctrl.memory ctrl.time_homogeneity ctrl.exploration ctrl.noise
-ctrl.paths ctrl.recorded ctrl.solvers ctrl.noise_sources
+ctrl.paths ctrl.returns ctrl.recorded ctrl.solvers ctrl.noise_sources
 ctrl.torchsde_solver ctrl.simulate
 ctrl.girsanov ctrl.transitions ctrl.value
 ctrl.advantages ctrl.martingale ctrl.q_learning ctrl.off_policy ctrl.trust_region

@@ -68,12 +68,12 @@ ctrl.noise_sources.Prescribed.for_action
     the same draw at every step | return self.noise.actions[:, k] => return self.noise.actions[:, 0]
 ctrl.paths.over_steps
     states at the right end of a step | paths.states[:, :-1] => paths.states[:, 1:]
-ctrl.paths.regularised_rewards
+ctrl.returns.regularised_rewards
     entropy's sign | rewards - problem.temperature => rewards + problem.temperature
-ctrl.paths.returns_to_go
+ctrl.returns.returns_to_go
     discount inside the return missing | `-discount * ` => `-0.0 * `
     terminal reward missing | terminal_rewards(problem, paths.states[:, -1]) => rewards.new_zeros(len(rewards))
-ctrl.paths.running_rewards
+ctrl.returns.running_rewards
     uneven grid taken for an even one, in the reward | steps = as_like(paths.grid.steps, paths.states)
         => steps = as_like(paths.grid.steps, paths.states).mean().expand(paths.states.shape[1] - 1)
     sqrt(dt) for dt in the reward | kept_actions(paths))) * steps => kept_actions(paths))) * steps.sqrt()

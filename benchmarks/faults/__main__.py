@@ -124,7 +124,10 @@ def main(
         }
         rows = [row for module in modules for row in begun[module].result()]
     print(f"{table(rows)}\n\n{summary(rows)} {conditions(time.monotonic() - began, sample=sample)}")
-    sys.exit(0 if rows and all(row.whole for row in rows) else 1)
+    broken = [row for row in rows if not row.whole]
+    if broken:  # last, where a long log is read
+        print(f"\nPromises that were broken:\n\n{table(broken)}")
+    sys.exit(1 if broken or not rows else 0)
 
 
 def summary(rows: Sequence[Row]) -> str:

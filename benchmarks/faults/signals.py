@@ -104,8 +104,8 @@ def signalled(
         process.sleep(chance.uniform(0, 0.03))
         process.signal(number)
     ended = process.wait()
-    if ended.code == 0 and not twice:  # it was at its end
-        return Told(number, ended.phase, None)
+    if not twice and (ended.code == 0 or (ended.code == -number and ended.over)):
+        return Told(number, ended.phase, None)  # it was at its end: nobody was there to obey
     return Told(number, name, _wrong(place, ended, number, name, twice=twice))
 
 

@@ -12,7 +12,6 @@ import importlib
 import json
 import mmap
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -72,9 +71,14 @@ class Ended:
 
     @property
     def in_words(self) -> bool:
-        """Whether whatever it had to say was said without a traceback, but TensorBoard's own."""
-        theirs = r"Exception in thread .*\nTraceback(?=[^\0]*?tensorboard/summary)"
-        return "Traceback" not in re.sub(theirs, "", self.said)
+        """Whether whatever it had to say was said without a traceback."""
+        return "Traceback" not in self.said
+
+    @property
+    def over(self) -> bool:
+        """Whether it had said its last words: where its report is."""
+        lines = self.said.splitlines()
+        return bool(lines) and lines[-1].startswith("report:")
 
     @property
     def last(self) -> str:

@@ -15,9 +15,10 @@ from ctrl.advantages import continuous_gae
 from ctrl.agents.descent import descend, expectation
 from ctrl.devices import as_like
 from ctrl.martingale import ctd0
-from ctrl.paths import Paths, discount_rates, kept_actions, over_steps, regularised_rewards
+from ctrl.paths import Paths, kept_actions, over_steps
 from ctrl.policy import RandomPolicy, policy_kl
 from ctrl.problem import ControlProblem
+from ctrl.returns import discount_rates, regularised_rewards
 from ctrl.trust_region import penalised_surrogate
 from ctrl.value import Value, discount_factors, values
 

@@ -196,18 +196,23 @@ def save(folder: str | Path, step: int, state: Any, *, keep: int = 2) -> Path:
             f"could not write the checkpoint of step {step} to {folder}: {error}. Earlier "
             "checkpoints are untouched; free space or choose another output folder, then resume"
         ) from error
-    shutil.rmtree(replaced, ignore_errors=True)
     drop_older(folder, step, keep=keep)
     return final
 
 
 def drop_older(folder: str | Path, step: int, *, keep: int = 2) -> None:
-    """Drop checkpoints before this step but the newest ``keep - 1``, whole or half removed.
+    """Drop checkpoints before this step but the newest ``keep - 1``, and what was never finished.
 
-    ``save`` does it; a run that is resumed does it again, for it may have been killed before that.
+    That is: half removed ones, and those of any step that a killed process left half written or
+    half replaced. ``save`` does it; a run that is resumed does it again, for it may have been
+    killed before that. The folder must be the caller's alone.
     """
-    older = [path for other, path in _steps(Path(folder)) if other < step]
-    for path in older[: len(older) - (keep - 1)]:
+    folder = Path(folder)
+    older = [path for other, path in _steps(folder) if other < step]
+    _restore_replaced(folder)
+    replaced = [path for path in folder.glob("step-*.replaced") if path.with_suffix("").exists()]
+    partial = folder.glob("step-*.partial")
+    for path in (*older[: len(older) - (keep - 1)], *replaced, *partial):
         shutil.rmtree(path, ignore_errors=True)
 
 

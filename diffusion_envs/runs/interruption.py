@@ -15,10 +15,30 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested = False
+        self._held = 0  # contexts of ``held_back`` that are open
+        self._waiting = False
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if an end was asked for."""
         if self.requested:
+            raise KeyboardInterrupt
+
+    def obey(self) -> None:
+        """Ask for the end: by KeyboardInterrupt, here and now unless it is held back."""
+        self.requested, self._waiting = True, self._held > 0
+        if not self._waiting:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Within this context the KeyboardInterrupt waits for the context's end."""
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if self._waiting and not self._held:
+            self._waiting = False
             raise KeyboardInterrupt
 
     @contextmanager
@@ -62,8 +82,7 @@ def interruptible() -> Iterator[Interruption]:
     def obey(number: int, frame: FrameType | None) -> None:
         for each in former:
             signal.signal(each, signal.SIG_DFL)
-        interruption.requested = True
-        raise KeyboardInterrupt
+        interruption.obey()
 
     if threading.current_thread() is threading.main_thread():
         own = (signal.SIG_DFL, signal.default_int_handler)
@@ -81,3 +100,18 @@ def interruptible() -> Iterator[Interruption]:
             _obeyed.remove(interruption)
         for each, handler in former.items():
             signal.signal(each, handler)
+
+
+@contextmanager
+def whole_calls() -> Iterator[None]:
+    """Within this context what is called is not broken off: a first signal is obeyed after it.
+
+    For short calls of what shares a lock or a queue with a thread of its own: an exception between
+    taking a lock and the block that gives it back leaves it taken for ever, and whoever waits for
+    that thread then, to close it, waits for ever too. A second signal kills at once all the same.
+    """
+    if _obeyed and threading.current_thread() is threading.main_thread():
+        with _obeyed[-1].held_back():
+            yield
+    else:
+        yield

@@ -4,7 +4,8 @@ import json
 import logging
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from ctrl.estimate import Estimate
 from diffusion_envs.digests import opened, sealed
 from diffusion_envs.runs.contact_sheet import grid, save
+from diffusion_envs.runs.interruption import whole_calls
 from diffusion_envs.whole_files import append, naming, whole
 
 OVER_OPTIMISATION = "over_optimisation.jsonl"
@@ -131,7 +133,7 @@ class Tracker:
         _keep_lines_until(folder / TRAINING_BY_PROMPT, first_update)
         if self._service is not None:
             self._wandb = _wandb_run(self._service, folder, wandb, wandb_name)
-        with naming(folder / "tensorboard"):
+        with self._board_called():
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_update + 1)
         append(path, "")  # there is a log from the start
         (folder / "samples").mkdir(exist_ok=True)
@@ -147,10 +149,16 @@ class Tracker:
     ) -> None:
         if not self.enabled:
             return
-        with naming(self.folder / "tensorboard"):
+        with self._board_called():
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    @contextmanager
+    def _board_called(self) -> Iterator[None]:
+        """TensorBoard's writer shares a queue with a thread of its own."""
+        with whole_calls(), naming(self.folder / "tensorboard"):
+            yield
 
     def log(self, numbers: Mapping[str, Any]) -> None:
         """One line of an update.
@@ -175,12 +183,17 @@ class Tracker:
         flat = {n: v.mean if isinstance(v, Estimate) else v for n, v in numbers.items()}
         flat = {name: value for name, value in flat.items() if value is not None}
         self._draw(flat, update)
+        self._send(flat, update)
+
+    def _send(self, values: Mapping[str, Any], update: int) -> None:
+        """Values of an update, to Weights & Biases."""
         if self._wandb is not None:
-            self._wandb.log(flat, step=update)
+            with whole_calls():
+                self._wandb.log(values, step=update)
 
     def _draw(self, flat: Mapping[str, Any], update: int) -> None:
         """Numbers of an update, for TensorBoard."""
-        with naming(self.folder / "tensorboard"):
+        with self._board_called():
             for name, value in flat.items():
                 self._board.add_scalar(name, value, update)
 
@@ -221,8 +234,7 @@ class Tracker:
         self._last_metrics = update
         flat = {f"over_optimisation/{name}": value.mean for name, value in numbers.items()}
         self._draw(flat, update)
-        if self._wandb is not None:
-            self._wandb.log(flat, step=update)
+        self._send(flat, update)
 
     def pictures(
         self,
@@ -256,10 +268,10 @@ class Tracker:
                 other.unlink(missing_ok=True)
         if not last and not lasts(update, self._picture_every):
             return
-        with naming(self.folder / "tensorboard"):
+        with self._board_called():
             self._board.add_image("samples", np.asarray(sheet), update, dataformats="HWC")
         if self._wandb is not None:
-            self._wandb.log({"samples": self._service.Image(sheet)}, step=update)
+            self._send({"samples": self._service.Image(sheet)}, update)
 
 
 def stays(update: int, newest: int, every: int) -> bool:

@@ -45,7 +45,7 @@ GROUPS = (
         _of(
             "ctrl",
             "sde problem policy squashed_policy memory exploration jumps regimes stopping noise "
-            "paths simulate solvers torchsde_solver estimate recorded",
+            "paths returns simulate solvers torchsde_solver estimate recorded",
         ),
     ),
     Group(

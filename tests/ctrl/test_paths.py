@@ -335,10 +335,10 @@ def test_many_steps_are_taken_four_megabytes_of_states_at_a_time(megabytes, call
 
 def test_numbers_that_are_not_finite_are_counted_by_path():
     values = torch.zeros(3, 4)
-    assert ctrl.paths.all_finite("it", values) is values
+    assert ctrl.returns.all_finite("it", values) is values
     values[0, 2] = math.nan
     with pytest.raises(ValueError, match="it must be finite, but it is not on 1 of 3 paths"):
-        ctrl.paths.all_finite("it", values)
+        ctrl.returns.all_finite("it", values)
     values[2] = math.inf
     with pytest.raises(ValueError, match="not on 2 of 3 paths"):
-        ctrl.paths.all_finite("it", values)
+        ctrl.returns.all_finite("it", values)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ctrl import DeterministicPolicy, GaussianPolicy, hjb, simulate, uniform_grid
-from ctrl.paths import running_rewards
 from ctrl.pendulum import noisy_pendulum
+from ctrl.returns import running_rewards
 
 NOW = torch.tensor(0.0, dtype=torch.float64)
 # nodes of every grid whose resolution is a multiple of 8

@@ -2,11 +2,14 @@
 
 import contextlib
 import importlib
+import inspect
 import io
 import re
 from pathlib import Path
 
 import pytest
+
+from diffusion_envs import objectives
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "theory"
@@ -70,6 +73,19 @@ def test_a_page_says_what_checks_it(page):
 def test_every_claim_stands_on_a_page():
     on_pages = {name for page in PAGES for name in CLAIM.findall(page.read_text())}
     assert on_pages == registered()
+
+
+def test_every_objective_stands_on_the_page_of_losses():
+    concrete = {
+        name
+        for name in objectives.__all__
+        if isinstance(one := getattr(objectives, name), type)
+        and issubclass(one, objectives.Objective)
+        and not inspect.isabstract(one)
+    }
+    page = (ROOT / "docs/theory/losses.md").read_text()
+    assert len(concrete) > 20
+    assert {name for name in concrete if not re.search(rf"\b{name}\b", page)} == set()
 
 
 @pages

@@ -100,7 +100,7 @@ def the_loop_follows_its_schedule(folder) -> None:
 
 
 @KINDS.sees(r"""
-ctrl.paths.returns_to_go
+ctrl.returns.returns_to_go
     return without the step's own reward | ahead = rewards[:, k] + => ahead = 0 * rewards[:, k] +
 ctrl.q_learning.martingale_loss
     return of V and q without the step's own dM | .flip(1).cumsum(1).flip(1)

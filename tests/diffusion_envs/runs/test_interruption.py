@@ -1,6 +1,7 @@
 """A signal ends a run in good order, a second one at once, and none goes by unseen."""
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -9,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext, suppress
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffusion_envs.runs.interruption import interruptible
+from diffusion_envs.runs import tracking
+from diffusion_envs.runs.interruption import interruptible, whole_calls
 
 TWICE = """
 import os, signal, sys, time
@@ -23,6 +26,14 @@ with interruptible():
     except KeyboardInterrupt:  # a run that saves, and hangs
         print("saving", flush=True)
         time.sleep(60)
+"""
+
+HANGS = """with whole_calls():
+            print("ready", flush=True)
+            while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+                time.sleep(0.01)
+            print("hangs", flush=True)  # after the first one
+            time.sleep(60)
 """
 
 
@@ -59,12 +70,109 @@ def drops_it() -> None:
     raise RuntimeError("could not determine the shape")
 
 
+def fails_after_a_signal() -> None:
+    """The disk is full just when the signal comes."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise OSError("full")
+
+
 def fails_while_it_obeys() -> None:
     """A checkpoint that cannot be written."""
     try:
         os.kill(os.getpid(), signal.SIGTERM)
     except KeyboardInterrupt:
         raise OSError("the disk is full") from None
+
+
+def test_a_call_that_must_be_whole_is_and_then_the_signal_is_obeyed_once():
+    done = []
+
+    def calls() -> None:
+        with whole_calls():
+            with whole_calls():
+                os.kill(os.getpid(), signal.SIGTERM)
+                done.append("inner")
+            done.append("outer")
+        done.append("not reached")
+
+    with pytest.raises(KeyboardInterrupt), interruptible() as interruption:
+        calls()
+    assert done == ["inner", "outer"]
+    assert interruption.requested
+
+
+def test_while_a_signal_is_obeyed_calls_that_must_be_whole_are_made_as_ever():
+    done = []
+
+    def closes_in_good_order() -> None:
+        try:
+            with whole_calls():
+                os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            with whole_calls():
+                done.append("flushed")
+            done.append("closed")
+
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        closes_in_good_order()
+    assert done == ["flushed", "closed"]
+
+
+def test_an_error_in_a_call_that_must_be_whole_hides_no_signal():
+    with pytest.raises(KeyboardInterrupt) as told, interruptible(), whole_calls():
+        fails_after_a_signal()
+    assert isinstance(told.value.__cause__, OSError)
+
+
+def test_a_second_signal_ends_a_call_that_must_be_whole():
+    program = TWICE.replace("import interruptible", "import interruptible, whole_calls")
+    program = program.replace('print("ready", flush=True)\n        time.sleep(60)\n', HANGS)
+    assert "hangs" in program
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "hangs\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == -signal.SIGTERM
+
+
+@pytest.fixture
+def no_hang() -> Iterator[None]:
+    """What waits for ever fails instead."""
+
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError("it hangs")
+
+    former = signal.signal(signal.SIGALRM, late)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, former)
+
+
+@pytest.mark.usefixtures("no_hang")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_tensorboards_queue_is_whole_after_a_signal_within_it(tmp_path, monkeypatch, number):
+    put, signals = queue.Queue._put, []
+
+    def told_to_end(self: queue.Queue, item: object) -> None:
+        put(self, item)
+        if threading.current_thread() is threading.main_thread() and not signals:
+            signals.append(number)
+            os.kill(os.getpid(), number)  # between what is put and its count
+
+    def logs() -> None:
+        with tracking.Tracker(tmp_path) as tracker:
+            monkeypatch.setattr(queue.Queue, "_put", told_to_end)
+            tracker.log({"update": 1, "reward": 0.5, "reward_std": 0.25})
+
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        logs()
+    assert signals == [number]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [each.value for each in events.Scalars("reward")] == [0.5]
+    assert [each.value for each in events.Scalars("reward_std")] == [0.25]
 
 
 @pytest.mark.parametrize("within", [interruptible, nullcontext])

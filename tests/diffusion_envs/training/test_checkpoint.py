@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -386,6 +387,22 @@ def test_a_kill_at_any_time_never_loses_the_last_good_checkpoint(tmp_path, write
         # one more than promised if the kill came between the rename and the log
         assert found.state["step"] in (promised, promised + 1)
         assert_same(found.state["w"], torch.full((40_000,), float(found.state["step"])))
+        later = checkpoint.save(folder, found.step + 9, STATE, keep=1)
+        assert names(folder) == [later.name]  # nothing half written stays for ever
+
+
+@pytest.mark.parametrize("goes_on", ["a later save", "resuming"])
+def test_what_a_kill_left_half_written_of_another_step_is_removed(tmp_path, goes_on):
+    checkpoint.save(tmp_path, 3, STATE)
+    left = ("step-000002.partial", "step-000003.replaced", "step-000005.partial")
+    for name in (*left, "step-000001.replaced"):  # this one's successor never came
+        shutil.copytree(tmp_path / "step-000003", tmp_path / name)
+    if goes_on == "resuming":
+        checkpoint.drop_older(tmp_path, 3)
+        assert names(tmp_path) == ["step-000001", "step-000003"]
+    else:
+        checkpoint.save(tmp_path, 6, STATE, keep=3)
+        assert names(tmp_path) == ["step-000001", "step-000003", "step-000006"]
 
 
 @pytest.mark.parametrize("limit", [0, 100, 4_000, 79_000])

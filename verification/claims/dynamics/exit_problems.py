@@ -139,12 +139,12 @@ ctrl.stopping.BridgeCorrected.exits
     absorbed with the chance to stay | step.uniform < touched => step.uniform > touched
 ctrl.stopping.BridgeCorrected.crossed
     a node outside is none | exponent.exp(), 1) => exponent.exp(), 0)
-ctrl.paths.at_exits
+ctrl.returns.at_exits
     the exit paid at the horizon | [paths.ends] => [0 * paths.ends - 1]
     terminal reward at the exit | if reward is None or => if True or
 ctrl.paths.over_steps
     rewards after the exit | return while_running( => return (lambda one, other: one)(
-ctrl.paths.returns_to_go
+ctrl.returns.returns_to_go
     discount after the exit | torch.where(runs[k], ahead, terminal) => ahead
 ctrl.value._pinned
     V not pinned at the exit | torch.where(ended & => torch.where(False & ended &

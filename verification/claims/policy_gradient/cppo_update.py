@@ -105,7 +105,7 @@ ctrl.agents.cppo._surrogate
     KL the other way around | policy_kl(new, old, t, x) => policy_kl(old, new, t, x)
 ctrl.agents.cppo._rates
     advantages not per unit of time | running) / h => running)
-ctrl.paths.regularised_rewards
+ctrl.returns.regularised_rewards
     entropy missing in the advantages | rewards - problem.temperature * log_prob => rewards - 0 * log_prob
 ctrl.agents.cppo.cppo
     descent for ascent | descend(-gain, actor) => descend(gain, actor)

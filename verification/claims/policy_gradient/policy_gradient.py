@@ -52,7 +52,7 @@ def checks(setting: Setting) -> Iterator[Check]:
 
 
 MISTAKES = """
-ctrl.paths.regularised_rewards
+ctrl.returns.regularised_rewards
     entropy dropped | if not problem.temperature: => if True:
 ctrl.policy_gradient.DrawnActions.log_prob
     score divided by s for s^2 | _log_probs(policy, paths)

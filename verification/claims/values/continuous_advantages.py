@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ctrl
 from ctrl.advantages import continuous_gae, temporal_differences
-from ctrl.paths import discount_rates, regularised_rewards, returns_to_go
+from ctrl.returns import discount_rates, regularised_rewards, returns_to_go
 from ctrl.value import Value, values
 from verification.claim import Check, Setting, expectation, limit, pathwise
 from verification.closed_form import lq_chain
@@ -143,7 +143,7 @@ ctrl.advantages.continuous_gae
     1 - (discount + rate) h for the exponential | torch.exp(-(discount + rate) * step_sizes)
         => 1 - (discount + rate) * step_sizes
     steps in the order of time | torch.stack(advantages[::-1], dim=1) => torch.stack(advantages, dim=1)
-ctrl.paths.discount_rates
+ctrl.returns.discount_rates
     discount of the first state for all steps | return over_steps(rate, paths)
         => return over_steps(rate, paths)[:, :1].expand(-1, paths.grid.steps.shape[-1])
 ctrl.advantages.temporal_differences

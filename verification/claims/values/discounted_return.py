@@ -59,7 +59,7 @@ def checks(setting: Setting) -> Iterator[Check]:
 
 
 MISTAKES = """
-ctrl.paths.returns_to_go
+ctrl.returns.returns_to_go
     1 - discount h for exp(-discount h) | keep = torch.exp(-discount * as_like(paths.grid.steps, rewards))
         => keep = 1 - discount * as_like(paths.grid.steps, rewards)
     discount missing | -discount * as_like( => -0.0 * as_like(

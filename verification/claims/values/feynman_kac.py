@@ -17,7 +17,7 @@ from torch import Tensor
 import ctrl
 from ctrl import hjb
 from ctrl.advantages import continuous_gae
-from ctrl.paths import discount_rates, running_rewards
+from ctrl.returns import discount_rates, running_rewards
 from ctrl.value import discount_factors, martingale_increments, values
 from verification.claim import Check, Setting, expectation, limit, pathwise
 from verification.closed_form.killing import Killed
@@ -111,13 +111,13 @@ ctrl.q_learning.q_rate
     discount missing in q | rate - problem.discount_at => rate - 0 * problem.discount_at
 ctrl.problem.ControlProblem.discount_at
     discount of the first path for all | return rate => return rate[:1].expand_as(rate)
-ctrl.paths.discount_rates
-    discount at the right end | return over_steps(rate, paths) => return over_nodes(rate, paths)[:, 1:]
+ctrl.returns.discount_rates
+    discount at the right end | return over_steps(rate, paths) => from ctrl.paths import over_nodes; return over_nodes(rate, paths)[:, 1:]
 ctrl.value.discount_factors
     a reward discounted over its own step | over - over.cumsum(1) => -over.cumsum(1)
 ctrl.value.martingale_increments
     discount missing in dM | -discount * h => 0 * h
-ctrl.paths.returns_to_go
+ctrl.returns.returns_to_go
     first step's factor for all | keep[..., k] => keep[..., 0]
 ctrl.advantages.continuous_gae
     first step's factor for all advantages | keep[..., k] => keep[..., 0]

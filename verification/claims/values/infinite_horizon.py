@@ -134,7 +134,7 @@ ctrl.martingale.clstd
         => rewards = regularised_rewards(replace(problem, temperature=0.0), paths, policy)
     ergodic J with a constant is not refused | if bool(torch.linalg.cond(matrix)
         => if False and bool(torch.linalg.cond(matrix)
-ctrl.paths.require_whole
+ctrl.returns.require_whole
     martingale loss without a horizon is not refused | if not ends_at_horizon(problem, grid): => if False:
 shared
     discount doubled

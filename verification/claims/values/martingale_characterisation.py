@@ -85,10 +85,10 @@ ctrl.value.martingale_increments
     reward discounted over its own step | + rewards - => + keep * rewards -
     uneven grid taken for an even one, in the discount | h = as_like(paths.grid.steps, along)
         => h = as_like(paths.grid.steps, along).mean().expand(along.shape[1] - 1)
-ctrl.paths.regularised_rewards
+ctrl.returns.regularised_rewards
     entropy missing | rewards - problem.temperature => rewards - 0 * problem.temperature
     entropy's dt missing | * log_prob * as_like(paths.grid.steps, rewards) => * log_prob
-ctrl.paths.running_rewards
+ctrl.returns.running_rewards
     reward of the next step | over_steps(rate, paths, kept_actions(paths))
         => over_steps(rate, paths, kept_actions(paths)).roll(-1, 1)
 ctrl.value.values

@@ -18,7 +18,8 @@ import ctrl
 from ctrl import martingale as mg
 from ctrl import q_learning as ql
 from ctrl.advantages import continuous_gae
-from ctrl.paths import kept_actions, regularised_rewards
+from ctrl.paths import kept_actions
+from ctrl.returns import regularised_rewards
 from ctrl.value import values
 from verification.claim import Check, Setting, expectation, pathwise
 from verification.closed_form import matrix_lq_chain as lq

@@ -179,7 +179,7 @@ ctrl.martingale.martingale_loss
     discount missing in ML's weights | (discount_factors(problem, paths) * gap) => gap
     values of the next node in ML | (returns - values(value, problem, paths))[:, :-1]
         => returns[:, :-1] - values(value, problem, paths)[:, 1:]
-ctrl.paths.returns_to_go
+ctrl.returns.returns_to_go
     discount missing in the return | keep[..., k] * returns[-1] => returns[-1]
 ctrl.martingale.clstd
     known part of J left out of CLSTD | known = base if base is not None else _zero => known = _zero
