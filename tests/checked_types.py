@@ -95,7 +95,8 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
                 if not hasattr(error, "__notes__"):  # of the innermost call
                     with contextlib.redirect_stdout(io.StringIO()) as sizes:
                         jaxtyping.print_bindings()
-                    error.add_note(sizes.getvalue())
+                    called = f"{function.__qualname__}{inspect.signature(function)}"
+                    error.add_note(f"In {called}.\n{sizes.getvalue()}")
                 raise
 
     return call
