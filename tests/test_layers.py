@@ -135,7 +135,8 @@ diffusion_envs.sd15 diffusion_envs.sd15.__main__
 diffusion_envs.cifar10.networks diffusion_envs.cifar10.pretrain diffusion_envs.cifar10.family
 diffusion_envs.cifar10.measure
 diffusion_envs.cifar10 diffusion_envs.cifar10.__main__
-verification verification.statistics verification.planting verification.shared_mistakes
+verification verification.answers verification.statistics verification.planting
+verification.shared_mistakes
 verification.mistakes verification.claim
 verification.tolerances verification.kernels verification.running verification.record
 verification.symbolic

@@ -12,12 +12,12 @@ import functools
 import importlib
 import inspect
 import linecache
-import textwrap
-import tokenize
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
+
+from verification.answers import forgotten
 
 
 class PlantingError(ValueError):
@@ -46,18 +46,15 @@ class Edit:
         """
         function = _function(self.target)
         right = function.__code__
-        module = inspect.getmodule(function)
-        assert module is not None
-        source, first, last = _source(function)
-        at = self._place(function)
-        body = "".join(source[first:last])
-        body = body[:at] + self.new + body[at + len(self.old) :]
-        text = "".join([*source[:first], body, *source[last:]])
+        source = _source(function)
+        at = self._place(source)
+        body = source.body[:at] + self.new + source.body[at + len(self.old) :]
+        text = "\n" * source.outer + source.before + body + source.after
         whole = compile(text, right.co_filename, "exec", dont_inherit=True)
         matches = [
             code
             for code in _inner(whole)
-            if code.co_qualname == right.co_qualname and code.co_firstlineno - 1 == first
+            if code.co_qualname == right.co_qualname and code.co_firstlineno == right.co_firstlineno
         ]
         if len(matches) != 1 or matches[0].co_freevars != right.co_freevars:
             raise PlantingError(f"{self.target} cannot be compiled by itself")
@@ -65,30 +62,42 @@ class Edit:
 
     def lines(self) -> tuple[str, str]:
         """The lines of source that differ, right and wrong, for a reader."""
-        function = _function(self.target)
-        source, first, last = _source(function)
-        at = self._place(function)
-        body = "".join(source[first:last])
+        source = _source(_function(self.target))
+        body, at = source.body, self._place(source)
         start = body.rfind("\n", 0, at) + 1
         end = body.find("\n", at + len(self.old))
         end = end if end >= 0 else len(body)
         wrong = body[start:at] + self.new + body[at + len(self.old) : end]
         return inspect.cleandoc(body[start:end]), inspect.cleandoc(wrong)
 
-    def _place(self, function: FunctionType) -> int:
+    def _place(self, source: "_Source") -> int:
         """Position of the text in the function's source, its docstring left aside."""
-        source, first, last = _source(function)
-        body = "".join(source[first:last])
-        start, end = _docstring(body)
-        places = [
-            at for at in range(len(body)) if body.startswith(self.old, at) and not start <= at < end
-        ]
+        places = [at for at in _positions(source.body, self.old) if at not in source.docstring]
         if len(places) != 1 or self.old == self.new:
             raise PlantingError(
                 f"{self.old!r} must stand exactly once in {self.target} (and differ from what "
                 f"replaces it), but stands there {len(places)} times"
             )
         return places[0]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A function's source, and what stands around it in its module's statement.
+
+    Attributes:
+        body: the function's lines, its decorators first.
+        docstring: the positions in them that are its docstring's.
+        before: lines of the statement before them, such as those of the function's class.
+        after: lines of the statement after them.
+        outer: number of the module's lines before the statement.
+    """
+
+    body: str
+    docstring: range
+    before: str
+    after: str
+    outer: int
 
 
 @contextmanager
@@ -102,42 +111,67 @@ def planted(*edits: Edit) -> Iterator[None]:
     if len({id(function) for function, _ in codes}) < len(codes):
         raise PlantingError("edits must be of different functions: join those of one function")
     with ExitStack() as undo:
+        if any(edit.target.startswith("verification.") for edit in edits):
+            undo.enter_context(forgotten())
         for function, wrong in codes:
             undo.callback(setattr, function, "__code__", function.__code__)
             function.__code__ = wrong
         yield
 
 
-def _source(function: FunctionType) -> tuple[list[str], int, int]:
-    """Lines of its file, and where in them the function begins and ends."""
-    linecache.checkcache(function.__code__.co_filename)
-    first = function.__code__.co_firstlineno - 1
-    try:
-        lines, _ = inspect.findsource(function.__code__)
-        return lines, first, first + len(inspect.getblock(lines[first:]))
-    except (OSError, SyntaxError, tokenize.TokenError) as error:
-        raise PlantingError(
-            f"the source of {function.__qualname__} cannot be read: {error}"
-        ) from error
-
-
-def _docstring(body: str) -> tuple[int, int]:
-    """Begin and end of the docstring in a function's source; both 0 if there is none."""
-    plain = textwrap.dedent(body)
-    indent = len(body) - len(body.lstrip())
-    try:
-        node = ast.parse(plain).body[0]
-    except SyntaxError:
-        node = None
-    if not isinstance(node, ast.FunctionDef):
+def _source(function: FunctionType) -> _Source:
+    """The function's source as its file has it now."""
+    name, first = function.__code__.co_filename, function.__code__.co_firstlineno
+    linecache.checkcache(name)
+    lines = linecache.getlines(name, function.__globals__)
+    if not lines:
+        raise PlantingError(f"the source of {function.__qualname__} cannot be read")
+    found = _functions("".join(lines)).get(first)
+    if found is None or found[1].name != function.__code__.co_name:
         raise PlantingError("the source has changed since it was imported")
-    if ast.get_docstring(node) is None:
-        return 0, 0
-    string = node.body[0]
-    assert string.end_lineno is not None
-    lines = body.splitlines(keepends=True)
-    start = sum(len(line) for line in lines[: string.lineno - 1]) + string.col_offset + indent
-    return start, sum(len(line) for line in lines[: string.end_lineno])
+    outer, node = found
+    assert outer.end_lineno is not None
+    assert node.end_lineno is not None
+    start, end = _first(outer) - 1, outer.end_lineno
+    body = lines[first - 1 : node.end_lineno]
+    docstring = range(0)
+    if ast.get_docstring(node, clean=False) is not None:
+        string = node.body[0]
+        assert string.end_lineno is not None
+        above = body[: string.lineno - first]
+        through = body[: string.end_lineno - first + 1]
+        docstring = range(sum(map(len, above)) + string.col_offset, sum(map(len, through)))
+    before, after = lines[start : first - 1], lines[node.end_lineno : end]
+    return _Source("".join(body), docstring, "".join(before), "".join(after), start)
+
+
+@functools.lru_cache(maxsize=64)
+def _functions(text: str) -> dict[int, tuple[ast.stmt, ast.FunctionDef]]:
+    """Every function of a file by its first line, with the module's statement that it is in."""
+    try:
+        module = ast.parse(text)
+    except SyntaxError as error:
+        raise PlantingError(f"the source cannot be read: {error}") from error
+    return {
+        _first(node): (outer, node)
+        for outer in module.body
+        for node in ast.walk(outer)
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def _first(node: ast.stmt) -> int:
+    """Line on which a statement begins, its decorators included."""
+    decorators: list[ast.expr] = getattr(node, "decorator_list", [])
+    return min([node.lineno, *(each.lineno for each in decorators)])
+
+
+def _positions(text: str, piece: str) -> Iterator[int]:
+    """Wherever a piece of text stands, also where its copies overlap."""
+    at = text.find(piece)
+    while at >= 0:
+        yield at
+        at = text.find(piece, at + 1)
 
 
 def _function(target: str) -> FunctionType:

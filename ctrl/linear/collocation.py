@@ -77,9 +77,9 @@ class Trajectory:
         u = torch.where(self.covers(at), u, torch.nan)
         u = u[(..., *[None] * (self.coefficients.ndim - 2))]
         first, *others = self.coefficients[k].movedim(t.ndim, 0)
-        one, two = torch.zeros_like(first), torch.zeros_like(first)
+        one, two, double = torch.zeros_like(first), torch.zeros_like(first), 2 * u
         for coefficient in reversed(others):  # Clenshaw's recurrence
-            one, two = coefficient + 2 * u * one - two, one
+            one, two = coefficient + double * one - two, one
         return first + u * one - two
 
 

@@ -60,9 +60,10 @@ ROWS: tuple[tuple[tuple[str, str, str], ...], ...] = (
         (
             "problems and paths",
             "ctrl",
-            "sde problem policy squashed_policy memory exploration jumps stopping paths returns recorded "
-            "noise simulate solvers torchsde_solver estimate user_functions devices reused_memory "
-            "compiled_normals counter_normals drawn_ahead noise_sources time_homogeneity",
+            "sde problem policy squashed_policy memory exploration jumps stopping paths returns "
+            "recorded noise simulate solvers torchsde_solver estimate user_functions devices "
+            "reused_memory compiled_normals counter_normals drawn_ahead noise_sources "
+            "time_homogeneity",
         ),
     ),
 )

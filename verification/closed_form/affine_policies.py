@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from verification.answers import remembered
 from verification.closed_form import complex_steps
 from verification.closed_form.gaussian_law import Normal, Transition
 from verification.closed_form.linear_adapter import Sampler
@@ -84,6 +85,7 @@ class AffinePolicies:
             total = total + 0.5 * w * (mean @ mean + np.trace(D @ P @ D.T))
         return total
 
+    @remembered
     def fisher(self, theta: np.ndarray) -> np.ndarray:
         """F, [size, size]."""
         terms, dim = self.terms, self.dim
@@ -108,6 +110,7 @@ class AffinePolicies:
         reward = slope @ m - 0.5 * (m @ curvature @ m + np.trace(curvature @ P))
         return reward - kl_weight * self.path_kl(theta, np.zeros(self.size))
 
+    @remembered
     def gradient(
         self, theta: np.ndarray, curvature: np.ndarray, slope: np.ndarray, kl_weight: float
     ) -> np.ndarray:

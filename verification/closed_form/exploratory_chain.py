@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.polynomial import Polynomial
 
+from verification.answers import remembered
+
 
 @dataclass(frozen=True)
 class Feedback:
@@ -70,6 +72,7 @@ def reward(c: ExploratoryChain, policy: Feedback) -> Polynomial:
     return c.temperature * policy.entropy() - cost / 2
 
 
+@remembered
 def values(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> list[Polynomial]:
     """V of every node by backward recursion."""
     backward = [Polynomial([0, c.terminal_slope, -c.terminal_cost / 2])]
@@ -110,6 +113,7 @@ def state_laws(
     return laws
 
 
+@remembered
 def rates(c: ExploratoryChain, policy: Feedback, nodes: np.ndarray) -> np.ndarray:
     """q of every step, (E[e^{-discount h} V' | x, a] - V) / h + r, without the entropy.
 
@@ -187,6 +191,7 @@ def in_noise(rate: np.ndarray, behaviour: Feedback) -> list[Polynomial]:
     return [still, s * (rate[3] + rate[4] * x + 2 * rate[5] * m), s**2 * rate[5] * x**0]
 
 
+@remembered
 def moments_of_a_wrong_pair(
     c: ExploratoryChain,
     behaviour: Feedback,

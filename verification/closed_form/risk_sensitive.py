@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from verification.answers import remembered
 from verification.closed_form.extrapolation import extrapolated
 
 PULL, PUSH, DRIFT, NOISE = -0.4, 1.2, 0.3, 0.6
@@ -68,12 +69,14 @@ def drawn(std: float) -> float:
     return HORIZON * (TEMPERATURE * entropy - 0.5 * ACTION * std**2)
 
 
+@remembered
 def optimal(risk: float) -> np.ndarray:
     """S, e, c of the best value at time 0, entropy included."""
     value = extrapolated([backward(steps, risk, None) for steps in STEPS])
     return value + np.array([0.0, 0.0, drawn(math.sqrt(TEMPERATURE / ACTION))])
 
 
+@remembered
 def evaluated(risk: float, gain: float, offset: float, std: float) -> np.ndarray:
     """S, e, c of a policy's value at time 0."""
     value = extrapolated([backward(steps, risk, (gain, offset)) for steps in STEPS])

@@ -17,6 +17,7 @@ from functools import reduce
 import numpy as np
 from scipy.integrate import solve_ivp
 
+from verification.answers import remembered
 from verification.closed_form.gaussian_law import Normal, Transition
 from verification.closed_form.vp_gaussian import VPGaussian
 
@@ -113,6 +114,7 @@ def eta_transition(model: VPGaussian, s_from: float, s_to: float, eta: float) ->
     return Transition(F, model.noised(s_to).mean - F @ model.noised(s_from).mean, C)
 
 
+@remembered
 def shift_response(model: VPGaussian, eta: float) -> float:
     """Shift of the mean of one-dimensional data by score + 1, int F (1 + eta^2) / 2 beta ds.
 

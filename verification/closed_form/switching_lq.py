@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.integrate
 
+from verification.answers import remembered
+
 
 @dataclass(frozen=True)
 class Coefficients:
@@ -48,6 +50,17 @@ def of_time(time: float | np.ndarray) -> Coefficients:
     )  # fmt: skip
 
 
+def of_regimes(time: float) -> Coefficients:
+    """``REGIMES``, the same at any time."""
+    return REGIMES
+
+
+def of_one_regime(time: float) -> Coefficients:
+    """``of_time``, as a list of one regime."""
+    return of_time(np.array([time]))
+
+
+@remembered
 def values(
     at: Callable[[float], Coefficients], rates: np.ndarray, start: float, horizon: float
 ) -> np.ndarray:

@@ -41,8 +41,12 @@ def backwards(
     count = len(values)
     x = points(count, values)
     waves = torch.fft.fftfreq(count, 1 / count, dtype=values.dtype, device=values.device)
+    rules: dict[float, tuple[Tensor, Tensor]] = {}  # of steps that differ by more than round-off
     for t0, t1 in reversed(list(pairwise(nodes))):
-        noise, weights = draws((t1 - t0).reshape(1))
+        size = round(float(t1 - t0), 14)
+        if size not in rules:
+            rules[size] = draws((t1 - t0).reshape(1))
+        noise, weights = rules[size]
         where = x.repeat_interleave(len(weights))[:, None]
         next_states = after(t0, t1, where, noise.repeat(count, *[1] * (noise.ndim - 1))).detach()
         shifted = torch.exp(1j * (next_states - where).view(count, -1, 1) * waves)

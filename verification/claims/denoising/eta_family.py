@@ -57,7 +57,7 @@ def shift_kl(setting: Setting, eta: float) -> float:
 
 
 def checks(setting: Setting) -> Iterator[Check]:
-    """Chains at four values of eta against recursions and closed forms; the path KL of a shift."""
+    """Steps at four values of eta and the path KL of a shift; then chains of many steps."""
     nodes = torch.tensor(UNEVEN, dtype=torch.float64)
     levels = Nodes.of(MODEL, MODEL.horizon - np.array(UNEVEN))
     steps = [chain(setting, eta, nodes) for eta in ETAS]
@@ -85,6 +85,28 @@ def checks(setting: Setting) -> Iterator[Check]:
         "closed-form transition, each eta: noise", covariances_of_steps, [step.C for step in exact]
     )
 
+    noisy = ETAS[1:]
+    energy = float(SHIFT @ SHIFT) * float(levels.g2[:-1] @ -np.diff(levels.s))
+    costs = [(1 + eta**2) ** 2 / (8 * eta**2) * energy for eta in noisy]
+    yield pathwise("path KL of a shift, each eta", [shift_kl(setting, e) for e in noisy], costs)
+    exact_g2 = setting.tensor([MODEL.integrated_beta(FROM, TO)])
+    shift = setting.tensor(SHIFT)[None, None]
+    found_costs = [
+        denoising.path_kl_per_step(
+            shift, 0 * shift, exact_g2, factor=denoising.kl_factor(eta)
+        ).item()
+        for eta in noisy
+    ]
+    whole_step = float(SHIFT @ SHIFT) * MODEL.integrated_beta(FROM, TO)
+    costs = [(1 + eta**2) ** 2 / (8 * eta**2) * whole_step for eta in noisy]
+    yield pathwise("path KL of a shift, g^2 integrated exactly, each eta", found_costs, costs)
+    at_one = denoising.kl_factor(1.0)
+    yield bound(
+        "path KL is least at eta = 1",
+        [1.0] * 4 + [at_one],
+        [*map(denoising.kl_factor, (0.97, 1.03, 0.3, 1.7)), 1.0],
+    )
+
     start = MODEL.noised(MODEL.horizon)
     ends = [
         [
@@ -110,28 +132,6 @@ def checks(setting: Setting) -> Iterator[Check]:
     ideal_covariances = [extrapolated([step.of(ideal).covariance for step in one]) for one in ends]
     yield limit(
         name + "covariance", ideal_covariances, [step.of(ideal).covariance for step in exact]
-    )
-
-    noisy = ETAS[1:]
-    energy = float(SHIFT @ SHIFT) * float(levels.g2[:-1] @ -np.diff(levels.s))
-    costs = [(1 + eta**2) ** 2 / (8 * eta**2) * energy for eta in noisy]
-    yield pathwise("path KL of a shift, each eta", [shift_kl(setting, e) for e in noisy], costs)
-    exact_g2 = setting.tensor([MODEL.integrated_beta(FROM, TO)])
-    shift = setting.tensor(SHIFT)[None, None]
-    found_costs = [
-        denoising.path_kl_per_step(
-            shift, 0 * shift, exact_g2, factor=denoising.kl_factor(eta)
-        ).item()
-        for eta in noisy
-    ]
-    whole_step = float(SHIFT @ SHIFT) * MODEL.integrated_beta(FROM, TO)
-    costs = [(1 + eta**2) ** 2 / (8 * eta**2) * whole_step for eta in noisy]
-    yield pathwise("path KL of a shift, g^2 integrated exactly, each eta", found_costs, costs)
-    at_one = denoising.kl_factor(1.0)
-    yield bound(
-        "path KL is least at eta = 1",
-        [1.0] * 4 + [at_one],
-        [*map(denoising.kl_factor, (0.97, 1.03, 0.3, 1.7)), 1.0],
     )
 
 

@@ -80,6 +80,32 @@ def sampled(eta: float, shift: float) -> tuple[Normal, Normal]:
 def checks(setting: Setting) -> Iterator[Check]:
     """Responses in continuous time and of DDIM, against integrals and recursions in numpy."""
     ends = setting.tensor(1.0), setting.tensor(0.0)
+    laws = [sampled(eta, 0.7) for eta in ETAS]
+    name = "DDIM, six steps, score + c, each eta: "
+    yield expectation(name + "mean", [law.mean for law, _ in laws], [law.mean for _, law in laws])
+    yield expectation(
+        name + "variance",
+        [law.covariance for law, _ in laws],
+        [law.covariance for _, law in laws],
+    )
+
+    other_model = SHORT.with_data(OTHER)
+    # from the pretrained start they differ by what is remembered of it
+    steps = [
+        gaussian.transition(gaussian_data(setting, OTHER), vp_linear(SHORT), *ends, eta)
+        for eta in ETAS
+    ]
+    began = gaussian_data(setting, SHORT.noised(1.0))
+    unlike = [normal(step.after(began)) for step in steps]
+    exact = [
+        samplers.eta_transition(other_model, 1.0, 0.0, eta).of(SHORT.noised(1.0)) for eta in ETAS
+    ]
+    name = "the same from another start, each eta: "
+    yield pathwise(name + "mean", [law.mean for law in unlike], [law.mean for law in exact])
+    yield pathwise(
+        name + "variance", [law.covariance for law in unlike], [law.covariance for law in exact]
+    )
+
     for model, name in ((SHORT, "variance below 1"), (WIDE, "variance above 1")):
         variance, alpha = float(model.covariance[0, 0]), model.alpha(1.0)
         data = gaussian_data(setting, Normal(model.mean, model.covariance))
@@ -96,36 +122,11 @@ def checks(setting: Setting) -> Iterator[Check]:
         published = [response(setting, MODEL, eta, 100) for eta in (0.0, 1.0)]
         yield limit("published instance: response of ODE and SDE", published, [3.665, 1.240])
 
-    laws = [sampled(eta, 0.7) for eta in ETAS]
-    name = "DDIM, six steps, score + c, each eta: "
-    yield expectation(name + "mean", [law.mean for law, _ in laws], [law.mean for _, law in laws])
-    yield expectation(
-        name + "variance",
-        [law.covariance for law, _ in laws],
-        [law.covariance for _, law in laws],
-    )
-
-    other_model = SHORT.with_data(OTHER)
     reward = Quadratic(setting.tensor([[1.4]]), setting.tensor([0.6]), setting.tensor(0.2))
     played = [value(setting, other_model, eta, reward, 0.0, 16) for eta in ETAS]
     mean, variance = float(OTHER.mean[0]), float(OTHER.covariance[0, 0])
     exact = -0.7 * (mean**2 + variance) + 0.6 * mean + 0.2
     yield limit("score of a noised law: its mean reward, each eta", played, [exact] * 3)
-    # from the pretrained start instead, they differ by what is remembered of it
-    steps = [
-        gaussian.transition(gaussian_data(setting, OTHER), vp_linear(SHORT), *ends, eta)
-        for eta in ETAS
-    ]
-    began = gaussian_data(setting, SHORT.noised(1.0))
-    unlike = [normal(step.after(began)) for step in steps]
-    exact = [
-        samplers.eta_transition(other_model, 1.0, 0.0, eta).of(SHORT.noised(1.0)) for eta in ETAS
-    ]
-    name = "the same from another start, each eta: "
-    yield pathwise(name + "mean", [law.mean for law in unlike], [law.mean for law in exact])
-    yield pathwise(
-        name + "variance", [law.covariance for law in unlike], [law.covariance for law in exact]
-    )
 
 
 MISTAKES = """

@@ -52,18 +52,7 @@ def merton_value(t: Tensor, x: Tensor) -> Tensor:
 
 
 def checks(setting: Setting) -> Iterator[Check]:
-    """The generator, the law of a step, and the order."""
-    x = setting.tensor([[-0.4], [-0.1], [0.05], [0.2], [0.5]])
-    sde = merton_sde()
-    problem = ctrl.ControlProblem(sde, M.horizon, discount=M.rate)
-    for t in (0.0, 0.4):
-        value = merton_value(setting.tensor(t), x)
-        want = M.call(np.exp(x.numpy()[:, 0]), M.horizon - t)
-        yield pathwise(f"Merton's series at {t}", value, want)
-        q = ctrl.q_learning.q_rate(problem, merton_value, setting.tensor(t), x, 0 * x)
-        residual = pathwise(f"d_t V + L V - r V at {t}", q, 0 * q, M.intensity)
-        yield stated(residual, units=rounding(18 * 40))
-
+    """The marks, the law of a step and the order, and the generator."""
     few = setting.tensor([[-1.2], [-0.3], [0.4], [1.7]])
     for marks, want in (
         (NormalMarks(0.3, 0.7), 0.3 + 0.7 * few[:, 0].numpy()),
@@ -81,6 +70,17 @@ def checks(setting: Setting) -> Iterator[Check]:
                             for n in range(8)])  # fmt: skip
     counts = ctrl.jumps.poisson_counts(given, torch.full_like(given, 2.4))
     yield pathwise("numbers of jumps by their quantiles", counts, np.arange(8.0))
+
+    x = setting.tensor([[-0.4], [-0.1], [0.05], [0.2], [0.5]])
+    sde = merton_sde()
+    problem = ctrl.ControlProblem(sde, M.horizon, discount=M.rate)
+    for t in (0.0, 0.4):
+        value = merton_value(setting.tensor(t), x)
+        want = M.call(np.exp(x.numpy()[:, 0]), M.horizon - t)
+        yield pathwise(f"Merton's series at {t}", value, want)
+        q = ctrl.q_learning.q_rate(problem, merton_value, setting.tensor(t), x, 0 * x)
+        residual = pathwise(f"d_t V + L V - r V at {t}", q, 0 * q, M.intensity)
+        yield stated(residual, units=rounding(18 * 40))
 
     errors = []
     for steps in (1, 2, 4):

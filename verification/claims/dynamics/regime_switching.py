@@ -25,6 +25,7 @@ from verification.closed_form.switching_lq import (
     RATES,
     REGIMES,
     after_a_step,
+    of_regimes,
     values,
 )
 from verification.problems.switching_lq import AT, HORIZON, SLOPE, TIMES, flat, production
@@ -53,10 +54,18 @@ def switched(setting: Setting, h: float, i: int) -> Tensor:
 
 
 def checks(setting: Setting) -> Iterator[Check]:
-    """Coupled Riccati equations, the generator, and a step."""
+    """A step, coupled Riccati equations, and the generator."""
+    errors = []
+    for h in (0.02, 0.01):
+        got = switched(setting, h, 1)
+        yield expectation(f"law of the regime after {h}", got, after_a_step(h, 1))
+        generator = RATES - np.diag(RATES.sum(1))
+        errors.append(float(np.abs(got.numpy() - scipy.linalg.expm(h * generator)[1]).max()))
+    yield limit("order of the regime's law, locally", math.log2(errors[0] / errors[1]), 2.0)
+
     lq, rates = production(REGIMES), torch.as_tensor(RATES)
     solution = solve_lq_switching(lq, rates, TIMES)
-    want = values(lambda t: REGIMES, RATES, AT, HORIZON)
+    want = values(of_regimes, RATES, AT, HORIZON)
     t = setting.tensor(AT)
     yield limit("coupled Riccati equations", flat(solution.value_at(t)), want)
     problem = regimes.switching_problem(lq, rates, HORIZON)
@@ -66,22 +75,16 @@ def checks(setting: Setting) -> Iterator[Check]:
     def value(t: Tensor, states: Tensor) -> Tensor:
         return regimes.switching_value(solution, t, states)
 
+    states, shifts = torch.cat([regimes.join(x, i) for i in range(3)]), (0.0, 0.6)
+    best = policy.mean(t, states)
+    actions = torch.cat([best + shift for shift in shifts])
+    q_rates = q_rate(problem, value, t, states.repeat(2, 1), actions).view(2, 3, len(x))
     for i in range(3):
-        states = regimes.join(x, i)
-        best = policy.mean(t, states)
-        for shift in (0.0, 0.6):
-            q = q_rate(problem, value, t, states, best + shift)
+        for shift, q in zip(shifts, q_rates[:, i], strict=True):
             lost = -0.5 * REGIMES.N[i] * shift**2 + 0 * q
             yield stated(
                 pathwise(f"q {shift} from the best action of regime {i}", q, lost, 1.0), units=SLOPE
             )
-    errors = []
-    for h in (0.02, 0.01):
-        got = switched(setting, h, 1)
-        yield expectation(f"law of the regime after {h}", got, after_a_step(h, 1))
-        generator = RATES - np.diag(RATES.sum(1))
-        errors.append(float(np.abs(got.numpy() - scipy.linalg.expm(h * generator)[1]).max()))
-    yield limit("order of the regime's law, locally", math.log2(errors[0] / errors[1]), 2.0)
 
 
 MISTAKES = """

@@ -8,12 +8,14 @@ discount exp(-int discount dt).
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 import ctrl
 from ctrl.linear import TimeVarying, evaluate_lq, solve_lq
 from ctrl.q_learning import q_rate
 from verification.claim import Check, Setting, limit, pathwise, stated
 from verification.closed_form.switching_lq import (
+    of_one_regime,
     of_time,
     values,
 )
@@ -32,16 +34,16 @@ def checks(setting: Setting) -> Iterator[Check]:
     """Against scipy, and q of the best action."""
     lq, t = varying(), setting.tensor(AT)
     solution = solve_lq(lq, TIMES)
-    want = values(lambda s: of_time(np.array([s])), np.zeros((1, 1)), AT, HORIZON)
+    want = values(of_one_regime, np.zeros((1, 1)), AT, HORIZON)
     yield limit("Riccati equation of changing coefficients", flat(solution.value_at(t)), want)
     problem = lq.problem(HORIZON)
     x = setting.tensor([[-0.8], [0.3], [1.1]])
     best = solution.law_at(t).mean(x)
-    q = q_rate(problem, solution.value, t, x, best)
+    actions = torch.cat([best, best + 0.7])
+    q, other = q_rate(problem, solution.value, t, x.repeat(2, 1), actions).view(2, len(x))
     yield stated(pathwise("q of the best action", q, 0 * q, 1.0), units=SLOPE)
     W = float(of_time(AT).N - of_time(AT).D ** 2 * want[0, 0])
-    q = q_rate(problem, solution.value, t, x, best + 0.7)
-    yield stated(pathwise("q of another", q, -0.5 * W * 0.49 + 0 * q, 1.0), units=SLOPE)
+    yield stated(pathwise("q of another", other, -0.5 * W * 0.49 + 0 * q, 1.0), units=SLOPE)
     law = ctrl.linear.LinearGaussian(
         setting.tensor([[-0.5]]), setting.tensor([0.2]), setting.tensor([[0.0]])
     )

@@ -39,6 +39,15 @@ def numbers(law: LinearGaussian) -> exact.Law:
 
 def checks(setting: Setting) -> Iterator[Check]:
     """Discounted, over a horizon, at rest; and as the temperature vanishes."""
+    lq = exact.example()
+    whole = production(lq, setting)
+    paid = exact.exploration_cost(lq.temperature, 2, lq.discount, HORIZON)
+    said = ctrl.linear.cost_of_exploration(whole, HORIZON)
+    yield pathwise("over a horizon: cost_of_exploration", said, paid)
+    flat = ctrl.linear.cost_of_exploration(production(replace(lq, discount=0.0), setting), HORIZON)
+    want = exact.exploration_cost(lq.temperature, 2, 0.0, HORIZON)
+    yield pathwise("over a horizon, without discount: cost_of_exploration", flat, want)
+
     for number, lq in (
         ("two actions", exact.example()),
         ("one", exact.one_action(exact.example())),
@@ -79,20 +88,12 @@ def checks(setting: Setting) -> Iterator[Check]:
             lost = best.average_reward - plain.average_reward
             yield expectation("ergodic: average reward that the policy loses", lost, want)
 
-    lq = exact.example()
     times = torch.tensor([0.0, HORIZON], dtype=torch.float64, device=setting.device)
-    warm = production(lq, setting)
-    cold = classical(warm)
-    best, drawn = (ctrl.linear.solve_lq(each, times) for each in (cold, warm))
+    cold = classical(whole)
+    best, drawn = (ctrl.linear.solve_lq(each, times) for each in (cold, whole))
     plain = ctrl.linear.evaluate_lq(cold, drawn.law_at, times)
-    want = exact.exploration_cost(lq.temperature, 2, lq.discount, HORIZON)
     lost = best.value(times[0], x) - plain.value(times[0], x)
-    yield expectation("over a horizon: what the policy loses", lost, want * np.ones(2))
-    said = ctrl.linear.cost_of_exploration(warm, HORIZON)
-    yield pathwise("over a horizon: cost_of_exploration", said, want)
-    flat = ctrl.linear.cost_of_exploration(production(replace(lq, discount=0.0), setting), HORIZON)
-    want = exact.exploration_cost(lq.temperature, 2, 0.0, HORIZON)
-    yield pathwise("over a horizon, without discount: cost_of_exploration", flat, want)
+    yield expectation("over a horizon: what the policy loses", lost, paid * np.ones(2))
     mean_drawn, mean_best = (
         torch.cat([each.laws.gain[0].flatten(), each.laws.offset[0]]) for each in (drawn, best)
     )

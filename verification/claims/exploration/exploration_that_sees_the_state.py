@@ -78,13 +78,6 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield pathwise("entropy at every wealth", policy.entropy(t, x), exact.entropy(0.37, wealth))
     worth = q_rate(stated, value, t, x, a)
     yield pathwise("q-rate of V is lambda log pi", worth, exact.TEMPERATURE * density)
-    gibbs = gibbs_policy(stated, value, 1)
-    yield pathwise("Gibbs policy of V: mean", gibbs.mean(t, x)[:, 0], exact.share() * wealth)
-    yield pathwise(
-        "Gibbs policy of V: standard deviation",
-        gibbs.scale_at(t, gibbs.mean(t, x), x)[:, 0, 0],
-        exact.relative_std(0.37) * wealth,
-    )
     averaged = ctrl.exploratory_sde(stated.dynamics, policy)
     root = averaged.diffusion_at(t, x, policy.mean(t, x))
     assert isinstance(root, Tensor)
@@ -109,6 +102,14 @@ def checks(setting: Setting) -> Iterator[Check]:
         )
     ]
     yield pathwise("log-densities along the paths", log_probs(policy, paths), np.stack(along, 1))
+
+    gibbs = gibbs_policy(stated, value, 1)
+    yield pathwise("Gibbs policy of V: mean", gibbs.mean(t, x)[:, 0], exact.share() * wealth)
+    yield pathwise(
+        "Gibbs policy of V: standard deviation",
+        gibbs.scale_at(t, gibbs.mean(t, x), x)[:, 0, 0],
+        exact.relative_std(0.37) * wealth,
+    )
 
 
 MISTAKES = """

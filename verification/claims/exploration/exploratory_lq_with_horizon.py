@@ -36,32 +36,33 @@ def exact_flat(value: exact.Quadratic) -> np.ndarray:
 
 
 def checks(setting: Setting) -> Iterator[Check]:
-    """The optimum, the value of a policy, and the HJB equation."""
+    """The value of a policy, the optimum, and the HJB equation."""
     lq, still = exact.example(), exact.example(noise_moves=False)
     problem, times = production(lq, setting), _tensor([0.0, 0.37, HORIZON], setting)
+    x, law = _tensor(X, setting), production_law(LAW, setting)
+    policy_value = ctrl.linear.evaluate_lq(problem, law, times).value(times[0], x)
+    want = [exact.value_by_moments(lq, LAW, each, HORIZON) for each in X]
+    yield expectation("value of a policy, by the moments of its state", policy_value, want)
+
     solution = ctrl.linear.solve_lq(problem, times)
     got, want = flat(solution.value_at(times[1])), exact.riccati(lq, HORIZON - 0.37)
     yield expectation("optimal value, by scipy", got, exact_flat(want))
-    simple = ctrl.linear.solve_lq(production(still, setting), times)
-    got, want = flat(simple.value_at(times[0])), exact.riccati_by_exponential(still, HORIZON)
-    yield expectation("noise that nothing moves: by matrix exponentials", got, exact_flat(want))
-    want = exact.riccati(still, HORIZON)
-    yield expectation("noise that nothing moves: by scipy", got, exact_flat(want))
     end = flat(solution.value_at(times[-1]))
     yield pathwise("at the end V is the terminal reward", end, exact_flat((-lq.H, -lq.h, 0.0)))
 
     # every action, at any time: gam log pi = q
     policy, t = solution.policy(), _tensor(0.53, setting)
     assert not isinstance(policy, ctrl.DeterministicPolicy)  # the temperature is positive
-    x, a = _tensor(X, setting), _tensor(ACTIONS, setting)
+    a = _tensor(ACTIONS, setting)
     q = q_rate(problem.problem(HORIZON), solution.value, t, x, a)
     log_pi = lq.temperature * policy.log_prob(t, x, a)
     yield pathwise("HJB equation: q = gam log pi at any action", q, log_pi)
 
-    law = production_law(LAW, setting)
-    policy_value = ctrl.linear.evaluate_lq(problem, law, times).value(times[0], x)
-    want = [exact.value_by_moments(lq, LAW, each, HORIZON) for each in X]
-    yield expectation("value of a policy, by the moments of its state", policy_value, want)
+    simple = ctrl.linear.solve_lq(production(still, setting), times)
+    got, want = flat(simple.value_at(times[0])), exact.riccati_by_exponential(still, HORIZON)
+    yield expectation("noise that nothing moves: by matrix exponentials", got, exact_flat(want))
+    want = exact.riccati(still, HORIZON)
+    yield expectation("noise that nothing moves: by scipy", got, exact_flat(want))
 
 
 MISTAKES = """

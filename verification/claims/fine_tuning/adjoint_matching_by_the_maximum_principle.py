@@ -73,7 +73,7 @@ class Affine:
 def rolled_out(control: Affine) -> ctrl.Paths:
     """All paths of the chain under a control, with their weights."""
     grid = ctrl.TimeGrid(torch.as_tensor(exact.NODES))
-    noise = ctrl.noise.gauss_hermite(grid.steps, nodes=4, noise=(2,))
+    noise = ctrl.noise.gauss_hermite(grid.steps, nodes=3, noise=(2,))
     start = point_start(noise, exact.START.tolist())
     return ctrl.simulate(problem(), control.policy, start, grid, noise=noise)
 

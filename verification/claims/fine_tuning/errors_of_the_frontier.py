@@ -39,14 +39,8 @@ def expected(setting: Setting, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def checks(setting: Setting) -> Iterator[Check]:
-    """A coin's reward, over all outcomes; and many prompts alike."""
+    """Many prompts alike; and a coin's reward, over all outcomes."""
     chi_square = COIN.moment(PRICE, 2)
-    size = 0.5 * PRICE * chi_square
-    by_size = [n * np.array(expected(setting, n)) for n in SIZES]
-    bias, correction = 2 * by_size[1] - by_size[0]  # of c / n + d / n^2 + ..., times n, leaves c
-    for name, left in zip(("reward", "KL", "J*"), bias, strict=True):
-        yield limit(f"n times the bias of {name}", left, 0.0, scale=size)
-    yield limit("n times the correction of J*", correction[2], size)
     n, prompts = 100, 60
     shifts = np.linspace(-3, 3, prompts)[:, None]  # of rewards, which change no weight
     drawn = (np.arange(n) < COIN.probability * n) + shifts
@@ -56,6 +50,13 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield limit("standard error of J*", got.standard_error, error)
     skewness = COIN.moment(PRICE, 3) / chi_square**1.5
     yield limit("acceleration of J*", 6 * got.acceleration * np.sqrt(n * prompts), skewness)
+
+    size = 0.5 * PRICE * chi_square
+    by_size = [n * np.array(expected(setting, n)) for n in SIZES]
+    bias, correction = 2 * by_size[1] - by_size[0]  # of c / n + d / n^2 + ..., times n, leaves c
+    for name, left in zip(("reward", "KL", "J*"), bias, strict=True):
+        yield limit(f"n times the bias of {name}", left, 0.0, scale=size)
+    yield limit("n times the correction of J*", correction[2], size)
 
 
 MISTAKES = """

@@ -33,8 +33,26 @@ SOURCE = "linear equations of the moments and of the value (Fleming & Rishel, ch
 
 
 def checks(setting: Setting) -> Iterator[Check]:
-    """Performance and its gradients, the response to a shift, and the same on a chain."""
+    """The response to a shift, a chain's performance, then performance and its gradients."""
     gain, shift = setting.tensor(GAIN), setting.tensor(SHIFT)
+    at_one = VPGaussian(DATA.mean, np.diag([1.0, 0.38]), 2.0, 2.0)
+    for name, p in (("w 1.52 and .38", SHORT), ("w 1 and .38", at_one)):
+        data = normal(setting, Normal(p.mean, p.covariance))
+        G = gaussian.shift_response(data, schedule(p), setting.tensor(1.0), setting.tensor(0.0))
+        yield expectation(f"{name}: response to a shift, int F g^2", G, policies.response(p))
+
+    steps = linear_policy.Steps.of_euler(schedule(SHORT), setting.tensor(NOISING_TIMES), 0.7)
+    chain = linear_policy.chain(normal(setting, DATA), schedule(SHORT), steps, gain, shift)
+    running = linear_policy.kl_cost(KL_WEIGHT * steps.cost, gain, shift)
+    values = linear_policy.chain_values(chain, quadratic(setting, REWARD), running)
+    exact_chain = exact.euler_chain(SHORT, NOISING_TIMES, 0.7)
+    controls = [(step.score_gain * GAIN, step.score_gain * SHIFT) for step in exact_chain]
+    yield expectation(
+        "chain: J, against its moments",
+        values[0].expectation(normal(setting, START)),
+        exact.chain_performance(exact_chain, REWARD, KL_WEIGHT, controls, START),
+    )
+
     for eta in (1.0, 0.7):
         yield expectation(
             f"eta {eta}: J, against moments",
@@ -47,11 +65,6 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield expectation("gradient in the gain: int g^2 E[grad V X']", gradients[0], slopes[0])
     yield expectation("gradient in the shift: int g^2 E[grad V]", gradients[1], slopes[1])
 
-    at_one = VPGaussian(DATA.mean, np.diag([1.0, 0.38]), 2.0, 2.0)
-    for name, p in (("w 1.52 and .38", SHORT), ("w 1 and .38", at_one)):
-        data = normal(setting, Normal(p.mean, p.covariance))
-        G = gaussian.shift_response(data, schedule(p), setting.tensor(1.0), setting.tensor(0.0))
-        yield expectation(f"{name}: response to a shift, int F g^2", G, policies.response(p))
     none, G = torch.zeros_like(gain), policies.response(SHORT)
     law = SHORT.posterior(1.0).of(START)
     shifted_law = Normal(law.mean + G @ SHIFT, law.covariance)
@@ -60,18 +73,6 @@ def checks(setting: Setting) -> Iterator[Check]:
         "J of a shift: mean moved by G c, cost |c|^2 int g^2 / 2",
         performance(setting, none, shift),
         REWARD.expectation(shifted_law) - KL_WEIGHT * cost,
-    )
-
-    steps = linear_policy.Steps.of_euler(schedule(SHORT), setting.tensor(NOISING_TIMES), 0.7)
-    chain = linear_policy.chain(normal(setting, DATA), schedule(SHORT), steps, gain, shift)
-    running = linear_policy.kl_cost(KL_WEIGHT * steps.cost, gain, shift)
-    values = linear_policy.chain_values(chain, quadratic(setting, REWARD), running)
-    exact_chain = exact.euler_chain(SHORT, NOISING_TIMES, 0.7)
-    controls = [(step.score_gain * GAIN, step.score_gain * SHIFT) for step in exact_chain]
-    yield expectation(
-        "chain: J, against its moments",
-        values[0].expectation(normal(setting, START)),
-        exact.chain_performance(exact_chain, REWARD, KL_WEIGHT, controls, START),
     )
 
 

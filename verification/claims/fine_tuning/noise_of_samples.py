@@ -21,14 +21,13 @@ PRECISION = torch.float32
 
 def noises(setting: Setting, processes: int) -> Tensor:
     """Start and transition noise of two updates, [updates * samples, 1 + steps, dim]."""
+    each = [trainer(setting, process=Process(index, processes)) for index in range(processes)]
     by_update = []
     for update in (3, 4):
-        for index in range(processes):
-            made = trainer(setting, process=Process(index, processes))
+        for made in each:
             made.update = update
             with torch.no_grad():
-                sample = made.sample()
-            by_update.append(_of(sample))
+                by_update.append(_of(made.sample()))
     return torch.cat(by_update)
 
 

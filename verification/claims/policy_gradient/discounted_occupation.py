@@ -67,8 +67,10 @@ def gain(lq: exact.LQ, new: exact.Law, occupied: exact.Law, setting: Setting) ->
     rate = advantage(problem, old.value, policy)
     x, weights = states(lq, occupied)
     t, total = torch.zeros((), dtype=torch.float64), torch.zeros_like(weights)
-    for weight, a in drawn_actions(policy, t, policy.mean(t, x), 3):
-        total = total + weight * rate(x, a)
+    drawn = list(drawn_actions(policy, t, policy.mean(t, x), 3))
+    rates = rate(x.repeat(len(drawn), 1), torch.cat([a for _, a in drawn])).view(-1, len(x))
+    for (weight, _), each in zip(drawn, rates, strict=True):
+        total = total + weight * each
     return float(weights @ total) / lq.discount
 
 
@@ -84,8 +86,9 @@ def slope(lq: exact.LQ, setting: Setting) -> Tensor:
     t, total = torch.zeros((), dtype=torch.float64), torch.zeros_like(weights)
     with torch.no_grad():
         drawn = list(drawn_actions(policy, t, policy.mean(t, x), 4))
-    for weight, a in drawn:
-        total = total + weight * policy.log_prob(t, x, a) * rate(x, a).detach()
+    rates = rate(x.repeat(len(drawn), 1), torch.cat([a for _, a in drawn])).view(-1, len(x))
+    for (weight, a), each in zip(drawn, rates, strict=True):
+        total = total + weight * policy.log_prob(t, x, a) * each.detach()
     by_K, by_k, by_root = torch.autograd.grad(weights @ total / lq.discount, (K, k, root))
     rows, columns = torch.tril_indices(2, 2)
     return torch.cat([by_K.flatten(), by_k, by_root[rows, columns]])

@@ -59,6 +59,20 @@ def checks(setting: Setting) -> Iterator[Check]:
             tr.chi_square(L.square() * P, chi2, grid),
         )
 
+    gap, kl = gap_and_kl(setting, FREE, quadratic, 0.4, rule=2)
+    yield expectation("transport: equality from a point", bounds(FREE, 0.4, kl)[0], gap.abs())
+    # frequency = shift / noise^2 makes h proportional to the likelihood ratio
+    tilt = 0.7 * FREE.noise**2
+    gap, _ = gap_and_kl(setting, FREE, exponential, tilt, rule=8)
+    _, variance_of_reward = drift_shift.exponential_rate(FREE, 0.7, tilt, NODES, 0.0)
+    old, variance = drift_shift.laws(FREE, 0.0, NODES)
+    tilted_shift = drift_shift.laws(FREE, tilt, NODES)[0] - old
+    chi2 = drift_shift.shift_chi2(tilted_shift, np.maximum(variance, 1e-300))
+    exact_gap = drift_shift.exponential_gap(FREE, 0.7, tilt, NODES)
+    yield expectation("gap of an exponential reward, against its closed form", gap, exact_gap)
+    tight = tr.chi_square(setting.tensor(variance_of_reward), setting.tensor(chi2), grid)
+    yield expectation("chi-square: equality for an exponential reward", tight, gap)
+
     reward_gaps, exact, each = [], [], []
     for shift in SHIFTS:
         gap, kl = gap_and_kl(setting, PULLED, quadratic, shift, rule=2)
@@ -74,19 +88,6 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield expectation("Wasserstein: equality for a linear h", wasserstein, gaps.abs())
     by_square = torch.stack([g / s**2 for g, s in zip(transport, SHIFTS, strict=True)])
     yield expectation("transport is of second order", by_square[1:], by_square[:1].expand(2))
-    gap, kl = gap_and_kl(setting, FREE, quadratic, 0.4, rule=2)
-    yield expectation("transport: equality from a point", bounds(FREE, 0.4, kl)[0], gap.abs())
-    # frequency = shift / noise^2 makes h proportional to the likelihood ratio
-    tilt = 0.7 * FREE.noise**2
-    gap, _ = gap_and_kl(setting, FREE, exponential, tilt, rule=8)
-    _, variance_of_reward = drift_shift.exponential_rate(FREE, 0.7, tilt, NODES, 0.0)
-    old, variance = drift_shift.laws(FREE, 0.0, NODES)
-    tilted_shift = drift_shift.laws(FREE, tilt, NODES)[0] - old
-    chi2 = drift_shift.shift_chi2(tilted_shift, np.maximum(variance, 1e-300))
-    exact_gap = drift_shift.exponential_gap(FREE, 0.7, tilt, NODES)
-    yield expectation("gap of an exponential reward, against its closed form", gap, exact_gap)
-    tight = tr.chi_square(setting.tensor(variance_of_reward), setting.tensor(chi2), grid)
-    yield expectation("chi-square: equality for an exponential reward", tight, gap)
 
 
 MISTAKES = """

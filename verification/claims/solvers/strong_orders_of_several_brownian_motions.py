@@ -123,6 +123,16 @@ def half_area(h: float, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return w, h * (0.5 * w + math.sqrt(h / 12) * second)
 
 
+def _pairs(
+    setting: Setting, *cases: tuple[str, ctrl.Solver, ctrl.ControlledSDE, float]
+) -> Iterator[Check]:
+    """The order of each solver, from pairs of runs along one path."""
+    for name, solver, sde, order in cases:
+        errors = [difference(setting, solver, sde, steps) for steps in (8, 16, 32, 64)]
+        line = [(1 / steps, e) for steps, e in zip((8, 16, 32, 64), errors, strict=True)]
+        yield limit(f"{name}: local strong order", local_order(errors, 0.0), order, curve=line)
+
+
 def checks(setting: Setting) -> Iterator[Check]:
     """Orders of pairs of runs."""
     mixing = linear(setting, DRIFT, FIRST, SECOND)
@@ -130,17 +140,12 @@ def checks(setting: Setting) -> Iterator[Check]:
     additive = linear(setting, RESTORING, SHIFT)
     b = setting.tensor(SECOND)
     single = ctrl.ControlledSDE(mixing.drift, lambda t, x: x @ b.T, noise="scalar")
-    cases = [
-        ("Heun, noises that commute", ctrl.Heun(), commuting.to_stratonovich(), 1.0),
-        ("Heun, noises that do not", ctrl.Heun(), mixing.to_stratonovich(), 0.5),
+    yield from _pairs(
+        setting,
         ("EulerMaruyama, noises that commute", ctrl.EulerMaruyama(), commuting, 0.5),
         ("EulerMaruyama, additive noise", ctrl.EulerMaruyama(), additive, 1.0),
         ("Milstein, one noise for all coordinates", ctrl.Milstein(), single, 1.0),
-    ]
-    for name, solver, sde, order in cases:
-        errors = [difference(setting, solver, sde, steps) for steps in (8, 16, 32, 64)]
-        line = [(1 / steps, e) for steps, e in zip((8, 16, 32, 64), errors, strict=True)]
-        yield limit(f"{name}: local strong order", local_order(errors, 0.0), order, curve=line)
+    )
     a, c = setting.tensor(RESTORING), setting.tensor(STRETCH)
     sde = ctrl.ControlledSDE(lambda t, x, _: x @ a.T, lambda t, x: x @ c.T, noise="scalar")
     for own, order in ((True, 1.5), (False, 1.0)):
@@ -149,6 +154,11 @@ def checks(setting: Setting) -> Iterator[Check]:
         line = [(1 / steps, e) for steps, e in zip((8, 16, 32, 64), errors, strict=True)]
         strong_order = local_order(errors, 0.0)
         yield limit(f"srk, {name}: local strong order", strong_order, order, curve=line)
+    yield from _pairs(
+        setting,
+        ("Heun, noises that commute", ctrl.Heun(), commuting.to_stratonovich(), 1.0),
+        ("Heun, noises that do not", ctrl.Heun(), mixing.to_stratonovich(), 0.5),
+    )
 
 
 MISTAKES = """

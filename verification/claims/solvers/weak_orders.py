@@ -19,7 +19,7 @@ from verification.problems.solver_orders import ITO, C, curve, means
 SOURCE = "Kloeden & Platen, Numerical Solution of SDEs, sections 4.9, 14.1"
 WHY_DOUBLE = "orders are read off differences of errors, which float32's round-off covers"
 
-OURS = {"EulerMaruyama": ctrl.EulerMaruyama(), "Milstein": ctrl.Milstein(), "Heun": ctrl.Heun()}
+OURS = {"EulerMaruyama": ctrl.EulerMaruyama(), "Heun": ctrl.Heun(), "Milstein": ctrl.Milstein()}
 
 
 def checks(setting: Setting) -> Iterator[Check]:

@@ -42,11 +42,11 @@ MEAN, ROOT = np.array([0.35, -0.6]), np.array([[0.5, 0.0], [-0.2, 0.4]])
 
 def value(t: Tensor, x: Tensor) -> Tensor:
     """A quadratic whose coefficients are linear in time."""
-    S, e, c = (
-        x.new_tensor(now) + (t - TIME) * x.new_tensor(slope)
-        for now, slope in zip(VALUE, SLOPE, strict=True)
+    now, slope = (
+        x.new_tensor(np.concatenate([np.ravel(each) for each in part])) for part in (VALUE, SLOPE)
     )
-    return (x * (0.5 * x @ S + e)).sum(-1) + c
+    S, e, c = (now + (t - TIME) * slope).split([4, 2, 1])
+    return (x * (0.5 * x @ S.view(2, 2) + e)).sum(-1) + c
 
 
 def cubic(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
@@ -69,9 +69,11 @@ def over_actions(rate: QRate, t: Tensor, x: Tensor, grid: ActionGrid) -> Tensor:
 
 def regularised(rate: QRate, policy: RandomPolicy, gam: float, t: Tensor, x: Tensor) -> Tensor:
     """E_pi[q - gam log pi] at every x, by production's rule over actions."""
+    drawn = list(drawn_actions(policy, t, policy.mean(t, x), 3))
+    rates = rate(t, x.repeat(len(drawn), 1), torch.cat([a for _, a in drawn])).view(-1, len(x))
     average = torch.zeros_like(x[:, 0])
-    for weight, a in drawn_actions(policy, t, policy.mean(t, x), 3):
-        average = average + weight * (rate(t, x, a) - gam * policy.log_prob(t, x, a))
+    for (weight, a), drawn_rate in zip(drawn, rates, strict=True):
+        average = average + weight * (drawn_rate - gam * policy.log_prob(t, x, a))
     return average
 
 
@@ -86,46 +88,11 @@ def checks(setting: Setting) -> Iterator[Check]:
     def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         return q_rate(problem, value, t, x, a)
 
-    policy = gibbs_policy(problem, value, 2, x[0])
-    means = np.stack([each.mean for each in brute])
-    at_x, scale = policy.mean(t, x), policy.scale_at(t, x)  # its Hessians, once
-    policy = ctrl.MultivariateGaussianPolicy(lambda t, x: at_x, scale)
-    yield pathwise("mean, by sums over actions", at_x, means)
-    yield pathwise("covariance, by sums over actions", scale @ scale.T, brute[1].covariance)
-    excess = [
-        exact_q_rate(lq, VALUE, SLOPE, *each) - top
-        for *each, top in zip(X, ACTIONS, best, strict=True)
-    ]
-    log_pi = gam * policy.log_prob(t, x, a)
-    yield pathwise("gam log pi = q - gam log int exp(q/gam), at any action", log_pi, excess)
-
-    grid = action_grid()
-    grid_maximum, mass = bellman.gibbs(grid.weights, gam)(over_actions(rate, t, x, grid))
-    formula = [soft_maximum(lq, VALUE, SLOPE, each) for each in X]
-    yield pathwise("soft maximum, on a grid: by completing the square", grid_maximum, formula)
-    yield pathwise("soft maximum, on a grid: by brute force", grid_maximum, best)
-    mean, std = grid.moments(mass)
-    stds = np.stack([np.sqrt(np.diag(each.covariance)) for each in brute])
-    moments = torch.cat([mean, std])
-    yield pathwise("the policy on a grid: its moments", moments, np.concatenate([means, stds]))
-
-    own = regularised(rate, policy, gam, t, x)
-    yield expectation("the Gibbs policy attains the soft maximum", own, best)
     root = setting.tensor(ROOT)
     other = ctrl.MultivariateGaussianPolicy(lambda t, x: 0.4 * x + setting.tensor(MEAN), root)
-    missed = regularised(rate, other, gam, t, x) + gam * ctrl.policy_kl(other, policy, t, x)
-    yield expectation("another policy misses it by gam KL", missed, best)
-
-    solution = ctrl.linear.solve_lq(
-        production(lq, setting), torch.tensor([0.0, 0.9], dtype=torch.float64)
-    )
-
-    def optimal(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
-        return q_rate(problem, solution.value, t, x, a)
-
-    for name, q in (("q* of the optimum", optimal), ("GibbsQ", GibbsQ(other, gam))):
-        total = grid.weights @ (over_actions(q, t, x, grid).double() / gam).exp()
-        yield expectation(f"int exp(q/gam) da = 1: {name}", total, np.ones(2))
+    grid = action_grid()
+    total = grid.weights @ (over_actions(GibbsQ(other, gam), t, x, grid).double() / gam).exp()
+    yield expectation("int exp(q/gam) da = 1: GibbsQ", total, np.ones(2))
 
     centred = ConsistentQ(cubic, other, gam)
     left = []
@@ -139,6 +106,43 @@ def checks(setting: Setting) -> Iterator[Check]:
 
         left.append(exact.gaussian_mean(middle, ROOT, excess_rate))
     yield expectation("E_pi[q - gam log pi] = 0: ConsistentQ of a cubic", left, [0.0, 0.0], 1.0)
+
+    grid_maximum, mass = bellman.gibbs(grid.weights, gam)(over_actions(rate, t, x, grid))
+    formula = [soft_maximum(lq, VALUE, SLOPE, each) for each in X]
+    yield pathwise("soft maximum, on a grid: by completing the square", grid_maximum, formula)
+    yield pathwise("soft maximum, on a grid: by brute force", grid_maximum, best)
+    mean, std = grid.moments(mass)
+    means = np.stack([each.mean for each in brute])
+    stds = np.stack([np.sqrt(np.diag(each.covariance)) for each in brute])
+    moments = torch.cat([mean, std])
+    yield pathwise("the policy on a grid: its moments", moments, np.concatenate([means, stds]))
+
+    policy = gibbs_policy(problem, value, 2, x[0])
+    at_x, scale = policy.mean(t, x), policy.scale_at(t, x)  # its Hessians, once
+    policy = ctrl.MultivariateGaussianPolicy(lambda t, x: at_x, scale)
+    yield pathwise("mean, by sums over actions", at_x, means)
+    yield pathwise("covariance, by sums over actions", scale @ scale.T, brute[1].covariance)
+    excess = [
+        exact_q_rate(lq, VALUE, SLOPE, *each) - top
+        for *each, top in zip(X, ACTIONS, best, strict=True)
+    ]
+    log_pi = gam * policy.log_prob(t, x, a)
+    yield pathwise("gam log pi = q - gam log int exp(q/gam), at any action", log_pi, excess)
+
+    own = regularised(rate, policy, gam, t, x)
+    yield expectation("the Gibbs policy attains the soft maximum", own, best)
+    missed = regularised(rate, other, gam, t, x) + gam * ctrl.policy_kl(other, policy, t, x)
+    yield expectation("another policy misses it by gam KL", missed, best)
+
+    solution = ctrl.linear.solve_lq(
+        production(lq, setting), torch.tensor([0.0, 0.9], dtype=torch.float64)
+    )
+
+    def optimal(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        return q_rate(problem, solution.value, t, x, a)
+
+    total = grid.weights @ (over_actions(optimal, t, x, grid).double() / gam).exp()
+    yield expectation("int exp(q/gam) da = 1: q* of the optimum", total, np.ones(2))
 
 
 MISTAKES = """

@@ -103,8 +103,8 @@ def checks(setting: Setting) -> Iterator[Check]:
     axes = (Axis(-5.0, 5.0, 41),)
     S, e, c = exact.riccati(lq, HORIZON)
     methods: tuple[tuple[str, Literal[1, 2], tuple[int, ...]], ...] = (
-        ("Euler", 1, (16, 32, 64)),
         ("differentiation", 2, (8, 16, 32)),
+        ("Euler", 1, (16, 32, 64)),
     )
     for name, method, counts in methods:
         rows = []

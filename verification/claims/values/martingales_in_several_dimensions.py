@@ -105,10 +105,9 @@ def checks(setting: Setting) -> Iterator[Check]:
     xi = mg.features_along(monomials)
     zero = mean(mg.orthogonality(xi, value, stated, paths, chosen), paths).detach()
     yield expectation("E int xi dM = 0 of the chain's own value", zero, [0.0] * 6, size)
-    fitted = mg.clstd(of_each_node, stated, paths, chosen).coefficients
-    first, (P1, e1, c1), _ = lq.chain_value(P, THETA, NODES)
-    there = [first(np.array(P.start)), c1, *e1, P1[0, 0] / 2, P1[0, 1], P1[1, 1] / 2]
-    yield expectation("CLSTD finds the chain's value", fitted, there)
+    smooth = quadratic(setting, lq.value)
+    exact = np.stack([lq.q_rate(P, t, x, a) for _, t, _, x, a in along(other)], 1)
+    yield pathwise("q of every action", ql.q_rates(stated, smooth, other), exact)
 
     # a value that is wrong, and the direction x1 x2 in which losses are differentiated
     error = setting.tensor(0.0).requires_grad_()
@@ -138,10 +137,12 @@ def checks(setting: Setting) -> Iterator[Check]:
         wanted = -float(paths.weights.double().cpu().numpy() @ slopes.sum(1))
         yield expectation(f"{name}: the slope of its loss", got, wanted)
 
+    fitted = mg.clstd(of_each_node, stated, paths, chosen).coefficients
+    first, (P1, e1, c1), _ = lq.chain_value(P, THETA, NODES)
+    there = [first(np.array(P.start)), c1, *e1, P1[0, 0] / 2, P1[0, 1], P1[1, 1] / 2]
+    yield expectation("CLSTD finds the chain's value", fitted, there)
+
     # q, of the value in continuous time and of the chain
-    smooth = quadratic(setting, lq.value)
-    exact = np.stack([lq.q_rate(P, t, x, a) for _, t, _, x, a in along(other)], 1)
-    yield pathwise("q of every action", ql.q_rates(stated, smooth, other), exact)
     log_prob = np.stack([lq.log_density(THETA, x, a) for _, _, _, x, a in along(paths)], 1)
     beyond = ql.q_rates(stated, smooth, paths) - P.temperature * setting.tensor(log_prob)
     zero = mean(torch.cat([beyond, beyond * paths.states[:, :-1, 0]], 1), paths)

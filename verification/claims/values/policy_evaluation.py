@@ -139,11 +139,11 @@ def checks(setting: Setting) -> Iterator[Check]:
     """Roots of production losses: exactly the recursion's on four steps, and their limits."""
     nodes = np.array(UNEVEN)
     paths, known = sampled(E, setting.tensor(UNEVEN)), exact.chain(E, nodes, FORGETS)
+    got = mg.clstd(features, problem(E), paths, base=base(E)).coefficients
+    yield expectation("CLSTD: on four steps, by recursion", got, known["CTD(0)"])
     for method, loss in losses(E, paths, FORGETS).items():
         got = root(loss, paths, features, base(E))
         yield expectation(f"{method}: root on four steps, by recursion", got, known[method])
-    got = mg.clstd(features, problem(E), paths, base=base(E)).coefficients
-    yield expectation("CLSTD: on four steps, by recursion", got, known["CTD(0)"])
     # lambda = 1: no root is needed, path by path
     plain = sampled(PLAIN, setting.tensor(UNEVEN))
     whole = gradients(lambda v: mg.martingale_loss(v, problem(PLAIN), plain), plain)

@@ -154,24 +154,6 @@ def checks(setting: Setting) -> Iterator[Check]:
     def off_q(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         return q(t, x, a) + quadratic(rate_error, x, a)
 
-    for kind, behaviour in ALONG.items():
-        paths, xi = sampled(setting, behaviour), basis(behaviour)
-        moments = mean(ql.orthogonality(xi, value, q, problem(), paths), paths)
-        for name, moment in zip(NAMES, moments, strict=True):
-            yield expectation(f"{kind}: E int xi dM = 0, xi = {name}", moment, 0.0, size)
-        orthogonality = mean(ql.orthogonality(xi, off_value, off_q, problem(), paths), paths)
-        rates = np.tile(RATE_ERROR, (len(nodes) - 1, 1))
-        known = exact.moments_of_a_wrong_pair(C, behaviour, nodes, ERROR, rates)
-        yield expectation(
-            f"{kind}: E int xi dM of a wrong pair has its known size", orthogonality, known
-        )
-        rests = root(
-            lambda v, r, p=paths: ql.orthogonality_loss(v, r, problem(), p), value, q, paths
-        )
-        yield expectation(
-            f"{kind}: the orthogonality loss rests at the pair", rests, [1.0, 1.0, 0.0, 0.0]
-        )
-
     # the constraint, which the martingale condition does not imply
     on, off = sampled(setting), sampled(setting, BEHAVIOUR)
     held = ql.ConsistentQ(q, gaussian(POLICY), C.temperature, nodes=3)
@@ -189,6 +171,24 @@ def checks(setting: Setting) -> Iterator[Check]:
     yield pathwise("M_T - M_0, against what was earned", whole, left_over(off, off_value, off_q))
     shifted = ql.increments(off_value, off_q, problem(), off, 0.1)
     yield pathwise("an average reward", dm - shifted, 0.1 * off.grid.nodes.diff().expand_as(dm))
+
+    for kind, behaviour in ALONG.items():
+        paths, xi = sampled(setting, behaviour), basis(behaviour)
+        moments = mean(ql.orthogonality(xi, value, q, problem(), paths), paths)
+        for name, moment in zip(NAMES, moments, strict=True):
+            yield expectation(f"{kind}: E int xi dM = 0, xi = {name}", moment, 0.0, size)
+        orthogonality = mean(ql.orthogonality(xi, off_value, off_q, problem(), paths), paths)
+        rates = np.tile(RATE_ERROR, (len(nodes) - 1, 1))
+        known = exact.moments_of_a_wrong_pair(C, behaviour, nodes, ERROR, rates)
+        yield expectation(
+            f"{kind}: E int xi dM of a wrong pair has its known size", orthogonality, known
+        )
+        rests = root(
+            lambda v, r, p=paths: ql.orthogonality_loss(v, r, problem(), p), value, q, paths
+        )
+        yield expectation(
+            f"{kind}: the orthogonality loss rests at the pair", rests, [1.0, 1.0, 0.0, 0.0]
+        )
 
     # what half of the test functions cannot see
     beyond = exact.rates(C, POLICY, nodes) - exact.entropy_rate(C, POLICY)

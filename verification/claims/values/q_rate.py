@@ -132,8 +132,8 @@ def checks(setting: Setting) -> Iterator[Check]:
         return np.array([*(gain * flat[0] + offset), std])
 
     for name, j, curvature, slope in (
-        ("the optimum", value, k2, k1),
         ("any J", moving, 2 * LEVEL[2], LEVEL[1]),
+        ("the optimum", value, k2, k1),
     ):
         better = ql.gibbs_policy(endless(LQ), j, 1, x[0])
         got = torch.cat([better.mean(t, x)[:, 0], better.scale_at(t, x)[:, 0]])

@@ -96,26 +96,8 @@ def alone(paths: ctrl.Paths, one: Episode, i: int) -> tuple[Tensor, Tensor]:
 
 
 def checks(setting: Setting) -> Iterator[Check]:
-    """Exact expectations on quadrature paths; a limit for continuous time."""
-    pools = [recorded(setting, nodes) for nodes in exact.GRIDS]
-    episodes = [one for pool, _ in pools for one in pool]
-    weights = torch.cat([0.5 * weight for _, weight in pools])
-    paths = replace(paths_of(episodes), weights=weights / weights.sum())
-    stated = problem(float(exact.GRIDS[0][-1]), known=False)
+    """A limit for continuous time; exact expectations on quadrature paths."""
     target, behaviour = policy(exact.TARGET), policy(exact.BEHAVIOUR)
-    each = importance_sampled_returns(stated, target, behaviour, paths)
-    want = float(np.mean([exact.on_grid(nodes) for nodes in exact.GRIDS]))
-    yield expectation("return of the target, by ratios", mean(each, paths), want)
-    again = importance_sampled_returns(stated, behaviour, behaviour, paths)
-    own = ctrl.returns_to_go(stated, paths, behaviour)[:, 0]
-    yield pathwise("ratios are 1 on-policy: the return itself", again, own)
-    ends = len(pools[0][0]), len(episodes) - 1
-    few = paths_of([episodes[i] for i in (0, *ends)])
-    got, by_itself = zip(
-        *[alone(few, episodes[i], j) for j, i in enumerate((0, *ends))], strict=True
-    )
-    yield pathwise("episodes count as alone", torch.stack(got), torch.stack(by_itself))
-
     endless, roots = problem(math.inf, known=False), list[Tensor]()
     for h in STEPS:
         solved = evaluate(
@@ -131,6 +113,24 @@ def checks(setting: Setting) -> Iterator[Check]:
         roots = [(2**order * b - a) / (2**order - 1) for a, b in itertools.pairwise(roots)]
     curve = list(zip(STEPS, errors, strict=True))
     yield limit("V and q of the target as steps vanish", roots[0], exact.without_end(), curve=curve)
+
+    pools = [recorded(setting, nodes) for nodes in exact.GRIDS]
+    episodes = [one for pool, _ in pools for one in pool]
+    weights = torch.cat([0.5 * weight for _, weight in pools])
+    paths = replace(paths_of(episodes), weights=weights / weights.sum())
+    stated = problem(float(exact.GRIDS[0][-1]), known=False)
+    each = importance_sampled_returns(stated, target, behaviour, paths)
+    want = float(np.mean([exact.on_grid(nodes) for nodes in exact.GRIDS]))
+    yield expectation("return of the target, by ratios", mean(each, paths), want)
+    again = importance_sampled_returns(stated, behaviour, behaviour, paths)
+    own = ctrl.returns_to_go(stated, paths, behaviour)[:, 0]
+    yield pathwise("ratios are 1 on-policy: the return itself", again, own)
+    ends = len(pools[0][0]), len(episodes) - 1
+    few = paths_of([episodes[i] for i in (0, *ends)])
+    got, by_itself = zip(
+        *[alone(few, episodes[i], j) for j, i in enumerate((0, *ends))], strict=True
+    )
+    yield pathwise("episodes count as alone", torch.stack(got), torch.stack(by_itself))
 
 
 MISTAKES = """
