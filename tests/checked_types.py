@@ -39,6 +39,10 @@ def _checks_of(function: Any) -> Callable[..., Any]:
         return _CHECKER(function)
     hints = function.__annotations__
     key = (function.__code__, *hints, *map(_hint, hints.values()))
+    try:
+        hash(key)
+    except TypeError:  # of the arguments of a ParamSpec
+        return _CHECKER(function)
     if key not in _WRAPPERS:
         cells = tuple(types.CellType() for _ in function.__closure__)  # keep nothing alive
         stand_in = types.FunctionType(

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 import jaxtyping
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor
 import ctrl
 from tests import checked_types
 
+P = ParamSpec("P")
 ours = checked_types.jaxtyped(typechecker=beartype)
 theirs = checked_types._THEIRS(typechecker=beartype)
 
@@ -177,6 +178,19 @@ def test_functions_made_anew_return_their_own_and_are_checked_by_their_own_hints
     with pytest.raises(TypeCheckError):
         words(zeros(3), 1)
     assert inspect.unwrap(one) is not inspect.unwrap(made(zeros(3)))
+
+
+def test_functions_of_any_arguments_may_be_made_anew():
+    def counted(call: Callable[P, int]) -> Callable[P, int]:
+        @ours
+        def inner(*args: P.args, **kwargs: P.kwargs) -> int:
+            return call(*args, **kwargs)
+
+        return inner
+
+    assert counted(len)([1, 2]) == 2
+    with pytest.raises(TypeCheckError):
+        counted(str)(3)  # pyright: ignore[reportArgumentType]  # wrong
 
 
 def test_functions_made_anew_are_checked_by_code_made_once_that_keeps_none_alive():
