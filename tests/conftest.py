@@ -4,8 +4,14 @@ import hashlib
 import os
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
+
+from tests import checked_types
+
+# Before any package is imported whose functions the import hook decorates.
+jaxtyping.jaxtyped = checked_types.jaxtyped
 
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
 hypothesis.settings.register_profile(
@@ -26,6 +32,9 @@ DEAREST = [
     "tests/benchmarks/test_faults.py",
     "tests/benchmarks/test_fault_processes.py",
     "tests/diffusion_envs/training/test_sharded.py",
+    "tests/diffusion_envs/training/test_several_processes.py",
+    "tests/docs/test_blocks.py",
+    "tests/diffusion_envs/sd15/test_command_line.py",
     "tests/diffusion_envs/runs/test_servers_that_die.py",
     "tests/diffusion_envs/training/test_control.py",
     "tests/ctrl/test_examples.py",

@@ -154,6 +154,7 @@ SMALL = dataclasses.replace(
 )
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_figure_one_is_made_in_small_and_goes_on_from_what_is_there(tmp_path, monkeypatch):
     made = one.run(SMALL, tmp_path, 2)
     write(made, 1, tmp_path)
@@ -261,6 +262,7 @@ def test_the_excess_is_unbiased_where_the_value_is_estimated(generator):
     assert abs(float(excess.mean()) - 0.25) < 5 * error
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_figure_two_is_made_in_small_and_goes_on_from_what_is_there(tmp_path, monkeypatch):
     made = two.run(FEW, tmp_path, 2)
     write(made, 2, tmp_path)

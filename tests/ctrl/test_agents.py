@@ -297,7 +297,7 @@ def test_online_agents_refuse_what_changes_in_time(method, place, period):
 
 
 @pytest.mark.parametrize("method", ["actor-critic", "q-learning"])
-def test_online_agents_approach_the_ergodic_optimum(method):
+def test_online_agents_approach_the_ergodic_optimum(method, as_users_run_it):
     """A short run of benchmarks/ergodic_lq.py, whose long ones docs/ergodic_lq.md reports."""
     from benchmarks import ergodic_lq
 

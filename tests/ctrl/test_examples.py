@@ -6,7 +6,7 @@ from pathlib import Path
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_problem.py"
 
 
-def test_the_example_learns_what_it_says(capsys):
+def test_the_example_learns_what_it_says(capsys, as_users_run_it):
     before, after, optimum = runpy.run_path(str(EXAMPLE))["main"]()
     capsys.readouterr()
     # seeded; 95 % of the way, of which a grid of 20 steps alone keeps half a per cent

@@ -675,7 +675,7 @@ def inputs(lq: LinearQuadratic) -> list[Tensor]:
     return [getattr(lq, name).clone().requires_grad_() for name in NAMES]
 
 
-def test_derivatives_of_a_finite_horizon_in_everything():
+def test_derivatives_of_a_finite_horizon_in_everything(as_users_run_it):
     def solve(t, x, times, *values):
         solution = linear.solve_lq(rebuilt(*values), times)
         law = solution.law_at(t)
@@ -701,7 +701,7 @@ def test_derivatives_of_a_policys_value_in_the_policy():
     assert torch.autograd.gradcheck(evaluate, [each.requires_grad_() for each in parameters])
 
 
-def test_derivatives_of_stationary_solutions_in_everything():
+def test_derivatives_of_stationary_solutions_in_everything(as_users_run_it):
     def discounted(*values):
         solution = linear.solve_lq_discounted(rebuilt(*values))
         return solution.quadratic.hessian, solution.value(tensor(0.0), x), solution.law.gain

@@ -355,7 +355,7 @@ def test_it_resumes_to_the_same_numbers(kind):
         (ContinuousDxMIReleasedFromData, 24, 0.6),
     ],
 )
-def test_samples_come_to_look_like_the_data(kind, updates, left):
+def test_samples_come_to_look_like_the_data(kind, updates, left, as_users_run_it):
     """Gaussian data whose mean is 1 away from where the pretrained model draws.
 
     Nothing holds the policies back. At as few as four steps only DxMI comes to rest: the variants

@@ -115,6 +115,7 @@ def test_all_weights_are_held_six_times_and_read_back_at_the_end():
         assert sharded.phases[phase] > sum(sharded.held.values()) + whole, phase
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize("objective", ["DDPO", "ScoreAsAction"])
 def test_the_peak_of_an_update_is_that_of_one_that_is_metered(objective):
     """The real update, with every tensor counted: the same but for single rows of a loss.
@@ -137,7 +138,7 @@ def test_the_peak_of_an_update_is_that_of_one_that_is_metered(objective):
     assert cost.calls == model.calls // 2 // 2  # of two updates, with two branches of guidance
 
 
-def test_larger_states_are_told_from_smaller_ones():
+def test_larger_states_are_told_from_smaller_ones(as_users_run_it):
     """The rehearsal with few numbers a state says what one with all of them says."""
     model = StableDiffusion("tiny").load(device=META, batch=4, seed=0)
 
@@ -186,18 +187,19 @@ def test_seconds_are_those_of_every_call_and_grow_with_them():
 # -- refusals --------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_what_cannot_fit_is_refused_with_the_largest_part_and_a_remedy(monkeypatch, capsys):
-    monkeypatch.setattr(estimate, "available", lambda kind: 10 * 2**20)
     words = ["--estimate", "--samples", "4", "--steps", "2", "--device", "cpu"]
     words += ["--reward", "red", "--evaluation-samples", "2", "--objective", "ddpo"]
-    assert command_line.main(FAMILY, words) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(estimate, "available", lambda kind: 10 * 2**20)
+        assert command_line.main(FAMILY, words) == 1
     out, err = capsys.readouterr()
     assert "peak memory" in out
     assert "seconds an update" in out
     assert "it does not fit: the run needs about" in err
     assert "the device has 10.0 MiB" in err
     assert "MiB, is for activations: recompute them (--gradient-checkpointing)" in err
-    monkeypatch.undo()
     assert command_line.main(FAMILY, words) == 0
     assert "fit" not in capsys.readouterr().err
 

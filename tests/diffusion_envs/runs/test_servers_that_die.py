@@ -20,6 +20,7 @@ from diffusion_envs import rewards
 from diffusion_envs.rewards.serve import RewardServer
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.training.update_size import UpdateSize
+from tests.diffusion_envs.models.small_pipelines import small_pipeline
 from tests.diffusion_envs.sd15.calling import finetune
 
 pytestmark = [
@@ -93,11 +94,19 @@ def assert_the_same(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a few thousand weights: it is the runs that are compared."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    small_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose server never fails."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     with serving(RED) as server:
-        finetune(reward=remote(server.url), output=folder, **SMALL)
+        finetune(model, reward=remote(server.url), output=folder, **SMALL)
     return folder
 
 
@@ -105,7 +114,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # request 1 comes before the first update, 8 is for the pictures of the second, which is made again
 # with them, and 10 is in the third.
 @pytest.mark.parametrize(("at", "done"), [(1, 0), (8, 1), (10, 2)])
-def test_a_failing_server_ends_the_run_which_goes_on_bit_for_bit(whole, tmp_path, at, done):
+def test_a_failing_server_ends_the_run_which_goes_on_bit_for_bit(model, whole, tmp_path, at, done):
     folder = tmp_path / "run"
 
     def nan(images: Tensor) -> Tensor:
@@ -119,16 +128,16 @@ def test_a_failing_server_ends_the_run_which_goes_on_bit_for_bit(whole, tmp_path
             "must be finite",
         ),
     ):
-        finetune(reward=remote(server.url), output=folder, **SMALL)
+        finetune(model, reward=remote(server.url), output=folder, **SMALL)
     kept = checkpoint.latest(folder / "checkpoints")
     assert kept is not None
     assert kept.step == done
     with serving(RED) as server:  # on another port
-        finetune(reward=remote(server.url), output=folder, resume=True, **SMALL)
+        finetune(model, reward=remote(server.url), output=folder, resume=True, **SMALL)
     assert_the_same(folder, whole)
 
 
-def test_a_server_that_is_killed_ends_the_run_which_goes_on_bit_for_bit(whole, tmp_path):
+def test_a_server_that_is_killed_ends_the_run_which_goes_on_bit_for_bit(model, whole, tmp_path):
     folder = tmp_path / "run"
     words = [f"{__name__}:killing", "--port", "0", "--version", "1"]
     with subprocess.Popen(
@@ -144,25 +153,25 @@ def test_a_server_that_is_killed_ends_the_run_which_goes_on_bit_for_bit(whole, t
             rewards.RewardError,
             match=rf"reward {words[0]} at {url}, request 5: connection refused; gave up after 2",
         ):
-            finetune(reward=remote(url), output=folder, **SMALL)
+            finetune(model, reward=remote(url), output=folder, **SMALL)
         assert process.wait(60) == -signal.SIGKILL
     kept = checkpoint.latest(folder / "checkpoints")
     assert kept is not None
     assert kept.step == 1  # of requests 2 to 4
     with serving(RED) as server:
-        finetune(reward=remote(server.url), output=folder, resume=True, **SMALL)
+        finetune(model, reward=remote(server.url), output=folder, resume=True, **SMALL)
     assert_the_same(folder, whole)
 
 
-def test_another_reward_at_the_same_address_is_refused_when_the_run_goes_on(tmp_path):
+def test_another_reward_at_the_same_address_is_refused_when_the_run_goes_on(model, tmp_path):
     folder = tmp_path / "run"
     with (
         serving(Failing(3, lambda images: None)) as server,
         pytest.raises(rewards.RewardError, match="request 3"),
     ):
-        finetune(reward=remote(server.url), output=folder, **SMALL)
+        finetune(model, reward=remote(server.url), output=folder, **SMALL)
     with (
         serving(rewards.Colour("blue")) as server,
         pytest.raises(ValueError, match="reward is not the one that this run was started"),
     ):
-        finetune(reward=remote(server.url), output=folder, resume=True, **SMALL)
+        finetune(model, reward=remote(server.url), output=folder, resume=True, **SMALL)

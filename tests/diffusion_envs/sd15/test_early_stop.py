@@ -6,7 +6,7 @@ both rise, then red is bought with blue.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,14 @@ SETTINGS = {
     "device": "cpu",
 }
 RULE = StopRule(z=3.0, every=2, samples=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runs_as_users_make_them() -> Iterator[None]:
+    """Whole runs, a dozen of them: their calls are checked where other tests make them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxtyping.config.jaxtyping_disable", True)
+        yield
 
 
 class Red:

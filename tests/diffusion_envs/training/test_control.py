@@ -182,7 +182,9 @@ def test_a_steered_run_resumes_bit_for_bit():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [0.15, 1.5])
-def test_on_an_exact_problem_it_ends_at_the_target_with_the_multiplier_as_weight(start):
+def test_on_an_exact_problem_it_ends_at_the_target_with_the_multiplier_as_weight(
+    start, as_users_run_it
+):
     """The target is the path KL of the optimum at kl_weight 0.5; begun at 0.15 or at 1.5.
 
     Unsteered, these weights would end near the path KL of their own optima: 1.8 and 0.19 against
