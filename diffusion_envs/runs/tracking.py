@@ -226,9 +226,10 @@ class Tracker:
         path = self.folder / OVER_OPTIMISATION
         plain = {name: _plain(name, value) for name, value in numbers.items()}
         line = json.dumps({"update": update, **plain}, allow_nan=False)
-        if update == self._last_metrics and read_metrics(path)[-1:] == [json.loads(line)]:
-            return
-        if _keep_lines_until(path, update - 1) < self._last_metrics == update:
+        if update == self._last_metrics:  # it was finished before; else there is no line of it
+            if read_metrics(path)[-1:] == [json.loads(line)]:
+                return
+            _keep_lines_until(path, update - 1)
             _log.warning("%s: the line of update %d was altered, and is made anew", path, update)
         append(path, f"{line}\n")
         self._last_metrics = update

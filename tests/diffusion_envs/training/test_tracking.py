@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ctrl import Estimate
-from diffusion_envs.runs import caption_fonts
+from diffusion_envs.runs import caption_fonts, tracking
 from diffusion_envs.runs.contact_sheet import grid, save, tiles
 from diffusion_envs.runs.tracking import Tracker, lasts, read_metrics, require_wandb, stays
 
@@ -164,6 +164,18 @@ def test_the_last_line_of_a_finished_run_is_made_anew_where_it_was_altered(
         tracker.over_optimisation(3, measured)
     assert path.read_text() == whole
     assert ("the line of update 3 was altered" in caplog.text) == altered
+
+
+def test_a_new_line_of_an_evaluation_asks_for_no_line_before_it(tmp_path, monkeypatch):
+    read = []
+    with Tracker(tmp_path) as tracker:
+        monkeypatch.setattr(tracking, "read_metrics", lambda path: read.append(path) or [])
+        for update in range(1, 6):  # of a long run, all of whose log would be read each time
+            tracker.over_optimisation(update, {"reward": Estimate(0.5, 0.1, 4)})
+    monkeypatch.undo()
+    lines = read_metrics(tmp_path / "over_optimisation.jsonl")
+    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5]
+    assert read == []
 
 
 def test_a_last_line_cut_short_is_left_out_with_a_warning(tmp_path, caplog):
