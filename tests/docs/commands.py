@@ -126,6 +126,9 @@ def _module(module: str, words: list[str], folder: Path) -> None:
         patched.chdir(folder)
         patched.setattr(sys, "argv", [module, *words])
         patched.setattr(sys, "path", [str(ROOT), *sys.path])
+        # The import hook checks types in what it compiles; kept under the usual name, a process
+        # without the hook could not run it.
+        patched.setattr(sys, "dont_write_bytecode", True)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # it was imported before

@@ -1,5 +1,8 @@
 """Commands that would not do are seen, and none is carried out."""
 
+from importlib.util import cache_from_source
+from pathlib import Path
+
 import pytest
 
 from tests.docs import commands
@@ -54,6 +57,14 @@ def test_what_would_do_is_read_and_not_done(command, tmp_path, capsys):
     commands.check(command, tmp_path)
     capsys.readouterr()
     assert not list(tmp_path.iterdir())
+
+
+def test_no_code_is_kept_that_only_a_process_with_the_import_hook_can_run(tmp_path, capsys):
+    kept = Path(cache_from_source(str(commands.ROOT / "diffusion_envs/rewards/__main__.py")))
+    kept.unlink(missing_ok=True)
+    commands.check("python -m diffusion_envs.rewards list", tmp_path)
+    capsys.readouterr()
+    assert not kept.is_file() or b"Typechecker" not in kept.read_bytes()
 
 
 def test_a_block_is_its_commands():
