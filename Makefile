@@ -1,8 +1,8 @@
 # make demo   fine-tune the embedded model on a real reward, from nothing (about 5 minutes on 2 cores)
 # make demo-words   the same for a model that writes words, on a recogniser of text (about 8 minutes)
-# make test   run the test suite from nothing (under half an hour on 2 cores)
+# make test   run the test suite from nothing (a quarter of an hour on 2 cores)
 # make test-device   the same on a simulated accelerator, CUDA's discipline without a GPU
-# make verify every theorem, and every mistake that its check must reject (about 2 minutes)
+# make verify every theorem, and every mistake that its check must reject (a minute and a half)
 # make faults   kill, damage, fill, interrupt: does a run keep its promises? (a quarter of an hour)
 # make docs   the documentation as a site: site/index.html, to open without a network (under 1 minute)
 # make package   both wheels, installed into an empty environment and used there (under 3 minutes)
