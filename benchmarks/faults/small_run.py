@@ -12,6 +12,7 @@ import importlib
 import json
 import mmap
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -47,6 +48,9 @@ _OF_TIME = ("seconds", "memory", "logs")  # which no two runs have alike, and di
 _TIMES = tuple(f"| {name} |" for name in _OF_TIME)  # in a table
 _MOST_SAID = 2**20  # bytes
 _PARENT_DEATH = 1  # of prctl
+_OF_TENSORBOARD = (
+    r"Exception in thread .*\nTraceback(?=[^\0]*?tensorboard/summary[^\0]*?\n\w+Error: \[Errno)"
+)
 _LONGEST = 400.0  # seconds that a process may take
 _Fault = Callable[[], AbstractContextManager[Any]]
 
@@ -71,8 +75,12 @@ class Ended:
 
     @property
     def in_words(self) -> bool:
-        """Whether whatever it had to say was said without a traceback."""
-        return "Traceback" not in self.said
+        """Whether whatever it had to say was said without a traceback.
+
+        But for that of TensorBoard's thread where its file cannot be written, which it prints
+        itself; the run's own words say so too.
+        """
+        return "Traceback" not in re.sub(_OF_TENSORBOARD, "", self.said)
 
     @property
     def over(self) -> bool:

@@ -121,6 +121,23 @@ def test_a_folder_without_a_lock_is_seen_by_folders(told):
     assert "exit code" in told["folders"]
 
 
+@pytest.mark.parametrize(
+    ("error", "excused"),
+    [
+        ("FileNotFoundError: [Errno 2] No such file", True),
+        ("ValueError: task_done() called too many times", False),
+    ],
+)
+def test_of_tensorboards_thread_only_an_error_of_the_system_is_excused(error, excused):
+    said = (
+        "Exception in thread Thread-1:\nTraceback (most recent call last):\n"
+        f'  File "tensorboard/summary/writer/event_file_writer.py", line 244, in run\n{error}\n'
+    )
+    assert small_run.Ended(2, "start", said, 1.0).in_words == excused
+    assert not small_run.Ended(2, "start", "Traceback (most recent call last):\n", 1.0).in_words
+    assert small_run.Ended(2, "start", "error: [Errno 2] No such file\n", 1.0).in_words
+
+
 def test_a_row_holds_only_whole_and_is_never_of_nothing():
     row = Row("a fault", "somewhere", "a promise", 4, 3, "the first")
     assert not row.whole
