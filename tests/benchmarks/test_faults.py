@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from benchmarks.faults import small_run
 from benchmarks.faults.row import Row, table
 
 ROOT = Path(__file__).parents[2]
