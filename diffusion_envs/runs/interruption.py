@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_UNWINDING = "empty mode stack"  # of torch, whose context pops what it has not pushed yet
 _obeyed: list["Interruption"] = []  # of the process, while its handlers are set
 
 
@@ -47,12 +48,13 @@ class Interruption:
 
         What is written in C may drop the exception that a signal raises in it, and raise an error
         of its own: torch does where it asks for the shape of what a file holds. An error in what is
-        done to obey a signal stays what it is.
+        done to obey a signal stays what it is, but not torch's word of a context that the signal's
+        exception left before it was entered.
         """
         try:
             yield
         except Exception as error:
-            if self.requested and not _while_obeying(error):
+            if self.requested and (_UNWINDING in str(error) or not _while_obeying(error)):
                 raise KeyboardInterrupt from error
             raise
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, nullcontext, suppress
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.overrides import BaseTorchFunctionMode
 
 from diffusion_envs.runs import tracking
 from diffusion_envs.runs.interruption import interruptible, whole_calls
@@ -185,6 +186,22 @@ def test_an_error_that_hides_a_signal_is_told_as_one(within):
 def test_an_error_while_a_signal_is_obeyed_stays_what_it_is():
     with pytest.raises(OSError, match="full"), interruptible():
         fails_while_it_obeys()
+
+
+def half_entered() -> None:
+    """A context of torch, which a signal interrupts before it is pushed."""
+    context = BaseTorchFunctionMode()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        context.__exit__(None, None, None)
+
+
+def test_torchs_word_of_a_context_that_a_signal_left_half_entered_is_told_as_the_signal():
+    with pytest.raises(RuntimeError, match="mode stack"):
+        BaseTorchFunctionMode().__exit__(None, None, None)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        half_entered()
 
 
 def test_an_error_without_a_signal_stays_what_it_is():
