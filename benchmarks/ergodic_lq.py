@@ -141,7 +141,7 @@ def main() -> None:
     for method in ("actor-critic", "q-learning"):
         of = [one for one in runs if one["method"] == method]
         for key in ("gain", "offset", "variance", "average_reward", "learned_average_reward"):
-            numbers = [float(one[key]) for one in of]  # type: ignore[arg-type]  # JSON
+            numbers = [float(one[key]) for one in of]  # type: ignore[arg-type]  # JSON has them as objects
             mean, std = statistics.mean(numbers), statistics.stdev(numbers)
             summary[f"{method} {key}"] = {"mean": mean, "standard_deviation": std}
     print(json.dumps(summary))

@@ -330,7 +330,7 @@ def policy_kl(
     """
     try:
         return kl_divergence(policy.distribution(t, states), reference.distribution(t, states))
-    except NotImplementedError as unknown:
+    except NotImplementedError as unknown:  # torch has no formula for the two
         raise ValueError(
             f"policies must be of kinds whose KL has a closed form, got {type(policy).__name__} "
             f"and {type(reference).__name__} (squashed ones over one interval); average "

@@ -131,7 +131,7 @@ def mutants(name: str, source: str) -> list[Mutant]:
     collected = []
     for change in visitor.changes:
         statement = module.body[change.place].deep_replace(change.before, change.after)
-        piece = module.code_for_node(statement)  # type: ignore[arg-type]  # nodes
+        piece = module.code_for_node(statement)  # type: ignore[arg-type]  # a replaced node is typed as any node
         meaning = _meaning(piece)
         if not meaning or meaning in seen:
             continue

@@ -109,7 +109,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         """Never asked: what is kept for it is counted, on tensors without numbers."""
-        raise NotImplementedError("nothing is differentiated where bytes are counted")
+        raise NotImplementedError("nothing is differentiated where bytes are counted")  # a guard
 
 
 @contextmanager

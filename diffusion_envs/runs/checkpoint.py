@@ -208,8 +208,8 @@ def drop_older(folder: str | Path, step: int, *, keep: int = 2) -> None:
     killed before that. The folder must be the caller's alone.
     """
     folder = Path(folder)
-    older = [path for other, path in _steps(folder) if other < step]
     _restore_replaced(folder)
+    older = [path for other, path in _steps(folder) if other < step]
     replaced = [path for path in folder.glob("step-*.replaced") if path.with_suffix("").exists()]
     partial = folder.glob("step-*.partial")
     for path in (*older[: len(older) - (keep - 1)], *replaced, *partial):

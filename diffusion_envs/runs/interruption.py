@@ -36,6 +36,9 @@ class Interruption:
         self._held += 1
         try:
             yield
+        except BaseException:
+            self._waiting = False  # ``told`` tells the error as the signal
+            raise
         finally:
             self._held -= 1
         if self._waiting and not self._held:

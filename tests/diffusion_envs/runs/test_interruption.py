@@ -125,6 +125,23 @@ def test_an_error_in_a_call_that_must_be_whole_hides_no_signal():
     assert isinstance(told.value.__cause__, OSError)
 
 
+def test_after_such_an_error_what_closes_the_run_is_not_broken_off():
+    done = []
+
+    def closes() -> None:
+        try:
+            with whole_calls():
+                fails_after_a_signal()
+        finally:
+            with whole_calls():
+                done.append("flushed")
+            done.append("closed")
+
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        closes()
+    assert done == ["flushed", "closed"]
+
+
 def test_a_second_signal_ends_a_call_that_must_be_whole():
     program = TWICE.replace("import interruptible", "import interruptible, whole_calls")
     program = program.replace('print("ready", flush=True)\n        time.sleep(60)\n', HANGS)
