@@ -225,7 +225,9 @@ def _settings_kept() -> Iterator[None]:
         if torch.get_default_dtype() != dtype:
             torch.set_default_dtype(dtype)
         if torch.get_default_device() != device:
-            torch.set_default_device(device)
+            torch.set_default_device(None)  # a context of its own for every call of torch goes too
+            if torch.get_default_device() != device:
+                torch.set_default_device(device)
         if torch.get_float32_matmul_precision() != precision:
             torch.set_float32_matmul_precision(precision)
         if torch.are_deterministic_algorithms_enabled() != deterministic:

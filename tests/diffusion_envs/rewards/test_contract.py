@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import _get_current_function_mode_stack
 
 from diffusion_envs import rewards
 from diffusion_envs.rewards import RewardError, score
@@ -327,6 +328,7 @@ def test_torchs_settings_are_afterwards_what_they_were():
             torch.get_num_threads(),
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
+            len(_get_current_function_mode_stack()),  # each call of torch goes through it
         )
 
     def my_reward(pictures, prompts):
