@@ -116,6 +116,7 @@ class LongRun:
         updates: of the run.
         memory: resident bytes, the means of a window after warm-up and of the last one.
         growth: of memory from the first to the last, relative.
+        tenths: resident bytes, the mean of each tenth of the updates: does growth come to an end?
         bytes_an_update: slope of memory against updates after warm-up, by least squares.
         seconds: of the processor for an update, the medians of the two windows.
         report: bytes.
@@ -126,6 +127,7 @@ class LongRun:
     updates: int
     memory: tuple[int, int]
     growth: float
+    tenths: tuple[int, ...]
     bytes_an_update: float
     seconds: tuple[float, float]
     report: int
@@ -181,6 +183,8 @@ def measured(folder: Path, reward: Watched) -> LongRun:
     early, late = slice(first, first + width), slice(n - 1 - width, n - 1)
     start, end = (statistics.fmean(resident[part]) for part in (early, late))
     after = resident[first:]
+    edges = [round(k * n / 10) for k in range(11)]
+    tenths = [resident[i:j] for i, j in pairwise(edges)]
     slope = statistics.linear_regression(range(len(after)), after).slope
     tops = sorted(folder.iterdir())
     below = {path.name: [p for p in path.rglob("*") if p.is_file()] for path in tops}
@@ -188,6 +192,7 @@ def measured(folder: Path, reward: Watched) -> LongRun:
         updates=n,
         memory=(round(start), round(end)),
         growth=end / start - 1,
+        tenths=tuple(round(statistics.fmean(part)) for part in tenths if part),
         bytes_an_update=slope,
         seconds=(statistics.median(seconds[early]), statistics.median(seconds[late])),
         report=(folder / "report.html").stat().st_size,
@@ -209,6 +214,8 @@ def table(long: LongRun) -> str:
         f"{100 * long.growth:+.2f} %, {long.bytes_an_update:+.0f} bytes an update |",
         f"| milliseconds of the processor for an update | {early:.1f} | {late:.1f} | "
         f"{100 * (late / early - 1):+.0f} % |",
+        "",
+        f"memory of each tenth (MB): {', '.join(f'{each / 1e6:.1f}' for each in long.tenths)}",
         "",
         "| file or folder | bytes | files | bytes an update |",
         "| --- | --- | --- | --- |",
