@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.linear.exponential import exponential, unit
-from ctrl.linear.lq import broadcast_batches, require_symmetric, times
+from ctrl.linear.lq import broadcast_batches, event_of, require_symmetric, times
 from ctrl.linear.margin import cholesky, margin, require_positive_definite
 from ctrl.linear.reading import largest
 
@@ -82,7 +82,7 @@ def transition(
         ValueError: shapes that do not fit, numbers that are not finite, or a negative time.
     """
     tensors = require_float64(A=A, b=b, G=G, time=scalar(time, A))
-    dim, noise = tensors["A"].shape[-1], tensors["G"].shape[-1]
+    (_, dim), (_, noise) = event_of("A", tensors["A"], 2), event_of("G", tensors["G"], 2)
     events = {"A": (dim, dim), "b": (dim,), "G": (dim, noise), "time": ()}
     full = broadcast_batches(tensors, events)
     _require_duration(full["time"])
@@ -168,7 +168,7 @@ def linear_path_kl(
         A1=law.matrix, b1=law.vector, A0=reference.matrix, b0=reference.vector, G=G,
         mean=start.mean, covariance=start.covariance, time=scalar(time, G),
     )  # fmt: skip
-    n, noise = tensors["G"].shape[-2:]
+    n, noise = event_of("G", tensors["G"], 2)
     matrix, vector = (n, n), (n,)
     events = {"A1": matrix, "b1": vector, "A0": matrix, "b0": vector, "G": (n, noise)}
     events |= {"mean": vector, "covariance": matrix, "time": ()}
@@ -243,7 +243,7 @@ def gaussian_kl(law: Gaussian, reference: Gaussian) -> Float[Tensor, " *batch"]:
         mean=law.mean, covariance=law.covariance,
         reference_mean=reference.mean, reference_covariance=reference.covariance,
     )  # fmt: skip
-    n = tensors["mean"].shape[-1]
+    (n,) = event_of("mean", tensors["mean"], 1)
     events = {"mean": (n,), "covariance": (n, n)}
     events |= {"reference_" + name: event for name, event in events.items()}
     m1, S1, m0, S0 = broadcast_batches(tensors, events).values()

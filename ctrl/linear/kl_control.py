@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.linear.gaussian import Affine, Gaussian, Transition, require_float64, scalar
-from ctrl.linear.lq import Quadratic, broadcast_batches, require_symmetric, times
+from ctrl.linear.lq import Quadratic, broadcast_batches, event_of, require_symmetric, times
 from ctrl.linear.margin import margin, solve
 
 _NO_TILT = (
@@ -59,7 +59,7 @@ def tilt(
     """
     tensors = require_float64(mean=law.mean, covariance=law.covariance, Q=Q, l=l)
     tensors |= require_float64(kl_weight=scalar(kl_weight, Q), c=scalar(c, Q))
-    n = law.mean.shape[-1]
+    (n,) = event_of("mean", law.mean, 1)
     events = {"mean": (n,), "covariance": (n, n), "Q": (n, n), "l": (n,), "kl_weight": (), "c": ()}
     m, S, Qs, ls, b, cs = broadcast_batches(tensors, events).values()
     require_symmetric("covariance", S)
@@ -97,7 +97,7 @@ def kl_optimal_value(
     tensors = require_float64(
         F=base.F, f=base.f, C=base.C, Q=Q, l=l, kl_weight=scalar(kl_weight, Q), c=scalar(c, Q)
     )
-    n = tensors["F"].shape[-1]
+    n = event_of("F", tensors["F"], 2)[-1]
     events = {"F": (n, n), "f": (n,), "C": (n, n), "Q": (n, n), "l": (n,), "kl_weight": (), "c": ()}
     full = broadcast_batches(tensors, events)
     require_symmetric("C", full["C"])

@@ -18,7 +18,7 @@ Sources  [WZZ20] Wang, Zariphopoulou & Zhou 2020, reinforcement learning in cont
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, fields
 from typing import cast
 
@@ -33,7 +33,8 @@ from ctrl.problem import ControlProblem
 from ctrl.sde import ControlledSDE, Diffusion
 
 ZERO = torch.zeros((), dtype=torch.float64)
-"""Stands for zeros of whatever shape is meant."""
+"""Stands for zeros of whatever shape is meant, in the fields of a problem that may be left out."""
+_LEFT_OUT = ("R", "p", "l", "H", "h", "f", "C", "D")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,14 +141,11 @@ class LinearQuadratic:
 
     def __post_init__(self) -> None:
         tensors = self._tensors()
-        for name in ("A", "B", "sigma"):
-            if tensors[name].ndim < 2:
-                raise ValueError(f"{name} must be a matrix, got {list(tensors[name].shape)}")
-        n, k, m = self.A.shape[-1], self.B.shape[-1], self.sigma.shape[-1]
+        n, k, m = (event_of(name, tensors[name], 2)[-1] for name in ("A", "B", "sigma"))
         events = {"A": (n, n), "B": (n, k), "sigma": (n, m), "M": (n, n), "N": (k, k)}
         events |= {"R": (k, n), "p": (n,), "l": (k,), "H": (n, n), "h": (n,), "f": (n,)}
         events |= {"C": (m, n, n), "D": (m, n, k), "discount": (), "temperature": ()}
-        for name, tensor in broadcast_batches(tensors, events).items():
+        for name, tensor in broadcast_batches(tensors, events, _LEFT_OUT).items():
             object.__setattr__(self, name, tensor)
         for name in ("M", "N", "H"):
             require_symmetric(name, getattr(self, name))
@@ -417,9 +415,16 @@ def times(matrix: Float[Tensor, "..."], vector: Float[Tensor, "..."]) -> Float[T
 
 
 def broadcast_batches(
-    tensors: Mapping[str, Tensor], events: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, Tensor],
+    events: Mapping[str, tuple[int, ...]],
+    left_out: Container[str] = (),
 ) -> dict[str, Tensor]:
-    """The same with one batch shape for all: [*batch, *event]; the number 0 stands for zeros.
+    """The same with one batch shape for all: [*batch, *event].
+
+    Args:
+        tensors: to broadcast.
+        events: shape of a single one of each.
+        left_out: those for which the number 0 stands for zeros.
 
     Raises:
         ValueError: a tensor has not its event's shape, the batches do not fit, or it is not finite.
@@ -427,7 +432,7 @@ def broadcast_batches(
     batches: dict[str, torch.Size] = {}
     for name, event in events.items():
         shape, many = tensors[name].shape, len(event)
-        if tensors[name] is ZERO or (event and not tensors[name].ndim and not tensors[name]):
+        if name in left_out and not shape and not tensors[name]:
             batches[name] = torch.Size()
         elif len(shape) < many or tuple(shape[len(shape) - many :]) != event:
             raise ValueError(f"{name} must be [*batch, {_listed(event)}], got {list(shape)}")
@@ -441,6 +446,18 @@ def broadcast_batches(
         listed = {name: list(shape) for name, shape in batches.items() if shape}
         raise ValueError(f"leading (batch) dimensions must fit each other, got {listed}") from None
     return {name: tensors[name].expand((*batch, *event)) for name, event in events.items()}
+
+
+def event_of(name: str, tensor: Tensor, many: int) -> tuple[int, ...]:
+    """The last sizes of a vector (``many`` = 1) or a matrix (2), or of a batch of them.
+
+    Raises:
+        ValueError: it has fewer dimensions.
+    """
+    if tensor.ndim < many:
+        kind = "vector" if many == 1 else "matrix"
+        raise ValueError(f"{name} must be a {kind}, or a batch of them, got {list(tensor.shape)}")
+    return tuple(tensor.shape[-many:])
 
 
 def _listed(event: tuple[int, ...]) -> str:

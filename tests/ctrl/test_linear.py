@@ -525,6 +525,7 @@ GOOD = {"A": -EYE, "b": ZERO2, "G": EYE, "time": 1.0}
         {"b": torch.zeros(3, dtype=torch.float64)},
         {"b": torch.zeros((), dtype=torch.float64)},
         {"G": torch.ones(2, dtype=torch.float64)},
+        {"G": torch.zeros((), dtype=torch.float64)},
         {"G": EYE * math.inf},
         {"time": -0.1},
         {"time": math.nan},
@@ -532,6 +533,7 @@ GOOD = {"A": -EYE, "b": ZERO2, "G": EYE, "time": 1.0}
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("as_users_run_it")
 def test_bad_linear_sdes_are_refused(bad):
     arguments = GOOD | bad
     with pytest.raises((ValueError, TypeError)):
@@ -559,6 +561,30 @@ def test_bad_laws_and_weights_are_refused():
             linear.tilt(good, EYE, ZERO2, weight)
     with pytest.raises(ValueError, match="Q"):
         linear.tilt(good, lopsided.covariance, ZERO2, 1.0)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("number", [0.0, 0.7])
+def test_a_number_stands_for_no_vector_and_no_matrix(number):
+    bad, good, still = tensor(number), Gaussian(ZERO2, EYE), linear.Affine(0 * EYE, ZERO2)
+    base = linear.transition(-EYE, ZERO2, EYE, 1.0)
+    for name in ("A", "b", "G"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            linear.transition(**GOOD | {name: bad})
+    for law, name in ((Gaussian(bad, EYE), "mean"), (Gaussian(ZERO2, bad), "covariance")):
+        for refused in (
+            lambda law=law: linear.gaussian_kl(law, good),
+            lambda law=law: linear.tilt(law, EYE, ZERO2, 1.0),
+            lambda law=law: linear.linear_path_kl(still, still, EYE, law, 1.0),
+            lambda law=law: linear.gaussian_moments(-EYE, ZERO2, EYE, law, 1.0),
+        ):
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                refused()
+    for Q, slope, name in ((bad, ZERO2, "Q"), (EYE, bad, "l")):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            linear.kl_optimal_value(base, Q, slope, 1.0)
+    with pytest.raises(ValueError, match="G must be"):
+        linear.linear_path_kl(still, still, bad, good, 1.0)
 
 
 def test_an_empty_batch_stays_empty():
