@@ -28,6 +28,19 @@ t), of differences on the same noise where two things are compared. Every number
 filled in from the data beside it; so is what a sentence says of an interval.
 """
 
+OTHERS = """## The other pictures
+
+| picture | command |
+| --- | --- |
+| before and after, in the README | `python -m benchmarks.before_after runs/demo`, after `make demo` |
+| the report, in [Read the curves](howto/reading_a_run.md) | `python -m benchmarks.report_screenshots runs/demo` (Chromium) |
+| of the pages of theory | `python -m benchmarks.theory_plots` |
+| of the tutorials | `python -m benchmarks.tutorials`, with the pages |
+| of a leaderboard or a benchmark | the command that its page names, with the numbers |
+| of the claims | `python -m verification --full --document docs/verification.md` |
+| of the layers | `python docs/hooks/architecture.py` |
+"""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -68,10 +81,13 @@ def write(figure: Figure, number: int, output: Path) -> None:
 
 
 def assemble(output: Path) -> Path:
-    """Write ``figures.md`` from the paragraphs that are there; returns its path."""
+    """Write ``figures.md`` from the paragraphs that are there; returns its path.
+
+    What makes the documentation's other pictures stands at its end.
+    """
     fragments = sorted((output / "figures").glob("[0-9].md"))
     page = output / "figures.md"
-    page.write_text("\n".join([HEAD, *(path.read_text() for path in fragments)]))
+    page.write_text("\n".join([HEAD, *(path.read_text() for path in fragments), OTHERS]))
     return page
 
 
