@@ -30,15 +30,14 @@ filled in from the data beside it; so is what a sentence says of an interval.
 
 OTHERS = """## The other pictures
 
-| picture | command |
-| --- | --- |
-| before and after, in the README | `python -m benchmarks.before_after runs/demo`, after `make demo` |
-| the report, in [Read the curves](howto/reading_a_run.md) | `python -m benchmarks.report_screenshots runs/demo` (Chromium) |
-| of the pages of theory | `python -m benchmarks.theory_plots` |
-| of the tutorials | `python -m benchmarks.tutorials`, with the pages |
-| of a leaderboard or a benchmark | the command that its page names, with the numbers |
-| of the claims | `python -m verification --full --document docs/verification.md` |
-| of the layers | `python docs/hooks/architecture.py` |
+- before and after, in the README: `make demo`, then `python -m benchmarks.before_after runs/demo`;
+- a report, in [Read the curves](howto/reading_a_run.md): after the same demo
+  `python -m benchmarks.report_screenshots runs/demo`, which needs Chromium;
+- the pages of theory: `python -m benchmarks.theory_plots`; the tutorials, with their text:
+  `python -m benchmarks.tutorials`;
+- leaderboards, benchmarks and embedded models: the command that their page names;
+- the claims: `python -m verification --full --document docs/verification.md`; the layers:
+  `python docs/hooks/architecture.py`.
 """
 
 

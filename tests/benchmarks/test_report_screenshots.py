@@ -79,7 +79,7 @@ def test_the_command_writes_a_picture_of_each_part(tmp_path):
 
 def test_without_a_browser_it_is_said_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="chromium.*install Chromium.*--browser"):
+    with pytest.raises(FileNotFoundError, match=r"chromium, .*install Chromium, .*: --browser"):
         screenshots.browser_path()
     with pytest.raises(FileNotFoundError, match="there is no no-browser;"):
         screenshots.browser_path("no-browser")
