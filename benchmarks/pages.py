@@ -234,13 +234,32 @@ def device() -> str:
     return table(["for every step", "synchronisations", "launches"], lines)
 
 
+def reward_cost() -> str:
+    """Processor seconds of learned rewards of full size."""
+    users = {"ViT-L/14": "`CLIPScore`, `Aesthetic`", "ViT-H/14": "`PickScore`, `HPS`"}
+    found = stored("reward_cost")
+    lines = []
+    for one in found["networks"]:
+        weights = 4 * one["parameters"] / 1e9
+        lines.append(
+            [f"{one['network']} ({users[one['network']]})", f"{one['parameters'] / 1e6:.0f} M"]
+            + [f"{weights:.1f} GB"]
+            + [f"{one[k]:.2g} s" for k in ("picture", "prompt", "with gradient")]
+        )
+    for one in found["text"]:
+        side, taken = one["side"], f"{one['picture']:.2g} s"
+        lines.append([f"`TextInPicture`, {side} x {side}", "", "", taken, "", ""])
+    head = ["network", "parameters", "weights", "picture", "prompt"]
+    return table([*head, "both with the picture's gradient"], lines)
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/benchmarks.md": {
         "device": device,
         "transfer": transfer,
         "transfer of images": transfer_images,
-        "variance": variance,
     },
+    "docs/gradient_noise.md": {"variance": variance},
     "docs/methods_measured.md": {
         "calls to reward": calls_to_reward,
         "score matching frame": score_matching_frame,
@@ -248,6 +267,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/ergodic_lq.md": {"ergodic": ergodic},
     "docs/tiny.md": {"agreement": tiny},
     "docs/words.md": {"read": words},
+    "docs/rewards.md": {"reward cost": reward_cost},
 }
 
 
@@ -355,7 +375,8 @@ def sentences() -> dict[str, list[str]]:
             f"at {few['path_kl'][0] / ours['path_kl'][0]:.1f} times the path KL",
         ],
         "docs/which_method.md": _choices(),
-        "docs/benchmarks.md": [*_transfers(), *_noises(), *_counts()],
+        "docs/benchmarks.md": [*_transfers(), *_counts()],
+        "docs/gradient_noise.md": _noises(),
         "docs/tiny.md": _embedded(),
         "docs/words.md": [f"files, float16 | {stored('words')['bytes'] / 1e6:.1f} MB together"],
     }
@@ -444,7 +465,7 @@ def _transfers() -> list[str]:
 
 
 def _noises() -> list[str]:
-    """Of benchmarks.md: noise and direction of one update's gradient."""
+    """Of gradient_noise.md: noise and direction of one update's gradient."""
     rows = {(r["policy"], r["estimator"], r["steps"]): r for r in stored("variance")["rows"]}
 
     def noise(name: str, steps: int = 50) -> float:
