@@ -285,16 +285,52 @@ def _ranged(values: Sequence[float]) -> str:
     return f"{middle:.3g} times ({least:.2f} to {most:.2f})"
 
 
+OURS = "simulate, streams by path"
+
+
 def _peer(name: str) -> tuple[float, float, float]:
     """How many times as long another library takes for a roll-out of 4,096 paths."""
+    return _times(("4096", OURS, 1), ("4096", name, 1))
+
+
+def _times(one: tuple[str, str, int], other: tuple[str, str, int]) -> tuple[float, float, float]:
+    """How many times as long another case takes: (paths, name, threads); median, least, most."""
     rows = {
-        row["case"]: row["seconds"]
+        (str(row["paths"]), row["case"], row["threads"]): row["seconds"]
         for row in stored("speed")["peers"]["roll-outs"]
-        if (row["paths"], row["threads"]) == (4096, 1)
     }
-    ours = rows["simulate, streams by path"]
-    ratios = [b / a for a, b in zip(ours, rows[name], strict=True)]
-    return statistics.median(ratios), min(ratios), max(ratios)
+    ratios = [b / a for a, b in zip(rows[one], rows[other], strict=True)]
+    middle, least, most = (  # to the digits that the table of speed.md has them with
+        float(f"{ratio:.4g}") for ratio in (statistics.median(ratios), min(ratios), max(ratios))
+    )
+    return middle, least, most
+
+
+def _speeds() -> list[str]:
+    """Of speed.md: roll-outs beside other libraries."""
+    few, many = (_times((n, OURS, 2), (n, OURS, 1)) for n in ("4096", "65536"))
+    others = {row["case"]: row["seconds"] for row in stored("speed")["peers"]["others"]}
+    solved = [
+        statistics.median(others[f"exit problem: {name}"])
+        for name in ("`hjb.solve_discounted`", "finhjb")
+    ]
+    generator, plain, scan, default = (
+        _peer(name)[0]
+        for name in (
+            "simulate, torch.Generator",
+            "plain torch loop, memory kept",
+            "jax scan",
+            "torchsde Euler, default",
+        )
+    )
+    return [
+        f"Two threads are {few[0]:.3g} and {many[0]:.3g} times as fast as one",
+        f"in the best rounds {few[2]:.3g} and {many[2]:.3g} times",
+        f"One thread is {generator:.3g} times as fast as torch's own generator, {plain:.3g} times "
+        "a plain loop",
+        f"{scan:.3g} times jax's scan, {default:.3g} times torchsde's default",
+        f"{solved[0] / solved[1]:.0f} times shorter than ours",
+    ]
 
 
 def _curve(method: str) -> list[tuple[float, float, float]]:
@@ -377,6 +413,7 @@ def sentences() -> dict[str, list[str]]:
         "docs/which_method.md": _choices(),
         "docs/benchmarks.md": [*_transfers(), *_counts()],
         "docs/gradient_noise.md": _noises(),
+        "docs/speed.md": _speeds(),
         "docs/tiny.md": _embedded(),
         "docs/words.md": [f"files, float16 | {stored('words')['bytes'] / 1e6:.1f} MB together"],
     }

@@ -33,6 +33,7 @@ SIZES = {  # width, MLP, layers, heads of the vision and of the text network; th
     "ViT-L/14": ((1024, 4096, 24, 16), (768, 3072, 12, 12), 768),
     "ViT-H/14": ((1280, 5120, 32, 16), (1024, 4096, 24, 16), 1024),
 }
+VOCABULARY = 49_408
 SIDE = 512  # pixels of a picture
 PROMPTS = ("a photo of a cat", "a photo of a dog on a red sofa")
 TEXT_SIDES = (32, 128, 512)
@@ -44,13 +45,14 @@ def write_clip(folder: Path, size: str) -> int:
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     config = CLIPConfig(
         vision_config=VISION | dict(zip(names, eyes, strict=True)) | {"projection_dim": width},
-        text_config=dict(zip(names, words, strict=True)) | {"projection_dim": width},
+        text_config=dict(zip(names, words, strict=True))
+        | {"projection_dim": width, "vocab_size": VOCABULARY},
         projection_dim=width,
     )
     network = CLIPModel(config)
     network.save_pretrained(folder)
     tokens = json.loads((tiny_folder() / "tokenizer" / "vocab.json").read_text())
-    rest = range(len(tokens), config.text_config.vocab_size)  # the network has as many rows
+    rest = range(len(tokens), VOCABULARY)  # the network has a row for each
     tokens |= {f"token {k}": k for k in rest}
     (folder / "vocab.json").write_text(json.dumps(tokens))
     shutil.copy(tiny_folder() / "tokenizer" / "merges.txt", folder / "merges.txt")

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from benchmarks import pages
+from benchmarks import pages, peers, update_speed
+from benchmarks.scaling import __main__ as scaling
 from tests.docs.reading import ROOT
 
 SENTENCES = pages.sentences()
@@ -26,6 +27,16 @@ def test_a_table_is_what_its_stored_results_say(page, name):
     assert pages.filled(text, name, pages.TABLES[page][name]()) == text, (
         "python -m benchmarks.pages writes it again"
     )
+
+
+def test_tables_of_speed_and_scaling_are_their_stored_results():
+    speed, text = pages.stored("speed"), read("docs/speed.md")
+    for name, measured in speed.items():
+        made = peers.page(measured) if name == "peers" else update_speed.table(measured)
+        assert pages.filled(text, name, made) == text, name
+    text = read("docs/scaling.md")
+    for name, made in scaling.tables(pages.stored("scaling")).items():
+        assert pages.filled(text, name, made) == text, name
 
 
 @pytest.mark.parametrize("page", SENTENCES)
@@ -58,8 +69,9 @@ MEASURED = re.compile(
 # What stands in a section that says where its numbers come from: a command that measures, a stored
 # file, a test that holds them, a page that has them.
 COMMAND = re.compile(
-    r"(?:python|torchrun [-\w ]*) ?-m (?:benchmarks|verification)|-m diffusion_envs\.\w+ "
-    r"(?:measure|train|pretrain)|make (?:demo|test|verify|faults|portability|docs|package)"
+    r"(?:python|torchrun [-\w ]*) ?-m (?:benchmarks(?!\.pages)|verification)"
+    r"|-m diffusion_envs\.\w+ (?:measure|train|pretrain)"
+    r"|make (?:demo|test|verify|faults|portability|docs|package)"
 )
 SOURCE = re.compile(COMMAND.pattern + r"|\]\([\w/.]+\.(?:json|csv)\)|tests/[\w/]+\.py|test_\w+\.py")
 # Sections whose numbers are no measurements of ours, and why.
@@ -86,7 +98,7 @@ def sections(text):
 def unbacked(page, text, known=()):
     """Sections of a page that tell measured numbers and not where they come from."""
     (_, preamble), *_ = parts = list(sections(text))
-    if COMMAND.search(preamble):
+    if page != "README.md" and COMMAND.search(preamble):
         return []  # what it says holds for the whole page
     found = []
     for heading, part in parts:
