@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks import pages, peers, update_speed
+from benchmarks import image_leaderboard, leaderboard, pages, peers, update_speed
 from benchmarks.scaling import __main__ as scaling
 from tests.docs.reading import ROOT
 
@@ -39,6 +39,27 @@ def test_tables_of_speed_and_scaling_are_their_stored_results():
         assert pages.filled(text, name, made) == text, name
 
 
+def rows_of(text):
+    return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+@pytest.mark.parametrize("problem", ["gaussian", "mixture"])
+def test_a_leaderboard_is_its_stored_rows(problem):
+    rows = pages.stored(f"leaderboard_{problem}")["rows"]
+    made = leaderboard.markdown(rows, leaderboard.Options(problem=problem))
+    assert rows_of(made) == rows_of(read(f"docs/leaderboard_{problem}.md"))
+
+
+def test_the_leaderboard_on_images_is_its_stored_rows():
+    shown = rows_of(read("docs/leaderboard_images.md"))
+    stored = pages.stored("leaderboard_images")["rows"]
+    assert len([row for row in shown if not row.startswith(("| method", "| ---"))]) == len(stored)
+    for one in stored:
+        cells = [pages.bracketed(one[key], 2) for key in image_leaderboard.COLUMNS]
+        row = " | ".join([one["method"], *cells, f"{one['updates']:.0f}", f"{one['calls']:,.0f}"])
+        assert any(line.startswith(f"| {row} | ") for line in shown), row
+
+
 @pytest.mark.parametrize("page", SENTENCES)
 def test_prose_quotes_the_stored_results(page):
     text = on_one_line(read(page))
@@ -58,6 +79,7 @@ def test_the_readme_counts_faults_and_kernels_as_their_pages_do():
     kernels = len({fingerprint for fingerprint, *_ in rows})
     assert f"**{failed} failures under {kernels} kernels**" in readme
     assert f"of {passed:,} claims and tests" in readme
+    assert f"under {kernels} kernels" in on_one_line(read("docs/index.md"))
 
 
 # What a number looks like that somebody has measured: a standard error in brackets, or a unit of
