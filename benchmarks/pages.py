@@ -101,15 +101,15 @@ def transfer() -> str:
 
 def transfer_images() -> str:
     """Gains of the embedded model on other samplers: reward / held-out classifier."""
-    found = stored("transfer_images")
+    results = stored("transfer_images")
     lines = []
-    for sampler, mean in found["pretrained"].items():
+    for sampler, mean in results["pretrained"].items():
         cells = [sampler, f"{mean:.2f}"]
-        for gains in found["gains"].values():
+        for gains in results["gains"].values():
             one = gains[sampler]
             cells.append(f"{bracketed(one['reward'], 2)} / {bracketed(one['held_out'], 2)}")
         lines.append(cells)
-    return table(["evaluated on", "pretrained", *found["gains"]], lines)
+    return table(["evaluated on", "pretrained", *results["gains"]], lines)
 
 
 def variance() -> str:
@@ -159,8 +159,8 @@ def calls_to_reward() -> str:
 
 def tiny() -> str:
     """Share of the embedded model's samples that the judge assigns to the class."""
-    found = stored("tiny")
-    shares = {(row["guidance"], row["eta"]): row["share"] for row in found["agreement"]}
+    results = stored("tiny")
+    shares = {(row["guidance"], row["eta"]): row["share"] for row in results["agreement"]}
     lines = [
         [f"{guidance:g}"]
         + [
@@ -174,14 +174,14 @@ def tiny() -> str:
 
 def words() -> str:
     """Share of pictures in which exactly the word is read, by its length."""
-    found = stored("words")
-    decibels = [found["reconstructed"][length]["dB"] for length in "123"]
+    results = stored("words")
+    decibels = [results["reconstructed"][length]["dB"] for length in "123"]
     through = f"the same through the autoencoder ({min(decibels):.0f} to {max(decibels):.0f} dB)"
     rows = {
-        "signs as they are drawn": found["drawn"],
-        f"{through}: the ceiling": found["reconstructed"],
+        "signs as they are drawn": results["drawn"],
+        f"{through}: the ceiling": results["reconstructed"],
     }
-    for one in found["written"]:
+    for one in results["written"]:
         rows[f"samples, guidance {one['guidance']:g}, eta {one['eta']:g}"] = one["share"]
     lines = [
         [name] + [bracketed((row[k]["mean"], row[k]["standard_error"]), 2) for k in "123"]
@@ -192,7 +192,7 @@ def words() -> str:
 
 def ergodic() -> str:
     """What learners of the ergodic problem end at, beside the optimum."""
-    found = stored("ergodic_lq")["summary"]
+    results = stored("ergodic_lq")["summary"]
     quantities = {
         "average reward of the learned policy (exact)": ("average_reward", "0.658497", 4),
         "average reward as the agent estimates it": ("learned_average_reward", "0.658497", 4),
@@ -204,7 +204,7 @@ def ergodic() -> str:
     for name, (key, optimum, digits) in quantities.items():
         cells = [name, optimum]
         for method in ("actor-critic", "q-learning"):
-            one = found[f"{method} {key}"]
+            one = results[f"{method} {key}"]
             cells.append(f"{one['mean']:.{digits}f} ({one['standard_deviation']:.{digits}f})")
         lines.append(cells)
     head = ["5 seeds, mean (standard deviation)", "optimum", "actor-critic", "q-learning"]
@@ -237,16 +237,16 @@ def device() -> str:
 def reward_cost() -> str:
     """Processor seconds of learned rewards of full size."""
     users = {"ViT-L/14": "`CLIPScore`, `Aesthetic`", "ViT-H/14": "`PickScore`, `HPS`"}
-    found = stored("reward_cost")
+    results = stored("reward_cost")
     lines = []
-    for one in found["networks"]:
+    for one in results["networks"]:
         weights = 4 * one["parameters"] / 1e9
         lines.append(
             [f"{one['network']} ({users[one['network']]})", f"{one['parameters'] / 1e6:.0f} M"]
             + [f"{weights:.1f} GB"]
             + [f"{one[k]:.2g} s" for k in ("picture", "prompt", "with gradient")]
         )
-    for one in found["text"]:
+    for one in results["text"]:
         side, taken = one["side"], f"{one['picture']:.2g} s"
         lines.append([f"`TextInPicture`, {side} x {side}", "", "", taken, "", ""])
     head = ["network", "parameters", "weights", "picture", "prompt"]
@@ -552,13 +552,13 @@ def _counts() -> list[str]:
 
 def _embedded() -> list[str]:
     """Of tiny.md: the embedded model."""
-    found = stored("tiny")
-    accuracy = found["classifier_test_accuracy"]
+    results = stored("tiny")
+    accuracy = results["classifier_test_accuracy"]
     return [
-        f"{found['bytes'] / 1e6:.1f} MB together",
-        f"{found['reconstruction_psnr_db']:.1f} dB mean PSNR",
+        f"{results['bytes'] / 1e6:.1f} MB together",
+        f"{results['reconstruction_psnr_db']:.1f} dB mean PSNR",
         f"{100 * accuracy['judge']:.1f} % (all 10,000) / "
-        f"{100 * found['judge_accuracy_on_reconstructions']:.1f} % (2,000)",
+        f"{100 * results['judge_accuracy_on_reconstructions']:.1f} % (2,000)",
         f"accuracy on test pictures | {100 * accuracy['reward']:.1f} %",
     ]
 

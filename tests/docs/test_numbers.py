@@ -122,14 +122,14 @@ def unbacked(page, text, known=()):
     (_, preamble), *_ = parts = list(sections(text))
     if page != "README.md" and COMMAND.search(preamble):
         return []  # what it says holds for the whole page
-    found = []
+    missing = []
     for heading, part in parts:
         words = on_one_line(re.sub(r"(?ms)^( *)```.*?^\1```$", "", part))
         for phrase in known:
             words = re.sub(re.escape(phrase), "", words, flags=re.IGNORECASE)
         if (page, heading) not in COUNTED and not SOURCE.search(part) and MEASURED.search(words):
-            found.append((heading, MEASURED.findall(words)))
-    return found
+            missing.append((heading, MEASURED.findall(words)))
+    return missing
 
 
 PAGES = [
