@@ -76,9 +76,10 @@ test-device: $(VENV)/.installed-dev
 verify: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m verification
 
-# A broken link, an unknown claim, a formula that cannot be typeset: any warning fails it.
+# A broken link, an unknown claim, a formula that cannot be typeset: any warning fails it (not with
+# --quiet, which counts no warnings).
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo site/index.html
 
 package: $(VENV)/.installed-dev

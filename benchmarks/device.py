@@ -2,12 +2,14 @@
 
 On the simulated accelerator (``tests/device``), whose rules are CUDA's. Prints a table of the
 roll-outs and estimators, for every step, and of one fine-tuning update of every objective, beside
-the network calls in it; with ``--lines`` each synchronisation's line too.
+the network calls in it; with ``--lines`` each synchronisation's line too, with ``--to`` into
+``device.json`` of a folder.
 
-    python -m benchmarks.device [--lines]
+    python -m benchmarks.device [--lines] [--to docs]
 """
 
-import sys
+import argparse
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ import ctrl
 from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.environment import Environment
 from diffusion_envs.models.text_to_image_unet import TextToImageUNet
+from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.training import parallel
 from diffusion_envs.training.trainer import Trainer
 from diffusion_envs.training.update_size import UpdateSize
@@ -235,13 +238,18 @@ def per_step(case: Callable[[int], Any]) -> tuple[float, float, Counts]:
 
 
 def main() -> None:
-    """Measure and print."""
-    lines = "--lines" in sys.argv[1:]
+    """Measure, print and store."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lines", action="store_true", help="of every synchronisation")
+    parser.add_argument("--to", type=Path, help="folder of device.json (default: print only)")
+    options = parser.parse_args()
+    lines, steps, updates = options.lines, {}, {}
     accelerator.install()
     torch.set_num_threads(1)
     print("| for every step | synchronisations | launches |\n| --- | --- | --- |")
     for name, case in ROLL_OUTS.items():
         waits, launches, counts = per_step(case)
+        steps[name] = {"synchronised": waits, "launched": launches}
         print(f"| {name} | {waits:g} | {launches:g} |")
         if lines:
             print("\n".join(counts.lines()))
@@ -255,9 +263,14 @@ def main() -> None:
         run.step()  # the preflight belongs to the first update only
         update = one_update(run, built)
         calls, launches = update.network_calls, update.counts.launched
-        print(f"| {name} | {update.synchronised} | {calls} | {launches} |")
+        updates[name] = {"synchronised": update.synchronised, "network_calls": calls}
+        updates[name]["launched"] = launches
+        print(f"| {name} | {update.synchronised} | {calls} | {launches} |", flush=True)
         if lines:
             print("\n".join(update.counts.lines()))
+    if options.to is not None:
+        measured = {"versions": versions(), "steps": steps, "updates": updates}
+        (options.to / "device.json").write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.update_speed import END, START, summary
+from benchmarks.pages import filled
+from benchmarks.update_speed import summary
 from diffusion_envs.runs.run_folder import versions
 
 ROOT = Path(__file__).parent.parent
@@ -231,10 +232,7 @@ def write(folder: Path, measured: dict[str, Any]) -> None:
     file, text = folder / "speed.json", (folder / "speed.md").read_text()
     whole = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(whole | {"peers": measured}, indent=1) + "\n")
-    start, end = START.format(name="peers"), END.format(name="peers")
-    before, rest = text.split(start)
-    after = rest.split(end)[1]
-    (folder / "speed.md").write_text(f"{before}{start}\n{page(measured)}\n{end}{after}")
+    (folder / "speed.md").write_text(filled(text, "peers", page(measured)))
 
 
 def main() -> None:

@@ -20,14 +20,16 @@ not seen.
 
 Rows are steps of paths, or re-noised states for what learns from data; critics are exact.
 
-    python -m benchmarks.score_matching_frame
+    python -m benchmarks.score_matching_frame --output docs
 
 Sources  [R] Reward score matching 2026, arXiv 2604.17415.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ from diffusion_envs.exact import AffineCorrection, GaussianProblem, table
 from diffusion_envs.exact.gaussian import Quadratic, score_coefficients
 from diffusion_envs.objectives import NoisedObjective, Objective
 from diffusion_envs.objectives.protocol import Update
+from diffusion_envs.runs.run_folder import versions
 from diffusion_envs.samplers import DDIM, BoundDDIM
 
 PROBLEM = GaussianProblem()
@@ -57,11 +60,13 @@ class Options:
         methods: some of ``compared_methods.methods``; all, if none is given.
         samples: paths, or data, of a roll-out.
         steps: of the sampler; of data, 5 times as many.
+        output: folder of score_matching_frame.json; nothing is stored, if none is given.
     """
 
     methods: tuple[str, ...] = ()
     samples: int = 3840
     steps: int = 20
+    output: Path | None = None
 
 
 def slopes(sampler: BoundDDIM) -> dict[str, tuple[Tensor, Tensor]]:
@@ -213,22 +218,23 @@ def measured(objective: Objective, options: Options) -> dict[str, Any]:
 
 
 def main(options: Options) -> None:
-    """Measure, and print the table of docs/methods.md."""
-    print("| method | order | value | cosine (with the other) | weight | pull | rows |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    """Measure and print each row, and store all where that is asked for."""
+    rows: dict[str, Any] = {}
     for name, entry in methods().items():
         if options.methods and name not in options.methods:
             continue
         objective = entry.objective(PROBLEM.kl_weight)
-        one = measured(objective, options)
         order = "first" if objective.needs_reward_gradient else "zeroth"
-        thirds = " ".join(f"{share:.2f}" for share in one["weight"])
-        cosines = f"{min(one['cosine'], 1):.3f} ({min(one['other'], 1):.3f})"
-        print(
-            f"| {name} | {order} | {one['value']} | {cosines} | {thirds} | "
-            f"{one['pull']:.2f} | {one['rows']:.2g} |",
-            flush=True,
-        )
+        rows[name] = {"order": order} | measured(objective, options)
+        print(name, json.dumps(rows[name]), flush=True)
+    if options.output is not None:
+        record = {
+            "options": dataclasses.asdict(options) | {"output": ""},
+            "versions": versions(),
+            "rows": rows,
+        }
+        file = options.output / "score_matching_frame.json"
+        file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import torch
 
 from benchmarks.full_size import build_sd15
 from benchmarks.gpu.plain_ddpo import PlainDDPO
+from benchmarks.pages import filled
 from benchmarks.update import record
 from diffusion_envs import objectives, rewards, samplers
 from diffusion_envs.environment import Environment
@@ -50,7 +51,6 @@ OBJECTIVES: dict[str, Callable[[], objectives.Objective]] = {
     "ScoreAsAction": objectives.ScoreAsAction,
     "DiffusionNFT": objectives.DiffusionNFT,
 }
-START, END = "<!-- {name} -->", "<!-- end of {name} -->"
 
 
 @dataclass(frozen=True)
@@ -276,13 +276,8 @@ def write(folder: Path, name: str, measured: dict[str, Any]) -> None:
     file, page = folder / "speed.json", folder / "speed.md"
     whole = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(whole | {name: measured}, indent=1) + "\n")
-    if not page.exists():
-        return
-    text, start, end = page.read_text(), START.format(name=name), END.format(name=name)
-    if start in text:
-        before, rest = text.split(start)
-        after = rest.split(end)[1]
-        page.write_text(f"{before}{start}\n{table(measured)}\n{end}{after}")
+    if page.exists() and f"<!-- {name} -->" in page.read_text():
+        page.write_text(filled(page.read_text(), name, table(measured)))
 
 
 def table(measured: dict[str, Any]) -> str:

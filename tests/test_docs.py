@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -46,6 +47,23 @@ def test_links_and_test_files_exist(document):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"[(`](test_\w+\.py)", text):
         assert list((ROOT / "tests").rglob(name)), name
+
+
+def headings(text):
+    """The addresses of a page's headings, as the site and GitHub make them."""
+    text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    plain = [re.sub(r"\[(.*?)\]\(.*?\)|`", r"\1", title) for title in titles]
+    return {slugify(case="lower")(title, "-") for title in plain}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_to_a_part_of_a_page_lead_to_a_heading(document):
+    text = re.sub(r"^( *)```.*?^\1```$", "", document.read_text(), flags=re.M | re.S)
+    for target, part in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
+        page = document.parent / target if target else document
+        if page.suffix == ".md" and "reference/" not in target and document.parent != FRAGMENTS:
+            assert part in headings(page.read_text()), f"{target}#{part}"
 
 
 def test_the_first_example_of_the_readme_runs(capsys):

@@ -28,6 +28,18 @@ t), of differences on the same noise where two things are compared. Every number
 filled in from the data beside it; so is what a sentence says of an interval.
 """
 
+OTHERS = """## The other pictures
+
+- before and after, in the README: `make demo`, then `python -m benchmarks.before_after runs/demo`;
+- a report, in [Read the curves](howto/reading_a_run.md): after the same demo
+  `python -m benchmarks.report_screenshots runs/demo`, which needs Chromium;
+- the pages of theory: `python -m benchmarks.theory_plots`; the tutorials, with their text:
+  `python -m benchmarks.tutorials`;
+- leaderboards, benchmarks and embedded models: the command that their page names;
+- the claims: `python -m verification --full --document docs/verification.md`; the layers:
+  `python docs/hooks/architecture.py`.
+"""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -68,10 +80,13 @@ def write(figure: Figure, number: int, output: Path) -> None:
 
 
 def assemble(output: Path) -> Path:
-    """Write ``figures.md`` from the paragraphs that are there; returns its path."""
+    """Write ``figures.md`` from the paragraphs that are there; returns its path.
+
+    What makes the documentation's other pictures stands at its end.
+    """
     fragments = sorted((output / "figures").glob("[0-9].md"))
     page = output / "figures.md"
-    page.write_text("\n".join([HEAD, *(path.read_text() for path in fragments)]))
+    page.write_text("\n".join([HEAD, *(path.read_text() for path in fragments), OTHERS]))
     return page
 
 

@@ -11,13 +11,13 @@ import argparse
 import json
 import os
 import platform
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import filled
 from benchmarks.scaling import cluster, communication, measured_updates
 from benchmarks.scaling.cluster import A100, Run
 from benchmarks.scaling.counts import Counts, build_middle, counted
@@ -355,10 +355,7 @@ def write(stored: Mapping[str, Any]) -> None:
     """Every table into its place on the page."""
     text = PAGE.read_text()
     for name, table in tables(stored).items():
-        place = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)", re.DOTALL)
-        text, times = place.subn(lambda m, table=table: f"{m[1]}{table}{m[2]}", text)
-        if times != 1:
-            raise ValueError(f"{PAGE} must have one place for the table {name!r}, got {times}")
+        text = filled(text, name, table)
     PAGE.write_text(text)
 
 

@@ -1,6 +1,6 @@
 """A reward behind a server: pictures and prompts go as JSON over HTTP, one number each comes back.
 
-``docs/rewards.md`` describes the protocol, so that a server can be written in any language;
+``docs/reward_servers.md`` has the protocol, so that a server can be written in any language;
 ``diffusion_envs.rewards.serve`` is one for every reward of this library. Nothing is pickled.
 """
 
@@ -149,7 +149,7 @@ class Remote:
         if told.get("protocol") != PROTOCOL:
             raise WrongAnswerError(
                 f"speaks protocol {told.get('protocol')!r:.80}, and this version {PROTOCOL}: "
-                "answer GET /health as docs/rewards.md says"
+                "answer GET /health as docs/reward_servers.md says"
             )
         reward, version = _names(told, content)
         if self.version is not None and version != self.version:

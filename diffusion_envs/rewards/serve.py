@@ -1,9 +1,9 @@
 """A reward as a server: ``python -m diffusion_envs.rewards.serve REWARD``, for ``rewards.Remote``.
 
-``docs/rewards.md`` describes the protocol. There is no authentication and no encryption: it listens
-on this machine alone unless told otherwise, and elsewhere belongs behind a firewall. Requests are
-read at once and scored one at a time, since networks are not safe in threads. SIGTERM or Ctrl-C
-ends it after the requests that are being scored.
+``docs/reward_servers.md`` has the protocol. There is no authentication and no encryption: it
+listens on this machine alone unless told otherwise, and elsewhere belongs behind a firewall.
+Requests are read at once and scored one at a time, since networks are not safe in threads. SIGTERM
+or Ctrl-C ends it after the requests that are being scored.
 """
 
 import importlib.metadata

@@ -397,7 +397,7 @@ def _over_optimisation(
         "Diversity is the mean distance of two pictures of one prompt, distance that of a picture "
         "from the pretrained one of its seed, separation that of two pretrained pictures: root "
         "mean square difference of pixels, 1 minus the cosine of features, or ST-LPIPS; "
-        "docs/run_folder.md has the formulas.</p>"
+        "docs/verdict.md has the formulas.</p>"
     )
 
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -95,6 +96,14 @@ def test_the_page_has_every_figure_that_is_there_in_order(tmp_path):
     with (tmp_path / "figures/1.csv").open() as file:
         assert list(csv.DictReader(file)) == [{"a": "1.5", "b": ""}, {"a": "", "b": "x"}]
     assert json.loads((tmp_path / "figures/1.json").read_text())["settings"] == {"calls": 3}
+
+
+def test_the_page_of_figures_is_what_is_assembled_and_names_every_command(tmp_path):
+    shutil.copytree(command.DOCS / "figures", tmp_path / "figures")
+    page = assemble(tmp_path).read_text()
+    assert (command.DOCS / "figures.md").read_text() == page
+    for name in ("before_after", "report_screenshots", "theory_plots", "tutorials"):
+        assert f"`python -m benchmarks.{name}" in page
 
 
 @pytest.mark.parametrize(

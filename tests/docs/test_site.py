@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -278,3 +280,14 @@ def test_a_fault_of_a_page_fails_the_build(page, said, tmp_path: Path, caplog):
         with pytest.raises(Abort) as ended:
             build(config)
         assert said in caplog.text + str(ended.value)
+
+
+def test_the_command_of_make_docs_fails_on_a_broken_link(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("# Start\n\n[anchor](#nowhere)\n")
+    (tmp_path / "mkdocs.yml").write_text(BUILT.format(hooks=DOCS / "hooks"))
+    options = re.search(r"-m mkdocs (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    command = [sys.executable, "-m", "mkdocs", *options[1].split(), "-f", tmp_path / "mkdocs.yml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "nowhere" in done.stderr
