@@ -44,7 +44,16 @@ def from_anywhere(model: str | Path, *shipped: str) -> str:
     Args:
         model: a folder, a file, a hub id, or the name of a shipped model.
         shipped: those names, which are no folder's.
+
+    Raises:
+        TypeError: ``model`` is neither text nor a path.
     """
+    if not isinstance(model, str | Path):
+        raise TypeError(
+            f"model must be the name of one, a folder, a file or a hub id, got "
+            f"{type(model).__name__}: one in memory is saved first (save_pretrained), and named by "
+            "its folder"
+        )
     folder = Path(model).expanduser()
     if str(model).strip() not in ("", *shipped) and folder.exists():
         return str(folder.absolute())

@@ -233,3 +233,16 @@ def test_a_share_or_number_of_held_out_prompts_is_checked(held_out):
 def test_only_one_may_say_what_held_out_samples_are_asked_for():
     with pytest.raises(ValueError, match="leave one of them out"):
         RunOptions(held_out=2, evaluation_prompts=("a",))
+
+
+def test_a_column_that_is_not_there_is_told_with_those_that_are():
+    prompt = Prompt("a sign", {"word": "STOP", "size": 3})
+    for told in (prompt, pickle.loads(pickle.dumps(prompt)), copy.deepcopy(prompt)):
+        with pytest.raises(KeyError, match="there is no column 'kind', but 'word', 'size'"):
+            told.metadata["kind"]
+        assert told.metadata.get("kind") is None
+        assert "kind" not in told.metadata
+    with pytest.raises(
+        KeyError, match=r"no column 'kind', and no other: .*\(CSV, JSON\), or from P"
+    ):
+        Prompt("a sign").metadata["kind"]
