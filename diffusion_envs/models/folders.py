@@ -101,6 +101,8 @@ def local_folder(
             f"model must be a folder in diffusers' layout, but {source} is a file"
         )
     name = str(model)
+    if source.suffix.lower() in (".safetensors", *PICKLES):
+        raise FileNotFoundError(f"model {model} does not exist: there is no {source.absolute()}")
     if os.sep + os.sep in name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"model folder {model} does not exist")
     return _downloaded(name, pipeline, supported, without, variant)

@@ -65,6 +65,15 @@ def test_paths_that_do_not_exist_are_not_looked_for_on_the_hub(tmp_path, model):
     assert hub.asked == []
 
 
+@pytest.mark.parametrize("model", ["none.safetensors", "a/none.SAFETENSORS", "none.ckpt"])
+def test_a_file_that_does_not_exist_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    hub = Hub(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"does not exist: there is no {tmp_path / model}$"):
+        ask(hub, model)
+    assert hub.asked == []
+
+
 def test_names_and_files_that_are_no_models_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileNotFoundError, match="is a file"):

@@ -95,8 +95,11 @@ def test_a_prompt_that_only_looks_a_little_like_a_file_is_a_prompt(here):
 @pytest.mark.parametrize(
     ("word", "error", "message"),
     [
-        ("missing.txt", FileNotFoundError, "one prompt a line, but missing.txt is none"),
-        ("@missing", FileNotFoundError, "one prompt a line, but missing is none"),
+        ("missing.txt", FileNotFoundError, "one prompt a line, but missing.txt does not exist"),
+        ("@missing", FileNotFoundError, "one prompt a line, but missing does not exist"),
+        ("folder/", FileNotFoundError, "folder is a folder: name the files in it"),
+        ("./folder", FileNotFoundError, "folder is a folder: name the files in it"),
+        ("@folder", FileNotFoundError, "folder is a folder: name the files in it"),
         ("object.json", ValueError, "object.json must be a JSON list of prompts, got dict"),
         ("damaged.json", ValueError, "damaged.json must be a JSON list of prompts: "),
         ("numbers.json", ValueError, "non-empty strings, got 1"),
@@ -105,6 +108,7 @@ def test_a_prompt_that_only_looks_a_little_like_a_file_is_a_prompt(here):
     ],
 )
 def test_what_is_wrong_with_a_file_is_named(word, error, message, here):
+    (here / "folder").mkdir()
     with pytest.raises(error, match=message):
         from_words([word])
 
