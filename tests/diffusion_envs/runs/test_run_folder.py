@@ -157,9 +157,7 @@ def test_what_is_refused_says_how_to_go_on(tmp_path):
     ):
         pass
     with (
-        pytest.raises(
-            ValueError, match="steps: 2 then, 5 now; resume with those of the start"
-        ),
+        pytest.raises(ValueError, match="steps: 2 then, 5 now; resume with those of the start"),
         open_run(folder, SETTINGS | {"steps": 5}, resume=True),
     ):
         pass
