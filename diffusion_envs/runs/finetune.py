@@ -22,7 +22,7 @@ from diffusion_envs.runs.estimate import require_room_for
 from diffusion_envs.runs.exported import export
 from diffusion_envs.runs.further_samples import require_pretrained_sampler
 from diffusion_envs.runs.human_choices import leaving_images
-from diffusion_envs.runs.interruption import interruptible
+from diffusion_envs.runs.interruption import interruptible, telling
 from diffusion_envs.runs.model_card import write_card
 from diffusion_envs.runs.monitoring import Evaluations, Logging
 from diffusion_envs.runs.options import RunOptions
@@ -187,6 +187,8 @@ def finetune(
         folder = Path(output).expanduser()
         if main:
             stack.enter_context(open_run(folder, settings, resume=resume))
+            again = f"stopped; the same call with resume=True goes on with the run in {folder}"
+            stack.enter_context(telling(again))
         parallel.wait(accelerator)
 
         stopping = None

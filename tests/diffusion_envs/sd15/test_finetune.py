@@ -78,8 +78,10 @@ def finished(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("at", [1, 3, 6])
 def test_an_interrupted_run_resumes_to_the_same_numbers_bit_for_bit(finished, tmp_path, at):
     folder = tmp_path / "cut"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         finetune(reward=Interrupted(at), output=folder, **SMALL)
+    (note,) = stopped.value.__notes__  # which Python shows below the traceback
+    assert note == f"stopped; the same call with resume=True goes on with the run in {folder}"
     torch.rand(7)  # the global stream must not matter
     finetune(reward=Interrupted(at=-1), output=folder, resume=True, **SMALL)
     assert lines(folder) == lines(finished)
