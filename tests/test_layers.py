@@ -119,8 +119,9 @@ diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.refused
 diffusion_envs.runs.exported
 diffusion_envs.runs.model_card diffusion_envs.runs.publishing
-diffusion_envs.runs.summary diffusion_envs.runs.estimate
+diffusion_envs.runs.summary
 diffusion_envs.runs.method_names diffusion_envs.runs.arguments
+diffusion_envs.runs.estimate
 diffusion_envs.runs.finetune diffusion_envs.runs.repeating diffusion_envs.runs.transfer
 diffusion_envs.runs.presets
 diffusion_envs.runs.option_words diffusion_envs.runs.command_line diffusion_envs.runs.fit

@@ -341,9 +341,11 @@ def require_parts(folder: Path, parts: Collection[str]) -> None:
     if not (folder / "model_index.json").is_file():
         missing.insert(0, "model_index.json")
     if missing:
+        adapter = (folder / "pytorch_lora_weights.safetensors").is_file()
+        hint = "; it has a LoRA: name the model that it is for, and this folder as lora"
         raise FileNotFoundError(
             f"model {folder} is not a pipeline of this kind in diffusers' layout: it lacks "
-            f"{', '.join(missing)}"
+            f"{', '.join(missing)}{hint if adapter else ''}"
         )
 
 

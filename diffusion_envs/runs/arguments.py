@@ -48,7 +48,7 @@ def require_kinds(
     size: Any,
     options: Any,
     seed: Any,
-    output: Any,
+    output: Any = "runs",
 ) -> None:
     """Refuse arguments of ``finetune`` that are of another kind than it takes.
 

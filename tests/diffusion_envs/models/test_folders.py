@@ -135,3 +135,13 @@ def test_the_name_of_a_shipped_model_is_no_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [StableDiffusion(name).model for name in ("tiny", "words", "other")]
     assert names == ["tiny", "words", str(tmp_path / "other")]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_folder_of_a_lora_is_told_to_be_named_as_one(tmp_path, lora):
+    if lora:
+        (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    said = "lacks model_index.json, unet; it has a LoRA: .* this folder as lora$"
+    expected = said if lora else "lacks model_index.json, unet$"
+    with pytest.raises(FileNotFoundError, match=expected):
+        folders.require_parts(tmp_path, ["unet"])

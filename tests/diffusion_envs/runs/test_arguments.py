@@ -7,6 +7,7 @@ import pytest
 
 from diffusion_envs import cifar10, objectives, rewards, samplers, sd15
 from diffusion_envs.rewards.registry import REWARDS
+from diffusion_envs.runs.estimate import estimate
 from diffusion_envs.runs.method_names import OBJECTIVES, OPTIMISERS, SAMPLERS
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.training import optimisers
@@ -84,6 +85,21 @@ def test_what_is_of_another_kind_is_told_with_what_to_pass(argument, value, said
     message = refused(tmp_path, **{argument: value})
     assert message.startswith(f"{argument} must "), message
     assert said in message, message
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "said"),
+    [
+        ("objective", "grpo", "objective=objectives.GRPO()"),
+        ("sampler", samplers.DDIM, "sampler=samplers.DDIM(...)"),
+        ("size", {"samples": 6}, "size=UpdateSize(samples=6)"),
+        ("reward", Grey, "make one, Grey(...)"),
+    ],
+)
+def test_what_a_run_would_cost_is_refused_alike(argument, value, said):
+    usual = {"reward": grey, "prompts": ["a cat"]}
+    with pytest.raises(TypeError, match=f"^{argument} must be .*{re.escape(said)}$"):
+        estimate(sd15.StableDiffusion("tiny"), **usual | {argument: value})
 
 
 @pytest.mark.parametrize("output", [None, 3])
