@@ -92,6 +92,10 @@ class Estimate:
         if self.standard_error == 0:
             return f"{self.mean:.6g}"
         exponent = int(f"{self.standard_error:.1e}".split("e")[1])  # of the error, to two digits
+        power = max(exponent, int(f"{self.mean:.1e}".split("e")[1]) if self.mean else exponent)
+        if power <= -6:  # a row of zeros would hide what there is
+            scaled = Estimate(self.mean / 10**power, self.standard_error / 10**power, self.n)
+            return f"{scaled}e{power:03d}"
         digits = max(0, 1 - exponent)
         return f"{self.mean:.{digits}f}({self.standard_error * 10**digits:.0f})"
 

@@ -24,7 +24,8 @@ class Prompt(str):
     def __new__(cls, text: str, metadata: Mapping[str, Any] | None = None) -> "Prompt":
         """The text, with a copy of its metadata."""
         made = super().__new__(cls, text)
-        made._metadata = {str(column): value for column, value in (metadata or {}).items()}
+        columns = {str(column): value for column, value in (metadata or {}).items()}
+        made._metadata = _Columns(columns)
         try:
             json.dumps(made._metadata, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -38,6 +39,18 @@ class Prompt(str):
     def metadata(self) -> Mapping[str, Any]:
         """By column; read only."""
         return MappingProxyType(self._metadata)
+
+
+class _Columns(dict[str, Any]):
+    """Columns of a prompt, which say what there is where another is asked for."""
+
+    def __missing__(self, column: str) -> Any:
+        raise KeyError(
+            f"there is no column {column!r}, but {', '.join(map(repr, self))}"
+            if self
+            else f"there is no column {column!r}, and no other: columns come from a file of "
+            "prompts that has them (CSV, JSON), or from Prompt(text, {column: value})"
+        )
 
 
 def metadata_of(prompt: str) -> Mapping[str, Any]:

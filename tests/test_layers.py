@@ -29,7 +29,7 @@ ctrl.markov_chain ctrl.bellman ctrl.hjb ctrl.pendulum ctrl.problems
 ctrl.agents.descent ctrl.agents.online ctrl.agents.policy_evaluation ctrl.agents.actor_critic
 ctrl.agents.q_learning ctrl.agents.cppo ctrl.agents.policy_iteration ctrl.agents
 ctrl.gym ctrl.plots ctrl
-diffusion_envs diffusion_envs.prompt diffusion_envs.whole_files
+diffusion_envs diffusion_envs.ranges diffusion_envs.prompt diffusion_envs.whole_files
 diffusion_envs.digests diffusion_envs.training.phase diffusion_envs.training.memory
 diffusion_envs.noise_schedules diffusion_envs.frontier diffusion_envs.denoising
 diffusion_envs.samplers.gaussian_steps diffusion_envs.samplers.flow_sde
@@ -119,9 +119,11 @@ diffusion_envs.runs.further_samples diffusion_envs.runs.run_frontier
 diffusion_envs.runs.monitoring diffusion_envs.runs.resuming diffusion_envs.runs.refused
 diffusion_envs.runs.exported
 diffusion_envs.runs.model_card diffusion_envs.runs.publishing
-diffusion_envs.runs.summary diffusion_envs.runs.estimate
+diffusion_envs.runs.summary
+diffusion_envs.runs.method_names diffusion_envs.runs.arguments
+diffusion_envs.runs.estimate
 diffusion_envs.runs.finetune diffusion_envs.runs.repeating diffusion_envs.runs.transfer
-diffusion_envs.runs.presets diffusion_envs.runs.method_names
+diffusion_envs.runs.presets
 diffusion_envs.runs.option_words diffusion_envs.runs.command_line diffusion_envs.runs.fit
 diffusion_envs.runs
 diffusion_envs.tiny.captions diffusion_envs.tiny.train_classifier

@@ -13,6 +13,7 @@ from diffusion_envs.models.adapters import ATTENTION, require_precision, require
 from diffusion_envs.models.folders import from_anywhere
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.objectives import ScoreAsAction
+from diffusion_envs.ranges import require_numbers
 from diffusion_envs.runs.finetune import Run, refuse_misplaced
 from diffusion_envs.runs.finetune import finetune as _finetune
 from diffusion_envs.runs.options import RunOptions
@@ -51,6 +52,7 @@ class Cifar10Model:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_precision(self.precision)
         if self.lora_rank is not None:
             require_rank(self.lora_rank)
@@ -113,7 +115,8 @@ def finetune(model: str | Path | Cifar10Model = SMALL, **arguments: Any) -> Run:
             resume.
 
     Raises:
-        TypeError: an argument belongs to the model, the sizes or the options; the message says how.
+        TypeError: an argument belongs elsewhere, or is of another kind; the message says what to
+            write.
     """
     refuse_misplaced(arguments, Cifar10Model, "cifar10.Cifar10Model(...)")
     named = model if isinstance(model, Cifar10Model) else Cifar10Model(model)

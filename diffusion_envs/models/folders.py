@@ -44,7 +44,16 @@ def from_anywhere(model: str | Path, *shipped: str) -> str:
     Args:
         model: a folder, a file, a hub id, or the name of a shipped model.
         shipped: those names, which are no folder's.
+
+    Raises:
+        TypeError: ``model`` is neither text nor a path.
     """
+    if not isinstance(model, str | Path):
+        raise TypeError(
+            f"model must be the name of one, a folder, a file or a hub id, got "
+            f"{type(model).__name__}: one in memory is saved first (save_pretrained), and named by "
+            "its folder"
+        )
     folder = Path(model).expanduser()
     if str(model).strip() not in ("", *shipped) and folder.exists():
         return str(folder.absolute())
@@ -92,6 +101,8 @@ def local_folder(
             f"model must be a folder in diffusers' layout, but {source} is a file"
         )
     name = str(model)
+    if source.suffix.lower() in (".safetensors", *PICKLES):
+        raise FileNotFoundError(f"model {model} does not exist: there is no {source.absolute()}")
     if os.sep + os.sep in name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"model folder {model} does not exist")
     return _downloaded(name, pipeline, supported, without, variant)
@@ -330,9 +341,11 @@ def require_parts(folder: Path, parts: Collection[str]) -> None:
     if not (folder / "model_index.json").is_file():
         missing.insert(0, "model_index.json")
     if missing:
+        adapter = (folder / "pytorch_lora_weights.safetensors").is_file()
+        hint = "; it has a LoRA: name the model that it is for, and this folder as lora"
         raise FileNotFoundError(
             f"model {folder} is not a pipeline of this kind in diffusers' layout: it lacks "
-            f"{', '.join(missing)}"
+            f"{', '.join(missing)}{hint if adapter else ''}"
         )
 
 

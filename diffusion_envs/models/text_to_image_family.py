@@ -7,6 +7,7 @@ import torch
 
 from diffusion_envs.models.text_condition import TextCondition
 
+_SHOWN = 60  # characters of a prompt that is too long, in a message
 Configs: TypeAlias = Mapping[str, Mapping[str, Any]]
 """Settings of a pipeline's parts by name ("unet", "vae", ...), those of its index as "index"."""
 
@@ -124,6 +125,8 @@ def require_lengths(pipe: Any, tokenizers: Sequence[Any], prompts: Sequence[str]
             texts = pipe.maybe_convert_prompt(texts, tokenizer)
         for prompt, tokens in zip(whole, tokenizer(texts).input_ids, strict=True):
             if len(tokens) > limit:
+                shown = prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}..."
                 raise ValueError(
-                    f"prompt {prompt!r} has {len(tokens)} tokens; the model reads {limit}"
+                    f"prompt {shown!r} has {len(tokens)} tokens; the model reads {limit}, and "
+                    "nothing is cut off unseen: make it shorter"
                 )

@@ -190,8 +190,9 @@ class PipelineFiles:
         for name in _networks(self.family, self.configs["index"]):
             part = getattr(pipe, name)
             part.requires_grad_(False).eval().to(device)
-            if name != "unet":
-                part.to(decoder if name == "vae" else precision)
+            dtype = decoder if name == "vae" else precision
+            if name != "unet" and any(p.dtype != dtype for p in part.parameters()):
+                part.to(dtype)  # which diffusers warns of, also where there is nothing to do
         return pipe
 
 

@@ -41,7 +41,7 @@ from jaxtyping import Float, Int64
 from torch import Generator, Tensor
 
 from diffusion_envs.objectives.path_steps import PathObjective, Rows, Steps
-from diffusion_envs.objectives.protocol import require_count, require_positive
+from diffusion_envs.ranges import require_count, require_numbers, require_positive
 from diffusion_envs.rollout import Rollout
 
 
@@ -128,6 +128,7 @@ class AdjointMatching(PathObjective):
     needs_reward_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_positive(kl_weight=self.kl_weight, learning_rate=self.learning_rate)
 
     @property

@@ -42,7 +42,7 @@ from diffusion_envs.objectives.path_steps import (
     coordinates,
     reference_log_ratio,
 )
-from diffusion_envs.objectives.protocol import require_positive
+from diffusion_envs.ranges import require_numbers, require_positive
 from diffusion_envs.rollout import Rollout
 
 
@@ -72,6 +72,7 @@ class D3PO(PathObjective):
     needs_preferences: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_positive(
             beta_per_pixel=self.beta_per_pixel,
             clip_per_pixel=self.clip_per_pixel,

@@ -46,7 +46,8 @@ from diffusion_envs.objectives.path_steps import (
     transition_log_ratio,
     trusted_width,
 )
-from diffusion_envs.objectives.protocol import per_prompt, require_positive
+from diffusion_envs.objectives.protocol import per_prompt
+from diffusion_envs.ranges import require_numbers, require_positive
 from diffusion_envs.rollout import Rollout
 
 STD_OFFSET = 1e-6  # reward, added to a standard deviation before dividing; as published
@@ -72,6 +73,7 @@ class _DDPO(PathObjective):
     min_count: int = 2  # prompts with fewer paths are standardised by the whole roll-out
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_positive(learning_rate=self.learning_rate, advantage_clip=self.advantage_clip)
         if self.min_count < 2:
             raise ValueError(

@@ -53,7 +53,7 @@ from diffusion_envs.objectives.path_steps import (
     reference_log_ratio,
     trusted_width,
 )
-from diffusion_envs.objectives.protocol import require_positive
+from diffusion_envs.ranges import require_numbers, require_positive
 from diffusion_envs.rollout import Rollout
 
 
@@ -90,6 +90,7 @@ class DenseReward(PathObjective):
     joins_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         if not 2 <= self.compared <= self.members:
             raise ValueError(
                 f"compared must be at least 2 and at most members ({self.members}), got "

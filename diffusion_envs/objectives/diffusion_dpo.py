@@ -49,7 +49,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffusion_envs.objectives.noised_data import NoisedObjective, NoisedRows
-from diffusion_envs.objectives.protocol import require_count, require_positive
+from diffusion_envs.ranges import require_count, require_numbers, require_positive
 from diffusion_envs.rollout import Rollout
 
 
@@ -65,6 +65,7 @@ class DiffusionDPO(NoisedObjective):
     needs_old: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_positive(beta_per_pixel=self.beta_per_pixel, learning_rate=self.learning_rate)
         require_count(draws=self.draws)
         if self.beta is not None:

@@ -50,7 +50,7 @@ from torch import Tensor
 
 from ctrl.devices import sent
 from diffusion_envs.objectives.noised_data import NoisedObjective, NoisedRows
-from diffusion_envs.objectives.protocol import require_count, require_positive
+from diffusion_envs.ranges import require_count, require_numbers, require_positive
 from diffusion_envs.rollout import Rollout
 
 FirstVariation: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -105,6 +105,7 @@ class DistributionalOptimisation(NoisedObjective):
     needs_old: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_positive(kl_weight=self.kl_weight, learning_rate=self.learning_rate)
         require_count(draws=self.draws, rounds=self.rounds)
         if not callable(self.first_variation):

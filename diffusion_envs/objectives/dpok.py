@@ -56,7 +56,7 @@ from diffusion_envs.objectives.path_steps import (
     transition_kl,
     trusted_width,
 )
-from diffusion_envs.objectives.protocol import require_not_negative, require_positive
+from diffusion_envs.ranges import require_not_negative, require_numbers, require_positive
 from diffusion_envs.rollout import Rollout
 
 
@@ -100,6 +100,7 @@ class DPOK(PathObjective):
     needs_scores: ClassVar[bool] = True  # a change of the score, in units of predicted noise
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_positive(
             learning_rate=self.learning_rate, reward_weight=self.reward_weight, clip=self.clip
         )

@@ -54,7 +54,7 @@ from diffusion_envs.objectives.path_steps import (
     coordinates,
     path_kl_rate,
 )
-from diffusion_envs.objectives.protocol import require_not_negative, require_positive
+from diffusion_envs.ranges import require_not_negative, require_numbers, require_positive
 from diffusion_envs.rollout import Rollout
 
 
@@ -90,6 +90,7 @@ class _ByValue(PathObjective):
     fits_end: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_not_negative(kl_weight=self.kl_weight)
         require_positive(learning_rate=self.learning_rate)
 

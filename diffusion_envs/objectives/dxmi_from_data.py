@@ -37,11 +37,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_envs.objectives.dxmi import ContinuousDxMI, ContinuousDxMIReleased, DxMI
-from diffusion_envs.objectives.protocol import (
-    require_count,
-    require_not_negative,
-    require_positive,
-)
+from diffusion_envs.ranges import require_count, require_not_negative, require_positive
 
 
 def energy_loss(

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from diffusion_envs.objectives.grpo import GroupRelative
 from diffusion_envs.objectives.path_steps import Rows, Steps, trusted_width
-from diffusion_envs.objectives.protocol import require_positive
+from diffusion_envs.ranges import require_positive
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,7 +59,8 @@ from torch import Tensor
 
 from ctrl.trust_region import clipped_surrogate
 from diffusion_envs.objectives.path_steps import PathObjective, Rows, transition_kl, trusted_width
-from diffusion_envs.objectives.protocol import per_prompt, require_not_negative, require_positive
+from diffusion_envs.objectives.protocol import per_prompt
+from diffusion_envs.ranges import require_not_negative, require_numbers, require_positive
 from diffusion_envs.rewards.rounding import floored_std, ranks, standardised
 from diffusion_envs.rollout import Rollout
 
@@ -119,6 +120,7 @@ class GroupRelative(PathObjective):
     advantage: Literal["standardised", "ranks", "parts"] = "standardised"
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_positive(learning_rate=self.learning_rate, advantage_clip=self.advantage_clip)
         require_not_negative(kl_weight=self.kl_weight)
         if self.advantage not in ("standardised", "ranks", "parts"):

@@ -45,7 +45,7 @@ from torch import Tensor
 from ctrl.trust_region import clipped_surrogate
 from diffusion_envs.objectives.grpo import GroupRelative
 from diffusion_envs.objectives.path_steps import Rows, Steps
-from diffusion_envs.objectives.protocol import require_positive
+from diffusion_envs.ranges import require_positive
 
 
 @dataclass(frozen=True, eq=False)

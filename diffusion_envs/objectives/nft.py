@@ -44,7 +44,12 @@ from torch import Tensor
 from ctrl.devices import sent
 from diffusion_envs.denoising import tweedie_mean, v_from_score
 from diffusion_envs.objectives.noised_data import NoisedObjective, NoisedRows
-from diffusion_envs.objectives.protocol import require_count, require_not_negative, require_positive
+from diffusion_envs.ranges import (
+    require_count,
+    require_not_negative,
+    require_numbers,
+    require_positive,
+)
 from diffusion_envs.rewards.rounding import floored_std
 from diffusion_envs.rollout import Rollout
 
@@ -70,6 +75,7 @@ class DiffusionNFT(NoisedObjective):
     weighted: bool = True  # errors by the inverse of their size; False: the fixed point is exact
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_positive(
             learning_rate=self.learning_rate,
             beta=self.beta,

@@ -11,7 +11,6 @@ trainer knows neither methods nor kinds: a kind makes its own losses from rows o
 What it needs is declared, so that a sampler or a reward that cannot serve is refused at the start.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -240,24 +239,3 @@ def per_prompt(
         one = condition == prompt
         scaled[one] = standardised(host[one], std_offset)
     return sent(scaled, rewards.device)
-
-
-def require_positive(**settings: float) -> None:
-    """Refuse what is not a positive finite number, by name."""
-    for name, value in settings.items():
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be a positive finite number, got {value}")
-
-
-def require_not_negative(**settings: float) -> None:
-    """Refuse what is negative or not finite, by name."""
-    for name, value in settings.items():
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-
-
-def require_count(**counts: int) -> None:
-    """Refuse what is not a whole number of at least 1, by name."""
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

@@ -41,7 +41,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from diffusion_envs.objectives.last_steps import BackpropObjective
-from diffusion_envs.objectives.protocol import require_not_negative, require_positive
+from diffusion_envs.ranges import require_not_negative, require_numbers, require_positive
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class ReFL(BackpropObjective):
     scale: float = 1e-3  # of the loss
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         if not 0 <= self.earliest < 1:
             raise ValueError(f"earliest must be in [0, 1), got {self.earliest}")
         if math.isnan(self.enough):
@@ -85,6 +86,7 @@ class DRaFT(BackpropObjective):
     kl_weight: float = 0.0  # reward per nat of path KL over these steps
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         if isinstance(self.last, bool) or self.last < 1:
             raise ValueError(f"last must be at least 1, got {self.last}")
         require_not_negative(kl_weight=self.kl_weight)
@@ -122,6 +124,7 @@ class AlignProp(BackpropObjective):
     kl_weight: float = 0.0  # reward per nat of path KL over the differentiated steps
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         if not 0 <= self.place <= 1:
             raise ValueError(f"place must be in [0, 1], got {self.place}")
         if not math.isfinite(self.target):

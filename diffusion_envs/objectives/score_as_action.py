@@ -33,7 +33,7 @@ from diffusion_envs.objectives.path_steps import (
     path_kl_rate,
     transition_log_ratio,
 )
-from diffusion_envs.objectives.protocol import require_not_negative, require_positive
+from diffusion_envs.ranges import require_not_negative, require_numbers, require_positive
 from diffusion_envs.rewards.rounding import rounding
 from diffusion_envs.rollout import Rollout
 
@@ -67,6 +67,7 @@ class _ContinuousTime(PathObjective):
     needs_value: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_not_negative(kl_weight=self.kl_weight)
         if not self.gae_rate >= 0:  # infinity is one-step differences
             raise ValueError(f"gae_rate must be at least 0, got {self.gae_rate}")
@@ -193,6 +194,7 @@ class ScoreAsActionReleased(PathObjective):
     needs_value: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_positive(
             clip_per_pixel=self.clip_per_pixel,
             advantage_clip=self.advantage_clip,

@@ -52,7 +52,7 @@ from torch import Generator, Tensor, nn
 from ctrl.devices import as_like
 from ctrl.trust_region import clipped_surrogate
 from diffusion_envs.objectives.path_steps import PathObjective, Rows, trusted_width
-from diffusion_envs.objectives.protocol import require_not_negative, require_positive
+from diffusion_envs.ranges import require_not_negative, require_numbers, require_positive
 from diffusion_envs.rewards.rounding import all_alike, rounding
 from diffusion_envs.rollout import Rollout
 
@@ -69,6 +69,7 @@ class TDPO(PathObjective):
     value_sees_denoised: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_positive(learning_rate=self.learning_rate, clip=self.clip)
         if self.clip_per_pixel is not None:
             require_positive(clip_per_pixel=self.clip_per_pixel)

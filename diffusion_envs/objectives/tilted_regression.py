@@ -54,7 +54,7 @@ from torch import Tensor
 
 from ctrl.devices import sent
 from diffusion_envs.objectives.path_steps import PathObjective, Rows
-from diffusion_envs.objectives.protocol import require_not_negative, require_positive
+from diffusion_envs.ranges import require_not_negative, require_numbers, require_positive
 from diffusion_envs.rollout import Rollout
 
 
@@ -78,6 +78,7 @@ class TiltedRegression(PathObjective):
     control_variate: float = 1.0  # c; the mean gradient is the same at any
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_positive(kl_weight=self.kl_weight, learning_rate=self.learning_rate)
         require_not_negative(control_variate=self.control_variate)
 

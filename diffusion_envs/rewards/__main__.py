@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -33,7 +33,7 @@ class Fetch:
         output: folder for the files; reward-models/NAME if left out.
     """
 
-    name: tyro.conf.Positional[str]
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
     output: Path | None = None
 
     def __call__(self) -> None:
@@ -54,9 +54,9 @@ class Convert:
         folder: for the new files; nothing in it is overwritten.
     """
 
-    name: tyro.conf.Positional[str]
-    source: tyro.conf.Positional[str]
-    folder: tyro.conf.Positional[Path]
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
 
     def __call__(self) -> None:
         """Convert, and say what was written."""

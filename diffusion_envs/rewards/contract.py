@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import numbers
 import pkgutil
 import sys
@@ -204,9 +205,20 @@ def _asked(reward: Reward, name: str, images: Tensor, prompts: Sequence[str]) ->
             raise
         shape = list(images.shape)
         raise RewardError(
-            f"reward {name} raised {type(error).__name__} on images {shape}: {error}; try it "
-            f"alone: reward(torch.rand({shape[0]}, *{shape[1:]}), prompts)"
+            f"reward {name} raised {type(error).__name__} on images {shape}: {error}; "
+            f"{_remedy(reward, shape)}"
         ) from error
+
+
+def _remedy(reward: Reward, shape: Sequence[int]) -> str:
+    """What to do about a reward that raised."""
+    try:
+        inspect.signature(reward).bind(None, None)
+    except TypeError:
+        return "it must take two arguments, the images and their prompts, in this order"
+    except ValueError:  # a builtin, of which Python knows no signature
+        pass
+    return f"try it alone: reward(torch.rand({', '.join(map(str, shape))}), prompts)"
 
 
 @contextmanager

@@ -206,6 +206,8 @@ class Client:
                 try:
                     return question.read(self._attempt(question, body, asked, headers, ends))
                 except _MayHealError as failure:
+                    if asked.stopped.is_set():  # its connection was cut here, not by the server
+                        raise RewardError(f"{self.who}, {asked.label} was stopped") from failure
                     pause = max(self.backoff * 2 ** (attempt - 1), failure.pause)
                     if attempt > self.retries or time.monotonic() + pause >= ends:
                         raise self._given_up(asked, attempt, failure, pause) from failure

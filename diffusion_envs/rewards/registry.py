@@ -94,6 +94,37 @@ REWARDS: Mapping[str, Named] = {
 }
 
 
+def require_reward(name: str, value: Any) -> None:
+    """Refuse what is no reward: words, a class, a table of several, or anything else.
+
+    Args:
+        name: of the argument, for messages.
+        value: what is there.
+
+    Raises:
+        TypeError: it cannot be called with images and prompts; the message says what can.
+    """
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} must be a function or an object, got the class {value.__name__}: make one, "
+            f"{value.__name__}(...)"
+        )
+    if callable(value):
+        return
+    remedy = "pass a function of images and prompts"
+    if isinstance(value, str) and value in REWARDS:
+        entry = REWARDS[value]
+        settings = [f"{name}={setting!r}" for name, setting in entry.settings.items()]
+        made: Any = entry.at or entry.kind
+        asked = ", ".join(settings if entry.model is None else ["...", *settings])
+        remedy = f"from Python it is rewards.{made.__qualname__}({asked})"
+    elif isinstance(value, str) and ":" in value:
+        remedy = "from Python import the function and pass it itself, or rewards.load(...)"
+    elif isinstance(value, Mapping | list | tuple):
+        remedy = "for a sum of several pass rewards.Weighted({'name': (reward, weight), ...})"
+    raise TypeError(f"{name} must be callable, got {value!r:.80}: {remedy}")
+
+
 @dataclass(frozen=True)
 class Words:
     """A reward in words, until it is known where its model is."""

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -210,7 +210,7 @@ class Serve:
         megabytes: of a request, and of its pictures in float32, at most.
     """
 
-    reward: tyro.conf.Positional[str]
+    reward: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REWARD")]
     reward_model: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000

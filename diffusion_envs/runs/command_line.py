@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -208,7 +209,7 @@ class Evaluate:
         reward_model: where that is.
     """
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     steps: tuple[int, ...] = (10, 25, 50, 100)
     samplers: tuple[str, ...] = ("ddim",)
     samples: int = 64
@@ -587,13 +588,14 @@ def _carried_out(family: Family, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         if folder is not None:
             begun = (folder.expanduser() / "config.json").is_file()
-            again = f"go on with: {family.program} --resume {folder}"
+            again = f"go on with: {family.program} --resume {shlex.quote(str(folder))}"
             _say("\nstopped; " + (again if begun else "it had not begun: start it again"))
         else:
             _say("\nstopped: give the command again")
         return 130
     except MissingChoicesError as missing:
-        _say(f"waiting: {missing}\ngo on with: {family.program} --resume {folder}")
+        again = f"go on with: {family.program} --resume {shlex.quote(str(folder))}"
+        _say(f"waiting: {missing}\n{again}")
         return 3
     except (
         *(ValueError, TypeError, OSError, RuntimeError),

@@ -29,6 +29,7 @@ from torch import Tensor
 from ctrl import Estimate
 from diffusion_envs import rewards
 from diffusion_envs.environment import Environment
+from diffusion_envs.ranges import require_numbers
 from diffusion_envs.runs import checkpoint
 from diffusion_envs.runs.callbacks import Callback
 from diffusion_envs.runs.evaluation import WATCHED, Evaluation, evaluate
@@ -92,6 +93,7 @@ class StopRule:
     samples: int = 64
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         for name, value in (("z", self.z), ("max_path_kl", self.max_path_kl)):
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a positive finite number, got {value}")

@@ -30,6 +30,7 @@ from diffusion_envs.models.counting import META, Meter, Operation, counted_for
 from diffusion_envs.models.protocol import FROZEN, Model, WithNetworks
 from diffusion_envs.models.speed import Stopwatch, rows_for
 from diffusion_envs.objectives import Objective, ScoreAsAction
+from diffusion_envs.runs.arguments import require_kinds
 from diffusion_envs.runs.evaluation import evaluate
 from diffusion_envs.runs.options import RunOptions
 from diffusion_envs.runs.prompts import read_prompts
@@ -190,11 +191,22 @@ def estimate(
         clock: that is read for it.
 
     Raises:
+        TypeError: as of ``finetune``.
         ValueError: as of ``finetune``, of what can be known before.
         FileNotFoundError: the model is not there.
     """
-    objective, sampler = objective or ScoreAsAction(), sampler or samplers.DDIM()
-    optimiser = optimiser or AdamW()
+    objective = ScoreAsAction() if objective is None else objective
+    sampler = samplers.DDIM() if sampler is None else sampler
+    optimiser = AdamW() if optimiser is None else optimiser
+    require_kinds(
+        reward=reward,
+        objective=objective,
+        optimiser=optimiser,
+        sampler=sampler,
+        size=size,
+        options=options,
+        seed=seed,
+    )
     named = read_prompts(prompts)
     asked = None if model.device is None else str(model.device)
     kind = asked or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,7 @@
 """Fine-tune a diffusion model with a reward: from prompts to an export and a report."""
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusion_envs.environment import Environment
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.objectives import Objective, ScoreAsAction
 from diffusion_envs.runs import checkpoint, perceptual
+from diffusion_envs.runs.arguments import refuse_unknown, require_kinds
 from diffusion_envs.runs.callbacks import Callbacks
 from diffusion_envs.runs.early_stopping import EarlyStopping
 from diffusion_envs.runs.early_stopping import check as check_stop
@@ -20,7 +22,7 @@ from diffusion_envs.runs.estimate import require_room_for
 from diffusion_envs.runs.exported import export
 from diffusion_envs.runs.further_samples import require_pretrained_sampler
 from diffusion_envs.runs.human_choices import leaving_images
-from diffusion_envs.runs.interruption import interruptible
+from diffusion_envs.runs.interruption import interruptible, telling
 from diffusion_envs.runs.model_card import write_card
 from diffusion_envs.runs.monitoring import Evaluations, Logging
 from diffusion_envs.runs.options import RunOptions
@@ -107,6 +109,7 @@ def finetune(
         Folder, export, report, and estimates on held-out seeds.
 
     Raises:
+        TypeError: an argument is of another kind; the message says what to pass.
         ValueError: an argument is out of range, or arguments do not go together; or the device is
             not there; or a run is resumed with other settings or another reward.
         FileExistsError: ``output`` holds something and ``resume`` is not asked for, or another
@@ -122,7 +125,18 @@ def finetune(
         MissingChoicesError: recorded choices do not reach as far as the samples; the images to
             choose from are in the run's folder, and the run can be resumed.
     """
-    objective, sampler = objective or ScoreAsAction(), sampler or samplers.DDIM()
+    objective = ScoreAsAction() if objective is None else objective
+    sampler = samplers.DDIM() if sampler is None else sampler
+    require_kinds(
+        reward=reward,
+        objective=objective,
+        optimiser=optimiser,
+        sampler=sampler,
+        size=size,
+        options=options,
+        seed=seed,
+        output=output,
+    )
     prompts = read_prompts(prompts)
     optimiser = None if optimiser == AdamW() else optimiser  # stored as runs of before are
     settings = {
@@ -136,8 +150,6 @@ def finetune(
         places, _ = split(len(prompts), options.held_out, seed)
     _check(reward, objective, sampler, steps, updates, options)
     size.require_updates(updates)
-    if optimiser is not None and not isinstance(optimiser, Optimiser):
-        raise TypeError(f"optimiser must be an optimiser, got {optimiser!r}")
     with interruptible() as interruption, ExitStack() as stack:
         device = None if model.device is None else str(model.device)
         accelerator = parallel.start(device, options.process_timeout)
@@ -175,6 +187,8 @@ def finetune(
         folder = Path(output).expanduser()
         if main:
             stack.enter_context(open_run(folder, settings, resume=resume))
+            again = f"stopped; the same call with resume=True goes on with the run in {folder}"
+            stack.enter_context(telling(again))
         parallel.wait(accelerator)
 
         stopping = None
@@ -258,7 +272,8 @@ def refuse_misplaced(arguments: Mapping[str, Any], model: type, how: str) -> Non
         how: how one says what is of the model.
 
     Raises:
-        TypeError: an argument belongs to the model, the sizes or the options; the message says how.
+        TypeError: an argument belongs to the model, the sizes, the options, the objective, the
+            sampler or the optimiser, or there is none of this name; the message says what to write.
     """
     places: dict[Any, str] = {
         model: f"how the model is used by model={how}",
@@ -271,6 +286,8 @@ def refuse_misplaced(arguments: Mapping[str, Any], model: type, how: str) -> Non
                 f"{name} is no argument of finetune: say {place}, {kind.__name__}({name}="
                 f"{arguments[name]!r})"
             )
+    known = inspect.signature(finetune).parameters
+    refuse_unknown(arguments, known, arguments.get("objective"))
 
 
 def make_environment(
@@ -331,13 +348,9 @@ def _check(
     options: RunOptions,
 ) -> None:
     """Refuse arguments that can be checked before anything is loaded."""
-    if not callable(reward):
-        raise TypeError(f"reward must be callable, got {reward!r}")
     for name, value, bound in (("steps", steps, 1), ("updates", updates, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < bound:
             raise ValueError(f"{name} must be an integer of at least {bound}, got {value!r}")
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be an objective, got {objective!r}")
     if objective.needs_steps and not sampler.has_density:
         what = "an ODE" if isinstance(sampler, samplers.DDIM) else "a black box"
         raise ValueError(

@@ -120,3 +120,17 @@ def whole_calls() -> Iterator[None]:
             yield
     else:
         yield
+
+
+@contextmanager
+def telling(words: str) -> Iterator[None]:
+    """Within this context a KeyboardInterrupt gets a note, which Python shows below its traceback.
+
+    Args:
+        words: how what was stopped goes on.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        stopped.add_note(words)
+        raise

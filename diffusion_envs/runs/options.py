@@ -12,6 +12,7 @@ import tyro
 from diffusion_envs import rewards
 from diffusion_envs.preferences import Preference, Recorded
 from diffusion_envs.prompt import Prompt
+from diffusion_envs.rewards.registry import require_reward
 from diffusion_envs.runs.early_stopping import StopRule
 from diffusion_envs.runs.perceptual import STLPIPS
 from diffusion_envs.runs.prompts import read_prompts, split
@@ -92,6 +93,13 @@ class RunOptions:
             read = read_prompts(self.evaluation_prompts, "evaluation_prompts")
             object.__setattr__(self, "evaluation_prompts", read)
         self._check_held_out()
+        if not isinstance(self.judges, Mapping):
+            raise TypeError(
+                "judges must be rewards by name, such as "
+                f"{{'sharp': rewards.JpegIncompressibility()}}, got {self.judges!r:.80}"
+            )
+        for name, judge in self.judges.items():
+            require_reward(f"judge {name!r}", judge)
         least = {"evaluation_samples": 2, "checkpoint_every": 1, "picture_every": 1}
         least |= {"frontier_samples": 0, "overlap": 0}
         for name, bound in least.items():
@@ -124,7 +132,8 @@ class RunOptions:
                 "held_out and evaluation_prompts both say which prompts held-out samples have: "
                 "leave one of them out"
             )
-        if guidance is not None and not (guidance >= 0 and math.isfinite(guidance)):
+        scale = isinstance(guidance, int | float) and guidance >= 0 and math.isfinite(guidance)
+        if guidance is not None and not scale:
             raise ValueError(
                 f"evaluation_guidance must be a finite number of at least 0, got {guidance!r}"
             )

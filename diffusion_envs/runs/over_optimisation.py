@@ -388,11 +388,24 @@ def _since(now: Mapping[str, Any], then: Mapping[str, Any], key: str) -> _Change
 # -- words ---------------------------------------------------------------------------------------
 
 
+def _constant(now: Mapping[str, Any]) -> bool:
+    """Whether all samples have one reward, which is that of the pretrained model's."""
+    reward, gain = now.get("reward"), now["reward_gain"]
+    if reward is None or gain["mean"] != 0:
+        return False
+    return reward["standard_error"] == 0 and gain["standard_error"] == 0
+
+
 def _opening(seen: _Findings, since: int | None, now: Mapping[str, Any]) -> str:
     reward = f"the reward has risen ({seen.rise} over the pretrained model)"
     words = _list([_fell(name, how) for name, how in seen.falls.items()])
     unjudged = not any(key.startswith("judge_gain.") for key in now)
     if not seen.risen:
+        if not seen.falls and _constant(now):
+            return (
+                f"Every held-out sample has the reward {now['reward']['mean']:g}, before and "
+                "after: where all samples have the same, there is nothing to learn from."
+            )
         start = f"The reward has not risen beyond chance ({seen.rise})"
         if seen.falls:
             return f"{start}, yet since update {since} {words}: the model got worse."

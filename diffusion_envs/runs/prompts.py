@@ -69,7 +69,7 @@ def from_words(
     """Prompts of a command line: each word is a prompt, or the name of a file with prompts.
 
     A word is a file if it begins with @, if there is such a file, or if it is one word that ends as
-    files of text do.
+    files of text do. A folder is refused, if it is written with a slash.
 
     Args:
         words: as they stand there.
@@ -83,6 +83,7 @@ def from_words(
     taken: list[Prompt] = []
     for word in words:
         named = word.startswith("@") or (word.endswith(_ENDINGS) and len(word.split()) == 1)
+        named = named or ("/" in word and len(word) < 200 and Path(word).is_dir())
         if named or (word.strip() and len(word) < 200 and Path(word).is_file()):
             taken += read_prompts(Path(word.removeprefix("@")), name, column=column)
         else:
@@ -118,7 +119,8 @@ def split(n: int, held_out: int | float, seed: int) -> tuple[list[int], list[int
 def _read(path: Path, name: str, column: str) -> list[Any]:
     path = path.expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{name} must be a file with one prompt a line, but {path} is none")
+        what = "is a folder: name the files in it" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{name} must be a file with one prompt a line, but {path} {what}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
@@ -134,8 +135,7 @@ def open_run(folder: str | Path, settings: Mapping[str, Any], *, resume: bool) -
             what = "another run" if config in held else "other files"
             raise FileExistsError(
                 f"output {folder} holds {what}; choose a new folder, or resume the run with "
-                f"--resume {folder} "
-                "(resume=True)"
+                f"--resume {shlex.quote(str(folder))} (resume=True)"
             )
         else:
             known = {"settings": settings, "versions": versions(), "commit": commit()}
@@ -148,7 +148,10 @@ def _check_settings(folder: Path, wanted: dict[str, Any]) -> None:
     stored = read_settings(folder)
     if differing := differences(stored, wanted):
         words = "; ".join(f"{name}: {then!r} then, {now!r} now" for name, then, now in differing)
-        raise ValueError(f"{folder} was started with other settings: {words}")
+        raise ValueError(
+            f"{folder} was started with other settings: {words}; resume with those of the start, "
+            "or name another output for a run with the new ones"
+        )
     if wanted["updates"] < stored["updates"]:
         raise ValueError(
             f"updates must be at least {stored['updates']}, to which the run in {folder} goes, got "

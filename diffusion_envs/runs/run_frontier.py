@@ -330,7 +330,7 @@ class _Run:
         if not excess.known:
             return (
                 f"The most reward that a policy can have at the run's {excess.point.kl.mean:.3g} "
-                f"nats is not known: {self.why(excess.point)}."
+                f"nats (the KL of its sampled chain) is not known: {self.why(excess.point)}."
             )
         start = "" if excess.fault else f"{excess.sentence} "
         named = [f"{percent(share)} at {KINDS[k]}" for k, share in shares.items()]

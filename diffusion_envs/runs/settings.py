@@ -185,6 +185,7 @@ def differences(stored: Any, wanted: Any, setting: str = "") -> list[tuple[str, 
         if kinds == {"class"}:  # runs of before lack what has been added since
             stored = {k: v for k, v in _defaults(wanted).items() if k in wanted} | dict(stored)
         free = {"folder", *(_HOW_REACHED if stored.get("class") in _SERVERS else ())}
+        free |= {"name"} if kinds == {"class"} else set()  # a label, which its fields make
         return [
             differing
             for k in sorted((stored.keys() | wanted.keys()) - free)

@@ -23,9 +23,12 @@ _EACH_END = 10  # prompts of the largest and of the smallest gains in summary an
 _ByName: TypeAlias = Mapping[str, Float[Tensor, " n"]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
-    """What a finished run has to show. Estimates are over held-out seeds."""
+    """What a finished run has to show, in a few lines where it is printed or shown in a notebook.
+
+    Estimates are over held-out seeds.
+    """
 
     folder: Path
     exported: Path  # the file that the model's own library loads
@@ -41,6 +44,25 @@ class Run:
     update: int  # after which the exported model was taken
     frontier: RunFrontier | None = None  # how near the best possible; None off the main process
     stopped: str | None = None  # why the stop rule ended the run, if it did
+
+    def __repr__(self) -> str:
+        """The run in a few lines: the frontier alone would fill a screen with its numbers."""
+        kl = "" if self.path_kl is None else f", at a path KL of {self.path_kl} nats"
+        gains = [
+            f"{what} {name}: {gain} higher than the pretrained model's"
+            for what, each in (("part", self.part_gains), ("judge", self.judge_gains))
+            for name, gain in each.items()
+        ]
+        lines = [
+            f"Run {self.folder}, exported after update {self.update}",
+            f"reward {self.reward_before} -> {self.reward}, paired gain {self.reward_gain}{kl}",
+            *gains,
+            self.over_optimisation.sentence,
+            *([] if self.stopped is None else [f"stopped: {self.stopped}"]),
+            f"exported: {self.exported}",
+            f"report:   {self.report}",
+        ]
+        return "\n".join(lines)
 
 
 @phase("report")

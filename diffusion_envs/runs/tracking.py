@@ -227,10 +227,13 @@ class Tracker:
         plain = {name: _plain(name, value) for name, value in numbers.items()}
         line = json.dumps({"update": update, **plain}, allow_nan=False)
         if update == self._last_metrics:  # it was finished before; else there is no line of it
-            if read_metrics(path)[-1:] == [json.loads(line)]:
+            lines = read_metrics(path)
+            if lines[-1:] == [json.loads(line)]:
                 return
             _keep_lines_until(path, update - 1)
-            _log.warning("%s: the line of update %d was altered, and is made anew", path, update)
+            if lines:  # a run of no updates has none before its end
+                text = "%s: the line of update %d was altered, and is made anew"
+                _log.warning(text, path, update)
         append(path, f"{line}\n")
         self._last_metrics = update
         flat = {f"over_optimisation/{name}": value.mean for name, value in numbers.items()}

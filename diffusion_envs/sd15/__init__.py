@@ -45,7 +45,8 @@ def finetune(model: str | Path | StableDiffusion = "tiny", **arguments: Any) -> 
             resume.
 
     Raises:
-        TypeError: an argument belongs to the model, the sizes or the options; the message says how.
+        TypeError: an argument belongs elsewhere, or is of another kind; the message says what to
+            write.
     """
     refuse_misplaced(arguments, StableDiffusion, "sd15.StableDiffusion(...)")
     named = model if isinstance(model, StableDiffusion) else StableDiffusion(model)

@@ -13,6 +13,7 @@ from diffusion_envs.models.guidance_schedule import require_guidance, require_so
 from diffusion_envs.models.latent_decoder import require_resolution
 from diffusion_envs.models.protocol import Model
 from diffusion_envs.models.trainable import Reference, Trainable, Weights
+from diffusion_envs.ranges import require_numbers
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class StableDiffusion:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_precision(self.precision)
         require_guidance(self.guidance)
         require_resolution(self.resolution)

@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 
 from diffusion_envs.objectives import Objective
+from diffusion_envs.ranges import require_numbers
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class TargetKL:
     most: float = 1e6
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         for name in ("nats", "rate", "least", "most"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):

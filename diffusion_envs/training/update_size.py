@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from diffusion_envs.ranges import require_numbers
+
 Schedule = Literal["constant", "linear", "cosine"]
 StoredPaths = Literal["device", "host"]
 
@@ -54,6 +56,7 @@ class UpdateSize:
     value_learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         for name in ("samples", "epochs", "minibatches", "batch", "value_epochs", "value_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -25,6 +25,16 @@ def test_estimates_print_value_and_error():
     assert str(ctrl.Estimate(0.5, 0.0, 3)) == "0.5"
 
 
+def test_small_estimates_print_their_power_of_ten():
+    assert str(ctrl.Estimate(8.362e-11, 6.7e-12, 9)) == "8.36(67)e-11"
+    assert str(ctrl.Estimate(-3.1e-7, 4.84e-6, 9)) == "-0.3(48)e-06"
+    assert str(ctrl.Estimate(0.0, 2.5e-105, 9)) == "0.0(25)e-105"
+    assert str(ctrl.Estimate(-9.96e-6, 1.2e-7, 9)) == "-0.00000996(12)"
+    assert str(ctrl.Estimate(-0.0000071, 0.0000174, 9)) == "-0.000007(17)"
+    assert str(ctrl.Estimate(0.25, 1.24e-7, 9)) == "0.25000000(12)"
+    assert str(ctrl.Estimate(0.00031, 0.0000217, 9)) == "0.000310(22)"
+
+
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf, 1.0]])
 def test_estimates_refuse_nothing_and_nan(values):
     with pytest.raises(ValueError, match="values"):

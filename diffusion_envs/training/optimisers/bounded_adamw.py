@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from diffusion_envs.environment import Environment
+from diffusion_envs.ranges import require_numbers
 from diffusion_envs.training.optimisers.adamw import TorchStepper
 from diffusion_envs.training.optimisers.protocol import (
     Groups,
@@ -35,6 +36,7 @@ class BoundedAdamW:
     share: float = 0.15
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         TrustRegion(self.nats)
         require_share(share=self.share)
 

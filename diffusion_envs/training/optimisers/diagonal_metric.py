@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_envs.environment import Environment
-from diffusion_envs.objectives.protocol import require_count, require_not_negative
+from diffusion_envs.ranges import require_count, require_not_negative, require_numbers
 from diffusion_envs.training.optimisers.protocol import Groups, Metric, require_share
 from diffusion_envs.training.optimisers.running_mean import RunningMean
 from diffusion_envs.training.optimisers.trust_region import TrustRegion, TrustRegionSteps
@@ -48,6 +48,7 @@ class DiagonalMetric:
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         TrustRegion(self.nats, self.rate)
         require_not_negative(damping=self.damping)
         require_count(vectors=self.vectors)

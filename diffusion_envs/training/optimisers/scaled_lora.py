@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_envs.environment import Environment
-from diffusion_envs.objectives.protocol import require_positive
+from diffusion_envs.ranges import require_numbers, require_positive
 from diffusion_envs.training.optimisers.adamw import TorchStepper
 from diffusion_envs.training.optimisers.protocol import Groups, Metric, parameters_of
 from diffusion_envs.training.optimisers.running_mean import RunningMean
@@ -42,6 +42,7 @@ class ScaledLoRA:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_positive(delta=self.delta)
         RunningMean(self.momentum, "momentum")
 

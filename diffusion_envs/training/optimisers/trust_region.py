@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffusion_envs.objectives.protocol import require_positive
+from diffusion_envs.ranges import require_positive
 from diffusion_envs.training.optimisers.protocol import Groups, Metric, parameters_of
 from diffusion_envs.training.path_metric import PathMetric, flattened, unflattened
 from diffusion_envs.training.refusal import NonFiniteError

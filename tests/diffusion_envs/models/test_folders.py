@@ -65,6 +65,15 @@ def test_paths_that_do_not_exist_are_not_looked_for_on_the_hub(tmp_path, model):
     assert hub.asked == []
 
 
+@pytest.mark.parametrize("model", ["none.safetensors", "a/none.SAFETENSORS", "none.ckpt"])
+def test_a_file_that_does_not_exist_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    hub = Hub(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"does not exist: there is no {tmp_path / model}$"):
+        ask(hub, model)
+    assert hub.asked == []
+
+
 def test_names_and_files_that_are_no_models_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileNotFoundError, match="is a file"):
@@ -126,3 +135,13 @@ def test_the_name_of_a_shipped_model_is_no_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [StableDiffusion(name).model for name in ("tiny", "words", "other")]
     assert names == ["tiny", "words", str(tmp_path / "other")]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_folder_of_a_lora_is_told_to_be_named_as_one(tmp_path, lora):
+    if lora:
+        (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    said = "lacks model_index.json, unet; it has a LoRA: .* this folder as lora$"
+    expected = said if lora else "lacks model_index.json, unet$"
+    with pytest.raises(FileNotFoundError, match=expected):
+        folders.require_parts(tmp_path, ["unet"])

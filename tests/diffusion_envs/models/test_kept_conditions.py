@@ -76,5 +76,8 @@ def test_ten_thousand_prompts_are_checked_but_not_encoded():
     assert torch.equal(environment.condition_of(index).tokens, alone)  # whatever its company
     assert encoded == [prompts[9_999], prompts[3]]
     prompts[7_000] = "a cat " * 40
-    with pytest.raises(ValueError, match=r"'a cat a cat .* has \d+ tokens; the model reads"):
+    said = (
+        r"^prompt 'a cat a cat .{40,60}\.\.\.' has \d+ tokens; the model reads .*: make it shorter$"
+    )
+    with pytest.raises(ValueError, match=said):
         Environment(model, sampler, Colour(), prompts, seed=0)

@@ -393,3 +393,17 @@ def test_a_differentiable_reward_that_is_too_large_is_refused_with_its_sample():
 
     with pytest.raises(RewardError, match=r"my_reward must be finite .* sample 2 \('a frog'\) got"):
         rewards.differentiable_score(my_reward, IMAGES.clone().requires_grad_(), PROMPTS)
+
+
+@pytest.mark.parametrize("reward", [lambda images: images.mean((1, 2, 3)), lambda i, p, m: i])
+def test_a_reward_of_other_arguments_is_told_which_there_are(reward):
+    with pytest.raises(rewards.RewardError, match="it must take two arguments, the images and"):
+        rewards.score(reward, torch.rand(3, 3, 4, 5), ["a cat"] * 3)
+
+
+def test_a_reward_that_raises_is_told_how_to_try_it_alone():
+    def broken(images, prompts):
+        raise TypeError("of its own")
+
+    with pytest.raises(rewards.RewardError, match=r"alone: reward\(torch\.rand\(3, 3, 4, 5\), pro"):
+        rewards.score(broken, torch.rand(3, 3, 4, 5), ["a cat"] * 3)

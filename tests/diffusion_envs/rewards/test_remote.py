@@ -221,13 +221,23 @@ def test_patience_bounds_all_attempts_together():
         assert len(server.bodies) == 1
 
 
+def test_a_request_that_is_stopped_here_is_not_said_to_be_the_servers_fault(caplog):
+    with running(hangs, scores(), hangs) as (url, _):
+        with pytest.raises(RewardError, match="0 scores for 1 pictures"):
+            ask(remote(url, batch=1, concurrency=4), 4)
+        for thread in threading.enumerate():
+            if thread.name == "reward":
+                thread.join(ENOUGH)
+    assert "asked again" not in caplog.text
+
+
 def test_one_failure_ends_the_other_requests_at_once():
     began = time.monotonic()
     with running(hangs, scores(), hangs) as (url, _):
         with pytest.raises(RewardError, match="0 scores for 1 pictures"):
             ask(remote(url, batch=1, concurrency=4), 4)
         assert time.monotonic() - began < ENOUGH / 2
-        left = [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+        left = [t for t in threading.enumerate() if t.name == "reward"]
         for thread in left:  # none of them stays in a read that nobody ends
             thread.join(ENOUGH)
             assert not thread.is_alive()

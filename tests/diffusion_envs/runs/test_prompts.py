@@ -95,8 +95,11 @@ def test_a_prompt_that_only_looks_a_little_like_a_file_is_a_prompt(here):
 @pytest.mark.parametrize(
     ("word", "error", "message"),
     [
-        ("missing.txt", FileNotFoundError, "one prompt a line, but missing.txt is none"),
-        ("@missing", FileNotFoundError, "one prompt a line, but missing is none"),
+        ("missing.txt", FileNotFoundError, "one prompt a line, but missing.txt does not exist"),
+        ("@missing", FileNotFoundError, "one prompt a line, but missing does not exist"),
+        ("folder/", FileNotFoundError, "folder is a folder: name the files in it"),
+        ("./folder", FileNotFoundError, "folder is a folder: name the files in it"),
+        ("@folder", FileNotFoundError, "folder is a folder: name the files in it"),
         ("object.json", ValueError, "object.json must be a JSON list of prompts, got dict"),
         ("damaged.json", ValueError, "damaged.json must be a JSON list of prompts: "),
         ("numbers.json", ValueError, "non-empty strings, got 1"),
@@ -105,6 +108,7 @@ def test_a_prompt_that_only_looks_a_little_like_a_file_is_a_prompt(here):
     ],
 )
 def test_what_is_wrong_with_a_file_is_named(word, error, message, here):
+    (here / "folder").mkdir()
     with pytest.raises(error, match=message):
         from_words([word])
 
@@ -233,3 +237,16 @@ def test_a_share_or_number_of_held_out_prompts_is_checked(held_out):
 def test_only_one_may_say_what_held_out_samples_are_asked_for():
     with pytest.raises(ValueError, match="leave one of them out"):
         RunOptions(held_out=2, evaluation_prompts=("a",))
+
+
+def test_a_column_that_is_not_there_is_told_with_those_that_are():
+    prompt = Prompt("a sign", {"word": "STOP", "size": 3})
+    for told in (prompt, pickle.loads(pickle.dumps(prompt)), copy.deepcopy(prompt)):
+        with pytest.raises(KeyError, match="there is no column 'kind', but 'word', 'size'"):
+            told.metadata["kind"]
+        assert told.metadata.get("kind") is None
+        assert "kind" not in told.metadata
+    with pytest.raises(
+        KeyError, match=r"no column 'kind', and no other: .*\(CSV, JSON\), or from P"
+    ):
+        Prompt("a sign").metadata["kind"]

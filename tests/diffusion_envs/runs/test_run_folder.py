@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -144,3 +145,19 @@ def test_the_config_of_an_earlier_version_and_a_damaged_one_are_named(tmp_path):
         config.write_text(text)
         with pytest.raises(ValueError, match=r"config\.json is damaged"):
             read_settings(tmp_path)
+
+
+def test_what_is_refused_says_how_to_go_on(tmp_path):
+    folder = tmp_path / "my run"
+    with open_run(folder, SETTINGS, resume=False):
+        pass
+    with (
+        pytest.raises(FileExistsError, match=rf"--resume '{re.escape(str(folder))}' \(resume=True"),
+        open_run(folder, SETTINGS, resume=False),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="steps: 2 then, 5 now; resume with those of the start"),
+        open_run(folder, SETTINGS | {"steps": 5}, resume=True),
+    ):
+        pass

@@ -233,6 +233,7 @@ def test_no_failure_loses_a_run(environment, tmp_path):
         (90, {"nats": math.inf}, "sampled chain is infinite (a step has no noise)"),
         (90, {"nats": math.nan}, "sampled chain is not known (a black box shows no steps)"),
         (90, {"nats": 60.0}, "more of them than can be drawn"),
+        (90, {"nats": 60.0}, "at the run's 60 nats (the KL of its sampled chain) is not known"),
         (90, {"nats": 5.0}, "frontier_samples of"),
         (90, {"weight": None}, "no kl_weight in reward per nat"),
         (90, {"scale": 0.0}, "rewards are all equal in every group"),

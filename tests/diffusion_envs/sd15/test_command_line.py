@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 
 from diffusion_envs import objectives
 from diffusion_envs.objectives import NearTarget
+from diffusion_envs.rewards import __main__ as getters
+from diffusion_envs.rewards import serve
 from diffusion_envs.runs import command_line
 from diffusion_envs.runs.command_line import OBJECTIVES, OPTIMISERS, Finetune
 from diffusion_envs.runs.options import RunOptions
@@ -145,6 +148,57 @@ def test_every_option_has_a_description(capsys, monkeypatch):
         assert found, f"{flag} is not listed"
         said = re.sub(r"\{.*?\}|--[a-z-]+", "", found[1])  # choices, and the flag that says no
         assert re.search("[a-z]{3}", said), f"{flag} has no help"
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "names"),
+    [
+        ("sd15", ["evaluate"], ["RUN"]),
+        ("sd15", ["export"], ["RUN"]),
+        ("rewards", ["fetch"], ["NAME"]),
+        ("rewards", ["convert"], ["NAME", "SOURCE", "FOLDER"]),
+        ("rewards.serve", [], ["REWARD"]),
+    ],
+)
+def test_what_stands_without_a_flag_has_a_name_of_its_own(
+    module, words, names, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    program = f"python -m diffusion_envs.{module}"
+    mains = {"sd15": run, "rewards": lambda *a: getters.main(a), "rewards.serve": served}
+    assert mains[module](*words, "--help") == 0
+    usage, _, rest = capsys.readouterr().out.partition("\n")
+    assert usage.startswith(" ".join(["usage:", program, *words]))
+    assert [word for word in usage.split() if word in ("STR", "PATH", *names)] == names
+    listed = rest.partition("positional arguments")[2].partition("options")[0]
+    assert re.findall(r"^\W+([A-Z]+) ", listed, re.MULTILINE) == names
+
+
+def served(*words: str) -> int:
+    """The command that serves a reward, of which help is an exit."""
+    with pytest.raises(SystemExit) as ended:
+        serve.main(words)
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_the_command_that_goes_on_can_be_pasted(begun, tmp_path, capsys, monkeypatch):
+    def interrupted(**_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "my run"
+    monkeypatch.setattr(command_line, "finetune", interrupted)
+    if begun:
+        folder.mkdir()
+        (folder / "config.json").touch()
+    assert run("--output", folder, "--reward", "red", *SMALL) == 130
+    said = capsys.readouterr().err.strip()
+    if not begun:
+        assert said == "stopped; it had not begun: start it again"
+        return
+    start = "stopped; go on with: python -m diffusion_envs.sd15 "
+    assert said.startswith(start)
+    assert shlex.split(said.removeprefix(start)) == ["--resume", str(folder)]
 
 
 def options(*arguments: str) -> objectives.Objective:

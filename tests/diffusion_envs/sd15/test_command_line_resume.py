@@ -133,6 +133,13 @@ def test_options_that_are_not_the_runs_are_refused_by_name(words, named, tmp_pat
         resumed(start(tmp_path), *words.split())
 
 
+def test_an_option_that_is_refused_is_named_once(tmp_path):
+    with pytest.raises(ValueError, match="leave out") as refused:
+        resumed(start(tmp_path), "--model", "words", "--eta", "0.3")
+    said = str(refused.value).partition("leave out ")[2]
+    assert said == "--model words (it has tiny), --eta 0.3 (it has 0.7)"
+
+
 def test_where_and_how_loud_may_be_chosen_anew(tmp_path):
     folder = start(tmp_path, model=StableDiffusion(guidance=1.0, lora_rank=2, device="cuda"))
     arguments = resumed(folder, "--device", "cpu", "--no-progress", "--wandb")

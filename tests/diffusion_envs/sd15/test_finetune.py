@@ -1,6 +1,7 @@
 """Fine-tuning end to end on the embedded model: resume, export, preflight, bad input."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,8 +78,10 @@ def finished(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("at", [1, 3, 6])
 def test_an_interrupted_run_resumes_to_the_same_numbers_bit_for_bit(finished, tmp_path, at):
     folder = tmp_path / "cut"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         finetune(reward=Interrupted(at), output=folder, **SMALL)
+    (note,) = stopped.value.__notes__  # which Python shows below the traceback
+    assert note == f"stopped; the same call with resume=True goes on with the run in {folder}"
     torch.rand(7)  # the global stream must not matter
     finetune(reward=Interrupted(at=-1), output=folder, resume=True, **SMALL)
     assert lines(folder) == lines(finished)
@@ -387,3 +390,38 @@ def test_an_option_of_another_place_is_refused_with_its_place(name, value, place
             **{name: value},
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_shown_in_a_few_lines(tmp_path):
+    options = RunOptions(
+        evaluation_samples=3, judges={"blue": rewards.Colour("blue")}, progress=False
+    )
+    run = sd15.finetune(
+        reward=rewards.Weighted({"red": (rewards.Colour("red"), 0.5)}),
+        prompts=PROMPTS[:1],
+        output=tmp_path / "run",
+        steps=2,
+        updates=1,
+        size=UpdateSize(samples=2),
+        options=options,
+    )
+    shown = str(run)
+    assert shown == repr(run)
+    assert len(shown) < 1500
+    for part in (run.folder, run.reward_before, run.reward, run.reward_gain, run.path_kl):
+        assert str(part) in shown
+    assert f"judge blue: {run.judge_gains['blue']} higher" in shown
+    assert f"part red: {run.part_gains['red']} higher" in shown
+    assert run.over_optimisation.sentence in shown
+    assert shown.endswith(f"report:   {run.report}")
+
+
+def test_a_model_is_loaded_without_a_warning_of_what_is_not_so(caplog, tmp_path):
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.WARNING, "diffusers"):
+            StableDiffusion("tiny").load(device=torch.device("cpu"), batch=2, seed=0)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "should be kept in float32" not in caplog.text

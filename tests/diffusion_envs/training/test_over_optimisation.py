@@ -334,6 +334,24 @@ def test_nothing_is_said_to_fall_that_did_not(lines, words):
     assert words in said.sentence
 
 
+@pytest.mark.parametrize(
+    ("reward", "gain", "error", "said"),
+    [
+        (0.7, 0.0, 0.0, True),
+        (0.7, -0.3, 0.0, False),  # every sample lost the same
+        (0.7, 0.0, 0.02, False),  # no gain, but samples differ
+    ],
+)
+def test_a_reward_that_is_the_same_for_all_samples_is_told(reward, gain, error, said):
+    numbers = line(10, gain, pixels=0.0, error=0.0) | {"reward": estimate(reward, error)}
+    words = verdict([numbers]).sentence
+    told = "Every held-out sample has the reward 0.7, before and after: where all samples have the"
+    assert words.startswith(told) == said
+    assert words.startswith("The reward has not risen beyond chance") != said
+    unknown = numbers | {"reward": estimate(reward, None)}  # of one sample
+    assert not verdict([unknown]).sentence.startswith("Every")
+
+
 def test_a_fall_at_no_gain_is_no_over_optimisation_but_a_worse_model():
     said = verdict([line(10, -0.4, -0.5)])
     assert not said.over_optimised

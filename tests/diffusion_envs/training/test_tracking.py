@@ -91,6 +91,18 @@ def test_a_damaged_line_in_the_middle_is_named_not_dropped(tmp_path, damage):
     assert path.read_text() == f"{first}\n{damage}\n{third}\n"
 
 
+def test_a_run_of_no_updates_has_altered_nothing(tmp_path, caplog):
+    for _ in range(2):  # it ends, and is resumed
+        with Tracker(tmp_path) as tracker:
+            tracker.over_optimisation(0, {"reward": Estimate(0.3, 0.1, 6)})
+    assert not caplog.records
+    with Tracker(tmp_path) as tracker:
+        tracker.over_optimisation(0, {"reward": Estimate(0.4, 0.1, 6)})
+    assert "the line of update 0 was altered" in caplog.text
+    (line,) = read_metrics(tmp_path / "over_optimisation.jsonl")
+    assert line["reward"]["mean"] == 0.4
+
+
 def test_a_line_that_is_no_text_is_named(tmp_path):
     log(tmp_path, [1, 2])
     path = tmp_path / "metrics.jsonl"
