@@ -321,9 +321,10 @@ def pathwise_gradient(
             if problem.temperature:
                 worth = worth - problem.temperature * _random(policy).log_prob(t, x, fixed)
             (slope,) = torch.autograd.grad(worth.sum(), fixed)
+        # what is not finite may not depend on the action, and its slope be 0
+        slope = slope + 0 * worth.detach().view(-1, *[1] * (a.ndim - 1))
         again = _reparametrised(policy, t, x, a.detach())
-        # a reward that is not finite may not depend on the action, and its slope be 0
-        return (slope.detach() * again).reshape(len(x), -1).sum(1) + 0 * worth.detach()
+        return (slope.detach() * again).reshape(len(x), -1).sum(1)
 
     stopped, paths = paths, visited(paths)
     times = as_like(common_grid(paths).nodes[:-1], paths.states)

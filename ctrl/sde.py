@@ -153,7 +153,8 @@ class ControlledSDE:
             TypeError: it is not a tensor.
         """
         value = call("drift", self.drift, t, states, actions)
-        return like_states("drift", value, states)
+        like_states("drift", value, states)
+        return value
 
     def diffusion_at(
         self, t: Tensor, states: Float[Tensor, " paths *event"], actions: Tensor | None = None
