@@ -258,12 +258,17 @@ def _step(
 
 
 def _slope(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Gradient of a function of one path each."""
+    """Gradient of a function of one path each; NaN where the function is not finite."""
 
-    def total(x: Tensor) -> Tensor:
-        return function(x).sum()
+    def total(x: Tensor) -> tuple[Tensor, Tensor]:
+        each = function(x)
+        return each.sum(), each
 
-    return torch.func.grad(total)
+    def slope(x: Tensor) -> Tensor:
+        gradient, each = torch.func.grad(total, has_aux=True)(x)
+        return gradient + 0 * each.view(-1, *[1] * (x.ndim - 1))
+
+    return slope
 
 
 def _ending(problem: ControlProblem) -> Callable[[Tensor], Tensor]:

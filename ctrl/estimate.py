@@ -52,7 +52,13 @@ class Estimate:
         Raises:
             ValueError: there are no values, one is not finite, both kinds of weights are given, or
                 they do not fit.
+            TypeError: the values are not a tensor.
         """
+        if not isinstance(values, Tensor):
+            raise TypeError(
+                f"values must be a tensor [n], one for each path, got {type(values).__name__}; "
+                "torch.as_tensor(...) makes one of an array or a list"
+            )
         if values.ndim != 1 or not len(values):
             raise ValueError(f"values must be [n] with n at least 1, got {list(values.shape)}")
         sample = values.detach().cpu().double()  # one copy, and float64 is not everywhere

@@ -18,18 +18,19 @@ from torch import Tensor
 from ctrl.devices import as_like, require, together
 from ctrl.estimate import require_probabilities
 from ctrl.jumps import Jumps, intensity_kl, intensity_log_ratio
-from ctrl.memory import AnyPolicy
+from ctrl.memory import AnyPolicy, PolicyWithMemory
 from ctrl.paths import (
     Paths,
     common_grid,
     in_order,
     ito_sum,
     require_dynamics,
+    require_paths,
     time_integral,
     visited,
     while_running,
 )
-from ctrl.policy import mean_action
+from ctrl.policy import Policy, mean_action, require_equal_actions
 from ctrl.sde import ControlledSDE
 
 
@@ -48,8 +49,11 @@ def controls(
 
     Raises:
         ValueError: the diffusion is singular where the drifts differ, or a control is not finite;
-            a black box simulated the paths, or a policy has a memory that it does not declare.
+            the two policies have actions of different shapes; a black box simulated the paths, or a
+            policy has a memory that it does not declare.
+        TypeError: an argument is not what its name says.
     """
+    _require_kinds(sde, policy, reference)
     require_dynamics(paths)
     stopped, paths = paths, visited(paths)
     nodes = as_like(common_grid(paths).nodes[:-1], paths.states)
@@ -60,6 +64,7 @@ def controls(
             t = nodes[k]
             x = paths.states[:, k]
             a, a_ref = mean_action(now, t, x), mean_action(now_ref, t, x)
+            require_equal_actions(a.shape[1:], a_ref.shape[1:])
             if sde.controls_diffusion:
                 _require_equal_diffusions(sde, t, x, a, a_ref)
             shift = sde.drift_at(t, x, a) - sde.drift_at(t, x, a_ref)
@@ -68,6 +73,20 @@ def controls(
         finite = torch.isfinite(u).all(2).all(0)
         require(finite.all(), lambda: _not_finite(finite, nodes))
     return u
+
+
+def _require_kinds(sde: ControlledSDE, policy: AnyPolicy, reference: AnyPolicy) -> None:
+    if not isinstance(sde, ControlledSDE):
+        raise TypeError(
+            f"sde must be a ControlledSDE, got {type(sde).__name__}; problem.sde is that of a "
+            "ControlProblem"
+        )
+    for name, each in (("policy", policy), ("reference", reference)):
+        if not isinstance(each, Policy | PolicyWithMemory):
+            raise TypeError(
+                f"{name} must be a Policy, got {type(each).__name__}; wrap a function (t, states) "
+                "-> actions as DeterministicPolicy"
+            )
 
 
 def _not_finite(finite: Tensor, nodes: Tensor) -> ValueError:
@@ -107,7 +126,9 @@ def path_kl(
         sde: the dynamics, shared by both policies.
         policy: under which the paths were sampled.
         reference: the law that the KL is from.
-        paths: states at every node.
+        paths: states at every node. The gradient of the KL in a policy's parameters goes through
+            them too: simulate(..., differentiable=True), or it lacks the part that comes of the
+            states.
 
     Returns:
         One value per path. Under a deterministic policy their mean is unbiased for the KL of the
@@ -194,7 +215,10 @@ def log_ratio(
         ValueError: the paths have not kept their increments (and jumps), the policy draws its
             actions (the increments are then not all that drove the states), or the diffusion is
             singular.
+        TypeError: an argument is not what its name says.
     """
+    _require_kinds(sde, policy, reference)
+    require_paths(paths)
     if paths.increments is None:
         raise ValueError(
             'paths must have kept their increments: simulate(..., keep=("increments", ...))'

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.devices import as_like, require
-from ctrl.user_functions import call, one_a_path, takes
+from ctrl.user_functions import call, like_states, one_a_path, require_order, takes
 
 Intensity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(time [], states [paths, *event], actions [paths, *action]) -> [paths], jumps/time."""
@@ -195,9 +195,15 @@ class Jumps:
 
     def __post_init__(self) -> None:
         if not callable(self.intensity) or not takes(self.intensity, 3):
-            raise TypeError("intensity must be a function of (t, states, actions)")
+            raise TypeError(
+                f"intensity must be a function of (t, states, actions), got {self.intensity!r}"
+            )
         if not callable(self.sizes) or not takes(self.sizes, 4):
-            raise TypeError("sizes must be a function of (t, states, actions, marks)")
+            raise TypeError(
+                f"sizes must be a function of (t, states, actions, marks), got {self.sizes!r}"
+            )
+        require_order("intensity", self.intensity, "(t, states, actions)")
+        require_order("sizes", self.sizes, "(t, states, actions, marks)")
         if isinstance(self.marks, type) or not isinstance(self.marks, MarkLaw):
             raise TypeError(f"marks must be a MarkLaw, got {self.marks!r}")
 
@@ -213,7 +219,7 @@ class Jumps:
         rate = one_a_path("intensity", rate, len(states))
         least = rate.detach()
         holds = ((least >= 0) & torch.isfinite(least)).all()
-        require(holds, lambda: _bad_intensity(least, t))
+        require(holds, lambda: _bad_intensity(least, t, states))
         return rate
 
     def sizes_at(
@@ -227,14 +233,10 @@ class Jumps:
 
         Raises:
             ValueError: the sizes have not the states' shape and dtype.
+            TypeError: they are not a tensor.
         """
         size = call("sizes", self.sizes, t, states, actions, marks)
-        if size.shape != states.shape or size.dtype != states.dtype:
-            raise ValueError(
-                f"sizes must return {list(states.shape)} in {states.dtype}, as the states are, got "
-                f"{list(size.shape)} in {size.dtype}"
-            )
-        return size
+        return like_states("sizes", size, states)
 
     def rate_of_change(
         self,
@@ -376,7 +378,13 @@ def _require_continuous(rate: Tensor, reference: Tensor) -> None:
     )
 
 
-def _bad_intensity(rate: Tensor, t: Tensor) -> ValueError:
+def _bad_intensity(rate: Tensor, t: Tensor, states: Tensor) -> ValueError:
+    if not bool(torch.isfinite(states).all()):
+        return ValueError(
+            f"states are not finite at t = {float(t):g}, where the intensity of jumps is asked "
+            "for: drift, diffusion or the sizes of jumps before were not, or are too large for the "
+            "step"
+        )
     bad = ~((rate >= 0) & torch.isfinite(rate))
     return ValueError(
         f"intensity must be at least 0 and finite, but at t = {float(t):g} it is "
@@ -394,5 +402,6 @@ def _require_number(
     name: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf
 ) -> None:
     if not (math.isfinite(value) and value >= at_least and value > above):
-        rule = f"at least {at_least:g}" if above == -math.inf else f"above {above:g}"
-        raise ValueError(f"{name} must be finite and {rule}, got {value}")
+        rule = "" if at_least == -math.inf else f" and at least {at_least:g}"
+        rule = rule if above == -math.inf else f" and above {above:g}"
+        raise ValueError(f"{name} must be finite{rule}, got {value}")

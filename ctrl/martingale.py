@@ -35,7 +35,7 @@ from ctrl.paths import OwnTimes, Paths, TimeGrid, over_nodes, stop, while_runnin
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
 from ctrl.returns import discount_rates, regularised_rewards, returns_to_go
-from ctrl.user_functions import all_finite
+from ctrl.user_functions import all_finite, located, require_tensor
 from ctrl.value import Value, discount_factors, martingale_increments, values
 
 TestFunctions = Callable[[Paths], Tensor]
@@ -148,7 +148,25 @@ def moments(
 
 def features_along(features: Features) -> TestFunctions:
     """Test functions of the present, xi_k = phi(t_k, X_k)."""
-    return lambda paths: over_nodes(features, paths)[:, :-1]
+    return lambda paths: _features_at_nodes(features, paths)[:, :-1]
+
+
+def _features_at_nodes(features: Features, paths: Paths) -> Float[Tensor, "paths nodes features"]:
+    """Features at every node, refused where they are not a row for each path."""
+
+    def at(t: Tensor, x: Tensor) -> Tensor:
+        return _rows(located("features", features, t, x), len(x))
+
+    return over_nodes(at, paths)
+
+
+def _rows(phi: Tensor, paths: int, count: int | None = None) -> Float[Tensor, "paths features"]:
+    wanted = f"[{paths}, {'features' if count is None else count}]"
+    require_tensor("features", phi, wanted, f"({paths}, 1)")
+    if phi.ndim != 2 or len(phi) != paths or count not in (None, phi.shape[1]):
+        remedy = ": .unsqueeze(1) makes one a column" if phi.shape == (paths,) else ""
+        raise ValueError(f"features must return {wanted}, got {list(phi.shape)}{remedy}")
+    return phi
 
 
 def require_adapted(tests: TestFunctions, paths: Paths, *, sees_action: bool) -> None:
@@ -311,7 +329,8 @@ class LinearValue:
 
     def __call__(self, t: Tensor, states: Float[Tensor, " paths *event"]) -> Tensor:
         """J at (t, x), reward."""
-        fitted = self.features(t, states) @ self.coefficients
+        phi = _rows(self.features(t, states), len(states), len(self.coefficients))
+        fitted = phi @ self.coefficients
         return fitted if self.base is None else fitted + self.base(t, states)
 
 
@@ -345,7 +364,7 @@ def clstd(
             "problem must be undiscounted and of infinite horizon to be ergodic, got discount "
             f"{problem.discount} and horizon {problem.horizon:g}"
         )
-    phi = all_finite("features", over_nodes(features, paths))
+    phi = all_finite("features", _features_at_nodes(features, paths))
 
     def column(j: int) -> Value:
         return lambda t, x: features(t, x)[:, j]

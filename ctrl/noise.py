@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import numpy as np
@@ -220,6 +220,8 @@ class Noise:
         jumps: standard normals whose quantiles are the numbers of jumps, one for each kind.
         marks: standard normals that marks are made of: of the first jumps of a step, [..., most,
             coordinates of the marks of all kinds in a row].
+        step_sizes: of the grid that the increments are made for, time, where that is known: on
+            another ``simulate`` refuses them.
     """
 
     increments: Float[Tensor, "paths steps *noise"]
@@ -228,6 +230,7 @@ class Noise:
     exits: Float[Tensor, "paths steps"] | None = None
     jumps: Float[Tensor, "paths steps kinds"] | None = None
     marks: Float[Tensor, "paths steps most marks"] | None = None
+    step_sizes: Float[Tensor, " steps"] | None = None
 
     def __post_init__(self) -> None:
         if self.increments.ndim < 2:
@@ -258,6 +261,17 @@ class Noise:
                 )
         if self.weights is not None:
             require_probabilities("weights", self.weights)
+        if self.step_sizes is not None and self.step_sizes.shape != (steps,):
+            raise ValueError(
+                f"step_sizes must be [{steps}], one for each of the increments, got "
+                f"{list(self.step_sizes.shape)}"
+            )
+
+    def __repr__(self) -> str:
+        """What there is and its shapes, not the numbers, of which there are too many to read."""
+        parts = ((field.name, getattr(self, field.name)) for field in fields(self))
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in parts if x is not None)
+        return f"Noise({shapes}, {self.increments.dtype} on {self.increments.device})"
 
 
 def brownian_increments(
@@ -361,7 +375,8 @@ def gauss_hermite(
     split = points[which].view(len(which), steps, -1)
     brownian = split[..., :width] * step_sizes.sqrt()[:, None]
     drawn = None if action is None else split[..., width:].reshape(len(which), steps, *action)
-    return Noise(brownian.reshape(len(which), steps, *noise), drawn, weights)
+    increments = brownian.reshape(len(which), steps, *noise)
+    return Noise(increments, drawn, weights, step_sizes=step_sizes)
 
 
 def random_signs(*shape: int, like: Tensor, generator: torch.Generator) -> Float[Tensor, "*shape"]:
@@ -393,7 +408,7 @@ def antithetic(noise: Noise) -> Noise:
     weights = None if noise.weights is None else noise.weights.repeat_interleave(2) / 2
     exits = None if noise.exits is None else noise.exits.repeat_interleave(2, dim=0)
     actions, jumps, marks = (mirrored(each) for each in (noise.actions, noise.jumps, noise.marks))
-    return Noise(increments, actions, weights, exits, jumps, marks)
+    return Noise(increments, actions, weights, exits, jumps, marks, noise.step_sizes)
 
 
 def coarsen(
@@ -500,6 +515,11 @@ def _places(coarse: Tensor, fine: Tensor) -> list[int]:
 
 
 def _check_step_sizes(step_sizes: Float[Tensor, " steps"]) -> None:
+    if not isinstance(step_sizes, Tensor):
+        raise TypeError(
+            f"step_sizes must be a tensor, got {type(step_sizes).__name__}; grid.steps are those "
+            "of a TimeGrid"
+        )
     if step_sizes.ndim != 1 or not len(step_sizes):
         raise ValueError(f"step_sizes must be [at least 1], got {list(step_sizes.shape)}")
     if not bool(((step_sizes > 0) & torch.isfinite(step_sizes)).all()):

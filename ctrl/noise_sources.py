@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from ctrl.devices import require_generator
+from ctrl.devices import as_like, require, require_generator
 from ctrl.drawn_ahead import Drawing, Threads
 from ctrl.noise import Noise, PathStreams, fill_increments, steps_at_once
 from ctrl.paths import TimeGrid
@@ -21,11 +21,21 @@ class Prescribed:
 
     shows_noise = True
 
-    def __init__(self, noise: Noise, shape: tuple[int, ...], start: Tensor) -> None:
+    def __init__(self, noise: Noise, shape: tuple[int, ...], start: Tensor, grid: TimeGrid) -> None:
         if noise.increments.shape != shape:
             raise ValueError(
                 f"increments must be {list(shape)} to fit start and grid, got "
                 f"{list(noise.increments.shape)}"
+            )
+        if noise.step_sizes is not None:
+            h = as_like(noise.step_sizes, grid.nodes)
+            require(
+                ((h - grid.steps).abs() <= 1e-5 * h.abs().max()).all(),  # grids may be float32
+                lambda: ValueError(
+                    "noise must be made for the steps of the grid, or its variance is that of "
+                    f"others: those begin with {grid.steps[0]:g}, got step_sizes that begin with "
+                    f"{h[0]:g}; make it of grid.steps"
+                ),
             )
         for name in ("increments", "actions", "weights", "exits"):
             value = getattr(noise, name)
@@ -282,7 +292,7 @@ def source_of(
         return Silent(generator, by)
     shape = (len(start), len(grid.steps), *sde.noise_shape(tuple(start.shape[1:])))
     if noise is not None and generator is None:
-        return Prescribed(noise, shape, start)
+        return Prescribed(noise, shape, start, grid)
     if noise is not None or generator is None:
         what = "neither" if generator is None else "both"
         raise ValueError(

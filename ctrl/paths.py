@@ -15,7 +15,7 @@ from ctrl.estimate import require_probabilities
 from ctrl.memory import AnyPolicy, PolicyWithMemory, memories, with_memory
 from ctrl.policy import Policy, RandomPolicy, mean_action
 from ctrl.problem import ControlProblem
-from ctrl.user_functions import call
+from ctrl.user_functions import all_finite, read_only
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,14 @@ class TimeGrid:
     def steps(self) -> Float[Tensor, " steps"]:
         """Step sizes, time."""
         return self.nodes.diff()
+
+    def __repr__(self) -> str:
+        least, most = float(self.steps.min()), float(self.steps.max())
+        even = most - least <= 1e-6 * most  # grids may be float32
+        size = f"{most:g} each" if even else f"{least:g} to {most:g} long"
+        count = len(self.nodes) - 1
+        steps = "1 step" if count == 1 else f"{count} steps"
+        return f"TimeGrid({steps} from {self.nodes[0]:g} to {self.nodes[-1]:g}, {size})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +200,15 @@ class Paths:
             require_probabilities("weights", self.weights)
         self._check_ends()
 
+    def __repr__(self) -> str:
+        """What there is and its shapes, not the numbers, of which there are too many to read."""
+        names = ("states", "actions", "increments", "weights", "rewards", "jumps")
+        parts = [(name, getattr(self, name)) for name in (*names, "ends", "terminated")]
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in parts if x is not None)
+        origin = ", from a black box" if self.black_box else ""
+        grid = self.grid if isinstance(self.grid, TimeGrid) else "times of their own"
+        return f"Paths({shapes}, {grid}, {self.states.dtype} on {self.states.device}{origin})"
+
     @property
     def running(self) -> Bool[Tensor, "paths steps"]:
         """Which steps a path makes: those before its end."""
@@ -242,10 +259,26 @@ class Paths:
 
     def _not_finite(self, name: str, whole: Tensor) -> ValueError:
         k = int((~whole).nonzero()[0])
-        return ValueError(
+        fault = NotFiniteError(
             f"{name} are not finite from node {k}{_at(self.grid, k)} on: drift, "
             "diffusion, policy or start are too large for the step; refine the grid or bound them"
         )
+        fault.name, fault.node, fault.paths = name, k, self
+        return fault
+
+
+class NotFiniteError(ValueError):
+    """States or actions of paths are not finite.
+
+    Attributes:
+        name: of the part of the paths.
+        node: the first at which it is not.
+        paths: as far as they were made.
+    """
+
+    name: str
+    node: int
+    paths: Paths
 
 
 def _at(grid: TimeGrid | OwnTimes, k: int) -> str:
@@ -382,12 +415,38 @@ def finished(problem: ControlProblem, paths: Paths) -> Bool[Tensor, " paths"]:
     return paths.terminated | (over & ~early)
 
 
+def require_kinds(problem: ControlProblem, paths: Paths) -> None:
+    """Refuse a problem or paths that are something else, two arguments in the wrong order say.
+
+    Raises:
+        TypeError: one is.
+    """
+    if not isinstance(problem, ControlProblem):
+        raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}")
+    require_paths(paths)
+
+
+def require_paths(paths: Paths) -> None:
+    """Refuse what are no ``Paths``.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    if not isinstance(paths, Paths):
+        raise TypeError(
+            f"paths must be Paths, got {type(paths).__name__}; ctrl.simulate makes them, and "
+            "ctrl.Paths(states, actions, increments, grid) of tensors that are there already"
+        )
+
+
 def require_dynamics(paths: Paths) -> None:
     """Refuse paths that were not simulated by the problem's ``sde``, where its coefficients count.
 
     Raises:
         ValueError: a black box simulated them, or they were recorded.
+        TypeError: they are no ``Paths``.
     """
+    require_paths(paths)
     if paths.black_box:
         raise ValueError(
             "paths must be those of problem.sde, whose coefficients are needed here, but a black "
@@ -418,7 +477,7 @@ def require_memoryless(policy: Policy, paths: Paths) -> None:
     the first, and elsewhere in between.
 
     Raises:
-        ValueError: the same (t, x) had two mean actions.
+        ValueError: the same (t, x) had two mean actions, or one that is not finite.
     """
     times, states = as_like(paths.grid.nodes, paths.states), paths.states.detach()
     times = times if times.ndim == 1 else times[0]  # any will do
@@ -429,6 +488,7 @@ def require_memoryless(policy: Policy, paths: Paths) -> None:
         again = mean_action(policy, times[0], states[:, 0])
     # the same kernels on the same numbers; some of a GPU's sum in no fixed order
     slack = 1e3 * torch.finfo(first.dtype).eps * first.abs().max()
+    all_finite("policy.mean", first)  # NaN is not equal to itself, which is no memory
     if first.shape != again.shape:
         raise ValueError(_MEMORY)
     require(((again - first).abs() <= slack).all(), lambda: ValueError(_MEMORY))
@@ -599,7 +659,7 @@ def _along(
             moments = zip(times, *[each.unbind(1) for each in rows], strict=True)
             return torch.stack([function(*moment) for moment in moments], dim=1)
 
-    return call("a function of (t, x) along paths", along, times, *rows)
+    return read_only("a function of (t, x) along paths", along, times, *rows)
 
 
 def _along_own_times(

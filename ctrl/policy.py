@@ -5,7 +5,7 @@ density is the policy's. Where the decision is the next state (view B), see ``ct
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
@@ -23,7 +23,7 @@ from torch.distributions import (
 )
 
 from ctrl.devices import as_like, readable, require
-from ctrl.user_functions import call, takes
+from ctrl.user_functions import call, require_order, require_tensor, takes
 
 Mean = Callable[[Tensor, Tensor], Tensor]
 """(time [], states [paths, *event]) -> [paths, *action]."""
@@ -117,6 +117,7 @@ class GaussianPolicy:
     def __post_init__(self) -> None:
         _check_mean(self.mean)
         if callable(self.std):
+            require_order("std", self.std, "(t, states)")
             return
         if isinstance(self.std, bool) or not isinstance(self.std, Real | Tensor):
             raise TypeError(f"std must be a number, a tensor or a function, got {self.std!r}")
@@ -140,8 +141,10 @@ class GaussianPolicy:
             states: x, where the standard deviation depends on it.
 
         Raises:
-            ValueError: it is neither one number nor one for each coordinate; or it depends on the
-                state and is not one for each path and coordinate, or the states are missing.
+            ValueError: it is neither one number nor one for each coordinate, or not positive and
+                finite; or it depends on the state and is not one for each path and coordinate, or
+                the states are missing.
+            TypeError: a function returned something else than a number or a tensor.
         """
         kind = t if like is None else like
         if callable(self.std) and self.sees_states:
@@ -151,15 +154,18 @@ class GaussianPolicy:
                     f"std must return {list(like.shape)}, as actions are, where it is a function "
                     f"of (t, states), got {list(value.shape)}"
                 )
-            return value
+            return _positive_std(t, value)
         value = self.std(t) if callable(self.std) else self.std
+        if not isinstance(value, Tensor | Real):
+            raise TypeError(f"std must return a number or a tensor, got {type(value).__name__}")
         std = as_like(value, kind)
         if std.ndim and like is not None and std.shape != like.shape[1:]:
             raise ValueError(
                 f"std must be one number or {list(like.shape[1:])}, as actions are, got "
                 f"{list(std.shape)}"
             )
-        return std
+        # a number was looked at when the policy was made; a tensor may have changed since
+        return std if isinstance(self.std, Real) else _positive_std(t, std)
 
     def act(
         self, mean: Tensor, t: Tensor, noise: Tensor | None, states: Tensor | None = None
@@ -167,8 +173,8 @@ class GaussianPolicy:
         """The mean plus std * noise.
 
         Raises:
-            ValueError: there is no noise, or it has not the mean's shape; or std depends on the
-                state, which is missing.
+            ValueError: there is no noise, or it has not the mean's shape; or std is not positive
+                and finite, or depends on the state, which is missing.
         """
         noise = checked_noise(mean, noise)
         if isinstance(self.std, Real):
@@ -189,8 +195,6 @@ class GaussianPolicy:
         """
         mean = self.mean(t, states)
         std = self.std_at(t, mean, states)
-        if not isinstance(self.std, Real):  # a number was looked at when it was given
-            std = _positive_std(t, std)
         return Independent(Normal(mean, std, validate_args=False), mean.ndim - 1)
 
     def log_prob(
@@ -326,16 +330,40 @@ def policy_kl(
 
     Raises:
         ValueError: the two are of kinds whose KL has no closed form (a squashed Gaussian against
-            one that is not squashed, or over another interval).
+            one that is not squashed, or over another interval), or their actions differ in shape.
+        TypeError: one does not draw its actions.
     """
+    for name, each in (("policy", policy), ("reference", reference)):
+        if not isinstance(each, RandomPolicy):
+            raise TypeError(
+                f"{name} must draw its actions and know their density, got {type(each).__name__}; "
+                "girsanov.path_kl compares deterministic policies, by the paths that they lead to"
+            )
+    law, law_ref = policy.distribution(t, states), reference.distribution(t, states)
+    require_equal_actions(
+        law.batch_shape + law.event_shape, law_ref.batch_shape + law_ref.event_shape
+    )
     try:
-        return kl_divergence(policy.distribution(t, states), reference.distribution(t, states))
+        return kl_divergence(law, law_ref)
     except NotImplementedError as unknown:  # torch has no formula for the two
         raise ValueError(
             f"policies must be of kinds whose KL has a closed form, got {type(policy).__name__} "
             f"and {type(reference).__name__} (squashed ones over one interval); average "
             "policy.log_prob - reference.log_prob over drawn actions instead"
         ) from unknown
+
+
+def require_equal_actions(shape: Sequence[int], reference: Sequence[int]) -> None:
+    """Refuse two policies whose actions have different shapes, which would broadcast.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if tuple(shape) != tuple(reference):
+        raise ValueError(
+            f"reference must have actions of the policy's shape {list(shape)}, got "
+            f"{list(reference)}"
+        )
 
 
 def mean_action(
@@ -355,12 +383,12 @@ def mean_action(
             "memory is for simulate and for what goes along its paths (ctrl.memory)"
         ) from missing
     mean = call("policy.mean", function, t, states)
-    if not isinstance(mean, Tensor):
-        raise TypeError(f"policy.mean must return a tensor, got {type(mean).__name__}")
+    wanted = f"[{len(states)}, *action], one action a path"
+    require_tensor("policy.mean", mean, wanted, f"({len(states)}, 1)")
     if mean.ndim < 1 or len(mean) != len(states):
         raise ValueError(
             f"policy.mean must return [{len(states)}, *action], one action a path, got "
-            f"{list(mean.shape)}"
+            f"{list(mean.shape)}; .expand(len(x), ...) of states x repeats one for all"
         )
     return mean
 
@@ -429,3 +457,4 @@ def _check_scale(scale: Tensor, ndim: int) -> Tensor:
 def _check_mean(mean: Mean) -> None:
     if not callable(mean):
         raise TypeError(f"mean must be a function of (t, states), got {mean!r}")
+    require_order("mean", mean, "(t, states)")

@@ -43,6 +43,7 @@ from ctrl.paths import (
     log_probs,
     over_policy_steps,
     require_dynamics,
+    require_kinds,
     require_memoryless,
     visited,
     while_running,
@@ -53,8 +54,8 @@ from ctrl.q_learning import q_rate, q_rates
 from ctrl.returns import discount_rates, regularised_rewards, require_whole, returns_to_go
 from ctrl.solvers import Solver, require_transition
 from ctrl.trust_region import clipped_surrogate, penalised_surrogate
-from ctrl.user_functions import one_a_path, own_memory
-from ctrl.value import Value, discount_factors, transport, values
+from ctrl.user_functions import all_finite, one_a_path, own_memory
+from ctrl.value import Value, discount_factors, evaluated, transport, values
 
 __all__ = [
     "Decisions",
@@ -177,7 +178,7 @@ class Transitions:
             mean, _ = gaussian.transition(problem.dynamics, nodes[k], nodes[k + 1], x, action)
             surprise = after[k] - mean
             each.append(_directional(value, t, x, surprise))
-        return while_running(torch.stack(each, dim=1), stopped)
+        return all_finite("slope of value", while_running(torch.stack(each, dim=1), stopped))
 
     def held_rewards(
         self, problem: ControlProblem, policy: AnyPolicy, paths: Paths
@@ -197,9 +198,10 @@ class Transitions:
 
 def _directional(value: Value, t: Tensor, x: Tensor, direction: Tensor) -> Tensor:
     def at(y: Tensor) -> Tensor:
-        return value(t, y)
+        return evaluated(value, t, y)
 
-    return torch.func.jvp(at, (own_memory(x),), (own_memory(direction),))[1]
+    both = torch.func.jvp(at, (own_memory(x),), (own_memory(direction),))
+    return both[1] + 0 * both[0]  # NaN where V is, whatever its derivative says
 
 
 def return_gradient(
@@ -297,6 +299,7 @@ def pathwise_gradient(
     Raises:
         ValueError: a black box simulated the paths, or the policy has a memory.
     """
+    require_kinds(problem, paths)
     require_dynamics(paths)
     require_memoryless(policy, paths)
     sde = problem.dynamics.to_ito()
@@ -318,6 +321,8 @@ def pathwise_gradient(
             if problem.temperature:
                 worth = worth - problem.temperature * _random(policy).log_prob(t, x, fixed)
             (slope,) = torch.autograd.grad(worth.sum(), fixed)
+        # what is not finite may not depend on the action, and its slope be 0
+        slope = slope + 0 * worth.detach().view(-1, *[1] * (a.ndim - 1))
         again = _reparametrised(policy, t, x, a.detach())
         return (slope.detach() * again).reshape(len(x), -1).sum(1)
 
@@ -325,7 +330,9 @@ def pathwise_gradient(
     times = as_like(common_grid(paths).nodes[:-1], paths.states)
     moments = zip(times, paths.states[:, :-1].unbind(1), kept_actions(paths).unbind(1), strict=True)
     rates = torch.stack([one(*moment) for moment in moments], dim=1)
-    rates = while_running(rates, stopped)
+    rates = all_finite(
+        "slope of q (value, running_reward) in the action", while_running(rates, stopped)
+    )
     h = as_like(paths.grid.steps, rates)
     return (discount_factors(problem, paths) * rates * h).sum(1)
 
@@ -437,7 +444,8 @@ def _random(policy: Policy) -> RandomPolicy:
     if not isinstance(policy, RandomPolicy):
         raise TypeError(
             f"policy must draw its actions and know their density, got {type(policy).__name__}; "
-            "use a GaussianPolicy, or Transitions(solver) for a deterministic one"
+            "use a GaussianPolicy; of a deterministic one take pathwise_gradient, or "
+            "decisions=Transitions(solver)"
         )
     return policy
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ctrl.devices import require
 from ctrl.sde import ControlledSDE
 from ctrl.stopping import Domain
-from ctrl.user_functions import call, one_a_path, takes
+from ctrl.user_functions import call, one_a_path, require_order, takes
 
 RunningReward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(time [], states [paths, *event], actions [paths, *action]) -> [paths], reward/time."""
@@ -21,6 +21,12 @@ DiscountRate = Callable[[Tensor, Tensor], Tensor]
 """(time [], states [paths, *event]) -> [paths], at least 0, 1/time."""
 ExitReward = Callable[[Tensor, Tensor], Tensor]
 """(exit times [paths], states at exit [paths, *event]) -> [paths], reward."""
+
+_ARGUMENTS = {
+    "running_reward": ("t", "states", "actions"),
+    "terminal_reward": ("states",),
+    "exit_reward": ("times", "states"),
+}
 
 
 @dataclass(frozen=True)
@@ -62,17 +68,24 @@ class ControlProblem:
             raise TypeError(
                 f"sde must be a ControlledSDE (None: not known), got {type(self.sde).__name__}"
             )
-        for name in ("running_reward", "terminal_reward", "exit_reward"):
+        for name, arguments in _ARGUMENTS.items():
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise TypeError(f"{name} must be a function (or None), got {value!r}")
-        if callable(self.discount) and not takes(self.discount, 2):
-            raise TypeError("discount must be a number or a function of (t, states)")
+            if value is not None and not takes(value, len(arguments)):
+                raise TypeError(f"{name} must be a function of ({', '.join(arguments)})")
+            if value is not None:
+                require_order(name, value, f"({', '.join(arguments)})")
+        if callable(self.discount):
+            if not takes(self.discount, 2):
+                raise TypeError("discount must be a number or a function of (t, states)")
+            require_order("discount", self.discount, "(t, states)")
         numbers = ("horizon", "temperature", *(() if callable(self.discount) else ("discount",)))
         for name in numbers:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+                remedy = f"; float({name}) makes one" if isinstance(value, Tensor) else ""
+                raise TypeError(f"{name} must be a number, got {value!r}{remedy}")
         if not self.horizon > 0:
             raise ValueError(f"horizon must be positive, got {self.horizon}")
         if self.domain is not None and not isinstance(self.domain, Domain):

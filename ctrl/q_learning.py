@@ -26,7 +26,7 @@ from torch import Tensor
 from ctrl.devices import as_like, readable, require
 from ctrl.exploration import drawn_actions
 from ctrl.martingale import TestFunctions, moments
-from ctrl.paths import Paths, kept_actions, over_steps, require_dynamics
+from ctrl.paths import Paths, kept_actions, over_steps, require_dynamics, require_kinds
 from ctrl.policy import MultivariateGaussianPolicy, RandomPolicy
 from ctrl.problem import ControlProblem
 from ctrl.returns import require_whole, running_rewards
@@ -90,8 +90,10 @@ def q_rates(
             trace, two evaluations of V for each Brownian motion, if not given.
 
     Raises:
-        ValueError: a black box simulated the paths, or as ``q_rate``.
+        ValueError: a black box simulated the paths; V or one of its derivatives is not finite; or
+            as ``q_rate``.
     """
+    require_kinds(problem, paths)
     require_dynamics(paths)
 
     def at(t: Tensor, x: Tensor, a: Tensor, *signs: Tensor) -> Tensor:
@@ -100,7 +102,8 @@ def q_rates(
     event = tuple(paths.states.shape[2:])
     motions = math.prod(problem.dynamics.noise_shape(event)) if probes is None else probes.shape[2]
     more = () if probes is None else (probes,)
-    return over_steps(at, paths, kept_actions(paths), *more, copies=motions)
+    each = over_steps(at, paths, kept_actions(paths), *more, copies=motions)
+    return all_finite("q (of value, running_reward and sde)", each)
 
 
 @dataclass(frozen=True, eq=False)

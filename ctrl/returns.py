@@ -11,10 +11,18 @@ from torch import Tensor
 
 from ctrl.devices import as_like, require
 from ctrl.memory import AnyPolicy, PolicyWithMemory
-from ctrl.paths import Paths, ends_at_horizon, finished, kept_actions, log_probs, over_steps
+from ctrl.paths import (
+    Paths,
+    ends_at_horizon,
+    finished,
+    kept_actions,
+    log_probs,
+    over_steps,
+    require_kinds,
+)
 from ctrl.policy import RandomPolicy
 from ctrl.problem import ControlProblem
-from ctrl.user_functions import all_finite, call, one_a_path
+from ctrl.user_functions import all_finite, call, located, one_a_path
 
 
 def running_rewards(problem: ControlProblem, paths: Paths) -> Float[Tensor, "paths steps"]:
@@ -26,6 +34,7 @@ def running_rewards(problem: ControlProblem, paths: Paths) -> Float[Tensor, "pat
         ValueError: the paths have not kept their actions, or the reward is not one finite number
             for each path.
     """
+    require_kinds(problem, paths)
     reward = problem.running_reward
     if paths.rewards is not None:
         if reward is not None:
@@ -39,7 +48,7 @@ def running_rewards(problem: ControlProblem, paths: Paths) -> Float[Tensor, "pat
         return paths.states.new_zeros(len(paths.states), steps.shape[-1])
 
     def rate(t: Tensor, x: Tensor, a: Tensor) -> Tensor:
-        return one_a_path("running_reward", reward(t, x, a), len(x))
+        return one_a_path("running_reward", located("running_reward", reward, t, x, a), len(x))
 
     return all_finite("running_reward", over_steps(rate, paths, kept_actions(paths))) * steps
 
@@ -89,6 +98,7 @@ def require_whole(problem: ControlProblem, paths: Paths) -> None:
         ValueError: a path has not terminated and its last node is not the horizon (an infinite one
             has no end).
     """
+    require_kinds(problem, paths)
     grid = paths.grid
     if paths.ends is not None:
         over = finished(problem, paths)
@@ -122,6 +132,10 @@ def returns_to_go(
     """Discounted reward from every node to the path's end, discounted to that node's time.
 
     At the end, and in the rest after it, it is what is paid there.
+
+    Its mean at the first node is what the policy is worth. The gradient of that in the policy's
+    parameters goes through the paths, simulate(..., differentiable=True); of paths without a graph
+    it is that of the rewards alone, which is not the policy gradient (``ctrl.policy_gradient``).
 
     Args:
         problem: which pays.

@@ -17,6 +17,7 @@ Sources  [KP92] Kloeden & Platen, Numerical Solution of Stochastic Differential 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal, cast
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ctrl.devices import as_like, require
 from ctrl.jumps import Jumps
-from ctrl.user_functions import call, own_memory, takes
+from ctrl.user_functions import call, like_states, own_memory, require_order, takes
 
 Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(time [], states [paths, *event], actions [paths, *action]) -> [paths, *event], state/time."""
@@ -48,7 +49,8 @@ class ControlledSDE:
         noise: which Brownian motions drive a path. "diagonal": one for each coordinate, sigma a
             number or [paths, *event]; "scalar": one for all coordinates, sigma the same; "general":
             noise_dim of them, states [paths, dim], sigma [paths, dim, noise_dim].
-        noise_dim: number of Brownian motions; needed, and allowed, for "general" only.
+        noise_dim: number of Brownian motions, the columns of sigma; needed, and allowed, for
+            "general" only.
         calculus: the sense of sigma dW, "ito" or "stratonovich". A solver takes the sense that it
             is made for and refuses the other; ``to_ito`` and ``to_stratonovich`` convert.
         controls_diffusion: whether ``diffusion`` takes the action too, as sigma(t, x, a).
@@ -67,17 +69,33 @@ class ControlledSDE:
         for kind in self.jump_kinds:
             if not isinstance(kind, Jumps):
                 raise TypeError(f"jumps must be Jumps or a tuple of them, got {self.jumps!r}")
-        if not callable(self.drift) or not callable(self.diffusion):
-            raise TypeError("drift and diffusion must be functions of (t, x, a) and of (t, x)")
+        for name, arguments in (
+            ("drift", "t, x, a"),
+            ("diffusion", "t, x, a" if self.controls_diffusion else "t, x"),
+        ):
+            if not callable(value := getattr(self, name)):
+                raise TypeError(
+                    f"{name} must be a function of ({arguments}), got {value!r}; a constant is one "
+                    f"too: lambda {arguments}: ..."
+                )
         if self.noise not in NOISE_TYPES:
             raise ValueError(f"noise must be one of {NOISE_TYPES}, got {self.noise!r}")
         if self.calculus not in CALCULI:
             raise ValueError(f"calculus must be one of {CALCULI}, got {self.calculus!r}")
         if (self.noise == "general") != (self.noise_dim is not None):
             raise ValueError(
-                f"noise_dim must be given for general noise, and only then; got {self.noise_dim} "
-                f"for {self.noise} noise"
+                "noise_dim must be given for general noise, as many as a matrix sigma has columns, "
+                f"and only then; got {self.noise_dim} for {self.noise} noise: "
+                + (
+                    "noise_dim=2, say, for sigma [paths, dim, 2]"
+                    if self.noise_dim is None
+                    else 'noise="general" is that of a matrix'
+                )
             )
+        if self.noise_dim is not None and (
+            isinstance(self.noise_dim, bool) or not isinstance(self.noise_dim, int)
+        ):
+            raise TypeError(f"noise_dim must be an integer, got {self.noise_dim!r}")
         if self.noise_dim is not None and self.noise_dim < 1:
             raise ValueError(f"noise_dim must be at least 1, got {self.noise_dim}")
         if not takes(self.drift, 3):
@@ -89,6 +107,8 @@ class ControlledSDE:
                 else "diffusion must take (t, states); where the action enters it too, say so: "
                 "ControlledSDE(..., controls_diffusion=True)"
             )
+        require_order("drift", self.drift, "(t, states, actions)")
+        require_order("diffusion", self.diffusion, "(t, states)")
 
     @property
     def jump_kinds(self) -> tuple[Jumps, ...]:
@@ -130,13 +150,10 @@ class ControlledSDE:
 
         Raises:
             ValueError: the drift has not the states' shape and dtype, or writes into its inputs.
+            TypeError: it is not a tensor.
         """
         value = call("drift", self.drift, t, states, actions)
-        if value.shape != states.shape or value.dtype != states.dtype:
-            raise ValueError(
-                f"drift must return {list(states.shape)} in {states.dtype}, as the states are, got "
-                f"{list(value.shape)} in {value.dtype}"
-            )
+        like_states("drift", value, states)
         return value
 
     def diffusion_at(
@@ -146,17 +163,41 @@ class ControlledSDE:
 
         Raises:
             ValueError: the diffusion has another shape, or is controlled and no action was given.
+            TypeError: it is neither a number nor a tensor.
         """
         value = self._raw_diffusion(t, states, actions)
-        shape = value.shape if isinstance(value, Tensor) else ()
+        if not isinstance(value, Tensor | Real):
+            raise TypeError(
+                f"diffusion must return a number or a tensor, got {type(value).__name__}: "
+                "torch.tensor(...).to(x).expand_as(x) is one number for each coordinate of states x"
+            )
+        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         general = (*states.shape, self.noise_dim)
         allowed = (general,) if self.noise == "general" else ((), tuple(states.shape))
-        if tuple(shape) not in allowed:
+        if shape not in allowed:
             raise ValueError(
                 f"diffusion must return {' or '.join(str(list(one)) for one in allowed)} for "
-                f"{self.noise} noise, got {list(shape)}"
+                f"{self.noise} noise, got {list(shape)}{self._remedy(shape, tuple(states.shape))}"
             )
         return value
+
+    def _remedy(self, shape: tuple[int, ...], states: tuple[int, ...]) -> str:
+        """What makes a diffusion of this shape one that is taken, where that can be told."""
+        if self.noise != "general" and len(states) == 2 and shape[:-1] in (states, states[1:]):
+            matrices = "" if shape[:-1] == states else ", expanded to [paths, dim, noise_dim]"
+            return (
+                f': ControlledSDE(..., noise="general", noise_dim={shape[-1]}) takes a matrix for '
+                f"each path{matrices}"
+            )
+        if self.noise == "general" and shape == (*states[1:], self.noise_dim):
+            return f": .expand(len(x), {shape[0]}, {shape[1]}) makes it one matrix for each path"
+        if self.noise == "general":
+            return ": sigma has one row for each coordinate and one column for each of noise_dim"
+        if shape in (states[1:], (*states[:-1], 1)):
+            return ": .expand_as(x) of states x repeats it, where that is meant"
+        if shape == states[:1]:
+            return ": .unsqueeze(1).expand_as(x) of states x is one number for each path"
+        return ""
 
     def _raw_diffusion(self, t: Tensor, states: Tensor, actions: Tensor | None) -> Tensor | float:
         if not self.controls_diffusion:

@@ -15,7 +15,7 @@ from ctrl.jumps import add_jumps
 from ctrl.memory import AnyPolicy, PolicyWithMemory, for_roll_out
 from ctrl.noise import Noise, PathStreams
 from ctrl.noise_sources import Drawn, Silent, Source, Streamed, source_of
-from ctrl.paths import Paths, TimeGrid
+from ctrl.paths import NotFiniteError, Paths, TimeGrid
 from ctrl.policy import Policy, mean_action
 from ctrl.problem import UNKNOWN, ControlProblem
 from ctrl.reused_memory import settle, uninitialised
@@ -23,7 +23,7 @@ from ctrl.sde import ControlledSDE
 from ctrl.solvers import BlackBox, EulerMaruyama, InPlaceSolver, InteriorSolver, Solver
 from ctrl.squashed_policy import SquashedGaussianPolicy
 from ctrl.stopping import Step, Stopping, require_inside, stopping_rule
-from ctrl.user_functions import takes
+from ctrl.user_functions import like_states, takes
 
 KEEP = ("states", "actions", "increments")
 
@@ -94,19 +94,69 @@ def simulate(
             "out must be None for a differentiable roll-out, whose graph owns its memory"
         )
     settle()
-    with together(), threads(workers) as by:
-        _check_start(start)
-        policy = for_roll_out(policy, start)
-        sde = _equation(problem, solver)
-        source = source_of(sde, policy, start, grid, solver, noise, generator, by)
-        with torch.set_grad_enabled(with_graph):
-            if rule is not None:
-                absorbed = _absorbed(problem, policy, start, grid, solver, source, rule)
-                return _roll_out_to_exits(absorbed, start, grid, solver, source, keep, out)
-            rolled_out = (sde, policy, start, grid, solver, source, keep)
-            if with_graph:
-                return _roll_out_with_graph(*rolled_out)
-            return _roll_out_in_place(*rolled_out, out)
+    try:
+        with together(), threads(workers) as by:
+            _check_start(start)
+            acting = for_roll_out(policy, start)
+            sde = _equation(problem, solver)
+            source = source_of(sde, acting, start, grid, solver, noise, generator, by)
+            with torch.set_grad_enabled(with_graph):
+                if rule is not None:
+                    absorbed = _absorbed(problem, acting, start, grid, solver, source, rule)
+                    return _roll_out_to_exits(absorbed, start, grid, solver, source, keep, out)
+                rolled_out = (sde, acting, start, grid, solver, source, keep)
+                if with_graph:
+                    return _roll_out_with_graph(*rolled_out)
+                return _roll_out_in_place(*rolled_out, out)
+    except NotFiniteError as fault:
+        cause = _cause(fault, problem, policy)
+        if cause is None:
+            raise
+        where = str(fault).partition(":")[0]
+        raise ValueError(f"{where}: {cause}") from None
+
+
+def _cause(fault: NotFiniteError, problem: ControlProblem, policy: AnyPolicy) -> str | None:
+    """Which function was the first to return what is not finite; None where none is to blame."""
+    paths = fault.paths
+    k = max(0, fault.node - 1) if fault.name == "states" else fault.node
+    x = paths.states.detach()[:, k]
+    t = as_like(paths.grid.nodes[k], x)
+    with torch.no_grad():
+        try:
+            for name, value in _asked(problem, policy, paths, k, t, x):
+                bad = ~torch.isfinite(value).reshape(len(x), -1).all(1)
+                if bool(bad.any()):
+                    path = int(bad.nonzero()[0])
+                    return (
+                        f"{name} is {value[path].flatten()[:5].tolist()} on path {path} at t = "
+                        f"{float(t):g}, in the state {x[path].flatten()[:5].tolist()}; let it be "
+                        "finite there, or, where that state is far out already, refine the grid or "
+                        "bound drift and diffusion"
+                    )
+        except (RuntimeError, TypeError, ValueError):  # the caller is told of a fault anyway
+            return None
+    return "solver.step returned them; let it be finite there" if paths.black_box else None
+
+
+def _asked(
+    problem: ControlProblem, policy: AnyPolicy, paths: Paths, k: int, t: Tensor, x: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """What every function returns at the left end of step k, in the order in which they act."""
+    action = None if paths.actions is None else paths.actions.detach()[:, k]
+    if isinstance(policy, Policy):
+        mean = mean_action(policy, t, x)
+        yield "policy.mean", mean
+        action = mean if action is None else action
+    if action is None:
+        return
+    yield "the action", action
+    if paths.black_box:
+        return
+    sde = problem.dynamics
+    yield "drift", sde.drift_at(t, x, action)
+    sigma = as_like(sde.diffusion_at(t, x, action), x)
+    yield "diffusion", sigma if sigma.ndim else sigma.expand(len(x))
 
 
 def simulate_end(
@@ -488,19 +538,17 @@ def _step(
         after = solver.step_inside(*moment, source.interior)
     else:
         after = solver.step(*moment)
-    if after.shape != x.shape or after.dtype != x.dtype:
-        raise ValueError(
-            f"solver.step must return states {list(x.shape)} in {x.dtype}, got "
-            f"{list(after.shape)} in {after.dtype}"
-        )
-    return after
+    return like_states("solver.step", after, x)
 
 
 def _check_types(
     problem: ControlProblem, policy: AnyPolicy, grid: TimeGrid, solver: Solver, keep: Sequence[str]
 ) -> None:
     if not isinstance(problem, ControlProblem):
-        raise TypeError(f"problem must be a ControlProblem, got {type(problem).__name__}")
+        raise TypeError(
+            f"problem must be a ControlProblem, got {type(problem).__name__}; of an SDE alone: "
+            "ControlProblem(sde, horizon)"
+        )
     if not isinstance(policy, Policy | PolicyWithMemory):
         raise TypeError(
             f"policy must be a Policy, got {type(policy).__name__}; wrap a function (t, states) -> "
@@ -509,9 +557,14 @@ def _check_types(
     if isinstance(policy, Policy) and not takes(policy.act, 4):
         raise TypeError("policy.act must take (mean, t, noise, states)")
     if not isinstance(grid, TimeGrid):
-        raise TypeError(f"grid must be a TimeGrid, got {type(grid).__name__}")
+        raise TypeError(
+            f"grid must be a TimeGrid, got {type(grid).__name__}; uniform_grid(horizon, steps) or "
+            "TimeGrid(nodes) makes one"
+        )
     if isinstance(solver, type) or not isinstance(solver, Solver):
-        raise TypeError(f"solver must be an object with a step, got {solver!r}")
+        raise TypeError(
+            f"solver must be an object with a step, as EulerMaruyama() is, got {solver!r}"
+        )
     if isinstance(keep, str) or not set(keep) <= set(KEEP):
         raise ValueError(f"keep must be a tuple of names out of {KEEP}, got {keep!r}")
 
@@ -530,6 +583,11 @@ def _check_workers(workers: int, generator: Generator | PathStreams | None) -> N
 
 
 def _check_end(problem: ControlProblem, grid: TimeGrid) -> None:
+    if (begin := float(grid.nodes[0])) < 0:
+        raise ValueError(
+            f"grid must begin at 0 or later, got {begin:g}: a problem's time is from 0 to its "
+            "horizon"
+        )
     if (end := float(grid.nodes[-1])) > problem.horizon * (1 + 1e-6):  # grids may be float32
         raise ValueError(f"grid must end by the horizon {problem.horizon:g}, got {end:g}")
 
@@ -568,4 +626,11 @@ def _check_start_type(start: Tensor) -> None:
 def _check_start(start: Tensor) -> None:
     if start.device.type == "cpu" and math.isfinite(float(start.detach().sum())):
         return  # a sum of finite numbers may overflow, so it only acquits
-    require(torch.isfinite(start).all(), lambda: ValueError("start must be finite"))
+    require(torch.isfinite(start).all(), lambda: _not_finite_start(start))
+
+
+def _not_finite_start(start: Tensor) -> ValueError:
+    path = int((~torch.isfinite(start)).reshape(len(start), -1).any(1).nonzero()[0])
+    return ValueError(
+        f"start must be finite, but start[{path}] is {start[path].flatten()[:5].tolist()}"
+    )

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from numbers import Real
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,42 @@ Result = TypeVar("Result")
 
 
 def call(name: str, function: Callable[..., Result], *inputs: Tensor) -> Result:
+    """function(*inputs), refused where it writes into an input; its errors say where it was called.
+
+    Args:
+        name: of the function, for the error.
+        function: that the user brought.
+        inputs: time, states and actions, as it takes them.
+
+    Raises:
+        ValueError: an input was changed in place.
+    """
+    if torch.compiler.is_compiling():  # a graph has no version counters
+        return function(*inputs)
+    return read_only(name, lambda *inputs: located(name, function, *inputs), *inputs)
+
+
+def located(name: str, function: Callable[..., Result], *inputs: Tensor) -> Result:
+    """function(*inputs), whose error is raised with a note of its name and of what it was given.
+
+    Torch's own errors (a network in float32 that is given float64, shapes that do not fit) tell
+    neither.
+
+    Args:
+        name: of the function, for the note.
+        function: that the user brought.
+        inputs: as it takes them.
+    """
+    try:
+        return function(*inputs)
+    except Exception as fault:
+        if not hasattr(fault, "__notes__"):  # the innermost function is the one at fault
+            given = ", ".join(f"{list(each.shape)} {each.dtype}" for each in inputs)
+            fault.add_note(f"in {name}, which was called with {given}")
+        raise
+
+
+def read_only(name: str, function: Callable[..., Result], *inputs: Tensor) -> Result:
     """function(*inputs), refused where it writes into an input, which are stored paths.
 
     Costs a look at the inputs' version counters, no copy and no synchronisation. Inference tensors
@@ -64,17 +101,111 @@ def takes(function: Callable[..., object], count: int) -> bool:
     return True
 
 
+def require_order(name: str, function: Callable[..., object], order: str) -> None:
+    """Refuse a function whose own names say that it takes the state before the time.
+
+    Where both shapes broadcast, as in lambda x, t, a: a - x, it would silently compute something
+    else. Names that say nothing pass.
+
+    Args:
+        name: of the function, for the error.
+        function: that the user brought.
+        order: of the arguments that it must take, for the error.
+
+    Raises:
+        TypeError: the first argument has the name of a state and a later one that of a time.
+    """
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of a built-in
+        return
+    if names and names[0] in _STATES and not _TIMES.isdisjoint(names[1:]):
+        raise TypeError(
+            f"{name} must take {order}, the time before the states, got ({', '.join(names)})"
+        )
+
+
+_STATES = frozenset({"x", "y", "z", "state", "states"})
+_TIMES = frozenset({"t", "time", "times"})
+
+
 def one_a_path(name: str, value: Tensor, paths: int) -> Float[Tensor, " paths"]:
     """``value``, refused where it is not one number a path.
 
     Raises:
+        TypeError: it is not a tensor.
         ValueError: it has another shape.
     """
+    require_tensor(name, value, f"[{paths}], one number a path", f"({paths},)")
     if value.shape != (paths,):
         raise ValueError(
             f"{name} must return [{paths}], one number a path, got {list(value.shape)}"
+            f"{_one_a_path_by(value, paths)}"
         )
     return value
+
+
+def _one_a_path_by(value: Tensor, paths: int) -> str:
+    """What makes one number a path of it, where that can be told."""
+    if value.ndim == 0:
+        return ": a sum over all paths? .sum(-1) sums over the coordinates of each"
+    if len(value) != paths:
+        return ""
+    if value.shape[1:].numel() == 1:
+        return ": .flatten() drops its last axis"
+    return ": .flatten(1).sum(1) sums over the coordinates of each path"
+
+
+def require_tensor(name: str, value: object, wanted: str, shape: str) -> None:
+    """Refuse what a function returned in place of a tensor.
+
+    Args:
+        name: of the function.
+        value: that it returned.
+        wanted: in words.
+        shape: as it is written in code.
+
+    Raises:
+        TypeError: it is a number, None or anything else.
+    """
+    if isinstance(value, Tensor):
+        return
+    if isinstance(value, Real):
+        raise TypeError(
+            f"{name} must return a tensor {wanted}, got the number {value}: "
+            f"x.new_full({shape}, {value}) is that for states x"
+        )
+    raise TypeError(f"{name} must return a tensor {wanted}, got {type(value).__name__}")
+
+
+def like_states(name: str, value: Tensor, states: Tensor) -> Tensor:
+    """``value``, refused where adding it to the states would broadcast or cast.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: it has not the states' shape and dtype.
+    """
+    shape = list(states.shape)
+    require_tensor(name, value, f"{shape} in {states.dtype}, as the states are", "x.shape")
+    if value.shape != states.shape or value.dtype != states.dtype:
+        raise ValueError(
+            f"{name} must return {shape} in {states.dtype}, as the states are, got "
+            f"{list(value.shape)} in {value.dtype}{_like_states_by(value, states)}"
+        )
+    return value
+
+
+def _like_states_by(value: Tensor, states: Tensor) -> str:
+    """What makes states of it, where that can be told."""
+    if value.shape == states.shape:
+        return ": cast it, .to(x.dtype), or the network that makes it, network.to(x.dtype)"
+    if value.ndim == 1 and states.shape == (len(value), 1):
+        return ": .unsqueeze(1) adds the axis of the coordinates (as x[:, :1], not x[:, 0])"
+    try:
+        fits = torch.broadcast_shapes(value.shape, states.shape) == states.shape
+    except RuntimeError:  # the shapes have nothing to do with each other
+        fits = False
+    return ": .expand_as(x) of states x repeats it, where that is meant" if fits else ""
 
 
 def all_finite(name: str, value: Tensor) -> Tensor:
@@ -89,4 +220,8 @@ def all_finite(name: str, value: Tensor) -> Tensor:
 
 def _not_finite(name: str, value: Tensor) -> ValueError:
     bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).sum())
-    return ValueError(f"{name} must be finite, but it is not on {bad} of {len(value)} paths")
+    which = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).nonzero()[0])
+    return ValueError(
+        f"{name} must be finite, but it is not on {bad} of {len(value)} paths, the first of them "
+        f"path {which}"
+    )

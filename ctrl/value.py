@@ -21,11 +21,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ctrl.devices import as_like
-from ctrl.paths import Paths, ends_at_horizon, finished, over_nodes, while_running
+from ctrl.paths import (
+    Paths,
+    ends_at_horizon,
+    finished,
+    over_nodes,
+    require_kinds,
+    while_running,
+)
 from ctrl.problem import ControlProblem
 from ctrl.returns import at_exits, discount_rates, terminal_rewards
 from ctrl.sde import ControlledSDE
-from ctrl.user_functions import all_finite, one_a_path, own_memory
+from ctrl.user_functions import all_finite, located, one_a_path, own_memory
 
 Value = Callable[[Tensor, Tensor], Tensor]
 """(time [], states [paths, *event]) -> [paths], reward; a network, or an exact answer."""
@@ -37,9 +44,10 @@ def values(value: Value, problem: ControlProblem, paths: Paths) -> Float[Tensor,
     Raises:
         ValueError: V is not one finite number for each path.
     """
+    require_kinds(problem, paths)
 
     def at(t: Tensor, x: Tensor) -> Tensor:
-        return one_a_path("value", value(t, x), len(x))
+        return evaluated(value, t, x)
 
     unpinned = over_nodes(at, paths)
     if paths.ends is not None:
@@ -49,6 +57,20 @@ def values(value: Value, problem: ControlProblem, paths: Paths) -> Float[Tensor,
         return unpinned
     terminal = terminal_rewards(problem, paths.states[:, -1])
     return torch.cat([unpinned[:, :-1], terminal.unsqueeze(1)], dim=1)
+
+
+def evaluated(
+    value: Value, t: Tensor, states: Float[Tensor, " paths *event"]
+) -> Float[Tensor, " paths"]:
+    """V(t, x), refused where it is not one number a path.
+
+    A sum over the paths, or [paths, 1], has derivatives too: those of something else.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: it has another shape.
+    """
+    return one_a_path("value", located("value", value, t, states), len(states))
 
 
 def _pinned(unpinned: Tensor, problem: ControlProblem, paths: Paths) -> Tensor:
@@ -137,7 +159,7 @@ def generator(
     along_drift = transport(sde, value, t, states, actions)
 
     def at(x: Tensor) -> Tensor:
-        return value(t, x)
+        return evaluated(value, t, x)
 
     def curvature(direction: Tensor) -> Tensor:
         def slope(x: Tensor) -> Tensor:
@@ -181,7 +203,12 @@ def transport(
         actions: a.
     """
     drift = own_memory(sde.drift_at(t, states, actions))
-    return torch.func.jvp(value, (t, own_memory(states)), (torch.ones_like(t), drift))[1]
+
+    def at(s: Tensor, x: Tensor) -> Tensor:
+        return evaluated(value, s, x)
+
+    both = torch.func.jvp(at, (t, own_memory(states)), (torch.ones_like(t), drift))
+    return both[1] + 0 * both[0]  # NaN where V is, whatever its derivative says
 
 
 _CHUNK = 2**25  # bytes of directions at a time

@@ -161,7 +161,8 @@ def linear_path_kl(
         time: duration, at least 0.
 
     Raises:
-        ValueError: as ``transition``; or the drifts differ where there is no noise, so that the KL
+        ValueError: as ``transition``; a variance is negative; or the drifts differ where there is
+            no noise, so that the KL
             is infinite.
     """
     tensors = require_float64(
@@ -175,6 +176,7 @@ def linear_path_kl(
     full = broadcast_batches(tensors, events)
     _require_duration(full["time"])
     require_symmetric("covariance", full["covariance"])
+    _require_variances("covariance", full["covariance"])
     return _path_kl(*full.values())
 
 
@@ -263,13 +265,13 @@ def gaussian_kl(law: Gaussian, reference: Gaussian) -> Float[Tensor, " *batch"]:
 
 
 def ornstein_uhlenbeck_path_kl(
-    pull: Float[Tensor, " *batch"],
-    shift: Float[Tensor, " *batch"],
-    reference_pull: Float[Tensor, " *batch"],
-    reference_shift: Float[Tensor, " *batch"],
-    noise: Float[Tensor, " *batch"],
-    mean: Float[Tensor, " *batch"],
-    variance: Float[Tensor, " *batch"],
+    pull: float | Float[Tensor, " *batch"],
+    shift: float | Float[Tensor, " *batch"],
+    reference_pull: float | Float[Tensor, " *batch"],
+    reference_shift: float | Float[Tensor, " *batch"],
+    noise: float | Float[Tensor, " *batch"],
+    mean: float | Float[Tensor, " *batch"],
+    variance: float | Float[Tensor, " *batch"],
     time: float | Float[Tensor, " *batch"],
 ) -> Float[Tensor, " *batch"]:
     """KL of the path of dX = (-pull X + shift) dt + noise dW from one with other drift, nats.
@@ -288,24 +290,29 @@ def ornstein_uhlenbeck_path_kl(
 
     Raises:
         ValueError: as ``linear_path_kl``.
+        TypeError: an argument is neither a number nor a float64 tensor.
     """
+    each = _numbers(
+        pull=pull, shift=shift, reference_pull=reference_pull, reference_shift=reference_shift,
+        noise=noise, mean=mean, variance=variance,
+    )  # fmt: skip
     return linear_path_kl(
-        _scalar_drift(pull, shift),
-        _scalar_drift(reference_pull, reference_shift),
-        noise[..., None, None],
-        _scalar_gaussian(mean, variance),
+        _scalar_drift(each["pull"], each["shift"]),
+        _scalar_drift(each["reference_pull"], each["reference_shift"]),
+        each["noise"][..., None, None],
+        _scalar_gaussian(each["mean"], each["variance"]),
         time,
     )
 
 
 def ornstein_uhlenbeck_terminal_kl(
-    pull: Float[Tensor, " *batch"],
-    shift: Float[Tensor, " *batch"],
-    reference_pull: Float[Tensor, " *batch"],
-    reference_shift: Float[Tensor, " *batch"],
-    noise: Float[Tensor, " *batch"],
-    mean: Float[Tensor, " *batch"],
-    variance: Float[Tensor, " *batch"],
+    pull: float | Float[Tensor, " *batch"],
+    shift: float | Float[Tensor, " *batch"],
+    reference_pull: float | Float[Tensor, " *batch"],
+    reference_shift: float | Float[Tensor, " *batch"],
+    noise: float | Float[Tensor, " *batch"],
+    mean: float | Float[Tensor, " *batch"],
+    variance: float | Float[Tensor, " *batch"],
     time: float | Float[Tensor, " *batch"],
 ) -> Float[Tensor, " *batch"]:
     """KL of the law of X at ``time``, nats; at most ``ornstein_uhlenbeck_path_kl``.
@@ -321,10 +328,16 @@ def ornstein_uhlenbeck_terminal_kl(
         time: duration.
 
     Raises:
-        ValueError: a law at ``time`` has no variance.
+        ValueError: a law at ``time`` has no variance, or ``variance`` is negative.
+        TypeError: an argument is neither a number nor a float64 tensor.
     """
-    start, G = _scalar_gaussian(mean, variance), noise[..., None, None]
-    one, other = _scalar_drift(pull, shift), _scalar_drift(reference_pull, reference_shift)
+    each = _numbers(
+        pull=pull, shift=shift, reference_pull=reference_pull, reference_shift=reference_shift,
+        noise=noise, mean=mean, variance=variance,
+    )  # fmt: skip
+    start, G = _scalar_gaussian(each["mean"], each["variance"]), each["noise"][..., None, None]
+    one = _scalar_drift(each["pull"], each["shift"])
+    other = _scalar_drift(each["reference_pull"], each["reference_shift"])
     return gaussian_kl(
         gaussian_moments(one.matrix, one.vector, G, start, time),
         gaussian_moments(other.matrix, other.vector, G, start, time),
@@ -340,7 +353,10 @@ def require_float64(**tensors: Tensor) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.float64:
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a float64 tensor, got {kind}")
+            raise TypeError(
+                f"{name} must be a float64 tensor, got {kind}; torch.as_tensor(..., "
+                "dtype=torch.float64) makes one"
+            )
     return tensors
 
 
@@ -353,6 +369,27 @@ def _check_gaussian(name: str, law: Gaussian, dim: int) -> None:
     tensors = require_float64(mean=law.mean, covariance=law.covariance)
     broadcast_batches(tensors, {"mean": (dim,), "covariance": (dim, dim)})
     require_symmetric(f"{name}.covariance", law.covariance)
+    _require_variances(f"{name}.covariance", law.covariance)
+
+
+def _require_variances(name: str, covariance: Tensor) -> None:
+    least = -largest(-covariance.diagonal(dim1=-2, dim2=-1))
+    if least < -1e-9 * largest(covariance.abs()):  # round-off may be below 0
+        raise ValueError(f"{name} must have no negative variance on its diagonal, got {least:g}")
+
+
+def _numbers(**arguments: float | Tensor) -> dict[str, Tensor]:
+    """Numbers as float64 tensors, under the names that the caller knows; on one device."""
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    like = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
+    each = {
+        name: like.new_tensor(float(value)) if isinstance(value, int | float) else value
+        for name, value in arguments.items()
+    }
+    for name, value in require_float64(**each).items():
+        if largest(~torch.isfinite(value)):
+            raise ValueError(f"{name} must be finite, got {value.tolist()}")
+    return each
 
 
 def scalar(value: float | Tensor, like: Tensor) -> Tensor:

@@ -161,7 +161,10 @@ class LinearQuadratic:
                 value = ZERO.new_tensor(float(value))
             if not isinstance(value, Tensor) or value.dtype != torch.float64:
                 kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name} must be a float64 tensor, got {kind}")
+                raise TypeError(
+                    f"{name} must be a float64 tensor, got {kind}; torch.as_tensor(..., "
+                    "dtype=torch.float64) makes one, of [[number]] where it is a matrix"
+                )
             tensors[name] = value.to(self.A.device) if value.ndim == 0 else value
         return tensors
 

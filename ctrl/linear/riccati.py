@@ -90,7 +90,7 @@ class FiniteHorizon:
         Raises:
             ValueError: one is before the first or after the last, or NaN.
         """
-        at = t.to(self.times)
+        at = t.to(self.times) if isinstance(t, Tensor) else self.times.new_tensor(t)
         to_go = self.times[-1] - at
         if largest(~self.to_go.covers(to_go)):
             first, last = (each.item() for each in self.times[[0, -1]])
@@ -181,7 +181,7 @@ def solve_lq(lq: LinearQuadratic | TimeVarying, times: Float[Tensor, " nodes"]) 
     Raises:
         ValueError: N - sum_j D_j'S D_j does not stay positive definite, or the value explodes.
     """
-    grid = TimeGrid(times).nodes
+    grid = _nodes(times)
     last = problem_at(lq, grid[-1])
     require_concave(last, last.terminal, " at the horizon")
 
@@ -198,6 +198,13 @@ def solve_lq(lq: LinearQuadratic | TimeVarying, times: Float[Tensor, " nodes"]) 
     at = times[-1] - solution.to_go.breaks
     require_concave(problem_at(lq, at), solution.value_at(at), " before the horizon")
     return solution
+
+
+def _nodes(times: Float[Tensor, " nodes"]) -> Float[Tensor, " nodes"]:
+    """``times``, refused where they are no nodes of a grid."""
+    if isinstance(times, TimeGrid):
+        raise TypeError("times must be a tensor, got TimeGrid; its times are grid.nodes")
+    return TimeGrid(times).nodes
 
 
 def solve_lq_switching(
@@ -267,7 +274,7 @@ def evaluate_lq(
         ValueError: the value explodes, or the policy has not the problem's shapes, or no entropy
             where the temperature pays for it.
     """
-    grid = TimeGrid(times).nodes
+    grid = _nodes(times)
 
     last = problem_at(lq, grid[-1])
 
@@ -412,7 +419,7 @@ def _unflat(y: Float[Tensor, "*batch dim"]) -> Quadratic:
 def _solution(
     lq: LinearQuadratic | TimeVarying, times: Tensor, along: Callable[[Tensor, float], Trajectory]
 ) -> FiniteHorizon:
-    nodes = TimeGrid(times).nodes
+    nodes = _nodes(times)
     if nodes.dtype != torch.float64:
         raise TypeError(f"times must be float64, got {nodes.dtype}")
     try:

@@ -110,7 +110,8 @@ axes.figure
 # - Make `diffusion=lambda t, x: 0.25`: half the noise, about four times the KL: the same push
 #   stands out more.
 # - Give `policy` a network for its mean. `path_kl` carries gradients, so it can be a term of a
-#   loss.
+#   loss, of paths with a graph: `simulate(..., differentiable=True)`. Without one it has the
+#   gradient of the integrand alone ([which is which](../howto/through_paths.md)).
 # - Let the diffusion depend on the policy (`controls_diffusion=True`): the two laws are then
 #   singular, the KL is infinite, and the library says so instead of printing a number.
 #

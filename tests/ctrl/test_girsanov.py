@@ -326,3 +326,25 @@ def test_weights_of_no_paths_of_tables_and_of_integers_are_refused():
     torch.testing.assert_close(normalised, weights)  # a path without weight has none afterwards
     with pytest.raises(ValueError, match="non-negative"):
         girsanov.importance_weights(torch.zeros(3), torch.tensor([0.6, -0.1, 0.5]))
+
+
+def test_the_gradient_of_the_path_kl_goes_through_the_states_where_there_is_a_graph():
+    """Without one it is that of the integrand at fixed states, which is another number."""
+    start = gauss_hermite(torch.ones(1, dtype=torch.float64), nodes=2).increments[:, :, 0] + MEAN
+    noise = gauss_hermite(GRID.steps, nodes=2)
+    start = start.repeat_interleave(16, 0)
+    noise = ctrl.Noise(noise.increments.repeat(2, 1, 1))
+
+    def exact(pull: Tensor, graph: bool) -> Tensor:
+        policy = ctrl.DeterministicPolicy(lambda t, x: -pull * x + SHIFT)
+        problem = ctrl.ControlProblem(sde(), 1.0)
+        paths = ctrl.simulate(problem, policy, start, GRID, noise=noise, differentiable=graph)
+        return girsanov.path_kl(sde(), policy, REFERENCE, paths).mean()
+
+    pull = torch.tensor(PULL, dtype=torch.float64, requires_grad=True)
+    (whole,) = torch.autograd.grad(exact(pull, graph=True), pull)
+    (held,) = torch.autograd.grad(exact(pull, graph=False), pull)
+    h = 1e-5
+    difference = (exact(pull.detach() + h, False) - exact(pull.detach() - h, False)) / (2 * h)
+    torch.testing.assert_close(whole, difference, rtol=1e-8, atol=0)
+    assert abs(float(held - whole)) > 0.1 * abs(float(whole))

@@ -159,8 +159,7 @@ ctrl.bellman.gibbs
 ctrl.q_learning.ConsistentQ.__call__
     entropy's share missing | - average - self.temperature * entropy => - average
 ctrl.policy.policy_kl
-    KL the other way around | kl_divergence(policy.distribution(t, states), reference.distribution(t, states))
-        => kl_divergence(reference.distribution(t, states), policy.distribution(t, states))
+    KL the other way around | kl_divergence(law, law_ref) => kl_divergence(law_ref, law)
 verification.closed_form.lq.soft_maximum
     an e in the soft-max identity | 2 * math.pi * lq.temperature => 2 * math.pi * math.e * lq.temperature
 shared
