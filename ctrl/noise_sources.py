@@ -28,9 +28,10 @@ class Prescribed:
                 f"{list(noise.increments.shape)}"
             )
         if noise.step_sizes is not None:
-            h = as_like(noise.step_sizes, grid.nodes)
+            h, nodes = as_like(noise.step_sizes, grid.nodes), grid.nodes
+            rounded = 2 * torch.finfo(nodes.dtype).eps * nodes.abs().max()  # of a node each
             require(
-                ((h - grid.steps).abs() <= 1e-5 * h.abs().max()).all(),  # grids may be float32
+                ((h - grid.steps).abs() <= 1e-5 * h.max() + rounded).all(),
                 lambda: ValueError(
                     "noise must be made for the steps of the grid, or its variance is that of "
                     f"others: those begin with {grid.steps[0]:g}, got step_sizes that begin with "

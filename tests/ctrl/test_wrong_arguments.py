@@ -255,6 +255,17 @@ def test_noise_that_was_made_for_other_steps_is_refused():
         replace(noise, step_sizes=GRID.steps)
 
 
+def test_step_sizes_agree_up_to_the_rounding_of_a_grids_nodes():
+    steps = 20_000
+    grid = ctrl.TimeGrid(torch.linspace(0, 0.9, steps + 1))  # float32
+    sizes = torch.full((steps,), 0.9 / steps, dtype=torch.float64)
+    noise = ctrl.Noise(torch.zeros(1, steps, 2, dtype=torch.float64), step_sizes=sizes)
+    assert float((grid.steps - sizes).abs().max()) > 1e-4 * 0.9 / steps
+    rolled(start=START[:1], grid=grid, noise=noise)
+    with pytest.raises(ValueError, match="noise must be made for"):
+        rolled(start=START[:1], grid=grid, noise=replace(noise, step_sizes=1.01 * sizes))
+
+
 def test_times_before_0_are_refused():
     with pytest.raises(ValueError, match=r"grid must begin at 0 or later, got -0\.3"):
         rolled(grid=ctrl.TimeGrid(torch.tensor([-0.3, 0.2, 0.9])))
