@@ -34,8 +34,9 @@ ROWS: tuple[tuple[tuple[str, str, str], ...], ...] = (
         (
             "noise levels, and files that are whole",
             "diffusion_envs",
-            "noise_schedules denoising prompt ranges digests whole_files training.phase training.memory "
-            "training.sharded cifar10.data cifar10.formats cifar10.plain_pickle cifar10.pictures",
+            "noise_schedules denoising prompt ranges digests whole_files training.phase "
+            "training.memory training.sharded cifar10.data cifar10.formats cifar10.plain_pickle "
+            "cifar10.pictures",
         ),
     ),
     (("ready to use", "ctrl", "agents problems pendulum gym plots"),),
