@@ -35,7 +35,7 @@ from ctrl.paths import OwnTimes, Paths, TimeGrid, over_nodes, stop, while_runnin
 from ctrl.policy import Policy
 from ctrl.problem import ControlProblem
 from ctrl.returns import discount_rates, regularised_rewards, returns_to_go
-from ctrl.user_functions import all_finite, located, require_tensor
+from ctrl.user_functions import all_finite, located, no_tensor
 from ctrl.value import Value, discount_factors, martingale_increments, values
 
 TestFunctions = Callable[[Paths], Tensor]
@@ -161,12 +161,17 @@ def _features_at_nodes(features: Features, paths: Paths) -> Float[Tensor, "paths
 
 
 def _rows(phi: Tensor, paths: int, count: int | None = None) -> Float[Tensor, "paths features"]:
-    wanted = f"[{paths}, {'features' if count is None else count}]"
-    require_tensor("features", phi, wanted, f"({paths}, 1)")
+    if not isinstance(phi, Tensor):
+        raise no_tensor("features", phi, _wanted(paths, count), f"({paths}, 1)")
     if phi.ndim != 2 or len(phi) != paths or count not in (None, phi.shape[1]):
         remedy = ": .unsqueeze(1) makes one a column" if phi.shape == (paths,) else ""
+        wanted = _wanted(paths, count)
         raise ValueError(f"features must return {wanted}, got {list(phi.shape)}{remedy}")
     return phi
+
+
+def _wanted(paths: int, count: int | None) -> str:
+    return f"[{paths}, {'features' if count is None else count}]"
 
 
 def require_adapted(tests: TestFunctions, paths: Paths, *, sees_action: bool) -> None:

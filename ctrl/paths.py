@@ -15,7 +15,7 @@ from ctrl.estimate import require_probabilities
 from ctrl.memory import AnyPolicy, PolicyWithMemory, memories, with_memory
 from ctrl.policy import Policy, RandomPolicy, mean_action
 from ctrl.problem import ControlProblem
-from ctrl.user_functions import all_finite, read_only
+from ctrl.user_functions import all_finite, call
 
 
 @dataclass(frozen=True, eq=False)
@@ -659,7 +659,7 @@ def _along(
             moments = zip(times, *[each.unbind(1) for each in rows], strict=True)
             return torch.stack([function(*moment) for moment in moments], dim=1)
 
-    return read_only("a function of (t, x) along paths", along, times, *rows)
+    return call("a function of (t, x) along paths", along, times, *rows, noted=False)
 
 
 def _along_own_times(

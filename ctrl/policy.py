@@ -23,7 +23,7 @@ from torch.distributions import (
 )
 
 from ctrl.devices import as_like, readable, require
-from ctrl.user_functions import call, require_order, require_tensor, takes
+from ctrl.user_functions import call, no_tensor, require_order, takes
 
 Mean = Callable[[Tensor, Tensor], Tensor]
 """(time [], states [paths, *event]) -> [paths, *action]."""
@@ -156,7 +156,7 @@ class GaussianPolicy:
                 )
             return _positive_std(t, value)
         value = self.std(t) if callable(self.std) else self.std
-        if not isinstance(value, Tensor | Real):
+        if not isinstance(value, (Tensor, Real)):
             raise TypeError(f"std must return a number or a tensor, got {type(value).__name__}")
         std = as_like(value, kind)
         if std.ndim and like is not None and std.shape != like.shape[1:]:
@@ -383,8 +383,9 @@ def mean_action(
             "memory is for simulate and for what goes along its paths (ctrl.memory)"
         ) from missing
     mean = call("policy.mean", function, t, states)
-    wanted = f"[{len(states)}, *action], one action a path"
-    require_tensor("policy.mean", mean, wanted, f"({len(states)}, 1)")
+    if not isinstance(mean, Tensor):
+        wanted = f"[{len(states)}, *action], one action a path"
+        raise no_tensor("policy.mean", mean, wanted, f"({len(states)}, 1)")
     if mean.ndim < 1 or len(mean) != len(states):
         raise ValueError(
             f"policy.mean must return [{len(states)}, *action], one action a path, got "
@@ -395,11 +396,14 @@ def mean_action(
 
 def _positive_std(t: Tensor, std: Tensor) -> Tensor:
     """``std``, refused where it is not positive; inside vmap, where nothing can be read, NaN."""
-    good = (std > 0) & torch.isfinite(std)
-    if not readable(good.all()):
+    alone = not std.ndim and std.device.type == "cpu" and readable(std)
+    if alone and 0 < float(std.detach()) < math.inf:
+        return std  # which is cheaper than three kernels
+    good = (std > 0) & (std < math.inf)
+    if not readable(whole := good.all()):
         return torch.where(good, std, math.nan)
     require(
-        good.all(),
+        whole,
         lambda: ValueError(
             f"std must be positive and finite, at t = {float(t):g} it is "
             f"{std[~good].flatten()[:3].tolist()}"

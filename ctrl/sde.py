@@ -166,7 +166,7 @@ class ControlledSDE:
             TypeError: it is neither a number nor a tensor.
         """
         value = self._raw_diffusion(t, states, actions)
-        if not isinstance(value, Tensor | Real):
+        if not isinstance(value, (Tensor, Real)):
             raise TypeError(
                 f"diffusion must return a number or a tensor, got {type(value).__name__}: "
                 "torch.tensor(...).to(x).expand_as(x) is one number for each coordinate of states x"

@@ -1,7 +1,7 @@
 """Functions that users bring: how they are called, and what they must return and leave alone."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import TypeVar
 
@@ -14,20 +14,42 @@ from ctrl.devices import require
 Result = TypeVar("Result")
 
 
-def call(name: str, function: Callable[..., Result], *inputs: Tensor) -> Result:
+def call(name: str, function: Callable[..., Result], *inputs: Tensor, noted: bool = True) -> Result:
     """function(*inputs), refused where it writes into an input; its errors say where it was called.
+
+    Costs a look at the inputs' version counters, no copy and no synchronisation. Inference tensors
+    have no such counter: there the function is given copies.
 
     Args:
         name: of the function, for the error.
         function: that the user brought.
         inputs: time, states and actions, as it takes them.
+        noted: whether an error of the function gets a note, as by ``located``.
 
     Raises:
         ValueError: an input was changed in place.
     """
     if torch.compiler.is_compiling():  # a graph has no version counters
         return function(*inputs)
-    return read_only(name, lambda *inputs: located(name, function, *inputs), *inputs)
+    before = []
+    for one in inputs:
+        if one.is_inference():
+            copies = [each.clone() for each in inputs]
+            return located(name, function, *copies) if noted else function(*copies)
+        before.append(one._version)
+    try:
+        result = function(*inputs)
+    except Exception as fault:
+        if noted:
+            _locate(fault, name, inputs)
+        raise
+    if [each._version for each in inputs] != before:
+        raise ValueError(
+            f"{name} must not write into its inputs, the states and actions of the paths, but it "
+            "changed one in place: let it begin with a copy (x = x.clone()), or use operations "
+            "that are not in place (torch.nn.ReLU() instead of ReLU(inplace=True))"
+        )
+    return result
 
 
 def located(name: str, function: Callable[..., Result], *inputs: Tensor) -> Result:
@@ -44,40 +66,14 @@ def located(name: str, function: Callable[..., Result], *inputs: Tensor) -> Resu
     try:
         return function(*inputs)
     except Exception as fault:
-        if not hasattr(fault, "__notes__"):  # the innermost function is the one at fault
-            given = ", ".join(f"{list(each.shape)} {each.dtype}" for each in inputs)
-            fault.add_note(f"in {name}, which was called with {given}")
+        _locate(fault, name, inputs)
         raise
 
 
-def read_only(name: str, function: Callable[..., Result], *inputs: Tensor) -> Result:
-    """function(*inputs), refused where it writes into an input, which are stored paths.
-
-    Costs a look at the inputs' version counters, no copy and no synchronisation. Inference tensors
-    have no such counter: there the function is given copies.
-
-    Args:
-        name: of the function, for the error.
-        function: that the user brought.
-        inputs: time, states and actions, as it takes them.
-
-    Raises:
-        ValueError: an input was changed in place.
-    """
-    if torch.compiler.is_compiling():  # a graph has no version counters
-        return function(*inputs)
-    for one in inputs:
-        if one.is_inference():
-            return function(*(each.clone() for each in inputs))
-    before = [each._version for each in inputs]
-    result = function(*inputs)
-    if [each._version for each in inputs] != before:
-        raise ValueError(
-            f"{name} must not write into its inputs, the states and actions of the paths, but it "
-            "changed one in place: let it begin with a copy (x = x.clone()), or use operations "
-            "that are not in place (torch.nn.ReLU() instead of ReLU(inplace=True))"
-        )
-    return result
+def _locate(fault: Exception, name: str, inputs: Sequence[Tensor]) -> None:
+    if not hasattr(fault, "__notes__"):  # the innermost function is the one at fault
+        given = ", ".join(f"{list(each.shape)} {each.dtype}" for each in inputs)
+        fault.add_note(f"in {name}, which was called with {given}")
 
 
 def own_memory(x: Tensor) -> Tensor:
@@ -136,7 +132,8 @@ def one_a_path(name: str, value: Tensor, paths: int) -> Float[Tensor, " paths"]:
         TypeError: it is not a tensor.
         ValueError: it has another shape.
     """
-    require_tensor(name, value, f"[{paths}], one number a path", f"({paths},)")
+    if not isinstance(value, Tensor):
+        raise no_tensor(name, value, f"[{paths}], one number a path", f"({paths},)")
     if value.shape != (paths,):
         raise ValueError(
             f"{name} must return [{paths}], one number a path, got {list(value.shape)}"
@@ -156,26 +153,21 @@ def _one_a_path_by(value: Tensor, paths: int) -> str:
     return ": .flatten(1).sum(1) sums over the coordinates of each path"
 
 
-def require_tensor(name: str, value: object, wanted: str, shape: str) -> None:
-    """Refuse what a function returned in place of a tensor.
+def no_tensor(name: str, value: object, wanted: str, shape: str) -> TypeError:
+    """The error where a function returned something else than a tensor.
 
     Args:
         name: of the function.
-        value: that it returned.
+        value: that it returned: a number, None or anything else.
         wanted: in words.
         shape: as it is written in code.
-
-    Raises:
-        TypeError: it is a number, None or anything else.
     """
-    if isinstance(value, Tensor):
-        return
     if isinstance(value, Real):
-        raise TypeError(
+        return TypeError(
             f"{name} must return a tensor {wanted}, got the number {value}: "
             f"x.new_full({shape}, {value}) is that for states x"
         )
-    raise TypeError(f"{name} must return a tensor {wanted}, got {type(value).__name__}")
+    return TypeError(f"{name} must return a tensor {wanted}, got {type(value).__name__}")
 
 
 def like_states(name: str, value: Tensor, states: Tensor) -> Tensor:
@@ -185,11 +177,12 @@ def like_states(name: str, value: Tensor, states: Tensor) -> Tensor:
         TypeError: it is not a tensor.
         ValueError: it has not the states' shape and dtype.
     """
-    shape = list(states.shape)
-    require_tensor(name, value, f"{shape} in {states.dtype}, as the states are", "x.shape")
+    if not isinstance(value, Tensor):
+        wanted = f"{list(states.shape)} in {states.dtype}, as the states are"
+        raise no_tensor(name, value, wanted, "x.shape")
     if value.shape != states.shape or value.dtype != states.dtype:
         raise ValueError(
-            f"{name} must return {shape} in {states.dtype}, as the states are, got "
+            f"{name} must return {list(states.shape)} in {states.dtype}, as the states are, got "
             f"{list(value.shape)} in {value.dtype}{_like_states_by(value, states)}"
         )
     return value
