@@ -51,12 +51,13 @@ def of_world(size: int, ask: Callable[[Process], object]) -> list:
     """What each process of a world says."""
     world = World(size)
     answers: list = [None] * size
+    failed: list[BaseException] = []
 
     def run(index: int) -> None:
         try:
             answers[index] = ask(Member(index, world) if size > 1 else Process())
         except BaseException as error:
-            answers[index] = error
+            failed.append(error)  # the first is the cause, the others waited for that one
             world.barrier.abort()
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(size)]
@@ -64,9 +65,8 @@ def of_world(size: int, ask: Callable[[Process], object]) -> list:
         each.start()
     for each in threads:
         each.join()
-    for answer in answers:
-        if isinstance(answer, BaseException):
-            raise answer
+    if failed:
+        raise failed[0]
     return answers
 
 
