@@ -162,8 +162,7 @@ def linear_path_kl(
 
     Raises:
         ValueError: as ``transition``; a variance is negative; or the drifts differ where there is
-            no noise, so that the KL
-            is infinite.
+            no noise, so that the KL is infinite.
     """
     tensors = require_float64(
         A1=law.matrix, b1=law.vector, A0=reference.matrix, b0=reference.vector, G=G,
@@ -292,17 +291,11 @@ def ornstein_uhlenbeck_path_kl(
         ValueError: as ``linear_path_kl``.
         TypeError: an argument is neither a number nor a float64 tensor.
     """
-    each = _numbers(
+    law, reference, G, start = _of_one_dimension(
         pull=pull, shift=shift, reference_pull=reference_pull, reference_shift=reference_shift,
         noise=noise, mean=mean, variance=variance,
     )  # fmt: skip
-    return linear_path_kl(
-        _scalar_drift(each["pull"], each["shift"]),
-        _scalar_drift(each["reference_pull"], each["reference_shift"]),
-        each["noise"][..., None, None],
-        _scalar_gaussian(each["mean"], each["variance"]),
-        time,
-    )
+    return linear_path_kl(law, reference, G, start, time)
 
 
 def ornstein_uhlenbeck_terminal_kl(
@@ -331,16 +324,13 @@ def ornstein_uhlenbeck_terminal_kl(
         ValueError: a law at ``time`` has no variance, or ``variance`` is negative.
         TypeError: an argument is neither a number nor a float64 tensor.
     """
-    each = _numbers(
+    law, reference, G, start = _of_one_dimension(
         pull=pull, shift=shift, reference_pull=reference_pull, reference_shift=reference_shift,
         noise=noise, mean=mean, variance=variance,
     )  # fmt: skip
-    start, G = _scalar_gaussian(each["mean"], each["variance"]), each["noise"][..., None, None]
-    one = _scalar_drift(each["pull"], each["shift"])
-    other = _scalar_drift(each["reference_pull"], each["reference_shift"])
     return gaussian_kl(
-        gaussian_moments(one.matrix, one.vector, G, start, time),
-        gaussian_moments(other.matrix, other.vector, G, start, time),
+        gaussian_moments(law.matrix, law.vector, G, start, time),
+        gaussian_moments(reference.matrix, reference.vector, G, start, time),
     )
 
 
@@ -397,9 +387,14 @@ def scalar(value: float | Tensor, like: Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else like.new_tensor(float(value))
 
 
-def _scalar_drift(pull: Tensor, shift: Tensor) -> Affine:
-    return Affine(-pull[..., None, None], shift.unsqueeze(-1))
-
-
-def _scalar_gaussian(mean: Tensor, variance: Tensor) -> Gaussian:
-    return Gaussian(mean.unsqueeze(-1), variance[..., None, None])
+def _of_one_dimension(
+    **arguments: float | Tensor,
+) -> tuple[Affine, Affine, Tensor, Gaussian]:
+    """Both drifts, the diffusion and the start as ``linear_path_kl`` takes them."""
+    of = _numbers(**arguments)
+    law, reference = (
+        Affine(-of[pull][..., None, None], of[shift].unsqueeze(-1))
+        for pull, shift in (("pull", "shift"), ("reference_pull", "reference_shift"))
+    )
+    start = Gaussian(of["mean"].unsqueeze(-1), of["variance"][..., None, None])
+    return law, reference, of["noise"][..., None, None], start
